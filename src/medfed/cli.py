@@ -1,0 +1,174 @@
+"""The command line: thin. Each command reads its words, calls one function of the package, and shows what came."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from medfed.core.checks import MedfedError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
+app.add_typer(data_app, name="data")
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+
+
+def main() -> None:
+    """Run the command line. Exit code 0: done; 1: the run is not complete; 2: it could not be done, with the reason."""
+    try:
+        app()
+    except MedfedError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        sys.exit(2)
+
+
+def _console(quiet: bool = False) -> Console:
+    wide = None if sys.stdout.isatty() else 120
+    return Console(quiet=quiet, width=wide)
+
+
+@app.command()
+def run(
+    study: StudyName,
+    set: Settings = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Run folder to make; default: runs/STUDY-TIME.")] = None,
+    data: DataFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study: train, test, and leave a run folder."""
+    from medfed import runs
+    from medfed import study as studies
+
+    console = _console(quiet or as_json)
+    loaded = studies.load(study, set)
+    _finish(
+        runs.run(loaded, out, data, _listeners(console, as_json), progress=not (quiet or as_json)), console, as_json
+    )
+
+
+@app.command()
+def resume(run: RunFolder, data: DataFolder = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Go on with a run from its last whole round."""
+    from medfed import runs
+
+    console = _console(quiet or as_json)
+    _finish(runs.resume(run, data, _listeners(console, as_json)), console, as_json)
+
+
+@app.command()
+def show(run: RunFolder, as_json: AsJson = False) -> None:
+    """Show what a run came to, finished or not, from its events."""
+    from medfed.core.checks import RunError
+    from medfed.monitor import console as view
+    from medfed.monitor import events, summary
+
+    if not (run / "events.jsonl").exists():
+        raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
+    found = summary.summarise(events.read(run / "events.jsonl"))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = _console()
+    console.print(f"[bold]{found['study']}[/]  {found['status']}, {found['rounds']} of {found['rounds_asked']} rounds")
+    if found["test"] or found["baselines"]:
+        console.print(view.results(found))
+    for item in found["excluded"]:
+        console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False)
+
+
+@app.command()
+def studies(as_json: AsJson = False) -> None:
+    """List the bundled studies."""
+    from medfed.study import bundled, load
+
+    found = {name: load(name) for name in bundled()}
+    if as_json:
+        print(json.dumps({name: str(bundled()[name]) for name in found}, indent=2))
+        return
+    table = Table("study", "data", "model", "algorithm", "rounds", "sites", box=None)
+    for name, study in found.items():
+        t = study.training
+        sites = str(len(study.sites.names)) if study.sites.names else "from data"
+        table.add_row(name, study.data.source, study.model.name, t.algorithm, str(t.rounds), sites)
+    _console().print(table)
+
+
+@data_app.command("list")
+def data_list(as_json: AsJson = False) -> None:
+    """List the built-in sources."""
+    from medfed.data.sources import SOURCES
+
+    if as_json:
+        print(json.dumps({name: {"summary": s.summary, "licence": s.licence} for name, s in SOURCES.items()}, indent=2))
+        return
+    table = Table("source", "what", "licence", box=None)
+    for name, source in SOURCES.items():
+        table.add_row(name, source.summary, source.licence)
+    _console().print(table)
+
+
+@data_app.command("get")
+def data_get(source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None) -> None:
+    """Download a source, checked by sha256, into the cache; what is at hand is not downloaded again."""
+    from medfed.data.sources import get
+
+    rows = get(source, data)
+    _console().print(f"{source}: {rows} rows, every file's sha256 agrees", highlight=False)
+
+
+@data_app.command("show")
+def data_show(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")],
+    set: Settings = [],  # noqa: B006
+    data: DataFolder = None,
+    figure: Annotated[Path | None, typer.Option(help="Also write a figure (.html) of sizes, classes and gaps.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show each site's rows, features, missing values, classes and label skew, without training."""
+    from medfed import runs
+    from medfed import study as studies
+    from medfed.data import describe
+
+    loaded = studies.load(study, set)
+    found = describe.describe(runs.survey(loaded, data))
+    if figure:
+        describe.figure(found, loaded.study.name).write_html(figure, include_plotlyjs=True)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = _console()
+    for table in describe.tables(found):
+        console.print(table)
+    if figure:
+        console.print(f"figure: {figure}", highlight=False)
+
+
+def _listeners(console: Console, as_json: bool) -> list[Callable[[Any], None]]:
+    from medfed.monitor.console import Progressing
+
+    return [] if as_json else [Progressing(console)]
+
+
+def _finish(result: Any, console: Console, as_json: bool) -> None:
+    """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
+    from medfed.monitor.console import results
+
+    if as_json:
+        print(json.dumps({"folder": str(result.folder), **result.summary}, indent=2))
+    else:
+        console.print(results(result.summary))
+        console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+    if not result.complete:
+        raise typer.Exit(1)

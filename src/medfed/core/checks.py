@@ -1,0 +1,60 @@
+"""Errors a user can act on. Every message gives name=value, what was expected, and the next action.
+
+MedfedError
+├── StudyError       the study file or a --set value cannot be used
+├── DataError        a table, a column, a row or a download cannot be used
+├── PlanError        parts that are fine alone do not compose
+├── CodecError       bytes from another party are not what they claim to be
+├── SiteError        a site could not do what it was asked; the reason holds no patient data
+├── QuorumError      too few sites answered for the round to count
+└── RunError         a run folder, checkpoint or model file cannot be used
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MedfedError(Exception):
+    """Base of everything medfed raises on purpose; the command line prints it without a traceback."""
+
+
+class StudyError(MedfedError):
+    """The study file or a --set value cannot be used."""
+
+
+class DataError(MedfedError):
+    """A table, a column, a row or a download cannot be used."""
+
+
+class PlanError(MedfedError):
+    """Parts that are fine alone do not compose."""
+
+
+class CodecError(MedfedError):
+    """Bytes from another party are not what they claim to be."""
+
+
+class SiteError(MedfedError):
+    """A site could not do what it was asked. The reason names no patient and quotes no value."""
+
+
+class QuorumError(MedfedError):
+    """Too few sites answered for the round to count."""
+
+
+class RunError(MedfedError):
+    """A run folder, a checkpoint or a model file cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for a misspelt `name`: "did you mean 'x'?" or the list of what is known."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}."
+
+
+def some(items: Iterable[object], most: int = 5) -> str:
+    """Join the first `most` items for an error message: "3, 9, 12 and 40 more"."""
+    listed = [str(item) for item in items]
+    shown = ", ".join(listed[:most])
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

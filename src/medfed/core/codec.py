@@ -1,0 +1,46 @@
+"""Messages between parties: a small header and named tensors as bytes, by safetensors. Nothing is ever unpickled."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from medfed.core.checks import CodecError
+
+VERSION = 1
+"""Version of the message format; a message of another version is refused."""
+
+
+def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
+    """Pack a JSON-able header and tensors into bytes."""
+    text = json.dumps({"medfed": VERSION, **header}, allow_nan=False)
+    packed = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
+    return safetensors.torch.save(packed, metadata={"header": text})
+
+
+def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Unpack what `encode` packed; the tensors share no memory with anything else.
+
+    Raises CodecError if the bytes are truncated, not a message, or of another version.
+    """
+    try:
+        tensors = safetensors.torch.load(payload)
+        size = int.from_bytes(payload[:8], "little")
+        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
+    if header.get("medfed") != VERSION:
+        raise CodecError(f"message version={header.get('medfed')}; expected {VERSION}. Run the same medfed everywhere.")
+    return header, tensors
+
+
+def as_rows(tensors: list[Tensor]) -> Tensor:
+    """Stack rows of equal length into message_KM; raise CodecError where lengths differ."""
+    lengths = sorted({tuple(t.shape) for t in tensors})
+    if len(lengths) != 1:
+        raise CodecError(f"rows of different shapes {lengths} in one round; every site must run the same study")
+    return torch.stack(tensors)

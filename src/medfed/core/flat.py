@@ -1,0 +1,50 @@
+"""A module's parameters as one vector, and a stack of clients' vectors as a stack of modules.
+
+K clients, P parameters.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter of a module lies in the vector: the order of `named_parameters()`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Layout":
+        return cls({name: tuple(p.shape) for name, p in module.named_parameters()})
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def pieces(self, theta_KP: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name with its view [K, *shape] of the stack."""
+        offset = 0
+        for name, shape in self.shapes.items():
+            width = prod(shape)
+            yield name, theta_KP[..., offset : offset + width].reshape(*theta_KP.shape[:-1], *shape)
+            offset += width
+
+
+def vector(module: nn.Module) -> Tensor:
+    """Return a copy [P] of the module's parameters."""
+    with torch.no_grad():
+        return torch.cat([p.reshape(-1) for p in module.parameters()]).clone()
+
+
+def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
+    """Write the vector [P] into the module's parameters, in place; return the module."""
+    pieces = dict(Layout.of(module).pieces(theta_P))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(pieces[name])
+    return module

@@ -1,0 +1,1 @@
+"""Sources, splits, preprocessing: from tables at sites to numbers."""

@@ -1,0 +1,96 @@
+"""What lies at each site: rows, features, gaps, classes, skew. A function of the sites' surveys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from rich.table import Table
+
+
+def skew(labels: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Return each site's label skew: total variation distance between its class shares and those of all sites.
+
+    0: the same mix; 1: nothing in common.
+    """
+    names = sorted({name for site in labels.values() for name in site})
+    counts = np.array([[site.get(name, 0) for name in names] for site in labels.values()], dtype=float)
+    everywhere = counts.sum(0) / counts.sum()
+    shares = counts / counts.sum(1, keepdims=True)
+    return dict(zip(labels, (0.5 * np.abs(shares - everywhere).sum(1)).tolist(), strict=True))
+
+
+def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the description as plain JSON: per site the survey, share of missing cells, classes and label skew."""
+    labels = {name: s["labels"] for name, s in surveys.items()}
+    skews = skew(labels) if all(labels.values()) else dict.fromkeys(labels)
+    sites = {}
+    for name, survey in surveys.items():
+        rows = survey["train"] + survey["test"]
+        missing = {feature: count / rows for feature, count in survey["missing"].items()}
+        sites[name] = {
+            "rows": rows,
+            "patients": survey["patients"],
+            "train": survey["train"],
+            "test": survey["test"],
+            "classes": survey["labels"],
+            "label_skew": skews[name],
+            "missing": missing,
+            "missing_share": float(np.mean(list(missing.values()))),
+        }
+    features = sorted({feature for s in sites.values() for feature in s["missing"]})
+    return {"features": features, "sites": sites}
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Return the description as tables for a terminal: sites, and the features that have gaps."""
+    sites = found["sites"]
+    labels = sorted({label for s in sites.values() for label in s["classes"]})
+    first = Table(box=None, title=f"{len(found['features'])} features", title_justify="left")
+    for title in ("site", "patients", "rows", "train", "test", *labels, "label skew", "missing cells"):
+        first.add_column(title, justify="left" if title == "site" else "right")
+    for name, s in sites.items():
+        counts = [f"{s['classes'].get(k, 0)} ({s['classes'].get(k, 0) / s['rows']:.0%})" for k in labels]
+        sizes = [str(s[key]) for key in ("patients", "rows", "train", "test")]
+        skew_text = "-" if s["label_skew"] is None else f"{s['label_skew']:.2f}"
+        first.add_row(name, *sizes, *counts, skew_text, f"{s['missing_share']:.1%}")
+    gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
+    if not gaps:
+        return [first]
+    second = Table(box=None, title="missing values", title_justify="left")
+    for title in ("feature", *sites):
+        second.add_column(title, justify="left" if title == "feature" else "right")
+    for feature in gaps:
+        second.add_row(feature, *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
+    return [first, second]
+
+
+def figure(found: Mapping[str, Any], title: str) -> go.Figure:
+    """Return the figure: patients and classes of each site, and where values are missing."""
+    sites = found["sites"]
+    labels = sorted({label for s in sites.values() for label in s["classes"]})
+    gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
+    drawn = make_subplots(
+        rows=2 if gaps else 1,
+        cols=1,
+        subplot_titles=["Rows of each site, by class", "Share of missing values"][: 2 if gaps else 1],
+        vertical_spacing=0.18,
+    )
+    names = list(sites)
+    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]  # Okabe and Ito
+    if labels:
+        for i, label in enumerate(labels):
+            counts = [sites[n]["classes"].get(label, 0) for n in names]
+            text = [f"{c} ({c / sites[n]['rows']:.0%})" for c, n in zip(counts, names, strict=True)]
+            drawn.add_bar(name=label, x=names, y=counts, text=text, marker_color=palette[i % 8], row=1, col=1)
+    else:
+        drawn.add_bar(name="rows", x=names, y=[sites[n]["rows"] for n in names], marker_color=palette[0], row=1, col=1)
+    if gaps:
+        z = [[sites[n]["missing"].get(f, 1) for n in names] for f in gaps]
+        drawn.add_heatmap(
+            x=names, y=gaps, z=z, zmin=0, zmax=1, colorscale="Blues", texttemplate="%{z:.0%}",
+            colorbar={"title": "missing", "y": 0.2, "len": 0.4, "tickformat": ".0%"}, row=2, col=1,
+        )  # fmt: skip
+    drawn.update_layout(title=title, barmode="stack", template="plotly_white", height=900 if gaps else 500)
+    return drawn

@@ -1,0 +1,357 @@
+"""From cleaned columns to numbers, agreed between sites without pooling a row.
+
+An `Encoding` is the agreement: plain numbers and names that go to every site and into the model file. Its centres and
+scales come from the data dictionary, or from counts and sums that sites answer. The median and the quartiles are exact:
+a float64 is found digit by digit, each time by asking how many values lie below sixteen thresholds.
+
+F features of the table, Q quantiles, M columns after encoding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfed.core.checks import DataError, PlanError, some
+from medfed.core.types import Task
+from medfed.data.federated import Rows
+from medfed.data.tables import SiteTable
+from medfed.study import Data, Feature
+
+Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
+"""Put a question to every site and return the sum of the answers."""
+
+_QUANTILES = (0.25, 0.5, 0.75)
+_DIGIT_BITS = 4
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one feature becomes numbers."""
+
+    name: str
+    kind: Literal["number", "category"]
+    centre: float = 0.0
+    scale: float = 1.0
+    log: bool = False
+    floor: float = 0.0  # values are raised to it before the logarithm
+    cap: float = 0.0  # above 0: encoded values are held in [-cap, cap]
+    categories: tuple[str, ...] = ()
+    indicator: bool = False  # one more column: 1 where the value is missing
+
+    def names(self) -> list[str]:
+        """Return the names of the encoded columns."""
+        if self.kind == "number":
+            values = [self.name]
+        elif len(self.categories) == 2:
+            values = [f"{self.name}={self.categories[1]}"]
+        else:
+            values = [f"{self.name}={category}" for category in self.categories]
+        return [*values, f"{self.name} missing"] if self.indicator else values
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is predicted: the labels in order (the last of two is positive), or a number's centre and scale."""
+
+    name: str
+    task: Task
+    labels: tuple[str, ...] = ()
+    centre: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """C, the model's outputs."""
+        return len(self.labels) if self.task == "multiclass" else 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The agreement between sites on how records become numbers."""
+
+    columns: tuple[Column, ...]
+    target: Target
+
+    def names(self) -> list[str]:
+        """Return the names of the encoded columns, M of them."""
+        return [name for column in self.columns for name in column.names()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the encoding as plain JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Encoding":
+        """Read what `to_json` wrote."""
+        columns = tuple(Column(**{**c, "categories": tuple(c["categories"])}) for c in value["columns"])
+        return cls(columns, Target(**{**value["target"], "labels": tuple(value["target"]["labels"])}))
+
+    def encode(self, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray) -> Rows:
+        """Encode the rows marked in `rows`; what is missing is filled from those marked in `fit_rows`.
+
+        A number is filled with the median of the site's own encoded training values, a category with the share of each
+        category among them; a feature that the whole site lacks with zero, the centre of all sites.
+        """
+        blocks = [self._block(column, table, rows, fit_rows) for column in self.columns]
+        x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
+        return Rows(
+            torch.from_numpy(x.astype(np.float32)), self._labels(table, rows), torch.from_numpy(table.patient[rows])
+        )
+
+    def _block(self, column: Column, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray) -> np.ndarray:
+        if column.kind == "number":
+            values = _encode_number(column, table.numbers.get(column.name, np.full(len(table), np.nan)))[:, None]
+        else:
+            values = _encode_category(column, table.texts.get(column.name, np.full(len(table), None)))
+        missing = np.isnan(values[:, 0])
+        known = values[fit_rows & ~missing]
+        if len(known):
+            fill = np.median(known, 0) if column.kind == "number" else known.mean(0)
+        else:
+            fill = np.zeros(values.shape[1])
+        filled: np.ndarray = np.where(missing[:, None], fill, values)
+        if column.indicator:
+            filled = np.concatenate([filled, missing[:, None]], 1)
+        chosen: np.ndarray = filled[rows]
+        return chosen
+
+    def _labels(self, table: SiteTable, rows: np.ndarray) -> Tensor:
+        label = table.label[rows]
+        if self.target.task == "regression":
+            return torch.from_numpy(((label - self.target.centre) / self.target.scale).astype(np.float32))
+        code = {name: number for number, name in enumerate(self.target.labels)}
+        codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
+        return codes.float() if self.target.task == "binary" else codes
+
+
+def survey(table: SiteTable, data: Data) -> dict[str, Any]:
+    """Return what a site tells of its table before a study: sizes, columns, categories, labels and missing counts."""
+    train = ~table.test
+    known = {n: int((~np.isnan(v)).sum()) for n, v in table.numbers.items()}
+    known |= {n: int(sum(x is not None for x in v)) for n, v in table.texts.items()}
+    return {
+        "train": int(train.sum()),
+        "test": int(table.test.sum()),
+        "patients": len(np.unique(table.patient)),
+        "numbers": sorted(table.numbers),
+        "texts": {n: sorted({x for x in v if x is not None}) for n, v in sorted(table.texts.items())},
+        "missing": {n: len(table) - known[n] for n in table.features()},
+        "labels": {} if data.task == "regression" else _label_counts(table.label),
+        "train_labels": {} if data.task == "regression" else _label_counts(table.label[train]),
+    }
+
+
+def answer(
+    table: SiteTable, question: str, names: Sequence[str], logs: dict[str, float], ask: dict[str, Tensor]
+) -> Tensor:
+    """Answer a coordinator's question about the site's training values: counts (int64) or sums (float64).
+
+    "known": how many values each feature has. "below": how many lie below thresholds [F, Q, 16]. "sum": their sum.
+    "squares": the sum of squared distances from the centres [F].
+    """
+    values_F = [training_values(table, name, logs) for name in names]
+    match question:
+        case "known":
+            return torch.tensor([len(v) for v in values_F], dtype=torch.int64)
+        case "below":
+            words_F = [np.sort(_word(v)) for v in values_F]
+            thresholds = ask["threshold"].numpy().view(np.uint64)
+            counts = [np.searchsorted(w, t.ravel()).reshape(t.shape) for w, t in zip(words_F, thresholds, strict=True)]
+            return torch.from_numpy(np.stack(counts).astype(np.int64))
+        case "sum":
+            return torch.tensor([float(v.sum()) for v in values_F], dtype=torch.float64)
+        case "squares":
+            centres = ask["centre"].tolist()
+            return torch.tensor(
+                [float(((v - c) ** 2).sum()) for v, c in zip(values_F, centres, strict=True)], dtype=torch.float64
+            )
+    raise DataError(f"question={question!r} is not known; run the same medfed everywhere")
+
+
+def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.ndarray:
+    """Return the known training values of a feature or (by "") of the target, after the logarithm if it has one."""
+    column = table.label if name == "" else table.numbers.get(name, np.zeros(0))
+    values: np.ndarray = column[~table.test].astype(np.float64) if len(column) else column
+    values = values[~np.isnan(values)]
+    if name in logs:
+        values = np.log(np.maximum(values, logs[name]))
+    return values
+
+
+def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask) -> Encoding:
+    """Make the encoding that all sites will use, from their surveys and their answers to `ask`.
+
+    Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
+    """
+    target = _target(surveys, data)
+    texts = _text_columns(surveys)
+    names = _feature_order(surveys, data)
+    indicators = {n for s in surveys.values() for n, count in s["missing"].items() if count}
+    indicators |= {n for n in names if any(n not in s["missing"] for s in surveys.values())}
+    numbers = [n for n in names if n not in texts]
+    logs = {n: _floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
+    if data.preprocess == "dictionary":
+        scales = {n: _public_scale(n, data.dictionary.get(n, Feature())) for n in numbers}
+        if target.task == "regression":
+            low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
+            if low == high:
+                raise PlanError(
+                    f"data.preprocess='dictionary' needs data.dictionary.{data.target}.range for the target"
+                )
+            target = dataclasses.replace(target, centre=(low + high) / 2, scale=(high - low) / 4)
+    elif data.preprocess == "none":
+        scales = dict.fromkeys(numbers, (0.0, 1.0))
+    else:
+        asked = [*numbers, ""] if target.task == "regression" else numbers
+        fitted = fit(data.preprocess, asked, logs, ask)
+        scales = {n: fitted[n] for n in numbers}
+        if target.task == "regression":
+            target = dataclasses.replace(target, centre=fitted[""][0], scale=fitted[""][1])
+    columns = []
+    for n in names:
+        if n in texts:
+            categories = data.dictionary.get(n, Feature()).categories or texts[n]
+            columns.append(Column(n, "category", categories=categories, indicator=n in indicators))
+        else:
+            centre, scale = scales[n]
+            cap = 2.0 if data.preprocess == "dictionary" else 0.0
+            columns.append(Column(n, "number", centre, scale, n in logs, logs.get(n, 0.0), cap, (), n in indicators))
+    return Encoding(tuple(columns), target)
+
+
+def fit(
+    kind: Literal["robust", "standard"], names: Sequence[str], logs: dict[str, float], ask: Ask
+) -> dict[str, tuple[float, float]]:
+    """Return each feature's (centre, scale) over all sites' training values; a constant feature has scale 1.
+
+    robust: median and interquartile range, equal to numpy.quantile of the pooled values to the last bit.
+    standard: mean and standard deviation (divided by n).
+    """
+    header = {"names": list(names), "logs": logs}
+    known_F = ask("known", header, {})
+    if kind == "robust":
+        q_FQ = _quantiles(known_F, header, ask)
+        centres, scales = q_FQ[:, 1], q_FQ[:, 2] - q_FQ[:, 0]
+    else:
+        count_F = np.maximum(known_F.numpy(), 1)
+        centres = ask("sum", header, {}).numpy() / count_F
+        scales = np.sqrt(ask("squares", header, {"centre": torch.from_numpy(centres)}).numpy() / count_F)
+    scales = np.where((scales > 0) & np.isfinite(scales), scales, 1.0)
+    return {n: (float(c), float(s)) for n, c, s in zip(names, centres, scales, strict=True)}
+
+
+def _quantiles(known_F: Tensor, header: dict[str, Any], ask: Ask) -> np.ndarray:
+    """Return the quartiles [F, 3]; a feature that nobody has gets zeros."""
+    known = known_F.numpy()
+    place_FQ = np.maximum(known - 1, 0)[:, None] * np.array(_QUANTILES)
+    low_FQ = np.floor(place_FQ).astype(np.int64)
+    high_FQ = np.minimum(low_FQ + 1, np.maximum(known - 1, 0)[:, None])
+    found = _order_statistics(np.concatenate([low_FQ, high_FQ], 1), header, ask)
+    low, high, t = found[:, :3], found[:, 3:], place_FQ - low_FQ
+    between = np.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))  # as numpy.quantile does
+    return np.where(known[:, None] > 0, between, 0.0)
+
+
+def _order_statistics(rank_FQ: np.ndarray, header: dict[str, Any], ask: Ask) -> np.ndarray:
+    """Return the values of given ranks, digit by digit from the highest, sixteen thresholds a question."""
+    prefix_FQ = np.zeros(rank_FQ.shape, dtype=np.uint64)
+    digits = np.arange(1 << _DIGIT_BITS, dtype=np.uint64)
+    for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        threshold = prefix_FQ[..., None] | (digits << np.uint64(shift))
+        below = ask("below", header, {"threshold": torch.from_numpy(threshold.view(np.int64))}).numpy()
+        digit_FQ = (below <= rank_FQ[..., None]).sum(-1) - 1  # the highest threshold with at most `rank` values below
+        prefix_FQ |= digits[np.maximum(digit_FQ, 0)] << np.uint64(shift)
+    return _unword(prefix_FQ)
+
+
+def _word(value: np.ndarray) -> np.ndarray:
+    """Map float64 to uint64 so that order is kept: flip all bits of negatives, the sign bit of the others."""
+    bits = (np.asarray(value, dtype=np.float64) + 0.0).view(np.uint64)  # + 0.0 makes -0 a 0
+    return np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(1 << 63))
+
+
+def _unword(word: np.ndarray) -> np.ndarray:
+    return np.where(word >> np.uint64(63) == 1, word ^ np.uint64(1 << 63), ~word).view(np.float64)
+
+
+def _target(surveys: dict[str, dict[str, Any]], data: Data) -> Target:
+    if data.task == "regression":
+        return Target(data.target, "regression")
+    labels = sorted({label for s in surveys.values() for label in s["labels"]})
+    if len(labels) < 2:
+        raise DataError(f"data.target={data.target!r} has one value, {labels}; there is nothing to learn")
+    if data.positive and data.positive not in labels:
+        raise DataError(f"data.positive={data.positive!r} is not a label; labels: {some(labels, 10)}")
+    if data.task == "multiclass" or (data.task == "auto" and len(labels) > 2 and not data.positive):
+        return Target(data.target, "multiclass", tuple(labels))
+    if len(labels) > 2:
+        raise DataError(
+            f"data.target={data.target!r} has {len(labels)} labels ({some(labels)}); a binary target has two. "
+            "Set data.task='multiclass' and leave data.positive empty."
+        )
+    positive = data.positive or labels[-1]
+    return Target(data.target, "binary", (next(name for name in labels if name != positive), positive))
+
+
+def _text_columns(surveys: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return the union of each text column's categories; a column may be wholly missing at a site."""
+    union: dict[str, set[str]] = {}
+    for survey_ in surveys.values():
+        for name, categories in survey_["texts"].items():
+            union.setdefault(name, set()).update(categories)
+    for site, survey_ in surveys.items():
+        for name in survey_["numbers"]:
+            size = survey_["train"] + survey_["test"]
+            if name in union and survey_["missing"][name] < size:
+                raise DataError(
+                    f"column {name!r} is a number at site {site!r} and text elsewhere. Make them alike, or declare "
+                    f"data.dictionary.{name}.categories."
+                )
+    return {name: tuple(sorted(categories)) for name, categories in union.items()}
+
+
+def _feature_order(surveys: dict[str, dict[str, Any]], data: Data) -> list[str]:
+    names = list(dict.fromkeys(n for s in surveys.values() for n in s["missing"]))
+    return list(data.features) or sorted(names)
+
+
+def _public_scale(name: str, feature: Feature) -> tuple[float, float]:
+    """Map the public range onto [-2, 2]."""
+    if not feature.range:
+        raise PlanError(
+            f"data.preprocess='dictionary' and no public range for {name!r}. Give data.dictionary.{name}.range, or set "
+            "data.preprocess='robust' (no privacy claim is possible then)."
+        )
+    low, high = feature.range
+    if feature.log:
+        low, high = float(np.log(_floor(feature))), float(np.log(high))
+    return (low + high) / 2, (high - low) / 4
+
+
+def _floor(feature: Feature) -> float:
+    low, high = feature.range
+    return low if low > 0 else high / 100
+
+
+def _encode_number(column: Column, values: np.ndarray) -> np.ndarray:
+    if column.log:
+        values = np.log(np.maximum(values, column.floor))
+    encoded = (values - column.centre) / column.scale
+    return np.clip(encoded, -column.cap, column.cap) if column.cap else encoded
+
+
+def _encode_category(column: Column, values: np.ndarray) -> np.ndarray:
+    """One column a category, or one for the second of two; a missing or unknown category is NaN."""
+    hot = np.stack([values == category for category in column.categories], 1).astype(np.float64)
+    hot[~hot.any(1)] = np.nan
+    return hot[:, 1:] if len(column.categories) == 2 else hot
+
+
+def _label_counts(label: np.ndarray) -> dict[str, int]:
+    names, counts = np.unique(label.astype(str), return_counts=True)
+    return {str(n): int(c) for n, c in zip(names, counts, strict=True)}

@@ -1,0 +1,237 @@
+"""Where records come from: the built-in sources, and any table. Each gives every site its own frame.
+
+`breast-cancer` is scikit-learn's copy of the Wisconsin diagnostic set: 569 patients, 30 features measured on the nuclei
+of a fine-needle aspirate, 212 malignant. The brief says 563 patients and 32 features; no edition has 563, and 32 counts
+the file's id and diagnosis columns. The brief's "two engineered interaction features" are not named there; ours are
+`area x concave points` (large nuclei that are also indented) and `radius x texture`, products of the means, which makes
+32 features in all.
+
+`heart` is the UCI heart disease set: 920 patients at four hospitals, 13 features. Absent measurements are coded as 0 in
+two columns (serum cholesterol, resting blood pressure); Switzerland measured no cholesterol at all.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medfed.core.checks import DataError, StudyError, nearest, some
+from medfed.core.streams import Streams
+from medfed.data.partition import row_patients, site_of
+from medfed.data.tables import numbered, read
+from medfed.study import Data, Feature, Study
+
+
+@dataclass(frozen=True)
+class Source:
+    """A built-in source: how to load it, and what is publicly known of it."""
+
+    summary: str
+    load: Callable[[Path | None, bool], pd.DataFrame]  # (folder of --data or None, progress) -> frame
+    data: Data
+    licence: str
+    files: Mapping[str, str]  # file -> sha256; empty where a package brings the data
+
+
+def frames(study: Study, folder: Path | None = None, progress: bool = False) -> tuple[dict[str, pd.DataFrame], Data]:
+    """Return each site's frame, and the study's data table completed with what the source knows.
+
+    `folder` is where downloaded data is looked for first (`--data`, or the environment's MEDFED_DATA).
+    Raises DataError or StudyError before any training.
+    """
+    frame, data = _load(study, folder, progress)
+    for key, column in (("site", data.site), ("patient", data.patient)):
+        if column and column not in frame.columns:
+            raise DataError(
+                f"data.{key}={column!r} is no column of the table; {nearest(column, map(str, frame.columns))}"
+            )
+    if data.site and study.sites.names:
+        raise StudyError(f"sites.names is set, but data.site={data.site!r} already says who is where; keep one")
+    if data.site:
+        site = frame[data.site].astype(str).str.strip()
+        unnamed = frame.index[(frame[data.site].isna() | (site == "")).to_numpy()]
+        if len(unnamed):
+            raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
+    elif study.sites.names:
+        patient = frame[data.patient].astype(str) if data.patient else row_patients(frame)
+        site = site_of(patient, study.sites.names, study.sites.shares, Streams(study.study.seed))
+    else:
+        raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
+    names = study.sites.names or tuple(dict.fromkeys(site))
+    return {name: frame[(site == name).to_numpy()] for name in names}, data
+
+
+def _load(study: Study, folder: Path | None, progress: bool) -> tuple[pd.DataFrame, Data]:
+    data = study.data
+    if bool(data.source) == bool(data.table):
+        raise StudyError(f"data.source={data.source!r} and data.table={data.table!r}; expected one of the two")
+    if data.table:
+        return read(study.folder / data.table), data
+    if data.source not in SOURCES:
+        raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
+    source = SOURCES[data.source]
+    return numbered(source.load(folder, progress)), _completed(data, source.data)
+
+
+def _completed(asked: Data, known: Data) -> Data:
+    """Fill in from the source what the study leaves at its default; the study's own dictionary entries win."""
+    default = Data()
+    changes = {
+        f.name: getattr(known, f.name)
+        for f in dataclasses.fields(Data)
+        if f.name not in ("source", "dictionary") and getattr(asked, f.name) == getattr(default, f.name)
+    }
+    return dataclasses.replace(asked, **changes, dictionary={**known.dictionary, **asked.dictionary})
+
+
+# breast-cancer ------------------------------------------------------------------------------------------------------
+
+_MEASURES: dict[str, tuple[float, float, float, str]] = {
+    # measure: public upper bound of its mean, its standard error, its worst value; unit
+    "radius": (30, 3, 40, "pixels"),
+    "texture": (40, 5, 50, "grey levels"),
+    "perimeter": (200, 25, 260, "pixels"),
+    "area": (2600, 550, 4500, "pixels^2"),
+    "smoothness": (0.2, 0.04, 0.25, ""),
+    "compactness": (0.4, 0.15, 1.1, ""),
+    "concavity": (0.5, 0.4, 1.3, ""),
+    "concave points": (0.25, 0.06, 0.3, ""),
+    "symmetry": (0.4, 0.1, 0.7, ""),
+    "fractal dimension": (0.1, 0.03, 0.25, ""),
+}
+AREA_X_CONCAVE = "area x concave points"
+RADIUS_X_TEXTURE = "radius x texture"
+
+
+def _breast_cancer(folder: Path | None, progress: bool) -> pd.DataFrame:
+    from sklearn.datasets import load_breast_cancer
+
+    bunch = load_breast_cancer(as_frame=True)
+    frame: pd.DataFrame = bunch.data.copy()
+    frame[AREA_X_CONCAVE] = frame["mean area"] * frame["mean concave points"]
+    frame[RADIUS_X_TEXTURE] = frame["mean radius"] * frame["mean texture"]
+    frame["diagnosis"] = np.where(bunch.target == 1, "benign", "malignant")
+    return frame
+
+
+def _breast_cancer_dictionary() -> dict[str, Feature]:
+    """Public ranges: the summary table published with the data set, rounded up; the floor is 1 % of the top."""
+    entries: dict[str, Feature] = {}
+    for measure, (mean, error, worst, unit) in _MEASURES.items():
+        for name, top in ((f"mean {measure}", mean), (f"{measure} error", error), (f"worst {measure}", worst)):
+            entries[name] = Feature(range=(0.0, top), log=True, unit=unit, doc=f"{name} over the nuclei of one image")
+    entries[AREA_X_CONCAVE] = Feature(
+        range=(0.0, 500.0), log=True, unit="pixels^2", doc="mean area x mean concave points"
+    )
+    entries[RADIUS_X_TEXTURE] = Feature(range=(0.0, 900.0), log=True, doc="mean radius x mean texture")
+    return entries
+
+
+# heart --------------------------------------------------------------------------------------------------------------
+
+HEART_FILES = {
+    "processed.cleveland.data": "a74b7efa387bc9d108d7d0115d831fe9b414b29ae7124f331b622b4efa0427c8",
+    "processed.hungarian.data": "d1ad108f785768cd3d7e82dc522e6f5a61eea93cccfb3a46ee8076f73fc3d796",
+    "processed.switzerland.data": "834a405ccf5b66ab4056bb77794adc8df0b7125186454c0a1d002d33c6c3b314",
+    "processed.va.data": "e7c93d8d0d2acdadfa4c5e8de768e2191e7f618b952e29623f1f0d5949ff6b8f",
+}
+HEART_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease/"
+_HEART_COLUMNS = "age sex cp trestbps chol fbs restecg thalach exang oldpeak slope ca thal num"
+
+
+def _heart(folder: Path | None, progress: bool) -> pd.DataFrame:
+    parts = []
+    for name in HEART_FILES:
+        path = fetch("fed_heart_disease", name, HEART_URL + name, HEART_FILES[name], folder, progress)
+        part = pd.read_csv(path, header=None, names=_HEART_COLUMNS.split(), dtype=str, keep_default_na=False)
+        part["hospital"] = name.split(".")[1]
+        part["disease"] = np.where(part.pop("num").astype(float) > 0, "yes", "no")
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+_HEART_DICTIONARY = {
+    "age": Feature(range=(20, 100), unit="years"),
+    "sex": Feature(categories=("0", "1"), doc="1 is male"),
+    "cp": Feature(categories=("1", "2", "3", "4"), doc="chest pain: typical angina, atypical, non-anginal, none"),
+    "trestbps": Feature(range=(80, 220), missing=("0",), unit="mm Hg", doc="resting blood pressure; 0 is not measured"),
+    "chol": Feature(range=(80, 620), missing=("0",), unit="mg/dl", doc="serum cholesterol; 0 is not measured"),
+    "fbs": Feature(categories=("0", "1"), doc="fasting blood sugar above 120 mg/dl"),
+    "restecg": Feature(categories=("0", "1", "2"), doc="resting ECG: normal, ST-T abnormality, hypertrophy"),
+    "thalach": Feature(range=(60, 210), unit="1/min", doc="highest heart rate in the exercise test"),
+    "exang": Feature(categories=("0", "1"), doc="angina in the exercise test"),
+    "oldpeak": Feature(range=(-3, 7), unit="mm", doc="ST depression by exercise"),
+    "slope": Feature(categories=("1", "2", "3"), doc="slope of the ST segment: up, flat, down"),
+    "ca": Feature(range=(0, 3), doc="vessels coloured by fluoroscopy"),
+    "thal": Feature(categories=("3", "6", "7"), doc="thallium scan: normal, fixed defect, reversible defect"),
+}
+
+
+SOURCES: dict[str, Source] = {
+    "breast-cancer": Source(
+        "Wisconsin diagnostic breast cancer: 569 patients, 30 features and 2 products of them; no natural sites",
+        _breast_cancer,
+        Data(target="diagnosis", positive="malignant", dictionary=_breast_cancer_dictionary()),
+        "CC BY 4.0 (UCI 17); comes with scikit-learn",
+        {},
+    ),
+    "heart": Source(
+        "UCI heart disease: 920 patients, 13 features, four hospitals in three countries",
+        _heart,
+        Data(target="disease", positive="yes", site="hospital", dictionary=_HEART_DICTIONARY),
+        "CC BY 4.0 (UCI 45; Janosi, Steinbrunn, Pfisterer, Detrano 1988)",
+        HEART_FILES,
+    ),
+}
+
+
+def data_folder(folder: Path | None) -> Path | None:
+    """Return where data was put by hand: `--data`, else the environment's MEDFED_DATA."""
+    return folder or (Path(os.environ["MEDFED_DATA"]) if os.environ.get("MEDFED_DATA") else None)
+
+
+def fetch(subfolder: str, name: str, url: str, sha256: str, folder: Path | None, progress: bool) -> Path:
+    """Return a source file whose sha256 is right: from the data folder, the cache, or by download.
+
+    A download is written beside its place and moved there only when its checksum agrees. Raises DataError where the
+    file in the data folder is damaged, the checksum of a download is wrong, or there is no connection.
+    """
+    import pooch
+
+    place = data_folder(folder)
+    if place and (place / subfolder / name).exists():
+        path = place / subfolder / name
+        if pooch.file_hash(str(path)) != sha256:
+            raise DataError(f"{path}: sha256 is not {sha256[:12]}...; the file is damaged, replace it or move it away")
+        return path
+    pooch.get_logger().setLevel(logging.INFO if progress else logging.ERROR)
+    try:
+        cached = pooch.retrieve(
+            url,
+            known_hash=f"sha256:{sha256}",
+            fname=name,
+            path=pooch.os_cache("medfed") / subfolder,
+            progressbar=progress,
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{url}: the download is damaged, its sha256 is not {sha256[:12]}...; nothing was kept, try again"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{url} cannot be downloaded ({type(error).__name__}). Try again, or put {name} into the folder "
+            f"{subfolder}/ of a folder given by --data or MEDFED_DATA."
+        ) from error
+    return Path(cached)
+
+
+def get(name: str, folder: Path | None = None, progress: bool = True) -> int:
+    """Make sure that a built-in source is at hand, downloading it if need be; return its number of rows."""
+    if name not in SOURCES:
+        raise StudyError(f"source={name!r} is unknown; {nearest(name, SOURCES)}")
+    return len(SOURCES[name].load(folder, progress))

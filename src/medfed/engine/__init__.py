@@ -1,0 +1,1 @@
+"""Engines: what carries bytes between the coordinator and the sites."""

@@ -1,0 +1,67 @@
+"""The port: all that round logic knows of an engine. Payloads are bytes.
+
+Errors and missed deadlines are replies too.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A site's answer to a ticket: a payload, or the reason why there is none."""
+
+    ticket: int
+    site: str
+    payload: bytes
+    seconds: float
+    error: str = ""
+
+
+class Site(Protocol):
+    """The one entry at the client."""
+
+    name: str
+
+    def handle(self, op: str, payload: bytes) -> bytes:
+        """Do what is asked and return the answer; raise SiteError with a reason that names no patient."""
+        ...
+
+
+class Fleet(Protocol):
+    """The engine as the coordinator sees it."""
+
+    def sites(self) -> list[str]:
+        """Return the names of the sites that can be asked now."""
+        ...
+
+    def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
+        """Ask one site; never blocks. Returns the ticket that its reply will carry."""
+        ...
+
+    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+        """Ask several sites the same; an engine may serve them as one stack."""
+        ...
+
+    def poll(self, wait: float) -> list[Reply]:
+        """Return replies in the order in which they arrived, waiting at most `wait` seconds for the first."""
+        ...
+
+
+def gather(fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> dict[str, Reply]:
+    """Ask the sites and wait for all of them, or until the deadline; a site that is late gets an error reply.
+
+    The answers are in the order of `sites`.
+    """
+    began = time.monotonic()
+    open_tickets = dict(zip(fleet.submit_many(sites, op, payload, deadline), sites, strict=True))
+    replies: dict[str, Reply] = {}
+    while open_tickets and (left := deadline - (time.monotonic() - began)) > 0:
+        for reply in fleet.poll(left):
+            if open_tickets.pop(reply.ticket, None) is not None:
+                replies[reply.site] = reply
+    for ticket, site in open_tickets.items():
+        replies[site] = Reply(ticket, site, b"", deadline, f"no answer within {deadline:g} s")
+    return {site: replies[site] for site in sites}

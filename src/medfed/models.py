@@ -1,0 +1,159 @@
+"""The small zoo: networks for tables of patients. Norms work within one patient, never across a batch (no BatchNorm).
+
+A model is any `torch.nn.Module` that maps features [B, F] to outputs [B, C]: C = 1 logit for a binary target, C logits
+for C classes, 1 number for regression. A study names one of the zoo, or `package.module:factory`, a function
+`factory(features, outputs, **options) -> nn.Module`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from medfed.core import streams
+from medfed.core.checks import PlanError, StudyError, nearest
+
+Norm = Literal["layer", "group", "none"]
+_GROUPS = 8  # channels of every zoo layer divide by it, or the widest divisor below it is used
+
+
+class Dropout(nn.Module):
+    """Zero each unit with probability `p`, by a mask that is a function of (key, unit).
+
+    The key is a buffer, set anew for each local step from the client's own stream. So a stack of clients, one client
+    alone and the reference loop all drop the same units. Evaluation mode is the identity.
+    """
+
+    key: Tensor
+
+    def __init__(self, p: float, salt: int = 0) -> None:
+        super().__init__()
+        self.p, self.salt = p, salt
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = streams.uniform(streams.subkey(self.key, self.salt), x.numel()).reshape(x.shape) >= self.p
+        return torch.where(keep, x / (1 - self.p), torch.zeros((), dtype=x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def norm_layer(kind: Norm, width: int) -> nn.Module:
+    """Return the norm layer of `kind` for `width` units."""
+    match kind:
+        case "layer":
+            return nn.LayerNorm(width)
+        case "group":
+            groups = next(g for g in range(min(_GROUPS, width), 0, -1) if width % g == 0)
+            return nn.GroupNorm(groups, width)
+        case "none":
+            return nn.Identity()
+
+
+def mlp(
+    features: int, outputs: int = 1, hidden: Sequence[int] = (64, 32), dropout: float = 0.0, norm: Norm = "none"
+) -> nn.Sequential:
+    """Return a multi-layer perceptron: for each hidden width Linear, norm, ReLU, dropout; then Linear."""
+    layers: list[nn.Module] = []
+    width = features
+    for units in hidden:
+        layers += [nn.Linear(width, units), norm_layer(norm, units), nn.ReLU(), Dropout(dropout)]
+        width = units
+    layers.append(nn.Linear(width, outputs))
+    kept = [m for m in layers if not isinstance(m, nn.Identity) and not (isinstance(m, Dropout) and m.p == 0)]
+    return nn.Sequential(*kept)
+
+
+def logistic(features: int, outputs: int = 1) -> nn.Sequential:
+    """Return one Linear layer from zero: logistic regression, softmax regression or linear regression."""
+    layer = nn.Linear(features, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(layer)
+
+
+def MedicalNeuralNetwork(
+    features: int = 32,
+    outputs: int = 1,
+    hidden: Sequence[int] = (512, 256, 128, 64, 32),
+    dropout: float = 0.3,
+    norm: Norm = "layer",
+) -> nn.Sequential:
+    """Return the brief's network: five hidden layers with dropout; its L2 penalty is `training.weight_decay`.
+
+    The brief normalises over the batch (BatchNorm). That mixes patients, so it cannot carry a patient-level guarantee,
+    and its running statistics differ between hospitals: LayerNorm stands in its place. With 32 features it has
+    193,473 parameters; the brief says about 195,000.
+    """
+    return mlp(features, outputs, hidden, dropout, norm)
+
+
+ZOO: dict[str, Callable[..., nn.Module]] = {
+    "logistic": logistic,
+    "mlp": mlp,
+    "medical-mlp": MedicalNeuralNetwork,
+}
+
+
+def build(name: str, features: int, outputs: int, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """Build the model `name` with weights drawn from `seed`; torch's global generator is left as it was.
+
+    Raises StudyError for an unknown name or options that the factory does not take, PlanError for a layer whose
+    meaning depends on other patients of the batch.
+    """
+    factory = ZOO[name] if name in ZOO else _imported(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % (1 << 63))
+        try:
+            module = factory(features, outputs, **options)
+        except TypeError as error:
+            raise StudyError(f"model.name={name!r} does not take its options {dict(options)}: {error}") from error
+    return _keyed(_checked(module, name))
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _imported(name: str) -> Callable[..., nn.Module]:
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise StudyError(
+            f"model.name={name!r} is not in the zoo; {nearest(name, ZOO)} Your own: 'package.module:factory'."
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise StudyError(f"model.name={name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    return found  # type: ignore[no-any-return]
+
+
+def _checked(module: nn.Module, name: str) -> nn.Module:
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and not isinstance(layer, nn.GroupNorm):
+            raise PlanError(
+                f"model.name={name!r} has {type(layer).__name__} at {path!r}: it mixes the patients of a batch and its "
+                "running statistics stay at the sites. Use nn.LayerNorm or nn.GroupNorm."
+            )
+    if not any(p.requires_grad for p in module.parameters()):
+        raise PlanError(f"model.name={name!r} has no trainable parameter.")
+    return module
+
+
+def _keyed(module: nn.Module) -> nn.Module:
+    """Give every dropout layer of the module a mask of its own that comes from the client's stream."""
+    salt = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Dropout):
+                setattr(parent, name, Dropout(child.p))
+    for layer in module.modules():
+        if isinstance(layer, Dropout):
+            layer.salt, salt = salt, salt + 1
+    return module

@@ -1,0 +1,1 @@
+"""What happened: events, figures, and what people are shown."""

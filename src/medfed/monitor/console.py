@@ -1,0 +1,144 @@
+"""What a terminal shows of a run: progress while it goes, and the table at its end."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from medfed.monitor.events import (
+    Event,
+    Planned,
+    Resumed,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SiteExcluded,
+    Tested,
+    Warned,
+)
+
+_SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
+_TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}
+_TITLES |= {"mae": "MAE", "rmse": "RMSE", "r2": "R2"}
+_MODELS = {"local": "each site's own", "pooled": "pooled rows (simulation)"}
+
+
+class Progressing:
+    """A listener that shows a run's progress: one moving line in a terminal, else a line a round."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.rounds, self.last_test = 0, ""
+        self.untold: RoundFinished | None = None  # a round is told when its test is in, if it has one
+        self.bar = Progress(
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self.task = self.bar.add_task("", total=1)
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if not isinstance(event, Tested | SiteExcluded):
+            self._tell_round()
+        match event:
+            case RunStarted():
+                self.rounds = event.rounds
+                self.console.print(f"[bold]{event.study}[/]  seed {event.seed}, {event.rounds} rounds")
+                self.bar.update(self.task, total=event.rounds)
+            case Planned():
+                self._planned(event)
+            case Warned():
+                self.console.print(f"[yellow]warning[/] {event.text}", highlight=False)
+            case Resumed():
+                note = f" ({event.note})" if event.note else ""
+                self.console.print(f"resumed after round {event.round}{note}", highlight=False)
+            case SiteExcluded():
+                self.console.print(
+                    f"[red]round {event.round}: without {event.site}[/]: {event.reason}", highlight=False
+                )
+            case RoundFinished():
+                self.untold = event
+            case Tested() if self.untold:
+                self._tested(event)
+                self._tell_round()
+            case RunFinished():
+                self.bar.stop()
+                if event.reason:
+                    self.console.print(f"[red]{event.status}[/]: {event.reason}", highlight=False)
+
+    def _planned(self, event: Planned) -> None:
+        sizes = ", ".join(f"{site} {size['train']}+{size['test']}" for site, size in list(event.sizes.items())[:8])
+        more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
+        self.console.print(
+            f"{event.algorithm}, model {event.model}: {event.parameters:,} parameters, {event.features} inputs\n"
+            f"sites (training + test rows): {sizes}{more}",
+            highlight=False,
+        )
+        if event.privacy["epsilon"] is None:
+            self.console.print("privacy: none claimed (privacy.noise = 'none')", highlight=False)
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def _tell_round(self) -> None:
+        event, self.untold = self.untold, None
+        if event is None:
+            return
+        loss = "-" if event.loss is None else f"{event.loss:.4f}"
+        text = f"{len(event.clients)} sites  loss {loss}  {self.last_test}  {event.seconds:.3f} s"
+        self.bar.update(self.task, completed=event.round, total=self.rounds or event.round, description=text)
+        if not self.console.is_terminal:
+            self.console.print(f"round {event.round}/{self.rounds or '?'}  {text}", highlight=False, soft_wrap=True)
+
+    def _tested(self, event: Tested) -> None:
+        name = "auroc" if "auroc" in event.all_sites else "rmse"
+        value = event.all_sites[name].value
+        self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+
+
+def results(summary: Mapping[str, Any]) -> Table:
+    """Return the table of a summary: federated, pooled and each site's own model, over all sites and per site."""
+    test: Mapping[str, Any] = summary["test"] or next((b["test"] for b in summary["baselines"].values()), {})
+    names = _SHOWN["number"] if "mae" in test else _SHOWN["binary"]
+    table = Table(box=None, padding=(0, 1), title="Held-out patients (95 % interval below)", title_justify="left")
+    for title in ("tested on", "model", "n"):
+        table.add_column(title, justify="right" if title == "n" else "left")
+    for name in names:
+        table.add_column(_TITLES[name], justify="right")
+    if summary["test"]:
+        _add(table, "all sites", f"federated ({summary['algorithm']})", summary["test"], summary["intervals"], names)
+    for model, baseline in summary["baselines"].items():
+        _add(table, "all sites", _MODELS[model], baseline["test"], baseline["intervals"], names)
+    own = summary["baselines"].get("local", {}).get("per_site", {})
+    for site in list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else ():
+        _add(table, site, "federated", summary["per_site"][site], {}, names)
+        if site in own:
+            _add(table, "", "its own", own[site], {}, names)
+    if len(summary["per_site"]) > 12:
+        table.add_row("...", f"{len(summary['per_site']) - 12} more sites in summary.json")
+    return table
+
+
+def _add(
+    table: Table,
+    where: str,
+    model: str,
+    figures: Mapping[str, Any],
+    intervals: Mapping[str, Sequence[float] | None],
+    names: Sequence[str],
+) -> None:
+    cells = []
+    for name in names:
+        value, interval = figures[name], intervals.get(name)
+        cell = "-" if value is None else f"{value:.3f}"
+        cells.append(f"{cell}\n[dim]{_bare(interval[0])}-{_bare(interval[1])}[/]" if interval else cell)
+    table.add_row(where, model, str(figures["n"]), *cells)
+
+
+def _bare(value: float) -> str:
+    """Write a share without its leading zero: .932."""
+    text = f"{value:.3f}"
+    return text[1:] if text.startswith("0.") else text

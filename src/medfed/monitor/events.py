@@ -1,0 +1,223 @@
+"""The event log: everything printed, summarised or drawn is a function of it.
+
+One JSON object a line, written when it happens: `schema`, `event`, `time` (UTC), then the event's fields. Schema 1. A
+field may be added within a schema; a renamed or removed one raises it. No event holds anything of one patient.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medfed.core.checks import RunError
+from medfed.monitor.metrics import Figure
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; the class name in snake case is the event's name."""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run begins. digest: sha256 of the study; machine: processor kind and threads."""
+
+    study: str
+    digest: str
+    seed: int
+    rounds: int
+    versions: Mapping[str, str]
+    machine: Mapping[str, str | int]
+
+
+@dataclass(frozen=True)
+class Planned(Event):
+    """The parts agree. sizes: training and test rows of each site; message: numbers in a row."""
+
+    algorithm: str
+    model: str
+    parameters: int
+    features: int
+    message: int
+    path: str
+    sizes: Mapping[str, Mapping[str, int]]
+    labels: Mapping[str, Mapping[str, int]]
+    privacy: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """Clients are drawn and asked to work."""
+
+    round: int
+    clients: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SiteExcluded(Event):
+    """A drawn site does not count in this round; the reason names no patient."""
+
+    round: int
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundFinished(Event):
+    """Rows are combined and the server has moved. Per client, in the order of `clients`: loss, seconds, steps."""
+
+    round: int
+    clients: Sequence[str]
+    loss: float | None
+    losses: Sequence[float | None]
+    site_seconds: Sequence[float]
+    steps: Sequence[int]
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Tested(Event):
+    """A model was tested on held-out patients. model: federated, local (each site's own) or pooled."""
+
+    round: int
+    model: str
+    n: int
+    loss: float | None
+    all_sites: Mapping[str, Figure]
+    macro: Mapping[str, Figure]
+    per_site: Mapping[str, Mapping[str, Figure]]
+    site_n: Mapping[str, int]
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """A run goes on after round `round`; `note` says what was found damaged, if anything."""
+
+    round: int
+    note: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """A run ends. status: complete (all asked rounds with all asked sites) or incomplete."""
+
+    status: str
+    rounds: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    reason: str
+
+
+EVENTS: dict[str, type[Event]] = {
+    "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
+    for kind in (
+        RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Tested, Resumed, RunFinished,
+    )
+}  # fmt: skip
+_NAMES = {kind: name for name, kind in EVENTS.items()}
+
+Listener = Callable[[Event], None]
+
+
+class Log:
+    """Appends events to a file and tells listeners; without a file it keeps them in memory."""
+
+    def __init__(self, path: Path | None = None, listeners: Sequence[Listener] = ()) -> None:
+        self.listeners, self._path = list(listeners), path
+        self._kept: list[Event] = []
+        self._file = open(path, "ab") if path else None  # noqa: SIM115 (closed by close)
+
+    def emit(self, event: Event) -> None:
+        """Write the event, then tell every listener."""
+        if self._file:
+            try:
+                self._file.write(line(event).encode() + b"\n")
+                self._file.flush()
+            except OSError as error:
+                raise RunError(
+                    f"{self._file.name} cannot be written: {error.strerror}. Free the disk, then resume."
+                ) from error
+        else:
+            self._kept.append(event)
+        for listener in self.listeners:
+            listener(event)
+
+    def events(self) -> Sequence[Event]:
+        """Return all events so far, those before a resumption too."""
+        return list(read(self._path)) if self._path else self._kept
+
+    def offset(self) -> int:
+        """Return how many bytes of the file are on disk, after flushing them there."""
+        if not self._file:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+def line(event: Event) -> str:
+    """Return an event as one line of JSON."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps(
+        {"schema": SCHEMA, "event": _NAMES[type(event)], "time": now, **dataclasses.asdict(event)}, allow_nan=False
+    )
+
+
+def parse(text: str) -> Event:
+    """Read one line; raise RunError for a newer schema or an unknown event."""
+    fields = json.loads(text)
+    schema, name = fields.pop("schema"), fields.pop("event")
+    fields.pop("time")
+    if schema != SCHEMA or name not in EVENTS:
+        raise RunError(
+            f"event {name!r} of schema={schema}; this medfed reads schema {SCHEMA}. Use the medfed that wrote it."
+        )
+    if name == "tested":
+        fields["all_sites"] = _figures(fields["all_sites"])
+        fields["macro"] = _figures(fields["macro"])
+        fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
+    return EVENTS[name](**fields)
+
+
+def read(path: Path) -> Iterator[Event]:
+    """Yield the events of a log; a last line that was cut off by a crash is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    for number, text in enumerate(lines):
+        if not text:
+            continue
+        try:
+            yield parse(text.decode())
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) - 1:
+                return
+            raise RunError(f"{path}, line {number + 1} is damaged ({error})") from error
+
+
+def _figures(raw: dict[str, dict[str, Any]]) -> dict[str, Figure]:
+    return {name: Figure(**value) for name, value in raw.items()}

@@ -1,0 +1,105 @@
+"""summary.json: what a run came to, as a function of its events. What was not measured is null."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from medfed.monitor.events import (
+    Event,
+    Planned,
+    Resumed,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SiteExcluded,
+    Tested,
+    Warned,
+)
+from medfed.monitor.metrics import Figure
+
+
+def summarise(events: Iterable[Event]) -> dict[str, Any]:
+    """Return the summary of a run, finished or not; rounds that a resumed run did again count once."""
+    started: RunStarted | None = None
+    planned: Planned | None = None
+    finished: RunFinished | None = None
+    rounds: dict[int, RoundFinished] = {}
+    tests: dict[str, Tested] = {}
+    excluded: list[SiteExcluded] = []
+    warnings: list[str] = []
+    earlier, traffic = 0.0, [0, 0]
+    for event in events:
+        match event:
+            case RunStarted():
+                started = event
+            case Planned():
+                planned = event
+            case Warned():
+                warnings.append(event.text)
+            case Resumed():
+                rounds = {number: r for number, r in rounds.items() if number <= event.round}
+                excluded = [e for e in excluded if e.round <= event.round]
+                earlier = sum(r.seconds for r in rounds.values())
+                finished = None
+            case SiteExcluded():
+                excluded.append(event)
+            case RoundFinished():
+                rounds[event.round] = event
+                traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
+            case Tested():
+                tests[event.model] = event
+                traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
+            case RunFinished():
+                finished = event
+    asked = started.rounds if started else None
+    sites = list(planned.sizes) if planned else []
+    final = tests.get("federated")
+    times = [r.seconds for r in rounds.values()]
+    return {
+        "study": started.study if started else None,
+        "digest": started.digest if started else None,
+        "status": finished.status if finished else "incomplete",
+        "algorithm": planned.algorithm if planned else None,
+        "model": planned.model if planned else None,
+        "parameters": planned.parameters if planned else None,
+        "rounds": len(rounds),
+        "rounds_asked": asked,
+        "sites": sites,
+        "test": _plain(final.all_sites, final.n) if final else None,
+        "intervals": _intervals(final.all_sites) if final else None,
+        "macro": _plain(final.macro, None) if final else None,
+        "per_site": _per_site(final) if final else {},
+        "baselines": {name: _baseline(test) for name, test in tests.items() if name != "federated"},
+        "privacy": dict(planned.privacy) if planned else None,
+        "seconds": {
+            "total": round(earlier + finished.seconds, 3) if finished else None,
+            "per_round": round(sum(times) / len(times), 6) if times else None,
+        },
+        "bytes": {"up": traffic[0], "down": traffic[1]},
+        "participation": {site: sum(site in r.clients for r in rounds.values()) for site in sites},
+        "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
+        "warnings": warnings,
+        "versions": dict(started.versions) if started else None,
+        "machine": dict(started.machine) if started else None,
+    }
+
+
+def _plain(figures: Mapping[str, Figure], n: int | None) -> dict[str, float | int | None]:
+    values: dict[str, float | int | None] = {name: figure.value for name, figure in figures.items()}
+    return values if n is None else {**values, "n": n}
+
+
+def _intervals(figures: Mapping[str, Figure]) -> dict[str, list[float] | None]:
+    return {name: None if f.low is None or f.high is None else [f.low, f.high] for name, f in figures.items()}
+
+
+def _per_site(tested: Tested) -> dict[str, Any]:
+    return {site: _plain(figures, tested.site_n[site]) for site, figures in tested.per_site.items()}
+
+
+def _baseline(tested: Tested) -> dict[str, Any]:
+    return {
+        "test": _plain(tested.all_sites, tested.n),
+        "intervals": _intervals(tested.all_sites),
+        "macro": _plain(tested.macro, None),
+        "per_site": _per_site(tested),
+    }

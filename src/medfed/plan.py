@@ -1,0 +1,182 @@
+"""The plan: a study checked as a whole, before any training. What must agree does agree, or both sides are named."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from medfed import models
+from medfed.algorithms import ALGORITHMS, Algorithm
+from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
+from medfed.core.flat import vector
+from medfed.core.streams import Streams
+from medfed.data.preprocess import Encoding
+from medfed.layers import has_rules
+from medfed.local import LocalPlan
+from medfed.privacy.budget import Ledger, NoClaim
+from medfed.robust.rules import RULES, Rule
+from medfed.study import Study
+from medfed.wire import PLAIN, Link
+
+POOLED = "pooled rows"
+"""Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a round needs, resolved. Sizes are public: training and test rows of each site."""
+
+    study: Study
+    encoding: Encoding
+    sizes: Mapping[str, Mapping[str, int]]
+    participants: tuple[str, ...]  # who trains
+    testers: tuple[str, ...]  # who holds test patients
+    parameters: int
+    message: int  # M, numbers in a row
+    label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return ALGORITHMS[self.study.training.algorithm]
+
+    @property
+    def local(self) -> LocalPlan:
+        return local_plan(self.study, self.encoding)
+
+    @property
+    def links(self) -> Sequence[Link]:
+        return PLAIN
+
+    @property
+    def rule(self) -> Rule | None:
+        return RULES[self.study.robustness.rule]
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.study.study.seed)
+
+    def ledger(self) -> Ledger:
+        """Return a fresh ledger for the study's privacy."""
+        return NoClaim()
+
+    def weight(self, site: str) -> float:
+        """Return a site's public weight, not normalised."""
+        uniform = self.study.training.weighting == "uniform"
+        return 1.0 if uniform else float(self.sizes[site]["train"])
+
+    def first_weights(self) -> Tensor:
+        """Return the model's weights [P] before the first round: a function of the seed."""
+        return vector(build_model(self.study, self.encoding))
+
+    @property
+    def path(self) -> str:
+        """Which local training path serves this model."""
+        asked = self.study.training.path
+        return asked if asked != "auto" else "rules" if has_rules(build_model(self.study, self.encoding)) else "func"
+
+
+def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> Plan:
+    """Check a study against what its sites told; return the plan.
+
+    Raises StudyError, DataError or PlanError where something cannot work, with the way out.
+    """
+    check(study)
+    names = tuple(surveys)
+    sizes = {name: {"train": int(s["train"]), "test": int(s["test"])} for name, s in surveys.items()}
+    for name, size in sizes.items():
+        if size["train"] == 0:
+            raise DataError(
+                f"site {name!r} has no training row ({size['test']} test rows); remove it or lower data.test_fraction"
+            )
+    if study.fleet.clients_per_round > len(names):
+        raise PlanError(
+            f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {len(names)} sites; lower it"
+        )
+    if not any(size["test"] for size in sizes.values()):
+        raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
+    model = build_model(study, encoding)
+    parameters = models.count(model)
+    pooled = study.training.algorithm == "pooled"
+    if pooled:
+        sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
+    return Plan(
+        study=study,
+        encoding=encoding,
+        sizes=sizes,
+        participants=(POOLED,) if pooled else names,
+        testers=names,
+        parameters=parameters,
+        message=message_length(study.training.algorithm, parameters),
+        label_counts={name: s["labels"] for name, s in surveys.items()},
+        warnings=tuple(_warnings(surveys, encoding)),
+    )
+
+
+def check(study: Study) -> None:
+    """Refuse what does not compose, from the study alone."""
+    training = study.training
+    if training.algorithm not in ALGORITHMS:
+        raise StudyError(
+            f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
+        )
+    algorithm = ALGORITHMS[training.algorithm]
+    where = f"training.algorithm={training.algorithm!r}"
+    if algorithm.plain_sgd and (training.optimizer != "sgd" or training.momentum > 0):
+        raise PlanError(
+            f"{where} and training.optimizer={training.optimizer!r} with momentum={training.momentum:g} do not "
+            f"compose: {algorithm.plain_sgd}. Set training.optimizer='sgd' and training.momentum=0, or take fedavg."
+        )
+    if algorithm.any_sgd and training.optimizer != "sgd":
+        raise PlanError(
+            f"{where} and training.optimizer={training.optimizer!r} do not compose: {algorithm.any_sgd}. "
+            "Set training.optimizer='sgd', or take fedavg."
+        )
+
+
+def build_model(study: Study, encoding: Encoding) -> nn.Module:
+    """Build the study's model for the encoded columns."""
+    seed = Streams(study.study.seed).key("weights")
+    outputs = encoding.target.outputs
+    return models.build(study.model.name, len(encoding.names()), outputs, study.model.options, seed)
+
+
+def message_length(algorithm: str, parameters: int) -> int:
+    """Return M, the numbers in a row of an algorithm for P parameters."""
+    extra = {"scaffold": parameters, "fednova": 1, "local": -parameters}
+    return parameters + extra.get(algorithm, 0)
+
+
+def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
+    """Return how a client of this study trains."""
+    t = study.training
+    return LocalPlan(
+        task=encoding.target.task,
+        epochs=t.local_epochs,
+        steps=t.local_steps,
+        batch_size=t.batch_size,
+        optimizer=t.optimizer,
+        learning_rate=t.learning_rate,
+        momentum=t.momentum,
+        beta2=t.beta2,
+        weight_decay=t.weight_decay,
+    )
+
+
+def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:
+    found = []
+    for name, survey in surveys.items():
+        if survey["test"] == 0:
+            found.append(f"site {name!r} has no test patient; its own figures are null")
+        if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:
+            label = next(iter(survey["train_labels"]))
+            found.append(f"site {name!r} trains on one class only ({label!r}); its own model cannot tell classes apart")
+        absent = [
+            c.name for c in encoding.columns if survey["missing"].get(c.name, 0) == survey["train"] + survey["test"]
+        ]
+        if absent:
+            found.append(
+                f"site {name!r} has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
+            )
+    return found

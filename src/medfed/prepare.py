@@ -1,0 +1,52 @@
+"""Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medfed.core import codec
+from medfed.core.checks import DataError
+from medfed.data import preprocess
+from medfed.data.preprocess import Encoding
+from medfed.engine.port import Fleet, gather
+from medfed.plan import Plan, check, make
+from medfed.study import Study
+
+_PATIENCE = 600.0  # seconds; nothing is trained yet
+
+
+def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None) -> Plan:
+    """Return the plan, every site having encoded its rows. A known `encoding` (a resumed run's) is not agreed anew.
+
+    Raises StudyError, DataError or PlanError; nothing has been trained then.
+    """
+    check(study)
+    surveys = ask_surveys(fleet, sites)
+
+    def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+        payload = codec.encode({"question": question, **header}, tensors)
+        answers = _ask_all(fleet, sites, "answer", payload)
+        return torch.stack([tensors["answer"] for _, tensors in answers.values()]).sum(0)
+
+    encoding = encoding or preprocess.agree(surveys, study.data, ask)
+    plan = make(study, surveys, encoding)
+    _ask_all(fleet, sites, "prepare", codec.encode({"encoding": encoding.to_json()}))
+    return plan
+
+
+def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what each site tells of its table: sizes, columns, categories, labels, gaps."""
+    return {name: header["survey"] for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()}
+
+
+def _ask_all(
+    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes
+) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Ask every site and decode its answer; raise DataError with the first site's reason where one cannot."""
+    replies = gather(fleet, sites, op, payload, _PATIENCE)
+    for name, reply in replies.items():
+        if reply.error:
+            raise DataError(f"site {name!r}: {reply.error}")
+    return {name: codec.decode(reply.payload) for name, reply in replies.items()}

@@ -1,0 +1,1 @@
+"""What a patient's presence can change, counted."""

@@ -1,0 +1,1 @@
+"""Rules that turn rows into weights, so that liars lose their influence."""

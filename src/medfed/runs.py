@@ -1,0 +1,332 @@
+"""A run: one execution of a study in a folder of its own, from the first survey to the summary; and how it resumes.
+
+The folder holds study.toml (frozen), plan.json (how records become numbers), events.jsonl, checkpoints/, sites/ (what
+sites remember, in a simulation), and at the end model.safetensors and summary.json.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from medfed import checkpoints
+from medfed import study as studies
+from medfed.algorithms import Server
+from medfed.core import codec, files
+from medfed.core.checks import MedfedError, QuorumError, RunError
+from medfed.core.flat import Layout
+from medfed.core.streams import Streams
+from medfed.data import sources
+from medfed.data.preprocess import Encoding
+from medfed.data.tables import clean, numbered
+from medfed.engine.inprocess import InProcess
+from medfed.engine.port import gather
+from medfed.local import outputs
+from medfed.monitor import events
+from medfed.monitor.events import Listener, Log
+from medfed.monitor.summary import summarise
+from medfed.plan import POOLED, Plan, build_model
+from medfed.prepare import ask_surveys, prepare
+from medfed.round import run_round, test
+from medfed.site import Site
+from medfed.study import Study
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: `summary` as in summary.json, the model, and the folder (None for a simulation in memory)."""
+
+    summary: dict[str, Any]
+    study: Study
+    encoding: Encoding
+    w_P: Tensor
+    folder: Path | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all asked rounds ran with all asked sites."""
+        return bool(self.summary["status"] == "complete")
+
+    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the model's prediction for each row of a table with the study's feature columns.
+
+        Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing is
+        filled with the median of this table, as a site does.
+        """
+        data, target = self.study.data, self.encoding.target
+        filler = target.labels[0] if target.labels else 0.0
+        framed = numbered(frame.assign(**{data.target: filler}))
+        named = dataclasses.replace(data, site="", patient="", features=tuple(c.name for c in self.encoding.columns))
+        table = clean("prediction", framed, named, Streams(0))
+        every = np.ones(len(table), dtype=bool)
+        rows = self.encoding.encode(table, every, every)
+        z = outputs(build_model(self.study, self.encoding), self.w_P, rows.x)
+        if target.task == "regression":
+            return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
+        if target.task == "binary":
+            return pd.DataFrame({target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index)
+        return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
+
+
+def run(
+    study: Study,
+    out: Path | None = None,
+    data: Path | None = None,
+    listeners: Sequence[Listener] = (),
+    progress: bool = False,
+) -> Result:
+    """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data is looked for.
+
+    Raises a MedfedError before any training for whatever is wrong with study, data or folder; the folder is made only
+    when the plan stands. A round that loses its quorum ends the run, which can be resumed.
+    """
+    folder = out or Path("runs") / f"{study.study.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"--out {str(folder)!r} is not empty; give another folder, or `medfed resume {folder}`")
+    sites = open_sites(study, data, folder / "sites", progress)
+    study = sites[0].study
+    fleet = InProcess(sites)
+    plan = prepare(study, fleet, fleet.sites())
+    if plan.participants == (POOLED,):
+        fleet = InProcess([*sites, Site.pooled(sites)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
+    files.write(folder / "study.toml", study.toml())
+    files.write(folder / "plan.json", json.dumps({"digest": study.digest(), "encoding": plan.encoding.to_json()}))
+    log = Log(folder / "events.jsonl", listeners)
+    server = plan.algorithm.begin(plan.first_weights(), study.training)
+    _tell_start(plan, log)
+    _checkpoint(folder, server, plan, fleet, log)
+    return _drive(plan, fleet, sites, server, log, folder)
+
+
+def resume(folder: Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
+    """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
+
+    A damaged checkpoint is passed over for the one before, and the log says so. Raises RunError where the folder is no
+    run, was changed, or holds no whole checkpoint.
+    """
+    study, encoding = read_plan(folder)
+    server, header, note = checkpoints.read_last(folder / "checkpoints")
+    sites = open_sites(study, data, folder / "sites")
+    fleet = InProcess(sites)
+    plan = prepare(study, fleet, fleet.sites(), encoding)
+    if dict(plan.sizes) != header["sizes"]:
+        raise RunError(
+            f"{folder}: the data has changed since the run began (sizes {header['sizes']} then); start the study again"
+        )
+    if plan.participants == (POOLED,):
+        fleet = InProcess([*sites, Site.pooled(sites)])
+    if plan.algorithm.kept:
+        for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
+            if reply.error:
+                raise RunError(f"{folder}: site {reply.site!r} cannot go back to round {server.round}: {reply.error}")
+    os.truncate(folder / "events.jsonl", header["events"])
+    log = Log(folder / "events.jsonl", listeners)
+    log.emit(events.Resumed(server.round, note))
+    return _drive(plan, fleet, sites, server, log, folder)
+
+
+def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
+    """Run a study in memory: no folder, no checkpoints. For experiments that run many studies."""
+    sites = open_sites(study, data)
+    fleet = InProcess(sites)
+    plan = prepare(sites[0].study, fleet, fleet.sites())
+    if plan.participants == (POOLED,):
+        fleet = InProcess([*sites, Site.pooled(sites)])
+    log = Log(None, listeners)
+    _tell_start(plan, log)
+    server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
+    return _drive(plan, fleet, sites, server, log, None)
+
+
+def load(folder: Path) -> Result:
+    """Return what a finished run came to, from its folder; raise RunError where it has not finished or is damaged."""
+    study, encoding = read_plan(folder)
+    try:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run") from error
+    layout = Layout.of(build_model(study, encoding))
+    w_P = torch.cat([tensors[name].reshape(-1) for name in layout.shapes])
+    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder)
+
+
+def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
+    """Return a node for each site of the study; their study has its data table completed by the source."""
+    frames, known = sources.frames(study, data, progress)
+    if known.table:
+        known = dataclasses.replace(known, table=str((study.folder / known.table).resolve()))
+    study = dataclasses.replace(study, data=known)
+    return [Site.open(name, frame, study, folder) for name, frame in frames.items()]
+
+
+def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
+    """Return what each site tells of its table, without training: sizes, gaps, classes."""
+    fleet = InProcess(open_sites(study, data, None, progress))
+    return ask_surveys(fleet, fleet.sites())
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Encoded rows of every site: site -> (x [n, M] float32, y [n])."""
+
+    features: list[str]
+    labels: tuple[str, ...]
+    train: dict[str, tuple[np.ndarray, np.ndarray]]
+    test: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def load_and_prepare_medical_data(study: str | Study = "breast-cancer", data: Path | None = None) -> PreparedData:
+    """Load a study's records, split them by patient and encode them as its sites would. The brief's function.
+
+    For the default study: 569 patients, 30 features and 2 products of them, scaled by median and IQR over all sites.
+    Everything comes back in one place, so this is for looking and for simulations.
+    """
+    sites = open_sites(study if isinstance(study, Study) else studies.load(study), data)
+    plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
+    return PreparedData(
+        features=plan.encoding.names(),
+        labels=plan.encoding.target.labels,
+        train={site.name: (site.train.x.numpy(), site.train.y.numpy()) for site in sites},
+        test={site.name: (site.test.x.numpy(), site.test.y.numpy()) for site in sites},
+    )
+
+
+def read_plan(folder: Path) -> tuple[Study, Encoding]:
+    """Return a run's frozen study and its encoding; raise RunError where they do not agree."""
+    try:
+        frozen = json.loads((folder / "plan.json").read_text())
+        study = studies.load(folder / "study.toml")
+    except (OSError, ValueError, MedfedError) as error:
+        raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
+    if study.digest() != frozen["digest"]:
+        raise RunError(f"{folder}/study.toml was changed after the run began; start a new run with your change")
+    return study, Encoding.from_json(frozen["encoding"])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's bits."""
+    packages = {name: version(name) for name in ("medfed", "torch", "numpy", "scikit-learn", "pandas")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _drive(
+    plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None
+) -> Result:
+    """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
+    began, ledger, study = time.perf_counter(), plan.ledger(), plan.study
+    up = down = 0
+    status, reason = "complete", ""
+    try:
+        while server.round < study.training.rounds:
+            server = run_round(server, plan, fleet, ledger, log)
+            if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
+                test(server, plan, fleet, log, _model_name(plan))
+            if folder:
+                _checkpoint(folder, server, plan, fleet, log)
+    except QuorumError as error:
+        status, reason = "incomplete", str(error)
+    test(server, plan, fleet, log, _model_name(plan), intervals=True)
+    if study.monitor.baselines and status == "complete" and study.training.algorithm not in ("local", "pooled"):
+        for name in ("local", "pooled"):
+            _baseline(name, study, sites, plan.encoding, log)
+    recorded = log.events()
+    if any(isinstance(event, events.SiteExcluded) for event in recorded):
+        status, reason = "incomplete", reason or "some sites were left out of some rounds"
+    for event in recorded:
+        if isinstance(event, events.RoundFinished | events.Tested):
+            up, down = up + event.bytes_up, down + event.bytes_down
+    if folder:
+        _write_model(folder, server, plan)
+    log.emit(events.RunFinished(status, server.round, round(time.perf_counter() - began, 3), up, down, reason))
+    summary = summarise(log.events())
+    log.close()
+    if folder:
+        files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    return Result(summary, study, plan.encoding, server.w_P, folder)
+
+
+def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
+    """Train a baseline with the study's own settings, in silence, and tell what it is worth."""
+    other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0)
+    twins = [site.under(other) for site in sites]
+    fleet = InProcess(twins)
+    plan = prepare(other, fleet, fleet.sites(), encoding)
+    if name == "pooled":
+        fleet = InProcess([*twins, Site.pooled(twins)])
+    server = plan.algorithm.begin(plan.first_weights(), other.training)
+    try:
+        for _ in range(other.training.rounds):
+            server = run_round(server, plan, fleet, plan.ledger(), Log())
+    except QuorumError as error:
+        log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
+        return
+    test(server, plan, fleet, log, name, intervals=True)
+
+
+def _model_name(plan: Plan) -> str:
+    algorithm = plan.study.training.algorithm
+    return algorithm if algorithm in ("local", "pooled") else "federated"
+
+
+def _tell_start(plan: Plan, log: Log) -> None:
+    study, training = plan.study, plan.study.training
+    machine: dict[str, str | int] = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+    log.emit(
+        events.RunStarted(study.study.name, study.digest(), study.study.seed, training.rounds, versions(), machine)
+    )
+    log.emit(
+        events.Planned(
+            algorithm=training.algorithm,
+            model=study.model.name,
+            parameters=plan.parameters,
+            features=len(plan.encoding.names()),
+            message=plan.message,
+            path=plan.path,
+            sizes=plan.sizes,
+            labels=plan.label_counts,
+            privacy=plan.ledger().claim(),
+        )
+    )
+    for text in plan.warnings:
+        log.emit(events.Warned(text))
+
+
+def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log) -> None:
+    """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
+    keep = plan.study.monitor.checkpoints
+    if plan.algorithm.kept and server.round > 0:
+        payload = codec.encode({"round": server.round, "keep": keep + 1})
+        for reply in gather(fleet, plan.participants, "save", payload, 600).values():
+            if reply.error:
+                raise RunError(f"site {reply.site!r} cannot save its state: {reply.error}")
+    header = {"events": log.offset(), "sizes": dict(plan.sizes)}
+    checkpoints.write(folder / "checkpoints", server, header, keep)
+
+
+def _write_model(folder: Path, server: Server, plan: Plan) -> None:
+    layout = Layout.of(build_model(plan.study, plan.encoding))
+    tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.w_P)}
+    metadata = {"encoding": json.dumps(plan.encoding.to_json()), "study": plan.study.digest()}
+    files.write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata))

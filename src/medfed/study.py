@@ -1,0 +1,357 @@
+"""The study file: the whole description of one federation, as frozen dataclasses.
+
+A study is TOML. Each table is one dataclass here, each key one field; `docs/study.md` is generated from them. A key
+that is not here does not exist: it is refused with the nearest right name. What a later version adds is added here.
+"""
+
+import dataclasses
+import hashlib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from medfed.core.checks import StudyError, nearest
+
+
+def _key(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class About:
+    """What the study is."""
+
+    name: str = _key("", "Name of the study; default: the file's name.")
+    purpose: str = _key("HRESCH", "Purpose of use, an HL7 v3 ActReason code; HRESCH is healthcare research.")
+    seed: int = _key(0, "Seed of split, partition, initial weights, batch order and dropout. Same seed, same bits.")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What is publicly known of one feature, before any patient is looked at: an entry of the data dictionary."""
+
+    range: tuple[float, ...] = _key((), "Plausible [low, high]; with preprocess = 'dictionary' it maps to [-2, 2].")
+    log: bool = _key(False, "Take the logarithm first; values are floored at low, or at 1 % of high where low is 0.")
+    categories: tuple[str, ...] = _key((), "The categories of a text feature, in order; others count as missing.")
+    missing: tuple[str, ...] = _key((), "Texts that mean 'not measured' for this feature, besides data.missing_values.")
+    unit: str = _key("", "Unit, for people.")
+    doc: str = _key("", "What the feature is, for people.")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where records come from, what is predicted, and how records become numbers."""
+
+    source: str = _key("", "A built-in source (`medfed data list`); or give `table`.")
+    table: str = _key("", "A csv, csv.gz or parquet file, relative to the study file.")
+    target: str = _key("", "Column to predict.")
+    task: Literal["auto", "binary", "multiclass", "regression"] = _key(
+        "auto", "auto: two labels are binary, more are multiclass; a number needs task = 'regression'."
+    )
+    positive: str = _key("", "The positive label of a binary target; default: 1, or the last in alphabetical order.")
+    site: str = _key("", "Column that names the site; without it `[sites]` says how patients are shared out.")
+    patient: str = _key("", "Column that names the patient; without it one row is one patient.")
+    features: tuple[str, ...] = _key((), "Feature columns; default: every column that is nothing else.")
+    missing_values: tuple[str, ...] = _key(
+        ("", "?", "NA", "N/A", "NaN", "nan", "null", "None"), "Texts that mean 'not measured' in every column."
+    )
+    on_missing: Literal["impute", "refuse"] = _key(
+        "impute", "impute: an indicator column, and the site's own training median; refuse: an error naming the rows."
+    )
+    test_fraction: float = _key(0.2, "Share of patients held out for testing, in (0, 1).")
+    split: Literal["patient", "stratified"] = _key(
+        "patient",
+        "patient: each patient's keyed hash alone decides, so no patient moves another and class shares agree in "
+        "expectation; stratified: exact shares in each site and class, by rank of the hash, so one patient may move "
+        "one other.",
+    )
+    test: str = _key("", "Column that marks held-out rows (test/train, 1/0, yes/no); it takes the place of `split`.")
+    preprocess: Literal["robust", "standard", "dictionary", "none"] = _key(
+        "robust",
+        "robust: median and IQR, exact over all sites by counting; standard: mean and standard deviation; "
+        "dictionary: public ranges, nothing is computed from patients; none: numbers are taken as they are.",
+    )
+    dictionary: dict[str, Feature] = field(
+        default_factory=dict, metadata={"doc": "`[data.dictionary.NAME]`: what is publicly known of feature NAME."}
+    )
+
+
+@dataclass(frozen=True)
+class Sites:
+    """How patients are shared out to sites where the data has no site column (a simulation of hospitals)."""
+
+    names: tuple[str, ...] = _key((), "Names of the sites.")
+    shares: tuple[float, ...] = _key((), "Share of patients of each site; they sum to 1.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained."""
+
+    name: str = _key("logistic", "logistic, mlp, medical-mlp, or package.module:factory (your torch.nn.Module).")
+    options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"doc": "`[model.options]`: passed to the factory; the zoo's networks take hidden, dropout and norm."},
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained: the algorithm, the local steps, the server's step."""
+
+    algorithm: str = _key(
+        "fedavg", "fedavg, fedprox, scaffold, fednova, fedavgm, fedadam, fedyogi, fedadagrad, local or pooled."
+    )
+    rounds: int = _key(10, "Rounds, 1 or more.")
+    local_epochs: int = _key(1, "Passes of each site over its own rows in a round.")
+    local_steps: int = _key(0, "If above 0: that many steps a round instead of epochs.")
+    batch_size: int = _key(32, "Rows in a batch; 0 takes all rows of the site.")
+    optimizer: Literal["sgd", "adam"] = _key("sgd", "The local optimiser; its state starts afresh each round.")
+    learning_rate: float = _key(0.1, "Local learning rate.")
+    momentum: float = _key(0.0, "Momentum of local SGD, or Adam's beta1.")
+    beta2: float = _key(0.999, "Adam's beta2.")
+    weight_decay: float = _key(0.0, "L2 penalty: weight_decay times the weights is added to the gradient.")
+    mu: float = _key(0.01, "FedProx: strength of the pull towards the global model.")
+    server_learning_rate: float = _key(
+        0.0, "Step of the server; 0 takes the algorithm's own: 1, or 0.1 for fedadam, fedyogi and fedadagrad."
+    )
+    server_momentum: float = _key(0.9, "FedAvgM's momentum; beta1 of fedadam and fedyogi.")
+    server_beta2: float = _key(0.99, "beta2 of fedadam and fedyogi.")
+    server_epsilon: float = _key(1e-3, "tau of fedadam, fedyogi and fedadagrad: how far they adapt.")
+    weighting: Literal["samples", "uniform"] = _key("samples", "Weight of a site in the mean: its training rows, or 1.")
+    quorum: float = _key(1.0, "Share of the drawn sites that must answer for a round to count, in (0, 1].")
+    deadline: float = _key(600.0, "Seconds after which a site that has not answered is left out of the round.")
+    path: Literal["auto", "rules", "func", "loop"] = _key(
+        "auto",
+        "Local training by layer rules, torch.func or the plain loop; auto takes rules where all layers have one.",
+    )
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What protects a patient in what leaves the sites."""
+
+    noise: Literal["none"] = _key("none", "none: no differential privacy is claimed, and summary.json says so.")
+
+
+@dataclass(frozen=True)
+class Security:
+    """Who can read a site's row."""
+
+    aggregation: Literal["plain"] = _key("plain", "plain: the coordinator sees every site's row.")
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What malicious sites can do."""
+
+    rule: Literal["mean"] = _key("mean", "mean: no protection; one site can move the model at will.")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Who takes part in a round."""
+
+    clients_per_round: int = _key(0, "Sites drawn at random each round; 0 takes all.")
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What is measured and kept."""
+
+    evaluate_every: int = _key(1, "Test the global model after every so many rounds, and after the last.")
+    baselines: bool = _key(True, "Also train each site alone, and one model on pooled rows (a simulation only).")
+    checkpoints: int = _key(3, "How many past rounds can be resumed from, 2 or more.")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study. Change a value with `study.set("training.rounds", 5)`; a study is never changed in place."""
+
+    study: About = About()
+    data: Data = Data()
+    sites: Sites = Sites()
+    model: Model = Model()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    security: Security = Security()
+    robustness: Robustness = Robustness()
+    fleet: Fleet = Fleet()
+    monitor: Monitor = Monitor()
+    folder: Path = field(default=Path(), metadata={"hidden": True})  # where `data.table` is looked for
+
+    def set(self, key: str, value: Any) -> "Study":
+        """Return the study with one value changed, `key` being dotted: "training.rounds"."""
+        tables = self.tables()
+        *path, last = key.split(".")
+        place = tables
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+        return dataclasses.replace(from_tables(tables), folder=self.folder)
+
+    def tables(self) -> dict[str, Any]:
+        """Return the study as plain tables, every value written out."""
+        tables = dataclasses.asdict(self)
+        del tables["folder"]
+        return tables
+
+    def toml(self) -> str:
+        """Return the study as TOML with every value written out."""
+        return tomli_w.dumps(self.tables())
+
+    def digest(self) -> str:
+        """Return the sha256 of the study: two studies of one digest ask for the same run."""
+        return hashlib.sha256(self.toml().encode()).hexdigest()
+
+
+def bundled() -> dict[str, Path]:
+    """Return the studies that come with medfed, by name."""
+    folder = Path(__file__).parent / "studies"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
+    """Read a study from a file or by the name of a bundled one, then apply settings "key=value" (TOML values).
+
+    Raises StudyError with the key, its value and the way out; no data is touched.
+    """
+    path = bundled().get(str(study), Path(study))
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise StudyError(
+            f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
+    loaded = from_tables(tables)
+    if not loaded.study.name:
+        loaded = loaded.set("study.name", path.stem)
+    loaded = dataclasses.replace(loaded, folder=path.parent.resolve())
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise StudyError(f"--set {setting!r}; expected KEY=VALUE, as in --set training.rounds=5")
+        loaded = loaded.set(key.strip(), parse_value(text.strip()))
+    return loaded
+
+
+def parse_value(text: str) -> Any:
+    """Read a command-line value as TOML; what is not TOML is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def from_tables(tables: Mapping[str, Any]) -> Study:
+    """Build a study from plain tables, checking names, types and ranges.
+
+    Raises StudyError naming the key.
+    """
+    study = _read(Study, tables, "")
+    _check_ranges(study)
+    return study  # type: ignore[no-any-return]
+
+
+def _read(kind: Any, value: Any, key: str) -> Any:
+    """Convert a TOML value to a field's type, or raise StudyError with its key."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise StudyError(f"{key}={value!r}; expected a table [{key}]")
+        hints = get_type_hints(kind)
+        fields = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}
+        for name in value:
+            if name not in fields:
+                where = f"{key}.{name}" if key else name
+                raise StudyError(f"unknown key {where!r}; {nearest(name, fields)}")
+        return kind(**{n: _read(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise StudyError(f"{key}={value!r}; expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise StudyError(f"{key}={value!r}; expected a table [{key}]")
+        return {name: _read(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, Sequence):
+            raise StudyError(f"{key}={value!r}; expected a list")
+        return tuple(_read(arguments[0], item, key) for item in items)
+    if origin in (Union, types.UnionType):
+        raise AssertionError(f"{key}: union types are not read")
+    return _read_scalar(kind, value, key)
+
+
+def _read_scalar(kind: Any, value: Any, key: str) -> Any:
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # `positive = 1` means the label "1"
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise StudyError(f"{key}={value!r}; expected {'a number' if kind in (int, float) else kind.__name__}")
+    return value
+
+
+def _check_ranges(study: Study) -> None:
+    """Refuse values that no plan could use, before any data is read."""
+    t, data, sites = study.training, study.data, study.sites
+    rules: list[tuple[str, object, bool, str]] = [
+        ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
+        ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
+        ("training.local_epochs", t.local_epochs, t.local_epochs >= 1, "1 or more"),
+        ("training.local_steps", t.local_steps, t.local_steps >= 0, "0 (use local_epochs) or more"),
+        ("training.batch_size", t.batch_size, t.batch_size >= 0, "0 (all rows) or more"),
+        ("training.learning_rate", t.learning_rate, 0 < t.learning_rate < 1e6, "above 0"),
+        ("training.momentum", t.momentum, 0 <= t.momentum < 1, "in [0, 1)"),
+        ("training.beta2", t.beta2, 0 < t.beta2 < 1, "in (0, 1)"),
+        ("training.weight_decay", t.weight_decay, 0 <= t.weight_decay < 1e6, "0 or more"),
+        ("training.mu", t.mu, 0 <= t.mu < 1e6, "0 or more"),
+        ("training.server_learning_rate", t.server_learning_rate, 0 <= t.server_learning_rate < 1e6, "0 or more"),
+        ("training.server_momentum", t.server_momentum, 0 <= t.server_momentum < 1, "in [0, 1)"),
+        ("training.server_beta2", t.server_beta2, 0 < t.server_beta2 < 1, "in (0, 1)"),
+        ("training.server_epsilon", t.server_epsilon, 0 < t.server_epsilon < 1e6, "above 0"),
+        ("training.quorum", t.quorum, 0 < t.quorum <= 1, "in (0, 1]"),
+        ("training.deadline", t.deadline, t.deadline > 0, "seconds above 0"),
+        ("data.test_fraction", data.test_fraction, 0 < data.test_fraction < 1, "in (0, 1)"),
+        (
+            "fleet.clients_per_round",
+            study.fleet.clients_per_round,
+            study.fleet.clients_per_round >= 0,
+            "0 (all) or more",
+        ),
+        ("monitor.evaluate_every", study.monitor.evaluate_every, study.monitor.evaluate_every >= 1, "1 or more"),
+        ("monitor.checkpoints", study.monitor.checkpoints, study.monitor.checkpoints >= 2, "2 or more"),
+        ("sites.names", sites.names, len(set(sites.names)) == len(sites.names), "each name once"),
+        ("sites.names", sites.names, all(sites.names), "no empty name"),
+        ("sites.shares", sites.shares, len(sites.shares) == len(sites.names), f"{len(sites.names)} shares, one a name"),
+        ("sites.shares", sites.shares, all(s > 0 for s in sites.shares), "shares above 0"),
+        (
+            "sites.shares",
+            sites.shares,
+            not sites.shares or abs(sum(sites.shares) - 1) < 1e-6,
+            f"shares that sum to 1, not {sum(sites.shares):g}",
+        ),
+    ]
+    for name, feature in data.dictionary.items():
+        where, low_high = f"data.dictionary.{name}.range", feature.range
+        rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
+        rules.append((where, low_high, len(low_high) != 2 or low_high[0] < low_high[1], "low below high"))
+        if feature.log:
+            rules.append(
+                (where, low_high, len(low_high) == 2 and low_high[0] >= 0, "[low, high] from 0 for log = true")
+            )
+    for key, value, holds, expected in rules:
+        if not holds:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise StudyError(f"{key}={shown!r}; expected {expected}. Change it in the study file or with --set.")

@@ -1,0 +1,72 @@
+"""What every test shares: how a test says what it needs, and two threads for everybody.
+
+A test that needs something not every machine has says so: `@pytest.mark.needs("data")`, or by the fixture `data_dir`.
+Where it is absent the test is skipped with the reason, unless the environment's MEDFED_REQUIRE (a comma list of kinds)
+names the kind: then it fails. CI sets MEDFED_REQUIRE, so that nothing is skipped there unseen.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+# The same split of sums on every machine, and no fight for cores; commands that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def _no_data() -> str | None:
+    folder = os.environ.get("MEDFED_DATA", "")
+    if not folder:
+        return "MEDFED_DATA is not set; expected the folder that holds fed_heart_disease"
+    if not (Path(folder) / "fed_heart_disease").is_dir():
+        return f"MEDFED_DATA={folder} does not hold the folder fed_heart_disease"
+    return None
+
+
+# kind -> why it is absent here, or None where it is at hand
+KINDS: dict[str, Callable[[], str | None]] = {"data": _no_data}
+
+
+def _required() -> set[str]:
+    return {kind.strip() for kind in os.environ.get("MEDFED_REQUIRE", "").split(",")} - {""}
+
+
+def _need(kind: str) -> None:
+    """Skip where `kind` is absent; fail where it is absent and required."""
+    if kind not in KINDS:
+        pytest.fail(f"needs({kind!r}): unknown kind; expected one of {sorted(KINDS)}", pytrace=False)
+    reason = KINDS[kind]()
+    if reason is None:
+        return
+    if kind in _required():
+        pytest.fail(f"{kind} is required (MEDFED_REQUIRE) but absent: {reason}", pytrace=False)
+    pytest.skip(f"needs {kind}: {reason}")
+
+
+def pytest_configure() -> None:
+    if unknown := _required() - KINDS.keys():
+        raise pytest.UsageError(f"MEDFED_REQUIRE={sorted(unknown)}: unknown kind; expected of {sorted(KINDS)}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture looks for what is absent
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for kind in mark.args:
+            _need(kind)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder MEDFED_DATA."""
+    _need("data")
+    return Path(os.environ["MEDFED_DATA"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    import torch  # here, so that collecting stays quick
+
+    torch.set_num_threads(2)
