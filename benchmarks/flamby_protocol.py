@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
+from torch import nn
 
 Site = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 Normalise = Literal["site", "pooled", "none"]
@@ -95,3 +96,8 @@ def _scale(x_SF: NDArray[np.float32], reference_SF: NDArray[np.float32] | None) 
         return x_SF
     scaled_SF: NDArray[np.float32] = (x_SF - reference_SF.mean(axis=0)) / (reference_SF.std(axis=0, ddof=1) + 1e-9)
     return scaled_SF
+
+
+def baseline(features: int, outputs: int) -> nn.Module:
+    """FLamby's logistic model as it starts: torch's own random first weights, not zero as medfed's `logistic` does."""
+    return nn.Sequential(nn.Linear(features, outputs))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from medfed.core.checks import MedfedError
@@ -21,7 +22,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder."
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")]
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         app()
     except MedfedError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -53,9 +54,7 @@ def run(
 
     console = _console(quiet or as_json)
     loaded = studies.load(study, set)
-    _finish(
-        runs.run(loaded, out, data, _listeners(console, as_json), progress=not (quiet or as_json)), console, as_json
-    )
+    _finish(runs.run(loaded, out, data, _listeners(console), progress=not (quiet or as_json)), console, as_json)
 
 
 @app.command()
@@ -64,7 +63,7 @@ def resume(run: RunFolder, data: DataFolder = None, as_json: AsJson = False, qui
     from medfed import runs
 
     console = _console(quiet or as_json)
-    _finish(runs.resume(run, data, _listeners(console, as_json)), console, as_json)
+    _finish(runs.resume(run, data, _listeners(console)), console, as_json)
 
 
 @app.command()
@@ -81,11 +80,14 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         print(json.dumps(found, indent=2))
         return
     console = _console()
-    console.print(f"[bold]{found['study']}[/]  {found['status']}, {found['rounds']} of {found['rounds_asked']} rounds")
+    console.print(
+        f"[bold]{escape(str(found['study']))}[/]  {found['status']}, "
+        f"{found['rounds']} of {found['rounds_asked']} rounds"
+    )
     if found["test"] or found["baselines"]:
         console.print(view.results(found))
     for item in found["excluded"]:
-        console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False)
+        console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False, markup=False)
 
 
 @app.command()
@@ -155,10 +157,11 @@ def data_show(
         console.print(f"figure: {figure}", highlight=False)
 
 
-def _listeners(console: Console, as_json: bool) -> list[Callable[[Any], None]]:
-    from medfed.monitor.console import Progressing
+def _listeners(console: Console) -> list[Callable[[Any], None]]:
+    """Show progress; where that is unwanted, only what went wrong, on standard error."""
+    from medfed.monitor.console import Progressing, Warnings
 
-    return [] if as_json else [Progressing(console)]
+    return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
 
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:

@@ -31,14 +31,20 @@ class Buffers:
     """Named tensors that are made once and handed out cut to the first A clients."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return an uninitialised contiguous tensor [A, ...] of `like`'s type, kept under `name`."""
-        kept = self._kept.get(name)
-        if kept is None or kept.dtype != like.dtype or kept[:1].numel() != prod(shape[1:]) or len(kept) < shape[0]:
-            kept = self._kept[name] = torch.empty(tuple(shape), dtype=like.dtype)
-        return kept[: shape[0]].view(tuple(shape))
+        wanted = (name, like.dtype, *shape)
+        view = self._views.get(wanted)
+        if view is None:
+            size, kept = prod(shape), self._kept.get((name, like.dtype))
+            if kept is None or len(kept) < size:
+                kept = self._kept[name, like.dtype] = torch.empty(size, dtype=like.dtype)
+                self._views.clear()
+            view = self._views[wanted] = kept[:size].view(tuple(shape))
+        return view
 
 
 class Rule:
@@ -292,12 +298,18 @@ class RuledModel:
 
 
 def has_rules(module: nn.Module) -> bool:
-    """Say whether every layer of the module has a rule, so that no autograd is needed."""
+    """Say whether every layer of the module has a rule, so that no autograd is needed.
+
+    The rules' parameters must be the module's, each of them once and trained: none shared, reparametrised or frozen.
+    """
     try:
         layers = _leaves(module)
     except TypeError:
         return False
-    return all(type(layer) in RULES and _plain(layer) for layer in layers)
+    if not all(type(layer) in RULES and _plain(layer) for layer in layers):
+        return False
+    ruled = [getattr(layer, name) for layer in layers for name in RULES[type(layer)](layer).names]
+    return all(p.requires_grad for p in ruled) and [*map(id, ruled)] == [*map(id, module.parameters())]
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
@@ -310,10 +322,8 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def _plain(layer: nn.Module) -> bool:
-    """Rules assume every parameter is trained, and Flatten with its default axes."""
-    if isinstance(layer, nn.Flatten):
-        return (layer.start_dim, layer.end_dim) == (1, -1)
-    return all(p.requires_grad for p in layer.parameters())
+    """Rules assume Flatten with its default axes."""
+    return not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _blend(target: Tensor, value: Tensor, beta: float, alpha: float) -> None:

@@ -9,8 +9,9 @@ A step of client k on its batch:  g = mean gradient + decay w + mu (w - w_server
 K clients, A of them still active in a step, T steps, B batch, P parameters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
-from medfed.core.flat import Layout, fill, vector
+from medfed.core.flat import Layout, fill, trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.layers import RuledModel, has_rules
@@ -27,7 +28,7 @@ from medfed.models import Dropout
 
 Path = Literal["auto", "rules", "func", "loop"]
 
-_RULES_CHUNK_BYTES = 2 << 20  # what a chunk of clients touches in a step: fits the second-level cache
+_RULES_CHUNK_BYTES = 4 << 20  # what a chunk of clients touches in a step: fits the second-level cache
 _FUNC_CHUNK_BYTES = 32 << 20  # torch.func pays per call, so it wants longer stacks
 
 
@@ -80,6 +81,18 @@ class LocalResult:
 
 
 @dataclass(frozen=True)
+class _Chunk:
+    """Some clients of a cohort, trained together because what they touch fits the cache."""
+
+    layout: Layout
+    start_KP: Tensor
+    data: Stack
+    plan: LocalPlan
+    key_K: Tensor
+    correction: Correction
+
+
+@dataclass(frozen=True)
 class Batches:
     """Which rows each client takes in each step; clients are sorted so that the active ones come first."""
 
@@ -105,16 +118,17 @@ def train(
     """
     if path == "auto":
         path = "rules" if has_rules(model) else "func"
-    chunk_of = {"rules": _by_rules, "func": _by_func, "loop": _by_loop}[path]
-    theta_KP = start_KP.clone()
+    run = _runner(model, path)
+    theta_KP, layout = start_KP.clone(), Layout.of(model)
     loss_K = torch.full((len(data),), float("nan"), dtype=torch.float64)
     steps_K = plan.steps_K(data.size_K)
     model.train()
     for members in _chunks(steps_K, start_KP, data, plan, path):
-        chunk = Stack(data.x_NF, data.y_N, data.offset_K[members], data.size_K[members])
-        shift = None if correction.shift_KP is None else correction.shift_KP[members]
-        piece = Correction(correction.mu, shift)
-        theta_KP[members], loss_K[members] = chunk_of(model, start_KP[members], chunk, plan, key_K[members], piece)
+        rows = Stack(data.x_NF, data.y_N, data.offset_K[members], data.size_K[members])
+        shift_KP = None if correction.shift_KP is None else correction.shift_KP[members]
+        piece = Correction(correction.mu, shift_KP)
+        chunk = _Chunk(layout, start_KP[members], rows, plan, key_K[members], piece)
+        theta_KP[members], loss_K[members] = run(chunk)
     return LocalResult(theta_KP, loss_K, steps_K)
 
 
@@ -162,15 +176,22 @@ def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_gradient(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return d(sample loss)/dz, shaped like z [..., C]; may overwrite z."""
+    """Return d(sample loss)/dz, shaped like z [..., C]; z stays, as the last layer's rule may still need it."""
     match task:
         case "binary":
-            return torch.sigmoid_(z).sub_(y[..., None])
+            return torch.sigmoid(z).sub_(y[..., None])
         case "multiclass":
             p = z.softmax(-1)
             return p.scatter_add_(-1, y[..., None], -torch.ones_like(y, dtype=p.dtype)[..., None])
         case "regression":
-            return z.sub_(y[..., None]).mul_(2)
+            return (z - y[..., None]).mul_(2)
+
+
+def _runner(model: nn.Module, path: Path) -> Callable[[_Chunk], tuple[Tensor, Tensor]]:
+    """Return what trains a chunk: weights [K, P] and mean losses [K]."""
+    if path == "rules":
+        return partial(_by_rules, RuledModel(model))
+    return partial(_by_func if path == "func" else _by_loop, model)
 
 
 def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, path: Path) -> Iterator[Tensor]:
@@ -192,10 +213,11 @@ def prod_of(shape: Sequence[int]) -> int:
 class _Descent:
     """The optimiser over a stack of parameter tensors: SGD, SGD with momentum, or Adam (L2 decay, as torch.optim)."""
 
-    def __init__(self, params: list[Tensor], plan: LocalPlan, correction: Correction, layout: Layout) -> None:
-        self.params, self.plan = params, plan
-        self.pull = plan.weight_decay + correction.mu
-        self.constants = self._constants(correction, layout)
+    def __init__(self, params: list[Tensor], chunk: _Chunk) -> None:
+        self.params, self.plan = params, chunk.plan
+        plan = chunk.plan
+        self.pull = plan.weight_decay + chunk.correction.mu
+        self.constants = self._constants(chunk.correction, chunk.layout)
         moments = {"sgd": 1 if plan.momentum else 0, "adam": 2}[plan.optimizer]
         self.moments = [[torch.zeros_like(p) for p in params] for _ in range(moments)]
         self.step_number = 0
@@ -249,12 +271,11 @@ class _Descent:
         return [torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)] if parts else None
 
 
-def _by_rules(
-    model: nn.Module, start_KP: Tensor, data: Stack, plan: LocalPlan, key_K: Tensor, correction: Correction
-) -> tuple[Tensor, Tensor]:
-    layout, ruled, laid = Layout.of(model), RuledModel(model), batches(data, plan, key_K)
-    params = [piece.contiguous() for _, piece in layout.pieces(start_KP)]
-    descent = _Descent(params, plan, correction, layout)
+def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    data, plan, key_K = chunk.data, chunk.plan, chunk.key_K
+    laid = batches(data, plan, key_K)
+    params = [piece.contiguous() for _, piece in chunk.layout.pieces(chunk.start_KP)]
+    descent = _Descent(params, chunk)
     gradients = [] if descent.fusable else [torch.empty_like(p) for p in params]
     tally = _Loss(plan.task, len(data))
     for t, active in enumerate(laid.active_T):
@@ -275,12 +296,11 @@ def _by_rules(
     return torch.cat([p.flatten(1) for p in params], 1), tally.mean()
 
 
-def _by_func(
-    model: nn.Module, start_KP: Tensor, data: Stack, plan: LocalPlan, key_K: Tensor, correction: Correction
-) -> tuple[Tensor, Tensor]:
-    layout, laid = Layout.of(model), batches(data, plan, key_K)
-    params = [piece.contiguous() for _, piece in layout.pieces(start_KP)]
-    descent = _Descent(params, plan, correction, layout)
+def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    data, plan, key_K, layout = chunk.data, chunk.plan, chunk.key_K, chunk.layout
+    laid = batches(data, plan, key_K)
+    params = [piece.contiguous() for _, piece in layout.pieces(chunk.start_KP)]
+    descent = _Descent(params, chunk)
     dropouts = [f"{name}.key".lstrip(".") for name, m in model.named_modules() if isinstance(m, Dropout)]
     tally = _Loss(plan.task, len(data))
 
@@ -302,14 +322,15 @@ def _by_func(
     return torch.cat([p.flatten(1) for p in params], 1), tally.mean()
 
 
-def _by_loop(
-    model: nn.Module, start_KP: Tensor, data: Stack, plan: LocalPlan, key_K: Tensor, correction: Correction
-) -> tuple[Tensor, Tensor]:
+def _by_loop(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    data, correction = chunk.data, chunk.correction
     thetas, losses = [], []
     for k in range(len(data)):
         one = Stack(data.x_NF, data.y_N, data.offset_K[k : k + 1], data.size_K[k : k + 1])
         shift_P = None if correction.shift_KP is None else correction.shift_KP[k]
-        theta_P, loss = _train_one(model, start_KP[k], one, plan, key_K[k : k + 1], correction.mu, shift_P)
+        theta_P, loss = _train_one(
+            model, chunk.start_KP[k], one, chunk.plan, chunk.key_K[k : k + 1], correction.mu, shift_P
+        )
         thetas.append(theta_P)
         losses.append(loss)
     return torch.stack(thetas), torch.tensor(losses, dtype=torch.float64)
@@ -333,8 +354,9 @@ def _train_one(
         losses = sample_loss(plan.task, model(data.x_NF[rows]), data.y_N[rows])
         optimizer.zero_grad()
         torch.autograd.backward(losses.mean())
-        for name, w in model.named_parameters():
-            assert w.grad is not None
+        for name, w in trained(model).items():
+            if w.grad is None:  # the forward pass did not use it
+                w.grad = torch.zeros_like(w)
             w.grad += mu * (w.detach() - anchors[name])
             if shift_P is not None:
                 w.grad += pieces[name]

@@ -7,7 +7,7 @@ for C classes, 1 number for regression. A study names one of the zoo, or `packag
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
 
 Norm = Literal["layer", "group", "none"]
-_GROUPS = 8  # channels of every zoo layer divide by it, or the widest divisor below it is used
+_GROUPS, _CHANNELS = 8, 4  # at most so many groups of at least so many units: a group of one would be all zeros
 
 
 class Dropout(nn.Module):
@@ -30,6 +30,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, salt: int = 0) -> None:
         super().__init__()
+        if not 0 <= p < 1:
+            raise StudyError(f"dropout={p}; expected a share of units in [0, 1)")
         self.p, self.salt = p, salt
         self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -49,10 +51,12 @@ def norm_layer(kind: Norm, width: int) -> nn.Module:
         case "layer":
             return nn.LayerNorm(width)
         case "group":
-            groups = next(g for g in range(min(_GROUPS, width), 0, -1) if width % g == 0)
+            groups = next(g for g in range(max(1, min(_GROUPS, width // _CHANNELS)), 0, -1) if width % g == 0)
             return nn.GroupNorm(groups, width)
         case "none":
             return nn.Identity()
+        case _:
+            raise StudyError(f"norm={kind!r}; expected one of {', '.join(map(repr, get_args(Norm)))}")
 
 
 def mlp(
@@ -113,6 +117,8 @@ def build(name: str, features: int, outputs: int, options: Mapping[str, Any], se
             module = factory(features, outputs, **options)
         except TypeError as error:
             raise StudyError(f"model.name={name!r} does not take its options {dict(options)}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise StudyError(f"model.name={name!r} made a {type(module).__name__}; expected a torch.nn.Module")
     return _keyed(_checked(module, name))
 
 
@@ -150,7 +156,7 @@ def _keyed(module: nn.Module) -> nn.Module:
     """Give every dropout layer of the module a mask of its own that comes from the client's stream."""
     salt = 0
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() passes over one that comes twice
             if isinstance(child, nn.Dropout):
                 setattr(parent, name, Dropout(child.p))
     for layer in module.modules():

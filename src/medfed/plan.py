@@ -97,6 +97,11 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     if not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
     model = build_model(study, encoding)
+    if study.training.path == "rules" and not has_rules(model):
+        raise PlanError(
+            f"training.path='rules', but model.name={study.model.name!r} has a layer without a rule, or shared or "
+            "frozen weights; set training.path='auto'"
+        )
     parameters = models.count(model)
     pooled = study.training.algorithm == "pooled"
     if pooled:

@@ -70,7 +70,8 @@ class Result:
         data, target = self.study.data, self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
         framed = numbered(frame.assign(**{data.target: filler}))
-        named = dataclasses.replace(data, site="", patient="", features=tuple(c.name for c in self.encoding.columns))
+        features = tuple(c.name for c in self.encoding.columns)
+        named = dataclasses.replace(data, site="", patient="", test="", features=features)
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
         rows = self.encoding.encode(table, every, every)
@@ -98,22 +99,19 @@ def run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"--out {str(folder)!r} is not empty; give another folder, or `medfed resume {folder}`")
     sites = open_sites(study, data, folder / "sites", progress)
-    study = sites[0].study
-    fleet = InProcess(sites)
-    plan = prepare(study, fleet, fleet.sites())
-    if plan.participants == (POOLED,):
-        fleet = InProcess([*sites, Site.pooled(sites)])
+    fleet, plan = _ready(sites[0].study, sites)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
-    files.write(folder / "study.toml", study.toml())
-    files.write(folder / "plan.json", json.dumps({"digest": study.digest(), "encoding": plan.encoding.to_json()}))
-    log = Log(folder / "events.jsonl", listeners)
-    server = plan.algorithm.begin(plan.first_weights(), study.training)
-    _tell_start(plan, log)
-    _checkpoint(folder, server, plan, fleet, log)
-    return _drive(plan, fleet, sites, server, log, folder)
+    frozen = {"digest": plan.study.digest(), "encoding": plan.encoding.to_json()}
+    files.write(folder / "study.toml", plan.study.toml())
+    files.write(folder / "plan.json", json.dumps(frozen))
+    with Log(folder / "events.jsonl", listeners) as log:
+        server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
+        _tell_start(plan, log)
+        _checkpoint(folder, server, plan, fleet, log)
+        return _drive(plan, fleet, sites, server, log, folder)
 
 
 def resume(folder: Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
@@ -125,35 +123,34 @@ def resume(folder: Path, data: Path | None = None, listeners: Sequence[Listener]
     study, encoding = read_plan(folder)
     server, header, note = checkpoints.read_last(folder / "checkpoints")
     sites = open_sites(study, data, folder / "sites")
-    fleet = InProcess(sites)
-    plan = prepare(study, fleet, fleet.sites(), encoding)
+    fleet, plan = _ready(sites[0].study, sites, encoding)
     if dict(plan.sizes) != header["sizes"]:
         raise RunError(
             f"{folder}: the data has changed since the run began (sizes {header['sizes']} then); start the study again"
         )
-    if plan.participants == (POOLED,):
-        fleet = InProcess([*sites, Site.pooled(sites)])
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
                 raise RunError(f"{folder}: site {reply.site!r} cannot go back to round {server.round}: {reply.error}")
-    os.truncate(folder / "events.jsonl", header["events"])
-    log = Log(folder / "events.jsonl", listeners)
-    log.emit(events.Resumed(server.round, note))
-    return _drive(plan, fleet, sites, server, log, folder)
+    record = folder / "events.jsonl"
+    if not record.exists() or record.stat().st_size < header["events"]:
+        raise RunError(
+            f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
+        )
+    os.truncate(record, header["events"])
+    with Log(record, listeners) as log:
+        log.emit(events.Resumed(server.round, note))
+        return _drive(plan, fleet, sites, server, log, folder)
 
 
 def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Run a study in memory: no folder, no checkpoints. For experiments that run many studies."""
     sites = open_sites(study, data)
-    fleet = InProcess(sites)
-    plan = prepare(sites[0].study, fleet, fleet.sites())
-    if plan.participants == (POOLED,):
-        fleet = InProcess([*sites, Site.pooled(sites)])
-    log = Log(None, listeners)
-    _tell_start(plan, log)
-    server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
-    return _drive(plan, fleet, sites, server, log, None)
+    fleet, plan = _ready(sites[0].study, sites)
+    with Log(None, listeners) as log:
+        _tell_start(plan, log)
+        server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
+        return _drive(plan, fleet, sites, server, log, None)
 
 
 def load(folder: Path) -> Result:
@@ -227,13 +224,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
+def _ready(study: Study, sites: Sequence[Site], encoding: Encoding | None = None) -> tuple[InProcess, Plan]:
+    """Return a fleet of the sites, prepared, and the plan; for the baseline `pooled` one more site holds every row."""
+    fleet = InProcess(sites)
+    plan = prepare(study, fleet, fleet.sites(), encoding)
+    return (InProcess([*sites, Site.pooled(sites)]) if plan.participants == (POOLED,) else fleet), plan
+
+
 def _drive(
     plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
     began, ledger, study = time.perf_counter(), plan.ledger(), plan.study
-    up = down = 0
-    status, reason = "complete", ""
+    reason = ""
     try:
         while server.round < study.training.rounds:
             server = run_round(server, plan, fleet, ledger, log)
@@ -241,24 +244,29 @@ def _drive(
                 test(server, plan, fleet, log, _model_name(plan))
             if folder:
                 _checkpoint(folder, server, plan, fleet, log)
+        test(server, plan, fleet, log, _model_name(plan), intervals=True)
+        if study.monitor.baselines and study.training.algorithm not in ("local", "pooled"):
+            for name in ("local", "pooled"):
+                _baseline(name, study, sites, plan.encoding, log)
     except QuorumError as error:
-        status, reason = "incomplete", str(error)
-    test(server, plan, fleet, log, _model_name(plan), intervals=True)
-    if study.monitor.baselines and status == "complete" and study.training.algorithm not in ("local", "pooled"):
-        for name in ("local", "pooled"):
-            _baseline(name, study, sites, plan.encoding, log)
+        reason = str(error)
     recorded = log.events()
-    if any(isinstance(event, events.SiteExcluded) for event in recorded):
-        status, reason = "incomplete", reason or "some sites were left out of some rounds"
-    for event in recorded:
-        if isinstance(event, events.RoundFinished | events.Tested):
-            up, down = up + event.bytes_up, down + event.bytes_down
+    if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
+        reason = "some sites were left out of some rounds"
+    talk = [event for event in recorded if isinstance(event, events.RoundFinished | events.Tested)]
+    log.emit(
+        events.RunFinished(
+            status="incomplete" if reason else "complete",
+            rounds=server.round,
+            seconds=round(time.perf_counter() - began, 3),
+            bytes_up=sum(event.bytes_up for event in talk),
+            bytes_down=sum(event.bytes_down for event in talk),
+            reason=reason,
+        )
+    )
+    summary = summarise(log.events())
     if folder:
         _write_model(folder, server, plan)
-    log.emit(events.RunFinished(status, server.round, round(time.perf_counter() - began, 3), up, down, reason))
-    summary = summarise(log.events())
-    log.close()
-    if folder:
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
     return Result(summary, study, plan.encoding, server.w_P, folder)
 
@@ -266,19 +274,14 @@ def _drive(
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
     """Train a baseline with the study's own settings, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0)
-    twins = [site.under(other) for site in sites]
-    fleet = InProcess(twins)
-    plan = prepare(other, fleet, fleet.sites(), encoding)
-    if name == "pooled":
-        fleet = InProcess([*twins, Site.pooled(twins)])
+    fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
     server = plan.algorithm.begin(plan.first_weights(), other.training)
     try:
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.ledger(), Log())
+        test(server, plan, fleet, log, name, intervals=True)
     except QuorumError as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
-        return
-    test(server, plan, fleet, log, name, intervals=True)
 
 
 def _model_name(plan: Plan) -> str:
@@ -328,5 +331,5 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
 def _write_model(folder: Path, server: Server, plan: Plan) -> None:
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.w_P)}
-    metadata = {"encoding": json.dumps(plan.encoding.to_json()), "study": plan.study.digest()}
-    files.write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata))
+    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
+    files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

@@ -6,6 +6,7 @@ that is not here does not exist: it is refused with the nearest right name. What
 
 import dataclasses
 import hashlib
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -187,12 +188,19 @@ class Study:
 
     def set(self, key: str, value: Any) -> "Study":
         """Return the study with one value changed, `key` being dotted: "training.rounds"."""
+        return self._with({key: value})
+
+    def _with(self, values: Mapping[str, Any]) -> "Study":
+        """Return the study with several values changed at once: those that must agree need no order."""
         tables = self.tables()
-        *path, last = key.split(".")
-        place = tables
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
+        for key, value in values.items():
+            *path, last = key.split(".")
+            place = tables
+            for part in path:
+                place = place.setdefault(part, {})
+                if not isinstance(place, dict):
+                    raise StudyError(f"unknown key {key!r}; {part!r} is a value, not a table")
+            place[last] = value
         return dataclasses.replace(from_tables(tables), folder=self.folder)
 
     def tables(self) -> dict[str, Any]:
@@ -234,12 +242,13 @@ def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
     if not loaded.study.name:
         loaded = loaded.set("study.name", path.stem)
     loaded = dataclasses.replace(loaded, folder=path.parent.resolve())
+    values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise StudyError(f"--set {setting!r}; expected KEY=VALUE, as in --set training.rounds=5")
-        loaded = loaded.set(key.strip(), parse_value(text.strip()))
-    return loaded
+        values[key.strip()] = parse_value(text.strip())
+    return loaded._with(values) if values else loaded
 
 
 def parse_value(text: str) -> Any:
@@ -297,7 +306,8 @@ def _read_scalar(kind: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # `positive = 1` means the label "1"
+        whole = isinstance(value, float) and value.is_integer()
+        return str(int(value) if whole else value)  # `positive = 1`, or 1.0, means the label "1"
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise StudyError(f"{key}={value!r}; expected {'a number' if kind in (int, float) else kind.__name__}")
     return value
@@ -346,7 +356,8 @@ def _check_ranges(study: Study) -> None:
     for name, feature in data.dictionary.items():
         where, low_high = f"data.dictionary.{name}.range", feature.range
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
-        rules.append((where, low_high, len(low_high) != 2 or low_high[0] < low_high[1], "low below high"))
+        ordered = len(low_high) != 2 or -math.inf < low_high[0] < low_high[1] < math.inf
+        rules.append((where, low_high, ordered, "low below high"))
         if feature.log:
             rules.append(
                 (where, low_high, len(low_high) == 2 and low_high[0] >= 0, "[low, high] from 0 for log = true")

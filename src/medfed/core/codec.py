@@ -30,8 +30,8 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = safetensors.torch.load(payload)
         size = int.from_bytes(payload[:8], "little")
-        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        header = dict(json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"]))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
     if header.get("medfed") != VERSION:
         raise CodecError(f"message version={header.get('medfed')}; expected {VERSION}. Run the same medfed everywhere.")

@@ -1,4 +1,4 @@
-"""A module's parameters as one vector, and a stack of clients' vectors as a stack of modules.
+"""A module's trained parameters as one vector, and a stack of clients' vectors as a stack of modules.
 
 K clients, P parameters.
 """
@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's parameters by name, without those that are frozen."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter of a module lies in the vector: the order of `named_parameters()`."""
+    """Where each parameter of a module lies in the vector: the order of `trained`."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layout":
-        return cls({name: tuple(p.shape) for name, p in module.named_parameters()})
+        return cls({name: tuple(p.shape) for name, p in trained(module).items()})
 
     @property
     def size(self) -> int:
@@ -31,20 +36,20 @@ class Layout:
         offset = 0
         for name, shape in self.shapes.items():
             width = prod(shape)
-            yield name, theta_KP[..., offset : offset + width].reshape(*theta_KP.shape[:-1], *shape)
+            yield name, theta_KP[..., offset : offset + width].reshape((*theta_KP.shape[:-1], *shape))
             offset += width
 
 
 def vector(module: nn.Module) -> Tensor:
     """Return a copy [P] of the module's parameters."""
     with torch.no_grad():
-        return torch.cat([p.reshape(-1) for p in module.parameters()]).clone()
+        return torch.cat([p.reshape(-1) for p in trained(module).values()]).clone()
 
 
 def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
     """Write the vector [P] into the module's parameters, in place; return the module."""
     pieces = dict(Layout.of(module).pieces(theta_P))
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in trained(module).items():
             parameter.copy_(pieces[name])
     return module

@@ -44,7 +44,7 @@ class Streams:
 def patient_fraction(key: int, patient: str) -> float:
     """Map a patient to [0, 1) by a keyed hash: a function of this patient alone, so that no patient moves another."""
     digest = hashlib.blake2b(patient.encode(), digest_size=8, key=(key % (1 << 64)).to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") / 2.0**64
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def words(key_K: Tensor, count: int, start: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -49,20 +50,20 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     labels = sorted({label for s in sites.values() for label in s["classes"]})
     first = Table(box=None, title=f"{len(found['features'])} features", title_justify="left")
     for title in ("site", "patients", "rows", "train", "test", *labels, "label skew", "missing cells"):
-        first.add_column(title, justify="left" if title == "site" else "right")
+        first.add_column(escape(title), justify="left" if title == "site" else "right")
     for name, s in sites.items():
         counts = [f"{s['classes'].get(k, 0)} ({s['classes'].get(k, 0) / s['rows']:.0%})" for k in labels]
         sizes = [str(s[key]) for key in ("patients", "rows", "train", "test")]
         skew_text = "-" if s["label_skew"] is None else f"{s['label_skew']:.2f}"
-        first.add_row(name, *sizes, *counts, skew_text, f"{s['missing_share']:.1%}")
+        first.add_row(escape(name), *sizes, *counts, skew_text, f"{s['missing_share']:.1%}")
     gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
     if not gaps:
         return [first]
     second = Table(box=None, title="missing values", title_justify="left")
     for title in ("feature", *sites):
-        second.add_column(title, justify="left" if title == "feature" else "right")
+        second.add_column(escape(title), justify="left" if title == "feature" else "right")
     for feature in gaps:
-        second.add_row(feature, *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
+        second.add_row(escape(feature), *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
     return [first, second]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from medfed.core.checks import DataError, some
 from medfed.core.streams import Streams, patient_fraction
 
 
@@ -39,10 +40,22 @@ def site_of(patient: pd.Series, names: Sequence[str], shares: Sequence[float], s
     return patient.map({name: names[place] for name, place in zip(ids, places, strict=True)})
 
 
+def patients(frame: pd.DataFrame, column: str) -> pd.Series:
+    """Name the patient of each row: by a column, or by the row's content where `column` is empty."""
+    if not column:
+        return row_patients(frame)
+    named = frame[column].astype(str).str.strip()
+    unnamed = (frame[column].isna() | (named == "")).to_numpy(dtype=bool)
+    if unnamed.any():
+        raise DataError(f"column {column!r}: no patient named in row {some(frame.index[unnamed])}; name each patient")
+    return named
+
+
 def row_patients(frame: pd.DataFrame) -> pd.Series:
     """Name the patient of each row where no column does: by the row's content, so that row order means nothing.
 
     Rows of equal content are told apart by their order among themselves.
     """
-    content = frame.astype(str).agg("\x1f".join, axis=1)
+    text = frame.astype(str).mask(frame.isna(), "").to_numpy()
+    content = pd.Series(["\x1f".join(row) for row in text], index=frame.index, dtype=object)
     return content + "\x1e" + content.groupby(content).cumcount().astype(str)

@@ -130,17 +130,21 @@ class Encoding:
 
 
 def survey(table: SiteTable, data: Data) -> dict[str, Any]:
-    """Return what a site tells of its table before a study: sizes, columns, categories, labels and missing counts."""
+    """Return what a site tells of its table before a study: sizes, columns, categories, labels and missing counts.
+
+    Categories, and the gaps that decide on indicator columns, are those of the training rows.
+    """
     train = ~table.test
-    known = {n: int((~np.isnan(v)).sum()) for n, v in table.numbers.items()}
-    known |= {n: int(sum(x is not None for x in v)) for n, v in table.texts.items()}
+    gaps = {n: np.isnan(v) for n, v in table.numbers.items()}
+    gaps |= {n: np.array([x is None for x in v], dtype=bool) for n, v in table.texts.items()}
     return {
         "train": int(train.sum()),
         "test": int(table.test.sum()),
         "patients": len(np.unique(table.patient)),
         "numbers": sorted(table.numbers),
-        "texts": {n: sorted({x for x in v if x is not None}) for n, v in sorted(table.texts.items())},
-        "missing": {n: len(table) - known[n] for n in table.features()},
+        "texts": {n: sorted({x for x in v[train] if x is not None}) for n, v in sorted(table.texts.items())},
+        "missing": {n: int(gaps[n].sum()) for n in table.features()},
+        "train_missing": {n: int(gaps[n][train].sum()) for n in table.features()},
         "labels": {} if data.task == "regression" else _label_counts(table.label),
         "train_labels": {} if data.task == "regression" else _label_counts(table.label[train]),
     }
@@ -189,9 +193,9 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask) -> Encoding:
     Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
     """
     target = _target(surveys, data)
-    texts = _text_columns(surveys)
+    texts = _text_columns(surveys, data)
     names = _feature_order(surveys, data)
-    indicators = {n for s in surveys.values() for n, count in s["missing"].items() if count}
+    indicators = {n for s in surveys.values() for n, count in s["train_missing"].items() if count}
     indicators |= {n for n in names if any(n not in s["missing"] for s in surveys.values())}
     numbers = [n for n in names if n not in texts]
     logs = {n: _floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
@@ -232,6 +236,8 @@ def fit(
     robust: median and interquartile range, equal to numpy.quantile of the pooled values to the last bit.
     standard: mean and standard deviation (divided by n).
     """
+    if not names:
+        return {}
     header = {"names": list(names), "logs": logs}
     known_F = ask("known", header, {})
     if kind == "robust":
@@ -298,7 +304,7 @@ def _target(surveys: dict[str, dict[str, Any]], data: Data) -> Target:
     return Target(data.target, "binary", (next(name for name in labels if name != positive), positive))
 
 
-def _text_columns(surveys: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+def _text_columns(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, tuple[str, ...]]:
     """Return the union of each text column's categories; a column may be wholly missing at a site."""
     union: dict[str, set[str]] = {}
     for survey_ in surveys.values():
@@ -312,7 +318,8 @@ def _text_columns(surveys: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ..
                     f"column {name!r} is a number at site {site!r} and text elsewhere. Make them alike, or declare "
                     f"data.dictionary.{name}.categories."
                 )
-    return {name: tuple(sorted(categories)) for name, categories in union.items()}
+    declared = {name for name, feature in data.dictionary.items() if feature.categories}
+    return {name: tuple(sorted(c)) for name, c in union.items() if c or name in declared}
 
 
 def _feature_order(surveys: dict[str, dict[str, Any]], data: Data) -> list[str]:

@@ -22,7 +22,7 @@ import pandas as pd
 
 from medfed.core.checks import DataError, StudyError, nearest, some
 from medfed.core.streams import Streams
-from medfed.data.partition import row_patients, site_of
+from medfed.data.partition import patients, site_of
 from medfed.data.tables import numbered, read
 from medfed.study import Data, Feature, Study
 
@@ -58,8 +58,7 @@ def frames(study: Study, folder: Path | None = None, progress: bool = False) -> 
         if len(unnamed):
             raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
     elif study.sites.names:
-        patient = frame[data.patient].astype(str) if data.patient else row_patients(frame)
-        site = site_of(patient, study.sites.names, study.sites.shares, Streams(study.study.seed))
+        site = site_of(patients(frame, data.patient), study.sites.names, study.sites.shares, Streams(study.study.seed))
     else:
         raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
     names = study.sites.names or tuple(dict.fromkeys(site))

@@ -4,6 +4,7 @@ All that can be wrong with a table is found here, before training, and named by 
 its header being row 1.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ import pandas as pd
 
 from medfed.core.checks import DataError, nearest, some
 from medfed.core.streams import Streams
-from medfed.data.partition import is_test, row_patients
+from medfed.data.partition import is_test, patients
 from medfed.study import Data, Feature
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier
 _MOST_LABELS = 64
+_DATE = r"\d{4}-\d\d-\d\d.*"  # ISO 8601, as pandas writes dates
+_NO_DATES = "dates are not features; give an age or a number of days, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,24 @@ def read(path: Path) -> pd.DataFrame:
         raise DataError(f"data.table={str(path)!r} does not exist; a table's path is relative to its study file")
     try:
         if path.name.endswith(".parquet"):
-            frame = pd.read_parquet(path)
+            frame = numbered(pd.read_parquet(path))
         elif path.name.endswith((".csv", ".csv.gz")):
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+            frame = _read_csv(path)
         else:
             raise DataError(f"data.table={path.name!r}; expected a name that ends in .csv, .csv.gz or .parquet")
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"data.table={str(path)!r} cannot be read: {error}") from error
-    return numbered(frame)
+    if frame.empty:
+        raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
+    return frame
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(f"data.table={str(path)!r}: rows have more fields than the header; name every column")
+    frame = numbered(frame)
+    return frame[(frame != "").any(axis=1)]  # a blank line is a row of the file, but no record
 
 
 def numbered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -66,6 +79,8 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteT
     (with on_missing = "refuse") any missing feature; each names site, column and rows.
     """
     names = feature_names(frame, data)
+    if frame.empty:
+        raise DataError(f"site {site!r} has no row; give it patients (a larger share in sites.shares) or leave it out")
     numbers: dict[str, np.ndarray] = {}
     texts: dict[str, np.ndarray] = {}
     for name in names:
@@ -80,7 +95,7 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteT
         else:
             numbers[name] = column.number()
     label = _label(site, frame, data)
-    patient = frame[data.patient].astype(str) if data.patient else row_patients(frame)
+    patient = patients(frame, data.patient)
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
     codes = pd.factorize(patient)[0].astype(np.int64)
     if data.test:
@@ -98,6 +113,9 @@ def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
     for key, name in {**roles, **{f"features[{i}]": f for i, f in enumerate(data.features)}}.items():
         if name and name not in frame.columns:
             raise DataError(f"data.{key}={name!r} is no column of the table; {nearest(name, map(str, frame.columns))}")
+    for key, name in roles.items():
+        if name and name in data.features:
+            raise DataError(f"data.features holds {name!r}, which is data.{key}; take it out")
     for name in data.dictionary:
         if name not in frame.columns:
             raise DataError(f"data.dictionary.{name}: no such column; {nearest(name, map(str, frame.columns))}")
@@ -120,12 +138,12 @@ class _Column:
     def __init__(self, where: str, values: pd.Series, feature: Feature, missing_values: Sequence[str]) -> None:
         self.where, self.feature = where, feature
         if pd.api.types.is_datetime64_any_dtype(values):
-            raise DataError(f"{where}: dates are not features; give an age or a number of days, or leave it out")
-        if pd.api.types.is_bool_dtype(values):
-            values = values.astype(float)
+            raise DataError(f"{where}: {_NO_DATES}")
         self.texts = canonical(values)
         absent = {*missing_values, *feature.missing}
         self.missing = (values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
+        if feature.categories:
+            self.missing = self.missing | ~self.texts.isin(feature.categories).to_numpy(dtype=bool)
         self.numeric = pd.to_numeric(self.texts.where(~self.missing), errors="coerce").astype(float)
         self.not_number = ~self.missing & self.numeric.isna().to_numpy()
 
@@ -149,16 +167,17 @@ class _Column:
         return self.numeric.to_numpy(dtype=np.float64)
 
     def text(self) -> np.ndarray:
-        known = self.feature.categories
-        missing = self.missing | (~self.texts.isin(known).to_numpy() if known else False)
-        found = self.texts[~missing].nunique()
-        if not known and found > _MOST_CATEGORIES:
+        known, declared = self.texts[~self.missing], bool(self.feature.categories)
+        if not declared and known.str.fullmatch(_DATE).all():
+            raise DataError(f"{self.where}: {_NO_DATES}")
+        found = known.nunique()
+        if not declared and found > _MOST_CATEGORIES:
             raise DataError(
                 f"{self.where}: {found} different texts look like free text or an identifier. Leave the column out of "
                 "data.features, or declare data.dictionary.<column>.categories."
             )
         texts: np.ndarray = self.texts.to_numpy(dtype=object, copy=True)
-        texts[missing] = None
+        texts[self.missing] = None
         return texts
 
 

@@ -25,6 +25,10 @@ class InProcess:
         """Return the names of all sites."""
         return list(self._sites)
 
+    def site(self, name: str) -> Site:
+        """Return a site itself: only a simulation has it at hand."""
+        return self._sites[name]
+
     def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
         """Ask one site."""
         return self.submit_many([site], op, payload, deadline)[0]

@@ -60,8 +60,9 @@ def gather(fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline
     replies: dict[str, Reply] = {}
     while open_tickets and (left := deadline - (time.monotonic() - began)) > 0:
         for reply in fleet.poll(left):
-            if open_tickets.pop(reply.ticket, None) is not None:
-                replies[reply.site] = reply
+            site = open_tickets.pop(reply.ticket, None)
+            if site is not None:
+                replies[site] = reply
     for ticket, site in open_tickets.items():
         replies[site] = Reply(ticket, site, b"", deadline, f"no answer within {deadline:g} s")
     return {site: replies[site] for site in sites}

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -47,19 +48,18 @@ class Progressing:
         match event:
             case RunStarted():
                 self.rounds = event.rounds
-                self.console.print(f"[bold]{event.study}[/]  seed {event.seed}, {event.rounds} rounds")
+                self.console.print(f"[bold]{escape(event.study)}[/]  seed {event.seed}, {event.rounds} rounds")
                 self.bar.update(self.task, total=event.rounds)
             case Planned():
                 self._planned(event)
             case Warned():
-                self.console.print(f"[yellow]warning[/] {event.text}", highlight=False)
+                self.console.print(f"[yellow]warning[/] {escape(event.text)}", highlight=False)
             case Resumed():
-                note = f" ({event.note})" if event.note else ""
+                note = f" ({escape(event.note)})" if event.note else ""
                 self.console.print(f"resumed after round {event.round}{note}", highlight=False)
             case SiteExcluded():
-                self.console.print(
-                    f"[red]round {event.round}: without {event.site}[/]: {event.reason}", highlight=False
-                )
+                text = f"[red]round {event.round}: without {escape(event.site)}[/]: {escape(event.reason)}"
+                self.console.print(text, highlight=False)
             case RoundFinished():
                 self.untold = event
             case Tested() if self.untold:
@@ -68,7 +68,7 @@ class Progressing:
             case RunFinished():
                 self.bar.stop()
                 if event.reason:
-                    self.console.print(f"[red]{event.status}[/]: {event.reason}", highlight=False)
+                    self.console.print(f"[red]{event.status}[/]: {escape(event.reason)}", highlight=False)
 
     def _planned(self, event: Planned) -> None:
         sizes = ", ".join(f"{site} {size['train']}+{size['test']}" for site, size in list(event.sizes.items())[:8])
@@ -77,6 +77,7 @@ class Progressing:
             f"{event.algorithm}, model {event.model}: {event.parameters:,} parameters, {event.features} inputs\n"
             f"sites (training + test rows): {sizes}{more}",
             highlight=False,
+            markup=False,
         )
         if event.privacy["epsilon"] is None:
             self.console.print("privacy: none claimed (privacy.noise = 'none')", highlight=False)
@@ -97,6 +98,26 @@ class Progressing:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
         value = event.all_sites[name].value
         self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+
+
+class Warnings:
+    """A listener that shows only what went wrong."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __call__(self, event: Event) -> None:
+        """Show one event, if something is wrong with it."""
+        match event:
+            case Warned():
+                text = f"warning: {event.text}"
+            case SiteExcluded():
+                text = f"round {event.round}: without {event.site}: {event.reason}"
+            case RunFinished() if event.reason:
+                text = f"{event.status}: {event.reason}"
+            case _:
+                return
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def results(summary: Mapping[str, Any]) -> Table:
@@ -135,7 +156,7 @@ def _add(
         value, interval = figures[name], intervals.get(name)
         cell = "-" if value is None else f"{value:.3f}"
         cells.append(f"{cell}\n[dim]{_bare(interval[0])}-{_bare(interval[1])}[/]" if interval else cell)
-    table.add_row(where, model, str(figures["n"]), *cells)
+    table.add_row(escape(where), model, str(figures["n"]), *cells)
 
 
 def _bare(value: float) -> str:

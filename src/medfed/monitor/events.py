@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,10 +173,13 @@ class Log:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # emit has told already what could not be written
+                self._file.close()
 
 
 def line(event: Event) -> str:
@@ -199,7 +203,8 @@ def parse(text: str) -> Event:
         fields["all_sites"] = _figures(fields["all_sites"])
         fields["macro"] = _figures(fields["macro"])
         fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
-    return EVENTS[name](**fields)
+    known = {field.name for field in dataclasses.fields(EVENTS[name])}  # a later medfed may have added some
+    return EVENTS[name](**{key: value for key, value in fields.items() if key in known})
 
 
 def read(path: Path) -> Iterator[Event]:
@@ -213,7 +218,7 @@ def read(path: Path) -> Iterator[Event]:
             continue
         try:
             yield parse(text.decode())
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines) - 1:
                 return
             raise RunError(f"{path}, line {number + 1} is damaged ({error})") from error

@@ -141,10 +141,11 @@ def _measure_binary(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
 def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
     hit, labels = p.argmax(1), np.arange(p.shape[1])
     every = len(np.unique(y)) == p.shape[1]
+    ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
     averages = sk.precision_recall_fscore_support(y, hit, labels=labels, average="macro", zero_division=0)
     return {
         "accuracy": float(sk.accuracy_score(y, hit)),
-        "auroc": float(sk.roc_auc_score(y, p, multi_class="ovr", labels=labels)) if every else None,
+        "auroc": float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels)) if every else None,
         "precision": float(averages[0]),
         "recall": float(averages[1]),
         "f1": float(averages[2]),
@@ -227,5 +228,5 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
     return {
         "mae": Figure(mae, None if half is None else mae - half, None if half is None else mae + half),
         "rmse": Figure(math.sqrt(square / n)),
-        "r2": Figure(1 - square / spread if spread > 0 else None),
+        "r2": Figure(1 - square / spread if spread > 1e-12 * total_square else None),
     }

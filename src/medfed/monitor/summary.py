@@ -37,6 +37,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
                 warnings.append(event.text)
             case Resumed():
                 rounds = {number: r for number, r in rounds.items() if number <= event.round}
+                tests = {model: t for model, t in tests.items() if t.round <= event.round}
                 excluded = [e for e in excluded if e.round <= event.round]
                 earlier = sum(r.seconds for r in rounds.values())
                 finished = None

@@ -1,0 +1,295 @@
+"""Where records come from: the two built-in sources, downloads, and any table shared out to sites."""
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pooch
+import pytest
+
+from medfed import load_and_prepare_medical_data
+from medfed.core.checks import DataError, StudyError
+from medfed.data import sources
+from medfed.data.sources import AREA_X_CONCAVE, HEART_FILES, RADIUS_X_TEXTURE, SOURCES
+from medfed.plan import make
+from medfed.runs import open_sites, survey
+from medfed.study import Study, from_tables, load
+
+# breast-cancer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def breast() -> pd.DataFrame:
+    return SOURCES["breast-cancer"].load(None, False)
+
+
+def test_breast_cancer_has_the_published_size(breast: pd.DataFrame) -> None:
+    assert breast.shape == (569, 33)
+    assert breast["diagnosis"].value_counts().to_dict() == {"benign": 357, "malignant": 212}
+    assert set(SOURCES["breast-cancer"].data.dictionary) == set(breast.columns) - {"diagnosis"}
+
+
+def test_the_products_are_exact(breast: pd.DataFrame) -> None:
+    assert (breast[AREA_X_CONCAVE] == breast["mean area"] * breast["mean concave points"]).all()
+    assert (breast[RADIUS_X_TEXTURE] == breast["mean radius"] * breast["mean texture"]).all()
+
+
+def test_public_ranges_hold_every_patient(breast: pd.DataFrame) -> None:
+    for name, feature in SOURCES["breast-cancer"].data.dictionary.items():
+        assert breast[name].between(*feature.range).all(), name
+
+
+@pytest.mark.needs("data")
+def test_breast_cancer_is_the_published_file(breast: pd.DataFrame, data_dir: Path) -> None:
+    published = pd.read_csv(data_dir / "breast_wisconsin" / "wdbc.data", header=None)
+    assert np.array_equal(breast.iloc[:, :30].to_numpy(), published.iloc[:, 2:].to_numpy())
+    assert ((published[1] == "M") == (breast["diagnosis"] == "malignant")).all()
+
+
+# heart --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("data")
+def test_heart_has_the_published_sites_and_positives(data_dir: Path) -> None:
+    frame = SOURCES["heart"].load(data_dir, False)
+    assert frame.shape == (920, 15)
+    sick = (frame["disease"] == "yes").groupby(frame["hospital"])
+    assert sick.size().to_dict() == {"cleveland": 303, "hungarian": 294, "switzerland": 123, "va": 200}
+    assert sick.sum().to_dict() == {"cleveland": 139, "hungarian": 106, "switzerland": 115, "va": 149}
+
+
+@pytest.mark.needs("data")
+@pytest.mark.parametrize("name", HEART_FILES)
+def test_heart_files_have_their_checksums(data_dir: Path, name: str) -> None:
+    content = (data_dir / "fed_heart_disease" / name).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == HEART_FILES[name]
+
+
+@pytest.mark.needs("data")
+def test_switzerland_measured_no_cholesterol(data_dir: Path) -> None:
+    surveys = survey(load("heart"), data_dir)
+    swiss = surveys["switzerland"]
+    assert swiss["missing"]["chol"] == swiss["train"] + swiss["test"] == 123
+    assert surveys["cleveland"]["missing"]["chol"] == 0
+    prepared = load_and_prepare_medical_data("heart", data_dir)
+    chol, gone = (prepared.features.index(name) for name in ("chol", "chol missing"))
+    for x, _ in (prepared.train["switzerland"], prepared.test["switzerland"]):
+        assert (x[:, chol] == 0).all() and (x[:, gone] == 1).all()
+
+
+@pytest.mark.needs("data")
+def test_a_damaged_file_in_the_data_folder_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fed_heart_disease"
+    folder.mkdir()
+    for name in HEART_FILES:
+        (folder / name).write_bytes((data_dir / "fed_heart_disease" / name).read_bytes())
+    with open(folder / "processed.va.data", "ab") as file:
+        file.write(b"\n")
+    with pytest.raises(DataError, match=r"processed\.va\.data: sha256 is not e7c93d8d0d2a"):
+        sources.get("heart", tmp_path, progress=False)
+
+
+# downloads ----------------------------------------------------------------------------------------------------------
+
+ROW = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,{num}\n"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
+    """A web server with four small heart files, an empty cache, and no data folder: (its folder, paths asked)."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    for number, name in enumerate(HEART_FILES):
+        (folder / name).write_text(ROW.format(num=0) + ROW.format(num=number + 1))
+        monkeypatch.setitem(HEART_FILES, name, hashlib.sha256((folder / name).read_bytes()).hexdigest())
+    handler = type("Handler", (_Handler,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setattr(sources, "HEART_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.delenv("MEDFED_DATA", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield folder, handler.asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+def test_a_download_is_kept_and_not_fetched_again(web: tuple[Path, list[str]], tmp_path: Path) -> None:
+    assert sources.get("heart", progress=False) == 8
+    assert web[1] == [f"/{name}" for name in HEART_FILES]
+    assert _kept(tmp_path) == sorted(HEART_FILES)
+    assert sources.get("heart", progress=False) == 8
+    assert len(web[1]) == 4
+
+
+def test_a_corrupted_download_is_refused_and_not_kept(web: tuple[Path, list[str]], tmp_path: Path) -> None:
+    (web[0] / "processed.hungarian.data").write_text(ROW.format(num=3))
+    with pytest.raises(DataError, match=r"hungarian\.data: the download is damaged.*nothing was kept, try again"):
+        sources.get("heart", progress=False)
+    assert _kept(tmp_path) == ["processed.cleveland.data"]
+
+
+def test_a_damaged_cache_is_fetched_again(web: tuple[Path, list[str]], tmp_path: Path) -> None:
+    sources.get("heart", progress=False)
+    kept = next((tmp_path / "cache").rglob("processed.va.data"))
+    kept.write_text("damaged")
+    assert sources.get("heart", progress=False) == 8
+    assert web[1].count("/processed.va.data") == 2
+
+
+def test_a_file_that_the_server_lacks_says_what_to_do(web: tuple[Path, list[str]]) -> None:
+    (web[0] / "processed.cleveland.data").unlink()
+    with pytest.raises(DataError, match=r"cannot be downloaded \(HTTPError\).*put processed\.cleveland\.data into"):
+        sources.get("heart", progress=False)
+
+
+def test_no_connection_says_what_to_do(
+    web: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "HEART_URL", "http://127.0.0.1:9/")
+    with pytest.raises(
+        DataError, match=r"cannot be downloaded \(ConnectionError\)\. Try again, or put processed\.clev"
+    ):
+        sources.get("heart", progress=False)
+    assert _kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_file_put_by_hand_is_not_downloaded(
+    web: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    web[0].rename(tmp_path / "mine" / "fed_heart_disease")
+    if by == "environment":
+        monkeypatch.setenv("MEDFED_DATA", str(tmp_path / "mine"))
+    assert sources.get("heart", tmp_path / "mine" if by == "argument" else None, progress=False) == 8
+    assert web[1] == []
+
+
+def test_an_unknown_source_offers_the_nearest() -> None:
+    with pytest.raises(StudyError, match=r"source='hart' is unknown; did you mean 'heart'\?"):
+        sources.get("hart")
+    with pytest.raises(StudyError, match=r"data\.source='hart' is unknown; did you mean 'heart'\?"):
+        sources.frames(load("heart").set("data.source", "hart"))
+
+
+# sites --------------------------------------------------------------------------------------------------------------
+
+CSV = "site,a,y\n" + "".join(f"{'nsn'[i % 3]},{i},{'01'[i % 2]}\n" for i in range(60))
+
+
+def _study(folder: Path, csv: str = CSV, **data: object) -> Study:
+    (folder / "t.csv").write_text(csv)
+    study = from_tables({"data": {"table": str(folder / "t.csv"), "target": "y", **data}})
+    return study
+
+
+def test_a_site_column_makes_sites(tmp_path: Path) -> None:
+    frames, _ = sources.frames(_study(tmp_path, site="site"))
+    assert {name: len(frame) for name, frame in frames.items()} == {"n": 40, "s": 20}
+
+
+def test_a_site_column_and_sites_are_refused(tmp_path: Path) -> None:
+    study = from_tables({**_study(tmp_path, site="site").tables(), "sites": {"names": ["x"], "shares": [1.0]}})
+    with pytest.raises(StudyError, match=r"sites\.names is set, but data\.site='site' already says who is where"):
+        sources.frames(study)
+
+
+def test_no_site_column_and_no_sites_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"no site column and no \[sites\]; set data\.site"):
+        sources.frames(_study(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"table": ""}, {"source": "heart"}])
+def test_one_of_source_and_table_is_needed(tmp_path: Path, change: dict[str, object]) -> None:
+    tables = _study(tmp_path).tables()
+    with pytest.raises(StudyError, match="expected one of the two"):
+        sources.frames(from_tables({**tables, "data": {**tables["data"], **change}}))
+
+
+@pytest.mark.parametrize("key", ["site", "patient"])
+def test_no_such_site_or_patient_column_offers_the_nearest(tmp_path: Path, key: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.{key}='siet' is no column of the table; did you mean 'site'\?"):
+        sources.frames(_study(tmp_path, **{key: "siet"}))
+
+
+def test_rows_without_a_site_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"column 'site': no site named in row 3, 5"):
+        sources.frames(_study(tmp_path, "site,a,y\nn,1,0\n,2,1\nn,3,0\n  ,4,1\n", site="site"))
+
+
+def test_shares_share_out_every_patient_once(tmp_path: Path) -> None:
+    study = from_tables({**_study(tmp_path).tables(), "sites": {"names": ["x", "z"], "shares": [0.5, 0.5]}})
+    frames, _ = sources.frames(study)
+    assert sorted(row for frame in frames.values() for row in frame.index) == list(range(2, 62))
+    assert min(len(frame) for frame in frames.values()) > 15
+
+
+def test_a_site_that_gets_nobody_is_refused_by_name(tmp_path: Path) -> None:
+    study = from_tables({**_study(tmp_path).tables(), "sites": {"names": ["big", "tiny"], "shares": [0.999999, 1e-6]}})
+    with pytest.raises(DataError, match=r"site 'tiny' has no row; give it patients"):
+        open_sites(study, None)
+
+
+def test_a_site_of_one_class_warns(tmp_path: Path) -> None:
+    csv = "site,a,y\n" + "".join(f"{'ns'[i % 2]},{i},{1 if i % 2 else i % 4 // 2}\n" for i in range(80))
+    study = _study(tmp_path, csv, site="site")
+    assert _warnings(study) == [
+        "site 's' trains on one class only ('1'); its own model cannot tell classes apart",
+    ]
+    assert _warnings(_study(tmp_path, CSV, site="site")) == []
+
+
+def _warnings(study: Study) -> list[str]:
+    from medfed.data.preprocess import agree
+
+    surveys = survey(study)
+    encoding = agree(surveys, study.set("data.preprocess", "none").data, lambda *_: pytest.fail("asked"))
+    return list(make(study, surveys, encoding).warnings)
+
+
+def test_what_a_study_says_wins_over_what_its_source_knows() -> None:
+    study = load("breast-cancer").set("data.dictionary.mean radius.range", [1.0, 2.0])
+    _, data = sources.frames(study)
+    assert data.dictionary["mean radius"].range == (1.0, 2.0)
+    assert data.dictionary["mean texture"].range == (0.0, 40.0)
+    assert (data.target, data.positive, data.preprocess) == ("diagnosis", "malignant", "robust")
+
+
+# the brief's function -----------------------------------------------------------------------------------------------
+
+
+def test_prepared_data_holds_every_patient_and_every_class_at_every_site() -> None:
+    prepared = load_and_prepare_medical_data()
+    assert prepared.labels == ("benign", "malignant")
+    assert len(prepared.features) == 32 and list(prepared.train) == list(load("breast-cancer").sites.names)
+    parts = [*prepared.train.values(), *prepared.test.values()]
+    assert sum(len(y) for _, y in parts) == 569 and sum(int(y.sum()) for _, y in parts) == 212
+    for x, y in parts:
+        assert x.shape == (len(y), 32) and x.dtype == np.float32 and np.isfinite(x).all()
+        assert set(y.tolist()) == {0.0, 1.0}
+    pooled = np.concatenate([x for x, _ in prepared.train.values()])
+    assert np.abs(np.median(pooled, 0)).max() < 1e-6
+    assert np.quantile(pooled, 0.75, 0) - np.quantile(pooled, 0.25, 0) == pytest.approx(1, abs=1e-5)

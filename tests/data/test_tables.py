@@ -1,0 +1,298 @@
+"""Tables: understood alike in every format; what is wrong is named by site, column and row."""
+
+import gzip
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medfed.core.checks import DataError
+from medfed.core.streams import Streams
+from medfed.data.tables import SiteTable, canonical, clean, feature_names, numbered, read
+from medfed.study import Data, Feature
+
+DATA = Data(target="y")
+
+
+def _clean(data: Data = DATA, **columns: object) -> SiteTable:
+    columns.setdefault("y", ["0", "1"] * (len(next(iter(columns.values()))) // 2))  # type: ignore[call-overload]
+    return clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1))
+
+
+def _refusal(data: Data = DATA, **columns: object) -> str:
+    with pytest.raises(DataError) as caught:
+        _clean(data, **columns)
+    return str(caught.value)
+
+
+# cells --------------------------------------------------------------------------------------------------------------
+
+
+def test_text_in_a_numeric_column_is_named() -> None:
+    error = _refusal(a=["1", "2", "high", "4", "5", "low"])
+    assert "site 'St. Mary', column 'a': text in a numeric column, row 4, 7." in error
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "Infinity"])
+def test_an_infinite_value_is_named(value: str) -> None:
+    error = _refusal(a=["1", "2", "3", value])
+    assert "site 'St. Mary', column 'a': infinite value in row 5" in error
+
+
+@pytest.mark.parametrize("gap", ["", "?", "NA", " nan ", None])
+def test_a_missing_target_is_named(gap: object) -> None:
+    error = _refusal(a=["1", "2", "3"], y=["0", gap, "1"])
+    assert "site 'St. Mary', target 'y': no value in row 3" in error
+
+
+@pytest.mark.parametrize("text", ["tall", "inf"])
+def test_a_target_that_is_no_number_is_named(text: str) -> None:
+    error = _refusal(Data(target="y", task="regression"), a=["1", "2", "3"], y=["1.5", "2", text])
+    assert "site 'St. Mary', target 'y': not a finite number in row 4" in error
+
+
+def test_many_labels_ask_for_a_regression() -> None:
+    error = _refusal(a=["1"] * 70, y=[str(i / 7) for i in range(70)])
+    assert "target 'y': 70 different values; for a number set data.task='regression'" in error
+
+
+def test_free_text_is_named() -> None:
+    error = _refusal(a=["1"] * 70, note=[f"patient says {i}" for i in range(70)])
+    assert "site 'St. Mary', column 'note': 70 different texts look like free text" in error
+
+
+def test_declared_categories_are_no_free_text() -> None:
+    data = replace(DATA, dictionary={"note": Feature(categories=tuple(f"t{i}" for i in range(70)))})
+    assert _clean(data, note=[f"t{i}" for i in range(70)]).texts["note"].tolist() == [f"t{i}" for i in range(70)]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_dates_are_refused(as_text: bool) -> None:
+    dates = pd.to_datetime(["2020-01-31", "2021-06-01"]).to_series(index=[0, 1])
+    error = _refusal(a=["1", "2"], born=dates.astype(str) if as_text else dates)
+    assert "site 'St. Mary', column 'born': dates are not features" in error
+
+
+def test_refusing_gaps_names_them() -> None:
+    data = replace(DATA, on_missing="refuse")
+    assert "site 'St. Mary', column 'a': missing in row 3, 5;" in _refusal(data, a=["1", "?", "3", ""])
+    assert len(_clean(data, a=["1", "2", "3", "4"])) == 4
+
+
+def test_refusing_gaps_refuses_unknown_categories() -> None:
+    data = replace(DATA, on_missing="refuse", dictionary={"a": Feature(categories=("x", "y"))})
+    assert "column 'a': missing in row 4" in _refusal(data, a=["x", "y", "z", "x"])
+
+
+def test_many_rows_are_counted_not_listed() -> None:
+    assert "row 2, 3, 4, 5, 6 and 5 more" in _refusal(replace(DATA, on_missing="refuse"), a=["?"] * 10)
+
+
+def test_missing_tokens_of_table_and_feature() -> None:
+    data = replace(DATA, missing_values=("", "-9"), dictionary={"a": Feature(missing=("0",))})
+    table = _clean(data, a=["0", "0.0", "-9", "-9.0", "", "7"], b=["0"] * 6)
+    assert np.isnan(table.numbers["a"]).tolist() == [True] * 5 + [False]
+    assert table.numbers["b"].tolist() == [0.0] * 6
+
+
+def test_one_is_one_however_it_is_written() -> None:
+    assert canonical(pd.Series(["1.0", " 1", "1", "1.", "1.00 "])).tolist() == ["1"] * 5
+    assert canonical(pd.Series(["1.5", "x.0", "-2.0", "10.0"])).tolist() == ["1.5", "x.0", "-2", "10"]
+    data = replace(DATA, dictionary={"a": Feature(categories=("0", "1"))})
+    assert _clean(data, a=["1.0", " 1", "1", "0"]).texts["a"].tolist() == ["1", "1", "1", "0"]
+    assert _clean(a=["1", "2"], y=["1.0", "0"]).label.tolist() == ["1", "0"]
+
+
+def test_a_category_that_is_not_declared_is_missing() -> None:
+    data = replace(DATA, dictionary={"a": Feature(categories=("x", "y"))})
+    assert _clean(data, a=["x", "z", "y", "?"]).texts["a"].tolist() == ["x", None, "y", None]
+
+
+def test_mostly_text_is_text() -> None:
+    table = _clean(a=["red", "blue", "red", "2"], b=["1", "2", "3", "?"])
+    assert table.features() == ["a", "b"]
+    assert table.texts["a"].tolist() == ["red", "blue", "red", "2"]
+    assert set(table.numbers) == {"b"}
+
+
+def test_floats_are_taken_to_the_last_bit() -> None:
+    values = np.random.default_rng(0).normal(size=400) * 10.0 ** np.random.default_rng(1).integers(-300, 300, 400)
+    assert _clean(a=values, y=["0", "1"] * 200).numbers["a"].tolist() == values.tolist()
+
+
+# columns ------------------------------------------------------------------------------------------------------------
+
+FRAME = pd.DataFrame({"age": [1], "hospital": ["a"], "subject": ["p"], "held": ["test"], "outcome": ["0"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "close"),
+    [
+        ({"target": "outcom"}, "data.target='outcom'", "outcome"),
+        ({"site": "hospitl"}, "data.site='hospitl'", "hospital"),
+        ({"patient": "subjekt"}, "data.patient='subjekt'", "subject"),
+        ({"test": "helt"}, "data.test='helt'", "held"),
+        ({"features": ("age", "agee")}, "data.features[1]='agee'", "age"),
+        ({"dictionary": {"age1": Feature()}}, "data.dictionary.age1", "age"),
+    ],
+)
+def test_no_such_column_offers_the_nearest(change: dict[str, Any], key: str, close: str) -> None:
+    with pytest.raises(DataError) as caught:
+        feature_names(FRAME, replace(Data(target="outcome"), **change))
+    assert key in str(caught.value) and f"did you mean {close!r}?" in str(caught.value)
+
+
+def test_features_are_every_column_that_is_nothing_else() -> None:
+    data = Data(target="outcome", site="hospital", patient="subject", test="held")
+    assert feature_names(FRAME, data) == ["age"]
+    with pytest.raises(DataError, match="the table has no feature column"):
+        feature_names(FRAME.drop(columns="age"), data)
+
+
+@pytest.mark.parametrize("role", ["target", "patient", "test"])
+def test_a_target_is_no_feature(role: str) -> None:
+    data = replace(Data(target="outcome", features=("age", "subject")), **{role: "subject"})
+    with pytest.raises(DataError, match=rf"data\.features holds 'subject', which is data\.{role}"):
+        feature_names(FRAME, data)
+
+
+def test_no_target_lists_the_columns() -> None:
+    with pytest.raises(DataError, match=r"data\.target is not set.*age, hospital"):
+        feature_names(FRAME, Data())
+
+
+def test_a_site_without_rows_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"site 'St\. Mary' has no row"):
+        clean("St. Mary", FRAME[:0], Data(target="outcome"), Streams(0))
+
+
+# held-out rows marked by the table ----------------------------------------------------------------------------------
+
+MARKED = Data(target="y", test="set", patient="id")
+
+
+@pytest.mark.parametrize("words", [("test", "train"), ("1", "0"), ("yes", "no"), ("TRUE", " False"), ("1.0", "0.0")])
+def test_marked_rows_are_held_out(words: tuple[str, str]) -> None:
+    table = _clean(MARKED, a=["1", "2", "3", "4"], id=list("abcd"), set=[words[i] for i in (0, 1, 1, 0)])
+    assert table.test.tolist() == [True, False, False, True]
+
+
+def test_a_row_marked_as_nothing_is_named() -> None:
+    error = _refusal(MARKED, a=["1", "2"], id=["a", "b"], set=["test", "maybe"])
+    assert "site 'St. Mary', column 'set': neither test nor train in row 3" in error
+
+
+def test_a_patient_on_both_sides_is_named() -> None:
+    error = _refusal(MARKED, a=["1"] * 4, id=["a", "b", "a", "c"], set=["test", "test", "train", "train"])
+    assert "site 'St. Mary', column 'set': a patient with rows on both sides in row 2, 4" in error
+
+
+# files --------------------------------------------------------------------------------------------------------------
+
+
+def _mixed(rows: int = 40) -> pd.DataFrame:
+    random = np.random.default_rng(3)
+    frame = pd.DataFrame(
+        {
+            "real": random.normal(size=rows) * 1e-7,
+            "whole": random.integers(0, 9, rows),
+            "gaps": np.where(random.random(rows) < 0.3, np.nan, random.integers(0, 5, rows)),
+            "word": pd.Series(random.choice(["a", "b", "c"], rows), dtype=object),
+            "flag": random.random(rows) < 0.5,
+            "y": random.integers(0, 2, rows),
+        }
+    )
+    frame.loc[::7, "word"] = None
+    return frame
+
+
+def _write(frame: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("split", ["patient", "stratified"])
+def test_every_format_gives_the_same_table(tmp_path: Path, split: Any) -> None:
+    data = Data(target="y", split=split)
+    frames = [read(_write(_mixed(), tmp_path / name)) for name in ("t.csv", "t.csv.gz", "t.parquet")]
+    first, *others = (clean("s", frame, data, Streams(1)) for frame in frames)
+    assert set(first.numbers) == {"real", "whole", "gaps"} and set(first.texts) == {"word", "flag"}
+    assert first.numbers["real"].tolist() == _mixed()["real"].tolist()
+    for other in others:
+        assert other.features() == first.features()
+        for name, values in first.numbers.items():
+            assert np.array_equal(values, other.numbers[name], equal_nan=True)
+        for name, values in first.texts.items():
+            assert values.tolist() == other.texts[name].tolist()
+        for field in ("label", "patient", "test"):
+            assert getattr(first, field).tolist() == getattr(other, field).tolist()
+
+
+def test_true_and_false_are_two_categories() -> None:
+    table = _clean(a=[True, False, True, True], b=pd.Series([True, None, False, True], dtype="boolean"))
+    assert table.texts["a"].tolist() == ["True", "False", "True", "True"]
+    assert table.texts["b"].tolist() == ["True", None, "False", "True"]
+
+
+def test_blank_lines_keep_the_numbers_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,y\n1,0\n\n2,1\n,\nhigh,1\n3,0\n\n")
+    frame = read(tmp_path / "t.csv")
+    assert frame.index.tolist() == [2, 4, 6, 7]
+    with pytest.raises(DataError, match=r"column 'a': text in a numeric column, row 6\."):
+        clean("s", frame, DATA, Streams(0))
+
+
+def test_row_numbers_survive_the_choice_of_a_site(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("site,a,y\nx,1,0\ny,1,0\nx,2,1\ny,bad,1\ny,3,1\n")
+    frame = read(tmp_path / "t.csv")
+    with pytest.raises(DataError, match=r"site 'y', column 'a': text in a numeric column, row 5\."):
+        clean("y", frame[frame["site"] == "y"], replace(DATA, site="site"), Streams(0))
+
+
+def _corrupt_gz(path: Path) -> None:
+    content = bytearray(gzip.compress(b"a,y\n" + b"1,2\n" * 5000, mtime=0))
+    content[20:30] = b"\xff" * 10
+    path.write_bytes(content)
+
+
+def _cut_gz(path: Path) -> None:
+    content = gzip.compress(b"a,y\n" + bytes(np.random.default_rng(0).integers(48, 57, 5000, dtype=np.uint8)))
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _cut_parquet(path: Path) -> None:
+    _mixed().to_parquet(path)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("none.csv", lambda path: None, "does not exist"),
+    ("t.xlsx", lambda path: path.write_bytes(b"PK"), "expected a name that ends in .csv, .csv.gz or .parquet"),
+    ("empty.csv", lambda path: path.write_text(""), "cannot be read"),
+    ("header.csv", lambda path: path.write_text("a,y\n"), "has no row beside its header"),
+    ("header.parquet", lambda path: _mixed()[:0].to_parquet(path), "has no row beside its header"),
+    ("wide.csv", lambda path: path.write_text("a,y\n1,0,5\n2,1,5\n"), "rows have more fields than the header"),
+    ("ragged.csv", lambda path: path.write_text("a,y\n1,0\n2,1,5\n"), "cannot be read"),
+    ("latin.csv", lambda path: path.write_bytes("a,y\nä,1\n".encode("latin-1")), "cannot be read"),
+    ("folder.csv", lambda path: path.mkdir(), "cannot be read"),
+    ("plain.csv.gz", lambda path: path.write_text("a,y\n1,0\n"), "cannot be read"),
+    ("corrupt.csv.gz", _corrupt_gz, "cannot be read"),
+    ("cut.csv.gz", _cut_gz, "cannot be read"),
+    ("text.parquet", lambda path: path.write_text("a,y\n1,0\n"), "cannot be read"),
+    ("cut.parquet", _cut_parquet, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "reason"), BAD_FILES, ids=[name for name, *_ in BAD_FILES])
+def test_a_bad_file_is_named(tmp_path: Path, name: str, make: Callable[[Path], object], reason: str) -> None:
+    make(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value) and reason in str(caught.value)

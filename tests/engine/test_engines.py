@@ -1,0 +1,152 @@
+"""One study, two engines: sites as a stack in this process, and each in a process of its own that shares nothing."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import medfed
+from medfed.algorithms import Server
+from medfed.core import codec
+from medfed.core.checks import QuorumError
+from medfed.engine.inprocess import InProcess
+from medfed.engine.port import Fleet
+from medfed.monitor.events import Log, RoundFinished, SiteExcluded
+from medfed.plan import Plan
+from medfed.prepare import prepare
+from medfed.round import run_round
+from medfed.round import test as run_test
+from medfed.runs import open_sites
+from medfed.site import Site
+from medfed.study import Study
+from tests.engine.pipes import Pipes
+from tests.tables import SITES, invented, write_study
+
+
+def pipes(folder: Path, study: Study) -> Pipes:
+    (folder / "resolved.toml").write_text(study.toml())
+    tables = {}
+    for name in SITES:
+        tables[name] = folder / f"{name}.csv"
+        frame = invented()
+        frame[frame["hospital"] == name].to_csv(tables[name], index=False)
+    return Pipes(folder / "resolved.toml", tables)
+
+
+def train(plan: Plan, fleet: Fleet, log: Log, rounds: int) -> Server:
+    server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
+    for _ in range(rounds):
+        server = run_round(server, plan, fleet, plan.ledger(), log)
+    return server
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return medfed.load_study(write_study(tmp_path))
+
+
+@pytest.fixture
+def far(tmp_path: Path, study: Study) -> Iterator[Pipes]:
+    fleet = pipes(tmp_path, study)
+    yield fleet
+    fleet.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["scaffold", "local"])
+def test_sites_that_share_nothing_but_bytes_train_the_same_model(tmp_path: Path, study: Study, algorithm: str) -> None:
+    study = study.set("training.algorithm", algorithm)
+    near_log, far_log = Log(), Log()
+    near = InProcess(open_sites(study, None))
+    near_plan = prepare(study, near, list(SITES))
+    near_server = train(near_plan, near, near_log, 3)
+    fleet = pipes(tmp_path, study)
+    try:
+        far_plan = prepare(study, fleet, list(SITES))
+        far_server = train(far_plan, fleet, far_log, 3)
+        near_figures = run_test(near_server, near_plan, near, near_log).all_sites
+        far_figures = run_test(far_server, far_plan, fleet, far_log).all_sites
+    finally:
+        fleet.close()
+    assert near_plan.encoding == far_plan.encoding
+    torch.testing.assert_close(near_server.w_P, far_server.w_P, rtol=1e-5, atol=1e-6)
+    assert near_figures["accuracy"].value == pytest.approx(far_figures["accuracy"].value, abs=0.03)
+    told = [
+        [loss for e in log.events() if isinstance(e, RoundFinished) for loss in e.losses] for log in (near_log, far_log)
+    ]
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_site_is_told_and_stops_the_run_unless_the_quorum_allows_it(study: Study, far: Pipes) -> None:
+    plan = prepare(study, far, list(SITES))
+    log = Log()
+    server = train(plan, far, log, 1)
+    os.kill(far.children["east"].pid, signal.SIGKILL)
+    with pytest.raises(QuorumError, match=r"2 of 3 sites answered.*east: the site's process has ended"):
+        run_round(server, plan, far, plan.ledger(), log)
+    lenient = study.set("training.quorum", 0.5)
+    plan = type(plan)(**{**plan.__dict__, "study": lenient})
+    server = run_round(server, plan, far, plan.ledger(), log)
+    assert server.round == 2
+    told = [event for event in log.events() if isinstance(event, SiteExcluded)]
+    assert {event.site for event in told} == {"east"}
+    assert all("process has ended" in event.reason for event in told)
+
+
+def test_a_reply_shares_no_memory_with_the_site_or_the_coordinator(study: Study) -> None:
+    study = study.set("training.algorithm", "scaffold")
+    sites = open_sites(study, None)
+    fleet = InProcess(sites)
+    plan = prepare(study, fleet, list(SITES))
+    server = train(plan, fleet, Log(), 1)
+    remembered = [site.memory["control"].clone() for site in sites]
+    kept = server.w_P.clone()
+    server.w_P.fill_(7.0)
+    for value in server.slots.values():
+        value.fill_(7.0)
+    for site, before in zip(sites, remembered, strict=True):
+        assert torch.equal(site.memory["control"], before)
+    for site in sites:
+        site.memory["control"].fill_(9.0)
+    again = train(plan, InProcess(open_prepared(study)), Log(), 1)
+    assert torch.equal(again.w_P, kept)
+
+
+def open_prepared(study: Study) -> list[Site]:
+    sites = open_sites(study, None)
+    prepare(study, InProcess(sites), list(SITES))
+    return sites
+
+
+def test_one_failing_site_does_not_take_the_stack_down(study: Study) -> None:
+    sites = open_sites(study.set("training.quorum", 0.5), None)
+    fleet = InProcess(sites)
+    plan = prepare(sites[0].study, fleet, list(SITES))
+    sites[1].train.x.fill_(float("nan"))
+    log = Log()
+    server = train(plan, fleet, log, 1)
+    assert torch.isfinite(server.w_P).all()
+    assert [(e.site, e.reason) for e in log.events() if isinstance(e, SiteExcluded)] == [
+        ("south", "training did not stay finite; lower training.learning_rate")
+    ]
+
+
+def test_an_exception_at_one_site_names_the_site_and_spares_the_others(study: Study) -> None:
+    sites = open_sites(study.set("training.quorum", 0.5), None)
+    fleet = InProcess(sites)
+    plan = prepare(sites[0].study, fleet, list(SITES))
+    del sites[2].train
+    log = Log()
+    train(plan, fleet, log, 1)
+    (told,) = [e for e in log.events() if isinstance(e, SiteExcluded)]
+    assert told.site == "east" and "op 'work' failed at site 'east': AttributeError" in told.reason
+
+
+def test_an_unknown_op_is_an_error_reply(study: Study) -> None:
+    site = open_sites(study, None)[0]
+    with pytest.raises(medfed.SiteError, match="op='dance' is not known"):
+        site.handle("dance", codec.encode({}))

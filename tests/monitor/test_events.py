@@ -1,0 +1,131 @@
+"""The event log: what is written is read, what is cut or damaged is told, and nothing that is no number is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medfed.core.checks import RunError
+from medfed.monitor.events import (
+    EVENTS,
+    SCHEMA,
+    Event,
+    Log,
+    Planned,
+    Resumed,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    SiteExcluded,
+    Warned,
+    line,
+    parse,
+    read,
+)
+from medfed.monitor.events import Tested as ModelTested
+from medfed.monitor.metrics import Figure
+
+FIGURES = {"auroc": Figure(0.1 + 0.2, 0.25, 0.5), "f1": Figure(None)}
+
+SAMPLES: list[Event] = [
+    RunStarted("study", "abc", 7, 3, {"torch": "2"}, {"threads": 2, "system": "x"}),
+    Planned("fedavg", "logistic", 3, 2, 3, "rules", {"ä": {"train": 3, "test": 1}}, {"ä": {"0": 4}}, {"epsilon": None}),
+    Warned('a "quoted"\nline'),
+    RoundStarted(1, ["ä", "b"]),
+    SiteExcluded(1, "b", "late"),
+    RoundFinished(1, ["ä"], 0.5, [0.5, None], [0.1], [4], 0.2, 100, 200),
+    ModelTested(1, "federated", 4, None, FIGURES, FIGURES, {"ä": FIGURES}, {"ä": 4}, 0.1, 10, 20),
+    Resumed(1, ""),
+    RunFinished("complete", 3, 1.5, 100, 200, ""),
+]
+
+
+def _write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_sample_of_every_event() -> None:
+    assert {type(event) for event in SAMPLES} == set(EVENTS.values())
+    assert list(EVENTS)[:2] == ["run_started", "planned"]
+
+
+@pytest.mark.parametrize("event", SAMPLES, ids=lambda event: type(event).__name__)
+def test_an_event_is_read_as_it_was_written(event: Event) -> None:
+    assert parse(line(event)) == event
+    assert "\n" not in line(event)
+
+
+def test_a_log_tells_its_listeners_and_keeps_its_order(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    log = Log(tmp_path / "events.jsonl", [heard.append])
+    for event in SAMPLES:
+        log.emit(event)
+    assert log.offset() == (tmp_path / "events.jsonl").stat().st_size
+    log.close()
+    assert heard == SAMPLES == list(read(tmp_path / "events.jsonl")) == log.events()
+
+
+def test_a_reopened_log_goes_on(tmp_path: Path) -> None:
+    for event in SAMPLES:
+        log = Log(tmp_path / "events.jsonl")
+        log.emit(event)
+        log.close()
+    assert list(read(tmp_path / "events.jsonl")) == SAMPLES
+
+
+def test_a_log_without_a_file_is_kept_in_memory() -> None:
+    log = Log()
+    log.emit(SAMPLES[0])
+    assert log.events() == SAMPLES[:1] and log.offset() == 0
+    log.close()
+
+
+@pytest.mark.parametrize("change", [{"schema": SCHEMA + 1}, {"event": "round_restarted"}])
+def test_a_newer_schema_or_unknown_event_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    text = json.dumps({**json.loads(line(SAMPLES[2])), **change})
+    with pytest.raises(RunError, match="Use the medfed that wrote it"):
+        parse(text)
+    with pytest.raises(RunError, match="this medfed reads schema 1"):
+        list(read(_write(tmp_path / "log", text, "")))
+
+
+def test_a_field_that_a_later_medfed_added_is_passed_over() -> None:
+    assert parse(json.dumps({**json.loads(line(SAMPLES[2])), "colour": "red"})) == SAMPLES[2]
+
+
+@pytest.mark.parametrize("kept", [1, 10, 60])
+def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path, kept: int) -> None:
+    path = _write(tmp_path / "log", line(SAMPLES[0]), line(SAMPLES[2]), line(SAMPLES[1])[:kept])
+    assert list(read(path)) == [SAMPLES[0], SAMPLES[2]]
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"schema": 1, "ev', "5", "[]", '"x"', "null", "{}", '{"schema":1,"event":"warned"}']
+)
+def test_a_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path: Path, damage: str) -> None:
+    path = _write(tmp_path / "log", line(SAMPLES[0]), damage, line(SAMPLES[2]), "")
+    with pytest.raises(RunError, match="log, line 2 is damaged"):
+        list(read(path))
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(line(SAMPLES[0]).encode() + b"\n\xff\xfe\n" + line(SAMPLES[2]).encode() + b"\n")
+    with pytest.raises(RunError, match="line 2 is damaged"):
+        list(read(tmp_path / "log"))
+
+
+def test_no_log_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="none cannot be read"):
+        list(read(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_never_written(tmp_path: Path, value: float) -> None:
+    log = Log(tmp_path / "events.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.emit(RoundFinished(1, ["a"], value, [value], [0.1], [4], 0.2, 1, 2))
+    log.close()
+    assert (tmp_path / "events.jsonl").read_bytes() == b""

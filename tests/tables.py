@@ -1,0 +1,53 @@
+"""Small invented tables for tests: three hospitals, a column of every kind, gaps."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+SITES = ("north", "south", "east")
+
+STUDY = """
+[study]
+name = "invented"
+seed = 3
+[data]
+table = "cohort.csv"
+target = "died"
+site = "hospital"
+patient = "subject"
+[training]
+rounds = 4
+batch_size = 16
+learning_rate = 0.1
+[monitor]
+baselines = false
+"""
+
+
+def invented(rows: int = 240, seed: int = 0) -> pd.DataFrame:
+    """Return patients whose outcome depends on age and lactate; lactate is missing at times, and ward is text."""
+    random = np.random.default_rng(seed)
+    age = random.normal(60, 12, rows).round(1)
+    lactate = random.gamma(2, 1, rows).round(2)
+    risk = 1 / (1 + np.exp(-(0.08 * (age - 60) + 0.8 * (lactate - 2))))
+    frame = pd.DataFrame(
+        {
+            "subject": [f"p{i:04d}" for i in range(rows)],
+            "hospital": random.choice(SITES, rows, p=[0.5, 0.3, 0.2]),
+            "age": age,
+            "lactate": lactate,
+            "ward": random.choice(["icu", "ward", "er"], rows),
+            "died": np.where(random.random(rows) < risk, "yes", "no"),
+        }
+    )
+    frame.loc[random.random(rows) < 0.1, "lactate"] = np.nan
+    return frame
+
+
+def write_study(folder: Path, text: str = STUDY, frame: pd.DataFrame | None = None) -> Path:
+    """Write cohort.csv and study.toml into a folder; return the study's path."""
+    (invented() if frame is None else frame).to_csv(folder / "cohort.csv", index=False)
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path

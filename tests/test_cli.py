@@ -1,0 +1,165 @@
+"""The command line: what it prints, what it leaves, and its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medfed import cli
+from tests.tables import SITES, invented, write_study
+
+
+def medfed(*words: object) -> int:
+    """Run the command line in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["medfed", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path)
+
+
+def test_run_tells_each_round_and_the_table(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert medfed("run", study, "--out", tmp_path / "run", "--set", "monitor.baselines=true") == 0
+    said = capsys.readouterr().out
+    for number in range(1, 5):
+        assert f"round {number}/4  3 sites  loss 0." in said
+    assert "AUROC 0." in said and "each site's own" in said and "pooled rows (simulation)" in said
+    assert f"run folder: {tmp_path / 'run'}" in said
+    assert "privacy: none claimed" in said
+
+
+def test_json_prints_the_summary_and_nothing_else(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert medfed("run", study, "--out", tmp_path / "run", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert said == {"folder": str(tmp_path / "run"), **summary}
+    assert medfed("show", tmp_path / "run", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == summary
+
+
+def test_quiet_prints_nothing_when_all_is_well(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert medfed("run", study, "--out", tmp_path / "run", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_settings_change_the_study(study: Path, tmp_path: Path) -> None:
+    words = ["--set", "training.rounds=2", "--set", "model.name=mlp", "--set", "model.options.hidden=[8]", "--quiet"]
+    assert medfed("run", study, "--out", tmp_path / "run", *words) == 0
+    frozen = (tmp_path / "run" / "study.toml").read_text()
+    assert "rounds = 2" in frozen and 'name = "mlp"' in frozen
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 2
+
+
+def test_what_is_wrong_is_one_line_on_stderr_and_exit_code_2(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert medfed("run", study, "--set", "training.round=3", "--out", tmp_path / "run") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["error unknown key 'training.round'; did you mean 'rounds'?"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = invented()
+    frame["hospital"] = frame["hospital"].map({"north": "[bold]north[/]", "south": "<b>south</b>", "east": "[/red]"})
+    assert medfed("run", write_study(tmp_path, frame=frame), "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "[bold]north[/]" in said and "[/red]" in said
+    assert medfed("run", tmp_path / "study.toml", "--set", "data.source=[/x]") == 2
+    assert "[/x]" in capsys.readouterr().err
+
+
+def test_an_incomplete_run_has_exit_code_1(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["training.learning_rate=1e5", "data.task='regression'", "data.target='age'", "training.local_epochs=50"]
+    words = [word for setting in [*wild, "data.features=['lactate']"] for word in ("--set", setting)]
+    assert medfed("run", study, "--out", tmp_path / "run", *words) == 1
+    assert "incomplete: round 1: 0 of 3 sites answered" in capsys.readouterr().out.replace("\n", " ")
+    assert medfed("show", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert medfed("run", study, "--out", tmp_path / "quiet", "--quiet", *words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "incomplete: round 1: 0 of 3 sites answered" in captured.err
+
+
+def test_resume_of_a_finished_run_shows_it_again(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    medfed("run", study, "--out", tmp_path / "run", "--quiet")
+    assert medfed("resume", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "resumed after round 4" in said and "federated (fedavg)" in said
+    assert medfed("resume", tmp_path) == 2
+
+
+def test_studies_lists_what_is_bundled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert medfed("studies") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("breast-cancer", "heart", "brief"))
+    assert medfed("studies", "--json") == 0
+    assert all(Path(path).exists() for path in json.loads(capsys.readouterr().out).values())
+
+
+def test_data_show_and_its_figure(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert medfed("data", "show", study, "--figure", tmp_path / "figure.html") == 0
+    said = capsys.readouterr().out
+    assert all(site in said for site in SITES) and "label skew" in said and "lactate" in said
+    page = (tmp_path / "figure.html").read_text()
+    assert "north" in page and "Rows of each site" in page
+    assert not any(f'src="{scheme}' in page for scheme in ("http", "//"))  # opens without a network
+    assert medfed("data", "show", study, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(site["rows"] for site in found["sites"].values()) == 240
+
+
+def test_data_list_and_get(capsys: pytest.CaptureFixture[str]) -> None:
+    assert medfed("data", "list") == 0
+    assert "569 patients" in capsys.readouterr().out
+    assert medfed("data", "get", "breast-cancer") == 0
+    assert "569 rows" in capsys.readouterr().out
+    assert medfed("data", "get", "breast-cancr") == 2
+    assert "did you mean 'breast-cancer'?" in capsys.readouterr().err
+
+
+@pytest.mark.needs("data")
+def test_data_folder_comes_from_the_command_line(
+    data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEDFED_DATA")
+    assert medfed("data", "show", "heart", "--data", data_dir) == 0
+    assert "switzerland" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv=['medfed','--help']\nimport medfed.cli\ntry: medfed.cli.main()\nexcept SystemExit: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resume" in done.stdout
+
+
+def test_the_public_surface() -> None:
+    import medfed as package
+
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(package.__all__) == {
+        "DataError", "MedfedError", "MedicalNeuralNetwork", "PlanError", "QuorumError", "Result", "RunError",
+        "SiteError", "Study", "StudyError", "create_medical_device_names", "load", "load_and_prepare_medical_data", "load_study",
+        "resume", "run", "simulate",
+    }  # fmt: skip
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
