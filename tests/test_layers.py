@@ -125,7 +125,9 @@ def _by_autograd(
             if isinstance(layer, Dropout):
                 layer.key.copy_(KEY_K[k])
         x_k = x[k].clone().requires_grad_()
-        own = {name: p[k].clone().requires_grad_() for (name, _), p in zip(module.named_parameters(), params)}
+        own = {
+            name: p[k].clone().requires_grad_() for name, p in zip(dict(module.named_parameters()), params, strict=True)
+        }
         y = functional_call(module, own, (x_k * 1,))  # * 1: a layer may work in place
         loss = y.sum() if weight is None else (weight[k] * y).sum()
         found = torch.autograd.grad(loss, [x_k, *own.values()])

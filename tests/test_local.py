@@ -81,6 +81,7 @@ OPTIMISERS = {
         "binary", optimizer="adam", learning_rate=0.01, beta2=0.9, weight_decay=0.05, epsilon=1e-3
     ),
 }
+NOTHING = Correction()
 SCHEDULES: tuple[dict[str, int], ...] = (
     {"epochs": 2, "batch_size": 4},
     {"steps": 7, "batch_size": 5},
@@ -130,7 +131,7 @@ def _trained(
     plan: LocalPlan,
     path: Path,
     data: Stack | None = None,
-    correction: Correction = Correction(),
+    correction: Correction = NOTHING,
     dtype: torch.dtype = torch.float64,
 ) -> LocalResult:
     model, data = _model(name, plan.task, dtype), data or _stack(plan.task, dtype)

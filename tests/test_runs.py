@@ -65,11 +65,15 @@ def test_the_summary_is_a_function_of_the_events(tmp_path: Path, study: Study) -
 
 
 def test_bytes_are_what_crossed_the_port(study: Study) -> None:
-    summary = medfed.simulate(study).summary
+    told: list[Event] = []
+    summary = medfed.simulate(study.set("monitor.baselines", True), listeners=[told.append]).summary
     parameters, rounds, sites = summary["parameters"], 4, 3
+    (planned,) = [event for event in told if isinstance(event, events.Planned)]
     weights = 4 * parameters * sites * (2 * rounds)  # the model goes out to train and to test, float32
-    assert weights < summary["bytes"]["down"] < weights + 300 * sites * 2 * rounds  # headers are small
-    assert summary["bytes"]["up"] > 4 * parameters * sites * rounds
+    down, up = summary["bytes"]["down"] - planned.bytes_down, summary["bytes"]["up"] - planned.bytes_up
+    assert weights < down < weights + 300 * sites * 2 * rounds  # headers are small
+    assert 4 * parameters * sites * rounds < up < 4 * parameters * sites * rounds + 800 * sites * 2 * rounds
+    assert planned.bytes_up > 16 * 2 * 6 * 16 * 8 * sites  # digits x numbers x order statistics x thresholds
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path, study: Study) -> None:
@@ -328,7 +332,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path, st
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "precious").write_text("keep me")
-    with pytest.raises(medfed.RunError, match="is not empty; give another folder"):
+    with pytest.raises(medfed.RunError, match="is not an empty folder; give another"):
         medfed.run(study, folder)
     assert [path.name for path in folder.iterdir()] == ["precious"]
 

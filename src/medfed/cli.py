@@ -124,10 +124,11 @@ def data_list(as_json: AsJson = False) -> None:
 @data_app.command("get")
 def data_get(source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None) -> None:
     """Download a source, checked by sha256, into the cache; what is at hand is not downloaded again."""
-    from medfed.data.sources import get
+    from medfed.data.sources import SOURCES, get
 
     rows = get(source, data)
-    _console().print(f"{source}: {rows} rows, every file's sha256 agrees", highlight=False)
+    checked = "every file's sha256 agrees" if SOURCES[source].files else SOURCES[source].licence
+    _console().print(f"{source}: {rows} rows; {checked}", highlight=False)
 
 
 @data_app.command("show")

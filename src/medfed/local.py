@@ -43,6 +43,7 @@ class LocalPlan:
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.0
+    beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -218,7 +219,7 @@ class _Descent:
         plan = chunk.plan
         self.pull = plan.weight_decay + chunk.correction.mu
         self.constants = self._constants(chunk.correction, chunk.layout)
-        moments = {"sgd": 1 if plan.momentum else 0, "adam": 2}[plan.optimizer]
+        moments = 2 if plan.optimizer == "adam" else 1 if plan.momentum else 0
         self.moments = [[torch.zeros_like(p) for p in params] for _ in range(moments)]
         self.step_number = 0
 
@@ -252,10 +253,10 @@ class _Descent:
         plan, moments = self.plan, [m[index][: len(g)] for m in self.moments]
         if plan.optimizer == "adam":
             first, second = moments
-            first.lerp_(g, 1 - plan.momentum)
+            first.lerp_(g, 1 - plan.beta1)
             second.mul_(plan.beta2).addcmul_(g, g, value=1 - plan.beta2)
             scale = (second / (1 - plan.beta2**self.step_number)).sqrt_().add_(plan.epsilon)
-            w.addcdiv_(first, scale, value=-plan.learning_rate / (1 - plan.momentum**self.step_number))
+            w.addcdiv_(first, scale, value=-plan.learning_rate / (1 - plan.beta1**self.step_number))
         else:
             if moments:
                 g = moments[0].mul_(plan.momentum).add_(g)
@@ -368,7 +369,7 @@ def _train_one(
 def _torch_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer:
     lr, decay = plan.learning_rate, plan.weight_decay
     if plan.optimizer == "adam":
-        betas = (plan.momentum, plan.beta2)
+        betas = (plan.beta1, plan.beta2)
         return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=plan.epsilon, weight_decay=decay)
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=plan.momentum, weight_decay=decay)
 

@@ -6,6 +6,7 @@ for C classes, 1 number for regression. A study names one of the zoo, or `packag
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -114,9 +115,13 @@ def build(name: str, features: int, outputs: int, options: Mapping[str, Any], se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % (1 << 63))
         try:
-            module = factory(features, outputs, **options)
+            inspect.signature(factory).bind(features, outputs, **options)
         except TypeError as error:
-            raise StudyError(f"model.name={name!r} does not take its options {dict(options)}: {error}") from error
+            raise StudyError(f"model.name={name!r} does not take model.options={dict(options)}: {error}") from error
+        try:
+            module = factory(features, outputs, **options)
+        except Exception as error:
+            raise StudyError(f"model.name={name!r} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise StudyError(f"model.name={name!r} made a {type(module).__name__}; expected a torch.nn.Module")
     return _keyed(_checked(module, name))

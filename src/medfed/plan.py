@@ -1,9 +1,12 @@
 """The plan: a study checked as a whole, before any training. What must agree does agree, or both sides are named."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from medfed import models
@@ -35,6 +38,9 @@ class Plan:
     parameters: int
     message: int  # M, numbers in a row
     label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
+    surveyed: str  # sha256 of what the sites told of their tables
+    bytes_up: int = 0  # what it took to survey the sites and to agree
+    bytes_down: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -102,6 +108,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
             f"training.path='rules', but model.name={study.model.name!r} has a layer without a rule, or shared or "
             "frozen weights; set training.path='auto'"
         )
+    _check_outputs(model, study, encoding)
     parameters = models.count(model)
     pooled = study.training.algorithm == "pooled"
     if pooled:
@@ -114,6 +121,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         testers=names,
         parameters=parameters,
         message=message_length(study.training.algorithm, parameters),
+        surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
         warnings=tuple(_warnings(surveys, encoding)),
     )
@@ -133,11 +141,26 @@ def check(study: Study) -> None:
             f"{where} and training.optimizer={training.optimizer!r} with momentum={training.momentum:g} do not "
             f"compose: {algorithm.plain_sgd}. Set training.optimizer='sgd' and training.momentum=0, or take fedavg."
         )
+    if training.optimizer == "adam" and training.momentum > 0:
+        raise PlanError(f"training.momentum={training.momentum:g} is for sgd; with optimizer='adam' set training.beta1")
     if algorithm.any_sgd and training.optimizer != "sgd":
         raise PlanError(
             f"{where} and training.optimizer={training.optimizer!r} do not compose: {algorithm.any_sgd}. "
             "Set training.optimizer='sgd', or take fedavg."
         )
+
+
+def _check_outputs(model: nn.Module, study: Study, encoding: Encoding) -> None:
+    """Pass two blank rows through the model and refuse outputs of the wrong shape."""
+    width, target = len(encoding.names()), encoding.target
+    where = f"model.name={study.model.name!r} for {width} inputs and a {target.task} target"
+    try:
+        with torch.no_grad():
+            shape = tuple(model.eval()(torch.zeros(2, width)).shape)
+    except Exception as error:
+        raise PlanError(f"{where} cannot compute a row: {type(error).__name__}: {error}") from error
+    if shape != (2, target.outputs):
+        raise PlanError(f"{where} gives outputs {shape} for 2 rows; expected (2, {target.outputs})")
 
 
 def build_model(study: Study, encoding: Encoding) -> nn.Module:
@@ -164,6 +187,7 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
         optimizer=t.optimizer,
         learning_rate=t.learning_rate,
         momentum=t.momentum,
+        beta1=t.beta1,
         beta2=t.beta2,
         weight_decay=t.weight_decay,
     )

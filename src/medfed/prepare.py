@@ -1,6 +1,7 @@
 """Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from medfed.core import codec
 from medfed.core.checks import DataError
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
-from medfed.engine.port import Fleet, gather
+from medfed.engine.port import Counted, Fleet, gather
 from medfed.plan import Plan, check, make
 from medfed.study import Study
 
@@ -23,17 +24,18 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     Raises StudyError, DataError or PlanError; nothing has been trained then.
     """
     check(study)
-    surveys = ask_surveys(fleet, sites)
+    counted = Counted(fleet)
+    surveys = ask_surveys(counted, sites)
 
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         payload = codec.encode({"question": question, **header}, tensors)
-        answers = _ask_all(fleet, sites, "answer", payload)
+        answers = _ask_all(counted, sites, "answer", payload)
         return torch.stack([tensors["answer"] for _, tensors in answers.values()]).sum(0)
 
     encoding = encoding or preprocess.agree(surveys, study.data, ask)
     plan = make(study, surveys, encoding)
-    _ask_all(fleet, sites, "prepare", codec.encode({"encoding": encoding.to_json()}))
-    return plan
+    _ask_all(counted, sites, "prepare", codec.encode({"encoding": encoding.to_json()}))
+    return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
 
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:

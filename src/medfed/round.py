@@ -14,7 +14,7 @@ from medfed.core.checks import CodecError, QuorumError
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
-from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested
+from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Figure, Scores
 from medfed.plan import Plan
 from medfed.privacy.budget import Ledger
@@ -47,6 +47,10 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
     share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
     mean_M = combine(codec.as_rows(list(rows.values())), weight_K / weight_K.sum(), plan.rule, plan.links)
     following = plan.algorithm.apply(server, mean_M.to(server.w_P.dtype), share, training)
+    if plan.algorithm.kept:  # only now do those sites remember the round
+        for name, reply in gather(fleet, list(rows), "keep", codec.encode({}), training.deadline).items():
+            if reply.error:
+                log.emit(Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}"))
 
     losses = [_finite(reports[name]["loss"]) for name in rows]
     known = [(w, loss) for w, loss in zip(weight_K.tolist(), losses, strict=True) if loss is not None]

@@ -38,7 +38,7 @@ from medfed.engine.port import gather
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
-from medfed.monitor.summary import summarise
+from medfed.monitor.summary import main_model, summarise
 from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, prepare
 from medfed.round import run_round, test
@@ -65,7 +65,7 @@ class Result:
         """Return the model's prediction for each row of a table with the study's feature columns.
 
         Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing is
-        filled with the median of this table, as a site does.
+        set to the centre of all sites, so that a row's prediction does not depend on the other rows.
         """
         data, target = self.study.data, self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
@@ -74,7 +74,7 @@ class Result:
         named = dataclasses.replace(data, site="", patient="", test="", features=features)
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
-        rows = self.encoding.encode(table, every, every)
+        rows = self.encoding.encode(table, every, ~every)
         z = outputs(build_model(self.study, self.encoding), self.w_P, rows.x)
         if target.task == "regression":
             return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
@@ -85,7 +85,7 @@ class Result:
 
 def run(
     study: Study,
-    out: Path | None = None,
+    out: str | Path | None = None,
     data: Path | None = None,
     listeners: Sequence[Listener] = (),
     progress: bool = False,
@@ -95,16 +95,17 @@ def run(
     Raises a MedfedError before any training for whatever is wrong with study, data or folder; the folder is made only
     when the plan stands. A round that loses its quorum ends the run, which can be resumed.
     """
-    folder = out or Path("runs") / f"{study.study.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out else Path("runs") / f"{study.study.name}-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"--out {str(folder)!r} is not empty; give another folder, or `medfed resume {folder}`")
+        raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
-    frozen = {"digest": plan.study.digest(), "encoding": plan.encoding.to_json()}
+    place = str(plan.study.folder.resolve())
+    frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json()}
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
     with Log(folder / "events.jsonl", listeners) as log:
@@ -114,20 +115,21 @@ def run(
         return _drive(plan, fleet, sites, server, log, folder)
 
 
-def resume(folder: Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
+def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
 
-    A damaged checkpoint is passed over for the one before, and the log says so. Raises RunError where the folder is no
-    run, was changed, or holds no whole checkpoint.
+    A damaged checkpoint is passed over for the one before, and the log says so; a complete run is returned as it is.
+    Raises RunError where the folder is no run, was changed, or holds no whole checkpoint.
     """
+    folder = Path(folder)
     study, encoding = read_plan(folder)
+    if (folder / "summary.json").exists() and (finished := load(folder)).complete:
+        return finished
     server, header, note = checkpoints.read_last(folder / "checkpoints")
     sites = open_sites(study, data, folder / "sites")
     fleet, plan = _ready(sites[0].study, sites, encoding)
-    if dict(plan.sizes) != header["sizes"]:
-        raise RunError(
-            f"{folder}: the data has changed since the run began (sizes {header['sizes']} then); start the study again"
-        )
+    if plan.surveyed != header["surveyed"]:
+        raise RunError(f"{folder}: the data has changed since the run began; start the study again")
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
@@ -139,7 +141,7 @@ def resume(folder: Path, data: Path | None = None, listeners: Sequence[Listener]
         )
     os.truncate(record, header["events"])
     with Log(record, listeners) as log:
-        log.emit(events.Resumed(server.round, note))
+        log.emit(events.Resumed(server.round, study.training.rounds, note))
         return _drive(plan, fleet, sites, server, log, folder)
 
 
@@ -153,8 +155,9 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
         return _drive(plan, fleet, sites, server, log, None)
 
 
-def load(folder: Path) -> Result:
+def load(folder: str | Path) -> Result:
     """Return what a finished run came to, from its folder; raise RunError where it has not finished or is damaged."""
+    folder = Path(folder)
     study, encoding = read_plan(folder)
     try:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
@@ -168,8 +171,6 @@ def load(folder: Path) -> Result:
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
     frames, known = sources.frames(study, data, progress)
-    if known.table:
-        known = dataclasses.replace(known, table=str((study.folder / known.table).resolve()))
     study = dataclasses.replace(study, data=known)
     return [Site.open(name, frame, study, folder) for name, frame in frames.items()]
 
@@ -210,7 +211,7 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     """Return a run's frozen study and its encoding; raise RunError where they do not agree."""
     try:
         frozen = json.loads((folder / "plan.json").read_text())
-        study = studies.load(folder / "study.toml")
+        study = dataclasses.replace(studies.load(folder / "study.toml"), folder=Path(frozen["folder"]))
     except (OSError, ValueError, MedfedError) as error:
         raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
     if study.digest() != frozen["digest"]:
@@ -241,10 +242,10 @@ def _drive(
         while server.round < study.training.rounds:
             server = run_round(server, plan, fleet, ledger, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
-                test(server, plan, fleet, log, _model_name(plan))
+                test(server, plan, fleet, log, main_model(plan.study.training.algorithm))
             if folder:
                 _checkpoint(folder, server, plan, fleet, log)
-        test(server, plan, fleet, log, _model_name(plan), intervals=True)
+        test(server, plan, fleet, log, main_model(plan.study.training.algorithm), intervals=True)
         if study.monitor.baselines and study.training.algorithm not in ("local", "pooled"):
             for name in ("local", "pooled"):
                 _baseline(name, study, sites, plan.encoding, log)
@@ -253,14 +254,11 @@ def _drive(
     recorded = log.events()
     if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
         reason = "some sites were left out of some rounds"
-    talk = [event for event in recorded if isinstance(event, events.RoundFinished | events.Tested)]
     log.emit(
         events.RunFinished(
             status="incomplete" if reason else "complete",
             rounds=server.round,
             seconds=round(time.perf_counter() - began, 3),
-            bytes_up=sum(event.bytes_up for event in talk),
-            bytes_down=sum(event.bytes_down for event in talk),
             reason=reason,
         )
     )
@@ -284,11 +282,6 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
 
-def _model_name(plan: Plan) -> str:
-    algorithm = plan.study.training.algorithm
-    return algorithm if algorithm in ("local", "pooled") else "federated"
-
-
 def _tell_start(plan: Plan, log: Log) -> None:
     study, training = plan.study, plan.study.training
     machine: dict[str, str | int] = {
@@ -297,7 +290,15 @@ def _tell_start(plan: Plan, log: Log) -> None:
         "system": platform.system(),
     }
     log.emit(
-        events.RunStarted(study.study.name, study.digest(), study.study.seed, training.rounds, versions(), machine)
+        events.RunStarted(
+            study=study.study.name,
+            purpose=study.study.purpose,
+            digest=study.digest(),
+            seed=study.study.seed,
+            rounds=training.rounds,
+            versions=versions(),
+            machine=machine,
+        )
     )
     log.emit(
         events.Planned(
@@ -310,6 +311,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             sizes=plan.sizes,
             labels=plan.label_counts,
             privacy=plan.ledger().claim(),
+            bytes_up=plan.bytes_up,
+            bytes_down=plan.bytes_down,
         )
     )
     for text in plan.warnings:
@@ -324,7 +327,7 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:
                 raise RunError(f"site {reply.site!r} cannot save its state: {reply.error}")
-    header = {"events": log.offset(), "sizes": dict(plan.sizes)}
+    header = {"events": log.offset(), "surveyed": plan.surveyed}
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 

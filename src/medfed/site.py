@@ -4,6 +4,8 @@ It is reached through `handle(op, payload)`, bytes in and bytes out. A stack of 
 same functions (`handle_many`), so a hospital's node is a stack of one.
 """
 
+import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from medfed.plan import POOLED, build_model, local_plan
 from medfed.study import Study
 from medfed.wire import PLAIN, send
 
+logger = logging.getLogger(__name__)
+
 
 class Site:
     """One site's node. Holds its cleaned table; after `prepare` its encoded rows and what its algorithm remembers."""
@@ -39,6 +43,7 @@ class Site:
         self.encoding: Encoding
         self.model: nn.Module
         self.memory: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
 
     def handle(self, op: str, payload: bytes) -> bytes:
         """Do what is asked; raise SiteError with a reason that names no patient."""
@@ -94,7 +99,15 @@ def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
     except Exception as error:
         if len(sites) > 1:
             return [handle_many([site], op, payload)[0] for site in sites]
-        return [SiteError(f"op {op!r} failed at site {sites[0].name!r}: {type(error).__name__}: {error}")]
+        return [_foreign(sites[0], op, error)]
+
+
+def _foreign(site: Site, op: str, error: Exception) -> SiteError:
+    """Return what may leave the site of an unforeseen error: its kind and place; its words may quote a record."""
+    logger.error("op %r failed at site %r", op, site.name, exc_info=error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return SiteError(f"op {op!r} failed at site {site.name!r}: {type(error).__name__} ({where}); its own log says more")
 
 
 def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -145,11 +158,18 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         if not finite_K[k]:
             replies.append(SiteError("training did not stay finite; lower training.learning_rate"))
             continue
-        site.memory = {name: memory_next[name][k].clone() for name in algorithm.kept}
+        site.pending = {name: memory_next[name][k].clone() for name in algorithm.kept}
         loss = float(local.loss_K[k])
         report = {"loss": loss, "steps": int(local.steps_K[k])}
         replies.append(codec.encode(report, {"row": row_KM[k]}))
     return replies
+
+
+def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Remember what the last work left: its row has counted."""
+    for site in sites:
+        site.memory, site.pending = site.pending or site.memory, {}
+    return [codec.encode({}) for _ in sites]
 
 
 def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -203,6 +223,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "answer": _answer,
     "prepare": _prepare,
     "work": _work,
+    "keep": _keep,
     "evaluate": _evaluate,
     "save": _save,
     "restore": _restore,

@@ -28,7 +28,9 @@ class About:
     """What the study is."""
 
     name: str = _key("", "Name of the study; default: the file's name.")
-    purpose: str = _key("HRESCH", "Purpose of use, an HL7 v3 ActReason code; HRESCH is healthcare research.")
+    purpose: str = _key(
+        "HRESCH", "Purpose of use, an HL7 v3 ActReason code, told in events and summary; HRESCH is healthcare research."
+    )
     seed: int = _key(0, "Seed of split, partition, initial weights, batch order and dropout. Same seed, same bits.")
 
 
@@ -54,7 +56,9 @@ class Data:
     task: Literal["auto", "binary", "multiclass", "regression"] = _key(
         "auto", "auto: two labels are binary, more are multiclass; a number needs task = 'regression'."
     )
-    positive: str = _key("", "The positive label of a binary target; default: 1, or the last in alphabetical order.")
+    positive: str = _key(
+        "", "The positive label of a binary target; default: the last in alphabetical order, so 1 of 0 and 1."
+    )
     site: str = _key("", "Column that names the site; without it `[sites]` says how patients are shared out.")
     patient: str = _key("", "Column that names the patient; without it one row is one patient.")
     features: tuple[str, ...] = _key((), "Feature columns; default: every column that is nothing else.")
@@ -114,7 +118,8 @@ class Training:
     batch_size: int = _key(32, "Rows in a batch; 0 takes all rows of the site.")
     optimizer: Literal["sgd", "adam"] = _key("sgd", "The local optimiser; its state starts afresh each round.")
     learning_rate: float = _key(0.1, "Local learning rate.")
-    momentum: float = _key(0.0, "Momentum of local SGD, or Adam's beta1.")
+    momentum: float = _key(0.0, "Momentum of local SGD.")
+    beta1: float = _key(0.9, "Adam's beta1.")
     beta2: float = _key(0.999, "Adam's beta2.")
     weight_decay: float = _key(0.0, "L2 penalty: weight_decay times the weights is added to the gradient.")
     mu: float = _key(0.01, "FedProx: strength of the pull towards the global model.")
@@ -232,7 +237,7 @@ def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
     path = bundled().get(str(study), Path(study))
     try:
         tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise StudyError(
             f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
         ) from None
@@ -324,6 +329,7 @@ def _check_ranges(study: Study) -> None:
         ("training.batch_size", t.batch_size, t.batch_size >= 0, "0 (all rows) or more"),
         ("training.learning_rate", t.learning_rate, 0 < t.learning_rate < 1e6, "above 0"),
         ("training.momentum", t.momentum, 0 <= t.momentum < 1, "in [0, 1)"),
+        ("training.beta1", t.beta1, 0 <= t.beta1 < 1, "in [0, 1)"),
         ("training.beta2", t.beta2, 0 < t.beta2 < 1, "in (0, 1)"),
         ("training.weight_decay", t.weight_decay, 0 <= t.weight_decay < 1e6, "0 or more"),
         ("training.mu", t.mu, 0 <= t.mu < 1e6, "0 or more"),

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError
 from medfed.engine.inprocess import InProcess
-from medfed.engine.port import Fleet
+from medfed.engine.port import Fleet, Reply
 from medfed.monitor.events import Log, RoundFinished, SiteExcluded
 from medfed.plan import Plan
 from medfed.prepare import prepare
@@ -143,7 +144,37 @@ def test_an_exception_at_one_site_names_the_site_and_spares_the_others(study: St
     log = Log()
     train(plan, fleet, log, 1)
     (told,) = [e for e in log.events() if isinstance(e, SiteExcluded)]
-    assert told.site == "east" and "op 'work' failed at site 'east': AttributeError" in told.reason
+    assert told.site == "east" and "op 'work' failed at site 'east': AttributeError (site.py, line" in told.reason
+
+
+def test_the_words_of_an_unforeseen_error_stay_at_the_site(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("patient Jane Doe, born 1950")
+
+    monkeypatch.setattr("medfed.site.train", fail)
+    sites = open_sites(study, None)
+    fleet = InProcess(sites)
+    plan = prepare(sites[0].study, fleet, list(SITES))
+    with pytest.raises(QuorumError) as stopped:
+        train(plan, fleet, Log(), 1)
+    assert "Jane" not in str(stopped.value) and "ValueError" in str(stopped.value)
+
+
+def test_a_row_that_does_not_count_is_not_remembered(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = open_sites(study.set("training.algorithm", "scaffold").set("training.quorum", 0.5), None)
+    fleet = InProcess(sites)
+    plan = prepare(sites[0].study, fleet, list(SITES))
+    poll = fleet.poll
+
+    def late(wait: float) -> list[Reply]:
+        return [replace(r, error="too late") if r.site == "south" and len(r.payload) > 200 else r for r in poll(wait)]
+
+    monkeypatch.setattr(fleet, "poll", late)
+    server = train(plan, fleet, Log(), 1)
+    weight = torch.tensor([plan.weight(name) for name in SITES])
+    remembered = torch.stack([fleet.site(name).memory["control"] for name in SITES])
+    assert not remembered[1].any() and remembered[0].any()
+    torch.testing.assert_close(server.slots["control"], weight @ remembered / weight.sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_an_unknown_op_is_an_error_reply(study: Study) -> None:

@@ -60,27 +60,24 @@ def test_an_event_is_read_as_it_was_written(event: Event) -> None:
 
 def test_a_log_tells_its_listeners_and_keeps_its_order(tmp_path: Path) -> None:
     heard: list[Event] = []
-    log = Log(tmp_path / "events.jsonl", [heard.append])
-    for event in SAMPLES:
-        log.emit(event)
-    assert log.offset() == (tmp_path / "events.jsonl").stat().st_size
-    log.close()
+    with Log(tmp_path / "events.jsonl", [heard.append]) as log:
+        for event in SAMPLES:
+            log.emit(event)
+        assert log.offset() == (tmp_path / "events.jsonl").stat().st_size
     assert heard == SAMPLES == list(read(tmp_path / "events.jsonl")) == log.events()
 
 
 def test_a_reopened_log_goes_on(tmp_path: Path) -> None:
     for event in SAMPLES:
-        log = Log(tmp_path / "events.jsonl")
-        log.emit(event)
-        log.close()
+        with Log(tmp_path / "events.jsonl") as log:
+            log.emit(event)
     assert list(read(tmp_path / "events.jsonl")) == SAMPLES
 
 
 def test_a_log_without_a_file_is_kept_in_memory() -> None:
-    log = Log()
-    log.emit(SAMPLES[0])
-    assert log.events() == SAMPLES[:1] and log.offset() == 0
-    log.close()
+    with Log() as log:
+        log.emit(SAMPLES[0])
+        assert log.events() == SAMPLES[:1] and log.offset() == 0
 
 
 @pytest.mark.parametrize("change", [{"schema": SCHEMA + 1}, {"event": "round_restarted"}])
@@ -124,8 +121,6 @@ def test_no_log_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_never_written(tmp_path: Path, value: float) -> None:
-    log = Log(tmp_path / "events.jsonl")
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with Log(tmp_path / "events.jsonl") as log, pytest.raises(ValueError, match="not JSON compliant"):
         log.emit(RoundFinished(1, ["a"], value, [value], [0.1], [4], 0.2, 1, 2))
-    log.close()
     assert (tmp_path / "events.jsonl").read_bytes() == b""

@@ -41,14 +41,16 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "missing_share": float(np.mean(list(missing.values()))),
         }
     features = sorted({feature for s in sites.values() for feature in s["missing"]})
-    return {"features": features, "sites": sites}
+    texts = sorted({feature for s in surveys.values() for feature, found in s["texts"].items() if found})
+    return {"features": features, "texts": texts, "sites": sites}
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """Return the description as tables for a terminal: sites, and the features that have gaps."""
     sites = found["sites"]
     labels = sorted({label for s in sites.values() for label in s["classes"]})
-    first = Table(box=None, title=f"{len(found['features'])} features", title_justify="left")
+    texts = f", of them text: {', '.join(found['texts'])}" if found["texts"] else ", all numbers"
+    first = Table(box=None, title=escape(f"{len(found['features'])} features{texts}"), title_justify="left")
     for title in ("site", "patients", "rows", "train", "test", *labels, "label skew", "missing cells"):
         first.add_column(escape(title), justify="left" if title == "site" else "right")
     for name, s in sites.items():

@@ -219,14 +219,16 @@ def fetch(subfolder: str, name: str, url: str, sha256: str, folder: Path | None,
         )
     except ValueError as error:
         raise DataError(
-            f"{url}: the download is damaged, its sha256 is not {sha256[:12]}...; nothing was kept, try again"
+            f"{url}: the download is damaged, its sha256 is not {sha256[:12]}...; nothing was kept. "
+            f"{_by_hand(subfolder, name)}"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"{url} cannot be downloaded ({type(error).__name__}). Try again, or put {name} into the folder "
-            f"{subfolder}/ of a folder given by --data or MEDFED_DATA."
-        ) from error
+        raise DataError(f"{url} cannot be downloaded ({type(error).__name__}). {_by_hand(subfolder, name)}") from error
     return Path(cached)
+
+
+def _by_hand(subfolder: str, name: str) -> str:
+    return f"Try again, or put {name} into {subfolder}/ of a folder given by --data or MEDFED_DATA."
 
 
 def get(name: str, folder: Path | None = None, progress: bool = True) -> int:

@@ -63,6 +63,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
     if not isinstance(frame.index, pd.RangeIndex):
         raise DataError(f"data.table={str(path)!r}: rows have more fields than the header; name every column")
+    only = str(frame.columns[0]) if len(frame.columns) == 1 else ""
+    if mark := next((m for m in (";", "\t", "|") if m in only), ""):
+        raise DataError(f"data.table={str(path)!r}: columns are separated by {mark!r}; write them with commas")
     frame = numbered(frame)
     return frame[(frame != "").any(axis=1)]  # a blank line is a row of the file, but no record
 

@@ -50,6 +50,32 @@ class Fleet(Protocol):
         ...
 
 
+class Counted:
+    """A fleet that counts the bytes that pass."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.bytes_up, self.bytes_down = fleet, 0, 0
+
+    def sites(self) -> list[str]:
+        """Return the fleet's sites."""
+        return self.fleet.sites()
+
+    def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
+        """Count and ask."""
+        return self.submit_many([site], op, payload, deadline)[0]
+
+    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+        """Count and ask."""
+        self.bytes_down += len(payload) * len(sites)
+        return self.fleet.submit_many(sites, op, payload, deadline)
+
+    def poll(self, wait: float) -> list[Reply]:
+        """Count what has arrived."""
+        replies = self.fleet.poll(wait)
+        self.bytes_up += sum(len(reply.payload) for reply in replies)
+        return replies
+
+
 def gather(fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> dict[str, Reply]:
     """Ask the sites and wait for all of them, or until the deadline; a site that is late gets an error reply.
 

@@ -55,6 +55,7 @@ class Progressing:
             case Warned():
                 self.console.print(f"[yellow]warning[/] {escape(event.text)}", highlight=False)
             case Resumed():
+                self.rounds = event.rounds
                 note = f" ({escape(event.note)})" if event.note else ""
                 self.console.print(f"resumed after round {event.round}{note}", highlight=False)
             case SiteExcluded():

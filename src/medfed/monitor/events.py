@@ -30,6 +30,7 @@ class RunStarted(Event):
     """A run begins. digest: sha256 of the study; machine: processor kind and threads."""
 
     study: str
+    purpose: str
     digest: str
     seed: int
     rounds: int
@@ -50,6 +51,8 @@ class Planned(Event):
     sizes: Mapping[str, Mapping[str, int]]
     labels: Mapping[str, Mapping[str, int]]
     privacy: Mapping[str, object]
+    bytes_up: int  # what the survey and the agreement on the encoding took
+    bytes_down: int
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,10 @@ class Tested(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """A run goes on after round `round`; `note` says what was found damaged, if anything."""
+    """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if anything."""
 
     round: int
+    rounds: int
     note: str
 
 
@@ -123,8 +127,6 @@ class RunFinished(Event):
     status: str
     rounds: int
     seconds: float
-    bytes_up: int
-    bytes_down: int
     reason: str
 
 

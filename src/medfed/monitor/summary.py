@@ -32,7 +32,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
             case RunStarted():
                 started = event
             case Planned():
-                planned = event
+                planned, traffic = event, [event.bytes_up, event.bytes_down]
             case Warned():
                 warnings.append(event.text)
             case Resumed():
@@ -48,7 +48,8 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
                 traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
             case Tested():
                 tests[event.model] = event
-                traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
+                if event.model == main_model(planned.algorithm if planned else ""):
+                    traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
             case RunFinished():
                 finished = event
     asked = started.rounds if started else None
@@ -57,6 +58,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     times = [r.seconds for r in rounds.values()]
     return {
         "study": started.study if started else None,
+        "purpose": started.purpose if started else None,
         "digest": started.digest if started else None,
         "status": finished.status if finished else "incomplete",
         "algorithm": planned.algorithm if planned else None,
@@ -82,6 +84,11 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "versions": dict(started.versions) if started else None,
         "machine": dict(started.machine) if started else None,
     }
+
+
+def main_model(algorithm: str) -> str:
+    """Return under which name the model that a run is about is tested; other tested models are its baselines."""
+    return algorithm if algorithm in ("local", "pooled") else "federated"
 
 
 def _plain(figures: Mapping[str, Figure], n: int | None) -> dict[str, float | int | None]:

@@ -1,0 +1,164 @@
+"""What leaves a client: row by row, and back in the opposite order at the server."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from medfed.wire import PLAIN, Float32, Link, combine, send
+
+SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
+
+
+def _rows(shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> Tensor:
+    K, M, seed = shape
+    return torch.randn(K, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _shares(K: int) -> Tensor:
+    weight_K = torch.arange(1.0, K + 1, dtype=torch.float64)
+    return weight_K / weight_K.sum()
+
+
+@dataclass(frozen=True)
+class Plus:
+    """A link for tests: adds at the client, takes away at the server; tells when it is asked."""
+
+    number: float
+    told: list[str]
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        self.told.append(f"client +{self.number:g}")
+        return message_KM + self.number
+
+    def server(self, mean_M: Tensor) -> Tensor:
+        self.told.append(f"server -{self.number:g}")
+        return mean_M - self.number
+
+
+@dataclass(frozen=True)
+class Times:
+    """A link for tests that does not commute with Plus."""
+
+    number: float
+    told: list[str]
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        self.told.append(f"client x{self.number:g}")
+        return message_KM * self.number
+
+    def server(self, mean_M: Tensor) -> Tensor:
+        self.told.append(f"server /{self.number:g}")
+        return mean_M / self.number
+
+
+class Centred:
+    """A planted offender: each row depends on the others."""
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        return message_KM - message_KM.mean(0)
+
+    def server(self, mean_M: Tensor) -> Tensor:
+        return mean_M
+
+
+def _is_row_wise(links: tuple[Link, ...], message_KM: Tensor) -> bool:
+    together = send(message_KM, links)
+    return torch.equal(together, torch.cat([send(row[None], links) for row in message_KM]))
+
+
+@given(SHAPES)
+def test_a_stack_is_sent_like_its_clients_one_by_one(shape: tuple[int, int, int]) -> None:
+    assert _is_row_wise(PLAIN, _rows(shape))
+    assert _is_row_wise((Plus(3, []), Float32(), Times(0.1, [])), _rows(shape))
+
+
+def test_a_link_that_mixes_rows_is_caught() -> None:
+    assert not _is_row_wise((Centred(),), _rows((3, 5, 0)))
+
+
+def test_rows_travel_as_float32_whatever_they_were() -> None:
+    row = torch.tensor([[1 + 2**-40, 1e-50, float("nan")]], dtype=torch.float64)
+    sent = send(row, PLAIN)
+    assert sent.dtype == torch.float32
+    assert sent[0, :2].tolist() == [1, 0]
+    assert sent[0, 2].isnan()  # nothing is hidden
+
+
+def test_sending_leaves_the_message_as_it_was() -> None:
+    message_KM = _rows((3, 4, 0))
+    before = message_KM.clone()
+    send(message_KM, PLAIN)
+    combine(message_KM, _shares(3), None, PLAIN)
+    assert torch.equal(message_KM, before)
+
+
+@given(SHAPES)
+def test_the_combined_row_is_numpys_weighted_mean(shape: tuple[int, int, int]) -> None:
+    row_KM, weight_K = _rows(shape), _shares(shape[0])
+    if shape[1] == 0:
+        assert combine(row_KM, weight_K, None, PLAIN).shape == (0,)
+        return
+    expected = np.average(row_KM.numpy(), axis=0, weights=np.arange(1, shape[0] + 1))
+    np.testing.assert_allclose(combine(row_KM, weight_K, None, ()).numpy(), expected, rtol=1e-12, atol=1e-12)
+    single = combine(send(row_KM, PLAIN), weight_K, None, PLAIN)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_client_is_its_own_mean() -> None:
+    row = _rows((1, 6, 3), torch.float32)
+    assert torch.equal(combine(row, torch.ones(1, dtype=torch.float64), None, PLAIN), row[0])
+
+
+@given(SHAPES, st.integers(0, 99))
+def test_the_order_of_clients_does_not_matter(shape: tuple[int, int, int], seed: int) -> None:
+    row_KM, weight_K = _rows(shape), _shares(shape[0])
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
+    one, two = combine(row_KM, weight_K, None, ()), combine(row_KM[order], weight_K[order], None, ())
+    assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_links_run_first_to_last_at_the_client_and_last_to_first_at_the_server() -> None:
+    told: list[str] = []
+    links = (Plus(3, told), Times(8, told), Plus(1, told))
+    row_KM = torch.tensor([[1.0, 2.0], [5.0, 10.0]])
+    sent = send(row_KM, links)
+    assert sent.tolist() == [[33, 41], [65, 105]]
+    assert told == ["client +3", "client x8", "client +1"]
+    told.clear()
+    mean_M = combine(sent, torch.tensor([0.75, 0.25]), None, links)
+    assert told == ["server -1", "server /8", "server -3"]
+    assert mean_M.tolist() == [2, 4]  # the mean of what went in: the links are undone
+
+
+def test_a_rule_gets_the_gram_matrix_of_the_rows_as_sent_and_its_weights_count() -> None:
+    seen: list[Tensor] = []
+
+    def last_alone(G_KK: Tensor) -> Tensor:
+        seen.append(G_KK)
+        return torch.tensor([0.0, 0.0, 1.0], dtype=G_KK.dtype)
+
+    row_KM = _rows((3, 7, 1))
+    sent = send(row_KM, (Times(2, []),))
+    mean_M = combine(sent, _shares(3), last_alone, (Times(2, []),))
+    X = 2 * row_KM.numpy()
+    np.testing.assert_allclose(seen[0].numpy(), X @ X.T, rtol=1e-12)
+    assert torch.allclose(mean_M, row_KM[2], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [lambda G_KK: G_KK.diagonal() / G_KK.trace(), lambda G_KK: torch.softmax(-G_KK.diagonal(), 0)],
+    ids=["by norm", "against norm"],
+)
+def test_a_rules_weights_may_depend_on_the_rows(rule: Callable[[Tensor], Tensor]) -> None:
+    row_KM = _rows((4, 7, 1))
+    w_K = rule(row_KM @ row_KM.T)
+    expected = np.average(row_KM.numpy(), axis=0, weights=w_K.numpy())
+    np.testing.assert_allclose(combine(row_KM, _shares(4), rule, ()).numpy(), expected, rtol=1e-12)
