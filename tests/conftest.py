@@ -6,7 +6,7 @@ names the kind: then it fails. CI sets MEDFED_REQUIRE, so that nothing is skippe
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +74,14 @@ def _two_threads() -> None:
     import torch  # here, so that collecting stays quick
 
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for tests of tiny tensors: waking a second one would be most of their time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -4,9 +4,11 @@ Most problems here are least squares with full batches: a client's local trainin
 it starts from, so every algorithm's fixed point can be computed and compared with the optimum.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,16 +28,9 @@ from medfed.plan import check, local_plan, make, message_length
 from medfed.study import Model, Study, Training
 from medfed.wire import PLAIN, combine, send
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Memories = list[dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here: waking a second thread would be most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass
@@ -206,7 +201,7 @@ MINI_BATCH = Training(local_epochs=2, batch_size=4, learning_rate=0.05)
 
 @pytest.mark.parametrize(
     "h",
-    [FULL_BATCH, MINI_BATCH, replace(MINI_BATCH, optimizer="adam", momentum=0.9)],
+    [FULL_BATCH, MINI_BATCH, replace(MINI_BATCH, optimizer="adam")],
     ids=["full batch", "mini-batches", "adam"],
 )
 @pytest.mark.parametrize("path", ["rules", "func", "loop"])
@@ -321,7 +316,7 @@ def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float) -> None:
     optimum = _optimum(quadratics, EQUAL_SHARES)
     average = _fixed_point(maps, EQUAL_SHARES)
     nova = _fixed_point(maps, [1 / _work_by_hand(steps, momentum) for steps in WORK])
-    assert _distance(average, optimum) > 0.3  # in theory
+    assert _distance(average, optimum) > 0.2  # in theory
     assert _distance(nova, optimum) < _distance(average, optimum) / 8
 
     def trained(name: str, rounds: int) -> np.ndarray:
@@ -541,6 +536,7 @@ def test_a_server_is_a_value() -> None:
         ("scaffold", {"momentum": 0.9}),
         ("scaffold", {"optimizer": "adam"}),
         ("fednova", {"optimizer": "adam"}),
+        ("fednova", {"optimizer": "adam", "beta1": 0.0}),
     ],
 )
 def test_a_local_optimiser_that_breaks_the_algorithm_is_refused(name: str, changes: dict[str, object]) -> None:
@@ -563,11 +559,19 @@ def test_an_unknown_algorithm_gives_the_nearest() -> None:
         check(Study(training=Training(algorithm="fedavgg")))
 
 
-def test_rules_for_a_model_without_them_are_refused() -> None:
+def test_momentum_beside_adam_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"momentum=0.9 is for sgd.*training.beta1"):
+        check(Study(training=Training(optimizer="adam", momentum=0.9)))
+
+
+def test_rules_for_a_model_without_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("a_users_models")
+    module.soft = lambda f, o: nn.Sequential(nn.Linear(f, 3), nn.Softplus(), nn.Linear(3, o))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_users_models", module)
     survey = {"train": 5, "test": 2, "labels": {}, "train_labels": {}, "missing": {}}
     encoding = Encoding((Column("age", "number"),), Target("y", "regression"))
-    study = Study(model=Model("torch.nn:Bilinear", {"out_features": 1}), training=Training(path="rules"))
+    study = Study(model=Model("a_users_models:soft"), training=Training(path="rules"))
     planned = partial(make, surveys={"a": survey}, encoding=encoding)
-    with pytest.raises(PlanError, match=r"training.path='rules'.*'torch.nn:Bilinear'.*'auto'"):
+    with pytest.raises(PlanError, match=r"training.path='rules'.*'a_users_models:soft'.*'auto'"):
         planned(study)
     assert planned(replace(study, training=Training())).path == "func"

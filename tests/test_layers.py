@@ -13,6 +13,8 @@ from medfed.core.flat import Layout
 from medfed.layers import RULES, RuledModel, has_rules
 from medfed.models import Dropout, build, mlp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K, B = 3, 5
 KEY_K = torch.tensor([11, -12, 13])
 

@@ -1,6 +1,6 @@
 """Local training: three paths, one meaning, and clients that never touch each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,8 @@ from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.local import Correction, LocalPlan, LocalResult, Path, batches, loss_gradient, outputs, sample_loss, train
 from medfed.models import Dropout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = (7, 1, 0, 12, 3)  # none, one, fewer than a batch, a whole number of batches, and a short last batch
 FEATURES = 4
@@ -76,9 +78,9 @@ OPTIMISERS = {
     "sgd with decay": LocalPlan("binary", weight_decay=0.05),
     "momentum": LocalPlan("binary", learning_rate=0.05, momentum=0.9),
     "momentum with decay": LocalPlan("binary", learning_rate=0.05, momentum=0.5, weight_decay=0.05),
-    "adam": LocalPlan("binary", optimizer="adam", learning_rate=0.01, momentum=0.9, epsilon=1e-3),
+    "adam": LocalPlan("binary", optimizer="adam", learning_rate=0.01, epsilon=1e-3),
     "adam with decay, beta1 = 0": LocalPlan(
-        "binary", optimizer="adam", learning_rate=0.01, beta2=0.9, weight_decay=0.05, epsilon=1e-3
+        "binary", optimizer="adam", learning_rate=0.01, beta1=0.0, beta2=0.9, weight_decay=0.05, epsilon=1e-3
     ),
 }
 NOTHING = Correction()
@@ -89,15 +91,6 @@ SCHEDULES: tuple[dict[str, int], ...] = (
     {"epochs": 1, "batch_size": 32},
     {"steps": 2, "batch_size": 1},
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here: waking a second thread would be most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _model(name: str, task: Task, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -240,9 +233,9 @@ def _logistic_by_hand(
             g = ones[rows].T @ (p - y[rows]) / len(rows) + plan.weight_decay * w + mu * (w - start) + shift
             t += 1
             if plan.optimizer == "adam":
-                first = plan.momentum * first + (1 - plan.momentum) * g
+                first = plan.beta1 * first + (1 - plan.beta1) * g
                 second = plan.beta2 * second + (1 - plan.beta2) * g**2
-                unbiased = first / (1 - plan.momentum**t), second / (1 - plan.beta2**t)
+                unbiased = first / (1 - plan.beta1**t), second / (1 - plan.beta2**t)
                 w = w - plan.learning_rate * unbiased[0] / (np.sqrt(unbiased[1]) + plan.epsilon)
             else:
                 first = plan.momentum * first + g

@@ -165,7 +165,7 @@ def test_what_cannot_be_imported_is_told(name: str) -> None:
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": float("nan")}, "dropout=nan"),
         ({"norm": "batch"}, "norm='batch'; expected one of 'layer', 'group', 'none'"),
-        ({"hidden": 3}, "hidden"),
+        ({"hidden": 3}, "'mlp' cannot be built: TypeError"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], told: str) -> None:

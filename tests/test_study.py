@@ -58,7 +58,7 @@ def test_no_such_study_offers_the_nearest() -> None:
 
 
 def test_a_folder_is_no_study(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="cannot be read as TOML"):
+    with pytest.raises(StudyError, match="is no file and no bundled study"):
         load(tmp_path)
 
 
@@ -133,6 +133,8 @@ VIOLATIONS: list[tuple[str, Any]] = [
     ("training.learning_rate", INF),
     ("training.momentum", 1.0),
     ("training.momentum", -0.1),
+    ("training.beta1", 1.0),
+    ("training.beta1", -0.1),
     ("training.beta2", 1.0),
     ("training.beta2", 0.0),
     ("training.weight_decay", -1e-9),

@@ -144,7 +144,7 @@ def momentum_average(server: Server, mean_M: Tensor, share: float, h: Training) 
 
 
 # FedAdagrad, FedYogi, FedAdam: Reddi et al. 2021, algorithm 2. The mean update is the pseudo-gradient; v starts at
-# tau^2.
+# tau^2. FedAdagrad has beta1 = 0, as in the paper's experiments.
 
 
 def adaptive(second_moment: Callable[[Tensor, Tensor, Training], Tensor], momentum: bool) -> Callable[..., Server]:

@@ -5,20 +5,21 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
+from typing import Any
 
 import torch
 
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import CodecError, QuorumError
+from medfed.core.checks import CodecError, QuorumError, SiteError
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
 from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
-from medfed.monitor.metrics import Figure, Scores
+from medfed.monitor.metrics import Scores
 from medfed.plan import Plan
 from medfed.privacy.budget import Ledger
-from medfed.wire import combine
+from medfed.wire import combine, finite
 
 
 def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log) -> Server:
@@ -52,7 +53,7 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
             if reply.error:
                 log.emit(Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}"))
 
-    losses = [_finite(reports[name]["loss"]) for name in rows]
+    losses = [_known(reports[name].get("loss")) for name in rows]
     known = [(w, loss) for w, loss in zip(weight_K.tolist(), losses, strict=True) if loss is not None]
     log.emit(
         RoundFinished(
@@ -61,7 +62,7 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
             loss=sum(w * loss for w, loss in known) / sum(w for w, _ in known) if known else None,
             losses=losses,
             site_seconds=[round(replies[name].seconds, 6) for name in rows],
-            steps=[int(reports[name]["steps"]) for name in rows],
+            steps=[int(reports[name].get("steps", 0)) for name in rows],
             seconds=round(time.perf_counter() - began, 6),
             bytes_up=sum(len(reply.payload) for reply in replies.values()),
             bytes_down=len(payload) * len(clients),
@@ -106,35 +107,34 @@ def test(
     return tested
 
 
-def figure(tested: Tested) -> Figure:
-    """Return the one figure that progress shows: AUROC, or RMSE for a regression."""
-    return tested.all_sites.get("auroc") or tested.all_sites["rmse"]
-
-
 def _accepted(
     replies: dict[str, Reply], plan: Plan, number: int, log: Log
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-    """Return the rows and reports that count; tell of every site that does not."""
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Return the rows and reports that count, by site; tell of every site that does not."""
     rows: dict[str, torch.Tensor] = {}
-    reports: dict[str, dict[str, float]] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
     for name, reply in replies.items():
-        reason = reply.error
-        if not reason:
-            try:
-                report, tensors = codec.decode(reply.payload)
-                row = tensors["row"]
-                if row.shape != (plan.message,) or not bool(torch.isfinite(row).all()):
-                    reason = (
-                        f"its row has shape {tuple(row.shape)} or is not finite; expected {plan.message} finite numbers"
-                    )
-                else:
-                    rows[name], reports[name] = row, report
-            except (CodecError, KeyError) as error:
-                reason = f"its reply cannot be read: {error}"
-        if reason:
-            log.emit(SiteExcluded(number, name, reason))
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            reports[name], tensors = codec.decode(reply.payload)
+            if tensors["row"].shape != (plan.message,) or not tensors["row"].is_floating_point():
+                raise SiteError(f"its row has shape {tuple(tensors['row'].shape)}; expected {plan.message} numbers")
+            rows[name] = tensors["row"]
+        except SiteError as error:
+            reasons[name] = str(error)
+        except (CodecError, KeyError) as error:
+            reasons[name] = f"its reply cannot be read: {error}"
+    if rows:
+        for name, good in zip(list(rows), finite(codec.as_rows(list(rows.values()))).tolist(), strict=True):
+            if not good:
+                del rows[name]
+                reasons[name] = "its row is not finite"
+    for name, reason in reasons.items():
+        log.emit(SiteExcluded(number, name, reason))
     return rows, reports
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _known(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -5,6 +5,7 @@ same functions (`handle_many`), so a hospital's node is a stack of one.
 """
 
 import logging
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
 from medfed.plan import POOLED, build_model, local_plan
 from medfed.study import Study
-from medfed.wire import PLAIN, send
+from medfed.wire import PLAIN, finite, send
 
 logger = logging.getLogger(__name__)
 
@@ -152,16 +153,16 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
     row_KM = send(message_KM, PLAIN)
-    finite_K = torch.isfinite(row_KM).all(1) & torch.isfinite(local.theta_KP).all(1)
+    finite_K = finite(row_KM) & finite(local.theta_KP)
+    losses, steps = local.loss_K.tolist(), local.steps_K.tolist()
     replies: list[Answer] = []
     for k, site in enumerate(sites):
         if not finite_K[k]:
             replies.append(SiteError("training did not stay finite; lower training.learning_rate"))
             continue
         site.pending = {name: memory_next[name][k].clone() for name in algorithm.kept}
-        loss = float(local.loss_K[k])
-        report = {"loss": loss, "steps": int(local.steps_K[k])}
-        replies.append(codec.encode(report, {"row": row_KM[k]}))
+        loss = losses[k] if math.isfinite(losses[k]) else None
+        replies.append(codec.encode({"loss": loss, "steps": steps[k]}, {"row": row_KM[k]}))
     return replies
 
 

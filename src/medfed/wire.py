@@ -48,6 +48,11 @@ def send(message_KM: Tensor, links: Sequence[Link]) -> Tensor:
     return message_KM
 
 
+def finite(row_KM: Tensor) -> Tensor:
+    """Say of each row [K] whether all its numbers are finite."""
+    return ~torch.isnan((row_KM * 0).sum(1))  # 0 times inf is NaN; one pass, no mask of the size of the rows
+
+
 def combine(message_KM: Tensor, weight_K: Tensor, rule: Rule | None, links: Sequence[Link]) -> Tensor:
     """Return the combined row [M]: weights times the rows, through the servers' halves, last to first.
 

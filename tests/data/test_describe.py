@@ -9,8 +9,15 @@ from rich.console import Console
 from medfed.data import describe
 
 SURVEYS: dict[str, dict[str, Any]] = {
-    "a": {"train": 6, "test": 2, "patients": 4, "labels": {"no": 8}, "missing": {"age": 0, "chol": 4}},
-    "b": {"train": 6, "test": 2, "patients": 8, "labels": {"no": 4, "yes": 4}, "missing": {"age": 0, "chol": 8}},
+    "a": {"train": 6, "test": 2, "patients": 4, "labels": {"no": 8}, "missing": {"age": 0, "chol": 4}, "texts": {}},
+    "b": {
+        "train": 6,
+        "test": 2,
+        "patients": 8,
+        "labels": {"no": 4, "yes": 4},
+        "missing": {"age": 0, "chol": 8},
+        "texts": {},
+    },
 }
 
 
@@ -52,7 +59,10 @@ def test_tables_tell_classes_and_gaps() -> None:
 
 @pytest.mark.parametrize("name", ["[bold]x[/]", "[red]", "[/]", "a\\"])
 def test_names_are_shown_as_they_are(name: str) -> None:
-    surveys = {name: {**SURVEYS["a"], "labels": {name: 8}, "missing": {name: 4}}, "b": SURVEYS["b"]}
+    surveys = {
+        name: {**SURVEYS["a"], "labels": {name: 8}, "missing": {name: 4}, "texts": {name: ["u"]}},
+        "b": SURVEYS["b"],
+    }
     assert _shown(describe.describe(surveys)).count(name) >= 3
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from medfed.core.checks import DataError
-from medfed.core.streams import Streams
+from medfed.core.streams import Streams, patient_fraction
 from medfed.data.partition import is_test, patients, row_patients, site_of
 
 STREAMS = Streams(7)
@@ -114,6 +114,13 @@ def test_a_stratified_split_does_not_depend_on_row_order() -> None:
     labels = {f"p{i}": "ab"[i % 3 == 0] for i in range(60)}
     turned = dict(reversed(labels.items()))
     assert _held_exactly(labels, 0.25) == _held_exactly(turned, 0.25)
+
+
+def test_those_of_lowest_hash_are_held_out() -> None:
+    key, ids = STREAMS.key("split"), [f"p{i}" for i in range(50)]
+    lowest = sorted(ids, key=lambda name: patient_fraction(key, name))[:10]
+    held = _held_exactly(dict.fromkeys(ids, "a"), 0.2)
+    assert {name for name in ids if held[name]} == set(lowest)
 
 
 def test_without_labels_the_share_is_exact_over_all() -> None:

@@ -279,6 +279,7 @@ BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("header.csv", lambda path: path.write_text("a,y\n"), "has no row beside its header"),
     ("header.parquet", lambda path: _mixed()[:0].to_parquet(path), "has no row beside its header"),
     ("wide.csv", lambda path: path.write_text("a,y\n1,0,5\n2,1,5\n"), "rows have more fields than the header"),
+    ("semicolons.csv", lambda path: path.write_text("a;y\n1;0\n"), "columns are separated by ';'"),
     ("ragged.csv", lambda path: path.write_text("a,y\n1,0\n2,1,5\n"), "cannot be read"),
     ("latin.csv", lambda path: path.write_bytes("a,y\nä,1\n".encode("latin-1")), "cannot be read"),
     ("folder.csv", lambda path: path.mkdir(), "cannot be read"),

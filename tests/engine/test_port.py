@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 
 from medfed.engine import port
-from medfed.engine.port import Reply, gather
+from medfed.engine.port import Counted, Reply, gather
 
 
 class Clock:
@@ -134,6 +134,15 @@ def test_an_unknown_ticket_is_passed_over(clock: Clock) -> None:
     fleet = Scripted(clock, [(2, "a", "")])
     fleet.pending = [(101.0, Reply(77, "a", b"forged", 1.0))]
     assert gather(fleet, ["a"], "work", b"", 60)["a"].payload == b"a"
+
+
+def test_a_counted_fleet_counts_what_passes_and_changes_nothing(clock: Clock) -> None:
+    script = [(1.0, "a", ""), (2.0, "bcd", ""), (3.0, "silent", "out of rows")]
+    fleet = Counted(Scripted(clock, script))
+    replies = gather(fleet, ["a", "bcd", "silent"], "work", b"question", 60)
+    again = gather(Scripted(clock, script), ["a", "bcd", "silent"], "work", b"question", 60)
+    assert (fleet.bytes_down, fleet.bytes_up) == (3 * len(b"question"), len(b"a") + len(b"bcd"))
+    assert replies == again
 
 
 def test_asking_nobody_waits_for_nobody(clock: Clock) -> None:

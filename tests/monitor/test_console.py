@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from medfed.monitor.console import Progressing, results
+from medfed.monitor.console import Progressing, Warnings, results
 from medfed.monitor.events import (
     Event,
     Planned,
@@ -29,8 +29,8 @@ def _run(name: str, rounds: int = 3, metrics: Iterable[str] = CLASS_METRICS) -> 
     figures = {m: Figure(0.75, 0.5, 1.0) for m in metrics}
     sizes = {name: {"train": 30, "test": 10}, "other": {"train": 20, "test": 5}}
     events: list[Event] = [
-        RunStarted(name, "d", 7, rounds, {}, {}),
-        Planned("fedavg", name, 3, 2, 3, "rules", sizes, {name: {"0": 1}}, {"epsilon": None}),
+        RunStarted(name, "HRESCH", "d", 7, rounds, {}, {}),
+        Planned("fedavg", name, 3, 2, 3, "rules", sizes, {name: {"0": 1}}, {"epsilon": None}, 1, 2),
         Warned(f"careful with {name}"),
     ]
     for number in range(1, rounds + 1):
@@ -41,8 +41,8 @@ def _run(name: str, rounds: int = 3, metrics: Iterable[str] = CLASS_METRICS) -> 
                                  {name: 10, "other": 5}, 0.1, 1, 2))  # fmt: skip
     both = dict.fromkeys(sizes, figures)
     events.append(ModelTested(rounds, "local", 15, 0.1, figures, figures, both, {name: 10, "other": 5}, 0.1, 1, 2))
-    events.append(Resumed(rounds, f"{name} is damaged"))
-    return [*events, RunFinished("incomplete", rounds, 1.0, 1, 2, f"without {name}")]
+    events.append(Resumed(rounds, rounds, f"{name} is damaged"))
+    return [*events, RunFinished("incomplete", rounds, 1.0, f"without {name}")]
 
 
 def _shown(events: Iterable[Event], terminal: bool = False) -> str:
@@ -78,6 +78,19 @@ def test_names_are_shown_as_they_are(name: str, terminal: bool) -> None:
     spoken = [f"{name}  seed 7", f"model {name}:", f"{name} 30+10", f"careful with {name}", f"({name} is damaged)"]
     for expected in [*spoken, f"round 1: without {name}: it is {name}", f"incomplete: without {name}"]:
         assert expected in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quiet_listener_tells_what_went_wrong_and_no_more(name: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    for event in _run(name, 1):
+        Warnings(console)(event)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        f"warning: careful with {name}",
+        f"round 1: without {name}: it is {name}",
+        f"incomplete: without {name}",
+    ]
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -30,15 +30,17 @@ from medfed.monitor.metrics import Figure
 FIGURES = {"auroc": Figure(0.1 + 0.2, 0.25, 0.5), "f1": Figure(None)}
 
 SAMPLES: list[Event] = [
-    RunStarted("study", "abc", 7, 3, {"torch": "2"}, {"threads": 2, "system": "x"}),
-    Planned("fedavg", "logistic", 3, 2, 3, "rules", {"ä": {"train": 3, "test": 1}}, {"ä": {"0": 4}}, {"epsilon": None}),
+    RunStarted("study", "HRESCH", "abc", 7, 3, {"torch": "2"}, {"threads": 2, "system": "x"}),
+    Planned(
+        "fedavg", "logistic", 3, 2, 3, "rules", {"ä": {"train": 3, "test": 1}}, {"ä": {"0": 4}}, {"epsilon": None}, 1, 2
+    ),
     Warned('a "quoted"\nline'),
     RoundStarted(1, ["ä", "b"]),
     SiteExcluded(1, "b", "late"),
     RoundFinished(1, ["ä"], 0.5, [0.5, None], [0.1], [4], 0.2, 100, 200),
     ModelTested(1, "federated", 4, None, FIGURES, FIGURES, {"ä": FIGURES}, {"ä": 4}, 0.1, 10, 20),
-    Resumed(1, ""),
-    RunFinished("complete", 3, 1.5, 100, 200, ""),
+    Resumed(1, 3, ""),
+    RunFinished("complete", 3, 1.5, ""),
 ]
 
 

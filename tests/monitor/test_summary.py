@@ -58,12 +58,12 @@ def _tested(number: int) -> ModelTested:
     return ModelTested(number, "federated", 4, 0.1, figures, figures, {"a": figures}, {"a": 4}, 0.1, 1, 2)
 
 
-STARTED = RunStarted("s", "d", 0, 4, {}, {})
+STARTED = RunStarted("s", "HRESCH", "d", 0, 4, {}, {})
 
 
 def test_rounds_that_a_resumed_run_did_again_count_once() -> None:
-    recorded: list[Event] = [STARTED, _round(1), _round(2), _round(3), SiteExcluded(3, "b", "late"), Resumed(2, "")]
-    recorded += [_round(3), _round(4), _tested(4), RunFinished("complete", 4, 1.0, 0, 0, "")]
+    recorded: list[Event] = [STARTED, _round(1), _round(2), _round(3), SiteExcluded(3, "b", "late"), Resumed(2, 4, "")]
+    recorded += [_round(3), _round(4), _tested(4), RunFinished("complete", 4, 1.0, "")]
     found = summarise(recorded)
     assert (found["rounds"], found["status"], found["excluded"]) == (4, "complete", [])
     assert found["seconds"]["total"] == 1.5  # two rounds before the resumption, one second after it
@@ -71,7 +71,7 @@ def test_rounds_that_a_resumed_run_did_again_count_once() -> None:
 
 
 def test_what_was_tested_after_the_resumed_round_is_not_known_any_more() -> None:
-    found = summarise([STARTED, _round(1), _tested(1), _round(2), _tested(2), Resumed(1, "")])
+    found = summarise([STARTED, _round(1), _tested(1), _round(2), _tested(2), Resumed(1, 4, "")])
     assert (found["rounds"], found["test"]) == (1, None)
 
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -18,8 +20,8 @@ VERSION = 1
 def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """Pack a JSON-able header and tensors into bytes."""
     text = json.dumps({"medfed": VERSION, **header}, allow_nan=False)
-    packed = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
-    return safetensors.torch.save(packed, metadata={"header": text})
+    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in (tensors or {}).items()}
+    return safetensors.numpy.save(arrays, metadata={"header": text})
 
 
 def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
