@@ -32,22 +32,19 @@ def main() -> None:
             test = summary["test"] if name == "federated" else summary["baselines"][name]["test"]
             rows.append([test[metric] for metric in METRICS])
     values = {name: np.array(rows) for name, rows in found.items()}
-    lines = [
-        [name, *(f"{m:.4f} +- {s:.4f}" for m, s in zip(v.mean(0), v.std(0, ddof=1), strict=True))]
-        for name, v in values.items()
-    ]
+    lines = []
+    for name, v in values.items():
+        lines.append([name, *(f"{m:.4f} +- {s:.4f}" for m, s in zip(v.mean(0), v.std(0, ddof=1), strict=True))])
     gap = values["federated"] - values["pooled"]
     error = gap.std(0, ddof=1) / np.sqrt(args.seeds)
     lines.append(["federated - pooled", *(f"{m:+.4f} (se {e:.4f})" for m, e in zip(gap.mean(0), error, strict=True))])
     print(
-        f"{args.study}, {args.seeds} seeds, mean +- sd over seeds; median {np.median(seconds):.2f} s a study with baselines"
+        f"{args.study}, {args.seeds} seeds, mean +- sd over seeds; a study with baselines: {np.median(seconds):.2f} s"
     )
     print(table(["model", *METRICS], lines))
-    write_result(
-        f"{args.study}-seeds",
-        {"seeds": args.seeds, "set": args.set, "mean": {n: dict(zip(METRICS, v.mean(0).tolist(), strict=True)) for n, v in values.items()},
-         "gap": dict(zip(METRICS, gap.mean(0).tolist(), strict=True))},
-    )  # fmt: skip
+    means = {name: dict(zip(METRICS, v.mean(0).tolist(), strict=True)) for name, v in values.items()}
+    gaps = dict(zip(METRICS, gap.mean(0).tolist(), strict=True))
+    write_result(f"{args.study}-seeds", {"seeds": args.seeds, "set": args.set, "mean": means, "gap": gaps})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,14 @@ Settings = dict[str, Any]
 ALGORITHMS = (
     "fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "local", "pooled",
 )  # fmt: skip
-ADAM_ALONE: Settings = {"rounds": 1, "local_epochs": 50, "local_steps": 0, "batch_size": 4, "optimizer": "adam", "momentum": 0.9, "learning_rate": 1e-3}  # fmt: skip
+ADAM_ALONE: Settings = {
+    "rounds": 1,
+    "local_epochs": 50,
+    "local_steps": 0,
+    "batch_size": 4,
+    "optimizer": "adam",
+    "learning_rate": 1e-3,
+}
 
 
 def rates(lr: float, server: float = 0.0, mu: float = 0.01, tau: float = 1e-3) -> Settings:

@@ -290,10 +290,10 @@ def test_an_adaptive_servers_own_step_is_a_tenth(name: str) -> None:
 # FedNova: unequal local work. Every client repeats one row, so each of its batches has its full gradient, and with
 # batches of one it takes as many steps as it has rows.
 
-WORK = (1, 3, 8, 20)
+WORK = (1, 2, 4, 10)
 ROWS = (([0.0], 1.0), ([1.0], -1.0), ([2.0], 2.0), ([-1.0], 0.5))
 REPEATED = [(np.array([x] * n), np.array([y] * n)) for (x, y), n in zip(ROWS, WORK, strict=True)]
-UNEQUAL = Training(local_epochs=1, batch_size=1, learning_rate=0.004)
+UNEQUAL = Training(local_epochs=1, batch_size=1, learning_rate=0.005)
 EQUAL_SHARES = (0.25,) * 4
 
 
@@ -308,7 +308,7 @@ def test_local_work_is_the_weight_that_sgd_gives_its_gradients(momentum: float) 
     assert work_K.tolist() == pytest.approx([_work_by_hand(steps, momentum) for steps in (0, *WORK)])
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float) -> None:
     h = replace(UNEQUAL, momentum=momentum, learning_rate=UNEQUAL.learning_rate * (1 - momentum))
     quadratics = [_quadratic(x, y) for x, y in REPEATED]
@@ -316,15 +316,15 @@ def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float) -> None:
     optimum = _optimum(quadratics, EQUAL_SHARES)
     average = _fixed_point(maps, EQUAL_SHARES)
     nova = _fixed_point(maps, [1 / _work_by_hand(steps, momentum) for steps in WORK])
-    assert _distance(average, optimum) > 0.2  # in theory
+    assert _distance(average, optimum) > 0.15  # in theory
     assert _distance(nova, optimum) < _distance(average, optimum) / 8
 
     def trained(name: str, rounds: int) -> np.ndarray:
         at_the_optimum = fill(_linear(1), torch.tensor(optimum))
         return Federation(replace(h, algorithm=name), at_the_optimum, _of(REPEATED), EQUAL_SHARES).run(rounds).w
 
-    assert _distance(trained("fedavg", 200), average) < 2e-3  # and in fact
-    assert _distance(trained("fednova", 200), nova) < 2e-3
+    assert _distance(trained("fedavg", 250), average) < 2e-3  # and in fact
+    assert _distance(trained("fednova", 250), nova) < 2e-3
 
 
 def test_fednovas_clients_really_take_unequal_steps() -> None:
@@ -355,6 +355,7 @@ def test_scaffold_reaches_the_optimum_where_fedavg_provably_does_not() -> None:
         np.testing.assert_allclose(memory["control"].numpy(), H @ OPTIMUM - b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scaffold_reaches_the_optimum_with_few_clients_a_round() -> None:
     fed, lottery = _federation("scaffold", local_steps=10), np.random.default_rng(0)
     for _ in range(600):

@@ -255,7 +255,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
     TEXT,
     st.integers(0, 2**63 - 1),
     st.floats(1e-9, 1e5),
-    st.lists(TEXT, max_size=3),
+    st.lists(TEXT, max_size=3, unique=True),
     st.dictionaries(TEXT, st.tuples(st.floats(0, 1), st.floats(2, 9), st.booleans(), TEXT), max_size=2),
     st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans() | TEXT | st.lists(st.integers())),
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medfed.wire import PLAIN, Float32, Link, combine, send
+from medfed.wire import PLAIN, Float32, Link, combine, finite, send
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
 
@@ -88,6 +88,17 @@ def test_rows_travel_as_float32_whatever_they_were() -> None:
     assert sent.dtype == torch.float32
     assert sent[0, :2].tolist() == [1, 0]
     assert sent[0, 2].isnan()  # nothing is hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_is_finite_when_all_its_numbers_are(dtype: torch.dtype) -> None:
+    high = torch.finfo(dtype).max
+    row_KM = torch.zeros(6, 40, dtype=dtype)
+    row_KM[1] = high  # their sum would not be finite
+    row_KM[2, 7], row_KM[3, 0], row_KM[4, -1] = float("nan"), float("inf"), -float("inf")
+    row_KM[5, :2] = torch.tensor([float("inf"), -float("inf")])
+    assert finite(row_KM).tolist() == [True, True, False, False, False, False]
+    assert finite(row_KM[:, :0]).tolist() == [True] * 6
 
 
 def test_sending_leaves_the_message_as_it_was() -> None:

@@ -232,7 +232,7 @@ def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, pat
         budget = _FUNC_CHUNK_BYTES if path == "func" else _RULES_CHUNK_BYTES
         width = max(1, budget // bytes_each)
         if torch.equal(order, torch.arange(len(order))):  # nothing to sort: views instead of copies
-            yield from (slice(first, first + width) for first in range(0, len(order), width))
+            yield from (slice(first, min(first + width, len(order))) for first in range(0, len(order), width))
         else:
             yield from torch.split(order, width)
 
@@ -306,7 +306,7 @@ class _Descent:
 def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     data, plan, key_K = chunk.data, chunk.plan, chunk.key_K
     laid = batches(data, plan, key_K)
-    params = [piece.contiguous() for _, piece in chunk.layout.pieces(chunk.start_KP)]
+    params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in chunk.layout.pieces(chunk.start_KP)]
     descent = _Descent(params, chunk)
     gradients = [] if descent.fusable else [torch.empty_like(p) for p in params]
     tally = _Loss(plan.task, len(data))
@@ -331,7 +331,7 @@ def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
 def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     data, plan, key_K, layout = chunk.data, chunk.plan, chunk.key_K, chunk.layout
     laid = batches(data, plan, key_K)
-    params = [piece.contiguous() for _, piece in layout.pieces(chunk.start_KP)]
+    params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in layout.pieces(chunk.start_KP)]
     descent = _Descent(params, chunk)
     dropouts = [f"{name}.key".lstrip(".") for name, m in model.named_modules() if isinstance(m, Dropout)]
     tally = _Loss(plan.task, len(data))

@@ -185,6 +185,9 @@ def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
         z = list(torch.split(outputs(first.model, tensors["w"], x), [len(site.test) for site in sites]))
     replies: list[Answer] = []
     for site, z_NC in zip(sites, z, strict=True):
+        if not torch.isfinite(z_NC).all():
+            replies.append(SiteError("the model's outputs are not finite"))
+            continue
         scores = Scores.of(target.task, z_NC, site.test.y, target.scale)
         replies.append(codec.encode({}, scores.tensors()))
     return replies

@@ -6,6 +6,7 @@ that is not here does not exist: it is refused with the nearest right name. What
 
 import dataclasses
 import hashlib
+import json
 import math
 import tomllib
 import types
@@ -220,7 +221,7 @@ class Study:
 
     def digest(self) -> str:
         """Return the sha256 of the study: two studies of one digest ask for the same run."""
-        return hashlib.sha256(self.toml().encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.tables(), sort_keys=True).encode()).hexdigest()
 
 
 def bundled() -> dict[str, Path]:
@@ -339,6 +340,7 @@ def _check_ranges(study: Study) -> None:
         ("training.server_epsilon", t.server_epsilon, 0 < t.server_epsilon < 1e6, "above 0"),
         ("training.quorum", t.quorum, 0 < t.quorum <= 1, "in (0, 1]"),
         ("training.deadline", t.deadline, t.deadline > 0, "seconds above 0"),
+        ("data.features", data.features, len(set(data.features)) == len(data.features), "each feature once"),
         ("data.test_fraction", data.test_fraction, 0 < data.test_fraction < 1, "in (0, 1)"),
         (
             "fleet.clients_per_round",

@@ -20,7 +20,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 HEADERS = st.dictionaries(st.text().filter(lambda key: key != "medfed"), JSON, max_size=4)
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8]
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 

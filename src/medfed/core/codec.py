@@ -20,7 +20,7 @@ VERSION = 1
 def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """Pack a JSON-able header and tensors into bytes."""
     text = json.dumps({"medfed": VERSION, **header}, allow_nan=False)
-    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in (tensors or {}).items()}
+    arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in (tensors or {}).items()}
     return safetensors.numpy.save(arrays, metadata={"header": text})
 
 

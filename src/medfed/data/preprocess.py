@@ -99,6 +99,12 @@ class Encoding:
         """
         blocks = [self._block(column, table, rows, fit_rows) for column in self.columns]
         x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
+        large = np.flatnonzero((np.abs(x) > np.finfo(np.float32).max).any(0))
+        if len(large):
+            names = [self.names()[column] for column in large]
+            raise DataError(
+                f"{some(names)}: values beyond 3e38 after encoding; give another unit or preprocess='robust'"
+            )
         return Rows(
             torch.from_numpy(x.astype(np.float32)), self._labels(table, rows), torch.from_numpy(table.patient[rows])
         )
