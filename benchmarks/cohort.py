@@ -56,6 +56,7 @@ def main() -> None:
             for name, command, env in peers(shape):
                 seconds.setdefault(name, []).extend(run_peer(command, env))
         for name, once in ours.jobs().items():
+            once()  # warm, as a run's later rounds are; peers warm up by themselves
             seconds.setdefault(name, []).append(once())
     report(args.shape, shape, seconds, ours.flops(), gemm_rate())
 

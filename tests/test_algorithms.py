@@ -308,8 +308,8 @@ def test_local_work_is_the_weight_that_sgd_gives_its_gradients(momentum: float) 
     assert work_K.tolist() == pytest.approx([_work_by_hand(steps, momentum) for steps in (0, *WORK)])
 
 
-@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
-def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float) -> None:
+@pytest.mark.parametrize(("momentum", "rounds"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.slow)])
+def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float, rounds: int) -> None:
     h = replace(UNEQUAL, momentum=momentum, learning_rate=UNEQUAL.learning_rate * (1 - momentum))
     quadratics = [_quadratic(x, y) for x, y in REPEATED]
     maps = [_descended(q, h, steps) for q, steps in zip(quadratics, WORK, strict=True)]
@@ -319,12 +319,12 @@ def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float) -> None:
     assert _distance(average, optimum) > 0.15  # in theory
     assert _distance(nova, optimum) < _distance(average, optimum) / 8
 
-    def trained(name: str, rounds: int) -> np.ndarray:
+    def trained(name: str) -> np.ndarray:
         at_the_optimum = fill(_linear(1), torch.tensor(optimum))
         return Federation(replace(h, algorithm=name), at_the_optimum, _of(REPEATED), EQUAL_SHARES).run(rounds).w
 
-    assert _distance(trained("fedavg", 250), average) < 2e-3  # and in fact
-    assert _distance(trained("fednova", 250), nova) < 2e-3
+    assert _distance(trained("fedavg"), average) < 1e-3  # and in fact
+    assert _distance(trained("fednova"), nova) < 1e-3
 
 
 def test_fednovas_clients_really_take_unequal_steps() -> None:

@@ -30,7 +30,7 @@ from medfed.models import Dropout
 
 Path = Literal["auto", "rules", "func", "loop"]
 
-_RULES_CHUNK_BYTES = 4 << 20  # what a chunk of clients touches in a step: fits the second-level cache
+_RULES_CHUNK_BYTES = 8 << 20  # what a chunk of clients touches in a step: about what the caches hold
 _FUNC_CHUNK_BYTES = 32 << 20  # torch.func pays per call, so it wants longer stacks
 
 
@@ -121,7 +121,7 @@ def train(
     """
     if path == "auto":
         path = "rules" if has_rules(model) else "func"
-    theta_KP, layout = start_KP.clone(), Layout.of(model)
+    theta_KP, layout = start_KP.clone(memory_format=torch.contiguous_format), Layout.of(model)
     loss_K = torch.full((len(data),), float("nan"), dtype=torch.float64)
     steps_K = plan.steps_K(data.size_K)
     model.train()

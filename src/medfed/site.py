@@ -153,7 +153,7 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
     row_KM = send(message_KM, PLAIN)
-    finite_K = finite(row_KM) & finite(local.theta_KP)
+    finite_K = finite(local.theta_KP)
     losses, steps = local.loss_K.tolist(), local.steps_K.tolist()
     replies: list[Answer] = []
     for k, site in enumerate(sites):

@@ -32,11 +32,12 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = safetensors.torch.load(payload)
         size = int.from_bytes(payload[:8], "little")
-        header = dict(json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"]))
+        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
-    if header.get("medfed") != VERSION:
-        raise CodecError(f"message version={header.get('medfed')}; expected {VERSION}. Run the same medfed everywhere.")
+    version = header.get("medfed") if isinstance(header, dict) else None
+    if type(version) is not int or version != VERSION:  # JSON's true and 1.0 are no version
+        raise CodecError(f"message version={version!r}; expected {VERSION}. Run the same medfed everywhere.")
     return header, tensors
 
 
