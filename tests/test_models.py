@@ -292,3 +292,10 @@ def test_a_users_dropout_no_longer_asks_torchs_generator(monkeypatch: pytest.Mon
     state = torch.get_rng_state()
     assert torch.equal(model(x), model(x))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layer", [nn.AlphaDropout(0.1), nn.Dropout1d(0.1), nn.Dropout2d(0.1)])
+def test_dropout_that_no_stream_can_feed_is_refused(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.ZOO, "own", lambda features, outputs: nn.Sequential(nn.Linear(features, outputs), layer))
+    with pytest.raises(PlanError, match=f"has {type(layer).__name__} at '1'.*Use nn.Dropout"):
+        build("own", 3, 1, {}, 0)

@@ -52,7 +52,6 @@ class Algorithm:
     sent: tuple[str, ...] = ()  # which server slots the clients receive
     kept: tuple[str, ...] = ()  # what each client remembers
     personal: bool = False  # the model to test is the site's own, w + memory["offset"]
-    step: float = 1.0  # the server's learning rate where the study leaves it open
     plain_sgd: str = ""  # why the local optimiser must be plain SGD, where it must
     any_sgd: str = ""  # why the local optimiser must be SGD, with or without momentum, where it must
 
@@ -72,10 +71,6 @@ class Algorithm:
         """Return the weights that each client starts from."""
         w_KP = task.w_P.expand(clients, -1)
         return w_KP + memory["offset"] if self.personal else w_KP
-
-    def learning_rate(self, h: Training) -> float:
-        """Return the server's learning rate."""
-        return h.server_learning_rate or self.step
 
 
 # Weighted mean: McMahan et al. 2017, algorithm 1; with a server step, Reddi et al. 2021, algorithm 1.
@@ -209,9 +204,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         any_sgd="it divides by the weight that SGD gives each gradient",
     ),
     "fedavgm": Algorithm("Hsu et al. 2019, arXiv:1909.06335", momentum_average, start=lambda h: {"momentum": 0.0}),
-    "fedadagrad": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adagrad, False), start=moments, step=0.1),
-    "fedyogi": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(yogi, True), start=moments, step=0.1),
-    "fedadam": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adam, True), start=moments, step=0.1),
+    "fedadagrad": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adagrad, False), start=moments),
+    "fedyogi": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(yogi, True), start=moments),
+    "fedadam": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adam, True), start=moments),
     "local": Algorithm("baseline: each site alone", unmoved, message=nothing, kept=("offset",), personal=True),
     "pooled": Algorithm("baseline: one model on all sites' rows in one place; a simulation only", average),
 }

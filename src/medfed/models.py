@@ -152,6 +152,11 @@ def _checked(module: nn.Module, name: str) -> nn.Module:
                 f"model.name={name!r} has {type(layer).__name__} at {path!r}: it mixes the patients of a batch and its "
                 "running statistics stay at the sites. Use nn.LayerNorm or nn.GroupNorm."
             )
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and type(layer) is not nn.Dropout:
+            raise PlanError(
+                f"model.name={name!r} has {type(layer).__name__} at {path!r}: it draws from torch's global generator, "
+                "so no run would repeat. Use nn.Dropout."
+            )
     if not any(p.requires_grad for p in module.parameters()):
         raise PlanError(f"model.name={name!r} has no trainable parameter.")
     return module

@@ -9,6 +9,7 @@ that anybody's privacy rests on.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Streams:
 
     def key(self, name: str, *context: object) -> int:
         """Return the signed 64-bit key of the stream `name` in `context` (a round, a client, ...)."""
-        text = "\x1f".join([str(self.seed), name, *map(str, context)])
+        text = json.dumps([self.seed, name, *map(str, context)])  # no two lists are written alike
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     def key_K(self, name: str, round: int, clients: Sequence[str]) -> Tensor:
