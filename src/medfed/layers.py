@@ -13,6 +13,7 @@ K clients, B batch (padded), I inputs, O outputs of a layer. Buffers are made on
 first A clients still take uses their first A entries.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
@@ -47,7 +48,7 @@ class Buffers:
         return view
 
 
-class Rule:
+class Rule(ABC):
     """A layer without parameters of its own; the base of all rules."""
 
     names: tuple[str, ...] = ()  # the parameters, in the order of `named_parameters()`
@@ -55,15 +56,15 @@ class Rule:
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.buffers = layer, Buffers()
 
+    @abstractmethod
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         """Return y [A, B, ...] for x [A, B, ...]; `key_K` is each client's stream in this step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         """Return dL/dx (unless this is the `first` layer, whose input needs none); may overwrite dy."""
-        raise NotImplementedError
 
-    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float) -> None:
+    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float) -> None:  # noqa: B027 (nothing to add)
         """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch)."""
 
 
@@ -108,13 +109,13 @@ class NormRule(Rule):
         affine = layer.weight is not None
         self.names = () if not affine else ("weight", "bias") if layer.bias is not None else ("weight",)
 
+    @abstractmethod
     def normalise(self, x: Tensor) -> Tensor:
         """Return x normalised, remembering mean and 1/sd."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denormalise(self, dn: Tensor) -> Tensor:
         """Return dL/dx for dL/d(normalised x)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.x = x
@@ -141,13 +142,13 @@ class NormRule(Rule):
         if len(targets) == 2:
             _blend(targets[1], self._gather(self.dy, targets[1]), beta, alpha)
 
+    @abstractmethod
     def _spread(self, param: Tensor, x: Tensor) -> Tensor:
         """Shape a parameter [A, *units] so that it multiplies x [A, B, *]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _gather(self, dy: Tensor, param: Tensor) -> Tensor:
         """Sum over the axes along which `_spread` repeated the parameter."""
-        raise NotImplementedError
 
 
 class LayerNormRule(NormRule):

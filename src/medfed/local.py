@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Literal
 
 import torch
@@ -227,7 +228,7 @@ def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, pat
     order = torch.argsort(steps_K, descending=True, stable=True)
     order = order[: int((steps_K > 0).sum())]
     if len(order):
-        row = plan.width(data.size_K) * prod_of(data.x_NF.shape[1:])
+        row = plan.width(data.size_K) * prod(data.x_NF.shape[1:])
         bytes_each = start_KP.element_size() * (2 * start_KP.shape[1] + 4 * row)
         budget = _FUNC_CHUNK_BYTES if path == "func" else _RULES_CHUNK_BYTES
         width = max(1, budget // bytes_each)
@@ -235,11 +236,6 @@ def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, pat
             yield from (slice(first, min(first + width, len(order))) for first in range(0, len(order), width))
         else:
             yield from torch.split(order, width)
-
-
-def prod_of(shape: Sequence[int]) -> int:
-    """Return the number of elements of `shape`."""
-    return int(torch.Size(shape).numel())
 
 
 class _Descent:

@@ -38,7 +38,7 @@ from medfed.engine.port import gather
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
-from medfed.monitor.summary import main_model, summarise
+from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, prepare
 from medfed.round import run_round, test
@@ -237,18 +237,18 @@ def _drive(
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
     began, ledger, study = time.perf_counter(), plan.ledger(), plan.study
-    reason = ""
+    name, reason = main_model(study.training.algorithm), ""
     try:
         while server.round < study.training.rounds:
             server = run_round(server, plan, fleet, ledger, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
-                test(server, plan, fleet, log, main_model(plan.study.training.algorithm))
+                test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log)
-        test(server, plan, fleet, log, main_model(plan.study.training.algorithm), intervals=True)
-        if study.monitor.baselines and study.training.algorithm not in ("local", "pooled"):
-            for name in ("local", "pooled"):
-                _baseline(name, study, sites, plan.encoding, log)
+        test(server, plan, fleet, log, name, intervals=True)
+        if study.monitor.baselines and name == "federated":
+            for baseline in BASELINES:
+                _baseline(baseline, study, sites, plan.encoding, log)
     except QuorumError as error:
         reason = str(error)
     recorded = log.events()

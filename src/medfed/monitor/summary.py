@@ -16,6 +16,9 @@ from medfed.monitor.events import (
 )
 from medfed.monitor.metrics import Figure
 
+BASELINES = ("local", "pooled")
+"""What a federated model is measured against: each site alone, and one model on all rows."""
+
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
     """Return the summary of a run, finished or not; rounds that a resumed run did again count once."""
@@ -88,7 +91,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
 
 def main_model(algorithm: str) -> str:
     """Return under which name the model that a run is about is tested; other tested models are its baselines."""
-    return algorithm if algorithm in ("local", "pooled") else "federated"
+    return algorithm if algorithm in BASELINES else "federated"
 
 
 def _plain(figures: Mapping[str, Figure], n: int | None) -> dict[str, float | int | None]:
