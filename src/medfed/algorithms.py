@@ -7,6 +7,7 @@ named vectors of P numbers that start at zero.
 K clients, P parameters, M numbers in a row.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from medfed.local import Correction, LocalResult
 from medfed.study import Training
+
+COMMON = ("average", "clip")
+"""Server slots that belong to no algorithm: the averaged model, and the norm of adaptive clipping."""
 
 Memory = Mapping[str, Tensor]
 """What each client of a stack remembers between rounds: name -> [K, P]."""
@@ -26,7 +30,12 @@ class Server:
 
     round: int
     w_P: Tensor
-    slots: Mapping[str, Tensor]  # momentum, second moment, control variate: name -> [P]
+    slots: Mapping[str, Tensor]  # momentum, second moment, control variate: name -> [P]; clip: [1]
+
+    @property
+    def released_P(self) -> Tensor:
+        """The model to test and to keep: the averaged one where the study averages, else w."""
+        return self.slots.get("average", self.w_P)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,17 @@ class Algorithm:
 
     def begin(self, w_P: Tensor, h: Training) -> Server:
         """Return the state before the first round."""
-        return Server(0, w_P, {name: torch.full_like(w_P, value) for name, value in self.start(h).items()})
+        slots = {name: torch.full_like(w_P, value) for name, value in self.start(h).items()}
+        return Server(0, w_P, slots | ({"average": w_P} if h.average else {}))
+
+    def step(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
+        """Return the state after a round; with training.average, the mean of the last rounds' models goes along."""
+        after = self.apply(server, mean_M, share, h)
+        common = {name: server.slots[name] for name in COMMON if name in server.slots}
+        if "average" in common:
+            n = max(1, after.round - (h.rounds - math.ceil(h.average * h.rounds)))
+            common["average"] = common["average"] + (after.w_P - common["average"]) / n
+        return replace(after, slots={**after.slots, **common})
 
     def task(self, server: Server) -> Task:
         """Return what the clients of the next round receive."""

@@ -16,6 +16,8 @@ from medfed.core.checks import MedfedError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
 app.add_typer(data_app, name="data")
+privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
+app.add_typer(privacy_app, name="privacy")
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
@@ -156,6 +158,62 @@ def data_show(
         console.print(table)
     if figure:
         console.print(f"figure: {figure}", highlight=False)
+
+
+@privacy_app.command("plan")
+def privacy_plan(study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False) -> None:  # noqa: B006
+    """Say before training what noise the target asks for, and what signal can be left."""
+    from medfed import runs
+    from medfed import study as studies
+    from medfed.monitor.console import outlook
+
+    found = runs.privacy_outlook(studies.load(study, set), data)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for part in outlook(found):
+        _console().print(part, highlight=False)
+
+
+@privacy_app.command("ledger")
+def privacy_ledger(
+    ledger: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or a ledger's; default: the lifetime one."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="At which delta to tell epsilon.")] = 1e-6,
+    as_json: AsJson = False,
+) -> None:
+    """Check a budget ledger's chain, and tell what each study and site has spent."""
+    from medfed import runs
+    from medfed.monitor.console import accounts
+
+    found = runs.ledger_accounts(ledger, delta)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    _console().print(accounts(found))
+
+
+@privacy_app.command("claim")
+def privacy_claim(
+    run: RunFolder,
+    report: Annotated[Path | None, typer.Option(help="Also write the claim as a page (.html).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a finished run guarantees to a patient, in words and numbers a reviewer can check."""
+    from medfed import claims
+    from medfed.monitor.console import claim
+
+    found = claims.read(run)
+    if report:
+        claims.generate_privacy_report(run, report)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    _console().print(claim(found))
+    if report:
+        _console().print(f"report: {report}", highlight=False)
 
 
 def _listeners(console: Console) -> list[Callable[[Any], None]]:

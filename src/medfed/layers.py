@@ -1,29 +1,32 @@
 """Rules of stacked layers: forward and backward of K clients at once by batched products into kept buffers.
 
-No autograd. A rule knows one kind of layer and three things about it:
+No autograd. A rule knows one kind of layer and four things about it:
 
-    forward      x -> y, each client with its own parameters
-    backward     dL/dy -> dL/dx; what the parameters' gradient needs is remembered, not multiplied out
-    accumulate   target <- beta * target + alpha * gradient, for each parameter, one product a layer
+    forward        x -> y, each client with its own parameters
+    backward       dL/dy -> dL/dx; what the parameters' gradient needs is remembered, not multiplied out
+    square_norms   of each patient's gradient, from what is remembered
+    accumulate     target <- beta * target + alpha * gradient, for each parameter, one product a layer
 
-Because the last is separate, plain SGD writes its step straight into the weights (target = weights, alpha = -lr), and
-a gradient is the same call with beta = 0. Weights per patient would enter it as a factor on dL/dy.
+Because the last is separate, plain SGD writes its step straight into the weights (target = weights, alpha = -lr), a
+gradient is the same call with beta = 0, and a sum of clipped gradients is the same call with a weight per patient: one
+backward pass, norms, one weighted product a layer (book-keeping: Bu et al. 2022, arXiv:2210.00038).
 
-K clients, B batch (padded), I inputs, O outputs of a layer. Buffers are made once for K clients; a step that only the
-first A clients still take uses their first A entries.
+K clients, B batch (padded), I inputs, O outputs of a layer. Under clipping a batch is N patients of R records each, in
+neighbouring slots, and a patient's gradient is a sum over its S records and positions. Buffers are made once for K
+clients; a step that only the first A clients still take uses their first A entries.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from math import prod
+from itertools import pairwise, product
+from math import isfinite, prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from medfed.core import streams
-from medfed.models import Dropout
+from medfed.models import Dropout, Embedding, Series
 
 _aten: Any = torch.ops.aten
 
@@ -52,32 +55,88 @@ class Rule(ABC):
     """A layer without parameters of its own; the base of all rules."""
 
     names: tuple[str, ...] = ()  # the parameters, in the order of `named_parameters()`
+    remembered: ClassVar[tuple[str, ...]] = ()  # by `backward`: tensors that begin with clients and slots
+    gradients: Sequence[Tensor] = ()  # [A, N, *shape] of each parameter, where `square_norms` had to make them
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.buffers = layer, Buffers()
 
     @abstractmethod
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        """Return y [A, B, ...] for x [A, B, ...]; `key_K` is each client's stream in this step."""
+        """Return y [A, B, ...] for x [A, B, ...]; `key_K` are this step's streams, of clients [A] or slots [A, B]."""
 
     @abstractmethod
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         """Return dL/dx (unless this is the `first` layer, whose input needs none); may overwrite dy."""
 
-    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float) -> None:  # noqa: B027 (nothing to add)
-        """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch)."""
+    def square_norms(self, records: int) -> Tensor | None:
+        """Return |gradient|^2 [A, N] (float64) of each patient's `records` neighbouring slots; None without parameters.
+
+        A patient whose gradient is not finite has a norm that is not finite.
+        """
+        return None
+
+    def accumulate(  # noqa: B027 (nothing to add)
+        self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None
+    ) -> None:
+        """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch).
+
+        `weight_AB` multiplies each slot's part, the same for all slots of a patient; it is of the targets' type, in
+        which products and sums are then taken.
+        """
+
+    def forget(self, patient_AN: Tensor) -> None:
+        """Take these patients out of what is remembered: a weight of zero would not, as 0 * NaN is NaN."""
+        gone = patient_AN.reshape(-1, 1)
+
+        def without(kept: Tensor) -> Tensor:
+            return torch.where(gone, 0, kept.reshape(len(gone), -1)).view(kept.shape)
+
+        for name in self.remembered:
+            setattr(self, name, without(getattr(self, name)))
+        self.gradients = [without(g) for g in self.gradients]
+
+    def _remember_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Keep gradients [A, N, *shape] for `accumulate`; return their squared norms [A, N]."""
+        self.gradients = gradients
+        return _sum([_square(g.flatten(2)) for g in gradients])
+
+    def _accumulate_gradients(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor) -> None:
+        """Do what `accumulate` does, from the gradients that `square_norms` made."""
+        for i, (target, gradient) in enumerate(zip(targets, self.gradients, strict=True)):
+            A, N = gradient.shape[:2]
+            weight_A1N = weight_AB[:, None, :: weight_AB.shape[1] // N]
+            wide = self._wide(f"gradient {i}", gradient, target).view(A, N, -1)
+            target.view(A, 1, -1).baddbmm_(weight_A1N, wide, beta=beta, alpha=alpha)
+
+    def _wide(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+        """Return x as numbers of `like`'s type."""
+        return x if x.dtype == like.dtype else self.buffers.take(name, x.shape, like).copy_(x)
+
+    def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
+        """Return dy, which begins with clients and slots, times each slot's weight, as numbers of the weight's type."""
+        y = self.buffers.take("weighted", dy.shape, weight_AB)
+        slots, weight = y.view(weight_AB.numel(), -1), weight_AB.view(-1, 1)
+        if dy.dtype == y.dtype:
+            torch.mul(dy.reshape(slots.shape), weight, out=slots)
+        else:
+            y.copy_(dy)  # then multiply: twice as fast as a product of two types
+            slots.mul_(weight)
+        return y
 
 
 class LinearRule(Rule):
-    """y = x W^T + b."""
+    """y = x W^T + b. The gradient of W is a sum of products dy_s x_s^T over slots and positions."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    remembered = ("x", "dy")
+
+    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
         self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         weight = params[0]  # [A, O, I]
-        self.x = x.reshape(len(x), -1, x.shape[-1])
+        self.slots, self.x = x.shape[:2], x.reshape(len(x), -1, x.shape[-1])
         y = self.buffers.take("y", (*self.x.shape[:2], weight.shape[1]), x)
         if len(params) == 2:
             torch.baddbmm(params[1][:, None, :], self.x, weight.mT, out=y)
@@ -86,23 +145,183 @@ class LinearRule(Rule):
         return y.view(*x.shape[:-1], -1)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy = dy.reshape(len(dy), -1, dy.shape[-1])
+        self.dy, self.gradients = dy.reshape(len(dy), -1, dy.shape[-1]), ()
         if first:
             return dy
         dx = self.buffers.take("dx", self.x.shape, dy)
         torch.bmm(self.dy, params[0], out=dx)
         return dx.view(*dy.shape[:-1], -1)
 
-    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float) -> None:
-        targets[0].baddbmm_(self.dy.mT, self.x, beta=beta, alpha=alpha)
+    def square_norms(self, records: int) -> Tensor:
+        """One slot: |dy|^2 (|x|^2 + 1). S of them: the cheaper of products of pairs and the gradients themselves."""
+        x, dy = self.x, self.dy
+        A, N = self.slots[0], self.slots[1] // records
+        S, (inputs, outputs) = x.shape[0] * x.shape[1] // (A * N), (x.shape[-1], dy.shape[-1])
+        if S == 1:
+            dy2, x2 = _square(dy), _square(x)
+            return (dy2.addcmul_(dy2, x2) if len(self.names) == 2 else dy2.mul_(x2)).view(A, N)
+        if S * (inputs + outputs) < inputs * outputs:
+            return self._square_norms_by_pairs(A * N).view(A, N)
+        gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
+        return self._remember_gradients([g.view(A, N, *g.shape[1:]) for g in gradients])
+
+    def _square_norms_by_pairs(self, patients: int) -> Tensor:
+        """Return sum over s, s' of (dy_s . dy_s') (x_s . x_s' + 1); float64, as terms cancel."""
+        x, dy = (t.reshape(patients, -1, t.shape[-1]).double() for t in (self.x, self.dy))
+        pairs = torch.bmm(x, x.mT)
+        if len(self.names) == 2:
+            pairs.add_(1)
+        return pairs.mul_(torch.bmm(dy, dy.mT)).sum((1, 2)).clamp_(min=0)
+
+    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
+        x, dy = self.x, self.dy
+        if weight_AB is not None:
+            if self.gradients:
+                return self._accumulate_gradients(targets, beta, alpha, weight_AB)
+            x, dy = self._wide("x", x, targets[0]), self._weighted(dy, weight_AB)
+        self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
-            total = self.buffers.take("db", targets[1].shape, self.dy)
-            torch.sum(self.dy, 1, out=total)
-            _blend(targets[1], total, beta, alpha)
+            _blend(targets[1], self._total(dy, len(targets[1])), beta, alpha)
+
+    def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
+        """Blend the sum of dy_s x_s^T over a client's slots into the target [A, O, I]."""
+        target.baddbmm_(dy.mT, x, beta=beta, alpha=alpha)
+
+    def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
+        """Return the sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups, O, I]."""
+        return torch.bmm(dy.reshape(groups, -1, dy.shape[-1]).mT, x.reshape(groups, -1, x.shape[-1]))
+
+    def _total(self, dy: Tensor, groups: int) -> Tensor:
+        """Return the sums of dy over each of `groups` equal runs of slots, [groups, O]."""
+        total = self.buffers.take("db", (groups, dy.shape[-1]), dy)
+        return torch.sum(dy.view(groups, -1, dy.shape[-1]), 1, out=total)
+
+
+class ConvRule(LinearRule):
+    """Conv1d and Conv2d: a Linear on patches of C channels and Q positions of the kernel, at S positions.
+
+    Patches lie as [A * B, C * Q, S], along the signal: made, multiplied and folded back without a transposition.
+    `x` and `dy` are remembered as [A * B, S, .], views of what lies the other way round.
+    """
+
+    layer: nn.Conv1d | nn.Conv2d
+
+    def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
+        self.slots, self.shape = x.shape[:2], x.shape
+        self.sizes, self.moves = _patches(self.layer, x.shape[3:])
+        AB, C, Q = prod(self.slots), x.shape[2], len(self.moves)
+        patches = self.buffers.take("x", (AB, C, Q, *self.sizes), x)
+        if any(self.layer.padding):
+            patches.zero_()
+        flat = x.reshape(AB, *x.shape[2:])
+        for q, (read, write) in enumerate(self.moves):
+            patches[:, :, q][write] = flat[read]
+        self.x, weight = patches.view(AB, C * Q, -1).mT, self._weight(params[0])
+        y = self.buffers.take("y", (AB, weight.shape[1], self.x.shape[1]), x)
+        if len(params) == 2:
+            bias = params[1][:, None, :, None].expand(*self.slots, -1, 1).reshape(AB, -1, 1)
+            torch.baddbmm(bias, weight, self.x.mT, out=y)
+        else:
+            torch.bmm(weight, self.x.mT, out=y)
+        return y.view(*self.slots, -1, *self.sizes)
+
+    def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
+        self.dy, self.gradients = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, ()
+        if first:
+            return dy
+        AB, C, Q = prod(self.slots), self.shape[2], len(self.moves)
+        patches = self.buffers.take("dpatches", (AB, C, Q, *self.sizes), dy)
+        torch.bmm(self._weight(params[0]).mT, self.dy.mT, out=patches.view(AB, C * Q, -1))
+        dx = self.buffers.take("dx", self.shape, dy).zero_()
+        flat = dx.view(AB, *self.shape[2:])
+        for q, (read, write) in enumerate(self.moves):
+            flat[read].add_(patches[:, :, q][write])
+        return dx
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        """Return the kernel [A * B, O, C * Q] of each slot's client; a view where there is one client."""
+        flat = weight.flatten(2)
+        return flat[:, None].expand(*self.slots, -1, -1).reshape(-1, *flat.shape[1:])
+
+    def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
+        _blend(target, self._product(dy, x, len(target)).view(target.shape), beta, alpha)
+
+    def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
+        each = self.buffers.take("dw", (len(dy), dy.shape[-1], x.shape[-1]), dy)
+        return _gathered(torch.bmm(dy.mT, x, out=each), groups)
+
+    def _total(self, dy: Tensor, groups: int) -> Tensor:
+        return _gathered(dy.sum(1), groups)
+
+
+_Slices = tuple[slice, ...]
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, lengths: Sequence[int]) -> tuple[list[int], list[tuple[_Slices, _Slices]]]:
+    """Return the output's sizes, and for each position of the kernel where it reads and which outputs are written.
+
+    Both are indices of [A * B, C, *lengths]; an output that is not written reads padding.
+    """
+    sizes, axes = [], []
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    for length, kernel, stride, padding, dilation in zip(lengths, *geometry, strict=True):
+        size, axis = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, []
+        for q in range(kernel):
+            shift = q * dilation - padding  # output s reads s * stride + shift
+            first, last = max(0, -(shift // stride)), min(size - 1, (length - 1 - shift) // stride)
+            count = max(0, last + 1 - first)
+            start = max(0, first * stride + shift) if count else 0
+            axis.append((slice(start, start + count * stride, stride), slice(first, first + count)))
+        sizes.append(size)
+        axes.append(axis)
+    every = (slice(None), slice(None))
+    moves = [zip(*places, strict=True) for places in product(*axes)]
+    return sizes, [((*every, *read), (*every, *write)) for read, write in moves]
+
+
+class EmbeddingRule(Rule):
+    """Rows of a table by index. A patient's gradient sums the slots and positions that read the same row first."""
+
+    remembered = ("dy",)
+
+    def __init__(self, layer: Embedding) -> None:
+        super().__init__(layer)
+        self.names = ("weight",)
+
+    def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
+        table = params[0]  # [A, rows, width]
+        self.shape, self.rows, width = x.shape, table.shape[1], table.shape[2]
+        self.index = x.reshape(len(x), -1).long()
+        y = table.gather(1, self.index[..., None].expand(-1, -1, width))
+        return y.view(*x.shape, width)
+
+    def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
+        self.dy = dy.reshape(*self.index.shape, -1)
+        return dy if first else dy.new_zeros(self.shape)
+
+    def square_norms(self, records: int) -> Tensor:
+        A, N = self.shape[0], self.shape[1] // records
+        patient = torch.arange(A * N)[:, None]
+        own = (patient * self.rows + self.index.reshape(A * N, -1)).view(-1)
+        place, group = torch.unique(own, return_inverse=True)
+        width = self.dy.shape[-1]
+        summed = torch.zeros(len(place), width, dtype=torch.float64)
+        summed.index_add_(0, group, self.dy.reshape(-1, width).double())
+        square = torch.zeros(A * N, dtype=torch.float64)
+        return square.index_add_(0, place // self.rows, summed.square_().sum(1)).view(A, N)
+
+    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
+        dy = self.dy if weight_AB is None else self._weighted(self.dy, weight_AB)
+        width = dy.shape[-1]
+        total = dy.new_zeros(len(dy) * self.rows, width)
+        total.index_add_(0, (self.index + self.rows * torch.arange(len(dy))[:, None]).view(-1), dy.reshape(-1, width))
+        _blend(targets[0], total.view(targets[0].shape), beta, alpha)
 
 
 class NormRule(Rule):
     """y = (x - mean) / sd * g + b, with mean and sd of one patient's units: what LayerNorm and GroupNorm share."""
+
+    remembered = ("n", "dy")
 
     def __init__(self, layer: nn.LayerNorm | nn.GroupNorm) -> None:
         super().__init__(layer)
@@ -127,7 +346,7 @@ class NormRule(Rule):
         return y.add_(self._spread(params[1], x)) if len(params) == 2 else y
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy = dy
+        self.dy, self.gradients = dy, ()
         if first:
             return dy
         if not params:
@@ -135,20 +354,33 @@ class NormRule(Rule):
         dn = self.buffers.take("dn", dy.shape, dy)
         return self.denormalise(torch.mul(dy, self._spread(params[0], dy), out=dn))
 
-    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float) -> None:
-        if targets:
-            product = self.buffers.take("product", self.dy.shape, self.dy)
-            _blend(targets[0], self._gather(torch.mul(self.dy, self.n, out=product), targets[0]), beta, alpha)
-        if len(targets) == 2:
-            _blend(targets[1], self._gather(self.dy, targets[1]), beta, alpha)
+    def square_norms(self, records: int) -> Tensor | None:
+        if not self.names:
+            return None
+        A, N = self.dy.shape[0], self.dy.shape[1] // records
+        gathered = [self._gather(part.reshape(A * N, records, *part.shape[2:])) for part in self._parts()]
+        return self._remember_gradients([g.view(A, N, *g.shape[1:]) for g in gathered])
+
+    def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
+        if weight_AB is not None:
+            return self._accumulate_gradients(targets, beta, alpha, weight_AB)
+        for target, part in zip(targets, self._parts(), strict=True):
+            _blend(target, self._gather(part), beta, alpha)
+
+    def _parts(self) -> list[Tensor]:
+        """Return what each parameter's gradient is the sum of, [A, B, *]."""
+        if not self.names:
+            return []
+        scaled = torch.mul(self.dy, self.n, out=self.buffers.take("product", self.dy.shape, self.dy))
+        return [scaled, self.dy][: len(self.names)]
 
     @abstractmethod
     def _spread(self, param: Tensor, x: Tensor) -> Tensor:
         """Shape a parameter [A, *units] so that it multiplies x [A, B, *]."""
 
     @abstractmethod
-    def _gather(self, dy: Tensor, param: Tensor) -> Tensor:
-        """Sum over the axes along which `_spread` repeated the parameter."""
+    def _gather(self, dy: Tensor) -> Tensor:
+        """Sum dy [A, B, *] over the axes along which `_spread` repeated the parameter: [A, *units]."""
 
 
 class LayerNormRule(NormRule):
@@ -170,8 +402,8 @@ class LayerNormRule(NormRule):
     def _spread(self, param: Tensor, x: Tensor) -> Tensor:
         return param.reshape(len(param), *(1 for _ in range(x.dim() - param.dim())), *param.shape[1:])
 
-    def _gather(self, dy: Tensor, param: Tensor) -> Tensor:
-        return dy.reshape(len(dy), -1, *param.shape[1:]).sum(1)
+    def _gather(self, dy: Tensor) -> Tensor:
+        return _over(dy.reshape(len(dy), -1, *self.layer.normalized_shape))
 
 
 class GroupNormRule(NormRule):
@@ -197,17 +429,18 @@ class GroupNormRule(NormRule):
     def _spread(self, param: Tensor, x: Tensor) -> Tensor:
         return param.reshape(len(param), 1, -1, *(1 for _ in range(x.dim() - 3)))
 
-    def _gather(self, dy: Tensor, param: Tensor) -> Tensor:
-        return dy.flatten(3).sum((1, 3)) if dy.dim() > 3 else dy.sum(1)
+    def _gather(self, dy: Tensor) -> Tensor:
+        return _over(dy.flatten(3).sum(3) if dy.dim() > 3 else dy)
 
 
 class DropoutRule(Rule):
-    """The keyed dropout of `medfed.models`: each client's mask comes from its own stream."""
+    """The keyed dropout of `medfed.models`: each client's mask, or each slot's, comes from its own stream."""
 
     layer: Dropout
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        draw = streams.uniform(streams.subkey(key_K, self.layer.salt), x[0].numel()).view(x.shape)
+        units = prod(x.shape[key_K.dim() :])
+        draw = streams.uniform(streams.subkey(key_K, self.layer.salt), units).view(x.shape)
         self.scale = (draw >= self.layer.p).to(x.dtype).div_(1 - self.layer.p)
         return torch.mul(x, self.scale, out=self.buffers.take("y", x.shape, x))
 
@@ -215,15 +448,31 @@ class DropoutRule(Rule):
         return dy.mul_(self.scale)
 
 
-class FlattenRule(Rule):
-    """Flatten from a sample's first axis on, or do nothing (Identity)."""
+class ShapeRule(Rule):
+    """Flatten from a sample's first axis on, cut a sample into series, or do nothing (Identity)."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.shape = x.shape
+        if isinstance(self.layer, Series):
+            return x.view(*x.shape[:2], self.layer.channels, -1)
         return x.flatten(2) if isinstance(self.layer, nn.Flatten) else x
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         return dy.reshape(self.shape)
+
+
+class PoolRule(Rule):
+    """Pooling: no parameters, sample by sample, so autograd may do this one layer for all samples of all clients."""
+
+    def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
+        self.slots, self.x = x.shape[:2], x.detach().flatten(0, 1).requires_grad_()
+        with torch.enable_grad():
+            self.y = self.layer(self.x)
+        return self.y.detach().view(*self.slots, *self.y.shape[1:])
+
+    def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
+        (dx,) = torch.autograd.grad(self.y, self.x, dy.reshape(self.y.shape))
+        return dx.reshape(*self.slots, *self.x.shape[1:])
 
 
 class ActivationRule(Rule):
@@ -261,11 +510,21 @@ class ActivationRule(Rule):
 
 RULES: dict[type[nn.Module], type[Rule]] = {
     nn.Linear: LinearRule,
+    nn.Conv1d: ConvRule,
+    nn.Conv2d: ConvRule,
+    Embedding: EmbeddingRule,
     nn.LayerNorm: LayerNormRule,
     nn.GroupNorm: GroupNormRule,
     Dropout: DropoutRule,
-    nn.Flatten: FlattenRule,
-    nn.Identity: FlattenRule,
+    nn.Flatten: ShapeRule,
+    nn.Identity: ShapeRule,
+    Series: ShapeRule,
+    nn.AvgPool1d: PoolRule,
+    nn.AvgPool2d: PoolRule,
+    nn.MaxPool1d: PoolRule,
+    nn.MaxPool2d: PoolRule,
+    nn.AdaptiveAvgPool1d: PoolRule,
+    nn.AdaptiveAvgPool2d: PoolRule,
     **dict.fromkeys(ActivationRule.KERNELS, ActivationRule),
 }
 """Which rule serves which layer; a layer type not listed here sends its model to the torch.func fallback."""
@@ -283,7 +542,10 @@ class RuledModel:
         self.spans = [slice(a, b) for a, b in pairwise(ends)]
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        """Return outputs [A, B, C] for x [A, B, ...]; `params` are [A, *shape] in `named_parameters()` order."""
+        """Return outputs [A, B, C] for x [A, B, ...]; `params` are [A, *shape] in `named_parameters()` order.
+
+        `key_K` are the streams that drop units: a client's [A], or a slot's [A, B].
+        """
         for rule, span in zip(self.rules, self.spans, strict=True):
             x = rule.forward(x, params[span], key_K)
         return x
@@ -296,6 +558,36 @@ class RuledModel:
             rule, span = self.rules[index], self.spans[index]
             dz = rule.backward(dz, params[span], first=index == 0)
             rule.accumulate(targets[span], beta, alpha)
+
+    def clipped_backward(
+        self,
+        dz: Tensor,
+        params: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        records: int,
+        factor: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Set each target [A, *shape] to the sum over patients of factor(norm) * gradient; return the norms [A, N].
+
+        Patient n of a client owns slots n * records .. (n + 1) * records - 1 of dz [A, B, C] and of `forward`'s x; its
+        gradient is the sum over them. `factor` maps norms to weights, float64 [A, N]. A patient whose norm is not
+        finite adds nothing. Norms are float64; sums are taken in the targets' type: in float64 one patient moves them
+        by at most weight * norm, up to 1e-12; in float32 the rounding of n terms may add 1e-7 n of the sum of norms.
+        """
+        for index in range(len(self.rules) - 1, -1, -1):
+            dz = self.rules[index].backward(dz, params[self.spans[index]], first=index == 0)
+        squares = [square for rule in self.rules if (square := rule.square_norms(records)) is not None]
+        norm_AN = _sum(squares).sqrt_()
+        weight_AN = factor(norm_AN)
+        if not isfinite(float(norm_AN.sum())):
+            gone_AN = ~norm_AN.isfinite()
+            weight_AN = torch.where(gone_AN, 0, weight_AN)
+            for rule in self.rules:
+                rule.forget(gone_AN)
+        weight_AB = (weight_AN if records == 1 else weight_AN.repeat_interleave(records, 1)).to(targets[0].dtype)
+        for rule, span in zip(self.rules, self.spans, strict=True):
+            rule.accumulate(targets[span], 0, 1, weight_AB)
+        return norm_AN
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -323,8 +615,41 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def _plain(layer: nn.Module) -> bool:
-    """Rules assume Flatten with its default axes."""
-    return not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
+    """Say whether the layer is set up as its rule assumes."""
+    match layer:
+        case nn.Flatten():
+            return (layer.start_dim, layer.end_dim) == (1, -1)
+        case nn.Conv1d() | nn.Conv2d():
+            return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        case Embedding():
+            unusual = (layer.padding_idx, layer.max_norm) != (None, None) or layer.scale_grad_by_freq or layer.sparse
+            return not unusual
+        case nn.MaxPool1d() | nn.MaxPool2d():
+            return not layer.return_indices
+    return True
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return |x|^2 over the last axis, in float64."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square_()
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """Return the sum, taken in the first of the terms."""
+    total = terms[0]
+    for term in terms[1:]:
+        total.add_(term)
+    return total
+
+
+def _over(x: Tensor) -> Tensor:
+    """Sum over axis 1."""
+    return x[:, 0] if x.shape[1] == 1 else x.sum(1)
+
+
+def _gathered(x: Tensor, groups: int) -> Tensor:
+    """Sum x [slots, ...] over each of `groups` equal runs of slots."""
+    return _over(x.view(groups, -1, *x.shape[1:]))
 
 
 def _blend(target: Tensor, value: Tensor, beta: float, alpha: float) -> None:

@@ -238,14 +238,13 @@ def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, pat
             yield from torch.split(order, width)
 
 
-class _Descent:
+class Descent:
     """The optimiser over a stack of parameter tensors: SGD, SGD with momentum, or Adam (L2 decay, as torch.optim)."""
 
-    def __init__(self, params: list[Tensor], chunk: _Chunk) -> None:
-        self.params, self.plan = params, chunk.plan
-        plan = chunk.plan
-        self.pull = plan.weight_decay + chunk.correction.mu
-        self.constants = self._constants(chunk.correction, chunk.layout)
+    def __init__(self, params: list[Tensor], plan: LocalPlan, correction: Correction, layout: Layout) -> None:
+        self.params, self.plan = params, plan
+        self.pull = plan.weight_decay + correction.mu
+        self.constants = self._constants(correction, layout)
         moments = 2 if plan.optimizer == "adam" else 1 if plan.momentum else 0
         self.moments = [[torch.zeros_like(p) for p in params] for _ in range(moments)]
         self.step_number = 0
@@ -303,7 +302,7 @@ def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     data, plan, key_K = chunk.data, chunk.plan, chunk.key_K
     laid = batches(data, plan, key_K)
     params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in chunk.layout.pieces(chunk.start_KP)]
-    descent = _Descent(params, chunk)
+    descent = Descent(params, chunk.plan, chunk.correction, chunk.layout)
     gradients = [] if descent.fusable else [torch.empty_like(p) for p in params]
     tally = _Loss(plan.task, len(data))
     for t, active in enumerate(laid.active_T):
@@ -328,7 +327,7 @@ def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     data, plan, key_K, layout = chunk.data, chunk.plan, chunk.key_K, chunk.layout
     laid = batches(data, plan, key_K)
     params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in layout.pieces(chunk.start_KP)]
-    descent = _Descent(params, chunk)
+    descent = Descent(params, chunk.plan, chunk.correction, chunk.layout)
     dropouts = [f"{name}.key".lstrip(".") for name, m in model.named_modules() if isinstance(m, Dropout)]
     tally = _Loss(plan.task, len(data))
 

@@ -8,6 +8,7 @@ for C classes, 1 number for regression. A study names one of the zoo, or `packag
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,6 +45,27 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class Embedding(nn.Embedding):
+    """A table of rows by index, where indices arrive as numbers among a row's features: they are cut to integers."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index.long())
+
+
+class Series(nn.Module):
+    """Cut the features [B, F] of a row into series [B, channels, F / channels]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.channels, -1)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 def norm_layer(kind: Norm, width: int) -> nn.Module:
@@ -98,9 +120,32 @@ def MedicalNeuralNetwork(
     return mlp(features, outputs, hidden, dropout, norm)
 
 
+def conv1d(
+    features: int, outputs: int = 1, channels: int = 1, widths: Sequence[int] = (16, 32), kernel: int = 5
+) -> nn.Sequential:
+    """Return a small convolutional network on series: for each width Conv1d, GroupNorm, ReLU, halving; mean; Linear.
+
+    A row's features are its `channels` series one after another, each F / channels long.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise StudyError(f"kernel={kernel}; expected an odd number, so that a series keeps its length")
+    if channels < 1 or features % channels or features // channels < 2 ** len(widths):
+        raise StudyError(
+            f"channels={channels}: {features} features cannot be cut into as many equal series of {2 ** len(widths)} "
+            "steps or more; change channels or widths"
+        )
+    layers: list[nn.Module] = [Series(channels)]
+    for before, width in pairwise([channels, *widths]):
+        layers += [nn.Conv1d(before, width, kernel, padding=kernel // 2), norm_layer("group", width)]
+        layers += [nn.ReLU(), nn.AvgPool1d(2)]
+    last = widths[-1] if widths else channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(last, outputs))
+
+
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "logistic": logistic,
     "mlp": mlp,
+    "conv1d": conv1d,
     "medical-mlp": MedicalNeuralNetwork,
 }
 

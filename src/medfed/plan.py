@@ -3,24 +3,31 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medfed import models
-from medfed.algorithms import ALGORITHMS, Algorithm
+from medfed.algorithms import ALGORITHMS, Algorithm, Server
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.preprocess import Encoding
+from medfed.fleet import selection
 from medfed.layers import has_rules
 from medfed.local import LocalPlan
-from medfed.privacy.budget import Ledger, NoClaim
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import refusals
+from medfed.privacy.budget import Budget, Metered, NoClaim
+from medfed.privacy.guarantee import Guarantee
 from medfed.robust.rules import RULES, Rule
 from medfed.study import Study
-from medfed.wire import PLAIN, Link
+from medfed.wire import PLAIN, Link, joint_links
+
+COINCIDE = ("fedprox", "scaffold", "fednova")
+"""Algorithms that equal FedAvg where every site takes one step from the common model."""
 
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
@@ -39,21 +46,19 @@ class Plan:
     message: int  # M, numbers in a row
     label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
     surveyed: str  # sha256 of what the sites told of their tables
+    guarantee: Guarantee | None = None
+    links: Sequence[Link] = PLAIN
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
     def algorithm(self) -> Algorithm:
-        return ALGORITHMS[self.study.training.algorithm]
+        return ALGORITHMS[algorithm_name(self.study)]
 
     @property
     def local(self) -> LocalPlan:
         return local_plan(self.study, self.encoding)
-
-    @property
-    def links(self) -> Sequence[Link]:
-        return PLAIN
 
     @property
     def rule(self) -> Rule | None:
@@ -63,9 +68,28 @@ class Plan:
     def streams(self) -> Streams:
         return Streams(self.study.study.seed)
 
-    def ledger(self) -> Ledger:
-        """Return a fresh ledger for the study's privacy."""
-        return NoClaim()
+    def budget(self) -> Budget:
+        """Return a fresh count of what the run spends."""
+        return Metered(self.guarantee, self.study.privacy.scope) if self.guarantee else NoClaim()
+
+    @property
+    def joint(self) -> bool:
+        """Whether rows are sums that get one noise together."""
+        return self.guarantee is not None and self.guarantee.joint
+
+    def on_turn(self, round: int) -> Sequence[str]:
+        """Return who may take part in a round: all, or the group whose turn it is."""
+        fleet = self.study.fleet
+        if fleet.schedule == "random":
+            return self.participants
+        return selection.turn(self.participants, round, fleet.groups, self.streams)
+
+    def begin(self) -> Server:
+        """Return the state before the first round."""
+        server = self.algorithm.begin(self.first_weights(), self.study.training)
+        if self.guarantee and self.guarantee.clipping == "adaptive":
+            server = replace(server, slots={**server.slots, "clip": torch.tensor([self.guarantee.clip])})
+        return server
 
     def weight(self, site: str) -> float:
         """Return a site's public weight, not normalised."""
@@ -91,8 +115,9 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     check(study)
     names = tuple(surveys)
     sizes = {name: {"train": int(s["train"]), "test": int(s["test"])} for name, s in surveys.items()}
+    devices = study.sites.kind == "device"
     for name, size in sizes.items():
-        if size["train"] == 0:
+        if size["train"] == 0 and not devices:
             raise DataError(
                 f"site {name!r} has no training row ({size['test']} test rows); remove it or lower data.test_fraction"
             )
@@ -110,6 +135,11 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         )
     _check_outputs(model, study, encoding)
     parameters = models.count(model)
+    trainers = tuple(name for name in names if sizes[name]["train"])
+    guarantee = None
+    if guarantees.asked(study):
+        guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
+    joint = guarantee is not None and guarantee.joint
     pooled = study.training.algorithm == "pooled"
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
@@ -117,19 +147,22 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         study=study,
         encoding=encoding,
         sizes=sizes,
-        participants=(POOLED,) if pooled else names,
-        testers=names,
+        participants=(POOLED,) if pooled else trainers,
+        testers=tuple(name for name in names if sizes[name]["test"]) if devices else names,
         parameters=parameters,
-        message=message_length(study.training.algorithm, parameters),
+        message=guarantee.numbers() if guarantee and joint else message_length(algorithm_name(study), parameters),
+        guarantee=guarantee,
+        links=joint_links(guarantee, Streams(study.study.seed).key("noise")) if guarantee and joint else PLAIN,
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
-        warnings=tuple(_warnings(surveys, encoding)),
+        warnings=tuple(_warnings(surveys, encoding, study)),
     )
 
 
 def check(study: Study) -> None:
     """Refuse what does not compose, from the study alone."""
     training = study.training
+    refusals.check(study)
     if training.algorithm not in ALGORITHMS:
         raise StudyError(
             f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
@@ -170,6 +203,13 @@ def build_model(study: Study, encoding: Encoding) -> nn.Module:
     return models.build(study.model.name, len(encoding.names()), outputs, study.model.options, seed)
 
 
+def algorithm_name(study: Study) -> str:
+    """Return the algorithm that runs: with one step a round, four of them are FedAvg."""
+    name = study.training.algorithm
+    joint = guarantees.mode(study) in ("shared", "central")
+    return "fedavg" if joint and name in COINCIDE else name
+
+
 def message_length(algorithm: str, parameters: int) -> int:
     """Return M, the numbers in a row of an algorithm for P parameters."""
     extra = {"scaffold": parameters, "fednova": 1, "local": -parameters}
@@ -193,8 +233,17 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
     )
 
 
-def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:
+def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, study: Study) -> list[str]:
     found = []
+    if algorithm_name(study) != study.training.algorithm:
+        found.append(
+            f"training.algorithm={study.training.algorithm!r} is FedAvg here: privacy.noise="
+            f"{guarantees.mode(study)!r} takes one step a round, where both are the same"
+        )
+    if guarantees.asked(study) and study.privacy.simulation_only:
+        found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
+    if guarantees.asked(study):
+        return found  # the rest would tell of training patients
     for name, survey in surveys.items():
         if survey["test"] == 0:
             found.append(f"site {name!r} has no test patient; its own figures are null")

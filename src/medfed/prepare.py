@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from medfed.core import codec
-from medfed.core.checks import DataError
+from medfed.core.checks import BudgetError, DataError, MedfedError
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
 from medfed.plan import Plan, check, make
+from medfed.privacy.guarantee import asked
 from medfed.study import Study
 
 _PATIENCE = 600.0  # seconds; nothing is trained yet
@@ -32,9 +33,10 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
         answers = _ask_all(counted, sites, "answer", payload)
         return torch.stack([tensors["answer"] for _, tensors in answers.values()]).sum(0)
 
-    encoding = encoding or preprocess.agree(surveys, study.data, ask)
+    encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
     plan = make(study, surveys, encoding)
-    _ask_all(counted, sites, "prepare", codec.encode({"encoding": encoding.to_json()}))
+    declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
+    _ask_all(counted, sites, "prepare", codec.encode({"encoding": encoding.to_json(), "declared": declared}))
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
 
 
@@ -43,12 +45,21 @@ def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]
     return {name: header["survey"] for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()}
 
 
+def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
+    """Have every site enrol its patients in its ledger and see that the whole plan fits their budget.
+
+    Raises BudgetError or LedgerError with the first site's reason; nothing has been charged then.
+    """
+    if plan.guarantee and not plan.guarantee.simulation_only:
+        _ask_all(fleet, plan.participants, "enrol", codec.encode({"run": run, "fresh": fresh}), BudgetError)
+
+
 def _ask_all(
-    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes
+    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Ask every site and decode its answer; raise DataError with the first site's reason where one cannot."""
+    """Ask every site and decode its answer; raise `refusal` with the first site's reason where one cannot."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
     for name, reply in replies.items():
         if reply.error:
-            raise DataError(f"site {name!r}: {reply.error}")
+            raise refusal(f"site {name!r}: {reply.error}")
     return {name: codec.decode(reply.payload) for name, reply in replies.items()}

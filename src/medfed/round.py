@@ -5,10 +5,13 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from medfed import dpsgd
 from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import CodecError, QuorumError, SiteError
@@ -18,11 +21,11 @@ from medfed.monitor import metrics
 from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scores
 from medfed.plan import Plan
-from medfed.privacy.budget import Ledger
+from medfed.privacy.budget import Budget
 from medfed.wire import combine, finite
 
 
-def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log) -> Server:
+def run_round(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Server:
     """Run one round and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is then unchanged.
@@ -31,11 +34,12 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
     training = plan.study.training
     lottery = plan.streams.generator("selection", number)
 
-    clients = selection.draw(plan.participants, plan.study.fleet.clients_per_round, lottery)
+    clients = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
     log.emit(RoundStarted(number, clients))
-    ledger.charge(number, clients)
+    budget.charge(number, clients)
     task = plan.algorithm.task(server)
-    payload = codec.encode({"round": number}, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
+    header = {"round": number} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
     replies = gather(fleet, clients, "work", payload, training.deadline)
     rows, reports = _accepted(replies, plan, number, log)
     if len(rows) < math.ceil(training.quorum * len(clients) - 1e-9):
@@ -46,8 +50,11 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
         )
     weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
     share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
-    mean_M = combine(codec.as_rows(list(rows.values())), weight_K / weight_K.sum(), plan.rule, plan.links)
-    following = plan.algorithm.apply(server, mean_M.to(server.w_P.dtype), share, training)
+    weights = None if plan.joint else weight_K / weight_K.sum()
+    mean_M = combine(codec.as_rows(list(rows.values())), weights, plan.rule, plan.links, number)
+    if plan.joint:
+        server, mean_M = _descended(server, mean_M, plan, list(rows))
+    following = plan.algorithm.step(server, mean_M.to(server.w_P.dtype), share, training)
     if plan.algorithm.kept:  # only now do those sites remember the round
         for name, reply in gather(fleet, list(rows), "keep", codec.encode({}), training.deadline).items():
             if reply.error:
@@ -66,9 +73,28 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, ledger: Ledger, log: Log
             seconds=round(time.perf_counter() - began, 6),
             bytes_up=sum(len(reply.payload) for reply in replies.values()),
             bytes_down=len(payload) * len(clients),
+            privacy=budget.claim(),
         )
     )
     return following
+
+
+def _descended(
+    server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]
+) -> tuple[Server, torch.Tensor]:
+    """Turn a noised sum of clipped gradients into the mean update of one local step; adapt the clipping norm.
+
+    The sum is divided by the declared patients of those whose rows count: who took part is known.
+    """
+    g, training = plan.guarantee, plan.study.training
+    assert g is not None
+    clip = float(server.slots["clip"]) if "clip" in server.slots else g.clip
+    expected = sum(g.releases[name].size * g.releases[name].probability for name in clients)
+    gradient_P = total_M[: g.parameters] * (clip / expected) + training.weight_decay * server.w_P
+    if "clip" in server.slots:
+        following = dpsgd.next_clip(clip, float(total_M[-1]), round(expected), plan.study.privacy.quantile)
+        server = replace(server, slots={**server.slots, "clip": torch.tensor([following])})
+    return server, -training.learning_rate * gradient_P
 
 
 def test(
@@ -76,7 +102,7 @@ def test(
 ) -> Tested:
     """Test the current model at every site; emit and return the figures."""
     began = time.perf_counter()
-    payload = codec.encode({"round": server.round}, {"w": server.w_P})
+    payload = codec.encode({"round": server.round}, {"w": server.released_P})
     replies = gather(fleet, plan.testers, "evaluate", payload, plan.study.training.deadline)
     task = plan.encoding.target.task
     scores: dict[str, Scores] = {}
@@ -88,7 +114,8 @@ def test(
             scores[name] = Scores(task, tensors["bins"], tensors["label"], tensors["sums"])
     if not scores:
         raise QuorumError(f"round {server.round}: no site could test the model")
-    per_site = {name: metrics.measure(s, intervals) for name, s in scores.items()}
+    devices = plan.study.sites.kind == "device"  # one record each: only the union means something
+    per_site = {} if devices else {name: metrics.measure(s, intervals) for name, s in scores.items()}
     union = Scores.all(list(scores.values()))
     tested = Tested(
         round=server.round,
@@ -98,7 +125,7 @@ def test(
         all_sites=metrics.measure(union, intervals),
         macro=metrics.macro(per_site),
         per_site={name: dict(figures) for name, figures in per_site.items()},
-        site_n={name: s.n for name, s in scores.items()},
+        site_n={name: scores[name].n for name in per_site},
         seconds=round(time.perf_counter() - began, 6),
         bytes_up=sum(len(reply.payload) for reply in replies.values()),
         bytes_down=len(payload) * len(replies),
@@ -119,8 +146,9 @@ def _accepted(
             if reply.error:
                 raise SiteError(reply.error)
             reports[name], tensors = codec.decode(reply.payload)
-            if tensors["row"].shape != (plan.message,) or not tensors["row"].is_floating_point():
-                raise SiteError(f"its row has shape {tuple(tensors['row'].shape)}; expected {plan.message} numbers")
+            if tensors["row"].shape != (plan.message,) or tensors["row"].is_floating_point() == plan.joint:
+                kind = "whole grid steps" if plan.joint else "numbers"
+                raise SiteError(f"its row has shape {tuple(tensors['row'].shape)}; expected {plan.message} {kind}")
             rows[name] = tensors["row"]
         except SiteError as error:
             reasons[name] = str(error)

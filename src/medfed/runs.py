@@ -8,7 +8,9 @@ import dataclasses
 import json
 import os
 import platform
+import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import platformdirs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from medfed import checkpoints
+from medfed import checkpoints, claims
 from medfed import study as studies
 from medfed.algorithms import Server
 from medfed.core import codec, files
-from medfed.core.checks import MedfedError, QuorumError, RunError
+from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError
 from medfed.core.flat import Layout
 from medfed.core.streams import Streams
 from medfed.data import sources
@@ -40,10 +43,13 @@ from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.plan import POOLED, Plan, build_model
-from medfed.prepare import ask_surveys, prepare
+from medfed.prepare import ask_surveys, enrol, prepare
+from medfed.privacy import guarantee
+from medfed.privacy.account import Account
+from medfed.privacy.ledger import Ledger
 from medfed.round import run_round, test
 from medfed.site import Site
-from medfed.study import Study
+from medfed.study import Privacy, Study
 
 
 @dataclass(frozen=True)
@@ -96,20 +102,22 @@ def run(
     when the plan stands. A round that loses its quorum ends the run, which can be resumed.
     """
     folder = Path(out) if out else Path("runs") / f"{study.study.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = secrets.token_hex(8)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
+    enrol(plan, fleet, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
     place = str(plan.study.folder.resolve())
-    frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json()}
+    frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
     with Log(folder / "events.jsonl", listeners) as log:
-        server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
+        server = plan.begin()
         _tell_start(plan, log)
         _checkpoint(folder, server, plan, fleet, log)
         return _drive(plan, fleet, sites, server, log, folder)
@@ -130,6 +138,12 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     fleet, plan = _ready(sites[0].study, sites, encoding)
     if plan.surveyed != header["surveyed"]:
         raise RunError(f"{folder}: the data has changed since the run began; start the study again")
+    if plan.guarantee and plan.guarantee.strategy:
+        raise RunError(
+            f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept nowhere on purpose; "
+            "start the study again"
+        )
+    enrol(plan, fleet, json.loads((folder / "plan.json").read_text())["run"], fresh=False)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
@@ -149,10 +163,10 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     """Run a study in memory: no folder, no checkpoints. For experiments that run many studies."""
     sites = open_sites(study, data)
     fleet, plan = _ready(sites[0].study, sites)
+    enrol(plan, fleet, secrets.token_hex(8))
     with Log(None, listeners) as log:
         _tell_start(plan, log)
-        server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
-        return _drive(plan, fleet, sites, server, log, None)
+        return _drive(plan, fleet, sites, plan.begin(), log, None)
 
 
 def load(folder: str | Path) -> Result:
@@ -172,13 +186,61 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     """Return a node for each site of the study; their study has its data table completed by the source."""
     frames, known = sources.frames(study, data, progress)
     study = dataclasses.replace(study, data=known)
-    return [Site.open(name, frame, study, folder) for name, frame in frames.items()]
+    account = Account(ledger_path(study, folder), study) if guarantee.asked(study) else None
+    if study.sites.kind == "device":
+        sites = Site.devices(frames, study, folder)
+    else:
+        sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
+    if guarantee.asked(study):
+        _check_places(sites, study)
+    for site in sites:
+        site.account = account
+    return sites
+
+
+def ledger_path(study: Study, folder: Path | None) -> Path | None:
+    """Return where a study's budget ledger lies: the lifetime ledger, or the run's own; None keeps it in memory."""
+    if study.privacy.scope == "run":
+        return folder / "ledger.sqlite" if folder else None
+    home = study.privacy.ledger or os.environ.get("MEDFED_HOME") or platformdirs.user_data_dir("medfed")
+    return study.folder / Path(home).expanduser() / "ledger.sqlite"
+
+
+def _check_places(sites: Sequence[Site], study: Study) -> None:
+    """Refuse patients at more sites than the study attests, where their names can be compared: in one process."""
+    if not study.data.patient:
+        return
+    seen = Counter(name for site in sites if site.table for name in site.table.ids)
+    most = study.privacy.max_sites_per_patient
+    if many := sum(count > most for count in seen.values()):
+        raise PlanError(
+            f"privacy.max_sites_per_patient={most}, but {many} patients have records at more sites (up to "
+            f"{max(seen.values())}); the noise would hide less than it claims. "
+            f"Set privacy.max_sites_per_patient={max(seen.values())}."
+        )
 
 
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes."""
     fleet = InProcess(open_sites(study, data, None, progress))
     return ask_surveys(fleet, fleet.sites())
+
+
+def privacy_outlook(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, Any]:
+    """Return what noise a study's target asks for, without training: see `claims.outlook`."""
+    sites = open_sites(study, data, None, progress)
+    return claims.outlook(_ready(sites[0].study, sites)[1])
+
+
+def ledger_accounts(place: Path | None, delta: float) -> dict[str, Any]:
+    """Return what a ledger holds, its chain checked: of a run's folder, a ledger's folder, or the lifetime ledger."""
+    folder = place or Path(os.environ.get("MEDFED_HOME") or platformdirs.user_data_dir("medfed"))
+    path = next((p for p in (folder / "sites" / "ledger.sqlite", folder / "ledger.sqlite") if p.exists()), None)
+    if path is None:
+        raise LedgerError(f"{str(folder)!r} holds no ledger.sqlite; give a run's folder, or the ledger's")
+    with Ledger.open(path, read_only=True) as ledger:
+        spent = [dataclasses.asdict(account) for account in ledger.spent(delta)]
+        return {"delta": delta, "head": ledger.head(), "charges": len(ledger.rows()), "accounts": spent}
 
 
 @dataclass(frozen=True)
@@ -236,20 +298,23 @@ def _drive(
     plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
-    began, ledger, study = time.perf_counter(), plan.ledger(), plan.study
+    began, budget, study = time.perf_counter(), plan.budget(), plan.study
+    for number in range(1, server.round + 1):  # a resumed run has paid for these
+        budget.charge(number, plan.on_turn(number))
     name, reason = main_model(study.training.algorithm), ""
+    private = plan.guarantee is not None and study.privacy.scope == "study"
     try:
         while server.round < study.training.rounds:
-            server = run_round(server, plan, fleet, ledger, log)
+            server = run_round(server, plan, fleet, budget, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log)
         test(server, plan, fleet, log, name, intervals=True)
-        if study.monitor.baselines and name == "federated":
+        if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES:
                 _baseline(baseline, study, sites, plan.encoding, log)
-    except QuorumError as error:
+    except (QuorumError, BudgetError) as error:
         reason = str(error)
     recorded = log.events()
     if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
@@ -260,23 +325,28 @@ def _drive(
             rounds=server.round,
             seconds=round(time.perf_counter() - began, 3),
             reason=reason,
+            privacy=budget.claim(),
         )
     )
     summary = summarise(log.events())
     if folder:
+        if plan.guarantee:
+            claim = claims.claim(plan, budget, sites[0].account)
+            files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
         _write_model(folder, server, plan)
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    return Result(summary, study, plan.encoding, server.w_P, folder)
+    return Result(summary, study, plan.encoding, server.released_P, folder)
 
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
     """Train a baseline with the study's own settings, in silence, and tell what it is worth."""
-    other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0)
+    other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
+    other = dataclasses.replace(other, privacy=Privacy())
     fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-    server = plan.algorithm.begin(plan.first_weights(), other.training)
+    server = plan.begin()
     try:
         for _ in range(other.training.rounds):
-            server = run_round(server, plan, fleet, plan.ledger(), Log())
+            server = run_round(server, plan, fleet, plan.budget(), Log())
         test(server, plan, fleet, log, name, intervals=True)
     except QuorumError as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
@@ -310,7 +380,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             path=plan.path,
             sizes=plan.sizes,
             labels=plan.label_counts,
-            privacy=plan.ledger().claim(),
+            privacy=plan.budget().claim(),
             bytes_up=plan.bytes_up,
             bytes_down=plan.bytes_down,
         )
@@ -333,6 +403,6 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
 
 def _write_model(folder: Path, server: Server, plan: Plan) -> None:
     layout = Layout.of(build_model(plan.study, plan.encoding))
-    tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.w_P)}
+    tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
     about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

@@ -8,27 +8,34 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from medfed import dpsgd, models
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
 from medfed.core.checks import MedfedError, SiteError
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data import preprocess
-from medfed.data.federated import Rows, Stack
+from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
 from medfed.plan import POOLED, build_model, local_plan
+from medfed.privacy import guarantee
+from medfed.privacy.account import Account
+from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.mechanisms import Entropy, geometric_noise
 from medfed.study import Study
-from medfed.wire import PLAIN, finite, send
+from medfed.wire import PLAIN, finite, joint_links, send
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ class Site:
         self.test: Rows
         self.encoding: Encoding
         self.model: nn.Module
+        self.guarantee: Guarantee | None = None
+        self.account: Account | None = None
         self.memory: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
 
@@ -57,6 +66,15 @@ class Site:
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
         return cls(name, clean(name, frame, study.data, Streams(study.study.seed)), study, folder)
+
+    @classmethod
+    def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
+        """Return a node for every patient of every site, named by site and number: a fleet of devices."""
+        streams, nodes = Streams(study.study.seed), []
+        for name, frame in frames.items():
+            for number, table in enumerate(clean(name, frame, study.data, streams).by_patient()):
+                nodes.append(cls(f"{name} {number + 1:05d}", table, study, folder))
+        return nodes
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
@@ -112,10 +130,23 @@ def _foreign(site: Site, op: str, error: Exception) -> SiteError:
 
 
 def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    return [codec.encode({"survey": preprocess.survey(_table(site), site.study.data)}) for site in sites]
+    return [codec.encode({"survey": _told(site)}) for site in sites]
+
+
+def _told(site: Site) -> dict[str, Any]:
+    """Return what a site tells of its table; under a privacy claim only what is public anyway."""
+    table, study = _table(site), site.study
+    if not guarantee.asked(study):
+        return preprocess.survey(table, study.data)
+    held_out = study.sites.kind == "device" and bool(table.test.all())
+    return preprocess.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name))
 
 
 def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    if guarantee.asked(sites[0].study):
+        raise SiteError(
+            "a question about records has no answer under a privacy claim; use data.preprocess='dictionary'"
+        )
     ask, names, logs = dict(tensors), header["names"], header["logs"]
     replies: list[Answer] = []
     for site in sites:
@@ -126,31 +157,104 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     encoding = Encoding.from_json(header["encoding"])
+    model = build_model(sites[0].study, encoding)
+    promised = None
+    if guarantee.asked(sites[0].study):
+        promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
     for site in sites:
         table = _table(site)
-        site.encoding, site.model = encoding, build_model(site.study, encoding)
+        site.encoding, site.model, site.guarantee = encoding, model, promised
         site.train = encoding.encode(table, ~table.test, ~table.test)
         site.test = encoding.encode(table, table.test, ~table.test)
+        if promised:
+            site.train = replace(site.train, key=_patient_keys(site, table))
         site.forget()
     return [codec.encode({"train": len(site.train), "test": len(site.test)}) for site in sites]
 
 
+def _patient_keys(site: Site, table: SiteTable) -> Tensor:
+    """Return the stream of each training record's patient: a function of who it is, whoever else is at the site."""
+    seed = Streams(site.study.study.seed)
+    patients, place = np.unique(table.patient[~table.test], return_inverse=True)
+    keys = torch.tensor([seed.key("patient", table.ids[code]) for code in patients], dtype=torch.int64)
+    return keys[torch.from_numpy(place)]
+
+
+def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Enrol each site's training patients in its ledger; refuse a plan that their budget does not bear."""
+    for site in sites:
+        if site.account and site.guarantee:
+            table = _table(site)
+            ids = table.ids[np.unique(table.patient[~table.test])]
+            site.account.enrol(header["run"], site.name, ids, site.guarantee, header["fresh"])
+    return [codec.encode({}) for _ in sites]
+
+
 def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Train, and answer with one row a site."""
-    first = sites[0]
+    """Train, and answer with one row a site; under a claim each site's patients pay first."""
+    refused = _charged(sites, header["round"])
+    willing = [site for site in sites if site.name not in refused]
+    answers = iter(_worked(willing, header, tensors)) if willing else iter(())
+    if sites[0].account:
+        sites[0].account.answered(site.name for site in willing)
+    return [refused[site.name] if site.name in refused else next(answers) for site in sites]
+
+
+def _charged(sites: Sequence[Site], round: int) -> dict[str, SiteError]:
+    """Charge the patients of each site for a round, all sites of one ledger at once; return who refuses."""
+    paying = [site for site in sites if site.account and site.guarantee and not site.guarantee.simulation_only]
+    if not paying:
+        return {}
+    account = paying[0].account
+    assert account is not None
+    return {name: SiteError(str(reason)) for name, reason in account.pay(round, [s.name for s in paying]).items()}
+
+
+def _worked(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    promised = sites[0].guarantee
+    if promised is None:
+        return _trained(sites, header, tensors)
+    if promised.joint:
+        return _summed(sites, header, tensors, promised)
+    return _trained(sites, header, tensors)
+
+
+def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor], promised: Guarantee) -> list[Answer]:
+    """Answer with each site's sum of clipped per-patient gradients, on the grid."""
+    first, names = sites[0], [site.name for site in sites]
+    clip = header.get("clip", promised.clip)
+    key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
+    path, task = first.study.training.path, first.encoding.target.task
+    patients = Patients.of([site.train for site in sites])
+    found = dpsgd.sums(first.model, tensors["w"], patients, task, promised, clip, names, key_K, path)
+    if found.dropped:
+        logger.warning("%d patients' gradients were not finite and count as zero", found.dropped)
+    message_KM = found.total_KP
+    if promised.clipping == "adaptive":
+        message_KM = torch.cat([message_KM, found.below_K[:, None]], 1)
+    row_KM = send(message_KM, joint_links(promised, 0))
+    return [codec.encode({"steps": 1}, {"row": row}) for row in row_KM]
+
+
+def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Answer with what each site's local training came to."""
+    first, promised = sites[0], sites[0].guarantee
     algorithm, hyper = ALGORITHMS[first.study.training.algorithm], first.study.training
     slots = {name: tensors[f"slot.{name}"] for name in algorithm.sent}
     task = Task(tensors["w"], slots)
     memory = {name: torch.stack([site.memory[name] for site in sites]) for name in algorithm.kept}
-    local = train(
-        first.model,
-        algorithm.starts_KP(task, memory, len(sites)),
-        Stack.of([site.train for site in sites]),
-        local_plan(first.study, first.encoding),
-        Streams(first.study.study.seed).key_K("batches", header["round"], [site.name for site in sites]),
-        algorithm.correct(task, memory, hyper),
-        hyper.path,
-    )
+    names = [site.name for site in sites]
+    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(first.study, first.encoding)
+    key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
+    correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
+    if promised is None:
+        local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, hyper.path)
+    else:
+        average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else hyper.average
+        patients = Patients.of(rows)
+        local = dpsgd.train(
+            first.model, start_KP, patients, plan, promised, names, key_K, correction, average, hyper.path
+        )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
     row_KM = send(message_KM, PLAIN)
     finite_K = finite(local.theta_KP)
@@ -176,6 +280,8 @@ def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
 def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Test the global model, or each site's own, on each site's held-out patients."""
     first = sites[0]
+    if guarantee.asked(first.study) and not first.study.data.test_is_public:
+        return _noised_evaluation(sites, tensors)
     personal = ALGORITHMS[first.study.training.algorithm].personal
     target = first.encoding.target
     if personal:
@@ -190,6 +296,20 @@ def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
             continue
         scores = Scores.of(target.task, z_NC, site.test.y, target.scale)
         replies.append(codec.encode({}, scores.tensors()))
+    return replies
+
+
+def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Test the model on patients who are not public: their histogram of scores, noised and paid for."""
+    replies: list[Answer] = []
+    for site in sites:
+        _, first = np.unique(site.test.patient, return_index=True)  # one record each: a patient moves one count
+        z_NC = outputs(site.model, tensors["w"], site.test.x[first])
+        counts = Scores.of("binary", z_NC, site.test.y[first]).counts()
+        if site.account:
+            site.account.pay_test(site.name, _table(site).ids[site.test.patient[first]])
+        noised = counts + geometric_noise(counts.shape, site.study.privacy.evaluation_epsilon, Entropy())
+        replies.append(codec.encode({}, Scores.of_counts(noised).tensors()))
     return replies
 
 
@@ -226,6 +346,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "survey": _survey,
     "answer": _answer,
     "prepare": _prepare,
+    "enrol": _enrol,
     "work": _work,
     "keep": _keep,
     "evaluate": _evaluate,

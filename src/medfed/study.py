@@ -43,6 +43,9 @@ class Feature:
     log: bool = _key(False, "Take the logarithm first; values are floored at low, or at 1 % of high where low is 0.")
     categories: tuple[str, ...] = _key((), "The categories of a text feature, in order; others count as missing.")
     missing: tuple[str, ...] = _key((), "Texts that mean 'not measured' for this feature, besides data.missing_values.")
+    indicator: bool = _key(
+        False, "One more column, 1 where the value is missing; under a privacy claim only declared ones exist."
+    )
     unit: str = _key("", "Unit, for people.")
     doc: str = _key("", "What the feature is, for people.")
 
@@ -77,6 +80,10 @@ class Data:
         "one other.",
     )
     test: str = _key("", "Column that marks held-out rows (test/train, 1/0, yes/no); it takes the place of `split`.")
+    test_is_public: bool = _key(
+        False,
+        "Declare held-out patients public test data: under a privacy claim only then may raw test figures be told.",
+    )
     preprocess: Literal["robust", "standard", "dictionary", "none"] = _key(
         "robust",
         "robust: median and IQR, exact over all sites by counting; standard: mean and standard deviation; "
@@ -93,6 +100,9 @@ class Sites:
 
     names: tuple[str, ...] = _key((), "Names of the sites.")
     shares: tuple[float, ...] = _key((), "Share of patients of each site; they sum to 1.")
+    kind: Literal["hospital", "device"] = _key(
+        "hospital", "hospital: a client holds many patients; device: every patient is a client of its own."
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,11 @@ class Training:
     server_momentum: float = _key(0.9, "FedAvgM's momentum; beta1 of fedadam and fedyogi.")
     server_beta2: float = _key(0.99, "beta2 of fedadam and fedyogi.")
     server_epsilon: float = _key(1e-3, "tau of fedadam, fedyogi and fedadagrad: how far they adapt.")
+    average: float = _key(
+        0.0,
+        "Under a privacy claim: share of the last rounds whose models are averaged into the released one, in [0, 1). "
+        "With noise = 'site' also the share of a round's last local steps. Averaging costs no privacy.",
+    )
     weighting: Literal["samples", "uniform"] = _key("samples", "Weight of a site in the mean: its training rows, or 1.")
     quorum: float = _key(1.0, "Share of the drawn sites that must answer for a round to count, in (0, 1].")
     deadline: float = _key(600.0, "Seconds after which a site that has not answered is left out of the round.")
@@ -141,9 +156,63 @@ class Training:
 
 @dataclass(frozen=True)
 class Privacy:
-    """What protects a patient in what leaves the sites."""
+    """What protects a patient in what leaves the sites. epsilon and delta ask for a guarantee; the rest says how."""
 
-    noise: Literal["none"] = _key("none", "none: no differential privacy is claimed, and summary.json says so.")
+    epsilon: float = _key(
+        math.inf, "What the whole run may spend for any patient, over all its records; inf asks for no guarantee."
+    )
+    delta: float = _key(1.0, "The guarantee's delta; below 1/n for n patients. 1 asks for no guarantee.")
+    unit: Literal["patient"] = _key("patient", "Whose presence is hidden: a patient, with all records.")
+    noise: Literal["auto", "site", "shared", "central", "none"] = _key(
+        "auto",
+        "site: each site adds noise at every local step and trusts nobody; shared: one step a round, noise is added "
+        "jointly to the sum of all sites; central: as shared, by a trusted coordinator; none: nothing is claimed; "
+        "auto: shared where an epsilon is set, else none.",
+    )
+    clipping: Literal["automatic", "fixed", "adaptive"] = _key(
+        "automatic",
+        "How a patient's gradient is held to norm `clip`. automatic: scaled to just below it (Bu et al. 2022); fixed: "
+        "cut to it; adaptive: cut to a norm that follows the median (Andrew et al. 2021), for shared and central.",
+    )
+    clip: float = _key(1.0, "Largest norm of one patient's gradient; for adaptive, the norm to begin with.")
+    quantile: float = _key(0.5, "adaptive: the share of patients whose gradients shall lie below the norm, in (0, 1).")
+    batch_cap: int = _key(
+        0, "With training.batch_size above 0: most patients that a Poisson batch may hold; 0 holds all that are drawn."
+    )
+    sizes: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "`[privacy.sizes]`: the declared, public number of training patients of each site. Sums are divided "
+            "by it; it never follows the data."
+        },
+    )
+    max_sites_per_patient: int = _key(1, "At how many sites one patient may have records: attested, not measured.")
+    scope: Literal["study", "run"] = _key(
+        "study",
+        "study: all runs of the study on the same patients share one budget, in the lifetime ledger; run: a fresh "
+        "ledger for each run, for public data and benchmarks only, and the claim says so.",
+    )
+    lifetime_epsilon: float = _key(
+        math.inf, "What all studies together may spend for any patient, in the lifetime ledger."
+    )
+    ledger: str = _key("", "Folder of the lifetime ledger; default: MEDFED_HOME, or the user's data folder.")
+    spare_rounds: int = _key(0, "Rounds paid for in the plan beyond training.rounds, for those that a crash loses.")
+    accountant: Literal["auto", "rdp", "pld"] = _key(
+        "auto",
+        "What calibrates the noise: auto is exact for Gaussian steps on all patients, else rdp; pld is tighter for "
+        "sampled steps, and for scope = 'run' only, as its schedule is fixed in advance.",
+    )
+    correlated: bool = _key(
+        False,
+        "Correlate the joint noise of successive rounds (banded matrix factorisation); needs fleet.schedule='cyclic'.",
+    )
+    evaluation_epsilon: float = _key(
+        0.0, "Above 0: test figures come from a noised histogram that costs each test patient this epsilon."
+    )
+    simulation_only: bool = _key(
+        False,
+        "Seeded float noise, reproducible and fast; for experiments: the claim then says that nothing is claimed.",
+    )
 
 
 @dataclass(frozen=True)
@@ -165,6 +234,12 @@ class Fleet:
     """Who takes part in a round."""
 
     clients_per_round: int = _key(0, "Sites drawn at random each round; 0 takes all.")
+    schedule: Literal["random", "cyclic"] = _key(
+        "random",
+        "random: clients are drawn; cyclic: clients fall into `groups` by a keyed hash, and the groups take turns, so "
+        "that nobody is used twice within `groups` rounds.",
+    )
+    groups: int = _key(1, "How many groups take turns with schedule = 'cyclic'.")
 
 
 @dataclass(frozen=True)
@@ -172,7 +247,11 @@ class Monitor:
     """What is measured and kept."""
 
     evaluate_every: int = _key(1, "Test the global model after every so many rounds, and after the last.")
-    baselines: bool = _key(True, "Also train each site alone, and one model on pooled rows (a simulation only).")
+    baselines: bool = _key(
+        True,
+        "Also train each site alone, and one model on pooled rows (a simulation only, without noise; left out under a "
+        "privacy claim of scope 'study').",
+    )
     checkpoints: int = _key(3, "How many past rounds can be resumed from, 2 or more.")
 
 
@@ -321,7 +400,7 @@ def _read_scalar(kind: Any, value: Any, key: str) -> Any:
 
 def _check_ranges(study: Study) -> None:
     """Refuse values that no plan could use, before any data is read."""
-    t, data, sites = study.training, study.data, study.sites
+    t, data, sites, p = study.training, study.data, study.sites, study.privacy
     rules: list[tuple[str, object, bool, str]] = [
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
         ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
@@ -348,6 +427,22 @@ def _check_ranges(study: Study) -> None:
             study.fleet.clients_per_round >= 0,
             "0 (all) or more",
         ),
+        ("training.average", t.average, 0 <= t.average < 1, "in [0, 1)"),
+        ("privacy.epsilon", p.epsilon, p.epsilon > 0, "a number above 0 (inf asks for no guarantee)"),
+        ("privacy.delta", p.delta, 0 < p.delta <= 1, "a number in (0, 1), below 1 / number of patients"),
+        ("privacy.clip", p.clip, 0 < p.clip < 1e6, "above 0"),
+        ("privacy.quantile", p.quantile, 0 < p.quantile < 1, "in (0, 1)"),
+        ("privacy.batch_cap", p.batch_cap, p.batch_cap >= 0, "0 (no cap) or more"),
+        ("privacy.max_sites_per_patient", p.max_sites_per_patient, p.max_sites_per_patient >= 1, "1 or more"),
+        ("privacy.lifetime_epsilon", p.lifetime_epsilon, p.lifetime_epsilon > 0, "a number above 0"),
+        ("privacy.spare_rounds", p.spare_rounds, p.spare_rounds >= 0, "0 or more"),
+        (
+            "privacy.evaluation_epsilon",
+            p.evaluation_epsilon,
+            0 <= p.evaluation_epsilon < math.inf,
+            "0 (none) or a number above 0",
+        ),
+        ("fleet.groups", study.fleet.groups, study.fleet.groups >= 1, "1 or more"),
         ("monitor.evaluate_every", study.monitor.evaluate_every, study.monitor.evaluate_every >= 1, "1 or more"),
         ("monitor.checkpoints", study.monitor.checkpoints, study.monitor.checkpoints >= 2, "2 or more"),
         ("sites.names", sites.names, len(set(sites.names)) == len(sites.names), "each name once"),
@@ -361,6 +456,8 @@ def _check_ranges(study: Study) -> None:
             f"shares that sum to 1, not {sum(sites.shares):g}",
         ),
     ]
+    for name, size in p.sizes.items():
+        rules.append((f"privacy.sizes.{name}", size, size >= 1, "the declared number of training patients, 1 or more"))
     for name, feature in data.dictionary.items():
         where, low_high = f"data.dictionary.{name}.range", feature.range
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))

@@ -7,11 +7,18 @@ K clients, M numbers in a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from medfed.core import streams
+from medfed.privacy.factorisation import Correlated
+from medfed.privacy.guarantee import GRID, Guarantee, discrete_gaussian
+from medfed.privacy.mechanisms import Entropy, round_to_grid
 from medfed.robust.rules import Rule
 
 
@@ -22,7 +29,7 @@ class Link(Protocol):
         """Transform each row by itself, at its client."""
         ...
 
-    def server(self, mean_M: Tensor) -> Tensor:
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
         """Undo on the combined row what `client` did to each."""
         ...
 
@@ -33,8 +40,69 @@ class Float32:
     def client(self, message_KM: Tensor) -> Tensor:
         return message_KM.to(torch.float32)
 
-    def server(self, mean_M: Tensor) -> Tensor:
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
         return mean_M
+
+
+class Grid:
+    """Rows are whole steps of the clipping norm's grid (int64), so that sums are exact; GRID steps make one norm."""
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        return round_to_grid(message_KM, GRID)
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        return mean_M.double() * GRID
+
+
+@dataclass(frozen=True)
+class JointNoise:
+    """Noise on the sum of all rows, as the guarantee asks; with a strategy, correlated over rounds.
+
+    Here whoever combines the rows draws it. `key` seeds it in a simulation only.
+    """
+
+    guarantee: Guarantee
+    key: int
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        return message_KM
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        return mean_M + (self._seeded(round) if self.guarantee.simulation_only else self._drawn())
+
+    def _drawn(self) -> Tensor:
+        g = self.guarantee
+        noise = self._correlated.next() if g.strategy else self._gradient_noise(g.parameters)
+        if g.clipping != "adaptive":
+            return torch.from_numpy(noise)
+        count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)
+        return torch.cat([torch.from_numpy(noise), torch.from_numpy(count)])
+
+    def _seeded(self, round: int) -> Tensor:
+        g = self.guarantee
+        noise_M = streams.normal(streams.subkey(torch.tensor([self.key]), round), g.numbers())[0]
+        noise_M[: g.parameters] *= g.sigma_units()
+        if g.clipping == "adaptive":
+            noise_M[-1] *= g.count_sigma() / GRID
+        if g.strategy:
+            raise AssertionError("plan.check refuses correlated noise in a simulation")
+        return noise_M.round().to(torch.int64)
+
+    def _gradient_noise(self, count: int) -> np.ndarray:
+        return discrete_gaussian(self.guarantee.sigma_units()).sample(count, self._entropy)
+
+    @cached_property
+    def _entropy(self) -> Entropy:
+        return Entropy()
+
+    @cached_property
+    def _correlated(self) -> Correlated:
+        return Correlated(self.guarantee.strategy, self.guarantee.parameters, self._gradient_noise)
+
+
+def joint_links(guarantee: Guarantee, key: int) -> tuple[Link, ...]:
+    """Return the links of rows that get one noise on their sum."""
+    return Grid(), JointNoise(guarantee, key)
 
 
 PLAIN: tuple[Link, ...] = (Float32(),)
@@ -56,13 +124,20 @@ def finite(row_KM: Tensor) -> Tensor:
     return torch.isfinite(low_K) & torch.isfinite(high_K)
 
 
-def combine(message_KM: Tensor, weight_K: Tensor, rule: Rule | None, links: Sequence[Link]) -> Tensor:
+def combine(
+    message_KM: Tensor, weight_K: Tensor | None, rule: Rule | None, links: Sequence[Link], round: int = 0
+) -> Tensor:
     """Return the combined row [M]: weights times the rows, through the servers' halves, last to first.
 
-    The weights are the rule's, or without one the clients' public weights weight_K [K]; they sum to 1.
+    The weights are the rule's, or without one the clients' public weights weight_K [K], which sum to 1. Without any
+    (rows on the grid) the rows are summed.
     """
-    w_K = weight_K if rule is None else rule(message_KM @ message_KM.T)
-    mean_M = w_K.to(message_KM.dtype) @ message_KM
+    if rule is None and weight_K is None:
+        mean_M = message_KM.sum(0)
+    else:
+        w_K = weight_K if rule is None else rule(message_KM @ message_KM.T)
+        assert w_K is not None
+        mean_M = w_K.to(message_KM.dtype) @ message_KM
     for link in reversed(links):
-        mean_M = link.server(mean_M)
+        mean_M = link.server(mean_M, round)
     return mean_M

@@ -7,7 +7,9 @@ MedfedError
 ├── CodecError       bytes from another party are not what they claim to be
 ├── SiteError        a site could not do what it was asked; the reason holds no patient data
 ├── QuorumError      too few sites answered for the round to count
-└── RunError         a run folder, checkpoint or model file cannot be used
+├── RunError         a run folder, checkpoint or model file cannot be used
+├── LedgerError      a budget ledger cannot be read, written or trusted
+└── BudgetError      the patients' privacy budget does not bear what is asked
 """
 
 import difflib
@@ -44,6 +46,14 @@ class QuorumError(MedfedError):
 
 class RunError(MedfedError):
     """A run folder, a checkpoint or a model file cannot be used."""
+
+
+class LedgerError(MedfedError):
+    """A budget ledger cannot be read, written or trusted."""
+
+
+class BudgetError(MedfedError):
+    """The patients' privacy budget does not bear what is asked; nothing was charged."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -64,6 +64,16 @@ def uniform(key_K: Tensor, count: int, start: int = 0) -> Tensor:
     return _shift(words(key_K, count, start), 40).to(torch.float32) * 2.0**-24
 
 
+def normal(key_K: Tensor, count: int) -> Tensor:
+    """Return standard normal numbers [K, count] (float64) by Box and Muller; for simulations, never for protection."""
+    half = -(-count // 2)
+    word_KN = words(key_K, 2 * half)
+    u_KN = (_shift(word_KN, 11).double() + 0.5) * 2.0**-53
+    radius = torch.sqrt(-2 * torch.log(u_KN[:, :half]))
+    angle = 2 * torch.pi * u_KN[:, half:]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 1)[:, :count]
+
+
 def shuffles(key_K: Tensor, size_K: Tensor) -> Tensor:
     """Return a random order [K, S] of 0 .. size-1 for each client, S = max size; entries from size on are filler."""
     longest = int(size_K.max())

@@ -1,6 +1,6 @@
 """Clients' rows laid end to end: a ragged stack without padding.
 
-K clients, N rows of all clients, F features.
+K clients, N rows of all clients, F features, I patients of all clients.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ class Rows:
     x: Tensor
     y: Tensor
     patient: Tensor  # int64 [n], 0 .. patients-1, numbered at the site
+    key: Tensor | None = None  # int64 [n], the stream of each record's patient: a function of who it is alone
 
     def __len__(self) -> int:
         return len(self.y)
@@ -47,3 +48,62 @@ class Stack:
     def __len__(self) -> int:
         """Return K."""
         return len(self.size_K)
+
+
+@dataclass(frozen=True)
+class Patients:
+    """A cohort's patients: client k owns patients offset_K[k] .. offset_K[k] + size_K[k] - 1.
+
+    Patient i owns rows first_I[i] .. first_I[i] + count_I[i] - 1, and the stream key_I[i].
+    """
+
+    x_NF: Tensor
+    y_N: Tensor
+    first_I: Tensor
+    count_I: Tensor
+    key_I: Tensor
+    offset_K: Tensor
+    size_K: Tensor
+
+    @classmethod
+    def of(cls, clients: Sequence[Rows]) -> "Patients":
+        """Sort each client's rows by patient and lay the clients end to end."""
+        sorted_ = [_by_patient(rows) for rows in clients]
+        count_I = torch.cat([count for _, count in sorted_])
+        size_K = torch.tensor([len(count) for _, count in sorted_], dtype=torch.int64)
+        first_I = count_I.cumsum(0) - count_I
+        key_N = torch.cat([rows.patient if rows.key is None else rows.key for rows, _ in sorted_])
+        return cls(
+            torch.cat([rows.x for rows, _ in sorted_]),
+            torch.cat([rows.y for rows, _ in sorted_]),
+            first_I,
+            count_I,
+            key_N[first_I],
+            size_K.cumsum(0) - size_K,
+            size_K,
+        )
+
+    @property
+    def records(self) -> int:
+        """R, the most records of one patient."""
+        return max(1, int(self.count_I.max())) if len(self.count_I) else 1
+
+    def of_clients(self, members: Tensor) -> "Patients":
+        """Return the patients of some clients; rows are shared, not copied."""
+        return Patients(
+            self.x_NF, self.y_N, self.first_I, self.count_I, self.key_I, self.offset_K[members], self.size_K[members]
+        )
+
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self.size_K)
+
+
+def _by_patient(rows: Rows) -> tuple[Rows, Tensor]:
+    """Return the rows with each patient's side by side, and how many each has."""
+    if len(rows) == 0 or bool((rows.patient.diff() > 0).all()):
+        return rows, torch.ones(len(rows), dtype=torch.int64)
+    order = torch.argsort(rows.patient, stable=True)
+    _, counts = torch.unique_consecutive(rows.patient[order], return_counts=True)
+    key = None if rows.key is None else rows.key[order]
+    return Rows(rows.x[order], rows.y[order], rows.patient[order], key), counts

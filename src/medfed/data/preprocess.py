@@ -76,6 +76,7 @@ class Encoding:
 
     columns: tuple[Column, ...]
     target: Target
+    public: bool = False  # nothing in it was computed from patients, and what is missing becomes the centre, 0
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns, M of them."""
@@ -89,13 +90,15 @@ class Encoding:
     def from_json(cls, value: dict[str, Any]) -> "Encoding":
         """Read what `to_json` wrote."""
         columns = tuple(Column(**{**c, "categories": tuple(c["categories"])}) for c in value["columns"])
-        return cls(columns, Target(**{**value["target"], "labels": tuple(value["target"]["labels"])}))
+        target = Target(**{**value["target"], "labels": tuple(value["target"]["labels"])})
+        return cls(columns, target, value["public"])
 
     def encode(self, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray) -> Rows:
         """Encode the rows marked in `rows`; what is missing is filled from those marked in `fit_rows`.
 
         A number is filled with the median of the site's own encoded training values, a category with the share of each
-        category among them; a feature that the whole site lacks with zero, the centre of all sites.
+        category among them; a feature that the whole site lacks with zero, the centre of all sites. A public encoding
+        fills every gap with zero, so that no patient moves another's row.
         """
         blocks = [self._block(column, table, rows, fit_rows) for column in self.columns]
         x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
@@ -116,7 +119,7 @@ class Encoding:
             values = _encode_category(column, table.texts.get(column.name, np.full(len(table), None)))
         missing = np.isnan(values[:, 0])
         known = values[fit_rows & ~missing]
-        if len(known):
+        if len(known) and not self.public:
             fill = np.median(known, 0) if column.kind == "number" else known.mean(0)
         else:
             fill = np.zeros(values.shape[1])
@@ -131,6 +134,11 @@ class Encoding:
         if self.target.task == "regression":
             return torch.from_numpy(((label - self.target.centre) / self.target.scale).astype(np.float32))
         code = {name: number for number, name in enumerate(self.target.labels)}
+        if unknown := sorted({str(name) for name in label} - code.keys()):
+            raise DataError(
+                f"target {self.target.name!r} has a label that is not declared: {some(unknown)}. Declare it in "
+                f"data.dictionary.{self.target.name}.categories, or correct the rows."
+            )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
         return codes.float() if self.target.task == "binary" else codes
 
@@ -153,6 +161,33 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "train_missing": {n: int(gaps[n][train].sum()) for n in table.features()},
         "labels": {} if data.task == "regression" else _label_counts(table.label),
         "train_labels": {} if data.task == "regression" else _label_counts(table.label[train]),
+    }
+
+
+def public_survey(table: SiteTable, data: Data, declared: int) -> dict[str, Any]:
+    """Return a survey that tells nothing of training patients: the declared size, and what the dictionary declares.
+
+    How many rows are held out is told; who and what they are is not. Raises PlanError for what is not declared.
+    """
+    names = table.features()
+    categories = {n: data.dictionary[n].categories for n in names if n in data.dictionary}
+    target = data.dictionary.get(data.target, Feature())
+    if data.task != "regression" and not target.categories:
+        raise PlanError(
+            f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
+            f"declare data.dictionary.{data.target}.categories = [...], the labels that may occur"
+        )
+    labels = dict.fromkeys(target.categories)
+    return {
+        "train": declared,
+        "test": int(table.test.sum()),
+        "patients": None,
+        "numbers": [n for n in names if not categories.get(n)],
+        "texts": {n: sorted(c) for n, c in sorted(categories.items()) if c},
+        "missing": dict.fromkeys(names, 0),
+        "train_missing": dict.fromkeys(names, 0),
+        "labels": labels,
+        "train_labels": labels,
     }
 
 
@@ -193,8 +228,10 @@ def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.n
     return values
 
 
-def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask) -> Encoding:
+def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool = False) -> Encoding:
     """Make the encoding that all sites will use, from their surveys and their answers to `ask`.
+
+    With `public` nothing may come from patients: preprocess is then dictionary or none, and `ask` is not used.
 
     Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
     """
@@ -203,6 +240,9 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask) -> Encoding:
     names = _feature_order(surveys, data)
     indicators = {n for s in surveys.values() for n, count in s["train_missing"].items() if count}
     indicators |= {n for n in names if any(n not in s["missing"] for s in surveys.values())}
+    if public:
+        indicators = set()
+    indicators |= {n for n in names if n in data.dictionary and data.dictionary[n].indicator}
     numbers = [n for n in names if n not in texts]
     logs = {n: _floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
     if data.preprocess == "dictionary":
@@ -231,7 +271,7 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask) -> Encoding:
             centre, scale = scales[n]
             cap = 2.0 if data.preprocess == "dictionary" else 0.0
             columns.append(Column(n, "number", centre, scale, n in logs, logs.get(n, 0.0), cap, (), n in indicators))
-    return Encoding(tuple(columns), target)
+    return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
 
 
 def fit(

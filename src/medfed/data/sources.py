@@ -8,6 +8,12 @@ the file's id and diagnosis columns. The brief's "two engineered interaction fea
 
 `heart` is the UCI heart disease set: 920 patients at four hospitals, 13 features. Absent measurements are coded as 0 in
 two columns (serum cholesterol, resting blood pressure); Switzerland measured no cholesterol at all.
+
+`thyroid` is the Garavan Institute's archive of thyroid panels, 1984 to 1987: 9,172 records, 28 features, six referral
+sources. West has three records and is counted under `other`. Four ages above 110 are typing errors and are taken as
+missing. A record's number is taken for its patient's: the archive does not say which records are of one patient.
+
+Ranges in the dictionaries are what a physician would call possible, not what these patients have: that would be a leak.
 """
 
 import dataclasses
@@ -90,18 +96,19 @@ def _completed(asked: Data, known: Data) -> Data:
 
 # breast-cancer ------------------------------------------------------------------------------------------------------
 
-_MEASURES: dict[str, tuple[float, float, float, str]] = {
-    # measure: public upper bound of its mean, its standard error, its worst value; unit
-    "radius": (30, 3, 40, "pixels"),
-    "texture": (40, 5, 50, "grey levels"),
-    "perimeter": (200, 25, 260, "pixels"),
-    "area": (2600, 550, 4500, "pixels^2"),
-    "smoothness": (0.2, 0.04, 0.25, ""),
-    "compactness": (0.4, 0.15, 1.1, ""),
-    "concavity": (0.5, 0.4, 1.3, ""),
-    "concave points": (0.25, 0.06, 0.3, ""),
-    "symmetry": (0.4, 0.1, 0.7, ""),
-    "fractal dimension": (0.1, 0.03, 0.25, ""),
+_Range = tuple[float, float]
+_MEASURES: dict[str, tuple[_Range, _Range, _Range, str]] = {
+    # measure: public range of its mean, its standard error, its worst value; unit
+    "radius": ((6, 30), (0.1, 3), (7, 40), "pixels"),
+    "texture": ((9, 40), (0.3, 5), (12, 50), "grey levels"),
+    "perimeter": ((40, 200), (0.7, 25), (50, 260), "pixels"),
+    "area": ((140, 2600), (6, 550), (180, 4500), "pixels^2"),
+    "smoothness": ((0.05, 0.2), (0.0015, 0.04), (0.07, 0.25), ""),
+    "compactness": ((0.015, 0.4), (0.002, 0.15), (0.025, 1.1), ""),
+    "concavity": ((0, 0.5), (0, 0.4), (0, 1.3), ""),
+    "concave points": ((0, 0.25), (0, 0.06), (0, 0.3), ""),
+    "symmetry": ((0.1, 0.4), (0.007, 0.1), (0.15, 0.7), ""),
+    "fractal dimension": ((0.045, 0.1), (0.0008, 0.03), (0.05, 0.25), ""),
 }
 AREA_X_CONCAVE = "area x concave points"
 RADIUS_X_TEXTURE = "radius x texture"
@@ -119,15 +126,16 @@ def _breast_cancer(folder: Path | None, progress: bool) -> pd.DataFrame:
 
 
 def _breast_cancer_dictionary() -> dict[str, Feature]:
-    """Public ranges: the summary table published with the data set, rounded up; the floor is 1 % of the top."""
+    """Public ranges: the summary table published with the data set (scikit-learn's description), rounded outwards."""
     entries: dict[str, Feature] = {}
     for measure, (mean, error, worst, unit) in _MEASURES.items():
-        for name, top in ((f"mean {measure}", mean), (f"{measure} error", error), (f"worst {measure}", worst)):
-            entries[name] = Feature(range=(0.0, top), log=True, unit=unit, doc=f"{name} over the nuclei of one image")
+        for name, ends in ((f"mean {measure}", mean), (f"{measure} error", error), (f"worst {measure}", worst)):
+            entries[name] = Feature(range=ends, log=True, unit=unit, doc=f"{name} over the nuclei of one image")
     entries[AREA_X_CONCAVE] = Feature(
         range=(0.0, 500.0), log=True, unit="pixels^2", doc="mean area x mean concave points"
     )
-    entries[RADIUS_X_TEXTURE] = Feature(range=(0.0, 900.0), log=True, doc="mean radius x mean texture")
+    entries[RADIUS_X_TEXTURE] = Feature(range=(50.0, 900.0), log=True, doc="mean radius x mean texture")
+    entries["diagnosis"] = Feature(categories=("benign", "malignant"))
     return entries
 
 
@@ -171,6 +179,74 @@ _HEART_DICTIONARY = {
 }
 
 
+# thyroid ------------------------------------------------------------------------------------------------------------
+
+THYROID_FILES = {"thyroid0387.data": "4a20d104d4607afd7b1a477af5aa4381a2027f36cc7027f44bc2bd5a50c6724d"}
+THYROID_TABLE = {"thyroid0387.csv": "63ecce1ca692af09f4ee7b4efa78a46abb5ca4c78cff79f473d78e694e9ec740"}
+"""The same records with a header, as they go round; read where they lie in the data folder."""
+THYROID_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/thyroid-disease/"
+_THYROID_FLAGS = {
+    # column: what `t` means
+    "on_thyroxine": "takes thyroxine",
+    "query_on_thyroxine": "may take thyroxine",
+    "on_antithyroid_meds": "takes antithyroid medication",
+    "sick": "is ill otherwise",
+    "pregnant": "is pregnant",
+    "thyroid_surgery": "has had thyroid surgery",
+    "I131_treatment": "has had radioiodine",
+    "query_hypothyroid": "hypothyroidism is suspected",
+    "query_hyperthyroid": "hyperthyroidism is suspected",
+    "lithium": "takes lithium",
+    "goitre": "has a goitre",
+    "tumor": "has a tumour",
+    "hypopituitary": "has hypopituitarism",
+    "psych": "is under psychiatric care",
+}
+_THYROID_ASSAYS: dict[str, tuple[float, float, str, str]] = {
+    # assay: range in its unit, unit, what it is. Ranges: adult reference intervals, widened to the gravest disease
+    "TSH": (0.01, 150, "mU/l", "thyrotropin; 0.4 to 4 in health"),
+    "T3": (0.3, 12, "nmol/l", "total triiodothyronine; 1.2 to 2.8 in health"),
+    "TT4": (20, 450, "nmol/l", "total thyroxine; 60 to 150 in health"),
+    "T4U": (0.4, 2.5, "", "thyroxine uptake ratio; 0.8 to 1.2 in health"),
+    "FTI": (20, 450, "", "free thyroxine index, TT4 / T4U; 60 to 150 in health"),
+    "TBG": (3, 120, "mg/l", "thyroxine-binding globulin; 12 to 30 in health"),
+}
+_OLDEST = 110
+
+
+def _thyroid(folder: Path | None, progress: bool) -> pd.DataFrame:
+    place, columns = data_folder(folder), ["age", "sex", *_THYROID_FLAGS]
+    columns += [column for assay in _THYROID_ASSAYS for column in (f"{assay}_measured", assay)]
+    by_hand = place is not None and (place / "thyroid_garavan" / "thyroid0387.csv").exists()
+    ((name, sha256),) = (THYROID_TABLE if by_hand else THYROID_FILES).items()
+    path = fetch("thyroid_garavan", name, THYROID_URL + name, sha256, folder, progress)
+    if by_hand:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        frame = frame.rename(columns={"referral_source": "referral", "target": "letters", "patient_id": "record"})
+    else:
+        frame = pd.read_csv(path, header=None, names=[*columns, "referral", "last"], dtype=str, keep_default_na=False)
+        frame[["letters", "record"]] = frame.pop("last").str.extract(r"^(.*)\[(\d+)\]$")  # -[840801013]
+    frame["age"] = frame["age"].mask(pd.to_numeric(frame["age"]) > _OLDEST, "?")
+    frame["referral"] = frame["referral"].replace("WEST", "other")
+    frame["condition"] = np.where(frame.pop("letters").str.startswith("-"), "no", "yes")
+    return frame[[*columns, "referral", "record", "condition"]]
+
+
+def _thyroid_dictionary() -> dict[str, Feature]:
+    """Whether an assay was made is a column of its own, so an assay needs no indicator."""
+    entries = {
+        "age": Feature(range=(0, 100), unit="years"),
+        "sex": Feature(categories=("F", "M"), indicator=True),
+        "condition": Feature(categories=("no", "yes"), doc="whether the panel led to any diagnosis"),
+    }
+    for flag, meaning in _THYROID_FLAGS.items():
+        entries[flag] = Feature(categories=("f", "t"), doc=f"t: {meaning}")
+    for assay, (low, high, unit, doc) in _THYROID_ASSAYS.items():
+        entries[f"{assay}_measured"] = Feature(categories=("f", "t"), doc=f"t: {assay} was measured")
+        entries[assay] = Feature(range=(low, high), log=True, unit=unit, doc=doc)
+    return entries
+
+
 SOURCES: dict[str, Source] = {
     "breast-cancer": Source(
         "Wisconsin diagnostic breast cancer: 569 patients, 30 features and 2 products of them; no natural sites",
@@ -185,6 +261,13 @@ SOURCES: dict[str, Source] = {
         Data(target="disease", positive="yes", site="hospital", dictionary=_HEART_DICTIONARY),
         "CC BY 4.0 (UCI 45; Janosi, Steinbrunn, Pfisterer, Detrano 1988)",
         HEART_FILES,
+    ),
+    "thyroid": Source(
+        "Garavan Institute thyroid panels: 9,172 records, 28 features, five referral sources",
+        _thyroid,
+        Data(target="condition", positive="yes", site="referral", patient="record", dictionary=_thyroid_dictionary()),
+        "CC BY 4.0 (UCI 102; Quinlan 1987)",
+        THYROID_FILES,
     ),
 }
 

@@ -5,8 +5,9 @@ its header being row 1.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class SiteTable:
     label: np.ndarray  # str for a class, float64 for regression
     patient: np.ndarray  # int64 [rows], 0 .. patients-1
     test: np.ndarray  # bool [rows]
+    ids: np.ndarray  # str [patients], who they are; never leaves the site
 
     def __len__(self) -> int:
         return len(self.label)
@@ -39,6 +41,17 @@ class SiteTable:
     def features(self) -> list[str]:
         """Return the feature names, sorted."""
         return sorted([*self.numbers, *self.texts])
+
+    def by_patient(self) -> "Iterator[SiteTable]":
+        """Yield a table for each patient, in the order of `ids`."""
+        order = np.argsort(self.patient, kind="stable")
+        ends = np.searchsorted(self.patient[order], np.arange(len(self.ids) + 1))
+        for code, (start, end) in enumerate(pairwise(ends.tolist())):
+            rows = order[start:end]
+            numbers = {name: values[rows] for name, values in self.numbers.items()}
+            texts = {name: values[rows] for name, values in self.texts.items()}
+            one = np.zeros(len(rows), dtype=np.int64)
+            yield SiteTable(numbers, texts, self.label[rows], one, self.test[rows], self.ids[code : code + 1])
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -100,12 +113,13 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteT
     label = _label(site, frame, data)
     patient = patients(frame, data.patient)
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
-    codes = pd.factorize(patient)[0].astype(np.int64)
+    codes, ids = pd.factorize(patient)
+    codes = codes.astype(np.int64)
     if data.test:
         held = _marked(site, frame, data, codes)
     else:
         held = is_test(patient, strata, data.test_fraction, streams, exact=data.split == "stratified").to_numpy()
-    return SiteTable(numbers, texts, label, codes, held)
+    return SiteTable(numbers, texts, label, codes, held, np.asarray(ids, dtype=object))
 
 
 def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from medfed.monitor import reports
 from medfed.monitor.events import (
     Event,
     Planned,
@@ -68,6 +69,8 @@ class Progressing:
                 self._tell_round()
             case RunFinished():
                 self.bar.stop()
+                if event.privacy.get("epsilon") is not None:
+                    self.console.print(_spent(event.privacy), highlight=False, markup=False)
                 if event.reason:
                     self.console.print(f"[red]{event.status}[/]: {escape(event.reason)}", highlight=False)
 
@@ -80,8 +83,7 @@ class Progressing:
             highlight=False,
             markup=False,
         )
-        if event.privacy["epsilon"] is None:
-            self.console.print("privacy: none claimed (privacy.noise = 'none')", highlight=False)
+        self.console.print(_promise(event.privacy), highlight=False, markup=False)
         if self.console.is_terminal:
             self.bar.start()
 
@@ -99,6 +101,26 @@ class Progressing:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
         value = event.all_sites[name].value
         self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+
+
+def _promise(privacy: Mapping[str, Any]) -> str:
+    """Say what is guaranteed, before the first round."""
+    if privacy["noise"] == "none":
+        return "privacy: none claimed (privacy.noise = 'none')"
+    if privacy["simulation_only"]:
+        return "privacy: none claimed (privacy.simulation_only: noise from a seed)"
+    return (
+        f"privacy: epsilon {privacy['target_epsilon']:g} at delta {privacy['delta']:g} for every training patient, noise "
+        f"'{privacy['noise']}', multiplier {privacy['noise_multiplier']:.4g}"
+    )
+
+
+def _spent(privacy: Mapping[str, Any]) -> str:
+    scope = "this run alone (scope 'run')" if privacy["scope"] == "run" else "all runs of the study (scope 'study')"
+    return (
+        f"privacy spent: epsilon {privacy['epsilon']:.4f} of {privacy['target_epsilon']:g} at delta "
+        f"{privacy['delta']:g}, patient level; budget of {scope}"
+    )
 
 
 class Warnings:
@@ -164,3 +186,66 @@ def _bare(value: float) -> str:
     """Write a share without its leading zero: .932."""
     text = f"{value:.3f}"
     return text[1:] if text.startswith("0.") else text
+
+
+def outlook(found: Mapping[str, Any]) -> list[Table | str]:
+    """Return what `medfed privacy plan` shows."""
+    parts: list[Table | str] = [
+        f"{escape(found['study'])}: epsilon {found['epsilon']:g} at delta {found['delta']:g} for each of "
+        f"{found['patients']:,} declared training patients, {found['parameters']:,} parameters, {found['rounds']} rounds\n"
+        f"accountant: {found['accountant']}"
+    ]
+    for mode, rows in found["modes"].items():
+        table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
+        for title in (
+            "site",
+            "patients",
+            "in a step",
+            "steps a round",
+            "noise",
+            "a round",
+            "the run",
+            "a step",
+            "the run",
+        ):
+            table.add_column(title, justify="left" if title == "site" else "right")
+        table.add_row(
+            "", "", "", "", "[dim]multiplier[/]", "[dim]epsilon[/]", "[dim]epsilon[/]", "[dim]snr[/]", "[dim]snr[/]"
+        )
+        for row in rows:
+            share = "all" if row["probability"] == 1 else f"{row['probability']:.3g}"
+            figures = [
+                f"{row[k]:.4g}" for k in ("noise_multiplier", "epsilon_of_a_round", "epsilon", "snr_step", "snr_run")
+            ]
+            table.add_row(escape(row["site"]), str(row["declared"]), share, str(row["steps_per_round"]), *figures)
+        parts.append(table)
+    parts.append(
+        "snr: the most that all gradients together can weigh against the noise, if every patient pulls the same way; "
+        "below 1 in a step, only the mean over many steps can learn."
+    )
+    return parts
+
+
+def accounts(found: Mapping[str, Any]) -> Table:
+    """Return what `medfed privacy ledger` shows."""
+    title = f"{found['charges']} charges, chain intact, head {found['head'][:16]}..."
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for name in ("study", "site", "patients", "charges", f"epsilon at delta {found['delta']:g}"):
+        table.add_column(name, justify="left" if name in ("study", "site") else "right")
+    for row in found["accounts"]:
+        epsilon = f"{row['epsilon']:.4f}"
+        table.add_row(escape(row["study"]), escape(row["site"]), str(row["patients"]), str(row["charges"]), epsilon)
+    return table
+
+
+def claim(found: Mapping[str, Any]) -> Table:
+    """Return what `medfed privacy claim` shows: one line an item of the claim."""
+    head = "Claim" if found["claimed"] else "NOT a claim: noise from a seed (privacy.simulation_only)"
+    table = Table(
+        title=f"{head}: {escape(found['study'])}", title_justify="left", box=None, padding=(0, 1), show_header=False
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in reports.claim_lines(found):
+        table.add_row(name, escape(text))
+    return table

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Planned(Event):
     message: int
     path: str
     sizes: Mapping[str, Mapping[str, int]]
-    labels: Mapping[str, Mapping[str, int]]
+    labels: Mapping[str, Mapping[str, int | None]]  # null under a privacy claim: counts are not told
     privacy: Mapping[str, object]
     bytes_up: int  # what the survey and the agreement on the encoding took
     bytes_down: int
@@ -92,6 +92,7 @@ class RoundFinished(Event):
     seconds: float
     bytes_up: int
     bytes_down: int
+    privacy: Mapping[str, object] = field(default_factory=dict)  # spent so far
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class RunFinished(Event):
     rounds: int
     seconds: float
     reason: str
+    privacy: Mapping[str, object] = field(default_factory=dict)  # spent in all
 
 
 EVENTS: dict[str, type[Event]] = {

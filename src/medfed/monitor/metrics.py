@@ -24,6 +24,9 @@ from medfed.core.types import Task
 
 _BINS_PER_LOGIT, _LIMIT = 128, 32
 _RESAMPLES, _CONFIDENCE, _ECE_BINS = 1000, 0.95, 10
+CELLS = 8
+"""Cells of the histogram that stands for a test on patients who are not public."""
+
 CLASS_METRICS = ("accuracy", "auroc", "precision", "recall", "f1", "brier", "ece")
 NUMBER_METRICS = ("mae", "rmse", "r2")
 
@@ -58,6 +61,20 @@ class Scores:
         bins = (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
+
+    @classmethod
+    def of_counts(cls, counts: np.ndarray) -> "Scores":
+        """Return the scores whose histogram [CELLS, 2] is `counts`, each in its cell's middle; negative counts are 0."""
+        whole = np.maximum(np.rint(counts), 0).astype(np.int64)
+        middle = (np.arange(CELLS) - CELLS / 2 + 0.5) * _BINS_PER_LOGIT
+        bins = np.repeat(np.tile(middle[:, None], 2).ravel(), whole.ravel()).astype(np.int16)
+        label = np.repeat(np.tile(np.arange(2), CELLS), whole.ravel())
+        return cls("binary", torch.from_numpy(bins)[:, None], torch.from_numpy(label), torch.zeros(5).double())
+
+    def counts(self) -> np.ndarray:
+        """Return the histogram [CELLS, 2] of a binary test: cells one logit wide, the outer ones open, by label."""
+        cell = np.floor(self.bins[:, 0].numpy() / _BINS_PER_LOGIT + CELLS / 2).clip(0, CELLS - 1).astype(np.int64)
+        return np.bincount(2 * cell + self.label.numpy(), minlength=2 * CELLS).reshape(CELLS, 2)
 
     @classmethod
     def all(cls, scores: Sequence["Scores"]) -> "Scores":

@@ -75,7 +75,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "macro": _plain(final.macro, None) if final else None,
         "per_site": _per_site(final) if final else {},
         "baselines": {name: _baseline(test) for name, test in tests.items() if name != "federated"},
-        "privacy": dict(planned.privacy) if planned else None,
+        "privacy": _privacy(planned, rounds, finished),
         "seconds": {
             "total": round(earlier + finished.seconds, 3) if finished else None,
             "per_round": round(sum(times) / len(times), 6) if times else None,
@@ -87,6 +87,14 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "versions": dict(started.versions) if started else None,
         "machine": dict(started.machine) if started else None,
     }
+
+
+def _privacy(
+    planned: Planned | None, rounds: Mapping[int, RoundFinished], finished: RunFinished | None
+) -> dict[str, Any] | None:
+    """Return what has been spent by the last event that tells."""
+    told = [finished.privacy if finished else {}, rounds[max(rounds)].privacy if rounds else {}]
+    return next((dict(p) for p in told if p), dict(planned.privacy) if planned else None)
 
 
 def main_model(algorithm: str) -> str:

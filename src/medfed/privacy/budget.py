@@ -1,13 +1,19 @@
-"""The ledger: what has been spent of the patients' privacy, paid before data is touched."""
+"""The coordinator's count of what a run has spent, charged before any site is asked to work.
+
+Each site keeps its own ledger of its patients (ledger.py) and refuses by itself; this count is what the round, the
+progress and the summary read.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from medfed.core.checks import BudgetError
 from medfed.core.types import JSON
+from medfed.privacy.guarantee import Guarantee
 
 
-class Ledger(Protocol):
-    """Charged before each round; refuses by raising what the budget cannot bear."""
+class Budget(Protocol):
+    """Charged before each round; refuses by raising what the target cannot bear."""
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Pay for one round of these clients, before they are asked to work."""
@@ -19,7 +25,7 @@ class Ledger(Protocol):
 
 
 class NoClaim:
-    """The ledger of privacy.noise = "none": charges nothing and claims nothing."""
+    """The budget of a run without noise: charges nothing and claims nothing."""
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
@@ -27,3 +33,37 @@ class NoClaim:
     def claim(self) -> JSON:
         """Say that no epsilon was computed."""
         return {"epsilon": None, "delta": None, "unit": "patient", "noise": "none"}
+
+
+class Metered:
+    """The budget of a run under a guarantee: counts each client's rounds against the calibrated plan."""
+
+    def __init__(self, guarantee: Guarantee, scope: str) -> None:
+        self.guarantee, self.scope = guarantee, scope
+        self.uses = dict.fromkeys(guarantee.releases, 0)
+
+    def charge(self, round: int, clients: Sequence[str]) -> None:
+        """Count the round; raise BudgetError, charging nobody, where a client has no planned round left."""
+        g = self.guarantee
+        after = {name: self.uses[name] + 1 for name in clients}
+        over = [name for name, uses in after.items() if not g.strategy and uses > g.uses]
+        if over:
+            raise BudgetError(
+                f"round {round}: site {over[0]!r} has paid for {g.uses} rounds, which is all that privacy.epsilon="
+                f"{g.epsilon:g} bears; left: 0. Raise privacy.epsilon or plan with privacy.spare_rounds."
+            )
+        self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
+
+    def claim(self) -> JSON:
+        """Return the epsilon spent by the patients who have paid most."""
+        g = self.guarantee
+        return {
+            "epsilon": None if g.simulation_only else g.cost(self.uses),
+            "delta": None if g.simulation_only else g.delta,
+            "unit": "patient",
+            "noise": g.mode,
+            "target_epsilon": g.epsilon,
+            "noise_multiplier": max(release.noise_multiplier for release in g.releases.values()),
+            "scope": self.scope,
+            "simulation_only": g.simulation_only,
+        }

@@ -1,0 +1,224 @@
+"""The claim: what a run guarantees to a patient, in words and numbers that a reviewer can check (privacy.json).
+
+Its fields are what NIST SP 800-226 asks a differential privacy guarantee to state.
+"""
+
+import dataclasses
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from medfed.core import files
+from medfed.core.checks import PlanError, RunError
+from medfed.core.types import JSON
+from medfed.monitor import reports
+from medfed.plan import Plan
+from medfed.privacy import accounting
+from medfed.privacy.account import Account
+from medfed.privacy.budget import Budget
+from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, replaced, resolve
+
+_TRUST = {
+    "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",
+    "shared": "One noise is added to the sum of all sites' rows. security.aggregation='plain': whoever combines the "
+    "rows sees each site's clipped sum without noise, and is trusted with it. In this engine that is the process that "
+    "runs the simulation.",
+    "central": "The coordinator sees each site's clipped sum without noise, adds the noise, and is trusted with it.",
+}
+_MECHANISM = {
+    "independent": "Gaussian mechanism on sums of clipped per-patient gradients: discrete Gaussian noise on an integer "
+    "grid.",
+    "correlated": "Matrix mechanism (banded Toeplitz strategy) on sums of clipped per-patient gradients: discrete "
+    "Gaussian noise on an integer grid, correlated over rounds.",
+}
+
+
+def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
+    """Return the claim of a run that has spent what `budget` counts and the sites' ledger holds."""
+    g, study = plan.guarantee, plan.study
+    assert g is not None
+    spent = budget.claim()
+    uses: dict[str, int] = getattr(budget, "uses", {})
+    first = next(iter(g.releases.values()))
+    patients = sum(release.size for release in g.releases.values())
+    charged = account.charged() if account and not g.simulation_only else None
+    return {
+        "schema": 1,
+        "study": study.study.name,
+        "digest": study.digest(),
+        "claimed": not g.simulation_only,
+        "epsilon": spent["epsilon"],
+        "delta": spent["delta"],
+        "target": {"epsilon": g.epsilon, "delta": g.delta},
+        "unit": "patient: all records of one training patient, over the whole run",
+        "adjacency": "add or remove one patient",
+        "trust_model": _TRUST[g.mode],
+        "mechanism": _MECHANISM["correlated" if g.strategy else "independent"],
+        "clipping": {"kind": g.clipping, "norm": g.clip, "slack": SLACK},
+        "noise": {
+            "mode": g.mode,
+            "multiplier": first.noise_multiplier if g.joint else {n: r.noise_multiplier for n, r in g.releases.items()},
+            "grid": f"C x {GRID:g}",
+            "sd_in_grid_steps": g.sigma_units() if g.joint else {n: g.sigma_units(n) for n in g.releases},
+            "count_noise": COUNT_NOISE if g.clipping == "adaptive" else None,
+            "strategy": list(g.strategy) or None,
+        },
+        "sampling": _sampling(g),
+        "steps_per_round": first.steps,
+        "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
+        "patients": {
+            "declared": patients,
+            "one_over_n": 1 / patients,
+            "delta_below_one_over_n": g.delta < 1 / patients,
+        },
+        "accountant": {
+            "name": _ACCOUNTANTS[g.accountant],
+            "version": f"dp-accounting {version('dp-accounting')}",
+            "delta_taken_by_the_noise_sampler": g.delta_sampler,
+        },
+        "second_accountant": None if g.simulation_only else _second(g, uses),
+        "composition": {
+            "scope": study.privacy.scope,
+            "meaning": _SCOPE[study.privacy.scope],
+            "ledger": charged,
+        },
+        "max_sites_per_patient": g.max_sites,
+        "unprotected": _unprotected(plan),
+        "assumptions": _assumptions(plan),
+        "random_generator": "numpy Philox from the study's seed: nothing is claimed"
+        if g.simulation_only
+        else "AES-256 in counter mode, key from the operating system; exact tables of the discrete Gaussian, whose "
+        "total variation distance from the ideal is charged to delta",
+        "audit": None,
+    }
+
+
+_ACCOUNTANTS = {
+    "gdp": "Gaussian differential privacy, exact for Gaussian steps on all patients (Dong et al. 2022)",
+    "rdp": "Renyi differential privacy (Mironov 2017; Mironov et al. 2019)",
+    "pld": "privacy loss distribution (Koskela et al. 2020)",
+}
+_SCOPE = {
+    "study": "all runs of the study on the same patients, in the sites' lifetime ledger",
+    "run": "this run alone. Other runs on the same patients are not counted: for public data and benchmarks only",
+}
+
+
+def _sampling(g: Guarantee) -> str:
+    release = next(iter(g.releases.values()))
+    if release.probability == 1:
+        return "every patient of a participating site takes part in every step; no amplification is claimed"
+    law = f"each patient by an independent secret coin (Poisson), batch of {release.size * release.probability:g} expected"
+    return f"{law}, truncated to {release.cap} patients" if release.cap else law
+
+
+def _second(g: Guarantee, uses: dict[str, int]) -> JSON:
+    """Recompute the worst patient's epsilon by another accountant."""
+    name = "rdp" if g.accountant == "pld" else "pld"
+    events = {replaced(g.releases[n].event(), count * g.copies) for n, count in uses.items() if count}
+    found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events]
+    return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
+
+
+def _unprotected(plan: Plan) -> list[str]:
+    study, public = plan.study, plan.study.data.test_is_public
+    listed = [
+        "declared sizes of the sites, names of columns, labels and sites: public constants of the study",
+        "which sites took part in which round, and how long they took",
+        "that a site refused its table or a round, with the reason",
+        "how many records are held out for testing at each site",
+    ]
+    if public:
+        listed.append("held-out patients: declared public test data; their figures are told as they are")
+    if study.privacy.scope == "run" and study.monitor.baselines and public:
+        listed.append("baselines (each site alone, pooled rows): trained without noise, for comparison on public data")
+    return listed
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    study = plan.study
+    found = [
+        f"no patient has records at more than {study.privacy.max_sites_per_patient} sites "
+        + ("(checked by name in this process)" if study.data.patient else "(attested, not measured)"),
+        "ranges, categories and labels in the data dictionary are public knowledge, not taken from these patients",
+        "model, features and settings were chosen without looking at these training patients, or that was charged",
+    ]
+    if not study.data.patient:
+        found.append("one row is one patient: the table names no patient column")
+    return found
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return a run's claim; raise RunError where there is none."""
+    path = folder / "privacy.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{str(folder)!r} holds no claim ({type(error).__name__}): its study asked for no epsilon, or it has not ended"
+        ) from error
+    return found
+
+
+def outlook(plan: Plan) -> dict[str, Any]:
+    """Return what the noise will be, before training: for the study's own mode and for the other one.
+
+    snr is the largest possible ratio of signal to noise in the gradient of one step, all patients pulling one way;
+    over a round's and a run's steps it grows by their square root where they are averaged.
+    """
+    g, study = plan.guarantee, plan.study
+    if g is None:
+        raise PlanError(
+            "the study asks for no guarantee. Set privacy.epsilon=1.0 and privacy.delta=1e-6, and see what it costs."
+        )
+    sizes = {name: release.size for name, release in g.releases.items()}
+    modes: dict[str, Any] = {}
+    for noise in dict.fromkeys((g.mode, "site", "shared")):
+        other = dataclasses.replace(study, privacy=dataclasses.replace(study.privacy, noise=noise))
+        found = g if noise == g.mode else resolve(other, sizes, plan.parameters)
+        modes[noise] = [_outlook(found, name, study.training.rounds) for name in _shown(found)]
+    return {
+        "study": study.study.name,
+        "epsilon": g.epsilon,
+        "delta": g.delta,
+        "patients": sum(sizes.values()),
+        "parameters": plan.parameters,
+        "rounds": study.training.rounds,
+        "accountant": _ACCOUNTANTS[g.accountant],
+        "modes": modes,
+    }
+
+
+def _shown(g: Guarantee) -> list[str]:
+    """Name one client of each kind: all alike need one line."""
+    seen = {(r.size, r.steps, r.probability): name for name, r in reversed(g.releases.items())}
+    return list(reversed(seen.values()))
+
+
+def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
+    release = g.releases[name]
+    snr = g.signal_to_noise(name)
+    whole = replaced(release.event(), g.uses * g.copies)
+    return {
+        "site": name,
+        "declared": release.size,
+        "probability": release.probability,
+        "steps_per_round": release.steps,
+        "noise_multiplier": release.noise_multiplier,
+        "epsilon_of_a_round": g.epsilon_of(release.event()),
+        "epsilon": g.epsilon_of(whole),
+        "snr_step": snr,
+        "snr_run": snr * math.sqrt(release.steps * rounds),
+    }
+
+
+def generate_privacy_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write a run's claim as a page and return where: `out`, or reports/privacy.html in the run's folder."""
+    run = Path(run)
+    path = Path(out) if out else run / "reports" / "privacy.html"
+    page = reports.privacy_page(read(run))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, page)
+    return path

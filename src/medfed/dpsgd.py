@@ -1,0 +1,321 @@
+"""Training under differential privacy: sums of clipped per-patient gradients, for a whole cohort as one stack.
+
+A patient's gradient is the sum over its records. It is held to norm C, patients are summed, and the sum goes onto an
+integer grid, where noise is added: at the site after every step (`train`), or jointly on the sum of all sites (`sums`,
+one step a round). Nobody divides by what was drawn: declared sizes are public constants.
+
+Two paths, one meaning: `rules` takes norms and one weighted product a layer (layers.py); `func` maps torch.func's
+gradient over the patients and serves any module; tests hold the first to the second.
+
+K clients, A of them in a chunk, I patients of a step (padded), R records a patient (padded), P parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from medfed.core import streams
+from medfed.core.checks import PlanError
+from medfed.core.flat import Layout
+from medfed.core.types import Task
+from medfed.data.federated import Patients
+from medfed.layers import RuledModel, has_rules
+from medfed.local import Correction, Descent, LocalPlan, LocalResult, Path, loss_gradient, sample_loss
+from medfed.models import Dropout
+from medfed.privacy.guarantee import GRID, Guarantee, Release, discrete_gaussian
+from medfed.privacy.mechanisms import Entropy, round_to_grid
+
+_AUTOMATIC = 0.01  # gamma of Bu et al. 2022: keeps the direction of small gradients finite
+_CHUNK_BYTES = 8 << 20
+
+Factor = Callable[[Tensor], Tensor]
+"""Norms [A, I] -> what each patient's gradient is multiplied by, so that it comes to at most 1 (the unit is C)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The patients of one step: rows row_AB with B = I * R slots, which of them are filled, and each slot's stream."""
+
+    row_AB: Tensor
+    valid_AB: Tensor
+    key_AB: Tensor
+    records: int
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Clipped sums [K, P] float64 in units of C, and how many patients lay below C less half of all [K]."""
+
+    total_KP: Tensor
+    below_K: Tensor
+    dropped: int  # patients whose gradient was not finite: they count as zero, and the number stays at the site
+
+
+def clip_factor(kind: str, clip: float) -> Factor:
+    """Return the clipping factor: automatic 1 / (|g| + 0.01) (Bu et al. 2022, 2206.07136), else min(1/|g|, 1/C).
+
+    Sensitivity of the sum: 1, in units of C (add/remove one patient).
+    """
+    if kind == "automatic":
+        return lambda norm_AI: 1 / (norm_AI + _AUTOMATIC)
+    return lambda norm_AI: 1 / norm_AI.clamp(min=clip)
+
+
+adaptive_gradient_clipping = clip_factor
+"""The brief's name."""
+
+
+def next_clip(clip: float, noised_below: float, patients: int, quantile: float, rate: float = 0.2) -> float:
+    """Return the next clipping norm: C exp(-0.2 (b - quantile)), b the noised share below C (Andrew et al. 2021).
+
+    `noised_below` is the noised sum over patients of (1 if below C else 0) - 1/2; `patients` is declared.
+    """
+    share = min(1.0, max(0.0, noised_below / patients + 0.5))
+    return float(clip * np.exp(-rate * (share - quantile)))
+
+
+def sums(
+    model: nn.Module,
+    w_P: Tensor,
+    patients: Patients,
+    task: Task,
+    guarantee: Guarantee,
+    clip: float,
+    names: Sequence[str],
+    key_K: Tensor,
+    path: Path = "auto",
+) -> Sums:
+    """Return each client's clipped sum at the common weights w_P: what it sends under joint noise."""
+    factor, chosen = clip_factor(guarantee.clipping, clip), _path(model, path)
+    total_KP = torch.empty(len(patients), len(w_P), dtype=torch.float64)
+    below_K, dropped = torch.empty(len(patients), dtype=torch.float64), 0
+    model.train()
+    summed, layout = _summer(model, chosen), Layout.of(model)
+    draw = _drawer(guarantee, key_K)
+    for members in _chunks(patients, len(w_P), guarantee, names):
+        releases = [guarantee.releases[names[k]] for k in members.tolist()]
+        part = patients.of_clients(members)
+        step = _step(part, releases, draw, members, key_K[members], 0)
+        weights = [p.expand(len(members), *p.shape) for _, p in layout.pieces(w_P)]
+        gradients, norm_AI, finite = _clipped(summed, weights, part, step, task, factor)
+        total_KP[members] = torch.cat([g.flatten(1) for g in gradients], 1)
+        there_AI = step.valid_AB.view(len(members), -1, step.records).any(2)
+        below_K[members] = torch.where(there_AI, (norm_AI <= clip).double() - 0.5, 0).sum(1)
+        dropped += finite
+    return Sums(total_KP, below_K, dropped)
+
+
+def train(
+    model: nn.Module,
+    start_KP: Tensor,
+    patients: Patients,
+    plan: LocalPlan,
+    guarantee: Guarantee,
+    names: Sequence[str],
+    key_K: Tensor,
+    correction: Correction = Correction(),
+    average: float = 0.0,
+    path: Path = "auto",
+) -> LocalResult:
+    """Train each client by DP-SGD: every step's sum is noised on the grid before it moves a weight.
+
+    Whatever is done with noised sums costs nothing more: corrections, momentum, averaging the last share `average` of
+    the iterates. Losses are not told. Guarantee: that of `guarantee`, for each client by itself (Abadi et al. 2016).
+    """
+    chosen, factor = _path(model, path), clip_factor(guarantee.clipping, guarantee.clip)
+    theta_KP, layout = start_KP.clone(), Layout.of(model)
+    steps_K = torch.tensor([guarantee.releases[name].steps for name in names])
+    model.train()
+    summed, draw, noise = _summer(model, chosen), _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)
+    for members in _chunks(patients, start_KP.shape[1], guarantee, names):
+        part, steps = patients.of_clients(members), int(steps_K[members[0]])
+        releases = [guarantee.releases[names[k]] for k in members.tolist()]
+        expected_A1 = torch.tensor([r.size * r.probability for r in releases], dtype=torch.float64)[:, None]
+        params = [p.clone(memory_format=torch.contiguous_format) for _, p in layout.pieces(start_KP[members])]
+        shift = None if correction.shift_KP is None else correction.shift_KP[members]
+        descent = Descent(params, plan, Correction(correction.mu, shift), layout)
+        tail, kept = torch.zeros(len(members), start_KP.shape[1]), max(1, round(average * steps))
+        for t in range(steps):
+            step = _step(part, releases, draw, members, key_K[members], t)
+            clipped, _, _ = _clipped(summed, params, part, step, plan.task, factor)
+            noised_AP = noise(torch.cat([g.flatten(1) for g in clipped], 1), members, t)
+            gradient_AP = (noised_AP * (guarantee.clip / expected_A1)).to(start_KP.dtype)
+            descent.step([piece for _, piece in layout.pieces(gradient_AP)])
+            if t >= steps - kept:
+                tail += torch.cat([p.flatten(1) for p in params], 1) / kept
+        theta_KP[members] = tail
+    return LocalResult(theta_KP, torch.full((len(patients),), float("nan"), dtype=torch.float64), steps_K)
+
+
+def _path(model: nn.Module, path: Path) -> Path:
+    if path == "loop":
+        raise PlanError("training.path='loop' takes no per-patient gradients; under a privacy claim set it to 'auto'")
+    return ("rules" if has_rules(model) else "func") if path == "auto" else path
+
+
+# Who takes part in a step -------------------------------------------------------------------------------------------
+
+_Draw = Callable[[Tensor, int, int], Tensor]
+"""(members, step, width) -> uniform numbers [A, width]: each patient's secret coin."""
+
+
+def _drawer(guarantee: Guarantee, key_K: Tensor) -> _Draw:
+    """Sampling that amplifies must be secret, so the coins come from the operating system, not from the study's seed."""
+    if guarantee.simulation_only:
+        return lambda members, t, width: streams.uniform(streams.subkey(streams.subkey(key_K[members], t), 1), width)
+    entropy = Entropy()
+    return lambda members, t, width: torch.from_numpy(
+        entropy.uniform(len(members) * width).reshape(len(members), width)
+    )
+
+
+def _step(patients: Patients, releases: Sequence[Release], draw: _Draw, members: Tensor, key_A: Tensor, t: int) -> Step:
+    """Lay out a step: all patients, or a Poisson draw, in I slots of R records; a slot left over repeats the last.
+
+    Which units are dropped for a patient is a function of the patient and the step, not of the slot it lies in.
+    """
+    size_A1, wide = patients.size_K[:, None], max(1, int(patients.size_K.max()))
+    place_AI = torch.arange(wide).expand(len(members), -1)
+    there_AI = place_AI < size_A1
+    probability_A1 = torch.tensor([r.probability for r in releases])[:, None]
+    if bool((probability_A1 < 1).any()):
+        coin_AI = torch.where(there_AI, draw(members, t, wide), 2)
+        rank_AI = torch.where(coin_AI < probability_A1, coin_AI, 2)
+        taken_A1 = (rank_AI < 2).sum(1, keepdim=True)
+        if cap := releases[0].cap:  # the lowest coins stay: a random subset
+            taken_A1 = taken_A1.clamp(max=cap)
+        width = max(1, int(taken_A1.max()))
+        place_AI = rank_AI.argsort(1)[:, :width] if width < wide else rank_AI.argsort(1)
+        there_AI = torch.arange(width) < taken_A1
+    patient_AI = patients.offset_K[:, None] + torch.minimum(place_AI, (size_A1 - 1).clamp(min=0))
+    patient_AI = patient_AI.clamp(max=max(0, len(patients.first_I) - 1))
+    first_AI, R = patients.first_I[patient_AI], patients.records
+    key_AI = streams.subkey(patients.key_I[patient_AI] ^ key_A[:, None], t)
+    if R == 1:
+        return Step(first_AI, there_AI, key_AI, 1)
+    count_AI1, r = patients.count_I[patient_AI][..., None], torch.arange(R)
+    row_AIR = first_AI[..., None] + torch.minimum(r, count_AI1 - 1)
+    valid_AIR = there_AI[..., None] & (r < count_AI1)
+    key_AIR = torch.stack([streams.subkey(key_AI, n) for n in range(R)], 2)
+    return Step(row_AIR.flatten(1), valid_AIR.flatten(1), key_AIR.flatten(1), R)
+
+
+def _chunks(patients: Patients, parameters: int, guarantee: Guarantee, names: Sequence[str]) -> list[Tensor]:
+    """Cut the clients into chunks that fit the cache, clients of one number of steps and like sizes together."""
+    steps = [guarantee.releases[name].steps for name in names]
+    order = sorted(range(len(names)), key=lambda k: (steps[k], -int(patients.size_K[k])))
+    row = int(np.prod(patients.x_NF.shape[1:])) * patients.records
+    chunks: list[list[int]] = []
+    for k in order:
+        widest = max(1, int(patients.size_K[chunks[-1][0]])) if chunks else 0
+        each = 4 * (3 * parameters + 4 * row * widest)
+        full = not chunks or steps[chunks[-1][0]] != steps[k] or (len(chunks[-1]) + 1) * each > _CHUNK_BYTES
+        if full:
+            chunks.append([])
+        chunks[-1].append(k)
+    return [torch.tensor(chunk) for chunk in chunks]
+
+
+# Clipped sums -------------------------------------------------------------------------------------------------------
+
+_Summed = Callable[[list[Tensor], Tensor, Tensor, Step, Task, Factor], tuple[list[Tensor], Tensor]]
+"""(weights, x [A, B, ...], y [A, B], step, task, factor) -> sums [A, *shape] float64 and norms [A, I]."""
+
+
+def _summer(model: nn.Module, path: Path) -> _Summed:
+    if path == "rules":
+        return _ByRules(RuledModel(model))
+    return _ByFunc(model)
+
+
+def _clipped(
+    summed: _Summed, weights: list[Tensor], patients: Patients, step: Step, task: Task, factor: Factor
+) -> tuple[list[Tensor], Tensor, int]:
+    """Return the clipped sums; a patient whose gradient is not finite counts as zero, as if it were not there."""
+    rows = step.row_AB.reshape(-1)
+    x = patients.x_NF.index_select(0, rows).view(*step.row_AB.shape, *patients.x_NF.shape[1:])
+    y = patients.y_N.index_select(0, rows).view(step.row_AB.shape)
+    total, norm_AI = summed(weights, x, y, step, task, factor)
+    bad_AI = ~torch.isfinite(norm_AI)
+    return total, norm_AI, int(bad_AI.sum())
+
+
+class _ByRules:
+    """Norms and one weighted product a layer."""
+
+    def __init__(self, ruled: RuledModel) -> None:
+        self.ruled = ruled
+        self.kept: list[Tensor] = []
+
+    def __call__(
+        self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
+    ) -> tuple[list[Tensor], Tensor]:
+        z = self.ruled.forward(x, weights, step.key_AB)
+        dz = torch.where(step.valid_AB[..., None], loss_gradient(task, z, y), 0)
+        if not self.kept or self.kept[0].shape[0] != len(x):
+            self.kept = [torch.empty(len(x), *w.shape[1:], dtype=torch.float64) for w in weights]
+        norm_AI = self.ruled.clipped_backward(dz, weights, self.kept, step.records, factor)
+        return self.kept, norm_AI
+
+
+class _ByFunc:
+    """torch.func's gradient of each patient, one client after another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.names = model, list(Layout.of(model).shapes)
+        self.dropouts = [f"{n}.key".lstrip(".") for n, m in model.named_modules() if isinstance(m, Dropout)]
+
+    def __call__(
+        self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
+    ) -> tuple[list[Tensor], Tensor]:
+        R = step.records
+
+        def loss(named: dict[str, Tensor], x_R: Tensor, y_R: Tensor, valid_R: Tensor, key_R: Tensor) -> Tensor:
+            def output(row: Tensor, key: Tensor) -> Tensor:
+                state = {**named, **dict.fromkeys(self.dropouts, key)}
+                return functional_call(self.model, state, (row[None],))[0]  # type: ignore[no-any-return]
+
+            z_R = vmap(output)(x_R, key_R)
+            return torch.where(valid_R, sample_loss(task, z_R, y_R), 0).sum()
+
+        gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
+        totals: list[list[Tensor]] = []
+        norms = []
+        for a in range(len(x)):
+            named = {name: w[a] for name, w in zip(self.names, weights, strict=True)}
+            parts = [v[a].reshape(-1, R, *v.shape[2:]) for v in (x, y, step.valid_AB, step.key_AB)]
+            g_IP = [g.flatten(1).double() for g in gradient(named, *parts).values()]
+            norm_I = torch.stack([g.square().sum(1) for g in g_IP]).sum(0).sqrt()
+            good_I = torch.isfinite(norm_I)
+            weight_I = torch.where(good_I, factor(norm_I), 0)
+            totals.append([weight_I @ torch.where(good_I[:, None], g, 0) for g in g_IP])
+            norms.append(norm_I)
+        stacked = [torch.stack([t[i] for t in totals]) for i in range(len(weights))]
+        return [s.view(w.shape) for s, w in zip(stacked, weights, strict=True)], torch.stack(norms)
+
+
+# Noise at the site --------------------------------------------------------------------------------------------------
+
+
+def _noiser(guarantee: Guarantee, names: Sequence[str], key_K: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Return what adds noise to clipped sums [A, P] in units of C: on the grid, or as seeded floats in a simulation."""
+    sigma_K = [guarantee.sigma_units(name) for name in names]
+    if guarantee.simulation_only:
+
+        def seeded(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
+            key_A = streams.subkey(streams.subkey(key_K[members], t), 2)
+            sigma_A1 = torch.tensor([sigma_K[k] for k in members.tolist()], dtype=torch.float64)[:, None]
+            return total_AP + GRID * sigma_A1 * streams.normal(key_A, total_AP.shape[1])
+
+        return seeded
+    entropy = Entropy()
+
+    def drawn(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
+        noise = [discrete_gaussian(sigma_K[k]).sample(total_AP.shape[1], entropy) for k in members.tolist()]
+        return (round_to_grid(total_AP, GRID) + torch.from_numpy(np.stack(noise))).double() * GRID
+
+    return drawn

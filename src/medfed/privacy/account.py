@@ -1,0 +1,106 @@
+"""A site's account: its patients' side of the budget. It pays from the ledger before a record is read, or refuses.
+
+The coordinator cannot overdraw it: what a round costs is worked out here from the study and the declared sizes.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from medfed.core.checks import BudgetError
+from medfed.core.types import JSON
+from medfed.privacy.accounting import Event, RandomisedResponse
+from medfed.privacy.guarantee import Guarantee, replaced
+from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits
+from medfed.study import Study
+
+
+class Account:
+    """The ledger of the sites in this process, opened when the first of them enrols its patients."""
+
+    def __init__(self, path: Path | None, study: Study) -> None:
+        """`path` is the ledger's file; None keeps it in memory."""
+        self.path, self.study = path, study
+        self.run = ""
+        self.cohorts: dict[str, Cohort] = {}
+        self.guarantee: Guarantee | None = None
+        self._ledger: Ledger | None = None
+        self._counted: set[str] = set()
+        self._paid: set[str] = set()  # who has paid for what has not yet been answered
+
+    @property
+    def ledger(self) -> Ledger:
+        """The open ledger; raises LedgerError where it cannot be opened, trusted or written."""
+        if self._ledger is None:
+            self._ledger = Ledger.open(self.path)
+        return self._ledger
+
+    def enrol(self, run: str, site: str, ids: Sequence[str], guarantee: Guarantee, fresh: bool) -> None:
+        """Enrol a site's training patients; before a fresh run, see that the whole plan fits what they have left.
+
+        Under joint noise a patient of several sites is charged once a round: the noise covers all its sites.
+        Raises BudgetError naming what is left; nothing is charged here.
+        """
+        self.run, self.guarantee = run, guarantee
+        mine = [name for name in ids if not guarantee.joint or name not in self._counted]
+        self._counted.update(mine)
+        self.cohorts[site] = self.ledger.enrol(site, mine)
+        if fresh:
+            whole = replaced(guarantee.releases[site].event(), guarantee.uses)
+            self.ledger.check([self._charge(site, 0, whole)], self._limits())
+
+    def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
+        """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.
+
+        Who has paid and was not `answered` (the work failed, and is tried again) does not pay twice.
+        """
+        assert self.guarantee is not None
+        sites = [site for site in sites if site not in self._paid]
+        charges = [self._charge(s, round, self.guarantee.releases[s].event()) for s in sites]
+        try:
+            self.ledger.charge(charges, self._limits())
+            self._paid.update(sites)
+            return {}
+        except BudgetError:
+            return dict(self._one_by_one(sites, charges))
+
+    def answered(self, sites: Iterable[str]) -> None:
+        """Note that what these sites paid for has been computed: the next round is paid anew.
+
+        A correlated run is one release: paid in full by its first round.
+        """
+        if self.guarantee and not self.guarantee.strategy:
+            self._paid.difference_update(sites)
+
+    def _one_by_one(self, sites: Sequence[str], charges: Sequence[Charge]) -> Iterable[tuple[str, BudgetError]]:
+        for site, charge in zip(sites, charges, strict=True):
+            try:
+                self.ledger.charge([charge], self._limits())
+                self._paid.add(site)
+            except BudgetError as error:
+                yield site, error
+
+    def pay_test(self, site: str, ids: Sequence[str]) -> None:
+        """Charge held-out patients for one noised histogram; raises BudgetError where they cannot pay.
+
+        It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0.
+        """
+        epsilon = self.study.privacy.evaluation_epsilon
+        cohort = self.ledger.enrol(f"{site} (test)", ids)
+        event = RandomisedResponse(2, epsilon)
+        self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
+
+    def charged(self) -> JSON:
+        """Return what the ledger holds for this study's patients: epsilon of the worst over all its runs, and its head."""
+        assert self.guarantee is not None
+        worst = self.ledger.worst(self.study.privacy.delta - self.guarantee.delta_sampler, self.study.study.name)
+        return {"epsilon_all_runs": worst, "head": self.ledger.head()}
+
+    def _charge(self, site: str, round: int, event: Event) -> Charge:
+        return Charge(self.study.study.name, self.run, self.cohorts[site], round, "round", event)
+
+    def _limits(self) -> Limits:
+        p, g = self.study.privacy, self.guarantee
+        assert g is not None
+        epsilon = math.inf if g.accountant == "pld" else p.epsilon  # PLD is no filter; its schedule is fixed instead
+        return Limits(epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon)

@@ -1,0 +1,558 @@
+"""Accounting: mechanisms as data, what they cost a patient, and the noise that a target needs.
+
+An event says what was released. Add/remove adjacency throughout: neighbours differ in one patient, with all records.
+Three accountants answer for the same events:
+
+    rdp    Rényi divergences at ORDERS (Mironov 2017); they add up, so a ledger can keep them and filter on them
+    gdp    Gaussian releases only: T of noise multiplier z are one of z / sqrt(T), whose (epsilon, delta) is exact
+    pld    privacy loss distributions: near exact, for reports of a schedule that was fixed in advance, never a filter
+
+rdp and pld are dp-accounting's; gdp is the closed form of Balle and Wang 2018 (arXiv:1805.06530, theorem 8), our own.
+
+O orders, N patients.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfed.core.checks import PlanError, nearest
+from medfed.core.types import JSON
+
+Accountant = Literal["rdp", "gdp", "pld"]
+Floats: TypeAlias = NDArray[np.float64]
+
+ORDERS: tuple[float, ...] = (
+    *(1 + i / 10 for i in range(1, 100)),
+    *map(float, range(11, 64)),
+    *map(float, (72, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)),
+)
+"""dp-accounting's default orders, and more above 64, which epsilons below 0.5 need."""
+
+ORDERS_VERSION = 1
+"""Written into ledgers beside what was spent; raise it with any change of ORDERS."""
+
+_ORDERS = np.array(ORDERS)
+
+# Events ---------------------------------------------------------------------------------------------------------------
+
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "a finite number above 0")
+_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "noise_multiplier": _POSITIVE,
+    "scale_over_sensitivity": _POSITIVE,
+    "epsilon": _POSITIVE,
+    "probability": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    "count": (lambda x: x >= 1, "an integer of at least 1"),
+    "population": (lambda x: x >= 1, "an integer of at least 1"),
+    "cap": (lambda x: x >= 1, "an integer of at least 1"),
+    "categories": (lambda x: x >= 2, "an integer of at least 2"),
+}
+
+
+class _Checked:
+    """Refuses, by PlanError, a field that is no number, not finite or out of bounds."""
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in fields(cast(Any, self)):
+            value, (inside, expected) = getattr(self, field.name), _BOUNDS[field.name]
+            numbers = (int, float) if field.type is float else (int,)
+            if isinstance(value, bool) or not isinstance(value, numbers) or not inside(value):
+                raise PlanError(f"{self.kind}: {field.name}={value!r}; expected {expected}. Correct the event.")
+
+
+@dataclass(frozen=True)
+class Gaussian(_Checked):
+    """`count` sums over all patients, each with noise of standard deviation noise_multiplier times sensitivity."""
+
+    kind = "gaussian"
+    noise_multiplier: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PoissonGaussian(_Checked):
+    """`count` noised sums, each over patients who each took part by a coin of their own, unseen by the adversary."""
+
+    kind = "poisson_gaussian"
+    probability: float
+    noise_multiplier: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonGaussian(_Checked):
+    """Poisson sampling from `population` patients where, above `cap`, a uniformly random subset of `cap` stays.
+
+    Not Poisson: in a full batch one patient's presence puts another out, so the sum moves by twice the sensitivity.
+    Ganesh 2025, arXiv:2508.15089.
+    """
+
+    kind = "truncated_poisson_gaussian"
+    population: int
+    probability: float
+    cap: int
+    noise_multiplier: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Laplace(_Checked):
+    """`count` numbers with Laplace noise of the given scale over their L1 sensitivity: epsilon = 1 / scale each."""
+
+    kind = "laplace"
+    scale_over_sensitivity: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class RandomisedResponse(_Checked):
+    """`count` answers, each true with probability e^epsilon / (e^epsilon + categories - 1), else any other alike.
+
+    Accounted between any two true answers, so it also covers a patient's absence where absence has an answer. With two
+    categories it costs at least as much as any other epsilon-DP release (Kairouz, Oh and Viswanath 2015).
+    """
+
+    kind = "randomised_response"
+    categories: int
+    epsilon: float
+    count: int = 1
+
+
+Leaf: TypeAlias = Gaussian | PoissonGaussian | TruncatedPoissonGaussian | Laplace | RandomisedResponse
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Several events about the same patient, in any order; nested ones are flattened."""
+
+    kind: ClassVar[str] = "composed"
+    events: tuple["Event", ...]
+
+    def __post_init__(self) -> None:
+        leaves = tuple(leaf for event in self.events for leaf in _leaves(event))
+        if not leaves:
+            raise PlanError("composed: events=(); expected at least one event. Leave out what releases nothing.")
+        object.__setattr__(self, "events", leaves)
+
+
+Event: TypeAlias = Leaf | Composed
+
+_KINDS: dict[str, type[Leaf]] = {leaf.kind: leaf for leaf in get_args(Leaf)}
+_REFUSED = dict.fromkeys(
+    ("shuffled", "fixed_size"),
+    "no amplification by sampling is proved for the batches of this law under add/remove adjacency; accounted as "
+    "Poisson, one epoch at q=0.001, sigma=0.8 would read epsilon=0.468 where only 6.31 is safe (arXiv:2403.17673, "
+    "2411.04205). Draw Poisson batches, or account each step as gaussian",
+)
+
+
+def to_json(event: Event) -> JSON:
+    """Return an event as {"kind": ..., its fields}; `from_json` reads it back."""
+    if isinstance(event, Composed):
+        return {"kind": event.kind, "events": [to_json(leaf) for leaf in event.events]}
+    return {"kind": event.kind, **asdict(event)}
+
+
+def from_json(data: Mapping[str, object]) -> Event:
+    """Return the event that `data` describes; raise PlanError for an unknown kind, a field too many or out of bounds.
+
+    Shuffled and fixed-size batches are refused with the reason: they have no event here.
+    """
+    match data:
+        case {"kind": Composed.kind, "events": [*parts], **rest} if not rest:
+            return Composed(tuple(_leaf_from_json(part) for part in parts))
+        case {"kind": Composed.kind}:
+            raise PlanError(f"composed: fields {sorted(data)}; expected events, a list. Correct the event.")
+    return _leaf_from_json(data)
+
+
+def _leaf_from_json(data: object) -> Leaf:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(kind, str) or kind == Composed.kind:
+        raise PlanError(
+            f"event={data!r}; expected a table with a kind, none nested. Read it from where it was written."
+        )
+    if kind in _REFUSED:
+        raise PlanError(f"kind={kind!r}: {_REFUSED[kind]}.")
+    if kind not in _KINDS:
+        raise PlanError(f"kind={kind!r} is no event that can be accounted; {nearest(kind, _KINDS)}")
+    values, wanted = {k: v for k, v in data.items() if k != "kind"}, [field.name for field in fields(_KINDS[kind])]
+    if set(values) != set(wanted):
+        raise PlanError(f"{kind}: fields {sorted(map(str, values))}; expected {wanted}. Correct the event.")
+    return _KINDS[kind](**values)
+
+
+def _leaves(event: Event) -> tuple[Leaf, ...]:
+    if isinstance(event, Composed):
+        return cast(tuple[Leaf, ...], event.events)
+    if not isinstance(event, get_args(Leaf)):
+        raise PlanError(f"event={event!r} is unknown; expected one of {', '.join(_KINDS)}. Describe it by these.")
+    return (event,)
+
+
+# Rényi divergences ----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def rdp(event: Event) -> Floats:
+    """Return the Rényi divergences [O] at ORDERS between neighbours, the larger of both directions; read-only."""
+    total = _rdp(event, ORDERS)
+    total.flags.writeable = False
+    return total
+
+
+def _rdp(event: Event, orders: tuple[float, ...]) -> Floats:
+    return sum((leaf.count * _once(replace(leaf, count=1), orders) for leaf in _leaves(event)), np.zeros(len(orders)))
+
+
+@lru_cache(maxsize=4096)
+def _once(leaf: Leaf, orders: tuple[float, ...]) -> Floats:
+    import dp_accounting as dp
+
+    match leaf:
+        case Gaussian(z):
+            return _engine(dp.GaussianDpEvent(z), orders)
+        case Laplace(scale):
+            return _engine(dp.LaplaceDpEvent(scale), orders)
+        case RandomisedResponse(categories, epsilon):
+            event = dp.RandomizedResponseDpEvent(_blur(categories, epsilon), categories)
+            return _engine(event, orders, adjacency="REPLACE_ONE")
+        case PoissonGaussian(q, z):
+            return _sampled(q, z, orders)
+        case TruncatedPoissonGaussian():
+            return _truncated(leaf, orders)
+
+
+def _engine(event: object, orders: Sequence[float], adjacency: str = "ADD_OR_REMOVE_ONE") -> Floats:
+    import dp_accounting as dp
+
+    with _quiet():
+        accountant = dp.rdp.RdpAccountant(orders, dp.NeighboringRelation[adjacency])
+        return cast(Floats, accountant.compose(event).rdp)
+
+
+def _blur(categories: int, epsilon: float) -> float:
+    """Return the probability with which dp-accounting's randomised response draws any category, the true one too."""
+    return categories / (math.exp(epsilon) + categories - 1)
+
+
+def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
+    """Return the divergences of one Poisson-sampled Gaussian (Mironov, Talwar and Zhang 2019)."""
+    import dp_accounting as dp
+
+    found = _engine(dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z)), orders)
+    # They grow with the order, so the next one bounds an order whose series did not converge (there it says inf). The
+    # summand covers rounding (10 times the worst met): a tiny divergence that came out as 0 would be free for ever.
+    order = np.array(orders)
+    bound: Floats = np.minimum.accumulate(found.clip(0)[::-1])[::-1] + 1e-14 * order / (order - 1)
+    return bound
+
+
+def _truncated(event: TruncatedPoissonGaussian, orders: Sequence[float]) -> Floats:
+    """Return a bound on the divergences of one truncated-Poisson Gaussian.
+
+    Tell the adversary whether `cap` others were drawn (probability w, the same for both neighbours). If not, the
+    patient joins as in Poisson sampling; if so, with probability q' <= q the patient takes another's place and the
+    sum moves by at most 2. So E[(P/Q)^a] <= (1 - w) A(q, z) + w A(q, z / 2), where A(q, z) is the Poisson-sampled
+    Gaussian's. The bound grows with w, hence with the population: declaring too many patients is safe.
+    """
+    from scipy.special import logsumexp
+    from scipy.stats import binom
+
+    q, z, order = event.probability, event.noise_multiplier, np.array(orders)
+    full = float(binom.sf(event.cap - 1, event.population - 1, q))
+    if full == 0:
+        return _sampled(q, z, orders)
+    parts = (order - 1) * np.stack([_sampled(q, z, orders), _sampled(q, z / 2, orders)])
+    return cast(Floats, logsumexp(parts, axis=0, b=[[1 - full], [full]]) / (order - 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """dp-accounting warns of every order whose series does not converge; `_sampled` repairs them."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def epsilon_from_rdp(rdp: Floats, delta: float) -> float:
+    """Return the least epsilon at `delta` over ORDERS, for divergences [O] of a schedule that was fixed in advance.
+
+    Where later events were chosen after seeing earlier answers, only a filter's own target holds (`budget_rdp`).
+    Canonne, Kamath and Steinke 2020, proposition 12.
+    """
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+    _check_target(delta=delta)
+    return float(compute_epsilon(ORDERS, rdp, delta)[0])
+
+
+def delta_from_rdp(rdp: Floats, epsilon: float) -> float:
+    """Return the least delta at `epsilon` over ORDERS; the inverse of `epsilon_from_rdp`, under the same condition."""
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
+
+    _check_target(epsilon=epsilon)
+    return float(compute_delta(ORDERS, rdp, epsilon)[0])
+
+
+# The Rényi filter -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def budget_rdp(epsilon: float, delta: float) -> Floats:
+    """Return what may be spent at each order [O] so that (epsilon, delta) holds however events are chosen; read-only.
+
+    -inf at all orders but one. A filter holds for an order fixed before the first event (Feldman and Zrnic 2021,
+    theorem 4.3). Going on while *some* order is within its budget lets answers pick the order, and an analyst who
+    steers by them gets more than delta. The order is the one at which most Gaussian releases fit: a function of the
+    target alone. epsilon = inf sets no bound.
+    """
+    if epsilon == math.inf:
+        return np.full(len(ORDERS), math.inf)
+    _check_target(epsilon, delta)
+    by_order = epsilon - np.log1p(-1 / _ORDERS) + np.log(delta * _ORDERS) / (_ORDERS - 1)
+    by_total_variation = -math.log1p(-(delta**2)) * (1 - 1e-9)  # a divergence so small is within (0, delta)
+    bound = np.maximum(by_order - 1e-12, by_total_variation)  # room for rounding in long sums
+    fixed = np.argmax(bound / _ORDERS)
+    budget = np.full(len(ORDERS), -math.inf)
+    budget[fixed] = bound[fixed]
+    budget.flags.writeable = False
+    return budget
+
+
+def fits(spent_rdp: Floats, event_rdp: Floats, epsilon: float, delta: float) -> bool:
+    """Say whether an event [O] may follow what was spent: [O] by one patient, or [N, O], where it must fit for all."""
+    return bool((spent_rdp + event_rdp <= budget_rdp(epsilon, delta)).any(-1).all())
+
+
+def left(spent_rdp: Floats, epsilon: float, delta: float) -> float:
+    """Return what is left of `epsilon` after [O]: the epsilon at `delta` of the largest Gaussian that still fits."""
+    if epsilon == math.inf:
+        return math.inf
+    rho = float(np.max((budget_rdp(epsilon, delta) - spent_rdp) / _ORDERS))
+    return min(epsilon, epsilon_from_rdp(rho * _ORDERS, delta)) if rho > 0 else 0.0
+
+
+# Gaussian differential privacy ----------------------------------------------------------------------------------------
+
+
+def gdp_mu(event: Event) -> float | None:
+    """Return mu where the event is mu-GDP, as tight as can be; None unless it is made of Gaussians alone.
+
+    mu^2 adds up, exactly (Dong, Roth and Su 2022, corollary 3.3), also where noise multipliers are chosen after seeing
+    earlier answers: the sum against `budget_mu(...)**2` is a filter at no extra cost (Smith and Thakurta 2022,
+    arXiv:2210.17520). That a filter is this one or `budget_rdp` must be settled before its first event.
+    """
+    leaves = _leaves(event)
+    gaussians = [leaf for leaf in leaves if isinstance(leaf, Gaussian)]
+    if len(gaussians) < len(leaves):
+        return None
+    return math.sqrt(math.fsum(leaf.count / leaf.noise_multiplier**2 for leaf in gaussians))
+
+
+@lru_cache(maxsize=256)
+def budget_mu(epsilon: float, delta: float) -> float:
+    """Return the largest mu that is within (epsilon, delta): 1 / noise multiplier of the single Gaussian."""
+    _check_target(epsilon, delta)
+    sigma = _smallest(lambda sigma: gaussian_delta(sigma, epsilon) <= delta, rtol=1e-12)
+    return (1 - 1e-9) / sigma  # room for rounding in long sums
+
+
+def gaussian_delta(sigma: float, epsilon: float) -> float:
+    """Return the exact delta at `epsilon` of one Gaussian of noise multiplier `sigma` (Balle and Wang 2018)."""
+    from scipy.special import log_ndtr
+
+    above, below = log_ndtr(0.5 / sigma - epsilon * sigma), epsilon + log_ndtr(-0.5 / sigma - epsilon * sigma)
+    return float(math.exp(above) * -math.expm1(min(0.0, below - above)))
+
+
+def gaussian_epsilon(sigma: float, delta: float) -> float:
+    """Return the exact epsilon at `delta` of one Gaussian of noise multiplier `sigma`, rounded up."""
+    _check_target(delta=delta)
+    low, high = 0.0, 1.0
+    if gaussian_delta(sigma, low) <= delta:
+        return low
+    while gaussian_delta(sigma, high) > delta:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if gaussian_delta(sigma, middle) <= delta else (middle, high)
+    return high
+
+
+# Privacy loss distributions -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def pld_epsilon(event: Event, delta: float) -> float:
+    """Return epsilon at `delta` of a schedule that was fixed in advance, rounded up on a grid of privacy losses.
+
+    Grid step 1e-4; time and memory grow with epsilon. `population` of truncated sampling is taken as exact.
+    Doroshenko et al. 2022 (connect the dots).
+    """
+    _check_target(delta=delta)
+    first, *rest = (_pld(leaf) for leaf in _leaves(event))
+    for other in rest:
+        first = first.compose(other)
+    return float(first.get_epsilon_for_delta(delta))
+
+
+def _pld(leaf: Leaf) -> Any:
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    match leaf:
+        case Gaussian(z, count):
+            return pld.from_gaussian_mechanism(z / math.sqrt(count))
+        case PoissonGaussian(q, z):
+            one = pld.from_gaussian_mechanism(z, sampling_prob=q)
+        case TruncatedPoissonGaussian(population, q, cap, z):
+            one = pld.from_truncated_subsampled_gaussian_mechanism(population, q, cap, z)
+        case Laplace(scale):
+            one = pld.from_laplace_mechanism(scale)
+        case RandomisedResponse(categories, epsilon):
+            any_two = NeighboringRelation.REPLACE_ONE
+            one = pld.from_randomized_response(_blur(categories, epsilon), categories, neighboring_relation=any_two)
+    return one.self_compose(leaf.count)
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
+    """Return the event's epsilon at `delta` by one accountant, for a schedule that was fixed in advance.
+
+    Raises PlanError for an unknown accountant, and for "gdp" where the event is not made of Gaussians.
+    """
+    match accountant:
+        case "rdp":
+            return epsilon_from_rdp(rdp(event), delta)
+        case "gdp":
+            return gaussian_epsilon(1 / _mu(event), delta)
+        case "pld":
+            return pld_epsilon(event, delta)
+    raise PlanError(f"accountant={accountant!r}; {nearest(accountant, get_args(Accountant))}")
+
+
+def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp") -> float:
+    """Return the smallest noise multiplier, rounded up by at most 1e-4 of it, whose event is within the target.
+
+    event_of: noise multiplier -> everything that one patient pays for, fixed in advance. By "rdp" the event is one that
+    the filter (`budget_rdp`) lets through, and so pays for the filter's fixed order: at most 1 % more noise than the
+    best order asks for, except at few steps of a small probability (35 % at 1000 steps of 0.001).
+    Raises PlanError for a target out of bounds, or that no noise meets.
+    """
+    _check_target(epsilon, delta)
+    if accountant == "rdp":
+        return _smallest(lambda z: _event_fits(np.zeros(len(ORDERS)), event_of(z), epsilon, delta))
+    if accountant == "gdp":
+        return _smallest(lambda z: _mu(event_of(z)) <= budget_mu(epsilon, delta))
+    start = calibrate(event_of, epsilon, delta) if accountant == "pld" else 1.0  # never far below: a grid would be huge
+    return _smallest(lambda z: epsilon_of(event_of(z), delta, accountant) <= epsilon, start)
+
+
+def _event_fits(spent_rdp: Floats, event: Event, epsilon: float, delta: float) -> bool:
+    """Say what `fits` says, with the event's divergence worked out at the filter's order alone."""
+    budget = budget_rdp(epsilon, delta)
+    fixed = int(np.argmax(budget))
+    return bool(spent_rdp[fixed] + _rdp(event, (ORDERS[fixed],))[0] <= budget[fixed])
+
+
+def group(epsilon: float, delta: float, k: int) -> tuple[float, float]:
+    """Return the (epsilon, delta) of k patients together where each alone has that given. Vadhan 2017, lemma 2.2."""
+    _check_target(epsilon, delta)
+    return k * epsilon, min(1.0, delta * math.expm1(k * epsilon) / math.expm1(epsilon))
+
+
+def _mu(event: Event) -> float:
+    mu = gdp_mu(event)
+    if mu is None:
+        raise PlanError(
+            "accountant='gdp' and an event that is not made of Gaussians alone do not compose. "
+            "Set privacy.accountant='rdp', or draw all patients in every step."
+        )
+    return mu
+
+
+def _smallest(meets: Callable[[float], bool], start: float = 1.0, rtol: float = 1e-4) -> float:
+    """Return a value that `meets`, at most 1 + rtol times the smallest one; `meets` must stay true from there on."""
+    low = high = start
+    while not meets(high):
+        low, high = high, 2 * high
+        if high > 1e12:
+            raise PlanError("no noise multiplier up to 1e12 meets the target. Raise epsilon or delta, or plan less.")
+    while low == high or meets(low):
+        low, high = low / 2, low
+        if low < 1e-12:
+            raise PlanError("a noise multiplier of 1e-12 still meets the target; expected an event that depends on it.")
+    while high > low * (1 + rtol):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high
+
+
+def _check_target(epsilon: float | None = 1.0, delta: float | None = 0.5) -> None:
+    if epsilon is None or not 0 < epsilon < math.inf:
+        raise PlanError(f"epsilon={epsilon}; expected a finite number above 0. Set privacy.epsilon=1.0.")
+    if delta is None or not 0 < delta < 1:
+        raise PlanError(f"delta={delta}; expected a number between 0 and 1, below 1/patients. Set privacy.delta=1e-6.")
+
+
+# The accountant -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrivacyAccountingEntry:
+    """One charge, and the epsilon at delta of all charges up to and with it."""
+
+    label: str
+    event: Event
+    epsilon: float
+    delta: float
+
+
+class RenyiDPAccountant:
+    """What the same patients have paid so far, event by event, under add/remove adjacency.
+
+    It counts; it refuses nothing that is known. The ledger is what stops a run.
+    """
+
+    def __init__(self, delta: float, adjacency: str = "add_remove") -> None:
+        """`delta` is the one that epsilons are given at; raises PlanError for another adjacency than add/remove."""
+        _check_target(delta=delta)
+        if adjacency != "add_remove":
+            raise PlanError(
+                f"adjacency={adjacency!r}; expected 'add_remove'. For replace-one, whose accountants disagree "
+                "(sigma 4.22 reads epsilon 1.08 by RDP and 2.12 by PLD), use the group of two patients."
+            )
+        self.delta = delta
+        self.rdp: Floats = np.zeros(len(ORDERS))
+        self.entries: tuple[PrivacyAccountingEntry, ...] = ()
+
+    def charge(self, event: Event, label: str = "") -> PrivacyAccountingEntry:
+        """Count an event and return its entry; raises PlanError, counting nothing, for an event it does not know."""
+        self.rdp = self.rdp + rdp(event)
+        entry = PrivacyAccountingEntry(label, event, self.epsilon(), self.delta)
+        self.entries = (*self.entries, entry)
+        return entry
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon of all charges together, at `delta` or at the accountant's own."""
+        return epsilon_from_rdp(self.rdp, self.delta if delta is None else delta)
+
+    def noise_for(self, event_of: Callable[[float], Event], epsilon: float) -> float:
+        """Return the smallest noise multiplier whose event still fits into `epsilon` after what was charged."""
+        return _smallest(lambda z: _event_fits(self.rdp, event_of(z), epsilon, self.delta))

@@ -1,0 +1,260 @@
+"""The guarantee a study asks for, resolved: which noise, how much of it, and what every round costs every patient.
+
+A release is what one client's patients pay for: the noised sum of their clipped gradients, on an integer grid. Its
+sensitivity is asked here and nowhere else, so that noise, accountant and claim cannot disagree.
+
+P parameters, m declared training patients of a client, z noise multiplier (standard deviation over sensitivity).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from medfed.core.checks import PlanError
+from medfed.privacy import accounting, factorisation
+from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, TruncatedPoissonGaussian
+from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost
+from medfed.study import Study
+
+GRID = 2.0**-20
+"""One step of the integer grid, as a share of the clipping norm."""
+
+SLACK = 2.0**-12
+"""How far rounding in float32 may lift a clipped norm above C: fan-in plus fan-out times 2^-24, up to 4,096 units."""
+
+COUNT_NOISE = 1.6
+"""adaptive: sd of the noised count of small gradients, in units of z; the gradient's noise then grows by 5.3 %."""
+
+Mode = Literal["site", "shared", "central"]
+
+
+@lru_cache(maxsize=256)
+def discrete_gaussian(sigma: float) -> DiscreteGaussian:
+    """Return the sampler of noise of `sigma` grid units; its tables are made once."""
+    return DiscreteGaussian(sigma)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one client does with its patients in one round: `steps` noised sums, each patient in it with `probability`."""
+
+    size: int  # m
+    steps: int
+    probability: float
+    noise_multiplier: float
+    cap: int = 0
+
+    def event(self) -> Event:
+        """Return what a round costs each patient of the client, as data for the accountant."""
+        if self.probability == 1:
+            return Gaussian(self.noise_multiplier, self.steps)
+        if self.cap:
+            return TruncatedPoissonGaussian(self.size, self.probability, self.cap, self.noise_multiplier, self.steps)
+        return PoissonGaussian(self.probability, self.noise_multiplier, self.steps)
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A study's (epsilon, delta) for every training patient, and what keeps it."""
+
+    mode: Mode
+    epsilon: float
+    delta: float
+    delta_sampler: float  # the part of delta that the noise sampler's distance from its ideal takes
+    accountant: str
+    releases: Mapping[str, Release]  # of each client
+    uses: int  # rounds that one client's patients may pay for
+    copies: int  # sites at which a patient may pay separately
+    parameters: int
+    clip: float
+    clipping: str
+    max_sites: int
+    simulation_only: bool
+    strategy: tuple[float, ...] = ()  # of correlated noise: c_0 .. c_(b-1)
+    rounds: int = 0
+    separation: int = 1
+
+    @property
+    def joint(self) -> bool:
+        """Whether one noise is added to the sum of all sites."""
+        return self.mode != "site"
+
+    def numbers(self) -> int:
+        """Return how many numbers a noised sum has: the gradient, and for adaptive clipping one count."""
+        return self.parameters + (self.clipping == "adaptive")
+
+    def sensitivity_units(self) -> float:
+        """Return how far one patient can move the sum of a step, in grid units and L2 norm: clip, slack, rounding."""
+        each = (1 + SLACK) / GRID + math.sqrt(self.parameters)
+        return each * (self.max_sites if self.joint else 1)
+
+    def run_sensitivity_units(self) -> float:
+        """Return the same over a whole run of correlated noise; without correlation, of one step."""
+        once = self.sensitivity_units()
+        if not self.strategy:
+            return once
+        return factorisation.grid_sensitivity(self.strategy, self.rounds, self.separation, once, self.parameters)
+
+    def sigma_units(self, client: str = "") -> float:
+        """Return the standard deviation of the noise in grid units: of the joint noise, or of one site's."""
+        release = self.releases[client] if client else next(iter(self.releases.values()))
+        multiplier = release.noise_multiplier
+        if self.clipping == "adaptive":  # part of the budget pays for the count
+            multiplier /= math.sqrt(1 - 1 / (2 * COUNT_NOISE) ** 2)
+        return multiplier * self.run_sensitivity_units()
+
+    def count_sigma(self) -> float:
+        """Return the standard deviation of the noised count of adaptive clipping (one patient moves it by 1/2)."""
+        return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
+
+    def cost(self, uses: Mapping[str, int]) -> float:
+        """Return the epsilon, at the study's delta, of the patients who have paid most: `uses` rounds of each client."""
+        events = {replaced(self.releases[name].event(), n * self.copies) for name, n in uses.items() if n}
+        return max((self.epsilon_of(event) for event in events), default=0.0)
+
+    def epsilon_of(self, event: Event) -> float:
+        """Return the epsilon of an event at what the sampler leaves of delta, by the study's accountant."""
+        return accounting.epsilon_of(event, self.delta - self.delta_sampler, self.accountant)
+
+    def signal_to_noise(self, client: str) -> float:
+        """Return the best possible signal-to-noise ratio of one step: all gradients alike, over the noise's norm.
+
+        It is n C / (sigma sqrt(P)): below 1 a single step is mostly noise, and only the mean over many steps learns.
+        """
+        release = self.releases[client]
+        counted = self.releases.values() if self.joint else (release,)
+        patients = sum(r.size * r.probability for r in counted) / (self.max_sites if self.joint else 1)
+        return patients / (release.noise_multiplier * math.sqrt(self.parameters))
+
+
+def replaced(event: Event, times: int) -> Event:
+    """Return an event that happens `times` as often."""
+    if isinstance(event, Composed):
+        return Composed(tuple(replaced(e, times) for e in event.events))
+    return replace(event, count=event.count * times)
+
+
+def asked(study: Study) -> bool:
+    """Say whether the study asks for a guarantee."""
+    return mode(study) != "none"
+
+
+def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
+    """Return where noise is added; raise PlanError where epsilon, delta and noise do not go together."""
+    p = study.privacy
+    bounded = p.epsilon < math.inf
+    if bounded != (p.delta < 1):
+        given, missing, example = ("epsilon", "delta", 1e-6) if bounded else ("delta", "epsilon", 1.0)
+        raise PlanError(
+            f"privacy.{given}={getattr(p, given):g} and no privacy.{missing}; a guarantee needs both. "
+            f"Set privacy.{missing}={example:g}."
+        )
+    if p.noise == "auto":
+        return "shared" if bounded else "none"
+    if p.noise == "none" and bounded:
+        raise PlanError(
+            f"privacy.noise='none' and privacy.epsilon={p.epsilon:g} do not compose: without noise no epsilon holds. "
+            "Set privacy.noise='shared', 'site' or 'central', or leave epsilon and delta out."
+        )
+    if p.noise != "none" and not bounded:
+        raise PlanError(
+            f"privacy.noise={p.noise!r} and no privacy.epsilon; the noise follows from the target. "
+            "Set privacy.epsilon=1.0 and privacy.delta=1e-6."
+        )
+    return p.noise
+
+
+def declared(study: Study, site: str) -> int:
+    """Return the declared number of training patients of a site; raise PlanError where there is none."""
+    if study.sites.kind == "device":
+        return 1
+    if site not in study.privacy.sizes:
+        raise PlanError(
+            f"site {site!r} has no declared size, and a sum may not be divided by what was counted. Set "
+            f'privacy.sizes."{site}" = N, the number of its training patients that may be published.'
+        )
+    return study.privacy.sizes[site]
+
+
+def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarantee:
+    """Return the guarantee of a study whose clients have declared `sizes`, the noise calibrated to its target.
+
+    Raises PlanError where the target cannot be met.
+    """
+    p, t, where = study.privacy, study.training, mode(study)
+    assert where != "none"
+    patients = sum(sizes.values())
+    if p.delta >= 1 / patients:
+        raise PlanError(
+            f"privacy.delta={p.delta:g} with {patients} patients; expected below 1/{patients}, or a guarantee may be "
+            f"met by publishing one patient. Set privacy.delta={10.0 ** math.floor(math.log10(0.5 / patients)):g}."
+        )
+    groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
+    planned = t.rounds + p.spare_rounds
+    blank = {name: _release(study, size, where) for name, size in sizes.items()}
+    strategy = tuple(factorisation.coefficients(planned, groups)) if p.correlated else ()
+    found = Guarantee(
+        mode=where,
+        epsilon=p.epsilon,
+        delta=p.delta,
+        delta_sampler=0.0,
+        accountant=_accountant(study, blank),
+        releases=blank,
+        uses=1 if strategy else -(-planned // groups),
+        copies=p.max_sites_per_patient if where == "site" else 1,
+        parameters=parameters,
+        clip=p.clip,
+        clipping=p.clipping,
+        max_sites=p.max_sites_per_patient,
+        simulation_only=p.simulation_only,
+        strategy=strategy,
+        rounds=planned,
+        separation=groups,
+    )
+    steps = max(release.steps for release in blank.values())
+    samples = found.numbers() * steps * planned * found.copies
+    if not p.simulation_only:
+        worst = discrete_gaussian(1.5 * found.sensitivity_units()).total_variation
+        found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
+    if found.delta_sampler > p.delta / 2:
+        raise PlanError(
+            f"privacy.delta={p.delta:g} with {samples:,} noise samples, whose sampler takes {found.delta_sampler:.2g} "
+            "of it; expected at most half. Lower training.rounds or the local steps, or raise privacy.delta."
+        )
+    noise = {name: _noise_for(found, release) for name, release in blank.items()}
+    if found.joint:  # one noise for all: the client that needs most decides
+        noise = dict.fromkeys(noise, max(noise.values()))
+    return replace(found, releases={n: replace(r, noise_multiplier=noise[n]) for n, r in blank.items()})
+
+
+def _release(study: Study, size: int, where: str) -> Release:
+    """Return a client's release before its noise is known. Steps and sampling follow from declared sizes alone."""
+    t = study.training
+    probability = min(1.0, t.batch_size / size) if t.batch_size else 1.0
+    steps = 1 if where != "site" else t.local_steps or t.local_epochs * max(1, round(1 / probability))
+    return Release(size, steps, probability, math.nan, study.privacy.batch_cap if probability < 1 else 0)
+
+
+def _noise_for(found: Guarantee, release: Release) -> float:
+    alike = replace(release, size=release.size if release.cap else 0, noise_multiplier=0)  # size matters to a cap only
+    return _calibrated(
+        alike, found.uses * found.copies, found.epsilon, found.delta - found.delta_sampler, found.accountant
+    )
+
+
+@lru_cache(maxsize=4096)
+def _calibrated(release: Release, times: int, epsilon: float, delta: float, accountant: str) -> float:
+    def planned(noise_multiplier: float) -> Event:
+        return replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
+
+    return accounting.calibrate(planned, epsilon, delta, accountant)
+
+
+def _accountant(study: Study, releases: Mapping[str, Release]) -> str:
+    if study.privacy.accountant != "auto":
+        return study.privacy.accountant
+    if all(release.probability == 1 for release in releases.values()):
+        return "gdp"
+    return "pld" if study.privacy.batch_cap and study.privacy.scope == "run" else "rdp"

@@ -1,0 +1,443 @@
+"""Noise that a guarantee can rest on: integers on a grid, from a cipher keyed by the operating system.
+
+Float noise on float sums leaks through its rounding (Mironov 2012; arXiv:2112.05307). So a release is rounded to a grid
+and gets discrete Gaussian noise, P(x) proportional to exp(-x^2 / 2 sigma^2) over the integers.
+
+Why accounting for the continuous Gaussian holds for the discrete one (Peikert 2010, theorem 3.1): take y from
+N(0, s_c^2), then z from the discrete Gaussian of width s_r centred at y. As z's normaliser is the same for every y up
+to a factor 1 +- e, z's probabilities are those of a discrete Gaussian of sigma^2 = s_c^2 + s_r^2 up to such a factor,
+e = 2 exp(-2 pi^2 s_r^2) + ... Adding an integer vector before or after the second draw is the same. So an integer
+release with discrete noise is the continuous mechanism with noise s_c = sqrt(sigma^2 - s_r^2), post-processed, up to a
+total variation that is charged to delta: `DiscreteGaussian.continuous_sigma`, `DiscreteGaussian.total_variation` and
+`delta_cost`. Here s_r = 1.7, e < 2^-81.
+
+N draws, n columns of an alias table, k categories. Words are 64 bits; grid units are integers.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import lru_cache
+from itertools import repeat
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from medfed.core.checks import DataError, PlanError
+
+Words = NDArray[np.uint64]
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_ZEROS = bytes(1 << 18)  # what is encrypted, a piece at a time
+_BLOCK = 1 << 15  # draws at a time, so that what lies between two steps stays in the cache
+_BASE = 400  # the widest discrete Gaussian drawn from one table: 8192 columns, 96 KiB for a draw
+_ROUNDING = 1.7  # s_r of the module's docstring
+_HEADROOM = 8  # standard deviations
+
+
+# Entropy
+
+
+class Entropy:
+    """A stream of random 64-bit words: AES-256 in counter mode, its key from the operating system.
+
+    One lock guards the stream, so threads may share an instance; one each is faster. A forked process takes a new key:
+    it would repeat its parent's noise otherwise. `key` (32 bytes) is for tests only: whoever knows it can subtract the
+    noise. What is said below of distributions holds as far as AES-256 is a pseudorandom permutation.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._start(os.urandom(32) if key is None else key)
+
+    def _start(self, key: bytes) -> None:
+        self._stream = threading.Lock(), Cipher(AES256(key), CTR(bytes(16))).encryptor()
+        self._process = os.getpid()
+
+    def words(self, count: int) -> Words:
+        """Return [count] words, uniform on 0 .. 2^64 - 1 and never handed out before."""
+        if os.getpid() != self._process:
+            self._start(os.urandom(32))
+        buffer = bytearray(8 * count + 15)  # before version 43, cryptography asks for 15 bytes to spare
+        view = memoryview(buffer)
+        lock, cipher = self._stream
+        with lock:
+            for start in range(0, 8 * count, len(_ZEROS)):
+                cipher.update_into(_ZEROS[: 8 * count - start], view[start:])
+        return np.frombuffer(buffer, np.uint64, count)
+
+    def uniform(self, count: int) -> Floats:
+        """Return [count] numbers uniform on the 2^53 steps of [0, 1)."""
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def bernoulli(self, p: float | Fraction, count: int) -> NDArray[np.bool_]:
+        """Return [count] coins, each True with probability p rounded down to a multiple of 2^-64."""
+        if not 0 <= p <= 1:
+            raise PlanError(f"p={p}: expected a probability. Pass a number from 0 to 1.")
+        if p == 1:
+            return np.ones(count, np.bool_)
+        return self.words(count) < np.uint64(math.floor(Fraction(p) * 2**64))
+
+    def below(self, n: int, count: int) -> Integers:
+        """Return [count] integers uniform on 0 .. n - 1, n at most 2^63; a word that would lean is drawn again."""
+        if not 1 <= n <= 2**63:
+            raise PlanError(f"n={n}: expected 1 to 2^63. Draw from fewer numbers.")
+        shift = np.uint64(64 - max(1, (n - 1).bit_length()))
+        drawn = self.words(count) >> shift
+        while (beyond := drawn >= np.uint64(n)).any():
+            drawn[beyond] = self.words(int(beyond.sum())) >> shift
+        return drawn.view(np.int64)
+
+
+# Discrete Gaussian noise
+
+
+@dataclass(frozen=True, eq=False)
+class _AliasTable:
+    """Walker's alias method for integers around 0, their probabilities whole multiples of 2^-128.
+
+    A word's top bits name a column. The word itself, compared with the column's edge, says which of the column's two
+    values is drawn; where the two are equal (once in 2^51 draws) a second word decides between `fine` edges. So a draw
+    costs one word and its probabilities are exact to 128 bits.
+    """
+
+    shift: np.uint64
+    edge: Words  # [n]
+    fine: Words  # [n]
+    value: NDArray[np.int16]  # [2n]: from the edge on, below the edge
+    total_variation: float
+
+    def sample(self, count: int, entropy: Entropy) -> NDArray[np.int16]:
+        """Draw [count] integers."""
+        word = entropy.words(count)
+        column = (word >> self.shift).view(np.int64)
+        edge = self.edge.take(column)
+        below = word < edge
+        tie = word == edge
+        if tie.any():
+            below[tie] = entropy.words(int(tie.sum())) < self.fine[column[tie]]
+        return self.value.take(2 * column + below)
+
+
+def _masses(variance: Fraction) -> list[int]:
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10 sigma.
+
+    70 digits: by recurrence 4096 steps lose 8 of them, and 39 are used.
+    """
+    half = 1 << (2 * math.ceil(10 * math.sqrt(variance)) + 1).bit_length() - 1
+    with localcontext(prec=70):
+        step = (-Decimal(variance.denominator) / (2 * Decimal(variance.numerator))).exp()
+        weight, ratio, weights = Decimal(1), step, [Decimal(1)]
+        for _ in range(1, half):  # exp(-x^2 / 2v): each ratio to the one before is the last ratio times exp(-1/v)
+            weight, ratio = weight * ratio, ratio * step * step
+            weights.append(weight)
+        unit = 2**128 / (2 * sum(weights, Decimal()) - 1)
+        right = [int((weight * unit).to_integral_value()) for weight in weights[1:]]
+    return [0, *reversed(right), 2**128 - 2 * sum(right), *right]
+
+
+def _alias(masses: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Fill n columns of 2^128 / n each from at most two masses (Vose 1991, in whole numbers, so nothing is lost).
+
+    Returns each column's edge, counted from the start of column 0, and the index that owns the column from there on.
+    """
+    n = len(masses)
+    width, left = 2**128 // n, list(masses)
+    owner, edges = list(range(n)), [i * width for i in range(n)]
+    small = [i for i in range(n) if left[i] < width]
+    large = [i for i in range(n) if left[i] > width]
+    while small:
+        i, j = small.pop(), large[-1]
+        edges[i] += left[i]
+        owner[i] = j
+        left[j] -= width - left[i]
+        if left[j] <= width:
+            large.pop()
+            if left[j] < width:
+                small.append(j)
+    return edges, owner
+
+
+@lru_cache(maxsize=64)
+def _table(variance: Fraction) -> _AliasTable:
+    """Return the alias table of the discrete Gaussian; the total variation is derived at `DiscreteGaussian`."""
+    masses = _masses(variance)
+    n = len(masses)
+    edges, owner = _alias(masses)
+    value = np.stack([np.array(owner), np.arange(n)], axis=1).ravel() - n // 2
+    most, sigma = n // 2 - 1, math.sqrt(variance)
+    tail = 2 * sigma**2 / most * math.exp(-(most**2) / (2 * sigma**2)) / max(1.0, sigma * math.sqrt(2 * math.pi))
+    return _AliasTable(
+        shift=np.uint64(65 - n.bit_length()),
+        edge=np.array([edge >> 64 for edge in edges], np.uint64),
+        fine=np.array([edge % 2**64 for edge in edges], np.uint64),
+        value=value.astype(np.int16),
+        total_variation=tail + n * 2.0**-128,
+    )
+
+
+def _smoothing(variance: float) -> float:
+    """Bound the total variation from sums of exp(-(j + c)^2 / 2v) over integers j being almost the same for every c.
+
+    Poisson's summation: they differ from sqrt(2 pi v) by a factor 1 +- e, e = 2 sum over m >= 1 of exp(-2 pi^2 v m^2).
+    Probabilities off by a factor 1 +- e are off by e / (1 - e) in total variation once they sum to 1; where such a sum
+    divides, by e / (1 - 2e).
+    """
+    first = math.exp(-2 * math.pi**2 * variance)
+    e = 2 * first / (1 - first)
+    return e / (1 - 2 * e)
+
+
+class DiscreteGaussian:
+    """Integer noise, P(x) proportional to exp(-x^2 / 2 sigma^2), for 0 < sigma <= 2^56 grid units.
+
+    Up to sigma = 400 a draw is one look into an alias table. Wider noise is a sum X = X_low + k X_high of two narrower
+    ones with sigma^2 = s_low^2 + k^2 s_high^2, where s_low = 2k and X_high is drawn the same way.
+
+    `total_variation` bounds the distance of one draw from that distribution, and equally from the rounded continuous
+    Gaussian of `continuous_sigma` (less than 2^-74 up to sigma = 2^40). It is the sum of
+    - for each table, the tails beyond m >= 10 sigma: both together at most
+      2 sigma^2/m exp(-m^2 / 2 sigma^2) / (sigma sqrt(2 pi)), the integral over the least normaliser;
+    - for each table, n 2^-128: n - 1 masses rounded by at most 2^-128 each, their sum put right at 0;
+    - for each sum, `_smoothing` of v = 1 / (k^2/s_low^2 + 1/s_high^2). For P(X = x) sums exp(-(x - kj)^2 / 2 s_low^2
+      - j^2 / 2 s_high^2) over j, which is exp(-x^2 / 2 sigma^2) times a sum of exp(-(j - c)^2 / 2v) with c
+      proportional to x (the convolution theorem of Peikert 2010 and of Micciancio and Peikert 2013). Here v > 3.3;
+    - for the way to the continuous Gaussian, `_smoothing` of 1.7^2 (see the module).
+    """
+
+    def __init__(self, sigma: float) -> None:
+        if not 0 < sigma <= 2**56:
+            raise PlanError(f"sigma={sigma} grid units: expected a number in (0, 2^56]. Take another noise or grid.")
+        self.sigma = float(sigma)
+        self.total_variation = _smoothing(_ROUNDING**2)
+        self._lower: list[tuple[int, _AliasTable]] = []  # (k, table of s_low = 2k)
+        variance = Fraction(sigma) ** 2
+        while variance > _BASE**2:
+            k = min(_BASE // 2, math.isqrt(math.floor(variance / 25)))  # so s_high^2 >= 5^2 - 2^2
+            self._lower.append((k, _table(Fraction(2 * k) ** 2)))
+            variance = variance / k**2 - 4
+            self.total_variation += _smoothing(1 / (1 / 4 + 1 / float(variance)))
+        self._top = _table(variance)
+        self.total_variation += sum(table.total_variation for _, table in self._lower) + self._top.total_variation
+
+    @property
+    def continuous_sigma(self) -> float:
+        """The noise of the continuous Gaussian that this one is no weaker than, up to `total_variation`."""
+        if self.sigma <= _ROUNDING:
+            raise PlanError(
+                f"sigma={self.sigma} grid units: expected above {_ROUNDING} to be counted as a Gaussian. "
+                "Take a finer grid."
+            )
+        return math.sqrt(self.sigma**2 - _ROUNDING**2)
+
+    def sample(self, count: int, entropy: Entropy) -> Integers:
+        """Draw [count] independent integers."""
+        drawn = np.empty(count, np.int64)
+        for start in range(0, count, _BLOCK):
+            block = drawn[start : start + _BLOCK]
+            block[:] = self._top.sample(len(block), entropy)
+            for k, table in reversed(self._lower):
+                block *= k
+                block += table.sample(len(block), entropy)
+        return drawn
+
+
+def delta_cost(total_variation: float, samples: int, epsilon: float) -> float:
+    """Return what to add to delta for `samples` draws that are each within `total_variation` of what was accounted for.
+
+    P' and Q' within t of P and Q: P'(S) <= P(S) + t <= e^epsilon (Q'(S) + t) + delta + t, and t adds up over draws.
+    """
+    return (1 + math.exp(epsilon)) * samples * total_variation
+
+
+# Exact sampling, slow
+
+
+class _Coins:
+    """Exact draws in Python's integers from an Entropy's words (Canonne, Kamath and Steinke 2020, arXiv:2004.00010)."""
+
+    def __init__(self, entropy: Entropy) -> None:
+        self._words: Iterator[int] = (word for count in repeat(256) for word in entropy.words(count).tolist())
+
+    def below(self, n: int) -> int:
+        """Return an integer uniform on 0 .. n - 1."""
+        bits = (n - 1).bit_length()
+        while True:
+            drawn = 0
+            for _ in range(0, bits, 64):
+                drawn = drawn << 64 | next(self._words)
+            drawn >>= -bits % 64
+            if drawn < n:
+                return drawn
+
+    def exp(self, numerator: int, denominator: int) -> bool:
+        """Return True with probability exp(-numerator / denominator) (algorithm 1)."""
+        whole, rest = divmod(numerator, denominator)
+        return all(self._exp(1, 1) for _ in range(whole)) and self._exp(rest, denominator)
+
+    def _exp(self, numerator: int, denominator: int) -> bool:
+        k = 1
+        while self.below(k * denominator) < numerator:
+            k += 1
+        return k % 2 == 1
+
+    def laplace(self, t: int, s: int) -> int:
+        """Return x with probability proportional to exp(-|x| s/t) (algorithm 2)."""
+        while True:
+            u = self.below(t)
+            if not self.exp(u, t):
+                continue
+            v = 0
+            while self.exp(1, 1):
+                v += 1
+            magnitude, negative = (u + t * v) // s, self.below(2)
+            if magnitude or not negative:  # else 0 would come twice
+                return -magnitude if negative else magnitude
+
+    def gaussian(self, variance: Fraction) -> int:
+        """Return x with probability proportional to exp(-x^2 / 2 variance) (algorithm 3)."""
+        a, b = variance.as_integer_ratio()
+        t = math.isqrt(a // b) + 1
+        while True:
+            x = self.laplace(t, 1)
+            if self.exp((abs(x) * t * b - a) ** 2, 2 * a * b * t**2):
+                return x
+
+
+def exact_discrete_gaussian(sigma: Fraction | float, count: int, entropy: Entropy) -> Integers:
+    """Draw [count] integers from the discrete Gaussian without any error: slow, the reference of `DiscreteGaussian`."""
+    coins, variance = _Coins(entropy), Fraction(sigma) ** 2
+    return np.array([coins.gaussian(variance) for _ in range(count)], np.int64)
+
+
+# The grid
+
+
+def round_to_grid(x: Tensor, unit: float, sigma: float = 0.0) -> Tensor:
+    """Return x in whole grid units (int64), rounded to nearest; `unit` is a power of two, so the scaling is exact.
+
+    |round(a) - round(b)|_2 <= |a - b|_2 / unit + sqrt(d) for d coordinates, as each moves by at most 1/2: see
+    `grid_sensitivity`. Raises PlanError where x is not finite or noise of `sigma` grid units might wrap: 8 standard
+    deviations must fit below 2^62.
+    """
+    if not (0 < unit < math.inf and math.frexp(unit)[0] == 0.5):
+        raise PlanError(f"unit={unit}: expected a power of two. Set unit=2**-20, say.")
+    scaled = x.double() / unit
+    limit = 2**62 - _HEADROOM * sigma
+    if x.numel() and not scaled.abs().max() < limit:  # not so for NaN either; x is private and goes unquoted
+        raise PlanError(
+            f"unit={unit}, sigma={sigma} grid units: expected finite x and 8 sigma of head-room below 2^62 grid units. "
+            "Clip x or take a coarser grid."
+        )
+    return scaled.round_().to(torch.int64)
+
+
+def grid_sensitivity(clip: float, unit: float, dimension: int) -> float:
+    """Return the L2 sensitivity, in grid units, of a rounded sum of [dimension] rows of norm at most `clip`."""
+    return clip / unit + math.sqrt(dimension)
+
+
+def gaussian_float(shape: Sequence[int], sigma: float, generator: np.random.Generator) -> Tensor:
+    """Draw float32 noise N(0, sigma^2): for simulation_only, as neither its rounding nor its generator is private."""
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)) * sigma
+
+
+# Single readings, noised where they arise (local differential privacy)
+
+
+def randomised_response(value: ArrayLike, categories: int, epsilon: float, entropy: Entropy) -> Integers:
+    """Report each value (0 .. k-1) truly with probability e^epsilon / (e^epsilon + k - 1), else one of the others.
+
+    Each report is epsilon-locally private, delta = 0 (Kairouz, Bonawitz and Ramage 2016): the odds are rounded down to
+    multiples of 2^-64, so no two values' probabilities of a report have a ratio above e^epsilon. Raises DataError,
+    which quotes no value, where one is not a category.
+    """
+    keep = _keep_probability(categories, epsilon)
+    truth = _categories(value, categories)
+    kept = entropy.bernoulli(keep, truth.size).reshape(truth.shape)
+    step = 1 + entropy.below(categories - 1, truth.size).reshape(truth.shape)
+    return np.where(kept, truth, (truth + step) % categories)
+
+
+def randomised_response_frequencies(reports: ArrayLike, categories: int, epsilon: float) -> tuple[Floats, Floats]:
+    """Return unbiased estimates [k] of the values' shares from reports [N], and their standard errors [k].
+
+    The error is that of the noise, for shares among these N devices; estimates may lie outside 0 .. 1.
+    """
+    keep = float(_keep_probability(categories, epsilon))
+    other = (1 - keep) / (categories - 1)
+    report = _categories(reports, categories).ravel()
+    if not report.size:
+        raise DataError("reports: expected at least one, got none. Wait for the devices to report.")
+    share = (np.bincount(report, minlength=categories) / report.size - other) / (keep - other)
+    likely = share.clip(0, 1)
+    variance = (likely * keep * (1 - keep) + (1 - likely) * other * (1 - other)) / report.size
+    return share, np.sqrt(variance) / (keep - other)
+
+
+def _keep_probability(categories: int, epsilon: float) -> Fraction:
+    """Return the largest multiple of 2^-64, below 1, whose odds against one other category are at most e^epsilon."""
+    _above_zero("epsilon", epsilon)
+    if categories < 2:
+        raise PlanError(f"categories={categories}: expected at least 2. One category needs no report.")
+    with localcontext(prec=60):
+        keep = 2**64 / (1 + (categories - 1) * (-Decimal(epsilon)).exp())
+    return Fraction(min(int(keep), 2**64 - 1), 2**64)
+
+
+def _categories(value: ArrayLike, categories: int) -> Integers:
+    number = np.asarray(value)
+    if number.size and (number.dtype.kind not in "biu" or number.min() < 0 or number.max() >= categories):
+        raise DataError(f"categories={categories}: expected integers 0 to {categories - 1}. Number them from 0.")
+    return number.astype(np.int64)
+
+
+def discrete_laplace(
+    reading: ArrayLike, low: float, high: float, unit: float, epsilon: float, entropy: Entropy
+) -> Floats:
+    """Report each reading clamped to the public [low, high], on a grid of step `unit` from low, plus Laplace noise.
+
+    Each report is epsilon-locally private, delta = 0: with R = (high - low) / unit steps, rounded up, the noise z has
+    probability proportional to exp(-|z| epsilon / R), drawn without error in whole numbers (Canonne, Kamath and
+    Steinke 2020, algorithm 2; about 7 microseconds each). Reports may lie outside [low, high]; clamping them would
+    bias their mean. Raises DataError, which quotes no value, for NaN; infinite readings are clamped.
+    """
+    for name, number in (("unit", unit), ("epsilon", epsilon)):
+        _above_zero(name, number)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise PlanError(f"low={low}, high={high}: expected finite low < high. Set the public range of the reading.")
+    steps = math.ceil((high - low) / unit - 1e-9)  # 0.3 / 0.1 is 3 steps; whatever it is, the index is held to it
+    if not 1 <= steps <= 2**53:
+        raise PlanError(f"unit={unit}: expected high - low = {high - low} to hold 1 to 2^53 steps. Set unit anew.")
+    true = np.asarray(reading, np.float64)
+    if np.isnan(true).any():
+        raise DataError("reading: expected numbers, got NaN. Send no report where the device has no reading.")
+    index = np.rint((true.clip(low, high) - low) / unit).clip(0, steps)
+    coins, scale = _Coins(entropy), steps / Fraction(epsilon)
+    noise = np.array([coins.laplace(scale.numerator, scale.denominator) for _ in range(true.size)], np.float64)
+    return np.asarray(low + unit * (index + noise.reshape(true.shape)))
+
+
+def geometric_noise(shape: Sequence[int], epsilon: float, entropy: Entropy) -> Integers:
+    """Return whole-number Laplace noise for counts of which a patient moves one by one: epsilon-private, delta = 0.
+
+    P(z) is proportional to exp(-epsilon |z|), drawn without error as in `discrete_laplace`.
+    """
+    _above_zero("epsilon", epsilon)
+    coins, scale = _Coins(entropy), 1 / Fraction(epsilon)
+    drawn = [coins.laplace(scale.numerator, scale.denominator) for _ in range(math.prod(shape))]
+    return np.array(drawn, np.int64).reshape(tuple(shape))
+
+
+def _above_zero(name: str, number: float) -> None:
+    if not 0 < number < math.inf:
+        raise PlanError(f"{name}={number}: expected a finite number above 0. Set {name} to one.")

@@ -1,0 +1,155 @@
+"""What a privacy claim does not compose with: each refusal names both sides and the way out.
+
+Every entry is a way in which a guarantee was printed somewhere and did not hold (docs/sharp-edges.md tells each). They
+are checked from the study alone, before any record is read.
+"""
+
+from collections.abc import Iterator
+
+from medfed.core.checks import PlanError
+from medfed.privacy.guarantee import mode
+from medfed.study import Study
+
+
+def check(study: Study) -> None:
+    """Raise PlanError for the first thing in the study that breaks the guarantee it asks for."""
+    where = mode(study)
+    for side, other, reason, action in [*_schedule(study, where), *(_claim(study, where) if where != "none" else ())]:
+        raise PlanError(f"{side} and {other} do not compose: {reason}. {action}")
+
+
+Refusal = tuple[str, str, str, str]
+"""One side, the other side, why not, and what to do."""
+
+
+def _claim(study: Study, where: str) -> Iterator[Refusal]:
+    data, t, p, m = study.data, study.training, study.privacy, study.monitor
+    claim = f"privacy.epsilon={p.epsilon:g}"
+    if data.preprocess in ("robust", "standard"):
+        yield (
+            claim,
+            f"data.preprocess={data.preprocess!r}",
+            "centres and scales fitted on patients are released without noise",
+            "Set data.preprocess='dictionary' and declare public ranges in [data.dictionary].",
+        )
+    if data.split == "stratified" and not data.test:
+        yield (
+            claim,
+            "data.split='stratified'",
+            "one patient's presence moves another between training and test",
+            "Set data.split='patient', or mark held-out rows in a column (data.test).",
+        )
+    if not data.test_is_public and not p.evaluation_epsilon:
+        yield (
+            claim,
+            "test figures without noise",
+            "held-out patients are patients too, and each round's figures are released",
+            "Set data.test_is_public=true if they are declared public test data, or privacy.evaluation_epsilon=0.5 to "
+            "pay for a noised histogram.",
+        )
+    if t.algorithm in ("local", "pooled"):
+        yield (
+            claim,
+            f"training.algorithm={t.algorithm!r}",
+            "it is a baseline, not a federation",
+            "Take fedavg, or leave the claim out.",
+        )
+    if t.path == "loop":
+        yield claim, "training.path='loop'", "the plain loop takes no gradient of each patient", "Set it to 'auto'."
+    if p.accountant == "pld" and p.scope == "study":
+        yield (
+            "privacy.accountant='pld'",
+            "privacy.scope='study'",
+            "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
+            "Set privacy.accountant='rdp', or scope='run' for public data.",
+        )
+    if p.clipping == "adaptive" and where == "site":
+        yield (
+            "privacy.clipping='adaptive'",
+            "privacy.noise='site'",
+            "the noised count of one site says nothing at its size (sd 1.0 of a share, at 115 patients)",
+            "Set privacy.clipping='automatic', or noise='shared', where all sites are counted together.",
+        )
+    if where != "site":
+        yield from _one_step(study, where)
+    if p.evaluation_epsilon and not data.test_is_public and data.task in ("multiclass", "regression"):
+        yield (
+            f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}",
+            f"data.task={data.task!r}",
+            "the noised histogram is one of a binary test",
+            "Hold out public test data and set data.test_is_public=true.",
+        )
+    if p.evaluation_epsilon and m.evaluate_every < t.rounds:
+        yield (
+            f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}",
+            f"monitor.evaluate_every={m.evaluate_every}",
+            "every test is paid for, and the plan pays for one",
+            f"Set monitor.evaluate_every={t.rounds}.",
+        )
+
+
+def _one_step(study: Study, where: str) -> Iterator[Refusal]:
+    t, noise = study.training, f"privacy.noise={where!r}"
+    if t.local_steps > 1 or t.local_epochs > 1:
+        side = f"training.local_steps={t.local_steps}" if t.local_steps else f"training.local_epochs={t.local_epochs}"
+        yield (
+            noise,
+            side,
+            "noise is added to sums of clipped gradients at the common model, so a round is one step",
+            "Set training.local_epochs=1 and local_steps=0 and raise training.rounds, or take noise='site'.",
+        )
+    if t.optimizer != "sgd" or t.momentum:
+        yield (
+            noise,
+            f"training.optimizer={t.optimizer!r} with momentum={t.momentum:g}",
+            "sites take one step and keep nothing",
+            "Set optimizer='sgd' and momentum=0; take algorithm='fedadam' or 'fedavgm', whose server keeps moments.",
+        )
+    if t.weighting == "uniform":
+        yield (
+            noise,
+            "training.weighting='uniform'",
+            "each patient counts alike in the noised sum",
+            "Set training.weighting='samples', or take noise='site'.",
+        )
+
+
+def _schedule(study: Study, where: str) -> Iterator[Refusal]:
+    p, fleet = study.privacy, study.fleet
+    if fleet.schedule == "cyclic" and fleet.clients_per_round:
+        yield (
+            "fleet.schedule='cyclic'",
+            f"fleet.clients_per_round={fleet.clients_per_round}",
+            "the group whose turn it is takes part as a whole",
+            "Set fleet.clients_per_round=0 and choose fleet.groups.",
+        )
+    if not p.correlated:
+        return
+    if where not in ("shared", "central"):
+        yield (
+            "privacy.correlated=true",
+            f"privacy.noise={where!r}",
+            "correlated noise is one stream on the sum of all sites",
+            "Set privacy.noise='shared', or correlated=false.",
+        )
+    if fleet.schedule != "cyclic" or fleet.groups < 2:
+        yield (
+            "privacy.correlated=true",
+            f"fleet.schedule={fleet.schedule!r} with groups={fleet.groups}",
+            "where everybody takes part in every round it gains at most 1.06 x; it pays only where a patient's uses are "
+            "kept apart",
+            "Set fleet.schedule='cyclic' and fleet.groups=10, or correlated=false.",
+        )
+    for side, is_set in (
+        ("training.batch_size above 0", study.training.batch_size > 0),
+        ("privacy.clipping='adaptive'", p.clipping == "adaptive"),
+        ("privacy.simulation_only=true", p.simulation_only),
+        ("privacy.max_sites_per_patient above 1", p.max_sites_per_patient > 1),
+    ):
+        if is_set:
+            yield (
+                "privacy.correlated=true",
+                side,
+                "its sensitivity is counted for whole groups, one norm, real noise and one client a patient",
+                "Leave one of them out.",
+            )
