@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import bare_federation, table, write_result
+from common import bare_federation, table, without_privacy, write_result
 from peers.torch_loop import make_data
 
 import medfed
@@ -72,7 +72,7 @@ class Ours:
         rows = {f"c{k}": Rows(x, y[:, 0], patient) for k, (x, y) in enumerate(zip(xs, ys, strict=True))}
         self.federations = {}
         for path in ("rules", "func"):
-            study = medfed.load_study("breast-cancer")
+            study = without_privacy(medfed.load_study("breast-cancer"))
             for key, value in {
                 "model.name": "mlp",
                 "model.options.hidden": shape["hidden"],
@@ -109,7 +109,7 @@ class Ours:
     def round(self, path: str) -> float:
         plan, fleet = self.federations[path]
         began = time.perf_counter()
-        run_round(Server(0, self.w_P, {}), plan, fleet, plan.ledger(), Log())
+        run_round(Server(0, self.w_P, {}), plan, fleet, plan.budget(), Log())
         return time.perf_counter() - began
 
     def flops(self) -> float:

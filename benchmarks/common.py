@@ -1,5 +1,6 @@
 """What every benchmark shares: its table, its machine, and where its result is written."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -50,6 +51,14 @@ def _processor() -> str:
     return platform.processor()
 
 
+def without_privacy(study: "Study", **training: Any) -> "Study":
+    """Return a bundled study with no guarantee, on robustly scaled records, for timings and comparisons of training."""
+    from medfed.study import Privacy, Training
+
+    plain = dataclasses.replace(study, privacy=Privacy(), training=Training(**training))
+    return plain.set("data.preprocess", "robust")
+
+
 def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tuple[Plan, InProcess]":
     """Return plan and fleet for rows that are numbers already: site -> (training rows, test rows); binary target."""
     from medfed.data.preprocess import Column, Encoding, Target
@@ -58,7 +67,9 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
     from medfed.site import Site
 
     width = next(iter(rows.values()))[0].x.shape[1]
-    encoding = Encoding(tuple(Column(f"x{i}", "number") for i in range(width)), Target("y", "binary", ("0", "1")))
+    encoding = Encoding(
+        tuple(Column(f"x{i}", "number") for i in range(width)), Target("y", "binary", ("0", "1")), public=True
+    )
     model = build_model(study, encoding)
     sites, surveys = [], {}
     for name, (train, test) in rows.items():
@@ -74,4 +85,7 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
             "train_labels": labels,
             "missing": {},
         }
-    return make(study, surveys, encoding), InProcess(sites)
+    plan = make(study, surveys, encoding)
+    for site in sites:
+        site.guarantee = plan.guarantee
+    return plan, InProcess(sites)

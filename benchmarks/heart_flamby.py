@@ -100,7 +100,7 @@ def accuracy(algorithm: str, column: str, seed: int, rows: dict[str, tuple[Rows,
         assert plan.participants == (POOLED,)
     server = plan.algorithm.begin(plan.first_weights(), study.training)
     for _ in range(study.training.rounds):
-        server = run_round(server, plan, fleet, plan.ledger(), Log())
+        server = run_round(server, plan, fleet, plan.budget(), Log())
     value = test(server, plan, fleet, Log()).macro["accuracy"].value
     assert value is not None
     return value

@@ -1,9 +1,12 @@
-"""Small invented tables for tests: three hospitals, a column of every kind, gaps."""
+"""Small invented tables for tests: three hospitals, a column of every kind, gaps. STUDY is plain, PRIVATE claims."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from medfed.study import Privacy, Study
 
 SITES = ("north", "south", "east")
 
@@ -20,6 +23,42 @@ patient = "subject"
 rounds = 4
 batch_size = 16
 learning_rate = 0.1
+[monitor]
+baselines = false
+"""
+
+PRIVATE = """
+[study]
+name = "invented private"
+seed = 3
+[data]
+table = "cohort.csv"
+target = "died"
+site = "hospital"
+patient = "subject"
+preprocess = "dictionary"
+test_is_public = true
+[data.dictionary.age]
+range = [20, 100]
+[data.dictionary.lactate]
+range = [0.1, 15]
+log = true
+[data.dictionary.ward]
+categories = ["icu", "ward", "er"]
+[data.dictionary.died]
+categories = ["no", "yes"]
+[training]
+rounds = 4
+batch_size = 0
+learning_rate = 1.0
+[privacy]
+epsilon = 1.0
+delta = 1e-4
+scope = "run"
+[privacy.sizes]
+north = 96
+south = 58
+east = 38
 [monitor]
 baselines = false
 """
@@ -43,6 +82,11 @@ def invented(rows: int = 240, seed: int = 0) -> pd.DataFrame:
     )
     frame.loc[random.random(rows) < 0.1, "lactate"] = np.nan
     return frame
+
+
+def plain(study: Study) -> Study:
+    """Return a study without its guarantee: no noise, and robust scaling; bits then follow from the seed alone."""
+    return replace(study, privacy=Privacy(), data=replace(study.data, preprocess="robust"))
 
 
 def write_study(folder: Path, text: str = STUDY, frame: pd.DataFrame | None = None) -> Path:

@@ -1,17 +1,19 @@
-"""Every rule against autograd: the same outputs and gradients for a stack of clients with parameters of their own."""
+"""Every rule against autograd: the same outputs and gradients for a stack of clients with parameters of their own,
+and against torch.func: the same norms of each patient's gradient and the same weighted sums."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune
 
 from medfed.core import streams
+from medfed.core.checks import StudyError
 from medfed.core.flat import Layout
-from medfed.layers import RULES, RuledModel, has_rules
-from medfed.models import Dropout, build, mlp
+from medfed.layers import RULES, LinearRule, RuledModel, has_rules
+from medfed.models import Dropout, Embedding, Series, build, conv1d, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +27,35 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear to one": (lambda: nn.Linear(6, 1), (6,)),
     "linear over an axis": (lambda: nn.Linear(6, 4), (3, 6)),
     "linear over two axes": (lambda: nn.Linear(6, 4, bias=False), (2, 3, 6)),
+    "a wide linear over an axis": (lambda: nn.Linear(40, 30), (2, 40)),
+    "convolution": (lambda: nn.Conv1d(2, 3, 3), (2, 8)),
+    "convolution without bias": (lambda: nn.Conv1d(2, 3, 3, bias=False), (2, 8)),
+    "convolution of one step": (lambda: nn.Conv1d(2, 3, 1), (2, 5)),
+    "convolution with stride": (lambda: nn.Conv1d(2, 3, 3, stride=2), (2, 8)),
+    "convolution with a stride above its kernel": (lambda: nn.Conv1d(2, 3, 2, stride=3), (2, 9)),
+    "convolution with padding": (lambda: nn.Conv1d(2, 3, 4, padding=3), (2, 5)),
+    "convolution with dilation": (lambda: nn.Conv1d(2, 3, 3, dilation=2), (2, 8)),
+    "convolution with all": (lambda: nn.Conv1d(2, 3, 4, stride=3, padding=4, dilation=3), (2, 10)),
+    "convolution mostly of padding": (lambda: nn.Conv1d(1, 2, 3, padding=5), (1, 1)),
+    "convolution of many channels": (lambda: nn.Conv1d(12, 16, 3), (12, 4)),
+    "convolution of an image": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 4)),
+    "convolution of an image, without bias": (lambda: nn.Conv2d(2, 3, 2, bias=False), (2, 3, 3)),
+    "convolution of an image, with all": (
+        lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+        (2, 4, 5),
+    ),
+    "embedding": (lambda: Embedding(4, 3), (5,)),
+    "embedding of pairs": (lambda: Embedding(9, 2), (3, 2)),
+    "series": (lambda: Series(3), (6,)),
+    "average of pairs": (lambda: nn.AvgPool1d(2), (3, 7)),
+    "average with padding": (lambda: nn.AvgPool1d(3, stride=1, padding=1, count_include_pad=False), (3, 5)),
+    "average of squares": (lambda: nn.AvgPool2d(2), (3, 4, 6)),
+    "greatest of pairs": (lambda: nn.MaxPool1d(2), (3, 7)),
+    "greatest with all": (lambda: nn.MaxPool1d(3, stride=1, padding=1, dilation=2, ceil_mode=True), (3, 7)),
+    "greatest of squares": (lambda: nn.MaxPool2d(2), (3, 4, 6)),
+    "mean of a series": (lambda: nn.AdaptiveAvgPool1d(1), (3, 5)),
+    "mean of an image": (lambda: nn.AdaptiveAvgPool2d(1), (3, 4, 2)),
+    "mean of an image, sizes by axis": (lambda: nn.AdaptiveAvgPool2d((1, 1)), (3, 4, 2)),
     "relu": (nn.ReLU, (6,)),
     "relu in place": (lambda: nn.ReLU(inplace=True), (6,)),
     "relu with axes": (nn.ReLU, (2, 6)),
@@ -91,6 +122,31 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (3, 6),
     ),
+    "the zoo's, convolutional": (lambda: conv1d(16, 2, 2, (4, 8), 3), (16,)),
+    "from words to a vector": (
+        lambda: nn.Sequential(Embedding(4, 3), nn.Linear(3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2)),
+        (5,),
+    ),
+    "an embedding of a part": (lambda: nn.Sequential(nn.Identity(), Series(2), Embedding(4, 3), nn.Flatten()), (6,)),
+    "a convolution twice": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Conv1d(3, 2, 2, stride=2), nn.ReLU(), nn.Flatten()),
+        (2, 6),
+    ),
+    "relu after a mean": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.ReLU(), nn.Flatten()),
+        (2, 6),
+    ),
+    "relu before each pool": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.ReLU()),
+            *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 2)),
+        ),
+        (1, 6, 6),
+    ),
+    "dropout of a signal": (
+        lambda: _salted(nn.Conv1d(2, 3, 2), Dropout(0.4), nn.Conv1d(3, 2, 2), Dropout(0.4), nn.Flatten()),
+        (2, 6),
+    ),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.SiLU())), nn.Sequential(nn.Linear(4, 2))),
         (6,),
@@ -113,7 +169,13 @@ def _drawn(module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, list[Tens
     """Return inputs [K, B, *shape] and parameters [K, *] that differ between clients and from their usual start."""
     torch.manual_seed(0)
     params = [torch.randn(K, *p.shape, dtype=torch.float64) for p in module.parameters()]
+    if _takes_indices(module):
+        return torch.randint(0, 4, (K, B, *shape)).double(), params
     return torch.randn(K, B, *shape, dtype=torch.float64), params
+
+
+def _takes_indices(module: nn.Module) -> bool:
+    return any(isinstance(layer, Embedding) for layer in module.modules())
 
 
 def _by_autograd(
@@ -132,7 +194,7 @@ def _by_autograd(
         }
         y = functional_call(module, own, (x_k * 1,))  # * 1: a layer may work in place
         loss = y.sum() if weight is None else (weight[k] * y).sum()
-        found = torch.autograd.grad(loss, [x_k, *own.values()])
+        found = torch.autograd.grad(loss, [x_k, *own.values()], allow_unused=True, materialize_grads=True)
         ys.append(y.detach())
         dxs.append(found[0])
         gradients.append(found[1:])
@@ -254,7 +316,7 @@ def test_one_clients_nan_stays_its_own(any_case: tuple[nn.Module, tuple[int, ...
         return [y, *targets]
 
     clean = run(x)
-    x[1] = float("nan")
+    (params[0] if _takes_indices(model) else x)[1] = float("nan")
     for before, after in zip(clean, run(x), strict=True):
         assert torch.equal(before[[0, 2]], after[[0, 2]])
 
@@ -267,6 +329,261 @@ def test_dropouts_mask_is_the_clients_own_in_a_stack() -> None:
         assert torch.equal(together[k], alone[0])
         keep = streams.uniform(streams.subkey(KEY_K[k], 4), B * 50).view(B, 50) >= 0.5
         assert torch.equal(together[k] != 0, keep)
+
+
+# Per-patient norms and weighted sums
+
+N = 4  # patients of a client
+WITH_PARAMETERS = [name for name, (make, _) in {**LAYERS, **MODELS}.items() if any(True for _ in make().parameters())]
+
+
+@pytest.fixture(params=WITH_PARAMETERS)
+def trained_case(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[int, ...]]:
+    make, shape = {**LAYERS, **MODELS}[request.param]
+    return make().double(), shape
+
+
+def _patients(
+    model: nn.Module, shape: tuple[int, ...], records: int, clients: int = K
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Return x [A, N * R, *shape], parameters [A, *], streams of the slots [A, N * R] and weights [A, N], some zero."""
+    torch.manual_seed(records)
+    params = [torch.randn(clients, *p.shape, dtype=torch.float64) for p in model.parameters()]
+    size = (clients, N * records, *shape)
+    x = torch.randint(0, 4, size).double() if _takes_indices(model) else torch.randn(size, dtype=torch.float64)
+    weight = torch.rand(clients, N, dtype=torch.float64) * (torch.arange(N) != 2)
+    return x, params, streams.words(torch.arange(clients), N * records), weight
+
+
+def _by_func(
+    model: nn.Module, x: Tensor, params: list[Tensor], key_AB: Tensor, dz: Tensor, records: int
+) -> list[Tensor]:
+    """Return the gradients [A, N, *shape] of sum(dz * y) over each patient's slots, by vmap(grad)."""
+    names = list(dict(model.named_parameters()))
+    dropouts = [f"{name}.key".lstrip(".") for name, layer in model.named_modules() if isinstance(layer, Dropout)]
+    model.train()
+
+    def loss(own: list[Tensor], x_R: Tensor, key_R: Tensor, dz_R: Tensor) -> Tensor:
+        def output(row: Tensor, key: Tensor) -> Tensor:
+            state = {**dict(zip(names, own, strict=True)), **dict.fromkeys(dropouts, key)}
+            return functional_call(model, state, (row[None] * 1,))[0]  # type: ignore[no-any-return]
+
+        return (dz_R * torch.stack([output(r, key) for r, key in zip(x_R, key_R, strict=True)])).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0, 0))
+    found = []
+    for a in range(len(x)):
+        parts = [t[a].reshape(N, records, *t.shape[2:]) for t in (x, key_AB, dz)]
+        found.append(each([p[a] for p in params], *parts))
+    return [torch.stack(g) for g in zip(*found, strict=True)]
+
+
+def _clipped(
+    model: nn.Module, x: Tensor, params: list[Tensor], key_AB: Tensor, dz: Tensor, records: int, weight: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return norms and weighted sums by the rules."""
+    ruled, targets = RuledModel(model), [torch.full_like(p, float("nan"), dtype=torch.float64) for p in params]
+    ruled.forward(x.clone(), params, key_AB)
+    return ruled.clipped_backward(dz.clone(), params, targets, records, lambda _: weight), targets
+
+
+@pytest.mark.parametrize("records", [1, 3])
+def test_norms_and_weighted_sums_are_those_of_vmap(
+    trained_case: tuple[nn.Module, tuple[int, ...]], records: int
+) -> None:
+    model, shape = trained_case
+    x, params, key_AB, weight = _patients(model, shape, records)
+    ruled = RuledModel(model)
+    dz = torch.randn_like(ruled.forward(x.clone(), params, key_AB))
+    each = _by_func(model, x, params, key_AB, dz, records)
+    targets = [torch.full_like(p, float("nan")) for p in params]
+    norm = ruled.clipped_backward(dz.clone(), params, targets, records, lambda _: weight)
+    assert norm.dtype == torch.float64
+    assert torch.allclose(norm, torch.cat([g.flatten(2) for g in each], 2).norm(dim=2), rtol=1e-9, atol=1e-9)
+    for target, g in zip(targets, each, strict=True):
+        assert torch.allclose(target, torch.einsum("an,an...->a...", weight, g), rtol=1e-9, atol=1e-9)
+
+
+def test_the_factor_is_asked_with_the_norms(trained_case: tuple[nn.Module, tuple[int, ...]]) -> None:
+    model, shape = trained_case
+    x, params, key_AB, _ = _patients(model, shape, 1)
+    ruled, seen = RuledModel(model), []
+    y = ruled.forward(x.clone(), params, key_AB)
+
+    def factor(norm: Tensor) -> Tensor:
+        seen.append(norm.clone())
+        return 1 / (norm + 0.01)
+
+    targets = [torch.empty_like(p) for p in params]
+    norm = ruled.clipped_backward(torch.ones_like(y), params, targets, 1, factor)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], norm)
+    _, expected = _clipped(model, x, params, key_AB, torch.ones_like(y), 1, factor(norm))
+    assert all(torch.equal(t, e) for t, e in zip(targets, expected, strict=True))
+
+
+def test_private_and_plain_steps_reuse_buffers_rightly(trained_case: tuple[nn.Module, tuple[int, ...]]) -> None:
+    """A plain step after a private one, fewer clients, other batches: nothing remembered may be stale."""
+    model, shape = trained_case
+    ruled = RuledModel(model)
+    for clients, records, private in [
+        (K, 3, True),
+        (K, 3, False),
+        (2, 1, True),
+        (1, 2, True),
+        (2, 2, False),
+        (K, 1, True),
+    ]:
+        x, params, key_AB, weight = _patients(model, shape, records, clients)
+        y = ruled.forward(x.clone(), params, key_AB)
+        dz = torch.randn_like(y)
+        targets = [torch.empty_like(p) for p in params]
+        if private:
+            ruled.clipped_backward(dz.clone(), params, targets, records, lambda _, weight=weight: weight)
+        else:
+            ruled.backward(dz.clone(), params, targets, beta=0, alpha=1)
+            weight = torch.ones_like(weight)
+        _, fresh = _clipped(model, x, params, key_AB, dz, records, weight)
+        assert all(_close(t, f) for t, f in zip(targets, fresh, strict=True))
+
+
+@pytest.mark.parametrize(("records", "poison"), [(1, float("inf")), (3, float("nan"))])
+def test_a_patient_that_is_not_finite_is_left_out_exactly(
+    trained_case: tuple[nn.Module, tuple[int, ...]], poison: float, records: int
+) -> None:
+    model, shape = trained_case
+    x, params, key_AB, weight = _patients(model, shape, records)
+    dz = torch.randn_like(RuledModel(model).forward(x.clone(), params, key_AB))
+    without = weight.clone()
+    without[1, 3] = 0
+    norm, expected = _clipped(model, x, params, key_AB, dz, records, without)
+    (dz if _takes_indices(model) else x)[1, 4 * records - 1].view(-1)[0] = poison  # one number of its last record
+    spoilt, targets = _clipped(model, x, params, key_AB, dz, records, weight)
+    if not spoilt[1, 3].isfinite():
+        assert all(torch.equal(t, e) for t, e in zip(targets, expected, strict=True))
+    else:
+        assert all(t.isfinite().all() for t in targets)  # a layer let through nothing of it
+    spoilt[1, 3] = norm[1, 3]
+    assert torch.equal(spoilt, norm)
+
+
+def test_a_patients_nan_is_noticed_where_a_weight_of_zero_would_spread_it() -> None:
+    model = mlp(6, 1, (8, 5), norm="layer").double()
+    x, params, key_AB, weight = _patients(model, (6,), 1)
+    x[0, 1, 2] = float("nan")
+    norm, targets = _clipped(model, x, params, key_AB, torch.ones(K, N, 1, dtype=torch.float64), 1, weight)
+    assert norm.isnan().nonzero().tolist() == [[0, 1]]
+    assert all(t.isfinite().all() for t in targets)
+    ruled = RuledModel(model)
+    ruled.forward(x, params, key_AB)
+    ruled.backward(torch.ones(K, N, 1, dtype=torch.float64), params, targets, beta=0, alpha=1)
+    assert targets[0][0].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 30), (9, 40, 30), (3, 4, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_to_the_norm_of_many_records_agree(shape: tuple[int, int, int], bias: bool) -> None:
+    S, inputs, outputs = shape
+    torch.manual_seed(0)
+    rule = LinearRule(nn.Linear(inputs, outputs, bias=bias))
+    rule.slots = torch.Size((K, S * N))
+    rule.x = torch.randn(K, S * N, inputs, dtype=torch.float64)
+    rule.dy = torch.randn(K, S * N, outputs, dtype=torch.float64)
+    gradients = [rule._product(rule.dy, rule.x, K * N), rule._total(rule.dy, K * N)][: 1 + bias]
+    square = sum(g.flatten(1).square().sum(1) for g in gradients)
+    assert torch.allclose(rule._square_norms_by_pairs(K * N), torch.as_tensor(square), rtol=1e-12)
+
+
+def test_norms_that_cancel_are_never_below_zero() -> None:
+    """Two records that undo one another: in float32 the sum of pairs would be anything near 1e-7 of its terms."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    x = torch.randn(1, N, 1, 40).expand(-1, -1, 2, -1).reshape(1, 2 * N, 40)
+    dz = torch.randn(1, N, 1, 30) * torch.tensor([1.0, -1.0])[:, None]
+    params = [torch.randn(1, *p.shape) for p in model.parameters()]
+    zero = torch.zeros(1, N)
+    norm, _ = _clipped(model, x, params, torch.zeros(1, 2 * N, dtype=torch.int64), dz.reshape(1, 2 * N, 30), 2, zero)
+    assert float(norm.max()) < 1e-5
+    assert not norm.isnan().any()
+
+
+def test_rows_that_a_patient_reads_twice_add_before_they_are_squared() -> None:
+    model, ones = Embedding(3, 1).double(), torch.ones(1, 2, 2, 1, dtype=torch.float64)
+    x = torch.tensor([[[1.0, 1.0], [0.0, 2.0]]], dtype=torch.float64)
+    params = [torch.zeros(1, 3, 1, dtype=torch.float64)]
+    norm, (total,) = _clipped(model, x, params, torch.zeros(1, 2, dtype=torch.int64), ones, 1, torch.ones(1, 2))
+    assert torch.allclose(norm, torch.tensor([[2.0, 2.0**0.5]], dtype=torch.float64))
+    assert total.view(-1).tolist() == [1, 2, 1]
+    norm, _ = _clipped(model, x, params, torch.zeros(1, 2, dtype=torch.int64), ones, 2, torch.ones(1, 1))
+    assert float(norm) == pytest.approx(6**0.5)
+
+
+FLOAT32_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "one record": (lambda: mlp(20, 1, (64, 32)), (20,), 1),
+    "one record, layer norm": (lambda: mlp(20, 1, (64, 32), norm="layer"), (20,), 1),
+    "three records, pairs": (lambda: mlp(20, 1, (64, 32)), (20,), 3),
+    "tokens, gradients": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(180, 1)),
+        (30, 4),
+        1,
+    ),
+    "convolution": (lambda: conv1d(40, 1, 1, (8, 16)), (40,), 1),
+    "convolution, two records": (lambda: conv1d(40, 1, 1, (8, 16)), (40,), 2),
+    "words": (lambda: nn.Sequential(Embedding(9, 4), nn.Flatten(), nn.Linear(40, 1)), (10,), 1),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT32_MODELS)
+def test_one_patient_never_moves_a_float64_sum_by_more_than_its_clip(name: str) -> None:
+    """With float32 weights and features; and it moves it by no less, so the bound is met, not avoided."""
+    make, shape, records = FLOAT32_MODELS[name]
+    torch.manual_seed(4)
+    model, patients = make(), 60
+    x = torch.randn(1, patients * records, *shape) * 10 ** torch.linspace(-2, 3, patients).repeat_interleave(
+        records
+    ).view(1, -1, *(1 for _ in shape))
+    if _takes_indices(model):
+        x = torch.randint(0, 9, x.shape).float()
+    params = [p.detach()[None].clone() for p in model.parameters()]
+    key = torch.zeros(1, patients * records, dtype=torch.int64)
+    dz = torch.randn(1, patients * records, 1)
+    C = 0.7
+
+    def total(dz: Tensor) -> Tensor:
+        ruled, targets = RuledModel(model), [torch.empty_like(p, dtype=torch.float64) for p in params]
+        ruled.forward(x.clone(), params, key)
+        ruled.clipped_backward(dz.clone(), params, targets, records, lambda norm: C / norm.clamp(min=1e-9))
+        return torch.cat([t.flatten() for t in targets])
+
+    everyone = total(dz)
+    for patient in range(0, patients, 7):
+        absent = dz.clone()
+        absent[:, patient * records : (patient + 1) * records] = 0
+        moved = float((everyone - total(absent)).norm())
+        assert C * (1 - 1e-5) <= moved <= C * (1 + 1e-6)
+
+
+def test_float32_targets_take_float32_sums() -> None:
+    model = mlp(20, 1, (64, 32), norm="group")
+    torch.manual_seed(0)
+    params, x = [p.detach()[None].clone() for p in model.parameters()], torch.randn(1, 50, 20)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        ruled, targets = RuledModel(model), [torch.empty_like(p, dtype=dtype) for p in params]
+        z = ruled.forward(x.clone(), params, torch.zeros(1, dtype=torch.int64))
+        ruled.clipped_backward(torch.ones_like(z), params, targets, 1, lambda norm: 1 / norm)
+        assert all(t.dtype == dtype for t in targets)
+        found.append(torch.cat([t.flatten() for t in targets]))
+    assert torch.allclose(found[0].double(), found[1], atol=1e-5)
+    assert not torch.equal(found[0].double(), found[1])
+
+
+def test_units_are_dropped_by_each_slots_own_stream() -> None:
+    ruled, ones = RuledModel(nn.Sequential(Dropout(0.5, salt=4))), torch.ones(K, B, 50)
+    key_AB = streams.words(KEY_K, B)
+    kept = ruled.forward(ones, [], key_AB) != 0
+    keep = streams.uniform(streams.subkey(key_AB, 4), 50) >= 0.5
+    assert torch.equal(kept, keep)
 
 
 # What has rules, and what must not
@@ -311,7 +628,20 @@ def _without_rules() -> Iterator[tuple[str, nn.Module]]:
     shared = nn.Linear(4, 4)
     norm = nn.LayerNorm(4)
     yield "an unknown activation", nn.Sequential(nn.Linear(4, 4), nn.Softplus())
-    yield "a convolution", nn.Sequential(nn.Conv1d(4, 4, 1))
+    yield "a convolution in groups", nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))
+    yield "a convolution of each channel", nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    yield "a convolution padded by a name", nn.Sequential(nn.Conv1d(4, 4, 3, padding="same"))
+    yield "a convolution round a circle", nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"))
+    yield "a transposed convolution", nn.Sequential(nn.ConvTranspose1d(4, 4, 3))
+    yield "a convolution of volumes", nn.Sequential(nn.Conv3d(4, 4, 3))
+    yield "torch's own embedding, which takes integers only", nn.Sequential(nn.Embedding(4, 4))
+    yield "an embedding with a fixed row", nn.Sequential(Embedding(4, 4, padding_idx=0))
+    yield "an embedding with a greatest norm", nn.Sequential(Embedding(4, 4, max_norm=1.0))
+    yield "an embedding scaled by frequency", nn.Sequential(Embedding(4, 4, scale_grad_by_freq=True))
+    yield "a sparse embedding", nn.Sequential(Embedding(4, 4, sparse=True))
+    yield "means of parts", nn.Sequential(nn.Conv1d(4, 4, 3), nn.AdaptiveAvgPool1d(2))
+    yield "means of parts of an axis", nn.Sequential(nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d((None, 1)))
+    yield "a pool that returns indices", nn.Sequential(nn.Conv1d(4, 4, 3), nn.MaxPool1d(2, return_indices=True))
     yield "a container of one's own", nn.Sequential(Residual(), nn.Linear(4, 1))
     yield "a bare container", Residual()
     yield "a layer that inherits", nn.Sequential(Doubled(4, 4))
@@ -351,6 +681,20 @@ def test_a_layer_alone_has_rules() -> None:
 @pytest.mark.parametrize("norm", ["layer", "group", "none"])
 def test_the_whole_zoo_has_rules(name: str, norm: str) -> None:
     assert has_rules(build(name, 5, 3, {} if name == "logistic" else {"norm": norm, "dropout": 0.2}, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"channels": 3}, {"widths": [7, 20, 8], "kernel": 3}, {"widths": []}])
+def test_the_zoos_convolutional_network_has_rules(options: dict[str, object]) -> None:
+    model = build("conv1d", 36, 3, options, 0)
+    assert has_rules(model)
+    assert model(torch.zeros(2, 36)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("options", [{"kernel": 4}, {"kernel": 0}, {"channels": 5}, {"channels": 0}])
+def test_series_that_cannot_be_cut_are_refused(options: dict[str, int]) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(StudyError, match=f"{name}={value}"):
+        build("conv1d", 36, 1, {"widths": [8, 8], **options}, 0)
 
 
 def test_ruled_parameters_are_in_the_layouts_order() -> None:

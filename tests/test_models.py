@@ -146,7 +146,7 @@ def test_an_unknown_name_gives_the_nearest() -> None:
 
 
 def test_a_name_like_no_other_gives_all() -> None:
-    with pytest.raises(StudyError, match=r"known: logistic, medical-mlp, mlp"):
+    with pytest.raises(StudyError, match=r"known: conv1d, logistic, medical-mlp, mlp"):
         build("resnet", 3, 1, {}, 0)
 
 

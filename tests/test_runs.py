@@ -25,7 +25,7 @@ from medfed.monitor import events
 from medfed.monitor.events import Event, Resumed
 from medfed.monitor.summary import summarise
 from medfed.study import Study
-from tests.tables import SITES, STUDY, invented, write_study
+from tests.tables import SITES, STUDY, invented, plain, write_study
 
 PROMISED = {
     "study", "rounds", "sites", "test", "per_site", "privacy", "seconds", "bytes",
@@ -366,10 +366,32 @@ def test_heart_runs_with_a_feature_that_a_whole_site_lacks() -> None:
     assert any("'switzerland' has no value at all of chol" in text for text in result.summary["warnings"])
 
 
+THE_BRIEFS = {
+    "model.options": '{dropout = 0.3, norm = "layer"}',
+    "training.local_steps": 0,
+    "training.local_epochs": 10,
+    "training.batch_size": 32,
+    "training.optimizer": "adam",
+    "training.learning_rate": 0.001,
+    "training.weight_decay": 0.0001,
+    "training.average": 0,
+    "monitor.baselines": "false",
+}
+
+
 def test_the_brief_s_network_learns_in_three_rounds() -> None:
-    result = medfed.simulate(medfed.load_study("brief").set("monitor.baselines", False))
+    """The brief's own layers, without noise: what privacy is measured against."""
+    study = plain(medfed.load_study("brief", [f"{key}={value}" for key, value in THE_BRIEFS.items()]))
+    result = medfed.simulate(study)
     assert result.summary["parameters"] == 193_473
     assert result.summary["rounds"] == 3 and result.summary["test"]["accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_bundled_brief_learns_under_its_guarantee() -> None:
+    summary = medfed.simulate(medfed.load_study("brief").set("monitor.baselines", False)).summary
+    assert summary["rounds"] == 3 and summary["test"]["auroc"] > 0.85
+    assert 0.99 < summary["privacy"]["epsilon"] <= 1 and summary["privacy"]["delta"] == 1e-6
 
 
 def test_a_one_class_site_trains_on_with_a_warning_and_null_figures(tmp_path: Path) -> None:

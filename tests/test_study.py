@@ -150,6 +150,27 @@ VIOLATIONS: list[tuple[str, Any]] = [
     ("training.deadline", NAN),
     ("data.test_fraction", 0.0),
     ("data.test_fraction", 1.0),
+    ("training.average", 1.0),
+    ("training.average", -0.1),
+    ("privacy.epsilon", 0.0),
+    ("privacy.epsilon", -1.0),
+    ("privacy.epsilon", NAN),
+    ("privacy.delta", 0.0),
+    ("privacy.delta", 1.1),
+    ("privacy.delta", NAN),
+    ("privacy.clip", 0.0),
+    ("privacy.clip", NAN),
+    ("privacy.quantile", 0.0),
+    ("privacy.quantile", 1.0),
+    ("privacy.batch_cap", -1),
+    ("privacy.sizes.north", 0),
+    ("privacy.max_sites_per_patient", 0),
+    ("privacy.lifetime_epsilon", 0.0),
+    ("privacy.lifetime_epsilon", NAN),
+    ("privacy.spare_rounds", -1),
+    ("privacy.evaluation_epsilon", -0.1),
+    ("privacy.evaluation_epsilon", INF),
+    ("fleet.groups", 0),
     ("fleet.clients_per_round", -1),
     ("monitor.evaluate_every", 0),
     ("monitor.checkpoints", 1),
@@ -286,10 +307,14 @@ def _changed(key: str, value: Any) -> Any:
     """Return another value of the same kind, in range, for any key of the study."""
     known = {"data.task": "binary", "data.on_missing": "refuse", "data.split": "stratified", "training.path": "loop"}
     known |= {"data.preprocess": "none", "training.optimizer": "adam", "training.weighting": "uniform"}
+    known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
+    known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
     if key in known:
         return known[key]
     if isinstance(value, bool):
         return not value
+    if value == INF:
+        return 1.0
     if isinstance(value, (int, float)):
         return (value / 2 or 0.5) if isinstance(value, float) else value + 1
     return value + "x" if isinstance(value, str) else {"a": {}} if isinstance(value, dict) else (*value, "x")
@@ -301,7 +326,7 @@ def _keys() -> list[tuple[str, Any]]:
         part = getattr(study, table.name)
         if is_dataclass(part):
             found += [(f"{table.name}.{f.name}", getattr(part, f.name)) for f in fields(part)]
-    only = ("privacy.noise", "security.aggregation", "robustness.rule")  # they know one value so far
+    only = ("privacy.unit", "security.aggregation", "robustness.rule")  # they know one value so far
     return [(key, value) for key, value in found if key not in only and not key.startswith("sites.")]
 
 

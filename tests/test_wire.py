@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medfed.wire import PLAIN, Float32, Link, combine, finite, send
+from medfed.privacy.guarantee import GRID
+from medfed.wire import PLAIN, Float32, Grid, Link, combine, finite, send
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
 
@@ -36,8 +37,8 @@ class Plus:
         self.told.append(f"client +{self.number:g}")
         return message_KM + self.number
 
-    def server(self, mean_M: Tensor) -> Tensor:
-        self.told.append(f"server -{self.number:g}")
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        self.told.append(f"server -{self.number:g}, round {round}")
         return mean_M - self.number
 
 
@@ -52,8 +53,8 @@ class Times:
         self.told.append(f"client x{self.number:g}")
         return message_KM * self.number
 
-    def server(self, mean_M: Tensor) -> Tensor:
-        self.told.append(f"server /{self.number:g}")
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        self.told.append(f"server /{self.number:g}, round {round}")
         return mean_M / self.number
 
 
@@ -63,7 +64,7 @@ class Centred:
     def client(self, message_KM: Tensor) -> Tensor:
         return message_KM - message_KM.mean(0)
 
-    def server(self, mean_M: Tensor) -> Tensor:
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
         return mean_M
 
 
@@ -76,6 +77,7 @@ def _is_row_wise(links: tuple[Link, ...], message_KM: Tensor) -> bool:
 def test_a_stack_is_sent_like_its_clients_one_by_one(shape: tuple[int, int, int]) -> None:
     assert _is_row_wise(PLAIN, _rows(shape))
     assert _is_row_wise((Plus(3, []), Float32(), Times(0.1, [])), _rows(shape))
+    assert _is_row_wise((Grid(),), _rows(shape))
 
 
 def test_a_link_that_mixes_rows_is_caught() -> None:
@@ -143,8 +145,8 @@ def test_links_run_first_to_last_at_the_client_and_last_to_first_at_the_server()
     assert sent.tolist() == [[33, 41], [65, 105]]
     assert told == ["client +3", "client x8", "client +1"]
     told.clear()
-    mean_M = combine(sent, torch.tensor([0.75, 0.25]), None, links)
-    assert told == ["server -1", "server /8", "server -3"]
+    mean_M = combine(sent, torch.tensor([0.75, 0.25]), None, links, 9)
+    assert told == ["server -1, round 9", "server /8, round 9", "server -3, round 9"]
     assert mean_M.tolist() == [2, 4]  # the mean of what went in: the links are undone
 
 
@@ -161,6 +163,16 @@ def test_a_rule_gets_the_gram_matrix_of_the_rows_as_sent_and_its_weights_count()
     X = 2 * row_KM.numpy()
     np.testing.assert_allclose(seen[0].numpy(), X @ X.T, rtol=1e-12)
     assert torch.allclose(mean_M, row_KM[2], rtol=1e-12)
+
+
+@given(SHAPES)
+def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(shape: tuple[int, int, int]) -> None:
+    row_KM = _rows(shape)
+    sent = send(row_KM, (Grid(),))
+    assert sent.dtype == torch.int64
+    total_M = combine(sent, None, None, (Grid(),))
+    assert torch.equal(total_M, combine(sent.flip(0), None, None, (Grid(),)))
+    assert bool(((total_M - row_KM.sum(0)).abs() <= shape[0] * GRID / 2 + 1e-12).all())
 
 
 @pytest.mark.parametrize(

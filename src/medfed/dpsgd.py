@@ -24,9 +24,9 @@ from medfed.core.flat import Layout
 from medfed.core.types import Task
 from medfed.data.federated import Patients
 from medfed.layers import RuledModel, has_rules
-from medfed.local import Correction, Descent, LocalPlan, LocalResult, Path, loss_gradient, sample_loss
+from medfed.local import Correction, Descent, LocalPlan, LocalResult, Path, loss_gradient, on_threads, sample_loss
 from medfed.models import Dropout
-from medfed.privacy.guarantee import GRID, Guarantee, Release, discrete_gaussian
+from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import Entropy, round_to_grid
 
 _AUTOMATIC = 0.01  # gamma of Bu et al. 2022: keeps the direction of small gradients finite
@@ -94,18 +94,19 @@ def sums(
     total_KP = torch.empty(len(patients), len(w_P), dtype=torch.float64)
     below_K, dropped = torch.empty(len(patients), dtype=torch.float64), 0
     model.train()
-    summed, layout = _summer(model, chosen), Layout.of(model)
+    summed, layout, random = _summer(model, chosen), Layout.of(model), _drops(model)
     draw = _drawer(guarantee, key_K)
     for members in _chunks(patients, len(w_P), guarantee, names):
         releases = [guarantee.releases[names[k]] for k in members.tolist()]
         part = patients.of_clients(members)
-        step = _step(part, releases, draw, members, key_K[members], 0)
+        step = _step(part, releases, draw, members, key_K[members], 0, random)
         weights = [p.expand(len(members), *p.shape) for _, p in layout.pieces(w_P)]
-        gradients, norm_AI, finite = _clipped(summed, weights, part, step, task, factor)
-        total_KP[members] = torch.cat([g.flatten(1) for g in gradients], 1)
+        total_AP, norm_AI = _clipped(summed, weights, part, step, task, factor)
+        total_KP[members] = total_AP.double()
         there_AI = step.valid_AB.view(len(members), -1, step.records).any(2)
-        below_K[members] = torch.where(there_AI, (norm_AI <= clip).double() - 0.5, 0).sum(1)
-        dropped += finite
+        counted_AI = there_AI & norm_AI.isfinite()
+        below_K[members] = torch.where(counted_AI, (norm_AI <= clip).double() - 0.5, 0).sum(1)
+        dropped += int((there_AI & ~counted_AI).sum())
     return Sums(total_KP, below_K, dropped)
 
 
@@ -126,29 +127,46 @@ def train(
     Whatever is done with noised sums costs nothing more: corrections, momentum, averaging the last share `average` of
     the iterates. Losses are not told. Guarantee: that of `guarantee`, for each client by itself (Abadi et al. 2016).
     """
-    chosen, factor = _path(model, path), clip_factor(guarantee.clipping, guarantee.clip)
-    theta_KP, layout = start_KP.clone(), Layout.of(model)
+    chosen, layout, random = _path(model, path), Layout.of(model), _drops(model)
     steps_K = torch.tensor([guarantee.releases[name].steps for name in names])
+    draw, noise = _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)
+    factor = clip_factor(guarantee.clipping, guarantee.clip)
+
+    def worker() -> Callable[[Tensor], Tensor]:
+        summed = _summer(model, chosen)
+
+        def run(members: Tensor) -> Tensor:
+            part, steps = patients.of_clients(members), int(steps_K[members[0]])
+            releases = [guarantee.releases[names[k]] for k in members.tolist()]
+            scale_A = [guarantee.clip / (r.size * r.probability) for r in releases]
+            scale_A1 = torch.tensor(scale_A, dtype=torch.float64)[:, None]
+            theta_AP = start_KP[members].clone(memory_format=torch.contiguous_format)  # params are views of it
+            params = [piece for _, piece in layout.pieces(theta_AP)]
+            shift = None if correction.shift_KP is None else correction.shift_KP[members]
+            whole = Layout({"all": (theta_AP.shape[1],)})
+            descent = Descent([theta_AP], plan, Correction(correction.mu, shift), whole)
+            tail, kept = torch.zeros_like(theta_AP), max(1, round(average * steps))
+            for t in range(steps):
+                step = _step(part, releases, draw, members, key_K[members], t, random)
+                total_AP, _ = _clipped(summed, params, part, step, plan.task, factor)
+                noised_AP = noise(total_AP, members, t)
+                descent.step([noised_AP.mul_(scale_A1.to(noised_AP.dtype)).to(start_KP.dtype)])
+                if kept > 1 and t >= steps - kept:
+                    tail.add_(theta_AP, alpha=1 / kept)
+            return tail if kept > 1 else theta_AP
+
+        return run
+
     model.train()
-    summed, draw, noise = _summer(model, chosen), _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)
-    for members in _chunks(patients, start_KP.shape[1], guarantee, names):
-        part, steps = patients.of_clients(members), int(steps_K[members[0]])
-        releases = [guarantee.releases[names[k]] for k in members.tolist()]
-        expected_A1 = torch.tensor([r.size * r.probability for r in releases], dtype=torch.float64)[:, None]
-        params = [p.clone(memory_format=torch.contiguous_format) for _, p in layout.pieces(start_KP[members])]
-        shift = None if correction.shift_KP is None else correction.shift_KP[members]
-        descent = Descent(params, plan, Correction(correction.mu, shift), layout)
-        tail, kept = torch.zeros(len(members), start_KP.shape[1]), max(1, round(average * steps))
-        for t in range(steps):
-            step = _step(part, releases, draw, members, key_K[members], t)
-            clipped, _, _ = _clipped(summed, params, part, step, plan.task, factor)
-            noised_AP = noise(torch.cat([g.flatten(1) for g in clipped], 1), members, t)
-            gradient_AP = (noised_AP * (guarantee.clip / expected_A1)).to(start_KP.dtype)
-            descent.step([piece for _, piece in layout.pieces(gradient_AP)])
-            if t >= steps - kept:
-                tail += torch.cat([p.flatten(1) for p in params], 1) / kept
-        theta_KP[members] = tail
+    chunks = _chunks(patients, start_KP.shape[1], guarantee, names)
+    theta_KP = torch.empty_like(start_KP, memory_format=torch.contiguous_format)
+    for members, theta_AP in zip(chunks, on_threads(chunks, worker, alone=chosen != "rules"), strict=True):
+        theta_KP[members] = theta_AP
     return LocalResult(theta_KP, torch.full((len(patients),), float("nan"), dtype=torch.float64), steps_K)
+
+
+def _drops(model: nn.Module) -> bool:
+    return any(isinstance(layer, Dropout) for layer in model.modules())
 
 
 def _path(model: nn.Module, path: Path) -> Path:
@@ -173,30 +191,39 @@ def _drawer(guarantee: Guarantee, key_K: Tensor) -> _Draw:
     )
 
 
-def _step(patients: Patients, releases: Sequence[Release], draw: _Draw, members: Tensor, key_A: Tensor, t: int) -> Step:
+def _step(
+    patients: Patients,
+    releases: Sequence[Release],
+    draw: _Draw,
+    members: Tensor,
+    key_A: Tensor,
+    t: int,
+    random: bool = True,
+) -> Step:
     """Lay out a step: all patients, or a Poisson draw, in I slots of R records; a slot left over repeats the last.
 
-    Which units are dropped for a patient is a function of the patient and the step, not of the slot it lies in.
+    Which units are dropped for a patient is a function of the patient and the step, not of the slot it lies in; where
+    nothing is dropped (not `random`), no streams are made.
     """
     size_A1, wide = patients.size_K[:, None], max(1, int(patients.size_K.max()))
     place_AI = torch.arange(wide).expand(len(members), -1)
     there_AI = place_AI < size_A1
-    probability_A1 = torch.tensor([r.probability for r in releases])[:, None]
+    probability_A1 = torch.tensor([r.probability for r in releases], dtype=torch.float64)[:, None]
     if bool((probability_A1 < 1).any()):
         coin_AI = torch.where(there_AI, draw(members, t, wide), 2)
         rank_AI = torch.where(coin_AI < probability_A1, coin_AI, 2)
         taken_A1 = (rank_AI < 2).sum(1, keepdim=True)
-        if cap := releases[0].cap:  # the lowest coins stay: a random subset
-            taken_A1 = taken_A1.clamp(max=cap)
+        cap_A1 = torch.tensor([r.cap or wide for r in releases])[:, None]
+        taken_A1 = torch.minimum(taken_A1, cap_A1)  # the lowest coins stay: a random subset
         width = max(1, int(taken_A1.max()))
         place_AI = rank_AI.argsort(1)[:, :width] if width < wide else rank_AI.argsort(1)
         there_AI = torch.arange(width) < taken_A1
     patient_AI = patients.offset_K[:, None] + torch.minimum(place_AI, (size_A1 - 1).clamp(min=0))
-    patient_AI = patient_AI.clamp(max=max(0, len(patients.first_I) - 1))
+    patient_AI = patient_AI.clamp(max=len(patients.first_I) - 1)
     first_AI, R = patients.first_I[patient_AI], patients.records
-    key_AI = streams.subkey(patients.key_I[patient_AI] ^ key_A[:, None], t)
-    if R == 1:
-        return Step(first_AI, there_AI, key_AI, 1)
+    key_AI = streams.subkey(patients.key_I[patient_AI] ^ key_A[:, None], t) if random else first_AI
+    if R == 1:  # as record 0 of several: one patient with more records must not change the others' streams
+        return Step(first_AI, there_AI, streams.subkey(key_AI, 0) if random else key_AI, 1)
     count_AI1, r = patients.count_I[patient_AI][..., None], torch.arange(R)
     row_AIR = first_AI[..., None] + torch.minimum(r, count_AI1 - 1)
     valid_AIR = there_AI[..., None] & (r < count_AI1)
@@ -222,44 +249,45 @@ def _chunks(patients: Patients, parameters: int, guarantee: Guarantee, names: Se
 
 # Clipped sums -------------------------------------------------------------------------------------------------------
 
-_Summed = Callable[[list[Tensor], Tensor, Tensor, Step, Task, Factor], tuple[list[Tensor], Tensor]]
-"""(weights, x [A, B, ...], y [A, B], step, task, factor) -> sums [A, *shape] float64 and norms [A, I]."""
+_Summed = Callable[[list[Tensor], Tensor, Tensor, Step, Task, Factor], tuple[Tensor, Tensor]]
+"""(weights, x [A, B, ...], y [A, B], step, task, factor) -> sums [A, P] and norms [A, I]."""
 
 
 def _summer(model: nn.Module, path: Path) -> _Summed:
     if path == "rules":
-        return _ByRules(RuledModel(model))
+        return _ByRules(model)
     return _ByFunc(model)
 
 
 def _clipped(
     summed: _Summed, weights: list[Tensor], patients: Patients, step: Step, task: Task, factor: Factor
-) -> tuple[list[Tensor], Tensor, int]:
-    """Return the clipped sums; a patient whose gradient is not finite counts as zero, as if it were not there."""
+) -> tuple[Tensor, Tensor]:
+    """Return the clipped sums, and each slot's norm; a patient whose gradient is not finite adds nothing to them."""
     rows = step.row_AB.reshape(-1)
     x = patients.x_NF.index_select(0, rows).view(*step.row_AB.shape, *patients.x_NF.shape[1:])
     y = patients.y_N.index_select(0, rows).view(step.row_AB.shape)
-    total, norm_AI = summed(weights, x, y, step, task, factor)
-    bad_AI = ~torch.isfinite(norm_AI)
-    return total, norm_AI, int(bad_AI.sum())
+    return summed(weights, x, y, step, task, factor)
 
 
 class _ByRules:
     """Norms and one weighted product a layer."""
 
-    def __init__(self, ruled: RuledModel) -> None:
-        self.ruled = ruled
-        self.kept: list[Tensor] = []
+    def __init__(self, model: nn.Module) -> None:
+        self.ruled, self.layout = RuledModel(model), Layout.of(model)
+        self.total_AP, self.targets = torch.empty(0), list[Tensor]()
 
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         z = self.ruled.forward(x, weights, step.key_AB)
         dz = torch.where(step.valid_AB[..., None], loss_gradient(task, z, y), 0)
-        if not self.kept or self.kept[0].shape[0] != len(x):
-            self.kept = [torch.empty(len(x), *w.shape[1:], dtype=torch.float64) for w in weights]
-        norm_AI = self.ruled.clipped_backward(dz, weights, self.kept, step.records, factor)
-        return self.kept, norm_AI
+        narrow = x.shape[1] <= NARROW and step.records == 1 and self.ruled.one_slot and x.dim() == 3
+        exact = x.dtype if narrow else torch.float64  # what float32 rounds away is counted: SLACK
+        if len(self.total_AP) != len(x) or self.total_AP.dtype != exact:
+            self.total_AP = torch.empty(len(x), self.layout.size, dtype=exact)
+            self.targets = [piece for _, piece in self.layout.pieces(self.total_AP)]
+        norm_AI = self.ruled.clipped_backward(dz, weights, self.targets, step.records, factor)
+        return self.total_AP, norm_AI
 
 
 class _ByFunc:
@@ -271,7 +299,7 @@ class _ByFunc:
 
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         R = step.records
 
         def loss(named: dict[str, Tensor], x_R: Tensor, y_R: Tensor, valid_R: Tensor, key_R: Tensor) -> Tensor:
@@ -283,8 +311,7 @@ class _ByFunc:
             return torch.where(valid_R, sample_loss(task, z_R, y_R), 0).sum()
 
         gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
-        totals: list[list[Tensor]] = []
-        norms = []
+        totals, norms = [], []
         for a in range(len(x)):
             named = {name: w[a] for name, w in zip(self.names, weights, strict=True)}
             parts = [v[a].reshape(-1, R, *v.shape[2:]) for v in (x, y, step.valid_AB, step.key_AB)]
@@ -292,10 +319,9 @@ class _ByFunc:
             norm_I = torch.stack([g.square().sum(1) for g in g_IP]).sum(0).sqrt()
             good_I = torch.isfinite(norm_I)
             weight_I = torch.where(good_I, factor(norm_I), 0)
-            totals.append([weight_I @ torch.where(good_I[:, None], g, 0) for g in g_IP])
+            totals.append(torch.cat([weight_I @ torch.where(good_I[:, None], g, 0) for g in g_IP]))
             norms.append(norm_I)
-        stacked = [torch.stack([t[i] for t in totals]) for i in range(len(weights))]
-        return [s.view(w.shape) for s, w in zip(stacked, weights, strict=True)], torch.stack(norms)
+        return torch.stack(totals), torch.stack(norms)
 
 
 # Noise at the site --------------------------------------------------------------------------------------------------

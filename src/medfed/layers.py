@@ -67,7 +67,7 @@ class Rule(ABC):
 
     @abstractmethod
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        """Return dL/dx (unless this is the `first` layer, whose input needs none); may overwrite dy."""
+        """Return dL/dx (unless this is the `first` layer with parameters: nothing below needs it); may overwrite dy."""
 
     def square_norms(self, records: int) -> Tensor | None:
         """Return |gradient|^2 [A, N] (float64) of each patient's `records` neighbouring slots; None without parameters.
@@ -106,7 +106,7 @@ class Rule(ABC):
         for i, (target, gradient) in enumerate(zip(targets, self.gradients, strict=True)):
             A, N = gradient.shape[:2]
             weight_A1N = weight_AB[:, None, :: weight_AB.shape[1] // N]
-            wide = self._wide(f"gradient {i}", gradient, target).view(A, N, -1)
+            wide = self._wide(f"gradient {i}", gradient, weight_AB).view(A, N, -1)
             target.view(A, 1, -1).baddbmm_(weight_A1N, wide, beta=beta, alpha=alpha)
 
     def _wide(self, name: str, x: Tensor, like: Tensor) -> Tensor:
@@ -114,15 +114,13 @@ class Rule(ABC):
         return x if x.dtype == like.dtype else self.buffers.take(name, x.shape, like).copy_(x)
 
     def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
-        """Return dy, which begins with clients and slots, times each slot's weight, as numbers of the weight's type."""
+        """Return dy [A, B * positions, O] times each slot's weight, as numbers of the weight's type."""
+        positions = dy.shape[1] // weight_AB.shape[1]
+        weight = (weight_AB if positions == 1 else weight_AB.repeat_interleave(positions, 1)).unsqueeze(-1)
         y = self.buffers.take("weighted", dy.shape, weight_AB)
-        slots, weight = y.view(weight_AB.numel(), -1), weight_AB.view(-1, 1)
         if dy.dtype == y.dtype:
-            torch.mul(dy.reshape(slots.shape), weight, out=slots)
-        else:
-            y.copy_(dy)  # then multiply: twice as fast as a product of two types
-            slots.mul_(weight)
-        return y
+            return torch.mul(dy, weight, out=y)
+        return y.copy_(dy).mul_(weight)  # faster than a product of two types
 
 
 class LinearRule(Rule):
@@ -155,11 +153,11 @@ class LinearRule(Rule):
     def square_norms(self, records: int) -> Tensor:
         """One slot: |dy|^2 (|x|^2 + 1). S of them: the cheaper of products of pairs and the gradients themselves."""
         x, dy = self.x, self.dy
+        if records == 1 and x.shape[:2] == self.slots:
+            dy2, x2 = _square(dy), _square(x)
+            return dy2.addcmul_(dy2, x2) if len(self.names) == 2 else dy2.mul_(x2)
         A, N = self.slots[0], self.slots[1] // records
         S, (inputs, outputs) = x.shape[0] * x.shape[1] // (A * N), (x.shape[-1], dy.shape[-1])
-        if S == 1:
-            dy2, x2 = _square(dy), _square(x)
-            return (dy2.addcmul_(dy2, x2) if len(self.names) == 2 else dy2.mul_(x2)).view(A, N)
         if S * (inputs + outputs) < inputs * outputs:
             return self._square_norms_by_pairs(A * N).view(A, N)
         gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
@@ -178,7 +176,7 @@ class LinearRule(Rule):
         if weight_AB is not None:
             if self.gradients:
                 return self._accumulate_gradients(targets, beta, alpha, weight_AB)
-            x, dy = self._wide("x", x, targets[0]), self._weighted(dy, weight_AB)
+            x, dy = self._wide("x wide", x, weight_AB), self._weighted(dy, weight_AB)
         self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
             _blend(targets[1], self._total(dy, len(targets[1])), beta, alpha)
@@ -194,7 +192,7 @@ class LinearRule(Rule):
     def _total(self, dy: Tensor, groups: int) -> Tensor:
         """Return the sums of dy over each of `groups` equal runs of slots, [groups, O]."""
         total = self.buffers.take("db", (groups, dy.shape[-1]), dy)
-        return torch.sum(dy.view(groups, -1, dy.shape[-1]), 1, out=total)
+        return torch.sum(dy if groups == len(dy) else dy.view(groups, -1, dy.shape[-1]), 1, out=total)
 
 
 class ConvRule(LinearRule):
@@ -246,6 +244,9 @@ class ConvRule(LinearRule):
     def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
         _blend(target, self._product(dy, x, len(target)).view(target.shape), beta, alpha)
 
+    def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
+        return super()._weighted(dy, weight_AB.view(-1, 1))
+
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
         each = self.buffers.take("dw", (len(dy), dy.shape[-1], x.shape[-1]), dy)
         return _gathered(torch.bmm(dy.mT, x, out=each), groups)
@@ -263,7 +264,7 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, lengths: Sequence[int]) -> tuple[list
     Both are indices of [A * B, C, *lengths]; an output that is not written reads padding.
     """
     sizes, axes = [], []
-    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     for length, kernel, stride, padding, dilation in zip(lengths, *geometry, strict=True):
         size, axis = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, []
         for q in range(kernel):
@@ -467,12 +468,26 @@ class PoolRule(Rule):
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.slots, self.x = x.shape[:2], x.detach().flatten(0, 1).requires_grad_()
         with torch.enable_grad():
-            self.y = self.layer(self.x)
-        return self.y.detach().view(*self.slots, *self.y.shape[1:])
+            self.y: Tensor = self.layer(self.x)
+        y: Tensor = self.y.detach()
+        return y.view(*self.slots, *y.shape[1:])
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         (dx,) = torch.autograd.grad(self.y, self.x, dy.reshape(self.y.shape))
-        return dx.reshape(*self.slots, *self.x.shape[1:])
+        return dx.contiguous().view(*self.slots, *self.x.shape[1:])
+
+
+class MeanRule(Rule):
+    """The mean of each channel."""
+
+    def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
+        self.shape = x.shape
+        y: Tensor = x.flatten(3).mean(3)
+        return y.view(*x.shape[:3], *(1 for _ in x.shape[3:]))
+
+    def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
+        dx = self.buffers.take("dx", self.shape, dy)
+        return torch.div(dy.expand(self.shape), prod(self.shape[3:]), out=dx)
 
 
 class ActivationRule(Rule):
@@ -523,8 +538,8 @@ RULES: dict[type[nn.Module], type[Rule]] = {
     nn.AvgPool2d: PoolRule,
     nn.MaxPool1d: PoolRule,
     nn.MaxPool2d: PoolRule,
-    nn.AdaptiveAvgPool1d: PoolRule,
-    nn.AdaptiveAvgPool2d: PoolRule,
+    nn.AdaptiveAvgPool1d: MeanRule,
+    nn.AdaptiveAvgPool2d: MeanRule,
     **dict.fromkeys(ActivationRule.KERNELS, ActivationRule),
 }
 """Which rule serves which layer; a layer type not listed here sends its model to the torch.func fallback."""
@@ -536,10 +551,12 @@ class RuledModel:
     def __init__(self, module: nn.Module) -> None:
         self.rules = [RULES[type(layer)](layer) for layer in _leaves(module)]
         self.random = any(isinstance(rule, DropoutRule) for rule in self.rules)
+        self.one_slot = not any(isinstance(rule, ConvRule | EmbeddingRule) for rule in self.rules)
         ends = [0]
         for rule in self.rules:
             ends.append(ends[-1] + len(rule.names))
         self.spans = [slice(a, b) for a, b in pairwise(ends)]
+        self.first = next((i for i, rule in enumerate(self.rules) if rule.names), len(self.rules))
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         """Return outputs [A, B, C] for x [A, B, ...]; `params` are [A, *shape] in `named_parameters()` order.
@@ -554,9 +571,9 @@ class RuledModel:
         self, dz: Tensor, params: Sequence[Tensor], targets: Sequence[Tensor], beta: float, alpha: float
     ) -> None:
         """Go back from dL/dz [A, B, C]; blend every gradient into its target (which may be the parameter itself)."""
-        for index in range(len(self.rules) - 1, -1, -1):
+        for index in range(len(self.rules) - 1, self.first - 1, -1):
             rule, span = self.rules[index], self.spans[index]
-            dz = rule.backward(dz, params[span], first=index == 0)
+            dz = rule.backward(dz, params[span], first=index == self.first)
             rule.accumulate(targets[span], beta, alpha)
 
     def clipped_backward(
@@ -574,8 +591,8 @@ class RuledModel:
         finite adds nothing. Norms are float64; sums are taken in the targets' type: in float64 one patient moves them
         by at most weight * norm, up to 1e-12; in float32 the rounding of n terms may add 1e-7 n of the sum of norms.
         """
-        for index in range(len(self.rules) - 1, -1, -1):
-            dz = self.rules[index].backward(dz, params[self.spans[index]], first=index == 0)
+        for index in range(len(self.rules) - 1, self.first - 1, -1):
+            dz = self.rules[index].backward(dz, params[self.spans[index]], first=index == self.first)
         squares = [square for rule in self.rules if (square := rule.square_norms(records)) is not None]
         norm_AN = _sum(squares).sqrt_()
         weight_AN = factor(norm_AN)
@@ -624,6 +641,8 @@ def _plain(layer: nn.Module) -> bool:
         case Embedding():
             unusual = (layer.padding_idx, layer.max_norm) != (None, None) or layer.scale_grad_by_freq or layer.sparse
             return not unusual
+        case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d():
+            return layer.output_size in (1, (1,), (1, 1))
         case nn.MaxPool1d() | nn.MaxPool2d():
             return not layer.return_indices
     return True
@@ -631,7 +650,8 @@ def _plain(layer: nn.Module) -> bool:
 
 def _square(x: Tensor) -> Tensor:
     """Return |x|^2 over the last axis, in float64."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square_()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norm.square_()
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

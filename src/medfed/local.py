@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from medfed.layers import RuledModel, has_rules
 from medfed.models import Dropout
 
 Path = Literal["auto", "rules", "func", "loop"]
+_Piece = TypeVar("_Piece")
+_Done = TypeVar("_Done")
 
 _RULES_CHUNK_BYTES = 8 << 20  # what a chunk of clients touches in a step: about what the caches hold
 _FUNC_CHUNK_BYTES = 32 << 20  # torch.func pays per call, so it wants longer stacks
@@ -201,24 +203,31 @@ def _runner(model: nn.Module, path: Path) -> Callable[[_Chunk], tuple[Tensor, Te
 
 
 def _run(model: nn.Module, path: Path, chunks: Sequence[_Chunk]) -> list[tuple[Tensor, Tensor]]:
-    """Train every chunk: by rules each on one thread, as many at a time as torch has threads.
+    """Train every chunk: by rules each on one thread, as many at a time as torch has threads."""
+    return on_threads(chunks, partial(_runner, model, path), alone=path != "rules")
+
+
+def on_threads(
+    chunks: Sequence[_Piece], maker: Callable[[], Callable[[_Piece], _Done]], alone: bool = False
+) -> list[_Done]:
+    """Do every chunk's work on one thread each; every thread makes a worker of its own. `alone`: all on this thread.
 
     Threads that each walk a chunk of their own do not wait for one another at every product, as threads inside a
     product do; on a busy machine that is the difference between slower and ten times slower.
     """
     threads = torch.get_num_threads()
-    if path != "rules" or threads == 1 or len(chunks) < 2:
-        run = _runner(model, path)
-        return [run(chunk) for chunk in chunks]
+    if alone or threads == 1 or len(chunks) < 2:
+        work = maker()
+        return [work(chunk) for chunk in chunks]
     mine = threading.local()
 
     def enter() -> None:
         torch.set_num_threads(1)  # of this thread, and of threads to come
-        mine.run = _runner(model, path)
+        mine.work = maker()
 
     try:
         with ThreadPoolExecutor(min(threads, len(chunks)), initializer=enter) as pool:
-            return list(pool.map(lambda chunk: mine.run(chunk), chunks))
+            return list(pool.map(lambda chunk: mine.work(chunk), chunks))
     finally:
         torch.set_num_threads(threads)
 

@@ -18,6 +18,7 @@ from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
 
 Norm = Literal["layer", "group", "none"]
+Init = Literal["torch", "he"]
 _GROUPS, _CHANNELS = 8, 4  # at most so many groups of at least so many units: a group of one would be all zeros
 
 
@@ -62,7 +63,7 @@ class Series(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.view(len(x), self.channels, -1)
+        return x.reshape(len(x), self.channels, -1)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
@@ -83,9 +84,18 @@ def norm_layer(kind: Norm, width: int) -> nn.Module:
 
 
 def mlp(
-    features: int, outputs: int = 1, hidden: Sequence[int] = (64, 32), dropout: float = 0.0, norm: Norm = "none"
+    features: int,
+    outputs: int = 1,
+    hidden: Sequence[int] = (64, 32),
+    dropout: float = 0.0,
+    norm: Norm = "none",
+    init: Init = "torch",
 ) -> nn.Sequential:
-    """Return a multi-layer perceptron: for each hidden width Linear, norm, ReLU, dropout; then Linear."""
+    """Return a multi-layer perceptron: for each hidden width Linear, norm, ReLU, dropout; then Linear.
+
+    init: "torch" is torch's own; "he" keeps the signal's size through the layers (He et al. 2015), biases zero. Without
+    a norm layer a deep network under privacy needs "he": else the last bias takes all of a clipped gradient.
+    """
     layers: list[nn.Module] = []
     width = features
     for units in hidden:
@@ -93,6 +103,12 @@ def mlp(
         width = units
     layers.append(nn.Linear(width, outputs))
     kept = [m for m in layers if not isinstance(m, nn.Identity) and not (isinstance(m, Dropout) and m.p == 0)]
+    if init == "he":
+        for layer in (m for m in kept if isinstance(m, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    elif init != "torch":
+        raise StudyError(f"init={init!r}; expected one of {', '.join(map(repr, get_args(Init)))}")
     return nn.Sequential(*kept)
 
 
@@ -110,6 +126,7 @@ def MedicalNeuralNetwork(
     hidden: Sequence[int] = (512, 256, 128, 64, 32),
     dropout: float = 0.3,
     norm: Norm = "layer",
+    init: Init = "torch",
 ) -> nn.Sequential:
     """Return the brief's network: five hidden layers with dropout; its L2 penalty is `training.weight_decay`.
 
@@ -117,27 +134,29 @@ def MedicalNeuralNetwork(
     and its running statistics differ between hospitals: LayerNorm stands in its place. With 32 features it has
     193,473 parameters; the brief says about 195,000.
     """
-    return mlp(features, outputs, hidden, dropout, norm)
+    return mlp(features, outputs, hidden, dropout, norm, init)
 
 
 def conv1d(
     features: int, outputs: int = 1, channels: int = 1, widths: Sequence[int] = (16, 32), kernel: int = 5
 ) -> nn.Sequential:
-    """Return a small convolutional network on series: for each width Conv1d, GroupNorm, ReLU, halving; mean; Linear.
+    """Return a small convolutional network on series: for each width Conv1d, GroupNorm, ReLU; then mean and Linear.
 
-    A row's features are its `channels` series one after another, each F / channels long.
+    A row's features are its `channels` series one after another; each convolution halves their length.
     """
     if kernel < 1 or kernel % 2 == 0:
-        raise StudyError(f"kernel={kernel}; expected an odd number, so that a series keeps its length")
-    if channels < 1 or features % channels or features // channels < 2 ** len(widths):
+        raise StudyError(f"kernel={kernel}; expected an odd number, so that a step has as much on its left as right")
+    if channels < 1 or features % channels:
         raise StudyError(
-            f"channels={channels}: {features} features cannot be cut into as many equal series of {2 ** len(widths)} "
-            "steps or more; change channels or widths"
+            f"channels={channels}; expected a divisor of the {features} features, which are cut into series"
         )
     layers: list[nn.Module] = [Series(channels)]
     for before, width in pairwise([channels, *widths]):
-        layers += [nn.Conv1d(before, width, kernel, padding=kernel // 2), norm_layer("group", width)]
-        layers += [nn.ReLU(), nn.AvgPool1d(2)]
+        layers += [
+            nn.Conv1d(before, width, kernel, stride=2, padding=kernel // 2),
+            norm_layer("group", width),
+            nn.ReLU(),
+        ]
     last = widths[-1] if widths else channels
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(last, outputs))
 

@@ -69,11 +69,16 @@ class Site:
 
     @classmethod
     def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
-        """Return a node for every patient of every site, named by site and number: a fleet of devices."""
+        """Return a node for every patient of every site: a fleet of devices.
+
+        A device's name, which decides its turn, is the site's and a keyed hash of who the patient is: a number in order
+        would let one patient's joining rename others. Who knows the seed can tell from names who has a device.
+        """
         streams, nodes = Streams(study.study.seed), []
-        for name, frame in frames.items():
-            for number, table in enumerate(clean(name, frame, study.data, streams).by_patient()):
-                nodes.append(cls(f"{name} {number + 1:05d}", table, study, folder))
+        for site, frame in frames.items():
+            for table in clean(site, frame, study.data, streams).by_patient():
+                name = f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}"
+                nodes.append(cls(name, table, study, folder))
         return nodes
 
     def under(self, study: Study) -> "Site":
@@ -96,7 +101,8 @@ class Site:
 
     def forget(self) -> None:
         """Remember nothing of earlier rounds."""
-        self.memory = ALGORITHMS[self.study.training.algorithm].blank(vector(self.model))
+        algorithm = ALGORITHMS[self.study.training.algorithm]
+        self.memory = algorithm.blank(vector(self.model)) if algorithm.kept else {}
 
 
 Header = Mapping[str, Any]
@@ -161,33 +167,47 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     promised = None
     if guarantee.asked(sites[0].study):
         promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
-    for site in sites:
-        table = _table(site)
+    tables = [_table(site) for site in sites]
+    for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.guarantee = encoding, model, promised
-        site.train = encoding.encode(table, ~table.test, ~table.test)
-        site.test = encoding.encode(table, table.test, ~table.test)
-        if promised:
-            site.train = replace(site.train, key=_patient_keys(site, table))
+        held = torch.from_numpy(table.test)
+        keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
+        site.train, site.test = keyed.at(~held), rows.at(held)
         site.forget()
     return [codec.encode({"train": len(site.train), "test": len(site.test)}) for site in sites]
 
 
+def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
+    """Encode all records of each table, gaps filled from its training records; a public encoding fills from nobody.
+
+    So then all tables are encoded as one: a fleet of devices has thousands.
+    """
+    if not encoding.public:
+        return [encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables]
+    every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
+    rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test)
+    parts = zip(rows.x.split(sizes), rows.y.split(sizes), tables, strict=True)
+    return [Rows(x, y, torch.from_numpy(table.patient)) for x, y, table in parts]
+
+
 def _patient_keys(site: Site, table: SiteTable) -> Tensor:
-    """Return the stream of each training record's patient: a function of who it is, whoever else is at the site."""
+    """Return the stream of each record's patient: a function of who it is, whoever else is at the site."""
     seed = Streams(site.study.study.seed)
-    patients, place = np.unique(table.patient[~table.test], return_inverse=True)
-    keys = torch.tensor([seed.key("patient", table.ids[code]) for code in patients], dtype=torch.int64)
-    return keys[torch.from_numpy(place)]
+    return torch.tensor([seed.key("patient", who) for who in table.ids], dtype=torch.int64)[table.patient]
 
 
 def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Enrol each site's training patients in its ledger; refuse a plan that their budget does not bear."""
-    for site in sites:
-        if site.account and site.guarantee:
-            table = _table(site)
-            ids = table.ids[np.unique(table.patient[~table.test])]
-            site.account.enrol(header["run"], site.name, ids, site.guarantee, header["fresh"])
+    """Enrol the sites' training patients in their ledger; refuse a plan that their budget does not bear."""
+    account, promised = sites[0].account, sites[0].guarantee
+    if account and promised:
+        rosters = {site.name: _training_ids(_table(site)) for site in sites}
+        account.enrol(header["run"], rosters, promised, header["fresh"])
     return [codec.encode({}) for _ in sites]
+
+
+def _training_ids(table: SiteTable) -> np.ndarray:
+    ids: np.ndarray = table.ids[np.unique(table.patient[~table.test])]
+    return ids
 
 
 def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:

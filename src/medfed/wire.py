@@ -68,11 +68,11 @@ class JointNoise:
         return message_KM
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
-        return mean_M + (self._seeded(round) if self.guarantee.simulation_only else self._drawn())
+        return mean_M + (self._seeded(round) if self.guarantee.simulation_only else self._drawn(round))
 
-    def _drawn(self) -> Tensor:
+    def _drawn(self, round: int) -> Tensor:
         g = self.guarantee
-        noise = self._correlated.next() if g.strategy else self._gradient_noise(g.parameters)
+        noise = self._correlated.next(round - 1) if g.strategy else self._gradient_noise(g.parameters)
         if g.clipping != "adaptive":
             return torch.from_numpy(noise)
         count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)

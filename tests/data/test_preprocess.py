@@ -30,7 +30,8 @@ def _table(columns: Cells, label: list[Any] | None = None, test: list[int] | Non
     labels = np.array(label if label is not None else ["0", "1"] * rows, dtype=object)[:rows]
     if label and not isinstance(label[0], str):
         labels = labels.astype(np.float64)
-    return SiteTable(numbers, texts, labels, np.arange(rows), np.array(test or [0] * rows, dtype=bool))
+    ids = np.array([f"p{i}" for i in range(rows)], dtype=object)
+    return SiteTable(numbers, texts, labels, np.arange(rows), np.array(test or [0] * rows, dtype=bool), ids)
 
 
 def _ask(tables: dict[str, SiteTable], spy: Callable[[str, dict[str, Any], Tensor], None] | None = None) -> Ask:

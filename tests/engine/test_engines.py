@@ -40,7 +40,7 @@ def pipes(folder: Path, study: Study) -> Pipes:
 def train(plan: Plan, fleet: Fleet, log: Log, rounds: int) -> Server:
     server = plan.algorithm.begin(plan.first_weights(), plan.study.training)
     for _ in range(rounds):
-        server = run_round(server, plan, fleet, plan.ledger(), log)
+        server = run_round(server, plan, fleet, plan.budget(), log)
     return server
 
 
@@ -88,10 +88,10 @@ def test_a_killed_site_is_told_and_stops_the_run_unless_the_quorum_allows_it(stu
     server = train(plan, far, log, 1)
     os.kill(far.children["east"].pid, signal.SIGKILL)
     with pytest.raises(QuorumError, match=r"2 of 3 sites answered.*east: the site's process has ended"):
-        run_round(server, plan, far, plan.ledger(), log)
+        run_round(server, plan, far, plan.budget(), log)
     lenient = study.set("training.quorum", 0.5)
     plan = type(plan)(**{**plan.__dict__, "study": lenient})
-    server = run_round(server, plan, far, plan.ledger(), log)
+    server = run_round(server, plan, far, plan.budget(), log)
     assert server.round == 2
     told = [event for event in log.events() if isinstance(event, SiteExcluded)]
     assert {event.site for event in told} == {"east"}

@@ -21,7 +21,9 @@ from medfed.monitor.events import (
 from medfed.monitor.events import Tested as ModelTested
 from medfed.monitor.metrics import CLASS_METRICS, NUMBER_METRICS, Figure
 from medfed.monitor.summary import summarise
+from medfed.privacy.budget import NoClaim
 
+UNCLAIMED = NoClaim().claim()
 NAMES = ["north", "[bold]x[/]", "[red]", "[/]", "[/bold]", "a\\", "[link=x]y[/link]"]
 
 
@@ -30,7 +32,7 @@ def _run(name: str, rounds: int = 3, metrics: Iterable[str] = CLASS_METRICS) -> 
     sizes = {name: {"train": 30, "test": 10}, "other": {"train": 20, "test": 5}}
     events: list[Event] = [
         RunStarted(name, "HRESCH", "d", 7, rounds, {}, {}),
-        Planned("fedavg", name, 3, 2, 3, "rules", sizes, {name: {"0": 1}}, {"epsilon": None}, 1, 2),
+        Planned("fedavg", name, 3, 2, 3, "rules", sizes, {name: {"0": 1}}, UNCLAIMED, 1, 2),
         Warned(f"careful with {name}"),
     ]
     for number in range(1, rounds + 1):

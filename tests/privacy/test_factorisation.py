@@ -336,7 +336,10 @@ def test_coefficients_off_the_grid_are_refused() -> None:
     [
         (lambda count: np.zeros(count), r"sample gave float64 \(4,\); expected int64 \(4,\)"),
         (lambda count: np.zeros(1, np.int64), r"sample gave int64 \(1,\); expected int64 \(4,\)"),
-        (lambda count: np.full(count, 2**62), r"overflows 64 bits"),
+        (
+            lambda count: np.full(count, 2**62 // 7680 + 1),
+            r"overflows 64 bits",
+        ),  # their sum, in units
         (lambda count: np.full(count, -(2**63)), r"overflows 64 bits"),
     ],
 )

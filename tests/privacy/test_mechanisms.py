@@ -30,6 +30,7 @@ from medfed.privacy.mechanisms import (
     discrete_laplace,
     exact_discrete_gaussian,
     gaussian_float,
+    geometric_noise,
     grid_sensitivity,
     randomised_response,
     randomised_response_frequencies,
@@ -224,6 +225,7 @@ def test_tables_variances_add_up_and_the_stated_bound_holds_for_every_sigma(sigm
     assert rest <= 400**2
     assert not noise._lower or rest >= 21
     assert noise.total_variation < 2.0**-74
+    assert all(len(table.edge) <= 8192 for table in [noise._top, *(table for _, table in noise._lower)])
 
 
 def test_a_word_on_the_edge_is_decided_by_a_second_word() -> None:
@@ -392,6 +394,15 @@ def test_the_same_noise_never_comes_twice() -> None:
 
 
 # Accounting
+
+
+@pytest.mark.parametrize("variance", [0.3, 1.0, 1.7**2, 3.36])
+def test_smoothing_bounds_how_much_a_sum_depends_on_its_centre(variance: float) -> None:
+    with mpmath.workdps(60):
+        v = mpmath.mpf(variance)
+        sums = [sum(mpmath.exp(-((j + mpmath.mpf(c) / 8) ** 2) / (2 * v)) for j in range(-40, 41)) for c in range(5)]
+        worst = max(abs(x / mpmath.sqrt(2 * mpmath.pi * v) - 1) for x in sums)
+        assert worst <= mechanisms._smoothing(variance) <= 1.02 * worst
 
 
 @pytest.mark.parametrize("sigma", [2.0, 3.0])
@@ -601,6 +612,17 @@ def test_laplace_noise_has_this_scale_and_no_other(low: float, high: float, unit
     assert _laplace_fit(noise.astype(int), scale) > ALPHA
     assert [
         wrong for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5) if _laplace_fit(noise.astype(int), wrong * scale) > ALPHA
+    ] == []
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 2.0])
+def test_geometric_noise_has_scale_one_over_epsilon_and_no_other(epsilon: float) -> None:
+    noise = geometric_noise((200, 100), epsilon, _entropy(("geometric", epsilon)))
+    assert noise.dtype == np.int64
+    assert noise.shape == (200, 100)
+    assert _laplace_fit(noise.ravel(), 1 / epsilon) > ALPHA
+    assert [
+        wrong for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5) if _laplace_fit(noise.ravel(), wrong / epsilon) > ALPHA
     ] == []
 
 

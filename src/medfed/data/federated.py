@@ -22,6 +22,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.y)
 
+    def at(self, rows: Tensor) -> "Rows":
+        """Return the rows marked in a mask, bool [n]."""
+        key = None if self.key is None else self.key[rows]
+        return Rows(self.x[rows], self.y[rows], self.patient[rows], key)
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -67,8 +72,13 @@ class Patients:
 
     @classmethod
     def of(cls, clients: Sequence[Rows]) -> "Patients":
-        """Sort each client's rows by patient and lay the clients end to end."""
+        """Sort each client's rows by patient and lay the clients end to end.
+
+        Where nobody has a patient, there is one blank that nobody owns: slots without a patient need a row to repeat.
+        """
         sorted_ = [_by_patient(rows) for rows in clients]
+        if not any(len(rows) for rows in clients):
+            return cls._empty(clients[0], len(clients))
         count_I = torch.cat([count for _, count in sorted_])
         size_K = torch.tensor([len(count) for _, count in sorted_], dtype=torch.int64)
         first_I = count_I.cumsum(0) - count_I
@@ -83,10 +93,16 @@ class Patients:
             size_K,
         )
 
+    @classmethod
+    def _empty(cls, rows: Rows, clients: int) -> "Patients":
+        blank, none_K = torch.zeros(1, dtype=torch.int64), torch.zeros(clients, dtype=torch.int64)
+        x_NF, y_N = rows.x.new_zeros(1, *rows.x.shape[1:]), rows.y.new_zeros(1)
+        return cls(x_NF, y_N, blank, blank + 1, blank, none_K, none_K)
+
     @property
     def records(self) -> int:
         """R, the most records of one patient."""
-        return max(1, int(self.count_I.max())) if len(self.count_I) else 1
+        return int(self.count_I.max())
 
     def of_clients(self, members: Tensor) -> "Patients":
         """Return the patients of some clients; rows are shared, not copied."""

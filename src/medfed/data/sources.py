@@ -9,11 +9,12 @@ the file's id and diagnosis columns. The brief's "two engineered interaction fea
 `heart` is the UCI heart disease set: 920 patients at four hospitals, 13 features. Absent measurements are coded as 0 in
 two columns (serum cholesterol, resting blood pressure); Switzerland measured no cholesterol at all.
 
-`thyroid` is the Garavan Institute's archive of thyroid panels, 1984 to 1987: 9,172 records, 28 features, six referral
-sources. West has three records and is counted under `other`. Four ages above 110 are typing errors and are taken as
-missing. A record's number is taken for its patient's: the archive does not say which records are of one patient.
+`thyroid` is the Garavan Institute's archive of thyroid panels, 1984 to 1987: 9,172 records, 28 features, five referral
+sources (a sixth, WEST, has three records and is counted under `other`). Four ages above 110 are typing errors and are
+taken as missing. A record's number stands for its patient: the archive does not say which records are of one patient.
 
-Ranges in the dictionaries are what a physician would call possible, not what these patients have: that would be a leak.
+Dictionaries hold what is known without asking a patient: ranges that a physician would call possible (heart, thyroid)
+or that were published long ago (breast-cancer).
 """
 
 import dataclasses
@@ -162,20 +163,26 @@ def _heart(folder: Path | None, progress: bool) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+# An indicator where a hospital may not make the test at all: laboratory, fluoroscopy, scintigraphy, slope.
 _HEART_DICTIONARY = {
     "age": Feature(range=(20, 100), unit="years"),
     "sex": Feature(categories=("0", "1"), doc="1 is male"),
     "cp": Feature(categories=("1", "2", "3", "4"), doc="chest pain: typical angina, atypical, non-anginal, none"),
     "trestbps": Feature(range=(80, 220), missing=("0",), unit="mm Hg", doc="resting blood pressure; 0 is not measured"),
-    "chol": Feature(range=(80, 620), missing=("0",), unit="mg/dl", doc="serum cholesterol; 0 is not measured"),
-    "fbs": Feature(categories=("0", "1"), doc="fasting blood sugar above 120 mg/dl"),
+    "chol": Feature(
+        range=(80, 620), missing=("0",), indicator=True, unit="mg/dl", doc="serum cholesterol; 0 is not measured"
+    ),
+    "fbs": Feature(categories=("0", "1"), indicator=True, doc="fasting blood sugar above 120 mg/dl"),
     "restecg": Feature(categories=("0", "1", "2"), doc="resting ECG: normal, ST-T abnormality, hypertrophy"),
     "thalach": Feature(range=(60, 210), unit="1/min", doc="highest heart rate in the exercise test"),
     "exang": Feature(categories=("0", "1"), doc="angina in the exercise test"),
     "oldpeak": Feature(range=(-3, 7), unit="mm", doc="ST depression by exercise"),
-    "slope": Feature(categories=("1", "2", "3"), doc="slope of the ST segment: up, flat, down"),
-    "ca": Feature(range=(0, 3), doc="vessels coloured by fluoroscopy"),
-    "thal": Feature(categories=("3", "6", "7"), doc="thallium scan: normal, fixed defect, reversible defect"),
+    "slope": Feature(categories=("1", "2", "3"), indicator=True, doc="slope of the ST segment: up, flat, down"),
+    "ca": Feature(range=(0, 3), indicator=True, doc="vessels coloured by fluoroscopy"),
+    "thal": Feature(
+        categories=("3", "6", "7"), indicator=True, doc="thallium scan: normal, fixed defect, reversible defect"
+    ),
+    "disease": Feature(categories=("no", "yes"), doc="a coronary artery narrowed by more than half"),
 }
 
 
@@ -215,21 +222,21 @@ _OLDEST = 110
 
 
 def _thyroid(folder: Path | None, progress: bool) -> pd.DataFrame:
-    place, columns = data_folder(folder), ["age", "sex", *_THYROID_FLAGS]
-    columns += [column for assay in _THYROID_ASSAYS for column in (f"{assay}_measured", assay)]
-    by_hand = place is not None and (place / "thyroid_garavan" / "thyroid0387.csv").exists()
-    ((name, sha256),) = (THYROID_TABLE if by_hand else THYROID_FILES).items()
+    place = data_folder(folder)
+    table = place is not None and (place / "thyroid_garavan" / "thyroid0387.csv").exists()
+    ((name, sha256),) = (THYROID_TABLE if table else THYROID_FILES).items()
     path = fetch("thyroid_garavan", name, THYROID_URL + name, sha256, folder, progress)
-    if by_hand:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        frame = frame.rename(columns={"referral_source": "referral", "target": "letters", "patient_id": "record"})
+    features = ["age", "sex", *_THYROID_FLAGS, *(c for assay in _THYROID_ASSAYS for c in (f"{assay}_measured", assay))]
+    columns = [*features, "referral", "letters", "record"]
+    if table:
+        frame = pd.read_csv(path, header=0, names=columns, dtype=str, keep_default_na=False)
     else:
-        frame = pd.read_csv(path, header=None, names=[*columns, "referral", "last"], dtype=str, keep_default_na=False)
-        frame[["letters", "record"]] = frame.pop("last").str.extract(r"^(.*)\[(\d+)\]$")  # -[840801013]
+        frame = pd.read_csv(path, header=None, names=columns[:-1], dtype=str, keep_default_na=False)
+        frame[["letters", "record"]] = frame["letters"].str.extract(r"^(.*)\[(\d+)\]$")  # -[840801013]
     frame["age"] = frame["age"].mask(pd.to_numeric(frame["age"]) > _OLDEST, "?")
     frame["referral"] = frame["referral"].replace("WEST", "other")
-    frame["condition"] = np.where(frame.pop("letters").str.startswith("-"), "no", "yes")
-    return frame[[*columns, "referral", "record", "condition"]]
+    frame["condition"] = np.where(frame.pop("letters") == "-", "no", "yes")
+    return frame
 
 
 def _thyroid_dictionary() -> dict[str, Feature]:

@@ -53,6 +53,25 @@ class SiteTable:
             one = np.zeros(len(rows), dtype=np.int64)
             yield SiteTable(numbers, texts, self.label[rows], one, self.test[rows], self.ids[code : code + 1])
 
+    @classmethod
+    def joined(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
+        """Return several sites' records end to end; a column that a site lacks is missing there."""
+        starts = np.cumsum([0, *(len(t.ids) for t in tables)])
+        return cls(
+            _end_to_end([t.numbers for t in tables], [len(t) for t in tables], np.nan),
+            _end_to_end([t.texts for t in tables], [len(t) for t in tables], None),
+            np.concatenate([t.label for t in tables]),
+            np.concatenate([t.patient + start for t, start in zip(tables, starts, strict=False)]),
+            np.concatenate([t.test for t in tables]),
+            np.concatenate([t.ids for t in tables]),
+        )
+
+
+def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], missing: object) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for table in columns for name in table)
+    parts = list(zip(columns, sizes, strict=True))
+    return {n: np.concatenate([c[n] if n in c else np.full(size, missing) for c, size in parts]) for n in names}
+
 
 def read(path: Path) -> pd.DataFrame:
     """Read a csv, csv.gz or parquet file; the index holds each row's number in the file."""

@@ -245,5 +245,5 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
     return {
         "mae": Figure(mae, None if half is None else mae - half, None if half is None else mae + half),
         "rmse": Figure(math.sqrt(square / n)),
-        "r2": Figure(1 - square / spread if spread > 1e-12 * total_square else None),
+        "r2": Figure(1 - square / spread if spread > max(1e-12 * total_square, 1e-300) else None),
     }

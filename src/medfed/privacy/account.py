@@ -4,7 +4,7 @@ The coordinator cannot overdraw it: what a round costs is worked out here from t
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medfed.core.checks import BudgetError
@@ -25,7 +25,7 @@ class Account:
         self.cohorts: dict[str, Cohort] = {}
         self.guarantee: Guarantee | None = None
         self._ledger: Ledger | None = None
-        self._counted: set[str] = set()
+        self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._paid: set[str] = set()  # who has paid for what has not yet been answered
 
     @property
@@ -35,19 +35,22 @@ class Account:
             self._ledger = Ledger.open(self.path)
         return self._ledger
 
-    def enrol(self, run: str, site: str, ids: Sequence[str], guarantee: Guarantee, fresh: bool) -> None:
-        """Enrol a site's training patients; before a fresh run, see that the whole plan fits what they have left.
+    def enrol(self, run: str, rosters: Mapping[str, Iterable[str]], guarantee: Guarantee, fresh: bool) -> None:
+        """Enrol the training patients of sites; before a fresh run, see that the whole plan fits what they have left.
 
         Under joint noise a patient of several sites is charged once a round: the noise covers all its sites.
         Raises BudgetError naming what is left; nothing is charged here.
         """
         self.run, self.guarantee = run, guarantee
-        mine = [name for name in ids if not guarantee.joint or name not in self._counted]
-        self._counted.update(mine)
-        self.cohorts[site] = self.ledger.enrol(site, mine)
+        if guarantee.joint:
+            rosters = {
+                site: [name for name in roster if self._payer.setdefault(name, site) == site]
+                for site, roster in rosters.items()
+            }
+        self.cohorts |= self.ledger.enrol_all(rosters)
         if fresh:
-            whole = replaced(guarantee.releases[site].event(), guarantee.uses)
-            self.ledger.check([self._charge(site, 0, whole)], self._limits())
+            whole = {site: replaced(guarantee.releases[site].event(), guarantee.uses) for site in rosters}
+            self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
 
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.

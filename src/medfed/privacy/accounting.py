@@ -248,11 +248,13 @@ def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
     """Return the divergences of one Poisson-sampled Gaussian (Mironov, Talwar and Zhang 2019)."""
     import dp_accounting as dp
 
-    found = _engine(dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z)), orders)
-    # They grow with the order, so the next one bounds an order whose series did not converge (there it says inf). The
-    # summand covers rounding (10 times the worst met): a tiny divergence that came out as 0 would be free for ever.
-    order = np.array(orders)
-    bound: Floats = np.minimum.accumulate(found.clip(0)[::-1])[::-1] + 1e-14 * order / (order - 1)
+    event, order = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z)), np.array(orders)
+    found, broken = _engine(event, orders), order % 1 > 0
+    # For broken orders dp-accounting sums a series of magnitudes: a bound, which need not converge. Divergences grow
+    # with the order, so the next whole one is a bound as well.
+    found[broken] = np.minimum(found[broken], _engine(event, np.ceil(order[broken])))
+    # Room for rounding, 10 times the worst met: a tiny divergence that came out as 0 would be free for ever.
+    bound: Floats = found.clip(0) + 1e-14 * order / (order - 1)
     return bound
 
 
@@ -277,7 +279,7 @@ def _truncated(event: TruncatedPoissonGaussian, orders: Sequence[float]) -> Floa
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """dp-accounting warns of every order whose series does not converge; `_sampled` repairs them."""
+    """dp-accounting warns of every order whose series does not converge; `_sampled` needs none of them."""
     from absl import logging
 
     before = logging.get_verbosity()
@@ -444,15 +446,15 @@ def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
             return gaussian_epsilon(1 / _mu(event), delta)
         case "pld":
             return pld_epsilon(event, delta)
-    raise PlanError(f"accountant={accountant!r}; {nearest(accountant, get_args(Accountant))}")
+    raise _unknown(accountant)
 
 
 def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp") -> float:
     """Return the smallest noise multiplier, rounded up by at most 1e-4 of it, whose event is within the target.
 
-    event_of: noise multiplier -> everything that one patient pays for, fixed in advance. By "rdp" the event is one that
-    the filter (`budget_rdp`) lets through, and so pays for the filter's fixed order: at most 1 % more noise than the
-    best order asks for, except at few steps of a small probability (35 % at 1000 steps of 0.001).
+    event_of: noise multiplier -> everything that one patient pays for, fixed in advance. By "rdp" it is what the filter
+    (`budget_rdp`) lets through at its one order. Over many steps that asks for the noise of the best order, within 1 %;
+    over few steps up to 10 % more, and up to 35 % more where the probability is 0.01 or less: there use "pld".
     Raises PlanError for a target out of bounds, or that no noise meets.
     """
     _check_target(epsilon, delta)
@@ -460,8 +462,10 @@ def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, 
         return _smallest(lambda z: _event_fits(np.zeros(len(ORDERS)), event_of(z), epsilon, delta))
     if accountant == "gdp":
         return _smallest(lambda z: _mu(event_of(z)) <= budget_mu(epsilon, delta))
-    start = calibrate(event_of, epsilon, delta) if accountant == "pld" else 1.0  # never far below: a grid would be huge
-    return _smallest(lambda z: epsilon_of(event_of(z), delta, accountant) <= epsilon, start)
+    if accountant == "pld":  # from RDP's answer down in small steps: far too little noise would need a huge grid
+        start = calibrate(event_of, epsilon, delta)
+        return _smallest(lambda z: pld_epsilon(event_of(z), delta) <= epsilon, start, step=1.1)
+    raise _unknown(accountant)
 
 
 def _event_fits(spent_rdp: Floats, event: Event, epsilon: float, delta: float) -> bool:
@@ -487,15 +491,19 @@ def _mu(event: Event) -> float:
     return mu
 
 
-def _smallest(meets: Callable[[float], bool], start: float = 1.0, rtol: float = 1e-4) -> float:
+def _unknown(accountant: str) -> PlanError:
+    return PlanError(f"accountant={accountant!r}; {nearest(accountant, get_args(Accountant))}")
+
+
+def _smallest(meets: Callable[[float], bool], start: float = 1.0, step: float = 2.0, rtol: float = 1e-4) -> float:
     """Return a value that `meets`, at most 1 + rtol times the smallest one; `meets` must stay true from there on."""
     low = high = start
     while not meets(high):
-        low, high = high, 2 * high
+        low, high = high, step * high
         if high > 1e12:
             raise PlanError("no noise multiplier up to 1e12 meets the target. Raise epsilon or delta, or plan less.")
     while low == high or meets(low):
-        low, high = low / 2, low
+        low, high = low / step, low
         if low < 1e-12:
             raise PlanError("a noise multiplier of 1e-12 still meets the target; expected an event that depends on it.")
     while high > low * (1 + rtol):

@@ -21,8 +21,15 @@ from medfed.study import Study
 GRID = 2.0**-20
 """One step of the integer grid, as a share of the clipping norm."""
 
-SLACK = 2.0**-12
-"""How far rounding in float32 may lift a clipped norm above C: fan-in plus fan-out times 2^-24, up to 4,096 units."""
+NARROW = 128
+"""Slots of a step whose clipped gradients may be summed in float32; wider steps are summed in float64."""
+
+SLACK = 2.0**-12 + 2 * NARROW**2 * 2.0**-24
+"""How far rounding may lift what one patient moves above C, as a share of C.
+
+The norm, in float32: fan-in plus fan-out times 2^-24, up to 4,096 units. The sum of n gradients in float32: each sum is
+off by at most n 2^-24 times the sum of the terms' sizes, so by n^2 2^-24 in norm, and twice that between neighbours.
+"""
 
 COUNT_NOISE = 1.6
 """adaptive: sd of the noised count of small gradients, in units of z; the gradient's noise then grows by 5.3 %."""

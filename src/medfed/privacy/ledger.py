@@ -384,7 +384,7 @@ class _Accounts:
             asked[c.cohort.id][c.study][_text(c.event)] += 1
         for c in {(c.study, c.cohort.id): c for c in reversed(charges)}.values():  # told by the first of its kind
             for study, epsilon in ((c.study, limits.epsilon), (None, limits.lifetime_epsilon)):
-                if epsilon < math.inf:
+                if epsilon != math.inf:  # NaN is refused below
                     self._refuse_over(c, asked, study, epsilon, limits.delta)
 
     def _refuse_over(self, c: Charge, asked: Charged, study: str | None, epsilon: float, delta: float) -> None:
@@ -601,11 +601,13 @@ def _explained(path: Path | None) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise LedgerError(f"{path} {_reason(getattr(error, 'sqlite_errorcode', 0) & 0xFF, error)}") from error
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{path} {_reason(sqlite3.SQLITE_CORRUPT, error)}") from error
     except OSError as error:
         raise LedgerError(f"{path} cannot be opened or written: {error.strerror}. {_ELSEWHERE}") from error
 
 
-def _reason(code: int, error: sqlite3.Error) -> str:
+def _reason(code: int, error: Exception) -> str:
     match code:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return (

@@ -415,13 +415,13 @@ def discrete_laplace(
         _above_zero(name, number)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise PlanError(f"low={low}, high={high}: expected finite low < high. Set the public range of the reading.")
-    steps = math.ceil((high - low) / unit - 1e-9)  # 0.3 / 0.1 is 3 steps; whatever it is, the index is held to it
+    steps = math.ceil((high - low) / unit - 1e-9)  # 0.3 / 0.1 is 3 steps; never less than rint gives below
     if not 1 <= steps <= 2**53:
         raise PlanError(f"unit={unit}: expected high - low = {high - low} to hold 1 to 2^53 steps. Set unit anew.")
     true = np.asarray(reading, np.float64)
     if np.isnan(true).any():
         raise DataError("reading: expected numbers, got NaN. Send no report where the device has no reading.")
-    index = np.rint((true.clip(low, high) - low) / unit).clip(0, steps)
+    index = np.rint((true.clip(low, high) - low) / unit)
     coins, scale = _Coins(entropy), steps / Fraction(epsilon)
     noise = np.array([coins.laplace(scale.numerator, scale.denominator) for _ in range(true.size)], np.float64)
     return np.asarray(low + unit * (index + noise.reshape(true.shape)))

@@ -1,0 +1,300 @@
+"""Audits of a claim: three attacks on a study's twin, and what each of them rules out.
+
+A finished run cannot be audited with canaries afterwards: their coins fall before training. So a run's audit is that of
+a twin (twin.py), which finds what is wrong with code and settings, not what went wrong on that day. The statistics, and
+what they can and cannot show, are in privacy/audit.py.
+
+M canaries or patients of a pool, I patients, R retrains, N records, P parameters.
+"""
+
+import json
+import math
+import secrets
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medfed import claims, runs
+from medfed.core import codec, files
+from medfed.core.checks import PlanError, QuorumError
+from medfed.core.flat import Layout
+from medfed.core.types import JSON
+from medfed.data.federated import Rows
+from medfed.data.preprocess import Encoding
+from medfed.local import outputs, sample_loss
+from medfed.privacy import audit as attacks
+from medfed.privacy.audit import Evidence
+from medfed.privacy.guarantee import Guarantee
+from medfed.site import Site
+from medfed.study import Privacy, Study
+from medfed.twin import People, Training, Twin, believed, keys, updates
+from medfed.wire import combine, joint_links
+
+CONFIDENCE = 0.95
+EACH = 1 - (1 - CONFIDENCE) / 2
+"""Confidence of each of two attackers, so that together they err as rarely as one."""
+
+LARGE = 10.0
+"""Standard deviation of a canary's features: far from any patient's, so that a gradient that is not clipped shows."""
+
+READ = 0.99
+"""Cosine above which a record counts as read from a release."""
+
+LIMITS = (
+    "A measurement above the claim proves a bug; one below it proves no privacy. Half the noise, or a sensitivity that "
+    "is somewhat off, escapes these attacks: tests of the noise's variance are there for that. The audit ran on a "
+    "twin: a finished run cannot be audited with canaries, whose coins fall before training."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attack: what is claimed, what was measured; `passed` is None where it could not have told."""
+
+    name: str
+    claimed: str
+    measured: str
+    told: str
+    passed: bool | None
+    figures: JSON
+
+    def to_json(self) -> JSON:
+        """Return every field, the figures beside them."""
+        return {**self.figures, **{name: value for name, value in vars(self).items() if name != "figures"}}
+
+
+def audit_study(
+    study: Study,
+    data: Path | None = None,
+    canaries: int = 0,
+    retrains: int = 64,
+    fpr: float = 0.05,
+    quick: bool = False,
+    seed: int | None = None,
+    encoding: Encoding | None = None,
+) -> dict[str, Any]:
+    """Attack a twin of a study in three ways; return the parts, and whether the claim stands.
+
+    `canaries` 0 takes as many as the claim needs; `quick` leaves out the retrains. Coins come from the operating
+    system, or from `seed`; noise always from the former. Raises PlanError where there is no claim to audit.
+    """
+    rng = np.random.default_rng(secrets.randbits(256) if seed is None else seed)
+    twin = Twin.of(study, data, rng, encoding)
+    parts = [one_run(twin, rng, canaries), inversion(twin, rng)]
+    parts += [] if quick else [membership(twin, rng, retrains, fpr)]
+    return {
+        "schema": 1,
+        "study": study.study.name,
+        "digest": study.digest(),
+        "patients": "the study's own, which are public" if study.privacy.scope == "run" else "invented",
+        "passed": all(part.passed is not False for part in parts),
+        "parts": [part.to_json() for part in parts],
+        "limits": LIMITS,
+    }
+
+
+def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Attack a twin of a run's frozen study; write what came of it into its audit.json and its claim."""
+    claim, (study, encoding) = claims.read(folder), runs.read_plan(folder)
+    found = audit_study(study, data, encoding=encoding, **options)
+    files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
+    files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
+    return found
+
+
+# Canaries in one run --------------------------------------------------------------------------------------------------
+
+
+def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
+    """Hide made-up patients in one training, each by a coin, and let two attackers guess the coins.
+
+    Canaries are more training rows at the sites; declared sizes stay. Their features are drawn anew in every round, so
+    that noise used twice cancels and is found.
+    """
+    g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
+    count = canaries or _enough(g)
+    if _needed(g, count) is None:
+        told = f"not run: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand"
+        return Part("canaries", claimed, "-", told, None, {"canaries": count, "guesses": 0})
+    in_M = rng.random(count) < 0.5
+    homes = rng.permutation(list(twin.sites))[:count].tolist()
+    place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
+    evidence: dict[str, Evidence] = defaultdict(Evidence)
+    training, ended = Training(twin), ""
+    for _ in range(plan.study.training.rounds):
+        made = {name: _canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
+        added = {name: _added(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
+        try:
+            seen = training.round({**twin.rows, **added})
+        except QuorumError as error:  # judged by what was seen until then
+            ended = f"; the training ended early: {error}"
+            break
+        for names, update_P in updates(seen, plan):
+            if there := [name for name in names if name in place]:
+                base_P, adds_MP = believed(twin, seen, names, {name: made[name] for name in there}, update_P)
+                gradient_MP = np.zeros((count, plan.parameters), np.float32)
+                gradient_MP[np.concatenate([place[name] for name in there])] = adds_MP.numpy()
+                evidence["" if plan.joint else there[0]].add((update_P.double() - base_P).numpy(), gradient_MP)
+    scores = {
+        "noise of each round its own": sum((e.scores() for e in evidence.values()), np.zeros(count)),
+        "one noise for all rounds": sum((e.scores_common_noise() for e in evidence.values()), np.zeros(count)),
+    }
+    verdict = attacks.one_run(scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
+    told = (
+        f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries ({verdict.notes}); at "
+        f"{CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
+    )
+    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, verdict.passed, verdict.to_json())
+
+
+def _guesses(canaries: int) -> int:
+    return canaries * 4 // 5
+
+
+def _needed(g: Guarantee, canaries: int) -> int | None:
+    return attacks.correct_to_refute(g.epsilon, _guesses(canaries), canaries, g.delta, EACH)
+
+
+def _enough(g: Guarantee) -> int:
+    """Return how many canaries refute the claim even with a twentieth of the guesses wrong; 1000 at most."""
+    enough = (n for n in (100, 200, 500) if (_needed(g, n) or math.inf) <= 0.95 * _guesses(n))
+    return next(enough, 1000)
+
+
+def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
+    """Return patients with large features and the label that the present model finds least likely."""
+    x_MF = torch.from_numpy(LARGE * rng.standard_normal((count, len(twin.plan.encoding.names())))).float()
+    z_MC = outputs(twin.model, w_P, x_MF)
+    twin.model.train()
+    match twin.plan.encoding.target.task:
+        case "binary":
+            y_M = (z_MC[:, 0] < 0).float()
+        case "multiclass":
+            y_M = z_MC.argmin(1)
+        case "regression":
+            y_M = z_MC[:, 0] + LARGE
+    return Rows(x_MF, y_M, torch.arange(count), keys(count, rng))
+
+
+def _added(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
+    """Return the rows of a site's patients and of the canaries that are in."""
+    mine = _part(made, torch.from_numpy(in_M))
+    assert rows.key is not None and mine.key is not None
+    after = int(rows.patient.max()) + 1 if len(rows) else 0
+    patient = torch.cat([rows.patient, mine.patient + after])
+    return Rows(torch.cat([rows.x, mine.x]), torch.cat([rows.y, mine.y]), patient, torch.cat([rows.key, mine.key]))
+
+
+def _part(rows: Rows, chosen: Tensor | slice) -> Rows:
+    key = None if rows.key is None else rows.key[chosen]
+    return Rows(rows.x[chosen], rows.y[chosen], rows.patient[chosen], key)
+
+
+# Membership over many trainings ---------------------------------------------------------------------------------------
+
+
+def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: float = 0.05) -> Part:
+    """Train many times, each patient of a pool in half of them, and tell members by the released models' losses.
+
+    Under (epsilon, delta) no attacker finds more than e^epsilon FPR + delta of the members. Raises PlanError for fewer
+    than 8 retrains.
+    """
+    if retrains < 8:
+        raise PlanError(f"retrains={retrains}; expected 8 or more, 64 for figures to quote. Set --retrains 64.")
+    g, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)
+    everybody = People.of(twin.rows, zero, zero)
+    people = len(everybody.weight_I)
+    pool_M = rng.permutation(people)[: max(people // 2, min(people, round(3 / fpr)))]
+    allowed = min(1.0, math.exp(g.epsilon) * fpr + g.delta)
+    claimed = f"TPR <= {allowed:.1%} at FPR {fpr:.1%}"
+    if fpr * (len(pool_M) // 2) < 1 or allowed == 1:
+        why = "any rate is allowed" if allowed == 1 else f"{len(pool_M) // 2} non-members in a retrain are too few"
+        return Part("membership", claimed, "-", f"not run: {why} at FPR {fpr:.1%}", None, {"retrains": 0})
+    in_RI = np.ones((retrains, people), dtype=bool)
+    in_RI[:, pool_M] = np.stack([rng.permutation(retrains) < retrains // 2 for _ in pool_M], 1)
+    score_RM, in_RM = np.stack([_confidence(twin, everybody, in_I) for in_I in in_RI])[:, pool_M], in_RI[:, pool_M]
+    tpr = {
+        "LiRA": attacks.tpr_at_fpr(*attacks.lira_scores(score_RM, in_RM), fpr, EACH),
+        "loss threshold": attacks.tpr_at_fpr(*attacks.threshold_scores(score_RM, in_RM), fpr, EACH),
+    }
+    low = max(rate.low for rate in tpr.values())
+    refuted = math.log(max((low - g.delta) / fpr, 1.0))
+    rates = ", ".join(f"{name} finds {r.value:.1%} ({r.low:.1%} to {r.high:.1%})" for name, r in tpr.items())
+    told = f"of the members among {len(pool_M)} patients, {rates} at FPR {fpr:.1%}, over {retrains} retrains"
+    figures: JSON = {"retrains": retrains, "pool": len(pool_M), "fpr": fpr, "allowed": allowed, "refuted": refuted}
+    figures |= {"tpr": {name: rate._asdict() for name, rate in tpr.items()}}
+    measured = f"TPR > {low:.1%} (epsilon > {refuted:.2f})"
+    return Part("membership", claimed, measured, told, low <= allowed, figures)
+
+
+def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
+    """Train on the patients that are in; return how sure the released model is of each patient's label [I]."""
+    inside = torch.split(torch.from_numpy(in_I)[everybody.patient_N], [len(rows) for rows in twin.rows.values()])
+    held = {name: _part(rows, mine) for (name, rows), mine in zip(twin.rows.items(), inside, strict=True)}
+    training, task = Training(twin), twin.plan.encoding.target.task
+    for _ in range(twin.plan.study.training.rounds):
+        training.round(held)
+    z_NC, y_N = outputs(twin.model, training.server.released_P, everybody.x_NF).double(), everybody.y_N
+    loss_N = sample_loss(task, z_NC, y_N.double() if y_N.is_floating_point() else y_N)
+    loss_I = torch.zeros(len(in_I)).double().index_add_(0, everybody.patient_N, loss_N)
+    loss = (loss_I / torch.bincount(everybody.patient_N)).numpy()
+    return -loss if task == "regression" else attacks.logit_confidence(loss)
+
+
+# Inversion of a gradient ----------------------------------------------------------------------------------------------
+
+
+def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
+    """Read single records from what the first round releases of one site, with and without protection."""
+    study, name, claimed = twin.plan.study, _first_layer(twin.model), "no record is read"
+    if name is None:
+        told = "not run: the model does not begin with a Linear layer with a bias, from which a record could be read"
+        return Part("inversion", claimed, "-", told, None, {"records": 0})
+    plain = replace(study.training, algorithm="fedavg", local_steps=1, batch_size=0, optimizer="sgd", momentum=0.0)
+    bare = replace(study, privacy=Privacy(), training=replace(plain, weight_decay=0.0))
+    everyone = [(site, n) for site, rows in twin.rows.items() for n in range(len(rows))]
+    cosine: dict[str, list[float]] = {"without": [], "with": []}
+    for k in rng.permutation(len(everyone))[:records]:
+        guarded, n = twin.sites[everyone[k][0]], everyone[k][1]
+        record, open_ = _part(twin.rows[guarded.name], slice(n, n + 1)), guarded.under(bare)
+        open_.encoding, open_.model = guarded.encoding, guarded.model
+        for kind, site in (("without", open_), ("with", guarded)):
+            site.train = record
+            site.forget()
+            pieces = dict(Layout.of(twin.model).pieces(_released(twin, site)))
+            weight_OI, bias_O = pieces[f"{name}weight"].numpy(), pieces[f"{name}bias"].numpy()
+            x_I = attacks.invert_first_layer(weight_OI, bias_O) if bias_O.any() else np.zeros(weight_OI.shape[1])
+            cosine[kind].append(attacks.similarity(x_I, record.x[0].numpy()).cosine)
+    middle = {kind: float(np.median(values)) for kind, values in cosine.items()}
+    read = {kind: sum(value > READ for value in values) for kind, values in cosine.items()}
+    told = (
+        f"of {len(cosine['with'])} records, {read['without']} are read from one row without protection (median "
+        f"similarity {middle['without']:.3f}), {read['with']} under noise = '{twin.guarantee.mode}' (median "
+        f"{middle['with']:.3f}, best {max(cosine['with']):.3f})"
+    )
+    figures: JSON = {"records": len(cosine["with"]), "similarity": middle, "read": read, "best": max(cosine["with"])}
+    passed = middle["with"] <= READ if middle["without"] > READ else None
+    return Part("inversion", claimed, f"similarity {middle['with']:.3f}", told, passed, figures)
+
+
+def _first_layer(model: nn.Module) -> str | None:
+    """Return what the names of the first layer's parameters begin with, where it is Linear and has a bias."""
+    layers = ((name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
+    name, first = next(layers)
+    return f"{name}.".lstrip(".") if isinstance(first, nn.Linear) and first.bias is not None else None
+
+
+def _released(twin: Twin, site: Site) -> Tensor:
+    """Return what the first round releases of one site [P]: its row, or under joint noise the noised sum of it."""
+    plan, server = twin.plan, twin.plan.begin()
+    header = {"round": 1} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    slots = {f"slot.{name}": server.slots[name] for name in plan.algorithm.sent}
+    row_M = codec.decode(site.handle("work", codec.encode(header, {"w": server.w_P, **slots})))[1]["row"]
+    if site.guarantee and plan.joint:
+        row_M = combine(row_M[None], None, plan.rule, joint_links(twin.guarantee, plan.streams.key("noise")), 1)
+    return row_M[: plan.parameters].double()

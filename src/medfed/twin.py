@@ -1,0 +1,264 @@
+"""The twin of a study: the same plan through the same code, for an attacker who knows everything but some coins.
+
+The attacker sees every server state and, where noise = "site", each site's row, and knows all records. What a round
+would release without noise is worked out here once more, by torch.func and clipping formulas of its own, so that a bug
+in dpsgd.py cannot hide itself. A twin pays from no ledger: its patients are public, or invented where the study's are
+private.
+
+N records, I patients, M canaries, P parameters, F features, C outputs, A = 1 + M: no canary, and each alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from medfed import runs
+from medfed.algorithms import Server, Task
+from medfed.core import codec, streams
+from medfed.core.checks import PlanError
+from medfed.core.flat import Layout
+from medfed.data.federated import Rows
+from medfed.data.preprocess import Encoding
+from medfed.engine.inprocess import InProcess
+from medfed.engine.port import Counted, Reply
+from medfed.local import Correction, Descent, sample_loss
+from medfed.models import Dropout
+from medfed.monitor.events import Log
+from medfed.plan import Plan, build_model
+from medfed.prepare import prepare
+from medfed.privacy.guarantee import Guarantee, asked
+from medfed.round import run_round
+from medfed.site import Site
+from medfed.study import Study
+from medfed.wire import joint_links
+
+_BLOCK = 1 << 23  # numbers of per-patient gradients held at once
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A study's plan and its sites, prepared as for a run, with the rows of the patients that training starts from."""
+
+    plan: Plan
+    guarantee: Guarantee
+    sites: Mapping[str, Site]
+    rows: Mapping[str, Rows]
+    model: nn.Module  # the attacker's own copy
+
+    @classmethod
+    def of(cls, study: Study, data: Path | None, rng: np.random.Generator, encoding: Encoding | None = None) -> "Twin":
+        """Prepare a twin. Raises PlanError where the study claims nothing."""
+        if not asked(study) or study.privacy.simulation_only:
+            raise PlanError(
+                "the study claims nothing, so there is nothing to audit. Set privacy.epsilon=1.0 and "
+                "privacy.delta=1e-6, and leave privacy.simulation_only out."
+            )
+        opened = runs.open_sites(study, data)
+        fleet = InProcess(opened)
+        plan = prepare(opened[0].study, fleet, fleet.sites(), encoding)
+        assert plan.guarantee is not None
+        sites = {name: fleet.site(name) for name in plan.participants}
+        for site in sites.values():
+            site.account = None
+        if study.privacy.scope == "run":  # declared public
+            rows = {name: site.train for name, site in sites.items()}
+        else:
+            rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
+            rows = {name: _invented(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
+        return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train())
+
+
+def _invented(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
+    """Return patients whose label follows a linear rule, with noise: something to learn."""
+    x_NF, target = rng.standard_normal((size, len(rule_FC))), plan.encoding.target
+    z_NC = torch.from_numpy(x_NF @ rule_FC / np.sqrt(len(rule_FC)) + rng.logistic(size=(size, rule_FC.shape[1])))
+    match target.task:
+        case "binary":
+            y_N = (z_NC[:, 0] > 0).float()
+        case "multiclass":
+            y_N = z_NC.argmax(1)
+        case "regression":
+            y_N = z_NC[:, 0].float()
+    return Rows(torch.from_numpy(x_NF).float(), y_N, torch.arange(size), keys(size, rng))
+
+
+def keys(size: int, rng: np.random.Generator) -> Tensor:
+    """Return streams for patients who were made up."""
+    return torch.from_numpy(rng.integers(-(2**63), 2**63, size))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One round as an attacker sees it: the states around it, each site's reply, and what sites remembered before."""
+
+    before: Server
+    after: Server
+    reply: Mapping[str, bytes]
+    memory: Mapping[str, Mapping[str, Tensor]]
+
+
+class Training:
+    """One training of a twin, round by round, through `run_round` and with noise of its own."""
+
+    def __init__(self, twin: Twin) -> None:
+        plan = twin.plan
+        fresh = joint_links(twin.guarantee, plan.streams.key("noise"))
+        self.twin, self.plan = twin, replace(plan, links=fresh) if plan.joint else plan
+        self.tap = _Tap(InProcess(list(twin.sites.values())))
+        self.server, self.budget = plan.begin(), plan.budget()
+        for site in twin.sites.values():
+            site.forget()
+
+    def round(self, held: Mapping[str, Rows]) -> Seen:
+        """Run one round in which the sites hold these training rows."""
+        for name, site in self.twin.sites.items():
+            site.train = held[name]
+        before, memory = self.server, {name: site.memory for name, site in self.twin.sites.items()}
+        self.server = run_round(before, self.plan, self.tap, self.budget, Log())
+        return Seen(before, self.server, self.tap.reply, memory)
+
+
+class _Tap(Counted):
+    """A fleet that keeps what the sites answered to the last call to work."""
+
+    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+        self.listening = op == "work"
+        if self.listening:
+            self.reply: dict[str, bytes] = {}
+        return super().submit_many(sites, op, payload, deadline)
+
+    def poll(self, wait: float) -> list[Reply]:
+        replies = super().poll(wait)
+        if self.listening:
+            self.reply |= {reply.site: reply.payload for reply in replies if not reply.error}
+        return replies
+
+
+# What is released -----------------------------------------------------------------------------------------------------
+
+
+def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield each noised release of a round as (its sites, mean change of the weights [P]).
+
+    Joint noise: one, from the server's states alone. Noise at the sites: each site's row.
+    """
+    if plan.joint:
+        yield list(seen.reply), _mean_update(seen.before, seen.after, plan)
+        return
+    for name, payload in seen.reply.items():
+        row_M = codec.decode(payload)[1]["row"]
+        delta_P = row_M[: plan.parameters]
+        yield [name], delta_P * row_M[-1] if plan.study.training.algorithm == "fednova" else delta_P
+
+
+def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
+    """Undo the server's step: what it applied is in its weights, or in the moments that it keeps."""
+    h = plan.study.training
+    if "momentum" in after.slots:
+        return after.slots["momentum"] - h.server_momentum * before.slots["momentum"]
+    if "m" in after.slots:
+        beta1 = 0.0 if h.algorithm == "fedadagrad" else h.server_momentum
+        return (after.slots["m"] - beta1 * before.slots["m"]) / (1 - beta1)
+    return (after.w_P - before.w_P) / (h.server_learning_rate or 1.0)
+
+
+# What the attacker works out ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class People:
+    """Patients of several sites: their records, each record's stream, and each patient's weight in the mean."""
+
+    x_NF: Tensor
+    y_N: Tensor
+    patient_N: Tensor  # 0 .. I-1
+    key_N: Tensor
+    weight_I: Tensor
+
+    @classmethod
+    def of(cls, held: Mapping[str, Rows], weight: Mapping[str, float], key: Mapping[str, int]) -> "People":
+        """Lay the sites' rows end to end; `weight` and `key` are those of a site's patients."""
+        number, weights, count = [], [], 0
+        for name, rows in held.items():
+            codes, place_N = torch.unique(rows.patient, return_inverse=True)
+            number.append(place_N + count)
+            weights.append(torch.full((len(codes),), weight[name], dtype=torch.float64))
+            count += len(codes)
+        own = [(rows.patient if rows.key is None else rows.key) ^ key[name] for name, rows in held.items()]
+        x, y = [rows.x for rows in held.values()], [rows.y for rows in held.values()]
+        return cls(torch.cat(x), torch.cat(y), torch.cat(number), torch.cat(own), torch.cat(weights))
+
+    def blocks(self, parameters: int) -> "Iterator[People]":
+        """Cut the patients into blocks whose gradients fit the memory."""
+        size = max(1, _BLOCK // parameters)
+        for first in range(0, len(self.weight_I), size):
+            mine = (self.patient_N >= first) & (self.patient_N < first + size)
+            number_N, weight_I = self.patient_N[mine] - first, self.weight_I[first : first + size]
+            yield People(self.x_NF[mine], self.y_N[mine], number_N, self.key_N[mine], weight_I)
+
+
+def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
+    """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the definition."""
+    model, layout, task = twin.model, Layout.of(twin.model), twin.plan.encoding.target.task
+    dropouts = [f"{name}.key".lstrip(".") for name, layer in model.named_modules() if isinstance(layer, Dropout)]
+
+    def loss(weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor) -> Tensor:
+        z_1C = functional_call(model, {**weights, **dict.fromkeys(dropouts, key)}, (x_F[None],))
+        return sample_loss(task, z_1C[0], y)
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0))
+    key_N, weights = streams.subkey(people.key_N, step), dict(layout.pieces(w_P))
+    parts = gradients(weights, people.x_NF, people.y_N, key_N).values()
+    g_IP = torch.zeros(len(people.weight_I), len(w_P), dtype=torch.float64)
+    g_IP.index_add_(0, people.patient_N, torch.cat([part.flatten(1) for part in parts], 1).double())
+    norm_I1 = g_IP.norm(dim=1, keepdim=True)
+    bound_I1 = norm_I1 + 0.01 if twin.guarantee.clipping == "automatic" else norm_I1.clamp(min=clip)
+    held_IP: Tensor = g_IP / bound_I1 * people.weight_I[:, None]
+    return held_IP
+
+
+def believed(
+    twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the change of the weights [P] that a release brings without canaries, and what each of them adds [M, P].
+
+    Without noise, and expected over the sampling's coins. A local path of several steps stays inside the site: it is
+    taken to be straight, from the round's weights to those released.
+    """
+    g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
+    clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
+    expected = sum(g.releases[name].size * g.releases[name].probability for name in names)
+    weight = {name: clip * g.releases[name].probability / expected for name in names}
+    key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
+    base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
+
+    algorithm, steps = plan.algorithm, g.releases[names[0]].steps
+    average = 0.0 if plan.joint or algorithm.plain_sgd or algorithm.any_sgd else h.average
+    kept, layout = max(1, round(average * steps)), Layout.of(twin.model)
+    params = [p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)]
+    descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
+    for t in range(steps):
+        at_P = w_P + update_P.to(w_P.dtype) * (t / (steps - (kept - 1) / 2))
+        base_P = torch.stack([clipped(twin, at_P, some, t, clip).sum(0) for some in base.blocks(plan.parameters)]).sum(
+            0
+        )
+        gradient_MP = torch.cat([clipped(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
+        gradient_AP = torch.cat([base_P[None], base_P + gradient_MP])
+        descent.step([piece for _, piece in layout.pieces(gradient_AP)])
+        if t >= steps - kept:
+            mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept
+    return mean_AP[0] - w_P, mean_AP[1:] - mean_AP[0]
+
+
+def _correction(seen: Seen, names: Sequence[str], plan: Plan) -> Correction:
+    """Return what the algorithm adds to a site's gradients: known to who saw all rows so far."""
+    if plan.joint:
+        return Correction()
+    task = Task(seen.before.w_P, {name: seen.before.slots[name] for name in plan.algorithm.sent})
+    memory = {name: seen.memory[names[0]][name][None] for name in plan.algorithm.kept}
+    return plan.algorithm.correct(task, memory, plan.study.training)

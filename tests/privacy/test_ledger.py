@@ -1,0 +1,857 @@
+"""The budget ledger: the filter against a plain twin, real processes, real kills, and a chain that shows tampering."""
+
+import math
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medfed.core.checks import BudgetError, LedgerError, PlanError
+from medfed.privacy import accounting, ledger
+from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian
+from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits, Spent
+
+DELTA = 1e-6
+FREE = Limits(math.inf, DELTA)
+ONE = Limits(1.0, DELTA)
+STEP = Gaussian(10.0)  # 5 of them fit into epsilon 1 at delta 1e-6, as sigma 4.2247 is what it takes
+PATIENTS = [f"MRN-{i:05d}-Muster" for i in range(12)]
+
+on_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes of POSIX")
+
+
+def charge(cohort: Cohort, event: Event = STEP, study: str = "s", run: str = "r1", round: int = 1) -> Charge:
+    return Charge(study, run, cohort, round, "round", event)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "folder" / "ledger.sqlite"
+
+
+# Opening --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_is_founded_with_its_folders_and_opens_again(path: Path) -> None:
+    with Ledger.open(path) as first:
+        first.charge([charge(first.enrol("a", PATIENTS))], ONE)
+        head, worst = first.head(), first.worst(DELTA)
+    with Ledger.open(path) as second:
+        assert (second.head(), second.worst(DELTA)) == (head, worst)
+        second.verify(head)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.sqlite", "pseudonym.key"]
+
+
+@on_posix
+def test_the_key_is_for_its_owner_only(path: Path) -> None:
+    Ledger.open(path).close()
+    key = path.with_name("pseudonym.key")
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert len(key.read_bytes()) == 32
+
+
+def test_two_ledgers_differ_from_their_first_row(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "a") as a, Ledger.open(tmp_path / "b") as b, Ledger.open(None) as c:
+        assert len({a.head(), b.head(), c.head()}) == 3
+
+
+def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Ledger.open(None) as book:
+        book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+        book.verify(book.head())
+        assert book.worst(DELTA) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_are_never_in_a_file(path: Path) -> None:
+    with Ledger.open(path) as book:
+        cohort = book.enrol("a", PATIENTS)
+        book.charge([charge(cohort)], ONE)
+        names = {book.pseudonym(patient) for patient in PATIENTS}
+    content = b"".join(p.read_bytes() for p in path.parent.iterdir())
+    for patient in PATIENTS:
+        assert patient.encode() not in content
+        assert patient.encode().hex().encode() not in content
+    assert all(name.encode() in content for name in names)  # and the search finds what is there
+    assert len(names) == len(PATIENTS)
+
+
+def test_pseudonyms_need_the_key(path: Path) -> None:
+    with Ledger.open(path) as book, Ledger.open(None) as other:
+        assert book.pseudonym("x") == book.pseudonym("x") != other.pseudonym("x")
+        assert re.fullmatch("[0-9a-f]{64}", book.pseudonym("x"))
+        assert book.pseudonym("\ud800") != book.pseudonym("?")  # even what is no text has a name
+
+
+# What fits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_roster_is_enrolled_once() -> None:
+    with Ledger.open(None) as book:
+        first = book.enrol("a", PATIENTS)
+        assert book.enrol("a", [*reversed(PATIENTS), PATIENTS[0]]) == first
+        assert book.enrol("b", PATIENTS).id != first.id
+        assert book.enrol("a", PATIENTS[1:]).id != first.id
+        assert book.enrol_all({"a": PATIENTS, "c": ["x"]}) == {"a": first, "c": book.enrol("c", ["x"])}
+        assert book.enrol("empty", []).patients == 0
+        book.charge([charge(book.enrol("empty", []), Gaussian(1e-3))], ONE)  # nobody pays
+
+
+def test_overspend_is_refused_whole_and_names_what_is_left() -> None:
+    with Ledger.open(None) as book:
+        a, b = book.enrol("Charité", PATIENTS), book.enrol("b", ["other"])
+        book.charge([charge(a)] * 4, ONE)
+        head = book.head()
+        with pytest.raises(BudgetError) as error:
+            book.charge([charge(b), charge(a, round=7), charge(a, round=8)], ONE)
+        left = accounting.gaussian_epsilon(1 / math.sqrt(accounting.budget_mu(1.0, DELTA) ** 2 - 0.04), DELTA)
+        asked = accounting.gaussian_epsilon(10 / math.sqrt(2), DELTA)
+        spent = accounting.gaussian_epsilon(5.0, DELTA)
+        for part in (
+            "study 's'",
+            "site 'Charité'",
+            "round 7",
+            "12 of 12 patients",
+            f"spent up to epsilon={spent:.4g} of 1 (delta=1e-06)",
+            f"left for one release: {left:.4g}",
+            f"asked: {asked:.4g}",
+            "nothing was charged",
+            "privacy.epsilon",
+        ):
+            assert part in str(error.value)
+        assert book.head() == head
+        assert book.worst(DELTA, site="b") == 0
+        book.charge([charge(b), charge(a)], ONE)  # what is left is left
+
+
+def test_check_says_what_charge_would_and_charges_nothing() -> None:
+    with Ledger.open(None) as book:
+        a = book.enrol("a", PATIENTS)
+        head = book.head()
+        book.check([charge(a)] * 5, ONE)
+        with pytest.raises(BudgetError, match="refused"):
+            book.check([charge(a)] * 6, ONE)
+        assert book.head() == head
+
+
+def test_runs_of_a_study_share_a_budget_and_studies_share_the_lifetime() -> None:
+    limits = Limits(1.0, DELTA, lifetime_epsilon=1.5)
+    with Ledger.open(None) as book:
+        a = book.enrol("a", PATIENTS)
+        book.charge([charge(a, run="r1")] * 3, limits)
+        book.charge([charge(a, run="r2")] * 2, limits)
+        with pytest.raises(BudgetError, match=r"this study .* privacy\.epsilon"):
+            book.charge([charge(a, run="r3")], limits)
+        book.charge([charge(a, study="t")] * 4, limits)
+        with pytest.raises(BudgetError, match=r"all studies .* privacy\.lifetime_epsilon"):
+            book.charge([charge(a, study="u")] * 5, limits)
+        assert book.worst(DELTA, study="t") == pytest.approx(accounting.gaussian_epsilon(5.0, DELTA))
+        assert book.worst(DELTA) == pytest.approx(accounting.gaussian_epsilon(10 / 3, DELTA))
+
+
+def test_a_patient_of_two_sites_pays_at_both() -> None:
+    with Ledger.open(None) as book:
+        a, b = book.enrol("a", PATIENTS[:8]), book.enrol("b", PATIENTS[6:])
+        book.charge([charge(a)] * 3, ONE)
+        book.charge([charge(b)] * 2, ONE)
+        with pytest.raises(BudgetError, match="2 of 6 patients"):
+            book.charge([charge(b)], ONE)
+        assert [(x.site, x.charges, x.patients, x.worst) for x in book.spent(DELTA)] == [("a", 3, 8, 8), ("b", 2, 6, 6)]
+        assert book.worst(DELTA) == pytest.approx(accounting.gaussian_epsilon(10 / math.sqrt(5), DELTA))
+        both, one = book.pseudonym(PATIENTS[7]), book.pseudonym(PATIENTS[0])
+        assert book.worst(DELTA, pseudonym=both) == book.worst(DELTA)
+        assert book.worst(DELTA, pseudonym=one) == book.worst(DELTA, site="a") == book.spent(DELTA, site="a")[0].epsilon
+        assert [(x.site, x.patients, x.worst) for x in book.spent(DELTA, pseudonym=both)] == [("a", 1, 1), ("b", 1, 1)]
+        assert book.spent(DELTA, pseudonym="nobody") == []
+        assert book.worst(DELTA, pseudonym="nobody") == 0
+
+
+def test_an_account_counts_those_who_paid_most() -> None:
+    with Ledger.open(None) as book:
+        early, late = book.enrol("a", PATIENTS[:10]), book.enrol("a", PATIENTS)
+        book.charge([charge(early)], ONE)
+        book.charge([charge(late), charge(late, study="t")], ONE)
+        epsilon = accounting.gaussian_epsilon(10 / math.sqrt(2), DELTA)
+        assert book.spent(DELTA, study="s") == [Spent("s", "a", pytest.approx(epsilon), DELTA, 2, 12, 10)]
+        assert [(x.study, x.charges, x.worst) for x in book.spent(DELTA)] == [("s", 2, 10), ("t", 1, 12)]
+
+
+@pytest.mark.parametrize(
+    ("accountant", "event"),
+    [
+        ("gdp", lambda z, n: Gaussian(z, n)),
+        ("rdp", lambda z, n: PoissonGaussian(0.1, z, 3 * n)),
+        ("rdp", lambda z, n: Composed((Gaussian(z, n), Laplace(200.0, n)))),
+    ],
+)
+@pytest.mark.parametrize("rounds", [1, 30])
+def test_a_calibrated_plan_fits_to_its_last_round(
+    accountant: str, event: Callable[[float, int], Event], rounds: int
+) -> None:
+    z = accounting.calibrate(lambda noise: event(noise, rounds), 1.0, DELTA, accountant)
+    with Ledger.open(None) as book:
+        a = book.enrol("a", PATIENTS)
+        book.check([charge(a, event(z, rounds))], ONE)
+        for number in range(rounds):
+            book.charge([charge(a, event(z, 1), round=number)], ONE)
+        with pytest.raises(BudgetError):
+            book.charge([charge(a, event(z, 1))], ONE)
+
+
+def test_impossible_limits_are_refused() -> None:
+    with Ledger.open(None) as book:
+        a = book.enrol("a", PATIENTS)
+        for epsilon, delta in [(-1.0, DELTA), (0.0, DELTA), (math.nan, DELTA), (1.0, 0.0), (1.0, math.nan)]:
+            for limits in (Limits(epsilon, delta), Limits(math.inf, delta, epsilon)):
+                with pytest.raises(PlanError, match="expected"):
+                    book.charge([charge(a)], limits)
+        assert book.rows() == []
+
+
+def test_a_cohort_of_another_ledger_is_refused() -> None:
+    with Ledger.open(None) as book, Ledger.open(None) as other:
+        with pytest.raises(LedgerError, match="not enrolled"):
+            book.charge([charge(other.enrol("a", PATIENTS))], ONE)
+        assert book.rows() == []
+
+
+EVENTS: list[Event] = [Gaussian(8.0), Gaussian(15.0, 2), PoissonGaussian(0.1, 1.5), Laplace(20.0), Gaussian(40.0)]
+
+
+@settings(max_examples=60)
+@given(
+    kinds=st.sampled_from([1, 2, len(EVENTS)]),
+    limits=st.builds(Limits, st.sampled_from([0.5, 1.0]), st.just(DELTA), st.sampled_from([1.0, 1.5, math.inf])),
+    rosters=st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=4),
+    batches=st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 9)), max_size=3), max_size=25),
+)
+def test_what_is_accepted_is_what_a_plain_sum_per_patient_accepts(
+    kinds: int, limits: Limits, rosters: list[set[int]], batches: list[list[tuple[int, bool, int]]]
+) -> None:
+    twin: list[list[tuple[str, Event]]] = [[] for _ in range(6)]
+    with Ledger.open(None) as book:
+        cohorts: dict[int, Cohort] = {}
+        for batch in batches:
+            charges, after = [], [list(paid) for paid in twin]
+            for site, second, kind in batch:
+                site, study, event = site % len(rosters), "st"[second], EVENTS[kind % kinds]
+                if site not in cohorts:  # enrolled late, when others have paid
+                    cohorts[site] = book.enrol(f"site {site}", [PATIENTS[i] for i in rosters[site]])
+                charges.append(charge(cohorts[site], event, study))
+                for patient in rosters[site]:
+                    after[patient].append((study, event))
+            try:
+                book.charge(charges, limits)
+                twin, accepted = after, True
+            except BudgetError:
+                accepted = False
+            assert accepted == all(_within(paid, limits) for paid in after)
+        for patient, paid in zip(PATIENTS, twin, strict=False):
+            name = book.pseudonym(patient)
+            assert _within(paid, limits)
+            assert book.worst(DELTA, pseudonym=name) == pytest.approx(_plain_epsilon([event for _, event in paid]))
+        assert book.worst(DELTA) == pytest.approx(max(_plain_epsilon([event for _, event in paid]) for paid in twin))
+        before = book.spent(DELTA), book.worst(DELTA)
+        book.verify()  # what is read again from rows alone is the same
+        assert (book.spent(DELTA), book.worst(DELTA)) == before
+
+
+def _within(paid: list[tuple[str, Event]], limits: Limits) -> bool:
+    scopes = [[event for study, event in paid if study == name] for name in "st"]
+    pairs = [*((events, limits.epsilon) for events in scopes), ([event for _, event in paid], limits.lifetime_epsilon)]
+    return all(_plain_fits(events, epsilon) for events, epsilon in pairs)
+
+
+def _plain_fits(events: list[Event], epsilon: float) -> bool:
+    if epsilon == math.inf:
+        return True
+    if all(isinstance(event, Gaussian) for event in events):
+        return sum(accounting.gdp_mu(event) ** 2 for event in events) <= accounting.budget_mu(epsilon, DELTA) ** 2
+    total = sum((accounting.rdp(event) for event in events), np.zeros(len(accounting.ORDERS)))
+    return bool((total <= accounting.budget_rdp(epsilon, DELTA)).any())
+
+
+def _plain_epsilon(events: list[Event]) -> float:
+    if not events:
+        return 0.0
+    if all(isinstance(event, Gaussian) for event in events):
+        return accounting.gaussian_epsilon(sum(accounting.gdp_mu(e) ** 2 for e in events) ** -0.5, DELTA)
+    return accounting.epsilon_from_rdp(sum(accounting.rdp(event) for event in events), DELTA)
+
+
+def test_rows_tell_everything() -> None:
+    with Ledger.open(None) as book:
+        a = book.enrol("a", PATIENTS)
+        genesis = book.head()
+        book.charge([Charge("s", "r9", a, 3, "round", STEP), Charge("s", "r9", a, 3, "count", Laplace(9.0))], FREE)
+        first, second = book.rows()
+        assert first == {
+            **{"seq": 1, "study": "s", "run": "r9", "site": "a", "cohort": a.id, "round": 3, "label": "round"},
+            **{"event": accounting.to_json(STEP), "previous": genesis, "time": first["time"], "hash": first["hash"]},
+        }
+        assert second["previous"] == first["hash"]
+        assert second["event"] == accounting.to_json(Laplace(9.0))
+        assert book.head() == second["hash"]
+
+
+# Several at once ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from medfed.core.checks import BudgetError, LedgerError
+from medfed.privacy import ledger as module
+from medfed.privacy.accounting import Gaussian
+from medfed.privacy.ledger import Charge, Ledger, Limits
+
+path, name = Path(sys.argv[1]), sys.argv[2]
+def charge(number, z=10.0):
+    ledger.charge([Charge("s", name, cohort, number, "round", Gaussian(z))], LIMITS)
+LIMITS = Limits(1.0, 1e-6)
+"""
+
+ENROL = """
+ledger = Ledger.open(path)
+cohort = ledger.enrol("a", ["p", "q"])
+"""
+
+UNTIL_REFUSED = """
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(100):
+    try:
+        charge(number, 30.0)
+    except BudgetError:
+        break
+    print(number, flush=True)
+"""
+
+FOR_EVER = """
+LIMITS = Limits(1e9, 1e-6)
+for number in range(1, 10**9):
+    charge(number)
+    print(number, flush=True)
+"""
+
+
+def _start(path: Path, name: str, *code: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", "".join((CHILD, *code)), str(path), name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_found_one_ledger_and_spend_one_budget(path: Path) -> None:
+    children = [_start(path, name, ENROL, UNTIL_REFUSED) for name in ("one", "two")]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    acknowledged = {}
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    for name, child in zip(("one", "two"), children, strict=True):
+        out, err = child.communicate(timeout=60)
+        assert (child.returncode, err) == (0, "")
+        acknowledged[name] = [int(line) for line in out.split()]
+    with Ledger.open(path) as book:
+        rows = book.rows()
+        assert len(rows) == math.floor((30 * accounting.budget_mu(1.0, DELTA)) ** 2)  # 50: none lost, none twice
+        for name, numbers in acknowledged.items():
+            assert [row["round"] for row in rows if row["run"] == name] == numbers
+        assert book.worst(DELTA) <= 1
+        with pytest.raises(BudgetError):
+            book.charge([charge(book.enrol("b", ["q"]), Gaussian(30.0))], ONE)
+
+
+def test_an_open_ledger_sees_what_others_append(path: Path) -> None:
+    with Ledger.open(path) as one, Ledger.open(path) as two:
+        a, b = one.enrol("a", PATIENTS), two.enrol("b", PATIENTS)
+        for book, cohort in [(one, a), (two, b), (two, a), (one, b), (one, a)]:
+            book.charge([charge(cohort)], ONE)
+            assert one.head() == two.head()
+        for book in (one, two):
+            with pytest.raises(BudgetError, match="12 of 12"):
+                book.charge([charge(a)], ONE)
+        assert one.spent(DELTA) == two.spent(DELTA)
+
+
+def test_threads_of_a_process_share_a_ledger(path: Path) -> None:
+    refused = []
+
+    def spend() -> None:
+        for _ in range(3):
+            try:
+                book.charge([charge(a)], ONE)
+            except BudgetError as error:
+                refused.append(error)
+
+    with Ledger.open(path) as book:
+        a = book.enrol("a", PATIENTS)
+        threads = [threading.Thread(target=spend) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(book.rows()), len(refused)) == (5, 7)
+        book.verify()
+
+
+# Crashes --------------------------------------------------------------------------------------------------------------
+
+
+@on_posix
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kill_at_any_time_loses_no_acknowledged_charge(path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    acknowledged = 0
+    for life in range(2):
+        child = _start(path, f"life {life}", ENROL, FOR_EVER)
+        assert child.stdout is not None
+        out = child.stdout.readline()  # it charges; now at any time, most of which a charge spends in its commit
+        select.select([], [], [], chance.uniform(0, 0.05))
+        child.send_signal(signal.SIGKILL)
+        rest, err = child.communicate(timeout=60)
+        assert err == ""
+        lines = (out + rest).split("\n")[:-1]  # whole lines
+        assert [int(line) for line in lines] == list(range(1, len(lines) + 1))
+        with Ledger.open(path) as book:
+            rows = [row for row in book.rows() if row["run"] == f"life {life}"]
+            assert [row["round"] for row in rows][: len(lines)] == [int(line) for line in lines]
+            assert len(rows) <= len(lines) + 1  # at most the one that it died in
+            acknowledged += len(lines)
+            assert len(book.rows()) >= acknowledged
+            book.charge([charge(book.enrol("a", ["p", "q"]))], Limits(1e9, DELTA))  # and life goes on
+
+
+DIES = """
+def die(statement):
+    if statement.startswith(POINT):
+        os.kill(os.getpid(), signal.SIGKILL)
+charge(1)
+print(1, flush=True)
+ledger._sql.set_trace_callback(die)
+charge(2)
+print(2, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)  # between charge and training
+"""
+
+
+@on_posix
+@pytest.mark.parametrize(("point", "stands"), [("BEGIN", 1), ("SELECT", 1), ("INSERT", 1), ("COMMIT", 1), ("never", 2)])
+def test_a_charge_stands_from_its_acknowledgement_on(path: Path, point: str, stands: int) -> None:
+    child = _start(path, "r", ENROL, f"POINT = {point!r}", DIES)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (-signal.SIGKILL, "")
+    assert out.split() == [str(number) for number in range(1, stands + 1)]
+    with Ledger.open(path) as book:
+        assert [row["round"] for row in book.rows()] == list(range(1, stands + 1))
+        book.charge([charge(book.enrol("a", ["p", "q"]))] * (5 - stands), ONE)
+        with pytest.raises(BudgetError):
+            book.charge([charge(book.enrol("a", ["p", "q"]))], ONE)
+
+
+DIES_FOUNDING = """
+module.NAME = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Ledger.open(path)
+"""
+
+
+@on_posix
+@pytest.mark.parametrize("place", ["_found", "_link", "_now", "_read_key"])
+def test_a_crash_while_founding_leaves_nothing_half_made(path: Path, place: str) -> None:
+    child = _start(path, "r", DIES_FOUNDING.replace("NAME", place))
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (-signal.SIGKILL, "")
+    with Ledger.open(path) as book:
+        book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+
+
+FULL_DISK = """
+import resource
+size = path.stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+try:
+    for number in range(1000):
+        charge(number, 1e6)
+        print(number, flush=True)
+except LedgerError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+@on_posix
+def test_a_full_disk_refuses_and_keeps_what_stands(path: Path) -> None:
+    child = _start(path, "r", ENROL, FULL_DISK)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (3, "")
+    *acknowledged, told = out.splitlines()
+    assert str(path) in told
+    with Ledger.open(path) as book:
+        assert [row["round"] for row in book.rows()] == [int(line) for line in acknowledged]
+
+
+# Append-only, and what shows tampering --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    with Ledger.open(folder / "ledger.sqlite") as book:
+        a, b = book.enrol("a", PATIENTS[:7]), book.enrol("b", PATIENTS[5:])
+        book.charge([charge(a), charge(b), charge(a, Laplace(99.0))], FREE)
+        book.charge([charge(b, study="t"), charge(a, round=2)], FREE)
+    return folder
+
+
+@pytest.fixture
+def written(original: Path, path: Path) -> Path:
+    """A ledger of five charges to two cohorts, and its key."""
+    shutil.copytree(original, path.parent)
+    return path
+
+
+@contextmanager
+def raw(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path)) as sql, sql:
+        sql.execute("PRAGMA synchronous = OFF")
+        yield sql
+
+
+@pytest.mark.parametrize("table", ["genesis", "cohorts", "members", "charges"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE {table} SET {column} = {column}",
+        "DELETE FROM {table}",
+        "INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1",
+        "REPLACE INTO {table} SELECT * FROM {table}",
+    ],
+)
+def test_sql_can_only_append(written: Path, table: str, statement: str) -> None:
+    with raw(written) as sql:
+        column = sql.execute(f"SELECT name FROM pragma_table_info('{table}')").fetchone()[0]
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            sql.execute(statement.format(table=table, column=column))
+    Ledger.open(written).close()
+
+
+def tamper(path: Path, *statements: str) -> None:
+    """Change the file as one who knows SQLite: without the triggers, which are put back."""
+    with raw(path) as sql:
+        triggers = sql.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
+            sql.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            sql.execute(statement)
+        for _, text in triggers:
+            sql.execute(text)
+
+
+SWAP = [f"UPDATE charges SET seq = {a} WHERE seq = {b}" for a, b in ((99, 2), (2, 3), (3, 99))]
+
+
+@pytest.mark.parametrize(
+    ("row", "statements"),
+    [
+        ("row 1", ["UPDATE charges SET time = '2020' WHERE seq = 1"]),
+        ("row 2", ["UPDATE charges SET study = 't' WHERE seq = 2"]),
+        ("row 2", ["UPDATE charges SET run = 'r2' WHERE seq = 2"]),
+        ("row 3", ["UPDATE charges SET site = 'b' WHERE seq = 3"]),
+        ("row 3", ["UPDATE charges SET cohort = (SELECT cohort FROM charges WHERE seq = 2) WHERE seq = 3"]),
+        ("row 4", ["UPDATE charges SET round = 2 WHERE seq = 4"]),
+        ("row 4", ["UPDATE charges SET round = 1.5 WHERE seq = 4"]),
+        ("row 4", ["UPDATE charges SET label = '' WHERE seq = 4"]),
+        ("row 4", ["UPDATE charges SET label = NULL WHERE seq = 4"]),
+        ("row 5", ["UPDATE charges SET event = replace(event, '10.0', '11.0') WHERE seq = 5"]),
+        ("row 5", ["UPDATE charges SET event = CAST(event AS BLOB) WHERE seq = 5"]),
+        ("row 5", ["UPDATE charges SET previous = hash WHERE seq = 5"]),
+        ("row 5", ["UPDATE charges SET hash = previous WHERE seq = 5"]),
+        ("row 1", ["DELETE FROM charges WHERE seq = 1"]),
+        ("row 3", ["DELETE FROM charges WHERE seq = 3"]),
+        ("row 3", ["DELETE FROM charges WHERE seq = 3", "UPDATE charges SET seq = seq - 1 WHERE seq > 3"]),
+        ("row 5", ["DELETE FROM charges WHERE seq = 5"]),
+        ("row 1", ["DELETE FROM charges"]),
+        ("row 6", ["INSERT INTO charges SELECT 6, time, study, run, site, cohort, round, label, event, previous, hash "
+                   "FROM charges WHERE seq = 5"]),
+        ("row 2", SWAP),
+        ("row 0", ["UPDATE genesis SET content = replace(content, '\"format\":1', '\"format\":0')"]),
+        ("row 0", ["DELETE FROM genesis"]),
+        ("row 0", ["UPDATE genesis SET content = CAST(content AS BLOB)"]),
+        ("cohort", ["DELETE FROM members"]),
+        ("cohort", ["DELETE FROM members WHERE pseudonym = (SELECT min(pseudonym) FROM members)"]),
+        ("cohort", ["UPDATE members SET pseudonym = 'f' || substr(pseudonym, 2) WHERE pseudonym < 'f'"]),
+        ("cohort", ["UPDATE members SET pseudonym = CAST(pseudonym AS BLOB)"]),
+        ("cohort", ["INSERT INTO members SELECT id, 'one more' FROM cohorts"]),
+        ("cohort", ["UPDATE cohorts SET site = 'c' WHERE site = 'a'"]),
+        ("cohort", ["DELETE FROM cohorts"]),
+    ],
+)  # fmt: skip
+def test_tampering_is_found_and_the_run_refused(written: Path, row: str, statements: list[str]) -> None:
+    tamper(written, *statements)
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match=rf"{row}\b.*The run is refused.*Restore it"):
+            Ledger.open(written, read_only)
+
+
+def test_a_changed_row_with_its_hash_made_good_is_found_at_the_next(written: Path) -> None:
+    with raw(written) as sql:
+        row = list(sql.execute("SELECT * FROM charges WHERE seq = 2").fetchone()[:-1])
+    row[8] = row[8].replace("10.0", "99.0")  # a cheaper event
+    tamper(written, f"UPDATE charges SET event = '{row[8]}', hash = '{ledger._row_hash(row)}' WHERE seq = 2")
+    with pytest.raises(LedgerError, match="row 3 "):
+        Ledger.open(written)
+
+
+def test_pages_that_do_not_add_up_are_found(written: Path) -> None:
+    content = bytearray(written.read_bytes())
+    content[39] += 1  # of the header: how many pages are free; a later charge would be written over others
+    written.write_bytes(content)
+    with pytest.raises(LedgerError, match="is damaged"):
+        Ledger.open(written)
+
+
+@pytest.mark.parametrize("statement", ["DROP TRIGGER charges_update", "DROP TABLE members"])
+def test_a_missing_guard_is_found(written: Path, statement: str) -> None:
+    with raw(written) as sql:
+        sql.execute(statement)
+    with pytest.raises(LedgerError, match="a table or a trigger is missing"):
+        Ledger.open(written)
+
+
+def test_an_honest_copy_passes_the_tamper_harness(written: Path) -> None:
+    tamper(written)
+    Ledger.open(written).close()
+
+
+def test_tampering_while_it_is_open_is_found(written: Path) -> None:
+    with Ledger.open(written) as book:
+        tamper(written, "UPDATE charges SET hash = 'x' WHERE seq = 5")
+        with pytest.raises(LedgerError, match="row 5"):
+            book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
+    with raw(written) as sql:
+        assert sql.execute("SELECT count(*) FROM charges").fetchone() == (5,)
+
+
+def test_a_ledger_cut_short_with_care_is_found_by_its_head(written: Path) -> None:
+    with Ledger.open(written) as book:
+        told = [book.rows()[3]["hash"], book.head()]
+    tamper(written, "DELETE FROM charges WHERE seq = 5", "UPDATE sqlite_sequence SET seq = 4")
+    with Ledger.open(written) as book:  # the chain is whole: nothing in the file can tell
+        book.verify()
+        book.verify(str(told[0]))
+        with pytest.raises(LedgerError, match="of an earlier claim is not in it"):
+            book.verify(str(told[1]))
+        book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
+        with pytest.raises(LedgerError, match="of an earlier claim is not in it"):
+            book.verify(str(told[1]))
+
+
+def test_heads_of_earlier_claims_stay_part_of_it(path: Path) -> None:
+    with Ledger.open(path) as book:
+        heads = [book.head()]
+        for _ in range(3):
+            book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+            heads.append(book.head())
+        for head in heads:
+            book.verify(head)
+
+
+def test_a_truncated_file_is_refused(written: Path) -> None:
+    content = written.read_bytes()
+    for size in (0, 1, 99, 100, 4096, len(content) // 2, len(content) - 4096, len(content) - 1):
+        written.write_bytes(content[:size])
+        with pytest.raises(LedgerError, match="Restore it"):
+            Ledger.open(written)
+
+
+def test_a_damaged_byte_is_refused_or_changes_nothing(written: Path) -> None:
+    content, chance = written.read_bytes(), random.Random(0)
+    with Ledger.open(written, read_only=True) as book:
+        expected = (book.rows(), book.spent(DELTA), book.head())
+    used = [i for i, byte in enumerate(content) if byte]  # a page's unused middle is nobody's
+    refused = 0
+    for _ in range(250):
+        damaged = bytearray(content)
+        damaged[chance.choice(used)] ^= chance.randrange(1, 256)
+        written.write_bytes(damaged)
+        try:
+            with Ledger.open(written, read_only=True) as book:
+                assert (book.rows(), book.spent(DELTA), book.head()) == expected
+        except LedgerError as error:
+            assert str(written) in str(error)
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("content", [b"", b"age,sex\n50,f\n" * 99, bytes(range(256)) * 64])
+def test_what_is_no_ledger_is_refused_and_stays(tmp_path: Path, content: bytes) -> None:
+    place = tmp_path / "ledger.sqlite"
+    place.write_bytes(content)
+    with pytest.raises(LedgerError, match="is no ledger"):
+        Ledger.open(place)
+    assert place.read_bytes() == content
+
+
+def test_another_database_is_refused_and_stays(tmp_path: Path) -> None:
+    place = tmp_path / "patients.sqlite"
+    with raw(place) as sql:
+        sql.execute("CREATE TABLE patients (id TEXT)")
+    content = place.read_bytes()
+    with pytest.raises(LedgerError, match="is no ledger"):
+        Ledger.open(place)
+    assert place.read_bytes() == content
+
+
+def test_a_newer_ledger_is_refused(written: Path) -> None:
+    with raw(written) as sql:
+        sql.execute(f"PRAGMA user_version = {ledger.FORMAT + 1}")
+    with pytest.raises(LedgerError, match=r"format=2; expected at most 1\. Update medfed"):
+        Ledger.open(written)
+
+
+def test_an_event_of_a_newer_medfed_is_refused(path: Path) -> None:
+    with Ledger.open(path) as book, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_text", lambda event: '{"kind":"of tomorrow"}')
+        a = book.enrol("a", PATIENTS)
+        book.charge([charge(a)], FREE)
+    with Ledger.open(path) as book:
+        for use in (lambda: book.charge([charge(a)], ONE), lambda: book.worst(DELTA)):
+            with pytest.raises(LedgerError, match=r"of tomorrow.* cannot be accounted"):
+                use()
+
+
+def test_without_its_key_a_ledger_cannot_be_charged(written: Path) -> None:
+    key = written.with_name("pseudonym.key")
+    good = key.read_bytes()
+    key.write_bytes(bytes(32))
+    with pytest.raises(LedgerError, match=r"is not the key of .*Restore the key"):
+        Ledger.open(written)
+    key.unlink()
+    with pytest.raises(LedgerError, match=r"cannot be read.*Restore the key"):
+        Ledger.open(written)
+    assert not key.exists()
+    with Ledger.open(written, read_only=True) as book:  # reading needs none
+        assert book.worst(DELTA) > 0
+        with pytest.raises(LedgerError, match="Restore the key"):
+            book.pseudonym("x")
+    key.write_bytes(good)
+    Ledger.open(written).close()
+
+
+# Refusals of the system -----------------------------------------------------------------------------------------------
+
+
+def test_a_locked_ledger_is_told(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "BUSY_SECONDS", 0.05)
+    with Ledger.open(written) as book, closing(sqlite3.connect(written, isolation_level=None)) as other:
+        a = book.enrol("a", PATIENTS[:7])
+        other.execute("BEGIN EXCLUSIVE")
+        for use in (lambda: Ledger.open(written), lambda: book.charge([charge(a)], FREE), book.head):
+            with pytest.raises(LedgerError, match=f"{re.escape(str(written))} has been locked by another process"):
+                use()
+        other.execute("ROLLBACK")
+        book.charge([charge(a)], FREE)  # and goes on when it is free
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM charges").fetchone()  # a reader keeps a commit waiting
+        with pytest.raises(LedgerError, match="locked"):
+            book.charge([charge(a)], FREE)
+        other.execute("ROLLBACK")
+        assert len(book.rows()) == 6
+        book.charge([charge(a)], FREE)
+        book.verify()
+
+
+def test_it_waits_for_others_as_long_as_it_says() -> None:
+    assert ledger.BUSY_SECONDS == 5
+    with Ledger.open(None) as book:
+        assert book._sql.execute("PRAGMA busy_timeout").fetchone() == (5000,)
+
+
+def test_it_is_flushed_at_every_commit(path: Path) -> None:
+    with Ledger.open(path) as book:
+        assert book._sql.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA: FULL and the folder
+        assert book._sql.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that any user of this machine can reach, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    folder.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def powerless() -> Iterator[None]:
+    """Be nobody for a while, if root: whom file modes do not bind."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@on_posix
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o555, 0o666), (0o777, 0o444), (0o555, 0o444)])
+def test_a_disk_that_cannot_be_written_is_refused_at_once(
+    shared_folder: Path, folder_mode: int, file_mode: int
+) -> None:
+    place = shared_folder / "ledger.sqlite"
+    with Ledger.open(place) as book:
+        book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+        head = book.head()
+    place.with_name("pseudonym.key").chmod(0o644)  # for nobody to read
+    place.chmod(file_mode)
+    shared_folder.chmod(folder_mode)
+    with powerless():
+        with pytest.raises(LedgerError, match=r"cannot be opened or written.*set privacy\.ledger"):
+            Ledger.open(place)
+        with Ledger.open(place, read_only=True) as book:
+            assert book.head() == head
+            with pytest.raises(LedgerError, match="cannot be opened or written"):
+                book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+
+
+@on_posix
+def test_a_folder_that_cannot_be_written_is_refused_at_once(shared_folder: Path) -> None:
+    shared_folder.chmod(0o555)
+    with powerless():
+        for place in (shared_folder / "ledger.sqlite", shared_folder / "below" / "ledger.sqlite"):
+            with pytest.raises(LedgerError, match=r"cannot be opened or written: Permission denied"):
+                Ledger.open(place)
+    assert list(shared_folder.iterdir()) == []
+
+
+def test_a_folder_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").mkdir()
+    with pytest.raises(LedgerError, match="cannot be opened or written"):
+        Ledger.open(tmp_path / "ledger.sqlite")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot be opened or written"):
+        Ledger.open(tmp_path / "file" / "ledger.sqlite")
+
+
+def test_reading_founds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="there is no ledger yet"):
+        Ledger.open(tmp_path / "ledger.sqlite", read_only=True)
+    assert list(tmp_path.iterdir()) == []
