@@ -2,10 +2,10 @@
 
     MEDFED_DATA=... python benchmarks/heart_privacy.py
 
-FLamby's patients, split and measure (four hospitals, mean of their test accuracies), a logistic model, and public ranges
-instead of its normalisation, which is computed from patients. Rounds, learning rate and averaging are those of the
-bundled breast-cancer study, unchanged: nothing was chosen on these patients. 20 seeds of noise; noise shared, epsilon 1
-unless said. FLamby's row is its best of DP-FedAvg at the same epsilon and delta (example-level, 5 seeds).
+FLamby's patients, split and measure (four hospitals, mean of their test accuracies), a logistic model, and public
+ranges instead of its normalisation, which is computed from patients. Rounds, learning rate and averaging are those of
+the bundled breast-cancer study: nothing was chosen on these patients. 20 seeds of noise. FLamby's figure is its
+DP-FedAvg at the same epsilon and delta (example-level, 5 seeds).
 """
 
 import os

@@ -157,9 +157,33 @@ def test_the_public_surface() -> None:
     for name in package.__all__:
         assert getattr(package, name) is not None
     assert set(package.__all__) == {
-        "DataError", "MedfedError", "MedicalNeuralNetwork", "PlanError", "QuorumError", "Result", "RunError",
-        "SiteError", "Study", "StudyError", "create_medical_device_names", "load", "load_and_prepare_medical_data",
-        "load_study", "resume", "run", "simulate",
+        "BudgetError",
+        "DataError",
+        "LedgerError",
+        "MedfedError",
+        "MedicalNeuralNetwork",
+        "PlanError",
+        "PrivacyAccountingEntry",
+        "QuorumError",
+        "RenyiDPAccountant",
+        "Result",
+        "RunError",
+        "SiteError",
+        "Study",
+        "StudyError",
+        "adaptive_gradient_clipping",
+        "create_medical_device_names",
+        "estimate_mean",
+        "estimate_shares",
+        "generate_privacy_report",
+        "load",
+        "load_and_prepare_medical_data",
+        "load_study",
+        "report_category",
+        "report_number",
+        "resume",
+        "run",
+        "simulate",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing

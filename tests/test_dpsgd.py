@@ -410,7 +410,7 @@ def _is_poisson(taken_NI: Tensor, probability: float) -> bool:
 def test_every_patient_tosses_a_coin_of_its_own(simulation_only: bool) -> None:
     taken_NI = _attendance(600, 40, 0.25, simulation_only=simulation_only)
     assert _is_poisson(taken_NI, 0.25)
-    assert not _is_poisson(taken_NI, 0.22) and not _is_poisson(taken_NI, 0.28)
+    assert not _is_poisson(taken_NI, 0.2) and not _is_poisson(taken_NI, 0.3)
     fixed_size = torch.rand(600, 40).argsort(1) < 10  # a planted bug: exactly a quarter
     assert not _is_poisson(fixed_size, 0.25)
     assert not _is_poisson(taken_NI[:1].expand(600, -1), 0.25)  # and another: the same patients in every round
@@ -499,14 +499,19 @@ def _is_exactly(noise: Tensor, sigma: float) -> bool:
 
 
 def _noise_at_sites(steps: int = 1, noise: float = 1.5, clip: float = 1.0, **kinds: bool) -> Tensor:
-    """Return the noise [K, P], in units of the clip, that training of 3 sites without gradients adds up to."""
+    """Return the noise [K, P] that training of 3 sites without gradients adds up to, of `noise`, twice and thrice it.
+
+    It is in units of the clip, and of one, two and three.
+    """
     model, rows = _nobody(2)
     sizes, plan = (2, 10, 40), LocalPlan("regression", learning_rate=0.5)
     guarantee = _guarantee(ZERO + 1, sizes, "site", "automatic", clip, noise, steps, **kinds)  # type: ignore[arg-type]
+    more = enumerate(guarantee.releases.items(), 1)
+    guarantee = replace(guarantee, releases={n: replace(r, noise_multiplier=i * noise) for i, (n, r) in more})
     start_KP = torch.zeros(3, ZERO + 1, dtype=torch.float64)
     names, patients = NAMES[:3], Patients.of([rows] * 3)
     moved_KP = train(model, start_KP, patients, plan, guarantee, names, _keys(3)).theta_KP
-    return -moved_KP / (0.5 * clip) * torch.tensor(sizes)[:, None]
+    return -moved_KP / (0.5 * clip) * (torch.tensor(sizes) / torch.tensor([1, 2, 3]).double())[:, None]
 
 
 @pytest.mark.parametrize("simulation_only", [False, True])
@@ -519,9 +524,9 @@ def test_sites_add_the_noise_that_is_paid_for(simulation_only: bool) -> None:
 
 
 def test_noise_at_sites_lies_on_the_grid() -> None:
-    steps = _noise_at_sites(simulation_only=False) / GRID
+    steps = _noise_at_sites(simulation_only=False)[0] / GRID
     assert (steps - steps.round()).abs().max() < 1e-3 and len(steps.round().unique()) > 1000
-    seeded = _noise_at_sites(simulation_only=True) / GRID
+    seeded = _noise_at_sites(simulation_only=True)[0] / GRID
     assert (seeded - seeded.round()).abs().max() > 0.1
 
 

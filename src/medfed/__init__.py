@@ -13,38 +13,67 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, RunError, SiteError, StudyError
+    from medfed.claims import generate_privacy_report
+    from medfed.core.checks import (
+        BudgetError,
+        DataError,
+        LedgerError,
+        MedfedError,
+        PlanError,
+        QuorumError,
+        RunError,
+        SiteError,
+        StudyError,
+    )
     from medfed.data.names import create_medical_device_names
+    from medfed.dpsgd import adaptive_gradient_clipping
     from medfed.models import MedicalNeuralNetwork
+    from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
+    from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
     from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate
     from medfed.study import Study
     from medfed.study import load as load_study
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
-    "medfed.core.checks": "DataError MedfedError PlanError QuorumError RunError SiteError StudyError",
+    "medfed.claims": "generate_privacy_report",
+    "medfed.core.checks": "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
+    "StudyError",
     "medfed.data.names": "create_medical_device_names",
+    "medfed.dpsgd": "adaptive_gradient_clipping",
     "medfed.models": "MedicalNeuralNetwork",
+    "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
+    "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
     "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate",
     "medfed.study": "Study",
 }
 
 __all__ = [
+    "BudgetError",
     "DataError",
+    "LedgerError",
     "MedfedError",
     "MedicalNeuralNetwork",
     "PlanError",
+    "PrivacyAccountingEntry",
     "QuorumError",
+    "RenyiDPAccountant",
     "Result",
     "RunError",
     "SiteError",
     "Study",
     "StudyError",
+    "adaptive_gradient_clipping",
     "create_medical_device_names",
+    "estimate_mean",
+    "estimate_shares",
+    "generate_privacy_report",
     "load",
     "load_and_prepare_medical_data",
     "load_study",
+    "report_category",
+    "report_number",
     "resume",
     "run",
     "simulate",

@@ -110,7 +110,8 @@ def _sampling(g: Guarantee) -> str:
     release = next(iter(g.releases.values()))
     if release.probability == 1:
         return "every patient of a participating site takes part in every step; no amplification is claimed"
-    law = f"each patient by an independent secret coin (Poisson), batch of {release.size * release.probability:g} expected"
+    expected = release.size * release.probability
+    law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
     return f"{law}, truncated to {release.cap} patients" if release.cap else law
 
 
@@ -157,7 +158,7 @@ def read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{str(folder)!r} holds no claim ({type(error).__name__}): its study asked for no epsilon, or it has not ended"
+            f"{str(folder)!r} holds no claim: no epsilon was asked for, or the run has not ended ({error})"
         ) from error
     return found
 
@@ -193,7 +194,7 @@ def outlook(plan: Plan) -> dict[str, Any]:
 
 def _shown(g: Guarantee) -> list[str]:
     """Name one client of each kind: all alike need one line."""
-    seen = {(r.size, r.steps, r.probability): name for name, r in reversed(g.releases.items())}
+    seen = {(r.size, r.steps, r.probability): name for name, r in reversed(list(g.releases.items()))}
     return list(reversed(seen.values()))
 
 

@@ -28,7 +28,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: the run is not complete; 2: it could not be done, with the reason."""
+    """Run the command line. Exit code 0: done; 1: the run is not complete, or an audit found more than is claimed; 2: it
+    could not be done, with the reason.
+    """
     try:
         app()
     except MedfedError as error:
@@ -90,6 +92,50 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(view.results(found))
     for item in found["excluded"]:
         console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False, markup=False)
+
+
+@app.command()
+def audit(
+    target: Annotated[str, typer.Argument(metavar="STUDY|RUN", help="A study, as for `run`; or a run's folder.")],
+    set: Settings = [],  # noqa: B006
+    data: DataFolder = None,
+    canaries: Annotated[int, typer.Option(min=0, help="Made-up patients to hide; 0: as many as the claim needs.")] = 0,
+    retrains: Annotated[int, typer.Option(help="Trainings for membership inference; 64 or more to quote.")] = 64,
+    fpr: Annotated[float, typer.Option(min=0, max=1, help="Its rate of false alarms.")] = 0.05,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out membership inference.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Coins from a seed; default: the operating system.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a twin of a study or run, and compare what was measured with what is claimed.
+
+    Exit code 1 where an attack finds more than the claim allows. A run's folder gets audit.json, and its claim the
+    result. The run itself cannot be audited: canaries are planted before training.
+    """
+    from medfed import audit as audits
+    from medfed import study as studies
+    from medfed.core.checks import RunError
+
+    console = _console(as_json)
+    if Path(target).is_dir() and set:
+        raise RunError(f"--set {set[0]!r} with the run {target!r}: its study is frozen. Audit a study file instead.")
+    with console.status("attacking a twin"):
+        if Path(target).is_dir():
+            found = audits.audit_run(Path(target), data, canaries, retrains, fpr, quick, seed)
+        else:
+            found = audits.audit_study(studies.load(target, set), data, canaries, retrains, fpr, quick, seed)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        table = Table("attack", "claimed", "measured", "verdict", box=None, padding=(0, 1))
+        for part in found["parts"]:
+            verdict = {True: "stands", False: "[bold red]BROKEN[/]", None: "cannot tell"}[part["passed"]]
+            table.add_row(part["name"], part["claimed"], part["measured"], verdict)
+        console.print(f"[bold]{escape(found['study'])}[/]  a twin's patients: {found['patients']}", highlight=False)
+        console.print(table)
+        for text in (*(f"{part['name']}: {part['told']}." for part in found["parts"]), found["limits"]):
+            console.print(text, highlight=False, markup=False)
+    if not found["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

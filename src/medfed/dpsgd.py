@@ -118,7 +118,7 @@ def train(
     guarantee: Guarantee,
     names: Sequence[str],
     key_K: Tensor,
-    correction: Correction = Correction(),
+    correction: Correction = Correction(),  # noqa: B008 (frozen)
     average: float = 0.0,
     path: Path = "auto",
 ) -> LocalResult:
@@ -182,7 +182,7 @@ _Draw = Callable[[Tensor, int, int], Tensor]
 
 
 def _drawer(guarantee: Guarantee, key_K: Tensor) -> _Draw:
-    """Sampling that amplifies must be secret, so the coins come from the operating system, not from the study's seed."""
+    """Sampling that amplifies must be secret: the coins come from the operating system, not from the study's seed."""
     if guarantee.simulation_only:
         return lambda members, t, width: streams.uniform(streams.subkey(streams.subkey(key_K[members], t), 1), width)
     entropy = Entropy()

@@ -192,7 +192,7 @@ class LinearRule(Rule):
     def _total(self, dy: Tensor, groups: int) -> Tensor:
         """Return the sums of dy over each of `groups` equal runs of slots, [groups, O]."""
         total = self.buffers.take("db", (groups, dy.shape[-1]), dy)
-        return torch.sum(dy if groups == len(dy) else dy.view(groups, -1, dy.shape[-1]), 1, out=total)
+        return torch.sum(dy if groups == len(dy) else dy.reshape(groups, -1, dy.shape[-1]), 1, out=total)
 
 
 class ConvRule(LinearRule):
@@ -206,18 +206,17 @@ class ConvRule(LinearRule):
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.slots, self.shape = x.shape[:2], x.shape
-        self.sizes, self.moves = _patches(self.layer, x.shape[3:])
-        AB, C, Q = prod(self.slots), x.shape[2], len(self.moves)
-        patches = self.buffers.take("x", (AB, C, Q, *self.sizes), x)
-        if any(self.layer.padding):
-            patches.zero_()
-        flat = x.reshape(AB, *x.shape[2:])
-        for q, (read, write) in enumerate(self.moves):
-            patches[:, :, q][write] = flat[read]
-        self.x, weight = patches.view(AB, C * Q, -1).mT, self._weight(params[0])
-        y = self.buffers.take("y", (AB, weight.shape[1], self.x.shape[1]), x)
+        padding: Any = self.layer.padding  # numbers: see `_plain`
+        flat = x.reshape(-1, *x.shape[2:]).contiguous()
+        if any(padding):
+            flat = nn.functional.pad(flat, [cells for cells in reversed(padding) for _ in range(2)])
+        self.padded, patches = flat.shape, self._patches(flat)
+        self.sizes = patches.shape[2 + len(padding) :]
+        kept = self.buffers.take("x", patches.shape, x).copy_(patches)
+        self.x, weight = kept.view(len(flat), -1, prod(self.sizes)).mT, self._weight(params[0])
+        y = self.buffers.take("y", (len(flat), weight.shape[1], self.x.shape[1]), x)
         if len(params) == 2:
-            bias = params[1][:, None, :, None].expand(*self.slots, -1, 1).reshape(AB, -1, 1)
+            bias = params[1][:, None, :, None].expand(*self.slots, -1, 1).reshape(len(flat), -1, 1)
             torch.baddbmm(bias, weight, self.x.mT, out=y)
         else:
             torch.bmm(weight, self.x.mT, out=y)
@@ -227,14 +226,31 @@ class ConvRule(LinearRule):
         self.dy, self.gradients = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, ()
         if first:
             return dy
-        AB, C, Q = prod(self.slots), self.shape[2], len(self.moves)
-        patches = self.buffers.take("dpatches", (AB, C, Q, *self.sizes), dy)
-        torch.bmm(self._weight(params[0]).mT, self.dy.mT, out=patches.view(AB, C * Q, -1))
-        dx = self.buffers.take("dx", self.shape, dy).zero_()
-        flat = dx.view(AB, *self.shape[2:])
-        for q, (read, write) in enumerate(self.moves):
-            flat[read].add_(patches[:, :, q][write])
-        return dx
+        flat = self.buffers.take("dpatches", self.x.mT.shape, dy)
+        torch.bmm(self._weight(params[0]).mT, self.dy.mT, out=flat)
+        patches = flat.view(*self.padded[:2], -1, *self.sizes)
+        dx = self.buffers.take("dx", self.padded, dy).zero_()
+        for q, place in enumerate(product(*map(range, self.layer.kernel_size))):
+            dx[:, :, *self._read_at(place)].add_(patches[:, :, q])
+        margins = [(outer - inner) // 2 for outer, inner in zip(self.padded[2:], self.shape[3:], strict=True)]
+        middle = [slice(m, m + size) for m, size in zip(margins, self.shape[3:], strict=True)]
+        return dx[:, :, *middle].reshape(self.shape)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Return the view [A * B, C, *kernel, *sizes] of padded x: what each place of the kernel reads."""
+        kernel, stride, dilation = self.layer.kernel_size, self.layer.stride, self.layer.dilation
+        reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sizes = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+        steps = x.stride()
+        places = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
+        moves = [step * s for step, s in zip(steps[2:], stride, strict=True)]
+        return x.as_strided((*x.shape[:2], *kernel, *sizes), (*steps[:2], *places, *moves))
+
+    def _read_at(self, place: Sequence[int]) -> list[slice]:
+        """Return which entries of padded x one place of the kernel reads."""
+        starts = [q * d for q, d in zip(place, self.layer.dilation, strict=True)]
+        axes = zip(starts, self.sizes, self.layer.stride, strict=True)
+        return [slice(start, start + (size - 1) * s + 1, s) for start, size, s in axes]
 
     def _weight(self, weight: Tensor) -> Tensor:
         """Return the kernel [A * B, O, C * Q] of each slot's client; a view where there is one client."""
@@ -253,31 +269,6 @@ class ConvRule(LinearRule):
 
     def _total(self, dy: Tensor, groups: int) -> Tensor:
         return _gathered(dy.sum(1), groups)
-
-
-_Slices = tuple[slice, ...]
-
-
-def _patches(layer: nn.Conv1d | nn.Conv2d, lengths: Sequence[int]) -> tuple[list[int], list[tuple[_Slices, _Slices]]]:
-    """Return the output's sizes, and for each position of the kernel where it reads and which outputs are written.
-
-    Both are indices of [A * B, C, *lengths]; an output that is not written reads padding.
-    """
-    sizes, axes = [], []
-    geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    for length, kernel, stride, padding, dilation in zip(lengths, *geometry, strict=True):
-        size, axis = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, []
-        for q in range(kernel):
-            shift = q * dilation - padding  # output s reads s * stride + shift
-            first, last = max(0, -(shift // stride)), min(size - 1, (length - 1 - shift) // stride)
-            count = max(0, last + 1 - first)
-            start = max(0, first * stride + shift) if count else 0
-            axis.append((slice(start, start + count * stride, stride), slice(first, first + count)))
-        sizes.append(size)
-        axes.append(axis)
-    every = (slice(None), slice(None))
-    moves = [zip(*places, strict=True) for places in product(*axes)]
-    return sizes, [((*every, *read), (*every, *write)) for read, write in moves]
 
 
 class EmbeddingRule(Rule):

@@ -166,15 +166,22 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     model = build_model(sites[0].study, encoding)
     promised = None
     if guarantee.asked(sites[0].study):
+        for name, size in header[
+            "declared"
+        ].items():  # noise and divisor follow from them: not the coordinator's to say
+            if size != guarantee.declared(sites[0].study, name):
+                raise SiteError(
+                    f"the coordinator says {size} patients for site {name!r}; the study declares another number"
+                )
         promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
     tables = [_table(site) for site in sites]
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.guarantee = encoding, model, promised
-        held = torch.from_numpy(table.test)
+        held = torch.tensor(table.test)
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held), rows.at(held)
         site.forget()
-    return [codec.encode({"train": len(site.train), "test": len(site.test)}) for site in sites]
+    return [codec.encode({}) for _ in sites]
 
 
 def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
@@ -186,7 +193,7 @@ def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
         return [encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables]
     every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
     rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test)
-    parts = zip(rows.x.split(sizes), rows.y.split(sizes), tables, strict=True)
+    parts = zip(torch.split(rows.x, sizes), torch.split(rows.y, sizes), tables, strict=True)
     return [Rows(x, y, torch.from_numpy(table.patient)) for x, y, table in parts]
 
 

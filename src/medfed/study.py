@@ -300,7 +300,8 @@ class Study:
 
     def digest(self) -> str:
         """Return the sha256 of the study: two studies of one digest ask for the same run."""
-        return hashlib.sha256(json.dumps(self.tables(), sort_keys=True).encode()).hexdigest()
+        read_back = from_tables(self.tables()).tables()  # a range (6, 30) comes back from study.toml as [6.0, 30.0]
+        return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def bundled() -> dict[str, Path]:

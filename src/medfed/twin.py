@@ -5,7 +5,8 @@ would release without noise is worked out here once more, by torch.func and clip
 in dpsgd.py cannot hide itself. A twin pays from no ledger: its patients are public, or invented where the study's are
 private.
 
-N records, I patients, M canaries, P parameters, F features, C outputs, A = 1 + M: no canary, and each alone.
+N records, I patients, R records of one patient, M canaries, P parameters, F features, C outputs, A = 1 + M: no canary,
+and each of them alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,6 +178,7 @@ class People:
     x_NF: Tensor
     y_N: Tensor
     patient_N: Tensor  # 0 .. I-1
+    record_N: Tensor  # 0 .. of its patient
     key_N: Tensor
     weight_I: Tensor
 
@@ -189,17 +191,26 @@ class People:
             number.append(place_N + count)
             weights.append(torch.full((len(codes),), weight[name], dtype=torch.float64))
             count += len(codes)
+        patient_N, record_N = torch.cat(number), torch.zeros(sum(map(len, held.values())), dtype=torch.int64)
+        sorted_N, order_N = torch.sort(patient_N, stable=True)
+        record_N[order_N] = torch.arange(len(order_N)) - torch.searchsorted(sorted_N, sorted_N)
         own = [(rows.patient if rows.key is None else rows.key) ^ key[name] for name, rows in held.items()]
-        x, y = [rows.x for rows in held.values()], [rows.y for rows in held.values()]
-        return cls(torch.cat(x), torch.cat(y), torch.cat(number), torch.cat(own), torch.cat(weights))
+        x_NF, y_N = (torch.cat([getattr(rows, name) for rows in held.values()]) for name in ("x", "y"))
+        return cls(x_NF, y_N, patient_N, record_N, torch.cat(own), torch.cat(weights))
 
     def blocks(self, parameters: int) -> "Iterator[People]":
         """Cut the patients into blocks whose gradients fit the memory."""
         size = max(1, _BLOCK // parameters)
         for first in range(0, len(self.weight_I), size):
             mine = (self.patient_N >= first) & (self.patient_N < first + size)
-            number_N, weight_I = self.patient_N[mine] - first, self.weight_I[first : first + size]
-            yield People(self.x_NF[mine], self.y_N[mine], number_N, self.key_N[mine], weight_I)
+            yield People(
+                self.x_NF[mine],
+                self.y_N[mine],
+                self.patient_N[mine] - first,
+                self.record_N[mine],
+                self.key_N[mine],
+                self.weight_I[first : first + size],
+            )
 
 
 def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
@@ -212,8 +223,10 @@ def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> 
         return sample_loss(task, z_1C[0], y)
 
     gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0))
-    key_N, weights = streams.subkey(people.key_N, step), dict(layout.pieces(w_P))
-    parts = gradients(weights, people.x_NF, people.y_N, key_N).values()
+    step_N = streams.subkey(people.key_N, step)
+    key_RN = torch.stack([streams.subkey(step_N, n) for n in range(int(people.record_N.max()) + 1)])
+    key_N = key_RN.gather(0, people.record_N[None])[0]
+    parts = gradients(dict(layout.pieces(w_P)), people.x_NF, people.y_N, key_N).values()
     g_IP = torch.zeros(len(people.weight_I), len(w_P), dtype=torch.float64)
     g_IP.index_add_(0, people.patient_N, torch.cat([part.flatten(1) for part in parts], 1).double())
     norm_I1 = g_IP.norm(dim=1, keepdim=True)
@@ -222,18 +235,19 @@ def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> 
     return held_IP
 
 
-def believed(
+def unexplained(
     twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the change of the weights [P] that a release brings without canaries, and what each of them adds [M, P].
+    """Return how far a release differs from one without canaries [P], and what each of them would add [M, P].
 
-    Without noise, and expected over the sampling's coins. A local path of several steps stays inside the site: it is
-    taken to be straight, from the round's weights to those released.
+    In units of the clipped sum, expected over the sampling's coins, and linear around half of the canaries being in. A
+    local path of several steps stays inside the site: it is taken to be straight, from the round's weights to those
+    released.
     """
     g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
     clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
-    expected = sum(g.releases[name].size * g.releases[name].probability for name in names)
-    weight = {name: clip * g.releases[name].probability / expected for name in names}
+    unit = clip / sum(g.releases[name].size * g.releases[name].probability for name in names)
+    weight = {name: unit * g.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
 
@@ -244,15 +258,13 @@ def believed(
     descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
     for t in range(steps):
         at_P = w_P + update_P.to(w_P.dtype) * (t / (steps - (kept - 1) / 2))
-        base_P = torch.stack([clipped(twin, at_P, some, t, clip).sum(0) for some in base.blocks(plan.parameters)]).sum(
-            0
-        )
-        gradient_MP = torch.cat([clipped(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
-        gradient_AP = torch.cat([base_P[None], base_P + gradient_MP])
-        descent.step([piece for _, piece in layout.pieces(gradient_AP)])
+        add_MP = torch.cat([clipped(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
+        half_P = sum((clipped(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2)
+        descent.step([piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))])
         if t >= steps - kept:
             mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept
-    return mean_AP[0] - w_P, mean_AP[1:] - mean_AP[0]
+    add_MP = mean_AP[1:] - mean_AP[0]
+    return (w_P + update_P - mean_AP[0] + add_MP.sum(0) / 2) / unit, add_MP / unit
 
 
 def _correction(seen: Seen, names: Sequence[str], plan: Plan) -> Correction:

@@ -110,8 +110,8 @@ def _promise(privacy: Mapping[str, Any]) -> str:
     if privacy["simulation_only"]:
         return "privacy: none claimed (privacy.simulation_only: noise from a seed)"
     return (
-        f"privacy: epsilon {privacy['target_epsilon']:g} at delta {privacy['delta']:g} for every training patient, noise "
-        f"'{privacy['noise']}', multiplier {privacy['noise_multiplier']:.4g}"
+        f"privacy: epsilon {privacy['target_epsilon']:g} at delta {privacy['delta']:g} for every training patient, "
+        f"noise '{privacy['noise']}', multiplier {privacy['noise_multiplier']:.4g}"
     )
 
 
@@ -192,7 +192,8 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
     """Return what `medfed privacy plan` shows."""
     parts: list[Table | str] = [
         f"{escape(found['study'])}: epsilon {found['epsilon']:g} at delta {found['delta']:g} for each of "
-        f"{found['patients']:,} declared training patients, {found['parameters']:,} parameters, {found['rounds']} rounds\n"
+        f"{found['patients']:,} declared training patients, {found['parameters']:,} parameters, "
+        f"{found['rounds']} rounds\n"
         f"accountant: {found['accountant']}"
     ]
     for mode, rows in found["modes"].items():

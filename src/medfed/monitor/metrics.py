@@ -64,7 +64,7 @@ class Scores:
 
     @classmethod
     def of_counts(cls, counts: np.ndarray) -> "Scores":
-        """Return the scores whose histogram [CELLS, 2] is `counts`, each in its cell's middle; negative counts are 0."""
+        """Return the scores whose histogram [CELLS, 2] is `counts`, each in its cell's middle; below 0 counts as 0."""
         whole = np.maximum(np.rint(counts), 0).astype(np.int64)
         middle = (np.arange(CELLS) - CELLS / 2 + 0.5) * _BINS_PER_LOGIT
         bins = np.repeat(np.tile(middle[:, None], 2).ravel(), whole.ravel()).astype(np.int16)

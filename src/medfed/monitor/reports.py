@@ -56,8 +56,8 @@ def privacy_page(claim: Mapping[str, Any]) -> str:
     name = escape(str(claim["study"]))
     if claim["claimed"]:
         verdict = (
-            f"Whether any one training patient took part, with all records, changes the probability of whatever this run "
-            f"released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance of "
+            f"Whether any one training patient took part, with all records, changes the probability of whatever this "
+            f"run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance of "
             f"{claim['target']['delta']:g}."
         )
     else:

@@ -1,5 +1,6 @@
 """summary.json: what a run came to, as a function of its events. What was not measured is null."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     sites = list(planned.sizes) if planned else []
     final = tests.get("federated")
     times = [r.seconds for r in rounds.values()]
+    took_part = Counter(client for r in rounds.values() for client in r.clients)
     return {
         "study": started.study if started else None,
         "purpose": started.purpose if started else None,
@@ -81,7 +83,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
             "per_round": round(sum(times) / len(times), 6) if times else None,
         },
         "bytes": {"up": traffic[0], "down": traffic[1]},
-        "participation": {site: sum(site in r.clients for r in rounds.values()) for site in sites},
+        "participation": {site: took_part[site] for site in sites},
         "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
         "warnings": warnings,
         "versions": dict(started.versions) if started else None,

@@ -3,7 +3,9 @@
 The coordinator cannot overdraw it: what a round costs is worked out here from the study and the declared sizes.
 """
 
+import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from medfed.privacy.accounting import Event, RandomisedResponse
 from medfed.privacy.guarantee import Guarantee, replaced
 from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits
 from medfed.study import Study
+
+logger = logging.getLogger(__name__)
 
 
 class Account:
@@ -50,7 +54,10 @@ class Account:
         self.cohorts |= self.ledger.enrol_all(rosters)
         if fresh:
             whole = {site: replaced(guarantee.releases[site].event(), guarantee.uses) for site in rosters}
-            self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
+            try:
+                self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
+            except BudgetError as error:
+                raise _discreet(error) from error
 
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.
@@ -81,7 +88,7 @@ class Account:
                 self.ledger.charge([charge], self._limits())
                 self._paid.add(site)
             except BudgetError as error:
-                yield site, error
+                yield site, _discreet(error)
 
     def pay_test(self, site: str, ids: Sequence[str]) -> None:
         """Charge held-out patients for one noised histogram; raises BudgetError where they cannot pay.
@@ -94,7 +101,7 @@ class Account:
         self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
 
     def charged(self) -> JSON:
-        """Return what the ledger holds for this study's patients: epsilon of the worst over all its runs, and its head."""
+        """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head."""
         assert self.guarantee is not None
         worst = self.ledger.worst(self.study.privacy.delta - self.guarantee.delta_sampler, self.study.study.name)
         return {"epsilon_all_runs": worst, "head": self.ledger.head()}
@@ -107,3 +114,9 @@ class Account:
         assert g is not None
         epsilon = math.inf if g.accountant == "pld" else p.epsilon  # PLD is no filter; its schedule is fixed instead
         return Limits(epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon)
+
+
+def _discreet(error: BudgetError) -> BudgetError:
+    """Return a refusal fit to leave the site: how many patients it has is not told; its own log says."""
+    logger.warning("%s", error)
+    return BudgetError(re.sub(r"\d+ of \d+ patients", "patients", str(error)))

@@ -285,7 +285,7 @@ class Rate(NamedTuple):
 
 def logit_confidence(loss: np.ndarray) -> np.ndarray:
     """Return log(p / (1 - p)) for cross-entropy -log p: nearly Gaussian over retrains (Carlini et al. 2022, eq. 4)."""
-    loss = np.maximum(loss, 1e-12)
+    loss = np.maximum(loss, _TINY)
     confidence: np.ndarray = -loss - np.log(-np.expm1(-loss))
     return confidence
 

@@ -56,25 +56,6 @@ def coefficients(rounds: int, band: int) -> Floats:
     return rounded
 
 
-def check(rounds: int, separation: int) -> None:
-    """Raise PlanError where correlation cannot pay: patients used in every round, or a single round.
-
-    Where every patient may be used in every round, Toeplitz coefficients gain nothing, and the best factorisation of
-    all gains at most 3 / sqrt(8) = 1.06 (computed): that of noise alone whose width follows the round.
-    """
-    if separation < 2:
-        raise PlanError(
-            f"privacy.correlated=true and fleet.groups={separation} do not compose: where a patient may be used in "
-            "every round, correlated noise gains at most 1.06 x. Set fleet.schedule='cyclic' and fleet.groups=10, or "
-            "privacy.correlated=false."
-        )
-    if rounds < 2:
-        raise PlanError(
-            f"privacy.correlated=true and training.rounds={rounds} do not compose: no later round takes noise back. "
-            "Raise training.rounds, or set privacy.correlated=false."
-        )
-
-
 def most_uses(rounds: int, separation: int) -> int:
     """Return how often a patient can be used in T rounds with uses at least `separation` rounds apart."""
     return -(-rounds // separation)

@@ -45,7 +45,7 @@ def discrete_gaussian(sigma: float) -> DiscreteGaussian:
 
 @dataclass(frozen=True)
 class Release:
-    """What one client does with its patients in one round: `steps` noised sums, each patient in it with `probability`."""
+    """What a client does with its patients in a round: `steps` noised sums, each patient in it with `probability`."""
 
     size: int  # m
     steps: int
@@ -117,8 +117,9 @@ class Guarantee:
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
     def cost(self, uses: Mapping[str, int]) -> float:
-        """Return the epsilon, at the study's delta, of the patients who have paid most: `uses` rounds of each client."""
-        events = {replaced(self.releases[name].event(), n * self.copies) for name, n in uses.items() if n}
+        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client."""
+        kinds = {(self.releases[name], n) for name, n in uses.items() if n}  # thousands of devices are of few kinds
+        events = {replaced(release.event(), n * self.copies) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:

@@ -411,20 +411,31 @@ def discrete_laplace(
     Steinke 2020, algorithm 2; about 7 microseconds each). Reports may lie outside [low, high]; clamping them would
     bias their mean. Raises DataError, which quotes no value, for NaN; infinite readings are clamped.
     """
-    for name, number in (("unit", unit), ("epsilon", epsilon)):
-        _above_zero(name, number)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise PlanError(f"low={low}, high={high}: expected finite low < high. Set the public range of the reading.")
-    steps = math.ceil((high - low) / unit - 1e-9)  # 0.3 / 0.1 is 3 steps; never less than rint gives below
-    if not 1 <= steps <= 2**53:
-        raise PlanError(f"unit={unit}: expected high - low = {high - low} to hold 1 to 2^53 steps. Set unit anew.")
+    scale = _laplace_scale(low, high, unit, epsilon)
     true = np.asarray(reading, np.float64)
     if np.isnan(true).any():
         raise DataError("reading: expected numbers, got NaN. Send no report where the device has no reading.")
     index = np.rint((true.clip(low, high) - low) / unit)
-    coins, scale = _Coins(entropy), steps / Fraction(epsilon)
+    coins = _Coins(entropy)
     noise = np.array([coins.laplace(scale.numerator, scale.denominator) for _ in range(true.size)], np.float64)
     return np.asarray(low + unit * (index + noise.reshape(true.shape)))
+
+
+def discrete_laplace_variance(low: float, high: float, unit: float, epsilon: float) -> float:
+    """Return the variance of the noise of `discrete_laplace`, in the reading's unit squared."""
+    return unit**2 / (2 * math.sinh(1 / (2 * float(_laplace_scale(low, high, unit, epsilon)))) ** 2)
+
+
+def _laplace_scale(low: float, high: float, unit: float, epsilon: float) -> Fraction:
+    """Return R / epsilon, R the steps of the grid from low to high."""
+    for name, number in (("unit", unit), ("epsilon", epsilon)):
+        _above_zero(name, number)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise PlanError(f"low={low}, high={high}: expected finite low < high. Set the public range of the reading.")
+    steps = math.ceil((high - low) / unit - 1e-9)  # 0.3 / 0.1 is 3 steps; never less than rint of a reading gives
+    if not 1 <= steps <= 2**53:
+        raise PlanError(f"unit={unit}: expected high - low = {high - low} to hold 1 to 2^53 steps. Set unit anew.")
+    return steps / Fraction(epsilon)
 
 
 def geometric_noise(shape: Sequence[int], epsilon: float, entropy: Entropy) -> Integers:

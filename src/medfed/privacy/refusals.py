@@ -123,6 +123,14 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "the group whose turn it is takes part as a whole",
             "Set fleet.clients_per_round=0 and choose fleet.groups.",
         )
+    some = fleet.clients_per_round > 0 or fleet.schedule == "cyclic"
+    if some and where in ("shared", "central") and p.max_sites_per_patient > 1:
+        yield (
+            f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
+            f"fleet.clients_per_round={fleet.clients_per_round}, schedule={fleet.schedule!r}",
+            "under joint noise a patient of several sites pays at one of them, which must take part",
+            "Set fleet.clients_per_round=0 and schedule='random', or take noise='site'.",
+        )
     if not p.correlated:
         return
     if where not in ("shared", "central"):
@@ -136,9 +144,16 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
         yield (
             "privacy.correlated=true",
             f"fleet.schedule={fleet.schedule!r} with groups={fleet.groups}",
-            "where everybody takes part in every round it gains at most 1.06 x; it pays only where a patient's uses are "
-            "kept apart",
+            "where everybody takes part in every round it gains at most 1.06 x; it pays only where a patient's uses "
+            "are kept apart",
             "Set fleet.schedule='cyclic' and fleet.groups=10, or correlated=false.",
+        )
+    if study.training.rounds < 2:
+        yield (
+            "privacy.correlated=true",
+            f"training.rounds={study.training.rounds}",
+            "no later round takes noise back",
+            "Raise training.rounds, or set correlated=false.",
         )
     for side, is_set in (
         ("training.batch_size above 0", study.training.batch_size > 0),
