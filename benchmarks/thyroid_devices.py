@@ -1,24 +1,25 @@
 """What correlated noise buys a fleet of devices: the thyroid-devices study under four kinds of noise.
 
     python benchmarks/thyroid_devices.py             5 seeds, 100 rounds, epsilon 1, delta 1e-6, 10 groups
-    python benchmarks/thyroid_devices.py --choose    how model averaging, server step and learning rates were chosen
+    python benchmarks/thyroid_devices.py --choose    how server step, learning rate and averaging were chosen
 
 A quarter of the records (by a keyed hash of their number) is set aside as public development devices: settings are
-chosen on them alone, each kind of noise for itself, and they neither train nor test in what is measured. They are fewer,
-so there the noise is scaled down until its ratio to the signal is that of the measured runs. Each seed draws test
-devices, first weights and groups anew; noise is release-grade. MEDFED_DATA names the data folder.
+chosen on them alone, by AUROC and for each kind of noise by itself; they neither train nor test in what is measured.
+They are fewer, so there the noise is scaled down until its ratio to the signal is that of the measured runs. Each seed
+draws test devices, first weights and groups anew; noise is release-grade. MEDFED_DATA names the data folder.
 """
 
 import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from common import table, write_result
 
@@ -51,9 +52,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "local, logistic": {"privacy.correlated": False, "privacy.noise": "site", **LOGISTIC},
 }
 JOINT = [*product(("fedavg",), (3.0, 10.0), (0.0, 0.5)), *product(("fedavgm",), (0.3, 1.0, 3.0), (0.0, 0.5))]
-LOCAL = list(product(("fedavg",), (0.01, 0.1, 1.0), (0.0, 0.5)))
+LOCAL = list(product(("fedavg",), (0.01, 0.1, 1.0, 3.0), (0.0, 0.5)))
 GRID: dict[str, list[Settings]] = {
-    "none": [*product(("fedavg",), (0.3, 1.0, 3.0), (0.0,)), *product(("fedavgm",), (0.3, 1.0, 3.0), (0.0,))],
+    "none": [*product(("fedavg",), (0.3, 1.0, 3.0), (0.0,)), *product(("fedavgm",), (0.1, 0.3, 1.0, 3.0), (0.0,))],
     "correlated": JOINT,
     "independent": JOINT,
     "local": LOCAL,
@@ -77,10 +78,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        development, measured = fleets(Path(folder))
+        development, measured, ratio = fleets(Path(folder))
         kinds = [kind for kind in KINDS if args.only in ("", kind)]
         if args.choose:
-            choose(development, kinds, range(100, 100 + args.seeds))
+            choose(development, ratio, kinds, range(100, 100 + args.seeds))
         else:
             measure(measured, kinds, range(args.seeds))
 
@@ -88,21 +89,19 @@ def main() -> None:
 # The two fleets -----------------------------------------------------------------------------------------------------
 
 
-def fleets(folder: Path) -> tuple[Study, Study]:
-    """Return the study on the development devices and on all others."""
+def fleets(folder: Path) -> tuple[Study, Study, float]:
+    """Return the study on the development devices, on all others, and how many there are for each other."""
     source, study = SOURCES["thyroid"], medfed.load_study("thyroid-devices")
     frame = source.load(None, False)
     aside = frame["record"].map(lambda record: patient_fraction(KEY, record) < DEVELOPMENT)
-    frame[aside].to_csv(folder / "development.csv", index=False)
-    frame[~aside].to_csv(folder / "measured.csv", index=False)
-    ratio = aside.sum() / (~aside).sum()
     known = {**dataclasses.asdict(source.data), "preprocess": "dictionary", "test_is_public": True}
-    found = []
-    for name in ("development", "measured"):
+
+    def on(rows: pd.Series, name: str) -> Study:
+        frame[rows].to_csv(folder / f"{name}.csv", index=False)
         tables = study.tables() | {"data": {**known, "source": "", "table": f"{name}.csv"}}
-        other = dataclasses.replace(from_tables(tables), folder=folder)
-        found.append(other._with({"monitor.evaluate_every": 10**6, "study.name": f"{name} {ratio}"}))
-    return found[0], found[1]
+        return dataclasses.replace(from_tables(tables), folder=folder).set("monitor.evaluate_every", 10**6)
+
+    return on(aside, "development"), on(~aside, "measured"), float(aside.sum() / (~aside).sum())
 
 
 def asked(study: Study, kind: str, settings: Settings) -> Study:
@@ -111,7 +110,7 @@ def asked(study: Study, kind: str, settings: Settings) -> Study:
     return study._with({**KINDS[kind], **{f"training.{key}": value for key, value in training.items()}})
 
 
-def figures(study: Study, seeds: Iterable[int]) -> np.ndarray:
+def figures(study: Study, seeds: Sequence[int]) -> np.ndarray:
     """Return accuracy and AUROC over all test devices [seeds, 2]."""
     tests = [runs.simulate(study.set("study.seed", seed)).summary["test"] for seed in seeds]
     return np.array([[t["accuracy"], t["auroc"]] for t in tests])
@@ -120,9 +119,8 @@ def figures(study: Study, seeds: Iterable[int]) -> np.ndarray:
 # Choosing -----------------------------------------------------------------------------------------------------------
 
 
-def choose(study: Study, kinds: Sequence[str], seeds: Iterable[int]) -> None:
+def choose(study: Study, ratio: float, kinds: Sequence[str], seeds: Sequence[int]) -> None:
     """Print the mean accuracy and AUROC of each setting on the development devices."""
-    ratio, seeds = float(study.study.name.split()[1]), list(seeds)
     z = accounting.calibrate(Gaussian, study.privacy.epsilon, study.privacy.delta, "gdp")
     rows = []
     for kind in kinds:

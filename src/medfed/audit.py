@@ -98,13 +98,13 @@ def audit_study(
     }
 
 
-def audit_run(folder: Path, data: Path | None = None, *options: Any) -> dict[str, Any]:
-    """Attack a twin of a run's frozen study; write what came of it into the run's audit.json and its claim.
+def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Attack a twin of a run's frozen study; write what came of it into the run's audit.json and into its claim.
 
     `options` are those of `audit_study`. Raises RunError where the folder holds no claim.
     """
     claim, (study, encoding) = claims.read(folder), runs.read_plan(folder)
-    found = audit_study(study, data, *options, encoding=encoding)
+    found = audit_study(study, data, encoding=encoding, **options)
     files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
     files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
     return found
@@ -120,9 +120,13 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     that noise used twice cancels and is found.
     """
     g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
-    count = canaries or _enough(g)
+    room = max(1, plan.study.training.rounds - 1) * plan.parameters * (1 if plan.joint else len(twin.sites))
+    count = canaries or min(_enough(g), room)
     if _needed(g, count) is None:
-        told = f"not run: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand"
+        told = (
+            f"not run: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
+            f"{room} can be told apart in these rounds"
+        )
         return Part("canaries", claimed, "-", told, None, {"canaries": count, "guesses": 0})
     in_M = rng.random(count) < 0.5
     homes = rng.permutation(list(twin.sites))[:count].tolist()
@@ -149,10 +153,11 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     }
     verdict = attacks.one_run(scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
     told = (
-        f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries ({verdict.notes}); at "
-        f"{CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
+        f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
+        f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
     )
-    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, verdict.passed, verdict.to_json())
+    passed = None if verdict.passed and ended else verdict.passed
+    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, passed, verdict.to_json())
 
 
 def _guesses(canaries: int) -> int:

@@ -131,6 +131,8 @@ def _unprotected(plan: Plan) -> list[str]:
         "that a site refused its table or a round, with the reason",
         "how many records are held out for testing at each site",
     ]
+    if study.sites.kind == "device":
+        listed.append("which patients have a device, and when it takes part; hidden is what their records hold")
     if public:
         listed.append("held-out patients: declared public test data; their figures are told as they are")
     if study.privacy.scope == "run" and study.monitor.baselines and public:

@@ -28,8 +28,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: the run is not complete, or an audit found more than is claimed; 2: it
-    could not be done, with the reason.
+    """Run the command line.
+
+    Exit code 0: done; 1: the run is not complete, or an audit found more than is claimed; 2: it could not be done, with
+    the reason.
     """
     try:
         app()
@@ -118,11 +120,12 @@ def audit(
     console = _console(as_json)
     if Path(target).is_dir() and set:
         raise RunError(f"--set {set[0]!r} with the run {target!r}: its study is frozen. Audit a study file instead.")
+    options: Any = dict(canaries=canaries, retrains=retrains, fpr=fpr, quick=quick, seed=seed)
     with console.status("attacking a twin"):
         if Path(target).is_dir():
-            found = audits.audit_run(Path(target), data, canaries, retrains, fpr, quick, seed)
+            found = audits.audit_run(Path(target), data, **options)
         else:
-            found = audits.audit_study(studies.load(target, set), data, canaries, retrains, fpr, quick, seed)
+            found = audits.audit_study(studies.load(target, set), data, **options)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

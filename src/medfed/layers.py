@@ -38,14 +38,14 @@ class Buffers:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, ...], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return an uninitialised contiguous tensor [A, ...] of `like`'s type, kept under `name`."""
-        wanted = (name, like.dtype, *shape)
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised contiguous tensor [A, ...] of this type, kept under `name`."""
+        wanted = (name, dtype, *shape)
         view = self._views.get(wanted)
         if view is None:
-            size, kept = prod(shape), self._kept.get((name, like.dtype))
+            size, kept = prod(shape), self._kept.get((name, dtype))
             if kept is None or len(kept) < size:
-                kept = self._kept[name, like.dtype] = torch.empty(size, dtype=like.dtype)
+                kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
                 self._views.clear()
             view = self._views[wanted] = kept[:size].view(tuple(shape))
         return view
@@ -82,7 +82,7 @@ class Rule(ABC):
         """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch).
 
         `weight_AB` multiplies each slot's part, the same for all slots of a patient; it is of the targets' type, in
-        which products and sums are then taken.
+        which products and sums are then taken. What `backward` remembered is used up by it.
         """
 
     def forget(self, patient_AN: Tensor) -> None:
@@ -97,30 +97,25 @@ class Rule(ABC):
         self.gradients = [without(g) for g in self.gradients]
 
     def _remember_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Keep gradients [A, N, *shape] for `accumulate`; return their squared norms [A, N]."""
-        self.gradients = gradients
-        return _sum([_square(g.flatten(2)) for g in gradients])
+        """Keep gradients [A, N, *shape] for `accumulate`, in float64; return their squared norms [A, N]."""
+        self.gradients = [self._wide(f"gradient {i}", g, torch.float64) for i, g in enumerate(gradients)]
+        return _sum([_square(g.flatten(2)) for g in self.gradients])
 
     def _accumulate_gradients(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor) -> None:
         """Do what `accumulate` does, from the gradients that `square_norms` made."""
-        for i, (target, gradient) in enumerate(zip(targets, self.gradients, strict=True)):
-            A, N = gradient.shape[:2]
-            weight_A1N = weight_AB[:, None, :: weight_AB.shape[1] // N]
-            wide = self._wide(f"gradient {i}", gradient, weight_AB).view(A, N, -1)
-            target.view(A, 1, -1).baddbmm_(weight_A1N, wide, beta=beta, alpha=alpha)
+        for target, gradient in zip(targets, self.gradients, strict=True):
+            weight_A1N = weight_AB[:, None, :: weight_AB.shape[1] // gradient.shape[1]].double()
+            _blend(target, torch.bmm(weight_A1N, gradient.flatten(2)).view(target.shape), beta, alpha)
 
-    def _wide(self, name: str, x: Tensor, like: Tensor) -> Tensor:
-        """Return x as numbers of `like`'s type."""
-        return x if x.dtype == like.dtype else self.buffers.take(name, x.shape, like).copy_(x)
+    def _wide(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x as numbers of this type."""
+        return x if x.dtype == dtype else self.buffers.take(name, x.shape, dtype).copy_(x)
 
     def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
-        """Return dy [A, B * positions, O] times each slot's weight, as numbers of the weight's type."""
+        """Return dy [A, B * positions, O] times each slot's weight, as numbers of the weight's type; overwrites dy."""
         positions = dy.shape[1] // weight_AB.shape[1]
         weight = (weight_AB if positions == 1 else weight_AB.repeat_interleave(positions, 1)).unsqueeze(-1)
-        y = self.buffers.take("weighted", dy.shape, weight_AB)
-        if dy.dtype == y.dtype:
-            return torch.mul(dy, weight, out=y)
-        return y.copy_(dy).mul_(weight)  # faster than a product of two types
+        return self._wide("dy wide", dy, weight.dtype).mul_(weight)
 
 
 class LinearRule(Rule):
@@ -135,7 +130,7 @@ class LinearRule(Rule):
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         weight = params[0]  # [A, O, I]
         self.slots, self.x = x.shape[:2], x.reshape(len(x), -1, x.shape[-1])
-        y = self.buffers.take("y", (*self.x.shape[:2], weight.shape[1]), x)
+        y = self.buffers.take("y", (*self.x.shape[:2], weight.shape[1]), x.dtype)
         if len(params) == 2:
             torch.baddbmm(params[1][:, None, :], self.x, weight.mT, out=y)
         else:
@@ -146,7 +141,7 @@ class LinearRule(Rule):
         self.dy, self.gradients = dy.reshape(len(dy), -1, dy.shape[-1]), ()
         if first:
             return dy
-        dx = self.buffers.take("dx", self.x.shape, dy)
+        dx = self.buffers.take("dx", self.x.shape, dy.dtype)
         torch.bmm(self.dy, params[0], out=dx)
         return dx.view(*dy.shape[:-1], -1)
 
@@ -176,14 +171,17 @@ class LinearRule(Rule):
         if weight_AB is not None:
             if self.gradients:
                 return self._accumulate_gradients(targets, beta, alpha, weight_AB)
-            x, dy = self._wide("x wide", x, weight_AB), self._weighted(dy, weight_AB)
+            x, dy = self._wide("x wide", x, weight_AB.dtype), self._weighted(dy, weight_AB)
         self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
             _blend(targets[1], self._total(dy, len(targets[1])), beta, alpha)
 
     def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
         """Blend the sum of dy_s x_s^T over a client's slots into the target [A, O, I]."""
-        target.baddbmm_(dy.mT, x, beta=beta, alpha=alpha)
+        if target.is_contiguous():
+            target.baddbmm_(dy.mT, x, beta=beta, alpha=alpha)
+        else:  # a piece of rows [A, P]: batched products straight into one are slow
+            _blend(target, torch.bmm(dy.mT, x, out=self.buffers.take("dw", target.shape, dy.dtype)), beta, alpha)
 
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
         """Return the sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups, O, I]."""
@@ -191,7 +189,7 @@ class LinearRule(Rule):
 
     def _total(self, dy: Tensor, groups: int) -> Tensor:
         """Return the sums of dy over each of `groups` equal runs of slots, [groups, O]."""
-        total = self.buffers.take("db", (groups, dy.shape[-1]), dy)
+        total = self.buffers.take("db", (groups, dy.shape[-1]), dy.dtype)
         return torch.sum(dy if groups == len(dy) else dy.reshape(groups, -1, dy.shape[-1]), 1, out=total)
 
 
@@ -212,7 +210,7 @@ class ConvRule(LinearRule):
             flat = nn.functional.pad(flat, [cells for cells in reversed(padding) for _ in range(2)])
         self.padded, patches = flat.shape, self._patches(flat)
         self.sizes = patches.shape[2 + len(padding) :]
-        kept = self.buffers.take("x", patches.shape, x).copy_(patches)
+        kept = self.buffers.take("x", patches.shape, x.dtype).copy_(patches)
         self.x, weight = kept.view(len(flat), -1, prod(self.sizes)).mT, self._weight(params[0])
         y = self.buffers.take("y", (len(flat), weight.shape[1], self.x.shape[1]), x)
         if len(params) == 2:
@@ -226,10 +224,10 @@ class ConvRule(LinearRule):
         self.dy, self.gradients = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, ()
         if first:
             return dy
-        flat = self.buffers.take("dpatches", self.x.mT.shape, dy)
+        flat = self.buffers.take("dpatches", self.x.mT.shape, dy.dtype)
         torch.bmm(self._weight(params[0]).mT, self.dy.mT, out=flat)
         patches = flat.view(*self.padded[:2], -1, *self.sizes)
-        dx = self.buffers.take("dx", self.padded, dy).zero_()
+        dx = self.buffers.take("dx", self.padded, dy.dtype).zero_()
         for q, place in enumerate(product(*map(range, self.layer.kernel_size))):
             dx[:, :, *self._read_at(place)].add_(patches[:, :, q])
         margins = [(outer - inner) // 2 for outer, inner in zip(self.padded[2:], self.shape[3:], strict=True)]
@@ -333,7 +331,7 @@ class NormRule(Rule):
         self.n = self.normalise(x)
         if not params:
             return self.n
-        y = self.buffers.take("y", x.shape, x)
+        y = self.buffers.take("y", x.shape, x.dtype)
         torch.mul(self.n, self._spread(params[0], x), out=y)
         return y.add_(self._spread(params[1], x)) if len(params) == 2 else y
 
@@ -343,7 +341,7 @@ class NormRule(Rule):
             return dy
         if not params:
             return self.denormalise(dy)
-        dn = self.buffers.take("dn", dy.shape, dy)
+        dn = self.buffers.take("dn", dy.shape, dy.dtype)
         return self.denormalise(torch.mul(dy, self._spread(params[0], dy), out=dn))
 
     def square_norms(self, records: int) -> Tensor | None:
@@ -363,7 +361,7 @@ class NormRule(Rule):
         """Return what each parameter's gradient is the sum of, [A, B, *]."""
         if not self.names:
             return []
-        scaled = torch.mul(self.dy, self.n, out=self.buffers.take("product", self.dy.shape, self.dy))
+        scaled = torch.mul(self.dy, self.n, out=self.buffers.take("product", self.dy.shape, self.dy.dtype))
         return [scaled, self.dy][: len(self.names)]
 
     @abstractmethod
@@ -434,7 +432,7 @@ class DropoutRule(Rule):
         units = prod(x.shape[key_K.dim() :])
         draw = streams.uniform(streams.subkey(key_K, self.layer.salt), units).view(x.shape)
         self.scale = (draw >= self.layer.p).to(x.dtype).div_(1 - self.layer.p)
-        return torch.mul(x, self.scale, out=self.buffers.take("y", x.shape, x))
+        return torch.mul(x, self.scale, out=self.buffers.take("y", x.shape, x.dtype))
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         return dy.mul_(self.scale)
@@ -477,7 +475,7 @@ class MeanRule(Rule):
         return y.view(*x.shape[:3], *(1 for _ in x.shape[3:]))
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        dx = self.buffers.take("dx", self.shape, dy)
+        dx = self.buffers.take("dx", self.shape, dy.dtype)
         return torch.div(dy.expand(self.shape), prod(self.shape[3:]), out=dx)
 
 
@@ -542,7 +540,9 @@ class RuledModel:
     def __init__(self, module: nn.Module) -> None:
         self.rules = [RULES[type(layer)](layer) for layer in _leaves(module)]
         self.random = any(isinstance(rule, DropoutRule) for rule in self.rules)
-        self.one_slot = not any(isinstance(rule, ConvRule | EmbeddingRule) for rule in self.rules)
+        self.one_slot = not any(
+            isinstance(rule.layer, nn.Conv1d | nn.Conv2d | Embedding | Series) for rule in self.rules
+        )
         ends = [0]
         for rule in self.rules:
             ends.append(ends[-1] + len(rule.names))

@@ -222,7 +222,8 @@ def _check_places(sites: Sequence[Site], study: Study) -> None:
 
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes."""
-    fleet = InProcess(open_sites(study, data, None, progress))
+    looked_at = dataclasses.replace(study, privacy=Privacy())  # whoever holds the table sees it, not what sites tell
+    fleet = InProcess(open_sites(looked_at, data, None, progress))
     return ask_surveys(fleet, fleet.sites())
 
 

@@ -240,14 +240,14 @@ def unexplained(
 ) -> tuple[Tensor, Tensor]:
     """Return how far a release differs from one without canaries [P], and what each of them would add [M, P].
 
-    In units of the clipped sum, expected over the sampling's coins, and linear around half of the canaries being in. A
-    local path of several steps stays inside the site: it is taken to be straight, from the round's weights to those
-    released.
+    In units of the clipped sum (exactly, for one step of SGD), expected over the sampling's coins, and linear around
+    half of the canaries being in. A local path of several steps stays inside the site: it is taken to be straight, from
+    the round's weights to those released.
     """
     g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
     clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
-    unit = clip / sum(g.releases[name].size * g.releases[name].probability for name in names)
-    weight = {name: unit * g.releases[name].probability for name in names}
+    share = clip / sum(g.releases[name].size * g.releases[name].probability for name in names)
+    weight = {name: share * g.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
 
@@ -263,7 +263,7 @@ def unexplained(
         descent.step([piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))])
         if t >= steps - kept:
             mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept
-    add_MP = mean_AP[1:] - mean_AP[0]
+    add_MP, unit = mean_AP[1:] - mean_AP[0], -h.learning_rate * share
     return (w_P + update_P - mean_AP[0] + add_MP.sum(0) / 2) / unit, add_MP / unit
 
 

@@ -224,12 +224,12 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
     if not p.simulation_only:
-        worst = discrete_gaussian(1.5 * found.sensitivity_units()).total_variation
+        worst = discrete_gaussian(2.0**20 * found.sensitivity_units()).total_variation  # wider noise is further off
         found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
     if found.delta_sampler > p.delta / 2:
         raise PlanError(
             f"privacy.delta={p.delta:g} with {samples:,} noise samples, whose sampler takes {found.delta_sampler:.2g} "
-            "of it; expected at most half. Lower training.rounds or the local steps, or raise privacy.delta."
+            "of it; expected at most half. Lower training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
     noise = {name: _noise_for(found, release) for name, release in blank.items()}
     if found.joint:  # one noise for all: the client that needs most decides

@@ -256,7 +256,7 @@ def delta_cost(total_variation: float, samples: int, epsilon: float) -> float:
 
     P' and Q' within t of P and Q: P'(S) <= P(S) + t <= e^epsilon (Q'(S) + t) + delta + t, and t adds up over draws.
     """
-    return (1 + math.exp(epsilon)) * samples * total_variation
+    return (1 + math.exp(min(epsilon, 700.0))) * samples * total_variation  # beyond, either figure is far above 1
 
 
 # Exact sampling, slow

@@ -6,9 +6,12 @@ are checked from the study alone, before any record is read.
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from medfed.core.checks import PlanError
+from medfed.privacy import accounting
 from medfed.privacy.guarantee import mode
-from medfed.study import Study
+from medfed.study import Privacy, Study
 
 
 def check(study: Study) -> None:
@@ -23,7 +26,7 @@ Refusal = tuple[str, str, str, str]
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
-    data, t, p, m = study.data, study.training, study.privacy, study.monitor
+    data, t, p = study.data, study.training, study.privacy
     claim = f"privacy.epsilon={p.epsilon:g}"
     if data.preprocess in ("robust", "standard"):
         yield (
@@ -44,8 +47,8 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             claim,
             "test figures without noise",
             "held-out patients are patients too, and each round's figures are released",
-            "Set data.test_is_public=true if they are declared public test data, or privacy.evaluation_epsilon=0.5 to "
-            "pay for a noised histogram.",
+            "Set data.test_is_public=true if they are declared public test data, or privacy.evaluation_epsilon="
+            f"{_affordable(p):g} to pay for a noised histogram.",
         )
     if t.algorithm in ("local", "pooled"):
         yield (
@@ -72,25 +75,51 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         )
     if where != "site":
         yield from _one_step(study, where)
-    if p.evaluation_epsilon and not data.test_is_public and data.task in ("multiclass", "regression"):
+    if p.evaluation_epsilon and not data.test_is_public:
+        yield from _noised_test(study)
+
+
+def _noised_test(study: Study) -> Iterator[Refusal]:
+    data, p, m = study.data, study.privacy, study.monitor
+    noised = f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}"
+    labels = data.dictionary[data.target].categories if data.target in data.dictionary else ()
+    if data.task in ("multiclass", "regression") or len(labels) > 2:
         yield (
-            f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}",
-            f"data.task={data.task!r}",
+            noised,
+            f"data.task={data.task!r} of {len(labels)} labels" if labels else f"data.task={data.task!r}",
             "the noised histogram is one of a binary test",
             "Hold out public test data and set data.test_is_public=true.",
         )
-    if p.evaluation_epsilon and m.evaluate_every < t.rounds:
+    if m.evaluate_every < study.training.rounds:
         yield (
-            f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}",
+            noised,
             f"monitor.evaluate_every={m.evaluate_every}",
             "every test is paid for, and the plan pays for one",
-            f"Set monitor.evaluate_every={t.rounds}.",
+            f"Set monitor.evaluate_every={study.training.rounds}.",
         )
+    if not _bears(p, p.evaluation_epsilon):
+        yield (
+            noised,
+            f"privacy.epsilon={p.epsilon:g}",
+            "no test patient's budget bears it, so that the run would end untested",
+            f"Set privacy.evaluation_epsilon={_affordable(p):g}.",
+        )
+
+
+def _bears(p: Privacy, evaluation_epsilon: float) -> bool:
+    """Say whether the ledger's filter lets one noised histogram pass, for a patient who has not paid before."""
+    event = accounting.RandomisedResponse(2, evaluation_epsilon)
+    return accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(event), p.epsilon, p.delta)
+
+
+def _affordable(p: Privacy) -> float:
+    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram."""
+    return next(e for e in (p.epsilon * 0.5**n for n in range(1, 100)) if _bears(p, e))
 
 
 def _one_step(study: Study, where: str) -> Iterator[Refusal]:
     t, noise = study.training, f"privacy.noise={where!r}"
-    if t.local_steps > 1 or t.local_epochs > 1:
+    if (t.local_steps or t.local_epochs) > 1:
         side = f"training.local_steps={t.local_steps}" if t.local_steps else f"training.local_epochs={t.local_epochs}"
         yield (
             noise,
@@ -123,14 +152,20 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "the group whose turn it is takes part as a whole",
             "Set fleet.clients_per_round=0 and choose fleet.groups.",
         )
-    some = fleet.clients_per_round > 0 or fleet.schedule == "cyclic"
-    if some and where in ("shared", "central") and p.max_sites_per_patient > 1:
-        yield (
-            f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
-            f"fleet.clients_per_round={fleet.clients_per_round}, schedule={fleet.schedule!r}",
-            "under joint noise a patient of several sites pays at one of them, which must take part",
-            "Set fleet.clients_per_round=0 and schedule='random', or take noise='site'.",
-        )
+    for side, is_set in (
+        (f"fleet.clients_per_round={fleet.clients_per_round}", fleet.clients_per_round > 0),
+        (f"fleet.schedule={fleet.schedule!r}", fleet.schedule == "cyclic"),
+        (f"training.quorum={study.training.quorum:g}", study.training.quorum < 1),
+        (f"training.batch_size={study.training.batch_size}", study.training.batch_size > 0),
+    ):
+        if is_set and where in ("shared", "central") and p.max_sites_per_patient > 1:
+            yield (
+                f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
+                side,
+                "under joint noise a patient of several sites pays at one of them, so all must take part, and alike",
+                "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and training.batch_size=0, "
+                "or take privacy.noise='site'.",
+            )
     if not p.correlated:
         return
     if where not in ("shared", "central"):
