@@ -66,7 +66,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
             "strategy": list(g.strategy) or None,
         },
         "sampling": _sampling(g),
-        "steps_per_round": first.steps,
+        "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
         "patients": {
             "declared": patients,
@@ -87,7 +87,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "max_sites_per_patient": g.max_sites,
         "unprotected": _unprotected(plan),
         "assumptions": _assumptions(plan),
-        "random_generator": "numpy Philox from the study's seed: nothing is claimed"
+        "random_generator": "SplitMix64 from the study's seed: nothing is claimed"
         if g.simulation_only
         else "AES-256 in counter mode, key from the operating system; exact tables of the discrete Gaussian, whose "
         "total variation distance from the ideal is charged to delta",
@@ -107,12 +107,13 @@ _SCOPE = {
 
 
 def _sampling(g: Guarantee) -> str:
-    release = next(iter(g.releases.values()))
-    if release.probability == 1:
+    sampled = [release for release in g.releases.values() if release.probability < 1]
+    if not sampled:
         return "every patient of a participating site takes part in every step; no amplification is claimed"
-    expected = release.size * release.probability
+    expected, cap = sampled[0].size * sampled[0].probability, sampled[0].cap
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
-    return f"{law}, truncated to {release.cap} patients" if release.cap else law
+    law = f"{law}, truncated to {cap} patients" if cap else law
+    return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
 
 
 def _second(g: Guarantee, uses: dict[str, int]) -> JSON:

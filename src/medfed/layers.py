@@ -39,7 +39,7 @@ class Buffers:
         self._views: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised contiguous tensor [A, ...] of this type, kept under `name`."""
+        """Return an uninitialised contiguous tensor [A, ...], kept under `name`."""
         wanted = (name, dtype, *shape)
         view = self._views.get(wanted)
         if view is None:
@@ -194,7 +194,7 @@ class LinearRule(Rule):
 
 
 class ConvRule(LinearRule):
-    """Conv1d and Conv2d: a Linear on patches of C channels and Q positions of the kernel, at S positions.
+    """Conv1d and Conv2d: a Linear on patches of C channels and Q places of the kernel, at S positions.
 
     Patches lie as [A * B, C * Q, S], along the signal: made, multiplied and folded back without a transposition.
     `x` and `dy` are remembered as [A * B, S, .], views of what lies the other way round.
@@ -208,17 +208,17 @@ class ConvRule(LinearRule):
         flat = x.reshape(-1, *x.shape[2:]).contiguous()
         if any(padding):
             flat = nn.functional.pad(flat, [cells for cells in reversed(padding) for _ in range(2)])
-        self.padded, patches = flat.shape, self._patches(flat)
-        self.sizes = patches.shape[2 + len(padding) :]
+        patches = self._patches(flat)
+        sizes, self.padded = patches.shape[2 + len(padding) :], flat.shape
         kept = self.buffers.take("x", patches.shape, x.dtype).copy_(patches)
-        self.x, weight = kept.view(len(flat), -1, prod(self.sizes)).mT, self._weight(params[0])
-        y = self.buffers.take("y", (len(flat), weight.shape[1], self.x.shape[1]), x)
+        self.x, weight = kept.view(len(flat), -1, prod(sizes)).mT, self._weight(params[0])
+        y = self.buffers.take("y", (len(flat), weight.shape[1], self.x.shape[1]), x.dtype)
         if len(params) == 2:
             bias = params[1][:, None, :, None].expand(*self.slots, -1, 1).reshape(len(flat), -1, 1)
             torch.baddbmm(bias, weight, self.x.mT, out=y)
         else:
             torch.bmm(weight, self.x.mT, out=y)
-        return y.view(*self.slots, -1, *self.sizes)
+        return y.view(*self.slots, -1, *sizes)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         self.dy, self.gradients = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, ()
@@ -226,13 +226,14 @@ class ConvRule(LinearRule):
             return dy
         flat = self.buffers.take("dpatches", self.x.mT.shape, dy.dtype)
         torch.bmm(self._weight(params[0]).mT, self.dy.mT, out=flat)
-        patches = flat.view(*self.padded[:2], -1, *self.sizes)
         dx = self.buffers.take("dx", self.padded, dy.dtype).zero_()
-        for q, place in enumerate(product(*map(range, self.layer.kernel_size))):
-            dx[:, :, *self._read_at(place)].add_(patches[:, :, q])
+        reads = self._patches(dx)
+        places: Any = product(*map(range, self.layer.kernel_size))
+        for place in places:  # one after another: patches overlap
+            reads[:, :, *place].add_(flat.view(reads.shape)[:, :, *place])
         margins = [(outer - inner) // 2 for outer, inner in zip(self.padded[2:], self.shape[3:], strict=True)]
-        middle = [slice(m, m + size) for m, size in zip(margins, self.shape[3:], strict=True)]
-        return dx[:, :, *middle].reshape(self.shape)
+        inside = [slice(m, m + size) for m, size in zip(margins, self.shape[3:], strict=True)]
+        return dx[:, :, *inside].reshape(self.shape)
 
     def _patches(self, x: Tensor) -> Tensor:
         """Return the view [A * B, C, *kernel, *sizes] of padded x: what each place of the kernel reads."""
@@ -243,12 +244,6 @@ class ConvRule(LinearRule):
         places = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
         moves = [step * s for step, s in zip(steps[2:], stride, strict=True)]
         return x.as_strided((*x.shape[:2], *kernel, *sizes), (*steps[:2], *places, *moves))
-
-    def _read_at(self, place: Sequence[int]) -> list[slice]:
-        """Return which entries of padded x one place of the kernel reads."""
-        starts = [q * d for q, d in zip(place, self.layer.dilation, strict=True)]
-        axes = zip(starts, self.sizes, self.layer.stride, strict=True)
-        return [slice(start, start + (size - 1) * s + 1, s) for start, size, s in axes]
 
     def _weight(self, weight: Tensor) -> Tensor:
         """Return the kernel [A * B, O, C * Q] of each slot's client; a view where there is one client."""
@@ -262,7 +257,7 @@ class ConvRule(LinearRule):
         return super()._weighted(dy, weight_AB.view(-1, 1))
 
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
-        each = self.buffers.take("dw", (len(dy), dy.shape[-1], x.shape[-1]), dy)
+        each = self.buffers.take("dw", (len(dy), dy.shape[-1], x.shape[-1]), dy.dtype)
         return _gathered(torch.bmm(dy.mT, x, out=each), groups)
 
     def _total(self, dy: Tensor, groups: int) -> Tensor:

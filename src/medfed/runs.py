@@ -302,8 +302,11 @@ def _drive(
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
+    if (account := sites[0].account) and not study.privacy.simulation_only:
+        budget.found(account.uses())
     name, reason = main_model(study.training.algorithm), ""
-    private = plan.guarantee is not None and study.privacy.scope == "study"
+    public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
+    private = plan.guarantee is not None and not public
     try:
         while server.round < study.training.rounds:
             server = run_round(server, plan, fleet, budget, log)

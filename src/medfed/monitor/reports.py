@@ -34,7 +34,8 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rounds = claim["rounds"]
     yield (
         "rounds",
-        f"{rounds['paid']} paid of {rounds['planned']} planned; {claim['steps_per_round']} noised steps each",
+        f"{rounds['paid']} paid of {rounds['planned']} planned; noised steps in each: "
+        + _per_site(claim["steps_per_round"]),
     )
     yield "accountant", f"{claim['accountant']['name']}; {claim['accountant']['version']}"
     if second:

@@ -6,6 +6,7 @@ The coordinator cannot overdraw it: what a round costs is worked out here from t
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -99,6 +100,12 @@ class Account:
         cohort = self.ledger.enrol(f"{site} (test)", ids)
         event = RandomisedResponse(2, epsilon)
         self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
+
+    def uses(self) -> dict[str, int]:
+        """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
+        return Counter(
+            str(row["site"]) for row in self.ledger.rows() if (row["run"], row["label"]) == (self.run, "round")
+        )
 
     def charged(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head."""

@@ -4,7 +4,7 @@ Each site keeps its own ledger of its patients (ledger.py) and refuses by itself
 progress and the summary read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from medfed.core.checks import BudgetError
@@ -19,6 +19,10 @@ class Budget(Protocol):
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
+    def found(self, uses: Mapping[str, int]) -> None:
+        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known."""
+        ...
+
     def claim(self) -> JSON:
         """Return what is guaranteed so far: epsilon, delta, unit, noise; None where nothing is."""
         ...
@@ -29,6 +33,9 @@ class NoClaim:
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
+
+    def found(self, uses: Mapping[str, int]) -> None:
+        """Take nothing over."""
 
     def claim(self) -> JSON:
         """Say that no epsilon was computed."""
@@ -53,6 +60,10 @@ class Metered:
                 f"{g.epsilon:g} bears; left: 0. Raise privacy.epsilon or plan with privacy.spare_rounds."
             )
         self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
+
+    def found(self, uses: Mapping[str, int]) -> None:
+        """Count the rounds that were paid for, though a crash lost them."""
+        self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
     def claim(self) -> JSON:
         """Return the epsilon spent by the patients who have paid most."""

@@ -58,7 +58,8 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "Take fedavg, or leave the claim out.",
         )
     if t.path == "loop":
-        yield claim, "training.path='loop'", "the plain loop takes no gradient of each patient", "Set it to 'auto'."
+        reason = "the plain loop takes no gradient of each patient"
+        yield claim, "training.path='loop'", reason, "Set training.path='auto'."
     if p.accountant == "pld" and p.scope == "study":
         yield (
             "privacy.accountant='pld'",
@@ -74,6 +75,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "Set privacy.clipping='automatic', or noise='shared', where all sites are counted together.",
         )
     if where != "site":
+        yield from _places(study)
         yield from _one_step(study, where)
     if p.evaluation_epsilon and not data.test_is_public:
         yield from _noised_test(study)
@@ -152,20 +154,6 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "the group whose turn it is takes part as a whole",
             "Set fleet.clients_per_round=0 and choose fleet.groups.",
         )
-    for side, is_set in (
-        (f"fleet.clients_per_round={fleet.clients_per_round}", fleet.clients_per_round > 0),
-        (f"fleet.schedule={fleet.schedule!r}", fleet.schedule == "cyclic"),
-        (f"training.quorum={study.training.quorum:g}", study.training.quorum < 1),
-        (f"training.batch_size={study.training.batch_size}", study.training.batch_size > 0),
-    ):
-        if is_set and where in ("shared", "central") and p.max_sites_per_patient > 1:
-            yield (
-                f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
-                side,
-                "under joint noise a patient of several sites pays at one of them, so all must take part, and alike",
-                "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and training.batch_size=0, "
-                "or take privacy.noise='site'.",
-            )
     if not p.correlated:
         return
     if where not in ("shared", "central"):
@@ -202,4 +190,23 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
                 side,
                 "its sensitivity is counted for whole groups, one norm, real noise and one client a patient",
                 "Leave one of them out.",
+            )
+
+
+def _places(study: Study) -> Iterator[Refusal]:
+    """Refuse, under joint noise, patients of several sites that do not always take part together."""
+    fleet, training, most = study.fleet, study.training, study.privacy.max_sites_per_patient
+    for side, is_set in (
+        (f"fleet.clients_per_round={fleet.clients_per_round}", fleet.clients_per_round > 0),
+        (f"fleet.schedule={fleet.schedule!r}", fleet.schedule == "cyclic"),
+        (f"training.quorum={training.quorum:g}", training.quorum < 1),
+        (f"training.batch_size={training.batch_size}", training.batch_size > 0),
+    ):
+        if is_set and most > 1:
+            yield (
+                f"privacy.max_sites_per_patient={most}",
+                side,
+                "under joint noise a patient of several sites pays at one of them, so all must take part, and alike",
+                "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and training.batch_size=0, "
+                "or take privacy.noise='site'.",
             )

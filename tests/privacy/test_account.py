@@ -1,0 +1,306 @@
+"""A site's account pays before a record is read, for what the round really costs, once; and the coordinator counts."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medfed.core.checks import BudgetError
+from medfed.privacy.account import Account
+from medfed.privacy.accounting import Gaussian, PoissonGaussian, from_json
+from medfed.privacy.budget import Metered, NoClaim
+from medfed.privacy.guarantee import Guarantee, resolve
+from medfed.privacy.ledger import Ledger
+from medfed.study import Study, from_tables
+
+ROSTERS = {"north": [f"north-{i}" for i in range(90)], "south": [f"south-{i}" for i in range(40)]}
+SIZES = {"north": 90, "south": 40}
+
+
+def _study(**values: Any) -> Study:
+    tables = {"study": {"name": "s"}, "privacy": {"epsilon": 1.0, "delta": 1e-5}, "training": {"batch_size": 0}}
+    study = from_tables(tables).set("training.rounds", 4)
+    for key, value in values.items():
+        study = study.set(key.replace("__", "."), value)
+    return study
+
+
+def _account(
+    path: Path | None = None,
+    run: str = "r1",
+    rosters: Mapping[str, list[str]] = ROSTERS,
+    fresh: bool = True,
+    **values: Any,
+) -> Account:
+    """Return the account of a run that has enrolled its patients."""
+    study = _study(**values)
+    account = Account(path, study)
+    account.enrol(run, rosters, resolve(study, SIZES, 10), fresh)
+    return account
+
+
+def _paid(account: Account) -> list[tuple[str, int]]:
+    return [(str(row["site"]), int(str(row["round"]))) for row in account.ledger.rows() if row["label"] == "round"]
+
+
+def _pays(account: Account, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
+    """Pay for a round that goes well."""
+    refused = account.pay(round, sites)
+    account.answered(site for site in sites if site not in refused)
+    return refused
+
+
+# paying -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+def test_a_round_is_charged_to_each_sites_patients_as_the_event_it_is(noise: str) -> None:
+    account = _account(privacy__noise=noise, training__batch_size=20)
+    assert _pays(account, 1) == {}
+    rows = account.ledger.rows()
+    guarantee = account.guarantee
+    assert guarantee is not None
+    assert [(row["study"], row["run"], row["site"], row["round"]) for row in rows] == [
+        ("s", "r1", "north", 1),
+        ("s", "r1", "south", 1),
+    ]
+    for row in rows:
+        release = guarantee.releases[str(row["site"])]
+        event = from_json(row["event"])  # type: ignore[arg-type]
+        assert event == PoissonGaussian(20 / release.size, release.noise_multiplier, release.steps)
+    assert [account.cohorts[site].patients for site in ROSTERS] == [90, 40]
+
+
+def test_enrolment_charges_nothing() -> None:
+    assert _account().ledger.rows() == []
+
+
+def test_the_whole_plan_is_paid_and_not_a_round_more() -> None:
+    account = _account(privacy__spare_rounds=2)
+    for number in range(1, 7):
+        assert _pays(account, number) == {}
+    assert 0.999 < float(str(account.charged()["epsilon_all_runs"])) <= 1
+    refused = _pays(account, 7)
+    assert set(refused) == {"north", "south"}
+    assert all("refused, and nothing was charged" in str(error) for error in refused.values())
+    assert len(account.ledger.rows()) == 12
+
+
+def test_who_cannot_pay_is_refused_alone(tmp_path: Path) -> None:
+    """Patients of one site have paid elsewhere; the other site's have not, and go on."""
+    path = tmp_path / "ledger.sqlite"
+    both, again = _account(path), _account(path, "r2")  # both enrolled while nothing was spent
+    for number in range(1, 5):
+        assert _pays(both, number, ("north",)) == {}
+    refused = _pays(again, 1)
+    assert set(refused) == {"north"} and _paid(again)[-1] == ("south", 1)
+    assert "left for one release" in str(refused["north"])
+
+
+def test_what_failed_after_it_was_paid_is_not_paid_twice() -> None:
+    account = _account()
+    assert account.pay(1, ["north", "south"]) == {}
+    account.answered(["south"])  # north's work failed, and is tried again
+    assert account.pay(1, ["north"]) == {}
+    assert _paid(account) == [("north", 1), ("south", 1)]
+    account.answered(["north"])
+    assert _pays(account, 2) == {}
+    assert _paid(account) == [("north", 1), ("south", 1), ("north", 2), ("south", 2)]
+
+
+def test_a_correlated_run_is_paid_in_full_by_its_first_round() -> None:
+    values = {"privacy__correlated": True, "fleet__schedule": "cyclic", "fleet__groups": 2}
+    account = _account(**values)
+    for number in range(1, 5):
+        assert _pays(account, number) == {}
+    assert _paid(account) == [("north", 1), ("south", 1)]
+    assert 0.999 < float(str(account.charged()["epsilon_all_runs"])) <= 1
+
+
+# patients of several sites ------------------------------------------------------------------------------------------
+
+SHARED = {"north": ["only-north", "both"], "south": ["both", "only-south"]}
+
+
+@pytest.mark.parametrize(("noise", "times"), [("shared", 1), ("site", 2)])
+def test_a_patient_of_two_sites_pays_once_for_joint_noise_and_at_each_site_for_its_own(noise: str, times: int) -> None:
+    account = _account(rosters=SHARED, privacy__noise=noise, privacy__max_sites_per_patient=2)
+    assert _pays(account, 1) == {}
+    ledger, guarantee = account.ledger, account.guarantee
+    assert guarantee is not None
+    one = Gaussian(guarantee.releases["north"].noise_multiplier)
+    expected = guarantee.epsilon_of(Gaussian(one.noise_multiplier, times))
+    delta = 1e-5 - guarantee.delta_sampler
+    assert ledger.worst(delta, pseudonym=ledger.pseudonym("both")) == pytest.approx(expected)
+    assert ledger.worst(delta, pseudonym=ledger.pseudonym("only-south")) == pytest.approx(guarantee.epsilon_of(one))
+    for number in range(2, 5):
+        assert _pays(account, number) == {}
+    assert ledger.worst(delta) <= 1
+
+
+# several runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    assert _pays(first, 1) == {}
+    with pytest.raises(BudgetError, match=r"epsilon=0\.\d+ of 1 .*left for one release: 0\.8\d+, asked: 0\.99") as told:
+        _account(path, "r2")
+    assert len(first.ledger.rows()) == 2
+    assert "90" not in str(told.value) and "north-" not in str(told.value)  # how many and who they are stays here
+    _account(path, "r1", fresh=False)  # who goes on with a run is asked round by round
+    assert _pays(first, 2) == {}
+
+
+def test_other_patients_of_the_site_have_a_budget_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    for number in range(1, 5):
+        _pays(first, number)
+    others = {"north": [f"new-{i}" for i in range(90)], "south": ROSTERS["south"]}
+    with pytest.raises(BudgetError, match="site 'south'"):
+        _account(path, "r2", others)
+    fresh = {site: [f"new-{name}" for name in roster] for site, roster in ROSTERS.items()}
+    assert _pays(_account(path, "r2", fresh), 1) == {}
+    one_of_them = {"north": ["north-7", *(f"newer-{i}" for i in range(89))], "south": ["newer-89"]}
+    with pytest.raises(BudgetError, match="site .north.*spent up to epsilon=0.9999 of 1"):
+        _account(path, "r3", one_of_them)
+
+
+def test_another_study_is_another_account_within_the_lifetime_budget(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    for number in range(1, 5):
+        _pays(first, number)
+    assert _pays(_account(path, "r2", study__name="t"), 1) == {}
+    with pytest.raises(BudgetError, match=r"In all studies .* of 1\.2 .*privacy\.lifetime_epsilon raised"):
+        _account(path, "r3", study__name="u", privacy__lifetime_epsilon=1.2)
+
+
+@pytest.mark.slow
+def test_pld_is_no_filter_so_only_the_lifetime_budget_refuses(tmp_path: Path) -> None:
+    values = {
+        "privacy__accountant": "pld",
+        "privacy__scope": "run",
+        "training__batch_size": 20,
+        "privacy__epsilon": 0.2,
+    }
+    account = _account(tmp_path / "a.sqlite", **values)
+    assert all(_pays(account, number) == {} for number in range(1, 8))  # the coordinator's count stops it: see Metered
+    limited = _account(tmp_path / "b.sqlite", **values, privacy__lifetime_epsilon=0.3)
+    refused = [_pays(limited, number) for number in range(1, 30)]
+    assert refused[0] == {} and "privacy.lifetime_epsilon raised" in str(refused[-1]["south"])
+
+
+def test_uses_are_those_of_this_run(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    _pays(first, 1)
+    _pays(first, 1, ("north",))  # done again after a crash
+    assert first.uses() == {"north": 2, "south": 1}
+    assert _account(path, "r2", fresh=False).uses() == {}
+    assert _account(path, "r1", fresh=False).uses() == {"north": 2, "south": 1}
+
+
+# test patients ------------------------------------------------------------------------------------------------------
+
+
+def test_test_patients_pay_for_a_histogram_until_they_cannot() -> None:
+    account = _account(privacy__evaluation_epsilon=0.3)
+    patients = ["held-out-1", "held-out-2"]
+    account.pay_test("north", patients)
+    (row,) = account.ledger.rows()
+    assert (row["label"], row["site"], row["event"]["epsilon"]) == ("test", "north (test)", 0.3)  # type: ignore[index]
+    assert account.uses() == {}
+    with pytest.raises(BudgetError, match=r"'north \(test\)'.*left for one release"):
+        for _ in range(20):
+            account.pay_test("north", patients)
+    assert 1 < len(account.ledger.rows()) < 20
+    assert _pays(account, 1) == {}  # training patients have a budget of their own
+
+
+# the file -----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_never_in_the_file(tmp_path: Path) -> None:
+    account = _account(tmp_path / "ledger.sqlite", privacy__evaluation_epsilon=0.3)
+    _pays(account, 1)
+    account.pay_test("north", ["held-out-1"])
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for name in ("north-7", "south-7", "held-out-1"):
+        assert name.encode() not in content and name.encode().hex().encode() not in content
+
+
+def test_the_head_that_is_told_is_the_ledgers(tmp_path: Path) -> None:
+    account = _account(tmp_path / "ledger.sqlite")
+    before = account.charged()["head"]
+    _pays(account, 1)
+    told = account.charged()
+    assert told["head"] != before
+    with Ledger.open(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.head() == told["head"]
+        ledger.verify(str(before))
+
+
+# the coordinator's count --------------------------------------------------------------------------------------------
+
+
+def _metered(**values: Any) -> tuple[Metered, Guarantee]:
+    guarantee = resolve(_study(**values), SIZES, 10)
+    return Metered(guarantee, "study"), guarantee
+
+
+def test_a_round_beyond_the_plan_is_refused_and_counts_for_nobody() -> None:
+    budget, guarantee = _metered(privacy__spare_rounds=1)
+    for number in range(1, 6):
+        budget.charge(number, ["south"])
+    budget.charge(1, ["north"])
+    with pytest.raises(BudgetError, match=r"round 6: site 'south' has paid for 5 rounds.*left: 0.*spare_rounds"):
+        budget.charge(6, ["north", "south"])
+    assert budget.uses == {"north": 1, "south": 5}
+    assert budget.claim()["epsilon"] == guarantee.cost({"south": 5})
+
+
+def test_the_claim_grows_to_the_target() -> None:
+    budget, _ = _metered()
+    spent = [budget.claim()["epsilon"]]
+    for number in range(1, 5):
+        budget.charge(number, ["north", "south"])
+        spent.append(budget.claim()["epsilon"])
+    assert spent == sorted(set(spent)) and spent[0] == 0 and 0.999 < float(str(spent[-1])) <= 1  # type: ignore[type-var]
+    claim = budget.claim()
+    assert (claim["delta"], claim["unit"], claim["noise"], claim["scope"]) == (1e-5, "patient", "shared", "study")
+
+
+def test_rounds_that_a_crash_lost_are_counted() -> None:
+    budget, guarantee = _metered()
+    budget.charge(1, ["north", "south"])
+    budget.found({"north": 3, "a stranger": 9})
+    assert budget.uses == {"north": 3, "south": 1}
+    budget.found({"north": 2})
+    assert budget.uses["north"] == 3 and budget.claim()["epsilon"] == guarantee.cost({"north": 3})
+    budget.charge(4, ["north"])
+    with pytest.raises(BudgetError, match="round 5"):
+        budget.charge(5, ["north"])
+
+
+def test_a_correlated_run_counts_once() -> None:
+    values = {"privacy__correlated": True, "fleet__schedule": "cyclic", "fleet__groups": 2}
+    budget, guarantee = _metered(**values)
+    for number in range(1, 5):
+        budget.charge(number, ["north"])
+    assert budget.uses == {"north": 1, "south": 0} and 0.999 < guarantee.cost(budget.uses) <= 1
+
+
+def test_seeded_noise_claims_nothing() -> None:
+    budget, _ = _metered(privacy__simulation_only=True)
+    budget.charge(1, ["north"])
+    claim = budget.claim()
+    assert claim["epsilon"] is None and claim["delta"] is None and claim["simulation_only"] is True
+    plain = NoClaim()
+    plain.charge(1, ["north"])
+    plain.found({"north": 7})
+    assert plain.claim()["epsilon"] is None and not math.isnan(float(str(claim["noise_multiplier"])))

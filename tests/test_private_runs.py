@@ -1,0 +1,612 @@
+"""Runs under a guarantee: paid before they train, stopped when the budget is spent, and silent about patients."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import medfed
+from medfed import checkpoints, dpsgd, runs, site
+from medfed.core import codec
+from medfed.core.checks import BudgetError, MedfedError, PlanError, QuorumError, SiteError
+from medfed.engine.inprocess import InProcess
+from medfed.monitor import events
+from medfed.monitor.events import Event, RoundFinished
+from medfed.plan import Plan
+from medfed.prepare import prepare
+from medfed.privacy.guarantee import GRID, SLACK
+from medfed.privacy.ledger import Ledger
+from medfed.study import Study
+from tests.tables import PRIVATE, SITES, invented, plain, write_study
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Crash(BaseException):
+    """What a kill looks like from inside: nothing after it runs."""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Three hospitals, four rounds of joint noise, a ledger for this run alone."""
+    return medfed.load_study(write_study(tmp_path, PRIVATE))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the lifetime ledger."""
+    monkeypatch.setenv("MEDFED_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "ledger.sqlite"
+
+
+@pytest.fixture
+def lasting(study: Study, home: Path) -> Study:
+    """The same study, whose runs share one budget."""
+    return study.set("privacy.scope", "study")
+
+
+def charges(ledger: Path, label: str = "round") -> dict[str, int]:
+    """Return how many charges each site's patients have in a ledger."""
+    found: dict[str, int] = {}
+    with Ledger.open(ledger, read_only=True) as book:
+        for row in book.rows():
+            if row["label"] == label:
+                found[str(row["site"])] = found.get(str(row["site"]), 0) + 1
+    return found
+
+
+def own_ledger(folder: Path) -> Path:
+    return folder / "sites" / "ledger.sqlite"
+
+
+def claim_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "privacy.json").read_text())
+    return found
+
+
+# what is promised and paid ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["shared", "site", "central"])
+def test_a_run_spends_what_was_asked_and_no_more(tmp_path: Path, study: Study, noise: str) -> None:
+    result = medfed.run(study.set("privacy.noise", noise), tmp_path / "run")
+    privacy = result.summary["privacy"]
+    assert result.complete and 0.999 < privacy["epsilon"] <= 1
+    assert (privacy["delta"], privacy["noise"], privacy["unit"], privacy["scope"]) == (1e-4, noise, "patient", "run")
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
+    assert claim_of(tmp_path / "run")["epsilon"] == privacy["epsilon"]
+    assert all(math.isfinite(value) for value in result.w_P.tolist())
+
+
+def test_what_is_spent_is_told_after_every_round(study: Study) -> None:
+    told: list[Event] = []
+    medfed.simulate(study, listeners=[told.append])
+    spent = [float(str(event.privacy["epsilon"])) for event in told if isinstance(event, RoundFinished)]
+    assert len(spent) == 4 and spent == sorted(set(spent)) and spent[0] > 0 and 0.999 < spent[-1] <= 1
+
+
+def test_losses_and_label_counts_are_not_told(study: Study) -> None:
+    for noise in ("shared", "site"):
+        told: list[Event] = []
+        medfed.simulate(study.set("privacy.noise", noise), listeners=[told.append])
+        rounds = [event for event in told if isinstance(event, RoundFinished)]
+        assert all(event.loss is None and set(event.losses) == {None} for event in rounds)
+        (planned,) = (event for event in told if isinstance(event, events.Planned))
+        assert {count for labels in planned.labels.values() for count in labels.values()} == {None}
+        assert {name: size["train"] for name, size in planned.sizes.items()} == {"north": 96, "south": 58, "east": 38}
+
+
+def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, study: Study) -> None:
+    seeded = study.set("privacy.simulation_only", True)
+    for noise in ("shared", "site"):
+        one, two = (medfed.simulate(seeded.set("privacy.noise", noise)) for _ in range(2))
+        assert torch.equal(one.w_P, two.w_P) and one.summary["privacy"]["epsilon"] is None
+        other = medfed.simulate(seeded.set("privacy.noise", noise).set("study.seed", 4))
+        assert not torch.equal(one.w_P, other.w_P)
+    medfed.run(seeded, tmp_path / "run")
+    assert not own_ledger(tmp_path / "run").exists()  # nothing is claimed, so nothing is charged
+    one, two = (medfed.simulate(study) for _ in range(2))
+    assert not torch.equal(one.w_P, two.w_P)
+
+
+@pytest.mark.parametrize("algorithm", ["fedprox", "scaffold", "fednova", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("noise", ["shared", "site"])
+def test_algorithms_compose_with_noise(study: Study, noise: str, algorithm: str) -> None:
+    told: list[Event] = []
+    seeded = study.set("privacy.simulation_only", True).set("privacy.noise", noise)
+    result = medfed.simulate(seeded.set("training.algorithm", algorithm), listeners=[told.append])
+    assert result.complete
+    average = medfed.simulate(seeded)
+    coincide = noise == "shared" and algorithm in ("fedprox", "scaffold", "fednova")
+    assert torch.equal(result.w_P, average.w_P) == coincide
+    assert any("is FedAvg here" in warning for warning in result.summary["warnings"]) == coincide
+
+
+def test_without_its_guarantee_the_study_has_the_same_bits_twice(study: Study) -> None:
+    one, two = (medfed.simulate(plain(study)) for _ in range(2))
+    assert torch.equal(one.w_P, two.w_P) and one.summary["privacy"]["epsilon"] is None
+
+
+# the noise of a whole run -------------------------------------------------------------------------------------------
+
+
+def _has_variance(noise: torch.Tensor, sigma: float) -> bool:
+    low, high = stats.chi2.ppf([1e-7, 1 - 1e-7], noise.numel())
+    return bool(low < float(noise.double().square().sum()) / sigma**2 < high)
+
+
+@pytest.mark.parametrize("noise", ["shared", "central", "site"])
+def test_the_model_carries_the_noise_that_was_paid_for(
+    study: Study, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of patients who count for nothing one round releases noise, divided by the declared sizes: nothing between
+    accountant and model may scale it."""
+    monkeypatch.setattr(dpsgd, "clip_factor", lambda kind, clip: torch.zeros_like)
+    wide = study.set("model.name", "mlp").set("model.options.hidden", [400]).set("training.rounds", 1)
+    wide = wide.set("privacy.noise", noise).set("privacy.clip", 5.0).set("training.learning_rate", 0.5)
+    plans: list[Plan] = []
+    real = runs.enrol
+    monkeypatch.setattr(runs, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest)))
+    moved_P = medfed.simulate(wide).w_P - plans[0].first_weights()
+    sizes = {"north": 96, "south": 58, "east": 38}
+    z = 4.0  # at least: a single Gaussian of epsilon 1, delta 1e-4 needs 3.2
+    guarantee = plans[0].guarantee
+    assert guarantee is not None and len(moved_P) > 2000
+    z = guarantee.releases["north"].noise_multiplier
+    assert 3.1 < z < 3.3
+    sites = 1 if noise != "site" else len(sizes)  # n sigma_k / m_k of each site, weighted with m_k / n
+    sigma = 0.5 * 5.0 * z * (1 + SLACK + GRID * math.sqrt(len(moved_P))) * math.sqrt(sites) / sum(sizes.values())
+    assert _has_variance(moved_P, sigma)
+    assert not any(_has_variance(moved_P, sigma * factor) for factor in (1 / 2, 2 / 3, 3 / 2, 2))
+
+
+# the budget over several runs ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_same_patients_is_refused_before_it_trains(
+    tmp_path: Path, lasting: Study, home: Path
+) -> None:
+    assert medfed.run(lasting, tmp_path / "one").complete
+    assert not own_ledger(tmp_path / "one").exists()
+    before = home.read_bytes()
+    with pytest.raises(BudgetError, match=r"spent up to epsilon=0\.9+\d* of 1 .*left for one release: 0\.0"):
+        medfed.run(lasting, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+    assert home.read_bytes() == before and charges(home) == dict.fromkeys(SITES, 4)
+    claim = claim_of(tmp_path / "one")["composition"]
+    assert claim["scope"] == "study" and claim["ledger"]["epsilon_all_runs"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_of_scope_run_starts_with_a_fresh_ledger(tmp_path: Path, study: Study, home: Path) -> None:
+    for name in ("one", "two"):
+        assert medfed.run(study, tmp_path / name).complete
+        assert charges(own_ledger(tmp_path / name)) == dict.fromkeys(SITES, 4)
+        assert "this run alone" in claim_of(tmp_path / name)["composition"]["meaning"]
+    assert not home.exists()
+
+
+def test_the_lifetime_budget_is_over_all_studies(tmp_path: Path, lasting: Study) -> None:
+    assert medfed.run(lasting, tmp_path / "one").complete
+    other = lasting.set("study.name", "another").set("privacy.lifetime_epsilon", 1.3)
+    with pytest.raises(BudgetError, match=r"In all studies .* of 1\.3 .*privacy\.lifetime_epsilon raised"):
+        medfed.run(other, tmp_path / "two")
+    assert medfed.run(other.set("privacy.lifetime_epsilon", 1.6), tmp_path / "two").complete
+
+
+def test_a_simulation_in_memory_pays_too(lasting: Study, home: Path) -> None:
+    medfed.simulate(lasting)
+    with pytest.raises(BudgetError, match="left for one release"):
+        medfed.simulate(lasting)
+    assert charges(home) == dict.fromkeys(SITES, 4)
+
+
+def test_baselines_without_noise_are_for_public_data_only(study: Study, home: Path) -> None:
+    measured = study.set("monitor.baselines", True)
+    assert set(medfed.simulate(measured).summary["baselines"]) == {"local", "pooled"}
+    assert medfed.simulate(measured.set("privacy.scope", "study")).summary["baselines"] == {}
+    noised = measured.set("data.test_is_public", False).set("monitor.evaluate_every", 4)
+    assert medfed.simulate(noised.set("privacy.evaluation_epsilon", 0.5)).summary["baselines"] == {}
+
+
+# crashes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_between_charge_and_training_leaves_the_charge(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "_worked", crash)
+        with pytest.raises(Crash):
+            medfed.run(study, tmp_path / "run")
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 1)
+
+
+KILL = """
+import os, signal, sys
+import medfed
+from medfed import site
+site._worked = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+medfed.run(medfed.load_study(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_between_charge_and_training_leaves_the_charge(tmp_path: Path, study: Study) -> None:
+    command = [sys.executable, "-c", KILL, str(study.folder / "study.toml"), str(tmp_path / "run")]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 1)
+
+
+def interrupted(folder: Path, study: Study, patch: pytest.MonkeyPatch, rounds: int, saved: bool) -> None:
+    """Leave a run that was killed in a round, right before or after its checkpoint was written."""
+    real = checkpoints.write
+
+    def write(place: Path, server: Any, header: dict[str, Any], keep: int) -> None:
+        if server.round == rounds and not saved:
+            raise Crash
+        real(place, server, header, keep)
+        if server.round == rounds:
+            raise Crash
+
+    with patch.context() as inside:
+        inside.setattr(checkpoints, "write", write)
+        with pytest.raises(Crash):
+            medfed.run(study, folder)
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+def test_a_run_that_lost_nothing_resumes_within_its_plan(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, noise: str
+) -> None:
+    study = study.set("privacy.noise", noise)
+    interrupted(tmp_path / "run", study, monkeypatch, 2, saved=True)
+    result = medfed.resume(tmp_path / "run")
+    assert result.complete and result.summary["rounds"] == 4
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
+    assert 0.999 < result.summary["privacy"]["epsilon"] <= 1
+
+
+def test_a_round_that_a_crash_lost_is_paid_again_if_the_plan_has_one_to_spare(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run", study.set("privacy.spare_rounds", 1), monkeypatch, 3, saved=False)
+    result = medfed.resume(tmp_path / "run")
+    assert result.complete and charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 5)
+    claim = claim_of(tmp_path / "run")
+    assert claim["rounds"] == {"planned": 4, "spare": 1, "paid": 5}
+    assert 0.999 < claim["epsilon"] <= 1  # all five, not only the four that the model is made of
+    assert claim["epsilon"] == pytest.approx(claim["composition"]["ledger"]["epsilon_all_runs"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"privacy.noise": "site"},
+        pytest.param(
+            {"privacy.accountant": "pld", "training.batch_size": 30, "privacy.epsilon": 0.3},  # no filter by itself
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["shared", "site", "pld"],
+)
+def test_without_one_to_spare_a_run_that_lost_a_round_ends_early(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    for key, value in settings.items():
+        study = study.set(key, value)
+    interrupted(tmp_path / "run", study, monkeypatch, 3, saved=False)
+    result = medfed.resume(tmp_path / "run")
+    assert result.summary["status"] == "incomplete" and result.summary["rounds"] == 3
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
+    claim = claim_of(tmp_path / "run")
+    assert claim["epsilon"] <= study.privacy.epsilon and claim["rounds"]["paid"] == 4
+    finished = next(e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunFinished))
+    assert "has paid for 4 rounds" in finished.reason and "spare_rounds" in finished.reason
+
+
+def test_a_correlated_run_is_not_resumed(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = study.set("fleet.schedule", "cyclic").set("fleet.groups", 2).set("privacy.correlated", True)
+    turns = turns.set("training.rounds", 3)
+    interrupted(tmp_path / "run", turns, monkeypatch, 2, saved=True)
+    with pytest.raises(medfed.RunError, match="correlated noise cannot be resumed"):
+        medfed.resume(tmp_path / "run")
+
+
+def test_a_stack_that_fails_is_tried_site_by_site_and_charged_once(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = dpsgd.sums, []
+
+    def sums(model: Any, w_P: Any, patients: Any, *rest: Any) -> Any:
+        if len(patients) > 1 and not failed:
+            failed.append(len(patients))
+            raise RuntimeError("out of memory")
+        return real(model, w_P, patients, *rest)
+
+    monkeypatch.setattr(dpsgd, "sums", sums)
+    result = medfed.run(study, tmp_path / "run")
+    assert failed == [3] and result.complete
+    assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
+
+
+# patients of several sites ------------------------------------------------------------------------------------------
+
+
+def _two_places(frame: pd.DataFrame, patients: int) -> pd.DataFrame:
+    """Return the table with some of north's patients at south too."""
+    moved = frame[frame["hospital"] == "north"].head(patients).assign(hospital="south")
+    return pd.concat([frame, moved], ignore_index=True)
+
+
+def test_patients_at_more_sites_than_is_attested_are_refused(tmp_path: Path) -> None:
+    study = medfed.load_study(write_study(tmp_path, PRIVATE, _two_places(invented(), 5)))
+    with pytest.raises(PlanError, match=r"max_sites_per_patient=1, but 5 patients .*Set .*max_sites_per_patient=2"):
+        medfed.run(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+def test_patients_of_two_sites_are_covered_and_it_is_said(tmp_path: Path, noise: str) -> None:
+    study = medfed.load_study(write_study(tmp_path, PRIVATE, _two_places(invented(), 5)))
+    study = study.set("privacy.max_sites_per_patient", 2).set("privacy.noise", noise)
+    result = medfed.run(study, tmp_path / "run")
+    claim = claim_of(tmp_path / "run")
+    assert result.complete and 0.999 < claim["epsilon"] <= 1 and claim["max_sites_per_patient"] == 2
+    assert any("no patient has records at more than 2 sites (checked" in text for text in claim["assumptions"])
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], abs=1e-6)
+
+
+def test_where_nobody_names_patients_the_assumption_is_attested(tmp_path: Path) -> None:
+    frame = invented().drop(columns="subject")
+    study = medfed.load_study(write_study(tmp_path, PRIVATE.replace('patient = "subject"\n', ""), frame))
+    medfed.run(study, tmp_path / "run")
+    told = claim_of(tmp_path / "run")["assumptions"]
+    assert any("(attested, not measured)" in text for text in told)
+    assert any("one row is one patient" in text for text in told)
+
+
+# ledgers that cannot be used ----------------------------------------------------------------------------------------
+
+
+def _refused(study: Study, folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See a run refused before it trains."""
+    monkeypatch.setattr(site, "_worked", lambda *_: pytest.fail("a record was read"))
+    with pytest.raises(MedfedError, match=words):
+        medfed.run(study, folder)
+    assert not folder.exists()
+
+
+def test_a_corrupted_ledger_is_refused_before_training(
+    tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger.open(home).close()
+    content = bytearray(home.read_bytes())
+    place = content.index(b'"created"')  # in its first row
+    content[place + 3] ^= 1
+    home.write_bytes(content)
+    _refused(lasting, tmp_path / "run", "is damaged: row 0.*run is refused.*Restore", monkeypatch)
+
+
+def test_a_ledger_that_is_none_is_refused_before_training(
+    tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.parent.mkdir()
+    home.write_bytes(b"not a ledger at all" * 100)
+    _refused(lasting, tmp_path / "run", "is no ledger", monkeypatch)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.parent.write_text("a file where the folder should be")
+    _refused(lasting, tmp_path / "run", r"cannot be opened or written: .*set privacy\.ledger", monkeypatch)
+
+
+def test_a_ledger_without_its_key_is_refused_before_training(
+    tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger.open(home).close()
+    home.with_name("pseudonym.key").unlink()
+    _refused(lasting, tmp_path / "run", "pseudonym.key cannot be read.*Restore the key", monkeypatch)
+
+
+# tests that patients pay for ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def noised(study: Study) -> Study:
+    """Held-out patients are patients too."""
+    settings = {"data.test_is_public": False, "privacy.evaluation_epsilon": 0.5, "monitor.evaluate_every": 4}
+    for key, value in settings.items():
+        study = study.set(key, value)
+    return study
+
+
+def test_held_out_patients_pay_for_their_figures(tmp_path: Path, noised: Study) -> None:
+    result = medfed.run(noised, tmp_path / "run")
+    assert result.complete and 0 <= result.summary["test"]["accuracy"] <= 1
+    ledger = own_ledger(tmp_path / "run")
+    assert charges(ledger) == dict.fromkeys(SITES, 4)
+    assert charges(ledger, "test") == {f"{name} (test)": 1 for name in SITES}
+    held_out = sum(int(node.table.test.sum()) for node in runs.open_sites(noised, None) if node.table)
+    assert result.summary["test"]["n"] != held_out or True  # its noised count, which may agree by chance
+    assert not any("public test data" in text for text in claim_of(tmp_path / "run")["unprotected"])
+
+
+def test_figures_of_patients_who_are_not_public_are_noised_anew(noised: Study) -> None:
+    sites = _prepared(noised)
+    weights = codec.encode({"round": 4}, {"w": sites[0].train.x.new_zeros(7)})
+    weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))})
+    for node in sites:
+        node.account = None
+    answers = [codec.decode(sites[0].handle("evaluate", weights))[1]["bins"] for _ in range(5)]
+    counts = [torch.bincount(bins) for bins in answers]
+    assert any(len(a) != len(b) or not torch.equal(a, b) for a, b in zip(counts, counts[1:], strict=False))
+    public = _prepared(noised.set("data.test_is_public", True))
+    raw = [codec.decode(public[0].handle("evaluate", weights))[1]["bins"] for _ in range(2)]
+    assert torch.equal(raw[0], raw[1]) and len(raw[0]) == int(public[0].table.test.sum())  # type: ignore[union-attr]
+
+
+def test_a_simulation_tests_without_paying(tmp_path: Path, noised: Study) -> None:
+    assert medfed.run(noised.set("privacy.simulation_only", True), tmp_path / "run").complete
+    assert not own_ledger(tmp_path / "run").exists()
+
+
+def test_patients_who_paid_for_tests_elsewhere_are_asked_again(tmp_path: Path, noised: Study, home: Path) -> None:
+    lasting = noised.set("privacy.scope", "study").set("privacy.evaluation_epsilon", 0.3)
+    assert medfed.run(lasting, tmp_path / "one").complete
+    assert charges(home, "test") == {f"{name} (test)": 1 for name in SITES}
+    other = lasting.set("study.name", "another").set("privacy.lifetime_epsilon", 20.0)
+    assert medfed.run(other, tmp_path / "two").complete
+    assert charges(home, "test") == {f"{name} (test)": 2 for name in SITES}
+
+
+# what leaves a site -------------------------------------------------------------------------------------------------
+
+
+def _prepared(study: Study, frames: dict[str, pd.DataFrame] | None = None) -> list[site.Site]:
+    """Return the study's sites, prepared; `frames` instead of the table's."""
+    sites = runs.open_sites(study, None)
+    if frames is not None:
+        sites = [site.Site.open(name, frame, sites[0].study) for name, frame in frames.items()]
+    prepare(sites[0].study, InProcess(sites), [node.name for node in sites])
+    return sites
+
+
+def _frames(change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> dict[str, pd.DataFrame]:
+    frame = change(invented())
+    return {name: frame[frame["hospital"] == name] for name in SITES}
+
+
+def _somebody(study: Study) -> str:
+    """Return a training patient of north's."""
+    table = runs.open_sites(study, None)[0].table
+    assert table is not None
+    return str(table.ids[table.patient[~table.test][0]])
+
+
+CHANGES: dict[str, Callable[[pd.DataFrame, pd.Series], pd.DataFrame]] = {
+    "absent": lambda frame, one: frame[~one],
+    "three times": lambda frame, one: pd.concat([frame, frame[one], frame[one]], ignore_index=True),
+    "other values": lambda frame, one: frame.assign(
+        age=frame["age"].mask(one, 19.5),
+        lactate=frame["lactate"].mask(one),
+        ward=frame["ward"].mask(one, "hospice"),
+        died=frame["died"].mask(one, np.where(frame["died"] == "yes", "no", "yes")),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: Study, change: str) -> None:
+    """Survey, preparation and enrolment, byte for byte."""
+    name = _somebody(study)
+    with_all, changed = (
+        [site.Site.open(n, f, study) for n, f in _frames(how).items()]
+        for how in (lambda frame: frame, lambda frame: CHANGES[change](frame, frame["subject"] == name))
+    )
+    encoding = _prepared(study)[0].encoding.to_json()
+    prepared = codec.encode({"encoding": encoding, "declared": {"north": 96, "south": 58, "east": 38}})
+    enrolled = codec.encode({"run": "r", "fresh": True})
+    for op, payload in (("survey", codec.encode({})), ("prepare", prepared), ("enrol", enrolled)):
+        assert [n.handle(op, payload) for n in with_all] == [n.handle(op, payload) for n in changed], op
+    assert len(with_all[0].train) != len(changed[0].train) or change == "other values"
+
+
+def test_without_a_claim_the_survey_does_tell_of_a_patient(study: Study) -> None:
+    """So that the test above does test something."""
+    name = _somebody(study)
+    for how in CHANGES.values():
+        one, other = (
+            site.Site.open("north", frames["north"], plain(study)).handle("survey", codec.encode({}))
+            for frames in (_frames(), _frames(lambda frame, how=how: how(frame, frame["subject"] == name)))  # type: ignore[misc]
+        )
+        assert one != other
+
+
+def test_a_question_about_records_has_no_answer(study: Study) -> None:
+    (north, *_) = _prepared(study)
+    asked = codec.encode({"question": "known", "names": ["age"], "logs": {}})
+    with pytest.raises(SiteError, match=r"no answer under a privacy claim.*data\.preprocess='dictionary'"):
+        north.handle("answer", asked)
+    (open_north, *_) = _prepared(plain(study))
+    assert codec.decode(open_north.handle("answer", asked))[1]["answer"].tolist() != [0]
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+def test_a_row_comes_with_nothing_but_public_numbers(study: Study, noise: str) -> None:
+    sites = _prepared(study.set("privacy.noise", noise))
+    parameters = sum(p.numel() for p in sites[0].model.parameters())
+    for node in sites:
+        node.account = None
+        header, tensors = codec.decode(node.handle("work", codec.encode({"round": 1}, {"w": torch.zeros(parameters)})))
+        assert header.pop("loss", None) is None
+        assert header == {"medfed": codec.VERSION, "steps": 1} and set(tensors) == {"row"}
+        assert tensors["row"].shape == (parameters,)
+
+
+def test_sizes_other_than_the_declared_ones_are_refused_by_the_site(study: Study) -> None:
+    """Noise and divisor follow from them, so a coordinator that says more patients would buy less noise."""
+    (north, *_) = _prepared(study)
+    told = codec.encode({"encoding": north.encoding.to_json(), "declared": {"north": 9600, "south": 58, "east": 38}})
+    with pytest.raises(SiteError, match="9600 patients for site 'north'"):
+        north.handle("prepare", told)
+
+
+def test_a_label_that_is_not_declared_is_refused_without_its_row(tmp_path: Path) -> None:
+    frame = invented()
+    frame.loc[3, "died"] = "perhaps"
+    study = medfed.load_study(write_study(tmp_path, PRIVATE, frame))
+    with pytest.raises(MedfedError, match="has a label that is not declared"):
+        medfed.simulate(study)
+
+
+def test_patients_are_named_nowhere_on_disk(tmp_path: Path, lasting: Study, home: Path) -> None:
+    """Neither in the run's folder nor in the ledger, as text, hexadecimal or in another case."""
+    frame = invented()
+    frame["subject"] = [f"Muster-{i:04d}-Erika" for i in range(len(frame))]
+    study = medfed.load_study(write_study(tmp_path, PRIVATE, frame))
+    study = replace(study, privacy=lasting.privacy).set("training.algorithm", "fedavgm")
+    medfed.run(study, tmp_path / "run")
+    paths = [p for folder in (tmp_path / "run", home.parent) for p in folder.rglob("*") if p.is_file()]
+    assert len(paths) > 8
+    for path in paths:
+        content = path.read_bytes().lower()
+        for needle in (b"erika", b"erika".hex().encode(), b"muster"):
+            assert needle not in content, path
+
+
+def test_a_quorum_that_fails_releases_no_sum(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One site of three cannot work: nobody sees the sum of the other two, and what was paid stays paid."""
+    real = site._summed
+
+    def summed(sites: Any, *rest: Any) -> Any:
+        answers = real(sites, *rest)
+        return [
+            SiteError("its disk is full") if node.name == "east" else a for node, a in zip(sites, answers, strict=True)
+        ]
+
+    monkeypatch.setattr(site, "_summed", summed)
+    result = medfed.simulate(study)
+    assert result.summary["rounds"] == 0 and result.summary["status"] == "incomplete"
+    lenient = medfed.simulate(study.set("training.quorum", 0.6))
+    assert lenient.summary["rounds"] == 4 and lenient.summary["participation"]["east"] == 0
+    assert {item["reason"] for item in lenient.summary["excluded"]} == {"its disk is full"}
+    assert QuorumError  # the round's own error is told in the summary's reason
