@@ -60,6 +60,7 @@ north = 96
 south = 58
 east = 38
 [monitor]
+evaluate_every = 4
 baselines = false
 """
 

@@ -238,6 +238,8 @@ def test_membership_says_where_it_cannot_tell(memorised: Twin) -> None:
     assert audit.membership(memorised, rng, 8, fpr=0.4).passed is None  # e^1 0.4 is above 1
     with pytest.raises(PlanError, match="retrains=7; expected 8 or more"):
         audit.membership(memorised, rng, 7)
+    with pytest.raises(PlanError, match=r"fpr=0; expected a rate in \(0, 1\)"):
+        audit.membership(memorised, rng, 8, fpr=0)
 
 
 # Inversion

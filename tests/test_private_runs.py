@@ -1,5 +1,6 @@
 """Runs under a guarantee: paid before they train, stopped when the budget is spent, and silent about patients."""
 
+import itertools
 import json
 import math
 import os
@@ -20,12 +21,13 @@ from scipy import stats
 import medfed
 from medfed import checkpoints, dpsgd, runs, site
 from medfed.core import codec
-from medfed.core.checks import BudgetError, MedfedError, PlanError, QuorumError, SiteError
+from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.monitor.events import Event, RoundFinished
 from medfed.plan import Plan
 from medfed.prepare import prepare
+from medfed.privacy.account import Account
 from medfed.privacy.guarantee import GRID, SLACK
 from medfed.privacy.ledger import Ledger
 from medfed.study import Study
@@ -111,10 +113,10 @@ def test_losses_and_label_counts_are_not_told(study: Study) -> None:
 def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, study: Study) -> None:
     seeded = study.set("privacy.simulation_only", True)
     for noise in ("shared", "site"):
-        one, two = (medfed.simulate(seeded.set("privacy.noise", noise)) for _ in range(2))
-        assert torch.equal(one.w_P, two.w_P) and one.summary["privacy"]["epsilon"] is None
-        other = medfed.simulate(seeded.set("privacy.noise", noise).set("study.seed", 4))
-        assert not torch.equal(one.w_P, other.w_P)
+        settings = [seeded.set("privacy.noise", noise).set("study.seed", seed) for seed in (3, 3, 4)]
+        one, two, other = map(medfed.simulate, settings)
+        assert torch.equal(one.w_P, two.w_P) and not torch.equal(one.w_P, other.w_P)
+        assert one.summary["privacy"]["epsilon"] is None
     medfed.run(seeded, tmp_path / "run")
     assert not own_ledger(tmp_path / "run").exists()  # nothing is claimed, so nothing is charged
     one, two = (medfed.simulate(study) for _ in range(2))
@@ -126,6 +128,8 @@ def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, stu
 def test_algorithms_compose_with_noise(study: Study, noise: str, algorithm: str) -> None:
     told: list[Event] = []
     seeded = study.set("privacy.simulation_only", True).set("privacy.noise", noise)
+    if noise == "site":
+        seeded = seeded.set("training.local_steps", 3)  # after one step even these coincide
     result = medfed.simulate(seeded.set("training.algorithm", algorithm), listeners=[told.append])
     assert result.complete
     average = medfed.simulate(seeded)
@@ -161,11 +165,10 @@ def test_the_model_carries_the_noise_that_was_paid_for(
     monkeypatch.setattr(runs, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest)))
     moved_P = medfed.simulate(wide).w_P - plans[0].first_weights()
     sizes = {"north": 96, "south": 58, "east": 38}
-    z = 4.0  # at least: a single Gaussian of epsilon 1, delta 1e-4 needs 3.2
     guarantee = plans[0].guarantee
     assert guarantee is not None and len(moved_P) > 2000
     z = guarantee.releases["north"].noise_multiplier
-    assert 3.1 < z < 3.3
+    assert 3.1 < z < 3.3  # what one Gaussian of epsilon 1 at delta 1e-4 needs
     sites = 1 if noise != "site" else len(sizes)  # n sigma_k / m_k of each site, weighted with m_k / n
     sigma = 0.5 * 5.0 * z * (1 + SLACK + GRID * math.sqrt(len(moved_P))) * math.sqrt(sites) / sum(sizes.values())
     assert _has_variance(moved_P, sigma)
@@ -181,7 +184,7 @@ def test_a_second_run_on_the_same_patients_is_refused_before_it_trains(
     assert medfed.run(lasting, tmp_path / "one").complete
     assert not own_ledger(tmp_path / "one").exists()
     before = home.read_bytes()
-    with pytest.raises(BudgetError, match=r"spent up to epsilon=0\.9+\d* of 1 .*left for one release: 0\.0"):
+    with pytest.raises(BudgetError, match=r"spent up to epsilon=1 of 1 .*left for one release: 0\.00"):
         medfed.run(lasting, tmp_path / "two")
     assert not (tmp_path / "two").exists()
     assert home.read_bytes() == before and charges(home) == dict.fromkeys(SITES, 4)
@@ -445,20 +448,17 @@ def test_held_out_patients_pay_for_their_figures(tmp_path: Path, noised: Study) 
     ledger = own_ledger(tmp_path / "run")
     assert charges(ledger) == dict.fromkeys(SITES, 4)
     assert charges(ledger, "test") == {f"{name} (test)": 1 for name in SITES}
-    held_out = sum(int(node.table.test.sum()) for node in runs.open_sites(noised, None) if node.table)
-    assert result.summary["test"]["n"] != held_out or True  # its noised count, which may agree by chance
     assert not any("public test data" in text for text in claim_of(tmp_path / "run")["unprotected"])
 
 
 def test_figures_of_patients_who_are_not_public_are_noised_anew(noised: Study) -> None:
     sites = _prepared(noised)
-    weights = codec.encode({"round": 4}, {"w": sites[0].train.x.new_zeros(7)})
     weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))})
     for node in sites:
         node.account = None
     answers = [codec.decode(sites[0].handle("evaluate", weights))[1]["bins"] for _ in range(5)]
     counts = [torch.bincount(bins) for bins in answers]
-    assert any(len(a) != len(b) or not torch.equal(a, b) for a, b in zip(counts, counts[1:], strict=False))
+    assert any(len(a) != len(b) or not torch.equal(a, b) for a, b in itertools.pairwise(counts))
     public = _prepared(noised.set("data.test_is_public", True))
     raw = [codec.decode(public[0].handle("evaluate", weights))[1]["bins"] for _ in range(2)]
     assert torch.equal(raw[0], raw[1]) and len(raw[0]) == int(public[0].table.test.sum())  # type: ignore[union-attr]
@@ -522,12 +522,17 @@ def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: 
         [site.Site.open(n, f, study) for n, f in _frames(how).items()]
         for how in (lambda frame: frame, lambda frame: CHANGES[change](frame, frame["subject"] == name))
     )
+    for sites in (with_all, changed):
+        account = Account(None, study)
+        for node in sites:
+            node.account = account
     encoding = _prepared(study)[0].encoding.to_json()
     prepared = codec.encode({"encoding": encoding, "declared": {"north": 96, "south": 58, "east": 38}})
     enrolled = codec.encode({"run": "r", "fresh": True})
     for op, payload in (("survey", codec.encode({})), ("prepare", prepared), ("enrol", enrolled)):
         assert [n.handle(op, payload) for n in with_all] == [n.handle(op, payload) for n in changed], op
     assert len(with_all[0].train) != len(changed[0].train) or change == "other values"
+    assert with_all[0].account and with_all[0].account.cohorts["north"].patients > 80
 
 
 def test_without_a_claim_the_survey_does_tell_of_a_patient(study: Study) -> None:
@@ -604,9 +609,10 @@ def test_a_quorum_that_fails_releases_no_sum(study: Study, monkeypatch: pytest.M
         ]
 
     monkeypatch.setattr(site, "_summed", summed)
-    result = medfed.simulate(study)
-    assert result.summary["rounds"] == 0 and result.summary["status"] == "incomplete"
+    told: list[Event] = []
+    result = medfed.simulate(study, listeners=[told.append])
+    assert result.summary["rounds"] == 0 and result.summary["test"] is None
+    assert "2 of 3 sites answered" in next(e.reason for e in told if isinstance(e, events.RunFinished))
     lenient = medfed.simulate(study.set("training.quorum", 0.6))
     assert lenient.summary["rounds"] == 4 and lenient.summary["participation"]["east"] == 0
     assert {item["reason"] for item in lenient.summary["excluded"]} == {"its disk is full"}
-    assert QuorumError  # the round's own error is told in the summary's reason

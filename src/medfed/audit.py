@@ -129,6 +129,19 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
         )
         return Part("canaries", claimed, "-", told, None, {"canaries": count, "guesses": 0})
     in_M = rng.random(count) < 0.5
+    scores, ended = _scores(twin, in_M, rng)
+    verdict = attacks.one_run(scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
+    told = (
+        f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
+        f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
+    )
+    passed = None if verdict.passed and ended else verdict.passed
+    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, passed, verdict.to_json())
+
+
+def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
+    """Train with the canaries that are in; return each attacker's scores [M], and why the training ended early."""
+    count, plan = len(in_M), twin.plan
     homes = rng.permutation(list(twin.sites))[:count].tolist()
     place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
     evidence: dict[str, Evidence] = defaultdict(Evidence)
@@ -151,13 +164,7 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
         "noise of each round its own": sum((e.scores() for e in evidence.values()), np.zeros(count)),
         "one noise for all rounds": sum((e.scores_common_noise() for e in evidence.values()), np.zeros(count)),
     }
-    verdict = attacks.one_run(scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
-    told = (
-        f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
-        f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
-    )
-    passed = None if verdict.passed and ended else verdict.passed
-    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, passed, verdict.to_json())
+    return scores, ended
 
 
 def _guesses(canaries: int) -> int:
@@ -205,8 +212,10 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
     """Train many times, each patient of a pool in half of them, and tell members by the released models' losses.
 
     Under (epsilon, delta) no attacker finds more than e^epsilon FPR + delta of the members. Raises PlanError for fewer
-    than 8 retrains.
+    than 8 retrains, and for an `fpr` outside (0, 1).
     """
+    if not 0 < fpr < 1:
+        raise PlanError(f"fpr={fpr:g}; expected a rate in (0, 1). Set --fpr 0.05.")
     if retrains < 8:
         raise PlanError(f"retrains={retrains}; expected 8 or more, 64 for figures to quote. Set --retrains 64.")
     g, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)

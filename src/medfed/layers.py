@@ -129,21 +129,21 @@ class LinearRule(Rule):
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         weight = params[0]  # [A, O, I]
-        self.slots, self.x = x.shape[:2], x.reshape(len(x), -1, x.shape[-1])
+        self.slots, self.x = x.shape[:2], _rows(x)
         y = self.buffers.take("y", (*self.x.shape[:2], weight.shape[1]), x.dtype)
         if len(params) == 2:
-            torch.baddbmm(params[1][:, None, :], self.x, weight.mT, out=y)
+            torch.baddbmm(params[1].unsqueeze(1), self.x, weight.mT, out=y)
         else:
             torch.bmm(self.x, weight.mT, out=y)
-        return y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy, self.gradients = dy.reshape(len(dy), -1, dy.shape[-1]), ()
+        self.dy, self.gradients = _rows(dy), ()
         if first:
             return dy
         dx = self.buffers.take("dx", self.x.shape, dy.dtype)
         torch.bmm(self.dy, params[0], out=dx)
-        return dx.view(*dy.shape[:-1], -1)
+        return dx if dy.dim() == 3 else dx.view(*dy.shape[:-1], -1)
 
     def square_norms(self, records: int) -> Tensor:
         """One slot: |dy|^2 (|x|^2 + 1). S of them: the cheaper of products of pairs and the gradients themselves."""
@@ -174,7 +174,7 @@ class LinearRule(Rule):
             x, dy = self._wide("x wide", x, weight_AB.dtype), self._weighted(dy, weight_AB)
         self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
-            _blend(targets[1], self._total(dy, len(targets[1])), beta, alpha)
+            _blend(targets[1], self._total(dy, targets[1].shape[0]), beta, alpha)
 
     def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
         """Blend the sum of dy_s x_s^T over a client's slots into the target [A, O, I]."""
@@ -190,7 +190,7 @@ class LinearRule(Rule):
     def _total(self, dy: Tensor, groups: int) -> Tensor:
         """Return the sums of dy over each of `groups` equal runs of slots, [groups, O]."""
         total = self.buffers.take("db", (groups, dy.shape[-1]), dy.dtype)
-        return torch.sum(dy if groups == len(dy) else dy.reshape(groups, -1, dy.shape[-1]), 1, out=total)
+        return torch.sum(dy if groups == dy.shape[0] else dy.reshape(groups, -1, dy.shape[-1]), 1, out=total)
 
 
 class ConvRule(LinearRule):
@@ -634,6 +634,11 @@ def _plain(layer: nn.Module) -> bool:
     return True
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return x [A, B, ..., I] as [A, B * positions, I]."""
+    return x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
 def _square(x: Tensor) -> Tensor:
     """Return |x|^2 over the last axis, in float64."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
@@ -661,7 +666,9 @@ def _gathered(x: Tensor, groups: int) -> Tensor:
 def _blend(target: Tensor, value: Tensor, beta: float, alpha: float) -> None:
     """target <- beta * target + alpha * value; beta = 0 overwrites even what is not finite."""
     if beta == 0:
-        torch.mul(value, alpha, out=target)
+        target.copy_(value)
+        if alpha != 1:
+            target.mul_(alpha)
     elif beta == 1:
         target.add_(value, alpha=alpha)
     else:

@@ -166,7 +166,7 @@ def test_other_patients_of_the_site_have_a_budget_of_their_own(tmp_path: Path) -
     fresh = {site: [f"new-{name}" for name in roster] for site, roster in ROSTERS.items()}
     assert _pays(_account(path, "r2", fresh), 1) == {}
     one_of_them = {"north": ["north-7", *(f"newer-{i}" for i in range(89))], "south": ["newer-89"]}
-    with pytest.raises(BudgetError, match="site .north.*spent up to epsilon=0.9999 of 1"):
+    with pytest.raises(BudgetError, match=r"site .north.*spent up to epsilon=0\.9999 of 1"):
         _account(path, "r3", one_of_them)
 
 
