@@ -1,6 +1,5 @@
 """Runs under a guarantee: paid before they train, stopped when the budget is spent, and silent about patients."""
 
-import itertools
 import json
 import math
 import os
@@ -123,19 +122,18 @@ def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, stu
     assert not torch.equal(one.w_P, two.w_P)
 
 
-@pytest.mark.parametrize("algorithm", ["fedprox", "scaffold", "fednova", "fedavgm", "fedadam"])
 @pytest.mark.parametrize("noise", ["shared", "site"])
-def test_algorithms_compose_with_noise(study: Study, noise: str, algorithm: str) -> None:
-    told: list[Event] = []
-    seeded = study.set("privacy.simulation_only", True).set("privacy.noise", noise)
-    if noise == "site":
-        seeded = seeded.set("training.local_steps", 3)  # after one step even these coincide
-    result = medfed.simulate(seeded.set("training.algorithm", algorithm), listeners=[told.append])
-    assert result.complete
+def test_algorithms_compose_with_noise(study: Study, noise: str) -> None:
+    """With joint noise a round is one step, where three of them are FedAvg, and the plan says so."""
+    seeded = study.set("privacy.simulation_only", True).set("privacy.noise", noise).set("training.rounds", 2)
+    if noise == "site":  # unequal work for the sites
+        seeded = seeded.set("training.batch_size", 30).set("training.local_epochs", 2)
     average = medfed.simulate(seeded)
-    coincide = noise == "shared" and algorithm in ("fedprox", "scaffold", "fednova")
-    assert torch.equal(result.w_P, average.w_P) == coincide
-    assert any("is FedAvg here" in warning for warning in result.summary["warnings"]) == coincide
+    for algorithm in ("fedprox", "scaffold", "fednova", "fedavgm", "fedadam"):
+        result = medfed.simulate(seeded.set("training.algorithm", algorithm))
+        coincide = noise == "shared" and algorithm in ("fedprox", "scaffold", "fednova")
+        assert result.complete and torch.equal(result.w_P, average.w_P) == coincide, algorithm
+        assert any("is FedAvg here" in warning for warning in result.summary["warnings"]) == coincide, algorithm
 
 
 def test_without_its_guarantee_the_study_has_the_same_bits_twice(study: Study) -> None:
@@ -183,11 +181,12 @@ def test_a_second_run_on_the_same_patients_is_refused_before_it_trains(
 ) -> None:
     assert medfed.run(lasting, tmp_path / "one").complete
     assert not own_ledger(tmp_path / "one").exists()
-    before = home.read_bytes()
+    head = claim_of(tmp_path / "one")["composition"]["ledger"]["head"]
     with pytest.raises(BudgetError, match=r"spent up to epsilon=1 of 1 .*left for one release: 0\.00"):
         medfed.run(lasting, tmp_path / "two")
     assert not (tmp_path / "two").exists()
-    assert home.read_bytes() == before and charges(home) == dict.fromkeys(SITES, 4)
+    with Ledger.open(home, read_only=True) as book:
+        assert book.head() == head and charges(home) == dict.fromkeys(SITES, 4)
     claim = claim_of(tmp_path / "one")["composition"]
     assert claim["scope"] == "study" and claim["ledger"]["epsilon_all_runs"] == pytest.approx(1, abs=1e-3)
 
@@ -456,9 +455,8 @@ def test_figures_of_patients_who_are_not_public_are_noised_anew(noised: Study) -
     weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))})
     for node in sites:
         node.account = None
-    answers = [codec.decode(sites[0].handle("evaluate", weights))[1]["bins"] for _ in range(5)]
-    counts = [torch.bincount(bins) for bins in answers]
-    assert any(len(a) != len(b) or not torch.equal(a, b) for a, b in itertools.pairwise(counts))
+    told = [codec.decode(sites[0].handle("evaluate", weights))[1]["bins"].tolist() for _ in range(5)]
+    assert any(one != told[0] for one in told)
     public = _prepared(noised.set("data.test_is_public", True))
     raw = [codec.decode(public[0].handle("evaluate", weights))[1]["bins"] for _ in range(2)]
     assert torch.equal(raw[0], raw[1]) and len(raw[0]) == int(public[0].table.test.sum())  # type: ignore[union-attr]

@@ -108,11 +108,7 @@ def audit(
     seed: Annotated[int | None, typer.Option(min=0, help="Coins from a seed; default: the operating system.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a twin of a study or run, and compare what was measured with what is claimed.
-
-    Exit code 1 where an attack finds more than the claim allows. A run's folder gets audit.json, and its claim the
-    result. The run itself cannot be audited: canaries are planted before training.
-    """
+    """Attack a twin of a study or run, and compare with the claim; exit code 1 where an attack finds more."""
     from medfed import audit as audits
     from medfed import study as studies
     from medfed.core.checks import RunError
