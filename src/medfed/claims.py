@@ -180,7 +180,9 @@ def outlook(plan: Plan) -> dict[str, Any]:
     sizes = {name: release.size for name, release in g.releases.items()}
     modes: dict[str, Any] = {}
     for noise in dict.fromkeys((g.mode, "site", "shared")):
-        other = dataclasses.replace(study, privacy=dataclasses.replace(study.privacy, noise=noise))
+        correlated = study.privacy.correlated and noise != "site"  # sites' noise is never correlated
+        privacy = dataclasses.replace(study.privacy, noise=noise, correlated=correlated)
+        other = dataclasses.replace(study, privacy=privacy)
         found = g if noise == g.mode else resolve(other, sizes, plan.parameters)
         modes[noise] = [_outlook(found, name, study.training.rounds) for name in _shown(found)]
     return {
