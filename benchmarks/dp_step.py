@@ -28,13 +28,14 @@ from peers.opacus_step import CLIP, NOISE, RATE, SHAPES, make_batch, make_model,
 from torch import Tensor, nn
 
 from medfed import dpsgd
+from medfed.core.entropy import Entropy
 from medfed.core.flat import Layout, vector
 from medfed.dpsgd import Step, clip_factor
 from medfed.layers import RuledModel
 from medfed.local import loss_gradient
 from medfed.models import Series
 from medfed.privacy.guarantee import GRID, discrete_gaussian
-from medfed.privacy.mechanisms import Entropy, round_to_grid
+from medfed.privacy.mechanisms import round_to_grid
 
 HERE = Path(__file__).parent
 OPACUS = ("torch==2.13.0", "opacus==1.6.0")

@@ -19,9 +19,9 @@ import torch
 import medfed
 from medfed import audit, cli, dpsgd, wire
 from medfed.core.checks import PlanError, RunError
+from medfed.core.entropy import Entropy
 from medfed.monitor import reports
 from medfed.privacy import mechanisms
-from medfed.privacy.mechanisms import Entropy
 from medfed.study import Study
 from medfed.twin import Training, Twin, unexplained, updates
 from tests.tables import PRIVATE, invented, write_study

@@ -53,7 +53,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "delta": spent["delta"],
         "target": {"epsilon": g.epsilon, "delta": g.delta},
         "unit": "patient: all records of one training patient, over the whole run",
-        "adjacency": "add or remove one patient",
+        "adjacency": _adjacency(plan),
         "trust_model": _TRUST[g.mode],
         "mechanism": _MECHANISM["correlated" if g.strategy else "independent"],
         "clipping": {"kind": g.clipping, "norm": g.clip, "slack": SLACK},
@@ -68,6 +68,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "sampling": _sampling(g),
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
+        "a_payment_covers": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
         "patients": {
             "declared": patients,
             "one_over_n": 1 / patients,
@@ -104,6 +105,12 @@ _SCOPE = {
     "study": "all runs of the study on the same patients, in the sites' lifetime ledger",
     "run": "this run alone. Other runs on the same patients are not counted: for public data and benchmarks only",
 }
+
+
+def _adjacency(plan: Plan) -> str:
+    if plan.study.sites.kind == "device":
+        return "one patient's records against none on the same device; that the device takes part is seen"
+    return "add or remove one patient"
 
 
 def _sampling(g: Guarantee) -> str:

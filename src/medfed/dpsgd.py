@@ -20,6 +20,7 @@ from torch.func import functional_call, grad, vmap
 
 from medfed.core import streams
 from medfed.core.checks import PlanError
+from medfed.core.entropy import Entropy
 from medfed.core.flat import Layout
 from medfed.core.types import Task
 from medfed.data.federated import Patients
@@ -27,7 +28,7 @@ from medfed.layers import RuledModel, has_rules
 from medfed.local import Correction, Descent, LocalPlan, LocalResult, Path, loss_gradient, on_threads, sample_loss
 from medfed.models import Dropout
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
-from medfed.privacy.mechanisms import Entropy, round_to_grid
+from medfed.privacy.mechanisms import round_to_grid
 
 _AUTOMATIC = 0.01  # gamma of Bu et al. 2022: keeps the direction of small gradients finite
 _CHUNK_BYTES = 8 << 20

@@ -316,7 +316,7 @@ def _drive(
                 _checkpoint(folder, server, plan, fleet, log)
         test(server, plan, fleet, log, name, intervals=True)
         if study.monitor.baselines and name == "federated" and not private:
-            for baseline in BASELINES:
+            for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log)
     except (QuorumError, BudgetError) as error:
         reason = str(error)

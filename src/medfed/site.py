@@ -21,6 +21,7 @@ from medfed import dpsgd, models
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
 from medfed.core.checks import MedfedError, SiteError
+from medfed.core.entropy import Entropy
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data import preprocess
@@ -33,7 +34,7 @@ from medfed.plan import POOLED, build_model, local_plan
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
-from medfed.privacy.mechanisms import Entropy, geometric_noise
+from medfed.privacy.mechanisms import geometric_noise
 from medfed.study import Study
 from medfed.wire import PLAIN, finite, joint_links, send
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from medfed.core import streams
+from medfed.core.entropy import Entropy
 from medfed.privacy.factorisation import Correlated
 from medfed.privacy.guarantee import GRID, Guarantee, discrete_gaussian
-from medfed.privacy.mechanisms import Entropy, round_to_grid
+from medfed.privacy.mechanisms import round_to_grid
 from medfed.robust.rules import Rule
 
 

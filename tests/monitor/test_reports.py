@@ -23,6 +23,7 @@ CLAIM: dict[str, Any] = {
     "sampling": "everybody",
     "steps_per_round": {"a": 3, "b": 5},
     "rounds": {"planned": 10, "spare": 1, "paid": 9},
+    "a_payment_covers": "a round",
     "patients": {"declared": 1234, "one_over_n": 1 / 1234, "delta_below_one_over_n": True},
     "accountant": {"name": "exact", "version": "dp-accounting 0.6.0"},
     "second_accountant": {"name": "another", "epsilon": 1.0123},
@@ -71,8 +72,8 @@ def test_every_item_has_a_line() -> None:
     lines = dict(claim_lines(CLAIM))
     assert set(lines) == ITEMS and all(lines.values())
     assert lines["epsilon"] == "0.987654 (target 1)" and "1/n is 0.00081 for 1,234 declared patients" in lines["delta"]
-    assert lines["noise multiplier"] == "a 4.2, b 6.1" and "noised steps in each: a 3, b 5" in lines["rounds"]
-    assert lines["rounds"].startswith("9 paid of 10 planned") and lines["not protected"] == "sizes; who took part"
+    assert lines["noise multiplier"] == "a 4.2, b 6.1" and "noised steps in a round: a 3, b 5" in lines["rounds"]
+    assert lines["rounds"].startswith("10 planned; payments: 9") and lines["not protected"] == "sizes; who took part"
     assert "head abc123" in lines["ledger"] and lines["audit"].startswith("none yet")
 
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from medfed.core.checks import DataError, PlanError
+from medfed.core.entropy import Entropy
 from medfed.privacy import mechanisms
 from medfed.privacy.mechanisms import (
     DiscreteGaussian,
-    Entropy,
     delta_cost,
     discrete_laplace,
     exact_discrete_gaussian,

@@ -15,9 +15,10 @@ from scipy import stats
 
 import medfed
 from medfed.core.checks import DataError, MedfedError, PlanError
+from medfed.core.entropy import Entropy
 from medfed.privacy import accounting, readings
 from medfed.privacy.accounting import Composed, Laplace, RandomisedResponse, epsilon_of
-from medfed.privacy.mechanisms import Entropy, discrete_laplace_variance
+from medfed.privacy.mechanisms import discrete_laplace_variance
 from medfed.privacy.readings import Estimate, estimate_mean, estimate_shares, report_category, report_number
 
 STATES = ("low", "in range", "high")

@@ -5,8 +5,12 @@ MedfedError
 ├── DataError        a table, a column, a row or a download cannot be used
 ├── PlanError        parts that are fine alone do not compose
 ├── CodecError       bytes from another party are not what they claim to be
+│   └── EnvelopeError     a signed or sealed message is damaged, belongs elsewhere or came twice
+│       ├── SignatureError    nobody who is enrolled signed it
+│       └── RevokedError      its sender's keys no longer count
 ├── SiteError        a site could not do what it was asked; the reason holds no patient data
 ├── QuorumError      too few sites answered for the round to count
+│   └── AbortError        a secure round ended without opening anything; the reason names the party
 ├── RunError         a run folder, checkpoint or model file cannot be used
 ├── LedgerError      a budget ledger cannot be read, written or trusted
 └── BudgetError      the patients' privacy budget does not bear what is asked
@@ -46,6 +50,22 @@ class QuorumError(MedfedError):
 
 class RunError(MedfedError):
     """A run folder, a checkpoint or a model file cannot be used."""
+
+
+class EnvelopeError(CodecError):
+    """A signed or sealed message is damaged, belongs elsewhere or came twice."""
+
+
+class SignatureError(EnvelopeError):
+    """Nobody who is enrolled signed the message."""
+
+
+class RevokedError(EnvelopeError):
+    """The sender's keys no longer count."""
+
+
+class AbortError(QuorumError):
+    """A secure round ended without opening anything. The reason names the party; the run can be resumed."""
 
 
 class LedgerError(MedfedError):

@@ -34,8 +34,8 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rounds = claim["rounds"]
     yield (
         "rounds",
-        f"{rounds['paid']} paid of {rounds['planned']} planned; noised steps in each: "
-        + _per_site(claim["steps_per_round"]),
+        f"{rounds['planned']} planned; payments: {rounds['paid']}, each for {claim['a_payment_covers']}; "
+        f"noised steps in a round: {_per_site(claim['steps_per_round'])}",
     )
     yield "accountant", f"{claim['accountant']['name']}; {claim['accountant']['version']}"
     if second:

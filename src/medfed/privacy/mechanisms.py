@@ -15,8 +15,6 @@ N draws, n columns of an alias table, k categories. Words are 64 bits; grid unit
 """
 
 import math
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
@@ -26,76 +24,18 @@ from itertools import repeat
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medfed.core.checks import DataError, PlanError
+from medfed.core.entropy import Entropy, Integers, Words
 
-Words = NDArray[np.uint64]
-Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_ZEROS = bytes(1 << 18)  # what is encrypted, a piece at a time
 _BLOCK = 1 << 15  # draws at a time, so that what lies between two steps stays in the cache
 _BASE = 400  # the widest discrete Gaussian drawn from one table: 8192 columns, 96 KiB for a draw
 _ROUNDING = 1.7  # s_r of the module's docstring
 _HEADROOM = 8  # standard deviations
-
-
-# Entropy
-
-
-class Entropy:
-    """A stream of random 64-bit words: AES-256 in counter mode, its key from the operating system.
-
-    One lock guards the stream, so threads may share an instance; one each is faster. A forked process takes a new key:
-    it would repeat its parent's noise otherwise. `key` (32 bytes) is for tests only: whoever knows it can subtract the
-    noise. What is said below of distributions holds as far as AES-256 is a pseudorandom permutation.
-    """
-
-    def __init__(self, key: bytes | None = None) -> None:
-        self._start(os.urandom(32) if key is None else key)
-
-    def _start(self, key: bytes) -> None:
-        self._stream = threading.Lock(), Cipher(AES256(key), CTR(bytes(16))).encryptor()
-        self._process = os.getpid()
-
-    def words(self, count: int) -> Words:
-        """Return [count] words, uniform on 0 .. 2^64 - 1 and never handed out before."""
-        if os.getpid() != self._process:
-            self._start(os.urandom(32))
-        buffer = bytearray(8 * count + 15)  # before version 43, cryptography asks for 15 bytes to spare
-        view = memoryview(buffer)
-        lock, cipher = self._stream
-        with lock:
-            for start in range(0, 8 * count, len(_ZEROS)):
-                cipher.update_into(_ZEROS[: 8 * count - start], view[start:])
-        return np.frombuffer(buffer, np.uint64, count)
-
-    def uniform(self, count: int) -> Floats:
-        """Return [count] numbers uniform on the 2^53 steps of [0, 1)."""
-        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-    def bernoulli(self, p: float | Fraction, count: int) -> NDArray[np.bool_]:
-        """Return [count] coins, each True with probability p rounded down to a multiple of 2^-64."""
-        if not 0 <= p <= 1:
-            raise PlanError(f"p={p}: expected a probability. Pass a number from 0 to 1.")
-        if p == 1:
-            return np.ones(count, np.bool_)
-        return self.words(count) < np.uint64(math.floor(Fraction(p) * 2**64))
-
-    def below(self, n: int, count: int) -> Integers:
-        """Return [count] integers uniform on 0 .. n - 1, n at most 2^63; a word that would lean is drawn again."""
-        if not 1 <= n <= 2**63:
-            raise PlanError(f"n={n}: expected 1 to 2^63. Draw from fewer numbers.")
-        shift = np.uint64(64 - max(1, (n - 1).bit_length()))
-        drawn = self.words(count) >> shift
-        while (beyond := drawn >= np.uint64(n)).any():
-            drawn[beyond] = self.words(int(beyond.sum())) >> shift
-        return drawn.view(np.int64)
 
 
 # Discrete Gaussian noise

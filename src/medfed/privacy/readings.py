@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from medfed.core.checks import DataError, PlanError, nearest
+from medfed.core.entropy import Entropy
 from medfed.privacy.accounting import RandomisedResponse
 from medfed.privacy.mechanisms import (
-    Entropy,
     discrete_laplace,
     discrete_laplace_variance,
     randomised_response,
