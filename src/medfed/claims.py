@@ -14,7 +14,7 @@ from medfed.core import files
 from medfed.core.checks import PlanError, RunError
 from medfed.core.types import JSON
 from medfed.monitor import reports
-from medfed.plan import Plan
+from medfed.plan import Plan, cohort, holders
 from medfed.privacy import accounting
 from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
@@ -22,10 +22,16 @@ from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, replac
 
 _TRUST = {
     "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",
-    "shared": "One noise is added to the sum of all sites' rows. security.aggregation='plain': whoever combines the "
+    "central": "The coordinator sees each site's clipped sum without noise, adds the noise, and is trusted with it.",
+    "plain": "One noise is added to the sum of all sites' rows. security.aggregation='plain': whoever combines the "
     "rows sees each site's clipped sum without noise, and is trusted with it. In this engine that is the process that "
     "runs the simulation.",
-    "central": "The coordinator sees each site's clipped sum without noise, adds the noise, and is trusted with it.",
+    "masked": "Rows are summed under masks and each site adds a part of the noise to its own: the server sees the "
+    "noised sum alone. Trusted are {holders} of the sites that stay to the end: not to tell the server their parts of "
+    "the noise.",
+    "three-party": "Rows are shared among three aggregators, each of which adds a part of the noise before the sum is "
+    "opened: nobody sees a row or a sum without noise. Trusted are any two of the three: two that work together read "
+    "every row.",
 }
 _MECHANISM = {
     "independent": "Gaussian mechanism on sums of clipped per-patient gradients: discrete Gaussian noise on an integer "
@@ -54,7 +60,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "target": {"epsilon": g.epsilon, "delta": g.delta},
         "unit": "patient: all records of one training patient, over the whole run",
         "adjacency": _adjacency(plan),
-        "trust_model": _TRUST[g.mode],
+        "trust_model": _trust(plan),
         "mechanism": _MECHANISM["correlated" if g.strategy else "independent"],
         "clipping": {"kind": g.clipping, "norm": g.clip, "slack": SLACK},
         "noise": {
@@ -62,6 +68,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
             "multiplier": first.noise_multiplier if g.joint else {n: r.noise_multiplier for n, r in g.releases.items()},
             "grid": f"C x {GRID:g}",
             "sd_in_grid_steps": g.sigma_units() if g.joint else {n: g.sigma_units(n) for n in g.releases},
+            "standard_deviations_of_need": _noise_excess(plan),
             "count_noise": COUNT_NOISE if g.clipping == "adaptive" else None,
             "strategy": list(g.strategy) or None,
         },
@@ -105,6 +112,24 @@ _SCOPE = {
     "study": "all runs of the study on the same patients, in the sites' lifetime ledger",
     "run": "this run alone. Other runs on the same patients are not counted: for public data and benchmarks only",
 }
+
+
+def _trust(plan: Plan) -> str:
+    assert plan.guarantee is not None
+    mode, way = plan.guarantee.mode, plan.study.security.aggregation
+    said = _TRUST[way if mode == "shared" else mode].format(holders=holders(plan.study, plan.participants))
+    simulated = mode == "shared" and way != "plain"
+    return f"{said} In this engine all parties run in one process, whose owner sees everything." if simulated else said
+
+
+def _noise_excess(plan: Plan) -> float:
+    """Return how many times the needed standard deviation the sum carries where every holder adds its part."""
+    g, study = plan.guarantee, plan.study
+    assert g is not None
+    if not g.joint or study.security.aggregation == "plain" or g.simulation_only:
+        return 1.0
+    parts = 3 if study.security.aggregation == "three-party" else cohort(study, plan.participants)
+    return math.sqrt(parts / holders(study, plan.participants))
 
 
 def _adjacency(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,9 @@ from medfed.privacy import refusals
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
 from medfed.robust.rules import RULES, Rule
+from medfed.secure.field import check_headroom
 from medfed.study import Study
-from medfed.wire import PLAIN, Link, joint_links
+from medfed.wire import PLAIN, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
 """Algorithms that equal FedAvg where every site takes one step from the common model."""
@@ -140,6 +142,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     if guarantees.asked(study):
         guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
     joint = guarantee is not None and guarantee.joint
+    _check_security(study, trainers, sizes)
     pooled = study.training.algorithm == "pooled"
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
@@ -152,17 +155,91 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         parameters=parameters,
         message=guarantee.numbers() if guarantee and joint else message_length(algorithm_name(study), parameters),
         guarantee=guarantee,
-        links=joint_links(guarantee, Streams(study.study.seed).key("noise")) if guarantee and joint else PLAIN,
+        links=links_of(study, guarantee, trainers),
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
         warnings=tuple(_warnings(surveys, encoding, study)),
     )
 
 
+def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:
+    """Return the links between clients and whoever combines their rows."""
+    security, key = study.security, Streams(study.study.seed).key("noise")
+    if guarantee and guarantee.joint:
+        return joint_links(guarantee, key, security.aggregation, holders(study, clients))
+    return PLAIN if security.aggregation == "plain" else (FixedPoint(security.fraction_bits, security.bound),)
+
+
+def cohort(study: Study, clients: Sequence[str]) -> int:
+    """Return how many clients the smallest round draws."""
+    fleet = study.fleet
+    if fleet.schedule == "cyclic":
+        groups = (selection.turn(clients, n + 1, fleet.groups, Streams(study.study.seed)) for n in range(fleet.groups))
+        return min(len(group) for group in groups)
+    return fleet.clients_per_round or len(clients)
+
+
+def holders(study: Study, clients: Sequence[str]) -> int:
+    """Return how many parties' parts make the joint noise: those that must answer and do not work with the server.
+
+    masked: threshold t of n clients, 2t > n + f, f = floor(colluding n) of them with the server: t - f.
+    three-party: two.
+    """
+    security, n = study.security, cohort(study, clients)
+    if security.aggregation != "masked":
+        return 2 if security.aggregation == "three-party" else 1
+    return threshold(study, n) - math.floor(security.colluding * n)
+
+
+def threshold(study: Study, n: int) -> int:
+    """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n + f."""
+    return (n + math.floor(study.security.colluding * n)) // 2 + 1
+
+
+def _check_security(study: Study, clients: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Refuse sums that would be of too few rows, or that could wrap."""
+    security = study.security
+    if security.aggregation == "plain":
+        return
+    n, way = cohort(study, clients), f"security.aggregation={security.aggregation!r}"
+    if n < security.min_group:
+        raise PlanError(
+            f"{way} and a round of {n} clients do not compose: security.min_group={security.min_group}, and a sum of "
+            "fewer rows says too much of each. Draw more clients, or set aggregation='plain'."
+        )
+    if not (guarantees.asked(study) and guarantees.mode(study) != "site"):
+        uniform = study.training.weighting == "uniform"
+        weights = len(clients) if uniform else sum(sizes[name]["train"] for name in clients)
+        check_headroom(weights, security.bound, security.fraction_bits)
+
+
+def _secure_refusals(study: Study) -> None:
+    """Refuse what secure aggregation does not compose with, from the study alone."""
+    security, way = study.security, f"security.aggregation={study.security.aggregation!r}"
+    if security.aggregation == "plain":
+        return
+    names = security.aggregators
+    if security.aggregation == "three-party" and not len(names) == len(set(names)) == 3:
+        raise StudyError(f"security.aggregators={list(names)}; expected three different names")
+    if guarantees.mode(study) == "central":
+        raise PlanError(
+            f"{way} and privacy.noise='central' do not compose: a coordinator that adds the noise reads the sum "
+            "without it. Set privacy.noise='shared'."
+        )
+    if study.privacy.correlated:
+        raise PlanError(
+            f"{way} and privacy.correlated=true do not compose: correlated noise is rounded by one holder, and here "
+            "several hold it. Set security.aggregation='plain', or correlated=false."
+        )
+    if study.training.algorithm in ("local", "pooled"):
+        raise PlanError(f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed.")
+
+
 def check(study: Study) -> None:
     """Refuse what does not compose, from the study alone."""
     training = study.training
     refusals.check(study)
+    _secure_refusals(study)
     if training.algorithm not in ALGORITHMS:
         raise StudyError(
             f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"

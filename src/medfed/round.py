@@ -12,20 +12,22 @@ from typing import Any
 import torch
 
 from medfed import dpsgd
+from medfed.aggregation import PLAIN, Aggregation
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import CodecError, QuorumError, SiteError
-from medfed.engine.port import Fleet, Reply, gather
+from medfed.core.checks import QuorumError
+from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
 from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scores
 from medfed.plan import Plan
 from medfed.privacy.budget import Budget
-from medfed.wire import combine, finite
 
 
-def run_round(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Server:
+def run_round(
+    server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log, aggregation: Aggregation = PLAIN
+) -> Server:
     """Run one round and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is then unchanged.
@@ -40,23 +42,17 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log
     task = plan.algorithm.task(server)
     header = {"round": number} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
     payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
-    replies = gather(fleet, clients, "work", payload, training.deadline)
-    rows, reports = _accepted(replies, plan, number, log)
-    if len(rows) < math.ceil(training.quorum * len(clients) - 1e-9):
-        reasons = "; ".join(f"{reply.site}: {reply.error}" for reply in replies.values() if reply.error)
-        raise QuorumError(
-            f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={training.quorum:g}. "
-            f"{reasons}"
-        )
+    answer = aggregation.collect(plan, fleet, clients, number, payload)
+    for name, reason in answer.excluded.items():
+        log.emit(SiteExcluded(number, name, reason))
+    rows, reports, replies, mean_M = answer.names, answer.reports, answer.replies, answer.combined_M
     weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
     share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
-    weights = None if plan.joint else weight_K / weight_K.sum()
-    mean_M = combine(codec.as_rows(list(rows.values())), weights, plan.rule, plan.links, number)
     if plan.joint:
-        server, mean_M = _descended(server, mean_M, plan, list(rows))
+        server, mean_M = _descended(server, mean_M, plan, rows)
     following = plan.algorithm.step(server, mean_M.to(server.w_P.dtype), share, training)
     if plan.algorithm.kept:  # only now do those sites remember the round
-        for name, reply in gather(fleet, list(rows), "keep", codec.encode({}), training.deadline).items():
+        for name, reply in gather(fleet, rows, "keep", codec.encode({}), training.deadline).items():
             if reply.error:
                 log.emit(Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}"))
 
@@ -65,14 +61,14 @@ def run_round(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log
     log.emit(
         RoundFinished(
             round=number,
-            clients=list(rows),
+            clients=rows,
             loss=sum(w * loss for w, loss in known) / sum(w for w, _ in known) if known else None,
             losses=losses,
             site_seconds=[round(replies[name].seconds, 6) for name in rows],
             steps=[int(reports[name].get("steps", 0)) for name in rows],
             seconds=round(time.perf_counter() - began, 6),
-            bytes_up=sum(len(reply.payload) for reply in replies.values()),
-            bytes_down=len(payload) * len(clients),
+            bytes_up=sum(len(reply.payload) for reply in replies.values()) + answer.more_up,
+            bytes_down=len(payload) * len(clients) + answer.more_down,
             privacy=budget.claim(),
         )
     )
@@ -132,36 +128,6 @@ def test(
     )
     log.emit(tested)
     return tested
-
-
-def _accepted(
-    replies: dict[str, Reply], plan: Plan, number: int, log: Log
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Return the rows and reports that count, by site; tell of every site that does not."""
-    rows: dict[str, torch.Tensor] = {}
-    reports: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, str] = {}
-    for name, reply in replies.items():
-        try:
-            if reply.error:
-                raise SiteError(reply.error)
-            reports[name], tensors = codec.decode(reply.payload)
-            if tensors["row"].shape != (plan.message,) or tensors["row"].is_floating_point() == plan.joint:
-                kind = "whole grid steps" if plan.joint else "numbers"
-                raise SiteError(f"its row has shape {tuple(tensors['row'].shape)}; expected {plan.message} {kind}")
-            rows[name] = tensors["row"]
-        except SiteError as error:
-            reasons[name] = str(error)
-        except (CodecError, KeyError) as error:
-            reasons[name] = f"its reply cannot be read: {error}"
-    if rows:
-        for name, good in zip(list(rows), finite(codec.as_rows(list(rows.values()))).tolist(), strict=True):
-            if not good:
-                del rows[name]
-                reasons[name] = "its row is not finite"
-    for name, reason in reasons.items():
-        log.emit(SiteExcluded(number, name, reason))
-    return rows, reports
 
 
 def _known(value: Any) -> float | None:

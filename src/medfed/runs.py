@@ -28,6 +28,7 @@ from torch import Tensor
 
 from medfed import checkpoints, claims
 from medfed import study as studies
+from medfed.aggregation import introduced, who_sees
 from medfed.algorithms import Server
 from medfed.core import codec, files
 from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError
@@ -49,7 +50,7 @@ from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger
 from medfed.round import run_round, test
 from medfed.site import Site
-from medfed.study import Privacy, Study
+from medfed.study import Privacy, Security, Study
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def run(
         server = plan.begin()
         _tell_start(plan, log)
         _checkpoint(folder, server, plan, fleet, log)
-        return _drive(plan, fleet, sites, server, log, folder)
+        return _drive(plan, fleet, sites, server, log, folder, name)
 
 
 def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
@@ -143,7 +144,8 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
             f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept nowhere on purpose; "
             "start the study again"
         )
-    enrol(plan, fleet, json.loads((folder / "plan.json").read_text())["run"], fresh=False)
+    name = json.loads((folder / "plan.json").read_text())["run"]
+    enrol(plan, fleet, name, fresh=False)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
@@ -156,17 +158,18 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
-        return _drive(plan, fleet, sites, server, log, folder)
+        return _drive(plan, fleet, sites, server, log, folder, name)
 
 
 def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Run a study in memory: no folder, no checkpoints. For experiments that run many studies."""
     sites = open_sites(study, data)
     fleet, plan = _ready(sites[0].study, sites)
-    enrol(plan, fleet, secrets.token_hex(8))
+    name = secrets.token_hex(8)
+    enrol(plan, fleet, name)
     with Log(None, listeners) as log:
         _tell_start(plan, log)
-        return _drive(plan, fleet, sites, plan.begin(), log, None)
+        return _drive(plan, fleet, sites, plan.begin(), log, None, name)
 
 
 def load(folder: str | Path) -> Result:
@@ -296,10 +299,11 @@ def _ready(study: Study, sites: Sequence[Site], encoding: Encoding | None = None
 
 
 def _drive(
-    plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None
+    plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None, run: str
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
+    aggregation = introduced(plan, sites, run)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
@@ -309,7 +313,7 @@ def _drive(
     private = plan.guarantee is not None and not public
     try:
         while server.round < study.training.rounds:
-            server = run_round(server, plan, fleet, budget, log)
+            server = run_round(server, plan, fleet, budget, log, aggregation)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
@@ -345,7 +349,7 @@ def _drive(
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
     """Train a baseline with the study's own settings, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
-    other = dataclasses.replace(other, privacy=Privacy())
+    other = dataclasses.replace(other, privacy=Privacy(), security=Security())
     fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
     server = plan.begin()
     try:
@@ -387,6 +391,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             privacy=plan.budget().claim(),
             bytes_up=plan.bytes_up,
             bytes_down=plan.bytes_down,
+            sees=who_sees(plan),
         )
     )
     for text in plan.warnings:

@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
-from medfed.plan import POOLED, build_model, local_plan
+from medfed.plan import POOLED, build_model, links_of, local_plan
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.secure.party import Party
 from medfed.study import Study
-from medfed.wire import PLAIN, finite, joint_links, send
+from medfed.wire import PLAIN, Link, finite, send
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Site:
         self.model: nn.Module
         self.guarantee: Guarantee | None = None
         self.account: Account | None = None
+        self.links: Sequence[Link] = PLAIN
+        self.party: Party | None = None  # its keys and what it keeps of a secure round
         self.memory: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
 
@@ -178,6 +182,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     tables = [_table(site) for site in sites]
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.guarantee = encoding, model, promised
+        site.links = links_of(site.study, promised, list(header["declared"]))
         held = torch.tensor(table.test)
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held), rows.at(held)
@@ -260,8 +265,7 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     message_KM = found.total_KP
     if promised.clipping == "adaptive":
         message_KM = torch.cat([message_KM, found.below_K[:, None]], 1)
-    row_KM = send(message_KM, joint_links(promised, 0))
-    return [codec.encode({"steps": 1}, {"row": row}) for row in row_KM]
+    return _sent(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
 
 
 def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -284,18 +288,66 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
             first.model, start_KP, patients, plan, promised, names, key_K, correction, average, hyper.path
         )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
-    row_KM = send(message_KM, PLAIN)
-    finite_K = finite(local.theta_KP)
     losses, steps = local.loss_K.tolist(), local.steps_K.tolist()
-    replies: list[Answer] = []
-    for k, site in enumerate(sites):
-        if not finite_K[k]:
-            replies.append(SiteError("training did not stay finite; lower training.learning_rate"))
+    open_losses = first.study.security.aggregation == "plain"  # else nothing of one site is told
+    reports: list[Report] = []
+    for k, (site, good) in enumerate(zip(sites, finite(local.theta_KP).tolist(), strict=True)):
+        if not good:
+            reports.append(SiteError("training did not stay finite; lower training.learning_rate"))
             continue
         site.pending = {name: memory_next[name][k].clone() for name in algorithm.kept}
-        loss = losses[k] if math.isfinite(losses[k]) else None
-        replies.append(codec.encode({"loss": loss, "steps": steps[k]}, {"row": row_KM[k]}))
-    return replies
+        loss = losses[k] if open_losses and math.isfinite(losses[k]) else None
+        reports.append({"loss": loss, "steps": steps[k]})
+    return _sent(sites, header, tensors["w"], message_KM, reports)
+
+
+Report = dict[str, Any] | SiteError
+"""What is told beside a row, or why there is none."""
+
+
+def _sent(
+    sites: Sequence[Site], header: Header, w_P: Tensor, message_KM: Tensor, reports: Sequence[Report]
+) -> list[Answer]:
+    """Pass the rows through the clients' halves of the links and answer with them, in the study's aggregation."""
+    first = sites[0]
+    if first.study.security.aggregation == "plain":
+        row_KM = send(message_KM, first.links)
+        return [
+            r if isinstance(r, SiteError) else codec.encode(r, {"row": row_M})
+            for r, row_M in zip(reports, row_KM, strict=True)
+        ]
+    round, model = header["round"], sha256(w_P.numpy().tobytes()).digest()
+    answers: list[Answer] = []
+    for site, report, message_M in zip(sites, reports, message_KM, strict=True):
+        if isinstance(report, SiteError):
+            answers.append(report)
+            continue
+        try:  # one by one: a row that is out of bound is its own site's fault
+            (row_M,) = send(message_M[None], site.links)
+            answers.append(
+                codec.encode(report, {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))})
+            )
+        except MedfedError as error:
+            answers.append(SiteError(str(error)))
+    return answers
+
+
+def _phase(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Play a phase of a masked round, other than the row's."""
+    message, answers = codec.as_bytes(tensors["message"]), list[Answer]()
+    for site in sites:
+        try:
+            found = _party(site).answer(header["phase"], header["round"], header["told"], message)
+            answers.append(codec.encode({}, {"message": codec.as_tensor(found)}))
+        except MedfedError as error:
+            answers.append(SiteError(str(error)))
+    return answers
+
+
+def _party(site: Site) -> Party:
+    if site.party is None:
+        raise SiteError(f"site {site.name!r} has agreed to no run; the coordinator must ask it to first")
+    return site.party
 
 
 def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -376,6 +428,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "prepare": _prepare,
     "enrol": _enrol,
     "work": _work,
+    "phase": _phase,
     "keep": _keep,
     "evaluate": _evaluate,
     "save": _save,

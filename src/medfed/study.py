@@ -219,7 +219,23 @@ class Privacy:
 class Security:
     """Who can read a site's row."""
 
-    aggregation: Literal["plain"] = _key("plain", "plain: the coordinator sees every site's row.")
+    aggregation: Literal["plain", "masked", "three-party"] = _key(
+        "plain",
+        "plain: the coordinator sees every site's row; masked: rows travel under masks that cancel in the sum; "
+        "three-party: rows are shared among three aggregators, who open the sum alone.",
+    )
+    aggregators: tuple[str, ...] = _key(
+        ("aggregator 1", "aggregator 2", "aggregator 3"), "Names of the three parties of 'three-party'."
+    )
+    min_group: int = _key(3, "A sum of fewer rows is never opened, 2 or more.")
+    colluding: float = _key(
+        0.3,
+        "masked: share of sites that may work with the server, in [0, 0.5); their part of the noise is not counted.",
+    )
+    fraction_bits: int = _key(
+        20, "Fixed point of a row that is not on the noise's grid: steps of 2^-fraction_bits, 1 to 40."
+    )
+    bound: float = _key(64.0, "Fixed point: no number of such a row may be larger; a site refuses to send it.")
 
 
 @dataclass(frozen=True)
@@ -401,7 +417,7 @@ def _read_scalar(kind: Any, value: Any, key: str) -> Any:
 
 def _check_ranges(study: Study) -> None:
     """Refuse values that no plan could use, before any data is read."""
-    t, data, sites, p = study.training, study.data, study.sites, study.privacy
+    t, data, sites, p, security = study.training, study.data, study.sites, study.privacy, study.security
     rules: list[tuple[str, object, bool, str]] = [
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
         ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
@@ -443,6 +459,10 @@ def _check_ranges(study: Study) -> None:
             0 <= p.evaluation_epsilon < math.inf,
             "0 (none) or a number above 0",
         ),
+        ("security.min_group", security.min_group, security.min_group >= 2, "2 or more: a sum of one row is that row"),
+        ("security.colluding", security.colluding, 0 <= security.colluding < 0.5, "in [0, 0.5)"),
+        ("security.fraction_bits", security.fraction_bits, 1 <= security.fraction_bits <= 40, "1 to 40"),
+        ("security.bound", security.bound, 0 < security.bound < 1e9, "above 0"),
         ("fleet.groups", study.fleet.groups, study.fleet.groups >= 1, "1 or more"),
         ("monitor.evaluate_every", study.monitor.evaluate_every, study.monitor.evaluate_every >= 1, "1 or more"),
         ("monitor.checkpoints", study.monitor.checkpoints, study.monitor.checkpoints >= 2, "2 or more"),

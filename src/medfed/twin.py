@@ -59,6 +59,7 @@ class Twin:
                 "the study claims nothing, so there is nothing to audit. Set privacy.epsilon=1.0 and "
                 "privacy.delta=1e-6, and leave privacy.simulation_only out."
             )
+        study = study.set("security.aggregation", "plain")  # what is opened has no less noise than the twin's sum
         opened = runs.open_sites(study, data)
         fleet = InProcess(opened)
         plan = prepare(opened[0].study, fleet, fleet.sites(), encoding)

@@ -6,7 +6,8 @@ A link changes rows one by one at the client (`client`) and undoes at the server
 K clients, M numbers in a row.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from medfed.core import streams
-from medfed.core.entropy import Entropy
+from medfed.core.checks import PlanError
+from medfed.core.entropy import Entropy, Integers
 from medfed.privacy.factorisation import Correlated
 from medfed.privacy.guarantee import GRID, Guarantee, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
 from medfed.robust.rules import Rule
+from medfed.secure.field import encode
 
 
 class Link(Protocol):
@@ -56,10 +59,62 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class FixedPoint:
+    """Rows that carry no noise grid of their own, as whole steps of 2^-bits (int64), for sums that nobody looks into.
+
+    Rounded to nearest: 2^-(bits+1) at most. The server's half expects the weighted mean in steps.
+    """
+
+    bits: int
+    bound: float
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        return torch.from_numpy(encode(message_KM.double().numpy(), self.bits, self.bound))
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        return mean_M.double() * 2.0**-self.bits
+
+
+@dataclass(frozen=True)
+class NoiseShare:
+    """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.
+
+    Variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up to a total variation of
+    `_smoothing` (privacy.mechanisms) that is below 2^-1000 at the grid's widths; what others add beyond it is
+    post-processing. Whoever knows some parts can take away those alone.
+    """
+
+    guarantee: Guarantee
+    holders: int
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        draw = noise_share(self.guarantee, self.holders)
+        return message_KM + torch.from_numpy(np.stack([draw(message_KM.shape[1]) for _ in message_KM]))
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        return mean_M
+
+
+def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
+    """Return the sampler [M] of one holder's part of the joint noise on a row; see `NoiseShare`."""
+    entropy, part = Entropy(), math.sqrt(holders)
+
+    def draw(count: int) -> Integers:
+        if count != guarantee.numbers():
+            raise PlanError(f"noise for {count} numbers; the guarantee is for {guarantee.numbers()}")
+        noise_M = discrete_gaussian(guarantee.sigma_units() / part).sample(count, entropy)
+        if guarantee.clipping == "adaptive":
+            noise_M[-1:] = discrete_gaussian(guarantee.count_sigma() / GRID / part).sample(1, entropy)
+        return noise_M
+
+    return draw
+
+
+@dataclass(frozen=True)
 class JointNoise:
     """Noise on the sum of all rows, as the guarantee asks; with a strategy, correlated over rounds.
 
-    Here whoever combines the rows draws it. `key` seeds it in a simulation only.
+    Whoever combines the rows draws it. `key` seeds it in a simulation only.
     """
 
     guarantee: Guarantee
@@ -101,9 +156,14 @@ class JointNoise:
         return Correlated(self.guarantee.strategy, self.guarantee.parameters, self._gradient_noise)
 
 
-def joint_links(guarantee: Guarantee, key: int) -> tuple[Link, ...]:
-    """Return the links of rows that get one noise on their sum."""
-    return Grid(), JointNoise(guarantee, key)
+def joint_links(guarantee: Guarantee, key: int, aggregation: str = "plain", holders: int = 1) -> tuple[Link, ...]:
+    """Return the links of rows that get one noise on their sum: from whoever combines them, or from several holders.
+
+    Under "three-party" the aggregators add it before they open, which is no link. Seeded noise stays with the server.
+    """
+    if aggregation == "plain" or guarantee.simulation_only:
+        return Grid(), JointNoise(guarantee, key)
+    return (Grid(), NoiseShare(guarantee, holders)) if aggregation == "masked" else (Grid(),)
 
 
 PLAIN: tuple[Link, ...] = (Float32(),)

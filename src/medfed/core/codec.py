@@ -47,3 +47,17 @@ def as_rows(tensors: list[Tensor]) -> Tensor:
     if len(lengths) != 1:
         raise CodecError(f"rows of different shapes {lengths} in one round; every site must run the same study")
     return torch.stack(tensors)
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """Return bytes as a tensor [N] (uint8), to travel in a message."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor [N] (uint8); raise CodecError where it is none."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise CodecError(
+            f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}; expected bytes. Ask its sender again."
+        )
+    return tensor.numpy().tobytes()

@@ -53,6 +53,7 @@ class Planned(Event):
     privacy: Mapping[str, object]
     bytes_up: int  # what the survey and the agreement on the encoding took
     bytes_down: int
+    sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,299 @@
+"""How the rows of a round come together: in the coordinator's sight, under masks, or through three aggregators.
+
+Each way asks the clients for their work, says whose rows count and why others do not, and returns the combination of
+those that do. `round` knows no more of it.
+
+K clients, M numbers in a row.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from medfed.core import codec
+from medfed.core.checks import CodecError, QuorumError, SiteError
+from medfed.core.entropy import Integers
+from medfed.engine.port import Fleet, Reply, gather
+from medfed.plan import Plan, cohort, threshold
+from medfed.privacy.guarantee import GRID, SLACK
+from medfed.secure import masking, three_party
+from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.party import Masker, Sharer
+from medfed.site import Site
+from medfed.wire import combine, finite, noise_share
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a cohort's work came to."""
+
+    names: list[str]  # whose rows count
+    reports: Mapping[str, Mapping[str, Any]]
+    replies: Mapping[str, Reply]
+    combined_M: Tensor  # through the servers' halves of the links
+    excluded: Mapping[str, str]  # why the others' rows do not
+    more_up: int = 0  # bytes beyond the question and the replies
+    more_down: int = 0
+    phases: Mapping[str, int] = field(default_factory=dict)  # bytes of each phase
+
+
+class Aggregation(Protocol):
+    """One way for rows to come together."""
+
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+        """Have the clients work on `payload` in round `number`, and combine their rows.
+
+        Raises QuorumError where fewer answer than training.quorum asks for.
+        """
+        ...
+
+
+class Plain:
+    """The coordinator reads every row."""
+
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+        """Ask, check and combine."""
+        replies = gather(fleet, clients, "work", payload, plan.study.training.deadline)
+        reports, rows, excluded = read(replies, plan, "row")
+        if rows:
+            for name, good in zip(list(rows), finite(codec.as_rows(list(rows.values()))).tolist(), strict=True):
+                if not good:
+                    del rows[name]
+                    excluded[name] = "its row is not finite"
+        enough(plan, number, rows, clients, excluded)
+        weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
+        weights = None if plan.joint else weight_K / weight_K.sum()
+        combined_M = combine(codec.as_rows(list(rows.values())), weights, plan.rule, plan.links, number)
+        return Answer(list(rows), reports, replies, combined_M, excluded)
+
+
+PLAIN = Plain()
+"""The one instance: it keeps nothing."""
+
+
+@dataclass(frozen=True)
+class ThreeParty:
+    """The coordinator relays shares that it cannot read; three aggregators check rows in secret and open the sum."""
+
+    ask: three_party.Ask
+    run: str
+    terms: three_party.Terms
+
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+        """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
+        replies = gather(fleet, clients, "work", payload, plan.study.training.deadline)
+        reports, uploads, excluded = read(replies, plan, "upload")
+        enough(plan, number, uploads, clients, excluded)
+        scope = Scope(plan.study.digest(), self.run, number)
+        sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
+        opened = three_party.relay(self.ask, scope, sent, self.terms)
+        return Answer(
+            names=[name for name in clients if name in set(opened.accepted)],
+            reports=reports,
+            replies=replies,
+            combined_M=_combined(opened.total_M, plan, opened.accepted, number),
+            excluded=excluded | opened.excluded,
+            more_down=opened.phases["shares"] + opened.phases["check"],
+            more_up=opened.phases["check"] + opened.phases["open"],
+            phases=opened.phases,
+        )
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Rows travel under masks that cancel; the coordinator is the server of `masking`."""
+
+    post: Post
+    run: str
+    choose: Callable[[Sequence[str]], masking.Terms]
+
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+        """Play the five phases with the clients, and combine the rows of those who stayed."""
+        talk = _Talk(plan, fleet, number)
+        server = masking.Server(self.post, self.choose(clients), Scope(plan.study.digest(), self.run, number))
+        keys = server.keys(talk.ask("keys", clients, told=clients))
+        boxes = server.shares(talk.ask("shares", clients, keys))
+        for name, box in boxes.items():
+            talk.ask("boxes", [name], box)
+        replies = gather(fleet, [name for name in boxes if name not in talk.lost], "work", payload, talk.deadline)
+        reports, uploads, refused = read(replies, plan, "upload")
+        talk.lost |= refused
+        survivors = server.rows({name: codec.as_bytes(upload) for name, upload in uploads.items()})
+        enough(plan, number, uploads, clients, talk.lost)
+        confirmed = server.confirm(talk.ask("confirm", list(uploads), survivors))
+        total_M, stayed = server.unmask(talk.ask("unmask", list(uploads), confirmed))
+        names = [name for name in clients if name in stayed]
+        refusals = {name: str(error) for name, error in server.refused.items()}
+        return Answer(
+            names=names,
+            reports=reports,
+            replies=replies,
+            combined_M=_combined(total_M, plan, names, number),
+            excluded={name: why for name, why in (talk.lost | refusals).items() if name not in stayed},
+            more_up=sum(talk.up.values()),
+            more_down=talk.down,
+            phases={**talk.up, "rows": sum(len(reply.payload) for reply in replies.values())},
+        )
+
+
+class _Talk:
+    """The coordinator's words with the clients in a masked round: who was lost, and bytes."""
+
+    def __init__(self, plan: Plan, fleet: Fleet, number: int) -> None:
+        self.fleet, self.number, self.deadline = fleet, number, plan.study.training.deadline
+        self.lost: dict[str, str] = {}
+        self.up: dict[str, int] = {}
+        self.down = 0
+
+    def ask(
+        self, phase: str, clients: Sequence[str], message: bytes = b"", told: Sequence[str] = ()
+    ) -> dict[str, bytes]:
+        """Tell all clients the same; return the answers of those that gave one."""
+        header = {"phase": phase, "round": self.number, "told": list(told)}
+        payload = codec.encode(header, {"message": codec.as_tensor(message)})
+        replies = gather(self.fleet, clients, "phase", payload, self.deadline)
+        self.down += len(payload) * len(clients)
+        self.up[phase] = self.up.get(phase, 0) + sum(len(reply.payload) for reply in replies.values())
+        found: dict[str, bytes] = {}
+        for name, reply in replies.items():
+            try:
+                if reply.error:
+                    raise SiteError(reply.error)
+                found[name] = codec.as_bytes(codec.decode(reply.payload)[1]["message"])
+            except (SiteError, CodecError, KeyError) as error:
+                self.lost[name] = str(error)
+        return found
+
+
+def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
+    """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is of."""
+    combined_M = torch.from_numpy(total_M)
+    if not plan.joint:
+        combined_M = combined_M.double() / sum(plan.weight(name) for name in names)
+    for link in reversed(plan.links):
+        combined_M = link.server(combined_M, number)
+    return combined_M
+
+
+def introduced(plan: Plan, sites: Sequence[Site], run: str) -> Aggregation:
+    """Return how rows come together in a run whose parties all live in this process.
+
+    Each party makes keys of its own, which end with the process, and all are on one roster: the consortium's approval
+    is played. The aggregators take the weights and the noise from the plan, never from a message.
+    """
+    if plan.study.security.aggregation == "plain":
+        return PLAIN
+    if plan.study.security.aggregation == "masked":
+        return _masked(plan, sites, run)
+    names = plan.study.security.aggregators
+    keys = [Identity.new(site.name, "site") for site in sites] + [Identity.new(name, "aggregator") for name in names]
+    roster = Roster.of(*(one.public for one in keys))
+    posts = {one.name: Post(one, roster) for one in keys}
+    terms = terms_of(plan)
+    terms.check()
+    for site in sites:
+        site.party = Sharer(posts[site.name], plan.study.digest(), run, terms)
+    g = plan.guarantee
+    noise = noise_share(g, 2) if g is not None and plan.joint and not g.simulation_only else None
+    weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
+    parties = {name: three_party.Aggregator(posts[name], terms, noise, weights) for name in names}
+    return ThreeParty(three_party.in_turn(parties), run, terms)
+
+
+def _masked(plan: Plan, sites: Sequence[Site], run: str) -> Masked:
+    server = Identity.new("coordinator", "coordinator")
+    keys = [Identity.new(site.name, "site") for site in sites]
+    roster = Roster.of(server.public, *(one.public for one in keys))
+
+    def choose(clients: Sequence[str]) -> masking.Terms:
+        n, stay = len(clients), threshold(plan.study, len(clients))
+        liars = math.floor(plan.study.security.colluding * n)
+        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars)
+
+    for site, key in zip(sites, keys, strict=True):
+        weight = 1 if plan.joint else int(plan.weight(site.name))
+        site.party = Masker(Post(key, roster), plan.study.digest(), run, server.name, choose, weight)
+    return Masked(Post(server, roster), run, choose)
+
+
+def terms_of(plan: Plan) -> three_party.Terms:
+    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum."""
+    g, security = plan.guarantee, plan.study.security
+    if g is not None and plan.joint:
+        largest = max(release.size for release in g.releases.values())
+        count = 0.5 if g.clipping == "adaptive" else 0.0
+        bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(plan.message)
+    else:
+        bound = security.bound * 2.0**security.fraction_bits * math.sqrt(plan.message) + math.sqrt(plan.message)
+    first, second, third = security.aggregators
+    fewest = max(security.min_group, math.ceil(plan.study.training.quorum * cohort(plan.study, plan.participants)))
+    return three_party.Terms(plan.message, bound, (first, second, third), fewest)
+
+
+Read = tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, str]]
+"""By site: reports, tensors, and the reasons of those that sent none."""
+
+
+def read(replies: Mapping[str, Reply], plan: Plan, tensor: str) -> Read:
+    """Read the named tensor of each reply; a row must have the plan's length and kind of number."""
+    reports: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for name, reply in replies.items():
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            reports[name], found = codec.decode(reply.payload)
+            if tensor == "row":
+                _check_row(found[tensor], plan)
+            tensors[name] = found[tensor]
+        except SiteError as error:
+            reasons[name] = str(error)
+        except (CodecError, KeyError) as error:
+            reasons[name] = f"its reply cannot be read: {error}"
+    return reports, tensors, reasons
+
+
+def _check_row(row: Tensor, plan: Plan) -> None:
+    if row.shape != (plan.message,) or row.is_floating_point() == plan.joint:
+        kind = "whole grid steps" if plan.joint else "numbers"
+        raise SiteError(f"its row has shape {tuple(row.shape)}; expected {plan.message} {kind}")
+
+
+def enough(
+    plan: Plan, number: int, rows: Sequence[str] | Mapping[str, object], clients: Sequence[str], why: Mapping[str, str]
+) -> None:
+    """Raise QuorumError unless rows of enough of the drawn clients count."""
+    quorum = plan.study.training.quorum
+    if len(rows) < math.ceil(quorum * len(clients) - 1e-9):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+        raise QuorumError(
+            f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}. {reasons}"
+        )
+
+
+def who_sees(plan: Plan) -> dict[str, str]:
+    """Return what each party could see of the rows, one line each: see docs/threat-model.md."""
+    noised = plan.guarantee is not None and not plan.guarantee.simulation_only
+    joint = (
+        "with its noise, the sum" if noised and plan.joint else "the sum of noised rows" if noised else "the bare sum"
+    )
+    match plan.study.security.aggregation:
+        case "masked":
+            return {
+                "the coordinator": f"masked rows, and {joint} of those who stayed",
+                "a site": "its own row",
+            }
+        case "three-party":
+            return {
+                "the coordinator": f"ciphertext, and {joint} of the accepted rows",
+                "one aggregator": "random shares, and whether a row is within its bound",
+                "two aggregators together": "every row: two of the three must be honest",
+                "a site": "its own row",
+            }
+    row = "every site's row, which is noised" if noised and not plan.joint else "every site's row"
+    return {"the coordinator": row, "a site": "its own row"}

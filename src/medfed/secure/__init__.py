@@ -1,0 +1,1 @@
+"""Rows that nobody sees: fixed point, masks, shares, and who says so."""

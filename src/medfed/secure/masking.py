@@ -1,0 +1,500 @@
+"""SecAgg+: one server adds rows mod 2^64 and sees none of them (Bonawitz et al. 2017; Bell et al. 2020).
+
+A client hides its row twice: under a self mask, and under one mask for each neighbour, which the neighbour subtracts.
+Masks are streams of seeds, and the seeds are shared out among the neighbours. Of a client that finishes, they give back
+the self seed; of one that drops out, the key of its pair masks; never both.
+
+    phase     a client sends                                   the server sends
+    keys      two fresh public keys, a commitment              everybody's keys, to all
+    shares    sealed shares of its two seeds                   the boxes for one client, to it
+    rows      its masked row                                   who survived, to all
+    confirm   its signature of that list and of the model      the signatures, to all
+    unmask    one share for each neighbour                     -
+
+Why the server learns the sum of all honest survivors or nothing. Confirmed lists: a client unmasks for a list that
+more than (n + f) / 2 members signed; honest ones sign once, so there is one list. Complete graph: 2 t > n + f, so t
+shares of both seeds of one client would need an honest member that gave both. Ring of k neighbours in random order,
+at most X of them liars: t > k / 2 + 1 + X. A survivor can be unmasked only by t holders (itself included) on the
+list, so one on each side of it is honest: each honest survivor shares a mask with the next, whoever the server says
+dropped. A hypergeometric tail and a union bound over the clients give X, with probability 1 - 2^-40, where the liars
+were there before the order was drawn; drop-outs that nobody chose are bounded in the same way.
+
+Legend: K clients, M numbers of a row, n members, f liars, k neighbours, t shares that rebuild a seed.
+"""
+
+import hmac
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from typing import TypeVar
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, QuorumError, some
+from medfed.core.entropy import Integers, Words, expand
+from medfed.secure import shares
+from medfed.secure.identity import Identity, Post, Roster, Scope
+
+PHASES = ("keys", "shares", "rows", "confirm", "unmask")
+"""The phases of a round, in order."""
+
+EVERYBODY = "*"
+"""The recipient of a broadcast: signed once, verified by all."""
+
+SMALL = 32
+"""Up to so many members, everybody is everybody's neighbour."""
+
+FAILURE = 2.0**-40
+"""The probability that a drawn graph is allowed to fail with."""
+
+_T = TypeVar("_T")
+_BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all parties know of a masked sum: who takes part, the row's length, the graph and the thresholds.
+
+    `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k) neighbours hold
+    them beside the client itself. `seed` orders the ring: public, and drawn when the members are known.
+    """
+
+    members: tuple[str, ...]
+    length: int
+    quorum: int
+    threshold: int
+    degree: int
+    seed: bytes = b""
+
+    @classmethod
+    def choose(
+        cls, members: Collection[str], length: int, dropout: float, malicious: int = 0, seed: bytes = b""
+    ) -> "Terms":
+        """Return the terms under which a share `dropout` of the members may drop out and `malicious` may lie.
+
+        The least even number of neighbours that meets the module's conditions, or all of them. Raises PlanError where
+        not even all are enough: 2 t > n + f with t = n - drop-outs.
+        """
+        n, gone = len(members), math.floor(round(dropout * len(members), 9))
+        if n < 3 or len(set(members)) != n or EVERYBODY in members or n >= 2**16:
+            raise PlanError(f"{n} members ({some(members)}); expected 3 to 65535 distinct names. Add a site.")
+        if length < 1 or not 0 <= dropout < 1 or malicious < 0:
+            raise PlanError(
+                f"length={length}, dropout={dropout}, malicious={malicious}; expected 1 or more, 0 to 1, >= 0."
+            )
+        quorum = n - gone
+        if 2 * quorum <= n + malicious:
+            raise PlanError(
+                f"dropout={dropout} and malicious={malicious} with {n} members: {quorum} finish for certain; expected "
+                f"more than {(n + malicious) / 2:g}. Allow fewer drop-outs or add sites."
+            )
+        names = tuple(sorted(members))
+        for degree in range(2, n - 1, 2) if n > SMALL else ():
+            liars, lost = (_most(n - 1, count, degree, FAILURE / n) for count in (malicious, gone))
+            threshold = degree // 2 + 2 + liars
+            if degree - lost >= threshold:
+                return cls(names, length, quorum, threshold, degree, seed)
+        return cls(names, length, quorum, quorum, n - 1, seed)
+
+    def neighbours(self, name: str) -> tuple[str, ...]:
+        """Return the k neighbours of a member, sorted."""
+        if self.degree == len(self.members) - 1:
+            return tuple(other for other in self.members if other != name)
+        at, n, half = self._ring.index(name), len(self.members), self.degree // 2
+        return tuple(sorted(self._ring[(at + step) % n] for step in range(-half, half + 1) if step))
+
+    def holders(self, name: str) -> tuple[str, ...]:
+        """Return who holds shares of a member's seeds: its neighbours and itself, sorted."""
+        return tuple(sorted((*self.neighbours(name), name)))
+
+    @cached_property
+    def _ring(self) -> tuple[str, ...]:
+        return tuple(sorted(self.members, key=lambda name: sha256(self.seed + b"/" + name.encode()).digest()))
+
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """The number of each member, from 1: its name in messages and its point for shares."""
+        return {name: number for number, name in enumerate(self.members, 1)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The sha256 of all of this: seeds and signatures are bound to it."""
+        fields = [self.members, self.length, self.quorum, self.threshold, self.degree, self.seed.hex()]
+        return sha256(json.dumps(fields).encode()).digest()
+
+    def enough(self, phase: str, answered: int, why: object = "") -> None:
+        """Raise AbortError unless a quorum answered."""
+        if answered < self.quorum:
+            raise AbortError(
+                f"masked round, phase {phase}: {answered} of {len(self.members)} answered; expected {self.quorum} or "
+                f"more. Nothing was opened; start the round again. {why}".rstrip()
+            )
+
+
+def _most(others: int, bad: int, drawn: int, failure: float) -> int:
+    """Return the least x with P[more than x of `drawn` are among the `bad`] <= failure, drawn without replacement."""
+    whole, tail = math.comb(others, drawn), 0
+    for x in range(min(bad, drawn), 0, -1):
+        tail += math.comb(bad, x) * math.comb(others - bad, drawn - x)
+        if tail / whole > failure:
+            return x
+    return 0
+
+
+class Client:
+    """One client in one round. Each phase happens once and in order; one that fails ends the round for this client.
+
+    Every phase takes and gives bytes. Raises EnvelopeError and its kinds for bytes that do not count, AbortError where
+    too few took part.
+    """
+
+    def __init__(self, post: Post, terms: Terms, scope: Scope, server: str) -> None:
+        self._post, self._terms, self._scope, self._server = post, terms, scope, server
+        self._ear, self._name = _ear(post), post.me.name
+        self._phases: tuple[str, ...] = PHASES  # those to come; empty while one is under way, and after one that failed
+        self._sealing, self._pairing = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        self._seed = os.urandom(32)
+        self._keys: dict[str, bytes] = {}  # by neighbour: what it advertised
+        self._held: dict[str, bytes] = {}  # by client: my shares of its self seed and of its key, one after the other
+        self._survivors: tuple[str, ...] = ()
+        self._statement = b""
+
+    def keys(self) -> bytes:
+        """Advertise a key to seal shares with, a key to agree on masks with, and a commitment to the self seed."""
+        self._enter("keys")
+        public = [key.public_key().public_bytes_raw() for key in (self._sealing, self._pairing)]
+        return self._say("keys", EVERYBODY, b"".join(public) + sha256(self._seed).digest())
+
+    def share(self, broadcast: bytes) -> bytes:
+        """Take the keys of all; return the shares of both seeds, sealed to each neighbour that advertised."""
+        self._enter("shares")
+        envelopes = _unpack(self._hear(broadcast, "all-keys"), self._terms)
+        for name in self._terms.neighbours(self._name):
+            if name in envelopes:  # a neighbour that signed nothing has no part
+                self._keys[name] = _keys(self._ear.unwrap(envelopes[name], self._scope, "keys", name))
+        self._enough("shares", self._keys)
+        holders = sorted([*self._keys, self._name])
+        points = [self._terms.number[name] for name in holders]
+        secrets = self._seed, self._pairing.private_bytes_raw()
+        halves = (shares.split(secret, self._terms.threshold, points) for secret in secrets)
+        parts = {name: own + pair for name, own, pair in zip(holders, *halves, strict=True)}
+        self._held[self._name] = parts.pop(self._name)
+        boxes = {
+            name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None) for name, part in parts.items()
+        }
+        return self._say("shares", self._server, _pack(boxes, self._terms))
+
+    def mask(self, payload: bytes, row_M: Integers) -> bytes:
+        """Take the boxes for this client; return its row (int64 [M]) under the self mask and the pair masks."""
+        self._enter("rows")
+        boxes = _unpack(self._post.unwrap(payload, self._scope, "boxes", self._server), self._terms)
+        for name, box in boxes.items():
+            self._held[name] = self._opened(name, box)
+        self._enough("rows", self._held.keys() - {self._name})
+        if row_M.dtype != np.int64 or row_M.shape != (self._terms.length,):
+            raise PlanError(
+                f"a row {row_M.dtype} {list(row_M.shape)}; expected int64 [{self._terms.length}]. Encode it first."
+            )
+        masked_M = expand(self._seed, self._terms.length)
+        masked_M += row_M.view(np.uint64)
+        stream_M = np.empty_like(masked_M)
+        for name in sorted(boxes):
+            other = self._keys[name][32:64]
+            seed = _pair_seed(self._pairing, self._name, name, other, self._scope, self._terms)
+            _add(masked_M, expand(seed, len(stream_M), out=stream_M), plus=self._name < name)
+        return self._say("rows", self._server, masked_M.tobytes())
+
+    def confirm(self, broadcast: bytes, model: bytes) -> bytes:
+        """Take the list of survivors; sign it together with the hash of the global model that this client received.
+
+        Refused where the list leaves this client out, is below the quorum, or names a neighbour whose shares never
+        came: that neighbour's mask would be missing from this client's row.
+        """
+        self._enter("confirm")
+        body = self._hear(broadcast, "survivors")
+        self._survivors = tuple(_unpack(body, self._terms))
+        self._terms.enough("confirm", len(self._survivors))
+        odd = set(self._terms.holders(self._name)).intersection(self._survivors) - set(self._held)
+        if self._name not in self._survivors or odd:
+            raise AbortError(
+                f"the list of survivors given to {self._name!r} leaves it out or adds {some(sorted(odd))!r}; expected "
+                "this client and those whose shares came. The server or the network is at fault; nothing was opened."
+            )
+        self._statement = self._terms.digest + sha256(body).digest() + sha256(model).digest()
+        return self._say("confirm", EVERYBODY, self._statement)
+
+    def unmask(self, broadcast: bytes) -> bytes:
+        """Take the signatures of the others; where a quorum signed what this client signed, return its shares.
+
+        For each client that shared: of its self seed where it survived, of its key where it dropped out. Which one
+        follows from the list that was signed, and this happens once; there is nothing a server could ask for.
+        """
+        self._enter("unmask")
+        envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
+        said = {name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name) for name in envelopes}
+        others = [name for name in said if said[name] != self._statement]
+        why = f"{some(others)} signed another list of survivors or another model." if others else ""
+        self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
+        size = shares.SIZE
+        parts = {
+            name: held[:size] if name in self._survivors else held[size:] for name, held in sorted(self._held.items())
+        }
+        self._held.clear()
+        return self._say("unmask", self._server, _pack(parts, self._terms))
+
+    def _enter(self, phase: str) -> None:
+        if not self._phases or self._phases[0] != phase:
+            expected = self._phases[0] if self._phases else "nothing more"
+            raise EnvelopeError(
+                f"phase={phase} asked of {self._name!r}; expected {expected}. A phase comes once; start a new round."
+            )
+        self._phases = ()
+
+    def _say(self, phase: str, to: str, body: bytes) -> bytes:
+        self._phases = PHASES[PHASES.index(phase) + 1 :]
+        return self._post.wrap(self._scope, phase, to, body)
+
+    def _hear(self, broadcast: bytes, kind: str) -> bytes:
+        return self._ear.unwrap(broadcast, self._scope, kind, self._server)
+
+    def _enough(self, phase: str, others: Collection[str]) -> None:
+        if len(others) + 1 < self._terms.threshold:
+            raise AbortError(
+                f"masked round, phase {phase}: {len(others)} neighbours of {self._name!r} answered; expected "
+                f"{self._terms.threshold - 1} or more. Start the round again."
+            )
+
+    def _seal(self, sender: str, to: str) -> bytes:
+        """Return the key of the one box from `sender` to `to`; one of them is this client."""
+        other = self._keys[to if sender == self._name else sender][:32]
+        return _derive(_agree(self._sealing, other), self._scope, self._terms, "seal", sender, to)
+
+    def _opened(self, sender: str, box: bytes) -> bytes:
+        if sender not in self._keys:
+            raise EnvelopeError(f"shares from {sender!r}, no neighbour with keys; expected {some(sorted(self._keys))}.")
+        try:
+            part = AESGCM(self._seal(sender, self._name)).decrypt(bytes(12), box, None)
+        except (InvalidTag, ValueError) as error:
+            raise EnvelopeError(f"shares from {sender!r} do not open for {self._name!r}; start a new round") from error
+        if len(part) != 2 * shares.SIZE:
+            raise EnvelopeError(f"shares from {sender!r} of {len(part)} bytes; expected {2 * shares.SIZE}. Refuse it.")
+        return part
+
+
+@dataclass
+class Server:
+    """The server's side of one round: it takes each phase's envelopes by name and returns what it sends next.
+
+    A message that cannot be read counts as a drop-out; `refused` says whose and why. Raises AbortError below the
+    quorum, and where a seed cannot be rebuilt.
+    """
+
+    post: Post
+    terms: Terms
+    scope: Scope
+    refused: dict[str, CodecError] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ear = _ear(self.post)
+        self._keys: dict[str, bytes] = {}
+        self._sharers: set[str] = set()
+        self._survivors: set[str] = set()
+        self._total_M: Words = np.zeros(self.terms.length, np.uint64)
+
+    def keys(self, envelopes: Mapping[str, bytes]) -> bytes:
+        """Take the clients' keys; return them all, for all."""
+        self._keys = self._read("keys", envelopes, self.terms.members, lambda _, body: _keys(body))
+        return self._tell("all-keys", {name: envelopes[name] for name in self._keys})
+
+    def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Take the clients' sealed shares; return for each sharer the boxes that the others sent it."""
+        boxes = self._read("shares", envelopes, self._keys, self._boxes)
+        self._sharers = set(boxes)
+        inboxes = {to: {name: box[to] for name, box in boxes.items() if to in box} for to in boxes}
+        return {to: self.post.wrap(self.scope, "boxes", to, _pack(inbox, self.terms)) for to, inbox in inboxes.items()}
+
+    def rows(self, envelopes: Mapping[str, bytes]) -> bytes:
+        """Take the masked rows; return the list of those who survived, for all."""
+        rows_KM = self._read("rows", envelopes, self._sharers, self._row)
+        for row_M in rows_KM.values():
+            self._total_M += row_M
+        self._survivors = set(rows_KM)
+        return self._tell("survivors", dict.fromkeys(rows_KM, b""))
+
+    def confirm(self, envelopes: Mapping[str, bytes]) -> bytes:
+        """Take the signed lists; return all signatures, for all."""
+        said = self._read("confirm", envelopes, self._survivors, lambda _, body: body)
+        return self._tell("confirmed", {name: envelopes[name] for name in said})
+
+    def unmask(self, envelopes: Mapping[str, bytes]) -> tuple[Integers, frozenset[str]]:
+        """Take the shares; return the sum (int64 [M], mod 2^64) of the survivors' rows, and who they are."""
+        parts = self._read("unmask", envelopes, self._survivors, lambda _, body: _unpack(body, self.terms, shares.SIZE))
+        held = {
+            name: {self.terms.number[holder]: part[name] for holder, part in parts.items() if name in part}
+            for name in self._sharers
+        }
+        stream_M = np.empty_like(self._total_M)
+        for name in sorted(self._sharers):
+            if name in self._survivors:
+                seed = self._rebuilt(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
+                _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
+            elif linked := self._linked(name):
+                self._lift(name, linked, self._rebuilt(name, held[name], _public, slice(32, 64)), stream_M)
+        return self._total_M.view(np.int64), frozenset(self._survivors)
+
+    def _linked(self, gone: str) -> list[str]:
+        """Return the survivors whose rows hold a mask shared with a client that dropped out after it shared."""
+        return [name for name in self.terms.neighbours(gone) if name in self._survivors]
+
+    def _lift(self, gone: str, linked: list[str], secret: bytes, stream_M: Words) -> None:
+        key = X25519PrivateKey.from_private_bytes(secret)
+        for name in linked:
+            seed = _pair_seed(key, gone, name, self._keys[name][32:64], self.scope, self.terms)
+            _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
+
+    def _rebuilt(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
+        """Return a seed of `name` from its shares, checked against what it advertised."""
+        try:
+            secret = shares.rebuild(held, self.terms.threshold)
+        except (QuorumError, CodecError) as error:
+            raise AbortError(f"masked round, phase unmask, a seed of {name!r}: {error}") from error
+        if not hmac.compare_digest(commit(secret), self._keys[name][where]):
+            raise AbortError(
+                f"masked round, phase unmask: shares of a seed of {name!r} do not fit its commitment; a client lied. "
+                "Nothing was opened; start the round again."
+            )
+        return secret
+
+    def _boxes(self, name: str, body: bytes) -> dict[str, bytes]:
+        boxes, expected = _unpack(body, self.terms, _BOX), self._keys.keys() & set(self.terms.neighbours(name))
+        if boxes.keys() != expected:  # a pair mask that only one side adds would never cancel
+            raise EnvelopeError(
+                f"{name!r} shared with {some(boxes)}; expected {some(sorted(expected))}. Do not count it."
+            )
+        return boxes
+
+    def _row(self, _: str, body: bytes) -> Words:
+        if len(body) != 8 * self.terms.length:
+            raise CodecError(f"a masked row of {len(body)} bytes; expected {8 * self.terms.length}. Send all of it.")
+        return np.frombuffer(body, "<u8")
+
+    def _read(
+        self, phase: str, envelopes: Mapping[str, bytes], allowed: Collection[str], decode: Callable[[str, bytes], _T]
+    ) -> dict[str, _T]:
+        """Return the decoded bodies by sender, of those allowed in this phase; raise AbortError below the quorum."""
+        post = self._ear if phase in ("keys", "confirm") else self.post
+        bodies: dict[str, _T] = {}
+        for name in sorted(envelopes.keys() & set(allowed)):
+            try:
+                bodies[name] = decode(name, post.unwrap(envelopes[name], self.scope, phase, name))
+            except CodecError as error:
+                self.refused[name] = error
+        why = f"Refused: {some(self.refused)}." if self.refused else ""
+        self.terms.enough(phase, len(bodies), why)
+        return bodies
+
+    def _tell(self, kind: str, parts: Mapping[str, bytes]) -> bytes:
+        return self.post.wrap(self.scope, kind, EVERYBODY, _pack(parts, self.terms))
+
+
+def run_protocol(
+    rows: Mapping[str, Integers], terms: Terms, drops: Mapping[str, Collection[str]] | None = None
+) -> tuple[Integers, frozenset[str]]:
+    """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that are in it.
+
+    `drops` says who falls silent before which of PHASES. Raises AbortError where too few are left.
+    """
+    people = {name: Identity.new(name, "site") for name in terms.members} | {
+        "server": Identity.new("server", "coordinator")
+    }
+    roster = Roster.of(*(person.public for person in people.values()))
+    scope, model = Scope("0" * 64, "run", 1), b"the global model"
+    server = Server(Post(people["server"], roster), terms, scope)
+    clients = {name: Client(Post(people[name], roster), terms, scope, "server") for name in rows}
+
+    def alive(phase: str) -> dict[str, Client]:
+        for name in (drops or {}).get(phase, ()):
+            clients.pop(name, None)
+        return clients
+
+    keys = server.keys({name: client.keys() for name, client in alive("keys").items()})
+    boxes = server.shares({name: client.share(keys) for name, client in alive("shares").items()})
+    survivors = server.rows({name: client.mask(boxes[name], rows[name]) for name, client in alive("rows").items()})
+    confirmed = server.confirm({name: client.confirm(survivors, model) for name, client in alive("confirm").items()})
+    return server.unmask({name: client.unmask(confirmed) for name, client in alive("unmask").items()})
+
+
+def _ear(post: Post) -> Post:
+    """Return a post that hears broadcasts: what everybody may read, under the same roster."""
+    return Post(replace(post.me, name=EVERYBODY), post.roster)
+
+
+def _keys(body: bytes) -> bytes:
+    if len(body) != 96:
+        raise EnvelopeError(
+            f"keys of {len(body)} bytes; expected 96: two keys and a commitment. Ask their sender again."
+        )
+    for public in (body[:32], body[32:64]):
+        _agree(X25519PrivateKey.generate(), public)
+    return body
+
+
+def _agree(key: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return key.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:  # a point of small order, on which everybody agrees
+        raise EnvelopeError("a public key that is no key; expected a fresh one. Ask its sender again.") from error
+
+
+def _public(secret: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+
+def _derive(shared: bytes, scope: Scope, terms: Terms, *purpose: str) -> bytes:
+    info = json.dumps([scope.study, scope.run, scope.round, terms.digest.hex(), *purpose]).encode()
+    return HKDF(SHA256(), 32, None, b"medfed masking 1 " + info).derive(shared)
+
+
+def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: Terms) -> bytes:
+    """Return the seed of the mask that two clients share, from either one's private key."""
+    return _derive(_agree(key, public), scope, terms, "pair", *sorted((mine, other)))
+
+
+def _add(total_M: Words, stream_M: Words, plus: bool) -> None:
+    (np.add if plus else np.subtract)(total_M, stream_M, out=total_M)
+
+
+def _pack(parts: Mapping[str, bytes], terms: Terms) -> bytes:
+    """Return parts by member as bytes: its number (2 bytes), the length (4) and the part, in the members' order."""
+    records = ((terms.number[name], parts[name]) for name in sorted(parts))
+    return b"".join(struct.pack("<HI", number, len(part)) + part for number, part in records)
+
+
+def _unpack(body: bytes, terms: Terms, size: int | None = None) -> dict[str, bytes]:
+    """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of `size` bytes."""
+    parts: dict[str, bytes] = {}
+    at, last = 0, 0
+    while at < len(body):
+        if at + 6 > len(body):
+            raise EnvelopeError(
+                f"a part begins {len(body) - at} bytes before the end; expected 6. Ask its sender again."
+            )
+        number, length = struct.unpack_from("<HI", body, at)
+        at += 6 + length
+        if not last < number <= len(terms.members) or at > len(body) or size not in (None, length):
+            raise EnvelopeError(
+                f"a part with member={number}, length={length} does not belong here. Ask its sender again."
+            )
+        parts[terms.members[number - 1]] = body[at - length : at]
+        last = number
+    return parts

@@ -1,0 +1,86 @@
+"""A client's side of secure aggregation: its keys, the run it has agreed to, and what leaves it for a row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from medfed.core.checks import AbortError
+from medfed.core.entropy import Integers
+from medfed.secure import masking, three_party
+from medfed.secure.identity import Post, Scope
+from medfed.secure.three_party import Terms
+
+
+class Party(Protocol):
+    """What a site holds for secure rounds of one run."""
+
+    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+        """Return what leaves the site for its row; `model` is the hash of the global model that it was given."""
+        ...
+
+    def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
+        """Play a phase of the round other than the row's: what is told to the site, and what it answers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sharer:
+    """A site that shares its rows among three aggregators."""
+
+    post: Post
+    study: str
+    run: str
+    terms: Terms
+
+    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+        """Return the row's shares, sealed to each aggregator: see `three_party.share`."""
+        return three_party.share(self.post, Scope(self.study, self.run, round), row_M, self.terms)
+
+    def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
+        """Refuse: shares travel with the row."""
+        raise AbortError(f"phase {phase!r} belongs to masked rounds; this study shares rows among three parties")
+
+
+@dataclass
+class Masker:
+    """A site that masks its rows. Without joint noise its row counts `weight` times."""
+
+    post: Post
+    study: str
+    run: str
+    server: str
+    choose: Callable[[Sequence[str]], masking.Terms]
+    weight: int = 1
+    _client: masking.Client | None = None
+    _round: int = 0
+    _boxes: bytes = b""
+    _model: bytes = b""
+
+    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+        """Return the row under its masks: see `masking.Client.mask`."""
+        self._model = model
+        return self._of(round).mask(self._boxes, row_M * self.weight)
+
+    def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
+        """Play a phase: see `masking`. For "keys" the members of the round are told, else one message."""
+        if phase == "keys":
+            scope = Scope(self.study, self.run, round)
+            self._client, self._round = masking.Client(self.post, self.choose(told), scope, self.server), round
+            return self._client.keys()
+        client = self._of(round)
+        match phase:
+            case "shares":
+                return client.share(message)
+            case "boxes":
+                self._boxes = message
+                return b""
+            case "confirm":
+                return client.confirm(message, self._model)
+            case "unmask":
+                return client.unmask(message)
+        raise AbortError(f"phase={phase!r} is not known; run the same medfed everywhere")
+
+    def _of(self, round: int) -> masking.Client:
+        if self._client is None or self._round != round:
+            raise AbortError(f"{self.post.me.name!r} has made no keys for round {round}; the round must begin anew")
+        return self._client

@@ -1,0 +1,556 @@
+"""Three aggregators sum rows that none of them sees: replicated secret sharing mod 2^64 (Araki et al. 2016).
+
+A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): any two know the row, one knows nothing.
+x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two that hold it. The coordinator relays
+everything and reads nothing.
+
+One round, as `Aggregator.rounds` plays it:
+
+1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a fresh seed;
+2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
+3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T), and x.x <= B^2;
+4. open one bit a row, 1 for every row within the bound;
+5. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
+
+Why step 3 holds (B: the norm that a client may send, in grid steps; T = 2^k >= 6.5 B).
+- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2) < 10^-18, as entries are subgaussian with
+  proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
+- No number of a row that passes is above 2T: if |x_i| > 2T (centred mod 2^64), of the three values s, s + x_i, s - x_i
+  that a projection takes with odds 2:1:1, s excludes both others. So it passes with probability at most 1/2 each time,
+  2^-128 in all. Hence no projection wraps.
+- Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1 - h)^2 / 3. At
+  h = .236 a row of |x|^2 > 8.5 T^2 passes 128 times with probability below 2^-40.
+- Where 8.5 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.92 T is proven
+  (`Terms.exact` says which).
+
+Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three that follow the
+protocol, up to hashes, signatures and the bound of what is opened.
+
+K clients, M numbers in a row, J projections. Words are uint64.
+"""
+
+import math
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from numpy.typing import NDArray
+
+from medfed.core import codec
+from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError
+from medfed.core.entropy import Integers, Words, expand
+from medfed.secure import field
+from medfed.secure.identity import Post, Scope, seal
+
+J = 128
+"""Projections a row."""
+
+_COLUMNS = 1 << 14  # columns of the rows that are unfolded at a time
+_ONE = np.uint64(1)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds shares."""
+
+    length: int
+    bound: float
+    aggregators: tuple[str, str, str]
+    min_group: int = 2
+
+    @property
+    def power(self) -> int:
+        """k of T = 2^k, the projections' bound."""
+        return max(1, math.ceil(math.log2(6.5 * self.bound)))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the norm is compared exactly, and not by projections alone."""
+        return 8.5 * 4.0**self.power < 2.0**63
+
+    def check(self) -> None:
+        """Raise PlanError where projections of honest rows could wrap."""
+        if self.power > 60 or self.length * 2.0 ** (self.power + 1) >= 2.0**63:
+            raise PlanError(
+                f"rows of {self.length:,} numbers and norm {self.bound:g} steps; expected room below 2^63 for their "
+                "projections. Lower security.fraction_bits, or declare smaller sites."
+            )
+
+
+# The client ---------------------------------------------------------------------------------------------------------
+
+
+def share(post: Post, scope: Scope, row_M: Integers, terms: Terms) -> bytes:
+    """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2 encrypted once.
+
+    8 M bytes and about 1 kB. Raises PlanError for a row of another length.
+    """
+    if row_M.shape != (terms.length,) or row_M.dtype != np.int64:
+        raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({terms.length},)")
+    seeds, key = (os.urandom(32), os.urandom(32)), os.urandom(32)
+    last_M = row_M.view(np.uint64) - expand(seeds[0], terms.length) - expand(seeds[1], terms.length)
+    hidden = _crypt(key, last_M.tobytes())
+    secrets = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0])
+    envelopes = {}
+    for place, (name, secret) in enumerate(zip(terms.aggregators, secrets, strict=True)):
+        body = seal(post.roster[name], secret + sha256(hidden).digest(), _purpose(scope, post.me.name))
+        envelopes[str(place)] = codec.as_tensor(post.wrap(scope, "shares", name, body))
+    return codec.encode({}, {**envelopes, "hidden": codec.as_tensor(hidden)})
+
+
+def _purpose(scope: Scope, client: str) -> bytes:
+    return repr(("shares", scope.study, scope.run, scope.round, client)).encode()
+
+
+def _crypt(key: bytes, data: bytes, start: int = 0) -> bytes:
+    """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple of 16."""
+    return Cipher(AES256(key), CTR((start // 16).to_bytes(16, "big"))).encryptor().update(data)
+
+
+# An aggregator ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A client's two shares as aggregator i holds them: seeds, or the key and ciphertext of x_2."""
+
+    first: bytes
+    second: bytes
+    hidden: bytes
+
+    def words(self, place: int, which: int, start: int, count: int) -> Words:
+        """Return words of the share x_(place + which)."""
+        secret = self.second if which else self.first
+        if (place + which) % 3 != 2:
+            return expand(secret, count, start)
+        piece = self.hidden[8 * start : 8 * (start + count)]
+        return np.frombuffer(_crypt(secret, piece, 8 * start), np.uint64)
+
+    def tag(self, which: int, place: int) -> str:
+        """Return what both holders of a share can compare."""
+        secret = self.second if which else self.first
+        hidden = sha256(self.hidden).digest() if (place + which) % 3 == 2 else b""
+        return sha256(b"tag" + secret + hidden).hexdigest()
+
+
+Sends = Mapping[str, bytes]
+Noise = Callable[[int], Integers]
+Steps = Generator[Sends, Sends, bytes]
+"""Yields what goes to the other two, receives what they sent; returns the message to the coordinator."""
+
+
+@dataclass
+class Aggregator:
+    """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two parts must suffice."""
+
+    post: Post
+    terms: Terms
+    noise: Noise | None = None
+    weights: Mapping[str, int] | None = None  # public; without, each row counts once
+
+    def __post_init__(self) -> None:
+        self.place = self.terms.aggregators.index(self.post.me.name)
+        self.left, self.right = (self.terms.aggregators[(self.place + d) % 3] for d in (2, 1))
+        self._steps: Steps | None = None
+
+    def handle(self, op: str, payload: bytes) -> bytes:
+        """Serve the relay: "begin" with the uploads, then "step" with what the others sent, until done.
+
+        Raises AbortError; the next "begin" starts anew.
+        """
+        header, tensors = codec.decode(payload)
+        arrived = {name: codec.as_bytes(t) for name, t in tensors.items()}
+        try:
+            if op == "begin":
+                scope = Scope(header["study"], header["run"], header["round"])
+                self._steps = self.rounds(scope, arrived)
+                return _outgoing(next(self._steps))
+            if op != "step" or self._steps is None:
+                raise AbortError(f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the round anew")
+            return _outgoing(self._steps.send(arrived))
+        except StopIteration as done:
+            self._steps = None
+            return codec.encode({"done": True}, {"result": codec.as_tensor(done.value)})
+        except AbortError:
+            self._steps = None
+            raise
+
+    def rounds(self, scope: Scope, uploads: Mapping[str, bytes]) -> Steps:
+        """Play one round; see the module's docstring."""
+        held, refused = self._opened(scope, uploads)
+        names = sorted(held)
+        tags = {name: [held[name].tag(0, self.place), held[name].tag(1, self.place)] for name in names}
+        coin, seed = os.urandom(32), os.urandom(32)
+        commitment = sha256(b"coin" + coin).hexdigest()
+        hello = {"tags": tags, "refused": refused, "coin": commitment}
+        sent = {
+            name: self._greeting(scope, name, {**hello, "seed": seed.hex() if name == self.right else ""})
+            for name in (self.left, self.right)
+        }
+        arrived = yield sent
+        hellos = {name: self._greeted(scope, name, arrived) for name in (self.left, self.right)}
+        line = _Line(self, scope, seed, bytes.fromhex(str(hellos[self.left]["seed"])))
+        names, why = self._common(names, refused, tags, hellos)
+
+        coins = yield from line.swap({self.left: coin, self.right: coin})
+        for name in (self.left, self.right):
+            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name]["coin"]:
+                raise AbortError(f"{name!r} opened another coin than it committed to; the round ends")
+        tosses = {self.post.me.name: coin, **coins}
+        public = sha256(b"toss" + b"".join(tosses[name] for name in self.terms.aggregators)).digest()
+
+        if names:
+            good = yield from self._check(line, [held[name] for name in names], public)
+            why |= {n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok}
+            names = [n for n, ok in zip(names, good, strict=True) if ok]
+        if len(names) < self.terms.min_group:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+            raise AbortError(
+                f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened. {reasons}"
+            )
+        part_M = self._sum([held[name] for name in names], names)
+        if self.noise is not None:
+            part_M += self.noise(self.terms.length).view(np.uint64)
+        part_M += line.zero(self.terms.length)
+        tensors = {"part": torch.from_numpy(part_M.view(np.int64))}
+        return codec.encode({"accepted": names, "excluded": why, "place": self.place}, tensors)
+
+    def _opened(self, scope: Scope, uploads: Mapping[str, bytes]) -> tuple[dict[str, _Held], dict[str, str]]:
+        held: dict[str, _Held] = {}
+        refused: dict[str, str] = {}
+        for client, upload in uploads.items():
+            try:
+                held[client] = self._opened_one(scope, client, upload)
+            except (CodecError, KeyError) as error:
+                refused[client] = f"its shares cannot be used: {error}"
+        return held, refused
+
+    def _opened_one(self, scope: Scope, client: str, upload: bytes) -> _Held:
+        _, tensors = codec.decode(upload)
+        hidden = codec.as_bytes(tensors["hidden"])
+        body = self.post.unwrap(codec.as_bytes(tensors["envelope"]), scope, "shares", client)
+        secret = self.post.me.unseal(body, _purpose(scope, client))
+        if len(secret) != 96:
+            raise EnvelopeError(f"{len(secret)} bytes of secrets; expected 96")
+        expected = 0 if self.place == 0 else 8 * self.terms.length
+        if len(hidden) != expected:
+            raise EnvelopeError(f"{len(hidden)} bytes of shares; expected {expected}")
+        if expected and sha256(hidden).digest() != secret[64:]:
+            raise EnvelopeError("its shares were changed on the way")
+        return _Held(secret[:32], secret[32:64], hidden)
+
+    def _greeting(self, scope: Scope, to: str, content: Mapping[str, object]) -> bytes:
+        body = seal(self.post.roster[to], codec.encode(content), _purpose(scope, self.post.me.name))
+        return self.post.wrap(scope, "hello", to, body)
+
+    def _greeted(self, scope: Scope, sender: str, arrived: Sends) -> dict[str, Any]:
+        try:
+            body = self.post.unwrap(arrived[sender], scope, "hello", sender)
+            header, _ = codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))
+        except (CodecError, KeyError) as error:
+            raise AbortError(f"{sender!r} sent no greeting that can be read ({error}); the round ends") from error
+        return header
+
+    def _common(
+        self,
+        names: Sequence[str],
+        refused: Mapping[str, str],
+        tags: Mapping[str, Sequence[str]],
+        hellos: Mapping[str, dict[str, Any]],
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return who is left, the same for all three: opened by all, and with the same shares where two hold one."""
+        everyone = {self.post.me.name: tags, **{name: hello["tags"] for name, hello in hellos.items()}}
+        order = [everyone[name] for name in self.terms.aggregators]
+        why = dict(refused)
+        for hello in hellos.values():
+            why |= {c: r for c, r in hello["refused"].items() if c not in why}
+        left = []
+        for client in sorted(set().union(*order)):
+            if any(client not in one for one in order):
+                why.setdefault(client, "not all aggregators have its shares")
+            elif any(order[i][client][1] != order[(i + 1) % 3][client][0] for i in range(3)):
+                why[client] = "it gave two aggregators different shares"
+            else:
+                left.append(client)
+        return left, why
+
+    def _columns(self, held: Sequence[_Held], which: int, start: int, count: int) -> Words:
+        return np.stack([one.words(self.place, which, start, count) for one in held])
+
+    def _sum(self, held: Sequence[_Held], names: Sequence[str]) -> Words:
+        """Return this party's additive share of the sum: the weighted sum of its first shares."""
+        total_M = np.zeros(self.terms.length, np.uint64)
+        for one, name in zip(held, names, strict=True):
+            weight = np.uint64(self.weights[name] if self.weights else 1)
+            total_M += weight * one.words(self.place, 0, 0, self.terms.length)
+        return total_M
+
+    def _check(self, line: "_Line", held: Sequence[_Held], public: bytes) -> Generator[Sends, Sends, NDArray[np.bool_]]:
+        """Return whether each row is within its bound: step 3 and 4."""
+        K, T = len(held), 1 << self.terms.power
+        p_KJ, square_K = np.zeros((K, J), np.uint64), np.zeros(K, np.uint64)
+        draw = sha256(b"projections" + public).digest()
+        for start in range(0, self.terms.length, _COLUMNS):
+            count = min(_COLUMNS, self.terms.length - start)
+            first = self._columns(held, 0, start, count)
+            p_KJ += field.project(_ternary(draw, start, count), first)
+            if self.terms.exact:
+                second = self._columns(held, 1, start, count)
+                square_K += np.einsum("km,km->k", first, first + 2 * second)
+        own = np.concatenate([p_KJ, square_K[:, None] + line.zero(K)[:, None]], 1)
+        other = yield from line.from_right(own)  # the linear part its right neighbour could have computed for us
+        pair = _Pair(own, other)
+        # what must not be negative: T + p and, above, bits beyond 2T; B^2 - x.x has its top bit set where too large
+        limit = np.uint64(int(self.terms.bound**2)) if self.terms.exact else np.uint64(0)
+        sign = np.ones(J + 1, np.uint64)
+        sign[J] = np.uint64(2**64 - 1)  # -1
+        pair = pair.times(sign).plus(np.array([T] * J + [limit], np.uint64), self.place)
+        bits = yield from line.to_bits(pair)
+        keep = np.full(J + 1, ~np.uint64((1 << (self.terms.power + 1)) - 1))
+        keep[J] = np.uint64(1 << 63) if self.terms.exact else np.uint64(0)
+        bad_K = _parities(bits.masked(keep), sha256(b"parities" + public).digest())
+        for d in (32, 16, 8, 4, 2, 1):
+            lower = bad_K.shift(-d)
+            both = yield from line.both(bad_K, lower)
+            bad_K = bad_K.xor(lower).xor(both)
+        bad_K = bad_K.masked(_ONE)
+        opened = yield from line.open_bits(bad_K)
+        good_K: NDArray[np.bool_] = opened == 0
+        return good_K
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A party's two shares of words: additive, or of bits by exclusive or."""
+
+    first: Words
+    second: Words
+
+    def times(self, factor: Words) -> "_Pair":
+        return _Pair(self.first * factor, self.second * factor)
+
+    def plus(self, constant: Words, place: int) -> "_Pair":
+        """Add a public constant: share 0 carries it."""
+        return _Pair(self.first + constant * (place == 0), self.second + constant * (place == 2))
+
+    def xor(self, other: "_Pair") -> "_Pair":
+        return _Pair(self.first ^ other.first, self.second ^ other.second)
+
+    def masked(self, mask: Words | np.uint64) -> "_Pair":
+        return _Pair(self.first & mask, self.second & mask)
+
+    def shift(self, left: int) -> "_Pair":
+        if left < 0:
+            return _Pair(self.first >> np.uint64(-left), self.second >> np.uint64(-left))
+        return _Pair(self.first << np.uint64(left), self.second << np.uint64(left))
+
+
+def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
+    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits a number."""
+    words = expand(seed, count * J // 32, start * J // 32)
+    two = np.frombuffer(words.tobytes(), np.uint8).reshape(count, J // 4)
+    ones = np.unpackbits(two, axis=1).view(np.int8)  # [count, 2 J]
+    return (ones[:, :J] - ones[:, J:]).T.astype(np.float64)
+
+
+def _parities(bits: _Pair, seed: bytes) -> _Pair:
+    """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0, else 0 once in 2^64."""
+    width = bits.first.shape[1]
+    mask = expand(seed, 64 * width).reshape(64, width)
+    return _Pair(_parity(bits.first, mask), _parity(bits.second, mask))
+
+
+def _parity(words: Words, mask: Words) -> Words:
+    found = np.zeros(len(words), np.uint64)
+    for bit, one in enumerate(mask):
+        folded = np.bitwise_xor.reduce(words & one, axis=1)
+        for d in (32, 16, 8, 4, 2, 1):
+            folded ^= folded >> np.uint64(d)
+        found |= (folded & _ONE) << np.uint64(bit)
+    return found
+
+
+class _Line:
+    """The line between the three for one round: every message encrypted under the pair's key of the round, in order."""
+
+    def __init__(self, owner: Aggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
+        if len(from_left) != 32:
+            raise AbortError(f"{owner.left!r} sent no seed; the round ends")
+        self.left, self.right, self.place = owner.left, owner.right, owner.place
+        roster, me = owner.post.roster, owner.post.me
+        salt = _purpose(scope, "line")
+        self.keys = {
+            self.right: AESGCM(me.agree(roster[self.right].sealing, salt + seed)),
+            self.left: AESGCM(me.agree(roster[self.left].sealing, salt + from_left)),
+        }
+        self.me, self.seeds, self.drawn, self.step = me.name, (seed, from_left), 0, 0
+
+    def swap(self, sent: Mapping[str, bytes]) -> Generator[Sends, Sends, dict[str, bytes]]:
+        """Send to both neighbours; return what both sent. Raises AbortError for what is missing, late or changed."""
+        self.step += 1
+        front = self.step.to_bytes(11, "big")
+        sealed = {name: self.keys[name].encrypt(bytes([self.place]) + front, data, None) for name, data in sent.items()}
+        arrived = yield sealed
+        found = {}
+        for name, place in ((self.left, (self.place + 2) % 3), (self.right, (self.place + 1) % 3)):
+            try:
+                found[name] = self.keys[name].decrypt(bytes([place]) + front, arrived[name], None)
+            except Exception as error:
+                raise AbortError(
+                    f"{name!r} sent nothing that can be read in step {self.step}; the round ends"
+                ) from error
+        return found
+
+    def from_right(self, own: Words) -> Generator[Sends, Sends, Words]:
+        """Send a first share to the left neighbour, whose second it is; return the right one's first."""
+        found = yield from self.swap({self.left: own.tobytes(), self.right: b""})
+        if len(found[self.right]) != own.nbytes:
+            raise AbortError(
+                f"{self.right!r} sent {len(found[self.right])} bytes; expected {own.nbytes}. The round ends."
+            )
+        return np.frombuffer(found[self.right], np.uint64).reshape(own.shape)
+
+    def _streams(self, count: int) -> tuple[Words, Words]:
+        own, left = (expand(seed, count, self.drawn) for seed in self.seeds)
+        self.drawn += count
+        return own, left
+
+    def zero(self, count: int) -> Words:
+        """Return this party's words of a fresh sharing of zero: the three sum to 0, two are uniform."""
+        own, left = self._streams(count)
+        return own - left
+
+    def both(self, x: _Pair, y: _Pair) -> Generator[Sends, Sends, _Pair]:
+        """Return the bitwise AND of shared bits: local products, a sharing of zero, one message."""
+        own, left = self._streams(x.first.size)
+        part = (x.first & y.first) ^ (x.first & y.second) ^ (x.second & y.first) ^ (own ^ left).reshape(x.first.shape)
+        other = yield from self.from_right(part)
+        return _Pair(part, other)
+
+    def to_bits(self, x: _Pair) -> Generator[Sends, Sends, _Pair]:
+        """Return shared words as shared bits: three words are added, carries saved, then by Kogge and Stone."""
+        word = [_Pair(x.first * (self.place == j), x.second * ((self.place + 1) % 3 == j)) for j in range(3)]
+        some = yield from self.both(word[0].xor(word[2]), word[1].xor(word[2]))
+        carry, half = some.xor(word[2]).shift(1), _Pair(x.first, x.second)
+        made = yield from self.both(half, carry)
+        total = passed = half.xor(carry)
+        for d in (1, 2, 4, 8, 16, 32):
+            stacked = _Pair(np.stack([passed.first] * 2), np.stack([passed.second] * 2))
+            moved = _Pair(
+                np.stack([made.shift(d).first, passed.shift(d).first]),
+                np.stack([made.shift(d).second, passed.shift(d).second]),
+            )
+            found = yield from self.both(stacked, moved)
+            made = made.xor(_Pair(found.first[0], found.second[0]))
+            passed = _Pair(found.first[1], found.second[1])
+        return total.xor(made.shift(1))
+
+    def open_bits(self, x: _Pair) -> Generator[Sends, Sends, Words]:
+        """Return the words themselves, to all three: each gets the share it lacks."""
+        found = yield from self.swap({self.left: b"", self.right: x.first.tobytes()})
+        if len(found[self.left]) != x.first.nbytes:
+            raise AbortError(f"{self.left!r} sent no bits; the round ends")
+        return x.first ^ x.second ^ np.frombuffer(found[self.left], np.uint64)
+
+
+# The coordinator ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The sum, noise and all, [M] int64; whose rows are in it and why others are not; bytes by phase."""
+
+    total_M: Integers
+    accepted: list[str]
+    excluded: dict[str, str]
+    phases: dict[str, int]
+
+
+Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
+"""(op, payload of each aggregator) -> answer of each; raises AbortError where one gives none."""
+
+
+def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms) -> Opened:
+    """Carry messages until each aggregator has handed in its part, and add the three.
+
+    Raises AbortError where one stops, disagrees with the others, or the sum is out of bound.
+    """
+    parts = {name: _part_of(uploads, place) for place, name in enumerate(terms.aggregators)}
+    head = {"study": scope.study, "run": scope.run, "round": scope.round}
+    begun = {name: codec.encode(head, {c: codec.as_tensor(u) for c, u in mine.items()}) for name, mine in parts.items()}
+    phases = {"shares": sum(map(len, begun.values())), "check": 0, "open": 0}
+    answers = {name: codec.decode(answer) for name, answer in ask("begin", begun).items()}
+    while not any(header.get("done") for header, _ in answers.values()):
+        post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}
+        for sender, (_, tensors) in answers.items():
+            for to, message in tensors.items():
+                if to in post and to != sender:
+                    post[to][sender] = message
+        carried = {name: codec.encode({}, mine) for name, mine in post.items()}
+        phases["check"] += sum(map(len, carried.values()))
+        answers = {name: codec.decode(answer) for name, answer in ask("step", carried).items()}
+    return _added(answers, terms, phases)
+
+
+def _part_of(uploads: Mapping[str, bytes], place: int) -> dict[str, bytes]:
+    """Return what one aggregator needs of each upload; what cannot be read is passed on as nothing."""
+    parts = {}
+    for client, upload in uploads.items():
+        try:
+            _, tensors = codec.decode(upload)
+            hidden = tensors["hidden"] if place else torch.empty(0, dtype=torch.uint8)
+            parts[client] = codec.encode({}, {"envelope": tensors[str(place)], "hidden": hidden})
+        except (CodecError, KeyError):
+            parts[client] = b""
+    return parts
+
+
+def _added(
+    answers: Mapping[str, tuple[dict[str, object], Mapping[str, torch.Tensor]]], terms: Terms, phases: dict[str, int]
+) -> Opened:
+    total_M, said = np.zeros(terms.length, np.uint64), []
+    for name in terms.aggregators:
+        try:
+            header, tensors = codec.decode(codec.as_bytes(answers[name][1]["result"]))
+            part = tensors["part"].numpy()
+            if part.shape != (terms.length,) or part.dtype != np.int64:
+                raise CodecError(f"a part of {part.dtype} {part.shape}; expected int64 ({terms.length},)")
+            total_M += part.view(np.uint64)
+            said.append((header["accepted"], header["excluded"]))
+            phases["open"] += part.nbytes
+        except (CodecError, KeyError) as error:
+            raise AbortError(f"{name!r} handed in no part ({error}); run the round again") from error
+    if any(one[0] != said[0][0] for one in said):
+        raise AbortError("the aggregators disagree on whose rows are in the sum; run the round again")
+    return Opened(total_M.view(np.int64), said[0][0], said[0][1], phases)
+
+
+def _outgoing(sent: Sends) -> bytes:
+    return codec.encode({}, {name: codec.as_tensor(data) for name, data in sent.items()})
+
+
+def run_protocol(
+    posts: Mapping[str, Post],
+    scope: Scope,
+    rows: Mapping[str, Integers],
+    terms: Terms,
+    noise: Noise | None = None,
+    weights: Mapping[str, int] | None = None,
+) -> Opened:
+    """Play every party in order, in one process: clients share, aggregators check and sum, the coordinator adds."""
+    uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
+    aggregators = {name: Aggregator(posts[name], terms, noise, weights) for name in terms.aggregators}
+    return relay(in_turn(aggregators), scope, uploads, terms)
+
+
+def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
+    """Return a way to ask aggregators that live in this process, one after another."""
+    return lambda op, payloads: {name: aggregators[name].handle(op, payload) for name, payload in payloads.items()}

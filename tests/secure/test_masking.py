@@ -1,0 +1,266 @@
+"""SecAgg+: the sum is the plain sum under every drop-out pattern; nobody sees a row; a lying server learns nothing."""
+
+import itertools
+import random
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, RevokedError, SignatureError
+from medfed.secure import masking
+from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.masking import EVERYBODY, PHASES, Client, Server, Terms, _pack, _unpack, run_protocol
+
+SCOPE = Scope("0" * 64, "run", 1)
+
+
+def names(n):
+    return tuple(f"site{i:02d}" for i in range(n))
+
+
+def majority(n, length=5):
+    t = n // 2 + 1
+    return Terms(names(n), length, t, t, n - 1)
+
+
+def draw(terms, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(-(2**62), 2**62, terms.length) for name in terms.members}
+
+
+def plain(rows, included):
+    with np.errstate(over="ignore"):
+        return np.sum([rows[name] for name in sorted(included)], axis=0, dtype=np.int64)
+
+
+def check(terms, leaves):
+    """Run with member i falling silent before phase leaves[i] (5: never) and compare with the plain sum."""
+    rows = draw(terms)
+    drops = {p: {m for m, left in zip(terms.members, leaves, strict=True) if left == i} for i, p in enumerate(PHASES)}
+    if sum(left == 5 for left in leaves) < terms.quorum:
+        with pytest.raises(AbortError, match="expected"):
+            run_protocol(rows, terms, drops)
+        return
+    total, included = run_protocol(rows, terms, drops)
+    assert included == {m for m, left in zip(terms.members, leaves, strict=True) if left > 2}
+    np.testing.assert_array_equal(total, plain(rows, included))
+
+
+def test_every_dropout_pattern_of_three():
+    for leaves in itertools.product(range(6), repeat=3):
+        check(majority(3), leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4, 5, 6])
+def test_every_dropout_pattern_of_four_to_six_but_for_the_order_of_names(n):
+    shuffle = random.Random(n).shuffle
+    for counts in itertools.combinations_with_replacement(range(6), n):
+        leaves = list(counts)
+        shuffle(leaves)
+        check(majority(n), leaves)
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_sampled_patterns_up_to_forty(data):
+    n = data.draw(st.integers(7, 40))
+    terms = Terms.choose(names(n), 9, 0.2, seed=b"public")
+    gone = data.draw(st.dictionaries(st.integers(0, n - 1), st.integers(0, 4), max_size=n - terms.quorum))
+    check(terms, [gone.get(i, 5) for i in range(n)])
+
+
+def test_terms():
+    assert Terms.choose(names(10), 5, 0.3).quorum == 7
+    ring = Terms.choose(names(60), 5, 0.1, 5, b"seed")
+    assert ring.degree < 59 and 2 * ring.threshold > ring.degree + 2
+    for name in ring.members:
+        assert len(ring.neighbours(name)) == ring.degree and name not in ring.neighbours(name)
+        assert all(name in ring.neighbours(other) for other in ring.neighbours(name))
+    for n, dropout, malicious in ((2, 0, 0), (10, 0.5, 0), (10, 0.3, 4), (4, 0, -1), (4, 1.0, 0)):
+        with pytest.raises(PlanError, match="expected"):
+            Terms.choose(names(n), 5, dropout, malicious)
+
+
+@pytest.fixture
+def cast():
+    """Three sites, a server, and a stranger, all with keys; the round as far as the shares."""
+    return stage(majority(3, 4096))
+
+
+def stage(terms):
+    people = {n: Identity.new(n, "site") for n in terms.members} | {"server": Identity.new("server", "coordinator")}
+    roster = Roster.of(*(p.public for p in people.values()))
+    server = Server(Post(people["server"], roster), terms, SCOPE)
+    clients = {name: Client(Post(people[name], roster), terms, SCOPE, "server") for name in terms.members}
+    rows = {name: np.zeros(terms.length, np.int64) for name in terms.members}
+    return SimpleNamespace(terms=terms, people=people, roster=roster, server=server, clients=clients, rows=rows)
+
+
+def to_rows(cast):
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    boxes = cast.server.shares({n: c.share(keys) for n, c in cast.clients.items()})
+    return {n: c.mask(boxes[n], cast.rows[n]) for n, c in cast.clients.items()}
+
+
+def looks_uniform(words_M):
+    octets = words_M.view(np.uint8).reshape(-1, 8)
+    return all(chisquare(np.bincount(octets[:, i], minlength=256)).pvalue > 1e-6 for i in (0, 7))
+
+
+@pytest.mark.parametrize("removed", ["nothing", "self", "pair"])
+def test_the_servers_view_is_uniform_and_a_removed_mask_is_caught(cast, removed, monkeypatch):
+    own, expand = {c._seed for c in cast.clients.values()}, masking.expand
+
+    def without(seed, count, start=0, out=None):
+        words = expand(seed, count, start, out)
+        if removed == ("self" if seed in own else "pair"):
+            words[:] = 0
+        return words
+
+    monkeypatch.setattr(masking, "expand", without)
+    said = to_rows(cast)
+    row = {n: np.frombuffer(e[-64 - 8 * 4096 : -64], np.uint64) for n, e in said.items()}
+    pairs = row["site00"] - without(cast.clients["site00"]._seed, 4096)  # what its self seed would reveal
+    selves = row["site00"] + row["site01"] + row["site02"]  # pair masks cancel
+    assert looks_uniform(row["site00"])
+    assert looks_uniform(pairs) == (removed != "pair")
+    assert looks_uniform(selves) == (removed != "self")
+
+
+def tell(cast, kind, parts):
+    return cast.server.post.wrap(SCOPE, kind, EVERYBODY, _pack(parts, cast.terms))
+
+
+def test_different_survivor_lists_and_different_models_open_nothing(cast):
+    survivors = cast.server.rows(to_rows(cast))
+    fewer = tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b""))
+    a, b, c = cast.clients.values()
+    said = {
+        "site00": a.confirm(survivors, b"model"),
+        "site01": b.confirm(fewer, b"model"),
+        "site02": c.confirm(survivors, b"another model"),
+    }
+    confirmed = cast.server.confirm(said)
+    for client in cast.clients.values():
+        with pytest.raises(AbortError, match="another list of survivors or another model"):
+            client.unmask(confirmed)
+
+
+def test_a_list_without_the_client_or_below_the_quorum_is_not_signed(cast):
+    to_rows(cast)
+    with pytest.raises(AbortError, match="leaves it out"):
+        cast.clients["site02"].confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model")
+    with pytest.raises(AbortError, match="1 of 3"):
+        cast.clients["site00"].confirm(tell(cast, "survivors", {"site00": b""}), b"model")
+
+
+def test_both_seeds_of_one_client_are_never_given(cast):
+    rows = to_rows(cast)
+    survivors = cast.server.rows(rows)
+    client = cast.clients["site00"]
+    confirmed = cast.server.confirm({n: c.confirm(survivors, b"model") for n, c in cast.clients.items()})
+    body = cast.server.post.unwrap(client.unmask(confirmed), SCOPE, "unmask", "site00")
+    assert {len(part) for part in _unpack(body, cast.terms).values()} == {33}
+    with pytest.raises(EnvelopeError, match="A phase comes once"):
+        client.unmask(confirmed)
+    with pytest.raises(EnvelopeError, match="A phase comes once"):
+        client.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model")
+
+
+def test_a_failed_phase_ends_the_round_for_the_client(cast):
+    client = cast.clients["site00"]
+    client.keys()
+    with pytest.raises(EnvelopeError):
+        client.share(b"garbage")
+    with pytest.raises(EnvelopeError, match="expected nothing more"):
+        client.share(b"garbage")
+
+
+def flip(envelope, at):
+    return envelope[:at] + bytes([envelope[at] ^ 1]) + envelope[at + 1 :]
+
+
+def tampered(cast, envelope):
+    stranger = Identity.new("site00", "site")
+    body, here = bytes(96), Post(cast.people["site00"], cast.roster)
+    return {
+        "flipped": (flip(envelope, len(envelope) - 70), SignatureError, "did not sign"),
+        "truncated": (envelope[:-1], EnvelopeError, "no message"),
+        "oversize": (envelope[:4] + struct.pack("<IQ", 2**31, 2**62) + envelope[16:], EnvelopeError, "no message"),
+        "round": (here.wrap(Scope("0" * 64, "run", 2), "keys", "*", body), EnvelopeError, "round=2"),
+        "sender": (Post(cast.people["site01"], cast.roster).wrap(SCOPE, "keys", "*", body), EnvelopeError, "sender="),
+        "unsigned": (envelope[:-64] + bytes(64), SignatureError, "did not sign"),
+        "stranger": (Post(stranger, cast.roster).wrap(SCOPE, "keys", "*", body), SignatureError, "did not sign"),
+        "short": (here.wrap(SCOPE, "keys", "*", body[1:]), EnvelopeError, "expected 96"),
+        "small order": (here.wrap(SCOPE, "keys", "*", body), EnvelopeError, "no key"),
+    }
+
+
+CASES = ["flipped", "truncated", "oversize", "round", "sender", "unsigned", "stranger", "short", "small order"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tampered_keys_are_refused_by_client_and_server(cast, case):
+    said = {n: c.keys() for n, c in cast.clients.items()}
+    bad, error, match = tampered(cast, said["site00"])[case]
+    with pytest.raises(error, match=match):
+        cast.clients["site01"].share(tell(cast, "all-keys", {**said, "site00": bad}))
+    cast.server.keys({**said, "site00": bad})  # the server goes on without it and says so
+    assert isinstance(cast.server.refused["site00"], error) and set(cast.server.refused) == {"site00"}
+
+
+def test_replayed_and_revoked_and_swapped(cast):
+    said = {n: c.keys() for n, c in cast.clients.items()}
+    keys = cast.server.keys(said)
+    with pytest.raises(AbortError, match="0 of 3"):
+        cast.server.keys(said)
+    assert "came twice" in str(cast.server.refused["site00"])
+    revoked = Roster({p.name: p.public for p in cast.people.values()}, frozenset({"site00"}))
+    late = Server(Post(cast.people["server"], revoked), cast.terms, SCOPE)
+    late.keys(said)
+    assert isinstance(late.refused["site00"], RevokedError)
+    sent = {n: c.share(keys) for n, c in cast.clients.items()}
+    boxes = {n: _unpack(cast.server.post.unwrap(e, SCOPE, "shares", n), cast.terms) for n, e in sent.items()}
+    inbox = {"site01": boxes["site02"]["site00"], "site02": boxes["site01"]["site00"]}
+    swapped = cast.server.post.wrap(SCOPE, "boxes", "site00", _pack(inbox, cast.terms))
+    with pytest.raises(EnvelopeError, match="do not open"):
+        cast.clients["site00"].mask(swapped, cast.rows["site00"])
+
+
+@pytest.mark.parametrize("row", [np.zeros(4095, np.int64), np.zeros((1, 4096), np.int64), np.zeros(4096)])
+def test_a_row_of_another_shape_or_type_is_refused(cast, row):
+    cast.rows["site02"] = row
+    with pytest.raises(PlanError, match="expected int64"):
+        to_rows(cast)
+
+
+def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
+    rows = to_rows(cast)
+    rows["site02"] = Post(cast.people["site02"], cast.roster).wrap(SCOPE, "rows", "server", bytes(8))
+    survivors = cast.server.rows(rows)
+    assert "masked row of 8 bytes" in str(cast.server.refused["site02"])
+    a, b = (cast.clients[n] for n in ("site00", "site01"))
+    confirmed = cast.server.confirm({"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")})
+    a._held["site01"] = bytes(66)
+    with pytest.raises(AbortError, match="site01"):
+        cast.server.unmask({"site00": a.unmask(confirmed), "site01": b.unmask(confirmed)})
+
+
+def test_bytes_of_an_upload(cast):
+    assert len(to_rows(cast)["site00"]) < 8 * 4096 + 400
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=80))
+def test_decoders_survive_anything(body):
+    terms = majority(3)
+    try:
+        assert _pack(_unpack(body, terms), terms) == body
+    except CodecError:
+        pass
