@@ -1,5 +1,6 @@
 """Shamir's laws: any t rebuild, t - 1 say nothing, what is no share is refused."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -59,20 +60,16 @@ def test_a_threshold_out_of_range_or_a_secret_of_another_length_is_refused(thres
 @settings(max_examples=100)
 @given(st.dictionaries(st.integers(-2, 9), st.binary(max_size=40), min_size=2, max_size=4))
 def test_garbage_is_refused_or_gives_some_secret(shares):
-    try:
+    with contextlib.suppress(CodecError):
         assert len(rebuild(shares, 2)) == 32
-    except CodecError:
-        pass
 
 
 def test_a_wrong_share_or_point_gives_another_secret():
     secret = os.urandom(32)
     one, two = split(secret, 2, (1, 2))
     for wrong in ({1: one, 3: two}, {1: two, 2: one}, {1: one, 2: two[:-1] + bytes([two[-1] ^ 1])}):
-        try:
+        with contextlib.suppress(CodecError):
             assert rebuild(wrong, 2) != secret
-        except CodecError:
-            pass
     for share in (b"", bytes(SIZE - 1), b"\xff" * SIZE):
         with pytest.raises(CodecError, match="share"):
             rebuild({1: one, 2: share}, 2)

@@ -85,7 +85,7 @@ class Progressing:
         )
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
         for party, sight in event.sees.items():
-            self.console.print(f"{party} sees {sight}", highlight=False, markup=False)
+            self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
         if self.console.is_terminal:
             self.bar.start()
 

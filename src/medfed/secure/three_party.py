@@ -31,9 +31,12 @@ K clients, M numbers in a row, J projections. Words are uint64.
 
 import math
 import os
+import struct
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +57,10 @@ J = 128
 """Projections a row."""
 
 _COLUMNS = 1 << 14  # columns of the rows that are unfolded at a time
+_LONG = 500_000  # numbers of a row from which threads are worth it
 _ONE = np.uint64(1)
+_MAGIC = b"mfs1"  # an upload's format and version
+_FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envelopes, of x_2
 
 
 @dataclass(frozen=True)
@@ -96,21 +102,40 @@ def share(post: Post, scope: Scope, row_M: Integers, terms: Terms) -> bytes:
     if row_M.shape != (terms.length,) or row_M.dtype != np.int64:
         raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({terms.length},)")
     seeds, key = (os.urandom(32), os.urandom(32)), os.urandom(32)
-    last_M = row_M.view(np.uint64) - expand(seeds[0], terms.length) - expand(seeds[1], terms.length)
-    hidden = _crypt(key, last_M.tobytes())
-    secrets = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0])
-    envelopes = {}
-    for place, (name, secret) in enumerate(zip(terms.aggregators, secrets, strict=True)):
-        body = seal(post.roster[name], secret + sha256(hidden).digest(), _purpose(scope, post.me.name))
-        envelopes[str(place)] = codec.as_tensor(post.wrap(scope, "shares", name, body))
-    return codec.encode({}, {**envelopes, "hidden": codec.as_tensor(hidden)})
+    last_M = row_M.view(np.uint64) - expand(seeds[0], terms.length)
+    last_M -= expand(seeds[1], terms.length)
+    hidden = _crypt(key, last_M.data.cast("B"))
+    secrets, digest = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0]), sha256(hidden).digest()
+    envelopes = [
+        post.wrap(scope, "shares", name, seal(post.roster[name], secret + digest, _purpose(scope, post.me.name)))
+        for name, secret in zip(terms.aggregators, secrets, strict=True)
+    ]
+    name = post.me.name.encode()
+    front = _FRONT.pack(_MAGIC, len(name), *map(len, envelopes), len(hidden))
+    return b"".join([front, name, *envelopes, hidden])
+
+
+def _cut(upload: bytes) -> tuple[str, list[bytes], memoryview]:
+    """Return who an upload says it is of, its three envelopes, and the encrypted x_2, which may have been left out.
+
+    Raises CodecError where it is no upload; nothing is believed before an envelope's signature is checked.
+    """
+    try:
+        magic, *lengths, rest = _FRONT.unpack_from(upload)
+        ends = list(accumulate(lengths, initial=_FRONT.size))
+        if magic != _MAGIC or len(upload) not in (ends[-1], ends[-1] + rest):
+            raise ValueError(f"expected format {_MAGIC!r} and {ends[-1] + rest} bytes")
+        name = upload[ends[0] : ends[1]].decode()
+    except (struct.error, ValueError) as error:
+        raise CodecError(f"{len(upload)} bytes are no shares: {error}. Ask the client again.") from error
+    return name, [upload[start:end] for start, end in pairwise(ends[1:])], memoryview(upload)[ends[-1] :]
 
 
 def _purpose(scope: Scope, client: str) -> bytes:
     return repr(("shares", scope.study, scope.run, scope.round, client)).encode()
 
 
-def _crypt(key: bytes, data: bytes, start: int = 0) -> bytes:
+def _crypt(key: bytes, data: bytes | memoryview, start: int = 0) -> bytes:
     """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple of 16."""
     return Cipher(AES256(key), CTR((start // 16).to_bytes(16, "big"))).encryptor().update(data)
 
@@ -124,7 +149,8 @@ class _Held:
 
     first: bytes
     second: bytes
-    hidden: bytes
+    hidden: memoryview
+    digest: bytes  # sha256 of the ciphertext of x_2
 
     def words(self, place: int, which: int, start: int, count: int) -> Words:
         """Return words of the share x_(place + which)."""
@@ -137,8 +163,7 @@ class _Held:
     def tag(self, which: int, place: int) -> str:
         """Return what both holders of a share can compare."""
         secret = self.second if which else self.first
-        hidden = sha256(self.hidden).digest() if (place + which) % 3 == 2 else b""
-        return sha256(b"tag" + secret + hidden).hexdigest()
+        return sha256(b"tag" + secret + self.digest).hexdigest()
 
 
 Sends = Mapping[str, bytes]
@@ -160,27 +185,35 @@ class Aggregator:
         self.place = self.terms.aggregators.index(self.post.me.name)
         self.left, self.right = (self.terms.aggregators[(self.place + d) % 3] for d in (2, 1))
         self._steps: Steps | None = None
+        self._scope, self._uploads = Scope("", "", 0), dict[str, bytes]()
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Serve the relay: "begin" with the uploads, then "step" with what the others sent, until done.
+        """Serve the relay: "begin" a round, "upload" client by client, "start", then "step" until done.
 
         Raises AbortError; the next "begin" starts anew.
         """
-        header, tensors = codec.decode(payload)
-        arrived = {name: codec.as_bytes(t) for name, t in tensors.items()}
         try:
             if op == "begin":
-                scope = Scope(header["study"], header["run"], header["round"])
-                self._steps = self.rounds(scope, arrived)
+                header, _ = codec.decode(payload)
+                self._scope, self._uploads = Scope(header["study"], header["run"], header["round"]), {}
+                self._steps = None
+                return b""
+            if op == "upload":
+                client, upload = _cut(payload)[0], payload
+                self._uploads[client] = upload
+                return b""
+            if op == "start":
+                self._steps = self.rounds(self._scope, self._uploads)
                 return _outgoing(next(self._steps))
             if op != "step" or self._steps is None:
                 raise AbortError(f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the round anew")
-            return _outgoing(self._steps.send(arrived))
+            _, tensors = codec.decode(payload)
+            return _outgoing(self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()}))
         except StopIteration as done:
-            self._steps = None
+            self._steps, self._uploads = None, {}
             return codec.encode({"done": True}, {"result": codec.as_tensor(done.value)})
         except AbortError:
-            self._steps = None
+            self._steps, self._uploads = None, {}
             raise
 
     def rounds(self, scope: Scope, uploads: Mapping[str, bytes]) -> Steps:
@@ -234,10 +267,10 @@ class Aggregator:
         return held, refused
 
     def _opened_one(self, scope: Scope, client: str, upload: bytes) -> _Held:
-        _, tensors = codec.decode(upload)
-        hidden = codec.as_bytes(tensors["hidden"])
-        body = self.post.unwrap(codec.as_bytes(tensors["envelope"]), scope, "shares", client)
-        secret = self.post.me.unseal(body, _purpose(scope, client))
+        _, envelopes, hidden = _cut(upload)
+        secret = self.post.me.unseal(
+            self.post.unwrap(envelopes[self.place], scope, "shares", client), _purpose(scope, client)
+        )
         if len(secret) != 96:
             raise EnvelopeError(f"{len(secret)} bytes of secrets; expected 96")
         expected = 0 if self.place == 0 else 8 * self.terms.length
@@ -245,7 +278,7 @@ class Aggregator:
             raise EnvelopeError(f"{len(hidden)} bytes of shares; expected {expected}")
         if expected and sha256(hidden).digest() != secret[64:]:
             raise EnvelopeError("its shares were changed on the way")
-        return _Held(secret[:32], secret[32:64], hidden)
+        return _Held(secret[:32], secret[32:64], hidden, secret[64:])
 
     def _greeting(self, scope: Scope, to: str, content: Mapping[str, object]) -> bytes:
         body = seal(self.post.roster[to], codec.encode(content), _purpose(scope, self.post.me.name))
@@ -483,11 +516,16 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms) ->
 
     Raises AbortError where one stops, disagrees with the others, or the sum is out of bound.
     """
-    parts = {name: _part_of(uploads, place) for place, name in enumerate(terms.aggregators)}
-    head = {"study": scope.study, "run": scope.run, "round": scope.round}
-    begun = {name: codec.encode(head, {c: codec.as_tensor(u) for c, u in mine.items()}) for name, mine in parts.items()}
-    phases = {"shares": sum(map(len, begun.values())), "check": 0, "open": 0}
-    answers = {name: codec.decode(answer) for name, answer in ask("begin", begun).items()}
+    head = codec.encode({"study": scope.study, "run": scope.run, "round": scope.round})
+    phases, unread = {"shares": 0, "check": 0, "open": 0}, dict[str, str]()
+    ask("begin", dict.fromkeys(terms.aggregators, head))
+    for client, upload in uploads.items():
+        if (parts := _for_each(client, upload, terms)) is None:
+            unread[client] = "its shares cannot be read"
+            continue
+        phases["shares"] += sum(map(len, parts.values()))
+        ask("upload", parts)
+    answers = _decoded(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}
         for sender, (_, tensors) in answers.items():
@@ -496,21 +534,29 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms) ->
                     post[to][sender] = message
         carried = {name: codec.encode({}, mine) for name, mine in post.items()}
         phases["check"] += sum(map(len, carried.values()))
-        answers = {name: codec.decode(answer) for name, answer in ask("step", carried).items()}
-    return _added(answers, terms, phases)
+        answers = _decoded(ask("step", carried))
+    opened = _added(answers, terms, phases)
+    return replace(opened, excluded=unread | opened.excluded)
 
 
-def _part_of(uploads: Mapping[str, bytes], place: int) -> dict[str, bytes]:
-    """Return what one aggregator needs of each upload; what cannot be read is passed on as nothing."""
-    parts = {}
-    for client, upload in uploads.items():
+def _decoded(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    found = {}
+    for name, answer in answers.items():
         try:
-            _, tensors = codec.decode(upload)
-            hidden = tensors["hidden"] if place else torch.empty(0, dtype=torch.uint8)
-            parts[client] = codec.encode({}, {"envelope": tensors[str(place)], "hidden": hidden})
-        except (CodecError, KeyError):
-            parts[client] = b""
-    return parts
+            found[name] = codec.decode(answer)
+        except CodecError as error:
+            raise AbortError(f"{name!r} answered with what cannot be read ({error}); the round ends") from error
+    return found
+
+
+def _for_each(client: str, upload: bytes, terms: Terms) -> dict[str, bytes] | None:
+    """Return what each aggregator needs of a client's upload; None where it is none, or another client's."""
+    try:
+        name, _, hidden = _cut(upload)
+    except CodecError:
+        return None
+    whole, short = upload, upload[: len(upload) - len(hidden)]
+    return dict(zip(terms.aggregators, (short, whole, whole), strict=True)) if name == client else None
 
 
 def _added(
@@ -552,5 +598,14 @@ def run_protocol(
 
 
 def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
-    """Return a way to ask aggregators that live in this process, one after another."""
-    return lambda op, payloads: {name: aggregators[name].handle(op, payload) for name, payload in payloads.items()}
+    """Return a way to ask aggregators that live in this process: in turn, or for long rows a thread each."""
+    long = any(one.terms.length > _LONG for one in aggregators.values())
+
+    def ask(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        if not long or op in ("begin", "upload"):  # too little to do
+            return {name: aggregators[name].handle(op, payload) for name, payload in payloads.items()}
+        with ThreadPoolExecutor(3) as pool:
+            answers = pool.map(lambda name: aggregators[name].handle(op, payloads[name]), payloads)
+            return dict(zip(payloads, answers, strict=True))
+
+    return ask
