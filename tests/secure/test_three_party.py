@@ -1,0 +1,365 @@
+"""Three aggregators: exact sums, rows checked in secret, views that say nothing, and parties that misbehave."""
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from medfed.core import codec
+from medfed.core.checks import AbortError, CodecError, MedfedError, PlanError
+from medfed.core.entropy import Integers, expand
+from medfed.secure import three_party
+from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.three_party import Aggregator, Terms, in_turn, relay, run_protocol, share
+
+PARTIES = ("left", "middle", "right")
+B = 2.0**20
+rounds = count(1)
+
+
+def posts_of(clients: int) -> dict[str, Post]:
+    keys = [Identity.new(f"site {i}", "site") for i in range(clients)]
+    keys += [Identity.new(name, "aggregator") for name in PARTIES]
+    roster = Roster.of(*(key.public for key in keys))
+    return {key.name: Post(key, roster) for key in keys}
+
+
+POSTS = posts_of(8)
+
+
+def fresh() -> Scope:
+    return Scope("study", "run", next(rounds))
+
+
+def rows_of(clients: int, length: int, seed: int = 0, norm: float = 0.999 * B) -> dict[str, Integers]:
+    x = np.random.default_rng(seed).standard_normal((clients, length))
+    x *= norm / np.linalg.norm(x, axis=1, keepdims=True)
+    return {f"site {i}": np.trunc(row).astype(np.int64) for i, row in enumerate(x)}
+
+
+def terms_of(length: int, bound: float = B, least: int = 2) -> Terms:
+    return Terms(length, bound, PARTIES, least)
+
+
+# sums ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 8), st.integers(1, 90), st.integers(0, 2**32), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_the_opened_sum_is_the_sum(clients: int, length: int, seed: int, weighted: bool) -> None:
+    rows = rows_of(clients, length, seed)
+    weights = {name: i + 1 for i, name in enumerate(rows)} if weighted else None
+    opened = run_protocol(POSTS, fresh(), rows, terms_of(length), weights=weights)
+    expected = sum((weights[name] if weights else 1) * row for name, row in rows.items())
+    assert (opened.total_M == expected).all() and opened.accepted == sorted(rows) and not opened.excluded
+
+
+def test_long_rows_are_summed_by_threads_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(three_party, "_LONG", 10)
+    rows = rows_of(3, 40_000)
+    assert (run_protocol(POSTS, fresh(), rows, terms_of(40_000)).total_M == sum(rows.values())).all()
+
+
+def test_the_relay_carries_little_more_than_rows() -> None:
+    rows = rows_of(4, 50_000)
+    upload = share(POSTS["site 0"], fresh(), rows["site 0"], terms_of(50_000))
+    assert len(upload) < 1.01 * 8 * 50_000
+    opened = run_protocol(POSTS, fresh(), rows, terms_of(50_000))
+    assert opened.phases["shares"] < 2.02 * 4 * 8 * 50_000  # to the two that hold it
+
+
+def test_noise_of_three_where_two_are_enough() -> None:
+    """Each adds sigma^2 / 2: the sum carries 3/2 sigma^2, and without one of them sigma^2."""
+    random, length, sigma = np.random.default_rng(5), 3000, 1000.0
+
+    def noise(count: int) -> Integers:
+        return np.rint(random.normal(0, sigma / np.sqrt(2), count)).astype(np.int64)
+
+    rows = rows_of(3, length)
+    extra = run_protocol(POSTS, fresh(), rows, terms_of(length), noise).total_M - sum(rows.values())
+    squares = float((extra / sigma).astype(float) @ (extra / sigma))
+    assert 1e-4 < stats.chi2(length).cdf(squares / 1.5) < 1 - 1e-4
+    assert stats.chi2(length).cdf(squares / 3) < 1e-6 and stats.chi2(length).sf(squares / 0.75) < 1e-6
+
+
+# rows checked in secret ---------------------------------------------------------------------------------------------
+
+
+def test_honest_rows_pass_at_their_bound() -> None:
+    for seed in range(12):
+        rows = rows_of(8, 5 + 40 * seed, seed)
+        assert not run_protocol(POSTS, fresh(), rows, terms_of(5 + 40 * seed)).excluded
+    spike = {name: np.eye(1, 30, k, dtype=np.int64)[0] * int(B) for k, name in enumerate(rows_of(4, 30))}
+    assert not run_protocol(POSTS, fresh(), spike, terms_of(30)).excluded
+
+
+ATTACKS: dict[str, Callable[[Integers], Integers]] = {
+    "wraps one number": lambda row: row + np.eye(1, len(row), 3, dtype=np.int64)[0] * 2**32,
+    "half the ring": lambda row: np.eye(1, len(row), 0, dtype=np.int64)[0] * -(2**63),
+    "square wraps to 0": lambda row: np.full(len(row), 2**32),
+    "a little too long": lambda row: (row * 1.01).astype(np.int64),
+    "ten times": lambda row: row * 10,
+    "everything at random": lambda row: expand(bytes(32), len(row)).view(np.int64),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str) -> None:
+    rows = rows_of(5, 200)
+    bad = rows | {"site 2": ATTACKS[attack](rows["site 2"])}
+    opened = run_protocol(POSTS, fresh(), bad, terms_of(200))
+    assert opened.excluded == {"site 2": "its row is out of bound"}
+    assert (opened.total_M == sum(row for name, row in rows.items() if name != "site 2")).all()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_without_the_check_the_same_rows_do_harm(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(self: Aggregator, line: Any, held: list[Any], public: bytes) -> Any:
+        yield from line.swap({self.left: b"", self.right: b""})
+        return np.ones(len(held), np.bool_)
+
+    monkeypatch.setattr(Aggregator, "_check", blind)
+    rows = rows_of(5, 200)
+    bad = rows | {"site 2": ATTACKS[attack](rows["site 2"])}
+    opened = run_protocol(POSTS, fresh(), bad, terms_of(200))
+    assert not opened.excluded and (opened.total_M == sum(bad.values())).all()
+
+
+def test_where_squares_would_wrap_projections_still_bound_a_row() -> None:
+    wide = terms_of(100, 2.0**35)
+    assert not wide.exact and terms_of(100).exact
+    rows = rows_of(4, 100, norm=2.0**35)
+    bad = rows | {"site 1": rows["site 1"] * 40}
+    assert run_protocol(POSTS, fresh(), bad, wide).excluded == {"site 1": "its row is out of bound"}
+    assert not run_protocol(POSTS, fresh(), rows, wide).excluded
+
+
+def test_terms_without_room_are_refused() -> None:
+    with pytest.raises(PlanError, match="norm"):
+        terms_of(2**20, 2.0**50).check()
+
+
+def test_too_few_rows_are_not_opened() -> None:
+    rows = rows_of(3, 20)
+    with pytest.raises(AbortError, match=r"min_group=3: nothing is opened.*out of bound"):
+        run_protocol(POSTS, fresh(), rows | {"site 0": rows["site 0"] * 9}, terms_of(20, least=3))
+
+
+# what a party sees --------------------------------------------------------------------------------------------------
+
+
+def looks_uniform(words: Any) -> bool:
+    seen = np.bincount(np.frombuffer(np.ascontiguousarray(words).tobytes(), np.uint8), minlength=256)
+    return bool(stats.chisquare(seen).pvalue > 1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_aggregators_shares_are_uniform(place: int) -> None:
+    row, terms, scope = np.arange(20_000, dtype=np.int64), terms_of(20_000, 2.0**40), fresh()
+    party = Aggregator(POSTS[PARTIES[place]], terms)
+    parts = three_party._for_each("site 0", share(POSTS["site 0"], scope, row, terms), terms)
+    assert parts is not None
+    held = party._opened_one(scope, "site 0", parts[PARTIES[place]])
+    views = [held.words(place, which, 0, 20_000) for which in (0, 1)]
+    assert all(looks_uniform(view) for view in views) and looks_uniform(views[0] + views[1])
+    assert not looks_uniform(row)  # the test sees a bare row,
+    assert not looks_uniform(row.view(np.uint64) + np.uint64(12345))  # and one behind a mask that does not vary
+
+
+def test_the_relay_sees_ciphertext() -> None:
+    row = np.zeros(20_000, np.int64)
+    assert looks_uniform(np.frombuffer(share(POSTS["site 0"], fresh(), row, terms_of(20_000))[-160_000:], np.uint8))
+
+
+def test_an_aggregators_part_of_the_opening_is_uniform() -> None:
+    rows, terms, scope = rows_of(3, 20_000), terms_of(20_000), fresh()
+    heard: dict[str, bytes] = {}
+    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+
+    def listening(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        answers = parties(op, payloads)
+        heard.update(answers)
+        return answers
+
+    relay(listening, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
+    results = [codec.decode(codec.as_bytes(codec.decode(heard[name])[1]["result"]))[1]["part"] for name in PARTIES]
+    parts = [result.numpy() for result in results]
+    assert all(looks_uniform(part) for part in parts) and looks_uniform(parts[0] + parts[1])
+    assert not looks_uniform(sum(parts))
+
+
+# parties that misbehave ---------------------------------------------------------------------------------------------
+
+
+def tampered(change: Callable[[bytes], bytes]) -> dict[str, str]:
+    """Return who is excluded, and why, where one upload is changed on the way."""
+    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
+    uploads["site 1"] = change(uploads["site 1"])
+    parties = {name: Aggregator(POSTS[name], terms) for name in PARTIES}
+    opened = relay(in_turn(parties), scope, uploads, terms)
+    assert (opened.total_M == sum(row for name, row in rows.items() if name not in opened.excluded)).all()
+    return opened.excluded
+
+
+CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "hidden bit": (lambda u: u[:-5] + bytes([u[-5] ^ 1]) + u[-4:], "changed on the way"),
+    "envelope bit": (lambda u: u[:400] + bytes([u[400] ^ 1]) + u[401:], "cannot be used"),
+    "cut": (lambda u: u[:-8], "cannot be read"),
+    "empty": (lambda u: b"", "cannot be read"),
+    "longer": (lambda u: u + b"x", "cannot be read"),
+    "garbage": (lambda u: b"mfs1" + bytes(100), "cannot be read"),
+    "claims more": (lambda u: u[:18] + b"\xff" * 8 + u[26:], "cannot be"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_upload_is_left_out_by_its_reason(name: str) -> None:
+    change, reason = CHANGES[name]
+    excluded = tampered(change)
+    assert list(excluded) == ["site 1"] and reason in excluded["site 1"]
+
+
+def test_another_round_sender_or_time_is_refused() -> None:
+    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
+    stale = share(POSTS["site 1"], Scope("study", "run", 10**6), rows["site 1"], terms)
+    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+    opened = relay(parties, scope, uploads | {"site 1": stale, "site 2": uploads["site 3"]}, terms)
+    assert set(opened.excluded) == {"site 1", "site 2"} and "round=1000000" in opened.excluded["site 1"]
+    with pytest.raises(AbortError, match="came twice"):  # the same shares are never opened again
+        relay(parties, scope, uploads, terms)
+
+
+def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the left and the right party different seeds for the share that both hold."""
+    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
+    real, calls = three_party.seal, count()
+
+    def split(to: Any, plain: bytes, purpose: bytes) -> bytes:
+        return real(to, bytes(32) + plain[32:] if next(calls) == 0 else plain, purpose)
+
+    monkeypatch.setattr(three_party, "seal", split)
+    uploads["site 0"] = share(POSTS["site 0"], scope, rows["site 0"], terms)
+    monkeypatch.undo()
+    opened = relay(in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES}), scope, uploads, terms)
+    assert opened.excluded == {"site 0": "it gave two aggregators different shares"}
+
+
+Tamper = Callable[[int, dict[str, bytes]], dict[str, bytes]]
+
+
+def swap(payloads: dict[str, bytes]) -> dict[str, bytes]:
+    one, two, three = PARTIES
+    return {one: payloads[two], two: payloads[one], three: payloads[three]}
+
+
+FAULTS: dict[str, Tamper] = {
+    "dropped": lambda step, p: {n: codec.encode({}) if step == 4 and n == "left" else m for n, m in p.items()},
+    "reordered": lambda step, p: swap(p) if step == 3 else p,
+    "flipped": lambda step, p: {n: m[:-1] + bytes([m[-1] ^ 1]) if step == 5 else m for n, m in p.items()},
+    "no greeting": lambda step, p: {n: codec.encode({}) if step == 0 else m for n, m in p.items()},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_relay_that_meddles_ends_the_round_and_the_next_one_runs(fault: str) -> None:
+    rows, terms, scope, steps = rows_of(3, 30), terms_of(30), fresh(), count()
+    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+
+    def meddling(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        return parties(op, FAULTS[fault](next(steps), dict(payloads)) if op == "step" else payloads)
+
+    def uploads(scope: Scope) -> dict[str, bytes]:
+        return {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
+
+    with pytest.raises(AbortError, match=r"left|middle|right"):
+        relay(meddling, scope, uploads(scope), terms)
+    again = fresh()
+    assert (relay(parties, again, uploads(again), terms).total_M == sum(rows.values())).all()
+
+
+def test_messages_of_an_earlier_attempt_do_not_count() -> None:
+    rows, terms, scope, kept = rows_of(3, 30), terms_of(30), fresh(), dict[int, Mapping[str, bytes]]()
+    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+
+    def attempt(replay: bool) -> None:
+        steps = count()
+
+        def asked(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+            if op != "step":
+                return parties(op, payloads)
+            step = next(steps)
+            return parties(op, kept[step] if replay and step == 2 else kept.setdefault(step, payloads))
+
+        relay(asked, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
+
+    attempt(replay=False)
+    with pytest.raises(AbortError):
+        attempt(replay=True)
+
+
+def test_an_aggregator_that_lies_about_its_coin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, terms, scope = rows_of(3, 30), terms_of(30), fresh()
+    real = three_party._Line.swap
+
+    def swap_coins(self: Any, sent: Mapping[str, bytes]) -> Any:
+        liar = self.step == 0 and self.place == 1
+        return (yield from real(self, dict.fromkeys(sent, bytes(32)) if liar else sent))
+
+    monkeypatch.setattr(three_party._Line, "swap", swap_coins)
+    with pytest.raises(AbortError, match="'middle' opened another coin"):
+        run_protocol(POSTS, scope, rows, terms)
+
+
+def test_a_stopped_or_babbling_aggregator_ends_the_round() -> None:
+    rows, terms = rows_of(3, 30), terms_of(30)
+    for noise in (b"", b"garbage", codec.encode({"done": True})):
+        scope = fresh()
+        parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+
+        def ill(op: str, payloads: Mapping[str, bytes], said: bytes = noise, ask: Any = parties) -> Mapping[str, bytes]:
+            return {**ask(op, payloads), **({"middle": said} if op == "step" else {})}
+
+        with pytest.raises(AbortError, match=r"left|middle|right"):
+            relay(ill, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
+
+
+def test_a_row_of_another_kind_is_refused_at_its_client() -> None:
+    for row in (np.zeros(29, np.int64), np.zeros(30), np.zeros((1, 30), np.int64)):
+        with pytest.raises(PlanError, match=r"int64 \(30,\)"):
+            share(POSTS["site 0"], fresh(), row, terms_of(30))
+
+
+@given(st.binary(max_size=300), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_no_bytes_crash_a_decoder(data: bytes, prefixed: bool) -> None:
+    data = b"mfs1" + data if prefixed else data
+    party = Aggregator(POSTS["left"], terms_of(30))
+    with pytest.raises(CodecError):
+        party._opened_one(Scope("study", "run", 1), "site 0", data)
+    for op in ("begin", "upload", "step", "sing"):
+        with pytest.raises(MedfedError):
+            party.handle(op, data)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_changed_byte_never_passes(data: st.DataObject) -> None:
+    terms, scope = terms_of(20), fresh()
+    upload = bytearray(share(POSTS["site 0"], scope, rows_of(1, 20)["site 0"], terms))
+    at = data.draw(st.integers(0, 1200)) % len(upload)  # an envelope's length is not always the same
+    upload[at] ^= data.draw(st.integers(1, 255))
+    refusals = 0
+    for name in PARTIES:
+        try:
+            Aggregator(POSTS[name], terms)._opened_one(scope, "site 0", bytes(upload))
+        except CodecError:
+            refusals += 1
+    assert refusals >= 1
