@@ -109,12 +109,12 @@ class Masked:
 
     post: Post
     run: str
-    choose: Callable[[Sequence[str]], masking.Terms]
+    choose: Callable[[Sequence[str], int], masking.Terms]
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Play the five phases with the clients, and combine the rows of those who stayed."""
         talk = _Talk(plan, fleet, number)
-        server = masking.Server(self.post, self.choose(clients), Scope(plan.study.digest(), self.run, number))
+        server = masking.Server(self.post, self.choose(clients, number), Scope(plan.study.digest(), self.run, number))
         keys = server.keys(talk.ask("keys", clients, told=clients))
         boxes = server.shares(talk.ask("shares", clients, keys))
         for name, box in boxes.items():
@@ -209,10 +209,10 @@ def _masked(plan: Plan, sites: Sequence[Site], run: str) -> Masked:
     keys = [Identity.new(site.name, "site") for site in sites]
     roster = Roster.of(server.public, *(one.public for one in keys))
 
-    def choose(clients: Sequence[str]) -> masking.Terms:
+    def choose(clients: Sequence[str], round: int) -> masking.Terms:
         n, stay = len(clients), threshold(plan.study, len(clients))
         liars = math.floor(plan.study.security.colluding * n)
-        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars)
+        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars, f"{run} {round}".encode())
 
     for site, key in zip(sites, keys, strict=True):
         weight = 1 if plan.joint else int(plan.weight(site.name))

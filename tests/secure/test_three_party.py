@@ -132,7 +132,7 @@ def test_without_the_check_the_same_rows_do_harm(attack: str, monkeypatch: pytes
 
 def test_where_squares_would_wrap_projections_still_bound_a_row() -> None:
     wide = terms_of(100, 2.0**35)
-    assert not wide.exact and terms_of(100).exact
+    assert not wide.exact and terms_of(100).exact and wide.reach >= 5.5 * 2**35
     rows = rows_of(4, 100, norm=2.0**35)
     bad = rows | {"site 1": rows["site 1"] * 40}
     assert run_protocol(POSTS, fresh(), bad, wide).excluded == {"site 1": "its row is out of bound"}
@@ -226,7 +226,7 @@ def test_a_changed_upload_is_left_out_by_its_reason(name: str) -> None:
 
 
 def test_another_round_sender_or_time_is_refused() -> None:
-    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    rows, terms, scope = rows_of(5, 50), terms_of(50, least=3), fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
     stale = share(POSTS["site 1"], Scope("study", "run", 10**6), rows["site 1"], terms)
     parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})

@@ -49,7 +49,7 @@ class Masker:
     study: str
     run: str
     server: str
-    choose: Callable[[Sequence[str]], masking.Terms]
+    choose: Callable[[Sequence[str], int], masking.Terms]
     weight: int = 1
     _client: masking.Client | None = None
     _round: int = 0
@@ -65,7 +65,7 @@ class Masker:
         """Play a phase: see `masking`. For "keys" the members of the round are told, else one message."""
         if phase == "keys":
             scope = Scope(self.study, self.run, round)
-            self._client, self._round = masking.Client(self.post, self.choose(told), scope, self.server), round
+            self._client, self._round = masking.Client(self.post, self.choose(told, round), scope, self.server), round
             return self._client.keys()
         client = self._of(round)
         match phase:

@@ -8,19 +8,19 @@ One round, as `Aggregator.rounds` plays it:
 
 1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a fresh seed;
 2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
-3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T), and x.x <= B^2;
+3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <= B^2;
 4. open one bit a row, 1 for every row within the bound;
 5. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
 
-Why step 3 holds (B: the norm that a client may send, in grid steps; T = 2^k >= 6.5 B).
-- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2) < 10^-18, as entries are subgaussian with
-  proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
+Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
+- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of them, as entries are
+  subgaussian with proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
 - No number of a row that passes is above 2T: if |x_i| > 2T (centred mod 2^64), of the three values s, s + x_i, s - x_i
   that a projection takes with odds 2:1:1, s excludes both others. So it passes with probability at most 1/2 each time,
   2^-128 in all. Hence no projection wraps.
 - Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1 - h)^2 / 3. At
-  h = .236 a row of |x|^2 > 8.5 T^2 passes 128 times with probability below 2^-40.
-- Where 8.5 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.92 T is proven
+  h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
+- Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.94 T, 16 B, is proven
   (`Terms.exact` says which).
 
 Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three that follow the
@@ -73,18 +73,18 @@ class Terms:
     min_group: int = 2
 
     @property
-    def power(self) -> int:
-        """k of T = 2^k, the projections' bound."""
-        return max(1, math.ceil(math.log2(6.5 * self.bound)))
+    def reach(self) -> int:
+        """T, the projections' bound."""
+        return math.ceil(5.5 * self.bound)
 
     @property
     def exact(self) -> bool:
         """Whether the norm is compared exactly, and not by projections alone."""
-        return 8.5 * 4.0**self.power < 2.0**63
+        return 8.6 * float(self.reach) ** 2 < 2.0**63
 
     def check(self) -> None:
         """Raise PlanError where projections of honest rows could wrap."""
-        if self.power > 60 or self.length * 2.0 ** (self.power + 1) >= 2.0**63:
+        if self.length * 2.0 * self.reach >= 2.0**62:
             raise PlanError(
                 f"rows of {self.length:,} numbers and norm {self.bound:g} steps; expected room below 2^63 for their "
                 "projections. Lower security.fraction_bits, or declare smaller sites."
@@ -328,7 +328,7 @@ class Aggregator:
 
     def _check(self, line: "_Line", held: Sequence[_Held], public: bytes) -> Generator[Sends, Sends, NDArray[np.bool_]]:
         """Return whether each row is within its bound: step 3 and 4."""
-        K, T = len(held), 1 << self.terms.power
+        K, T = len(held), self.terms.reach
         p_KJ, square_K = np.zeros((K, J), np.uint64), np.zeros(K, np.uint64)
         draw = sha256(b"projections" + public).digest()
         for start in range(0, self.terms.length, _COLUMNS):
@@ -341,15 +341,12 @@ class Aggregator:
         own = np.concatenate([p_KJ, square_K[:, None] + line.zero(K)[:, None]], 1)
         other = yield from line.from_right(own)  # the linear part its right neighbour could have computed for us
         pair = _Pair(own, other)
-        # what must not be negative: T + p and, above, bits beyond 2T; B^2 - x.x has its top bit set where too large
-        limit = np.uint64(int(self.terms.bound**2)) if self.terms.exact else np.uint64(0)
-        sign = np.ones(J + 1, np.uint64)
-        sign[J] = np.uint64(2**64 - 1)  # -1
-        pair = pair.times(sign).plus(np.array([T] * J + [limit], np.uint64), self.place)
-        bits = yield from line.to_bits(pair)
-        keep = np.full(J + 1, ~np.uint64((1 << (self.terms.power + 1)) - 1))
-        keep[J] = np.uint64(1 << 63) if self.terms.exact else np.uint64(0)
-        bad_K = _parities(bits.masked(keep), sha256(b"parities" + public).digest())
+        # what must not be negative, so that no top bit is set: T + p, T - p and B^2 - x.x
+        limit = int(self.terms.bound**2) if self.terms.exact else 0
+        sign, base = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64), np.array([T] * 2 * J + [limit], np.uint64)
+        words = pair.columns([*range(J), *range(J + self.terms.exact)]).times(sign[: 2 * J + self.terms.exact])
+        bits = yield from line.to_bits(words.plus(base[: 2 * J + self.terms.exact], self.place))
+        bad_K = _parities(bits.masked(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
         for d in (32, 16, 8, 4, 2, 1):
             lower = bad_K.shift(-d)
             both = yield from line.both(bad_K, lower)
@@ -373,6 +370,9 @@ class _Pair:
     def plus(self, constant: Words, place: int) -> "_Pair":
         """Add a public constant: share 0 carries it."""
         return _Pair(self.first + constant * (place == 0), self.second + constant * (place == 2))
+
+    def columns(self, chosen: Sequence[int]) -> "_Pair":
+        return _Pair(self.first[:, chosen], self.second[:, chosen])
 
     def xor(self, other: "_Pair") -> "_Pair":
         return _Pair(self.first ^ other.first, self.second ^ other.second)

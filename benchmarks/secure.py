@@ -1,0 +1,123 @@
+"""Secure aggregation: seconds, bytes and memory of a round, all parties in one process; accuracy under it.
+
+    python benchmarks/secure.py [--accuracy]
+
+Three parties: clients share, aggregators check every row in secret and open the sum. Masked: a tenth of the clients
+drop
+out before their rows arrive. `--accuracy` runs the breast-cancer study on 20 seeds in each way besides.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+import numpy as np
+from common import write_result
+
+import medfed
+from medfed import study as studies
+from medfed.secure import masking, three_party
+from medfed.secure.identity import Identity, Post, Roster, Scope
+
+PARTIES = ("first", "second", "third")
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--accuracy", action="store_true")
+    options = parser.parse_args()
+    found: dict[str, object] = {}
+    for clients, numbers, times, aim in ((10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)):
+        seconds, carried = zip(*(three(clients, numbers, n) for n in range(times)), strict=True)
+        middle = statistics.median(seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"three-party n={clients} M={numbers:,}: {middle:.2f} s (aim {aim}), "
+            f"upload {carried[0]:.3f} x, {peak:.2f} GiB"
+        )
+        found[f"three-party {clients} x {numbers}"] = {"seconds": seconds, "upload_ratio": carried[0], "peak_gib": peak}
+    client, unmask, ratio = zip(*(masked(50, 200_000) for _ in range(3)), strict=True)
+    print(
+        f"masked n=50 M=200,000: client {1e3 * statistics.median(client):.0f} ms (aim 50), "
+        f"unmask {statistics.median(unmask):.2f} s (aim 1), upload {ratio[0]:.3f} x"
+    )
+    found["masked 50 x 200000"] = {"client_seconds": client, "unmask_seconds": unmask, "upload_ratio": ratio[0]}
+    if options.accuracy:
+        found["accuracy"] = accuracy()
+    write_result("secure", found)
+
+
+def rows_of(names: list[str], numbers: int) -> dict[str, np.ndarray]:
+    """Return rows of norm 2^24."""
+    random = np.random.default_rng(0)
+    return {name: (random.standard_normal(numbers) * 2**24 * 0.9 / numbers**0.5).astype(np.int64) for name in names}
+
+
+def posts_of(names: list[str]) -> dict[str, Post]:
+    """Return parties that know each other."""
+    keys = [Identity.new(name, "site") for name in names]
+    roster = Roster.of(*(key.public for key in keys))
+    return {key.name: Post(key, roster) for key in keys}
+
+
+def three(clients: int, numbers: int, round: int) -> tuple[float, float]:
+    """Return seconds of a round, and bytes of an upload over a plain row's."""
+    names = [f"site {i}" for i in range(clients)]
+    rows, posts = rows_of(names, numbers), posts_of([*names, *PARTIES])
+    terms = three_party.Terms(numbers, 2.0**24, PARTIES)
+    began = time.perf_counter()
+    opened = three_party.run_protocol(posts, Scope("study", "run", round), rows, terms)
+    seconds = time.perf_counter() - began
+    assert (opened.total_M == sum(rows.values())).all()
+    upload = three_party.share(posts[names[0]], Scope("study", "run", 10**6), rows[names[0]], terms)
+    return seconds, len(upload) / (8 * numbers)
+
+
+def masked(clients: int, numbers: int) -> tuple[float, float, float]:
+    """Return seconds of one client's whole work, of the server's unmasking, and bytes of an upload over a row's."""
+    names = sorted(f"site {i:02d}" for i in range(clients))
+    rows, posts, scope = rows_of(names, numbers), posts_of([*names, "server"]), Scope("study", "run", 1)
+    terms = masking.Terms.choose(names, numbers, 0.1, clients * 3 // 10, b"round 1")
+    server = masking.Server(posts["server"], terms, scope)
+    parties = {name: masking.Client(posts[name], terms, scope, "server") for name in names}
+    spent, watched = 0.0, names[-1]
+
+    def each(work: object, among: list[str]) -> dict[str, bytes]:
+        nonlocal spent
+        found = {}
+        for name in among:
+            began = time.perf_counter()
+            found[name] = work(name)  # type: ignore[operator]
+            spent += (time.perf_counter() - began) * (name == watched)
+        return found
+
+    keys = server.keys(each(lambda n: parties[n].keys(), names))
+    boxes = server.shares(each(lambda n: parties[n].share(keys), names))
+    stay = names[clients // 10 :]
+    sent = each(lambda n: parties[n].mask(boxes[n], rows[n]), stay)
+    told = server.rows(sent)
+    confirmed = server.confirm(each(lambda n: parties[n].confirm(told, b"model"), stay))
+    given = each(lambda n: parties[n].unmask(confirmed), stay)
+    began = time.perf_counter()
+    total_M, _ = server.unmask(given)
+    unmask = time.perf_counter() - began
+    assert (total_M == sum(rows[name] for name in stay)).all()
+    return spent, unmask, len(sent[watched]) / (8 * numbers)
+
+
+def accuracy(seeds: int = 20) -> dict[str, object]:
+    """Return mean and deviation of test accuracy over seeds, by way of aggregation, at the study's epsilon."""
+    base = studies.load("breast-cancer").set("monitor.baselines", False).set("monitor.evaluate_every", 30)
+    found: dict[str, object] = {}
+    for way in ("plain", "three-party", "masked"):
+        study = base.set("security.aggregation", way)
+        every = [medfed.simulate(study.set("study.seed", seed)).summary["test"]["accuracy"] for seed in range(seeds)]
+        print(f"accuracy, {way}: {np.mean(every):.4f} +- {np.std(every):.4f}")
+        found[way] = every
+    return found
+
+
+if __name__ == "__main__":
+    main()
