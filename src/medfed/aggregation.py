@@ -9,11 +9,14 @@ K clients, M numbers in a row.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import CodecError, QuorumError, SiteError
 from medfed.core.entropy import Integers
@@ -82,6 +85,7 @@ class ThreeParty:
     ask: three_party.Ask
     run: str
     terms: three_party.Terms
+    trail: Trail | None = None
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
@@ -91,6 +95,7 @@ class ThreeParty:
         scope = Scope(plan.study.digest(), self.run, number)
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
         opened = three_party.relay(self.ask, scope, sent, self.terms)
+        _record(self.trail, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
         return Answer(
             names=[name for name in clients if name in set(opened.accepted)],
             reports=reports,
@@ -110,6 +115,7 @@ class Masked:
     post: Post
     run: str
     choose: Callable[[Sequence[str], int], masking.Terms]
+    trail: Trail | None = None
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Play the five phases with the clients, and combine the rows of those who stayed."""
@@ -122,12 +128,14 @@ class Masked:
         replies = gather(fleet, [name for name in boxes if name not in talk.lost], "work", payload, talk.deadline)
         reports, uploads, refused = read(replies, plan, "upload")
         talk.lost |= refused
-        survivors = server.rows({name: codec.as_bytes(upload) for name, upload in uploads.items()})
+        sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
+        survivors = server.rows(sent)
         enough(plan, number, uploads, clients, talk.lost)
         confirmed = server.confirm(talk.ask("confirm", list(uploads), survivors))
         total_M, stayed = server.unmask(talk.ask("unmask", list(uploads), confirmed))
         names = [name for name in clients if name in stayed]
         refusals = {name: str(error) for name, error in server.refused.items()}
+        _record(self.trail, number, sent, total_M, names, talk.lost | refusals)
         return Answer(
             names=names,
             reports=reports,
@@ -169,6 +177,21 @@ class _Talk:
         return found
 
 
+def _record(
+    trail: Trail | None,
+    number: int,
+    sent: Mapping[str, bytes],
+    total_M: Integers,
+    names: Sequence[str],
+    excluded: Mapping[str, str],
+) -> None:
+    """Write into the trail what was opened: hashes of all uploads and of the sum, who is in it, who is not and why."""
+    if trail:
+        uploads = {name: sha256(upload).hexdigest() for name, upload in sent.items()}
+        facts = {"round": number, "accepted": list(names), "excluded": dict(excluded), "uploads": uploads}
+        trail.append("opened sum", {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})
+
+
 def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
     """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is of."""
     combined_M = torch.from_numpy(total_M)
@@ -179,16 +202,22 @@ def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) 
     return combined_M
 
 
-def introduced(plan: Plan, sites: Sequence[Site], run: str) -> Aggregation:
-    """Return how rows come together in a run whose parties all live in this process.
+def introduced(plan: Plan, sites: Sequence[Site], run: str, folder: Path | None = None) -> Aggregation:
+    """Return how rows come together in a run whose parties all live in this process; `folder` gets their trail.
 
     Each party makes keys of its own, which end with the process, and all are on one roster: the consortium's approval
     is played. The aggregators take the weights and the noise from the plan, never from a message.
     """
     if plan.study.security.aggregation == "plain":
         return PLAIN
+    coordinator = Identity.new("coordinator", "coordinator")
+    trail = None
+    if folder:
+        path = folder / "trail" / "trail.jsonl"
+        trail = Trail.open(path, coordinator.name, coordinator.public.signing, coordinator.sign)
+        trail.append("study", {"digest": plan.study.digest(), "run": run, "parties": [site.name for site in sites]})
     if plan.study.security.aggregation == "masked":
-        return _masked(plan, sites, run)
+        return _masked(plan, sites, run, coordinator, trail)
     names = plan.study.security.aggregators
     keys = [Identity.new(site.name, "site") for site in sites] + [Identity.new(name, "aggregator") for name in names]
     roster = Roster.of(*(one.public for one in keys))
@@ -201,11 +230,10 @@ def introduced(plan: Plan, sites: Sequence[Site], run: str) -> Aggregation:
     noise = noise_share(g, 2) if g is not None and plan.joint and not g.simulation_only else None
     weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
     parties = {name: three_party.Aggregator(posts[name], terms, noise, weights) for name in names}
-    return ThreeParty(three_party.in_turn(parties), run, terms)
+    return ThreeParty(three_party.in_turn(parties), run, terms, trail)
 
 
-def _masked(plan: Plan, sites: Sequence[Site], run: str) -> Masked:
-    server = Identity.new("coordinator", "coordinator")
+def _masked(plan: Plan, sites: Sequence[Site], run: str, server: Identity, trail: Trail | None) -> Masked:
     keys = [Identity.new(site.name, "site") for site in sites]
     roster = Roster.of(server.public, *(one.public for one in keys))
 
@@ -217,7 +245,7 @@ def _masked(plan: Plan, sites: Sequence[Site], run: str) -> Masked:
     for site, key in zip(sites, keys, strict=True):
         weight = 1 if plan.joint else int(plan.weight(site.name))
         site.party = Masker(Post(key, roster), plan.study.digest(), run, server.name, choose, weight)
-    return Masked(Post(server, roster), run, choose)
+    return Masked(Post(server, roster), run, choose, trail)
 
 
 def terms_of(plan: Plan) -> three_party.Terms:

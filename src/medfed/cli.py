@@ -19,6 +19,9 @@ app.add_typer(data_app, name="data")
 privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
 app.add_typer(privacy_app, name="privacy")
 
+trail_app = typer.Typer(no_args_is_help=True, help="What happened in a run, signed and chained.")
+app.add_typer(trail_app, name="trail")
+
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
@@ -203,6 +206,19 @@ def data_show(
         console.print(table)
     if figure:
         console.print(f"figure: {figure}", highlight=False)
+
+
+@trail_app.command("verify")
+def trail_verify(run: RunFolder, as_json: AsJson = False) -> None:
+    """Check every line of a run's trail: its signature, the line before it, and the head that summary.json holds."""
+    from medfed import runs
+
+    found = runs.verify_trail(run)
+    if as_json:
+        print(json.dumps({"entries": found.entries, "head": found.head}))
+        return
+    kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in found.entries))
+    _console().print(f"{len(found.entries)} lines hold ({kinds})\nhead {found.head}", highlight=False, soft_wrap=True)
 
 
 @privacy_app.command("plan")

@@ -30,6 +30,8 @@ from medfed import checkpoints, claims
 from medfed import study as studies
 from medfed.aggregation import introduced, who_sees
 from medfed.algorithms import Server
+from medfed.compliance import trail
+from medfed.compliance.trail import Verified
 from medfed.core import codec, files
 from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError
 from medfed.core.flat import Layout
@@ -49,6 +51,7 @@ from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger
 from medfed.round import run_round, test
+from medfed.secure.identity import holds
 from medfed.site import Site
 from medfed.study import Privacy, Security, Study
 
@@ -247,6 +250,13 @@ def ledger_accounts(place: Path | None, delta: float) -> dict[str, Any]:
         return {"delta": delta, "head": ledger.head(), "charges": len(ledger.rows()), "accounts": spent}
 
 
+def verify_trail(folder: Path) -> Verified:
+    """Return a run's trail, its head compared with summary.json's; raise TrailError where it does not hold."""
+    summary = folder / "summary.json"
+    head = json.loads(summary.read_text()).get("trail", {}).get("head", "") if summary.exists() else ""
+    return trail.verify(folder / "trail" / "trail.jsonl", holds, head)
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Encoded rows of every site: site -> (x [n, M] float32, y [n])."""
@@ -303,7 +313,7 @@ def _drive(
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
-    aggregation = introduced(plan, sites, run)
+    aggregation = introduced(plan, sites, run, folder)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
@@ -338,6 +348,9 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
+        if written := getattr(aggregation, "trail", None):
+            written.append("finished", {"rounds": server.round, "status": summary["status"]})
+            summary["trail"] = {"entries": written.number, "head": written.head}
         if plan.guarantee:
             claim = claims.claim(plan, budget, sites[0].account)
             files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))

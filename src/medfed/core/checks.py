@@ -11,6 +11,7 @@ MedfedError
 ├── SiteError        a site could not do what it was asked; the reason holds no patient data
 ├── QuorumError      too few sites answered for the round to count
 │   └── AbortError        a secure round ended without opening anything; the reason names the party
+├── TrailError       a trail cannot be written, or was changed
 ├── RunError         a run folder, checkpoint or model file cannot be used
 ├── LedgerError      a budget ledger cannot be read, written or trusted
 └── BudgetError      the patients' privacy budget does not bear what is asked
@@ -46,6 +47,10 @@ class SiteError(MedfedError):
 
 class QuorumError(MedfedError):
     """Too few sites answered for the round to count."""
+
+
+class TrailError(MedfedError):
+    """A trail cannot be written, or was changed."""
 
 
 class RunError(MedfedError):

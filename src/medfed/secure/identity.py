@@ -94,6 +94,15 @@ def verify(public: Public, signature: bytes, data: bytes) -> None:
         raise SignatureError(f"{public.name!r} did not sign this; ask the sender again, or check its keys") from error
 
 
+def holds(signing: bytes, signature: bytes, data: bytes) -> bool:
+    """Say whether the owner of the Ed25519 key `signing` signed the data."""
+    try:
+        Ed25519PublicKey.from_public_bytes(signing).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
 class Roster(Mapping[str, Public]):
     """The parties that the consortium approved, by name; a revoked one is refused by name."""
 

@@ -1,0 +1,130 @@
+"""The trail: what happened in a run, line by line, signed and chained so that a later change shows.
+
+A line is a JSON object with the sha256 of the line before and its writer's signature. Who writes first tells its public
+key (kind "opened"); a resumed run opens again with a new key. So what is changed, removed, added or put in another
+order is found; a trail that was cut at its end, or written anew from the start, is found by its head, the hash of the
+last line, where that is kept elsewhere (summary.json).
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from medfed.core.checks import TrailError
+
+_FIRST = "0" * 64
+_FIELDS = ("number", "time", "writer", "kind", "facts", "previous", "signature")
+
+
+@dataclass
+class Trail:
+    """A trail that is being written by one party."""
+
+    path: Path
+    writer: str
+    sign: Callable[[bytes], bytes]
+    number: int = 0
+    head: str = _FIRST
+
+    @classmethod
+    def open(cls, path: Path, writer: str, public: bytes, sign: Callable[[bytes], bytes]) -> "Trail":
+        """Begin a trail, or go on with one; its first line says with which key, `public`, the next are signed.
+
+        A last line that a crash tore is cut off, and the opening line says so. Raises TrailError where what is there
+        cannot be read.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else b""
+        whole, torn = before[: before.rfind(b"\n") + 1], len(before) - before.rfind(b"\n") - 1
+        if torn:
+            os.truncate(path, len(whole))
+        lines = whole.splitlines()
+        trail = cls(path, writer, sign, len(lines), sha256(lines[-1]).hexdigest() if lines else _FIRST)
+        trail.append("opened", {"public": public.hex()} | ({"torn_bytes": torn} if torn else {}))
+        return trail
+
+    def append(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Write a line; it is on disk when this returns."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        entry = {"number": self.number, "time": time, "writer": self.writer, "kind": kind, "facts": facts}
+        entry["previous"] = self.head
+        line = json.dumps({**entry, "signature": self.sign(_signed(entry)).hex()}, allow_nan=False).encode()
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrailError(f"{self.path} cannot be written: {error.strerror}. Free the disk, then resume.") from error
+        self.number, self.head = self.number + 1, sha256(line).hexdigest()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A trail that holds: its entries, and its head."""
+
+    entries: list[dict[str, Any]]
+    head: str
+
+
+def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str = "") -> Verified:
+    """Return a trail's entries where every line follows the one before and is signed; `head` is known elsewhere.
+
+    `check(public, signature, data)` says whether a signature holds. Raises TrailError with the first line that does not.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TrailError(f"{path} cannot be read: {error.strerror}. Give a run whose rows nobody sees.") from error
+    entries: list[dict[str, Any]] = []
+    previous, keys = _FIRST, dict[str, bytes]()
+    for number, line in enumerate(data.split(b"\n")[:-1]):
+        entry = _entry(path, number, line, previous)
+        if entry["kind"] == "opened":
+            keys[entry["writer"]] = _bytes(entry["facts"].get("public"))
+        signature = _bytes(entry.pop("signature"))
+        if entry["writer"] not in keys or not check(keys[entry["writer"]], signature, _signed(entry)):
+            raise TrailError(
+                f"{path}, line {number + 1}: {entry['writer']!r} did not sign it; the trail was changed here"
+            )
+        entries.append(entry)
+        previous = sha256(line).hexdigest()
+    if not data.endswith(b"\n"):
+        raise TrailError(f"{path}, line {len(entries) + 1}: cut off; a crash tore it, or somebody did. Resume the run.")
+    if head and head != previous:
+        raise TrailError(
+            f"{path}: its last line has hash {previous[:16]}..., expected {head[:16]}...; lines are missing"
+        )
+    return Verified(entries, previous)
+
+
+def _entry(path: Path, number: int, line: bytes, previous: str) -> dict[str, Any]:
+    where = f"{path}, line {number + 1}"
+    try:
+        entry = json.loads(line)
+        kinds = {"number": int, "writer": str, "kind": str, "facts": dict, "time": str}
+        if not isinstance(entry, dict) or tuple(entry) != _FIELDS:
+            raise ValueError(f"expected the fields {', '.join(_FIELDS)}")
+        if not all(type(entry[name]) is kind for name, kind in kinds.items()):
+            raise ValueError("a field of another kind")
+    except (ValueError, RecursionError) as error:
+        raise TrailError(f"{where}: no entry ({error}); the trail was changed here") from error
+    if entry["number"] != number or entry["previous"] != previous:
+        raise TrailError(f"{where}: does not follow the line before; a line was changed, removed, added or moved")
+    return entry
+
+
+def _signed(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(["medfed trail 1", entry], sort_keys=True, separators=(",", ":")).encode()
+
+
+def _bytes(text: object) -> bytes:
+    try:
+        return bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        return b""
