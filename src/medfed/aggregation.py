@@ -307,9 +307,7 @@ def enough(
 def who_sees(plan: Plan) -> dict[str, str]:
     """Return what each party could see of the rows, one line each: see docs/threat-model.md."""
     noised = plan.guarantee is not None and not plan.guarantee.simulation_only
-    joint = (
-        "with its noise, the sum" if noised and plan.joint else "the sum of noised rows" if noised else "the bare sum"
-    )
+    joint = "the noised sum" if noised and plan.joint else "the sum of noised rows" if noised else "the bare sum"
     match plan.study.security.aggregation:
         case "masked":
             return {

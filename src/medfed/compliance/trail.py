@@ -75,7 +75,7 @@ class Verified:
 def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str = "") -> Verified:
     """Return a trail's entries where every line follows the one before and is signed; `head` is known elsewhere.
 
-    `check(public, signature, data)` says whether a signature holds. Raises TrailError with the first line that does not.
+    `check(public, signature, data)` says whether a signature holds. Raises TrailError naming the first line that fails.
     """
     try:
         data = path.read_bytes()
