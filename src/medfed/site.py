@@ -180,9 +180,10 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
                 )
         promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
     tables = [_table(site) for site in sites]
+    links = links_of(sites[0].study, promised, list(header["declared"]))
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.guarantee = encoding, model, promised
-        site.links = links_of(site.study, promised, list(header["declared"]))
+        site.links = links
         held = torch.tensor(table.test)
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held), rows.at(held)
