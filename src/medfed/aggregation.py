@@ -300,7 +300,8 @@ def enough(
     if len(rows) < math.ceil(quorum * len(clients) - 1e-9):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
         raise QuorumError(
-            f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}. {reasons}"
+            f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}. {reasons}",
+            why,
         )
 
 

@@ -42,7 +42,12 @@ def run_round(
     task = plan.algorithm.task(server)
     header = {"round": number} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
     payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
-    answer = aggregation.collect(plan, fleet, clients, number, payload)
+    try:
+        answer = aggregation.collect(plan, fleet, clients, number, payload)
+    except QuorumError as error:
+        for name, reason in error.excluded.items():
+            log.emit(SiteExcluded(number, name, reason))
+        raise
     for name, reason in answer.excluded.items():
         log.emit(SiteExcluded(number, name, reason))
     rows, reports, replies, mean_M = answer.names, answer.reports, answer.replies, answer.combined_M

@@ -18,7 +18,7 @@ MedfedError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MedfedError(Exception):
@@ -46,7 +46,11 @@ class SiteError(MedfedError):
 
 
 class QuorumError(MedfedError):
-    """Too few sites answered for the round to count."""
+    """Too few sites answered for the round to count; `excluded` says why, by site."""
+
+    def __init__(self, text: str, excluded: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.excluded = dict(excluded or {})
 
 
 class TrailError(MedfedError):
