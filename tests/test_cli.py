@@ -184,6 +184,7 @@ def test_the_public_surface() -> None:
         "resume",
         "run",
         "simulate",
+        "verify_model_integrity",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing

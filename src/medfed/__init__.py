@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from medfed.models import MedicalNeuralNetwork
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
     from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
-    from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate
+    from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate, verify_model_integrity
     from medfed.study import Study
     from medfed.study import load as load_study
 
@@ -45,7 +45,7 @@ _HOMES = {
     "medfed.models": "MedicalNeuralNetwork",
     "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
     "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
-    "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate",
+    "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate verify_model_integrity",
     "medfed.study": "Study",
 }
 
@@ -77,6 +77,7 @@ __all__ = [
     "resume",
     "run",
     "simulate",
+    "verify_model_integrity",
 ]
 
 

@@ -7,24 +7,28 @@ K clients, M numbers in a row.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
+from medfed import federation
 from medfed.compliance.trail import Trail
 from medfed.core import codec
-from medfed.core.checks import CodecError, QuorumError, SiteError
+from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError
 from medfed.core.entropy import Integers
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.plan import Plan, cohort, threshold
 from medfed.privacy.guarantee import GRID, SLACK
-from medfed.secure import masking, three_party
-from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure import keys, masking, three_party
+from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
+from medfed.secure.models import Follower, Publisher
 from medfed.secure.party import Masker, Sharer
 from medfed.site import Site
 from medfed.wire import combine, finite, noise_share
@@ -83,19 +87,19 @@ class ThreeParty:
     """The coordinator relays shares that it cannot read; three aggregators check rows in secret and open the sum."""
 
     ask: three_party.Ask
-    run: str
+    publisher: Publisher
     terms: three_party.Terms
     trail: Trail | None = None
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
-        replies = gather(fleet, clients, "work", payload, plan.study.training.deadline)
+        replies = gather(fleet, clients, "work", _signed(self.publisher, number, payload), plan.study.training.deadline)
         reports, uploads, excluded = read(replies, plan, "upload")
         enough(plan, number, uploads, clients, excluded)
-        scope = Scope(plan.study.digest(), self.run, number)
+        scope = Scope(self.publisher.study, self.publisher.run, number)
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
         opened = three_party.relay(self.ask, scope, sent, self.terms)
-        _record(self.trail, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
+        _record(self.trail, self.publisher, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
         return Answer(
             names=[name for name in clients if name in set(opened.accepted)],
             reports=reports,
@@ -112,20 +116,21 @@ class ThreeParty:
 class Masked:
     """Rows travel under masks that cancel; the coordinator is the server of `masking`."""
 
-    post: Post
-    run: str
+    publisher: Publisher
     choose: Callable[[Sequence[str], int], masking.Terms]
     trail: Trail | None = None
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Play the five phases with the clients, and combine the rows of those who stayed."""
         talk = _Talk(plan, fleet, number)
-        server = masking.Server(self.post, self.choose(clients, number), Scope(plan.study.digest(), self.run, number))
+        mine = self.publisher
+        server = masking.Server(mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number))
         keys = server.keys(talk.ask("keys", clients, told=clients))
         boxes = server.shares(talk.ask("shares", clients, keys))
         for name, box in boxes.items():
             talk.ask("boxes", [name], box)
-        replies = gather(fleet, [name for name in boxes if name not in talk.lost], "work", payload, talk.deadline)
+        ready = [name for name in boxes if name not in talk.lost]
+        replies = gather(fleet, ready, "work", _signed(mine, number, payload), talk.deadline)
         reports, uploads, refused = read(replies, plan, "upload")
         talk.lost |= refused
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
@@ -135,7 +140,7 @@ class Masked:
         total_M, stayed = server.unmask(talk.ask("unmask", list(uploads), confirmed))
         names = [name for name in clients if name in stayed]
         refusals = {name: str(error) for name, error in server.refused.items()}
-        _record(self.trail, number, sent, total_M, names, talk.lost | refusals)
+        _record(self.trail, mine, number, sent, total_M, names, talk.lost | refusals)
         return Answer(
             names=names,
             reports=reports,
@@ -177,18 +182,26 @@ class _Talk:
         return found
 
 
+def _signed(publisher: Publisher, number: int, payload: bytes) -> bytes:
+    return codec.encode({"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))})
+
+
 def _record(
     trail: Trail | None,
+    publisher: Publisher,
     number: int,
     sent: Mapping[str, bytes],
     total_M: Integers,
     names: Sequence[str],
     excluded: Mapping[str, str],
 ) -> None:
-    """Write into the trail what was opened: hashes of all uploads and of the sum, who is in it, who is not and why."""
+    """Write into the trail what was opened: hashes of the model that was sent and the one before it, of all uploads and
+    of the sum; who is in it, who is not and why.
+    """
     if trail:
         uploads = {name: sha256(upload).hexdigest() for name, upload in sent.items()}
         facts = {"round": number, "accepted": list(names), "excluded": dict(excluded), "uploads": uploads}
+        facts |= {"model": publisher.model.hex(), "previous": publisher.previous.hex()}
         trail.append("opened sum", {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})
 
 
@@ -202,50 +215,107 @@ def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) 
     return combined_M
 
 
-def introduced(plan: Plan, sites: Sequence[Site], run: str, folder: Path | None = None) -> Aggregation:
+@dataclass(frozen=True)
+class Ring:
+    """The keys of a run whose parties all live in this process, and the roster that they are on."""
+
+    keys: Mapping[str, Identity]
+    roster: Roster
+    consortium: str = ""  # the fingerprint of the key that approved them; empty: keys made for this run
+
+    def post(self, name: str) -> Post:
+        """Return a party's way to send and to receive."""
+        return Post(self.keys[name], self.roster)
+
+
+def ring(plan: Plan) -> Ring | None:
+    """Return the keys of a run's parties: of the consortium's members, or made for this run; None for plain rows.
+
+    Raises SignatureError, RevokedError, KeyFileError or TrailError where a party's key file is not what the consortium
+    approved.
+    """
+    security = plan.study.security
+    if security.aggregation == "plain":
+        return None
+    roles = {"coordinator": "coordinator"} | dict.fromkeys(plan.participants, "site")
+    if security.aggregation == "three-party":
+        roles |= dict.fromkeys(security.aggregators, "aggregator")
+    if not security.federation:
+        made = {name: Identity.new(name, role) for name, role in roles.items()}
+        return Ring(made, Roster.of(*(one.public for one in made.values())))
+    place, passphrase = plan.study.folder / security.keys, os.environ.get("MEDFED_PASSPHRASE", "")
+    members = federation.read(plan.study.folder / security.federation, fingerprint=security.fingerprint)
+    held = {name: keys.load(place / f"{quote(name, safe=' ')}.key", passphrase) for name in roles}
+    for name, role in roles.items():
+        if members.roster[name] != held[name].public or held[name].role != role:
+            raise SignatureError(
+                f"{name!r}: the key file is not what the consortium approved as {role} "
+                f"({members.roster[name].role}, {members.roster[name].fingerprint}); request a rotation, or restore it"
+            )
+    return Ring(held, members.roster, members.authority.fingerprint)
+
+
+def introduced(
+    plan: Plan, sites: Sequence[Site], run: str, folder: Path | None = None, keys: Ring | None = None
+) -> Aggregation:
     """Return how rows come together in a run whose parties all live in this process; `folder` gets their trail.
 
-    Each party makes keys of its own, which end with the process, and all are on one roster: the consortium's approval
-    is played. The aggregators take the weights and the noise from the plan, never from a message.
+    Every site signs the study as it has it; one that has another is refused here. The aggregators take the weights and
+    the noise from the plan, never from a message.
     """
-    if plan.study.security.aggregation == "plain":
+    keys = keys or ring(plan)
+    if keys is None:
         return PLAIN
-    coordinator = Identity.new("coordinator", "coordinator")
+    study, coordinator = plan.study.digest(), keys.keys["coordinator"]
+    publisher = Publisher(keys.post("coordinator"), study, run)
+    follow = {site.name: Follower(keys.post(site.name), site.study.digest(), run, coordinator.name) for site in sites}
+    signed = _agreed(publisher, follow, keys.roster)
     trail = None
     if folder:
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, coordinator.name, coordinator.public.signing, coordinator.sign)
-        trail.append("study", {"digest": plan.study.digest(), "run": run, "parties": [site.name for site in sites]})
+        trail.append("study", {"digest": study, "run": run, "consortium": keys.consortium, "signed": signed})
     if plan.study.security.aggregation == "masked":
-        return _masked(plan, sites, run, coordinator, trail)
-    names = plan.study.security.aggregators
-    keys = [Identity.new(site.name, "site") for site in sites] + [Identity.new(name, "aggregator") for name in names]
-    roster = Roster.of(*(one.public for one in keys))
-    posts = {one.name: Post(one, roster) for one in keys}
+        return _masked(plan, sites, publisher, follow, trail)
     terms = terms_of(plan)
     terms.check()
     for site in sites:
-        site.party = Sharer(posts[site.name], plan.study.digest(), run, terms)
+        site.party = Sharer(follow[site.name], terms)
     g = plan.guarantee
     noise = noise_share(g, 2) if g is not None and plan.joint and not g.simulation_only else None
     weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
-    parties = {name: three_party.Aggregator(posts[name], terms, noise, weights) for name in names}
-    return ThreeParty(three_party.in_turn(parties), run, terms, trail)
+    names = plan.study.security.aggregators
+    parties = {name: three_party.Aggregator(keys.post(name), terms, noise, weights) for name in names}
+    return ThreeParty(three_party.in_turn(parties), publisher, terms, trail)
 
 
-def _masked(plan: Plan, sites: Sequence[Site], run: str, server: Identity, trail: Trail | None) -> Masked:
-    keys = [Identity.new(site.name, "site") for site in sites]
-    roster = Roster.of(server.public, *(one.public for one in keys))
+def _agreed(publisher: Publisher, follow: Mapping[str, Follower], roster: Roster) -> dict[str, dict[str, str]]:
+    """Return each site's signature under the study, with the key that it holds under; refuse where one has another."""
+    signed: dict[str, dict[str, str]] = {}
+    for name, site in follow.items():
+        envelope = site.agree()
+        try:
+            publisher.post.unwrap(envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY)
+        except CodecError as error:
+            raise PlanError(
+                f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): {error} "
+                "Give every site the same study file."
+            ) from error
+        signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
+    return signed
 
+
+def _masked(
+    plan: Plan, sites: Sequence[Site], publisher: Publisher, follow: Mapping[str, Follower], trail: Trail | None
+) -> Masked:
     def choose(clients: Sequence[str], round: int) -> masking.Terms:
         n, stay = len(clients), threshold(plan.study, len(clients))
         liars = math.floor(plan.study.security.colluding * n)
-        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars, f"{run} {round}".encode())
+        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars, f"{publisher.run} {round}".encode())
 
-    for site, key in zip(sites, keys, strict=True):
-        weight = 1 if plan.joint else int(plan.weight(site.name))
-        site.party = Masker(Post(key, roster), plan.study.digest(), run, server.name, choose, weight)
-    return Masked(Post(server, roster), run, choose, trail)
+    for site in sites:
+        site.party = Masker(follow[site.name], choose, 1 if plan.joint else int(plan.weight(site.name)))
+    return Masked(publisher, choose, trail)
 
 
 def terms_of(plan: Plan) -> three_party.Terms:

@@ -75,6 +75,7 @@ def run_round(
             bytes_up=sum(len(reply.payload) for reply in replies.values()) + answer.more_up,
             bytes_down=len(payload) * len(clients) + answer.more_down,
             privacy=budget.claim(),
+            phases=answer.phases,
         )
     )
     return following

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from medfed import checkpoints, claims
+from medfed import aggregation as ways
+from medfed import checkpoints, claims, federation
 from medfed import study as studies
-from medfed.aggregation import introduced, who_sees
+from medfed.aggregation import Ring, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
 from medfed.core import codec, files
-from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError
+from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError, TrailError, some
 from medfed.core.flat import Layout
 from medfed.core.streams import Streams
 from medfed.data import sources
@@ -51,7 +53,9 @@ from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger
 from medfed.round import run_round, test
-from medfed.secure.identity import holds
+from medfed.secure.identity import ANYBODY, Public, Scope, holds
+from medfed.secure.identity import check as check_envelope
+from medfed.secure.models import FIRST
 from medfed.site import Site
 from medfed.study import Privacy, Security, Study
 
@@ -111,6 +115,7 @@ def run(
         raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
+    keys = ways.ring(plan)
     enrol(plan, fleet, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,7 @@ def run(
         server = plan.begin()
         _tell_start(plan, log)
         _checkpoint(folder, server, plan, fleet, log)
-        return _drive(plan, fleet, sites, server, log, folder, name)
+        return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
 def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
@@ -250,11 +255,63 @@ def ledger_accounts(place: Path | None, delta: float) -> dict[str, Any]:
         return {"delta": delta, "head": ledger.head(), "charges": len(ledger.rows()), "accounts": spent}
 
 
-def verify_trail(folder: Path) -> Verified:
-    """Return a run's trail, its head compared with summary.json's; raise TrailError where it does not hold."""
+def verify_trail(folder: Path, members: Path | None = None) -> Verified:
+    """Return a run's trail, its head compared with summary.json's; raise TrailError where it does not hold.
+
+    With `members`, the folder of a consortium's list, its writers and the sites' keys must be keys that the consortium
+    approved at some time: only then nobody else can have written the whole trail anew.
+    """
     summary = folder / "summary.json"
     head = json.loads(summary.read_text()).get("trail", {}).get("head", "") if summary.exists() else ""
-    return trail.verify(folder / "trail" / "trail.jsonl", holds, head)
+    found = trail.verify(folder / "trail" / "trail.jsonl", holds, head)
+    if members:
+        history = federation.read(members).history
+        approved = {(e["facts"]["name"], e["facts"]["signing"]) for e in history if e["kind"] == "approved"}
+        used = [(e["writer"], e["facts"]["public"]) for e in found.entries if e["kind"] == "opened"]
+        signed = [e["facts"]["signed"] for e in found.entries if e["kind"] == "study"]
+        used += [(name, one["public"]) for sites in signed for name, one in sites.items()]
+        if strange := [name for name, key in used if (name, key) not in approved]:
+            raise TrailError(
+                f"{folder}: {some(strange)} signed with keys that {members} never approved; run with "
+                "security.federation, or give the run's own consortium"
+            )
+    return found
+
+
+def verify_model_integrity(folder: str | Path, members: Path | None = None) -> dict[str, Any]:
+    """Check that a run's model is the one its trail ends with, each model following the one before; the brief's name.
+
+    Every site's signature under the study is checked too. Returns the model's sha256, the rounds whose models follow
+    each other, and who signed; raises TrailError where something does not hold.
+    """
+    folder = Path(folder)
+    entries = verify_trail(folder, members).entries
+    before, rounds, sites = FIRST.hex(), 0, set[str]()
+    for entry in entries:
+        facts = entry["facts"]
+        match entry["kind"]:
+            case "opened":
+                before = FIRST.hex()  # a resumed run's first model
+            case "study":
+                for name, one in facts["signed"].items():
+                    site = Public(name, "site", bytes.fromhex(one["public"]), bytes(32))
+                    scope = Scope(facts["digest"], facts["run"], 0)
+                    check_envelope(bytes.fromhex(one["envelope"]), site, scope, "study", ANYBODY)
+                    sites.add(name)
+            case "opened sum":
+                if facts["previous"] != before:
+                    raise TrailError(f"{folder}: the model of round {facts['round']} does not follow the one before")
+                before, rounds = facts["model"], rounds + 1
+    last = entries[-1]
+    if last["kind"] != "finished":
+        raise TrailError(f"{folder}: its trail has no end; `medfed resume {folder}` finishes the run")
+    model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if model != last["facts"]["model"]:
+        raise TrailError(
+            f"{folder}/model.safetensors has sha256 {model[:16]}..., its trail ends with "
+            f"{last['facts']['model'][:16]}...; the model was changed after the run. Do not use it."
+        )
+    return {"model": model, "rounds": rounds, "signed_by": last["writer"], "sites": sorted(sites)}
 
 
 @dataclass(frozen=True)
@@ -309,11 +366,18 @@ def _ready(study: Study, sites: Sequence[Site], encoding: Encoding | None = None
 
 
 def _drive(
-    plan: Plan, fleet: InProcess, sites: Sequence[Site], server: Server, log: Log, folder: Path | None, run: str
+    plan: Plan,
+    fleet: InProcess,
+    sites: Sequence[Site],
+    server: Server,
+    log: Log,
+    folder: Path | None,
+    run: str,
+    keys: Ring | None = None,
 ) -> Result:
     """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
-    aggregation = introduced(plan, sites, run, folder)
+    aggregation = ways.introduced(plan, sites, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
@@ -348,13 +412,14 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
+        _write_model(folder, server, plan)
         if written := getattr(aggregation, "trail", None):
-            written.append("finished", {"rounds": server.round, "status": summary["status"]})
+            model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+            written.append("finished", {"rounds": server.round, "status": summary["status"], "model": model})
             summary["trail"] = {"entries": written.number, "head": written.head}
         if plan.guarantee:
             claim = claims.claim(plan, budget, sites[0].account)
             files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
-        _write_model(folder, server, plan)
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
     return Result(summary, study, plan.encoding, server.released_P, folder)
 

@@ -225,13 +225,35 @@ def _training_ids(table: SiteTable) -> np.ndarray:
 
 
 def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Train, and answer with one row a site; under a claim each site's patients pay first."""
-    refused = _charged(sites, header["round"])
+    """Train, and answer with one row a site; under a claim each site's patients pay first.
+
+    Where rows are secret, the coordinator signs what it sends, and each site checks that before anything else.
+    """
+    refused: dict[str, SiteError] = {}
+    if sites[0].study.security.aggregation != "plain":
+        header, tensors, refused = _signed(sites, header, tensors)
+    refused |= _charged([site for site in sites if site.name not in refused], header["round"])
     willing = [site for site in sites if site.name not in refused]
     answers = iter(_worked(willing, header, tensors)) if willing else iter(())
     if sites[0].account:
         sites[0].account.answered(site.name for site in willing)
     return [refused[site.name] if site.name in refused else next(answers) for site in sites]
+
+
+def _signed(
+    sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
+) -> tuple[Header, Mapping[str, Tensor], dict[str, SiteError]]:
+    """Return what the coordinator signed for this round, and which sites do not take it, with the reasons."""
+    if "signed" not in tensors:
+        raise SiteError("the coordinator has not signed its model; run the same medfed everywhere")
+    envelope, refused = codec.as_bytes(tensors["signed"]), dict[str, SiteError]()
+    message = b""
+    for site in sites:
+        try:
+            message = _party(site).follower.accept(header["round"], envelope)
+        except MedfedError as error:
+            refused[site.name] = SiteError(str(error))
+    return (*codec.decode(message), refused) if message else (header, {}, refused)
 
 
 def _charged(sites: Sequence[Site], round: int) -> dict[str, SiteError]:

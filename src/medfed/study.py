@@ -232,6 +232,13 @@ class Security:
         0.3,
         "masked: share of sites that may work with the server, in [0, 0.5); their part of the noise is not counted.",
     )
+    federation: str = _key(
+        "",
+        "Folder of the consortium's list of members (`medfed federation`); empty: keys are made for the run and end "
+        "with it.",
+    )
+    fingerprint: str = _key("", "Of the consortium's key; a list under another key is refused.")
+    keys: str = _key("keys", "Folder with each party's NAME.key (`medfed key`), where `federation` is given.")
     fraction_bits: int = _key(
         20, "Fixed point of a row that is not on the noise's grid: steps of 2^-fraction_bits, 1 to 40."
     )

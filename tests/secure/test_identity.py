@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medfed.core.checks import CodecError, EnvelopeError, RevokedError, SignatureError
-from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope, seal, verify
+from medfed.secure.identity import ANYBODY, Identity, Post, Public, Roster, Scope, seal, verify
 
 ANN, BEN, EVE = (Identity.new(name, "site") for name in ("ann", "ben", "eve"))
 ROSTER = Roster.of(ANN.public, BEN.public)
@@ -99,3 +99,14 @@ def test_no_bytes_crash_the_reader(data: bytes, prefixed: bool) -> None:
         read(data)
     with pytest.raises(CodecError):
         BEN.unseal(data, b"purpose")
+
+
+@pytest.mark.parametrize("weak", [bytes(32), b"\x01" + bytes(31), bytes.fromhex("ecffffff" + "ff" * 27 + "7f")])
+def test_keys_of_low_order_are_refused(weak: bytes) -> None:
+    """For these every shared secret is zero: whoever gives one makes everybody able to read (RFC 7748, section 6)."""
+    with pytest.raises(EnvelopeError, match="no key to seal to"):
+        ANN.agree(weak, b"purpose")
+    with pytest.raises(EnvelopeError, match="no key to seal to"):
+        seal(Public("eve", "site", ANN.public.signing, weak), b"plain", b"purpose")
+    with pytest.raises(EnvelopeError, match="no key to seal to"):
+        ANN.unseal(weak + bytes(32), b"purpose")

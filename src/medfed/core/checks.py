@@ -11,6 +11,7 @@ MedfedError
 ├── SiteError        a site could not do what it was asked; the reason holds no patient data
 ├── QuorumError      too few sites answered for the round to count
 │   └── AbortError        a secure round ended without opening anything; the reason names the party
+├── KeyFileError     a key file is missing, open to others, damaged, or its passphrase is wrong
 ├── TrailError       a trail cannot be written, or was changed
 ├── RunError         a run folder, checkpoint or model file cannot be used
 ├── LedgerError      a budget ledger cannot be read, written or trusted
@@ -51,6 +52,10 @@ class QuorumError(MedfedError):
     def __init__(self, text: str, excluded: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
         self.excluded = dict(excluded or {})
+
+
+class KeyFileError(MedfedError):
+    """A key file is missing, open to others, damaged, or its passphrase is wrong."""
 
 
 class TrailError(MedfedError):

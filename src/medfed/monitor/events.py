@@ -94,6 +94,7 @@ class RoundFinished(Event):
     bytes_up: int
     bytes_down: int
     privacy: Mapping[str, object] = field(default_factory=dict)  # spent so far
+    phases: Mapping[str, int] = field(default_factory=dict)  # bytes of each phase of a round whose rows nobody sees
 
 
 @dataclass(frozen=True)

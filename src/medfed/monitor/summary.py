@@ -83,6 +83,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
             "per_round": round(sum(times) / len(times), 6) if times else None,
         },
         "bytes": {"up": traffic[0], "down": traffic[1]},
+        "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
         "participation": {site: took_part[site] for site in sites},
         "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
         "warnings": warnings,

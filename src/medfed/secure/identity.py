@@ -37,6 +37,12 @@ class Public:
     signing: bytes
     sealing: bytes
 
+    @property
+    def fingerprint(self) -> str:
+        """Return what people compare over the telephone: 128 bits of the sha256 of both keys, in groups of four."""
+        text = sha256(self.signing + self.sealing).hexdigest()[:32]
+        return " ".join(text[i : i + 4] for i in range(0, 32, 4))
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -52,6 +58,18 @@ class Identity:
         """Make new keys from the operating system's randomness."""
         return cls(name, role, Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
 
+    @classmethod
+    def of(cls, name: str, role: str, secret: bytes) -> "Identity":
+        """Return the identity whose `secret` this is; raise ValueError unless it has 64 bytes."""
+        if len(secret) != 64:
+            raise ValueError(f"{len(secret)} bytes of keys; expected 64")
+        signing = Ed25519PrivateKey.from_private_bytes(secret[:32])
+        return cls(name, role, signing, X25519PrivateKey.from_private_bytes(secret[32:]))
+
+    def secret(self) -> bytes:
+        """Return both private keys, 64 bytes, for a key file (`keys.save`) and nowhere else."""
+        return self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()
+
     @property
     def public(self) -> Public:
         """Return what others may know."""
@@ -64,17 +82,16 @@ class Identity:
 
     def agree(self, sealing: bytes, purpose: bytes) -> bytes:
         """Return the 32 bytes that only this party and the owner of the public key `sealing` can compute."""
-        return _derive(self._sealing.exchange(X25519PublicKey.from_public_bytes(sealing)), purpose)
+        return _derive(_exchange(self._sealing, sealing), purpose)
 
     def unseal(self, box: bytes, purpose: bytes) -> bytes:
         """Open what `seal` closed for this party and purpose; raise EnvelopeError where it does not open."""
         if len(box) < 48:
             raise EnvelopeError(f"a sealed box of {len(box)} bytes; expected 48 or more. Ask its sender again.")
         try:
-            shared = self._sealing.exchange(X25519PublicKey.from_public_bytes(box[:32]))
-            key = _derive(shared, purpose + box[:32] + self.public.sealing)
+            key = _derive(_exchange(self._sealing, box[:32]), purpose + box[:32] + self.public.sealing)
             return AESGCM(key).decrypt(bytes(12), box[32:], purpose)
-        except (InvalidTag, ValueError) as error:
+        except InvalidTag as error:
             raise EnvelopeError(f"a sealed box does not open for {self.name!r}; ask its sender again") from error
 
 
@@ -82,7 +99,7 @@ def seal(to: Public, plain: bytes, purpose: bytes) -> bytes:
     """Close bytes so that only `to` opens them, for one purpose: 48 bytes longer. Each box has a key of its own."""
     once = X25519PrivateKey.generate()
     front = once.public_key().public_bytes_raw()
-    key = _derive(once.exchange(X25519PublicKey.from_public_bytes(to.sealing)), purpose + front + to.sealing)
+    key = _derive(_exchange(once, to.sealing), purpose + front + to.sealing)
     return front + AESGCM(key).encrypt(bytes(12), plain, purpose)
 
 
@@ -146,6 +163,11 @@ class Post:
     _seen: set[bytes] = field(default_factory=set)
     _scope: Scope | None = None
 
+    @staticmethod
+    def body(envelope: bytes) -> bytes:
+        """Return the body of an envelope that was unwrapped before."""
+        return _open(envelope)[1]
+
     def wrap(self, scope: Scope, kind: str, to: str, body: bytes) -> bytes:
         """Return the signed envelope of a message."""
         head = _head(scope, kind, self.me.name, to, os.urandom(16).hex())
@@ -158,14 +180,7 @@ class Post:
         Raises EnvelopeError where the bytes are no envelope or one of another scope, kind, sender or recipient, or
         came before; SignatureError where the signature is wrong or the sender unknown; RevokedError.
         """
-        fields, body = _open(envelope)
-        expected = {"study": scope.study, "run": scope.run, "round": scope.round, "kind": kind, "sender": sender}
-        for name, value in {**expected, "to": to or self.me.name}.items():
-            if fields.get(name) != value:
-                raise EnvelopeError(
-                    f"a message has {name}={fields.get(name)!r}; expected {value!r}. It does not count."
-                )
-        verify(self.roster[sender], envelope[-64:], MAGIC + sha256(envelope[:-64]).digest())
+        fields, body = _checked(envelope, self.roster[sender], scope, kind, to or self.me.name)
         nonce = str(fields.get("nonce")).encode()
         if scope != self._scope:  # another round's nonces cannot come again: their scope is refused
             self._scope, self._seen = scope, set()
@@ -173,6 +188,21 @@ class Post:
             raise EnvelopeError(f"a message from {sender!r} came twice (nonce {nonce.decode()}); the second is refused")
         self._seen.add(nonce)
         return body
+
+
+def check(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> None:
+    """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps no nonces."""
+    _checked(envelope, sender, scope, kind, to)
+
+
+def _checked(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> tuple[dict[str, object], bytes]:
+    fields, body = _open(envelope)
+    expected = {"study": scope.study, "run": scope.run, "round": scope.round, "kind": kind, "sender": sender.name}
+    for name, value in {**expected, "to": to}.items():
+        if fields.get(name) != value:
+            raise EnvelopeError(f"a message has {name}={fields.get(name)!r}; expected {value!r}. It does not count.")
+    verify(sender, envelope[-64:], MAGIC + sha256(envelope[:-64]).digest())
+    return fields, body
 
 
 def _head(scope: Scope, kind: str, sender: str, to: str, nonce: str) -> bytes:
@@ -193,6 +223,14 @@ def _open(envelope: bytes) -> tuple[dict[str, object], bytes]:
     except (ValueError, struct.error, RecursionError) as error:
         raise EnvelopeError(f"{len(envelope)} bytes are no message: {error}. Ask the sender again.") from error
     return fields, envelope[16 + head : -64]
+
+
+def _exchange(mine: X25519PrivateKey, theirs: bytes) -> bytes:
+    """Agree on 32 bytes; a public key of low order, for which everybody could compute them, is refused (RFC 7748)."""
+    try:
+        return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
+    except ValueError as error:
+        raise EnvelopeError(f"{theirs.hex()[:16]}... is no key to seal to; ask its owner for new keys") from error
 
 
 def _derive(shared: bytes, purpose: bytes) -> bytes:

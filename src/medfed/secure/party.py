@@ -7,12 +7,18 @@ from typing import Protocol
 from medfed.core.checks import AbortError
 from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
-from medfed.secure.identity import Post, Scope
+from medfed.secure.identity import Scope
+from medfed.secure.models import Follower
 from medfed.secure.three_party import Terms
 
 
 class Party(Protocol):
     """What a site holds for secure rounds of one run."""
+
+    @property
+    def follower(self) -> Follower:
+        """The study and the models that the site agreed to."""
+        ...
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
         """Return what leaves the site for its row; `model` is the hash of the global model that it was given."""
@@ -27,14 +33,13 @@ class Party(Protocol):
 class Sharer:
     """A site that shares its rows among three aggregators."""
 
-    post: Post
-    study: str
-    run: str
+    follower: Follower
     terms: Terms
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
         """Return the row's shares, sealed to each aggregator: see `three_party.share`."""
-        return three_party.share(self.post, Scope(self.study, self.run, round), row_M, self.terms)
+        mine = self.follower
+        return three_party.share(mine.post, Scope(mine.study, mine.run, round), row_M, self.terms)
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Refuse: shares travel with the row."""
@@ -45,10 +50,7 @@ class Sharer:
 class Masker:
     """A site that masks its rows. Without joint noise its row counts `weight` times."""
 
-    post: Post
-    study: str
-    run: str
-    server: str
+    follower: Follower
     choose: Callable[[Sequence[str], int], masking.Terms]
     weight: int = 1
     _client: masking.Client | None = None
@@ -64,8 +66,9 @@ class Masker:
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Play a phase: see `masking`. For "keys" the members of the round are told, else one message."""
         if phase == "keys":
-            scope = Scope(self.study, self.run, round)
-            self._client, self._round = masking.Client(self.post, self.choose(told, round), scope, self.server), round
+            mine = self.follower
+            scope, terms = Scope(mine.study, mine.run, round), self.choose(told, round)
+            self._client, self._round = masking.Client(mine.post, terms, scope, mine.coordinator), round
             return self._client.keys()
         client = self._of(round)
         match phase:
@@ -82,5 +85,7 @@ class Masker:
 
     def _of(self, round: int) -> masking.Client:
         if self._client is None or self._round != round:
-            raise AbortError(f"{self.post.me.name!r} has made no keys for round {round}; the round must begin anew")
+            raise AbortError(
+                f"{self.follower.post.me.name!r} has made no keys for round {round}; the round must begin anew"
+            )
         return self._client

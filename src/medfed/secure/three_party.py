@@ -601,11 +601,17 @@ def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
     """Return a way to ask aggregators that live in this process: in turn, or for long rows a thread each."""
     long = any(one.terms.length > _LONG for one in aggregators.values())
 
+    def one(name: str, op: str, payload: bytes) -> bytes:
+        try:
+            return aggregators[name].handle(op, payload)
+        except OSError as error:
+            raise AbortError(f"{name!r} stopped ({error}); the round ends. Resume the run when it is back.") from error
+
     def ask(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         if not long or op in ("begin", "upload"):  # too little to do
-            return {name: aggregators[name].handle(op, payload) for name, payload in payloads.items()}
+            return {name: one(name, op, payload) for name, payload in payloads.items()}
         with ThreadPoolExecutor(3) as pool:
-            answers = pool.map(lambda name: aggregators[name].handle(op, payloads[name]), payloads)
+            answers = pool.map(lambda name: one(name, op, payloads[name]), payloads)
             return dict(zip(payloads, answers, strict=True))
 
     return ask

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medfed.cli.common import AsJson, DataFolder, Quiet, RunFolder, Settings, StudyName
+from medfed.cli.common import console as _console
+from medfed.cli.keys import federation_app, key_app
 from medfed.core.checks import MedfedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -22,12 +25,8 @@ app.add_typer(privacy_app, name="privacy")
 trail_app = typer.Typer(no_args_is_help=True, help="What happened in a run, signed and chained.")
 app.add_typer(trail_app, name="trail")
 
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
-DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")]
+app.add_typer(key_app, name="key")
+app.add_typer(federation_app, name="federation")
 
 
 def main() -> None:
@@ -41,11 +40,6 @@ def main() -> None:
     except MedfedError as error:
         Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _console(quiet: bool = False) -> Console:
-    wide = None if sys.stdout.isatty() else 120
-    return Console(quiet=quiet, width=wide)
 
 
 @app.command()
@@ -209,11 +203,22 @@ def data_show(
 
 
 @trail_app.command("verify")
-def trail_verify(run: RunFolder, as_json: AsJson = False) -> None:
-    """Check every line of a run's trail: its signature, the line before it, and the head that summary.json holds."""
+def trail_verify(
+    run: RunFolder,
+    federation: Annotated[
+        Path | None, typer.Option(help="A consortium's folder: only keys that it approved may have signed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every line of a run's trail: its signature, the line before it, and the head that summary.json holds.
+
+    Of a finished run also that its model is the one the trail ends with.
+    """
     from medfed import runs
 
-    found = runs.verify_trail(run)
+    found = runs.verify_trail(run, federation)
+    if found.entries[-1]["kind"] == "finished":
+        runs.verify_model_integrity(run, federation)
     if as_json:
         print(json.dumps({"entries": found.entries, "head": found.head}))
         return

@@ -1,0 +1,152 @@
+"""The consortium's list of who takes part: requests, approvals, revocations, signed and chained.
+
+The list is a trail (`compliance.trail`) that only the consortium's key writes: nobody else can add a line, and
+nobody, not even the consortium, can change one unseen. Members compare that key's fingerprint once, over a channel of
+their own.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medfed.compliance import trail
+from medfed.compliance.trail import Trail
+from medfed.core.checks import SignatureError, TrailError
+from medfed.secure.identity import Identity, Public, Roster, holds
+
+ROLES = ("site", "aggregator", "coordinator", "consortium")
+"""What a key is for. The consortium's signs the list of members and takes no part in runs."""
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """A list of members that holds: who they are, under whose key, and all that led to it."""
+
+    roster: Roster
+    authority: Public
+    history: list[dict[str, Any]]
+    head: str
+
+
+def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
+    """Return an enrolment request: the party's public keys, signed with them and, to replace `old`, with those too."""
+    facts = _facts(identity.public)
+    asked = {**facts, "signature": identity.sign(_signed(facts)).hex()}
+    return asked | ({"replaces": old.sign(_signed(facts)).hex()} if old else {})
+
+
+def begin(folder: Path, authority: Identity) -> None:
+    """Begin a consortium's list in a folder. Raises TrailError where it has one."""
+    if (folder / "members.jsonl").exists():
+        raise TrailError(f"{folder} holds members.jsonl already; give another folder, or approve members into this one")
+    _append(folder, authority, "founded", _facts(authority.public))
+
+
+def approve(folder: Path, authority: Identity, asked: Mapping[str, Any], fingerprint: str = "") -> Public:
+    """Put the party of an enrolment request on the list, and return what was approved.
+
+    `fingerprint` is what the party told over another channel. Raises SignatureError where the request has another, is
+    not signed by its own keys, or comes for a member in good standing and is
+    not signed by that member's present keys too.
+    """
+    member = _public(asked)
+    now = read(folder, authority.public)
+    data, name = _signed(_facts(member)), member.name
+    if fingerprint and not _same(fingerprint, member):
+        raise SignatureError(
+            f"the request of {name!r} has fingerprint {member.fingerprint}, told was {fingerprint}; ask the party again"
+        )
+    if not holds(member.signing, _bytes(asked.get("signature")), data):
+        raise SignatureError(f"the request of {name!r} is not signed by its own keys; have it made anew")
+    if name in list(now.roster) and not holds(now.roster[name].signing, _bytes(asked.get("replaces")), data):
+        raise SignatureError(
+            f"{name!r} is a member with other keys; expected a request signed by those too (`medfed key request "
+            "--replaces`), or revoke it first"
+        )
+    _append(folder, authority, "approved", _facts(member))
+    return member
+
+
+def revoke(folder: Path, authority: Identity, name: str, reason: str) -> None:
+    """Take a member off the list: from now on its messages count nowhere. Raises SignatureError, RevokedError."""
+    _ = read(folder, authority.public).roster[name]
+    _append(folder, authority, "revoked", {"name": name, "reason": reason})
+
+
+def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -> Consortium:
+    """Return a consortium's list, every line checked.
+
+    Raises TrailError where a line was changed or another key than the founder's wrote one, or the founder's is not
+    `authority` or has not this `fingerprint`.
+    """
+    path = folder / "members.jsonl"
+    verified = trail.verify(path, holds)
+    members: dict[str, Public] = {}
+    revoked: set[str] = set()
+    founder: Public | None = None
+    for number, entry in enumerate(verified.entries, 1):
+        facts = entry["facts"]
+        match entry["kind"]:
+            case "opened" if founder is None or facts.get("public") == founder.signing.hex():
+                continue
+            case "founded" if founder is None and number == 2:
+                founder = _public(facts)
+                if verified.entries[0]["facts"].get("public") == founder.signing.hex():
+                    continue
+            case "approved":
+                member = _public(facts)
+                members[member.name] = member
+                revoked.discard(member.name)
+                continue
+            case "revoked" if facts.get("name") in members:
+                revoked.add(facts["name"])
+                continue
+        raise TrailError(
+            f"{path}, line {number}: not written by the consortium's key, or no entry of a list of members"
+        )
+    if founder is None:
+        raise TrailError(f"{path} names no founder; make a list with `medfed federation new`")
+    if authority and authority.signing != founder.signing:
+        raise TrailError(f"{path} belongs to the key {founder.fingerprint}; {authority.fingerprint} may not write it")
+    if fingerprint and not _same(fingerprint, founder):
+        raise TrailError(
+            f"{path} has the fingerprint {founder.fingerprint}; expected {fingerprint}. Ask the consortium."
+        )
+    return Consortium(Roster(members, frozenset(revoked)), founder, verified.entries, verified.head)
+
+
+def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, Any]) -> None:
+    path = folder / "members.jsonl"
+    Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)
+
+
+def _same(fingerprint: str, public: Public) -> bool:
+    return fingerprint.replace(" ", "").lower() == public.fingerprint.replace(" ", "")
+
+
+def _facts(public: Public) -> dict[str, Any]:
+    return {"name": public.name, "role": public.role, "signing": public.signing.hex(), "sealing": public.sealing.hex()}
+
+
+def _public(facts: Mapping[str, Any]) -> Public:
+    name, role = facts.get("name"), facts.get("role")
+    signing, sealing = _bytes(facts.get("signing")), _bytes(facts.get("sealing"))
+    if not isinstance(name, str) or not name or role not in ROLES or len(signing) != 32 or len(sealing) != 32:
+        raise SignatureError(
+            f"name={name!r}, role={role!r} with keys of {len(signing)} and {len(sealing)} bytes is no "
+            f"party; expected a role of {', '.join(ROLES)} and 32 bytes each. Have the request made anew."
+        )
+    return Public(name, str(role), signing, sealing)
+
+
+def _signed(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(["medfed enrolment 1", facts], sort_keys=True).encode()
+
+
+def _bytes(text: object) -> bytes:
+    try:
+        return bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        return b""

@@ -1,0 +1,80 @@
+"""Keys at rest: one file a party, mode 0600, under a passphrase where its owner gives one.
+
+The file is JSON: name, role, and the two private keys in hex or, under a passphrase, in a box. scrypt (RFC 7914;
+N = 2^17, r = 8, p = 1) makes the box's AES-256-GCM key; name and role are bound into it.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
+from medfed.core.checks import KeyFileError
+from medfed.secure.identity import Identity
+
+_FORMAT = "medfed key 1"
+
+
+def save(identity: Identity, path: Path, passphrase: str = "") -> None:
+    """Write a party's keys into a new file that only its owner can read.
+
+    Raises KeyFileError where a file is there already, as keys are never overwritten, or the folder cannot be written.
+    """
+    entry: dict[str, str] = {"format": _FORMAT, "name": identity.name, "role": identity.role}
+    if passphrase:
+        salt = os.urandom(16)
+        box = AESGCM(_stretched(passphrase, salt)).encrypt(bytes(12), identity.secret(), _bound(entry))
+        entry |= {"salt": salt.hex(), "box": box.hex()}
+    else:
+        entry |= {"keys": identity.secret().hex()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise KeyFileError(f"{path} exists; keys are never overwritten. Give another file, or move it away.") from error
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}. Give a folder that you may write.") from error
+
+
+def load(path: Path, passphrase: str = "") -> Identity:
+    """Read a party's keys. Raises KeyFileError where they cannot be read or others could have read them."""
+    try:
+        mode = path.stat().st_mode
+        entry = json.loads(path.read_text())
+        if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
+            raise ValueError(f"expected format {_FORMAT!r}")
+        name, role = entry["name"], entry["role"]
+        if "keys" in entry:
+            if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+                raise KeyFileError(
+                    f"{path} has mode {stat.S_IMODE(mode):04o} and no passphrase; others may have read it. Expected "
+                    f"0600: `chmod 600 {path}`, or make new keys."
+                )
+            return Identity.of(name, role, bytes.fromhex(entry["keys"]))
+        salt, box = bytes.fromhex(entry["salt"]), bytes.fromhex(entry["box"])
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be read: {error.strerror}. Make keys with `medfed key new`.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KeyFileError(f"{path} is no key file ({error}); restore it, or make new keys and enrol them") from error
+    if not passphrase:
+        raise KeyFileError(f"{path} is under a passphrase; set MEDFED_PASSPHRASE, or type it when asked")
+    try:
+        secret = AESGCM(_stretched(passphrase, salt)).decrypt(bytes(12), box, _bound(entry))
+        return Identity.of(name, role, secret)
+    except (InvalidTag, ValueError) as error:
+        raise KeyFileError(f"{path} does not open: the passphrase is wrong, or the file was changed") from error
+
+
+def _stretched(passphrase: str, salt: bytes) -> bytes:
+    return Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase.encode())
+
+
+def _bound(entry: dict[str, str]) -> bytes:
+    return json.dumps([_FORMAT, entry["name"], entry["role"]]).encode()
