@@ -90,6 +90,7 @@ class ThreeParty:
     publisher: Publisher
     terms: three_party.Terms
     trail: Trail | None = None
+    spread: float = 0.0  # standard deviation of the noise on a sum, in steps
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
@@ -98,7 +99,7 @@ class ThreeParty:
         enough(plan, number, uploads, clients, excluded)
         scope = Scope(self.publisher.study, self.publisher.run, number)
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
-        opened = three_party.relay(self.ask, scope, sent, self.terms)
+        opened = three_party.relay(self.ask, scope, sent, self.terms, self.spread)
         _record(self.trail, self.publisher, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
         return Answer(
             names=[name for name in clients if name in set(opened.accepted)],
@@ -286,7 +287,8 @@ def introduced(
     weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
     names = plan.study.security.aggregators
     parties = {name: three_party.Aggregator(keys.post(name), terms, noise, weights) for name in names}
-    return ThreeParty(three_party.in_turn(parties), publisher, terms, trail)
+    spread = math.sqrt(1.5) * max(g.sigma_units(), g.count_sigma() / GRID) if g is not None and noise else 0.0
+    return ThreeParty(three_party.in_turn(parties), publisher, terms, trail, spread)
 
 
 def _agreed(publisher: Publisher, follow: Mapping[str, Follower], roster: Roster) -> dict[str, dict[str, str]]:

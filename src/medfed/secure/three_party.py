@@ -10,7 +10,13 @@ One round, as `Aggregator.rounds` plays it:
 2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
 3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <= B^2;
 4. open one bit a row, 1 for every row within the bound;
-5. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
+5. under a robust rule, open the Gram matrix X X^T of the accepted rows, noise and all, and let the rule weigh the rows:
+   each of the three does so by itself, and they compare;
+6. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
+
+Step 5 needs no more than local products: x y = sum of x_i y_i + x_i y_(i+1) + x_(i+1) y_i over the three. As rows are
+within B by then, no entry wraps and none is above B^2. Where one patient moves one row by s at most, the upper triangle
+moves by s B sqrt(K + 3): K - 1 products with other rows by s B each, and a square by (|x| + |x'|) s <= 2 s B.
 
 Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
 - A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of them, as entries are
@@ -35,6 +41,7 @@ import struct
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import Any
@@ -55,6 +62,9 @@ from medfed.secure.identity import Post, Scope, seal
 
 J = 128
 """Projections a row."""
+
+WEIGHT = 1 << 20
+"""Steps of a weight that a rule gives."""
 
 _COLUMNS = 1 << 14  # columns of the rows that are unfolded at a time
 _LONG = 500_000  # numbers of a row from which threads are worth it
@@ -82,13 +92,48 @@ class Terms:
         """Whether the norm is compared exactly, and not by projections alone."""
         return 8.6 * float(self.reach) ** 2 < 2.0**63
 
-    def check(self) -> None:
-        """Raise PlanError where projections of honest rows could wrap."""
+    @property
+    def proven(self) -> float:
+        """The norm that no accepted row exceeds."""
+        return self.bound if self.exact else 2.94 * self.reach
+
+    def check(self, gram: bool = False) -> None:
+        """Raise PlanError where projections of honest rows, or with `gram` products of accepted ones, could wrap."""
+        if gram and not self.exact:
+            raise PlanError(
+                f"a robust rule and rows of norm {self.bound:g} steps do not compose with 'three-party': their "
+                "products must stay below 2^63. Lower security.fraction_bits or security.bound, declare smaller sites, or set "
+                "noise='site'."
+            )
         if self.length * 2.0 * self.reach >= 2.0**62:
             raise PlanError(
                 f"rows of {self.length:,} numbers and norm {self.bound:g} steps; expected room below 2^63 for their "
                 "projections. Lower security.fraction_bits, or declare smaller sites."
             )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How rows that nobody sees are weighed: by a rule that reads their Gram matrix, opened for it.
+
+    rule: G_KK in steps squared -> w_K, which sums to 1, of rows times `scale` (public; 1 where not given). The noises
+    draw one party's part, any two of which must suffice: on the upper triangle of K rows, and on a sum of M numbers in
+    which no row has a weight above `most`.
+    """
+
+    rule: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    scale: Mapping[str, float] | None = None
+    gram_noise: Callable[[int], Integers] | None = None
+    sum_noise: Callable[[int, int], Integers] | None = None
+
+    def weigh(self, names: Sequence[str], gram_KK: Integers) -> dict[str, int]:
+        """Return each row's weight in steps of 1 / WEIGHT of the largest scale; raise AbortError for no weights."""
+        scale_K = np.array([self.scale[name] if self.scale else 1.0 for name in names])
+        w_K = np.asarray(self.rule(gram_KK.astype(np.float64) * np.outer(scale_K, scale_K)), np.float64)
+        if w_K.shape != (len(names),) or not np.isfinite(w_K).all() or abs(w_K).sum() > 2:
+            raise AbortError(f"the rule gave no weights to {len(names)} rows; the round ends")
+        steps = np.rint(WEIGHT * w_K * scale_K / scale_K.max()).astype(np.int64)
+        return dict(zip(names, steps.tolist(), strict=True))
 
 
 # The client ---------------------------------------------------------------------------------------------------------
@@ -180,6 +225,7 @@ class Aggregator:
     terms: Terms
     noise: Noise | None = None
     weights: Mapping[str, int] | None = None  # public; without, each row counts once
+    selection: Selection | None = None  # in place of both
 
     def __post_init__(self) -> None:
         self.place = self.terms.aggregators.index(self.post.me.name)
@@ -249,12 +295,56 @@ class Aggregator:
             raise AbortError(
                 f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened. {reasons}"
             )
-        part_M = self._sum([held[name] for name in names], names)
-        if self.noise is not None:
-            part_M += self.noise(self.terms.length).view(np.uint64)
+        rows, tensors = [held[name] for name in names], dict[str, torch.Tensor]()
+        weights, noise = self.weights or dict.fromkeys(names, 1), self.noise
+        if chosen := self.selection:
+            gram_KK = yield from self._gram(line, rows)
+            weights = chosen.weigh(names, gram_KK)
+            yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
+            if (count := sum(w != 0 for w in weights.values())) < self.terms.min_group:
+                raise AbortError(
+                    f"the rule keeps {count} rows, security.min_group={self.terms.min_group}: their sum is not opened"
+                )
+            most, drawn = max(map(abs, weights.values())), chosen.sum_noise
+            noise = (lambda length: drawn(length, most)) if drawn else None
+            tensors["gram"] = torch.from_numpy(gram_KK)
+        part_M = self._sum(rows, [weights[name] for name in names])
+        if noise is not None:
+            part_M += noise(self.terms.length).view(np.uint64)
         part_M += line.zero(self.terms.length)
-        tensors = {"part": torch.from_numpy(part_M.view(np.int64))}
-        return codec.encode({"accepted": names, "excluded": why, "place": self.place}, tensors)
+        tensors["part"] = torch.from_numpy(part_M.view(np.int64))
+        told = {name: weights[name] for name in names}
+        return codec.encode({"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors)
+
+    def _gram(self, line: "_Line", held: Sequence[_Held]) -> Generator[Sends, Sends, Integers]:
+        """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 5."""
+        K = len(held)
+        upper = np.triu_indices(K)
+        mixed = np.zeros((K, 2 * K), np.uint64)
+        for start in range(0, self.terms.length, _COLUMNS):
+            count = min(_COLUMNS, self.terms.length - start)
+            first, second = (self._columns(held, which, start, count) for which in (0, 1))
+            mixed += field.matmul(first, np.concatenate([first, second]).T)
+        part = (mixed[:, :K] + mixed[:, K:] + mixed[:, K:].T)[upper]
+        if self.selection and self.selection.gram_noise:
+            part += self.selection.gram_noise(K).view(np.uint64)
+        part += line.zero(len(part))
+        found = yield from line.swap(dict.fromkeys((self.left, self.right), part.tobytes()))
+        for name, other in found.items():
+            if len(other) != part.nbytes:
+                raise AbortError(f"{name!r} sent {len(other)} bytes of a Gram matrix; expected {part.nbytes}")
+            part = part + np.frombuffer(other, np.uint64)
+        gram_KK = np.zeros((K, K), np.int64)
+        gram_KK[upper] = part.view(np.int64)
+        return gram_KK + np.triu(gram_KK, 1).T
+
+    def _agree(self, line: "_Line", what: bytes) -> Generator[Sends, Sends, None]:
+        """Raise AbortError unless the other two have the same."""
+        digest = sha256(what).digest()
+        found = yield from line.swap(dict.fromkeys((self.left, self.right), digest))
+        for name, other in found.items():
+            if other != digest:
+                raise AbortError(f"{name!r} has another Gram matrix or other weights; nothing more is opened")
 
     def _opened(self, scope: Scope, uploads: Mapping[str, bytes]) -> tuple[dict[str, _Held], dict[str, str]]:
         held: dict[str, _Held] = {}
@@ -318,12 +408,11 @@ class Aggregator:
     def _columns(self, held: Sequence[_Held], which: int, start: int, count: int) -> Words:
         return np.stack([one.words(self.place, which, start, count) for one in held])
 
-    def _sum(self, held: Sequence[_Held], names: Sequence[str]) -> Words:
+    def _sum(self, held: Sequence[_Held], weights: Sequence[int]) -> Words:
         """Return this party's additive share of the sum: the weighted sum of its first shares."""
         total_M = np.zeros(self.terms.length, np.uint64)
-        for one, name in zip(held, names, strict=True):
-            weight = np.uint64(self.weights[name] if self.weights else 1)
-            total_M += weight * one.words(self.place, 0, 0, self.terms.length)
+        for one, weight in zip(held, weights, strict=True):
+            total_M += np.uint64(weight % 2**64) * one.words(self.place, 0, 0, self.terms.length)
         return total_M
 
     def _check(self, line: "_Line", held: Sequence[_Held], public: bytes) -> Generator[Sends, Sends, NDArray[np.bool_]]:
@@ -499,22 +588,28 @@ class _Line:
 
 @dataclass(frozen=True)
 class Opened:
-    """The sum, noise and all, [M] int64; whose rows are in it and why others are not; bytes by phase."""
+    """The sum, noise and all, [M] int64; whose rows are in it, how often, and why others are not; bytes by phase.
+
+    Under a robust rule also the Gram matrix that it read, in the order of `accepted`.
+    """
 
     total_M: Integers
     accepted: list[str]
     excluded: dict[str, str]
     phases: dict[str, int]
+    weights: dict[str, int] = dataclass_field(default_factory=dict)
+    gram_KK: Integers | None = None
 
 
 Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
 """(op, payload of each aggregator) -> answer of each; raises AbortError where one gives none."""
 
 
-def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms) -> Opened:
+def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, spread: float = 0.0) -> Opened:
     """Carry messages until each aggregator has handed in its part, and add the three.
 
-    Raises AbortError where one stops, disagrees with the others, or the sum is out of bound.
+    `spread` is the standard deviation of the noise on a sum in which no row counts more than once. Raises AbortError
+    where one stops, disagrees with the others, or the sum is larger than accepted rows and noise can make it.
     """
     head = codec.encode({"study": scope.study, "run": scope.run, "round": scope.round})
     phases, unread = {"shares": 0, "check": 0, "open": 0}, dict[str, str]()
@@ -536,6 +631,13 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms) ->
         phases["check"] += sum(map(len, carried.values()))
         answers = _decoded(ask("step", carried))
     opened = _added(answers, terms, phases)
+    weights = np.abs(list(opened.weights.values()))
+    most = weights.sum() * terms.proven + field.HEADROOM * spread * weights.max(initial=0)
+    if np.abs(opened.total_M.astype(np.float64)).max(initial=0) > most:
+        raise AbortError(
+            f"the opened sum has a number above {most:g} steps, which no accepted rows make; an aggregator did not "
+            "follow the protocol. Nothing is used; run the round again."
+        )
     return replace(opened, excluded=unread | opened.excluded)
 
 
@@ -570,13 +672,14 @@ def _added(
             if part.shape != (terms.length,) or part.dtype != np.int64:
                 raise CodecError(f"a part of {part.dtype} {part.shape}; expected int64 ({terms.length},)")
             total_M += part.view(np.uint64)
-            said.append((header["accepted"], header["excluded"]))
-            phases["open"] += part.nbytes
+            gram = tensors["gram"].numpy() if "gram" in tensors else None
+            said.append((header["accepted"], header["weights"], None if gram is None else gram.tobytes()))
+            excluded, phases["open"] = header["excluded"], phases["open"] + part.nbytes
         except (CodecError, KeyError) as error:
             raise AbortError(f"{name!r} handed in no part ({error}); run the round again") from error
-    if any(one[0] != said[0][0] for one in said):
+    if any(one != said[0] for one in said):
         raise AbortError("the aggregators disagree on whose rows are in the sum; run the round again")
-    return Opened(total_M.view(np.int64), said[0][0], said[0][1], phases)
+    return Opened(total_M.view(np.int64), said[0][0], excluded, phases, said[0][1], gram)
 
 
 def _outgoing(sent: Sends) -> bytes:
@@ -590,11 +693,13 @@ def run_protocol(
     terms: Terms,
     noise: Noise | None = None,
     weights: Mapping[str, int] | None = None,
+    selection: Selection | None = None,
+    spread: float = math.inf,
 ) -> Opened:
     """Play every party in order, in one process: clients share, aggregators check and sum, the coordinator adds."""
     uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
-    aggregators = {name: Aggregator(posts[name], terms, noise, weights) for name in terms.aggregators}
-    return relay(in_turn(aggregators), scope, uploads, terms)
+    aggregators = {name: Aggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
+    return relay(in_turn(aggregators), scope, uploads, terms, spread)
 
 
 def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:

@@ -1,0 +1,206 @@
+"""The Gram matrix of rows that nobody sees: exact, noised, and harmless to read where rows are within their bound."""
+
+from collections.abc import Callable, Generator, Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from medfed.core.checks import AbortError, PlanError
+from medfed.core.entropy import Integers
+from medfed.secure import field, three_party
+from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.three_party import WEIGHT, Aggregator, Opened, Selection, Terms, in_turn, relay, run_protocol, share
+
+THREE = ("p", "q", "r")
+SCOPE = Scope("study", "run", 1)
+CLIENTS = tuple("abcdefgh")
+_KEYS = [Identity.new(name, "aggregator") for name in THREE] + [Identity.new(name, "site") for name in CLIENTS]
+_ROSTER = Roster.of(*(one.public for one in _KEYS))
+
+
+def posts() -> dict[str, Post]:
+    return {one.name: Post(one, _ROSTER) for one in _KEYS}
+
+
+def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.full(len(gram_KK), 1 / len(gram_KK))
+
+
+def opened(x_KM: Integers, bound: float = 1e6, **more: object) -> Opened:
+    selection = Selection(**{"rule": uniform, **more})  # type: ignore[arg-type]
+    rows = dict(zip(CLIENTS, x_KM, strict=False))
+    return run_protocol(posts(), SCOPE, rows, Terms(x_KM.shape[1], bound, THREE), selection=selection)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_it_equals_the_integer_computation(K: int, M: int, seed: int) -> None:
+    x_KM = np.random.default_rng(seed).integers(-1000, 1001, (K, M))
+    w_K = np.random.default_rng(seed + 1).dirichlet(np.ones(K)) + 1e-3
+    found = opened(x_KM, rule=lambda gram: w_K / w_K.sum())
+    assert found.gram_KK is not None and np.array_equal(found.gram_KK, x_KM @ x_KM.T)
+    steps = np.rint(WEIGHT * w_K / w_K.sum()).astype(np.int64)
+    assert list(found.weights.values()) == steps.tolist()
+    assert np.array_equal(found.total_M, steps @ x_KM)
+
+
+def test_long_rows_are_taken_in_blocks() -> None:
+    x_KM = np.random.default_rng(3).integers(-(2**20), 2**20, (4, three_party._COLUMNS + 77))
+    found = opened(x_KM, bound=2.0**29)
+    assert np.array_equal(found.gram_KK, x_KM @ x_KM.T)
+
+
+def test_rows_are_weighed_as_means_where_sizes_differ() -> None:
+    """A rule that keeps every row gives the mean of means: sums of 10 and of 40 patients count alike."""
+    x_KM, sizes = np.array([[100, 0], [0, 400], [1000, 1000]]), {"a": 10, "b": 40, "c": 50}
+    seen: list[NDArray[np.float64]] = []
+
+    def rule(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+        seen.append(gram_KK)
+        return uniform(gram_KK)
+
+    found = opened(x_KM, rule=rule, scale={name: 1 / size for name, size in sizes.items()})
+    means = x_KM / np.array([[10], [40], [50]])
+    np.testing.assert_allclose(seen[0], means @ means.T)
+    np.testing.assert_allclose(found.total_M / WEIGHT * (1 / 10), means.mean(0), rtol=1e-4)
+
+
+def noises(gram: float, total: float) -> dict[str, Callable[..., Integers]]:
+    rng = np.random.default_rng(5)
+    return {
+        "gram_noise": lambda K: np.rint(rng.normal(0, gram, K * (K + 1) // 2)).astype(np.int64),
+        "sum_noise": lambda M, most: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(np.int64),
+    }
+
+
+def test_noise_lies_on_both_openings_from_all_three() -> None:
+    """Each adds a part of its own: three times the variance of one. A sum whose weights are small needs less."""
+    x_KM = np.random.default_rng(4).integers(-50, 51, (8, 400))
+    grams, sums, parts = [], [], noises(1e4, 1e6)
+    for _ in range(6):
+        found = opened(x_KM, **parts)
+        assert found.gram_KK is not None
+        grams.append((found.gram_KK - x_KM @ x_KM.T)[np.triu_indices(8)])
+        sums.append(found.total_M - np.full(8, WEIGHT // 8) @ x_KM)
+        assert np.array_equal(found.gram_KK, found.gram_KK.T)
+    for errors, sigma in ((grams, 1e4 * 3**0.5), (sums, 1e6 / 8 * 3**0.5)):
+        found_all = np.concatenate(errors)
+        assert stats.kstest(found_all / sigma, "norm").pvalue > 1e-4
+        for wrong in (2 / 3, 3 / 2):
+            assert stats.kstest(found_all / sigma / wrong, "norm").pvalue < 1e-4
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_one_patient_moves_the_upper_triangle_no_more_than_is_said(K: int, M: int, seed: int) -> None:
+    """s B sqrt(K + 3), and nearly reached where all rows and the step point the same way."""
+    rng = np.random.default_rng(seed)
+    x_KM, step = rng.normal(size=(K, M)), rng.normal(size=M)
+    x_KM *= rng.uniform(0.5, 1, (K, 1)) / np.linalg.norm(x_KM, axis=1, keepdims=True)
+    moved = x_KM.copy()
+    moved[0] += 0.1 * step / np.linalg.norm(step)
+    moved[0] /= max(1, np.linalg.norm(moved[0]))
+    s = float(np.linalg.norm(moved[0] - x_KM[0]))
+    upper = np.triu_indices(K)
+    assert np.linalg.norm((moved @ moved.T - x_KM @ x_KM.T)[upper]) <= s * (K + 3) ** 0.5 + 1e-12
+    same = np.ones((K, 1))
+    less = np.array([[0.999], *same[1:]])
+    most = np.linalg.norm((less @ less.T - same @ same.T)[upper])
+    assert most > 0.99 * 0.001 * (K + 3) ** 0.5
+
+
+def test_the_wrap_attack_harms_without_the_check_and_is_excluded_with_it() -> None:
+    """2^32 e_0 has the square 0 mod 2^64, and its products read every other row's first number."""
+    x_KM = np.random.default_rng(6).integers(-1000, 1001, (4, 30))
+    x_KM[3] = 0
+    x_KM[3, 0] = 2**32
+    words = x_KM.view(np.uint64)
+    unchecked = field.matmul(words, words.T.copy()).view(np.int64)
+    assert unchecked[3, 3] == 0  # it looks like a row of zeros
+    assert np.array_equal(unchecked[3, :3] >> 32, x_KM[:3, 0])  # and reads
+    found = opened(x_KM)
+    assert "out of bound" in found.excluded["d"] and found.accepted == ["a", "b", "c"]
+    assert found.gram_KK is not None and found.gram_KK.shape == (3, 3)
+    assert np.array_equal(found.gram_KK, x_KM[:3] @ x_KM[:3].T)
+
+
+def parts(monkeypatch: pytest.MonkeyPatch, runs: int) -> NDArray[np.uint64]:
+    """Return what one aggregator sends of the Gram matrix of rows of one number, in many runs: [runs, 3]."""
+    sent: list[bytes] = []
+    swap = three_party._Line.swap
+
+    def spied(
+        self: three_party._Line, messages: Mapping[str, bytes]
+    ) -> Generator[Mapping[str, bytes], Mapping[str, bytes], dict[str, bytes]]:
+        if self.me == "p" and {len(m) for m in messages.values()} == {24}:
+            sent.append(messages["q"])
+        return (yield from swap(self, messages))
+
+    monkeypatch.setattr(three_party._Line, "swap", spied)
+    for _ in range(runs):
+        opened(np.array([[3], [5]]))
+    return np.frombuffer(b"".join(sent), np.uint64).reshape(runs, 3)
+
+
+def test_a_part_of_the_gram_matrix_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its low bits are even coins. Without the sharing of zero they are odd ones: the test would see it."""
+    low = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
+    assert stats.binomtest(int(low.sum()), 150).pvalue > 1e-4
+    monkeypatch.setattr(three_party._Line, "zero", lambda self, count: np.zeros(count, np.uint64))
+    bare = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
+    assert stats.binomtest(int(bare.sum()), 150, 3 / 8).pvalue > 1e-4  # a a' + a b' + b a' is odd 3 times of 8
+    assert stats.binomtest(int(bare.sum()), 150).pvalue < 0.05
+
+
+def test_an_aggregator_that_tells_two_grams_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    swap = three_party._Line.swap
+
+    def lying(
+        self: three_party._Line, messages: Mapping[str, bytes]
+    ) -> Generator[Mapping[str, bytes], Mapping[str, bytes], dict[str, bytes]]:
+        if self.me == "p" and {len(m) for m in messages.values()} == {8 * 6}:
+            messages = {**messages, "q": bytes(48)}
+        return (yield from swap(self, messages))
+
+    monkeypatch.setattr(three_party._Line, "swap", lying)
+    with pytest.raises(AbortError, match="another Gram matrix"):
+        opened(np.arange(12).reshape(3, 4))
+
+
+def test_a_rule_that_keeps_too_few_rows_opens_nothing() -> None:
+    def lone(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.eye(len(gram_KK))[0]
+
+    with pytest.raises(AbortError, match="keeps 1 rows"):
+        opened(np.arange(12).reshape(3, 4), rule=lone)
+    with pytest.raises(AbortError, match="no weights"):
+        opened(np.arange(12).reshape(3, 4), rule=lambda gram: uniform(gram) * np.nan)
+
+
+def test_rows_whose_products_would_wrap_are_refused_when_planning() -> None:
+    Terms(10, 2.0**25, THREE).check(gram=True)
+    with pytest.raises(PlanError, match="robust rule"):
+        Terms(10, 2.0**31, THREE).check(gram=True)
+
+
+def test_a_sum_that_no_rows_make_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = Aggregator._sum
+
+    def adding(self: Aggregator, *args: object) -> object:
+        return total(self, *args) + np.uint64(2**40 * (self.post.me.name == "p"))  # type: ignore[arg-type]
+
+    mail = posts()
+    terms = Terms(4, 1000, THREE)
+    sites = {name: np.full(4, 7) for name in "abc"}
+    uploads = {name: share(mail[name], SCOPE, row_M, terms) for name, row_M in sites.items()}
+    three = in_turn({name: Aggregator(mail[name], terms) for name in THREE})
+    assert relay(three, SCOPE, uploads, terms).total_M.tolist() == [21] * 4
+    monkeypatch.setattr(Aggregator, "_sum", adding)
+    mail = posts()
+    three = in_turn({name: Aggregator(mail[name], terms) for name in THREE})
+    with pytest.raises(AbortError, match="did not follow the protocol"):
+        relay(three, SCOPE, uploads, terms, spread=1000)
