@@ -1,16 +1,22 @@
-"""Secure aggregation: seconds, bytes and memory of a round, all parties in one process; accuracy under it.
+"""Secure aggregation: seconds, bytes and memory of a round, all parties in one process; accuracy under it; peers.
 
-    python benchmarks/secure.py [--accuracy]
+    python benchmarks/secure.py [--accuracy] [--peers]
 
-Three parties: clients share, aggregators check every row in secret and open the sum. Masked: a tenth of the clients
-drop
-out before their rows arrive. `--accuracy` runs the breast-cancer study on 20 seeds in each way besides.
+Three parties: clients share, aggregators check every row in secret and open the sum, or the Gram matrix and then the
+sum. Masked: a tenth of the clients drop out before their rows arrive. `--peers` adds Flower's SecAgg+ primitives and
+CKKS by TenSEAL, in an environment of their own (benchmarks/.venvs/secure, made on first use). `--accuracy` runs the
+breast-cancer study on 20 seeds in each way besides.
 """
 
 import argparse
+import json
 import resource
 import statistics
+import subprocess
 import time
+import venv
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import write_result
@@ -19,7 +25,9 @@ import medfed
 from medfed import study as studies
 from medfed.secure import masking, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.three_party import Selection
 
+HERE = Path(__file__).parent
 PARTIES = ("first", "second", "third")
 
 
@@ -27,6 +35,7 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
     found: dict[str, object] = {}
     for clients, numbers, times, aim in ((10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)):
@@ -38,12 +47,25 @@ def main() -> None:
             f"upload {carried[0]:.3f} x, {peak:.2f} GiB"
         )
         found[f"three-party {clients} x {numbers}"] = {"seconds": seconds, "upload_ratio": carried[0], "peak_gib": peak}
+    grams = [three(10, 200_000, n, Selection(lambda gram_KK: np.full(len(gram_KK), 0.1)))[0] for n in range(5)]
+    print(f"three-party n=10 M=200,000, Gram matrix opened too: {statistics.median(grams):.2f} s (aim 1.5)")
+    found["three-party 10 x 200000, gram"] = {"seconds": grams}
     client, unmask, ratio = zip(*(masked(50, 200_000) for _ in range(3)), strict=True)
     print(
         f"masked n=50 M=200,000: client {1e3 * statistics.median(client):.0f} ms (aim 50), "
         f"unmask {statistics.median(unmask):.2f} s (aim 1), upload {ratio[0]:.3f} x"
     )
     found["masked 50 x 200000"] = {"client_seconds": client, "unmask_seconds": unmask, "upload_ratio": ratio[0]}
+    if options.peers:
+        found["peers"] = peer = peers()
+        for what, ours in (("client", client), ("unmask", unmask)):
+            theirs = statistics.median(peer[what])
+            print(f"Flower's {what}: {theirs:.2f} s, {theirs / statistics.median(ours):.1f} times ours (aim 10)")
+        ckks = peer["ckks"]
+        print(
+            f"CKKS (TenSEAL): encrypt {1e3 * ckks['encrypt']:.0f} ms a client, add {ckks['add']:.2f} s, "
+            f"decrypt {ckks['decrypt']:.2f} s, upload {ckks['bytes'] / 1.6e6:.1f} x"
+        )
     if options.accuracy:
         found["accuracy"] = accuracy()
     write_result("secure", found)
@@ -62,15 +84,28 @@ def posts_of(names: list[str]) -> dict[str, Post]:
     return {key.name: Post(key, roster) for key in keys}
 
 
-def three(clients: int, numbers: int, round: int) -> tuple[float, float]:
+def peers() -> dict[str, Any]:
+    """Return what Flower's primitives and TenSEAL take on rows of the same length, with as many neighbours as ours."""
+    folder = HERE / ".venvs/secure"
+    python = folder / "bin/python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "flwr==1.23.0", "tenseal==0.3.18"], check=True)
+    degree = masking.Terms.choose([f"{i:02d}" for i in range(50)], 200_000, 0.1, 15).degree
+    command = [str(python), str(HERE / "peers/secure_peers.py"), f"--neighbours={degree}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def three(clients: int, numbers: int, round: int, selection: Selection | None = None) -> tuple[float, float]:
     """Return seconds of a round, and bytes of an upload over a plain row's."""
     names = [f"site {i}" for i in range(clients)]
     rows, posts = rows_of(names, numbers), posts_of([*names, *PARTIES])
     terms = three_party.Terms(numbers, 2.0**24, PARTIES)
     began = time.perf_counter()
-    opened = three_party.run_protocol(posts, Scope("study", "run", round), rows, terms)
+    opened = three_party.run_protocol(posts, Scope("study", "run", round), rows, terms, selection=selection)
     seconds = time.perf_counter() - began
-    assert (opened.total_M == sum(rows.values())).all()
+    assert selection or (opened.total_M == sum(rows.values())).all()
     upload = three_party.share(posts[names[0]], Scope("study", "run", 10**6), rows[names[0]], terms)
     return seconds, len(upload) / (8 * numbers)
 

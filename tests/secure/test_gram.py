@@ -81,7 +81,7 @@ def test_noise_lies_on_both_openings_from_all_three() -> None:
     """Each adds a part of its own: three times the variance of one. A sum whose weights are small needs less."""
     x_KM = np.random.default_rng(4).integers(-50, 51, (8, 400))
     grams, sums, parts = [], [], noises(1e4, 1e6)
-    for _ in range(6):
+    for _ in range(30):
         found = opened(x_KM, **parts)
         assert found.gram_KK is not None
         grams.append((found.gram_KK - x_KM @ x_KM.T)[np.triu_indices(8)])

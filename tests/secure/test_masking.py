@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -219,9 +220,11 @@ def test_tampered_keys_are_refused_by_client_and_server(cast, case):
 def test_replayed_and_revoked_and_swapped(cast):
     said = {n: c.keys() for n, c in cast.clients.items()}
     keys = cast.server.keys(said)
+    again = Server(cast.server.post, cast.terms, SCOPE)
+    again._ear = cast.server._ear  # which remembers
     with pytest.raises(AbortError, match="0 of 3"):
-        cast.server.keys(said)
-    assert "came twice" in str(cast.server.refused["site00"])
+        again.keys(said)
+    assert "came twice" in str(again.refused["site00"])
     revoked = Roster({p.name: p.public for p in cast.people.values()}, frozenset({"site00"}))
     late = Server(Post(cast.people["server"], revoked), cast.terms, SCOPE)
     late.keys(said)
@@ -251,6 +254,88 @@ def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
     a._held["site01"] = bytes(66)
     with pytest.raises(AbortError, match="site01"):
         cast.server.unmask({"site00": a.unmask(confirmed), "site01": b.unmask(confirmed)})
+
+
+def test_one_false_share_is_found_and_named_where_there_are_others():
+    """Five hold shares and three rebuild a seed: the sum is right, and the liar is known."""
+    terms = Terms(tuple(names(5)), 16, 3, 4, 4)
+    cast = stage(terms)
+    cast.rows = {name: np.arange(16) * i for i, name in enumerate(terms.members)}
+    survivors = cast.server.rows(to_rows(cast))
+    confirmed = cast.server.confirm({n: c.confirm(survivors, b"m") for n, c in cast.clients.items()})
+    cast.clients["site01"]._held["site03"] = bytes(66)
+    total_M, stayed = cast.server.unmask({n: c.unmask(confirmed) for n, c in cast.clients.items()})
+    assert len(stayed) == 5 and (total_M == np.arange(16) * 10).all()
+    assert "false" in str(cast.server.refused["site01"]) and len(cast.server.refused) == 1
+
+
+def test_the_servers_phases_come_once_and_in_order(cast):
+    with pytest.raises(AbortError, match="expected phase=keys"):
+        cast.server.rows({})
+    rows = to_rows(cast)
+    cast.server.rows(rows)
+    with pytest.raises(AbortError, match="expected phase=confirm"):
+        cast.server.rows(rows)
+
+
+def test_the_ring_follows_from_everybodys_keys():
+    """Neither the server nor a member picks it: other keys, another order; one broadcast, one order for all."""
+    terms = Terms.choose(names(60), 5, 0.1, 5, b"seed")
+    orders = set()
+    for _ in range(2):
+        cast = stage(terms)
+        keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+        for name in ("site00", "site01"):
+            cast.clients[name].share(keys)
+        drawn = {cast.clients[name]._terms._ring for name in ("site00", "site01")}
+        assert drawn == {cast.server.terms._ring}
+        orders |= drawn
+    assert len(orders) == 2 and terms._ring not in orders
+
+
+@pytest.mark.parametrize("u", sorted(masking._SMALL_ORDER))
+@pytest.mark.parametrize("top", [0, 1 << 255])
+def test_the_points_of_small_order_are_those_that_nobody_can_agree_with(u, top):
+    public = (u | top).to_bytes(32, "little")
+    with pytest.raises(ValueError, match="shared key"):
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    with pytest.raises(EnvelopeError, match="no key"):
+        masking._keys(bytes([9]) + bytes(31) + public + bytes(32))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"members": ("b", "a", "c")},
+        {"members": ("a", "b")},
+        {"members": ("a", "b", "*")},
+        {"length": 0},
+        {"quorum": 1},
+        {"quorum": 4},
+        {"threshold": 1},
+        {"threshold": 4},
+        {"degree": 1},
+        {"degree": 3},
+    ],
+)
+def test_terms_that_do_not_protect_are_refused(wrong):
+    good = {"members": ("a", "b", "c"), "length": 5, "quorum": 3, "threshold": 3, "degree": 2}
+    Terms(**good)
+    with pytest.raises(PlanError, match="no terms of a masked sum"):
+        Terms(**(good | wrong))
+
+
+def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):
+    """A client that signed and is not on the list has no say: it may have been told anything."""
+    rows = to_rows(cast)
+    gone = rows.pop("site02")
+    survivors = cast.server.rows(rows)
+    assert gone
+    a, b = (cast.clients[n] for n in ("site00", "site01"))
+    signed = {"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")}
+    stranger = Post(cast.people["site02"], cast.roster).wrap(SCOPE, "confirm", "*", bytes(96))
+    told = tell(cast, "confirmed", {**signed, "site02": stranger})
+    assert a.unmask(told)
 
 
 def test_bytes_of_an_upload(cast):

@@ -57,6 +57,12 @@ SMALL = 32
 FAILURE = 2.0**-40
 """The probability that a drawn graph is allowed to fail with."""
 
+_P = 2**255 - 19
+_SMALL_ORDER = frozenset({0, 1, _P - 1, _P, _P + 1}) | {
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+}  # Curve25519's points on which everybody agrees (Bernstein, cr.yp.to/ecdh.html#validate)
+
 _T = TypeVar("_T")
 _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
 
@@ -66,7 +72,7 @@ class Terms:
     """What all parties know of a masked sum: who takes part, the row's length, the graph and the thresholds.
 
     `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k) neighbours hold
-    them beside the client itself. `seed` orders the ring: public, and drawn when the members are known.
+    them beside the client itself. `seed` orders the ring: see `drawn`.
     """
 
     members: tuple[str, ...]
@@ -75,6 +81,23 @@ class Terms:
     threshold: int
     degree: int
     seed: bytes = b""
+
+    def __post_init__(self) -> None:
+        n = len(self.members)
+        holds = (
+            3 <= n < 2**16
+            and list(self.members) == sorted(set(self.members))
+            and EVERYBODY not in self.members
+            and self.length >= 1
+            and n / 2 < self.quorum <= n
+            and (self.degree == n - 1 or (self.degree < n - 1 and self.degree % 2 == 0))
+            and (n if self.degree == n - 1 else self.degree + 2) / 2 < self.threshold <= self.degree + 1
+        )
+        if not holds:
+            raise PlanError(
+                f"members={some(self.members)}, length={self.length}, quorum={self.quorum}, "
+                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take Terms.choose."
+            )
 
     @classmethod
     def choose(
@@ -105,6 +128,14 @@ class Terms:
             if degree - lost >= threshold:
                 return cls(names, length, quorum, threshold, degree, seed)
         return cls(names, length, quorum, quorum, n - 1, seed)
+
+    def drawn(self, keys: bytes) -> "Terms":
+        """Return the terms with the ring in the order that the keys of all decide, as the server broadcast them.
+
+        So nobody picks it: the server does not know the keys of honest members before, and one that tells them
+        differently has two sets of terms, whose signatures do not fit. Who advertises last can try keys, an order each.
+        """
+        return replace(self, seed=sha256(self.seed + keys).digest())
 
     def neighbours(self, name: str) -> tuple[str, ...]:
         """Return the k neighbours of a member, sorted."""
@@ -178,7 +209,8 @@ class Client:
     def share(self, broadcast: bytes) -> bytes:
         """Take the keys of all; return the shares of both seeds, sealed to each neighbour that advertised."""
         self._enter("shares")
-        envelopes = _unpack(self._hear(broadcast, "all-keys"), self._terms)
+        body = self._hear(broadcast, "all-keys")
+        envelopes, self._terms = _unpack(body, self._terms), self._terms.drawn(body)
         for name in self._terms.neighbours(self._name):
             if name in envelopes:  # a neighbour that signed nothing has no part
                 self._keys[name] = _keys(self._ear.unwrap(envelopes[name], self._scope, "keys", name))
@@ -227,8 +259,10 @@ class Client:
         odd = set(self._terms.holders(self._name)).intersection(self._survivors) - set(self._held)
         if self._name not in self._survivors or odd:
             raise AbortError(
-                f"the list of survivors given to {self._name!r} leaves it out or adds {some(sorted(odd))!r}; expected "
-                "this client and those whose shares came. The server or the network is at fault; nothing was opened."
+                f"the list of survivors given to {self._name!r} "
+                + (f"adds {some(sorted(odd))}" if odd else "leaves it out")
+                + "; expected this client and those whose shares came. The server or the network is at fault; nothing "
+                "was opened."
             )
         self._statement = self._terms.digest + sha256(body).digest() + sha256(model).digest()
         return self._say("confirm", EVERYBODY, self._statement)
@@ -242,7 +276,7 @@ class Client:
         self._enter("unmask")
         envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
         said = {name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name) for name in envelopes}
-        others = [name for name in said if said[name] != self._statement]
+        others = [name for name in self._survivors if said.get(name, self._statement) != self._statement]
         why = f"{some(others)} signed another list of survivors or another model." if others else ""
         self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
         size = shares.SIZE
@@ -295,8 +329,9 @@ class Client:
 class Server:
     """The server's side of one round: it takes each phase's envelopes by name and returns what it sends next.
 
-    A message that cannot be read counts as a drop-out; `refused` says whose and why. Raises AbortError below the
-    quorum, and where a seed cannot be rebuilt.
+    Phases come once and in order. A message that cannot be read counts as a drop-out, and one false share of a seed is
+    found and left out; `refused` says whose and why. Raises AbortError below the quorum, and where a seed cannot be
+    rebuilt.
     """
 
     post: Post
@@ -310,11 +345,14 @@ class Server:
         self._sharers: set[str] = set()
         self._survivors: set[str] = set()
         self._total_M: Words = np.zeros(self.terms.length, np.uint64)
+        self._phases: tuple[str, ...] = PHASES
 
     def keys(self, envelopes: Mapping[str, bytes]) -> bytes:
         """Take the clients' keys; return them all, for all."""
         self._keys = self._read("keys", envelopes, self.terms.members, lambda _, body: _keys(body))
-        return self._tell("all-keys", {name: envelopes[name] for name in self._keys})
+        body = _pack({name: envelopes[name] for name in self._keys}, self.terms)
+        self.terms = self.terms.drawn(body)
+        return self.post.wrap(self.scope, "all-keys", EVERYBODY, body)
 
     def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take the clients' sealed shares; return for each sharer the boxes that the others sent it."""
@@ -363,17 +401,24 @@ class Server:
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
     def _rebuilt(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
-        """Return a seed of `name` from its shares, checked against what it advertised."""
-        try:
-            secret = shares.rebuild(held, self.terms.threshold)
-        except (QuorumError, CodecError) as error:
-            raise AbortError(f"masked round, phase unmask, a seed of {name!r}: {error}") from error
-        if not hmac.compare_digest(commit(secret), self._keys[name][where]):
-            raise AbortError(
-                f"masked round, phase unmask: shares of a seed of {name!r} do not fit its commitment; a client lied. "
-                "Nothing was opened; start the round again."
-            )
-        return secret
+        """Return a seed of `name` from its shares, checked against what it advertised; one of them may be false."""
+        advertised, t = self._keys[name][where], self.terms.threshold
+        for liar in (0, *(sorted(held)[:t] if len(held) > t else ())):  # 0 is nobody
+            try:
+                used = {point: share for point, share in held.items() if point != liar}
+                secret = shares.rebuild(used, t)
+            except QuorumError as error:
+                raise AbortError(f"masked round, phase unmask, a seed of {name!r}: {error}") from error
+            except CodecError:
+                continue
+            if hmac.compare_digest(commit(secret), advertised):
+                if liar:
+                    self.refused[self.terms.members[liar - 1]] = CodecError(f"its share of a seed of {name!r} is false")
+                return secret
+        raise AbortError(
+            f"masked round, phase unmask: shares of a seed of {name!r} do not fit its commitment; clients lied, or "
+            "it did. Nothing was opened; start the round again."
+        )
 
     def _boxes(self, name: str, body: bytes) -> dict[str, bytes]:
         boxes, expected = _unpack(body, self.terms, _BOX), self._keys.keys() & set(self.terms.neighbours(name))
@@ -392,6 +437,10 @@ class Server:
         self, phase: str, envelopes: Mapping[str, bytes], allowed: Collection[str], decode: Callable[[str, bytes], _T]
     ) -> dict[str, _T]:
         """Return the decoded bodies by sender, of those allowed in this phase; raise AbortError below the quorum."""
+        if self._phases[:1] != (phase,):
+            expected = f"phase={self._phases[0]}" if self._phases else "none: the round is over"
+            raise AbortError(f"phase={phase} of a masked round came to its server; expected {expected}. Begin it anew.")
+        self._phases = self._phases[1:]
         post = self._ear if phase in ("keys", "confirm") else self.post
         bodies: dict[str, _T] = {}
         for name in sorted(envelopes.keys() & set(allowed)):
@@ -445,7 +494,8 @@ def _keys(body: bytes) -> bytes:
             f"keys of {len(body)} bytes; expected 96: two keys and a commitment. Ask their sender again."
         )
     for public in (body[:32], body[32:64]):
-        _agree(X25519PrivateKey.generate(), public)
+        if int.from_bytes(public, "little") % 2**255 in _SMALL_ORDER:
+            raise EnvelopeError("a public key that is no key; expected a fresh one. Ask its sender again.")
     return body
 
 

@@ -101,9 +101,9 @@ class Terms:
         """Raise PlanError where projections of honest rows, or with `gram` products of accepted ones, could wrap."""
         if gram and not self.exact:
             raise PlanError(
-                f"a robust rule and rows of norm {self.bound:g} steps do not compose with 'three-party': their "
-                "products must stay below 2^63. Lower security.fraction_bits or security.bound, declare smaller sites, or set "
-                "noise='site'."
+                f"a robust rule under 'three-party' and rows of norm {self.bound:g} steps do not compose: "
+                "their products must stay below 2^63. Lower security.fraction_bits or security.bound, declare smaller "
+                "sites, or set noise='site'."
             )
         if self.length * 2.0 * self.reach >= 2.0**62:
             raise PlanError(
