@@ -72,7 +72,7 @@ class Federation:
             self.memories[k] = {name: memory[name][i] for name in self.algorithm.kept}
         weight_K = torch.tensor([self.weights[k] for k in members], dtype=torch.float64)
         self.row_KM = send(message_KM, PLAIN)
-        self.mean_M = combine(self.row_KM, weight_K / weight_K.sum(), None, PLAIN).to(self.server.w_P.dtype)
+        self.mean_M = combine(self.row_KM, weight_K / weight_K.sum(), PLAIN).to(self.server.w_P.dtype)
         share = float(weight_K.sum()) / sum(self.weights)
         self.server = self.algorithm.apply(self.server, self.mean_M, share, self.h)
         return self

@@ -558,7 +558,7 @@ def test_noise_at_sites_is_fresh_in_every_run_unless_seeded() -> None:
 def _joint_noise(guarantee: Guarantee, round: int = 1, key: int = 3, clients: int = 4) -> Tensor:
     """Return the joint noise of a round, in units of the clip: what comes of sums that are zero."""
     zeros = torch.zeros(clients, guarantee.numbers(), dtype=torch.int64)
-    return combine(zeros, None, None, joint_links(guarantee, key), round)
+    return combine(zeros, None, joint_links(guarantee, key), round)
 
 
 @pytest.mark.parametrize("max_sites", [1, 3])
@@ -578,7 +578,7 @@ def test_joint_noise_differs_between_rounds_and_runs(simulation_only: bool) -> N
     guarantee = _guarantee(5000, simulation_only=simulation_only)
     links = joint_links(guarantee, 3)
     zeros = torch.zeros(2, 5000, dtype=torch.int64)
-    rounds = [combine(zeros, None, None, links, number) for number in (1, 2, 3)]
+    rounds = [combine(zeros, None, links, number) for number in (1, 2, 3)]
     assert _independent(torch.stack([*rounds, _joint_noise(guarantee, 1, key=4)]))
     again = _joint_noise(guarantee, 1, key=3)
     assert torch.equal(rounds[0], again) == simulation_only
@@ -588,7 +588,7 @@ def test_joint_noise_differs_between_rounds_and_runs(simulation_only: bool) -> N
 def test_the_count_of_adaptive_clipping_has_noise_of_its_own(simulation_only: bool) -> None:
     guarantee = _guarantee(1, noise=2.0, clipping="adaptive", max_sites=2, simulation_only=simulation_only)
     links, zeros = joint_links(guarantee, 3), torch.zeros(1, 2, dtype=torch.int64)
-    drawn = torch.stack([combine(zeros, None, None, links, number) for number in range(1, 2001)])
+    drawn = torch.stack([combine(zeros, None, links, number) for number in range(1, 2001)])
     assert _is_exactly(drawn[:, 1], COUNT_NOISE * 2.0 * 2)
     assert _is_exactly(drawn[:, 0], guarantee.sigma_units() * GRID)
     assert _independent(drawn.T)

@@ -326,7 +326,7 @@ def _keys() -> list[tuple[str, Any]]:
         part = getattr(study, table.name)
         if is_dataclass(part):
             found += [(f"{table.name}.{f.name}", getattr(part, f.name)) for f in fields(part)]
-    only = ("privacy.unit", "security.aggregation", "robustness.rule")  # they know one value so far
+    only = ("privacy.unit", "security.aggregation")  # they know one value so far
     return [(key, value) for key, value in found if key not in only and not key.startswith("sites.")]
 
 

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medfed import federation
 from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError
-from medfed.core.entropy import Integers
+from medfed.core.entropy import Entropy, Integers
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.plan import Plan, cohort, threshold
-from medfed.privacy.guarantee import GRID, SLACK
+from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
+from medfed.robust import rules
 from medfed.secure import keys, masking, three_party
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
 from medfed.secure.models import Follower, Publisher
@@ -46,6 +49,9 @@ class Answer:
     more_up: int = 0  # bytes beyond the question and the replies
     more_down: int = 0
     phases: Mapping[str, int] = field(default_factory=dict)  # bytes of each phase
+    weights: Mapping[str, float] = field(default_factory=dict)  # that a rule gave, by name
+    gram_KK: Tensor | None = None  # that it read, in the order of `names`
+    gram_noise: float = 0.0  # standard deviation of the noise on each entry
 
 
 class Aggregation(Protocol):
@@ -72,9 +78,18 @@ class Plain:
                     del rows[name]
                     excluded[name] = "its row is not finite"
         enough(plan, number, rows, clients, excluded)
+        row_KM, rule = codec.as_rows(list(rows.values())), plan.rule
+        if rule:
+            gram_KK, weights = rules.gram(rules.blocks_of(row_KM)), dict.fromkeys(rows, 1 / len(rows))
+            if rule.needs == "rows":  # no weights to tell
+                combined_M = combine(plan.fitting(len(rows)).combine(row_KM)[None], torch.ones(1), plan.links, number)
+            else:
+                w_K = plan.weigh(gram_KK)
+                combined_M = combine(row_KM, w_K, plan.links, number)
+                weights = dict(zip(rows, w_K.tolist(), strict=True))
+            return Answer(list(rows), reports, replies, combined_M, excluded, weights=weights, gram_KK=gram_KK)
         weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
-        weights = None if plan.joint else weight_K / weight_K.sum()
-        combined_M = combine(codec.as_rows(list(rows.values())), weights, plan.rule, plan.links, number)
+        combined_M = combine(row_KM, None if plan.joint else weight_K / weight_K.sum(), plan.links, number)
         return Answer(list(rows), reports, replies, combined_M, excluded)
 
 
@@ -91,6 +106,7 @@ class ThreeParty:
     terms: three_party.Terms
     trail: Trail | None = None
     spread: float = 0.0  # standard deviation of the noise on a sum, in steps
+    gram_spread: Callable[[int], float] = lambda K: 0.0  # and on an entry of K rows' Gram matrix, in steps squared
 
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
@@ -107,10 +123,21 @@ class ThreeParty:
             replies=replies,
             combined_M=_combined(opened.total_M, plan, opened.accepted, number),
             excluded=excluded | opened.excluded,
+            **self._weighed(plan, opened),
             more_down=opened.phases["shares"] + opened.phases["check"],
             more_up=opened.phases["check"] + opened.phases["open"],
             phases=opened.phases,
         )
+
+    def _weighed(self, plan: Plan, opened: three_party.Opened) -> dict[str, Any]:
+        """Return what the rule read and gave, of rows as means where they are sums."""
+        if opened.gram_KK is None:
+            return {}
+        scale_K = np.array([scales(plan).get(name, 1.0) for name in opened.accepted])
+        weights = {name: opened.weights[name] / three_party.WEIGHT for name in opened.accepted}
+        noise = self.gram_spread(len(scale_K)) * float(scale_K.max()) ** 2
+        gram_KK = torch.from_numpy(opened.gram_KK * np.outer(scale_K, scale_K))
+        return {"weights": weights, "gram_KK": gram_KK, "gram_noise": noise}
 
 
 @dataclass(frozen=True)
@@ -209,7 +236,12 @@ def _record(
 def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
     """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is of."""
     combined_M = torch.from_numpy(total_M)
-    if not plan.joint:
+    if plan.rule and plan.joint:  # a mean of means, as the sum that `round` expects
+        size, scale = scales(plan), max(scales(plan)[name] for name in names)
+        combined_M = combined_M.double() * (scale / three_party.WEIGHT * sum(1 / size[name] for name in names))
+    elif plan.rule:
+        combined_M = combined_M.double() / three_party.WEIGHT
+    elif not plan.joint:
         combined_M = combined_M.double() / sum(plan.weight(name) for name in names)
     for link in reversed(plan.links):
         combined_M = link.server(combined_M, number)
@@ -279,16 +311,22 @@ def introduced(
     if plan.study.security.aggregation == "masked":
         return _masked(plan, sites, publisher, follow, trail)
     terms = terms_of(plan)
-    terms.check()
+    terms.check(gram=plan.rule is not None)
     for site in sites:
         site.party = Sharer(follow[site.name], terms)
     g = plan.guarantee
     noise = noise_share(g, 2) if g is not None and plan.joint and not g.simulation_only else None
     weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
-    names = plan.study.security.aggregators
-    parties = {name: three_party.Aggregator(keys.post(name), terms, noise, weights) for name in names}
-    spread = math.sqrt(1.5) * max(g.sigma_units(), g.count_sigma() / GRID) if g is not None and noise else 0.0
-    return ThreeParty(three_party.in_turn(parties), publisher, terms, trail, spread)
+    chosen, names = selection(plan, terms), plan.study.security.aggregators
+    parties = {name: three_party.Aggregator(keys.post(name), terms, noise, weights, chosen) for name in names}
+    ask = three_party.in_turn(parties)
+    if g is None or not noise:
+        return ThreeParty(ask, publisher, terms, trail)
+    spread = math.sqrt(1.5) * max(g.sigma_units(), g.count_sigma() / GRID)
+    if not chosen:
+        return ThreeParty(ask, publisher, terms, trail, spread)
+    gram, total = gram_split(g, terms)
+    return ThreeParty(ask, publisher, terms, trail, total * math.sqrt(1.5), lambda K: gram(K) * math.sqrt(1.5))
 
 
 def _agreed(publisher: Publisher, follow: Mapping[str, Follower], roster: Roster) -> dict[str, dict[str, str]]:
@@ -320,6 +358,54 @@ def _masked(
     return Masked(publisher, choose, trail)
 
 
+GRAM_SHARE = 0.5
+"""The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
+
+
+def gram_split(g: Guarantee, terms: three_party.Terms) -> tuple[Callable[[int], float], float]:
+    """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a sum of weight 1.
+
+    The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1 / z_A^2.
+    """
+    s_z = g.sigma_units()  # z times what one patient moves a row by
+    return (
+        lambda K: s_z * terms.bound * math.sqrt(K + 3) / math.sqrt(GRAM_SHARE),
+        s_z / math.sqrt(1 - GRAM_SHARE),
+    )
+
+
+def scales(plan: Plan) -> dict[str, float]:
+    """Return what makes each site's row a mean where it is a sum over its declared patients; else nothing."""
+    g = plan.guarantee
+    if g is None or not plan.joint:
+        return {}
+    return {name: 1 / (release.size * release.probability) for name, release in g.releases.items()}
+
+
+def selection(plan: Plan, terms: three_party.Terms) -> three_party.Selection | None:
+    """Return how three aggregators weigh rows under the study's rule, with their noise; None without a rule."""
+    g = plan.guarantee
+    if plan.rule is None:
+        return None
+
+    def weigh(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = plan.weigh(torch.from_numpy(gram_KK)).numpy()
+        return found
+
+    if g is None or not plan.joint:
+        return three_party.Selection(weigh)
+    gram, total = gram_split(g, terms)
+    entropy = Entropy()
+
+    def on_gram(K: int) -> Integers:
+        return discrete_gaussian(gram(K) / math.sqrt(2)).sample(K * (K + 1) // 2, entropy)
+
+    def on_sum(length: int, most: int) -> Integers:
+        return discrete_gaussian(total * most / math.sqrt(2)).sample(length, entropy)
+
+    return three_party.Selection(weigh, scales(plan), on_gram, on_sum)
+
+
 def terms_of(plan: Plan) -> three_party.Terms:
     """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum."""
     g, security = plan.guarantee, plan.study.security
@@ -327,11 +413,12 @@ def terms_of(plan: Plan) -> three_party.Terms:
         largest = max(release.size for release in g.releases.values())
         count = 0.5 if g.clipping == "adaptive" else 0.0
         bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(plan.message)
-    else:
-        bound = security.bound * 2.0**security.fraction_bits * math.sqrt(plan.message) + math.sqrt(plan.message)
+    else:  # under a rule the bound is on the norm, else on each number
+        numbers = 1 if plan.rule else plan.message
+        bound = security.bound * 2.0**security.fraction_bits * math.sqrt(numbers) + math.sqrt(plan.message)
     first, second, third = security.aggregators
-    fewest = max(security.min_group, math.ceil(plan.study.training.quorum * cohort(plan.study, plan.participants)))
-    return three_party.Terms(plan.message, bound, (first, second, third), fewest)
+    fewest = max(security.min_group, plan.quorum(cohort(plan.study, plan.participants)))
+    return three_party.Terms(plan.message, bound, (first, second, third), fewest, security.min_group)
 
 
 Read = tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, str]]
@@ -368,8 +455,8 @@ def enough(
     plan: Plan, number: int, rows: Sequence[str] | Mapping[str, object], clients: Sequence[str], why: Mapping[str, str]
 ) -> None:
     """Raise QuorumError unless rows of enough of the drawn clients count."""
-    quorum = plan.study.training.quorum
-    if len(rows) < math.ceil(quorum * len(clients) - 1e-9):
+    if len(rows) < plan.quorum(len(clients)):
+        quorum = plan.study.training.quorum
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
         raise QuorumError(
             f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}. {reasons}",

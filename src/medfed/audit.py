@@ -308,5 +308,5 @@ def _released(twin: Twin, site: Site) -> Tensor:
     slots = {f"slot.{name}": server.slots[name] for name in plan.algorithm.sent}
     row_M = codec.decode(site.handle("work", codec.encode(header, {"w": server.w_P, **slots})))[1]["row"]
     if site.guarantee and plan.joint:
-        row_M = combine(row_M[None], None, plan.rule, joint_links(twin.guarantee, plan.streams.key("noise")), 1)
+        row_M = combine(row_M[None], None, joint_links(twin.guarantee, plan.streams.key("noise")), 1)
     return row_M[: plan.parameters].double()

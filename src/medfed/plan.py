@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medfed import models
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
-from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
+from medfed.core.checks import DataError, PlanError, QuorumError, StudyError, nearest, some
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.preprocess import Encoding
@@ -23,13 +23,17 @@ from medfed.privacy import guarantee as guarantees
 from medfed.privacy import refusals
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
-from medfed.robust.rules import RULES, Rule
+from medfed.robust import attacks
+from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
 from medfed.study import Study
 from medfed.wire import PLAIN, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
 """Algorithms that equal FedAvg where every site takes one step from the common model."""
+
+MOST_ROWS = 2000
+"""Clients of a round that a rule may compare two by two."""
 
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
@@ -64,7 +68,40 @@ class Plan:
 
     @property
     def rule(self) -> Rule | None:
-        return RULES[self.study.robustness.rule]
+        """What weighs rows where some may lie; None takes the clients' public weights."""
+        return robust_rule(self.study, cohort(self.study, self.participants))
+
+    def weigh(self, gram_KK: Tensor) -> Tensor:
+        """Return the rule's weights [K] of the rows with this Gram matrix; see `fitting`.
+
+        Bucketing's pairs follow from a hash of the matrix, so that parties who compute them apart agree.
+        """
+        rule = self.fitting(len(gram_KK))
+        key = int.from_bytes(hashlib.sha256(gram_KK.contiguous().numpy().tobytes()).digest()[:7])
+        if rule.needs != "reference":
+            return rule(gram_KK, key)
+        return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
+
+    def fitting(self, rows: int) -> Rule:
+        """Return the rule for as many rows as came: who did not come counts as malicious where it needs that.
+
+        Raises QuorumError where even so they are too few.
+        """
+        rule, n = self.rule, cohort(self.study, self.participants)
+        assert rule is not None
+        least = max(0, rule.f - (n - rows))
+        f = next((f for f in range(rule.f, least - 1, -1) if rule.smallest_n(f) <= rows), None)
+        if f is None:
+            raise QuorumError(
+                f"robustness.rule={rule.name!r} bears {least} malicious rows among {rule.smallest_n(least)} or more; "
+                f"{rows} came. Run the round again, or lower robustness.max_malicious."
+            )
+        return replace(rule, f=f)
+
+    def quorum(self, clients: int) -> int:
+        """Return how many rows of so many clients must count; malicious ones may stay out, or be left out."""
+        rule, asked = self.rule, self.study.training.quorum
+        return max(1, math.ceil(asked * clients - 1e-9) - (rule.f if rule else 0))
 
     @property
     def streams(self) -> Streams:
@@ -143,6 +180,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
     joint = guarantee is not None and guarantee.joint
     _check_security(study, trainers, sizes)
+    _check_robustness(study, trainers)
     pooled = study.training.algorithm == "pooled"
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
@@ -167,7 +205,11 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
     security, key = study.security, Streams(study.study.seed).key("noise")
     if guarantee and guarantee.joint:
         return joint_links(guarantee, key, security.aggregation, holders(study, clients))
-    return PLAIN if security.aggregation == "plain" else (FixedPoint(security.fraction_bits, security.bound),)
+    return (
+        PLAIN
+        if security.aggregation == "plain"
+        else (FixedPoint(security.fraction_bits, security.bound, whole=study.robustness.rule != "mean"),)
+    )
 
 
 def cohort(study: Study, clients: Sequence[str]) -> int:
@@ -235,11 +277,91 @@ def _secure_refusals(study: Study) -> None:
         raise PlanError(f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed.")
 
 
+def robust_rule(study: Study, clients: int) -> Rule | None:
+    """Return a study's rule for a round of so many clients; None for the mean."""
+    robust = study.robustness
+    if robust.rule == "mean":
+        return None
+    smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
+    noised = smoothing if robust.rule.endswith("geometric-median") else None
+    return rule_of(robust.rule, math.floor(robust.max_malicious * clients + 1e-9), radius=noised)
+
+
+def _check_robustness(study: Study, clients: Sequence[str]) -> None:
+    """Refuse a rule with fewer clients than it needs."""
+    n = cohort(study, clients)
+    if (rule := robust_rule(study, n)) is None:
+        return
+    rule.check(n)
+    if n > MOST_ROWS:
+        raise PlanError(
+            f"robustness.rule={rule.name!r} compares every two of {n:,} clients; {MOST_ROWS:,} at most. Set "
+            "fleet.clients_per_round, or rule='mean'."
+        )
+
+
+def _robust_refusals(study: Study) -> None:
+    """Refuse what a rule, or an attack, does not compose with, from the study alone."""
+    robust, way = study.robustness, f"security.aggregation={study.security.aggregation!r}"
+    for name, share in (("max_malicious", robust.max_malicious), ("malicious", robust.malicious)):
+        if not 0 <= share < 0.5:
+            raise StudyError(f"robustness.{name}={share}; expected a share in [0, 0.5): no rule bears a half")
+    rule = robust_rule(study, 1)
+    if rule is None and robust.max_malicious:
+        raise PlanError(
+            f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
+            "bears nobody. Set rule='nnm+geometric-median'."
+        )
+    if bool(robust.attack) != bool(robust.malicious):
+        raise StudyError(
+            f"robustness.attack={robust.attack!r} with robustness.malicious={robust.malicious:g}; expected both or "
+            "neither"
+        )
+    if robust.attack and attacks.named(robust.attack).stage == "wire" and study.security.aggregation != "three-party":
+        raise PlanError(f"robustness.attack={robust.attack!r} acts on shared words; set aggregation='three-party'.")
+    if rule is None:
+        return
+    where = f"robustness.rule={robust.rule!r}"
+    if study.security.aggregation == "masked":
+        raise PlanError(
+            f"{where} and {way} do not compose: the server sees no row, nor how two compare. Set "
+            "aggregation='three-party', where their noised Gram matrix is opened, or 'plain' with noise='site'."
+        )
+    if study.training.algorithm in ("local", "pooled"):
+        raise PlanError(
+            f"{where} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
+        )
+    if rule.name.endswith("fltrust"):
+        raise PlanError(f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'")
+    if rule.name == "krum" and study.security.aggregation == "three-party":
+        raise PlanError(f"{where} and {way} do not compose: it opens single rows. Take 'multi-krum' or the default.")
+    if rule.needs == "rows" and study.security.aggregation == "three-party":
+        raise PlanError(
+            f"{where} and {way} do not compose: it works coordinate by coordinate and needs every row in plain sight. "
+            "Take 'nnm+geometric-median', which reads how rows compare."
+        )
+    if not guarantees.asked(study) or guarantees.mode(study) == "site":
+        return
+    if study.security.aggregation == "plain":
+        raise PlanError(
+            f"{where} and privacy.noise={guarantees.mode(study)!r} with {way} do not compose: weights that follow from "
+            "rows without noise tell of patients. Set aggregation='three-party', or noise='site'."
+        )
+    privacy = study.privacy
+    if privacy.clipping == "adaptive" or privacy.max_sites_per_patient > 1 or privacy.simulation_only:
+        raise PlanError(
+            f"{where} and privacy.clipping={privacy.clipping!r}, simulation_only={privacy.simulation_only}, "
+            f"max_sites_per_patient={privacy.max_sites_per_patient} do not compose: the noise of the Gram matrix is "
+            "for fixed norms, for patients of one site, and real. Change those, or set noise='site'."
+        )
+
+
 def check(study: Study) -> None:
     """Refuse what does not compose, from the study alone."""
     training = study.training
     refusals.check(study)
     _secure_refusals(study)
+    _robust_refusals(study)
     if training.algorithm not in ALGORITHMS:
         raise StudyError(
             f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
@@ -312,6 +434,17 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
 
 def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, study: Study) -> list[str]:
     found = []
+    robust = study.robustness
+    if robust.attack:
+        liars = attacks.liars(list(surveys), robust.malicious, study.study.seed)
+        found.append(
+            f"robustness.attack={robust.attack!r}: a simulation in which {some(liars)} lie; its model is for no use"
+        )
+    if robust.malicious > robust.max_malicious:
+        found.append(
+            f"robustness.malicious={robust.malicious:g} is more than the rule is set to bear "
+            f"(max_malicious={robust.max_malicious:g})"
+        )
     if algorithm_name(study) != study.training.algorithm:
         found.append(
             f"training.algorithm={study.training.algorithm!r} is FedAvg here: privacy.noise="

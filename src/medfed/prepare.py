@@ -36,7 +36,8 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
     plan = make(study, surveys, encoding)
     declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
-    _ask_all(counted, sites, "prepare", codec.encode({"encoding": encoding.to_json(), "declared": declared}))
+    header = {"encoding": encoding.to_json(), "declared": declared, "clients": list(plan.participants)}
+    _ask_all(counted, sites, "prepare", codec.encode(header))
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
 
 

@@ -5,30 +5,37 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from medfed import dpsgd
-from medfed.aggregation import PLAIN, Aggregation
+from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError
 from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
-from medfed.monitor.events import Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
+from medfed.monitor.events import Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scores
 from medfed.plan import Plan
 from medfed.privacy.budget import Budget
+from medfed.robust import detection
 
 
 def run_round(
-    server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log, aggregation: Aggregation = PLAIN
+    server: Server,
+    plan: Plan,
+    fleet: Fleet,
+    budget: Budget,
+    log: Log,
+    aggregation: Aggregation = PLAIN,
+    out: Collection[str] = (),
 ) -> Server:
-    """Run one round and return the server's next state.
+    """Run one round, without those who are `out`, and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is then unchanged.
     """
@@ -36,7 +43,8 @@ def run_round(
     training = plan.study.training
     lottery = plan.streams.generator("selection", number)
 
-    clients = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
+    turn = [name for name in plan.on_turn(number) if name not in out]
+    clients = selection.draw(turn, plan.study.fleet.clients_per_round, lottery)
     log.emit(RoundStarted(number, clients))
     budget.charge(number, clients)
     task = plan.algorithm.task(server)
@@ -50,6 +58,8 @@ def run_round(
         raise
     for name, reason in answer.excluded.items():
         log.emit(SiteExcluded(number, name, reason))
+    if answer.gram_KK is not None:
+        _inspect(answer, plan, number, log)
     rows, reports, replies, mean_M = answer.names, answer.reports, answer.replies, answer.combined_M
     weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
     share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
@@ -97,6 +107,20 @@ def _descended(
         following = dpsgd.next_clip(clip, float(total_M[-1]), round(expected), plan.study.privacy.quantile)
         server = replace(server, slots={**server.slots, "clip": torch.tensor([following])})
     return server, -training.learning_rate * gradient_P
+
+
+def _inspect(answer: Answer, plan: Plan, number: int, log: Log) -> None:
+    """Tell what the Gram matrix of a round's rows says against whom; a row that was refused for what it holds, too."""
+    assert answer.gram_KK is not None and plan.rule is not None
+    caught = {name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)}
+    f = min(plan.rule.f, (len(answer.names) - 1) // 2)
+    findings = detection.inspect(answer.names, answer.gram_KK, f, answer.gram_noise, caught)
+    told = [{"client": o.client, "score": round(o.score, 3), "kind": o.kind, "evidence": o.evidence} for o in findings]
+    log.emit(Inspected(number, {name: round(w, 6) for name, w in answer.weights.items()}, told, plan.rule.f))
+
+
+MALICE = ("not finite", "out of bound", "different shares")
+"""Reasons for which no honest site's row is left out."""
 
 
 def test(

@@ -52,6 +52,8 @@ from medfed.prepare import ask_surveys, enrol, prepare
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger
+from medfed.robust.detection import Finding
+from medfed.robust.reputation import Decision, Watch
 from medfed.round import run_round, test
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
@@ -383,11 +385,13 @@ def _drive(
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.found(account.uses())
     name, reason = main_model(study.training.algorithm), ""
+    watch = _watched(plan, log)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
     try:
         while server.round < study.training.rounds:
-            server = run_round(server, plan, fleet, budget, log, aggregation)
+            server = run_round(server, plan, fleet, budget, log, aggregation, watch.out(server.round + 1))
+            watch = _judge(watch, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
@@ -422,6 +426,35 @@ def _drive(
             files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
     return Result(summary, study, plan.encoding, server.released_P, folder)
+
+
+def _watched(plan: Plan, log: Log) -> Watch:
+    """Return what is held against the clients by the rounds that a resumed run has behind it."""
+    watch = Watch(plan.rule.f if plan.rule else 0)
+    for event in log.events():
+        if isinstance(event, events.Inspected):
+            watch, _ = _step(watch, event)
+    return watch
+
+
+def _judge(watch: Watch, log: Log) -> Watch:
+    """Take in what the last round said against its clients, and tell what is done about it."""
+    last = next(
+        (event for event in reversed(log.events()) if isinstance(event, events.RoundStarted | events.Inspected)), None
+    )
+    if not isinstance(last, events.Inspected):
+        return watch
+    watch, decisions = _step(watch, last)
+    for one in decisions:
+        log.emit(
+            events.SecurityAudit(one.round, one.client, int(one.level), round(one.total, 3), one.action, one.evidence)
+        )
+    return watch
+
+
+def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]:
+    findings = [Finding(**one) for one in event.findings]  # type: ignore[arg-type]
+    return watch.step(event.round, event.weights.keys(), findings)
 
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.robust import attacks
+from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.party import Party
 from medfed.study import Study
 from medfed.wire import PLAIN, Link, finite, send
@@ -57,6 +59,7 @@ class Site:
         self.account: Account | None = None
         self.links: Sequence[Link] = PLAIN
         self.party: Party | None = None  # its keys and what it keeps of a secure round
+        self.liars = Liars()  # in a simulated attack: who lies, and how
         self.memory: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
 
@@ -108,6 +111,43 @@ class Site:
         """Remember nothing of earlier rounds."""
         algorithm = ALGORITHMS[self.study.training.algorithm]
         self.memory = algorithm.blank(vector(self.model)) if algorithm.kept else {}
+
+
+@dataclass(frozen=True)
+class Liars:
+    """Who lies in a simulated attack, and how; nobody unless the study says so."""
+
+    names: tuple[str, ...] = ()
+    attack: Attack | None = None
+    clients: int = 0
+    streams: Streams = field(default_factory=lambda: Streams(0))
+
+    @classmethod
+    def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
+        """Return the liars of a study: every site draws the same."""
+        robust = study.robustness
+        if not robust.attack:
+            return cls()
+        found = attacks.liars(clients, robust.malicious, study.study.seed)
+        return cls(found, attacks.named(robust.attack), len(clients), Streams(study.study.seed))
+
+    def taught(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
+        """Return the records that a liar trains on."""
+        assert self.attack is not None
+        labels = len(encoding.target.labels) if encoding.target.task != "regression" else 0
+        found = self.attack.records(Records(rows.x, rows.y, labels, self.streams.key("attack", name)))
+        return replace(rows, x=found.x_ND, y=found.y_N)
+
+    def sent(self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row") -> Tensor:
+        """Return the rows with the lies of those who lie in place of their own."""
+        at = [k for k, site in enumerate(sites) if site.name in self.names]
+        if not at or self.attack is None or self.attack.stage != stage:
+            return row_KM
+        own = [sites[k].name for k in at]
+        sight = Sight(row_KM[at], own, self.streams, round, self.clients, len(self.names))
+        lies = row_KM.clone()
+        lies[at] = self.attack.rows(sight, stage)
+        return lies
 
 
 Header = Mapping[str, Any]
@@ -188,6 +228,9 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held), rows.at(held)
         site.forget()
+        site.liars = Liars.of(site.study, header["clients"])
+        if site.name in site.liars.names:
+            site.train = site.liars.taught(site.name, site.train, encoding)
     return [codec.encode({}) for _ in sites]
 
 
@@ -333,6 +376,7 @@ def _sent(
 ) -> list[Answer]:
     """Pass the rows through the clients' halves of the links and answer with them, in the study's aggregation."""
     first = sites[0]
+    message_KM = first.liars.sent(sites, header["round"], message_KM)
     if first.study.security.aggregation == "plain":
         row_KM = send(message_KM, first.links)
         return [
@@ -346,7 +390,7 @@ def _sent(
             answers.append(report)
             continue
         try:  # one by one: a row that is out of bound is its own site's fault
-            (row_M,) = send(message_M[None], site.links)
+            (row_M,) = site.liars.sent([site], header["round"], send(message_M[None], site.links), "wire")
             answers.append(
                 codec.encode(report, {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))})
             )

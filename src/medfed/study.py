@@ -249,7 +249,15 @@ class Security:
 class Robustness:
     """What malicious sites can do."""
 
-    rule: Literal["mean"] = _key("mean", "mean: no protection; one site can move the model at will.")
+    rule: str = _key(
+        "mean",
+        "mean: no protection, one site can move the model at will; 'nnm+geometric-median' is a good default; krum, "
+        "multi-krum, geometric-median, centred-clipping, norm-clipping, minimum-diameter, smea, caf, each also after "
+        "'nnm+' or 'bucketing+'. Sites count alike, whatever their size.",
+    )
+    max_malicious: float = _key(0.0, "Share of a round's clients that the rule must bear, in [0, 0.5).")
+    attack: str = _key("", "Simulation: what malicious sites do, such as 'sign-flip'; empty: none is malicious.")
+    malicious: float = _key(0.0, "Simulation: share of the sites that are malicious, drawn from the seed, in [0, 0.5).")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from medfed.core.entropy import Entropy, Integers
 from medfed.privacy.factorisation import Correlated
 from medfed.privacy.guarantee import GRID, Guarantee, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
-from medfed.robust.rules import Rule
 from medfed.secure.field import encode
 
 
@@ -67,8 +66,11 @@ class FixedPoint:
 
     bits: int
     bound: float
+    whole: bool = False  # whether the bound is on a row's norm, and not on each number
 
     def client(self, message_KM: Tensor) -> Tensor:
+        if self.whole and not (message_KM.double().norm(dim=1) <= self.bound).all():
+            raise PlanError(f"a row is not finite or has a norm above security.bound={self.bound:g}; raise the bound")
         return torch.from_numpy(encode(message_KM.double().numpy(), self.bits, self.bound))
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
@@ -185,20 +187,12 @@ def finite(row_KM: Tensor) -> Tensor:
     return torch.isfinite(low_K) & torch.isfinite(high_K)
 
 
-def combine(
-    message_KM: Tensor, weight_K: Tensor | None, rule: Rule | None, links: Sequence[Link], round: int = 0
-) -> Tensor:
+def combine(message_KM: Tensor, weight_K: Tensor | None, links: Sequence[Link], round: int = 0) -> Tensor:
     """Return the combined row [M]: weights times the rows, through the servers' halves, last to first.
 
-    The weights are the rule's, or without one the clients' public weights weight_K [K], which sum to 1. Without any
-    (rows on the grid) the rows are summed.
+    The weights [K] are a rule's, or the clients' public ones. Without any (rows on the grid) the rows are summed.
     """
-    if rule is None and weight_K is None:
-        mean_M = message_KM.sum(0)
-    else:
-        w_K = weight_K if rule is None else rule(message_KM @ message_KM.T)
-        assert w_K is not None
-        mean_M = w_K.to(message_KM.dtype) @ message_KM
+    mean_M = message_KM.sum(0) if weight_K is None else weight_K.to(message_KM.dtype) @ message_KM
     for link in reversed(links):
         mean_M = link.server(mean_M, round)
     return mean_M

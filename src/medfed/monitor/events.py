@@ -98,6 +98,28 @@ class RoundFinished(Event):
 
 
 @dataclass(frozen=True)
+class Inspected(Event):
+    """What a round under a robust rule says of its clients: weights, and findings (client, score, kind, evidence)."""
+
+    round: int
+    weights: Mapping[str, float]
+    findings: Sequence[Mapping[str, object]]
+    most: int  # clients that the rule bears
+
+
+@dataclass(frozen=True)
+class SecurityAudit(Event):
+    """What is done about a client, and why. level: 0 none to 4 critical; action: warn, quarantine, probation, clear."""
+
+    round: int
+    client: str
+    level: int
+    total: float
+    action: str
+    evidence: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Tested(Event):
     """A model was tested on held-out patients. model: federated, local (each site's own) or pooled."""
 

@@ -11,6 +11,7 @@ from medfed.monitor.events import (
     RoundFinished,
     RunFinished,
     RunStarted,
+    SecurityAudit,
     SiteExcluded,
     Tested,
     Warned,
@@ -30,6 +31,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     tests: dict[str, Tested] = {}
     excluded: list[SiteExcluded] = []
     warnings: list[str] = []
+    audits: list[SecurityAudit] = []
     earlier, traffic = 0.0, [0, 0]
     for event in events:
         match event:
@@ -43,10 +45,13 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
                 rounds = {number: r for number, r in rounds.items() if number <= event.round}
                 tests = {model: t for model, t in tests.items() if t.round <= event.round}
                 excluded = [e for e in excluded if e.round <= event.round]
+                audits = [e for e in audits if e.round <= event.round]
                 earlier = sum(r.seconds for r in rounds.values())
                 finished = None
             case SiteExcluded():
                 excluded.append(event)
+            case SecurityAudit():
+                audits.append(event)
             case RoundFinished():
                 rounds[event.round] = event
                 traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
@@ -86,10 +91,22 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
         "participation": {site: took_part[site] for site in sites},
         "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
+        "suspects": _suspects(audits),
         "warnings": warnings,
         "versions": dict(started.versions) if started else None,
         "machine": dict(started.machine) if started else None,
     }
+
+
+def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
+    """Return who was warned or left out, the first to be so first: since when, what was done, on what evidence."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in audits:
+        if one.action in ("warn", "quarantine"):
+            entry = found.setdefault(one.client, {"site": one.client, "since": one.round, "level": 0, "actions": []})
+            entry["level"] = max(entry["level"], one.level)
+            entry["actions"].append({"round": one.round, "action": one.action, "evidence": list(one.evidence)})
+    return list(found.values())
 
 
 def _privacy(

@@ -18,7 +18,7 @@ from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost
 from medfed.study import Study
 
-GRID = 2.0**-20
+GRID = 2.0**-16
 """One step of the integer grid, as a share of the clipping norm."""
 
 NARROW = 128

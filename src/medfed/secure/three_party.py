@@ -81,6 +81,7 @@ class Terms:
     bound: float
     aggregators: tuple[str, str, str]
     min_group: int = 2
+    min_kept: int = 2  # rows that a rule must keep
 
     @property
     def reach(self) -> int:
@@ -301,9 +302,9 @@ class Aggregator:
             gram_KK = yield from self._gram(line, rows)
             weights = chosen.weigh(names, gram_KK)
             yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
-            if (count := sum(w != 0 for w in weights.values())) < self.terms.min_group:
+            if (count := sum(w != 0 for w in weights.values())) < self.terms.min_kept:
                 raise AbortError(
-                    f"the rule keeps {count} rows, security.min_group={self.terms.min_group}: their sum is not opened"
+                    f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}: their sum is not opened"
                 )
             most, drawn = max(map(abs, weights.values())), chosen.sum_noise
             noise = (lambda length: drawn(length, most)) if drawn else None
