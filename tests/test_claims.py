@@ -15,6 +15,7 @@ import medfed
 from medfed import claims
 from medfed.core.checks import PlanError, RunError
 from medfed.privacy import accounting
+from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
@@ -122,7 +123,9 @@ def test_the_noise_that_is_told_is_that_of_the_events(run_of: Runs, name: str) -
     told = {row["site"]: row["event"]["noise_multiplier"] for row in _rows(run_of(name))}
     multiplier = claim["noise"]["multiplier"]
     assert (multiplier if isinstance(multiplier, dict) else dict.fromkeys(SITES, multiplier)) == told
-    norm = (1 + claim["clipping"]["slack"]) * 2**20 + math.sqrt(6)  # six weights, each rounded by half a step at most
+    norm = (1 + claim["clipping"]["slack"]) * (1 / GRID) + math.sqrt(
+        6
+    )  # six weights, each rounded by half a step at most
     sd = claim["noise"]["sd_in_grid_steps"]
     for site, each in told.items():
         assert (sd[site] if isinstance(sd, dict) else sd) == pytest.approx(each * norm)

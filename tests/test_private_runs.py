@@ -525,7 +525,8 @@ def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: 
         for node in sites:
             node.account = account
     encoding = _prepared(study)[0].encoding.to_json()
-    prepared = codec.encode({"encoding": encoding, "declared": {"north": 96, "south": 58, "east": 38}})
+    declared = {"north": 96, "south": 58, "east": 38}
+    prepared = codec.encode({"encoding": encoding, "declared": declared, "clients": list(declared)})
     enrolled = codec.encode({"run": "r", "fresh": True})
     for op, payload in (("survey", codec.encode({})), ("prepare", prepared), ("enrol", enrolled)):
         assert [n.handle(op, payload) for n in with_all] == [n.handle(op, payload) for n in changed], op

@@ -168,6 +168,17 @@ def results(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def suspects(summary: Mapping[str, Any]) -> list[str]:
+    """Return a line for each suspected site: since when, what was done, on what evidence."""
+    lines = []
+    for one in summary["suspects"]:
+        first = one["actions"][0]
+        done = ", ".join(f"{action['action']} in round {action['round']}" for action in one["actions"][:3])
+        more = f" and {len(one['actions']) - 3} more" if len(one["actions"]) > 3 else ""
+        lines.append(f"suspect: {one['site']}: {done}{more} ({'; '.join(first['evidence'])})")
+    return lines
+
+
 def _add(
     table: Table,
     where: str,

@@ -102,7 +102,7 @@ def _honest_rows(sight: Sight) -> Tensor:
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: where it acts, and the paper that it is from. Where it does not act, it leaves all as it was."""
+    """One attack: where its lie is told, and the paper that it is from. A row may follow from changed records."""
 
     name: str
     paper: str
@@ -228,13 +228,13 @@ def _sign_flip(sight: Sight) -> Tensor:
 
 
 def _scaled(sight: Sight) -> Tensor:
-    return sight.clients * sight.own_FM  # n / eta with eta = 1: the row replaces the mean
+    return sight.clients * sight.own_FM  # n / eta with eta = 1: a row of flipped labels replaces the mean
 
 
 def _gaussian(sight: Sight) -> Tensor:
-    """Noise with ten times the root mean square of the liar's own numbers."""
+    """Noise with a hundred times the root mean square of the liar's own numbers."""
     size_F1 = sight.own_FM.square().mean(1, keepdim=True).sqrt()
-    return 10 * size_F1 * streams.normal(sight.key_F(), sight.own_FM.shape[1])
+    return 100 * size_F1 * streams.normal(sight.key_F(), sight.own_FM.shape[1])
 
 
 def alie_z(clients: int, liars: int) -> float:
@@ -442,7 +442,7 @@ _ALL = (
     Attack("feature-poison", "after Shafahi et al., NeurIPS 2018, arXiv:1804.00792", "data", on_data=_poison_features),
     Attack("backdoor", "Gu et al., BadNets 2017, arXiv:1708.06733", "data", on_data=TRIGGER.poison),
     Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=_sign_flip),
-    Attack("scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", on_rows=_scaled),
+    Attack("scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scaled),
     Attack("gaussian", "Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_gaussian),
     Attack("alie", "Baruch et al., NeurIPS 2019, arXiv:1902.06156", "row", on_rows=_alie),
     Attack("ipm", "Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936", "row", on_rows=_ipm),
