@@ -1,10 +1,15 @@
 """Attacks against rules at 30 % malicious clients: how much worse the model gets. Resumable: finished cells are kept.
 
-    python benchmarks/byzantine.py [--federations breast-10,breast-20,heart-12,thyroid-20] [--seeds 3] [--private]
+    python benchmarks/byzantine.py [--federations breast-10,breast-20,heart-12,thyroid-20] [--private] [--only-fill]
 
 A cell is a whole run; its figure is the AUROC over all test records. Loss: the AUROC of the mean without liars, less
-that of the cell, in points (hundredths). Backdoors also by their success rate. `--private` runs 20 clients of 2,000
-made-up patients each at epsilon 1 under three parties, where the rule reads a noised Gram matrix.
+that of the cell, in points (hundredths). 3 seeds, 10 for the default rule. Backdoors by the share of marked records of
+other classes that the model takes for the backdoor's. Suspicion: AUROC of each client's mean score over the first 10
+rounds, liars against the honest. `--private` runs 20 clients of 2,000 made-up patients each at epsilon 1 under three
+parties, where the rule reads a noised Gram matrix. `--only-fill` lets several processes fill cells side by side.
+
+breast: equal shares of the patients. heart: each hospital cut into pieces of about 77 patients; thyroid: each referral
+source cut into pieces, the small ones whole; both keep how sites differ.
 """
 
 import argparse
@@ -13,13 +18,26 @@ import itertools
 import json
 import statistics
 import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from common import RESULTS, table, write_result
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 import medfed
+from medfed.data import sources
+from medfed.local import outputs
+from medfed.monitor.events import Event, Inspected, RoundStarted
+from medfed.plan import build_model
+from medfed.robust.attacks import TRIGGER, liars
+from medfed.runs import PreparedData
 from medfed.study import Privacy, Robustness, Study
 
 ATTACKS = (
@@ -29,7 +47,6 @@ ATTACKS = (
     "label-flip",
     "feature-poison",
     "alie",
-    "ipm",
     "ipm-large",
     "min-max",
     "min-sum",
@@ -37,13 +54,23 @@ ATTACKS = (
     "free-rider",
     "colluding",
     "nan",
+    "adaptive",
 )
+LOUD = ("sign-flip", "scaled", "gaussian", "label-flip", "nan")
+"""Attacks whose liars detection is to find; wrap-around rows are refused under three parties, each by name."""
+
 RULES = ("mean", "nnm+geometric-median", "multi-krum", "trimmed-mean", "nnm+caf")
 DEFAULT = "nnm+geometric-median"
+FEDERATIONS = ("breast-10", "breast-20", "heart-12", "thyroid-20")
 CELLS = RESULTS / "byzantine.jsonl"
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
+PIECES = {"heart": 77, "thyroid": 560}  # patients of a piece, about
+
+Key = tuple[str, str, str, int]
+Cells = dict[Key, dict[str, Any]]
 
 
+@cache
 def federation(name: str) -> Study:
     """Return a federation without liars, without noise, in plain mode."""
     kind, _, clients = name.partition("-")
@@ -52,81 +79,172 @@ def federation(name: str) -> Study:
         names = tuple(f"site {LETTERS[i]}" for i in range(int(clients)))
         sites = dataclasses.replace(study.sites, names=names, shares=(1 / len(names),) * len(names))
         study = dataclasses.replace(study, sites=sites)
+    elif kind in PIECES:
+        study = in_pieces(medfed.load_study({"heart": "heart", "thyroid": "thyroid-devices"}[kind]), int(clients))
     else:
-        raise SystemExit(f"--federations {name!r}; known: breast-10, breast-20")
+        raise SystemExit(f"--federations {name!r}; known: {', '.join(FEDERATIONS)}")
     study = dataclasses.replace(study, privacy=Privacy(), robustness=Robustness())
-    return study.set("security.aggregation", "plain").set("monitor.baselines", False)
+    study = study.set("monitor.baselines", False).set("monitor.evaluate_every", study.training.rounds)
+    return study.set("security.aggregation", "plain")
 
 
-def cell(study: Study, rule: str, attack: str, seed: int) -> dict[str, object]:
-    """Run one cell; return its AUROC, who lied and who was suspected."""
-    study = (
-        study.set("study.seed", seed).set("robustness.rule", rule).set("monitor.evaluate_every", study.training.rounds)
-    )
+def in_pieces(study: Study, clients: int) -> Study:
+    """Return the study on a table in which each of the source's sites is cut into hospitals of about one size."""
+    frames, known = sources.frames(study)
+    sizes = {site: len(frame) for site, frame in frames.items()}
+    counts = dict.fromkeys(sizes, 1)
+    while sum(counts.values()) < clients:
+        counts[max(sizes, key=lambda site: sizes[site] / counts[site])] += 1
+    pieces = []
+    for site, frame in frames.items():
+        order = np.random.default_rng(0).permutation(len(frame)) % counts[site]
+        pieces.append(frame.assign(client=[f"{site} {LETTERS[i]}" for i in order]))
+    folder = Path(tempfile.mkdtemp(prefix="byzantine-"))
+    pd.concat(pieces).to_csv(folder / "table.csv", index=False)
+    data = dataclasses.replace(known, source="", table="table.csv", site="client")
+    training = study.training
+    if study.sites.kind == "device":  # settings of hospitals: a device's study has one record a client
+        training = dataclasses.replace(
+            training, algorithm="fedavg", rounds=20, local_epochs=2, batch_size=32, learning_rate=0.5, average=0.0
+        )
+    training = dataclasses.replace(training, quorum=0.5)
+    sites, fleet = dataclasses.replace(study.sites, kind="hospital"), medfed.load_study("heart").fleet
+    return dataclasses.replace(study, data=data, sites=sites, fleet=fleet, training=training, folder=folder)
+
+
+def cell(name: str, rule: str, attack: str, seed: int) -> dict[str, Any]:
+    """Run one cell; return its AUROC, how well suspicion tells liars, and how many client-rounds were sat out."""
+    study = federation(name).set("study.seed", seed).set("robustness.rule", rule)
     if rule != "mean":
         study = study.set("robustness.max_malicious", 0.3)
     if attack:
-        study = study.set("robustness.attack", attack).set("robustness.malicious", 0.3)
-    summary = medfed.simulate(study).summary
-    found = summary["test"] or {"auroc": 0.5}
-    return {"auroc": found["auroc"], "suspects": [one["site"] for one in summary["suspects"]]}
+        study = study._with({"robustness.attack": attack, "robustness.malicious": 0.3})
+    told: list[Event] = []
+    result = medfed.simulate(study, listeners=[told.append])
+    summary = result.summary
+    found: dict[str, Any] = {"auroc": (summary["test"] or {"auroc": 0.5})["auroc"]}
+    found["suspects"] = [one["site"] for one in summary["suspects"]]
+    if rule == DEFAULT:
+        names = summary["sites"]
+        found["out"] = 1 - statistics.mean(len(e.clients) for e in told if isinstance(e, RoundStarted)) / len(names)
+        if attack and attack != "backdoor":
+            found["suspicion"] = suspicion(told, names, liars(names, 0.3, seed))
+    if attack == "backdoor":
+        model = build_model(study, result.encoding)
+        held = prepared(name, seed)
+        x, y = (torch.from_numpy(np.concatenate([pair[i] for pair in held.test.values()])) for i in (0, 1))
+        marked, plain = TRIGGER.success(lambda rows: (outputs(model, result.w_P, rows)[:, 0] > 0).long(), x, y)
+        found |= {"marked": marked, "plain": plain}
+    return found
+
+
+@cache
+def prepared(name: str, seed: int) -> PreparedData:
+    """Return a federation's encoded records."""
+    return medfed.load_and_prepare_medical_data(federation(name).set("study.seed", seed))
+
+
+def suspicion(told: list[Event], names: list[str], lying: tuple[str, ...]) -> float:
+    """Return the AUROC of the mean score over the first ten rounds that a client took part in."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for event in told:
+        if isinstance(event, Inspected) and event.round <= 10:
+            worst = {client: 0.0 for client in event.weights}
+            for one in event.findings:
+                worst[str(one["client"])] = max(worst.get(str(one["client"]), 0.0), float(str(one["score"])))
+            for client, score in worst.items():
+                scores[client].append(score)
+    return float(roc_auc_score([n in lying for n in names], [statistics.mean(scores[n] or [0.0]) for n in names]))
 
 
 def main() -> None:
-    """Fill the cells that are missing, print the table and keep it."""
+    """Fill the cells that are missing, print the tables and keep them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--federations", default="breast-10,breast-20")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--federations", default=",".join(FEDERATIONS))
     parser.add_argument("--private", action="store_true")
+    parser.add_argument("--only-fill", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     kept = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
-    known = {(c["federation"], c["rule"], c["attack"], c["seed"]): c for c in kept}
-    result: dict[str, object] = {}
+    known: Cells = {(c["federation"], c["rule"], c["attack"], c["seed"]): c for c in kept}
+    result: dict[str, Any] = {}
     for name in options.federations.split(","):
-        study = federation(name)
-        for rule, attack, seed in itertools.product(RULES, ("", *ATTACKS), range(options.seeds)):
-            if (name, rule, attack, seed) not in known:
-                made = {
-                    "federation": name,
-                    "rule": rule,
-                    "attack": attack,
-                    "seed": seed,
-                    **cell(study, rule, attack, seed),
-                }
-                known[name, rule, attack, seed] = made
-                with CELLS.open("a") as file:
-                    file.write(json.dumps(made) + "\n")
-        result[name] = report(name, known, options.seeds)
+        fill(name, known)
+        if not options.only_fill:
+            result[name] = report(name, known)
     if options.private:
         result["private"] = private()
-    write_result("byzantine", result)
+    if not options.only_fill:
+        write_result("byzantine", result)
 
 
-def report(name: str, known: dict[tuple[str, str, str, int], dict[str, float]], seeds: int) -> dict[str, object]:
+def seeds(rule: str) -> int:
+    """Return how many seeds a rule is run with."""
+    return 10 if rule == DEFAULT else 3
+
+
+def fill(name: str, known: Cells) -> None:
+    """Run what is missing, seed by seed."""
+    for seed, rule, attack in itertools.product(range(10), RULES, ("", *ATTACKS, "backdoor")):
+        wanted = seed < seeds(rule) or (rule == "mean" and not attack)
+        if wanted and (name, rule, attack, seed) not in known:
+            made = {"federation": name, "rule": rule, "attack": attack, "seed": seed, **cell(name, rule, attack, seed)}
+            known[name, rule, attack, seed] = made
+            with CELLS.open("a") as file:
+                file.write(json.dumps(made) + "\n")
+
+
+def report(name: str, known: Cells) -> dict[str, Any]:
     """Print losses in points of AUROC, attacks down, rules across; return them with medians and worst ones."""
+
+    def over(rule: str, attack: str, figure: Callable[[dict[str, Any], dict[str, Any]], float]) -> list[float]:
+        return [figure(known[name, rule, attack, seed], known[name, "mean", "", seed]) for seed in range(seeds(rule))]
+
     loss = {
-        (rule, attack): [
-            100 * (known[name, "mean", "", seed]["auroc"] - known[name, rule, attack, seed]["auroc"])
-            for seed in range(seeds)
-        ]
+        (rule, attack): over(rule, attack, lambda here, clean: 100 * (clean["auroc"] - here["auroc"]))
         for rule in RULES
         for attack in ("", *ATTACKS)
     }
-    middle = {key: statistics.mean(values) for key, values in loss.items()}
-    lines = [[attack or "none", *(f"{middle[rule, attack]:.1f}" for rule in RULES)] for attack in ("", *ATTACKS)]
-    worst = {rule: max(middle[rule, attack] for attack in ATTACKS) for rule in RULES}
-    median = {rule: statistics.median(middle[rule, attack] for attack in ATTACKS) for rule in RULES}
+    mean = {key: statistics.mean(values) for key, values in loss.items()}
+    lines = [[attack or "none", *(_told(loss[rule, attack]) for rule in RULES)] for attack in ("", *ATTACKS)]
+    worst = {rule: max(mean[rule, attack] for attack in ATTACKS) for rule in RULES}
+    median = {rule: statistics.median(mean[rule, attack] for attack in ATTACKS) for rule in RULES}
     lines += [["median", *(f"{median[r]:.1f}" for r in RULES)], ["worst", *(f"{worst[r]:.1f}" for r in RULES)]]
-    print(f"\n{name}: loss in points of AUROC, mean of {seeds} seeds, 30 % malicious")
+    print(f"\n{name}: loss in points of AUROC, 30 % malicious, mean and half width of its 95 % interval over seeds")
     print(table(["attack", *RULES], lines))
-    broken = sum(middle["mean", attack] >= 10 for attack in ATTACKS)
-    print(f"the mean loses 10 points or more under {broken} of {len(ATTACKS)} attacks")
-    print(f"{DEFAULT}: median {median[DEFAULT]:.1f} (aim 2), worst {worst[DEFAULT]:.1f} (aim 5)")
+    broken = [attack for attack in ATTACKS if mean["mean", attack] >= 10]
+    print(f"the mean loses 10 points or more under {len(broken)} of {len(ATTACKS)} attacks: {', '.join(broken)}")
+    lost = {attack: mean["mean", attack] for attack in ATTACKS if mean["mean", attack] > 1}
+    recovered = 1 - sum(max(0.0, mean[DEFAULT, a]) for a in lost) / sum(lost.values())
+    print(
+        f"{DEFAULT}: median {median[DEFAULT]:.1f}, worst {worst[DEFAULT]:.1f}; of what the mean loses, {recovered:.0%}"
+    )
+    door = {
+        rule: tuple(
+            statistics.mean(over(rule, "backdoor", lambda c, _, w=which: c[w])) for which in ("marked", "plain")
+        )
+        for rule in RULES
+    }
+    print("backdoor, marked (unmarked):", ", ".join(f"{r} {m:.0%} ({p:.0%})" for r, (m, p) in door.items()))
+    told = {a: statistics.mean(over(DEFAULT, a, lambda c, _: c["suspicion"])) for a in ATTACKS}
+    print("suspicion after 10 rounds, AUROC:", ", ".join(f"{a} {v:.3f}" for a, v in told.items()))
+    out = statistics.mean(over(DEFAULT, "", lambda c, _: c["out"]))
+    print(f"honest federation: {out:.2%} of client-rounds sat out")
     return {
         "loss": {f"{rule} | {attack or 'none'}": values for (rule, attack), values in loss.items()},
         "median": median,
         "worst": worst,
+        "recovered": recovered,
+        "mean broken by": broken,
+        "backdoor": door,
+        "suspicion": told,
+        "honest client-rounds sat out": out,
     }
+
+
+def _told(values: list[float]) -> str:
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{statistics.mean(values):.1f} +- {half:.1f}"
 
 
 PRIVATE = """
@@ -162,7 +280,7 @@ aggregation = "three-party"
 """
 
 
-def private(clients: int = 20, patients: int = 2000, features: int = 8) -> dict[str, object]:
+def private(clients: int = 20, patients: int = 2000, features: int = 8) -> Mapping[str, object]:
     """Return AUROC and suspects at epsilon 1 under three parties, by rule and attack."""
     random = np.random.default_rng(0)
     n = clients * patients * 5 // 4
@@ -178,15 +296,17 @@ def private(clients: int = 20, patients: int = 2000, features: int = 8) -> dict[
         sizes = "\n".join(f'"{name}" = {patients}' for name in names)
         (Path(folder) / "twenty.toml").write_text(PRIVATE.format(bounds=bounds, sizes=sizes))
         study = medfed.load_study(Path(folder) / "twenty.toml").set("monitor.baselines", False)
-        for rule, attack in itertools.product(("mean", DEFAULT), ("", "sign-flip", "alie")):
+        lying = liars(names, 0.3, study.study.seed)
+        for rule, attack in itertools.product(("mean", DEFAULT), ("", "sign-flip", "scaled", "label-flip", "alie")):
             one = study.set("robustness.rule", rule)
             one = one.set("robustness.max_malicious", 0.3) if rule != "mean" else one
             one = one._with({"robustness.attack": attack, "robustness.malicious": 0.3}) if attack else one
             summary = medfed.simulate(one).summary
             auroc = summary["test"] and summary["test"]["auroc"]
             suspects = [entry["site"] for entry in summary["suspects"]]
-            spent = summary["privacy"]["epsilon"]
-            print(f"private, {rule}, {attack or 'none'}: AUROC {auroc}, epsilon {spent:.3f}, suspects {suspects}")
+            spent, right = summary["privacy"]["epsilon"], len(set(suspects) & set(lying))
+            named = f"{right} of {len(lying)} liars and {len(set(suspects) - set(lying))} others named"
+            print(f"private, {rule}, {attack or 'none'}: AUROC {auroc:.4f}, epsilon {spent:.3f}, {named}")
             found[f"{rule} | {attack or 'none'}"] = {"auroc": auroc, "suspects": suspects, "epsilon": spent}
     return found
 

@@ -31,7 +31,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
-from medfed.plan import POOLED, build_model, links_of, local_plan
+from medfed.plan import POOLED, build_model, links_of, local_plan, robust_rule
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
@@ -121,6 +121,7 @@ class Liars:
     attack: Attack | None = None
     clients: int = 0
     streams: Streams = field(default_factory=lambda: Streams(0))
+    rule: Callable[[Tensor], Tensor] | None = None  # that "adaptive" knows; None stands for the mean
 
     @classmethod
     def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
@@ -129,7 +130,9 @@ class Liars:
         if not robust.attack:
             return cls()
         found = attacks.liars(clients, robust.malicious, study.study.seed)
-        return cls(found, attacks.named(robust.attack), len(clients), Streams(study.study.seed))
+        rule = robust_rule(study, len(clients))
+        known = rule if rule and rule.needs == "gram" else None
+        return cls(found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known)
 
     def taught(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
         """Return the records that a liar trains on."""
@@ -144,7 +147,7 @@ class Liars:
         if not at or self.attack is None or self.attack.stage != stage:
             return row_KM
         own = [sites[k].name for k in at]
-        sight = Sight(row_KM[at], own, self.streams, round, self.clients, len(self.names))
+        sight = Sight(row_KM[at], own, self.streams, round, self.clients, len(self.names), rule=self.rule)
         lies = row_KM.clone()
         lies[at] = self.attack.rows(sight, stage)
         return lies

@@ -84,8 +84,8 @@ class Sight:
         return self.streams.key_K("attack", self.round, self.names)
 
     def shared_key(self) -> Tensor:
-        """Return the stream [1] that all liars share in this round."""
-        return torch.tensor([self.streams.key("attack", self.round)], dtype=torch.int64)
+        """Return the stream [1] that all liars share, in all rounds."""
+        return torch.tensor([self.streams.key("attack")], dtype=torch.int64)
 
     def all_send(self, lie_M: Tensor) -> Tensor:
         """Return lies [F, M], the same from everyone."""
@@ -232,9 +232,9 @@ def _scaled(sight: Sight) -> Tensor:
 
 
 def _gaussian(sight: Sight) -> Tensor:
-    """Noise with a hundred times the root mean square of the liar's own numbers."""
+    """Noise with 200 times the root mean square of the liar's own numbers."""
     size_F1 = sight.own_FM.square().mean(1, keepdim=True).sqrt()
-    return 100 * size_F1 * streams.normal(sight.key_F(), sight.own_FM.shape[1])
+    return 200 * size_F1 * streams.normal(sight.key_F(), sight.own_FM.shape[1])
 
 
 def alie_z(clients: int, liars: int) -> float:
@@ -318,9 +318,9 @@ def _stale(sight: Sight) -> Tensor:
 
 
 def _colluding(sight: Sight) -> Tensor:
-    """One random direction for all liars, ten times as long as the liar's own row."""
+    """One random direction for all liars and all rounds, a hundred times as long as the liar's own row."""
     direction_M = streams.normal(sight.shared_key(), sight.own_FM.shape[1])[0]
-    lies_FM: Tensor = 10 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
+    lies_FM: Tensor = 100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
     return lies_FM
 
 
