@@ -77,6 +77,10 @@ class Plain:
                 if not good:
                     del rows[name]
                     excluded[name] = "its row is not finite"
+        if bound := plan.study.robustness.bound:
+            for name in [name for name, row in rows.items() if float(row.double().norm()) > bound * (1 + 1e-6)]:
+                del rows[name]
+                excluded[name] = f"its row is out of bound: robustness.bound={bound:g}"
         enough(plan, number, rows, clients, excluded)
         row_KM, rule = codec.as_rows(list(rows.values())), plan.rule
         if rule:
@@ -414,8 +418,10 @@ def terms_of(plan: Plan) -> three_party.Terms:
         count = 0.5 if g.clipping == "adaptive" else 0.0
         bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(plan.message)
     else:  # under a rule the bound is on the norm, else on each number
-        numbers = 1 if plan.rule else plan.message
-        bound = security.bound * 2.0**security.fraction_bits * math.sqrt(numbers) + math.sqrt(plan.message)
+        norm = plan.study.robustness.bound
+        numbers = 1 if plan.rule or norm else plan.message
+        steps = (norm * (1 + 1e-6) or security.bound) * 2.0**security.fraction_bits
+        bound = steps * math.sqrt(numbers) + math.sqrt(plan.message)
     first, second, third = security.aggregators
     fewest = max(security.min_group, plan.quorum(cohort(plan.study, plan.participants)))
     return three_party.Terms(plan.message, bound, (first, second, third), fewest, security.min_group)

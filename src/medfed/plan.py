@@ -27,7 +27,7 @@ from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
 from medfed.study import Study
-from medfed.wire import PLAIN, FixedPoint, Link, joint_links
+from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
 """Algorithms that equal FedAvg where every site takes one step from the common model."""
@@ -100,8 +100,28 @@ class Plan:
 
     def quorum(self, clients: int) -> int:
         """Return how many rows of so many clients must count; malicious ones may stay out, or be left out."""
-        rule, asked = self.rule, self.study.training.quorum
-        return max(1, math.ceil(asked * clients - 1e-9) - (rule.f if rule else 0))
+        return max(1, math.ceil(self.study.training.quorum * clients - 1e-9) - self.malicious)
+
+    @property
+    def malicious(self) -> int:
+        """How many of the smallest round's clients may be malicious."""
+        return _count(self.study.robustness.max_malicious, cohort(self.study, self.participants))
+
+    def bears(self) -> str:
+        """Say what malicious clients can do to the model, in one line."""
+        n, f, robust = cohort(self.study, self.participants), self.malicious, self.study.robustness
+        if self.rule:
+            return f"{f} of {n} are borne by {robust.rule}"
+        if not _bounded(self.study):
+            return f"one of {n} moves the model at will"
+        f = max(f, 1)
+        sizes = {
+            name: float(self.sizes[name]["train"]) if self.joint else self.weight(name) for name in self.participants
+        }
+        weights = sorted(sizes.values(), reverse=True)
+        share = 2 * sum(weights[:f]) / sum(weights[:f] + weights[f - n :])  # the largest lie, the smallest are honest
+        what = f"robustness.bound={robust.bound:g}" if robust.bound else "the clipping norm of a patient's gradient"
+        return f"{f} of {n} move a round's mean by at most {share:.3g} times {what}"
 
     @property
     def streams(self) -> Streams:
@@ -205,11 +225,12 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
     security, key = study.security, Streams(study.study.seed).key("noise")
     if guarantee and guarantee.joint:
         return joint_links(guarantee, key, security.aggregation, holders(study, clients))
-    return (
-        PLAIN
-        if security.aggregation == "plain"
-        else (FixedPoint(security.fraction_bits, security.bound, whole=study.robustness.rule != "mean"),)
-    )
+    robust = study.robustness
+    cut: tuple[Link, ...] = (Bounded(robust.bound),) if robust.bound else ()
+    if security.aggregation == "plain":
+        return (*cut, *PLAIN)
+    whole = robust.rule != "mean" or robust.bound > 0
+    return (*cut, FixedPoint(security.fraction_bits, robust.bound * (1 + 1e-6) or security.bound, whole=whole))
 
 
 def cohort(study: Study, clients: Sequence[str]) -> int:
@@ -284,7 +305,17 @@ def robust_rule(study: Study, clients: int) -> Rule | None:
         return None
     smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
     noised = smoothing if robust.rule.endswith("geometric-median") else None
-    return rule_of(robust.rule, math.floor(robust.max_malicious * clients + 1e-9), radius=noised)
+    return rule_of(robust.rule, _count(robust.max_malicious, clients), radius=noised)
+
+
+def _count(share: float, clients: int) -> int:
+    return math.floor(share * clients + 1e-9)  # .3 x 10 is below 3 in floats
+
+
+def _bounded(study: Study) -> bool:
+    """Say whether somebody holds every row to a norm: the study's own bound, or that of clipped sums, in secret."""
+    joint = guarantees.asked(study) and guarantees.mode(study) != "site"
+    return study.robustness.bound > 0 or (joint and study.security.aggregation == "three-party")
 
 
 def _check_robustness(study: Study, clients: Sequence[str]) -> None:
@@ -307,11 +338,12 @@ def _robust_refusals(study: Study) -> None:
         if not 0 <= share < 0.5:
             raise StudyError(f"robustness.{name}={share}; expected a share in [0, 0.5): no rule bears a half")
     rule = robust_rule(study, 1)
-    if rule is None and robust.max_malicious:
+    if rule is None and robust.max_malicious and not _bounded(study):
         raise PlanError(
             f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
-            "bears nobody. Set rule='nnm+geometric-median'."
+            "bears nobody. Set rule='nnm+geometric-median', or robustness.bound for a fleet too large for it."
         )
+    _bound_refusals(study)
     if bool(robust.attack) != bool(robust.malicious):
         raise StudyError(
             f"robustness.attack={robust.attack!r} with robustness.malicious={robust.malicious:g}; expected both or "
@@ -353,6 +385,31 @@ def _robust_refusals(study: Study) -> None:
             f"{where} and privacy.clipping={privacy.clipping!r}, simulation_only={privacy.simulation_only}, "
             f"max_sites_per_patient={privacy.max_sites_per_patient} do not compose: the noise of the Gram matrix is "
             "for fixed norms, for patients of one site, and real. Change those, or set noise='site'."
+        )
+
+
+def _bound_refusals(study: Study) -> None:
+    """Refuse a bound on rows, or a reference, where it cannot do what it is for."""
+    robust = study.robustness
+    if not (math.isfinite(robust.bound) and robust.bound >= 0):
+        raise StudyError(f"robustness.bound={robust.bound}; expected a norm of 0 or more")
+    if not (math.isfinite(robust.tolerance) and robust.tolerance >= 0):
+        raise StudyError(f"robustness.tolerance={robust.tolerance}; expected a share of the loss, 0 or more")
+    where = f"robustness.bound={robust.bound:g}"
+    if robust.bound and study.security.aggregation == "masked":
+        raise PlanError(
+            f"{where} and security.aggregation='masked' do not compose: nobody can check a masked row's norm. Set "
+            "aggregation='three-party', where it is checked in secret, or 'plain'."
+        )
+    if robust.bound and guarantees.asked(study):
+        raise PlanError(
+            f"{where} and a privacy claim do not compose: privacy.clip bounds each patient already, and noise comes "
+            "after it. Leave robustness.bound at 0."
+        )
+    if robust.reference and ALGORITHMS[algorithm_name(study)].kept:
+        raise PlanError(
+            f"robustness.reference={robust.reference!r} and training.algorithm={study.training.algorithm!r} do not "
+            "compose: sites keep what a round taken back has taught them. Set algorithm='fedavg'."
         )
 
 

@@ -6,14 +6,15 @@ sites remember, in a simulation), and at the end model.safetensors and summary.j
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
+from medfed.gate import Gate
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
@@ -280,6 +282,45 @@ def verify_trail(folder: Path, members: Path | None = None) -> Verified:
     return found
 
 
+OVERRIDES = "overrides.jsonl"
+"""What operators decided about quarantined clients, one line each; a run takes it in before its next round."""
+
+
+def quarantined(folder: str | Path) -> list[dict[str, Any]]:
+    """Return who has something held against it in a run: its sum, and the last round that it sits out (0: none)."""
+    recorded = _recorded(Path(folder))
+    most = max((event.most for event in recorded if isinstance(event, events.Inspected)), default=0)
+    held = _replayed(recorded, most).standings
+    return [
+        {"client": name, "total": round(one.total, 3), "until": one.until, "reputation": round(one.reputation, 3)}
+        for name, one in sorted(held.items(), key=lambda item: -item[1].total)
+        if one.total or one.until
+    ]
+
+
+def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str) -> None:
+    """Have a run hold nothing against a client from its next round on: an appeal that an operator grants, on record.
+
+    Raises RunError for a client that the run does not know, without reason or name, or where the run is complete.
+    """
+    folder = Path(folder)
+    planned = next((event for event in _recorded(folder) if isinstance(event, events.Planned)), None)
+    known = list(planned.sizes) if planned else []
+    if client not in known:
+        raise RunError(f"client={client!r} takes no part in {folder}; expected one of {some(known)}")
+    if not reason.strip() or not operator.strip():
+        raise RunError(f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record")
+    if (folder / "summary.json").exists() and json.loads((folder / "summary.json").read_text())["status"] == "complete":
+        raise RunError(f"{folder} is complete; there is no next round to take part in")
+    asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
+    with open(folder / OVERRIDES, "a") as file:
+        file.write(json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
+
+
+def _recorded(folder: Path) -> list[events.Event]:
+    return list(events.read(folder / "events.jsonl"))
+
+
 def verify_model_integrity(folder: str | Path, members: Path | None = None) -> dict[str, Any]:
     """Check that a run's model is the one its trail ends with, each model following the one before; the brief's name.
 
@@ -385,13 +426,17 @@ def _drive(
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.found(account.uses())
     name, reason = main_model(study.training.algorithm), ""
-    watch = _watched(plan, log)
+    watch, gate = _watched(plan, log), Gate.of(plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
     try:
         while server.round < study.training.rounds:
+            watch = _overridden(watch, folder, server.round, log)
+            before = server
             server = run_round(server, plan, fleet, budget, log, aggregation, watch.out(server.round + 1))
             watch = _judge(watch, log)
+            if gate:
+                server = _gated(gate, before, server, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
@@ -430,11 +475,40 @@ def _drive(
 
 def _watched(plan: Plan, log: Log) -> Watch:
     """Return what is held against the clients by the rounds that a resumed run has behind it."""
-    watch = Watch(plan.rule.f if plan.rule else 0)
-    for event in log.events():
-        if isinstance(event, events.Inspected):
-            watch, _ = _step(watch, event)
+    return _replayed(log.events(), plan.rule.f if plan.rule else 0)
+
+
+def _replayed(recorded: Iterable[events.Event], most: int) -> Watch:
+    watch = Watch(most)
+    for event in recorded:
+        match event:
+            case events.Inspected():
+                watch, _ = _step(watch, event)
+            case events.SecurityAudit(action="lift"):
+                watch = watch.lift(event.client)
     return watch
+
+
+def _overridden(watch: Watch, folder: Path | None, round: int, log: Log) -> Watch:
+    """Take in what operators have decided since the last round, and tell it."""
+    if folder is None or not (folder / OVERRIDES).exists():
+        return watch
+    done = sum(isinstance(event, events.SecurityAudit) and event.action == "lift" for event in log.events())
+    for line in (folder / OVERRIDES).read_text().splitlines()[done:]:
+        asked = json.loads(line)
+        watch = watch.lift(asked["client"])
+        why = (f"operator {asked['operator']}: {asked['reason']}",)
+        log.emit(events.SecurityAudit(round, asked["client"], 0, 0.0, "lift", why))
+    return watch
+
+
+def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
+    """Return the round's state, or the one before where the gate takes the round back."""
+    stands, was, now = gate.passes(before, after)
+    if stands:
+        return after
+    log.emit(events.RolledBack(after.round, was, now if math.isfinite(now) else None))
+    return dataclasses.replace(before, round=after.round)
 
 
 def _judge(watch: Watch, log: Log) -> Watch:
@@ -503,6 +577,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_up=plan.bytes_up,
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
+            bears=plan.bears(),
         )
     )
     for text in plan.warnings:

@@ -256,6 +256,18 @@ class Robustness:
         "'nnm+' or 'bucketing+'. Sites count alike, whatever their size.",
     )
     max_malicious: float = _key(0.0, "Share of a round's clients that the rule must bear, in [0, 0.5).")
+    bound: float = _key(
+        0.0,
+        "Norm that no site's row may exceed; 0: none. Longer ones are cut at the site, left out where they are not. "
+        "With rule = 'mean' this is what fleets too large to compare rest on: malicious clients move a round's mean by "
+        "at most twice their share of it.",
+    )
+    reference: str = _key(
+        "",
+        "A public table at the coordinator, relative to the study file: a round after which the model's loss on it has "
+        "grown too much is taken back.",
+    )
+    tolerance: float = _key(0.5, "How much of itself the loss on the reference may grow in a round; 0 or more.")
     attack: str = _key("", "Simulation: what malicious sites do, such as 'sign-flip'; empty: none is malicious.")
     malicious: float = _key(0.0, "Simulation: share of the sites that are malicious, drawn from the seed, in [0, 0.5).")
 

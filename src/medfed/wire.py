@@ -78,6 +78,23 @@ class FixedPoint:
 
 
 @dataclass(frozen=True)
+class Bounded:
+    """Rows longer than `norm` are cut to it, so that no client weighs more than that, whatever its records.
+
+    The promise rests on whoever checks rows: the coordinator, or three aggregators in secret.
+    """
+
+    norm: float
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        cut = [row * min(1.0, self.norm / max(float(row.double().norm()), 1e-300)) for row in message_KM]
+        return torch.stack(cut) if cut else message_KM
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        return mean_M
+
+
+@dataclass(frozen=True)
 class NoiseShare:
     """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from medfed.cli.common import AsJson, DataFolder, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
 from medfed.cli.keys import federation_app, key_app
+from medfed.cli.quarantine import app as quarantine_app
 from medfed.core.checks import MedfedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -27,6 +28,7 @@ app.add_typer(trail_app, name="trail")
 
 app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
+app.add_typer(quarantine_app, name="quarantine")
 
 
 def main() -> None:

@@ -86,6 +86,8 @@ class Progressing:
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
         for party, sight in event.sees.items():
             self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
+        if event.bears:
+            self.console.print(f"malicious clients: {event.bears}", highlight=False, markup=False)
         if self.console.is_terminal:
             self.bar.start()
 

@@ -54,6 +54,7 @@ class Planned(Event):
     bytes_up: int  # what the survey and the agreement on the encoding took
     bytes_down: int
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
+    bears: str = ""  # what malicious clients can do to the model
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,20 @@ class Inspected(Event):
 
 
 @dataclass(frozen=True)
+class RolledBack(Event):
+    """A round's model was taken back: its loss on the coordinator's reference grew too much. The round was paid for."""
+
+    round: int
+    before: float | None
+    after: float | None  # null: it was no number
+
+
+@dataclass(frozen=True)
 class SecurityAudit(Event):
-    """What is done about a client, and why. level: 0 none to 4 critical; action: warn, quarantine, probation, clear."""
+    """What is done about a client, and why. level: 0 none to 4 critical.
+
+    action: warn, quarantine, probation, clear; lift is an operator's, whose name and reason are the evidence.
+    """
 
     round: int
     client: str
@@ -159,7 +172,8 @@ class RunFinished(Event):
 EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
-        RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Tested, Resumed, RunFinished,
+        RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack, SecurityAudit,
+        Tested, Resumed, RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}

@@ -8,6 +8,7 @@ from medfed.monitor.events import (
     Event,
     Planned,
     Resumed,
+    RolledBack,
     RoundFinished,
     RunFinished,
     RunStarted,
@@ -32,6 +33,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     excluded: list[SiteExcluded] = []
     warnings: list[str] = []
     audits: list[SecurityAudit] = []
+    taken_back: list[RolledBack] = []
     earlier, traffic = 0.0, [0, 0]
     for event in events:
         match event:
@@ -46,12 +48,15 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
                 tests = {model: t for model, t in tests.items() if t.round <= event.round}
                 excluded = [e for e in excluded if e.round <= event.round]
                 audits = [e for e in audits if e.round <= event.round]
+                taken_back = [e for e in taken_back if e.round <= event.round]
                 earlier = sum(r.seconds for r in rounds.values())
                 finished = None
             case SiteExcluded():
                 excluded.append(event)
             case SecurityAudit():
                 audits.append(event)
+            case RolledBack():
+                taken_back.append(event)
             case RoundFinished():
                 rounds[event.round] = event
                 traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
@@ -92,6 +97,8 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "participation": {site: took_part[site] for site in sites},
         "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
         "suspects": _suspects(audits),
+        "bears": planned.bears if planned else None,
+        "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in taken_back],
         "warnings": warnings,
         "versions": dict(started.versions) if started else None,
         "machine": dict(started.machine) if started else None,
@@ -102,7 +109,7 @@ def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
     """Return who was warned or left out, the first to be so first: since when, what was done, on what evidence."""
     found: dict[str, dict[str, Any]] = {}
     for one in audits:
-        if one.action in ("warn", "quarantine"):
+        if one.action in ("warn", "quarantine", "lift"):
             entry = found.setdefault(one.client, {"site": one.client, "since": one.round, "level": 0, "actions": []})
             entry["level"] = max(entry["level"], one.level)
             entry["actions"].append({"round": one.round, "action": one.action, "evidence": list(one.evidence)})

@@ -120,7 +120,7 @@ class Attack:
         Whole steps are rounded to nearest and end at the largest word; a number that is none becomes that word too.
         """
         own_FM = sight.own_FM
-        if stage != self.stage:
+        if stage != self.stage or not own_FM.isfinite().all():  # a model that has run away needs no lie
             return own_FM
         if stage == "wire":
             return self.on_rows(sight)

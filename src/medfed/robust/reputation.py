@@ -75,6 +75,10 @@ class Watch:
             return ThreatLevel.CRITICAL
         return max((_level(total) for total in totals), default=ThreatLevel.NONE)
 
+    def lift(self, client: str) -> "Watch":
+        """Return the next watch, with nothing held against a client: an operator's decision."""
+        return replace(self, standings={**self.standings, client: Standing()})
+
     def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Decision]]":
         """Take a round's findings on the clients that took part; return the next watch, and what changes."""
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}

@@ -1,0 +1,98 @@
+"""How long rules take, against ByzFL 0.0.11; and a round of three parties whose Gram matrix is opened with noise.
+
+    python benchmarks/robust_speed.py
+
+ByzFL runs in an environment of its own (benchmarks/.venvs/byzfl, made on first use), on the same rows and threads, in
+turns with ours. Ours includes the Gram matrix and the weighted sum. Its geometric median takes 3 steps of Weiszfeld's,
+ours goes on until it stands still.
+"""
+
+import json
+import statistics
+import subprocess
+import time
+import venv
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import table, write_result
+
+from medfed.core.entropy import Entropy
+from medfed.privacy.guarantee import discrete_gaussian
+from medfed.robust.rules import rule_of
+from medfed.secure.three_party import Selection
+from secure import three
+
+HERE = Path(__file__).parent
+THREADS = 2
+RULES = ("nnm+geometric-median", "multi-krum")
+
+
+def ours(clients: int, numbers: int, f: int) -> dict[str, float]:
+    """Return seconds of each rule."""
+    row_KM = torch.randn(clients, numbers, generator=torch.Generator().manual_seed(0))
+    found: dict[str, float] = {}
+    for name in RULES:
+        rule = rule_of(name, f)
+        began = time.perf_counter()
+        rule.combine(row_KM)
+        found[name] = time.perf_counter() - began
+    return found
+
+
+def byzfl(clients: int, numbers: int, f: int) -> dict[str, float]:
+    """Return ByzFL's seconds, the second of two."""
+    folder = HERE / ".venvs/byzfl"
+    if not folder.exists():
+        venv.create(folder, with_pip=True)
+        pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, "torch==2.13.0", "byzfl==0.0.11"], check=True)
+    script = [str(folder / "bin/python"), str(HERE / "peers/byzfl_rules.py"), f"--clients={clients}", f"--liars={f}"]
+    script += [f"--numbers={numbers}", "--repeats=2", f"--threads={THREADS}"]
+    told = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    return {name: seconds[-1] for name, seconds in json.loads(told.splitlines()[-1]).items()}
+
+
+def private_round(clients: int = 10, numbers: int = 200_000, rounds: int = 5) -> list[float]:
+    """Return seconds of rounds of three parties, in one process, whose Gram matrix and sum carry noise."""
+
+    rule, entropy = rule_of("nnm+geometric-median", 3), Entropy()
+    chosen = Selection(
+        lambda gram_KK: rule(torch.from_numpy(gram_KK)).numpy(),
+        {},
+        lambda K: discrete_gaussian(1e12).sample(K * (K + 1) // 2, entropy),
+        lambda length, most: discrete_gaussian(1e9 / np.sqrt(2)).sample(length, entropy),
+    )
+    return [three(clients, numbers, number, chosen)[0] for number in range(rounds)]
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    torch.set_num_threads(THREADS)
+    result: dict[str, object] = {}
+    lines = []
+    for clients, numbers, f in ((50, 1_000_000, 15),):
+        pairs = [(ours(clients, numbers, f), byzfl(clients, numbers, f)) for _ in range(3)]
+        for name in RULES:
+            mine = [a[name] for a, _ in pairs]
+            theirs = [b[name] for _, b in pairs]
+            ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+            lines.append([f"{name}, n={clients}, d={numbers:,}", f"{statistics.median(mine):.3f}"])
+            lines[-1] += [f"{statistics.median(theirs):.2f}", f"{ratio:.0f}"]
+            result[f"{name} | {clients} x {numbers}"] = {"ours": mine, "byzfl": theirs, "ratio": ratio}
+    many = [ours(1000, 100_000, 300) for _ in range(5)]
+    for name in RULES:
+        lines.append([f"{name}, n=1,000, d=100,000", f"{statistics.median(one[name] for one in many):.2f}", "", ""])
+        result[f"{name} | 1000 x 100000"] = [one[name] for one in many]
+    print(table(["rule", "ours s", "ByzFL s", "times"], lines))
+    rounds = private_round()
+    print(
+        f"three parties, n=10, M=200,000, noised Gram matrix and noised sum: {statistics.median(rounds):.2f} s (aim 2)"
+    )
+    result["three-party, noised"] = rounds
+    write_result("robust-speed", result)
+
+
+if __name__ == "__main__":
+    main()
