@@ -306,7 +306,8 @@ def private(clients: int = 20, patients: int = 2000, features: int = 8) -> Mappi
             suspects = [entry["site"] for entry in summary["suspects"]]
             spent, right = summary["privacy"]["epsilon"], len(set(suspects) & set(lying))
             named = f"{right} of {len(lying)} liars and {len(set(suspects) - set(lying))} others named"
-            print(f"private, {rule}, {attack or 'none'}: AUROC {auroc:.4f}, epsilon {spent:.3f}, {named}")
+            told = f"AUROC {auroc:.4f}" if auroc else "no model: rows out of bound, and no quorum without them"
+            print(f"private, {rule}, {attack or 'none'}: {told}, epsilon {spent:.3f}, {named}")
             found[f"{rule} | {attack or 'none'}"] = {"auroc": auroc, "suspects": suspects, "epsilon": spent}
     return found
 

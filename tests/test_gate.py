@@ -10,6 +10,7 @@ import torch
 
 import medfed
 from medfed import runs
+from medfed.aggregation import bears
 from medfed.core.checks import DataError, MedfedError, PlanError, RunError, StudyError
 from medfed.engine.inprocess import InProcess
 from medfed.gate import Gate
@@ -219,3 +220,29 @@ def test_a_complete_run_has_no_next_round(study: Study, tmp_path: Path) -> None:
 
 def test_nothing_is_held_against_who_was_forgiven() -> None:
     assert Watch(1).lift("a").standings["a"].reputation == 1
+
+
+# what is chosen and said -------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_default_rule_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = study._with({"robustness.rule": "auto", "robustness.max_malicious": 0.34})
+    assert planned(auto).bears() == "1 of 3 are borne by nnm+geometric-median"
+    monkeypatch.setattr("medfed.plan.MOST_ROWS", 2)
+    with pytest.raises(PlanError, match="without a bound"):
+        planned(auto)
+    assert "times robustness.bound=2" in planned(auto.set("robustness.bound", 2.0)).bears()
+
+
+def test_weak_selection_is_said_before_the_run(tmp_path: Path) -> None:
+    """A tenth of epsilon is nearly ten times the noise: what could be selected cannot."""
+    private = medfed.load_study(write_study(tmp_path, PRIVATE)).set("security.aggregation", "three-party")
+    private = private._with({"robustness.rule": "geometric-median", "robustness.max_malicious": 0.34})
+    found = {}
+    for epsilon in (1.0, 0.1):
+        told = bears(planned(private.set("privacy.epsilon", epsilon)))
+        match = re.search(r"is ([0-9.e+]+) of the longest row's square, so selection is (\w+)", told)
+        assert match
+        found[epsilon] = (float(match[1]), match[2])
+    assert 5 < found[0.1][0] / found[1.0][0] < 10
+    assert found[0.1][1] == "weak" and found[1.0][1] == "possible"

@@ -470,6 +470,19 @@ def enough(
         )
 
 
+def bears(plan: Plan) -> str:
+    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell them apart."""
+    if plan.rule is None or plan.guarantee is None or not plan.joint:
+        return plan.bears()
+    terms, K = terms_of(plan), cohort(plan.study, plan.participants)
+    gram, _ = gram_split(plan.guarantee, terms)
+    ratio = gram(K) * math.sqrt(1.5) / terms.bound**2
+    how = "weak: liars and honest sites look alike" if ratio > 0.5 else "possible" if ratio > 0.1 else "good"
+    return (
+        f"{plan.bears()}; noise on how rows compare is {ratio:.2g} of the longest row's square, so selection is {how}"
+    )
+
+
 def who_sees(plan: Plan) -> dict[str, str]:
     """Return what each party could see of the rows, one line each: see docs/threat-model.md."""
     noised = plan.guarantee is not None and not plan.guarantee.simulation_only

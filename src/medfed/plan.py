@@ -35,6 +35,9 @@ COINCIDE = ("fedprox", "scaffold", "fednova")
 MOST_ROWS = 2000
 """Clients of a round that a rule may compare two by two."""
 
+DEFAULT_RULE = "nnm+geometric-median"
+"""What rule = "auto" takes where clients can be compared."""
+
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
 
@@ -111,7 +114,7 @@ class Plan:
         """Say what malicious clients can do to the model, in one line."""
         n, f, robust = cohort(self.study, self.participants), self.malicious, self.study.robustness
         if self.rule:
-            return f"{f} of {n} are borne by {robust.rule}"
+            return f"{f} of {n} are borne by {self.rule.name}"
         if not _bounded(self.study):
             return f"one of {n} moves the model at will"
         f = max(f, 1)
@@ -301,11 +304,12 @@ def _secure_refusals(study: Study) -> None:
 def robust_rule(study: Study, clients: int) -> Rule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
-    if robust.rule == "mean":
+    name = (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule
+    if name == "mean":
         return None
     smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
-    noised = smoothing if robust.rule.endswith("geometric-median") else None
-    return rule_of(robust.rule, _count(robust.max_malicious, clients), radius=noised)
+    noised = smoothing if name.endswith("geometric-median") else None
+    return rule_of(name, _count(robust.max_malicious, clients), radius=noised)
 
 
 def _count(share: float, clients: int) -> int:
@@ -322,6 +326,11 @@ def _check_robustness(study: Study, clients: Sequence[str]) -> None:
     """Refuse a rule with fewer clients than it needs."""
     n = cohort(study, clients)
     if (rule := robust_rule(study, n)) is None:
+        if study.robustness.max_malicious and not _bounded(study):
+            raise PlanError(
+                f"robustness.rule='auto' and {n:,} clients a round do not compose without a bound: more than "
+                f"{MOST_ROWS:,} are not compared. Set robustness.bound, or fleet.clients_per_round."
+            )
         return
     rule.check(n)
     if n > MOST_ROWS:

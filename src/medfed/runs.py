@@ -31,7 +31,7 @@ from torch import Tensor
 from medfed import aggregation as ways
 from medfed import checkpoints, claims, federation
 from medfed import study as studies
-from medfed.aggregation import Ring, who_sees
+from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
@@ -577,7 +577,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_up=plan.bytes_up,
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
-            bears=plan.bears(),
+            bears=bears(plan),
         )
     )
     for text in plan.warnings:

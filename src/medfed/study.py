@@ -251,7 +251,8 @@ class Robustness:
 
     rule: str = _key(
         "mean",
-        "mean: no protection, one site can move the model at will; 'nnm+geometric-median' is a good default; krum, "
+        "mean: no protection, one site can move the model at will; auto: 'nnm+geometric-median' while clients can be "
+        "compared two by two (2,000 a round), then the mean of rows held to `bound`; or krum, "
         "multi-krum, geometric-median, centred-clipping, norm-clipping, minimum-diameter, smea, caf, each also after "
         "'nnm+' or 'bucketing+'. Sites count alike, whatever their size.",
     )
