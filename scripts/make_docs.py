@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Write docs/study.md and docs/commands.md from the code, so that they say what it does.
+"""Write docs/study.md, docs/commands.md and docs/events.md from the code, so that they say what it does.
 
 `make docs` writes them; `scripts/make_docs.py --check` writes nothing and exits with 1 where one is stale.
 """
 
+import collections.abc
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer.main
 
 from medfed import cli
+from medfed.monitor import events
+from medfed.monitor.metrics import Figure
 from medfed.study import Feature, Study
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -79,6 +83,51 @@ def commands_page() -> str:
     return "\n".join([GENERATED, "", COMMANDS_INTRO, *sections])
 
 
+EVENTS_INTRO = """\
+# The event log
+
+`events.jsonl` in a run's folder holds one JSON object a line, written when it happens. Everything that is printed,
+summarised, drawn or exported is a function of it. Each object has `schema` (now {schema}), `event` (its name below),
+`time` (UTC) and the fields below. A field may be added within a schema; one that is renamed or removed raises it, and
+a newer schema is refused by name. A last line that a crash cut off is left out.
+
+No event holds anything of one patient. Free texts (reasons, warnings, evidence) that look like an address, a number
+or a date of somebody's are withheld before they are written; names of people are not told from other words.
+"""
+
+
+def events_page() -> str:
+    """Return docs/events.md."""
+    parts = [GENERATED, EVENTS_INTRO.format(schema=events.SCHEMA)]
+    for name, kind in events.EVENTS.items():
+        hints = get_type_hints(kind)
+        rows = [[f"`{field.name}`", _told(hints[field.name])] for field in dataclasses.fields(kind)]
+        parts.append(f"## `{name}`\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(['field', 'type'], rows)}")
+    figure = [[f"`{field.name}`", _told(get_type_hints(Figure)[field.name])] for field in dataclasses.fields(Figure)]
+    parts.append(f"## Figure\n\n{inspect.cleandoc(Figure.__doc__ or '')}\n\n{_table(['field', 'type'], figure)}")
+    return "\n".join(parts)
+
+
+def _told(hint: Any) -> str:
+    """Return a JSON type in words."""
+    words = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        object: "any",
+        type(None): "null",
+    }
+    if hint in words:
+        return words[hint]
+    inner = [_told(part) for part in get_args(hint)]
+    if get_origin(hint) in (collections.abc.Mapping, dict):
+        return f"object of {inner[1]}"
+    if get_origin(hint) in (collections.abc.Sequence, list, tuple):
+        return f"list of {inner[0]}"
+    return " or ".join(inner) if inner else str(getattr(hint, "__name__", hint))
+
+
 def _section(table: str, kind: Any) -> str:
     hints = get_type_hints(kind)
     rows = [(f"`{f.name}`", _kind(hints[f.name]), _default(f), f.metadata["doc"]) for f in dataclasses.fields(kind)]
@@ -135,7 +184,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> int:
     """Write the pages, or with --check say which are stale."""
-    pages = {DOCS / "study.md": study_page(), DOCS / "commands.md": commands_page()}
+    pages = {
+        DOCS / "study.md": study_page(),
+        DOCS / "commands.md": commands_page(),
+        DOCS / "events.md": events_page(),
+    }
     if "--check" not in sys.argv[1:]:
         DOCS.mkdir(exist_ok=True)
         for path, text in pages.items():

@@ -513,10 +513,10 @@ def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
 
 def _judge(watch: Watch, log: Log) -> Watch:
     """Take in what the last round said against its clients, and tell what is done about it."""
-    last = next(
-        (event for event in reversed(log.events()) if isinstance(event, events.RoundStarted | events.Inspected)), None
-    )
-    if not isinstance(last, events.Inspected):
+    last, started = log.latest.get(events.Inspected), log.latest.get(events.RoundStarted)
+    if not isinstance(last, events.Inspected) or not isinstance(started, events.RoundStarted):
+        return watch
+    if last.round != started.round:
         return watch
     watch, decisions = _step(watch, last)
     for one in decisions:

@@ -132,3 +132,44 @@ def test_what_is_no_number_is_never_written(tmp_path: Path, value: float) -> Non
     with Log(tmp_path / "events.jsonl") as log, pytest.raises(ValueError, match="not JSON compliant"):
         log.emit(RoundFinished(1, ["a"], value, [value], [0.1], [4], 0.2, 1, 2))
     assert (tmp_path / "events.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cannot read row of anna.berg@clinic.example",
+        "bad value in MRN: 00123987",
+        "patient id=77123 twice",
+        "born 1961 is missing",
+        "date 1961-04-05 is not a number",
+        "call 555-123-4567",
+        "123-45-6789 twice",
+    ],
+)
+def test_what_looks_like_an_identifier_is_withheld(text: str, tmp_path: Path) -> None:
+    told: list[Event] = []
+    with Log(tmp_path / "events.jsonl", [told.append]) as log:
+        for event in (
+            Warned(text),
+            SiteExcluded(1, "a", text),
+            RunFinished("incomplete", 1, 0.1, text),
+            SecurityAudit(1, "a", 0, 0.0, "lift", ["operator Ito: appeal", text]),
+        ):
+            log.emit(event)
+    assert text not in (tmp_path / "events.jsonl").read_text() and text not in str(told)
+    assert (tmp_path / "events.jsonl").read_text().count("withheld") == 4 and "appeal" in str(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "its row has shape (3,); expected 4 numbers",
+        "round 12: 3 of 10 sites answered, training.quorum=0.9",
+        "robustness.bound=1e-06 and 1,000,000 rows",
+        "site 'St. Mary 2' was late by 3.25 s",
+    ],
+)
+def test_what_is_no_identifier_is_told(text: str) -> None:
+    told: list[Event] = []
+    Log(None, [told.append]).emit(Warned(text))
+    assert told == [Warned(text)]

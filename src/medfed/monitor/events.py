@@ -7,6 +7,7 @@ field may be added within a schema; a renamed or removed one raises it. No event
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -187,10 +188,13 @@ class Log:
     def __init__(self, path: Path | None = None, listeners: Sequence[Listener] = ()) -> None:
         self.listeners, self._path = list(listeners), path
         self._kept: list[Event] = []
+        self.latest: dict[type[Event], Event] = {}
         self._file = open(path, "ab") if path else None  # noqa: SIM115 (closed by close)
 
     def emit(self, event: Event) -> None:
-        """Write the event, then tell every listener."""
+        """Write the event, without what looks like an identifier, then tell every listener."""
+        event = screened(event)
+        self.latest[type(event)] = event
         if self._file:
             try:
                 self._file.write(line(event).encode() + b"\n")
@@ -222,6 +226,34 @@ class Log:
         if self._file:
             with suppress(OSError):  # emit has told already what could not be written
                 self._file.close()
+
+
+WITHHELD = "[withheld: it looks like a direct identifier]"
+
+_IDENTIFIERS = re.compile(
+    r"[\w.+-]+@[\w-]+\.\w+"  # an address
+    r"|\b\d{3}-\d{2}-\d{4}\b"  # a social security number
+    r"|\b\d{3}[-. ]\d{3}[-. ]\d{4}\b"  # a telephone or NHS number
+    r"|\b(?:19|20)\d\d-\d\d-\d\d\b"  # a date of somebody's
+    r"|\b(?:mrn|ssn|nhs|dob|patient (?:id|name|number)|born)\b[:=# ]*\S*\d",
+    re.IGNORECASE,
+)
+
+
+def screened(event: Event) -> Event:
+    """Return an event whose free texts hold no address, number or date that could be somebody's.
+
+    Reasons and warnings can carry words of a site's own code. Names of people are not told from other words.
+    """
+    match event:
+        case Warned(text=text) if _IDENTIFIERS.search(text):
+            return dataclasses.replace(event, text=WITHHELD)
+        case SiteExcluded(reason=reason) | RunFinished(reason=reason) if _IDENTIFIERS.search(reason):
+            return dataclasses.replace(event, reason=WITHHELD)
+        case SecurityAudit(evidence=evidence) if any(_IDENTIFIERS.search(text) for text in evidence):
+            told = [WITHHELD if _IDENTIFIERS.search(text) else text for text in evidence]
+            return dataclasses.replace(event, evidence=told)
+    return event
 
 
 def line(event: Event) -> str:
