@@ -13,6 +13,7 @@ from rich.table import Table
 
 from medfed.cli.common import AsJson, DataFolder, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
+from medfed.cli.compare import compare
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
 from medfed.core.checks import MedfedError
@@ -29,6 +30,7 @@ app.add_typer(trail_app, name="trail")
 app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
+app.command()(compare)
 
 
 def main() -> None:

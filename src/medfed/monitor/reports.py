@@ -1,6 +1,6 @@
 """Reports for people: pages made from what a run left behind, readable without a network."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -9,7 +9,7 @@ _STYLE = (
     "h1{font-size:1.5rem}p.verdict{font-size:1.15rem;padding:1rem;border-left:5px solid #2a7f62;background:#eef6f2}"
     "p.none{border-color:#b3261e;background:#fbeeed}"
     "th{text-align:left;vertical-align:top;padding:.35rem 1.5rem .35rem 0;white-space:nowrap}td{padding:.35rem 0}"
-    "tr{border-top:1px solid #d8dee4}table{border-collapse:collapse;width:100%}"
+    "td{padding-right:1.5rem}tr{border-top:1px solid #d8dee4}table{border-collapse:collapse;width:100%}"
 )
 
 
@@ -69,10 +69,15 @@ def privacy_page(claim: Mapping[str, Any]) -> str:
     else:
         verdict = "Nothing is claimed: the noise of this run came from a seed (privacy.simulation_only)."
     kind = "verdict" if claim["claimed"] else "verdict none"
+    return _page(f"Privacy of {name}", f'<p class="{kind}">{verdict}</p><table>{rows}</table>')
+
+
+def _page(title: str, body: str) -> str:
+    """Return a page under a title; both are HTML already."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Privacy of {name}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f'<h1>Privacy of {name}</h1><p class="{kind}">{verdict}</p><table>{rows}</table></body></html>\n'
+        f"<h1>{title}</h1>{body}</body></html>\n"
     )
 
 
@@ -87,3 +92,67 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return "none yet; `medfed audit RUN` runs one on a twin"
     return "; ".join(f"{part['name']}: {part['told']}" for part in audit["parts"])
+
+
+def comparison_page(found: Mapping[str, Any]) -> str:
+    """Return a comparison of algorithms (`Comparison.to_json`) as one page of HTML without outside parts."""
+    names = [name for name, value in found["table"][0].items() if isinstance(value, Mapping)]
+    head = "".join(
+        f"<th scope=col>{escape(name)}</th>" for name in ("algorithm", *names, "accuracy", "seconds", "MB up")
+    )
+    body = "".join(
+        f"<tr><th scope=row>{escape(line['algorithm'])}</th>"
+        + "".join(f"<td>{line[name]['mean']:.4g} &plusmn; {line[name]['sd']:.2g}</td>" for name in names)
+        + f"<td>{'-' if line['accuracy'] is None else format(line['accuracy'], '.3f')}</td>"
+        f"<td>{line['seconds']:.2f}</td><td>{line['bytes_up'] / 1e6:.2f}</td></tr>"
+        for line in found["table"]
+    )
+    pairs = "".join(
+        f"<tr><td>{escape(d['figure'])}</td><td>{escape(d['first'])} - {escape(d['second'])}</td>"
+        f"<td>{d['mean']:+.4g}</td><td>{d['p']:.3f}</td></tr>"
+        for d in found["differences"]
+    )
+    verdicts = "".join(f"<li>{escape(text)}</li>" for text in found["verdicts"])
+    score = escape(found["table"][0]["score"])
+    said = (
+        f"{found['table'][0]['seeds']} seeds, noise: {escape(found['noise'])}; mean and standard deviation over seeds."
+    )
+    return _page(
+        f"Algorithms on {escape(found['study'])}",
+        f"<ul>{verdicts}</ul>{_curves(found['runs'], score)}"
+        f"<p>{said} The target is a score of {found['target']:.4f}.</p><table><tr>{head}</tr>{body}</table>"
+        "<h2>Differences, seed by seed</h2><p>Mean of first minus second; p of Wilcoxon's signed ranks, after Holm.</p>"
+        f"<table><tr><th>figure</th><th>pair</th><th>difference</th><th>p</th></tr>{pairs}</table>",
+    )
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+
+
+def _curves(trained: Sequence[Mapping[str, Any]], score: str) -> str:
+    """Return the mean score of each algorithm by round as a drawing."""
+    by_name: dict[str, list[Sequence[float]]] = {}
+    for run in trained:
+        by_name.setdefault(run["algorithm"], []).append(run["curve_T"])
+    means = {
+        name: [sum(column) / len(column) for column in zip(*curves, strict=True)] for name, curves in by_name.items()
+    }
+    low = min(min(mean) for mean in means.values())
+    high = max(max(mean) for mean in means.values())
+    rounds, span = max(len(mean) for mean in means.values()), (high - low) or 1.0
+    lines, keys = "", ""
+    for i, (name, mean) in enumerate(means.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        points = " ".join(
+            f"{60 + 720 * t / max(1, rounds - 1):.1f},{280 - 250 * (value - low) / span:.1f}"
+            for t, value in enumerate(mean)
+        )
+        lines += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+        keys += f'<text x="{70 + 130 * i}" y="320" fill="{colour}" font-weight="600">{escape(name)}</text>'
+    return (
+        f'<svg viewBox="0 0 800 335" role="img" aria-label="mean {score} by round; the table below has the numbers" '
+        'style="width:100%;font:14px system-ui,sans-serif">'
+        f'<text x="0" y="34">{high:.3f}</text><text x="0" y="284">{low:.3f}</text>'
+        f'<line x1="60" y1="280" x2="780" y2="280" stroke="#8a949e"/><text x="60" y="300">round 1</text>'
+        f'<text x="780" y="300" text-anchor="end">{rounds}</text>{lines}{keys}</svg>'
+    )
