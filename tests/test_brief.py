@@ -123,6 +123,17 @@ def test_the_security_manager_sums_in_secret_and_names_liars(result: medfed.Resu
     assert manager.verify_model_integrity(folder(result))["rounds"] == 2
 
 
+def test_the_monitor_writes_what_the_brief_names(result: medfed.Result) -> None:
+    monitor = brief.ComprehensiveMonitor(folder(result))
+    assert set(monitor.create_interactive_dashboards()) == {
+        "training_dashboard.html", "device_analysis.html", "privacy_audit.html", "security_analysis.html"
+    }  # fmt: skip
+    assert "what was asked" in monitor.generate_comprehensive_report().read_text()
+    assert len(monitor.export_training_logs(["json"])) == 4
+    page = AdvancedSecurityManager().generate_security_report(folder(result)).read_text()
+    assert "Highest level of threat" in page
+
+
 def test_figures_are_those_of_the_events(result: medfed.Result) -> None:
     found = PerformanceOptimizer().performance_monitoring(folder(result))
     assert found.rounds == result.summary["rounds"] and dict(found.participation) == result.summary["participation"]

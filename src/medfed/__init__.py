@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medfed.claims import generate_privacy_report
+    from medfed.compare import compare_federated_algorithms
     from medfed.core.checks import (
         BudgetError,
         DataError,
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from medfed.data.names import create_medical_device_names
     from medfed.dpsgd import adaptive_gradient_clipping
     from medfed.models import MedicalNeuralNetwork
+    from medfed.monitor.dashboards import (
+        create_interactive_dashboards,
+        export_training_logs,
+        generate_comprehensive_report,
+        generate_security_report,
+    )
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
     from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
     from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate, verify_model_integrity
@@ -38,11 +45,14 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "medfed.claims": "generate_privacy_report",
+    "medfed.compare": "compare_federated_algorithms",
     "medfed.core.checks": "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
     "StudyError",
     "medfed.data.names": "create_medical_device_names",
     "medfed.dpsgd": "adaptive_gradient_clipping",
     "medfed.models": "MedicalNeuralNetwork",
+    "medfed.monitor.dashboards": "create_interactive_dashboards export_training_logs generate_comprehensive_report "
+    "generate_security_report",
     "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
     "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
     "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate verify_model_integrity",
@@ -65,10 +75,15 @@ __all__ = [
     "Study",
     "StudyError",
     "adaptive_gradient_clipping",
+    "compare_federated_algorithms",
+    "create_interactive_dashboards",
     "create_medical_device_names",
     "estimate_mean",
     "estimate_shares",
+    "export_training_logs",
+    "generate_comprehensive_report",
     "generate_privacy_report",
+    "generate_security_report",
     "load",
     "load_and_prepare_medical_data",
     "load_study",

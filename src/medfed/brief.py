@@ -26,7 +26,7 @@ from medfed.dpsgd import adaptive_gradient_clipping
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.models import MedicalNeuralNetwork
-from medfed.monitor import events
+from medfed.monitor import dashboards, events
 from medfed.monitor.events import SecurityAudit
 from medfed.prepare import prepare
 from medfed.privacy.accounting import Gaussian, PrivacyAccountingEntry, RenyiDPAccountant
@@ -41,6 +41,7 @@ from medfed.study import Privacy, Robustness, Security, Study
 
 __all__ = [
     "AdvancedSecurityManager",
+    "ComprehensiveMonitor",
     "EnhancedFederatedServer",
     "EnhancedMedicalIoMTDevice",
     "EnhancedPrivacyPreserver",
@@ -235,6 +236,10 @@ class AdvancedSecurityManager:
         """Check a run's signed, chained models; see `medfed.verify_model_integrity`."""
         return verify_model_integrity(run)
 
+    def generate_security_report(self, run: Path) -> Path:
+        """Write a run's page on security and return where."""
+        return dashboards.generate_security_report(run)
+
 
 @dataclass(frozen=True)
 class PerformanceMetrics:
@@ -283,6 +288,25 @@ class PrivacyAudit:
         """Read a run's claim; raises RunError where it has none."""
         found = claims.read(Path(run))
         return cls(found["epsilon"], found["target"]["delta"], found, found["audit"] or {})
+
+
+@dataclass(frozen=True)
+class ComprehensiveMonitor:
+    """A run's pages, its report and its log as tables."""
+
+    run: Path
+
+    def create_interactive_dashboards(self) -> dict[str, Path]:
+        """Write the four pages; return where each is."""
+        return dashboards.create_interactive_dashboards(self.run)
+
+    def generate_comprehensive_report(self) -> Path:
+        """Write one page of everything, an executive page first."""
+        return dashboards.generate_comprehensive_report(self.run)
+
+    def export_training_logs(self, formats: Sequence[str] = ("json", "csv", "parquet")) -> list[Path]:
+        """Write the log as flat tables."""
+        return dashboards.export_training_logs(self.run, formats=formats)
 
 
 def _open(source: Study) -> Study:

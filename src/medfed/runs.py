@@ -61,7 +61,7 @@ from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
 from medfed.site import Site
-from medfed.study import Privacy, Security, Study
+from medfed.study import Privacy, Robustness, Security, Study
 
 
 @dataclass(frozen=True)
@@ -532,9 +532,9 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
 
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
-    """Train a baseline with the study's own settings, in silence, and tell what it is worth."""
+    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
-    other = dataclasses.replace(other, privacy=Privacy(), security=Security())
+    other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
     fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
     server = plan.begin()
     try:

@@ -16,6 +16,7 @@ from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
+from medfed.cli.report import report
 from medfed.core.checks import MedfedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -31,6 +32,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
 app.command()(compare)
+app.command()(report)
 
 
 def main() -> None:
@@ -306,5 +308,6 @@ def _finish(result: Any, console: Console, as_json: bool) -> None:
         for line in suspects(result.summary):
             console.print(line, highlight=False, markup=False)
         console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+        console.print(f"pages: medfed report {result.folder}", highlight=False, soft_wrap=True)
     if not result.complete:
         raise typer.Exit(1)

@@ -1,0 +1,634 @@
+"""Four pages and one report of a run, each a function of its event log and of the claim beside it.
+
+Every chart has its numbers in a table below, so that a page reads without scripts and prints. Nothing is loaded from
+outside; the drawing library is inside each page. Nothing is of one patient: of a fleet of devices, each of which is
+one patient's, only counts are shown.
+"""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medfed.core import files
+from medfed.core.checks import PlanError, RunError
+from medfed.monitor import events, reports
+from medfed.monitor.events import (
+    Event,
+    Inspected,
+    Planned,
+    Resumed,
+    RolledBack,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SecurityAudit,
+    SiteExcluded,
+    Tested,
+)
+from medfed.monitor.summary import main_model, summarise
+
+POINTS = 1000  # of a curve; of more, each stretch keeps its lowest and highest
+SHOWN = 200  # sites that a page names
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+LEVELS = ("none", "low", "elevated", "high", "critical")
+
+_STYLE = """
+body {font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem}
+body {color: #1c2733; background: #fff}
+h1 {font-size: 1.6rem; margin: .2rem 0} h2 {font-size: 1.2rem; margin: 2.2rem 0 .3rem}
+nav a {margin-right: 1.2rem; color: #005a8c}
+p.verdict {font-size: 1.15rem; padding: 1rem 1.2rem; border-left: 5px solid #2a7f62; background: #eef6f2}
+p.verdict.bad {border-color: #b3261e; background: #fbeeed}
+p.note {color: #4a5866; max-width: 46rem}
+dl {display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0}
+dl div {background: #f3f6f8; padding: .7rem 1rem; min-width: 9rem}
+dt {font-size: .85rem; color: #4a5866} dd {margin: 0; font-size: 1.25rem; font-weight: 600}
+div.wide {overflow-x: auto} table {border-collapse: collapse; margin: .6rem 0}
+th, td {text-align: left; vertical-align: top; padding: .35rem 1.2rem .35rem 0; border-top: 1px solid #d8dee4}
+td.n {text-align: right; font-variant-numeric: tabular-nums} summary {cursor: pointer; color: #005a8c}
+@media print {nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}}
+"""
+
+_PAGES = {
+    "training_dashboard.html": "Training",
+    "device_analysis.html": "Sites and devices",
+    "privacy_audit.html": "Privacy",
+    "security_analysis.html": "Security",
+}
+
+
+@dataclass
+class Story:
+    """A run's events by kind; rounds that a resumed run did again count once. cut: the log ends within a line."""
+
+    summary: Mapping[str, Any]
+    started: RunStarted | None = None
+    planned: Planned | None = None
+    finished: RunFinished | None = None
+    rounds: dict[int, RoundFinished] = field(default_factory=dict)
+    tests: dict[int, Tested] = field(default_factory=dict)
+    baselines: dict[str, Tested] = field(default_factory=dict)
+    excluded: list[SiteExcluded] = field(default_factory=list)
+    inspected: dict[int, Inspected] = field(default_factory=dict)
+    audits: list[SecurityAudit] = field(default_factory=list)
+    taken_back: list[RolledBack] = field(default_factory=list)
+    cut: bool = False
+    claim: Mapping[str, Any] | None = None
+    trail: int = 0
+
+    @classmethod
+    def of(cls, folder: Path) -> "Story":
+        """Read a run's folder; raises RunError where there is no log, or one of a newer schema."""
+        log = folder / "events.jsonl"
+        recorded = list(events.read(log))
+        if not recorded:
+            raise RunError(f"{log} tells nothing yet; wait for the run to begin")
+        found = cls.told(recorded)
+        found.cut = not log.read_bytes().endswith(b"\n")
+        claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
+        found.claim = json.loads(claim.read_text()) if claim.exists() else None
+        found.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
+        return found
+
+    @classmethod
+    def told(cls, recorded: Sequence[Event]) -> "Story":
+        """Return the story that events tell."""
+        story = cls(summarise(recorded))
+        for event in recorded:
+            story._add(event)
+        return story
+
+    def _add(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self.started = event
+            case Planned():
+                self.planned = event
+            case RoundFinished():
+                self.rounds[event.round] = event
+            case Tested(model=model) if model == main_model(self.planned.algorithm if self.planned else ""):
+                self.tests[event.round] = event
+            case Tested():
+                self.baselines[event.model] = event
+            case SiteExcluded():
+                self.excluded.append(event)
+            case Inspected():
+                self.inspected[event.round] = event
+            case SecurityAudit():
+                self.audits.append(event)
+            case RolledBack():
+                self.taken_back.append(event)
+            case RunFinished():
+                self.finished = event
+            case Resumed(round=last):
+                for kept in (self.rounds, self.tests, self.inspected):
+                    for number in [number for number in kept if number > last]:
+                        del kept[number]
+                self.excluded = [one for one in self.excluded if one.round <= last]
+                self.audits = [one for one in self.audits if one.round <= last]
+                self.taken_back = [one for one in self.taken_back if one.round <= last]
+                self.finished = None
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that are named: none of a fleet of devices, or of one too large to read."""
+        sizes = self.planned.sizes if self.planned else {}
+        devices = bool(sizes) and all(one["train"] + one["test"] <= 1 for one in sizes.values())
+        return [] if devices else list(sizes)[:SHOWN]
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Return each site's seconds, round by round that it took part in."""
+        found: dict[str, list[float]] = {}
+        for one in self.rounds.values():
+            for name, seconds in zip(one.clients, one.site_seconds, strict=True):
+                found.setdefault(name, []).append(seconds)
+        return found
+
+    def suspicion(self) -> dict[str, dict[int, float]]:
+        """Return each site's strongest score by round, of the rounds that a rule inspected."""
+        found: dict[str, dict[int, float]] = {}
+        for number, one in self.inspected.items():
+            for client in one.weights:
+                found.setdefault(client, {})[number] = 0.0
+            for finding in one.findings:
+                mine = found.setdefault(str(finding["client"]), {})
+                mine[number] = max(mine.get(number, 0.0), float(str(finding["score"])))
+        return found
+
+
+# The pages
+
+
+def create_interactive_dashboards(folder: str | Path, out: str | Path | None = None) -> dict[str, Path]:
+    """Write the four pages of a run into its reports/, or into `out`; return where each is. The brief's name.
+
+    Raises RunError where the folder holds no events, or events of a newer schema.
+    """
+    folder = Path(folder)
+    story, place = Story.of(folder), Path(out) if out else folder / "reports"
+    place.mkdir(parents=True, exist_ok=True)
+    bodies = (_training(story), _devices(story), _privacy(story), _security(story))
+    written = {}
+    for (name, title), body in zip(_PAGES.items(), bodies, strict=True):
+        files.write(place / name, _page(title, story, body))
+        written[name] = place / name
+    return written
+
+
+def generate_comprehensive_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write one page with everything, an executive page first, for printing; return where. The brief's name."""
+    folder = Path(folder)
+    story, path = Story.of(folder), Path(out) if out else folder / "reports" / "report.html"
+    body = _executive(story)
+    for title, part in zip(_PAGES.values(), (_training, _devices, _privacy, _security), strict=True):
+        body += f'<section style="break-before:page"><h1>{title}</h1>{part(story)}</section>'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, _page("Report", story, body))
+    return path
+
+
+def generate_security_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page on security alone; return where. The brief's name."""
+    folder = Path(folder)
+    story, path = Story.of(folder), Path(out) if out else folder / "reports" / "security_analysis.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, _page("Security", story, _security(story)))
+    return path
+
+
+def export_training_logs(
+    folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = ("json", "csv", "parquet")
+) -> list[Path]:
+    """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format. The brief's name.
+
+    Raises PlanError for a format that is not one of json, csv, parquet.
+    """
+    if unknown := set(formats) - {"json", "csv", "parquet"}:
+        raise PlanError(f"formats={sorted(unknown)}; expected some of json, csv, parquet")
+    folder = Path(folder)
+    place = Path(out) if out else folder / "export"
+    place.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, frame in tables(Story.of(folder)).items():
+        for kind in formats:
+            path = place / f"{name}.{kind}"
+            if kind == "csv":
+                frame.to_csv(path, index=False)
+            elif kind == "json":
+                frame.to_json(path, orient="records", indent=1)
+            else:
+                frame.to_parquet(path, index=False)
+            written.append(path)
+    return written
+
+
+def tables(story: Story) -> dict[str, pd.DataFrame]:
+    """Return a run's log as flat tables."""
+    rounds = [
+        {
+            "round": one.round,
+            "clients": len(one.clients),
+            "loss": one.loss,
+            "seconds": one.seconds,
+            "bytes_up": one.bytes_up,
+            "bytes_down": one.bytes_down,
+            "epsilon": one.privacy.get("epsilon"),
+        }
+        for one in story.rounds.values()
+    ]
+    sites = [
+        {"round": one.round, "site": name, "loss": loss, "seconds": seconds, "steps": steps}
+        for one in story.rounds.values()
+        for name, loss, seconds, steps in zip(one.clients, one.losses, one.site_seconds, one.steps, strict=True)
+        if name in story.sites
+    ]
+    tests = [
+        {"round": one.round, "model": one.model, "site": site, "figure": name} | _interval(figure)
+        for one in [*story.tests.values(), *story.baselines.values()]
+        for site, figures in {"all": one.all_sites, **one.per_site}.items()
+        for name, figure in figures.items()
+    ]
+    findings = [{"round": one.round, **finding} for one in story.inspected.values() for finding in one.findings]
+    columns: dict[str, list[str]] = {
+        "rounds": ["round", "clients", "loss", "seconds", "bytes_up", "bytes_down", "epsilon"],
+        "sites": ["round", "site", "loss", "seconds", "steps"],
+        "tests": ["round", "model", "site", "figure", "value", "low", "high"],
+        "findings": ["round", "client", "score", "kind", "evidence"],
+    }
+    rows: dict[str, list[Any]] = {"rounds": rounds, "sites": sites, "tests": tests, "findings": findings}
+    return {name: pd.DataFrame(rows[name], columns=pd.Index(head)) for name, head in columns.items()}
+
+
+def _interval(figure: Any) -> dict[str, float | None]:
+    return {"value": figure.value, "low": figure.low, "high": figure.high}
+
+
+# What each page says
+
+
+def _executive(story: Story) -> str:
+    s, planned = story.summary, story.planned
+    protects = "Nothing is claimed of patients' privacy."
+    if story.claim and story.claim["claimed"]:
+        protects = (
+            "Whether any one training patient took part changes the odds of whatever was released by a factor of at "
+            f"most e^{story.claim['epsilon']:.3f}, but for a chance of {story.claim['target']['delta']:g}."
+        )
+    suspects = ", ".join(one["site"] for one in s["suspects"]) or "nobody"
+    lines = [
+        ("what was asked", f"{s['algorithm']} with {s['model']}, {s['rounds_asked']} rounds, {len(s['sites'])} sites"),
+        ("what came out", _outcome(story)),
+        ("what protects patients", protects),
+        ("who could see what", "; ".join(f"{a}: {b}" for a, b in (planned.sees if planned else {}).items())),
+        ("who was suspected", suspects),
+        ("what malicious sites could do", s["bears"] or "not told"),
+        (
+            "what is not promised",
+            "a model for clinical use: that needs validation and approval which no training gives",
+        ),
+    ]
+    return _verdict(story) + _table(("", ""), lines)
+
+
+def _verdict(story: Story) -> str:
+    s = story.summary
+    good = s["status"] == "complete"
+    why = f": {story.finished.reason}" if story.finished and story.finished.reason else ""
+    words = f"The run is {s['status']} after {s['rounds']} of {s['rounds_asked']} rounds{why}. {_outcome(story)}"
+    return f'<p class="verdict{"" if good else " bad"}">{escape(words)}</p>'
+
+
+def _outcome(story: Story) -> str:
+    test = story.summary["test"]
+    if not test:
+        return "No test of the federated model is on record."
+    told = [f"{name} {test[name]:.3f}" for name in ("auroc", "accuracy", "r2", "mae") if test.get(name) is not None]
+    return f"On {test['n']:,} held-out records of all sites: {', '.join(told)}."
+
+
+def _training(story: Story) -> str:
+    s = story.summary
+    names = [
+        name for name in ("auroc", "accuracy", "r2", "mae") if story.tests and name in _last(story.tests).all_sites
+    ]
+    body = _verdict(story) + _key_figures(
+        {
+            **{name: _told((s["test"] or {}).get(name)) for name in names},
+            "rounds": f"{s['rounds']} of {s['rounds_asked']}",
+            "time a round": _told(s["seconds"]["per_round"], " s"),
+            "sent": _size(s["bytes"]["up"] + s["bytes"]["down"]),
+        }
+    )
+    curves = {name: {t: one.all_sites[name].value for t, one in story.tests.items()} for name in names}
+    body += _chart(
+        "How well the model does, round by round",
+        "Measured on held-out records of all sites together, of which nobody's trained the model.",
+        curves,
+        "round",
+    )
+    losses = {"training loss": {t: one.loss for t, one in story.rounds.items()}}
+    body += _chart(
+        "Training loss", "Weighted over the sites; under secure aggregation it is not told.", losses, "round"
+    )
+    body += _chart(
+        "Time of a round", "From the question to the last answer.",
+        {"seconds": {t: one.seconds for t, one in story.rounds.items()}}, "round",
+    )  # fmt: skip
+    body += _chart(
+        "Bytes of a round", "What sites sent, and what they were sent.",
+        {
+            "from sites": {t: float(one.bytes_up) for t, one in story.rounds.items()},
+            "to sites": {t: float(one.bytes_down) for t, one in story.rounds.items()},
+        }, "round",
+    )  # fmt: skip
+    if story.tests:
+        last = _last(story.tests)
+        figures = list(last.all_sites)
+        lines = [["all sites", last.n, *(_figure(last.all_sites[name]) for name in figures)]]
+        lines += [
+            [site, last.site_n[site], *(_figure(mine[name]) if name in mine else "-" for name in figures)]
+            for site, mine in list(last.per_site.items())[:SHOWN]
+        ]
+        lines += [
+            [f"baseline: {name}", one.n, *(_figure(one.all_sites[f]) if f in one.all_sites else "-" for f in figures)]
+            for name, one in story.baselines.items()
+        ]
+        body += (
+            "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. ece and brier say how "
+        )
+        body += (
+            "well predicted chances are calibrated: 0 is best. Precision and recall stand for the table of confusions, "
+        )
+        body += "whose counts are not in the log.</p>" + _table(("", "records", *figures), lines)
+    return body
+
+
+def _devices(story: Story) -> str:
+    s, seconds = story.summary, story.seconds()
+    reasons = Counter(one.site for one in story.excluded)
+    named, sizes = story.sites, story.planned.sizes if story.planned else {}
+    asked = len(story.rounds) or 1
+    share = sum(len(one.clients) for one in story.rounds.values()) / (asked * max(1, len(sizes)))
+    body = _verdict(story) + _key_figures(
+        {
+            "sites": f"{len(sizes):,}",
+            "took part, on average": f"{share:.0%}",
+            "left out": f"{len(story.excluded)} times",
+            "sent by all": _size(s["bytes"]["up"]),
+        }
+    )
+    if not named:
+        counts = {t: float(len(one.clients)) for t, one in story.rounds.items()}
+        body += "<p class=note>Each device is one patient's: none is named, only how many took part.</p>"
+        return body + _chart("Devices that took part", "By round.", {"devices": counts}, "round")
+    weights = _mean_weights(story)
+    lines = [
+        [
+            name,
+            sizes[name]["train"],
+            sizes[name]["test"],
+            s["participation"].get(name, 0),
+            reasons[name],
+            _told(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),
+            f"{weights[name]:.1%}" if name in weights else "-",
+        ]
+        for name in named
+    ]
+    head: Sequence[str] = ("site", "training records", "test records", "rounds", "left out", "median time", "weight")
+    body += (
+        "<h2>The sites</h2><p class=note>Weight: the mean share of a site's row in the model's steps, by a rule where "
+    )
+    body += "there is one, else by its records.</p>" + _table(head, lines)
+    if len(named) <= 20:
+        times = {
+            name: {
+                t: one.site_seconds[list(one.clients).index(name)]
+                for t, one in story.rounds.items()
+                if name in one.clients
+            }
+            for name in named
+        }
+        body += _chart("Time at each site", "What local work took, by round.", times, "round")
+    if story.excluded:
+        left = [[one.round, one.site, one.reason] for one in story.excluded[:SHOWN]]
+        body += "<h2>Left out, and why</h2>" + _table(("round", "site", "reason"), left)
+    return body + "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not measured yet.</p>"
+
+
+def _privacy(story: Story) -> str:
+    s, claim = story.summary, story.claim
+    spent = {t: one.privacy.get("epsilon") for t, one in story.rounds.items()}
+    if claim is None or not claim["claimed"]:
+        body = (
+            '<p class="verdict bad">Nothing is claimed: no epsilon was asked for, noise came from a seed, or the run '
+        )
+        body += "has not ended. A model trained so can leak who was in it.</p>"
+    else:
+        body = (
+            '<p class="verdict">Whether any one training patient took part, with all records, changes the odds of '
+            f"whatever this run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance "
+            f"of {claim['target']['delta']:g}.</p>"
+        )
+        body += _key_figures(
+            {
+                "epsilon spent": f"{claim['epsilon']:.4f}",
+                "epsilon asked": f"{claim['target']['epsilon']:g}",
+                "delta": f"{claim['target']['delta']:g}",
+                "declared patients": f"{claim['patients']['declared']:,}",
+            }
+        )
+    if any(value is not None for value in spent.values()):
+        told = {t: float(str(value)) for t, value in spent.items() if value is not None}
+        body += _chart(
+            "Budget spent, round by round",
+            "Epsilon of everything released so far. Every patient of a site pays alike in a round, so that there is no "
+            "distribution over patients to show within a site.",
+            {"epsilon": told},
+            "round",
+        )
+    if story.planned:
+        body += "<h2>Who could see what</h2>" + _table(("party", "could see"), list(story.planned.sees.items()))
+    if claim:
+        body += "<h2>The claim, item by item</h2><p class=note>In the order in which NIST SP 800-226 asks.</p>"
+        body += _table(("item", ""), list(reports.claim_lines(claim)))
+    by_phase = s["bytes_by_phase"]
+    if by_phase:
+        body += "<h2>Bytes of each phase of secure rounds</h2>"
+        body += _table(("phase", "bytes"), [[name, f"{count:,}"] for name, count in by_phase.items()])
+    return body
+
+
+def _security(story: Story) -> str:
+    s = story.summary
+    level = max((one.level for one in story.audits), default=0)
+    named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
+    words = f"Highest level of threat: {LEVELS[level]}. " + (
+        f"Suspected: {named}." if named else "Nobody was suspected."
+    )
+    if story.planned and story.planned.bears:
+        words += f" Malicious clients: {story.planned.bears}."
+    body = f'<p class="verdict{" bad" if level >= 3 else ""}">{escape(words)}</p>'
+    body += _key_figures(
+        {
+            "warned or left out": f"{len(s['suspects'])}",
+            "rounds inspected": f"{len(story.inspected)}",
+            "rows refused": f"{len(story.excluded)}",
+            "rounds taken back": f"{len(story.taken_back)}",
+            "signed entries in the trail": f"{story.trail}" if story.trail else "no trail",
+        }
+    )
+    if not story.inspected:
+        body += (
+            "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is known of how they lie "
+        )
+        body += "among each other. Rows that are not finite, out of bound or unsigned are refused all the same.</p>"
+    scores = story.suspicion()
+    loud = sorted(scores, key=lambda name: -sum(scores[name].values()))[:10]
+    body += _chart(
+        "Suspicion, round by round",
+        "The strongest evidence against a site in a round, 0 to 10; an odd but honest hospital may stay at 2.5. The "
+        "ten with most are shown. A score is evidence and no proof: a row may be odd because its patients are.",
+        {name: scores[name] for name in loud},
+        "round",
+    )
+    if story.audits:
+        lines = [
+            [one.round, one.client, LEVELS[one.level], one.action, "; ".join(one.evidence)]
+            for one in story.audits[:SHOWN]
+        ]
+        body += "<h2>What was done about whom</h2>"
+        body += _table(("round", "site", "level", "action", "evidence"), lines)
+    if story.excluded:
+        body += "<h2>Rows that did not count</h2>"
+        body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in story.excluded[:SHOWN]])
+    if story.taken_back:
+        lines = [[o.round, _told(o.before), _told(o.after)] for o in story.taken_back]
+        body += "<h2>Rounds taken back</h2>" + _table(("round", "loss before", "loss after"), lines)
+    if story.trail:
+        body += "<p class=note>Check signatures and chain with <code>medfed trail verify RUN</code>.</p>"
+    return body
+
+
+def _mean_weights(story: Story) -> dict[str, float]:
+    """Return each site's mean weight: a rule's, else its share of the records of those that took part."""
+    total: Counter[str] = Counter()
+    for number, one in story.rounds.items():
+        inspected = story.inspected.get(number)
+        sizes = {name: float(story.planned.sizes[name]["train"]) for name in one.clients} if story.planned else {}
+        weights = dict(inspected.weights) if inspected else sizes
+        whole = sum(weights.values()) or 1.0
+        total.update({name: weight / whole for name, weight in weights.items()})
+    return {name: weight / len(story.rounds) for name, weight in total.items()}
+
+
+# HTML
+
+
+def thinned(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
+    """Return at most about `most` points of a curve: of each stretch the lowest and the highest, and both ends."""
+    known = [(t, float(value)) for t, value in sorted(points.items()) if value is not None]
+    if len(known) <= most:
+        return known
+    width = -(-2 * len(known) // most)
+    kept = {0, len(known) - 1}
+    for start in range(0, len(known), width):
+        stretch = range(start, min(start + width, len(known)))
+        kept |= {min(stretch, key=lambda i: known[i][1]), max(stretch, key=lambda i: known[i][1])}
+    return [known[i] for i in sorted(kept)]
+
+
+def _chart(title: str, caption: str, curves: Mapping[str, Mapping[int, float | None]], across: str) -> str:
+    """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
+    import plotly.graph_objects as go
+
+    lines = {name: points for name, curve in curves.items() if (points := thinned(curve))}
+    if not lines:
+        return ""
+    figure = go.Figure()
+    for i, (name, points) in enumerate(lines.items()):
+        figure.add_scatter(
+            x=[t for t, _ in points],
+            y=[value for _, value in points],
+            name=name,
+            mode="lines+markers" if len(points) < 40 else "lines",
+            line={"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot")[i // len(COLOURS) % 3]},
+        )
+    figure.update_layout(
+        template="plotly_white", height=340, margin={"l": 60, "r": 20, "t": 10, "b": 50}, xaxis_title=across,
+        legend={"orientation": "h", "y": -0.25}, font={"size": 14, "color": "#1c2733"}, showlegend=len(lines) > 1,
+    )  # fmt: skip
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+    )
+    rounds = sorted({t for points in lines.values() for t, _ in points})[-SHOWN:]
+    by_round = {name: dict(points) for name, points in lines.items()}
+    numbers = _table(
+        (across, *lines), [[t, *(_told(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
+    )
+    return (
+        f"<h2>{escape(title)}</h2><p class=note>{escape(caption)}</p>"
+        f'<div role="img" aria-label="{escape(title)}; the numbers are in the table below">{drawn}</div><details><summary>The numbers</summary>{numbers}</details>'
+    )
+
+
+def _page(title: str, story: Story, body: str) -> str:
+    from plotly.offline import get_plotlyjs
+
+    study = escape(str(story.summary["study"]))
+    links = "".join(f'<a href="{name}">{escape(text)}</a>' for name, text in _PAGES.items())
+    cut = (
+        "<p class=note>The event log ends within a line: this page shows what was written before.</p>"
+        if story.cut
+        else ""
+    )
+    warned = "".join(f"<li>{escape(text)}</li>" for text in story.summary["warnings"][:20])
+    warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>" if warned else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
+        f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
+        f"<main><h1>{escape(title)}: {study}</h1>{cut}{body}{warnings}</main></body></html>\n"
+    )
+
+
+def _key_figures(figures: Mapping[str, str]) -> str:
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
+    return f"<dl>{cells}</dl>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(value: object) -> str:
+    return f"<td{' class=n' if isinstance(value, int | float) else ''}>{escape(str(value))}</td>"
+
+
+def _figure(figure: Any) -> str:
+    if figure.value is None:
+        return "-"
+    interval = f" ({figure.low:.3f} to {figure.high:.3f})" if figure.low is not None and figure.high is not None else ""
+    return f"{figure.value:.3f}{interval}"
+
+
+def _told(value: float | None, unit: str = "", digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}{unit}"
+
+
+def _size(count: float) -> str:
+    units = ("bytes", "kB", "MB", "GB")
+    power = next((i for i in range(4) if count < 1000 ** (i + 1)), 3)
+    return f"{count / 1000**power:.3g} {units[power]}"
+
+
+def _last(tests: Mapping[int, Tested]) -> Tested:
+    return tests[max(tests)]
