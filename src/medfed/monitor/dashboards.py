@@ -474,7 +474,7 @@ def _security(story: Story) -> str:
     )
     if story.planned and story.planned.bears:
         words += f" Malicious clients: {story.planned.bears}."
-    body = f'<p class="verdict{" bad" if level >= 3 else ""}">{escape(words)}</p>'
+    body = f'<p class="verdict{" bad" if level >= 2 else ""}">{escape(words)}</p>'
     body += _key_figures(
         {
             "warned or left out": f"{len(s['suspects'])}",
@@ -572,9 +572,11 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[int, float | N
     numbers = _table(
         (across, *lines), [[t, *(_told(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
     )
+    label = f"{escape(title)}; the numbers are in the table below"
     return (
         f"<h2>{escape(title)}</h2><p class=note>{escape(caption)}</p>"
-        f'<div role="img" aria-label="{escape(title)}; the numbers are in the table below">{drawn}</div><details><summary>The numbers</summary>{numbers}</details>'
+        f'<div role="img" aria-label="{label}">{drawn}</div>'
+        f"<details><summary>The numbers</summary>{numbers}</details>"
     )
 
 
