@@ -17,6 +17,7 @@ from medfed.cli.compare import compare
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
 from medfed.cli.report import report
+from medfed.cli.watch import watch
 from medfed.core.checks import MedfedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -33,6 +34,7 @@ app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
 app.command()(compare)
 app.command()(report)
+app.command()(watch)
 
 
 def main() -> None:

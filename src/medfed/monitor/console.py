@@ -74,6 +74,11 @@ class Progressing:
                 if event.reason:
                     self.console.print(f"[red]{event.status}[/]: {escape(event.reason)}", highlight=False)
 
+    def close(self) -> None:
+        """Show what is still untold, where nothing more will come."""
+        self._tell_round()
+        self.bar.stop()
+
     def _planned(self, event: Planned) -> None:
         sizes = ", ".join(f"{site} {size['train']}+{size['test']}" for site, size in list(event.sizes.items())[:8])
         more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
