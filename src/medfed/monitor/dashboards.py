@@ -32,7 +32,7 @@ from medfed.monitor.events import (
     SiteExcluded,
     Tested,
 )
-from medfed.monitor.summary import main_model, summarise
+from medfed.monitor.summary import Tally, main_model
 
 POINTS = 1000  # of a curve; of more, each stretch keeps its lowest and highest
 SHOWN = 200  # sites that a page names
@@ -68,7 +68,6 @@ _PAGES = {
 class Story:
     """A run's events by kind; rounds that a resumed run did again count once. cut: the log ends within a line."""
 
-    summary: Mapping[str, Any]
     started: RunStarted | None = None
     planned: Planned | None = None
     finished: RunFinished | None = None
@@ -82,6 +81,8 @@ class Story:
     cut: bool = False
     claim: Mapping[str, Any] | None = None
     trail: int = 0
+    _tally: Tally = field(default_factory=Tally)
+    _summary: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "Story":
@@ -98,14 +99,24 @@ class Story:
         return found
 
     @classmethod
-    def told(cls, recorded: Sequence[Event]) -> "Story":
+    def told(cls, recorded: Iterable[Event]) -> "Story":
         """Return the story that events tell."""
-        story = cls(summarise(recorded))
+        story = cls()
         for event in recorded:
-            story._add(event)
+            story.add(event)
         return story
 
-    def _add(self, event: Event) -> None:
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What summary.json says, as far as events have been taken in."""
+        if self._summary is None:
+            self._summary = self._tally.summary()
+        return self._summary
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        self._tally.add(event)
+        self._summary = None
         match event:
             case RunStarted():
                 self.started = event

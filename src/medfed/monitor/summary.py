@@ -25,84 +25,102 @@ BASELINES = ("local", "pooled")
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
     """Return the summary of a run, finished or not; rounds that a resumed run did again count once."""
-    started: RunStarted | None = None
-    planned: Planned | None = None
-    finished: RunFinished | None = None
-    rounds: dict[int, RoundFinished] = {}
-    tests: dict[str, Tested] = {}
-    excluded: list[SiteExcluded] = []
-    warnings: list[str] = []
-    audits: list[SecurityAudit] = []
-    taken_back: list[RolledBack] = []
-    earlier, traffic = 0.0, [0, 0]
+    tally = Tally()
     for event in events:
+        tally.add(event)
+    return tally.summary()
+
+
+class Tally:
+    """Takes a run's events as they come, and says at any time what the run has come to."""
+
+    def __init__(self) -> None:
+        self._started: RunStarted | None = None
+        self._planned: Planned | None = None
+        self._finished: RunFinished | None = None
+        self._rounds: dict[int, RoundFinished] = {}
+        self._tests: dict[str, Tested] = {}
+        self._excluded: list[SiteExcluded] = []
+        self._warnings: list[str] = []
+        self._audits: list[SecurityAudit] = []
+        self._taken_back: list[RolledBack] = []
+        self._earlier, self._up, self._down = 0.0, 0, 0
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
         match event:
             case RunStarted():
-                started = event
+                self._started = event
             case Planned():
-                planned, traffic = event, [event.bytes_up, event.bytes_down]
+                self._planned, self._up, self._down = event, event.bytes_up, event.bytes_down
             case Warned():
-                warnings.append(event.text)
-            case Resumed():
-                rounds = {number: r for number, r in rounds.items() if number <= event.round}
-                tests = {model: t for model, t in tests.items() if t.round <= event.round}
-                excluded = [e for e in excluded if e.round <= event.round]
-                audits = [e for e in audits if e.round <= event.round]
-                taken_back = [e for e in taken_back if e.round <= event.round]
-                earlier = sum(r.seconds for r in rounds.values())
-                finished = None
+                self._warnings.append(event.text)
+            case Resumed(round=last):
+                self._rounds = {number: r for number, r in self._rounds.items() if number <= last}
+                self._tests = {model: t for model, t in self._tests.items() if t.round <= last}
+                self._excluded = [e for e in self._excluded if e.round <= last]
+                self._audits = [e for e in self._audits if e.round <= last]
+                self._taken_back = [e for e in self._taken_back if e.round <= last]
+                self._earlier = sum(r.seconds for r in self._rounds.values())
+                self._finished = None
             case SiteExcluded():
-                excluded.append(event)
+                self._excluded.append(event)
             case SecurityAudit():
-                audits.append(event)
+                self._audits.append(event)
             case RolledBack():
-                taken_back.append(event)
+                self._taken_back.append(event)
             case RoundFinished():
-                rounds[event.round] = event
-                traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
+                self._rounds[event.round] = event
+                self._sent(event)
             case Tested():
-                tests[event.model] = event
-                if event.model == main_model(planned.algorithm if planned else ""):
-                    traffic = [traffic[0] + event.bytes_up, traffic[1] + event.bytes_down]
+                self._tests[event.model] = event
+                if event.model == main_model(self._planned.algorithm if self._planned else ""):
+                    self._sent(event)
             case RunFinished():
-                finished = event
-    asked = started.rounds if started else None
-    sites = list(planned.sizes) if planned else []
-    final = tests.get("federated")
-    times = [r.seconds for r in rounds.values()]
-    took_part = Counter(client for r in rounds.values() for client in r.clients)
-    return {
-        "study": started.study if started else None,
-        "purpose": started.purpose if started else None,
-        "digest": started.digest if started else None,
-        "status": finished.status if finished else "incomplete",
-        "algorithm": planned.algorithm if planned else None,
-        "model": planned.model if planned else None,
-        "parameters": planned.parameters if planned else None,
-        "rounds": len(rounds),
-        "rounds_asked": asked,
-        "sites": sites,
-        "test": _plain(final.all_sites, final.n) if final else None,
-        "intervals": _intervals(final.all_sites) if final else None,
-        "macro": _plain(final.macro, None) if final else None,
-        "per_site": _per_site(final) if final else {},
-        "baselines": {name: _baseline(test) for name, test in tests.items() if name != "federated"},
-        "privacy": _privacy(planned, rounds, finished),
-        "seconds": {
-            "total": round(earlier + finished.seconds, 3) if finished else None,
-            "per_round": round(sum(times) / len(times), 6) if times else None,
-        },
-        "bytes": {"up": traffic[0], "down": traffic[1]},
-        "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
-        "participation": {site: took_part[site] for site in sites},
-        "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in excluded],
-        "suspects": _suspects(audits),
-        "bears": planned.bears if planned else None,
-        "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in taken_back],
-        "warnings": warnings,
-        "versions": dict(started.versions) if started else None,
-        "machine": dict(started.machine) if started else None,
-    }
+                self._finished = event
+
+    def _sent(self, event: RoundFinished | Tested) -> None:
+        self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json says."""
+        started, planned, finished, rounds = self._started, self._planned, self._finished, self._rounds
+        sites = list(planned.sizes) if planned else []
+        final = self._tests.get("federated")
+        times = [r.seconds for r in rounds.values()]
+        took_part = Counter(client for r in rounds.values() for client in r.clients)
+        return {
+            "study": started.study if started else None,
+            "purpose": started.purpose if started else None,
+            "digest": started.digest if started else None,
+            "status": finished.status if finished else "incomplete",
+            "algorithm": planned.algorithm if planned else None,
+            "model": planned.model if planned else None,
+            "parameters": planned.parameters if planned else None,
+            "rounds": len(rounds),
+            "rounds_asked": started.rounds if started else None,
+            "sites": sites,
+            "test": _plain(final.all_sites, final.n) if final else None,
+            "intervals": _intervals(final.all_sites) if final else None,
+            "macro": _plain(final.macro, None) if final else None,
+            "per_site": _per_site(final) if final else {},
+            "baselines": {name: _baseline(test) for name, test in self._tests.items() if name != "federated"},
+            "privacy": _privacy(planned, rounds, finished),
+            "seconds": {
+                "total": round(self._earlier + finished.seconds, 3) if finished else None,
+                "per_round": round(sum(times) / len(times), 6) if times else None,
+            },
+            "bytes": {"up": self._up, "down": self._down},
+            "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
+            "participation": {site: took_part[site] for site in sites},
+            "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self._excluded],
+            "suspects": _suspects(self._audits),
+            "bears": planned.bears if planned else None,
+            "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self._taken_back],
+            "warnings": list(self._warnings),
+            "versions": dict(started.versions) if started else None,
+            "machine": dict(started.machine) if started else None,
+        }
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
