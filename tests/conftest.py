@@ -6,6 +6,7 @@ names the kind: then it fails. CI sets MEDFED_REQUIRE, so that nothing is skippe
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,8 +31,18 @@ def _no_data() -> str | None:
     return None
 
 
+def _absent(*programs: str) -> Callable[[], str | None]:
+    return lambda: (
+        None if any(map(shutil.which, programs)) else f"no {programs[0]} on the PATH; apt install {programs[0]}"
+    )
+
+
 # kind -> why it is absent here, or None where it is at hand
-KINDS: dict[str, Callable[[], str | None]] = {"data": _no_data}
+KINDS: dict[str, Callable[[], str | None]] = {
+    "data": _no_data,
+    "chromium": _absent("chromium"),
+    "prometheus": _absent("prometheus"),
+}
 
 
 def _required() -> set[str]:

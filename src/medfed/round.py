@@ -155,6 +155,9 @@ def test(
         seconds=round(time.perf_counter() - began, 6),
         bytes_up=sum(len(reply.payload) for reply in replies.values()),
         bytes_down=len(payload) * len(replies),
+        labels=[str(label) for label in plan.encoding.target.labels],
+        confusion=metrics.confusion(union),
+        calibration=metrics.calibration(union),
     )
     log.emit(tested)
     return tested

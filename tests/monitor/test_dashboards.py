@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tests.tables import PRIVATE, STUDY, write_study
-from tests.test_cli import medfed as command
 
 import medfed
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import dashboards, events
 from medfed.monitor.dashboards import Story, thinned
 from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
+from tests.tables import PRIVATE, STUDY, write_study
+from tests.test_cli import medfed as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,30 +4,42 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.tables import STUDY, write_study
-from tests.test_cli import medfed as command
 
 import medfed
 from medfed.core.checks import RunError
 from medfed.monitor.events import Event, Log, RoundStarted, RunFinished, Warned, line, read
-from medfed.monitor.live import CHUNK, Tail, follow
+from medfed.monitor.live import CHUNK, Tail
+from medfed.monitor.live import follow as follow_stamped
+from tests.tables import STUDY, write_study
+from tests.test_cli import medfed as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DONE = RunFinished("complete", 1, 0.1, "")
 
 
+def follow(path: Path, **options: Any) -> Iterator[Event]:
+    return (told.event for told in follow_stamped(path, **options))
+
+
+def taken(tail: Tail) -> tuple[list[Event], bool]:
+    told, restarted = tail.read()
+    return [one.event for one in told], restarted
+
+
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
     path, tail = tmp_path / "events.jsonl", Tail(tmp_path / "events.jsonl")
     first, second = line(Warned("one")).encode() + b"\n", line(Warned("two")).encode() + b"\n"
     path.write_bytes(first + second[:10])
-    assert tail.read() == ([Warned("one")], False)
-    assert tail.read() == ([], False)
+    assert taken(tail) == ([Warned("one")], False)
+    assert taken(tail) == ([], False)
     path.write_bytes(first + second)
-    assert tail.read() == ([Warned("two")], False)
+    assert taken(tail) == ([Warned("two")], False)
 
 
 def test_a_log_that_was_cut_back_is_told_again(tmp_path: Path) -> None:
@@ -36,7 +48,7 @@ def test_a_log_that_was_cut_back_is_told_again(tmp_path: Path) -> None:
     path.write_text("".join(lines))
     assert len(tail.read()[0]) == 3
     path.write_text(lines[0] + line(Warned("other")) + "\n")
-    assert tail.read() == ([Warned("one"), Warned("other")], True)
+    assert taken(tail) == ([Warned("one"), Warned("other")], True)
 
 
 def test_a_long_line_and_many_of_them_come_whole(tmp_path: Path) -> None:
@@ -49,6 +61,10 @@ def test_a_long_line_and_many_of_them_come_whole(tmp_path: Path) -> None:
 def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(line(Warned("one")) + "\n" + '{"schema": 1}\n')
+    tail = Tail(path)
+    assert taken(tail) == ([Warned("one")], False)  # what is before the damage is told first
+    with pytest.raises(RunError, match="line 2 is damaged"):
+        tail.read()
     with pytest.raises(RunError, match="line 2 is damaged"):
         list(follow(path, once=True))
     path.write_text(line(Warned("one")).replace('"schema": 1', '"schema": 7') + "\n")

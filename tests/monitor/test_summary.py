@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.tables import STUDY, invented, write_study
 
 import medfed
 from medfed.monitor.events import Event, Resumed, RoundFinished, RunFinished, RunStarted, SiteExcluded, read
 from medfed.monitor.events import Tested as ModelTested
 from medfed.monitor.metrics import Figure
 from medfed.monitor.summary import summarise
+from tests.tables import STUDY, invented, write_study
 
 
 @pytest.fixture(scope="module")

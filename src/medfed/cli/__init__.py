@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medfed.cli.common import AsJson, DataFolder, Quiet, RunFolder, Settings, StudyName
+from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
+from medfed.cli.export import export
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
 from medfed.cli.report import report
+from medfed.cli.serve import serve
 from medfed.cli.watch import watch
 from medfed.core.checks import MedfedError
 
@@ -33,7 +35,9 @@ app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
 app.command()(compare)
+app.command()(export)
 app.command()(report)
+app.command()(serve)
 app.command()(watch)
 
 
@@ -58,6 +62,7 @@ def run(
     data: DataFolder = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    log: LogForm = None,
 ) -> None:
     """Run a study: train, test, and leave a run folder."""
     from medfed import runs
@@ -65,16 +70,19 @@ def run(
 
     console = _console(quiet or as_json)
     loaded = studies.load(study, set)
-    _finish(runs.run(loaded, out, data, _listeners(console), progress=not (quiet or as_json)), console, as_json)
+    heard = _listeners(console, log)
+    _finish(runs.run(loaded, out, data, heard, progress=not (quiet or as_json or log)), console, as_json)
 
 
 @app.command()
-def resume(run: RunFolder, data: DataFolder = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def resume(
+    run: RunFolder, data: DataFolder = None, as_json: AsJson = False, quiet: Quiet = False, log: LogForm = None
+) -> None:
     """Go on with a run from its last whole round."""
     from medfed import runs
 
     console = _console(quiet or as_json)
-    _finish(runs.resume(run, data, _listeners(console)), console, as_json)
+    _finish(runs.resume(run, data, _listeners(console, log)), console, as_json)
 
 
 @app.command()
@@ -292,10 +300,12 @@ def privacy_claim(
         _console().print(f"report: {report}", highlight=False)
 
 
-def _listeners(console: Console) -> list[Callable[[Any], None]]:
-    """Show progress; where that is unwanted, only what went wrong, on standard error."""
-    from medfed.monitor.console import Progressing, Warnings
+def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], None]]:
+    """Show progress, or lines for a collector of logs; else only what went wrong. The latter two on standard error."""
+    from medfed.monitor.console import Progressing, Structured, Warnings
 
+    if log:
+        return [Structured(sys.stderr, log)]
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,6 +13,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder."
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+LogForm = Annotated[
+    Literal["json", "text"] | None,
+    typer.Option("--log", help="Write a line an event on standard error, in place of progress."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")]
 
 

@@ -19,7 +19,7 @@ def watch(
     shown = Progressing(console())
     try:
         with suppress(KeyboardInterrupt):
-            for event in follow(run / "events.jsonl", once):
-                shown(event)
+            for told in follow(run / "events.jsonl", once):
+                shown(told.event)
     finally:
         shown.close()

@@ -14,6 +14,8 @@ MedfedError
 ├── KeyFileError     a key file is missing, open to others, damaged, or its passphrase is wrong
 ├── TrailError       a trail cannot be written, or was changed
 ├── RunError         a run folder, checkpoint or model file cannot be used
+├── ServeError       a run cannot be shown as asked: port, token, TLS
+├── ExportError      a run cannot be exported as asked: a library is missing, a place cannot be reached
 ├── LedgerError      a budget ledger cannot be read, written or trusted
 └── BudgetError      the patients' privacy budget does not bear what is asked
 """
@@ -64,6 +66,14 @@ class TrailError(MedfedError):
 
 class RunError(MedfedError):
     """A run folder, a checkpoint or a model file cannot be used."""
+
+
+class ServeError(MedfedError):
+    """A run cannot be shown as asked: port, token, TLS."""
+
+
+class ExportError(MedfedError):
+    """A run cannot be exported as asked: a library is missing, or a place cannot be reached."""
 
 
 class EnvelopeError(CodecError):

@@ -8,7 +8,7 @@ one patient's, only counts are shown.
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -56,12 +56,15 @@ td.n {text-align: right; font-variant-numeric: tabular-nums} summary {cursor: po
 @media print {nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}}
 """
 
-_PAGES = {
+PAGES = {
     "training_dashboard.html": "Training",
     "device_analysis.html": "Sites and devices",
     "privacy_audit.html": "Privacy",
     "security_analysis.html": "Security",
+    "report.html": "Report",
 }
+"""The title of each page of a run."""
+FOUR = tuple(PAGES)[:4]
 
 
 @dataclass
@@ -93,10 +96,14 @@ class Story:
             raise RunError(f"{log} tells nothing yet; wait for the run to begin")
         found = cls.told(recorded)
         found.cut = not log.read_bytes().endswith(b"\n")
-        claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
-        found.claim = json.loads(claim.read_text()) if claim.exists() else None
-        found.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
+        found.read_beside(folder)
         return found
+
+    def read_beside(self, folder: Path) -> None:
+        """Take in what lies beside the log: the claim, and how long the signed trail is."""
+        claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
+        self.claim = json.loads(claim.read_text()) if claim.exists() else None
+        self.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
 
     @classmethod
     def told(cls, recorded: Iterable[Event]) -> "Story":
@@ -185,33 +192,33 @@ def create_interactive_dashboards(folder: str | Path, out: str | Path | None = N
     folder = Path(folder)
     story, place = Story.of(folder), Path(out) if out else folder / "reports"
     place.mkdir(parents=True, exist_ok=True)
-    bodies = (_training(story), _devices(story), _privacy(story), _security(story))
     written = {}
-    for (name, title), body in zip(_PAGES.items(), bodies, strict=True):
-        files.write(place / name, _page(title, story, body))
+    for name in FOUR:
+        files.write(place / name, page(story, name))
         written[name] = place / name
     return written
 
 
 def generate_comprehensive_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write one page with everything, an executive page first, for printing; return where. The brief's name."""
-    folder = Path(folder)
-    story, path = Story.of(folder), Path(out) if out else folder / "reports" / "report.html"
-    body = _executive(story)
-    for title, part in zip(_PAGES.values(), (_training, _devices, _privacy, _security), strict=True):
-        body += f'<section style="break-before:page"><h1>{title}</h1>{part(story)}</section>'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, _page("Report", story, body))
-    return path
+    return _written(Path(folder), "report.html", out)
 
 
 def generate_security_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page on security alone; return where. The brief's name."""
-    folder = Path(folder)
-    story, path = Story.of(folder), Path(out) if out else folder / "reports" / "security_analysis.html"
+    return _written(Path(folder), "security_analysis.html", out)
+
+
+def _written(folder: Path, name: str, out: str | Path | None) -> Path:
+    path = Path(out) if out else folder / "reports" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, _page("Security", story, _security(story)))
+    files.write(path, page(Story.of(folder), name))
     return path
+
+
+def page(story: Story, name: str) -> str:
+    """Return one of `PAGES` as HTML that is whole in itself."""
+    return _page(PAGES[name], story, _BODIES[name](story))
 
 
 def export_training_logs(
@@ -282,6 +289,13 @@ def _interval(figure: Any) -> dict[str, float | None]:
 
 
 # What each page says
+
+
+def _everything(story: Story) -> str:
+    parts = "".join(
+        f'<section style="break-before:page"><h1>{PAGES[name]}</h1>{_BODIES[name](story)}</section>' for name in FOUR
+    )
+    return _executive(story) + parts
 
 
 def _executive(story: Story) -> str:
@@ -373,12 +387,33 @@ def _training(story: Story) -> str:
         ]
         body += (
             "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. ece and brier say how "
+            "well predicted chances are calibrated: 0 is best.</p>"
         )
-        body += (
-            "well predicted chances are calibrated: 0 is best. Precision and recall stand for the table of confusions, "
-        )
-        body += "whose counts are not in the log.</p>" + _table(("", "records", *figures), lines)
+        body += _table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
     return body
+
+
+def _confusion(tested: Tested) -> str:
+    if not tested.confusion:
+        return ""
+    names = tested.labels or [str(i) for i in range(len(tested.confusion))]
+    lines = [[f"is {name}", *row] for name, row in zip(names, tested.confusion, strict=False)]
+    head = ("records", *(f"predicted {name}" for name in names))
+    said = "Held-out records of all sites. A binary model predicts the second label from a chance of one half on."
+    return f"<h2>Right and wrong, counted</h2><p class=note>{said}</p>{_table(head, lines)}"
+
+
+def _calibration(tested: Tested) -> str:
+    if not tested.calibration:
+        return ""
+    drawn = {said: truth for _, said, truth in tested.calibration}
+    caption = (
+        "Records by the chance that the model gave them, in tenths: what it said, and how often it was so. On the "
+        "dashed line both are the same."
+    )
+    chart = _chart("Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said")
+    lines = [[int(count), _told(said), _told(truth)] for count, said, truth in tested.calibration]
+    return chart + _table(("records", "chance said", "share that was so"), lines)
 
 
 def _devices(story: Story) -> str:
@@ -527,6 +562,15 @@ def _security(story: Story) -> str:
     return body
 
 
+_BODIES: Mapping[str, Callable[[Story], str]] = {
+    "training_dashboard.html": _training,
+    "device_analysis.html": _devices,
+    "privacy_audit.html": _privacy,
+    "security_analysis.html": _security,
+    "report.html": _everything,
+}
+
+
 def _mean_weights(story: Story) -> dict[str, float]:
     """Return each site's mean weight: a rule's, else its share of the records of those that took part."""
     total: Counter[str] = Counter()
@@ -555,7 +599,7 @@ def thinned(points: Mapping[int, float | None], most: int = POINTS) -> list[tupl
     return [known[i] for i in sorted(kept)]
 
 
-def _chart(title: str, caption: str, curves: Mapping[str, Mapping[int, float | None]], across: str) -> str:
+def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str) -> str:
     """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
     import plotly.graph_objects as go
 
@@ -576,7 +620,10 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[int, float | N
         legend={"orientation": "h", "y": -0.25}, font={"size": 14, "color": "#1c2733"}, showlegend=len(lines) > 1,
     )  # fmt: skip
     drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+        div_id="chart-" + "".join(c if c.isalnum() else "-" for c in title.lower()),
+        full_html=False,
+        include_plotlyjs=False,
+        config={"displayModeBar": False, "responsive": True},
     )
     rounds = sorted({t for points in lines.values() for t, _ in points})[-SHOWN:]
     by_round = {name: dict(points) for name, points in lines.items()}
@@ -595,7 +642,7 @@ def _page(title: str, story: Story, body: str) -> str:
     from plotly.offline import get_plotlyjs
 
     study = escape(str(story.summary["study"]))
-    links = "".join(f'<a href="{name}">{escape(text)}</a>' for name, text in _PAGES.items())
+    links = "".join(f'<a href="{name}">{escape(text)}</a>' for name, text in list(PAGES.items())[: len(FOUR)])
     cut = (
         "<p class=note>The event log ends within a line: this page shows what was written before.</p>"
         if story.cut
@@ -617,7 +664,7 @@ def _key_figures(figures: Mapping[str, str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    top = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medfed.core.checks import RunError
 from medfed.monitor.metrics import Figure
@@ -135,7 +135,11 @@ class SecurityAudit(Event):
 
 @dataclass(frozen=True)
 class Tested(Event):
-    """A model was tested on held-out patients. model: federated, local (each site's own) or pooled."""
+    """A model was tested on held-out patients. model: federated, local (each site's own) or pooled.
+
+    Of all sites together: confusion, records of each label (row) predicted as each (column), in the order of labels;
+    calibration, (records, mean probability said, share that was so) of each tenth. Noised where the test is.
+    """
 
     round: int
     model: str
@@ -148,6 +152,9 @@ class Tested(Event):
     seconds: float
     bytes_up: int
     bytes_down: int
+    labels: Sequence[str] = field(default_factory=list)
+    confusion: Sequence[Sequence[int]] = field(default_factory=list)
+    calibration: Sequence[Sequence[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,11 @@ EVENTS: dict[str, type[Event]] = {
 _NAMES = {kind: name for name, kind in EVENTS.items()}
 
 Listener = Callable[[Event], None]
+
+
+def name_of(event: Event) -> str:
+    """Return what an event is called in the log."""
+    return _NAMES[type(event)]
 
 
 class Log:
@@ -264,11 +276,18 @@ def line(event: Event) -> str:
     )
 
 
-def parse(text: str) -> Event:
+class Stamped(NamedTuple):
+    """An event, and when it was written (UTC)."""
+
+    time: datetime
+    event: Event
+
+
+def parse(text: str) -> Stamped:
     """Read one line; raise RunError for a newer schema or an unknown event."""
     fields = json.loads(text)
     schema, name = fields.pop("schema"), fields.pop("event")
-    fields.pop("time")
+    time = datetime.fromisoformat(fields.pop("time"))
     if schema != SCHEMA or name not in EVENTS:
         raise RunError(
             f"event {name!r} of schema={schema}; this medfed reads schema {SCHEMA}. Use the medfed that wrote it."
@@ -278,11 +297,16 @@ def parse(text: str) -> Event:
         fields["macro"] = _figures(fields["macro"])
         fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
     known = {field.name for field in dataclasses.fields(EVENTS[name])}  # a later medfed may have added some
-    return EVENTS[name](**{key: value for key, value in fields.items() if key in known})
+    return Stamped(time, EVENTS[name](**{key: value for key, value in fields.items() if key in known}))
 
 
 def read(path: Path) -> Iterator[Event]:
     """Yield the events of a log; a last line that was cut off by a crash is left out."""
+    return (told.event for told in read_stamped(path))
+
+
+def read_stamped(path: Path) -> Iterator[Stamped]:
+    """Yield the events of a log, as `read` does, with their times."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medfed.core.checks import RunError
-from medfed.monitor.events import Event, RunFinished, parse
+from medfed.monitor.events import RunFinished, Stamped, parse
 
 CHUNK = 1 << 18  # bytes read at once
 
@@ -24,7 +24,7 @@ class Tail:
     def _reset(self) -> None:
         self._offset, self._number, self._last = 0, 0, b""
 
-    def read(self) -> tuple[list[Event], bool]:
+    def read(self) -> tuple[list[Stamped], bool]:
         """Return the events written since the last call, and whether they start over.
 
         Raises RunError where the file cannot be read, or at a line that is damaged or of a newer schema.
@@ -41,35 +41,42 @@ class Tail:
                     data += more
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {error.strerror}. Check the run's folder.") from error
-        whole = data[: data.rfind(b"\n") + 1]
-        return [self._parsed(line) for line in whole.splitlines(keepends=True)], restarted
+        told: list[Stamped] = []
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            try:
+                told.append(self._parsed(line))
+            except RunError:
+                if told or restarted:  # first what was written before it; the next call raises
+                    break
+                raise
+        return told, restarted
 
-    def _parsed(self, line: bytes) -> Event:
+    def _parsed(self, line: bytes) -> Stamped:
         try:
-            event = parse(line.decode())
+            told = parse(line.decode())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(
                 f"{self.path}, line {self._number + 1} is damaged ({error}); what is shown ends before it. "
                 "`medfed resume` writes the log anew from the last whole round."
             ) from error
         self._offset, self._number, self._last = self._offset + len(line), self._number + 1, line
-        return event
+        return told
 
 
 def follow(
     path: Path, once: bool = False, every: float = 0.2, wait: Callable[[float], None] = time.sleep
-) -> Iterator[Event]:
+) -> Iterator[Stamped]:
     """Yield a log's events as they are written, until the run has finished; with `once`, those that are there.
 
     After a resumption the events come again from the first. Raises RunError as `Tail.read` does.
     """
-    tail, last = Tail(path), None
+    tail = Tail(path)
+    last: Stamped | None = None
     while True:
         told, _ = tail.read()
-        for event in told:
-            last = event
-            yield event
+        for last in told:
+            yield last
         if not told:
-            if once or isinstance(last, RunFinished):
+            if once or (last and isinstance(last.event, RunFinished)):
                 return
             wait(every)

@@ -171,12 +171,42 @@ def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _calibration_error(y: np.ndarray, p: np.ndarray) -> float:
-    """Expected calibration error over ten equal bins (Naeini et al. 2015), from scikit-learn's calibration curve."""
+def confusion(scores: Scores) -> list[list[int]]:
+    """Return how many records of each label [row] were predicted as each label [column]; empty for a regression."""
+    if scores.task == "regression" or scores.n == 0:
+        return []
+    p = scores.probability()
+    hit = (p[:, 0] >= 0.5).astype(int) if scores.task == "binary" else p.argmax(1)
+    labels = np.arange(max(2, p.shape[1]))
+    counts: list[list[int]] = sk.confusion_matrix(scores.label.numpy(), hit, labels=labels).tolist()
+    return counts
+
+
+def calibration(scores: Scores) -> list[list[float]]:
+    """Return (records, mean probability said, share that was so) of each of ten equal bins that holds any record.
+
+    Of several classes the probability is that of the predicted one. Empty for a regression.
+    """
+    if scores.task == "regression" or scores.n == 0:
+        return []
+    y, p = scores.label.numpy(), scores.probability()
+    if scores.task == "binary":
+        return _reliability(y, p[:, 0]).tolist()  # type: ignore[no-any-return]
+    return _reliability((p.argmax(1) == y).astype(int), p.max(1)).tolist()  # type: ignore[no-any-return]
+
+
+def _reliability(y: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Return (records, said, so) [bins, 3], from scikit-learn's calibration curve."""
     truth, said = calibration_curve(y, p, n_bins=_ECE_BINS)
     inner = np.linspace(0, 1, _ECE_BINS + 1)[1:-1]
     counts = np.bincount(np.searchsorted(inner, p), minlength=_ECE_BINS)  # the bins that calibration_curve fills
-    return float(np.abs(truth - said) @ counts[counts > 0] / len(y))
+    return np.stack([counts[counts > 0], said, truth], 1)
+
+
+def _calibration_error(y: np.ndarray, p: np.ndarray) -> float:
+    """Expected calibration error over ten equal bins (Naeini et al. 2015)."""
+    count, said, truth = _reliability(y, p).T
+    return float(np.abs(truth - said) @ count / len(y))
 
 
 def _intervals(y: np.ndarray, p: np.ndarray, binary: bool) -> dict[str, tuple[float | None, float | None]]:

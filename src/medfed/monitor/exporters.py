@@ -1,0 +1,337 @@
+"""A run in other tools: Prometheus, OpenTelemetry, MLflow, TensorBoard. Each is a function of the event log.
+
+Labels and attributes name runs, studies and hospitals, never a device (each is one patient's) and never a patient.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from medfed.core.checks import ExportError
+from medfed.monitor.dashboards import Story
+from medfed.monitor.events import (
+    Planned,
+    Resumed,
+    RolledBack,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    SecurityAudit,
+    SiteExcluded,
+    Stamped,
+    Tested,
+    read_stamped,
+)
+from medfed.monitor.view import sentence
+
+PROMETHEUS_TYPE = CONTENT_TYPE_LATEST
+
+
+# Prometheus
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number of a run: a metric, the values of its labels after the run (its study first), and the value."""
+
+    metric: str
+    labels: tuple[str, ...]
+    value: float
+
+
+def prometheus(found: Mapping[str, Sequence[Sample]]) -> str:
+    """Return the samples of runs, by name, in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Told(found))
+    return generate_latest(registry).decode()
+
+
+class _Told(Collector):
+    def __init__(self, found: Mapping[str, Sequence[Sample]]) -> None:
+        self.found = found
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family of metrics."""
+        whole = ("run", "study")
+        gauges: dict[str, tuple[str, Sequence[str]]] = {
+            "medfed_round": ("The last finished round.", whole),
+            "medfed_rounds_asked": ("Rounds that the study asks for.", whole),
+            "medfed_finished": ("1: the run ended, complete or not.", whole),
+            "medfed_complete": ("1: all asked rounds ran with all asked sites.", whole),
+            "medfed_round_seconds": ("Time of the last round.", whole),
+            "medfed_training_loss": ("Training loss of the last round.", whole),
+            "medfed_test": ("The last test on held-out records of all sites.", (*whole, "figure")),
+            "medfed_epsilon_spent": ("Epsilon of all that was released so far, patient level.", whole),
+            "medfed_epsilon_target": ("Epsilon that the study allows.", whole),
+            "medfed_suspects": ("Participants that were warned or left out.", whole),
+            "medfed_site_seconds": ("Local work of a site in the last round that it took part in.", (*whole, "site")),
+            "medfed_site_suspicion": ("The strongest evidence against a site in the last round.", (*whole, "site")),
+        }
+        counters: dict[str, tuple[str, Sequence[str]]] = {
+            "medfed_bytes": ("Bytes sent: up from sites, down to them.", (*whole, "direction")),
+            "medfed_rounds_taken_back": ("Rounds whose model was taken back.", whole),
+            "medfed_left_out": ("Rows that did not count.", whole),
+            "medfed_site_rounds": ("Rounds that a site took part in.", (*whole, "site")),
+            "medfed_site_left_out": ("Rounds in which a site did not count.", (*whole, "site")),
+        }
+        families: dict[str, Metric] = {
+            name: GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in gauges.items()
+        }
+        families |= {name: CounterMetricFamily(name, text, labels=labels) for name, (text, labels) in counters.items()}
+        for run, mine in self.found.items():
+            for one in mine:
+                families[one.metric].add_metric([run, *one.labels], one.value)  # type: ignore[attr-defined]
+        return iter(families.values())
+
+
+def samples(story: Story) -> list[Sample]:
+    """Return what is known of a run; sites are named where hospitals are, devices never."""
+    study = str(story.summary["study"])
+    told = ((name, labels, value) for name, labels, value in _samples(story) if value is not None)
+    return [Sample(name, (study, *labels), float(value)) for name, labels, value in told]
+
+
+def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]]:
+    """Yield (metric, labels after run and study, value) of one run."""
+    s, last = story.summary, story.rounds[max(story.rounds)] if story.rounds else None
+    yield "medfed_round", (), last.round if last else 0
+    yield "medfed_rounds_asked", (), s["rounds_asked"]
+    yield "medfed_finished", (), story.finished is not None
+    yield "medfed_complete", (), s["status"] == "complete"
+    if last:
+        yield "medfed_round_seconds", (), last.seconds
+        yield "medfed_training_loss", (), last.loss
+    for name, figure in story.tests[max(story.tests)].all_sites.items() if story.tests else ():
+        yield "medfed_test", (name,), figure.value
+    privacy = s["privacy"] or {}
+    yield "medfed_epsilon_spent", (), privacy.get("epsilon")
+    yield "medfed_epsilon_target", (), privacy.get("target_epsilon")
+    yield "medfed_suspects", (), len(s["suspects"])
+    for direction, count in s["bytes"].items():
+        yield "medfed_bytes", (direction,), count
+    yield "medfed_rounds_taken_back", (), len(story.taken_back)
+    yield "medfed_left_out", (), len(story.excluded)
+    seconds, suspicion = story.seconds() if story.sites else {}, story.suspicion() if story.sites else {}
+    newest = max(story.inspected, default=0)
+    for site in story.sites:
+        yield "medfed_site_rounds", (site,), s["participation"].get(site, 0)
+        yield "medfed_site_left_out", (site,), sum(one.site == site for one in story.excluded)
+        yield "medfed_site_seconds", (site,), seconds[site][-1] if site in seconds else None
+        yield "medfed_site_suspicion", (site,), suspicion.get(site, {}).get(newest)
+
+
+# OpenTelemetry
+
+
+def trace(folder: Path, exporter: Any) -> int:
+    """Send a run as spans to an OpenTelemetry exporter: the run, in it the rounds, in them the sites' work.
+
+    Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is an event of its
+    round's span. Raises ExportError where the library is missing, or where the exporter does not take the spans.
+    """
+    sdk, export = _needs("opentelemetry.sdk.trace", "otel"), _needs("opentelemetry.sdk.trace.export", "otel")
+    resources = _needs("opentelemetry.sdk.resources", "otel")
+    told = list(read_stamped(folder / "events.jsonl"))
+    story = Story.told(one.event for one in told)
+    kept = _Kept(exporter, export.SpanExportResult.SUCCESS)
+    provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": "medfed"}))
+    provider.add_span_processor(export.BatchSpanProcessor(kept))
+    _spans(provider.get_tracer("medfed"), told, story, folder.resolve().name)
+    provider.shutdown()
+    if kept.failed:
+        raise ExportError(
+            f"{kept.failed} batches of spans were not taken; check the address, and that a collector runs"
+        )
+    return len(story.rounds)
+
+
+class _Kept:
+    """An exporter that remembers whether it failed: the batch processor tells nobody."""
+
+    def __init__(self, inner: Any, good: Any) -> None:
+        self.inner, self.good, self.failed = inner, good, 0
+
+    def export(self, spans: Any) -> Any:
+        """Pass spans on."""
+        result = self.inner.export(spans)
+        self.failed += result != self.good
+        return result
+
+    def shutdown(self) -> None:
+        """End the inner exporter."""
+        self.inner.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Flush the inner exporter."""
+        return bool(self.inner.force_flush(timeout_millis))
+
+
+def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None:
+    api = _needs("opentelemetry.trace", "otel")
+    if not told:
+        return
+    named, root, current = set(story.sites), None, None
+    for when, event in told:
+        match event:
+            case RunStarted():
+                about = {"medfed.run": run, "medfed.study": event.study, "medfed.rounds_asked": event.rounds}
+                root = tracer.start_span(f"run {event.study}", start_time=_nanoseconds(when), attributes=about)
+            case RoundStarted() if root:
+                if current:  # it was never finished: the process was killed, and resumed
+                    current[0].end(_nanoseconds(when))
+                inside = api.set_span_in_context(root)
+                about = {"medfed.round": event.round, "medfed.drawn": len(event.clients)}
+                span = tracer.start_span("round", context=inside, start_time=_nanoseconds(when), attributes=about)
+                current = span, when
+            case RoundFinished() if current:
+                span, began = current
+                span.set_attributes(_about(event))
+                for site, seconds in zip(event.clients, event.site_seconds, strict=True):
+                    if site in named:
+                        inside = api.set_span_in_context(span)
+                        work = tracer.start_span(
+                            "site", context=inside, start_time=_nanoseconds(began), attributes={"medfed.site": site}
+                        )
+                        work.end(_nanoseconds(began + timedelta(seconds=seconds)))
+                span.end(_nanoseconds(when))
+                current = None
+            case SiteExcluded() | SecurityAudit() | RolledBack() | Tested() | Resumed() if root:
+                if text := sentence(event, bool(named)):
+                    (current[0] if current else root).add_event(text, timestamp=_nanoseconds(when))
+            case RunFinished() if root:
+                root.set_attributes({"medfed.status": event.status, "medfed.rounds": event.rounds})
+    for open_span in (current[0] if current else None, root):
+        if open_span:
+            open_span.end(_nanoseconds(told[-1].time))
+
+
+def _about(event: RoundFinished) -> dict[str, float | int]:
+    about = {
+        "medfed.clients": len(event.clients),
+        "medfed.seconds": event.seconds,
+        "medfed.bytes_up": event.bytes_up,
+        "medfed.bytes_down": event.bytes_down,
+        "medfed.loss": event.loss,
+        "medfed.epsilon": event.privacy.get("epsilon"),
+    }
+    about |= {f"medfed.bytes.{phase}": count for phase, count in event.phases.items()}
+    return {name: value for name, value in about.items() if isinstance(value, int | float)}
+
+
+def _nanoseconds(when: datetime) -> int:
+    return round(when.timestamp() * 1e6) * 1000
+
+
+def otlp(address: str) -> Any:
+    """Return an exporter to an OpenTelemetry collector at an address, as in http://localhost:4318/v1/traces."""
+    return _needs("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(address, timeout=10)
+
+
+# MLflow and TensorBoard
+
+
+def scalars(told: Iterable[Stamped]) -> Iterator[tuple[str, float, int, datetime]]:
+    """Yield (name, value, round, when) of all that is measured by round; a site's figures where sites are named."""
+    recorded = list(told)
+    named = set(Story.told(one.event for one in recorded).sites)
+    for when, event in recorded:
+        match event:
+            case RoundFinished():
+                values: dict[str, Any] = {
+                    "loss": event.loss, "seconds": event.seconds, "bytes/up": event.bytes_up,
+                    "bytes/down": event.bytes_down, "privacy/epsilon": event.privacy.get("epsilon"),
+                }  # fmt: skip
+                sites = zip(event.clients, event.losses, event.site_seconds, strict=True)
+                for site, loss, seconds in sites:
+                    values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds} if site in named else {}
+            case Tested():
+                values = {f"test/{event.model}/{name}": figure.value for name, figure in event.all_sites.items()}
+            case _:
+                continue
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                yield name, float(value), event.round, when
+
+
+def to_tensorboard(folder: Path, out: Path) -> int:
+    """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises ExportError."""
+    writer = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / folder.resolve().name))
+    count = 0
+    with writer:
+        for name, value, round, when in scalars(read_stamped(folder / "events.jsonl")):
+            writer.add_scalar(name, value, round, when.timestamp())
+            count += 1
+    return count
+
+
+_MLFLOW_BATCH = 1000  # metrics that MLflow takes at once
+
+
+def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
+    """Log a run to MLflow: parameters, figures by round, summary and claim as artifacts; return MLflow's run id.
+
+    Raises ExportError where the library is missing, or where the tracking server refuses.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves but for where it was asked to go
+    mlflow, entities = _needs("mlflow", "mlflow"), _needs("mlflow.entities", "mlflow")
+    told = list(read_stamped(folder / "events.jsonl"))
+    story = Story.told(one.event for one in told)
+    s = story.summary
+    try:
+        client = mlflow.MlflowClient(uri)
+        known = client.get_experiment_by_name(experiment)
+        number = known.experiment_id if known else client.create_experiment(experiment)
+        tags = {"medfed.digest": str(s["digest"]), "medfed.status": s["status"], "medfed.purpose": str(s["purpose"])}
+        begun = round(told[0].time.timestamp() * 1000) if told else round(time.time() * 1000)
+        run = client.create_run(number, begun, {**tags, "mlflow.runName": folder.resolve().name})
+        key = str(run.info.run_id)
+        measured = [
+            entities.Metric(_plain(name), value, round(when.timestamp() * 1000), number_of_round)
+            for name, value, number_of_round, when in scalars(told)
+        ]
+        params = [entities.Param(name, str(value)) for name, value in _params(story).items()]
+        client.log_batch(key, params=params)
+        for start in range(0, len(measured), _MLFLOW_BATCH):
+            client.log_batch(key, metrics=measured[start : start + _MLFLOW_BATCH])
+        for name in ("summary.json", "privacy.json"):
+            if (folder / name).is_file():
+                client.log_artifact(key, str(folder / name))
+        ended = "FINISHED" if s["status"] == "complete" else "FAILED" if story.finished else "RUNNING"
+        client.set_terminated(key, ended, round(told[-1].time.timestamp() * 1000) if told else None)
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise ExportError(f"MLflow at {uri!r} does not take the run: {error}") from error
+    return key
+
+
+def _params(story: Story) -> dict[str, Any]:
+    s, planned = story.summary, story.planned or Planned("", "", 0, 0, 0, "", {}, {}, {}, 0, 0)
+    privacy = s["privacy"] or {}
+    return {
+        "study": s["study"], "algorithm": s["algorithm"], "model": s["model"], "parameters": s["parameters"],
+        "rounds_asked": s["rounds_asked"], "participants": len(planned.sizes), "noise": privacy.get("noise"),
+        "target_epsilon": privacy.get("target_epsilon"), "delta": privacy.get("delta"),
+    }  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """Return a name of the characters that MLflow allows."""
+    return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
+
+
+def _needs(module: str, extra: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ExportError(f"{module} is not installed ({error}); pip install 'medfed[{extra}]'") from error

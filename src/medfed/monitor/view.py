@@ -1,0 +1,200 @@
+"""What the live page shows of a run, as numbers: a function of the events so far.
+
+A site's page is the same function of fewer events: `Narrowing` leaves out what events say of other sites.
+"""
+
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from medfed.monitor.dashboards import LEVELS, Story, thinned
+from medfed.monitor.events import (
+    Event,
+    Inspected,
+    Planned,
+    Resumed,
+    RolledBack,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    SecurityAudit,
+    SiteExcluded,
+    Stamped,
+    Tested,
+    Warned,
+)
+
+SCORES = ("auroc", "accuracy", "r2", "rmse")  # the first that a run measures is drawn
+LINES = 100  # of the log that the page shows
+ROUNDS = 20  # in the table of rounds
+POINTS = 300  # of a curve
+OTHERS = "[about another site]"
+
+
+class Live:
+    """A run's story with its last lines and the time of the last event."""
+
+    def __init__(self) -> None:
+        self.story, self.lines = Story(), deque[tuple[str, str]](maxlen=LINES)
+        self.last: datetime | None = None
+
+    def add(self, told: Stamped) -> None:
+        """Take in the next event."""
+        self.story.add(told.event)
+        self.last = told.time
+        if text := sentence(told.event, bool(self.story.sites)):
+            self.lines.append((f"{told.time:%H:%M:%S}", text))
+
+    def view(self) -> dict[str, Any]:
+        """Return what the page shows, ready for JSON."""
+        story, s = self.story, self.story.summary
+        name = next((n for n in SCORES if story.tests and n in story.tests[max(story.tests)].all_sites), "")
+        rounds = [story.rounds[t] for t in sorted(story.rounds)]
+        score = {t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites}
+        return {
+            "study": s["study"],
+            "status": s["status"] if story.finished else "no end yet",
+            "reason": story.finished.reason if story.finished else "",
+            "last": self.last.strftime("%Y-%m-%d %H:%M:%S UTC") if self.last else None,
+            "rounds": s["rounds"],
+            "rounds_asked": s["rounds_asked"],
+            "score": {"name": name, "value": score[max(score)] if score else None},
+            "test": s["test"],
+            "privacy": s["privacy"],
+            "seconds_per_round": s["seconds"]["per_round"],
+            "bytes": s["bytes"],
+            "participants": len(s["sites"]),
+            "sites": self._sites(),
+            "curves": {
+                "score": thinned(score, POINTS),
+                "loss": thinned({one.round: one.loss for one in rounds}, POINTS),
+                "seconds": thinned({one.round: one.seconds for one in rounds}, POINTS),
+            },
+            "recent": [
+                {
+                    "round": one.round,
+                    "clients": len(one.clients),
+                    "loss": one.loss,
+                    "score": score.get(one.round),
+                    "seconds": one.seconds,
+                    "epsilon": one.privacy.get("epsilon"),
+                }
+                for one in rounds[: -ROUNDS - 1 : -1]
+            ],
+            "suspects": [one["site"] for one in s["suspects"]] if story.sites else len(s["suspects"]),
+            "warnings": s["warnings"][:20],
+            "log": list(self.lines),
+        }
+
+    def _sites(self) -> list[dict[str, Any]]:
+        story, s = self.story, self.story.summary
+        left_out: dict[str, int] = {}
+        for one in story.excluded:
+            left_out[one.site] = left_out.get(one.site, 0) + 1
+        done = {one.client: one.action for one in story.audits}
+        threat = {one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}" for one in s["suspects"]}
+        last: dict[str, tuple[float | None, float]] = {}
+        if story.rounds:
+            newest = story.rounds[max(story.rounds)]
+            told = zip(newest.clients, newest.losses, newest.site_seconds, strict=True)
+            last = {name: (loss, seconds) for name, loss, seconds in told}
+        sizes = story.planned.sizes if story.planned else {}
+        return [
+            {
+                "site": name,
+                "train": sizes[name]["train"],
+                "test": sizes[name]["test"],
+                "rounds": s["participation"].get(name, 0),
+                "left_out": left_out.get(name, 0),
+                "loss": last[name][0] if name in last else None,
+                "seconds": last[name][1] if name in last else None,
+                "threat": threat.get(name, LEVELS[0]),
+            }
+            for name in story.sites
+        ]
+
+
+def sentence(event: Event, named: bool = True) -> str:
+    """Return an event in words; empty where the tables say it. A fleet of devices is not named."""
+    match event:
+        case RunStarted():
+            return f"{event.study} began: {event.rounds} rounds"
+        case Planned():
+            return f"planned: {event.algorithm}, {event.model}, {len(event.sizes)} participants"
+        case Warned():
+            return f"warning: {event.text}"
+        case SiteExcluded():
+            return f"round {event.round}: without {event.site}: {event.reason}" if named else ""
+        case RoundFinished():
+            return f"round {event.round}: {len(event.clients)} took part, {event.seconds:.3f} s"
+        case RolledBack():
+            return f"round {event.round} was taken back: its loss on the public table grew too much"
+        case SecurityAudit():
+            who = event.client if named else "a device"
+            return f"round {event.round}: {event.action}, {who}: {'; '.join(event.evidence)}"
+        case Tested():
+            shown = {n: f.value for n, f in event.all_sites.items() if n in SCORES and f.value is not None}
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            return f"{event.model} model tested after round {event.round}: {figures}"
+        case Resumed():
+            return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
+        case RunFinished():
+            return f"{event.status} after {event.rounds} rounds{f': {event.reason}' if event.reason else ''}"
+    return ""
+
+
+class Narrowing:
+    """Leaves in events what a site may see: what is told of all together, and what is its own.
+
+    Figures over all sites stay. Texts that name another site are withheld, and so are other sites' sizes, losses,
+    times, tests and suspicions. `concerned` is False where the run does not know the site.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site, self.concerned = site, False
+        self._others: re.Pattern[str] | None = None
+
+    def __call__(self, event: Event) -> Event | None:
+        """Return the event without other sites' parts; None where nothing is left."""
+        match event:
+            case Planned():
+                self.concerned = self.site in event.sizes
+                if others := [re.escape(name) for name in event.sizes if name != self.site]:
+                    self._others = re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)")
+                return replace(event, sizes=self._own(event.sizes), labels=self._own(event.labels))
+            case RoundStarted():
+                return replace(event, clients=[name for name in event.clients if name == self.site])
+            case RoundFinished():
+                mine = [i for i, name in enumerate(event.clients) if name == self.site]
+                return replace(
+                    event,
+                    clients=[event.clients[i] for i in mine],
+                    losses=[event.losses[i] for i in mine],
+                    site_seconds=[event.site_seconds[i] for i in mine],
+                    steps=[event.steps[i] for i in mine],
+                )
+            case Inspected():
+                findings = [one for one in event.findings if one["client"] == self.site]
+                kept = [one | {"evidence": self._told(str(one["evidence"]))} for one in map(dict, findings)]
+                return replace(event, weights=self._own(event.weights), findings=kept)
+            case Tested():
+                return replace(event, per_site=self._own(event.per_site), site_n=self._own(event.site_n))
+            case SiteExcluded(site=name, reason=text):
+                return replace(event, reason=self._told(text)) if name == self.site else None
+            case SecurityAudit(client=name, evidence=evidence):
+                return replace(event, evidence=list(map(self._told, evidence))) if name == self.site else None
+            case Warned(text=text):
+                return Warned(self._told(text))
+            case RunFinished(reason=text):
+                return replace(event, reason=self._told(text))
+        return event
+
+    def _own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in by_site.items() if name == self.site}
+
+    def _told(self, text: str) -> str:
+        return OTHERS if self._others and self._others.search(text) else text
