@@ -457,6 +457,7 @@ def _drive(
             seconds=round(time.perf_counter() - began, 3),
             reason=reason,
             privacy=budget.claim(),
+            spread=budget.spread(),
         )
     )
     summary = summarise(log.events())

@@ -81,6 +81,28 @@ def test_key_figures_are_the_summarys(private: Path) -> None:
     assert {name: int(row[3]) for name, row in sites.items()} == summary["participation"]
 
 
+def test_what_patients_spent_is_the_claims(private: Path) -> None:
+    claim, page = json.loads((private / "privacy.json").read_text()), pages(private)["privacy_audit.html"]
+    spent = rows(page, "Patients by what they spent")
+    assert max(float(epsilon) for epsilon, _ in spent) == pytest.approx(claim["epsilon"], abs=1e-4)
+    assert sum(int(count) for _, count in spent) == claim["patients"]["declared"]
+
+
+def test_right_and_wrong_add_up_to_the_figures(lied: Path) -> None:
+    summary, page = json.loads((lied / "summary.json").read_text()), pages(lied)["training_dashboard.html"]
+    counts = [[int(cell) for cell in row[1:]] for row in rows(page, "Right and wrong, counted")]
+    n = sum(map(sum, counts))
+    assert n == summary["test"]["n"]
+    assert (counts[0][0] + counts[1][1]) / n == summary["test"]["accuracy"]
+    assert counts[1][1] / sum(counts[1]) == summary["test"]["recall"]
+    last = [e for e in events.read(lied / "events.jsonl") if isinstance(e, events.Tested) and e.model == "federated"][
+        -1
+    ]
+    assert sum(count for count, _, _ in last.calibration) == n
+    gap = sum(count * abs(said - so) for count, said, so in last.calibration) / n
+    assert gap == pytest.approx(summary["test"]["ece"])
+
+
 def test_liars_are_shown_with_evidence(lied: Path) -> None:
     summary, page = json.loads((lied / "summary.json").read_text()), pages(lied)["security_analysis.html"]
     assert len(summary["suspects"]) == 3 and set(summary["baselines"]) == {"local", "pooled"}

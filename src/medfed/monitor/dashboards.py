@@ -494,11 +494,18 @@ def _privacy(story: Story) -> str:
         told = {t: float(str(value)) for t, value in spent.items() if value is not None}
         body += _chart(
             "Budget spent, round by round",
-            "Epsilon of everything released so far. Every patient of a site pays alike in a round, so that there is no "
-            "distribution over patients to show within a site.",
+            "Epsilon of everything released so far, of the patients who have paid most.",
             {"epsilon": told},
             "round",
         )
+    if story.finished and story.finished.spread:
+        body += (
+            "<h2>Patients by what they spent</h2><p class=note>Every patient of a site pays alike for the rounds that "
+            "the site took part in. Sizes are the declared ones and rounds are public: the counts tell of nobody, and "
+            "need no noise.</p>"
+        )
+        lines = [[f"{epsilon:.4f}", int(count)] for epsilon, count in story.finished.spread]
+        body += _table(("epsilon spent in this run", "declared patients"), lines)
     if story.planned:
         body += "<h2>Who could see what</h2>" + _table(("party", "could see"), list(story.planned.sees.items()))
     if claim:

@@ -168,13 +168,17 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """A run ends. status: complete (all asked rounds with all asked sites) or incomplete."""
+    """A run ends. status: complete (all asked rounds with all asked sites) or incomplete.
+
+    spread: (epsilon spent in this run, declared patients who spent that much), from public sizes and rounds.
+    """
 
     status: str
     rounds: int
     seconds: float
     reason: str
     privacy: Mapping[str, object] = field(default_factory=dict)  # spent in all
+    spread: Sequence[Sequence[float]] = field(default_factory=list)
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -4,6 +4,7 @@ Each site keeps its own ledger of its patients (ledger.py) and refuses by itself
 progress and the summary read.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -27,6 +28,10 @@ class Budget(Protocol):
         """Return what is guaranteed so far: epsilon, delta, unit, noise; None where nothing is."""
         ...
 
+    def spread(self) -> list[tuple[float, int]]:
+        """Return how many declared patients have spent which epsilon so far, least first; empty without a claim."""
+        ...
+
 
 class NoClaim:
     """The budget of a run without noise: charges nothing and claims nothing."""
@@ -40,6 +45,10 @@ class NoClaim:
     def claim(self) -> JSON:
         """Say that no epsilon was computed."""
         return {"epsilon": None, "delta": None, "unit": "patient", "noise": "none"}
+
+    def spread(self) -> list[tuple[float, int]]:
+        """Tell of nobody."""
+        return []
 
 
 class Metered:
@@ -78,3 +87,20 @@ class Metered:
             "scope": self.scope,
             "simulation_only": g.simulation_only,
         }
+
+    def spread(self) -> list[tuple[float, int]]:
+        """Return how many declared patients have spent which epsilon, least first.
+
+        All patients of a client pay alike, for the rounds that it took part in: sizes and rounds are public, so that
+        nothing is told of anybody, and no noise is needed.
+        """
+        g = self.guarantee
+        if g.simulation_only:
+            return []
+        alike: dict[tuple[object, int], list[str]] = {}
+        for name, uses in self.uses.items():
+            alike.setdefault((g.releases[name], uses), []).append(name)
+        spent: Counter[float] = Counter()
+        for (_, uses), names in alike.items():
+            spent[round(g.cost({names[0]: uses}), 6)] += sum(g.releases[name].size for name in names)
+        return sorted(spent.items())
