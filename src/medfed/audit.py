@@ -1,4 +1,4 @@
-"""Audits of a claim: three attacks on a study's twin, and what each of them rules out.
+"""Audits of a claim: exact tests and attacks on a study's twin, and what each of them rules out.
 
 A finished run cannot be audited with canaries afterwards: their coins fall before training. So a run's audit is that of
 a twin (twin.py), which finds what is wrong with code and settings, not what went wrong on that day. The statistics, and
@@ -13,13 +13,13 @@ import secrets
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medfed import claims, runs
+from medfed import claims, exact, runs
 from medfed.core import codec, files
 from medfed.core.checks import PlanError, QuorumError
 from medfed.core.flat import Layout
@@ -28,8 +28,9 @@ from medfed.data.federated import Rows
 from medfed.data.preprocess import Encoding
 from medfed.local import outputs, sample_loss
 from medfed.privacy import audit as attacks
-from medfed.privacy.audit import Evidence
-from medfed.privacy.guarantee import Guarantee
+from medfed.privacy import noise_tests
+from medfed.privacy.audit import Evidence, Part
+from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.site import Site
 from medfed.study import Privacy, Study
 from medfed.twin import People, Training, Twin, keys, unexplained, updates
@@ -42,30 +43,26 @@ EACH = 1 - (1 - CONFIDENCE) / 2
 LARGE = 10.0
 """Standard deviation of a canary's features: far from any patient's, so that a gradient that is not clipped shows."""
 
+RESIDUAL = 1e-4
+"""Chance that what canaries leave unexplained is refused as noise where it is."""
+
+WIDE = 1.1
+"""By how much an attacker's own reckoning may be off, as a factor of the noise's deviation."""
+
+FEW = 100
+"""Canaries where no number of them could refute the claim, and only the rest of the release is tested."""
+
+TWINS = 10
+"""Each so many canaries, one is a patient of two nearly alike records whose gradients cancel."""
+
 READ = 0.99
 """Cosine above which a record counts as read from a release."""
 
 LIMITS = (
-    "A measurement above the claim proves a bug; one below it proves no privacy. Half the noise, or a sensitivity that "
-    "is somewhat off, escapes these attacks: tests of the noise's variance are there for that. The audit ran on a "
-    "twin: a finished run cannot be audited with canaries, whose coins fall before training."
+    "A measurement above the claim proves a bug; one below it proves no privacy. What each part would have found "
+    "stands beside it; a bug smaller than that, or one that only patients unlike those tried would meet, escapes. "
+    "The audit ran on a twin: a finished run cannot be audited with canaries, whose coins fall before training."
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One attack: what is claimed, what was measured; `passed` is None where it could not have told."""
-
-    name: str
-    claimed: str
-    measured: str
-    told: str
-    passed: bool | None
-    figures: JSON
-
-    def to_json(self) -> JSON:
-        """Return every field, the figures beside them."""
-        return {**self.figures, **{name: value for name, value in vars(self).items() if name != "figures"}}
 
 
 def audit_study(
@@ -78,14 +75,19 @@ def audit_study(
     seed: int | None = None,
     encoding: Encoding | None = None,
 ) -> dict[str, Any]:
-    """Attack a twin of a study in three ways; return the parts, and whether the claim stands.
+    """Test and attack a twin of a study; return the parts, and whether the claim stands.
+
+    Parts: `exact.noise`, `exact.sensitivity`, `one_run`, `inversion`, `membership`.
 
     `canaries` 0 takes as many as the claim needs; `quick` leaves out the retrains. Coins come from the operating
     system, or from `seed`; noise always from the former. Raises PlanError where there is no claim to audit.
     """
     rng = np.random.default_rng(secrets.randbits(256) if seed is None else seed)
     twin = Twin.of(study, data, rng, encoding)
-    parts = [one_run(twin, rng, canaries), inversion(twin, rng)]
+    hidden = twin.plan.joint and study.security.aggregation != "plain"
+    drawn = Twin.of(study, data, rng, twin.plan.encoding, secure=True) if hidden else twin
+
+    parts = [exact.noise(drawn), exact.sensitivity(twin, rng), one_run(twin, rng, canaries), inversion(twin, rng)]
     parts += [] if quick else [membership(twin, rng, retrains, fpr)]
     return {
         "schema": 1,
@@ -122,30 +124,82 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
     room = max(1, plan.study.training.rounds - 1) * plan.parameters * (1 if plan.joint else len(twin.sites))
     count = canaries or min(_enough(g), room)
+    in_M = rng.random(count) < 0.5
+    if _needed(g, count) is None:
+        in_M = in_M[: min(count, FEW)]
+    seen = _scores(twin, in_M, rng)
+    residual = seen.residual(g)
+    wrong = residual is not None and residual.p < RESIDUAL
+    beside = ""
+    if residual:
+        beside = f"; all that is known taken away, the noise of {residual.numbers:,} numbers is left with sd "
+        beside += f"{residual.ratio:.3f} of what is told" + (" and that is refused" if wrong else "")
+    figures: JSON = {"residual": residual._asdict() if residual else None}
+    strength = "finds noise that is off or in every round the same, and no clipping"
+    if residual:
+        low, high = noise_tests.power(residual.numbers, RESIDUAL)
+        strength += f"; in the training, an sd below {low / WIDE:.2f} or above {high * WIDE:.2f} of what is told"
+
     if _needed(g, count) is None:
         told = (
-            f"not run: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
-            f"{room} can be told apart in these rounds"
+            f"no guesses: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
+            f"{room} can be told apart in these rounds{beside}{seen.ended}"
         )
-        return Part("canaries", claimed, "-", told, None, {"canaries": count, "guesses": 0})
-    in_M = rng.random(count) < 0.5
-    scores, ended = _scores(twin, in_M, rng)
-    verdict = attacks.one_run(scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
+        found: JSON = {**figures, "canaries": len(in_M), "guesses": 0}
+        return Part("canaries", claimed, "-", told, False if wrong else None, found, strength)
+    verdict = attacks.one_run(seen.scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
     told = (
         f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
-        f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{ended}"
+        f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{seen.ended}{beside}"
     )
-    passed = None if verdict.passed and ended else verdict.passed
-    return Part("canaries", claimed, f"epsilon > {verdict.refuted:.2f}", told, passed, verdict.to_json())
+    passed = None if verdict.passed and seen.ended else verdict.passed
+    measured = f"epsilon > {verdict.refuted:.2f}"
+    right = _needed(g, count)
+    strength = f"refutes the claim from {right} right guesses of {_guesses(count)}; {strength}"
+    found = {**verdict.to_json(), **figures}
+    return Part("canaries", claimed, measured, told, False if wrong else passed, found, strength)
 
 
-def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
-    """Train with the canaries that are in; return each attacker's scores [M], and why the training ended early."""
+class _Residual(NamedTuple):
+    """How many numbers were left unexplained, their deviation over what is told, and how likely that is."""
+
+    numbers: int
+    ratio: float
+    p: float
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a training with canaries gave away: each attacker's scores [M], and what it left unexplained."""
+
+    scores: dict[str, np.ndarray]
+    ended: str  # why the training ended early
+    rest: list[tuple[str, np.ndarray]]  # site ("": all) and the release [P] less everybody in it, in units of C
+
+    def residual(self, g: Guarantee) -> "_Residual | None":
+        """Test what is left of the releases as noise of the told deviation, within WIDE; None where nothing is left."""
+        if not self.rest:
+            return None
+        rest_TP = np.stack([rest_P for _, rest_P in self.rest]) / GRID
+        if g.strategy:
+            rest_TP = noise_tests.whitened(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
+        rest_TP /= np.array([g.sigma_units(name) for name, _ in self.rest])[:, None]
+        square, numbers = float((rest_TP**2).sum()), rest_TP.size
+        if not math.isfinite(square):
+            return None
+        low = noise_tests.too_small(square * WIDE**2, numbers)
+        high = noise_tests.too_large(square / WIDE**2, numbers)
+        return _Residual(numbers, math.sqrt(square / numbers), min(1.0, 2 * low, 2 * high))
+
+
+def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
+    """Train with the canaries that are in, and score each of them from what was released."""
     count, plan = len(in_M), twin.plan
     homes = rng.permutation(list(twin.sites))[:count].tolist()
     place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
     evidence: dict[str, Evidence] = defaultdict(Evidence)
     training, ended = Training(twin), ""
+    rest, straight = list[tuple[str, np.ndarray]](), _is_straight(twin)
     for _ in range(plan.study.training.rounds):
         made = {name: _canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
         added = {name: _added(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
@@ -157,14 +211,25 @@ def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> tuple[dic
         for names, update_P in updates(seen, plan):
             if there := [name for name in names if name in place]:
                 rest_P, add_MP = unexplained(twin, seen, names, {name: made[name] for name in there}, update_P)
+                which = np.concatenate([place[name] for name in there])
                 gradient_MP = np.zeros((count, plan.parameters), np.float32)
-                gradient_MP[np.concatenate([place[name] for name in there])] = add_MP.numpy()
+                gradient_MP[which] = add_MP.numpy()
                 evidence["" if plan.joint else there[0]].add(rest_P.numpy(), gradient_MP)
+                if straight:
+                    inside_P = torch.from_numpy(in_M[which]).double() @ add_MP.double()
+                    rest.append(("" if plan.joint else there[0], (rest_P.double() - inside_P).numpy()))
     scores = {
         "noise of each round its own": sum((e.scores() for e in evidence.values()), np.zeros(count)),
         "one noise for all rounds": sum((e.scores_common_noise() for e in evidence.values()), np.zeros(count)),
     }
-    return scores, ended
+    return _Seen(scores, ended, rest)
+
+
+def _is_straight(twin: Twin) -> bool:
+    """Say whether the attacker works out each release exactly: one step of plain SGD on every patient."""
+    t, releases = twin.plan.study.training, twin.guarantee.releases.values()
+    plain = t.optimizer == "sgd" and t.momentum == 0
+    return plain and all(r.steps == 1 and r.probability == 1 for r in releases)
 
 
 def _guesses(canaries: int) -> int:
@@ -182,27 +247,43 @@ def _enough(g: Guarantee) -> int:
 
 
 def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
-    """Return patients with large features and the label that the present model finds least likely."""
+    """Return patients with large features and the label that the present model finds least likely.
+
+    Each tenth has a second record, nearly the same, whose gradient takes back most of the first's: a norm that is
+    worked out from products of pairs is 0 there.
+    """
     x_MF = torch.from_numpy(LARGE * rng.standard_normal((count, len(twin.plan.encoding.names())))).float()
     z_MC = outputs(twin.model, w_P, x_MF)
     twin.model.train()
+    double_M = torch.arange(count) % TWINS == TWINS - 1
     match twin.plan.encoding.target.task:
         case "binary":
             y_M = (z_MC[:, 0] < 0).float()
+            other_M = 1 - y_M
         case "multiclass":
             y_M = z_MC.argmin(1)
+            other_M = z_MC.argmax(1)
         case "regression":
-            y_M = z_MC[:, 0] + LARGE
-    return Rows(x_MF, y_M, torch.arange(count), keys(count, rng))
+            y_M = z_MC[:, 0] + LARGE * torch.where(double_M, 1e3, 1.0)
+            other_M = 2 * z_MC[:, 0] - y_M
+    patient = torch.arange(count)
+    rows = Rows(x_MF, y_M, patient, keys(count, rng))
+    again = Rows(x_MF * (1 + 2.0**-20), other_M, patient, rows.key).at(double_M)
+    return _together(rows, again)
+
+
+def _together(rows: Rows, more: Rows) -> Rows:
+    """Return the records of both, patients as they are numbered."""
+    assert rows.key is not None and more.key is not None
+    patient, key = torch.cat([rows.patient, more.patient]), torch.cat([rows.key, more.key])
+    return Rows(torch.cat([rows.x, more.x]), torch.cat([rows.y, more.y]), patient, key)
 
 
 def _added(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
     """Return the rows of a site's patients and of the canaries that are in."""
-    mine = made.at(torch.from_numpy(in_M))
-    assert rows.key is not None and mine.key is not None
+    mine = made.at(torch.from_numpy(in_M)[made.patient])
     after = int(rows.patient.max()) + 1 if len(rows) else 0
-    patient = torch.cat([rows.patient, mine.patient + after])
-    return Rows(torch.cat([rows.x, mine.x]), torch.cat([rows.y, mine.y]), patient, torch.cat([rows.key, mine.key]))
+    return _together(rows, replace(mine, patient=mine.patient + after))
 
 
 # Membership over many trainings ---------------------------------------------------------------------------------------

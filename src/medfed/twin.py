@@ -1,15 +1,16 @@
 """The twin of a study: the same plan through the same code, for an attacker who knows everything but some coins.
 
 The attacker sees every server state and, where noise = "site", each site's row, and knows all records. What a round
-would release without noise is worked out here once more, by torch.func and clipping formulas of its own, so that a bug
-in dpsgd.py cannot hide itself. A twin pays from no ledger: its patients are public, or invented where the study's are
-private.
+would release without noise is worked out here once more, by torch.func (or plain autograd) and clipping formulas of its
+own, so that a bug in dpsgd.py cannot hide itself.
+
+A twin pays from no ledger: its patients are public, or invented where the study's are private.
 
 N records, I patients, R records of one patient, M canaries, P parameters, F features, C outputs, A = 1 + M: no canary,
 and each of them alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from medfed import aggregation as ways
 from medfed import runs
+from medfed.aggregation import Aggregation, Answer
 from medfed.algorithms import Server, Task
 from medfed.core import codec, streams
 from medfed.core.checks import PlanError
@@ -26,7 +29,7 @@ from medfed.core.flat import Layout
 from medfed.data.federated import Rows
 from medfed.data.preprocess import Encoding
 from medfed.engine.inprocess import InProcess
-from medfed.engine.port import Counted, Reply
+from medfed.engine.port import Counted, Fleet, Reply
 from medfed.local import Correction, Descent, sample_loss
 from medfed.models import Dropout
 from medfed.monitor.events import Log
@@ -35,7 +38,7 @@ from medfed.prepare import prepare
 from medfed.privacy.guarantee import Guarantee, asked
 from medfed.round import run_round
 from medfed.site import Site
-from medfed.study import Study
+from medfed.study import Robustness, Study
 from medfed.wire import joint_links
 
 _BLOCK = 1 << 23  # numbers of per-patient gradients held at once
@@ -50,16 +53,29 @@ class Twin:
     sites: Mapping[str, Site]
     rows: Mapping[str, Rows]
     model: nn.Module  # the attacker's own copy
+    aggregation: Aggregation = ways.PLAIN
 
     @classmethod
-    def of(cls, study: Study, data: Path | None, rng: np.random.Generator, encoding: Encoding | None = None) -> "Twin":
-        """Prepare a twin. Raises PlanError where the study claims nothing."""
+    def of(
+        cls,
+        study: Study,
+        data: Path | None,
+        rng: np.random.Generator,
+        encoding: Encoding | None = None,
+        secure: bool = False,
+    ) -> "Twin":
+        """Prepare a twin whose rows come together in the open, or `secure`: as the study says, under keys made for it.
+
+        Nobody lies in a twin, and no rule weighs its rows. Raises PlanError where the study claims nothing.
+        """
         if not asked(study) or study.privacy.simulation_only:
             raise PlanError(
                 "the study claims nothing, so there is nothing to audit. Set privacy.epsilon=1.0 and "
                 "privacy.delta=1e-6, and leave privacy.simulation_only out."
             )
-        study = study.set("security.aggregation", "plain")  # what is opened has no less noise than the twin's sum
+        study = replace(study, robustness=Robustness()).set("security.federation", "")
+        if not secure:
+            study = study.set("security.aggregation", "plain")  # what is opened has no less noise than the twin's sum
         opened = runs.open_sites(study, data)
         fleet = InProcess(opened)
         plan = prepare(opened[0].study, fleet, fleet.sites(), encoding)
@@ -72,7 +88,8 @@ class Twin:
         else:
             rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
             rows = {name: _invented(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
-        return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train())
+        together = ways.introduced(plan, list(sites.values()), "audit") if secure else ways.PLAIN
+        return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
 
 
 def _invented(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
@@ -110,7 +127,9 @@ class Training:
     def __init__(self, twin: Twin) -> None:
         plan = twin.plan
         fresh = joint_links(twin.guarantee, plan.streams.key("noise"))
-        self.twin, self.plan = twin, replace(plan, links=fresh) if plan.joint else plan
+        alone = plan.joint and plan.study.security.aggregation == "plain"  # else sites or aggregators hold the noise
+        self.twin, self.plan = twin, replace(plan, links=fresh) if alone else plan
+        self.heard = _Heard(twin.aggregation)
         self.tap = _Tap(InProcess(list(twin.sites.values())))
         self.server, self.budget = plan.begin(), plan.budget()
         for site in twin.sites.values():
@@ -121,8 +140,22 @@ class Training:
         for name, site in self.twin.sites.items():
             site.train = held[name]
         before, memory = self.server, {name: site.memory for name, site in self.twin.sites.items()}
-        self.server = run_round(before, self.plan, self.tap, self.budget, Log())
+        self.server = run_round(before, self.plan, self.tap, self.budget, Log(), self.heard)
         return Seen(before, self.server, self.tap.reply, memory)
+
+
+class _Heard:
+    """An aggregation that keeps what it opened last, in the links' own units."""
+
+    def __init__(self, inner: Aggregation) -> None:
+        self.inner = inner
+        self.opened_M = torch.empty(0)
+
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+        """Collect, and keep the combined row."""
+        answer = self.inner.collect(plan, fleet, clients, number, payload)
+        self.opened_M = answer.combined_M
+        return answer
 
 
 class _Tap(Counted):
@@ -223,17 +256,37 @@ def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> 
         z_1C = functional_call(model, {**weights, **dict.fromkeys(dropouts, key)}, (x_F[None],))
         return sample_loss(task, z_1C[0], y)
 
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0))
     step_N = streams.subkey(people.key_N, step)
     key_RN = torch.stack([streams.subkey(step_N, n) for n in range(int(people.record_N.max()) + 1)])
     key_N = key_RN.gather(0, people.record_N[None])[0]
-    parts = gradients(dict(layout.pieces(w_P)), people.x_NF, people.y_N, key_N).values()
+    g_NP = _gradients(loss, dict(layout.pieces(w_P)), people.x_NF, people.y_N, key_N)
     g_IP = torch.zeros(len(people.weight_I), len(w_P), dtype=torch.float64)
-    g_IP.index_add_(0, people.patient_N, torch.cat([part.flatten(1) for part in parts], 1).double())
+    g_IP.index_add_(0, people.patient_N, g_NP.double())
     norm_I1 = g_IP.norm(dim=1, keepdim=True)
     bound_I1 = norm_I1 + 0.01 if twin.guarantee.clipping == "automatic" else norm_I1.clamp(min=clip)
     held_IP: Tensor = g_IP / bound_I1 * people.weight_I[:, None]
     return held_IP
+
+
+_Loss = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
+"""(weights, x [F], y, key) -> the loss of one record."""
+
+
+def _gradients(loss: _Loss, weights: dict[str, Tensor], x_NF: Tensor, y_N: Tensor, key_N: Tensor) -> Tensor:
+    """Return each record's gradient [N, P]: by torch.func, or where it cannot by autograd, record by record."""
+    try:
+        parts = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x_NF, y_N, key_N).values()
+        return torch.cat([part.flatten(1) for part in parts], 1)
+    except (RuntimeError, NotImplementedError):  # branches on values, operators without a batching rule
+        return torch.stack([_gradient(loss, weights, *one) for one in zip(x_NF, y_N, key_N, strict=True)])
+
+
+def _gradient(loss: _Loss, weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor) -> Tensor:
+    """Return one record's gradient [P] by autograd alone; a weight that is not used has none."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    found = torch.autograd.grad(loss(leaves, x_F, y, key), list(leaves.values()), allow_unused=True)
+    parts = [torch.zeros_like(w) if g is None else g for g, w in zip(found, leaves.values(), strict=True)]
+    return torch.cat([part.flatten() for part in parts])
 
 
 def unexplained(

@@ -123,7 +123,7 @@ def audit(
     seed: Annotated[int | None, typer.Option(min=0, help="Coins from a seed; default: the operating system.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a twin of a study or run, and compare with the claim; exit code 1 where an attack finds more."""
+    """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds that it is broken."""
     from medfed import audit as audits
     from medfed import study as studies
     from medfed.core.checks import RunError
@@ -140,10 +140,10 @@ def audit(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        table = Table("attack", "claimed", "measured", "verdict", box=None, padding=(0, 1))
+        table = Table("part", "claimed", "measured", "verdict", "power", box=None, padding=(0, 1))
         for part in found["parts"]:
             verdict = {True: "stands", False: "[bold red]BROKEN[/]", None: "cannot tell"}[part["passed"]]
-            table.add_row(part["name"], part["claimed"], part["measured"], verdict)
+            table.add_row(part["name"], part["claimed"], part["measured"], verdict, part["power"])
         console.print(f"[bold]{escape(found['study'])}[/]  a twin's patients: {found['patients']}", highlight=False)
         console.print(table)
         for text in (*(f"{part['name']}: {part['told']}." for part in found["parts"]), found["limits"]):

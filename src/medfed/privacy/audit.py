@@ -26,6 +26,26 @@ _BLOCK = 1 << 14  # columns turned to float64 at once
 _TINY = 1e-300
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of an audit: what is claimed, what was measured, what it would have found.
+
+    `passed` is None where it could not have told.
+    """
+
+    name: str
+    claimed: str
+    measured: str
+    told: str
+    passed: bool | None
+    figures: JSON
+    power: str = "-"
+
+    def to_json(self) -> JSON:
+        """Return every field, the figures beside them."""
+        return {**self.figures, **{name: value for name, value in vars(self).items() if name != "figures"}}
+
+
 # One run: as many coins as canaries (Steinke, Nasr and Jagielski 2023, arXiv:2305.08846)
 
 

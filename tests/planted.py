@@ -1,0 +1,236 @@
+"""Bugs to plant in the code that runs, each by patching it where the real one would sit: for tests and benchmarks.
+
+A bug is a function of a pytest.MonkeyPatch; undo it and the code is whole again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from medfed import aggregation, dpsgd, site, wire
+from medfed.core.entropy import Entropy, Integers, expand
+from medfed.core.types import Task
+from medfed.data.federated import Patients
+from medfed.local import loss_gradient
+from medfed.privacy import guarantee, mechanisms
+
+Patch = pytest.MonkeyPatch
+Bug = Callable[[Patch], None]
+
+_sample = mechanisms.DiscreteGaussian.sample
+
+
+def _sampler(patch: Patch, sample: Callable[[Any, int, Entropy], Any]) -> None:
+    patch.setattr(mechanisms.DiscreteGaussian, "sample", sample)
+
+
+# How much noise
+
+
+def noise_off(patch: Patch) -> None:
+    _sampler(patch, lambda self, count, entropy: np.zeros(count, np.int64))
+
+
+def half_the_noise_in_the_sampler(patch: Patch) -> None:
+    _sampler(patch, lambda self, count, entropy: _sample(mechanisms.DiscreteGaussian(self.sigma / 2), count, entropy))
+
+
+def half_the_noise_in_sigma_units(patch: Patch) -> None:
+    whole = guarantee.Guarantee.sigma_units
+    patch.setattr(guarantee.Guarantee, "sigma_units", lambda self, client="": whole(self, client) / 2)
+
+
+def half_the_noise_in_resolve(patch: Patch) -> None:
+    """Calibrate to half of what the target asks for: everything that is printed follows."""
+    whole = guarantee._noise_for
+    patch.setattr(guarantee, "_noise_for", lambda found, release: whole(found, release) / 2)
+
+
+def twice_the_noise(patch: Patch) -> None:
+    _sampler(patch, lambda self, count, entropy: _sample(mechanisms.DiscreteGaussian(self.sigma * 2), count, entropy))
+
+
+def one_holder_of_many(patch: Patch) -> None:
+    """Let only one of each four parts of the joint noise (three among aggregators) be drawn."""
+    whole = wire.noise_share
+
+    def lazy(every: int) -> Callable[..., Callable[[int], Integers]]:
+        calls = [0]
+
+        def share(promised: Any, holders: int) -> Callable[[int], Integers]:
+            draw = whole(promised, holders)
+
+            def some(count: int) -> Integers:
+                calls[0] += 1
+                drawn = draw(count)
+                return drawn if calls[0] % every == 0 else np.zeros_like(drawn)
+
+            return some
+
+        return share
+
+    patch.setattr(wire, "noise_share", lazy(4))
+    patch.setattr(aggregation, "noise_share", lazy(3))
+
+
+# What kind of noise
+
+
+def one_number_bare(patch: Patch) -> None:
+    def sample(self: Any, count: int, entropy: Entropy) -> Integers:
+        drawn = _sample(self, count, entropy)
+        drawn[:1] = 0
+        return drawn
+
+    _sampler(patch, sample)
+
+
+def floats_for_noise(patch: Patch) -> None:
+    rng = np.random.default_rng()
+    _sampler(patch, lambda self, count, entropy: self.sigma * rng.standard_normal(count))
+
+
+def laplace_for_noise(patch: Patch) -> None:
+    """The right variance, another law."""
+    rng = np.random.default_rng()
+    _sampler(
+        patch, lambda self, count, entropy: np.rint(rng.laplace(0, self.sigma / np.sqrt(2), count)).astype(np.int64)
+    )
+
+
+def noise_reused(patch: Patch) -> None:
+    """Make every round begin the same stream again."""
+    patch.setattr(wire.JointNoise, "_entropy", property(lambda self: Entropy(bytes(32))))
+    patch.setattr(dpsgd, "Entropy", lambda: Entropy(bytes(32)))
+
+
+def counter_reset(patch: Patch) -> None:
+    """One key, and every call for words counts from 0."""
+    patch.setattr(Entropy, "words", lambda self, count: expand(bytes(32), count))
+
+
+def _reused(patch: Patch, sign: Callable[[int], float]) -> None:
+    first: dict[tuple[float, int], Integers] = {}
+    calls = [0]
+
+    def sample(self: Any, count: int, entropy: Entropy) -> Integers:
+        calls[0] += 1
+        kept = first.setdefault((self.sigma, count), _sample(self, count, entropy))
+        return np.rint(sign(calls[0]) * kept).astype(np.int64)
+
+    _sampler(patch, sample)
+
+
+def noise_reused_with_signs(patch: Patch) -> None:
+    rng = np.random.default_rng(0)
+    _reused(patch, lambda call: float(rng.choice([-1, 1])))
+
+
+def noise_reused_scaled(patch: Patch) -> None:
+    """The first vector times a new number in each round: the variance of each coordinate over rounds looks right."""
+    rng = np.random.default_rng(0)
+    _reused(patch, lambda call: float(rng.standard_normal()))
+
+
+def noise_reused_shifted(patch: Patch) -> None:
+    """The first vector, each round one place further."""
+    first: dict[float, Integers] = {}
+    calls = [0]
+
+    def sample(self: Any, count: int, entropy: Entropy) -> Integers:
+        calls[0] += 1
+        return np.roll(first.setdefault(self.sigma, _sample(self, count, entropy)), calls[0])
+
+    _sampler(patch, sample)
+
+
+def one_noise_for_all_sites(patch: Patch) -> None:
+    """Draw once for each four calls: sites of one stack share a vector."""
+    last: dict[float, Integers] = {}
+    calls = [0]
+
+    def sample(self: Any, count: int, entropy: Entropy) -> Integers:
+        if calls[0] % 4 == 0:
+            last[0] = _sample(self, count, entropy)
+        calls[0] += 1
+        return last[0].copy()
+
+    _sampler(patch, sample)
+
+
+# How far one patient moves the sum
+
+
+def clipping_skipped(patch: Patch) -> None:
+    patch.setattr(dpsgd, "clip_factor", lambda kind, clip: torch.ones_like)
+
+
+def clipped_at_five_times(patch: Patch) -> None:
+    whole = dpsgd.clip_factor
+    patch.setattr(dpsgd, "clip_factor", lambda kind, clip: lambda norm: 5 * whole(kind, clip)(norm))
+
+
+def sensitivity_a_fifth(patch: Patch) -> None:
+    whole = guarantee.Guarantee.sensitivity_units
+    patch.setattr(guarantee.Guarantee, "sensitivity_units", lambda self: whole(self) / 5)
+
+
+def clipped_by_record(patch: Patch) -> None:
+    """Take each record for a patient of its own."""
+
+    class ByRecord:
+        @staticmethod
+        def of(clients: Any) -> Patients:
+            return Patients.of([replace(rows, patient=torch.arange(len(rows))) for rows in clients])
+
+    patch.setattr(site, "Patients", ByRecord)
+
+
+def norm_by_cancellation(patch: Patch) -> None:
+    """Take a linear model's norms from products of pairs of records, in float32: near-duplicates cancel to 0."""
+
+    class ByPairs(dpsgd._ByFunc):
+        def __call__(
+            self, weights: list[Tensor], x: Tensor, y: Tensor, step: Any, task: Task, factor: Any
+        ) -> tuple[Tensor, Tensor]:
+            x_ABF = x.flatten(2)
+            z_ABC = x_ABF @ weights[0].transpose(1, 2) + weights[1][:, None]
+            dz_ABC = torch.where(step.valid_AB[..., None], loss_gradient(task, z_ABC, y), 0)
+            place_A = iter(range(len(x)))
+
+            def by_pairs(norm_I: Tensor) -> Tensor:
+                a, R = next(place_A), step.records
+                dz_IRC, x_IRF = dz_ABC[a].unflatten(0, (-1, R)), x_ABF[a].unflatten(0, (-1, R))
+                pairs_IRR = (dz_IRC @ dz_IRC.mT) * (x_IRF @ x_IRF.mT + 1)
+                return factor(pairs_IRR.sum((1, 2)).clamp(min=0).sqrt().to(norm_I.dtype))
+
+            return super().__call__(weights, x, y, step, task, by_pairs)
+
+    patch.setattr(dpsgd, "_summer", lambda model, path: ByPairs(model))
+
+
+NOISE: tuple[Bug, ...] = (
+    noise_off,
+    half_the_noise_in_the_sampler,
+    half_the_noise_in_sigma_units,
+    half_the_noise_in_resolve,
+    twice_the_noise,
+    one_number_bare,
+    floats_for_noise,
+    laplace_for_noise,
+    noise_reused,
+    counter_reset,
+    noise_reused_with_signs,
+    noise_reused_scaled,
+    noise_reused_shifted,
+    sensitivity_a_fifth,
+)
+"""What is wrong with the noise itself."""
+
+SENSITIVITY: tuple[Bug, ...] = (clipping_skipped, clipped_at_five_times, clipped_by_record, norm_by_cancellation)
+"""What lets one patient move more than the noise is for."""
