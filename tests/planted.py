@@ -207,7 +207,8 @@ def norm_by_cancellation(patch: Patch) -> None:
                 a, R = next(place_A), step.records
                 dz_IRC, x_IRF = dz_ABC[a].unflatten(0, (-1, R)), x_ABF[a].unflatten(0, (-1, R))
                 pairs_IRR = (dz_IRC @ dz_IRC.mT) * (x_IRF @ x_IRF.mT + 1)
-                return factor(pairs_IRR.sum((1, 2)).clamp(min=0).sqrt().to(norm_I.dtype))
+                by_pairs_I = pairs_IRR.sum((1, 2)).clamp(min=0).sqrt().to(norm_I.dtype)
+                return factor(torch.where(by_pairs_I.isfinite(), by_pairs_I, norm_I))
 
             return super().__call__(weights, x, y, step, task, by_pairs)
 

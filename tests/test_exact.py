@@ -136,6 +136,8 @@ def test_what_lets_one_patient_move_more_is_found(bug: Bug, epsilon: float, mode
     bug(monkeypatch)
     part = exact.sensitivity(target, rng(0))
     assert part.passed is False and part.figures["moved"] > 2, part.told  # type: ignore[operator]
+    if bug is planted.norm_by_cancellation:
+        assert all(which.startswith("two records") for which in part.figures["beyond"])  # type: ignore[union-attr]
 
 
 def test_sites_that_share_one_noise_are_found(monkeypatch: Patch) -> None:

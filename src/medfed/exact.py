@@ -404,7 +404,7 @@ def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]
 def _moved(
     twin: Twin, site: Site, w_P: Tensor, company: Rows, patients: Sequence[Odd], rng: np.random.Generator
 ) -> list[tuple[Odd, float]]:
-    """Return by how many C each patient moves the site's row; one for whom the site answers nothing moves nothing.
+    """Return by how many C each patient moves the site's row; a site that then refuses tells of the patient: inf.
 
     Patients of one number of records go together: more records of another would be padding to them, and lead the
     code another way.
@@ -424,9 +424,9 @@ def _moved(
 
 
 def _distance(row: np.ndarray | None, without: np.ndarray, twin: Twin) -> float:
-    """Return how far two rows are apart, in C; not finite is infinitely far."""
+    """Return how far two rows are apart, in C; not finite, or refused for one patient's sake, is infinitely far."""
     if row is None:
-        return 0.0
+        return math.inf
     numbers = twin.plan.parameters
     far = float(np.linalg.norm((row - without)[:numbers]))
     if len(row) > numbers and twin.plan.joint:  # adaptive clipping's count: a half at most, and half a step
@@ -464,8 +464,11 @@ def _answers(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list
     header: Mapping[str, float] = {"round": 1}
     if site.guarantee.clipping == "adaptive":
         header = {**header, "clip": site.guarantee.clip}
+    payload = codec.encode(header, {"w": w_P})
     with _muted():
-        replies = handle_many(nodes, "work", codec.encode(header, {"w": w_P}))
+        replies = handle_many(nodes, "work", payload)
+        if any(isinstance(reply, SiteError) for reply in replies):  # one can fail a stack: each by itself, as at its site
+            replies = [handle_many([node], "work", payload)[0] for node in nodes]
     found: list[np.ndarray | None] = []
     for reply in replies:
         if isinstance(reply, SiteError):
