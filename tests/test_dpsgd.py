@@ -13,7 +13,6 @@ from scipy import stats
 from torch import Tensor, nn
 
 from medfed import dpsgd, local, models
-from medfed.core.checks import PlanError
 from medfed.core.flat import fill, trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows, Stack
@@ -200,10 +199,15 @@ def test_without_clipping_and_noise_a_step_is_a_plain_one() -> None:
     assert _agree(private.theta_KP[2], start_KP[2], 1e-6)  # nobody is there: noise alone
 
 
-def test_the_plain_loop_is_refused() -> None:
-    model = _model("mlp")
-    with pytest.raises(PlanError, match=r"training\.path='loop' takes no per-patient gradients.*'auto'"):
-        _sums(model, _cohort(), _guarantee(len(vector(model))), path="loop")
+@pytest.mark.parametrize("records", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_sums_by_torch_func_are_those_of_one_record_at_a_time(name: str, records: int) -> None:
+    for task, clipping in zip(("binary", "multiclass", "regression"), CLIPPINGS, strict=True):
+        model, clients = _model(name, task), _cohort(task, records)
+        guarantee = _guarantee(len(vector(model)), clipping=clipping, clip=0.7)
+        one, other = (_sums(model, clients, guarantee, task, path) for path in ("func", "loop"))
+        assert _agree(one.total_KP, other.total_KP)
+        assert torch.equal(one.below_K, other.below_K)
 
 
 # clients and chunks -------------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dropout of nothing": (lambda: Dropout(0.0), (6,)),
     "flatten": (nn.Flatten, (2, 3)),
     "flatten of one axis": (nn.Flatten, (6,)),
+    "unflatten": (lambda: nn.Unflatten(1, (2, 3)), (6,)),
+    "unflatten the first of two axes": (lambda: nn.Unflatten(1, (2, 3)), (6, 4)),
     "identity": (nn.Identity, (2, 3)),
 }
 
@@ -472,7 +474,7 @@ def test_a_patients_nan_is_noticed_where_a_weight_of_zero_would_spread_it() -> N
     x, params, key_AB, weight = _patients(model, (6,), 1)
     x[0, 1, 2] = float("nan")
     norm, targets = _clipped(model, x, params, key_AB, torch.ones(K, N, 1, dtype=torch.float64), 1, weight)
-    assert norm.isnan().nonzero().tolist() == [[0, 1]]
+    assert norm.isinf().nonzero().tolist() == [[0, 1]]
     assert all(t.isfinite().all() for t in targets)
     ruled = RuledModel(model)
     ruled.forward(x, params, key_AB)
@@ -480,31 +482,48 @@ def test_a_patients_nan_is_noticed_where_a_weight_of_zero_would_spread_it() -> N
     assert targets[0][0].isnan().any()
 
 
-@pytest.mark.parametrize("shape", [(5, 40, 30), (9, 40, 30), (3, 4, 6)])
+@pytest.mark.parametrize("shape", [(1, 40, 30), (5, 40, 30), (9, 40, 30), (3, 4, 6), (7, 4, 6)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_both_ways_to_the_norm_of_many_records_agree(shape: tuple[int, int, int], bias: bool) -> None:
+def test_a_basis_has_the_gradients_norm_and_sum(shape: tuple[int, int, int], bias: bool) -> None:
     S, inputs, outputs = shape
     torch.manual_seed(0)
     rule = LinearRule(nn.Linear(inputs, outputs, bias=bias))
     rule.slots = torch.Size((K, S * N))
     rule.x = torch.randn(K, S * N, inputs, dtype=torch.float64)
     rule.dy = torch.randn(K, S * N, outputs, dtype=torch.float64)
+    rule.x[0, :S] = rule.x[0, :1]  # copies: a basis of one
     gradients = [rule._product(rule.dy, rule.x, K * N), rule._total(rule.dy, K * N)][: 1 + bias]
-    square = sum(g.flatten(1).square().sum(1) for g in gradients)
-    assert torch.allclose(rule._square_norms_by_pairs(K * N), torch.as_tensor(square), rtol=1e-12)
+    square = torch.as_tensor(sum(g.flatten(1).square().sum(1) for g in gradients))
+    weight = torch.rand(K, N, dtype=torch.float64)
+    assert torch.allclose(rule._square_norms_in_basis(K, N).view(-1), square, rtol=1e-12)
+    targets = [torch.empty(K, *g.shape[1:], dtype=torch.float64) for g in gradients]
+    rule.accumulate(targets, 0, 1, weight.repeat_interleave(S, 1))
+    for target, g in zip(targets, gradients, strict=True):
+        assert torch.allclose(target, torch.einsum("an,an...->a...", weight, g.view(K, N, *g.shape[1:])), rtol=1e-11)
 
 
-def test_norms_that_cancel_are_never_below_zero() -> None:
-    """Two records that undo one another: in float32 the sum of pairs would be anything near 1e-7 of its terms."""
+def test_records_that_undo_one_another_leave_everybody_elses_part_in_place() -> None:
+    """The norm of their sum is zero, that of each is huge: summed part by part they would swallow the others."""
     torch.manual_seed(0)
     model = nn.Linear(40, 30)
-    x = torch.randn(1, N, 1, 40).expand(-1, -1, 2, -1).reshape(1, 2 * N, 40)
+    x = torch.randn(1, N, 1, 40).expand(-1, -1, 2, -1).clone()
     dz = torch.randn(1, N, 1, 30) * torch.tensor([1.0, -1.0])[:, None]
+    dz[:, 0] *= 1e25
+    dz[:, 1:, 1] = 0
     params = [torch.randn(1, *p.shape) for p in model.parameters()]
-    zero = torch.zeros(1, N)
-    norm, _ = _clipped(model, x, params, torch.zeros(1, 2 * N, dtype=torch.int64), dz.reshape(1, 2 * N, 30), 2, zero)
-    assert float(norm.max()) < 1e-5
-    assert not norm.isnan().any()
+    key = torch.zeros(1, 2 * N, dtype=torch.int64)
+
+    def total(dz: Tensor) -> tuple[Tensor, Tensor]:
+        ruled = RuledModel(model)
+        ruled.forward(x.reshape(1, 2 * N, 40), params, key)
+        targets = [torch.empty_like(p, dtype=torch.float64) for p in params]
+        norm = ruled.clipped_backward(dz.reshape(1, 2 * N, 30), params, targets, 2, lambda n: 1 / (n + 0.01))
+        return norm, torch.cat([t.flatten() for t in targets])
+
+    absent = dz.clone()
+    absent[:, 0] = 0
+    (norm, found), (_, expected) = total(dz), total(absent)
+    assert not norm.isnan().any() and float((found - expected).norm()) < 1e-9
 
 
 def test_rows_that_a_patient_reads_twice_add_before_they_are_squared() -> None:
@@ -647,6 +666,7 @@ def _without_rules() -> Iterator[tuple[str, nn.Module]]:
     yield "a layer that inherits", nn.Sequential(Doubled(4, 4))
     yield "a list", nn.ModuleList([nn.Linear(4, 4)])
     yield "flatten of other axes", nn.Sequential(nn.Flatten(2), nn.Linear(4, 4))
+    yield "unflatten of another axis", nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Linear(2, 4))
     yield "flatten of some axes", nn.Sequential(nn.Flatten(1, 2), nn.Linear(4, 4))
     yield "a layer used twice", nn.Sequential(shared, nn.ReLU(), shared)
     yield "a norm used twice", nn.Sequential(norm, nn.Linear(4, 4), norm)

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Comparison:
         """Return an algorithm's runs, by seed."""
         return sorted((run for run in self.runs if run.algorithm == algorithm), key=lambda run: run.seed)
 
-    @property
+    @cached_property
     def target(self) -> float:
         """The score that rounds are counted to: 99 % of the best algorithm's mean final one."""
         return TARGET * max(statistics.mean(run.curve_T[-1] for run in self.of(a)) for a in self.algorithms)

@@ -4,12 +4,18 @@ A patient's gradient is the sum over its records. It is held to norm C, patients
 integer grid, where noise is added: at the site after every step (`train`), or jointly on the sum of all sites (`sums`,
 one step a round). Nobody divides by what was drawn: declared sizes are public constants.
 
-Two paths, one meaning: `rules` takes norms and one weighted product a layer (layers.py); `func` maps torch.func's
-gradient over the patients and serves any module; tests hold the first to the second.
+Three paths, one meaning: `rules` takes norms and one weighted product a layer (layers.py); `func` maps torch.func's
+gradient over the records; `loop` is autograd on one record at a time, serves any module, and is what probe.py and tests
+hold the others to.
+
+A patient's gradient has the same bits whoever else is in the batch: else one more patient would move what others add,
+without bound where their own records cancel. So slots come in whole eights, many enough for one kind of product, and
+`func` works in blocks of one size.
 
 K clients, A of them in a chunk, I patients of a step (padded), R records a patient (padded), P parameters.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,21 +23,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
-from medfed.core.checks import PlanError
 from medfed.core.entropy import Entropy
-from medfed.core.flat import Layout
+from medfed.core.flat import Layout, trained
 from medfed.core.types import Task
 from medfed.data.federated import Patients
-from medfed.layers import RuledModel, has_rules
-from medfed.local import Correction, Descent, LocalPlan, LocalResult, Path, loss_gradient, on_threads, sample_loss
+from medfed.layers import CANCELLATION, LARGEST, RuledModel, has_rules
+from medfed.local import (
+    Correction,
+    Descent,
+    LocalPlan,
+    LocalResult,
+    Path,
+    drawing,
+    loss_gradient,
+    on_threads,
+    sample_loss,
+)
 from medfed.models import Dropout
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
 
 _AUTOMATIC = 0.01  # gamma of Bu et al. 2022: keeps the direction of small gradients finite
 _CHUNK_BYTES = 8 << 20
+_FEWEST, _MULTIPLE = 64, 8  # slots of a client: a product of fewer, or of an odd number, adds up in another order
+_BLOCK = 32  # records of which torch.func takes gradients at once
 
 Factor = Callable[[Tensor], Tensor]
 """Norms [A, I] -> what each patient's gradient is multiplied by, so that it comes to at most 1 (the unit is C)."""
@@ -171,8 +189,6 @@ def _drops(model: nn.Module) -> bool:
 
 
 def _path(model: nn.Module, path: Path) -> Path:
-    if path == "loop":
-        raise PlanError("training.path='loop' takes no per-patient gradients; under a privacy claim set it to 'auto'")
     return ("rules" if has_rules(model) else "func") if path == "auto" else path
 
 
@@ -206,7 +222,7 @@ def _step(
     Which units are dropped for a patient is a function of the patient and the step, not of the slot it lies in; where
     nothing is dropped (not `random`), no streams are made.
     """
-    size_A1, wide = patients.size_K[:, None], max(1, int(patients.size_K.max()))
+    R, size_A1, wide = patients.records, patients.size_K[:, None], max(1, int(patients.size_K.max()))
     place_AI = torch.arange(wide).expand(len(members), -1)
     there_AI = place_AI < size_A1
     probability_A1 = torch.tensor([r.probability for r in releases], dtype=torch.float64)[:, None]
@@ -217,11 +233,13 @@ def _step(
         cap_A1 = torch.tensor([r.cap or wide for r in releases])[:, None]
         taken_A1 = torch.minimum(taken_A1, cap_A1)  # the lowest coins stay: a random subset
         width = max(1, int(taken_A1.max()))
-        place_AI = rank_AI.argsort(1)[:, :width] if width < wide else rank_AI.argsort(1)
+        place_AI = rank_AI.argsort(1)[:, :width]
         there_AI = torch.arange(width) < taken_A1
+    empty = _width(place_AI.shape[1], R, releases) - place_AI.shape[1]
+    place_AI, there_AI = F.pad(place_AI, (0, empty), value=wide), F.pad(there_AI, (0, empty))
     patient_AI = patients.offset_K[:, None] + torch.minimum(place_AI, (size_A1 - 1).clamp(min=0))
     patient_AI = patient_AI.clamp(max=len(patients.first_I) - 1)
-    first_AI, R = patients.first_I[patient_AI], patients.records
+    first_AI = patients.first_I[patient_AI]
     key_AI = streams.subkey(patients.key_I[patient_AI] ^ key_A[:, None], t) if random else first_AI
     if R == 1:  # as record 0 of several: one patient with more records must not change the others' streams
         return Step(first_AI, there_AI, streams.subkey(key_AI, 0) if random else key_AI, 1)
@@ -232,16 +250,31 @@ def _step(
     return Step(row_AIR.flatten(1), valid_AIR.flatten(1), key_AIR.flatten(1), R)
 
 
+def _width(patients: int, records: int, releases: Sequence[Release]) -> int:
+    """Return for how many patients there are slots: at least _FEWEST slots, in multiples, but for lone devices."""
+    if patients * records == 1 and all(release.size == 1 for release in releases):
+        return 1
+    slots = max(_FEWEST, patients * records)
+    step = _MULTIPLE // math.gcd(_MULTIPLE, records)
+    return -(-slots // (records * step)) * step
+
+
 def _chunks(patients: Patients, parameters: int, guarantee: Guarantee, names: Sequence[str]) -> list[Tensor]:
-    """Cut the clients into chunks that fit the cache, clients of one number of steps and like sizes together."""
-    steps = [guarantee.releases[name].steps for name in names]
-    order = sorted(range(len(names)), key=lambda k: (steps[k], -int(patients.size_K[k])))
+    """Cut the clients into chunks that fit the cache, clients of one number of steps and like sizes together.
+
+    Clients that declare one patient and have one record stay among themselves: see `_width`.
+    """
+    steps, sizes = [guarantee.releases[name].steps for name in names], patients.size_K.tolist()
+    slots = (patients.size_K * patients.records_K).tolist()
+    lone = [guarantee.releases[name].size == 1 and slots[k] <= 1 for k, name in enumerate(names)]
+    kinds = list(zip(steps, lone, strict=True))
+    order = sorted(range(len(names)), key=lambda k: (kinds[k], -sizes[k]))
     row = int(np.prod(patients.x_NF.shape[1:])) * patients.records
     chunks: list[list[int]] = []
     for k in order:
-        widest = max(1, int(patients.size_K[chunks[-1][0]])) if chunks else 0
+        widest = max(1, sizes[chunks[-1][0]]) if chunks else 0
         each = 4 * (3 * parameters + 4 * row * widest)
-        full = not chunks or steps[chunks[-1][0]] != steps[k] or (len(chunks[-1]) + 1) * each > _CHUNK_BYTES
+        full = not chunks or kinds[chunks[-1][0]] != kinds[k] or (len(chunks[-1]) + 1) * each > _CHUNK_BYTES
         if full:
             chunks.append([])
         chunks[-1].append(k)
@@ -255,9 +288,12 @@ _Summed = Callable[[list[Tensor], Tensor, Tensor, Step, Task, Factor], tuple[Ten
 
 
 def _summer(model: nn.Module, path: Path) -> _Summed:
-    if path == "rules":
-        return _ByRules(model)
-    return _ByFunc(model)
+    match path:
+        case "rules":
+            return _ByRules(model)
+        case "func":
+            return _ByFunc(model)
+    return _ByLoop(model)
 
 
 def _clipped(
@@ -292,7 +328,7 @@ class _ByRules:
 
 
 class _ByFunc:
-    """torch.func's gradient of each patient, one client after another."""
+    """torch.func's gradient of each record, in blocks of one size, one client after another."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.names = model, list(Layout.of(model).shapes)
@@ -301,28 +337,88 @@ class _ByFunc:
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
     ) -> tuple[Tensor, Tensor]:
-        R = step.records
+        def loss(named: dict[str, Tensor], row: Tensor, target: Tensor, key: Tensor) -> Tensor:
+            state = {**named, **dict.fromkeys(self.dropouts, key)}
+            return sample_loss(task, functional_call(self.model, state, (row[None],))[0], target)
 
-        def loss(named: dict[str, Tensor], x_R: Tensor, y_R: Tensor, valid_R: Tensor, key_R: Tensor) -> Tensor:
-            def output(row: Tensor, key: Tensor) -> Tensor:
-                state = {**named, **dict.fromkeys(self.dropouts, key)}
-                return functional_call(self.model, state, (row[None],))[0]  # type: ignore[no-any-return]
+        gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0), randomness="error")
+        block = 1 if x.shape[1] == 1 else _BLOCK
 
-            z_R = vmap(output)(x_R, key_R)
-            return torch.where(valid_R, sample_loss(task, z_R, y_R), 0).sum()
-
-        gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
-        totals, norms = [], []
-        for a in range(len(x)):
+        def records(a: int, slots: Tensor) -> Tensor:
             named = {name: w[a] for name, w in zip(self.names, weights, strict=True)}
-            parts = [v[a].reshape(-1, R, *v.shape[2:]) for v in (x, y, step.valid_AB, step.key_AB)]
-            g_IP = [g.flatten(1).double() for g in gradient(named, *parts).values()]
-            norm_I = torch.stack([g.square().sum(1) for g in g_IP]).sum(0).sqrt()
-            good_I = torch.isfinite(norm_I)
-            weight_I = torch.where(good_I, factor(norm_I), 0)
-            totals.append(torch.cat([weight_I @ torch.where(good_I[:, None], g, 0) for g in g_IP]))
-            norms.append(norm_I)
-        return torch.stack(totals), torch.stack(norms)
+            filled = F.pad(slots, (0, -len(slots) % block), value=int(slots[0]))
+            parts = [
+                torch.cat(
+                    [g.flatten(1) for g in gradient(named, x[a, own], y[a, own], step.key_AB[a, own]).values()], 1
+                )
+                for own in filled.split(block)
+            ]
+            return torch.cat(parts)[: len(slots)]
+
+        return _each_patient(records, weights, step, factor, max(1, block // step.records))
+
+
+class _ByLoop:
+    """Autograd on one record at a time, the module being called as it is: hooks, random numbers and all.
+
+    What the module draws comes from the record's stream.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
+    ) -> tuple[Tensor, Tensor]:
+        parameters = list(trained(self.model).values())
+
+        def gradient(a: int, slot: int) -> Tensor:
+            with drawing(self.model, step.key_AB[a, slot]):
+                z_1C = self.model(x[a, slot : slot + 1].clone())
+            for parameter in parameters:
+                parameter.grad = None
+            torch.autograd.backward(sample_loss(task, z_1C, y[a, slot : slot + 1]).sum())
+            return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+
+        def records(a: int, slots: Tensor) -> Tensor:
+            with torch.no_grad():
+                for parameter, w in zip(parameters, weights, strict=True):
+                    parameter.copy_(w[a])
+            return torch.stack([gradient(a, slot) for slot in slots.tolist()])
+
+        return _each_patient(records, weights, step, factor, 1)
+
+
+def _each_patient(
+    records: Callable[[int, Tensor], Tensor], weights: list[Tensor], step: Step, factor: Factor, together: int
+) -> tuple[Tensor, Tensor]:
+    """Sum records' gradients to patients', hold these to the norm, sum them: in float64, so many patients `together`.
+
+    `records` returns the gradients [S, P] of some filled slots of client a.
+    """
+    (A, B), R = step.row_AB.shape, step.records
+    total_AP = torch.zeros(A, sum(w[0].numel() for w in weights), dtype=torch.float64)
+    norm_AI = torch.zeros(A, B // R, dtype=torch.float64)
+    for a in range(A):
+        for first in range(0, B, together * R):
+            slots = step.valid_AB[a, first : first + together * R].nonzero()[:, 0] + first
+            if len(slots):
+                g_SP, own_S = records(a, slots).double(), slots // R
+                total_AP[a] += _clip_each(g_SP, own_S, factor, norm_AI[a])
+    return total_AP, norm_AI
+
+
+def _clip_each(g_SP: Tensor, own_S: Tensor, factor: Factor, norm_I: Tensor) -> Tensor:
+    """Return the sum [P] of some patients' clipped gradients, and write their norms into `norm_I`."""
+    mine, place_S = own_S.unique(return_inverse=True)
+    g_JP = torch.zeros(len(mine), g_SP.shape[1], dtype=torch.float64).index_add_(0, place_S, g_SP)
+    mass_J = torch.zeros(len(mine), dtype=torch.float64).index_add_(0, place_S, g_SP.norm(dim=1))
+    norm_J = torch.maximum(g_JP.norm(dim=1), CANCELLATION * mass_J)
+
+    gone_J = ~(norm_J <= LARGEST)
+    norm_J = torch.where(gone_J, torch.inf, norm_J)
+    norm_I[mine] = norm_J
+    return torch.where(gone_J, 0, factor(norm_J)) @ torch.where(gone_J[:, None], 0, g_JP)
 
 
 # Noise at the site --------------------------------------------------------------------------------------------------

@@ -11,6 +11,11 @@ Because the last is separate, plain SGD writes its step straight into the weight
 gradient is the same call with beta = 0, and a sum of clipped gradients is the same call with a weight per patient: one
 backward pass, norms, one weighted product a layer (book-keeping: Bu et al. 2022, arXiv:2210.00038).
 
+What is summed is what was measured. A patient's records may cancel: a norm worked out from products of pairs is then
+near zero while each record's part is huge, and a weighted sum of the parts is not bounded by weight times norm, nor
+does it leave the other patients' parts in place. So parts of several slots are brought into a form whose own size is
+the norm (an orthonormal basis, or the gradient itself), and that form is both measured and summed.
+
 K clients, B batch (padded), I inputs, O outputs of a layer. Under clipping a batch is N patients of R records each, in
 neighbouring slots, and a patient's gradient is a sum over its S records and positions. Buffers are made once for K
 clients; a step that only the first A clients still take uses their first A entries.
@@ -19,7 +24,7 @@ clients; a step that only the first A clients still take uses their first A entr
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
-from math import isfinite, prod
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +34,18 @@ from medfed.core import streams
 from medfed.models import Dropout, Embedding, Series
 
 _aten: Any = torch.ops.aten
+
+LARGEST = 2.0**100
+"""A norm above it counts as not finite: a weight of 1 / norm would be subnormal in float32, and no longer exact."""
+
+_COLUMNS, _COLUMN = 16, 7  # columns of a product that are enough, and rows that are for a single column
+
+CANCELLATION = 2.0**-20
+"""Least norm of a patient's gradient, as a share of the sum of its records' norms, that clipping tells apart from 0.
+
+Rounding in float64 moves what cancels further by up to 2^-53 S of that sum, in a direction that may follow from how
+slots are laid out; held to this floor, by 2^-33 S of the clip at most.
+"""
 
 
 class Buffers:
@@ -57,6 +74,8 @@ class Rule(ABC):
     names: tuple[str, ...] = ()  # the parameters, in the order of `named_parameters()`
     remembered: ClassVar[tuple[str, ...]] = ()  # by `backward`: tensors that begin with clients and slots
     gradients: Sequence[Tensor] = ()  # [A, N, *shape] of each parameter, where `square_norms` had to make them
+    basis: Sequence[Tensor] = ()  # other factors of the gradients, [A, N, S, .], where `square_norms` had to make those
+    mass_AN: Tensor | None = None  # the sum of a patient's records' norms, where records may cancel
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.buffers = layer, Buffers()
@@ -72,7 +91,7 @@ class Rule(ABC):
     def square_norms(self, records: int) -> Tensor | None:
         """Return |gradient|^2 [A, N] (float64) of each patient's `records` neighbouring slots; None without parameters.
 
-        A patient whose gradient is not finite has a norm that is not finite.
+        A patient whose gradient is not finite has a norm that is not finite. With several records, `mass_AN` is set.
         """
         return None
 
@@ -95,10 +114,20 @@ class Rule(ABC):
         for name in self.remembered:
             setattr(self, name, without(getattr(self, name)))
         self.gradients = [without(g) for g in self.gradients]
+        self.basis = [without(part) for part in self.basis]
 
-    def _remember_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Keep gradients [A, N, *shape] for `accumulate`, in float64; return their squared norms [A, N]."""
-        self.gradients = [self._wide(f"gradient {i}", g, torch.float64) for i, g in enumerate(gradients)]
+    def _remember_gradients(self, gradients: Sequence[Tensor], records: int) -> Tensor:
+        """Keep gradients [A, N, *shape], summed over records [A, N * records, *shape]; return their squares [A, N].
+
+        Sums over records are taken in float64, as records may cancel.
+        """
+        wide = [self._wide(f"gradient {i}", g, torch.float64) for i, g in enumerate(gradients)]
+        if records == 1:
+            self.gradients = wide
+            return _sum([_square(g.flatten(2)) for g in wide])
+        each_AB = _sum([_square(g.flatten(2)) for g in wide]).sqrt_()
+        self.mass_AN = each_AB.view(len(each_AB), -1, records).sum(2)
+        self.gradients = [g.view(len(g), -1, records, *g.shape[2:]).sum(2) for g in wide]
         return _sum([_square(g.flatten(2)) for g in self.gradients])
 
     def _accumulate_gradients(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor) -> None:
@@ -128,53 +157,94 @@ class LinearRule(Rule):
         self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        weight = params[0]  # [A, O, I]
         self.slots, self.x = x.shape[:2], _rows(x)
-        y = self.buffers.take("y", (*self.x.shape[:2], weight.shape[1]), x.dtype)
-        if len(params) == 2:
-            torch.baddbmm(params[1].unsqueeze(1), self.x, weight.mT, out=y)
-        else:
-            torch.bmm(self.x, weight.mT, out=y)
+        bias = params[1].unsqueeze(1) if len(params) == 2 else None
+        y = self._times("y", self.x, params[0].mT, bias)
         return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy, self.gradients = _rows(dy), ()
+        self.dy, self.gradients, self.basis, self.mass_AN = _rows(dy), (), (), None
         if first:
             return dy
-        dx = self.buffers.take("dx", self.x.shape, dy.dtype)
-        torch.bmm(self.dy, params[0], out=dx)
+        dx = self._times("dx", self.dy, params[0])
         return dx if dy.dim() == 3 else dx.view(*dy.shape[:-1], -1)
 
+    def _times(self, name: str, x: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x [A, S, I] times `right` [A, I, N], plus bias [A, 1, N]; a row's bits do not depend on its place.
+
+        They would with few columns, and are then taken of more. Seen with MKL on AVX2 and AVX-512; probe.py looks.
+        """
+        inputs, outputs = right.shape[1:]
+        width = outputs if outputs >= _COLUMNS or (outputs == 1 and inputs >= _COLUMN) else _COLUMNS
+        y = self.buffers.take(name, (*x.shape[:2], width), x.dtype)
+        if width > outputs:
+            right = nn.functional.pad(right, (0, width - outputs))
+            bias = None if bias is None else nn.functional.pad(bias, (0, width - outputs))
+        if bias is None:
+            torch.bmm(x, right, out=y)
+        else:
+            torch.baddbmm(bias, x, right, out=y)
+        return (
+            y
+            if width == outputs
+            else self.buffers.take(f"{name} cut", (*x.shape[:2], outputs), x.dtype).copy_(y[..., :outputs])
+        )
+
     def square_norms(self, records: int) -> Tensor:
-        """One slot: |dy|^2 (|x|^2 + 1). S of them: the cheaper of products of pairs and the gradients themselves."""
+        """One slot: |dy|^2 (|x|^2 + 1). S of them: of their basis, or of the gradients where those are smaller."""
         x, dy = self.x, self.dy
         if records == 1 and x.shape[:2] == self.slots:
             dy2, x2 = _square(dy), _square(x)
             return dy2.addcmul_(dy2, x2) if len(self.names) == 2 else dy2.mul_(x2)
-        A, N = self.slots[0], self.slots[1] // records
-        S, (inputs, outputs) = x.shape[0] * x.shape[1] // (A * N), (x.shape[-1], dy.shape[-1])
-        if S * (inputs + outputs) < inputs * outputs:
-            return self._square_norms_by_pairs(A * N).view(A, N)
-        gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
-        return self._remember_gradients([g.view(A, N, *g.shape[1:]) for g in gradients])
+        A, B = self.slots
+        positions = x.shape[0] * x.shape[1] // (A * B)
+        inputs, outputs = x.shape[-1], dy.shape[-1]
+        slots = positions if positions > 1 else records  # which way must not follow from other patients' records
+        if slots * (inputs + outputs) < inputs * outputs:
+            return self._square_norms_in_basis(A, B // records)
+        if positions == 1:  # products of two float32 numbers are exact
+            x, dy = x.double(), dy.double()
+        gradients = [self._product(dy, x, A * B), self._total(dy, A * B)][: len(self.names)]
+        return self._remember_gradients([g.view(A, B, *g.shape[1:]) for g in gradients], records)
 
-    def _square_norms_by_pairs(self, patients: int) -> Tensor:
-        """Return sum over s, s' of (dy_s . dy_s') (x_s . x_s' + 1); float64, as terms cancel."""
-        x, dy = (t.reshape(patients, -1, t.shape[-1]).double() for t in (self.x, self.dy))
-        pairs = torch.bmm(x, x.mT)
+    def _square_norms_in_basis(self, A: int, N: int) -> Tensor:
+        """Write each patient's sum of dy_s (x_s, 1)^T over its S slots as a sum over an orthonormal basis of (x_s, 1).
+
+        x = R^T Q^T with Q^T Q = 1, so the gradient is (R dy)^T Q^T: its norm is that of R dy, and no term of the sum
+        is larger. What is remembered is R dy and Q^T, in float64, in place of dy and x.
+        """
+        x, dy = (t.reshape(A * N, -1, t.shape[-1]).double() for t in (self.x, self.dy))
         if len(self.names) == 2:
-            pairs.add_(1)
-        return pairs.mul_(torch.bmm(dy, dy.mT)).sum((1, 2)).clamp_(min=0)
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+        self.mass_AN = (_square(x).sqrt_() * _square(dy).sqrt_()).sum(1).view(A, N)
+        known = self.mass_AN.isfinite().view(-1, 1, 1)
+        x, dy = torch.where(known, x, 0), torch.where(known, dy, 0)
+        q, r = torch.linalg.qr(x.mT)
+        self.basis = [torch.bmm(r, dy).view(A, N, -1, dy.shape[-1]), q.mT.reshape(A, N, -1, x.shape[-1])]
+        square_AN = _square(self.basis[0].flatten(2))
+        return torch.where(known.view(A, N), square_AN, torch.nan)
 
     def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
         x, dy = self.x, self.dy
         if weight_AB is not None:
+            if self.basis:
+                return self._accumulate_basis(targets, beta, alpha, weight_AB)
             if self.gradients:
                 return self._accumulate_gradients(targets, beta, alpha, weight_AB)
             x, dy = self._wide("x wide", x, weight_AB.dtype), self._weighted(dy, weight_AB)
         self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
             _blend(targets[1], self._total(dy, targets[1].shape[0]), beta, alpha)
+
+    def _accumulate_basis(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor) -> None:
+        """Do what `accumulate` does, from what `_square_norms_in_basis` made."""
+        dy, q = self.basis
+        weight_AN11 = weight_AB[:, :: weight_AB.shape[1] // dy.shape[1]].double()[..., None, None]
+        total = torch.bmm((dy * weight_AN11).flatten(1, 2).mT, q.flatten(1, 2))
+        inputs = self.x.shape[-1]
+        _blend(targets[0], total[..., :inputs].reshape(targets[0].shape), beta, alpha)
+        if len(targets) == 2:
+            _blend(targets[1], total[..., inputs], beta, alpha)
 
     def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
         """Blend the sum of dy_s x_s^T over a client's slots into the target [A, O, I]."""
@@ -221,7 +291,8 @@ class ConvRule(LinearRule):
         return y.view(*self.slots, -1, *sizes)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy, self.gradients = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, ()
+        self.dy, self.gradients, self.basis = dy.reshape(prod(self.slots), dy.shape[2], -1).mT, (), ()
+        self.mass_AN = None
         if first:
             return dy
         flat = self.buffers.take("dpatches", self.x.mT.shape, dy.dtype)
@@ -281,25 +352,40 @@ class EmbeddingRule(Rule):
         return y.view(*x.shape, width)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy = dy.reshape(*self.index.shape, -1)
+        self.dy, self.mass_AN = dy.reshape(*self.index.shape, -1), None
         return dy if first else dy.new_zeros(self.shape)
 
     def square_norms(self, records: int) -> Tensor:
-        A, N = self.shape[0], self.shape[1] // records
+        """Sum in float64 what a patient's slots and positions add to each row, and keep those sums."""
+        A, N, self.records = self.shape[0], self.shape[1] // records, records
         patient = torch.arange(A * N)[:, None]
         own = (patient * self.rows + self.index.reshape(A * N, -1)).view(-1)
-        place, group = torch.unique(own, return_inverse=True)
+        self.place, group = torch.unique(own, return_inverse=True)
         width = self.dy.shape[-1]
-        summed = torch.zeros(len(place), width, dtype=torch.float64)
-        summed.index_add_(0, group, self.dy.reshape(-1, width).double())
+        each = self.dy.reshape(-1, width).double()
+        self.summed = torch.zeros(len(self.place), width, dtype=torch.float64).index_add_(0, group, each)
+        owner = self.place // self.rows
+        if records > 1:
+            mass = torch.zeros(len(self.place), dtype=torch.float64).index_add_(0, group, _square(each).sqrt_())
+            self.mass_AN = torch.zeros(A * N, dtype=torch.float64).index_add_(0, owner, mass).view(A, N)
         square = torch.zeros(A * N, dtype=torch.float64)
-        return square.index_add_(0, place // self.rows, summed.square_().sum(1)).view(A, N)
+        return square.index_add_(0, owner, self.summed.square().sum(1)).view(A, N)
+
+    def forget(self, patient_AN: Tensor) -> None:
+        super().forget(patient_AN)
+        self.summed = torch.where(patient_AN.reshape(-1)[self.place // self.rows, None], 0, self.summed)
 
     def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
-        dy = self.dy if weight_AB is None else self._weighted(self.dy, weight_AB)
-        width = dy.shape[-1]
-        total = dy.new_zeros(len(dy) * self.rows, width)
-        total.index_add_(0, (self.index + self.rows * torch.arange(len(dy))[:, None]).view(-1), dy.reshape(-1, width))
+        A = self.shape[0]
+        if weight_AB is None:
+            each = self.dy.reshape(-1, self.dy.shape[-1])
+            row = (self.index + self.rows * torch.arange(A)[:, None]).view(-1)
+        else:
+            owner = self.place // self.rows
+            N = weight_AB.shape[1] // self.records
+            each = self.summed * weight_AB[:, :: self.records].reshape(-1)[owner, None].double()
+            row = owner // N * self.rows + self.place % self.rows
+        total = each.new_zeros(A * self.rows, each.shape[-1]).index_add_(0, row, each)
         _blend(targets[0], total.view(targets[0].shape), beta, alpha)
 
 
@@ -331,7 +417,7 @@ class NormRule(Rule):
         return y.add_(self._spread(params[1], x)) if len(params) == 2 else y
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        self.dy, self.gradients = dy, ()
+        self.dy, self.gradients, self.mass_AN = dy, (), None
         if first:
             return dy
         if not params:
@@ -342,9 +428,9 @@ class NormRule(Rule):
     def square_norms(self, records: int) -> Tensor | None:
         if not self.names:
             return None
-        A, N = self.dy.shape[0], self.dy.shape[1] // records
-        gathered = [self._gather(part.reshape(A * N, records, *part.shape[2:])) for part in self._parts()]
-        return self._remember_gradients([g.view(A, N, *g.shape[1:]) for g in gathered])
+        A, B = self.dy.shape[:2]
+        gathered = [self._gather(part.reshape(A * B, 1, *part.shape[2:])) for part in self._parts()]
+        return self._remember_gradients([g.view(A, B, *g.shape[1:]) for g in gathered], records)
 
     def accumulate(self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None) -> None:
         if weight_AB is not None:
@@ -434,12 +520,14 @@ class DropoutRule(Rule):
 
 
 class ShapeRule(Rule):
-    """Flatten from a sample's first axis on, cut a sample into series, or do nothing (Identity)."""
+    """Flatten from a sample's first axis on, cut a sample into series or pictures, or do nothing (Identity)."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.shape = x.shape
         if isinstance(self.layer, Series):
             return x.view(*x.shape[:2], self.layer.channels, -1)
+        if isinstance(self.layer, nn.Unflatten):
+            return x.reshape(*x.shape[:2], *self.layer.unflattened_size, *x.shape[3:])
         return x.flatten(2) if isinstance(self.layer, nn.Flatten) else x
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
@@ -516,6 +604,7 @@ RULES: dict[type[nn.Module], type[Rule]] = {
     nn.GroupNorm: GroupNormRule,
     Dropout: DropoutRule,
     nn.Flatten: ShapeRule,
+    nn.Unflatten: ShapeRule,
     nn.Identity: ShapeRule,
     Series: ShapeRule,
     nn.AvgPool1d: PoolRule,
@@ -536,7 +625,7 @@ class RuledModel:
         self.rules = [RULES[type(layer)](layer) for layer in _leaves(module)]
         self.random = any(isinstance(rule, DropoutRule) for rule in self.rules)
         self.one_slot = not any(
-            isinstance(rule.layer, nn.Conv1d | nn.Conv2d | Embedding | Series) for rule in self.rules
+            isinstance(rule.layer, nn.Conv1d | nn.Conv2d | Embedding | Series | nn.Unflatten) for rule in self.rules
         )
         ends = [0]
         for rule in self.rules:
@@ -573,17 +662,23 @@ class RuledModel:
         """Set each target [A, *shape] to the sum over patients of factor(norm) * gradient; return the norms [A, N].
 
         Patient n of a client owns slots n * records .. (n + 1) * records - 1 of dz [A, B, C] and of `forward`'s x; its
-        gradient is the sum over them. `factor` maps norms to weights, float64 [A, N]. A patient whose norm is not
-        finite adds nothing. Norms are float64; sums are taken in the targets' type: in float64 one patient moves them
-        by at most weight * norm, up to 1e-12; in float32 the rounding of n terms may add 1e-7 n of the sum of norms.
+        gradient is the sum over them. `factor` maps norms to weights, float64 [A, N]. A patient whose norm is above
+        LARGEST, or not a number, adds nothing and is told as infinite. A norm is at least CANCELLATION of the sum of
+        the patient's records' norms. Norms are float64; sums are taken in the targets' type: in float64 one patient
+        moves them by at most weight * norm, up to 1e-12; in float32 the rounding of n terms may add 1e-7 n of the sum
+        of norms. With several records targets are float64.
         """
         for index in range(len(self.rules) - 1, self.first - 1, -1):
             dz = self.rules[index].backward(dz, params[self.spans[index]], first=index == self.first)
         squares = [square for rule in self.rules if (square := rule.square_norms(records)) is not None]
         norm_AN = _sum(squares).sqrt_()
+        if records > 1:
+            masses = [rule.mass_AN for rule in self.rules if rule.mass_AN is not None]
+            norm_AN = torch.maximum(norm_AN, CANCELLATION * _sum(masses))
         weight_AN = factor(norm_AN)
-        if not isfinite(float(norm_AN.sum())):
-            gone_AN = ~norm_AN.isfinite()
+        if not float(norm_AN.amax()) <= LARGEST:
+            gone_AN = ~(norm_AN <= LARGEST)
+            norm_AN = torch.where(gone_AN, torch.inf, norm_AN)
             weight_AN = torch.where(gone_AN, 0, weight_AN)
             for rule in self.rules:
                 rule.forget(gone_AN)
@@ -597,7 +692,10 @@ def has_rules(module: nn.Module) -> bool:
     """Say whether every layer of the module has a rule, so that no autograd is needed.
 
     The rules' parameters must be the module's, each of them once and trained: none shared, reparametrised or frozen.
+    Nothing may be hooked in, as rules do not call the layers.
     """
+    if any(_hooked(part) for part in module.modules()):
+        return False
     try:
         layers = _leaves(module)
     except TypeError:
@@ -617,11 +715,23 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Say whether calling the module does more, or something else, than its class says."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    on_parameters = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in own)
+    return on_parameters or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
 def _plain(layer: nn.Module) -> bool:
     """Say whether the layer is set up as its rule assumes."""
     match layer:
         case nn.Flatten():
             return (layer.start_dim, layer.end_dim) == (1, -1)
+        case nn.Unflatten():
+            return layer.dim == 1 and all(isinstance(size, int) for size in layer.unflattened_size)
         case nn.Conv1d() | nn.Conv2d():
             return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         case Embedding():

@@ -1,8 +1,8 @@
 """Local training of a whole cohort as one stack. A hospital trains as a stack of one.
 
 Three paths, one meaning. `rules` multiplies the stack layer by layer (layers.py); `func` maps torch.func's gradient
-over the clients and serves any module; `loop` is one client after another by autograd and torch.optim, kept as the
-reference that tests hold the others to.
+over the clients; `loop` is one client after another by autograd and torch.optim, serves any module, and is the
+reference that probe.py and tests hold the others to.
 
 A step of client k on its batch:  g = mean gradient + decay w + mu (w - w_server) + shift_k, then SGD or Adam.
 
@@ -12,6 +12,7 @@ K clients, A of them still active in a step, T steps, B batch, P parameters.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -143,8 +144,8 @@ def train(
 def outputs(model: nn.Module, theta_P: Tensor, x_NF: Tensor, block: int = 8192) -> Tensor:
     """Return the model's outputs [N, C] on rows x_NF in evaluation mode, with weights theta_P."""
     fill(model, theta_P).eval()
-    with torch.no_grad():
-        return torch.cat([model(x) for x in torch.split(x_NF, block)]) if len(x_NF) else model(x_NF)
+    with torch.no_grad():  # clones: a module may write into its input
+        return torch.cat([_wide(model(x.clone())) for x in torch.split(x_NF, block)])
 
 
 def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
@@ -174,6 +175,7 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
 
 def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:
     """Return the loss of each sample: outputs z [..., C] against targets y [...]."""
+    z = _wide(z)
     match task:
         case "binary":
             return F.binary_cross_entropy_with_logits(z.squeeze(-1), y, reduction="none")
@@ -181,6 +183,22 @@ def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:
             return -z.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
         case "regression":
             return (z.squeeze(-1) - y).square()
+
+
+def _wide(z: Tensor) -> Tensor:
+    """Return outputs as float32 where a module computes in half precision."""
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+@contextmanager
+def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
+    """Have what the model draws, by its dropout layers or by torch's generator, follow from the stream `key`."""
+    for layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.key.copy_(key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(key) % (1 << 63))
+        yield
 
 
 def loss_gradient(task: Task, z: Tensor, y: Tensor) -> Tensor:
@@ -347,7 +365,7 @@ def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         loss = torch.where(valid, sample_loss(plan.task, z, y), 0).sum() / size
         return loss, z
 
-    gradient = vmap(grad(objective, has_aux=True), randomness="different")
+    gradient = vmap(grad(objective, has_aux=True), randomness="error")
     for t, active in enumerate(laid.active_T):
         x, y, valid, size = _take(data, laid, t, active)
         seen = torch.ones(y.shape, dtype=torch.bool) if valid is None else valid
@@ -384,10 +402,8 @@ def _train_one(
     laid = batches(data, plan, key_1)
     for t in range(len(laid.active_T)):
         rows = laid.row_TKB[t, 0, : int(laid.size_TK[t, 0])]
-        for layer in model.modules():
-            if isinstance(layer, Dropout):
-                layer.key.copy_(streams.subkey(key_1, t)[0])
-        losses = sample_loss(plan.task, model(data.x_NF[rows]), data.y_N[rows])
+        with drawing(model, streams.subkey(key_1, t)[0]):
+            losses = sample_loss(plan.task, model(data.x_NF[rows]), data.y_N[rows])
         optimizer.zero_grad()
         torch.autograd.backward(losses.mean())
         for name, w in trained(model).items():

@@ -13,8 +13,8 @@ import pytest
 import medfed
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import dashboards, events
-from medfed.monitor.dashboards import Story, thinned
 from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
+from medfed.monitor.story import Story, thinned
 from tests.tables import PRIVATE, STUDY, write_study
 from tests.test_cli import medfed as command
 

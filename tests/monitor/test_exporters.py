@@ -22,10 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import medfed
 from medfed.core.checks import ExportError
 from medfed.monitor import events, exporters
-from medfed.monitor.console import Structured
-from medfed.monitor.dashboards import Story
 from medfed.monitor.events import Event, RoundFinished, RunFinished, SiteExcluded, Warned
 from medfed.monitor.events import Tested as ModelTested
+from medfed.monitor.lines import Structured
+from medfed.monitor.story import Story
 from tests.monitor.serving import TOKEN, serving
 from tests.monitor.test_dashboards import EVIL, invented, written
 from tests.tables import PRIVATE, write_study
@@ -88,7 +88,7 @@ def test_no_device_is_named_anywhere(tmp_path: Path) -> None:
     exporters.trace(folder, spans)
     told = [exporters.prometheus({"r": exporters.samples(Story.of(folder))})]
     told += [span.to_json() for span in spans.get_finished_spans()]
-    told += [name for name, *_ in exporters.scalars(events.read_stamped(folder / "events.jsonl"))]
+    told += [name for name, *_ in exporters.scalars(*exporters._read(folder))]
     stream = io.StringIO()
     for event in events.read(folder / "events.jsonl"):
         Structured(stream, "json")(event) if not isinstance(event, events.Planned) else None

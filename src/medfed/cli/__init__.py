@@ -302,9 +302,11 @@ def privacy_claim(
 
 def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], None]]:
     """Show progress, or lines for a collector of logs; else only what went wrong. The latter two on standard error."""
-    from medfed.monitor.console import Progressing, Structured, Warnings
+    from medfed.monitor.console import Progressing, Warnings
 
     if log:
+        from medfed.monitor.lines import Structured
+
         return [Structured(sys.stderr, log)]
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
 

@@ -15,11 +15,11 @@ def report(
 ) -> None:
     """Write a run's four pages and a report of them all for printing; each opens in a browser without a network."""
     from medfed.monitor import dashboards
+    from medfed.monitor.story import Story
 
-    place = out or run / "reports"
-    written = list(dashboards.create_interactive_dashboards(run, place).values())
-    written.append(dashboards.generate_comprehensive_report(run, place / "report.html"))
+    story, place = Story.of(run), out or run / "reports"
+    written = list(dashboards.write_pages(story, place, tuple(dashboards.PAGES)).values())
     if export:
-        written += dashboards.export_training_logs(run, place / "export", export.split(","))
+        written += dashboards.write_tables(story, place / "export", export.split(","))
     for path in written:
         console().print(str(path), highlight=False, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 K clients, P parameters.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -41,9 +42,11 @@ class Layout:
 
 
 def vector(module: nn.Module) -> Tensor:
-    """Return a copy [P] of the module's parameters."""
+    """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what they are for."""
+    parameters = list(trained(module).values())
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     with torch.no_grad():
-        return torch.cat([p.reshape(-1) for p in trained(module).values()]).clone()
+        return torch.cat([p.reshape(-1).to(dtype) for p in parameters])
 
 
 def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
@@ -53,3 +56,18 @@ def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
         for name, parameter in trained(module).items():
             parameter.copy_(pieces[name])
     return module
+
+
+def untrained(module: nn.Module) -> dict[str, Tensor]:
+    """Return what else the module's outputs depend on: frozen parameters, and buffers, kept or not."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return {**frozen, **dict(module.named_buffers())}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of named tensors: names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ K clients, N rows of all clients, F features, I patients of all clients.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -99,10 +100,18 @@ class Patients:
         x_NF, y_N = rows.x.new_zeros(1, *rows.x.shape[1:]), rows.y.new_zeros(1)
         return cls(x_NF, y_N, blank, blank + 1, blank, none_K, none_K)
 
+    @cached_property
+    def records_K(self) -> Tensor:
+        """The most records of one patient of each client [K]; 0 where it has none."""
+        client_I = torch.repeat_interleave(torch.arange(len(self)), self.size_K)
+        place_I = torch.arange(len(client_I)) + (self.offset_K - self.size_K.cumsum(0) + self.size_K)[client_I]
+        most_K = torch.zeros(len(self), dtype=torch.int64)
+        return most_K.scatter_reduce_(0, client_I, self.count_I[place_I], "amax")
+
     @property
     def records(self) -> int:
-        """R, the most records of one patient."""
-        return int(self.count_I.max())
+        """R, the most records of one of their patients; 1 where there is none."""
+        return max(1, int(self.records_K.max()))
 
     def of_clients(self, members: Tensor) -> "Patients":
         """Return the patients of some clients; rows are shared, not copied."""

@@ -1,9 +1,8 @@
 """What a terminal shows of a run: progress while it goes, and the table at its end."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TextIO
+from typing import Any
 
-import structlog
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
@@ -14,17 +13,13 @@ from medfed.monitor.events import (
     Event,
     Planned,
     Resumed,
-    RolledBack,
     RoundFinished,
     RunFinished,
     RunStarted,
-    SecurityAudit,
     SiteExcluded,
     Tested,
     Warned,
-    name_of,
 )
-from medfed.monitor.view import sentence
 
 _SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
 _TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}
@@ -135,30 +130,6 @@ def _spent(privacy: Mapping[str, Any]) -> str:
         f"privacy spent: epsilon {privacy['epsilon']:.4f} of {privacy['target_epsilon']:g} at delta "
         f"{privacy['delta']:g}, patient level; budget of {scope}"
     )
-
-
-class Structured:
-    """A listener that writes each event as one line of JSON or of key=value text, for whatever collects logs."""
-
-    def __init__(self, stream: TextIO, form: Literal["json", "text"]) -> None:
-        last: Any = structlog.processors.JSONRenderer() if form == "json" else structlog.processors.KeyValueRenderer()
-        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-        self._log = structlog.wrap_logger(
-            structlog.PrintLogger(stream),
-            processors=[structlog.processors.add_log_level, stamp, last],
-            wrapper_class=structlog.BoundLogger,
-        )
-        self._named = True
-
-    def __call__(self, event: Event) -> None:
-        """Write one event: its kind, its round, and what it says in words."""
-        if isinstance(event, Planned):
-            self._named = any(one["train"] + one["test"] > 1 for one in event.sizes.values())
-        if text := sentence(event, self._named):
-            about = {"round": event.round} if hasattr(event, "round") else {}
-            wrong = isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit)
-            tell = self._log.warning if wrong else self._log.info
-            tell(text, kind=name_of(event), **about)
 
 
 class Warnings:

@@ -5,11 +5,10 @@ outside; the drawing library is inside each page. Nothing is of one patient: of 
 one patient's, only counts are shown.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,42 +16,17 @@ from typing import Any
 import pandas as pd
 
 from medfed.core import files
-from medfed.core.checks import PlanError, RunError
-from medfed.monitor import events, reports
-from medfed.monitor.events import (
-    Event,
-    Inspected,
-    Planned,
-    Resumed,
-    RolledBack,
-    RoundFinished,
-    RunFinished,
-    RunStarted,
-    SecurityAudit,
-    SiteExcluded,
-    Tested,
-)
-from medfed.monitor.summary import Tally, main_model
+from medfed.core.checks import PlanError
+from medfed.monitor import reports
+from medfed.monitor.events import Tested
+from medfed.monitor.reports import COLOURS
+from medfed.monitor.story import LEVELS, SHOWN, Story, thinned
 
-POINTS = 1000  # of a curve; of more, each stretch keeps its lowest and highest
-SHOWN = 200  # sites that a page names
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-LEVELS = ("none", "low", "elevated", "high", "critical")
-
+HEADLINE = ("auroc", "accuracy", "r2", "mae")  # of a test's figures, those that a page begins with
+STYLE = Path(__file__).parent / "static" / "style.css"  # of the pages here and of the live ones
 _STYLE = """
-body {font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem}
-body {color: #1c2733; background: #fff}
-h1 {font-size: 1.6rem; margin: .2rem 0} h2 {font-size: 1.2rem; margin: 2.2rem 0 .3rem}
-nav a {margin-right: 1.2rem; color: #005a8c}
-p.verdict {font-size: 1.15rem; padding: 1rem 1.2rem; border-left: 5px solid #2a7f62; background: #eef6f2}
-p.verdict.bad {border-color: #b3261e; background: #fbeeed}
-p.note {color: #4a5866; max-width: 46rem}
-dl {display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0}
-dl div {background: #f3f6f8; padding: .7rem 1rem; min-width: 9rem}
-dt {font-size: .85rem; color: #4a5866} dd {margin: 0; font-size: 1.25rem; font-weight: 600}
-div.wide {overflow-x: auto} table {border-collapse: collapse; margin: .6rem 0}
-th, td {text-align: left; vertical-align: top; padding: .35rem 1.2rem .35rem 0; border-top: 1px solid #d8dee4}
-td.n {text-align: right; font-variant-numeric: tabular-nums} summary {cursor: pointer; color: #005a8c}
+body {max-width: 68rem}
+summary {cursor: pointer; color: #005a8c}
 @media print {nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}}
 """
 
@@ -67,120 +41,6 @@ PAGES = {
 FOUR = tuple(PAGES)[:4]
 
 
-@dataclass
-class Story:
-    """A run's events by kind; rounds that a resumed run did again count once. cut: the log ends within a line."""
-
-    started: RunStarted | None = None
-    planned: Planned | None = None
-    finished: RunFinished | None = None
-    rounds: dict[int, RoundFinished] = field(default_factory=dict)
-    tests: dict[int, Tested] = field(default_factory=dict)
-    baselines: dict[str, Tested] = field(default_factory=dict)
-    excluded: list[SiteExcluded] = field(default_factory=list)
-    inspected: dict[int, Inspected] = field(default_factory=dict)
-    audits: list[SecurityAudit] = field(default_factory=list)
-    taken_back: list[RolledBack] = field(default_factory=list)
-    cut: bool = False
-    claim: Mapping[str, Any] | None = None
-    trail: int = 0
-    _tally: Tally = field(default_factory=Tally)
-    _summary: Mapping[str, Any] | None = None
-
-    @classmethod
-    def of(cls, folder: Path) -> "Story":
-        """Read a run's folder; raises RunError where there is no log, or one of a newer schema."""
-        log = folder / "events.jsonl"
-        recorded = list(events.read(log))
-        if not recorded:
-            raise RunError(f"{log} tells nothing yet; wait for the run to begin")
-        found = cls.told(recorded)
-        found.cut = not log.read_bytes().endswith(b"\n")
-        found.read_beside(folder)
-        return found
-
-    def read_beside(self, folder: Path) -> None:
-        """Take in what lies beside the log: the claim, and how long the signed trail is."""
-        claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
-        self.claim = json.loads(claim.read_text()) if claim.exists() else None
-        self.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
-
-    @classmethod
-    def told(cls, recorded: Iterable[Event]) -> "Story":
-        """Return the story that events tell."""
-        story = cls()
-        for event in recorded:
-            story.add(event)
-        return story
-
-    @property
-    def summary(self) -> Mapping[str, Any]:
-        """What summary.json says, as far as events have been taken in."""
-        if self._summary is None:
-            self._summary = self._tally.summary()
-        return self._summary
-
-    def add(self, event: Event) -> None:
-        """Take in the next event."""
-        self._tally.add(event)
-        self._summary = None
-        match event:
-            case RunStarted():
-                self.started = event
-            case Planned():
-                self.planned = event
-            case RoundFinished():
-                self.rounds[event.round] = event
-            case Tested(model=model) if model == main_model(self.planned.algorithm if self.planned else ""):
-                self.tests[event.round] = event
-            case Tested():
-                self.baselines[event.model] = event
-            case SiteExcluded():
-                self.excluded.append(event)
-            case Inspected():
-                self.inspected[event.round] = event
-            case SecurityAudit():
-                self.audits.append(event)
-            case RolledBack():
-                self.taken_back.append(event)
-            case RunFinished():
-                self.finished = event
-            case Resumed(round=last):
-                for kept in (self.rounds, self.tests, self.inspected):
-                    for number in [number for number in kept if number > last]:
-                        del kept[number]
-                self.excluded = [one for one in self.excluded if one.round <= last]
-                self.audits = [one for one in self.audits if one.round <= last]
-                self.taken_back = [one for one in self.taken_back if one.round <= last]
-                self.finished = None
-
-    @property
-    def sites(self) -> list[str]:
-        """The sites that are named: none of a fleet of devices, or of one too large to read."""
-        sizes = self.planned.sizes if self.planned else {}
-        devices = bool(sizes) and all(one["train"] + one["test"] <= 1 for one in sizes.values())
-        return [] if devices else list(sizes)[:SHOWN]
-
-    def seconds(self) -> dict[str, list[float]]:
-        """Return each site's seconds, round by round that it took part in."""
-        found: dict[str, list[float]] = {}
-        for one in self.rounds.values():
-            for name, seconds in zip(one.clients, one.site_seconds, strict=True):
-                found.setdefault(name, []).append(seconds)
-        return found
-
-    def suspicion(self) -> dict[str, dict[int, float]]:
-        """Return each site's strongest score by round, of the rounds that a rule inspected."""
-        found: dict[str, dict[int, float]] = {}
-        for number, one in self.inspected.items():
-            for client in one.weights:
-                found.setdefault(client, {})[number] = 0.0
-            for finding in one.findings:
-                mine = found.setdefault(str(finding["client"]), {})
-                mine[number] = max(mine.get(number, 0.0), float(str(finding["score"])))
-        return found
-
-
 # The pages
 
 
@@ -190,13 +50,15 @@ def create_interactive_dashboards(folder: str | Path, out: str | Path | None = N
     Raises RunError where the folder holds no events, or events of a newer schema.
     """
     folder = Path(folder)
-    story, place = Story.of(folder), Path(out) if out else folder / "reports"
+    return write_pages(Story.of(folder), Path(out) if out else folder / "reports")
+
+
+def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[str, Path]:
+    """Write some of `PAGES` into a folder; return where each is."""
     place.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for name in FOUR:
+    for name in names:
         files.write(place / name, page(story, name))
-        written[name] = place / name
-    return written
+    return {name: place / name for name in names}
 
 
 def generate_comprehensive_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -228,13 +90,17 @@ def export_training_logs(
 
     Raises PlanError for a format that is not one of json, csv, parquet.
     """
-    if unknown := set(formats) - {"json", "csv", "parquet"}:
-        raise PlanError(f"formats={sorted(unknown)}; expected some of json, csv, parquet")
+    _check(formats)
     folder = Path(folder)
-    place = Path(out) if out else folder / "export"
+    return write_tables(Story.of(folder), Path(out) if out else folder / "export", formats)
+
+
+def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a run's tables into a folder, each in every format; return where. Raises PlanError for an unknown one."""
+    _check(formats)
     place.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, frame in tables(Story.of(folder)).items():
+    for name, frame in tables(story).items():
         for kind in formats:
             path = place / f"{name}.{kind}"
             if kind == "csv":
@@ -247,8 +113,14 @@ def export_training_logs(
     return written
 
 
+def _check(formats: Sequence[str]) -> None:
+    if unknown := set(formats) - {"json", "csv", "parquet"}:
+        raise PlanError(f"formats={sorted(unknown)}; expected some of json, csv, parquet")
+
+
 def tables(story: Story) -> dict[str, pd.DataFrame]:
     """Return a run's log as flat tables."""
+    named = set(story.sites)
     rounds = [
         {
             "round": one.round,
@@ -265,7 +137,7 @@ def tables(story: Story) -> dict[str, pd.DataFrame]:
         {"round": one.round, "site": name, "loss": loss, "seconds": seconds, "steps": steps}
         for one in story.rounds.values()
         for name, loss, seconds, steps in zip(one.clients, one.losses, one.site_seconds, one.steps, strict=True)
-        if name in story.sites
+        if name in named
     ]
     tests = [
         {"round": one.round, "model": one.model, "site": site, "figure": name} | _interval(figure)
@@ -334,15 +206,14 @@ def _outcome(story: Story) -> str:
     test = story.summary["test"]
     if not test:
         return "No test of the federated model is on record."
-    told = [f"{name} {test[name]:.3f}" for name in ("auroc", "accuracy", "r2", "mae") if test.get(name) is not None]
+    told = [f"{name} {test[name]:.3f}" for name in HEADLINE if test.get(name) is not None]
     return f"On {test['n']:,} held-out records of all sites: {', '.join(told)}."
 
 
 def _training(story: Story) -> str:
     s = story.summary
-    names = [
-        name for name in ("auroc", "accuracy", "r2", "mae") if story.tests and name in _last(story.tests).all_sites
-    ]
+    last = story.last_test()
+    names = [name for name in HEADLINE if last and name in last.all_sites]
     body = _verdict(story) + _key_figures(
         {
             **{name: _told((s["test"] or {}).get(name)) for name in names},
@@ -373,8 +244,7 @@ def _training(story: Story) -> str:
             "to sites": {t: float(one.bytes_down) for t, one in story.rounds.items()},
         }, "round",
     )  # fmt: skip
-    if story.tests:
-        last = _last(story.tests)
+    if last:
         figures = list(last.all_sites)
         lines = [["all sites", last.n, *(_figure(last.all_sites[name]) for name in figures)]]
         lines += [
@@ -418,7 +288,7 @@ def _calibration(tested: Tested) -> str:
 
 def _devices(story: Story) -> str:
     s, seconds = story.summary, story.seconds()
-    reasons = Counter(one.site for one in story.excluded)
+    left_out = story.left_out()
     named, sizes = story.sites, story.planned.sizes if story.planned else {}
     asked = len(story.rounds) or 1
     share = sum(len(one.clients) for one in story.rounds.values()) / (asked * max(1, len(sizes)))
@@ -441,7 +311,7 @@ def _devices(story: Story) -> str:
             sizes[name]["train"],
             sizes[name]["test"],
             s["participation"].get(name, 0),
-            reasons[name],
+            left_out[name],
             _told(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),
             f"{weights[name]:.1%}" if name in weights else "-",
         ]
@@ -593,19 +463,6 @@ def _mean_weights(story: Story) -> dict[str, float]:
 # HTML
 
 
-def thinned(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
-    """Return at most about `most` points of a curve: of each stretch the lowest and the highest, and both ends."""
-    known = [(t, float(value)) for t, value in sorted(points.items()) if value is not None]
-    if len(known) <= most:
-        return known
-    width = -(-2 * len(known) // most)
-    kept = {0, len(known) - 1}
-    for start in range(0, len(known), width):
-        stretch = range(start, min(start + width, len(known)))
-        kept |= {min(stretch, key=lambda i: known[i][1]), max(stretch, key=lambda i: known[i][1])}
-    return [known[i] for i in sorted(kept)]
-
-
 def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str) -> str:
     """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
     import plotly.graph_objects as go
@@ -645,6 +502,11 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | N
     )
 
 
+@cache
+def _style() -> str:
+    return STYLE.read_text() + _STYLE
+
+
 def _page(title: str, story: Story, body: str) -> str:
     from plotly.offline import get_plotlyjs
 
@@ -659,7 +521,7 @@ def _page(title: str, story: Story, body: str) -> str:
     warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>" if warned else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_style()}</style>'
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
         f"<main><h1>{escape(title)}: {study}</h1>{cut}{body}{warnings}</main></body></html>\n"
     )
@@ -695,7 +557,3 @@ def _size(count: float) -> str:
     units = ("bytes", "kB", "MB", "GB")
     power = next((i for i in range(4) if count < 1000 ** (i + 1)), 3)
     return f"{count / 1000**power:.3g} {units[power]}"
-
-
-def _last(tests: Mapping[int, Tested]) -> Tested:
-    return tests[max(tests)]

@@ -57,6 +57,11 @@ class Planned(Event):
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
     bears: str = ""  # what malicious clients can do to the model
 
+    @property
+    def devices(self) -> bool:
+        """Whether nobody holds more than one record: a fleet, each device one patient's, of which none is named."""
+        return all(one["train"] + one["test"] <= 1 for one in self.sizes.values())
+
 
 @dataclass(frozen=True)
 class Warned(Event):

@@ -19,9 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from medfed.core.checks import ExportError
-from medfed.monitor.dashboards import Story
 from medfed.monitor.events import (
-    Planned,
     Resumed,
     RolledBack,
     RoundFinished,
@@ -34,9 +32,15 @@ from medfed.monitor.events import (
     Tested,
     read_stamped,
 )
-from medfed.monitor.view import sentence
+from medfed.monitor.lines import sentence
+from medfed.monitor.story import Story
 
 PROMETHEUS_TYPE = CONTENT_TYPE_LATEST
+
+
+def _read(folder: Path) -> tuple[list[Stamped], Story]:
+    told = list(read_stamped(folder / "events.jsonl"))
+    return told, Story.told(one.event for one in told)
 
 
 # Prometheus
@@ -113,7 +117,8 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
     if last:
         yield "medfed_round_seconds", (), last.seconds
         yield "medfed_training_loss", (), last.loss
-    for name, figure in story.tests[max(story.tests)].all_sites.items() if story.tests else ():
+    tested = story.last_test()
+    for name, figure in tested.all_sites.items() if tested else ():
         yield "medfed_test", (name,), figure.value
     privacy = s["privacy"] or {}
     yield "medfed_epsilon_spent", (), privacy.get("epsilon")
@@ -124,10 +129,10 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
     yield "medfed_rounds_taken_back", (), len(story.taken_back)
     yield "medfed_left_out", (), len(story.excluded)
     seconds, suspicion = story.seconds() if story.sites else {}, story.suspicion() if story.sites else {}
-    newest = max(story.inspected, default=0)
+    newest, left_out = max(story.inspected, default=0), story.left_out()
     for site in story.sites:
         yield "medfed_site_rounds", (site,), s["participation"].get(site, 0)
-        yield "medfed_site_left_out", (site,), sum(one.site == site for one in story.excluded)
+        yield "medfed_site_left_out", (site,), left_out[site]
         yield "medfed_site_seconds", (site,), seconds[site][-1] if site in seconds else None
         yield "medfed_site_suspicion", (site,), suspicion.get(site, {}).get(newest)
 
@@ -143,8 +148,7 @@ def trace(folder: Path, exporter: Any) -> int:
     """
     sdk, export = _needs("opentelemetry.sdk.trace", "otel"), _needs("opentelemetry.sdk.trace.export", "otel")
     resources = _needs("opentelemetry.sdk.resources", "otel")
-    told = list(read_stamped(folder / "events.jsonl"))
-    story = Story.told(one.event for one in told)
+    told, story = _read(folder)
     kept = _Kept(exporter, export.SpanExportResult.SUCCESS)
     provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": "medfed"}))
     provider.add_span_processor(export.BatchSpanProcessor(kept))
@@ -242,11 +246,10 @@ def otlp(address: str) -> Any:
 # MLflow and TensorBoard
 
 
-def scalars(told: Iterable[Stamped]) -> Iterator[tuple[str, float, int, datetime]]:
+def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float, int, datetime]]:
     """Yield (name, value, round, when) of all that is measured by round; a site's figures where sites are named."""
-    recorded = list(told)
-    named = set(Story.told(one.event for one in recorded).sites)
-    for when, event in recorded:
+    named = set(story.sites)
+    for when, event in told:
         match event:
             case RoundFinished():
                 values: dict[str, Any] = {
@@ -270,7 +273,7 @@ def to_tensorboard(folder: Path, out: Path) -> int:
     writer = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / folder.resolve().name))
     count = 0
     with writer:
-        for name, value, round, when in scalars(read_stamped(folder / "events.jsonl")):
+        for name, value, round, when in scalars(*_read(folder)):
             writer.add_scalar(name, value, round, when.timestamp())
             count += 1
     return count
@@ -286,8 +289,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves but for where it was asked to go
     mlflow, entities = _needs("mlflow", "mlflow"), _needs("mlflow.entities", "mlflow")
-    told = list(read_stamped(folder / "events.jsonl"))
-    story = Story.told(one.event for one in told)
+    told, story = _read(folder)
     s = story.summary
     try:
         client = mlflow.MlflowClient(uri)
@@ -299,7 +301,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         key = str(run.info.run_id)
         measured = [
             entities.Metric(_plain(name), value, round(when.timestamp() * 1000), number_of_round)
-            for name, value, number_of_round, when in scalars(told)
+            for name, value, number_of_round, when in scalars(told, story)
         ]
         params = [entities.Param(name, str(value)) for name, value in _params(story).items()]
         client.log_batch(key, params=params)
@@ -316,11 +318,11 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
 
 
 def _params(story: Story) -> dict[str, Any]:
-    s, planned = story.summary, story.planned or Planned("", "", 0, 0, 0, "", {}, {}, {}, 0, 0)
+    s = story.summary
     privacy = s["privacy"] or {}
     return {
         "study": s["study"], "algorithm": s["algorithm"], "model": s["model"], "parameters": s["parameters"],
-        "rounds_asked": s["rounds_asked"], "participants": len(planned.sizes), "noise": privacy.get("noise"),
+        "rounds_asked": s["rounds_asked"], "participants": len(s["sites"]), "noise": privacy.get("noise"),
         "target_epsilon": privacy.get("target_epsilon"), "delta": privacy.get("delta"),
     }  # fmt: skip
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from medfed.core.checks import RunError
 from medfed.monitor import dashboards
-from medfed.monitor.dashboards import Story
 from medfed.monitor.live import Tail
+from medfed.monitor.story import Story
 from medfed.monitor.view import Live, Narrowing
 
 T = TypeVar("T")
@@ -104,10 +104,11 @@ class Runs:
 
     def names(self) -> list[str]:
         """Return the runs' names, the newest first."""
-        return sorted(self._places(), key=lambda name: -self._touched(name))
+        return list(self._newest())
 
-    def _touched(self, name: str) -> float:
-        return (self._places()[name] / "events.jsonl").stat().st_mtime
+    def _newest(self) -> dict[str, Path]:
+        places = self._places()
+        return {name: places[name] for name in sorted(places, key=lambda name: -_touched(places[name]))}
 
     def _places(self) -> dict[str, Path]:
         if (self.folder / "events.jsonl").is_file():
@@ -123,7 +124,9 @@ class Runs:
         if place is None:
             return None
         with self._lock:
-            feed = self._feeds.setdefault(name, Feed(place, self.site))
+            if name not in self._feeds:
+                self._feeds[name] = Feed(place, self.site)
+            feed = self._feeds[name]
             self._feeds.move_to_end(name)
             while len(self._feeds) > KEPT:
                 self._feeds.popitem(last=False)
@@ -133,21 +136,26 @@ class Runs:
     def summaries(self) -> dict[str, Mapping[str, Any]]:
         """Return what each run came to: from summary.json where it has ended, else from its log."""
         found: dict[str, Mapping[str, Any]] = {}
-        for name in self.names():
-            if (summary := self._ended(name)) is None:
+        for name, place in self._newest().items():
+            if (summary := _ended(place)) is None:
                 feed = self.feed(name)
                 summary = feed.asked(lambda story: story.summary) if feed else None
             if summary and (not self.site or self.site in summary["sites"]):
                 found[name] = summary
         return found
 
-    def _ended(self, name: str) -> Mapping[str, Any] | None:
-        """Return summary.json, unless the log was written to since."""
-        path = self._places()[name] / "summary.json"
-        try:
-            if path.stat().st_mtime < self._touched(name):
-                return None
-            summary = json.loads(path.read_text())
-        except (OSError, ValueError):
+
+def _touched(place: Path) -> float:
+    return (place / "events.jsonl").stat().st_mtime
+
+
+def _ended(place: Path) -> Mapping[str, Any] | None:
+    """Return summary.json, unless the log was written to since."""
+    path = place / "summary.json"
+    try:
+        if path.stat().st_mtime < _touched(place):
             return None
-        return summary if isinstance(summary, dict) and {"study", "status", "sites"} <= summary.keys() else None
+        summary = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and {"study", "status", "sites"} <= summary.keys() else None

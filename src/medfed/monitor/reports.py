@@ -126,7 +126,7 @@ def comparison_page(found: Mapping[str, Any]) -> str:
     )
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
 def _curves(trained: Sequence[Mapping[str, Any]], score: str) -> str:
@@ -142,7 +142,7 @@ def _curves(trained: Sequence[Mapping[str, Any]], score: str) -> str:
     rounds, span = max(len(mean) for mean in means.values()), (high - low) or 1.0
     lines, keys = "", ""
     for i, (name, mean) in enumerate(means.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         points = " ".join(
             f"{60 + 720 * t / max(1, rounds - 1):.1f},{280 - 250 * (value - low) / span:.1f}"
             for t, value in enumerate(mean)

@@ -28,65 +28,81 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     tally = Tally()
     for event in events:
         tally.add(event)
-    return tally.summary()
+    return tally.summary
 
 
 class Tally:
-    """Takes a run's events as they come, and says at any time what the run has come to."""
+    """Takes a run's events as they come, and says at any time what the run has come to.
+
+    `rounds` by number; `latest` the last test of each model. Rounds that a resumed run does again are forgotten first.
+    """
 
     def __init__(self) -> None:
-        self._started: RunStarted | None = None
-        self._planned: Planned | None = None
-        self._finished: RunFinished | None = None
-        self._rounds: dict[int, RoundFinished] = {}
-        self._tests: dict[str, Tested] = {}
-        self._excluded: list[SiteExcluded] = []
-        self._warnings: list[str] = []
-        self._audits: list[SecurityAudit] = []
-        self._taken_back: list[RolledBack] = []
+        self.started: RunStarted | None = None
+        self.planned: Planned | None = None
+        self.finished: RunFinished | None = None
+        self.rounds: dict[int, RoundFinished] = {}
+        self.latest: dict[str, Tested] = {}
+        self.excluded: list[SiteExcluded] = []
+        self.warnings: list[str] = []
+        self.audits: list[SecurityAudit] = []
+        self.taken_back: list[RolledBack] = []
         self._earlier, self._up, self._down = 0.0, 0, 0
+        self._summary: dict[str, Any] | None = None
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
+        self._summary = None
         match event:
             case RunStarted():
-                self._started = event
+                self.started = event
             case Planned():
-                self._planned, self._up, self._down = event, event.bytes_up, event.bytes_down
+                self.planned, self._up, self._down = event, event.bytes_up, event.bytes_down
             case Warned():
-                self._warnings.append(event.text)
+                self.warnings.append(event.text)
             case Resumed(round=last):
-                self._rounds = {number: r for number, r in self._rounds.items() if number <= last}
-                self._tests = {model: t for model, t in self._tests.items() if t.round <= last}
-                self._excluded = [e for e in self._excluded if e.round <= last]
-                self._audits = [e for e in self._audits if e.round <= last]
-                self._taken_back = [e for e in self._taken_back if e.round <= last]
-                self._earlier = sum(r.seconds for r in self._rounds.values())
-                self._finished = None
+                self.rounds = {number: r for number, r in self.rounds.items() if number <= last}
+                self.latest = {model: t for model, t in self.latest.items() if t.round <= last}
+                self.excluded = [e for e in self.excluded if e.round <= last]
+                self.audits = [e for e in self.audits if e.round <= last]
+                self.taken_back = [e for e in self.taken_back if e.round <= last]
+                self._earlier = sum(r.seconds for r in self.rounds.values())
+                self.finished = None
             case SiteExcluded():
-                self._excluded.append(event)
+                self.excluded.append(event)
             case SecurityAudit():
-                self._audits.append(event)
+                self.audits.append(event)
             case RolledBack():
-                self._taken_back.append(event)
+                self.taken_back.append(event)
             case RoundFinished():
-                self._rounds[event.round] = event
+                self.rounds[event.round] = event
                 self._sent(event)
             case Tested():
-                self._tests[event.model] = event
-                if event.model == main_model(self._planned.algorithm if self._planned else ""):
+                self.latest[event.model] = event
+                if event.model == self.main:
                     self._sent(event)
             case RunFinished():
-                self._finished = event
+                self.finished = event
 
     def _sent(self, event: RoundFinished | Tested) -> None:
         self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
 
+    @property
+    def main(self) -> str:
+        """Under which name the model that the run is about is tested."""
+        return main_model(self.planned.algorithm if self.planned else "")
+
+    @property
     def summary(self) -> dict[str, Any]:
-        """Return what summary.json says."""
-        started, planned, finished, rounds = self._started, self._planned, self._finished, self._rounds
+        """What summary.json says, as far as events have been taken in."""
+        if self._summary is None:
+            self._summary = self._summarised()
+        return self._summary
+
+    def _summarised(self) -> dict[str, Any]:
+        started, planned, finished, rounds = self.started, self.planned, self.finished, self.rounds
         sites = list(planned.sizes) if planned else []
-        final = self._tests.get("federated")
+        final = self.latest.get("federated")
         times = [r.seconds for r in rounds.values()]
         took_part = Counter(client for r in rounds.values() for client in r.clients)
         return {
@@ -104,7 +120,7 @@ class Tally:
             "intervals": _intervals(final.all_sites) if final else None,
             "macro": _plain(final.macro, None) if final else None,
             "per_site": _per_site(final) if final else {},
-            "baselines": {name: _baseline(test) for name, test in self._tests.items() if name != "federated"},
+            "baselines": {name: _baseline(test) for name, test in self.latest.items() if name != "federated"},
             "privacy": _privacy(planned, rounds, finished),
             "seconds": {
                 "total": round(self._earlier + finished.seconds, 3) if finished else None,
@@ -113,11 +129,11 @@ class Tally:
             "bytes": {"up": self._up, "down": self._down},
             "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
             "participation": {site: took_part[site] for site in sites},
-            "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self._excluded],
-            "suspects": _suspects(self._audits),
+            "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
+            "suspects": _suspects(self.audits),
             "bears": planned.bears if planned else None,
-            "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self._taken_back],
-            "warnings": list(self._warnings),
+            "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back],
+            "warnings": list(self.warnings),
             "versions": dict(started.versions) if started else None,
             "machine": dict(started.machine) if started else None,
         }

@@ -10,25 +10,22 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from medfed.monitor.dashboards import LEVELS, Story, thinned
 from medfed.monitor.events import (
     Event,
     Inspected,
     Planned,
-    Resumed,
-    RolledBack,
     RoundFinished,
     RoundStarted,
     RunFinished,
-    RunStarted,
     SecurityAudit,
     SiteExcluded,
     Stamped,
     Tested,
     Warned,
 )
+from medfed.monitor.lines import SCORES, sentence
+from medfed.monitor.story import LEVELS, Story, thinned
 
-SCORES = ("auroc", "accuracy", "r2", "rmse")  # the first that a run measures is drawn
 LINES = 100  # of the log that the page shows
 ROUNDS = 20  # in the table of rounds
 POINTS = 300  # of a curve
@@ -52,7 +49,8 @@ class Live:
     def view(self) -> dict[str, Any]:
         """Return what the page shows, ready for JSON."""
         story, s = self.story, self.story.summary
-        name = next((n for n in SCORES if story.tests and n in story.tests[max(story.tests)].all_sites), "")
+        last = story.last_test()
+        name = next((n for n in SCORES if last and n in last.all_sites), "")
         rounds = [story.rounds[t] for t in sorted(story.rounds)]
         score = {t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites}
         return {
@@ -92,9 +90,7 @@ class Live:
 
     def _sites(self) -> list[dict[str, Any]]:
         story, s = self.story, self.story.summary
-        left_out: dict[str, int] = {}
-        for one in story.excluded:
-            left_out[one.site] = left_out.get(one.site, 0) + 1
+        left_out = story.left_out()
         done = {one.client: one.action for one in story.audits}
         threat = {one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}" for one in s["suspects"]}
         last: dict[str, tuple[float | None, float]] = {}
@@ -109,42 +105,13 @@ class Live:
                 "train": sizes[name]["train"],
                 "test": sizes[name]["test"],
                 "rounds": s["participation"].get(name, 0),
-                "left_out": left_out.get(name, 0),
+                "left_out": left_out[name],
                 "loss": last[name][0] if name in last else None,
                 "seconds": last[name][1] if name in last else None,
                 "threat": threat.get(name, LEVELS[0]),
             }
             for name in story.sites
         ]
-
-
-def sentence(event: Event, named: bool = True) -> str:
-    """Return an event in words; empty where the tables say it. A fleet of devices is not named."""
-    match event:
-        case RunStarted():
-            return f"{event.study} began: {event.rounds} rounds"
-        case Planned():
-            return f"planned: {event.algorithm}, {event.model}, {len(event.sizes)} participants"
-        case Warned():
-            return f"warning: {event.text}"
-        case SiteExcluded():
-            return f"round {event.round}: without {event.site}: {event.reason}" if named else ""
-        case RoundFinished():
-            return f"round {event.round}: {len(event.clients)} took part, {event.seconds:.3f} s"
-        case RolledBack():
-            return f"round {event.round} was taken back: its loss on the public table grew too much"
-        case SecurityAudit():
-            who = event.client if named else "a device"
-            return f"round {event.round}: {event.action}, {who}: {'; '.join(event.evidence)}"
-        case Tested():
-            shown = {n: f.value for n, f in event.all_sites.items() if n in SCORES and f.value is not None}
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
-            return f"{event.model} model tested after round {event.round}: {figures}"
-        case Resumed():
-            return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
-        case RunFinished():
-            return f"{event.status} after {event.rounds} rounds{f': {event.reason}' if event.reason else ''}"
-    return ""
 
 
 class Narrowing:

@@ -1,0 +1,75 @@
+"""Events in words: for the log on the live page, for spans, and as lines for whatever collects logs."""
+
+from typing import Any, Literal, TextIO
+
+import structlog
+
+from medfed.monitor.events import (
+    Event,
+    Planned,
+    Resumed,
+    RolledBack,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SecurityAudit,
+    SiteExcluded,
+    Tested,
+    Warned,
+    name_of,
+)
+
+SCORES = ("auroc", "accuracy", "r2", "rmse")  # the first that a run measures stands for a test
+
+
+def sentence(event: Event, named: bool = True) -> str:
+    """Return an event in words; empty where the tables say it. A fleet of devices is not named."""
+    match event:
+        case RunStarted():
+            return f"{event.study} began: {event.rounds} rounds"
+        case Planned():
+            return f"planned: {event.algorithm}, {event.model}, {len(event.sizes)} participants"
+        case Warned():
+            return f"warning: {event.text}"
+        case SiteExcluded():
+            return f"round {event.round}: without {event.site}: {event.reason}" if named else ""
+        case RoundFinished():
+            return f"round {event.round}: {len(event.clients)} took part, {event.seconds:.3f} s"
+        case RolledBack():
+            return f"round {event.round} was taken back: its loss on the public table grew too much"
+        case SecurityAudit():
+            who = event.client if named else "a device"
+            return f"round {event.round}: {event.action}, {who}: {'; '.join(event.evidence)}"
+        case Tested():
+            shown = {n: f.value for n, f in event.all_sites.items() if n in SCORES and f.value is not None}
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            return f"{event.model} model tested after round {event.round}: {figures}"
+        case Resumed():
+            return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
+        case RunFinished():
+            return f"{event.status} after {event.rounds} rounds{f': {event.reason}' if event.reason else ''}"
+    return ""
+
+
+class Structured:
+    """A listener that writes each event as one line of JSON or of key=value text, for whatever collects logs."""
+
+    def __init__(self, stream: TextIO, form: Literal["json", "text"]) -> None:
+        last: Any = structlog.processors.JSONRenderer() if form == "json" else structlog.processors.KeyValueRenderer()
+        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+        self._log = structlog.wrap_logger(
+            structlog.PrintLogger(stream),
+            processors=[structlog.processors.add_log_level, stamp, last],
+            wrapper_class=structlog.BoundLogger,
+        )
+        self._named = True
+
+    def __call__(self, event: Event) -> None:
+        """Write one event: its kind, its round, and what it says in words."""
+        if isinstance(event, Planned):
+            self._named = not event.devices
+        if text := sentence(event, self._named):
+            about = {"round": event.round} if hasattr(event, "round") else {}
+            wrong = isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit)
+            tell = self._log.warning if wrong else self._log.info
+            tell(text, kind=name_of(event), **about)

@@ -1,0 +1,182 @@
+"""One odd patient moves a released sum by at most what is paid for, whoever else is there, on every path.
+
+`benchmarks/odd_patients.py` asks the same of a million patients.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medfed import dpsgd, models
+from medfed.core.flat import vector
+from medfed.core.types import Task
+from medfed.data.federated import Patients, Rows
+from medfed.local import Path
+from medfed.models import Dropout, Embedding, Series
+from medfed.privacy import odd_patients
+from medfed.privacy.guarantee import SLACK, Guarantee, Release
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEATURES = 8
+CLIPPINGS = ("automatic", "fixed", "adaptive")
+TASKS: tuple[Task, ...] = ("binary", "multiclass", "regression")
+
+
+def _wide(f: int, o: int) -> nn.Module:
+    return models.mlp(f, o, (48, 40))
+
+
+def _tokens(f: int, o: int) -> nn.Module:
+    return nn.Sequential(Series(4), nn.Linear(f // 4, 6), nn.Tanh(), nn.Flatten(), nn.Linear(24, o))
+
+
+def _images(f: int, o: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, f // 2)), nn.Conv2d(1, 3, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(3, o),
+    )  # fmt: skip
+
+
+def _words(f: int, o: int) -> nn.Module:
+    return nn.Sequential(Embedding(5, 3), nn.Flatten(), nn.Linear(3 * f, o))
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "logistic": models.logistic,
+    "mlp": models.mlp,
+    "wide": _wide,
+    "no bias": lambda f, o: nn.Sequential(nn.Linear(f, 30, bias=False), nn.SiLU(), nn.Linear(30, o, bias=False)),
+    "layer norm": lambda f, o: models.MedicalNeuralNetwork(f, o, (24, 16)),
+    "group norm": lambda f, o: models.mlp(f, o, (16, 16), 0.2, "group"),
+    "conv1d": lambda f, o: models.conv1d(f, o, 2, (4, 8), 3),
+    "tokens": _tokens,
+    "images": _images,
+    "words": _words,
+    "dropout": lambda f, o: nn.Sequential(nn.Linear(f, 20), nn.LeakyReLU(), Dropout(0.4), nn.Linear(20, o)),
+}
+
+
+def moved(
+    model: nn.Module, w_P: Tensor, task: Task, clipping: str, clip: float, path: Path, rng: np.random.Generator, K: int
+) -> Tensor:
+    """Return how far one odd patient moves each of K sums, in units of the clip; the others are odd, too."""
+    classes = 3 if task == "multiclass" else 2
+    most = int(rng.choice([2, 3, 8, 64]))  # a cohort's largest decides how the norm is taken
+
+    indices = any(isinstance(layer, Embedding) for layer in model.modules())
+
+    def drawn() -> odd_patients.Records:
+        x_RF, y_R = odd_patients.draw(rng, FEATURES, task, classes, bool(rng.random() < 0.9) or indices, most)
+        return np.clip(x_RF, 0, 4) if indices else x_RF, y_R
+
+    others = [[drawn() for _ in range(int(rng.integers(1, 6)))] for _ in range(K)]
+    return difference(model, w_P, task, clipping, clip, path, others, [drawn() for _ in range(K)])
+
+
+def difference(
+    model: nn.Module,
+    w_P: Tensor,
+    task: Task,
+    clipping: str,
+    clip: float,
+    path: Path,
+    others: list[list[odd_patients.Records]],
+    ones: list[odd_patients.Records],
+) -> Tensor:
+    """Return how far each of K sums moves [K] when one more patient joins the others, in units of the clip."""
+    K = len(ones)
+    release = {str(k): Release(6, 1, 1.0, 1.0) for k in range(K)}
+    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), clip, clipping, 1, False)
+
+    def sums(people: list[list[odd_patients.Records]]) -> dpsgd.Sums:
+        patients = Patients.of([_rows(mine, task, 31 * k) for k, mine in enumerate(people)])
+        return dpsgd.sums(model, w_P, patients, task, guarantee, clip, list(release), torch.arange(K) * 101, path)
+
+    before = sums(others)
+    after = sums([[*mine, one] for mine, one in zip(others, ones, strict=True)])
+    assert ((after.below_K - before.below_K).abs() <= 0.5).all()
+    return (after.total_KP - before.total_KP).norm(dim=1)
+
+
+def _rows(people: list[odd_patients.Records], task: Task, first: int) -> Rows:
+    patient = torch.repeat_interleave(torch.arange(len(people)), torch.tensor([len(y) for _, y in people]))
+    y_N = torch.from_numpy(np.concatenate([y for _, y in people]))
+    y_N = y_N.long() if task == "multiclass" else y_N
+    return Rows(torch.from_numpy(np.concatenate([x for x, _ in people])), y_N, patient, patient * 7919 + first)
+
+
+def _case(name: str, task: Task, seed: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    model = models._keyed(MODELS[name](FEATURES, 3 if task == "multiclass" else 1))
+    w_P = vector(model)
+    return model, w_P + float(torch.rand(()) * 2) * torch.randn(len(w_P))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_odd_patient_moves_a_sum_by_at_most_the_clip(name: str, task: Task) -> None:
+    for seed, clipping in enumerate(CLIPPINGS):
+        model, w_P = _case(name, task, seed)
+        rng = np.random.default_rng([seed, len(name)])
+        clip = float(rng.choice([1e-2, 1.0, 30.0]))
+        furthest = moved(model, w_P, task, clipping, clip, "auto", rng, 60).max()
+        assert float(furthest) <= 1 + SLACK, (clipping, clip)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_on_the_slower_path_too(name: str, task: Task) -> None:
+    model, w_P = _case(name, task, 3)
+    rng = np.random.default_rng(len(name))
+    assert float(moved(model, w_P, task, "automatic", 1.0, "func", rng, 12).max()) <= 1 + SLACK
+
+
+def _frail(rng: np.random.Generator) -> odd_patients.Records:
+    """Return a patient whose gradient is what rounding leaves of two huge ones: its direction hangs on the last bit."""
+    x_F = rng.standard_normal(FEATURES).astype(np.float32)
+    next_F = x_F.copy()
+    next_F[0] = np.nextafter(x_F[0], np.float32(9))
+    return np.stack([x_F, next_F]), np.array([1e12, -1e12], np.float32)
+
+
+@pytest.mark.parametrize("path", ["rules", "func", "loop"])
+@pytest.mark.parametrize("name", ["logistic", "mlp", "wide", "layer norm", "conv1d", "tokens", "images"])
+def test_one_more_patient_leaves_the_bits_of_the_others_alone(name: str, path: Path) -> None:
+    """Products of other shapes round otherwise; where all others are frail, each would then move by up to the clip."""
+    model, w_P = _case(name, "regression", 5)
+    for n in (1, 2, 3, 8, 40):
+        rng = np.random.default_rng(n)
+        others = [_frail(rng) for _ in range(n)]
+        for records in (1, 3, 9):
+            one = (rng.standard_normal((records, FEATURES)).astype(np.float32), np.full(records, 0.5, np.float32))
+            moved = difference(model, w_P, "regression", "automatic", 1.0, path, [others], [one])
+            assert float(moved) <= 1 + 1e-9, (n, records)
+        if path == "loop":
+            break
+
+
+@pytest.mark.parametrize("path", ["rules", "func"])
+def test_one_more_device_leaves_the_bits_of_the_others_alone(path: Path) -> None:
+    """Devices of one record share a chunk and a shape; one of two records comes to another."""
+    model, w_P = _case("mlp", "regression", 5)
+    rng = np.random.default_rng(1)
+    people = [(x[:1], y[:1]) for x, y in (_frail(rng) for _ in range(9))]
+    names = [str(k) for k in range(10)]
+    guarantee = Guarantee(
+        "shared", 1.0, 1e-6, 0.0, "gdp", {n: Release(1, 1, 1.0, 1.0) for n in names}, 1, 1, len(w_P), 1.0, "fixed", 1,
+        False,
+    )  # fmt: skip
+
+    def sums(devices: list[odd_patients.Records]) -> Tensor:
+        patients = Patients.of([_rows([one], "regression", 31 * k) for k, one in enumerate(devices)])
+        keys = torch.arange(len(devices))
+        return dpsgd.sums(
+            model, w_P, patients, "regression", guarantee, 1.0, names[: len(devices)], keys, path
+        ).total_KP
+
+    before, after = sums(people), sums([*people, _frail(rng)])
+    assert torch.equal(before, after[:9])
