@@ -1,6 +1,8 @@
 """Exact tests find every planted bug of noise and of sensitivity at epsilon 1 and 8, and let the honest code stand."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -103,7 +105,6 @@ def test_patients_who_are_invented_serve_as_well(tmp_path: Path) -> None:
     assert exact.sensitivity(target, rng(0)).passed
 
 
-@pytest.mark.xfail(strict=False, reason="norms of near-duplicates from products of pairs cancel in layers.py")
 @pytest.mark.parametrize("noise", ["shared", "site"])
 def test_odd_patients_of_a_regression_are_clipped(noise: str, tmp_path: Path) -> None:
     part = exact.sensitivity(invented(tmp_path, REGRESSION, model__name="mlp", privacy__noise=noise), rng(0))
@@ -220,3 +221,17 @@ def test_where_torch_func_cannot_the_attacker_goes_record_by_record() -> None:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         g_P = torch.cat([part.flatten() for part in parts]).double()
         torch.testing.assert_close(found[patient], g_P / (g_P.norm() + 0.01), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_power_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "audit_power.py"
+    told = subprocess.run(
+        [sys.executable, str(script), "--tiny"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    found = [line.split() for line in told.stdout.splitlines()[2:]]
+    assert [(words[0], words[3]) for words in found] == [
+        *[("nothing", "no")] * 2,
+        *[("half_the_noise_in_resolve", "yes")] * 2,
+        *[("clipping_skipped", "yes")] * 2,
+    ]

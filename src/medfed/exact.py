@@ -28,7 +28,7 @@ from medfed.core.types import Task as Kind
 from medfed.data.federated import Rows
 from medfed.local import outputs
 from medfed.plan import Plan, cohort, holders
-from medfed.privacy import noise_tests
+from medfed.privacy import noise_tests, odd_patients
 from medfed.privacy.audit import Part
 from medfed.privacy.budget import NoClaim
 from medfed.privacy.guarantee import GRID, Guarantee, declared
@@ -56,6 +56,9 @@ SHORT, LONG = 0.99, 1.5
 """Told noise over what is needed: below, the claim does not hold; above, something else than the claim was met.
 
 A Renyi accountant asks for up to 35 % more than the loss distributions of the second reckoning."""
+
+DRAWN = 40
+"""Odd patients drawn at random, beside those of the catalogue."""
 
 _QUIET = 1e-9  # a noise multiplier with which a site's row is its patients' sum
 
@@ -280,8 +283,11 @@ class Odd:
     y_R: Tensor
 
 
-def odd_patients(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> list[Odd]:
-    """Return patients that break clipping where it can be broken: near-duplicates, cancellations, extremes, 1 to 64."""
+def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> list[Odd]:
+    """Return patients that break clipping where it can be broken: near-duplicates, cancellations, extremes, 1 to 64.
+
+    Behind those with names come DRAWN of `privacy.odd_patients`, of up to eight records.
+    """
     plain_F = torch.from_numpy(rng.standard_normal(width)).float()
     found: list[Odd] = []
 
@@ -329,6 +335,9 @@ def odd_patients(width: int, kind: Kind, labels: int, rng: np.random.Generator) 
             add(f"one feature of size 1e{power}", one_F[None], [y])
     for value in (math.inf, math.nan):
         add(f"a feature that is {value}", torch.where(torch.arange(width) == 0, value, plain_F)[None], [0.0])
+    for number in range(DRAWN):
+        x_RF, y_R = odd_patients.draw(rng, width, kind, labels, finite=False, most=8)
+        add(f"drawn {number + 1}", torch.from_numpy(x_RF), torch.from_numpy(y_R))
     return found
 
 
@@ -348,7 +357,7 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     site = _like(site, study, g)
 
     target = plan.encoding.target
-    patients = odd_patients(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)
+    patients = catalogue(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)
     weights = [
         plan.begin().w_P,
         torch.zeros(plan.parameters),
@@ -467,7 +476,9 @@ def _answers(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list
     payload = codec.encode(header, {"w": w_P})
     with _muted():
         replies = handle_many(nodes, "work", payload)
-        if any(isinstance(reply, SiteError) for reply in replies):  # one can fail a stack: each by itself, as at its site
+        if any(
+            isinstance(reply, SiteError) for reply in replies
+        ):  # one can fail a stack: each by itself, as at its site
             replies = [handle_many([node], "work", payload)[0] for node in nodes]
     found: list[np.ndarray | None] = []
     for reply in replies:
