@@ -3,7 +3,7 @@
     python benchmarks/audit_power.py [--numbers 20000] [--bugs NAME ...] [--tiny]
 
 The control is the code as it is, which must stand. Each bug is then planted in the code that runs
-(tests/planted.py), a twin of breast-cancer of 10 rounds is prepared under it, and the exact parts and the canaries judge
+(tests/planted.py), a twin of breast-cancer of 10 rounds is prepared under it, and the exact parts and canaries judge
 it: told are the verdict of each, the least p-value among the tests of the noise, how far one patient moves the sum, and
 the seconds all three took. `one_holder_of_many` needs secure aggregation and is a test (tests/test_exact.py).
 """
@@ -25,7 +25,7 @@ from medfed.privacy.audit import Part
 from medfed.twin import Twin
 
 sys.path.append(str(Path(__file__).parents[1]))
-from tests import planted  # noqa: E402
+from tests import planted
 
 STUDY = ("training.rounds=10", "security.aggregation='plain'")
 HEAD = ("planted", "epsilon", "noise", "found", "by", "least p", "moved by C", "refuted", "seconds")
