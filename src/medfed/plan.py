@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.preprocess import Encoding
 from medfed.fleet import selection
-from medfed.layers import has_rules
-from medfed.local import LocalPlan
+from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import refusals
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
+from medfed.probe import ROWS, Probed, probe
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
@@ -60,6 +61,7 @@ class Plan:
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
+    path: Path = "auto"  # which local training serves the model
 
     @property
     def algorithm(self) -> Algorithm:
@@ -162,12 +164,6 @@ class Plan:
         """Return the model's weights [P] before the first round: a function of the seed."""
         return vector(build_model(self.study, self.encoding))
 
-    @property
-    def path(self) -> str:
-        """Which local training path serves this model."""
-        asked = self.study.training.path
-        return asked if asked != "auto" else "rules" if has_rules(build_model(self.study, self.encoding)) else "func"
-
 
 def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> Plan:
     """Check a study against what its sites told; return the plan.
@@ -190,12 +186,8 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     if not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
     model = build_model(study, encoding)
-    if study.training.path == "rules" and not has_rules(model):
-        raise PlanError(
-            f"training.path='rules', but model.name={study.model.name!r} has a layer without a rule, or shared or "
-            "frozen weights; set training.path='auto'"
-        )
-    _check_outputs(model, study, encoding)
+    models.check_repeats(study.model.name, partial(build_model, study, encoding))
+    taken = probed(study, encoding, model)
     parameters = models.count(model)
     trainers = tuple(name for name in names if sizes[name]["train"])
     guarantee = None
@@ -219,7 +211,8 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         links=links_of(study, guarantee, trainers),
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
-        warnings=tuple(_warnings(surveys, encoding, study)),
+        warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
+        path=taken.path,
     )
 
 
@@ -448,17 +441,33 @@ def check(study: Study) -> None:
         )
 
 
-def _check_outputs(model: nn.Module, study: Study, encoding: Encoding) -> None:
-    """Pass two blank rows through the model and refuse outputs of the wrong shape."""
-    width, target = len(encoding.names()), encoding.target
-    where = f"model.name={study.model.name!r} for {width} inputs and a {target.task} target"
-    try:
-        with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, width)).shape)
-    except Exception as error:
-        raise PlanError(f"{where} cannot compute a row: {type(error).__name__}: {error}") from error
-    if shape != (2, target.outputs):
-        raise PlanError(f"{where} gives outputs {shape} for 2 rows; expected (2, {target.outputs})")
+def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
+    """Return which path trains the study's model; every party asks for itself.
+
+    Raises PlanError for a module that cannot be trained or tested rightly, naming the part.
+    """
+    target, private = encoding.target, guarantees.asked(study)
+    options = json.dumps(study.model.options, sort_keys=True, default=str)
+    inputs, asked = len(encoding.names()), study.training.path
+    key = (study.model.name, options, inputs, target.task, target.outputs, private, asked)
+    known = _PROBED.get(key) if study.model.name in models.ZOO else None
+    if known is None:
+        where, x_BF = f"model.name={study.model.name!r}", encoding.invented(ROWS)
+        known = probe(model, where, x_BF, target.task, target.outputs, private, asked)
+        _PROBED[key] = known
+    return known
+
+
+_PROBED: dict[tuple[object, ...], Probed] = {}
+"""What was found of the zoo's models in this process; others may change behind their name."""
+
+
+def _slowly(study: Study, taken: Probed) -> list[str]:
+    """Say why a model is not trained on the fastest path."""
+    if study.training.path != "auto" or taken.path == "rules":
+        return []
+    how = {"func": "by torch.func", "loop": "record by record" if guarantees.asked(study) else "client by client"}
+    return [f"model.name={study.model.name!r} trains {how[taken.path]}, slower: {'; '.join(taken.reasons)}"]
 
 
 def build_model(study: Study, encoding: Encoding) -> nn.Module:

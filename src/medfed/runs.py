@@ -12,8 +12,8 @@ import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,10 +26,10 @@ import platformdirs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation
+from medfed import checkpoints, claims, federation, models
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -37,7 +37,7 @@ from medfed.compliance import trail
 from medfed.compliance.trail import Verified
 from medfed.core import codec, files
 from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError, TrailError, some
-from medfed.core.flat import Layout
+from medfed.core.flat import Layout, fill, trained
 from medfed.core.streams import Streams
 from medfed.data import sources
 from medfed.data.preprocess import Encoding
@@ -73,11 +73,22 @@ class Result:
     encoding: Encoding
     w_P: Tensor
     folder: Path | None
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)  # of the model: frozen parameters and buffers
 
     @property
     def complete(self) -> bool:
         """Whether all asked rounds ran with all asked sites."""
         return bool(self.summary["status"] == "complete")
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was tested, in evaluation mode."""
+        module = fill(build_model(self.study, self.encoding), self.w_P)
+        own = models.fixed(module)
+        with torch.no_grad():
+            for name, value in self.fixed.items():
+                own[name].copy_(value)
+        return module.eval()
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the model's prediction for each row of a table with the study's feature columns.
@@ -93,7 +104,7 @@ class Result:
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
         rows = self.encoding.encode(table, every, ~every)
-        z = outputs(build_model(self.study, self.encoding), self.w_P, rows.x)
+        z = outputs(self.model, self.w_P, rows.x)
         if target.task == "regression":
             return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
         if target.task == "binary":
@@ -192,9 +203,13 @@ def load(folder: str | Path) -> Result:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run") from error
-    layout = Layout.of(build_model(study, encoding))
-    w_P = torch.cat([tensors[name].reshape(-1) for name in layout.shapes])
-    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder)
+    module = build_model(study, encoding)
+    wanted = {**trained(module), **models.fixed(module)}
+    if absent := [name for name in wanted if name not in tensors]:
+        raise RunError(f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study")
+    w_P = torch.cat([tensors[name].reshape(-1) for name in Layout.of(module).shapes])
+    kept = {name: tensors[name] for name in models.fixed(module)}
+    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept)
 
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
@@ -462,7 +477,7 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
-        _write_model(folder, server, plan)
+        _write_model(folder, server, plan, models.fixed(sites[0].model))
         if written := getattr(aggregation, "trail", None):
             model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
             written.append("finished", {"rounds": server.round, "status": summary["status"], "model": model})
@@ -471,7 +486,7 @@ def _drive(
             claim = claims.claim(plan, budget, sites[0].account)
             files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    return Result(summary, study, plan.encoding, server.released_P, folder)
+    return Result(summary, study, plan.encoding, server.released_P, folder, models.fixed(sites[0].model))
 
 
 def _watched(plan: Plan, log: Log) -> Watch:
@@ -597,8 +612,10 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
-def _write_model(folder: Path, server: Server, plan: Plan) -> None:
+def _write_model(folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor]) -> None:
+    """Write all that the model's outputs follow from: the released weights, and what was not trained."""
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
+    tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
     about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

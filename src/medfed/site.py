@@ -23,15 +23,16 @@ from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
 from medfed.core.checks import MedfedError, SiteError
 from medfed.core.entropy import Entropy
-from medfed.core.flat import vector
+from medfed.core.flat import fingerprint, vector
 from medfed.core.streams import Streams
 from medfed.data import preprocess
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
+from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
-from medfed.plan import POOLED, build_model, links_of, local_plan, robust_rule
+from medfed.plan import POOLED, build_model, links_of, local_plan, probed, robust_rule
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
@@ -55,6 +56,7 @@ class Site:
         self.test: Rows
         self.encoding: Encoding
         self.model: nn.Module
+        self.path: LocalPath = "auto"  # which local training serves the model, as the site itself has found
         self.guarantee: Guarantee | None = None
         self.account: Account | None = None
         self.links: Sequence[Link] = PLAIN
@@ -101,7 +103,7 @@ class Site:
         """
         first = sites[0]
         pooled = cls(POOLED, None, first.study, first.folder)
-        pooled.encoding, pooled.model = first.encoding, first.model
+        pooled.encoding, pooled.model, pooled.path = first.encoding, first.model, first.path
         pooled.train = _joined([site.train for site in sites])
         pooled.test = Rows(first.test.x[:0], first.test.y[:0], first.test.patient[:0])
         pooled.forget()
@@ -212,6 +214,9 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     encoding = Encoding.from_json(header["encoding"])
     model = build_model(sites[0].study, encoding)
+    if fingerprint(models.fixed(model)) != header["fixed"]:
+        raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
+    path = probed(sites[0].study, encoding, model).path
     promised = None
     if guarantee.asked(sites[0].study):
         for name, size in header[
@@ -225,7 +230,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     tables = [_table(site) for site in sites]
     links = links_of(sites[0].study, promised, list(header["declared"]))
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
-        site.encoding, site.model, site.guarantee = encoding, model, promised
+        site.encoding, site.model, site.path, site.guarantee = encoding, model, path, promised
         site.links = links
         held = torch.tensor(table.test)
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
@@ -326,7 +331,7 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     first, names = sites[0], [site.name for site in sites]
     clip = header.get("clip", promised.clip)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
-    path, task = first.study.training.path, first.encoding.target.task
+    path, task = first.path, first.encoding.target.task
     patients = Patients.of([site.train for site in sites])
     found = dpsgd.sums(first.model, tensors["w"], patients, task, promised, clip, names, key_K, path)
     if found.dropped:
@@ -349,12 +354,12 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
     correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
     if promised is None:
-        local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, hyper.path)
+        local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, first.path)
     else:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else hyper.average
         patients = Patients.of(rows)
         local = dpsgd.train(
-            first.model, start_KP, patients, plan, promised, names, key_K, correction, average, hyper.path
+            first.model, start_KP, patients, plan, promised, names, key_K, correction, average, first.path
         )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
     losses, steps = local.loss_K.tolist(), local.steps_K.tolist()

@@ -82,6 +82,20 @@ class Encoding:
         """Return the names of the encoded columns, M of them."""
         return [name for column in self.columns for name in column.names()]
 
+    def invented(self, rows: int) -> Tensor:
+        """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
+        rng = np.random.default_rng(0)
+        blocks = []
+        for column in self.columns:
+            if column.kind == "number":
+                blocks.append(np.clip(rng.standard_normal((rows, 1)), -2, 2))
+            else:
+                hot = np.eye(len(column.categories))[rng.integers(len(column.categories), size=rows)]
+                blocks.append(hot[:, 1:] if len(column.categories) == 2 else hot)
+            if column.indicator:
+                blocks.append(rng.integers(2, size=(rows, 1)).astype(np.float64))
+        return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32)) if blocks else torch.zeros(rows, 0)
+
     def to_json(self) -> dict[str, Any]:
         """Return the encoding as plain JSON."""
         return dataclasses.asdict(self)

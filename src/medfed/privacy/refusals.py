@@ -57,9 +57,6 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "it is a baseline, not a federation",
             "Take fedavg, or leave the claim out.",
         )
-    if t.path == "loop":
-        reason = "the plain loop takes no gradient of each patient"
-        yield claim, "training.path='loop'", reason, "Set training.path='auto'."
     if p.accountant == "pld" and p.scope == "study":
         yield (
             "privacy.accountant='pld'",
