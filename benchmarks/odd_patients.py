@@ -2,8 +2,8 @@
 
     python benchmarks/odd_patients.py [--patients 1000000] [--seed 0]
 
-Every model of tests/test_odd_patients.py, every task, clipping and path in turn, norms drawn at random: K sums of one to
-five odd patients each, once more with one odd patient more. The bound is 1 + SLACK clipping norms.
+Every model of tests/test_odd_patients.py, every task, clipping and path in turn, clipping norms drawn at random: K sums
+of one to five odd patients each, once more with one odd patient more. The bound is 1 + SLACK clipping norms.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import torch
 from common import table, write_result
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.test_odd_patients import CLIPPINGS, MODELS, TASKS, _case, moved  # noqa: E402
+from tests.test_odd_patients import CLIPPINGS, MODELS, TASKS, _case, moved
 
-from medfed.local import Path as LocalPath  # noqa: E402
-from medfed.privacy.guarantee import SLACK  # noqa: E402
+from medfed.local import Path as LocalPath
+from medfed.privacy.guarantee import SLACK
 
 SHARES: dict[LocalPath, int] = {"rules": 240, "func": 12, "loop": 4}
 """Sums a call by each path: the slower, the fewer."""
