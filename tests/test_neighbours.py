@@ -15,21 +15,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 import medfed
 from medfed import cli, dpsgd, runs
 from medfed import site as sites
+from medfed.compliance import trail
 from medfed.core import codec, entropy
 from medfed.core.checks import MedfedError
-from medfed.data import sources, tables
+from medfed.data import preprocess, sources, tables
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.prepare import prepare
@@ -105,14 +104,27 @@ east = 4
 baselines = false
 """
 
+SIZES = ("north", "south", "east")
+
 WAYS: dict[str, dict[str, Any]] = {
     "shared": {},
     "site": {"privacy.noise": "site", "training.batch_size": 4},
-    "central": {"privacy.noise": "central", "privacy.clipping": "adaptive"},
+    "central": {"privacy.noise": "central"},
     "masked": {"security.aggregation": "masked"},
     "three-party": {"security.aggregation": "three-party"},
-    "numbers as they are": {"data.preprocess": "none"},
+    "numbers as they are": {"data.preprocess": "none", "privacy.clipping": "fixed"},
     "seeded": {"privacy.simulation_only": True},
+    "a test that is paid for": {
+        "data.test_is_public": False,
+        "privacy.evaluation_epsilon": 0.25,
+        "monitor.evaluate_every": 2,
+    },
+    "sites by name": {
+        "data.site": "",
+        "data.features": ["age", "lactate", "ward"],
+        "sites.names": ["south", "north", "east"],
+        "sites.shares": [0.5, 0.48, 0.02],
+    },
 }
 
 
@@ -155,7 +167,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(dpsgd, "clip_factor", lambda kind, clip: torch.zeros_like)
     monkeypatch.setattr(secrets, "token_hex", lambda count=8: "5a" * count)
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
-    for module in (runs, events, ledger):
+    for module in (runs, events, ledger, trail):
         monkeypatch.setattr(module, "datetime", Clock, raising=False)
     monkeypatch.setattr("tests.test_neighbours.RESTART", restart)
     yield monkeypatch
@@ -181,35 +193,33 @@ class Tap(InProcess):
 
 
 def released(
-    folder: Path, rows: list[str], settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, rows: list[str], settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, pages: bool = False
 ) -> dict[str, bytes]:
     """Run a study over a table by the command line; return all that was said, passed on or written, by its place.
 
     `sites/` is what a site keeps for itself. What is random by design (keys, signatures, shares, hashes over them) is
-    blanked out, its length kept.
+    blanked out, its length kept. `pages`: also what is made of the run's files afterwards.
     """
     shutil.rmtree(folder, ignore_errors=True)
     path, out = write(folder, rows), folder / "run"
     monkeypatch.setattr(runs, "InProcess", Tap)
     Tap.heard = []
     RESTART()
-    secret = settings.get("security.aggregation", "plain") != "plain"
+
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     options = [part for word in words for part in ("--set", word)]
-    said: dict[str, bytes] = {}
-    for name, command in {
+    commands = {
         "run": ["run", str(path), *options, "--out", str(out)],
         "plan": ["privacy", "plan", str(path), *options],
-        "show": ["show", str(out), "--json"],
-        "claim": ["privacy", "claim", str(out), "--json"],
-        "report": ["report", str(out)],
-    }.items():
-        if "simulation_only" in str(settings) and name == "claim":
-            continue
-        said[f"$ {name}"] = _blank(_told(command), name)
-    for place, op, payload in Tap.heard:
-        key = f"{place}, number {sum(one.startswith(place) for one in said)}"
-        said[key] = _blank(payload, "wire") if secret and op in ("work", "phase") else payload
+    }
+    if pages:
+        commands |= {"show": ["show", str(out), "--json"], "claim": ["privacy", "claim", str(out), "--json"]}
+        commands |= {"report": ["report", str(out)]}
+    said = {f"$ {name}": _blank(_told(command), name) for name, command in commands.items()}
+
+    secret = settings.get("security.aggregation", "plain") != "plain"
+    for number, (place, op, payload) in enumerate(Tap.heard):
+        said[f"message {number}: {place}"] = _blank(payload, "wire") if secret and op in ("work", "phase") else payload
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
         if file.is_file() and not name.startswith("sites/"):
@@ -252,7 +262,7 @@ def _blank(content: bytes, name: str) -> bytes:
         except MedfedError:
             return content
         return repr((sorted(header.items()), sorted((n, t.dtype, t.shape) for n, t in tensors.items()))).encode()
-    return re.sub(rb"\b[0-9a-f]{16,}\b", lambda found: b"x" * len(found.group()), content)
+    return re.sub(rb"(?<![.\w])(?=[0-9]*[a-f])[0-9a-f]{16,}\b", lambda found: b"x" * len(found.group()), content)
 
 
 def differences(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
@@ -262,25 +272,120 @@ def differences(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[st
 
 def test_the_run_is_a_run(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
     """It ends complete, tells, passes on and writes what the laws below compare."""
-    found = released(tmp_path / "s", lines(), {}, fixed)
+    found = released(tmp_path / "s", lines(), {}, fixed, pages=True)
     assert b"run folder" in found["$ run"] and found["$ run"].endswith(b"\n0"), found["$ run"].decode()
     assert json.loads(found["summary.json"])["status"] == "complete"
     assert all(found[f"$ {name}"].endswith(b"\n0") for name in ("plan", "show", "claim", "report"))
     written = {"events.jsonl", "summary.json", "study.toml", "plan.json", "privacy.json", "model.safetensors"}
     assert written < set(found) and any(name.startswith("checkpoints/") for name in found)
     assert any(name.endswith(".html") for name in found)
-    assert {name.split(",")[0] for name in found if " from " in name} >= {
-        f"{op} from {site}" for op in ("survey", "prepare", "enrol", "work", "evaluate") for site in ("north", "east")
-    }
+    heard = {name.split(": ")[1] for name in found if name.startswith("message")}
+    assert heard >= {f"{op} from {name}" for op in ("survey", "prepare", "work", "evaluate") for name in SIZES}
+
+    pages = released(tmp_path / "s", lines("alone at its site"), {}, fixed, pages=True)
+    assert differences(found, pages) == []
 
 
-@pytest.fixture
-def whole(tmp_path: Path, fixed: pytest.MonkeyPatch) -> dict[str, bytes]:
-    return released(tmp_path / "s", lines(), {}, fixed)
-
-
-def test_each_patient_removed_in_turn_changes_no_byte(
-    tmp_path: Path, fixed: pytest.MonkeyPatch, whole: dict[str, bytes]
-) -> None:
+def test_each_patient_removed_in_turn_changes_no_byte(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
+    whole = released(tmp_path / "s", lines(), {}, fixed)
     found = {name: differences(whole, released(tmp_path / "s", lines(name), {}, fixed)) for name in NAMES}
     assert {name: places for name, places in found.items() if places} == {}
+
+
+OTHER_WAYS = [
+    ("site", ["first of the file", "alone at its site", "an undeclared label"]),
+    ("central", ["alone at its site", "several records"]),
+    ("masked", ["first of the file", "alone at its site"]),
+    ("three-party", ["first of the file", "alone at its site"]),
+    ("numbers as they are", ["text in a number", "beyond every range", "alone with a gap in a column"]),
+    ("seeded", ["first of the file", "alone at its site"]),
+    ("a test that is paid for", ["on both sides", "an undeclared mark"]),
+    ("sites by name", ["first of the file", "alone at its site"]),
+]
+
+
+@pytest.mark.parametrize(("way", "names"), OTHER_WAYS, ids=[way for way, _ in OTHER_WAYS])
+def test_no_way_of_noise_and_sums_tells_of_a_patient(
+    tmp_path: Path, fixed: pytest.MonkeyPatch, way: str, names: list[str]
+) -> None:
+    whole = released(tmp_path / "s", lines(), WAYS[way], fixed)
+    assert json.loads(whole["summary.json"])["status"] == "complete"
+    found = {name: differences(whole, released(tmp_path / "s", lines(name), WAYS[way], fixed)) for name in names}
+    assert {name: places for name, places in found.items() if places} == {}
+
+
+def test_a_held_out_patient_who_is_not_public_is_not_counted_either(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
+    """Its figures are a noised histogram; whose scores it counts, and how many, is told nowhere else."""
+    fixed.setattr(sites.Scores, "counts", lambda self: torch.ones(2, 2, dtype=torch.int64))
+    way = WAYS["a test that is paid for"]
+    whole = released(tmp_path / "s", lines(), way, fixed)
+    fewer = released(tmp_path / "s", [row for row in lines() if row != PUBLIC[2]], way, fixed)
+    assert differences(whole, fewer) == []
+
+
+# The power of the laws above -----------------------------------------------------------------------------------------
+
+
+def _first_appearance(study: Any, *rest: Any) -> Any:
+    found, data = REAL_FRAMES(study, *rest)
+    return dict(sorted(found.items(), key=lambda item: min(item[1].index, default=0))), data
+
+
+def _sites_that_have_rows(study: Any, *rest: Any) -> Any:
+    found, data = REAL_FRAMES(study, *rest)
+    return {name: frame for name, frame in found.items() if (frame["part"] == "train").any()}, data
+
+
+def _counted(table: Any, data: Any, declared: int, test: int) -> Any:
+    return REAL_SURVEY(table, data, declared, test) | {"patients": len(table.ids)}
+
+
+def _logged(where: str, *_: Any) -> None:
+    logging.getLogger("other").warning("%s", where)
+
+
+REAL_FRAMES, REAL_SURVEY = sources.frames, preprocess.public_survey
+LEAKS: dict[str, tuple[object, str, Any, str]] = {
+    "the order of rows": (sources, "frames", _first_appearance, "first of the file"),
+    "a site that is gone": (sources, "frames", _sites_that_have_rows, "alone at its site"),
+    "a count in the survey": (preprocess, "public_survey", _counted, "plain"),
+    "an own log that is printed": (tables.logger, "warning", _logged, "an undeclared label"),
+    "columns by their cells": (tables, "_check_described", lambda *_: None, "text in a number"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_planted_leak_is_seen(tmp_path: Path, fixed: pytest.MonkeyPatch, leak: str) -> None:
+    place, name, planted, patient = LEAKS[leak]
+    fixed.setattr(place, name, planted)
+    if leak == "columns by their cells":
+        fixed.setattr(tables._Column, "is_text", lambda self: bool(self.not_number.any()))
+    whole = released(tmp_path / "s", lines(), {}, fixed)
+    assert differences(whole, released(tmp_path / "s", lines(patient), {}, fixed))
+
+
+# The sum --------------------------------------------------------------------------------------------------------------
+
+
+def _sums(folder: Path, rows: list[str], weight: float) -> tuple[torch.Tensor, Any]:
+    """Return the sum of all sites' rows before noise, in grid units, where all weights are one number."""
+    study = medfed.load_study(write(folder, rows))
+    nodes = runs.open_sites(study, None)
+    plan = prepare(nodes[0].study, InProcess(nodes), [node.name for node in nodes])
+    w_P = torch.full((plan.parameters,), weight)
+    total = torch.zeros(plan.message, dtype=torch.int64)
+    for node in nodes:
+        node.account = None
+        total += codec.decode(node.handle("work", codec.encode({"round": 1}, {"w": w_P})))[1]["row"]
+    return total, plan.guarantee
+
+
+def test_a_patient_moves_the_sum_by_no_more_than_is_paid_for(tmp_path: Path) -> None:
+    for weight in (0.0, 3.0):
+        whole, guarantee = _sums(tmp_path / "whole", lines(), weight)
+        most = guarantee.sensitivity_units()
+        moved = {name: float((whole - _sums(tmp_path / "s", lines(name), weight)[0]).double().norm()) for name in NAMES}
+        assert max(moved.values()) <= most
+        assert max(moved.values()) > 0.5 * most  # else the bound would say nothing
+        for name in ("an undeclared label", "no label", "a field too many", "a field too few", "an open quote"):
+            assert moved[name] == 0

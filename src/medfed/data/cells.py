@@ -10,7 +10,7 @@ _FEW = 5
 
 
 def hold(values: np.ndarray, ends: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values [n] held to [low, high], and which of them [n] lay beyond; NaN stays, and no range is no end."""
+    """Return the values [n] held to [low, high], and which of them [n] lay beyond; NaN stays, no range has no end."""
     if not len(ends):
         return values, np.zeros(len(values), dtype=bool)
     low, high = ends
@@ -18,10 +18,11 @@ def hold(values: np.ndarray, ends: Sequence[float]) -> tuple[np.ndarray, np.ndar
 
 
 def far(values: np.ndarray) -> np.ndarray:
-    """Say of each value [n] whether it lies absurdly far from the others: a typing error, another unit, a code for a gap.
+    """Say of each value [n] whether it lies absurdly far from the others: a slip, another unit, a code for a gap.
 
-    Far is a gap, not a tail: a value is far where it and what lies beyond it, fewer than half of all, are at least 1,000
-    times as far from the median as the farthest of the rest. A column that spans ten decades without a gap has none.
+    Far is a gap, not a tail: a value is far where it and what lies beyond it, fewer than half of all, are at least
+    1,000 times as far from the median as the farthest of the rest; of fewer than five others it takes 10^9. A column
+    that spans ten decades without a gap has none.
     """
     known = values[np.isfinite(values)]
     if len(known) < 3:

@@ -20,8 +20,8 @@ def read(path: Path) -> tuple[pd.DataFrame, list[int]]:
 
     A byte that is no UTF-8 becomes a mark of its own cell. Raises DataError for a header that names no column.
     """
-    opened = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-    with opened as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace") as file:  # type: ignore[arg-type]
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
         columns = _columns(path, header)
         rows, numbers, broken = list[list[str]](), list[int](), list[int]()

@@ -72,9 +72,9 @@ def frames(
         names = tuple(study.privacy.sizes) if declared else ()
         if declared and not names:
             raise PlanError(
-                f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, not "
-                'read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training patients '
-                "that may be published; `medfed data show` lists the table's sites."
+                f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
+                'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
+                "patients that may be published; `medfed data show` lists the table's sites."
             )
         if private:
             _refuse_undeclared(site, names, data.site)
@@ -96,8 +96,8 @@ def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> No
         logger.warning("column %r: no declared site in row %s", column, some(site.index[strange], 50))
         declared = f"one of privacy.sizes ({some(names, 20)})" if names else "a site"
         raise DataError(
-            f"column {column!r} has rows that do not name {declared}; they are not quoted, as they are private. Declare "
-            "the site's size in [privacy.sizes], or correct the rows; `medfed data show` lists the table's sites."
+            f"column {column!r} has rows that do not name {declared}; they are not quoted, as they are private. "
+            "Declare the site's size in [privacy.sizes], or correct the rows; `medfed data show` lists the sites."
         )
 
 

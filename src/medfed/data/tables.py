@@ -4,9 +4,9 @@ All that can be wrong with a table is found here, before training, and named by 
 its header being row 1.
 
 Under a privacy claim (`private`) an error that one patient's row can cause would tell of that patient, and so would a
-column that is text or number by how its cells were counted. There the data dictionary alone decides what a column is and
-what may stand in it: a bad cell counts as missing, a record without a declared label takes no part, and what was met is
-in the site's own log. Only the header can stop a run.
+column that is text or number by how its cells were counted. There the data dictionary alone decides what a column is
+and what may stand in it: a bad cell counts as missing, a record without a declared label takes no part, and what was
+met is in the site's own log. Only the header can stop a run.
 """
 
 import logging

@@ -102,14 +102,14 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
                 claim,
                 f"data.features={name!r} without a public range or categories",
                 "what its cells are, and how far they reach, would be taken from patients",
-                f"Declare data.dictionary.{name}.range or data.dictionary.{name}.categories, or leave it out.",
+                f"Set data.dictionary.{name}.range or data.dictionary.{name}.categories, or leave it out.",
             )
     if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
         yield (
             claim,
             f"data.task='regression' without data.dictionary.{data.target}.range",
             "nothing bounds what one patient's target says",
-            f"Declare data.dictionary.{data.target}.range = [low, high].",
+            f"Set data.dictionary.{data.target}.range = [low, high].",
         )
 
 
