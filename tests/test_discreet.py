@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_not_quoted(tmp_path: Path, kind: str) -> 
 
 def test_numbers_in_a_regression_are_held_and_not_quoted(tmp_path: Path) -> None:
     """A target of 1e30 counts as the end of its range, in training and in tests; neither is told."""
-    rows = _rows().assign(died=lambda frame: np.arange(len(frame)) % 10)
+    rows = _rows().assign(died=lambda frame: (np.arange(len(frame)) % 10).astype(object))
     text = PRIVATE_TABLE.replace('categories = ["no", "yes"]', "range = [0, 9]")
     text = text.replace('target = "died"', 'target = "died"\ntask = "regression"')
     heavy = rows.copy()

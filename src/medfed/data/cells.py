@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _FAR = 1e3  # times as far from the median as any other value of the column
-_FAR_OF_FEW = 1e9  # where fewer than _FEW others differ from the median
+_FAR_OF_FEW = 1e12  # where fewer than _FEW others differ from the median
 _FEW = 5
 
 
@@ -21,7 +21,7 @@ def far(values: np.ndarray) -> np.ndarray:
     """Say of each value [n] whether it lies absurdly far from the others: a slip, another unit, a code for a gap.
 
     Far is a gap, not a tail: a value is far where it and what lies beyond it, fewer than half of all, are at least
-    1,000 times as far from the median as the farthest of the rest; of fewer than five others it takes 10^9. A column
+    1,000 times as far from the median as the farthest of the rest; of fewer than five others it takes 10^12. A column
     that spans ten decades without a gap has none.
     """
     known = values[np.isfinite(values)]
