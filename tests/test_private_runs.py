@@ -576,6 +576,28 @@ def test_sizes_other_than_the_declared_ones_are_refused_by_the_site(study: Study
         north.handle("prepare", told)
 
 
+LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a label less": lambda told: told["target"].update(labels=["no", "never"]),
+    "a narrower range": lambda told: told["columns"][0].update(scale=1e-30),
+    "no cap": lambda told: told["columns"][0].update(cap=0.0),
+    "an indicator more": lambda told: told["columns"][0].update(indicator=True),
+    "gaps filled from patients": lambda told: told.update(public=False),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_encoding_that_is_not_the_dictionarys_is_refused_whoever_is_in_the_table(study: Study, lie: str) -> None:
+    """Else a coordinator asks for a label less, and learns from the error that somebody has it."""
+    (north, *_) = _prepared(study)
+    told = north.encoding.to_json()
+    LIES[lie](told)
+    payload = codec.encode({"encoding": told, "declared": {"north": 96, "south": 58, "east": 38}, "clients": []})
+    tables = [frame for how in (lambda f: f, lambda f: f[:0]) for frame in [_frames(how)["north"]]]
+    for frame in tables:
+        with pytest.raises(SiteError, match="is not that of the study's data dictionary"):
+            site.Site.open("north", frame, study).handle("prepare", payload)
+
+
 def test_a_record_whose_label_is_not_declared_takes_no_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """To refuse it would tell that there is one: the run goes on, and the site's own log names the row."""
     frame = invented()

@@ -72,15 +72,15 @@ def test_one_absurd_value_no_longer_costs_a_cohort_its_model(tmp_path: Path) -> 
     frame = bunch.data.assign(sick=np.where(bunch.target == 1, "no", "yes"))
     frame["hospital"] = np.array(["a", "b", "c", "d"])[np.arange(len(frame)) % 4]
     frame["part"] = np.where(np.arange(len(frame)) % 5, "train", "test")
-    frame.loc[11, "mean radius"] = 1e30
+    frame.loc[11, "mean fractal dimension"] = 1e30
     text = STUDY.replace('target = "died"', 'target = "sick"').replace('patient = "subject"', 'test = "part"')
     silent = medfed.simulate(medfed.load_study(write_study(tmp_path, text, frame))).summary
     assert silent["test"]["auroc"] < 0.9
-    assert any("site 'd', column 'mean radius': row 13" in told for told in silent["warnings"])
-    ranged = text + '[data.dictionary."mean radius"]\nrange = [6, 30]\n'
+    assert any("site 'd', column 'mean fractal dimension': row 13" in told for told in silent["warnings"])
+    ranged = text + '[data.dictionary."mean fractal dimension"]\nrange = [0.04, 0.1]\n'
     held = medfed.simulate(medfed.load_study(write_study(tmp_path, ranged, frame))).summary
     assert held["test"]["auroc"] > 0.97
-    assert any("outside the declared range [6, 30]" in told for told in held["warnings"])
+    assert any("outside the declared range [0.04, 0.1]" in told for told in held["warnings"])
 
 
 def test_data_show_tells_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,17 @@ from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
 from medfed.core import codec, files, own
-from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError, TrailError, some
+from medfed.core.checks import (
+    BudgetError,
+    DataError,
+    LedgerError,
+    MedfedError,
+    PlanError,
+    QuorumError,
+    RunError,
+    TrailError,
+    some,
+)
 from medfed.core.flat import Layout
 from medfed.core.streams import Streams
 from medfed.data import sources
@@ -550,13 +560,13 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
     """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
-    fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-    server = plan.begin()
     try:
+        fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
+        server = plan.begin()
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.budget(), Log())
         test(server, plan, fleet, log, name, intervals=True)
-    except QuorumError as error:
+    except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
 

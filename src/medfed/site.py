@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medfed import dpsgd, models
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
-from medfed.core.checks import MedfedError, SiteError
+from medfed.core.checks import MedfedError, SiteError, some
 from medfed.core.entropy import Entropy
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
@@ -217,6 +217,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     model = build_model(sites[0].study, encoding)
     promised = None
     if guarantee.asked(sites[0].study):
+        _check_encoding(sites[0], encoding)
         for name, size in header[
             "declared"
         ].items():  # noise and divisor follow from them: not the coordinator's to say
@@ -238,6 +239,25 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         if site.name in site.liars.names:
             site.train = site.liars.taught(site.name, site.train, encoding)
     return [codec.encode({}) for _ in sites]
+
+
+def _check_encoding(site: Site, encoding: Encoding) -> None:
+    """Refuse, under a claim, an encoding that is not the site's own dictionary's.
+
+    A coordinator that leaves out a label, or cuts a range, could else read from an error whether anybody has it.
+    """
+    own = preprocess.agree({site.name: _told(site)}, site.study.data, _unasked, public=True)
+    columns = {column.name: column for column in own.columns}
+    strange = [column.name for column in encoding.columns if column != columns.get(column.name, column)]
+    if strange or encoding.target != own.target or not encoding.public:
+        raise SiteError(
+            f"the coordinator's encoding of {some(strange or [encoding.target.name])} is not that of the study's data "
+            "dictionary; give every party the same study file"
+        )
+
+
+def _unasked(*_: object) -> Tensor:
+    raise SiteError("a public encoding asks nothing of patients")
 
 
 def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:

@@ -124,7 +124,7 @@ def test_floats_are_taken_to_the_last_bit() -> None:
     assert _clean(a=values, y=["0", "1"] * 200).numbers["a"].tolist() == values.tolist()
 
 
-# under a claim: the dictionary decides, and no row stops anything -------------------------------------------------------
+# under a claim: the dictionary decides, and no row stops anything ---------------------------------------------------
 
 DECLARED = Data(
     target="y",
