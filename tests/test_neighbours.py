@@ -319,8 +319,16 @@ def test_a_held_out_patient_who_is_not_public_is_not_counted_either(tmp_path: Pa
     fixed.setattr(sites.Scores, "counts", lambda self: torch.ones(2, 2, dtype=torch.int64))
     way = WAYS["a test that is paid for"]
     whole = released(tmp_path / "s", lines(), way, fixed)
-    fewer = released(tmp_path / "s", [row for row in lines() if row != PUBLIC[2]], way, fixed)
-    assert differences(whole, fewer) == []
+    for gone in (PUBLIC[2:3], PUBLIC[4:]):  # one of two, and all of east's
+        fewer = released(tmp_path / "s", [row for row in lines() if row not in gone], way, fixed)
+        assert differences(whole, fewer) == []
+
+
+def test_a_site_without_anybody_to_test_is_tested_all_the_same(tmp_path: Path) -> None:
+    way = WAYS["a test that is paid for"] | {"privacy.epsilon": 2.0}
+    study = medfed.load_study(write(tmp_path, [row for row in lines() if row not in PUBLIC[4:]]))
+    result = medfed.simulate(study._with(way))
+    assert result.complete and set(result.summary["per_site"]) == set(SIZES)
 
 
 # The power of the laws above -----------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.guarantee = encoding, model, promised
         site.links = links
-        held, counts = torch.from_numpy(table.test), torch.from_numpy(table.taking_part())
+        held, counts = torch.tensor(table.test), torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held & counts), rows.at(held & counts)
         site.forget()
