@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -183,7 +183,8 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         raise PlanError(
             f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {len(names)} sites; lower it"
         )
-    if not any(size["test"] for size in sizes.values()):
+    told = study.data.test_is_public or not guarantees.asked(study)  # else nobody says how many are held out
+    if told and not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
     model = build_model(study, encoding)
     models.check_repeats(study.model.name, partial(build_model, study, encoding))
@@ -449,7 +450,7 @@ def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
     target, private = encoding.target, guarantees.asked(study)
     options = json.dumps(study.model.options, sort_keys=True, default=str)
     inputs, asked = len(encoding.names()), study.training.path
-    key = (study.model.name, options, inputs, target.task, target.outputs, private, asked)
+    key = (models.ZOO.get(study.model.name), options, inputs, target.task, target.outputs, private, asked)
     known = _PROBED.get(key) if study.model.name in models.ZOO else None
     if known is None:
         where, x_BF = f"model.name={study.model.name!r}", encoding.invented(ROWS)
@@ -529,6 +530,7 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
+    found += _strange_values(surveys, study)
     for name, survey in surveys.items():
         if survey["test"] == 0:
             found.append(f"site {name!r} has no test patient; its own figures are null")
@@ -543,3 +545,34 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
                 f"site {name!r} has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
             )
     return found
+
+
+def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:
+    """Tell which numbers lie beyond their declared range, or absurdly far from the others where none is declared."""
+    found = []
+    for name, column, rows in _rows_told(surveys, "outside", study.sites.kind == "device"):
+        low, high = study.data.dictionary[column].range
+        done = "they were set to its ends" if column != study.data.target else "they are taken as they are"
+        found.append(
+            f"site {name!r}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
+            f"them, or data.dictionary.{column}.range"
+        )
+    for name, column, rows in _rows_told(surveys, "far", study.sites.kind == "device"):
+        found.append(
+            f"site {name!r}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
+            f"Correct them, name the text in data.missing_values, or declare data.dictionary.{column}.range = [low, "
+            "high], which values are then held to"
+        )
+    return found
+
+
+def _rows_told(surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield site, column and the rows of what a survey found; all devices as one."""
+    together: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, survey in surveys.items():
+        for column, told in survey.get(kind, {}).items():
+            together.setdefault(("all devices" if devices else name, column), []).append(told)
+    for (name, column), parts in together.items():
+        count, first = sum(told["rows"] for told in parts), [row for told in parts for row in told["first"]][:5]
+        more = f" and {count - len(first)} more" if count > len(first) else ""
+        yield name, column, f"row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more}"

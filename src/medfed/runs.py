@@ -6,6 +6,7 @@ sites remember, in a simulation), and at the end model.safetensors and summary.j
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -35,8 +36,18 @@ from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
-from medfed.core import codec, files
-from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError, TrailError, some
+from medfed.core import codec, files, own
+from medfed.core.checks import (
+    BudgetError,
+    DataError,
+    LedgerError,
+    MedfedError,
+    PlanError,
+    QuorumError,
+    RunError,
+    TrailError,
+    some,
+)
 from medfed.core.flat import Layout, fill, trained
 from medfed.core.streams import Streams
 from medfed.data import sources
@@ -49,7 +60,7 @@ from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
-from medfed.plan import POOLED, Plan, build_model
+from medfed.plan import POOLED, Plan, build_model, check
 from medfed.prepare import ask_surveys, enrol, prepare
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
@@ -62,6 +73,11 @@ from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
 from medfed.site import Site
 from medfed.study import Privacy, Robustness, Security, Study
+
+logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
+
+OWN_LOG = "own.log"
+"""What the sites alone may read of a run: `core.own`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ class Result:
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
 
 
+@own.kept()
 def run(
     study: Study,
     out: str | Path | None = None,
@@ -136,6 +153,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
+    own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     files.write(folder / "study.toml", plan.study.toml())
@@ -147,6 +165,7 @@ def run(
         return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
+@own.kept()
 def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
 
@@ -158,6 +177,7 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
     server, header, note = checkpoints.read_last(folder / "checkpoints")
+    own.write_to(folder / "sites" / OWN_LOG)
     sites = open_sites(study, data, folder / "sites")
     fleet, plan = _ready(sites[0].study, sites, encoding)
     if plan.surveyed != header["surveyed"]:
@@ -214,14 +234,17 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
-    frames, known = sources.frames(study, data, progress)
-    study = dataclasses.replace(study, data=known)
-    account = Account(ledger_path(study, folder), study) if guarantee.asked(study) else None
+    study = dataclasses.replace(study, data=sources.completed(study))
+    private = guarantee.asked(study)
+    if private:
+        check(study)  # what needs no record is refused before one is read
+    frames, _ = sources.frames(study, data, progress, private)
+    account = Account(ledger_path(study, folder), study) if private else None
     if study.sites.kind == "device":
         sites = Site.devices(frames, study, folder)
     else:
         sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
-    if guarantee.asked(study):
+    if private:
         _check_places(sites, study)
     for site in sites:
         site.account = account
@@ -243,10 +266,11 @@ def _check_places(sites: Sequence[Site], study: Study) -> None:
     seen = Counter(name for site in sites if site.table for name in site.table.ids)
     most = study.privacy.max_sites_per_patient
     if many := sum(count > most for count in seen.values()):
+        logger.warning("%d patients have records at more than %d sites, up to %d", many, most, max(seen.values()))
         raise PlanError(
-            f"privacy.max_sites_per_patient={most}, but {many} patients have records at more sites (up to "
-            f"{max(seen.values())}); the noise would hide less than it claims. "
-            f"Set privacy.max_sites_per_patient={max(seen.values())}."
+            f"privacy.max_sites_per_patient={most}, but there are patients with records at more sites; the noise would "
+            f"hide less than it claims. Raise it, or correct the table: they are those whose name in column "
+            f"{study.data.patient!r} stands at more sites."
         )
 
 
@@ -551,13 +575,13 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
     """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
-    fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-    server = plan.begin()
     try:
+        fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
+        server = plan.begin()
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.budget(), Log())
         test(server, plan, fleet, log, name, intervals=True)
-    except QuorumError as error:
+    except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
 
