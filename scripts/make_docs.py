@@ -2,6 +2,7 @@
 """Write docs/study.md, docs/commands.md and docs/events.md from the code, so that they say what it does.
 
 `make docs` writes them; `scripts/make_docs.py --check` writes nothing and exits with 1 where one is stale.
+`--modules` writes the table of modules in docs/privacy.md anew, which takes a minute: a test holds it to the probe.
 """
 
 import collections.abc
@@ -182,8 +183,29 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+MODULES = "<!-- The probe's own words: scripts/make_docs.py --modules -->"
+
+
+def modules_table() -> str:
+    """Return which path each kind of module takes, as the probe finds it on this machine."""
+    import module_kinds
+
+    head = ("a module with", "without a claim", "under a claim", "why no faster one")
+    return f"{MODULES}\n\n{_table(head, list(module_kinds.table()))}\n{MODULES}"
+
+
+def write_modules() -> None:
+    """Put the table of modules in its place in docs/privacy.md."""
+    page = DOCS / "privacy.md"
+    before, _, after = page.read_text().split(MODULES)
+    page.write_text(before + modules_table() + after)
+
+
 def main() -> int:
     """Write the pages, or with --check say which are stale."""
+    if "--modules" in sys.argv[1:]:
+        write_modules()
+        return 0
     pages = {
         DOCS / "study.md": study_page(),
         DOCS / "commands.md": commands_page(),

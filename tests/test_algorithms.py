@@ -571,6 +571,6 @@ def test_rules_for_a_model_without_them_are_refused(monkeypatch: pytest.MonkeyPa
     encoding = Encoding((Column("age", "number"),), Target("y", "regression"))
     study = Study(model=Model("a_users_models:soft"), training=Training(path="rules"))
     planned = partial(make, surveys={"a": survey}, encoding=encoding)
-    with pytest.raises(PlanError, match=r"training.path='rules'.*'a_users_models:soft'.*'auto'"):
+    with pytest.raises(PlanError, match=r"'a_users_models:soft'.*training.path='rules' .* Softplus '1'.*'auto'"):
         planned(study)
     assert planned(replace(study, training=Training())).path == "func"

@@ -222,7 +222,8 @@ def memorised(tmp_path: Path) -> Twin:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.standard_normal((120, 60)), columns=[f"gene {i}" for i in range(60)])
     frame = frame.assign(died=rng.integers(0, 2, 120), hospital=["a", "b"] * 60)
-    return Twin.of(private(tmp_path, MEMORISED, frame), None, rng)
+    ranges = "\n".join(f'"gene {i}" = {{range = [-6, 6]}}' for i in range(60))
+    return Twin.of(private(tmp_path, f"{MEMORISED}[data.dictionary]\n{ranges}\n", frame), None, rng)
 
 
 def test_noise_hides_members_who_are_found_without_it(memorised: Twin, monkeypatch: Patch) -> None:

@@ -293,7 +293,7 @@ def test_a_patient_with_two_devices_is_refused(tmp_path: Path) -> None:
     frame = records()
     frame.loc[frame.index[-1], "hospital"] = "south" if frame["hospital"].iloc[-1] != "south" else "north"
     study = medfed.load_study(write_study(tmp_path, PRIVATE, frame))
-    with pytest.raises(PlanError, match="max_sites_per_patient=1, but 1 patients"):
+    with pytest.raises(PlanError, match="max_sites_per_patient=1, but there are patients"):
         runs.simulate(study._with(CORRELATED))
 
 

@@ -183,17 +183,6 @@ def test_a_model_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         build(_plant(monkeypatch, lambda features, outputs: nn.Sequential(nn.ReLU())), 3, 1, {}, 0)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d])
-def test_a_norm_over_the_batch_is_refused_by_its_place(
-    monkeypatch: pytest.MonkeyPatch, norm: Callable[[int], nn.Module]
-) -> None:
-    def factory(features: int, outputs: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(features, 4), nn.Sequential(nn.ReLU(), norm(4)), nn.Linear(4, outputs))
-
-    with pytest.raises(PlanError, match=rf"{norm(4).__class__.__name__} at '1.1'.*LayerNorm"):
-        build(_plant(monkeypatch, factory), 3, 1, {}, 0)
-
-
 # Dropout: a mask that is a function of (key, unit)
 
 
@@ -292,10 +281,3 @@ def test_a_users_dropout_no_longer_asks_torchs_generator(monkeypatch: pytest.Mon
     state = torch.get_rng_state()
     assert torch.equal(model(x), model(x))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("layer", [nn.AlphaDropout(0.1), nn.Dropout1d(0.1), nn.Dropout2d(0.1)])
-def test_dropout_that_no_stream_can_feed_is_refused(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.ZOO, "own", lambda features, outputs: nn.Sequential(nn.Linear(features, outputs), layer))
-    with pytest.raises(PlanError, match=f"has {type(layer).__name__} at '1'.*Use nn.Dropout"):
-        build("own", 3, 1, {}, 0)

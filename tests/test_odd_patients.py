@@ -65,7 +65,7 @@ def moved(
 ) -> Tensor:
     """Return how far one odd patient moves each of K sums, in units of the clip; the others are odd, too."""
     classes = 3 if task == "multiclass" else 2
-    most = int(rng.choice([2, 3, 8, 64]))  # a cohort's largest decides how the norm is taken
+    most = int(rng.choice([2, 2, 3, 8, 64]))  # a cohort's largest decides how the norm is taken
 
     indices = any(isinstance(layer, Embedding) for layer in model.modules())
 
@@ -73,7 +73,8 @@ def moved(
         x_RF, y_R = odd_patients.draw(rng, FEATURES, task, classes, bool(rng.random() < 0.9) or indices, most)
         return np.clip(x_RF, 0, 4) if indices else x_RF, y_R
 
-    others = [[drawn() for _ in range(int(rng.integers(1, 6)))] for _ in range(K)]
+    groups = [[drawn() for _ in range(int(rng.integers(1, 6)))] for _ in range(5)]
+    others = [groups[k % len(groups)] for k in range(K)]
     return difference(model, w_P, task, clipping, clip, path, others, [drawn() for _ in range(K)])
 
 

@@ -162,8 +162,9 @@ def _unprotected(plan: Plan) -> list[str]:
         "declared sizes of the sites, names of columns, labels and sites: public constants of the study",
         "which sites took part in which round, and how long they took",
         "that a site refused its table or a round, with the reason",
-        "how many records are held out for testing at each site",
     ]
+    if public:
+        listed.append("how many records are held out for testing at each site")
     if study.sites.kind == "device":
         listed.append("which patients have a device, and when it takes part; hidden is what their records hold")
     if public:

@@ -42,7 +42,7 @@ from medfed.local import (
     on_threads,
     sample_loss,
 )
-from medfed.models import Dropout
+from medfed.models import Dropout, fixed
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
 
@@ -127,6 +127,17 @@ def sums(
         below_K[members] = torch.where(counted_AI, (norm_AI <= clip).double() - 0.5, 0).sum(1)
         dropped += int((there_AI & ~counted_AI).sum())
     return Sums(total_KP, below_K, dropped)
+
+
+def gradient(model: nn.Module, w_P: Tensor, patients: Patients, task: Task, path: Path) -> tuple[Tensor, Tensor]:
+    """Return one client's sum [P] of its patients' gradients, not clipped, and their norms [I]; for probe.py."""
+    model.train()
+    release = Release(max(2, int(patients.size_K[0])), 1, 1.0, 1.0)
+    key_1 = torch.zeros(1, dtype=torch.int64)
+    step = _step(patients, [release], lambda members, t, width: torch.empty(0), torch.zeros(1).long(), key_1, 0)
+    weights = [piece[None] for _, piece in Layout.of(model).pieces(w_P)]
+    total_1P, norm_1I = _clipped(_summer(model, path), weights, patients, step, task, torch.ones_like)
+    return total_1P[0].double(), norm_1I[0, : int(patients.size_K[0])]
 
 
 def train(
@@ -333,27 +344,33 @@ class _ByFunc:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.names = model, list(Layout.of(model).shapes)
         self.dropouts = [f"{n}.key".lstrip(".") for n, m in model.named_modules() if isinstance(m, Dropout)]
+        self.fixed = fixed(model)
 
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
     ) -> tuple[Tensor, Tensor]:
-        def loss(named: dict[str, Tensor], row: Tensor, target: Tensor, key: Tensor) -> Tensor:
-            state = {**named, **dict.fromkeys(self.dropouts, key)}
+        Named = dict[str, Tensor]
+
+        def loss(named: Named, fixed: Named, row: Tensor, target: Tensor, key: Tensor) -> Tensor:
+            state = {**named, **fixed, **dict.fromkeys(self.dropouts, key)}
             return sample_loss(task, functional_call(self.model, state, (row[None],))[0], target)
 
-        gradient = vmap(grad(loss), in_dims=(None, 0, 0, 0), randomness="error")
+        gradient = vmap(grad(loss), randomness="error")
         block = 1 if x.shape[1] == 1 else _BLOCK
 
+        def for_each_record(named: Named) -> Named:
+            """Repeat weights: products of one row, whose bits do not depend on its place in the block."""
+            return {name: w.expand(block, *w.shape) for name, w in named.items()}
+
         def records(a: int, slots: Tensor) -> Tensor:
-            named = {name: w[a] for name, w in zip(self.names, weights, strict=True)}
+            named = for_each_record({name: w[a] for name, w in zip(self.names, weights, strict=True)})
+            fixed = for_each_record(self.fixed)
             filled = F.pad(slots, (0, -len(slots) % block), value=int(slots[0]))
-            parts = [
-                torch.cat(
-                    [g.flatten(1) for g in gradient(named, x[a, own], y[a, own], step.key_AB[a, own]).values()], 1
-                )
-                for own in filled.split(block)
-            ]
-            return torch.cat(parts)[: len(slots)]
+            found = []
+            for own in torch.split(filled, block):
+                parts = gradient(named, fixed, x[a, own], y[a, own], step.key_AB[a, own])
+                found.append(torch.cat([g.flatten(1) for g in parts.values()], 1))
+            return torch.cat(found)[: len(slots)]
 
         return _each_patient(records, weights, step, factor, max(1, block // step.records))
 
@@ -410,7 +427,7 @@ def _each_patient(
 
 def _clip_each(g_SP: Tensor, own_S: Tensor, factor: Factor, norm_I: Tensor) -> Tensor:
     """Return the sum [P] of some patients' clipped gradients, and write their norms into `norm_I`."""
-    mine, place_S = own_S.unique(return_inverse=True)
+    mine, place_S = torch.unique(own_S, return_inverse=True)
     g_JP = torch.zeros(len(mine), g_SP.shape[1], dtype=torch.float64).index_add_(0, place_S, g_SP)
     mass_J = torch.zeros(len(mine), dtype=torch.float64).index_add_(0, place_S, g_SP.norm(dim=1))
     norm_J = torch.maximum(g_JP.norm(dim=1), CANCELLATION * mass_J)

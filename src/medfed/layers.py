@@ -202,10 +202,23 @@ class LinearRule(Rule):
         slots = positions if positions > 1 else records  # which way must not follow from other patients' records
         if slots * (inputs + outputs) < inputs * outputs:
             return self._square_norms_in_basis(A, B // records)
-        if positions == 1:  # products of two float32 numbers are exact
-            x, dy = x.double(), dy.double()
+        if positions == 1:
+            return self._square_norms_of_products(A, B // records)
         gradients = [self._product(dy, x, A * B), self._total(dy, A * B)][: len(self.names)]
         return self._remember_gradients([g.view(A, B, *g.shape[1:]) for g in gradients], records)
+
+    def _square_norms_of_products(self, A: int, N: int) -> Tensor:
+        """Make each patient's gradient, in float64: products of two float32 numbers are then exact."""
+        x, dy = self.x.double(), self.dy.double()
+        gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
+        square_AN = self._remember_gradients([g.view(A, N, *g.shape[1:]) for g in gradients], 1)
+        self.mass_AN = self._mass(x.view(A * N, -1, x.shape[-1]), dy.view(A * N, -1, dy.shape[-1])).view(A, N)
+        return square_AN
+
+    def _mass(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Return the sum over slots of |dy_s| |(x_s, 1)|, for x [N, S, I] and dy [N, S, O]."""
+        inputs = _square(x) + (len(self.names) - 1)
+        return (inputs.sqrt_() * _square(dy).sqrt_()).sum(1)
 
     def _square_norms_in_basis(self, A: int, N: int) -> Tensor:
         """Write each patient's sum of dy_s (x_s, 1)^T over its S slots as a sum over an orthonormal basis of (x_s, 1).
@@ -214,9 +227,9 @@ class LinearRule(Rule):
         is larger. What is remembered is R dy and Q^T, in float64, in place of dy and x.
         """
         x, dy = (t.reshape(A * N, -1, t.shape[-1]).double() for t in (self.x, self.dy))
+        self.mass_AN = self._mass(x, dy).view(A, N)
         if len(self.names) == 2:
             x = nn.functional.pad(x, (0, 1), value=1.0)
-        self.mass_AN = (_square(x).sqrt_() * _square(dy).sqrt_()).sum(1).view(A, N)
         known = self.mass_AN.isfinite().view(-1, 1, 1)
         x, dy = torch.where(known, x, 0), torch.where(known, dy, 0)
         q, r = torch.linalg.qr(x.mT)
@@ -689,29 +702,48 @@ class RuledModel:
 
 
 def has_rules(module: nn.Module) -> bool:
-    """Say whether every layer of the module has a rule, so that no autograd is needed.
+    """Say whether every layer of the module has a rule, so that no autograd is needed."""
+    return not without_rule(module)
+
+
+def without_rule(module: nn.Module) -> str:
+    """Return the kind and name of the first part that has no rule; empty where all have one.
 
     The rules' parameters must be the module's, each of them once and trained: none shared, reparametrised or frozen.
     Nothing may be hooked in, as rules do not call the layers.
     """
-    if any(_hooked(part) for part in module.modules()):
-        return False
+    names = {id(part): name for name, part in module.named_modules()}
+
+    def told(part: nn.Module) -> str:
+        return f"{type(part).__name__} {names[id(part)]!r}" if names[id(part)] else type(part).__name__
+
+    if hooked := [part for part in module.modules() if _hooked(part)]:
+        return f"the hooks of {told(hooked[0])}"
     try:
         layers = _leaves(module)
-    except TypeError:
-        return False
-    if not all(type(layer) in RULES and _plain(layer) for layer in layers):
-        return False
+    except _NoSequenceError as error:
+        return told(error.args[0])
+    for layer in layers:
+        if type(layer) not in RULES or not _plain(layer):
+            return told(layer)
     ruled = [getattr(layer, name) for layer in layers for name in RULES[type(layer)](layer).names]
-    return all(p.requires_grad for p in ruled) and [*map(id, ruled)] == [*map(id, module.parameters())]
+    if not all(p.requires_grad for p in ruled):
+        return "frozen parameters"
+    if [*map(id, ruled)] != [*map(id, module.parameters())]:
+        return "parameters that are shared or computed from others"
+    return ""
+
+
+class _NoSequenceError(TypeError):
+    """A container that is no Sequential; it is the first argument."""
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of nested Sequentials in order; TypeError for any other container."""
+    """Return the layers of nested Sequentials in order; _NoSequenceError for any other container."""
     if type(module) is nn.Sequential:
         return [leaf for child in module for leaf in _leaves(child)]
     if any(True for _ in module.children()):
-        raise TypeError(f"{type(module).__name__} is not a Sequential")
+        raise _NoSequenceError(module)
     return [module]
 
 

@@ -7,15 +7,19 @@ for C classes, 1 number for regression. A study names one of the zoo, or `packag
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
+from medfed.core.flat import fingerprint, trained, untrained
 
 Norm = Literal["layer", "group", "none"]
 Init = Literal["torch", "he"]
@@ -170,14 +174,13 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, features: int, outputs: int, options: Mapping[str, Any], seed: int) -> nn.Module:
-    """Build the model `name` with weights drawn from `seed`; torch's global generator is left as it was.
+    """Build the model `name` with weights drawn from `seed`; everybody's generators are left as they were.
 
-    Raises StudyError for an unknown name or options that the factory does not take, PlanError for a layer whose
-    meaning depends on other patients of the batch.
+    Raises StudyError for an unknown name or options that the factory does not take, PlanError where nothing can be
+    trained. What the module does is probe.py's to say.
     """
     factory = ZOO[name] if name in ZOO else _imported(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % (1 << 63))
+    with seeded(seed):
         try:
             inspect.signature(factory).bind(features, outputs, **options)
         except TypeError as error:
@@ -188,7 +191,51 @@ def build(name: str, features: int, outputs: int, options: Mapping[str, Any], se
             raise StudyError(f"model.name={name!r} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise StudyError(f"model.name={name!r} made a {type(module).__name__}; expected a torch.nn.Module")
-    return _keyed(_checked(module, name))
+    if not any(p.requires_grad for p in module.parameters()):
+        raise PlanError(f"model.name={name!r} has no trainable parameter. Set requires_grad on what shall be trained.")
+    return _keyed(module)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Have torch, numpy and Python draw from `seed`; all three generators are put back afterwards."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % (1 << 63))
+            np.random.seed(seed % (1 << 32))
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+
+
+def fixed(module: nn.Module) -> dict[str, Tensor]:
+    """Return what is part of the model and not trained: frozen parameters and buffers, but for dropout's streams."""
+    streams_of = {f"{name}.key".lstrip(".") for name, part in module.named_modules() if isinstance(part, Dropout)}
+    return {name: value for name, value in untrained(module).items() if name not in streams_of}
+
+
+def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
+    """Raise PlanError where two builds of one seed differ: parties build the model each for itself, and so does `load`.
+
+    A factory of the zoo is trusted.
+    """
+    if name in ZOO:
+        return
+    one, other = make(), make()
+    if one is other or {*map(id, one.parameters())} & {*map(id, other.parameters())}:
+        raise PlanError(
+            f"model.name={name!r} returns the same module every time it is called. Make a new one each time."
+        )
+    ours, theirs = ({**trained(m), **fixed(m)} for m in (one, other))
+    for part in ours.keys() | theirs.keys():
+        if part not in ours or part not in theirs or fingerprint({"": ours[part]}) != fingerprint({"": theirs[part]}):
+            raise PlanError(
+                f"model.name={name!r}: {part!r} is another at each build from one seed. Draw first weights from the "
+                "global generator of torch, numpy or Python, which are seeded, or load them from a file."
+            )
 
 
 def count(module: nn.Module) -> int:
@@ -207,23 +254,6 @@ def _imported(name: str) -> Callable[..., nn.Module]:
     except (ImportError, AttributeError) as error:
         raise StudyError(f"model.name={name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
     return found  # type: ignore[no-any-return]
-
-
-def _checked(module: nn.Module, name: str) -> nn.Module:
-    for path, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and not isinstance(layer, nn.GroupNorm):
-            raise PlanError(
-                f"model.name={name!r} has {type(layer).__name__} at {path!r}: it mixes the patients of a batch and its "
-                "running statistics stay at the sites. Use nn.LayerNorm or nn.GroupNorm."
-            )
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and type(layer) is not nn.Dropout:
-            raise PlanError(
-                f"model.name={name!r} has {type(layer).__name__} at {path!r}: it draws from torch's global generator, "
-                "so no run would repeat. Use nn.Dropout."
-            )
-    if not any(p.requires_grad for p in module.parameters()):
-        raise PlanError(f"model.name={name!r} has no trainable parameter.")
-    return module
 
 
 def _keyed(module: nn.Module) -> nn.Module:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.preprocess import Encoding
 from medfed.fleet import selection
-from medfed.layers import has_rules
-from medfed.local import LocalPlan
+from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import refusals
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
+from medfed.probe import ROWS, Probed, probe
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
@@ -60,6 +61,7 @@ class Plan:
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
+    path: Path = "auto"  # which local training serves the model
 
     @property
     def algorithm(self) -> Algorithm:
@@ -162,12 +164,6 @@ class Plan:
         """Return the model's weights [P] before the first round: a function of the seed."""
         return vector(build_model(self.study, self.encoding))
 
-    @property
-    def path(self) -> str:
-        """Which local training path serves this model."""
-        asked = self.study.training.path
-        return asked if asked != "auto" else "rules" if has_rules(build_model(self.study, self.encoding)) else "func"
-
 
 def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> Plan:
     """Check a study against what its sites told; return the plan.
@@ -187,15 +183,12 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         raise PlanError(
             f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {len(names)} sites; lower it"
         )
-    if not any(size["test"] for size in sizes.values()):
+    told = study.data.test_is_public or not guarantees.asked(study)  # else nobody says how many are held out
+    if told and not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
     model = build_model(study, encoding)
-    if study.training.path == "rules" and not has_rules(model):
-        raise PlanError(
-            f"training.path='rules', but model.name={study.model.name!r} has a layer without a rule, or shared or "
-            "frozen weights; set training.path='auto'"
-        )
-    _check_outputs(model, study, encoding)
+    models.check_repeats(study.model.name, partial(build_model, study, encoding))
+    taken = probed(study, encoding, model)
     parameters = models.count(model)
     trainers = tuple(name for name in names if sizes[name]["train"])
     guarantee = None
@@ -219,7 +212,8 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         links=links_of(study, guarantee, trainers),
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
-        warnings=tuple(_warnings(surveys, encoding, study)),
+        warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
+        path=taken.path,
     )
 
 
@@ -448,17 +442,33 @@ def check(study: Study) -> None:
         )
 
 
-def _check_outputs(model: nn.Module, study: Study, encoding: Encoding) -> None:
-    """Pass two blank rows through the model and refuse outputs of the wrong shape."""
-    width, target = len(encoding.names()), encoding.target
-    where = f"model.name={study.model.name!r} for {width} inputs and a {target.task} target"
-    try:
-        with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, width)).shape)
-    except Exception as error:
-        raise PlanError(f"{where} cannot compute a row: {type(error).__name__}: {error}") from error
-    if shape != (2, target.outputs):
-        raise PlanError(f"{where} gives outputs {shape} for 2 rows; expected (2, {target.outputs})")
+def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
+    """Return which path trains the study's model; every party asks for itself.
+
+    Raises PlanError for a module that cannot be trained or tested rightly, naming the part.
+    """
+    target, private = encoding.target, guarantees.asked(study)
+    options = json.dumps(study.model.options, sort_keys=True, default=str)
+    inputs, asked = len(encoding.names()), study.training.path
+    key = (models.ZOO.get(study.model.name), options, inputs, target.task, target.outputs, private, asked)
+    known = _PROBED.get(key) if study.model.name in models.ZOO else None
+    if known is None:
+        where, x_BF = f"model.name={study.model.name!r}", encoding.invented(ROWS)
+        known = probe(model, where, x_BF, target.task, target.outputs, private, asked)
+        _PROBED[key] = known
+    return known
+
+
+_PROBED: dict[tuple[object, ...], Probed] = {}
+"""What was found of the zoo's models in this process; others may change behind their name."""
+
+
+def _slowly(study: Study, taken: Probed) -> list[str]:
+    """Say why a model is not trained on the fastest path."""
+    if study.training.path != "auto" or taken.path == "rules":
+        return []
+    how = {"func": "by torch.func", "loop": "record by record" if guarantees.asked(study) else "client by client"}
+    return [f"model.name={study.model.name!r} trains {how[taken.path]}, slower: {'; '.join(taken.reasons)}"]
 
 
 def build_model(study: Study, encoding: Encoding) -> nn.Module:
@@ -520,6 +530,7 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
+    found += _strange_values(surveys, study)
     for name, survey in surveys.items():
         if survey["test"] == 0:
             found.append(f"site {name!r} has no test patient; its own figures are null")
@@ -534,3 +545,34 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
                 f"site {name!r} has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
             )
     return found
+
+
+def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:
+    """Tell which numbers lie beyond their declared range, or absurdly far from the others where none is declared."""
+    found = []
+    for name, column, rows in _rows_told(surveys, "outside", study.sites.kind == "device"):
+        low, high = study.data.dictionary[column].range
+        done = "they were set to its ends" if column != study.data.target else "they are taken as they are"
+        found.append(
+            f"site {name!r}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
+            f"them, or data.dictionary.{column}.range"
+        )
+    for name, column, rows in _rows_told(surveys, "far", study.sites.kind == "device"):
+        found.append(
+            f"site {name!r}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
+            f"Correct them, name the text in data.missing_values, or declare data.dictionary.{column}.range = [low, "
+            "high], which values are then held to"
+        )
+    return found
+
+
+def _rows_told(surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield site, column and the rows of what a survey found; all devices as one."""
+    together: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, survey in surveys.items():
+        for column, told in survey.get(kind, {}).items():
+            together.setdefault(("all devices" if devices else name, column), []).append(told)
+    for (name, column), parts in together.items():
+        count, first = sum(told["rows"] for told in parts), [row for told in parts for row in told["first"]][:5]
+        more = f" and {count - len(first)} more" if count > len(first) else ""
+        yield name, column, f"row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more}"

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from medfed.core import codec
 from medfed.core.checks import BudgetError, DataError, MedfedError
+from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
-from medfed.plan import Plan, check, make
+from medfed.models import fixed
+from medfed.plan import Plan, build_model, check, make
 from medfed.privacy.guarantee import asked
 from medfed.study import Study
 
@@ -36,7 +38,12 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
     plan = make(study, surveys, encoding)
     declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
-    header = {"encoding": encoding.to_json(), "declared": declared, "clients": list(plan.participants)}
+    header = {
+        "encoding": encoding.to_json(),
+        "declared": declared,
+        "clients": list(plan.participants),
+        "fixed": fingerprint(fixed(build_model(study, encoding))),
+    }
     _ask_all(counted, sites, "prepare", codec.encode(header))
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
 

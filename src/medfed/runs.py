@@ -6,14 +6,15 @@ sites remember, in a simulation), and at the end model.safetensors and summary.j
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,18 +27,28 @@ import platformdirs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation
+from medfed import checkpoints, claims, federation, models
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
-from medfed.core import codec, files
-from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, QuorumError, RunError, TrailError, some
-from medfed.core.flat import Layout
+from medfed.core import codec, files, own
+from medfed.core.checks import (
+    BudgetError,
+    DataError,
+    LedgerError,
+    MedfedError,
+    PlanError,
+    QuorumError,
+    RunError,
+    TrailError,
+    some,
+)
+from medfed.core.flat import Layout, fill, trained
 from medfed.core.streams import Streams
 from medfed.data import sources
 from medfed.data.preprocess import Encoding
@@ -49,7 +60,7 @@ from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
-from medfed.plan import POOLED, Plan, build_model
+from medfed.plan import POOLED, Plan, build_model, check
 from medfed.prepare import ask_surveys, enrol, prepare
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
@@ -63,6 +74,11 @@ from medfed.secure.models import FIRST
 from medfed.site import Site
 from medfed.study import Privacy, Robustness, Security, Study
 
+logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
+
+OWN_LOG = "own.log"
+"""What the sites alone may read of a run: `core.own`."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -73,11 +89,22 @@ class Result:
     encoding: Encoding
     w_P: Tensor
     folder: Path | None
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)  # of the model: frozen parameters and buffers
 
     @property
     def complete(self) -> bool:
         """Whether all asked rounds ran with all asked sites."""
         return bool(self.summary["status"] == "complete")
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was tested, in evaluation mode."""
+        module = fill(build_model(self.study, self.encoding), self.w_P)
+        own = models.fixed(module)
+        with torch.no_grad():
+            for name, value in self.fixed.items():
+                own[name].copy_(value)
+        return module.eval()
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the model's prediction for each row of a table with the study's feature columns.
@@ -93,7 +120,7 @@ class Result:
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
         rows = self.encoding.encode(table, every, ~every)
-        z = outputs(build_model(self.study, self.encoding), self.w_P, rows.x)
+        z = outputs(self.model, self.w_P, rows.x)
         if target.task == "regression":
             return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
         if target.task == "binary":
@@ -101,6 +128,7 @@ class Result:
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
 
 
+@own.kept()
 def run(
     study: Study,
     out: str | Path | None = None,
@@ -125,6 +153,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
+    own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     files.write(folder / "study.toml", plan.study.toml())
@@ -136,6 +165,7 @@ def run(
         return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
+@own.kept()
 def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
 
@@ -147,6 +177,7 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
     server, header, note = checkpoints.read_last(folder / "checkpoints")
+    own.write_to(folder / "sites" / OWN_LOG)
     sites = open_sites(study, data, folder / "sites")
     fleet, plan = _ready(sites[0].study, sites, encoding)
     if plan.surveyed != header["surveyed"]:
@@ -192,21 +223,28 @@ def load(folder: str | Path) -> Result:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run") from error
-    layout = Layout.of(build_model(study, encoding))
-    w_P = torch.cat([tensors[name].reshape(-1) for name in layout.shapes])
-    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder)
+    module = build_model(study, encoding)
+    wanted = {**trained(module), **models.fixed(module)}
+    if absent := [name for name in wanted if name not in tensors]:
+        raise RunError(f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study")
+    w_P = torch.cat([tensors[name].reshape(-1) for name in Layout.of(module).shapes])
+    kept = {name: tensors[name] for name in models.fixed(module)}
+    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept)
 
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
-    frames, known = sources.frames(study, data, progress)
-    study = dataclasses.replace(study, data=known)
-    account = Account(ledger_path(study, folder), study) if guarantee.asked(study) else None
+    study = dataclasses.replace(study, data=sources.completed(study))
+    private = guarantee.asked(study)
+    if private:
+        check(study)  # what needs no record is refused before one is read
+    frames, _ = sources.frames(study, data, progress, private)
+    account = Account(ledger_path(study, folder), study) if private else None
     if study.sites.kind == "device":
         sites = Site.devices(frames, study, folder)
     else:
         sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
-    if guarantee.asked(study):
+    if private:
         _check_places(sites, study)
     for site in sites:
         site.account = account
@@ -228,10 +266,11 @@ def _check_places(sites: Sequence[Site], study: Study) -> None:
     seen = Counter(name for site in sites if site.table for name in site.table.ids)
     most = study.privacy.max_sites_per_patient
     if many := sum(count > most for count in seen.values()):
+        logger.warning("%d patients have records at more than %d sites, up to %d", many, most, max(seen.values()))
         raise PlanError(
-            f"privacy.max_sites_per_patient={most}, but {many} patients have records at more sites (up to "
-            f"{max(seen.values())}); the noise would hide less than it claims. "
-            f"Set privacy.max_sites_per_patient={max(seen.values())}."
+            f"privacy.max_sites_per_patient={most}, but there are patients with records at more sites; the noise would "
+            f"hide less than it claims. Raise it, or correct the table: they are those whose name in column "
+            f"{study.data.patient!r} stands at more sites."
         )
 
 
@@ -462,7 +501,7 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
-        _write_model(folder, server, plan)
+        _write_model(folder, server, plan, models.fixed(sites[0].model))
         if written := getattr(aggregation, "trail", None):
             model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
             written.append("finished", {"rounds": server.round, "status": summary["status"], "model": model})
@@ -471,7 +510,7 @@ def _drive(
             claim = claims.claim(plan, budget, sites[0].account)
             files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
         files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    return Result(summary, study, plan.encoding, server.released_P, folder)
+    return Result(summary, study, plan.encoding, server.released_P, folder, models.fixed(sites[0].model))
 
 
 def _watched(plan: Plan, log: Log) -> Watch:
@@ -536,13 +575,13 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
     """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
-    fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-    server = plan.begin()
     try:
+        fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
+        server = plan.begin()
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.budget(), Log())
         test(server, plan, fleet, log, name, intervals=True)
-    except QuorumError as error:
+    except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
 
@@ -597,8 +636,10 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
-def _write_model(folder: Path, server: Server, plan: Plan) -> None:
+def _write_model(folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor]) -> None:
+    """Write all that the model's outputs follow from: the released weights, and what was not trained."""
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
+    tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
     about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

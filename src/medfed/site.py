@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from medfed import dpsgd, models
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
-from medfed.core.checks import MedfedError, SiteError
+from medfed.core.checks import MedfedError, SiteError, some
 from medfed.core.entropy import Entropy
-from medfed.core.flat import vector
+from medfed.core.flat import fingerprint, vector
 from medfed.core.streams import Streams
 from medfed.data import preprocess
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
+from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
-from medfed.plan import POOLED, build_model, links_of, local_plan, robust_rule
+from medfed.plan import POOLED, build_model, links_of, local_plan, probed, robust_rule
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import Guarantee
@@ -55,6 +56,7 @@ class Site:
         self.test: Rows
         self.encoding: Encoding
         self.model: nn.Module
+        self.path: LocalPath = "auto"  # which local training serves the model, as the site itself has found
         self.guarantee: Guarantee | None = None
         self.account: Account | None = None
         self.links: Sequence[Link] = PLAIN
@@ -73,7 +75,8 @@ class Site:
     @classmethod
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
-        return cls(name, clean(name, frame, study.data, Streams(study.study.seed)), study, folder)
+        table = clean(name, frame, study.data, Streams(study.study.seed), private=guarantee.asked(study))
+        return cls(name, table, study, folder)
 
     @classmethod
     def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
@@ -82,16 +85,17 @@ class Site:
         A device's name, which decides its turn, is the site's and a keyed hash of who the patient is: a number in order
         would let one patient's joining rename others. Who knows the seed can tell from names who has a device.
         """
-        streams, nodes = Streams(study.study.seed), []
+        streams, private = Streams(study.study.seed), guarantee.asked(study)
+        nodes: list[Site] = []
         for site, frame in frames.items():
-            for table in clean(site, frame, study.data, streams).by_patient():
-                name = f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}"
-                nodes.append(cls(name, table, study, folder))
+            tables = clean(site, frame, study.data, streams, private).by_patient()
+            named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in tables}
+            nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
-        return Site(self.name, self.table, study)
+        return Site(self.name, self.table.known() if self.table else None, study)
 
     @classmethod
     def pooled(cls, sites: Sequence["Site"]) -> "Site":
@@ -101,7 +105,7 @@ class Site:
         """
         first = sites[0]
         pooled = cls(POOLED, None, first.study, first.folder)
-        pooled.encoding, pooled.model = first.encoding, first.model
+        pooled.encoding, pooled.model, pooled.path = first.encoding, first.model, first.path
         pooled.train = _joined([site.train for site in sites])
         pooled.test = Rows(first.test.x[:0], first.test.y[:0], first.test.patient[:0])
         pooled.forget()
@@ -193,7 +197,8 @@ def _told(site: Site) -> dict[str, Any]:
     if not guarantee.asked(study):
         return preprocess.survey(table, study.data)
     held_out = study.sites.kind == "device" and bool(table.test.all())
-    return preprocess.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name))
+    test = int((table.test & table.taking_part()).sum()) if study.data.test_is_public else int(held_out)
+    return preprocess.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name), test)
 
 
 def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -212,8 +217,12 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     encoding = Encoding.from_json(header["encoding"])
     model = build_model(sites[0].study, encoding)
+    if fingerprint(models.fixed(model)) != header["fixed"]:
+        raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
+    path = probed(sites[0].study, encoding, model).path
     promised = None
     if guarantee.asked(sites[0].study):
+        _check_encoding(sites[0], encoding)
         for name, size in header[
             "declared"
         ].items():  # noise and divisor follow from them: not the coordinator's to say
@@ -225,16 +234,35 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     tables = [_table(site) for site in sites]
     links = links_of(sites[0].study, promised, list(header["declared"]))
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
-        site.encoding, site.model, site.guarantee = encoding, model, promised
+        site.encoding, site.model, site.path, site.guarantee = encoding, model, path, promised
         site.links = links
-        held = torch.tensor(table.test)
+        held, counts = torch.tensor(table.test), torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
-        site.train, site.test = keyed.at(~held), rows.at(held)
+        site.train, site.test = keyed.at(~held & counts), rows.at(held & counts)
         site.forget()
         site.liars = Liars.of(site.study, header["clients"])
         if site.name in site.liars.names:
             site.train = site.liars.taught(site.name, site.train, encoding)
     return [codec.encode({}) for _ in sites]
+
+
+def _check_encoding(site: Site, encoding: Encoding) -> None:
+    """Refuse, under a claim, an encoding that is not the site's own dictionary's.
+
+    A coordinator that leaves out a label, or cuts a range, could else read from an error whether anybody has it.
+    """
+    own = preprocess.agree({site.name: _told(site)}, site.study.data, _unasked, public=True)
+    columns = {column.name: column for column in own.columns}
+    strange = [column.name for column in encoding.columns if column != columns.get(column.name, column)]
+    if strange or encoding.target != own.target or not encoding.public:
+        raise SiteError(
+            f"the coordinator's encoding of {some(strange or [encoding.target.name])} is not that of the study's data "
+            "dictionary; give every party the same study file"
+        )
+
+
+def _unasked(*_: object) -> Tensor:
+    raise SiteError("a public encoding asks nothing of patients")
 
 
 def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
@@ -326,7 +354,7 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     first, names = sites[0], [site.name for site in sites]
     clip = header.get("clip", promised.clip)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
-    path, task = first.study.training.path, first.encoding.target.task
+    path, task = first.path, first.encoding.target.task
     patients = Patients.of([site.train for site in sites])
     found = dpsgd.sums(first.model, tensors["w"], patients, task, promised, clip, names, key_K, path)
     if found.dropped:
@@ -349,12 +377,12 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
     correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
     if promised is None:
-        local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, hyper.path)
+        local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, first.path)
     else:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else hyper.average
         patients = Patients.of(rows)
         local = dpsgd.train(
-            first.model, start_KP, patients, plan, promised, names, key_K, correction, average, hyper.path
+            first.model, start_KP, patients, plan, promised, names, key_K, correction, average, first.path
         )
     message_KM, memory_next = algorithm.message(task, memory, local, hyper)
     losses, steps = local.loss_K.tolist(), local.steps_K.tolist()

@@ -39,7 +39,11 @@ class About:
 class Feature:
     """What is publicly known of one feature, before any patient is looked at: an entry of the data dictionary."""
 
-    range: tuple[float, ...] = _key((), "Plausible [low, high]; with preprocess = 'dictionary' it maps to [-2, 2].")
+    range: tuple[float, ...] = _key(
+        (),
+        "Plausible [low, high]: a feature's values beyond it are held to its ends, and told; with preprocess = "
+        "'dictionary' it maps to [-2, 2]. A target is held to it under a privacy claim alone.",
+    )
     log: bool = _key(False, "Take the logarithm first; values are floored at low, or at 1 % of high where low is 0.")
     categories: tuple[str, ...] = _key((), "The categories of a text feature, in order; others count as missing.")
     missing: tuple[str, ...] = _key((), "Texts that mean 'not measured' for this feature, besides data.missing_values.")
@@ -70,7 +74,9 @@ class Data:
         ("", "?", "NA", "N/A", "NaN", "nan", "null", "None"), "Texts that mean 'not measured' in every column."
     )
     on_missing: Literal["impute", "refuse"] = _key(
-        "impute", "impute: an indicator column, and the site's own training median; refuse: an error naming the rows."
+        "impute",
+        "impute: an indicator column, and the site's own training median; refuse: an error naming the rows, which no "
+        "privacy claim bears.",
     )
     test_fraction: float = _key(0.2, "Share of patients held out for testing, in (0, 1).")
     split: Literal["patient", "stratified"] = _key(
@@ -150,7 +156,8 @@ class Training:
     deadline: float = _key(600.0, "Seconds after which a site that has not answered is left out of the round.")
     path: Literal["auto", "rules", "func", "loop"] = _key(
         "auto",
-        "Local training by layer rules, torch.func or the plain loop; auto takes rules where all layers have one.",
+        "Local training by layer rules, torch.func or the plain loop (under a privacy claim: record by record); auto "
+        "takes the first of them that a probe on made-up rows finds right.",
     )
 
 
@@ -183,7 +190,8 @@ class Privacy:
         default_factory=dict,
         metadata={
             "doc": "`[privacy.sizes]`: the declared, public number of training patients of each site. Sums are divided "
-            "by it; it never follows the data."
+            "by it; it never follows the data. With data.site its names are the sites, in this order: one without a "
+            "row takes part, and a row of another is refused."
         },
     )
     max_sites_per_patient: int = _key(1, "At how many sites one patient may have records: attested, not measured.")

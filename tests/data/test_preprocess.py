@@ -401,6 +401,8 @@ def test_a_survey_is_plain_counts_and_names() -> None:
         "train_missing": {"a": 1, "c": 1},
         "labels": {"n": 2, "y": 1},
         "train_labels": {"n": 1, "y": 1},
+        "outside": {},
+        "far": {},
     }
 
 

@@ -13,7 +13,7 @@ import pooch
 import pytest
 
 from medfed import load_and_prepare_medical_data
-from medfed.core.checks import DataError, StudyError
+from medfed.core.checks import DataError, PlanError, StudyError
 from medfed.data import sources
 from medfed.data.sources import AREA_X_CONCAVE, HEART_FILES, RADIUS_X_TEXTURE, SOURCES, THYROID_FILES, THYROID_TABLE
 from medfed.plan import make
@@ -294,6 +294,27 @@ def _study(folder: Path, csv: str = CSV, **data: object) -> Study:
 def test_a_site_column_makes_sites(tmp_path: Path) -> None:
     frames, _ = sources.frames(_study(tmp_path, site="site"))
     assert {name: len(frame) for name, frame in frames.items()} == {"n": 40, "s": 20}
+
+
+def test_sites_are_in_the_order_of_their_names_not_of_rows(tmp_path: Path) -> None:
+    csv = "site,a,y\ns,1,0\nn,2,1\ns,3,1\n"
+    assert list(sources.frames(_study(tmp_path, csv, site="site"))[0]) == ["n", "s"]
+    declared = _study(tmp_path, csv, site="site").set("privacy.sizes", {"s": 9, "e": 9, "n": 9})
+    frames, _ = sources.frames(declared, private=True)
+    assert list(frames) == ["s", "e", "n"] and [len(frame) for frame in frames.values()] == [2, 0, 1]
+
+
+@pytest.mark.parametrize("site", ["x77", ""])
+def test_under_a_claim_rows_of_a_site_that_is_not_declared_are_refused_unquoted(tmp_path: Path, site: str) -> None:
+    study = _study(tmp_path, f"site,a,y\nn,1,0\n{site},2,1\n", site="site").set("privacy.sizes", {"n": 9})
+    with pytest.raises(DataError, match=r"do not name one of privacy\.sizes \(n\)") as caught:
+        sources.frames(study, private=True)
+    assert "77" not in str(caught.value) and "row 3" not in str(caught.value)
+
+
+def test_under_a_claim_sites_must_be_declared(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"no \[privacy\.sizes\] do not compose: sites are declared"):
+        sources.frames(_study(tmp_path, site="site"), private=True)
 
 
 def test_a_site_column_and_sites_are_refused(tmp_path: Path) -> None:

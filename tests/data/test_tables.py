@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medfed.core.checks import DataError
+from medfed.core.checks import DataError, PlanError
 from medfed.core.streams import Streams
 from medfed.data.tables import SiteTable, canonical, clean, feature_names, numbered, read
 from medfed.study import Data, Feature
@@ -122,6 +122,87 @@ def test_mostly_text_is_text() -> None:
 def test_floats_are_taken_to_the_last_bit() -> None:
     values = np.random.default_rng(0).normal(size=400) * 10.0 ** np.random.default_rng(1).integers(-300, 300, 400)
     assert _clean(a=values, y=["0", "1"] * 200).numbers["a"].tolist() == values.tolist()
+
+
+# under a claim: the dictionary decides, and no row stops anything ---------------------------------------------------
+
+DECLARED = Data(
+    target="y",
+    preprocess="dictionary",
+    dictionary={
+        "a": Feature(range=(0, 10)),
+        "w": Feature(categories=("x", "z")),
+        "y": Feature(categories=("0", "1")),
+    },
+)
+
+
+def _private(data: Data = DECLARED, **columns: object) -> SiteTable:
+    return clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1), private=True)
+
+
+def test_a_bad_cell_is_missing_and_the_own_log_names_its_row(caplog: pytest.LogCaptureFixture) -> None:
+    table = _private(a=["3", "high", "inf", "1e30", "2020-01-31"], w=["x", "5", "q", "", "z"], y=list("01010"))
+    assert np.array_equal(table.numbers["a"], [3, np.nan, np.nan, 10, np.nan], equal_nan=True)
+    assert table.texts["w"].tolist() == ["x", None, None, None, "z"]
+    assert "column 'a': no finite number where one is declared, so it counts as missing, in row 3, 4, 6" in caplog.text
+    assert "column 'w': no declared category, so it counts as missing, in row 3, 4" in caplog.text
+    assert "column 'a': held to its declared range in row 5" in caplog.text
+    assert not any(word in caplog.text for word in ("high", "1e30", "2020", "q"))
+
+
+@pytest.mark.parametrize("cells", [["red", "blue", "2"], ["1", "2", "red"], ["1", "2", "3"]])
+def test_what_a_column_is_does_not_follow_its_cells(cells: list[str]) -> None:
+    table = _private(a=cells, w=cells, y=["0", "1", "0"])
+    assert list(table.numbers) == ["a"] and list(table.texts) == ["w"]
+
+
+def test_a_column_that_the_dictionary_does_not_describe_is_refused_by_name() -> None:
+    for kind in ("dictionary", "none"):
+        with pytest.raises(PlanError, match=r"the feature 'note' without a public range or categories"):
+            _private(replace(DECLARED, preprocess=kind), a=["1"], w=["x"], note=["7"], y=["0"])  # type: ignore[arg-type]
+
+
+def test_records_without_a_declared_label_take_no_part() -> None:
+    table = _private(a=["1"] * 5, w=["x"] * 5, y=["0", "perhaps", "", "1", None])
+    assert table.taking_part().tolist() == [True, False, False, True, False]
+    assert table.known().label.tolist() == ["0", "1"] and set(table.label) == {"0", "1"}
+
+
+def test_numbers_that_are_predicted_are_held_in_training_and_in_tests() -> None:
+    data = replace(DECLARED, task="regression", dictionary={**DECLARED.dictionary, "y": Feature(range=(-1, 1))})
+    table = _private(data, a=["1"] * 4, w=["x"] * 4, y=["1e30", "-7", "0.5", "tall"])
+    assert table.label.tolist()[:3] == [1, -1, 0.5] and table.taking_part().tolist() == [True, True, True, False]
+    plain = clean("s", numbered(pd.DataFrame({"a": [1, 2], "w": ["x", "z"], "y": [1e30, 0]})), data, Streams(1))
+    assert plain.label.tolist() == [1e30, 0] and plain.found.outside == {"y": [2]}
+    with pytest.raises(PlanError, match=r"data\.task='regression' without data\.dictionary\.y\.range"):
+        _private(
+            replace(data, dictionary={k: v for k, v in data.dictionary.items() if k != "y"}), a=[1], w=["x"], y=[1]
+        )
+
+
+def test_a_site_without_rows_is_a_site() -> None:
+    table = _private(a=[], w=[], y=[])
+    assert len(table) == 0 and list(table.numbers) == ["a"] and len(table.ids) == 0
+
+
+def test_a_patient_without_a_clear_mark_is_trained_on() -> None:
+    data = replace(DECLARED, test="set", patient="id")
+    marks, ids = ["test", "maybe", "test", "train", "test", ""], list("abccde")
+    table = _private(data, a=["1"] * 6, w=["x"] * 6, y=["0"] * 6, id=ids, set=marks)
+    assert dict(zip(ids, table.test.tolist(), strict=True)) == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "d": True,
+        "e": False,
+    }
+
+
+def test_patients_are_numbered_by_name_not_by_row() -> None:
+    data = replace(DATA, patient="id")
+    table = _clean(data, a=["1", "2", "3", "4"], id=list("dbda"))
+    assert table.ids.tolist() == ["a", "b", "d"] and table.patient.tolist() == [2, 1, 2, 0]
 
 
 # columns ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,12 @@ from medfed.privacy import refusals
 from medfed.study import Study, from_tables
 
 SOUND: dict[str, Any] = {
-    "data": {"target": "died", "preprocess": "dictionary", "test_is_public": True},
+    "data": {
+        "target": "died",
+        "preprocess": "dictionary",
+        "test_is_public": True,
+        "dictionary": {"died": {"range": [0, 9]}, "age": {"range": [0, 100]}},
+    },
     "training": {"rounds": 6, "batch_size": 0},
     "privacy": {"epsilon": 1.0, "delta": 1e-6},
 }
@@ -69,13 +74,31 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         (f"{kind} scaling", {"data.preprocess": kind}, "privacy.epsilon=1", f"data.preprocess='{kind}'")
         for kind in ("robust", "standard")
     ),
+    ("an error about a gap", {"data.on_missing": "refuse"}, "privacy.epsilon=1", "data.on_missing='refuse'"),
+    *(
+        (
+            f"an input that nothing bounds, {kind}",
+            {"data.features": ["age", "note"], "data.preprocess": kind},
+            "privacy.epsilon=1",
+            "data.features='note'",
+        )
+        for kind in ("dictionary", "none")
+    ),
+    *(
+        (
+            f"a target that nothing bounds, {kind}",
+            {"data.task": "regression", "data.target": "days", "data.preprocess": kind},
+            "privacy.epsilon=1",
+            "data.task='regression' without data.dictionary.days.range",
+        )
+        for kind in ("dictionary", "none")
+    ),
     ("exact shares", {"data.split": "stratified"}, "privacy.epsilon=1", "data.split='stratified'"),
     ("raw test figures", {"data.test_is_public": False}, "privacy.epsilon=1", "test figures without noise"),
     *(
         (name, {"training.algorithm": name}, "privacy.epsilon=1", f"training.algorithm='{name}'")
         for name in ("local", "pooled")
     ),
-    ("the plain loop", {"training.path": "loop"}, "privacy.epsilon=1", "training.path='loop'"),
     (
         "a filter by pld",
         {"privacy.accountant": "pld"},
@@ -172,7 +195,13 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         )
     ),
 ]  # fmt: skip
-NO_ADVICE = {"training.batch_size above 0", "privacy.clipping='adaptive'", "privacy.simulation_only=true"}
+NO_ADVICE = {
+    "training.batch_size above 0",
+    "privacy.clipping='adaptive'",
+    "privacy.simulation_only=true",
+    "data.features='note'",  # only a person knows the range
+    "data.task='regression' without data.dictionary.days.range",
+}
 IDS = [name for name, *_ in CASES]
 
 

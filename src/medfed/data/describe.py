@@ -39,6 +39,8 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "label_skew": skews[name],
             "missing": missing,
             "missing_share": float(np.mean(list(missing.values()))),
+            "outside": dict(survey.get("outside", {})),
+            "far": dict(survey.get("far", {})),
         }
     features = sorted({feature for s in sites.values() for feature in s["missing"]})
     texts = sorted({feature for s in surveys.values() for feature, found in s["texts"].items() if found})
@@ -59,14 +61,29 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         skew_text = "-" if s["label_skew"] is None else f"{s['label_skew']:.2f}"
         first.add_row(escape(name), *sizes, *counts, skew_text, f"{s['missing_share']:.1%}")
     gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
+    strange = _strange(sites)
     if not gaps:
-        return [first]
+        return [first, *strange]
     second = Table(box=None, title="missing values", title_justify="left")
     for title in ("feature", *sites):
         second.add_column(escape(title), justify="left" if title == "feature" else "right")
     for feature in gaps:
         second.add_row(escape(feature), *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
-    return [first, second]
+    return [first, second, *strange]
+
+
+def _strange(sites: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return a table of numbers that may be wrong, or nothing where there is none."""
+    words = {"outside": "outside the declared range", "far": "1,000 times as far from the median as any other"}
+    table = Table(box=None, title="numbers to look at", title_justify="left")
+    for title in ("site", "feature", "what", "rows", "first of them"):
+        table.add_column(title, justify="right" if title == "rows" else "left")
+    for name, s in sites.items():
+        for kind, what in words.items():
+            for feature, told in s[kind].items():
+                first = ", ".join(map(str, told["first"]))
+                table.add_row(escape(name), escape(feature), what, str(told["rows"]), first)
+    return [table] if table.row_count else []
 
 
 def figure(found: Mapping[str, Any], title: str) -> go.Figure:

@@ -19,7 +19,7 @@ from torch import Tensor
 from medfed.core.checks import DataError, PlanError, some
 from medfed.core.types import Task
 from medfed.data.federated import Rows
-from medfed.data.tables import SiteTable
+from medfed.data.tables import SiteTable, declared_labels, declared_range
 from medfed.study import Data, Feature
 
 Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
@@ -42,6 +42,7 @@ class Column:
     cap: float = 0.0  # above 0: encoded values are held in [-cap, cap]
     categories: tuple[str, ...] = ()
     indicator: bool = False  # one more column: 1 where the value is missing
+    fill: float = 0.0  # what a public encoding puts into a gap, encoded
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns."""
@@ -76,11 +77,25 @@ class Encoding:
 
     columns: tuple[Column, ...]
     target: Target
-    public: bool = False  # nothing in it was computed from patients, and what is missing becomes the centre, 0
+    public: bool = False  # nothing in it was computed from patients, and a gap becomes the middle of the public range
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns, M of them."""
         return [name for column in self.columns for name in column.names()]
+
+    def invented(self, rows: int) -> Tensor:
+        """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
+        rng = np.random.default_rng(0)
+        blocks = []
+        for column in self.columns:
+            if column.kind == "number":
+                blocks.append(np.clip(rng.standard_normal((rows, 1)), -2, 2))
+            else:
+                hot = np.eye(len(column.categories))[rng.integers(len(column.categories), size=rows)]
+                blocks.append(hot[:, 1:] if len(column.categories) == 2 else hot)
+            if column.indicator:
+                blocks.append(rng.integers(2, size=(rows, 1)).astype(np.float64))
+        return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32)) if blocks else torch.zeros(rows, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Return the encoding as plain JSON."""
@@ -98,7 +113,7 @@ class Encoding:
 
         A number is filled with the median of the site's own encoded training values, a category with the share of each
         category among them; a feature that the whole site lacks with zero, the centre of all sites. A public encoding
-        fills every gap with zero, so that no patient moves another's row.
+        fills every gap with a constant, so that no patient moves another's row.
         """
         blocks = [self._block(column, table, rows, fit_rows) for column in self.columns]
         x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
@@ -122,7 +137,7 @@ class Encoding:
         if len(known) and not self.public:
             fill = np.median(known, 0) if column.kind == "number" else known.mean(0)
         else:
-            fill = np.zeros(values.shape[1])
+            fill = np.full(values.shape[1], column.fill)
         filled: np.ndarray = np.where(missing[:, None], fill, values)
         if column.indicator:
             filled = np.concatenate([filled, missing[:, None]], 1)
@@ -135,8 +150,9 @@ class Encoding:
             return torch.from_numpy(((label - self.target.centre) / self.target.scale).astype(np.float32))
         code = {name: number for number, name in enumerate(self.target.labels)}
         if unknown := sorted({str(name) for name in label} - code.keys()):
+            which = "" if self.public else f": {some(unknown)}"
             raise DataError(
-                f"target {self.target.name!r} has a label that is not declared: {some(unknown)}. Declare it in "
+                f"target {self.target.name!r} has a label that is not declared{which}. Declare it in "
                 f"data.dictionary.{self.target.name}.categories, or correct the rows."
             )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
@@ -161,26 +177,26 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "train_missing": {n: int(gaps[n][train].sum()) for n in table.features()},
         "labels": {} if data.task == "regression" else _label_counts(table.label),
         "train_labels": {} if data.task == "regression" else _label_counts(table.label[train]),
+        "outside": {n: _counted(rows) for n, rows in table.found.outside.items()},
+        "far": {n: _counted(rows) for n, rows in table.found.far.items()},
     }
 
 
-def public_survey(table: SiteTable, data: Data, declared: int) -> dict[str, Any]:
-    """Return a survey that tells nothing of training patients: the declared size, and what the dictionary declares.
+def _counted(rows: Sequence[int]) -> dict[str, Any]:
+    return {"rows": len(rows), "first": list(rows[:5])}
 
-    How many rows are held out is told; who and what they are is not. Raises PlanError for what is not declared.
+
+def public_survey(table: SiteTable, data: Data, declared: int, test: int) -> dict[str, Any]:
+    """Return a survey that tells nothing of private patients: the declared size, and what the dictionary declares.
+
+    `test`: how many records are held out, where they are public. Raises PlanError for what is not declared.
     """
     names = table.features()
     categories = {n: data.dictionary[n].categories for n in names if n in data.dictionary}
-    target = data.dictionary.get(data.target, Feature())
-    if data.task != "regression" and not target.categories:
-        raise PlanError(
-            f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
-            f"declare data.dictionary.{data.target}.categories = [...], the labels that may occur"
-        )
-    labels = dict.fromkeys(target.categories)
+    labels = {} if data.task == "regression" else dict.fromkeys(declared_labels(data))
     return {
         "train": declared,
-        "test": int(table.test.sum()),
+        "test": test,
         "patients": None,
         "numbers": [n for n in names if not categories.get(n)],
         "texts": {n: sorted(c) for n, c in sorted(categories.items()) if c},
@@ -245,6 +261,7 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool
     indicators |= {n for n in names if n in data.dictionary and data.dictionary[n].indicator}
     numbers = [n for n in names if n not in texts]
     logs = {n: _floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
+    fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         scales = {n: _public_scale(n, data.dictionary.get(n, Feature())) for n in numbers}
         if target.task == "regression":
@@ -256,12 +273,16 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool
             target = dataclasses.replace(target, centre=(low + high) / 2, scale=(high - low) / 4)
     elif data.preprocess == "none":
         scales = dict.fromkeys(numbers, (0.0, 1.0))
+        if public:
+            fills = {n: _public_scale(n, data.dictionary.get(n, Feature()))[0] for n in numbers}
     else:
         asked = [*numbers, ""] if target.task == "regression" else numbers
         fitted = fit(data.preprocess, asked, logs, ask)
         scales = {n: fitted[n] for n in numbers}
         if target.task == "regression":
             target = dataclasses.replace(target, centre=fitted[""][0], scale=fitted[""][1])
+    if public and target.task == "regression":
+        declared_range(data)
     columns = []
     for n in names:
         if n in texts:
@@ -270,7 +291,8 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool
         else:
             centre, scale = scales[n]
             cap = 2.0 if data.preprocess == "dictionary" else 0.0
-            columns.append(Column(n, "number", centre, scale, n in logs, logs.get(n, 0.0), cap, (), n in indicators))
+            floor, fill = logs.get(n, 0.0), fills.get(n, 0.0)
+            columns.append(Column(n, "number", centre, scale, n in logs, floor, cap, (), n in indicators, fill))
     return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
 
 
@@ -377,8 +399,8 @@ def _public_scale(name: str, feature: Feature) -> tuple[float, float]:
     """Map the public range onto [-2, 2]."""
     if not feature.range:
         raise PlanError(
-            f"data.preprocess='dictionary' and no public range for {name!r}. Give data.dictionary.{name}.range, or set "
-            "data.preprocess='robust' (no privacy claim is possible then)."
+            f"no public range for {name!r}. Give data.dictionary.{name}.range, or set data.preprocess='robust' (no "
+            "privacy claim is possible then)."
         )
     low, high = feature.range
     if feature.log:

@@ -20,18 +20,20 @@ or that were published long ago (breast-cancer).
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medfed.core.checks import DataError, StudyError, nearest, some
+from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
 from medfed.core.streams import Streams
 from medfed.data.partition import patients, site_of
 from medfed.data.tables import numbered, read
 from medfed.study import Data, Feature, Study
+
+logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,18 @@ class Source:
     files: Mapping[str, str]  # file -> sha256; empty where a package brings the data
 
 
-def frames(study: Study, folder: Path | None = None, progress: bool = False) -> tuple[dict[str, pd.DataFrame], Data]:
+def frames(
+    study: Study, folder: Path | None = None, progress: bool = False, private: bool = False
+) -> tuple[dict[str, pd.DataFrame], Data]:
     """Return each site's frame, and the study's data table completed with what the source knows.
 
-    `folder` is where downloaded data is looked for first (`--data`, or the environment's MEDFED_DATA).
-    Raises DataError or StudyError before any training.
+    Sites come in the order of their declared names (`sites.names`; `private`: `privacy.sizes`), else sorted: never in
+    the order of a table's rows. `private`: a declared site without a row has an empty frame, and a row of a site that
+    is not declared is refused without being quoted. `folder` is where downloaded data is looked for first (`--data`,
+    or the environment's MEDFED_DATA). Raises DataError or StudyError before any training.
     """
-    frame, data = _load(study, folder, progress)
+    data = completed(study)
+    frame = _load(study, folder, progress, private)
     for key, column in (("site", data.site), ("patient", data.patient)):
         if column and column not in frame.columns:
             raise DataError(
@@ -60,28 +67,56 @@ def frames(study: Study, folder: Path | None = None, progress: bool = False) -> 
     if data.site and study.sites.names:
         raise StudyError(f"sites.names is set, but data.site={data.site!r} already says who is where; keep one")
     if data.site:
-        site = frame[data.site].astype(str).str.strip()
-        unnamed = frame.index[(frame[data.site].isna() | (site == "")).to_numpy()]
-        if len(unnamed):
+        site = frame[data.site].astype(str).str.strip().mask(frame[data.site].isna(), "")
+        declared = private and study.sites.kind == "hospital"
+        names = tuple(study.privacy.sizes) if declared else ()
+        if declared and not names:
+            raise PlanError(
+                f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
+                'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
+                "patients that may be published; `medfed data show` lists the table's sites."
+            )
+        if private:
+            _refuse_undeclared(site, names, data.site)
+        elif len(unnamed := frame.index[(site == "").to_numpy()]):
             raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
+        names = names or tuple(sorted(set(site)))
     elif study.sites.names:
-        site = site_of(patients(frame, data.patient), study.sites.names, study.sites.shares, Streams(study.study.seed))
+        names = study.sites.names
+        site = site_of(patients(frame, data.patient), names, study.sites.shares, Streams(study.study.seed))
     else:
         raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
-    names = study.sites.names or tuple(dict.fromkeys(site))
     return {name: frame[(site == name).to_numpy()] for name in names}, data
 
 
-def _load(study: Study, folder: Path | None, progress: bool) -> tuple[pd.DataFrame, Data]:
+def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> None:
+    """Refuse a table with rows of a site that is not declared: which sites there are is public, whose rows is not."""
+    strange = (site == "" if not names else ~site.isin(names)).to_numpy(dtype=bool)
+    if strange.any():
+        logger.warning("column %r: no declared site in row %s", column, some(site.index[strange], 50))
+        declared = f"one of privacy.sizes ({some(names, 20)})" if names else "a site"
+        raise DataError(
+            f"column {column!r} has rows that do not name {declared}; they are not quoted, as they are private. "
+            "Declare the site's size in [privacy.sizes], or correct the rows; `medfed data show` lists the sites."
+        )
+
+
+def completed(study: Study) -> Data:
+    """Return the study's data table completed with what its source knows; no record is read."""
     data = study.data
     if bool(data.source) == bool(data.table):
         raise StudyError(f"data.source={data.source!r} and data.table={data.table!r}; expected one of the two")
     if data.table:
-        return read(study.folder / data.table), data
+        return data
     if data.source not in SOURCES:
         raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
-    source = SOURCES[data.source]
-    return numbered(source.load(folder, progress)), _completed(data, source.data)
+    return _completed(data, SOURCES[data.source].data)
+
+
+def _load(study: Study, folder: Path | None, progress: bool, private: bool) -> pd.DataFrame:
+    if study.data.table:
+        return read(study.folder / study.data.table, private)
+    return numbered(SOURCES[study.data.source].load(folder, progress))
 
 
 def _completed(asked: Data, known: Data) -> Data:

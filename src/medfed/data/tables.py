@@ -2,21 +2,30 @@
 
 All that can be wrong with a table is found here, before training, and named by row. Row numbers are those of the file,
 its header being row 1.
+
+Under a privacy claim (`private`) an error that one patient's row can cause would tell of that patient, and so would a
+column that is text or number by how its cells were counted. There the data dictionary alone decides what a column is
+and what may stand in it: a bad cell counts as missing, a record without a declared label takes no part, and what was
+met is in the site's own log. Only the header can stop a run.
 """
 
+import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medfed.core.checks import DataError, nearest, some
+from medfed.core.checks import DataError, PlanError, nearest, some
 from medfed.core.streams import Streams
+from medfed.data import cells, lines
 from medfed.data.partition import is_test, patients
 from medfed.study import Data, Feature
+
+logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier
 _MOST_LABELS = 64
@@ -34,6 +43,19 @@ class SiteTable:
     patient: np.ndarray  # int64 [rows], 0 .. patients-1
     test: np.ndarray  # bool [rows]
     ids: np.ndarray  # str [patients], who they are; never leaves the site
+    left_out: np.ndarray | None = None  # bool [rows]: records that take no part, under a claim; None: all do
+    found: "Found" = field(default_factory=lambda: Found())
+
+    def taking_part(self) -> np.ndarray:
+        """Return which records take part, bool [rows]."""
+        return np.ones(len(self), dtype=bool) if self.left_out is None else ~self.left_out
+
+    def known(self) -> "SiteTable":
+        """Return the records that take part alone."""
+        rows = self.taking_part()
+        numbers = {name: values[rows] for name, values in self.numbers.items()}
+        texts = {name: values[rows] for name, values in self.texts.items()}
+        return SiteTable(numbers, texts, self.label[rows], self.patient[rows], self.test[rows], self.ids)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -51,7 +73,9 @@ class SiteTable:
             numbers = {name: values[rows] for name, values in self.numbers.items()}
             texts = {name: values[rows] for name, values in self.texts.items()}
             one = np.zeros(len(rows), dtype=np.int64)
-            yield SiteTable(numbers, texts, self.label[rows], one, self.test[rows], self.ids[code : code + 1])
+            left_out = None if self.left_out is None else self.left_out[rows]
+            ids = self.ids[code : code + 1]
+            yield SiteTable(numbers, texts, self.label[rows], one, self.test[rows], ids, left_out)
 
     @classmethod
     def joined(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
@@ -64,7 +88,16 @@ class SiteTable:
             np.concatenate([t.patient + start for t, start in zip(tables, starts, strict=False)]),
             np.concatenate([t.test for t in tables]),
             np.concatenate([t.ids for t in tables]),
+            ~np.concatenate([t.taking_part() for t in tables]),
         )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Numbers that a run goes on with though they may be wrong: rows of the file, by column. Under a claim it stays."""
+
+    outside: Mapping[str, list[int]] = field(default_factory=dict)  # beyond the declared range
+    far: Mapping[str, list[int]] = field(default_factory=dict)  # no range is declared: see `cells.far`
 
 
 def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], missing: object) -> dict[str, np.ndarray]:
@@ -73,20 +106,25 @@ def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], miss
     return {n: np.concatenate([c[n] if n in c else np.full(size, missing) for c, size in parts]) for n in names}
 
 
-def read(path: Path) -> pd.DataFrame:
-    """Read a csv, csv.gz or parquet file; the index holds each row's number in the file."""
+def read(path: Path, private: bool = False) -> pd.DataFrame:
+    """Read a csv, csv.gz or parquet file; the index holds each row's number in the file.
+
+    `private`: a csv is read line by line (`data.lines`), and no error quotes a line.
+    """
     if not path.exists():
         raise DataError(f"data.table={str(path)!r} does not exist; a table's path is relative to its study file")
     try:
         if path.name.endswith(".parquet"):
             frame = numbered(pd.read_parquet(path))
         elif path.name.endswith((".csv", ".csv.gz")):
-            frame = _read_csv(path)
+            frame = _read_lines(path) if private else _read_csv(path)
         else:
             raise DataError(f"data.table={path.name!r}; expected a name that ends in .csv, .csv.gz or .parquet")
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"data.table={str(path)!r} cannot be read: {error}") from error
-    if frame.empty:
+        logger.warning("%s cannot be read: %s", path, error)
+        why = f" ({type(error).__name__}); what it says is in the site's own log" if private else f": {error}"
+        raise DataError(f"data.table={str(path)!r} cannot be read{why}") from (None if private else error)
+    if frame.empty and not private:
         raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
     return frame
 
@@ -95,11 +133,23 @@ def _read_csv(path: Path) -> pd.DataFrame:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
     if not isinstance(frame.index, pd.RangeIndex):
         raise DataError(f"data.table={str(path)!r}: rows have more fields than the header; name every column")
-    only = str(frame.columns[0]) if len(frame.columns) == 1 else ""
-    if mark := next((m for m in (";", "\t", "|") if m in only), ""):
-        raise DataError(f"data.table={str(path)!r}: columns are separated by {mark!r}; write them with commas")
+    _refuse_separators(path, frame.columns)
     frame = numbered(frame)
     return frame[(frame != "").any(axis=1)]  # a blank line is a row of the file, but no record
+
+
+def _read_lines(path: Path) -> pd.DataFrame:
+    frame, broken = lines.read(path)
+    _refuse_separators(path, frame.columns)
+    if broken:
+        logger.warning("%s: no record, for its quotes or its number of fields: row %s", path, some(broken, 50))
+    return frame
+
+
+def _refuse_separators(path: Path, columns: pd.Index) -> None:
+    only = str(columns[0]) if len(columns) == 1 else ""
+    if mark := next((m for m in (";", "\t", "|") if m in only), ""):
+        raise DataError(f"data.table={str(path)!r}: columns are separated by {mark!r}; write them with commas")
 
 
 def numbered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -107,38 +157,89 @@ def numbered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
 
 
-def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteTable:
-    """Clean the rows of one site.
+def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private: bool = False) -> SiteTable:
+    """Clean the rows of one site; numbers are held to the ranges that the dictionary declares.
 
     Raises DataError for a missing column, text in a numeric column, an infinite value, a target that is missing, and
-    (with on_missing = "refuse") any missing feature; each names site, column and rows.
+    (with on_missing = "refuse") any missing feature; each names site, column and rows. `private`: only for a missing
+    column, and PlanError for one that the dictionary does not describe.
     """
     names = feature_names(frame, data)
-    if frame.empty:
+    if frame.empty and not private:
         raise DataError(f"site {site!r} has no row; give it patients (a larger share in sites.shares) or leave it out")
     numbers: dict[str, np.ndarray] = {}
     texts: dict[str, np.ndarray] = {}
+    outside: dict[str, list[int]] = {}
+    far: dict[str, list[int]] = {}
+
     for name in names:
-        where = f"site {site!r}, column {name!r}"
-        column = _Column(where, frame[name], data.dictionary.get(name, Feature()), data.missing_values)
-        if data.on_missing == "refuse" and column.missing.any():
+        where, feature = f"site {site!r}, column {name!r}", data.dictionary.get(name, Feature())
+        if private:
+            _check_described(name, feature)
+        column = _Column(where, frame[name], feature, data.missing_values, private)
+        if data.on_missing == "refuse" and column.missing.any() and not private:
             raise DataError(
                 f"{where}: missing in row {column.rows(column.missing)}; fill them in or set data.on_missing='impute'"
             )
         if column.is_text():
             texts[name] = column.text()
-        else:
-            numbers[name] = column.number()
-    label = _label(site, frame, data)
+            continue
+        numbers[name], beyond = cells.hold(column.number(), feature.range)
+        outside[name] = frame.index[beyond].tolist()
+        far[name] = [] if feature.range else frame.index[cells.far(numbers[name])].tolist()
+
+    label, left_out = _declared_label(site, frame, data) if private else (_label(site, frame, data), None)
+    if data.task == "regression":
+        held, beyond = cells.hold(label, data.dictionary.get(data.target, Feature()).range)
+        outside[data.target] = frame.index[beyond].tolist()
+        label = held if private else label  # without a claim a target is told of, never changed
+
     patient = patients(frame, data.patient)
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
-    codes, ids = pd.factorize(patient)
+    codes, ids = pd.factorize(patient, sort=True)  # by name: the order of rows means nothing
     codes = codes.astype(np.int64)
     if data.test:
-        held = _marked(site, frame, data, codes)
+        held_out = _marked(site, frame, data, codes, private)
     else:
-        held = is_test(patient, strata, data.test_fraction, streams, exact=data.split == "stratified").to_numpy()
-    return SiteTable(numbers, texts, label, codes, held, np.asarray(ids, dtype=object))
+        held_out = is_test(patient, strata, data.test_fraction, streams, exact=data.split == "stratified").to_numpy()
+
+    found = Found({n: rows for n, rows in outside.items() if rows}, {n: rows for n, rows in far.items() if rows})
+    if private:
+        for name, rows in found.outside.items():
+            logger.warning("site %r, column %r: held to its declared range in row %s", site, name, some(rows, 50))
+    return SiteTable(numbers, texts, label, codes, held_out, np.asarray(ids, dtype=object), left_out, found)
+
+
+def declared_labels(data: Data) -> tuple[str, ...]:
+    """Return the labels that the dictionary declares; raise PlanError where a claim needs them and it does not."""
+    labels = data.dictionary.get(data.target, Feature()).categories
+    if not labels:
+        raise PlanError(
+            f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
+            f"declare data.dictionary.{data.target}.categories = [...], the labels that may occur"
+        )
+    return labels
+
+
+def declared_range(data: Data) -> tuple[float, ...]:
+    """Return the range of a number that is predicted; raise PlanError where a claim needs one and there is none."""
+    ends = data.dictionary.get(data.target, Feature()).range
+    if not ends:
+        raise PlanError(
+            f"a privacy claim and data.task='regression' without data.dictionary.{data.target}.range do not compose: "
+            f"nothing bounds what one patient's target says. Declare data.dictionary.{data.target}.range = [low, high]."
+        )
+    return ends
+
+
+def _check_described(name: str, feature: Feature) -> None:
+    """Refuse a column whose kind would have to be guessed from its cells."""
+    if not feature.range and not feature.categories:
+        raise PlanError(
+            f"a privacy claim and the feature {name!r} without a public range or categories do not compose: what its "
+            f"cells are would be counted from patients. Declare data.dictionary.{name}.range or "
+            f"data.dictionary.{name}.categories, or leave it out of data.features."
+        )
 
 
 def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
@@ -171,15 +272,20 @@ def canonical(values: pd.Series) -> pd.Series:
 class _Column:
     """One feature column while it is being understood."""
 
-    def __init__(self, where: str, values: pd.Series, feature: Feature, missing_values: Sequence[str]) -> None:
-        self.where, self.feature = where, feature
-        if pd.api.types.is_datetime64_any_dtype(values):
+    def __init__(
+        self, where: str, values: pd.Series, feature: Feature, missing_values: Sequence[str], private: bool = False
+    ) -> None:
+        self.where, self.feature, self.private = where, feature, private
+        if pd.api.types.is_datetime64_any_dtype(values) and not private:
             raise DataError(f"{where}: {_NO_DATES}")
         self.texts = canonical(values)
         absent = {*missing_values, *feature.missing}
         self.missing = (values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
         if feature.categories:
-            self.missing = self.missing | ~self.texts.isin(feature.categories).to_numpy(dtype=bool)
+            strange = ~self.missing & ~self.texts.isin(feature.categories).to_numpy(dtype=bool)
+            if private:
+                self._tell("no declared category", strange)
+            self.missing = self.missing | strange
         self.numeric = pd.to_numeric(self.texts.where(~self.missing), errors="coerce").astype(float)
         self.not_number = ~self.missing & self.numeric.isna().to_numpy()
 
@@ -193,6 +299,9 @@ class _Column:
 
     def number(self) -> np.ndarray:
         infinite = np.isinf(self.numeric.to_numpy())
+        if self.private:
+            self._tell("no finite number where one is declared", self.not_number | infinite)
+            return self.numeric.mask(infinite).to_numpy(dtype=np.float64)
         if self.not_number.any():
             raise DataError(
                 f"{self.where}: text in a numeric column, row {self.rows(self.not_number)}. Correct the rows, add the "
@@ -201,6 +310,13 @@ class _Column:
         if infinite.any():
             raise DataError(f"{self.where}: infinite value in row {self.rows(infinite)}; correct or empty the cell")
         return self.numeric.to_numpy(dtype=np.float64)
+
+    def _tell(self, what: str, which: np.ndarray) -> None:
+        """Write into the site's own log what counts as missing."""
+        if which.any():
+            logger.warning(
+                "%s: %s, so it counts as missing, in row %s", self.where, what, some(self.texts.index[which], 50)
+            )
 
     def text(self) -> np.ndarray:
         known, declared = self.texts[~self.missing], bool(self.feature.categories)
@@ -231,11 +347,43 @@ def _label(site: str, frame: pd.DataFrame, data: Data) -> np.ndarray:
     return number
 
 
-def _marked(site: str, frame: pd.DataFrame, data: Data, patient: np.ndarray) -> np.ndarray:
-    """Return which rows the table itself marks as held out; a patient must be wholly on one side."""
+def _declared_label(site: str, frame: pd.DataFrame, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels, and which records take no part as theirs is missing or not declared [rows].
+
+    Such a record has some label all the same, which nobody reads.
+    """
+    text, missing = canonical(frame[data.target]), frame[data.target].isna().to_numpy(dtype=bool)
+    label: np.ndarray
+    if data.task == "regression":
+        low, _ = declared_range(data)
+        number = pd.to_numeric(text.mask(text.isin(data.missing_values)), errors="coerce").to_numpy(dtype=np.float64)
+        left_out = missing | ~np.isfinite(number)
+        label = np.where(left_out, low, number)
+    else:
+        labels = declared_labels(data)
+        left_out = missing | ~text.isin(labels).to_numpy(dtype=bool)
+        label = text.mask(left_out, labels[0]).to_numpy(dtype=object)
+    if left_out.any():
+        what = "no declared label, so these records take no part"
+        logger.warning("site %r, target %r: %s: row %s", site, data.target, what, some(frame.index[left_out], 50))
+    return label, left_out
+
+
+def _marked(site: str, frame: pd.DataFrame, data: Data, patient: np.ndarray, private: bool) -> np.ndarray:
+    """Return which rows the table itself marks as held out; a patient must be wholly on one side.
+
+    `private`: who is not wholly held out is trained on, under the noise.
+    """
     where, text = f"site {site!r}, column {data.test!r}", canonical(frame[data.test]).str.lower()
     held = text.isin(("test", "1", "true", "yes")).to_numpy(dtype=bool)
     known = held | text.isin(("train", "0", "false", "no")).to_numpy(dtype=bool)
+    if private:
+        both = np.isin(patient, np.intersect1d(patient[held], patient[~held]))
+        if (strange := ~known | (both & held)).any():
+            logger.warning(
+                "%s: trained on, as not held out by a clear mark: row %s", where, some(frame.index[strange], 50)
+            )
+        return held & ~both
     _refuse(where, "neither test nor train", ~known, frame, "mark each row test or train (or 1/0, yes/no)")
     both = np.isin(patient, np.intersect1d(patient[held], patient[~held]))
     _refuse(where, "a patient with rows on both sides", both, frame, "put all rows of a patient on one side")

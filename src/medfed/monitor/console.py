@@ -80,11 +80,13 @@ class Progressing:
         self.bar.stop()
 
     def _planned(self, event: Planned) -> None:
-        sizes = ", ".join(f"{site} {size['train']}+{size['test']}" for site, size in list(event.sizes.items())[:8])
+        tested = any(size["test"] for size in event.sizes.values())  # else nobody says how many are held out
+        shown = list(event.sizes.items())[:8]
+        sizes = ", ".join(f"{site} {size['train']}" + f"+{size['test']}" * tested for site, size in shown)
         more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
         self.console.print(
             f"{event.algorithm}, model {event.model}: {event.parameters:,} parameters, {event.features} inputs\n"
-            f"sites (training + test rows): {sizes}{more}",
+            f"sites (training{' + test' * tested} rows): {sizes}{more}",
             highlight=False,
             markup=False,
         )

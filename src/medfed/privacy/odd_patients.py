@@ -40,20 +40,22 @@ def draw(
     kinds = list(_KINDS.values())
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         x_RF, y_R = kinds[rng.integers(len(kinds))](rng, features, most)
-        x_RF = x_RF.astype(np.float32)
+        narrow_RF: NDArray[np.float32] = x_RF.astype(np.float32)
         if finite:
-            x_RF = np.nan_to_num(x_RF, nan=0.0, posinf=3e38, neginf=-3e38)
-        return x_RF, _targets(rng, y_R, task, classes)
+            narrow_RF = np.nan_to_num(narrow_RF, nan=0.0, posinf=3e38, neginf=-3e38)
+        return narrow_RF, _targets(rng, y_R, task, classes)
 
 
 def _targets(rng: np.random.Generator, y_R: NDArray[np.float64], task: Task, classes: int) -> NDArray[np.float32]:
     """Return targets of the task; for classes the sign of what was drawn decides."""
     if task == "regression":
-        return np.nan_to_num(y_R.astype(np.float32), nan=0.0)
+        wide: NDArray[np.float32] = np.nan_to_num(y_R.astype(np.float32), nan=0.0)
+        return wide
     if task == "binary":
-        return (y_R > 0).astype(np.float32)
+        return np.asarray(y_R > 0, np.float32)
     ends = rng.permutation(classes)[:2]
-    return np.where(y_R > 0, ends[0], ends[-1]).astype(np.float32)
+    chosen: NDArray[np.float32] = np.where(y_R > 0, ends[0], ends[-1]).astype(np.float32)
+    return chosen
 
 
 def _magnitude(rng: np.random.Generator, shape: tuple[int, ...] = ()) -> NDArray[np.float64]:
@@ -61,14 +63,19 @@ def _magnitude(rng: np.random.Generator, shape: tuple[int, ...] = ()) -> NDArray
     return found
 
 
+def _size(rng: np.random.Generator) -> float:
+    """Return 1, or any magnitude."""
+    return 1.0 if rng.random() < 0.5 else float(_magnitude(rng))
+
+
 def _several(rng: np.random.Generator, most: int) -> int:
     """Return a number of records: often 1, 2 or 3, at times up to `most`."""
-    return min(most, int(rng.choice([1, 2, 3, rng.integers(1, most + 1)])))
+    return min(most, int(rng.choice(np.array([1, 2, 3, rng.integers(1, most + 1)]))))
 
 
 def _neighbours(rng: np.random.Generator, features: int, most: int) -> Drawn:
     """Two records that differ by a few units in the last place, or by little, in one feature or in all."""
-    x_F = rng.standard_normal(features) * rng.choice([1.0, _magnitude(rng)])
+    x_F = rng.standard_normal(features) * _size(rng)
     gap = x_F * 10.0 ** rng.uniform(-8.5, -2)
     if rng.random() < 0.5:
         gap = gap * (np.arange(features) == rng.integers(features))
@@ -78,15 +85,15 @@ def _neighbours(rng: np.random.Generator, features: int, most: int) -> Drawn:
 
 def _opposed(rng: np.random.Generator, records: int) -> NDArray[np.float64]:
     """Targets that cancel: plus and minus one size."""
-    size = rng.choice([1.0, _magnitude(rng)])
-    signs: NDArray[np.float64] = np.where(np.arange(records) % 2, -1.0, 1.0)
-    return size * signs
+    size = _size(rng)
+    signs: NDArray[np.float64] = np.where(np.arange(records) % 2, -size, size)
+    return signs
 
 
 def _copies(rng: np.random.Generator, features: int, most: int) -> Drawn:
     """An even number of copies of one record, half with the opposite target."""
     records = 2 * int(rng.integers(1, most // 2 + 1))
-    x_F = rng.standard_normal(features) * rng.choice([1.0, _magnitude(rng)])
+    x_F = rng.standard_normal(features) * _size(rng)
     return np.repeat(x_F[None], records, 0), _opposed(rng, records)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from medfed.core.checks import PlanError
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import mode
-from medfed.study import Privacy, Study
+from medfed.study import Feature, Privacy, Study
 
 
 def check(study: Study) -> None:
@@ -42,6 +42,14 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "one patient's presence moves another between training and test",
             "Set data.split='patient', or mark held-out rows in a column (data.test).",
         )
+    if data.on_missing == "refuse":
+        yield (
+            claim,
+            "data.on_missing='refuse'",
+            "an error about a gap tells that some patient has one",
+            "Set data.on_missing='impute'.",
+        )
+    yield from _undeclared(study, claim)
     if not data.test_is_public and not p.evaluation_epsilon:
         yield (
             claim,
@@ -57,9 +65,6 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "it is a baseline, not a federation",
             "Take fedavg, or leave the claim out.",
         )
-    if t.path == "loop":
-        reason = "the plain loop takes no gradient of each patient"
-        yield claim, "training.path='loop'", reason, "Set training.path='auto'."
     if p.accountant == "pld" and p.scope == "study":
         yield (
             "privacy.accountant='pld'",
@@ -79,6 +84,30 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         yield from _one_step(study, where)
     if p.evaluation_epsilon and not data.test_is_public:
         yield from _noised_test(study)
+
+
+def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
+    """Refuse inputs and targets that nothing public bounds, as far as the study alone names them.
+
+    Columns that it does not name are refused when the table's header is read (`data.tables.clean`).
+    """
+    data = study.data
+    for name in data.features:
+        feature = data.dictionary.get(name, Feature())
+        if not feature.range and not feature.categories:
+            yield (
+                claim,
+                f"data.features={name!r} without a public range or categories",
+                "what its cells are, and how far they reach, would be taken from patients",
+                f"Set data.dictionary.{name}.range or data.dictionary.{name}.categories, or leave it out.",
+            )
+    if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
+        yield (
+            claim,
+            f"data.task='regression' without data.dictionary.{data.target}.range",
+            "nothing bounds what one patient's target says",
+            f"Set data.dictionary.{data.target}.range = [low, high].",
+        )
 
 
 def _noised_test(study: Study) -> Iterator[Refusal]:

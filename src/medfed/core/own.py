@@ -1,0 +1,46 @@
+"""The sites' own log: Python's logger `medfed`. It may quote rows and counts, so a run neither prints nor sends it.
+
+A run writes it to `sites/own.log` of its folder, for the owner alone to read. A program that sets up logging for itself
+sees it too. What a refused run logged before it had a folder is kept nowhere.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+LOGGER = logging.getLogger("medfed")
+LOGGER.addHandler(logging.NullHandler())  # else Python prints warnings where nobody has set up logging
+
+_held: ContextVar[MemoryHandler] = ContextVar("held")
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Hold what is logged in here until `write_to` says where it goes."""
+    handler = MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    LOGGER.addHandler(handler)
+    token = _held.set(handler)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        LOGGER.removeHandler(handler)
+        if handler.target:
+            handler.target.close()
+        handler.close()
+
+
+def write_to(path: Path) -> None:
+    """Append what `kept` holds to a file, and from now on what follows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = _held.get()
+    handler.setTarget(file)
+    handler.flushLevel = logging.NOTSET
+    handler.flush()
