@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from common import table, write_result
 
 import medfed
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two bugs, epsilon 1, and no file: that it still runs")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # tiny tensors: waking a second thread would be most of the time
     bugs = ["nothing", "half_the_noise_in_resolve", "clipping_skipped"] if args.tiny else args.bugs
     exact.NUMBERS = 2000 if args.tiny else args.numbers
     epsilons = (1.0,) if args.tiny else (1.0, 8.0)

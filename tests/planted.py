@@ -194,25 +194,22 @@ def clipped_by_record(patch: Patch) -> None:
 def norm_by_cancellation(patch: Patch) -> None:
     """Take a linear model's norms from products of pairs of records, in float32: near-duplicates cancel to 0."""
 
-    class ByPairs(dpsgd._ByFunc):
-        def __call__(
-            self, weights: list[Tensor], x: Tensor, y: Tensor, step: Any, task: Task, factor: Any
-        ) -> tuple[Tensor, Tensor]:
-            x_ABF = x.flatten(2)
-            z_ABC = x_ABF @ weights[0].transpose(1, 2) + weights[1][:, None]
-            dz_ABC = torch.where(step.valid_AB[..., None], loss_gradient(task, z_ABC, y), 0)
-            place_A = iter(range(len(x)))
+    def by_pairs(
+        weights: list[Tensor], x: Tensor, y: Tensor, step: Any, task: Task, factor: Any
+    ) -> tuple[Tensor, Tensor]:
+        x_ABF = x.flatten(2)
+        z_ABC = x_ABF @ weights[0].transpose(1, 2) + weights[1][:, None]
+        dz_ABC = torch.where(step.valid_AB[..., None], loss_gradient(task, z_ABC, y), 0)
+        x_AIRF, dz_AIRC = (part.unflatten(1, (-1, step.records)) for part in (x_ABF, dz_ABC))
 
-            def by_pairs(norm_I: Tensor) -> Tensor:
-                a, R = next(place_A), step.records
-                dz_IRC, x_IRF = dz_ABC[a].unflatten(0, (-1, R)), x_ABF[a].unflatten(0, (-1, R))
-                pairs_IRR = (dz_IRC @ dz_IRC.mT) * (x_IRF @ x_IRF.mT + 1)
-                by_pairs_I = pairs_IRR.sum((1, 2)).clamp(min=0).sqrt().to(norm_I.dtype)
-                return factor(torch.where(by_pairs_I.isfinite(), by_pairs_I, norm_I))
+        pairs_AIRR = (dz_AIRC @ dz_AIRC.mT) * (x_AIRF @ x_AIRF.mT + 1)
+        norm_AI = pairs_AIRR.sum((2, 3)).clamp(min=0).sqrt().double()
+        g_AIP = torch.cat([(dz_AIRC.mT.double() @ x_AIRF.double()).flatten(2), dz_AIRC.sum(2).double()], 2)
+        weight_AI = torch.where(norm_AI.isfinite(), factor(norm_AI), 0)
+        g_AIP = torch.where(norm_AI.isfinite()[..., None], g_AIP, 0)
+        return (weight_AI[:, None] @ g_AIP)[:, 0], norm_AI
 
-            return super().__call__(weights, x, y, step, task, by_pairs)
-
-    patch.setattr(dpsgd, "_summer", lambda model, path: ByPairs(model))
+    patch.setattr(dpsgd, "_summer", lambda model, path: by_pairs)
 
 
 NOISE: tuple[Bug, ...] = (

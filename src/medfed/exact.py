@@ -369,6 +369,9 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         for company in (_nobody(twin.rows[name]), crowd):
             for odd, far in _moved(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
+    if not moved:
+        why = "not run: the site answers nothing, whoever is in its rows"
+        return Part("sensitivity", "one patient <= C", "-", why, None, {"patients": 0})
     worst = max(moved, key=lambda which: moved[which])
     allowed = 1 + SLACK + GRID * math.sqrt(plan.parameters)
     beyond = {which: far for which, far in moved.items() if not far <= allowed}
@@ -427,7 +430,8 @@ def _moved(
         for first in range(0, len(held), size):
             rows += _answers(site, w_P, held[first : first + size], twin.plan.joint)
         without = rows[0]
-        assert without is not None
+        if without is None:  # nothing to compare with
+            continue
         found += [(odd, _distance(row, without, twin)) for odd, row in zip(alike, rows[1:], strict=True)]
     return found
 
