@@ -19,6 +19,7 @@ or that were published long ago (breast-cancer).
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ import pandas as pd
 
 from medfed.core.checks import DataError, StudyError, nearest, some
 from medfed.core.streams import Streams
-from medfed.data.partition import patients, site_of
-from medfed.data.tables import numbered, read
+from medfed.data.partition import site_of
+from medfed.data.tables import named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
 
@@ -65,7 +66,8 @@ def frames(study: Study, folder: Path | None = None, progress: bool = False) -> 
         if len(unnamed):
             raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
     elif study.sites.names:
-        site = site_of(patients(frame, data.patient), study.sites.names, study.sites.shares, Streams(study.study.seed))
+        named = named_patients(frame, data, claimed=math.isfinite(study.privacy.epsilon))
+        site = site_of(named, study.sites.names, study.sites.shares, Streams(study.study.seed))
     else:
         raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
     names = study.sites.names or tuple(dict.fromkeys(site))

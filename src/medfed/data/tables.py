@@ -4,6 +4,7 @@ All that can be wrong with a table is found here, before training, and named by 
 its header being row 1.
 """
 
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import numpy as np
 import pandas as pd
 
 from medfed.core.checks import DataError, nearest, some
+from medfed.core.patient_ids import Rule
 from medfed.core.streams import Streams
-from medfed.data.partition import is_test, patients
+from medfed.data.partition import is_test, patients, spellings
 from medfed.study import Data, Feature
+
+logger = logging.getLogger(__name__)
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier
 _MOST_LABELS = 64
@@ -34,6 +38,7 @@ class SiteTable:
     patient: np.ndarray  # int64 [rows], 0 .. patients-1
     test: np.ndarray  # bool [rows]
     ids: np.ndarray  # str [patients], who they are; never leaves the site
+    spellings: int = 0  # patients who are written in more than one way; never leaves the site
 
     def __len__(self) -> int:
         return len(self.label)
@@ -107,8 +112,8 @@ def numbered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
 
 
-def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteTable:
-    """Clean the rows of one site.
+def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, claimed: bool = False) -> SiteTable:
+    """Clean the rows of one site; where a guarantee is `claimed`, errors about ids do not say which rows.
 
     Raises DataError for a missing column, text in a numeric column, an infinite value, a target that is missing, and
     (with on_missing = "refuse") any missing feature; each names site, column and rows.
@@ -130,7 +135,11 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteT
         else:
             numbers[name] = column.number()
     label = _label(site, frame, data)
-    patient = patients(frame, data.patient)
+    patient = named_patients(frame, data, claimed)
+    written = spellings(frame[data.patient]) if data.patient else 0
+    if written:
+        taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
+        logger.warning("site %r: %d patients are written in more than one way, %s", site, written, taken)
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
     codes, ids = pd.factorize(patient)
     codes = codes.astype(np.int64)
@@ -138,7 +147,13 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams) -> SiteT
         held = _marked(site, frame, data, codes)
     else:
         held = is_test(patient, strata, data.test_fraction, streams, exact=data.split == "stratified").to_numpy()
-    return SiteTable(numbers, texts, label, codes, held, np.asarray(ids, dtype=object))
+    return SiteTable(numbers, texts, label, codes, held, np.asarray(ids, dtype=object), written)
+
+
+def named_patients(frame: pd.DataFrame, data: Data, claimed: bool) -> pd.Series:
+    """Name the patient of each row as the study says; see `partition.patients`."""
+    rule: Rule = "exact" if data.identity == "exact" else "canonical"
+    return patients(frame, data.patient, rule, data.missing_values, data.missing_patient, claimed)
 
 
 def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
