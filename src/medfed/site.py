@@ -73,7 +73,8 @@ class Site:
     @classmethod
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
-        return cls(name, clean(name, frame, study.data, Streams(study.study.seed)), study, folder)
+        claimed = guarantee.asked(study)
+        return cls(name, clean(name, frame, study.data, Streams(study.study.seed), claimed), study, folder)
 
     @classmethod
     def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
@@ -83,8 +84,9 @@ class Site:
         would let one patient's joining rename others. Who knows the seed can tell from names who has a device.
         """
         streams, nodes = Streams(study.study.seed), []
+        claimed = guarantee.asked(study)
         for site, frame in frames.items():
-            for table in clean(site, frame, study.data, streams).by_patient():
+            for table in clean(site, frame, study.data, streams, claimed).by_patient():
                 name = f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}"
                 nodes.append(cls(name, table, study, folder))
         return nodes

@@ -210,8 +210,8 @@ class Privacy:
     )
     ledger: str = _key(
         "",
-        "Folder of the lifetime ledger, where its operator has said no other: by MEDFED_HOME, or by founding one in the "
-        "user's data folder, which is the default. It must have been founded (`medfed privacy found`).",
+        "Folder of the lifetime ledger, which its operator has founded (`medfed privacy found`); refused where the "
+        "operator has said another, by MEDFED_HOME or by a ledger in the user's data folder, which are the default.",
     )
     spare_rounds: int = _key(0, "Rounds paid for in the plan beyond training.rounds, for those that a crash loses.")
     accountant: Literal["auto", "rdp", "pld"] = _key(

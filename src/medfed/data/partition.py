@@ -89,9 +89,9 @@ def id_texts(column: pd.Series, where: str) -> pd.Series:
     """
     gap = column.isna().to_numpy(dtype=bool)
     largest = _LARGEST.get(str(column.dtype).lower(), 2.0**53)
-    text = pd.Series("", index=column.index, dtype=object)
-    text[~gap] = [_id_text(value, where, largest) for value in column[~gap].astype(object)]
-    return text
+    values = zip(column.astype(object), gap.tolist(), strict=True)
+    text = ["" if missing else _id_text(value, where, largest) for value, missing in values]
+    return pd.Series(text, index=column.index, dtype=object)
 
 
 _LARGEST = {"float16": 2.0**11, "float32": 2.0**24, "float[pyarrow]": 2.0**24}
@@ -105,13 +105,16 @@ def _id_text(value: object, where: str, largest: float) -> str:
             return value.decode().strip()
         except UnicodeDecodeError:
             raise DataError(f"{where}: an id is bytes and no text; write ids as text") from None
-    if isinstance(value, (float, np.floating)) and abs(value) >= largest:
+    if isinstance(value, (float, np.floating)) and abs(float(value)) >= largest:
         raise DataError(
             f"{where}: ids of {largest:.0f} and more in a column of floats are rounded, so that two patients may have "
             "become one. Write ids as whole numbers or as text."
         )
-    whole = isinstance(value, (float, np.floating, Decimal)) and value == int(value)
-    return str(int(value)) if whole else str(value).strip()  # type: ignore[call-overload]
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
+    return str(value).strip()
 
 
 def spellings(column: pd.Series) -> int:

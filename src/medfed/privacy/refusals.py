@@ -11,7 +11,7 @@ import numpy as np
 from medfed.core.checks import PlanError
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import mode
-from medfed.study import Privacy, Study
+from medfed.study import Data, Privacy, Study
 
 
 def check(study: Study) -> None:
@@ -67,6 +67,8 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
             "Set privacy.accountant='rdp', or scope='run' for public data.",
         )
+    if p.scope == "study" and not p.simulation_only:
+        yield from _lifetime(data)
     if p.clipping == "adaptive" and where == "site":
         yield (
             "privacy.clipping='adaptive'",
@@ -79,6 +81,26 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         yield from _one_step(study, where)
     if p.evaluation_epsilon and not data.test_is_public:
         yield from _noised_test(study)
+
+
+def _lifetime(data: Data) -> Iterator[Refusal]:
+    """Refuse patients whom the lifetime ledger would not know again."""
+    if not data.patient:
+        yield (
+            "privacy.scope='study'",
+            "data.patient=''",
+            "without a name a patient is the content of a row, which one more column or a corrected cell makes new, "
+            "with nothing spent",
+            "Set data.patient='column', the table's column that names the patient, or privacy.scope='run' for public "
+            "data.",
+        )
+    if data.missing_patient == "own":
+        yield (
+            "data.missing_patient='own'",
+            "privacy.scope='study'",
+            "a row that names nobody is nobody whom the lifetime ledger would know again",
+            "Set data.missing_patient='refuse' and name each patient.",
+        )
 
 
 def _noised_test(study: Study) -> Iterator[Refusal]:
