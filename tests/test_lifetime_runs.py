@@ -305,6 +305,29 @@ def test_a_run_knows_the_head_it_was_told(
             use()
 
 
+@pytest.mark.parametrize("scope", ["study", "run"])
+def test_a_run_whose_ledger_is_gone_founds_none_when_it_is_resumed(
+    tmp_path: Path, home: Path, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path / "data", privacy__spare_rounds=1, privacy__scope=scope)
+    _run_until_its_last_round(study, tmp_path / "run", monkeypatch)
+    place = home if scope == "study" else tmp_path / "run" / "sites"
+    shutil.rmtree(place)
+    with pytest.raises(LedgerError, match="is missing, though this run was charged there"):
+        medfed.resume(tmp_path / "run")
+    assert not place.exists()
+
+
+def test_a_resumed_run_is_the_same_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first process knew no ledger yet, its second one does; and the budget was founded once."""
+    study = study_of(tmp_path / "data", privacy__spare_rounds=1)
+    _run_until_its_last_round(study, tmp_path / "run", monkeypatch)
+    frozen = json.loads((tmp_path / "run" / "plan.json").read_text())["digest"]
+    result = medfed.resume(tmp_path / "run")
+    assert result.complete and result.study.digest() == frozen
+    assert sum("medfed privacy budget" in text for text in result.summary["warnings"]) == 1
+
+
 def test_a_finished_runs_claim_is_compared_too(tmp_path: Path, home: Path) -> None:
     medfed.run(study_of(tmp_path / "data"), tmp_path / "run")
     assert runs.ledger_accounts(tmp_path / "run", None)["charges"] == 2 * len(SITES)

@@ -162,9 +162,9 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
             "start the study again"
         )
     name = json.loads((folder / "plan.json").read_text())["run"]
+    if (account := sites[0].account) and (head := header.get("ledger")):
+        account.refuse_without(head)
     enrol(plan, fleet, name, fresh=False)
-    if (account := sites[0].account) and header.get("ledger"):
-        account.ledger.refuse_without(header["ledger"])
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
@@ -240,7 +240,8 @@ def _identified(study: Study, folder: Path | None) -> Study:
             f"data.identity={asked!r} and the site's ledger, which goes by {rule!r}, do not compose: patients who have "
             "paid would look new. Leave data.identity out."
         )
-    return dataclasses.replace(study, data=dataclasses.replace(study.data, identity=rule or asked))
+    rule = rule or ("exact" if asked == "exact" else "canonical")  # written out, so that a resumed run has it too
+    return dataclasses.replace(study, data=dataclasses.replace(study.data, identity=rule))
 
 
 def _check_places(sites: Sequence[Site], study: Study) -> None:

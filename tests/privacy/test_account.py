@@ -260,7 +260,7 @@ def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -
     first = _account(path)
     for number in range(1, 5):
         assert _pays(first, number) == {}
-    other = _account(path, "r2", fresh=False, study__name="t", privacy__delta=9e-3, privacy__evaluation_epsilon=0.3)
+    other = _account(path, "r2", fresh=False, study__name="t", privacy__delta=5e-3, privacy__evaluation_epsilon=0.3)
     with pytest.raises(BudgetError, match=r"'north \(test\)'.*all studies"):
         other.pay_test("north", ["north-7"])
     with pytest.raises(BudgetError, match="all studies"):

@@ -281,13 +281,15 @@ def privacy_ledger(
     whose heads the run was told.
     """
     from medfed import runs
-    from medfed.monitor.console import accounts
+    from medfed.monitor.console import accounts, lifetime
 
     found = runs.ledger_accounts(ledger, delta, check_head)
     if as_json:
         print(json.dumps(found, indent=2))
         return
     _console().print(accounts(found))
+    for line in lifetime(found):
+        _console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @privacy_app.command("claim")

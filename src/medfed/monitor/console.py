@@ -285,14 +285,13 @@ def accounts(found: Mapping[str, Any]) -> Table:
     for row in found["accounts"]:
         epsilon = f"{row['epsilon']:.4f}"
         table.add_row(escape(row["study"]), escape(row["site"]), str(row["patients"]), str(row["charges"]), epsilon)
-    table.caption, table.caption_justify = escape(_lifetime(found)), "left"
     return table
 
 
-def _lifetime(found: Mapping[str, Any]) -> str:
-    """Say what a ledger allows, and who has decided what."""
-    if (bound := found.get("lifetime")) is None:
-        return "no lifetime budget: the ledger of one run, or of an older medfed"
+def lifetime(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines that say what a ledger allows, and who has decided what."""
+    if (bound := found["lifetime"]) is None:
+        return ["no lifetime budget: the ledger of one run, or of an older medfed"]
     lines = [
         f"lifetime budget: epsilon {bound['epsilon']:g} at delta {bound['delta']:g} over all studies; identity rule "
         f"{bound['identity']!r}"
@@ -303,7 +302,7 @@ def _lifetime(found: Mapping[str, Any]) -> str:
         )
         by = one.get("operator") or "nobody was asked"
         lines.append(f"{str(one['time'])[:10]} {one['kind']}: {what}; {by}: {one.get('reason', '')}".rstrip(": "))
-    return "\n".join(lines)
+    return lines
 
 
 def claim(found: Mapping[str, Any]) -> Table:

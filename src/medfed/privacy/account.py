@@ -42,6 +42,14 @@ class Account:
             self._refuse_another_rule()
         return self._ledger
 
+    def refuse_without(self, head: str) -> None:
+        """Raise LedgerError unless the ledger is there and still holds a head that it told; found none instead."""
+        if self._ledger is None and (self.path is None or not self.path.exists()):
+            raise LedgerError(
+                f"{self.path} is missing, though this run was charged there. Restore its whole folder from a copy."
+            )
+        self.ledger.refuse_without(head)
+
     def founded(self) -> Lifetime | None:
         """Return the lifetime budget of a ledger that was founded just now, with what the study says."""
         return self._ledger.lifetime if self._ledger and self._ledger.founded else None
