@@ -328,6 +328,26 @@ def test_a_resumed_run_is_the_same_study(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum("medfed privacy budget" in text for text in result.summary["warnings"]) == 1
 
 
+def test_a_lost_ledger_is_told_by_whoever_looks(tmp_path: Path, home: Path) -> None:
+    study = study_of(tmp_path / "data")
+    medfed.simulate(study)
+    (home / "ledger.sqlite").unlink()
+    for look in (lambda: runs.ledger_accounts(None), lambda: runs.privacy_outlook(study)):
+        with pytest.raises(LedgerError, match="is missing, though"):
+            look()
+
+
+def test_looking_founds_nothing(tmp_path: Path, home: Path) -> None:
+    study = study_of(tmp_path / "data")
+    runs.privacy_outlook(study)
+    runs.survey(study)
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        runs.ledger_accounts(None)
+    with pytest.raises(PlanError, match="do not compose"):
+        medfed.simulate(study.set("data.preprocess", "robust"))
+    assert not home.exists()
+
+
 def test_a_finished_runs_claim_is_compared_too(tmp_path: Path, home: Path) -> None:
     medfed.run(study_of(tmp_path / "data"), tmp_path / "run")
     assert runs.ledger_accounts(tmp_path / "run", None)["charges"] == 2 * len(SITES)

@@ -302,6 +302,7 @@ def ledger_accounts(place: Path | None, delta: float | None = None, heads: Seque
     if path is None and (folder / "plan.json").exists() and guarantee.asked(study := read_plan(folder)[0]):
         path = ledger_path(study, folder / "sites")
     if path is None:
+        ledgers.rule_of(folder / LEDGER)  # says where one is lost
         raise LedgerError(f"{str(folder)!r} holds no {LEDGER}; give a run's folder, or the ledger's")
     with Ledger.open(path, read_only=True) as ledger:
         for head in (*heads, *_told_heads(folder)):

@@ -53,8 +53,8 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if bound := ledger.get("lifetime"):
             yield (
                 "lifetime budget",
-                f"epsilon {bound['epsilon']:g} at delta {bound['delta']:g} for each patient over all studies of these "
-                f"sites, set by their operator; ids are one patient by the rule {bound['identity']!r}",
+                f"epsilon {bound['epsilon']:g} at delta {bound['delta']:g} for each patient over all studies, "
+                f"kept in the sites' ledger; ids are one patient by the rule {bound['identity']!r}",
             )
     yield "random generator", claim["random_generator"]
     yield "not protected", "; ".join(claim["unprotected"])
