@@ -279,6 +279,7 @@ class Ledger:
     def decide(self, epsilon: float, delta: float, operator: str, reason: str) -> Lifetime:
         """Write down a new lifetime budget, by whom and why; it is in force from the next charge on.
 
+        It is a filter of its own, with its own order, and asked of all that was charged since the founding.
         The rule of identity stays: under another, patients who have paid would look new. Raises PlanError without
         name or reason.
         """
