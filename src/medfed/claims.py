@@ -184,6 +184,8 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
     if not study.data.patient:
         found.append("one row is one patient: the table names no patient column")
+    else:
+        found.append("each patient has one id, but for spellings that the identity rule takes for one")
     return found
 
 
