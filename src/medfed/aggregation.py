@@ -411,7 +411,10 @@ def selection(plan: Plan, terms: three_party.Terms) -> three_party.Selection | N
 
 
 def terms_of(plan: Plan) -> three_party.Terms:
-    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum."""
+    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum.
+
+    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond, whoever is in it.
+    """
     g, security = plan.guarantee, plan.study.security
     if g is not None and plan.joint:
         largest = max(release.size for release in g.releases.values())

@@ -40,7 +40,7 @@ from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.party import Party
 from medfed.study import Study
-from medfed.wire import PLAIN, Link, finite, send
+from medfed.wire import PLAIN, Link, finite, into_ball, send
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +322,11 @@ def _worked(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 
 
 def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor], promised: Guarantee) -> list[Answer]:
-    """Answer with each site's sum of clipped per-patient gradients, on the grid."""
+    """Answer with each site's sum of clipped per-patient gradients, on the grid.
+
+    However many patients a site has, its sum is held to what the declared number can make: else one patient more would
+    decide whether the row is within the bound that others check.
+    """
     first, names = sites[0], [site.name for site in sites]
     clip = header.get("clip", promised.clip)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
@@ -331,9 +335,11 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     found = dpsgd.sums(first.model, tensors["w"], patients, task, promised, clip, names, key_K, path)
     if found.dropped:
         logger.warning("%d patients' gradients were not finite and count as zero", found.dropped)
-    message_KM = found.total_KP
+    size_K = [promised.releases[name].size for name in names]
+    message_KM = into_ball(found.total_KP, size_K)
     if promised.clipping == "adaptive":
-        message_KM = torch.cat([message_KM, found.below_K[:, None]], 1)
+        half_K = torch.tensor(size_K, dtype=torch.float64) / 2
+        message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
     return _sent(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
 
 
