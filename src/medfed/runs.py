@@ -50,7 +50,7 @@ from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.plan import POOLED, Plan, build_model
-from medfed.prepare import ask_surveys, enrol, prepare
+from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger
@@ -120,6 +120,7 @@ def run(
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
     keys = ways.ring(plan)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,7 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
             "start the study again"
         )
     name = json.loads((folder / "plan.json").read_text())["run"]
+    rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
@@ -178,6 +180,7 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     sites = open_sites(study, data)
     fleet, plan = _ready(sites[0].study, sites)
     name = secrets.token_hex(8)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     with Log(None, listeners) as log:
         _tell_start(plan, log)
