@@ -151,7 +151,7 @@ def stage(name: str, model: nn.Module, x_NF: Tensor) -> Iterator[None]:
     except Exception as error:
         where = stage_of(error) if name == "training" else name
         module = module_of(error, model) or (failing_module(model, x_NF) if where == "gradient" else "")
-        told = str(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {_first_line(error)}"
+        told = _first_line(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {_first_line(error)}"
         raise SiteError(
             f"rehearsal on made-up rows, stage {where or name}{f', module {module}' if module else ''}: {told} "
             f"{WAYS_OUT[where or name]} Nobody was charged."
