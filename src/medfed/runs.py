@@ -60,7 +60,7 @@ from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.plan import POOLED, Plan, build_model, check
-from medfed.prepare import ask_surveys, enrol, prepare
+from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy import ledger as ledgers
 from medfed.privacy.account import Account
@@ -149,6 +149,7 @@ def run(
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
     keys = ways.ring(plan)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +193,7 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     name = json.loads((folder / "plan.json").read_text())["run"]
     if (account := sites[0].account) and (head := header.get("ledger")):
         account.refuse_without(head)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
@@ -213,6 +215,7 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     sites = open_sites(study, data)
     fleet, plan = _ready(sites[0].study, sites)
     name = secrets.token_hex(8)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     with Log(None, listeners) as log:
         _tell_start(plan, log)

@@ -195,7 +195,9 @@ class Privacy:
     clip: float = _key(1.0, "Largest norm of one patient's gradient; for adaptive, the norm to begin with.")
     quantile: float = _key(0.5, "adaptive: the share of patients whose gradients shall lie below the norm, in (0, 1).")
     batch_cap: int = _key(
-        0, "With training.batch_size above 0: most patients that a Poisson batch may hold; 0 holds all that are drawn."
+        0,
+        "With training.batch_size above 0: most patients that a Poisson batch may hold, where memory forbids more. It "
+        "costs twice the noise, as a full batch lets one patient put another out; 0 holds all that are drawn.",
     )
     sizes: dict[str, int] = field(
         default_factory=dict,

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from medfed.core.checks import BudgetError, LedgerError, PlanError
 from medfed.privacy import accounting, ledger
-from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian
+from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
 from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits, Spent, rule_of
 
 DELTA = 1e-6
@@ -213,6 +213,19 @@ def test_a_calibrated_plan_fits_to_its_last_round(
             book.charge([charge(a, event(z, 1), round=number)], ONE)
         with pytest.raises(BudgetError):
             book.charge([charge(a, event(z, 1))], ONE)
+
+
+def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of_patients(path: Path) -> None:
+    """Whoever paid by the declared number of patients has spent more than was claimed, and finds less left."""
+    old, half = TruncatedPoissonGaussian(100, 0.25, 45, 6.0, 20), PoissonGaussian(0.25, 3.0, 20)
+    with Ledger.open(path) as book:
+        book.charge([charge(book.enrol("a", PATIENTS), old)], FREE)
+        book.charge([charge(book.enrol("b", ["another"]), half)], FREE)
+    with Ledger.open(path) as book:
+        assert book.worst(DELTA, site="a") == book.worst(DELTA, site="b") > 1
+        assert book.rows()[0]["event"] == {**accounting.to_json(old)}  # as it was written
+        with pytest.raises(BudgetError, match="left for one release: 0"):
+            book.charge([charge(book.enrol("a", PATIENTS))], ONE)
 
 
 def test_impossible_limits_are_refused() -> None:

@@ -111,6 +111,8 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(view.results(found))
     for line in view.suspects(found):
         console.print(line, highlight=False, markup=False)
+    if found["reason"]:
+        console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
     for item in found["excluded"]:
         console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False, markup=False)
 
