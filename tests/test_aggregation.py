@@ -144,7 +144,7 @@ def test_a_site_without_fault_lets_the_run_say_nothing(tmp_path: Path) -> None:
 def test_a_model_that_nobody_can_test_is_told_with_the_causes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medfed.site.outputs", lambda model, w, x: torch.full((len(x), 1), float("nan")))
     summary = medfed.simulate(_study(tmp_path, "plain")).summary
-    assert "no site could test the model. north, south, east: the model's outputs are not finite" in summary["reason"]
+    assert "no site could test the model. east, north, south: the model's outputs are not finite" in summary["reason"]
 
 
 # the parts -----------------------------------------------------------------------------------------------------------
