@@ -20,13 +20,14 @@ from statistics import median
 from common import table, write_result
 
 from medfed.privacy.accounting import Gaussian
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits
+from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
 
 CHARGES = 10_000
 SINGLES = 100
 ROUNDS = 10
 DELTA = 1e-6
-LIMITS = Limits(1.0, DELTA, lifetime_epsilon=8.0)
+LIMITS = Limits(1.0, DELTA)
+LIFETIME = Lifetime(8.0, DELTA, operator="benchmark")
 EVENT = Gaussian(2000.0)
 PATIENTS = [f"patient {i}" for i in range(CHARGES)]
 
@@ -51,7 +52,7 @@ def main() -> None:
 def repeat(folder: Path) -> dict[str, tuple[int, float]]:
     """Return what was timed once, by name: how many charges or rows, and seconds."""
     found: dict[str, tuple[int, float]] = {}
-    with Ledger.open(folder / "site.sqlite") as ledger:
+    with Ledger.open(folder / "site" / "ledger.sqlite", founding=LIFETIME) as ledger:
         site = ledger.enrol("site", PATIENTS)
         batch = [charge(site, number) for number in range(CHARGES)]
         ours = timed(lambda: ledger.charge(batch, LIMITS))
@@ -60,7 +61,7 @@ def repeat(folder: Path) -> dict[str, tuple[int, float]]:
         found["control: plain inserts, one transaction"] = CHARGES, timed(lambda: plain(folder / "plain.sqlite", rows))
         found["one call, one site of 10,000 patients"] = CHARGES, ours
         singles = timed(lambda: [ledger.charge([charge(site, number)], LIMITS) for number in range(SINGLES)])
-    with Ledger.open(folder / "devices.sqlite") as ledger:
+    with Ledger.open(folder / "devices" / "ledger.sqlite", founding=LIFETIME) as ledger:
         devices = ledger.enrol_all({f"device {i}": [patient] for i, patient in enumerate(PATIENTS)})
         rounds = [[charge(device, number) for device in devices.values()] for number in range(ROUNDS)]
         took = [timed(lambda batch=batch: ledger.charge(batch, LIMITS)) for batch in rounds]
@@ -69,7 +70,10 @@ def repeat(folder: Path) -> dict[str, tuple[int, float]]:
     found["one charge a call"] = SINGLES, singles
     opened: list[Ledger] = []
     many = CHARGES * ROUNDS
-    found["open and verify 100,000 rows"] = many, timed(lambda: opened.append(Ledger.open(folder / "devices.sqlite")))
+    found["open and verify 100,000 rows"] = (
+        many,
+        timed(lambda: opened.append(Ledger.open(folder / "devices" / "ledger.sqlite"))),
+    )
     with opened[0] as ledger:
         found["worst of 10,000 devices x 10 rounds"] = many, timed(lambda: ledger.worst(DELTA))
     return found

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from medfed import cli
@@ -120,6 +121,59 @@ def test_data_show_and_its_figure(study: Path, tmp_path: Path, capsys: pytest.Ca
     assert medfed("data", "show", study, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(site["rows"] for site in found["sites"].values()) == 240
+
+
+def test_data_show_tells_who_is_written_in_more_than_one_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    twice = frame[frame["hospital"] == "east"].head(3)
+    again = twice.assign(subject=twice["subject"].str.upper())
+    path = write_study(tmp_path, frame=pd.concat([frame, again], ignore_index=True))
+    assert medfed("data", "show", path) == 0
+    assert "patients written in more than one way (see data.identity): east 3" in capsys.readouterr().out
+    assert medfed("data", "show", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["sites"]
+    assert {name: site["spellings"] for name, site in found.items()} == {"north": 0, "south": 0, "east": 3}
+
+
+def test_an_operator_founds_changes_and_accepts_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "budget"
+    words = ["privacy", "found", folder, "--lifetime-epsilon", "2", "--delta", "1e-6"]
+    assert medfed(*words) == 2  # nobody decides
+    assert medfed(*words, "--operator", " ") == 2
+    assert not folder.exists()
+    assert medfed(*words, "--operator", "Ada [the chief]", "--identity", "exact", "--reason", "board 3") == 0
+    assert medfed(*words, "--operator", "Ada") == 2
+    assert "is a ledger already; its budget changes by `medfed privacy budget`" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+
+    change = ["privacy", "budget", folder, "--lifetime-epsilon", "3.5"]
+    assert medfed(*change, "--operator", "Bo") == 2
+    assert medfed(*change, "--operator", "Bo", "--reason", "a second trial") == 0
+    assert "epsilon 3.5 at delta 1e-06, decided by Bo: a second trial" in capsys.readouterr().out
+    assert medfed("privacy", "budget", tmp_path / "none", *change[3:], "--operator", "Bo", "--reason", "why") == 2
+    assert not (tmp_path / "none").exists()
+
+    assert medfed("privacy", "ledger", folder) == 0
+    said = capsys.readouterr().out
+    assert "lifetime budget: epsilon 3.5 at delta 1e-06 over all studies; identity rule 'exact'" in said
+    assert "founded: epsilon 2 at delta 1e-06; Ada [the chief]: board 3" in said and "Bo: a second trial" in said
+    assert medfed("privacy", "ledger", folder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lifetime"]["epsilon"], len(found["decisions"]), found["charges"]) == (3.5, 2, 0)
+
+    assert medfed("privacy", "ledger", folder, "--check-head", found["head"]) == 0
+    assert medfed("privacy", "ledger", folder, "--check-head", "0" * 64) == 2
+    (folder / "ledger.head").unlink()
+    assert medfed("privacy", "ledger", folder) == 2
+    capsys.readouterr()
+    accept = ["privacy", "accept", folder, "--operator", "Bo", "--reason", "the disk died", "--head"]
+    assert medfed(*accept, "0" * 64) == 2
+    assert medfed(*accept, found["head"]) == 0
+    assert medfed("privacy", "ledger", folder) == 0
+    assert "accepted: this copy is the newest; Bo: the disk died" in capsys.readouterr().out
 
 
 def test_data_list_and_get(capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,8 +165,9 @@ def test_each_device_pays_for_itself(hospitals: Study, tmp_path: Path, correlate
 
 
 def test_a_group_that_cannot_pay_is_refused_before_training_and_nobody_is_charged(
-    hospitals: Study, tmp_path: Path
+    hospitals: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MEDFED_HOME", str(tmp_path / "home"))
     study = hospitals._with({**CORRELATED, "privacy.scope": "study", "privacy.ledger": str(tmp_path / "home")})
     runs.run(study, tmp_path / "first")
     with Ledger.open(tmp_path / "home" / "ledger.sqlite", read_only=True) as ledger:

@@ -30,7 +30,7 @@ from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import GRID, SLACK
-from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
@@ -204,12 +204,13 @@ def test_a_run_of_scope_run_starts_with_a_fresh_ledger(tmp_path: Path, study: St
     assert not home.exists()
 
 
-def test_the_lifetime_budget_is_over_all_studies(tmp_path: Path, lasting: Study) -> None:
+def test_the_lifetime_budget_is_over_all_studies(tmp_path: Path, lasting: Study, home: Path) -> None:
+    Ledger.open(home, founding=Lifetime(1.6, 1e-4, operator="Ada")).close()
     assert medfed.run(lasting, tmp_path / "one").complete
     other = lasting.set("study.name", "another").set("privacy.lifetime_epsilon", 1.3)
     with pytest.raises(BudgetError, match=r"In all studies .* of 1\.3 .*privacy\.lifetime_epsilon raised"):
         medfed.run(other, tmp_path / "two")
-    assert medfed.run(other.set("privacy.lifetime_epsilon", 1.6), tmp_path / "two").complete
+    assert medfed.run(other.set("privacy.lifetime_epsilon", math.inf), tmp_path / "two").complete
 
 
 def test_a_simulation_in_memory_pays_too(lasting: Study, home: Path) -> None:
@@ -222,9 +223,9 @@ def test_a_simulation_in_memory_pays_too(lasting: Study, home: Path) -> None:
 def test_baselines_without_noise_are_for_public_data_only(study: Study, home: Path) -> None:
     measured = study.set("monitor.baselines", True)
     assert set(medfed.simulate(measured).summary["baselines"]) == {"local", "pooled"}
-    assert medfed.simulate(measured.set("privacy.scope", "study")).summary["baselines"] == {}
     noised = measured.set("data.test_is_public", False).set("monitor.evaluate_every", 4)
     assert medfed.simulate(noised.set("privacy.evaluation_epsilon", 0.5)).summary["baselines"] == {}
+    assert medfed.simulate(measured.set("privacy.scope", "study")).summary["baselines"] == {}
 
 
 # crashes ------------------------------------------------------------------------------------------------------------
@@ -362,11 +363,12 @@ def _two_places(frame: pd.DataFrame, patients: int) -> pd.DataFrame:
     return pd.concat([frame, moved], ignore_index=True)
 
 
-def test_patients_at_more_sites_than_is_attested_are_refused(tmp_path: Path) -> None:
+def test_patients_at_more_sites_than_is_attested_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     study = medfed.load_study(write_study(tmp_path, PRIVATE, _two_places(invented(), 5)))
     with pytest.raises(PlanError, match=r"max_sites_per_patient=1, but there are patients .*'subject'") as caught:
         medfed.run(study, tmp_path / "run")
     assert not re.search(r"[25]", str(caught.value))  # neither how many they are nor at how many sites
+    assert "5 patients have records at more than 1 sites, up to 2" in caplog.text  # in the sites' own log
     assert not (tmp_path / "run").exists()
 
 
@@ -474,6 +476,7 @@ def test_a_simulation_tests_without_paying(tmp_path: Path, noised: Study) -> Non
 
 
 def test_patients_who_paid_for_tests_elsewhere_are_asked_again(tmp_path: Path, noised: Study, home: Path) -> None:
+    Ledger.open(home, founding=Lifetime(4.0, 1e-4, operator="Ada")).close()
     lasting = noised.set("privacy.scope", "study").set("privacy.evaluation_epsilon", 0.3)
     assert medfed.run(lasting, tmp_path / "one").complete
     assert charges(home, "test") == {f"{name} (test)": 1 for name in SITES}

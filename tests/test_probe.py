@@ -74,10 +74,10 @@ REFUSED: dict[str, str] = {
     "Counting": "a second call .* gives other outputs",
     "lazy": r"parameter '0\.weight' has no size yet",
     "WrongShape": r"outputs \(6,\) for 6 made-up rows; expected real numbers of shape \(6, 1\)",
-    "Detached": "its gradient cannot be taken",
+    "Detached": "the gradient of Detached cannot be taken",
     "FailsInTraining": "Failing 'part' fails on 6 made-up rows in training: RuntimeError: no such operator",
     "FailsAlone": "FailsAlone fails on 1 made-up row in evaluation: AssertionError: too few rows",
-    "FailsBackward": "its gradient cannot be taken: NotImplementedError: no derivative of this operator",
+    "FailsBackward": "the gradient of FailsBackward cannot be taken: NotImplementedError: no derivative of this",
     "none_finite": "its outputs for 6 made-up rows are not finite",
 }
 

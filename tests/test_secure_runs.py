@@ -2,21 +2,27 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
 import medfed
+from medfed import aggregation, runs, site
+from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
+from medfed.engine.inprocess import InProcess
 from medfed.plan import holders, threshold
-from medfed.privacy.guarantee import resolve
+from medfed.prepare import prepare
+from medfed.privacy.guarantee import GRID, resolve
 from medfed.study import Study
 from medfed.wire import NoiseShare, noise_share
-from tests.tables import PRIVATE, STUDY, write_study
+from tests.tables import PRIVATE, SITES, STUDY, invented, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,3 +146,90 @@ def test_a_row_out_of_bound_is_refused_at_its_site(open_study: Study) -> None:
     told: list[Any] = []
     result = medfed.simulate(study, listeners=[told.append])
     assert not result.complete and "security.bound=1e-06" in told[-1].reason
+
+
+# more patients than declared ------------------------------------------------------------------------------------------
+
+DECLARED = 20
+
+
+def _alike(patients: int) -> pd.DataFrame:
+    """Return three sites; at north `patients` people with one record, so that their gradients point the same way."""
+    frame = invented(400)
+    one = frame[frame["hospital"] == "north"].iloc[:1].assign(age=95.0, lactate=14.0, died="yes", held=0)
+    north = one.loc[one.index.repeat(patients)]
+    others = frame[frame["hospital"] != "north"].groupby("hospital").head(DECLARED + 4).assign(held=0)
+    held = frame.head(60).assign(held=1)
+    both = pd.concat([north, others, held], ignore_index=True)
+    return both.assign(subject=[f"p{i}" for i in range(len(both))])
+
+
+def _crowded(folder: Path, patients: int, **settings: Any) -> Study:
+    text = PRIVATE.replace('target = "died"', 'target = "died"\ntest = "held"\nfeatures = ["age", "lactate", "ward"]')
+    study = medfed.load_study(write_study(folder, text, _alike(patients)))
+    sizes = dict.fromkeys(("north", "south", "east"), DECLARED)
+    study = replace(study, privacy=replace(study.privacy, sizes=sizes))
+    return study._with({"privacy.clipping": "fixed", "privacy.clip": 1e-3, "training.rounds": 2, **settings})
+
+
+CROWDS = (DECLARED - 1, DECLARED, DECLARED + 1, DECLARED * 3 // 2, 10 * DECLARED)
+
+
+@pytest.mark.parametrize("clipping", ["fixed", "automatic", "adaptive"])
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_no_patient_decides_whether_a_row_is_accepted(tmp_path: Path, way: str, clipping: str) -> None:
+    """All of north's gradients are alike, so its sum is as long as it has patients; three aggregators hold it to what
+    the declared number can make."""
+    for patients in CROWDS if clipping == "fixed" else CROWDS[-1:]:
+        settings = {"security.aggregation": way, "privacy.clipping": clipping, "training.rounds": 1}
+        result = medfed.simulate(_crowded(tmp_path, patients, **settings))
+        assert result.complete, (patients, result.summary["excluded"])
+        assert result.summary["participation"] == dict.fromkeys(SITES, 1)
+
+
+@pytest.mark.parametrize("clipping", ["fixed", "automatic", "adaptive"])
+def test_a_crowded_site_sends_a_row_within_the_bound_that_one_patient_moves_by_the_sensitivity(
+    tmp_path: Path, clipping: str
+) -> None:
+    rows = []
+    for patients in (CROWDS[-1], CROWDS[-1] + 1, CROWDS[2], CROWDS[1], CROWDS[0]):
+        study = _crowded(tmp_path, patients, **{"privacy.clipping": clipping})
+        sites = runs.open_sites(study, None)
+        plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
+        sites[0].account = None
+        header = {"round": 1, **({"clip": study.privacy.clip} if clipping == "adaptive" else {})}
+        reply = sites[0].handle("work", codec.encode(header, {"w": plan.first_weights()}))
+        rows.append(codec.decode(reply)[1]["row"].double())
+    g, bound = plan.guarantee, aggregation.terms_of(plan.__class__(**{**plan.__dict__, "study": _secret(study)})).bound
+    assert g is not None and max(float(row.norm()) for row in rows) <= bound
+    for one, other in ((rows[0], rows[1]), (rows[2], rows[3]), (rows[3], rows[4])):
+        assert float((one - other)[: g.parameters].norm()) <= g.sensitivity_units()
+        if clipping == "adaptive":
+            assert abs(float(one[-1] - other[-1])) <= 0.5 / GRID
+    shortest = 0.99 if clipping == "automatic" else 1
+    assert float(rows[3].norm()) >= DECLARED * shortest / GRID  # as many patients as declared are not cut
+
+
+def _secret(study: Study) -> Study:
+    return study.set("security.aggregation", "three-party")
+
+
+@pytest.mark.parametrize("batch_size", [0, 8])
+@pytest.mark.parametrize("noise", ["site", "shared"])
+def test_a_site_answers_alike_with_nobody_with_one_and_with_one_of_many_records(
+    tmp_path: Path, noise: str, batch_size: int
+) -> None:
+    """Alone, as at a hospital: whoever is there, the answer has the same form and nobody is named in a reason."""
+    answers = []
+    for patients, records in ((0, 0), (1, 1), (1, 64), (64, 1)):
+        study = _crowded(tmp_path, 1, **{"privacy.noise": noise, "training.batch_size": batch_size})
+        sites = runs.open_sites(study, None)
+        frame = _alike(max(patients, records))
+        mine = frame[(frame["hospital"] == "north") | (frame.index >= len(frame) - 60)].assign(hospital="north")
+        mine.loc[mine["held"] == 0, "subject"] = [f"n{i % max(patients, 1)}" for i in range(max(patients, records))]
+        north = site.Site.open("north", mine, sites[0].study)
+        plan = prepare(sites[0].study, InProcess([north, *sites[1:]]), list(SITES))
+        assert len(north.train) == max(patients, records)
+        header, tensors = codec.decode(north.handle("work", codec.encode({"round": 1}, {"w": plan.first_weights()})))
+        answers.append((header, tensors["row"].shape, tensors["row"].dtype))
+    assert all(answer == answers[0] for answer in answers)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medfed.privacy.guarantee import GRID
-from medfed.wire import PLAIN, Float32, Grid, Link, combine, finite, send
+from medfed.wire import PLAIN, Float32, Grid, Link, combine, finite, into_ball, send
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
 
@@ -157,3 +157,36 @@ def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(shap
     total_M = combine(sent, None, (Grid(),))
     assert torch.equal(total_M, combine(sent.flip(0), None, (Grid(),)))
     assert bool(((total_M - row_KM.sum(0)).abs() <= shape[0] * GRID / 2 + 1e-12).all())
+
+
+# the ball ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 60),
+    st.floats(-1, 1),
+    st.floats(0.2, 5),
+    st.sampled_from([1.0, 20.0, 1e6]),
+    st.integers(0, 10**6),
+)
+def test_a_projection_never_moves_two_rows_apart(M: int, lean: float, far: float, radius: float, seed: int) -> None:
+    """Also where one lies within and the other without, where they are nearly alike, and with the errors of floats."""
+    draw = torch.Generator().manual_seed(seed)
+    one = torch.randn(M, generator=draw, dtype=torch.float64)
+    one *= far * radius / one.norm()
+    step = torch.randn(M, generator=draw, dtype=torch.float64) + lean * one / one.norm() * M**0.5
+    pair_2M = torch.stack([one, one + step / step.norm()])
+    held_2M = into_ball(pair_2M, [radius, radius])
+    assert float((held_2M[1] - held_2M[0]).norm()) <= float((pair_2M[1] - pair_2M[0]).norm()) + radius * 2.0**-46
+    assert all(float(row.norm()) <= radius * (1 + 2.0**-47) for row in held_2M)
+
+
+def test_rows_within_their_ball_stay_bit_for_bit_and_others_keep_their_direction() -> None:
+    row_KM = _rows((4, 9, 1))
+    norm_K = row_KM.norm(dim=1)
+    assert into_ball(row_KM, (norm_K * 1.001).tolist()) is row_KM
+    held_KM = into_ball(row_KM, [1e9, float(norm_K[1]) / 2, 1e9, float(norm_K[3]) / 10])
+    assert torch.equal(held_KM[[0, 2]], row_KM[[0, 2]])
+    torch.testing.assert_close(held_KM[1], row_KM[1] / 2)
+    torch.testing.assert_close(held_KM[3], row_KM[3] / 10)
+    assert not into_ball(torch.zeros(2, 3), [0.0, 0.0]).any()

@@ -23,7 +23,7 @@ from torch import Tensor
 from medfed import federation
 from medfed.compliance.trail import Trail
 from medfed.core import codec
-from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError
+from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError, naming, reasons
 from medfed.core.entropy import Entropy, Integers
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.plan import Plan, cohort, threshold
@@ -82,6 +82,18 @@ class Plain:
                 del rows[name]
                 excluded[name] = f"its row is out of bound: robustness.bound={bound:g}"
         enough(plan, number, rows, clients, excluded)
+        with naming(excluded):  # a rule may have too few rows where the quorum has enough
+            return self._combined(plan, number, rows, reports, replies, excluded)
+
+    def _combined(
+        self,
+        plan: Plan,
+        number: int,
+        rows: Mapping[str, Tensor],
+        reports: Mapping[str, dict[str, Any]],
+        replies: Mapping[str, Reply],
+        excluded: Mapping[str, str],
+    ) -> Answer:
         row_KM, rule = codec.as_rows(list(rows.values())), plan.rule
         if rule:
             gram_KK, weights = rules.gram(rules.blocks_of(row_KM)), dict.fromkeys(rows, 1 / len(rows))
@@ -119,7 +131,8 @@ class ThreeParty:
         enough(plan, number, uploads, clients, excluded)
         scope = Scope(self.publisher.study, self.publisher.run, number)
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
-        opened = three_party.relay(self.ask, scope, sent, self.terms, self.spread)
+        with naming(excluded):
+            opened = three_party.relay(self.ask, scope, sent, self.terms, self.spread)
         _record(self.trail, self.publisher, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
         return Answer(
             names=[name for name in clients if name in set(opened.accepted)],
@@ -157,22 +170,30 @@ class Masked:
         talk = _Talk(plan, fleet, number)
         mine = self.publisher
         server = masking.Server(mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number))
+        with naming(talk.lost), naming(server.refused):
+            return self._played(plan, clients, payload, talk, server)
+
+    def _played(
+        self, plan: Plan, clients: Sequence[str], payload: bytes, talk: "_Talk", server: masking.Server
+    ) -> Answer:
+        number = talk.number
         keys = server.keys(talk.ask("keys", clients, told=clients))
         boxes = server.shares(talk.ask("shares", clients, keys))
         for name, box in boxes.items():
             talk.ask("boxes", [name], box)
         ready = [name for name in boxes if name not in talk.lost]
-        replies = gather(fleet, ready, "work", _signed(mine, number, payload), talk.deadline)
+        replies = gather(talk.fleet, ready, "work", _signed(self.publisher, number, payload), talk.deadline)
         reports, uploads, refused = read(replies, plan, "upload")
         talk.lost |= refused
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
         survivors = server.rows(sent)
-        enough(plan, number, uploads, clients, talk.lost)
+        came = [name for name in sent if name not in server.refused]
+        enough(plan, number, came, clients, talk.lost | _said(server.refused))
         confirmed = server.confirm(talk.ask("confirm", list(uploads), survivors))
         total_M, stayed = server.unmask(talk.ask("unmask", list(uploads), confirmed))
         names = [name for name in clients if name in stayed]
-        refusals = {name: str(error) for name, error in server.refused.items()}
-        _record(self.trail, mine, number, sent, total_M, names, talk.lost | refusals)
+        refusals = _said(server.refused)
+        _record(self.trail, self.publisher, number, sent, total_M, names, talk.lost | refusals)
         return Answer(
             names=names,
             reports=reports,
@@ -183,6 +204,10 @@ class Masked:
             more_down=talk.down,
             phases={**talk.up, "rows": sum(len(reply.payload) for reply in replies.values())},
         )
+
+
+def _said(refused: Mapping[str, CodecError]) -> dict[str, str]:
+    return {name: str(error) for name, error in refused.items()}
 
 
 class _Talk:
@@ -411,7 +436,10 @@ def selection(plan: Plan, terms: three_party.Terms) -> three_party.Selection | N
 
 
 def terms_of(plan: Plan) -> three_party.Terms:
-    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum."""
+    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum.
+
+    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond, whoever is in it.
+    """
     g, security = plan.guarantee, plan.study.security
     if g is not None and plan.joint:
         largest = max(release.size for release in g.releases.values())
@@ -463,11 +491,8 @@ def enough(
     """Raise QuorumError unless rows of enough of the drawn clients count."""
     if len(rows) < plan.quorum(len(clients)):
         quorum = plan.study.training.quorum
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
-        raise QuorumError(
-            f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}. {reasons}",
-            why,
-        )
+        answered = f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}."
+        raise QuorumError(f"{answered} {reasons(why)}", why)
 
 
 def bears(plan: Plan) -> str:

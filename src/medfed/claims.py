@@ -144,7 +144,7 @@ def _sampling(g: Guarantee) -> str:
         return "every patient of a participating site takes part in every step; no amplification is claimed"
     expected, cap = sampled[0].size * sampled[0].probability, sampled[0].cap
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
-    law = f"{law}, truncated to {cap} patients" if cap else law
+    law = f"{law}, truncated to {cap} patients and counted with half the noise" if cap else law
     return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
 
 
@@ -184,6 +184,8 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
     if not study.data.patient:
         found.append("one row is one patient: the table names no patient column")
+    else:
+        found.append("each patient has one id, but for spellings that the identity rule takes for one")
     return found
 
 

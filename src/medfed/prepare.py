@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError
+from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -51,6 +51,19 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table: sizes, columns, categories, labels, gaps."""
     return {name: header["survey"] for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()}
+
+
+def rehearse(plan: Plan, fleet: Fleet) -> None:
+    """Have every site play its part once on made-up rows, before any patient is charged.
+
+    Without a claim nobody pays, and the first round shows the same. Raises PlanError with each site's reason: stage,
+    module, what is wrong and the way out; nothing has been charged then.
+    """
+    if plan.guarantee is None or plan.guarantee.simulation_only:
+        return
+    replies = gather(fleet, plan.participants, "rehearse", codec.encode({}), _PATIENCE)
+    if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
+        raise PlanError(reasons(failed))
 
 
 def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:

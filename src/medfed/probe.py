@@ -347,7 +347,9 @@ def _fastest(case: _Case, paths: tuple[Path, ...]) -> Probed:
     try:
         wanted = _gradients(case, "loop")
     except Exception as error:
-        raise case.refusal(f"its gradient cannot be taken: {_words(error)}", "Correct its backward pass.") from error
+        part = failing_part(case.model, case.x_BF) or _Watch(case.model).told(case.model)
+        told = f"the gradient of {part} cannot be taken: {_words(error)}"
+        raise case.refusal(told, "Correct its backward pass.") from error
     if not wanted.isfinite().all():
         raise case.refusal("its gradient on made-up rows is not finite", "Scale its first weights.")
     for path in paths:
@@ -433,3 +435,43 @@ def _moves_with_company(case: _Case, path: Path) -> bool:
     norms = [dpsgd.gradient(case.model, case.w_P, _patients(case, order), case.task, path)[1] for order in (few, many)]
     again = norms[1][: len(few)].flip(0)
     return not bool(((norms[0] - again).abs() <= _BITS * norms[0]).all())
+
+
+def failing_part(model: nn.Module, x_BF: Tensor) -> str:
+    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each can.
+
+    A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what it was given.
+    """
+    watch = _Watch(model)
+    calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
+    handles = [part.register_forward_hook(lambda m, given, _: calls.append((m, given))) for part in model.modules()]
+    try:
+        with torch.no_grad():
+            model(x_BF.clone())
+    except Exception:
+        return ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    for part, given in calls:  # those inside come first, as they end first
+        if not _goes_back(part, given):
+            return watch.told(part)
+    return ""
+
+
+def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
+    """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own passes."""
+    inputs = [
+        value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in given
+    ]
+    try:
+        with torch.enable_grad():
+            found = part(*inputs)
+            outputs = found if isinstance(found, tuple) else (found,)
+            total = sum(one.sum() for one in outputs if isinstance(one, Tensor) and one.requires_grad)
+            if isinstance(total, Tensor):
+                total.backward()  # type: ignore[no-untyped-call]
+    except Exception:
+        return False
+    return True

@@ -15,7 +15,7 @@ from medfed import dpsgd
 from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import QuorumError
+from medfed.core.checks import QuorumError, reasons
 from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
@@ -132,6 +132,7 @@ def test(
     replies = gather(fleet, plan.testers, "evaluate", payload, plan.study.training.deadline)
     task = plan.encoding.target.task
     scores: dict[str, Scores] = {}
+    untested = {name: reply.error for name, reply in replies.items() if reply.error}
     for name, reply in replies.items():
         if reply.error:
             log.emit(SiteExcluded(server.round, name, f"not tested: {reply.error}"))
@@ -139,7 +140,7 @@ def test(
             _, tensors = codec.decode(reply.payload)
             scores[name] = Scores(task, tensors["bins"], tensors["label"], tensors["sums"])
     if not scores:
-        raise QuorumError(f"round {server.round}: no site could test the model")
+        raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untested)}", untested)
     devices = plan.study.sites.kind == "device"  # one record each: only the union means something
     per_site = {} if devices else {name: metrics.measure(s, intervals) for name, s in scores.items()}
     union = Scores.all(list(scores.values()))

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import platformdirs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -50,7 +49,7 @@ from medfed.core.checks import (
 )
 from medfed.core.flat import Layout, fill, trained
 from medfed.core.streams import Streams
-from medfed.data import sources
+from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
@@ -61,10 +60,12 @@ from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.plan import POOLED, Plan, build_model, check
-from medfed.prepare import ask_surveys, enrol, prepare
+from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
+from medfed.privacy import ledger as ledgers
 from medfed.privacy.account import Account
-from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
 from medfed.round import run_round, test
@@ -148,6 +149,7 @@ def run(
     sites = open_sites(study, data, folder / "sites", progress)
     fleet, plan = _ready(sites[0].study, sites)
     keys = ways.ring(plan)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +163,8 @@ def run(
     with Log(folder / "events.jsonl", listeners) as log:
         server = plan.begin()
         _tell_start(plan, log)
-        _checkpoint(folder, server, plan, fleet, log)
+        _tell_founding(sites, log)
+        _checkpoint(folder, server, plan, fleet, log, sites[0].account)
         return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
@@ -188,6 +191,9 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
             "start the study again"
         )
     name = json.loads((folder / "plan.json").read_text())["run"]
+    if (account := sites[0].account) and (head := header.get("ledger")):
+        account.refuse_without(head)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
@@ -209,9 +215,11 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     sites = open_sites(study, data)
     fleet, plan = _ready(sites[0].study, sites)
     name = secrets.token_hex(8)
+    rehearse(plan, fleet)
     enrol(plan, fleet, name)
     with Log(None, listeners) as log:
         _tell_start(plan, log)
+        _tell_founding(sites, log)
         return _drive(plan, fleet, sites, plan.begin(), log, None, name)
 
 
@@ -237,7 +245,8 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     study = dataclasses.replace(study, data=sources.completed(study))
     private = guarantee.asked(study)
     if private:
-        check(study)  # what needs no record is refused before one is read
+        check(study)  # what needs no record is refused before one is read, and before a ledger is founded
+        study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
     if study.sites.kind == "device":
@@ -246,24 +255,38 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
         sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
     if private:
         _check_places(sites, study)
+        _check_scope(sites, study)
     for site in sites:
         site.account = account
     return sites
 
 
-def ledger_path(study: Study, folder: Path | None) -> Path | None:
-    """Return where a study's budget ledger lies: the lifetime ledger, or the run's own; None keeps it in memory."""
-    if study.privacy.scope == "run":
-        return folder / "ledger.sqlite" if folder else None
-    home = study.privacy.ledger or os.environ.get("MEDFED_HOME") or platformdirs.user_data_dir("medfed")
-    return study.folder / Path(home).expanduser() / "ledger.sqlite"
+def _identified(study: Study, folder: Path | None) -> Study:
+    """Return the study with the identity rule of the site's ledger; refuse another: everybody would look new."""
+    asked, mine = study.data.identity, operators_folder()
+    if study.privacy.simulation_only:
+        path = None
+    elif study.privacy.scope == "run":
+        path = mine / LEDGER if mine else None
+    else:
+        path = ledger_path(study, folder)
+    rule = ledgers.rule_of(path) if path else None
+    if rule and asked not in ("auto", rule):
+        raise PlanError(
+            f"data.identity={asked!r} and the site's ledger, which goes by {rule!r}, do not compose: patients who have "
+            "paid would look new. Leave data.identity out."
+        )
+    rule = rule or ("exact" if asked == "exact" else "canonical")  # written out, so that a resumed run has it too
+    return dataclasses.replace(study, data=dataclasses.replace(study.data, identity=rule))
 
 
 def _check_places(sites: Sequence[Site], study: Study) -> None:
     """Refuse patients at more sites than the study attests, where their names can be compared: in one process."""
     if not study.data.patient:
         return
-    seen = Counter(name for site in sites if site.table for name in site.table.ids)
+    seen = Counter(
+        name for site in sites if site.table for name in site.table.ids if not str(name).startswith(partition.OWN)
+    )
     most = study.privacy.max_sites_per_patient
     if many := sum(count > most for count in seen.values()):
         logger.warning("%d patients have records at more than %d sites, up to %d", many, most, max(seen.values()))
@@ -274,11 +297,29 @@ def _check_places(sites: Sequence[Site], study: Study) -> None:
         )
 
 
+def _check_scope(sites: Sequence[Site], study: Study) -> None:
+    """Refuse a ledger for this run alone where some of its patients have a lifetime budget at this site."""
+    mine, p = operators_folder(), study.privacy
+    if p.scope != "run" or p.simulation_only or not study.data.patient or not mine or not (mine / LEDGER).exists():
+        return
+    with Ledger.open(mine / LEDGER, read_only=True) as book:
+        known = book.knows(name for site in sites if site.table for name in site.table.ids)
+    if known:
+        logger.warning("%d patients of this table have a lifetime budget in %s", known, mine)
+        raise PlanError(
+            "privacy.scope='run' and the site's ledger do not compose: some of these patients have a lifetime budget, "
+            "which this run would not count. Set privacy.scope='study'."
+        )
+
+
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes."""
     looked_at = dataclasses.replace(study, privacy=Privacy())  # whoever holds the table sees it, not what sites tell
-    fleet = InProcess(open_sites(looked_at, data, None, progress))
-    return ask_surveys(fleet, fleet.sites())
+    sites = open_sites(looked_at, data, None, progress)
+    fleet = InProcess(sites)
+    told = ask_surveys(fleet, fleet.sites())
+    written = {site.name: site.table.spellings for site in sites if site.table}  # seen here, and told to nobody else
+    return {name: {**one, "spellings": written[name]} for name, one in told.items()}
 
 
 def privacy_outlook(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, Any]:
@@ -287,15 +328,75 @@ def privacy_outlook(study: Study, data: Path | None = None, progress: bool = Fal
     return claims.outlook(_ready(sites[0].study, sites)[1])
 
 
-def ledger_accounts(place: Path | None, delta: float) -> dict[str, Any]:
-    """Return what a ledger holds, its chain checked: of a run's folder, a ledger's folder, or the lifetime ledger."""
-    folder = place or Path(os.environ.get("MEDFED_HOME") or platformdirs.user_data_dir("medfed"))
-    path = next((p for p in (folder / "sites" / "ledger.sqlite", folder / "ledger.sqlite") if p.exists()), None)
+def ledger_accounts(place: Path | None, delta: float | None = None, heads: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a ledger holds, its chain checked: of a run's folder, a ledger's folder, or the lifetime ledger.
+
+    `delta` None takes the ledger's own. Raises LedgerError where one of `heads`, or a head that the run was told, is
+    no longer in the chain.
+    """
+    folder = place or home()
+    path = next((p for p in (folder / "sites" / LEDGER, folder / LEDGER) if p.exists()), None)
+    if path is None and (folder / "plan.json").exists() and guarantee.asked(study := read_plan(folder)[0]):
+        path = ledger_path(study, folder / "sites")
     if path is None:
-        raise LedgerError(f"{str(folder)!r} holds no ledger.sqlite; give a run's folder, or the ledger's")
+        ledgers.rule_of(folder / LEDGER)  # says where one is lost
+        raise LedgerError(f"{str(folder)!r} holds no {LEDGER}; give a run's folder, or the ledger's")
     with Ledger.open(path, read_only=True) as ledger:
+        for head in (*heads, *_told_heads(folder)):
+            ledger.refuse_without(head)
+        delta = delta or (ledger.lifetime.delta if ledger.lifetime else 1e-6)
         spent = [dataclasses.asdict(account) for account in ledger.spent(delta)]
-        return {"delta": delta, "head": ledger.head(), "charges": len(ledger.rows()), "accounts": spent}
+        return {
+            "delta": delta,
+            "head": ledger.head(),
+            "charges": len(ledger.rows()),
+            "lifetime": dataclasses.asdict(ledger.lifetime) if ledger.lifetime else None,
+            "decisions": ledger.decisions(),
+            "accounts": spent,
+        }
+
+
+def _told_heads(folder: Path) -> list[str]:
+    """Return the heads that a run's folder keeps: of its last checkpoint, and of its claim."""
+    found = []
+    if (folder / "checkpoints").is_dir():
+        found.append(checkpoints.read_last(folder / "checkpoints")[1].get("ledger"))
+    if (folder / "privacy.json").exists():
+        found.append(((claims.read(folder).get("composition") or {}).get("ledger") or {}).get("head"))
+    return [head for head in found if head]
+
+
+def found_ledger(folder: Path | None, founding: Lifetime) -> Path:
+    """Found a site's ledger by its operator's word; return its folder.
+
+    Raises LedgerError where there is, or was, one; PlanError without a name.
+    """
+    path = (folder or home()) / LEDGER
+    if not founding.operator.strip():
+        raise PlanError("operator=''; expected who decides: it stays on record. Set --operator.")
+    if path.exists():
+        raise LedgerError(f"{path} is a ledger already; its budget changes by `medfed privacy budget`")
+    with Ledger.open(path, founding=founding) as ledger:
+        if ledger.lifetime != founding:
+            raise LedgerError(f"{path} was founded by somebody else just now; look at it by `medfed privacy ledger`")
+    return path.parent
+
+
+def decide_budget(folder: Path | None, epsilon: float, delta: float | None, operator: str, reason: str) -> Lifetime:
+    """Have a site's operator change its lifetime budget, on record; without `delta` that one stays."""
+    path = (folder or home()) / LEDGER
+    if not path.exists():
+        raise LedgerError(f"{path} does not exist; found it by `medfed privacy found`")
+    with Ledger.open(path) as ledger:
+        if delta is None and ledger.lifetime is None:
+            raise PlanError("delta is not known: this ledger has no lifetime budget yet. Set --delta.")
+        kept = ledger.lifetime.delta if ledger.lifetime else 0.0
+        return ledger.decide(epsilon, kept if delta is None else delta, operator, reason)
+
+
+def accept_ledger(folder: Path | None, head: str, operator: str, reason: str) -> None:
+    """Have a site's operator take a copy of its ledger as the newest there is, on record: see `Ledger.accept`."""
+    Ledger.accept((folder or home()) / LEDGER, head, operator, reason)
 
 
 def verify_trail(folder: Path, members: Path | None = None) -> Verified:
@@ -479,7 +580,7 @@ def _drive(
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
-                _checkpoint(folder, server, plan, fleet, log)
+                _checkpoint(folder, server, plan, fleet, log, account)
         test(server, plan, fleet, log, name, intervals=True)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
@@ -624,7 +725,20 @@ def _tell_start(plan: Plan, log: Log) -> None:
         log.emit(events.Warned(text))
 
 
-def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log) -> None:
+def _tell_founding(sites: Sequence[Site], log: Log) -> None:
+    """Say with which budget a ledger was founded by this run, as nobody has been asked."""
+    account = sites[0].account
+    if account and (bound := account.founded()):
+        log.emit(
+            events.Warned(
+                f"the site's budget ledger was founded: no patient may spend more than epsilon {bound.epsilon:g} at "
+                f"delta {bound.delta:g} over all studies, ever. Its operator changes that: medfed privacy budget "
+                "--lifetime-epsilon E --operator NAME --reason TEXT"
+            )
+        )
+
+
+def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: Account | None) -> None:
     """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
     keep = plan.study.monitor.checkpoints
     if plan.algorithm.kept and server.round > 0:
@@ -632,7 +746,9 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:
                 raise RunError(f"site {reply.site!r} cannot save its state: {reply.error}")
-    header = {"events": log.offset(), "surveyed": plan.surveyed}
+    header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
+    if account and plan.guarantee and not plan.guarantee.simulation_only:
+        header["ledger"] = account.ledger.head()
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 

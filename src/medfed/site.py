@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from medfed import dpsgd, models
+from medfed import dpsgd, models, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
-from medfed.core.checks import MedfedError, SiteError, some
+from medfed.core.checks import MedfedError, PlanError, SiteError, some
 from medfed.core.entropy import Entropy
 from medfed.core.flat import fingerprint, vector
 from medfed.core.streams import Streams
@@ -32,16 +32,25 @@ from medfed.data.tables import SiteTable, clean
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
-from medfed.plan import POOLED, build_model, links_of, local_plan, probed, robust_rule
+from medfed.plan import (
+    POOLED,
+    algorithm_name,
+    build_model,
+    links_of,
+    local_plan,
+    message_length,
+    probed,
+    robust_rule,
+)
 from medfed.privacy import guarantee
 from medfed.privacy.account import Account
-from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
-from medfed.secure.party import Party
+from medfed.secure.party import Party, Rehearser
 from medfed.study import Study
-from medfed.wire import PLAIN, Link, finite, send
+from medfed.wire import PLAIN, Link, finite, into_ball, send
 
 logger = logging.getLogger(__name__)
 
@@ -180,11 +189,16 @@ def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
 
 
 def _foreign(site: Site, op: str, error: Exception) -> SiteError:
-    """Return what may leave the site of an unforeseen error: its kind and place; its words may quote a record."""
+    """Return what may leave the site of an unforeseen error: its kind, stage, module and line.
+
+    Not its words, which may quote a record.
+    """
     logger.error("op %r failed at site %r", op, site.name, exc_info=error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(place.filename).name}, line {place.lineno}"
-    return SiteError(f"op {op!r} failed at site {site.name!r}: {type(error).__name__} ({where}); its own log says more")
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(line.filename).name}, line {line.lineno}"
+    place = rehearsal.place_of(error, getattr(site, "model", None))
+    kind = type(error).__name__
+    return SiteError(f"op {op!r} failed at site {site.name!r}: {kind} ({where}){place}; what it says is in its own log")
 
 
 def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -293,6 +307,89 @@ def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
     return [codec.encode({}) for _ in sites]
 
 
+def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Play a round and a test once on made-up rows, before anybody pays; refuse with stage, module and way out.
+
+    The sites of a process run the same code, so one stands for all. No record of a site is read and nothing is kept: a
+    node of its own plays, whose model, memory, keys and rows are thrown away.
+    """
+    first = sites[0]
+    promised = first.guarantee
+    if promised is None:
+        raise SiteError("a rehearsal was asked for before the plan; the coordinator must prepare the site first")
+    with torch.random.fork_rng(devices=[]):  # a module that draws must not move what comes later
+        _play(_double(first, promised), promised)
+    return [codec.encode({}) for _ in sites]
+
+
+def _double(site: Site, promised: Guarantee) -> Site:
+    """Return a node without records in a site's place."""
+    double = Site(site.name, None, site.study)
+    double.encoding, double.model, double.path = site.encoding, build_model(site.study, site.encoding), site.path
+    double.guarantee, double.links = promised, site.links
+    double.party = Rehearser(_length(site, promised))
+    double.forget()
+    return double
+
+
+def _length(site: Site, promised: Guarantee) -> int:
+    algorithm = algorithm_name(site.study)
+    return promised.numbers() if promised.joint else message_length(algorithm, promised.parameters)
+
+
+def _play(double: Site, promised: Guarantee) -> None:
+    """Play stage by stage, in the order in which a run would come to them."""
+    model, target, study = double.model, double.encoding.target, double.study
+    drawn = rehearsal.made_up(double.encoding, study.data.dictionary, 12)
+    w_P = vector(model)
+
+    with rehearsal.stage("model", model, drawn.x):
+        model.train()
+        z_NC = torch.cat([rehearsal.check_outputs(model, x[None], target.outputs) for x in drawn.x])
+    with rehearsal.stage("loss", model, drawn.x):
+        drawn = drawn.at(rehearsal.check_loss(target.task, z_NC, drawn.y))
+
+    everybody = replace(promised.releases[double.name], probability=1.0, steps=1, cap=0)
+    whole = replace(promised, releases={double.name: everybody})
+    key_K = torch.zeros(1, dtype=torch.int64)
+    for records in rehearsal.TABLES:
+        rows = rehearsal.shared_out(drawn, records)
+        with rehearsal.stage("gradient", model, drawn.x):
+            patients = Patients.of([rows])
+            found = dpsgd.sums(
+                model, w_P, patients, target.task, whole, promised.clip, [double.name], key_K, double.path
+            )
+            if found.dropped == len(records):
+                raise PlanError(f"no gradient of {len(records)} patients is finite.")
+        with rehearsal.stage("clipping", model, drawn.x):
+            longest = len(records) * (1 + SLACK)
+            if not float(found.total_KP.norm()) <= longest:
+                raise PlanError(f"{len(records)} clipped gradients sum to more than {longest:g} times privacy.clip.")
+
+    double.train = double.test = rehearsal.shared_out(drawn, rehearsal.TABLES[-1])
+    server = ALGORITHMS[algorithm_name(study)].begin(w_P, study.training)
+    task = ALGORITHMS[algorithm_name(study)].task(server)
+    sent = {"w": task.w_P, **{f"slot.{name}": value for name, value in task.slots.items()}}
+    header = {"round": 0} | ({"clip": promised.clip} if promised.clipping == "adaptive" else {})
+    with rehearsal.stage("training", model, drawn.x):
+        work = _summed([double], header, sent, promised) if promised.joint else _trained([double], header, sent)
+        _check_answer(work[0], _length(double, promised))
+    for records in rehearsal.TABLES:
+        double.test = rehearsal.shared_out(drawn, records)
+        with rehearsal.stage("evaluation", model, drawn.x):
+            rehearsal.check_outputs(model.eval(), double.test.x, target.outputs)
+            _check_answer(_evaluate([double], {}, {"w": w_P})[0])
+
+
+def _check_answer(answer: Answer, length: int = 0) -> None:
+    """Raise where a site's answer is an error, or its row is not `length` numbers."""
+    if isinstance(answer, SiteError):
+        raise answer
+    _, tensors = codec.decode(answer)
+    if "row" in tensors and tensors["row"].shape != (length,):
+        raise PlanError(f"a row has shape {tuple(tensors['row'].shape)}; expected {length} numbers.")
+
+
 def _training_ids(table: SiteTable) -> np.ndarray:
     ids: np.ndarray = table.ids[np.unique(table.patient[~table.test])]
     return ids
@@ -350,7 +447,11 @@ def _worked(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 
 
 def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor], promised: Guarantee) -> list[Answer]:
-    """Answer with each site's sum of clipped per-patient gradients, on the grid."""
+    """Answer with each site's sum of clipped per-patient gradients, on the grid.
+
+    However many patients a site has, its sum is held to what the declared number can make: else one patient more would
+    decide whether the row is within the bound that others check.
+    """
     first, names = sites[0], [site.name for site in sites]
     clip = header.get("clip", promised.clip)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
@@ -359,9 +460,11 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     found = dpsgd.sums(first.model, tensors["w"], patients, task, promised, clip, names, key_K, path)
     if found.dropped:
         logger.warning("%d patients' gradients were not finite and count as zero", found.dropped)
-    message_KM = found.total_KP
+    size_K = [promised.releases[name].size for name in names]
+    message_KM = into_ball(found.total_KP, size_K)
     if promised.clipping == "adaptive":
-        message_KM = torch.cat([message_KM, found.below_K[:, None]], 1)
+        half_K = torch.tensor(size_K, dtype=torch.float64) / 2
+        message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
     return _sent(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
 
 
@@ -426,7 +529,9 @@ def _sent(
                 codec.encode(report, {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))})
             )
         except MedfedError as error:
-            answers.append(SiteError(str(error)))
+            refused = SiteError(str(error))
+            refused.__cause__ = error  # by which a rehearsal knows the stage
+            answers.append(refused)
     return answers
 
 
@@ -524,6 +629,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "survey": _survey,
     "answer": _answer,
     "prepare": _prepare,
+    "rehearse": _rehearse,
     "enrol": _enrol,
     "work": _work,
     "phase": _phase,

@@ -69,6 +69,17 @@ class Data:
     )
     site: str = _key("", "Column that names the site; without it `[sites]` says how patients are shared out.")
     patient: str = _key("", "Column that names the patient; without it one row is one patient.")
+    identity: Literal["auto", "canonical", "exact"] = _key(
+        "auto",
+        "When two ids are one patient. canonical: whatever their case, width, blanks, invisible signs, and a number is "
+        "its value (17, 17.0, 00017); exact: where zeros or case carry meaning, only outer blanks are cut off; auto: "
+        "the rule of the site's budget ledger where there is one, else canonical. The ledger's rule cannot be changed.",
+    )
+    missing_patient: Literal["refuse", "own"] = _key(
+        "refuse",
+        "Rows whose id is missing (empty, NA, ?, null, unknown, or in `missing_values`). refuse: an error; own: each "
+        "is a patient of its own, not under a lifetime budget.",
+    )
     features: tuple[str, ...] = _key((), "Feature columns; default: every column that is nothing else.")
     missing_values: tuple[str, ...] = _key(
         ("", "?", "NA", "N/A", "NaN", "nan", "null", "None"), "Texts that mean 'not measured' in every column."
@@ -184,7 +195,9 @@ class Privacy:
     clip: float = _key(1.0, "Largest norm of one patient's gradient; for adaptive, the norm to begin with.")
     quantile: float = _key(0.5, "adaptive: the share of patients whose gradients shall lie below the norm, in (0, 1).")
     batch_cap: int = _key(
-        0, "With training.batch_size above 0: most patients that a Poisson batch may hold; 0 holds all that are drawn."
+        0,
+        "With training.batch_size above 0: most patients that a Poisson batch may hold, where memory forbids more. It "
+        "costs twice the noise, as a full batch lets one patient put another out; 0 holds all that are drawn.",
     )
     sizes: dict[str, int] = field(
         default_factory=dict,
@@ -201,9 +214,15 @@ class Privacy:
         "ledger for each run, for public data and benchmarks only, and the claim says so.",
     )
     lifetime_epsilon: float = _key(
-        math.inf, "What all studies together may spend for any patient, in the lifetime ledger."
+        math.inf,
+        "What all studies together may have spent for any patient when this one has run, at this study's delta: it can "
+        "ask for less than the site's ledger allows, never for more.",
     )
-    ledger: str = _key("", "Folder of the lifetime ledger; default: MEDFED_HOME, or the user's data folder.")
+    ledger: str = _key(
+        "",
+        "Folder of the lifetime ledger, which its operator has founded (`medfed privacy found`); refused where the "
+        "operator has said another, by MEDFED_HOME or by a ledger in the user's data folder, which are the default.",
+    )
     spare_rounds: int = _key(0, "Rounds paid for in the plan beyond training.rounds, for those that a crash loses.")
     accountant: Literal["auto", "rdp", "pld"] = _key(
         "auto",

@@ -94,6 +94,21 @@ class Bounded:
         return mean_M
 
 
+def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
+    """Return each row projected onto the ball of its own radius; rows that lie in it stay as they are, bit for bit.
+
+    A projection onto a convex set never moves two rows apart, so that the sensitivity stays. In floats two rows of
+    radius r may move apart by r 2^-46: squares are added pairwise, of up to 2^40 numbers. SLACK counts it.
+    """
+    held_KM = row_KM
+    for k, radius in enumerate(radius_K):
+        norm = math.sqrt(float(np.square(row_KM[k].double().numpy()).sum()))  # numpy adds pairwise
+        if norm > radius:
+            held_KM = row_KM.clone() if held_KM is row_KM else held_KM
+            held_KM[k] = row_KM[k] * (radius / norm)
+    return held_KM
+
+
 @dataclass(frozen=True)
 class NoiseShare:
     """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.

@@ -11,7 +11,8 @@ from scipy import stats
 
 from medfed.core.checks import DataError
 from medfed.core.streams import Streams, patient_fraction
-from medfed.data.partition import is_test, patients, row_patients, site_of
+from medfed.data.partition import id_texts, is_test, patients, row_patients, site_of, spellings
+from medfed.data.tables import numbered
 
 STREAMS = Streams(7)
 IDS = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), min_size=1, max_size=30)
@@ -180,3 +181,68 @@ def test_a_row_that_names_no_patient_is_refused(gap: object) -> None:
     frame = pd.DataFrame({"id": pd.Series(["p1", gap, "p2"], dtype=object)}, index=[2, 3, 4])
     with pytest.raises(DataError, match=r"column 'id': no patient named in row 3"):
         patients(frame, "id")
+
+
+@pytest.mark.parametrize("gap", ["NA", " na", "?", "null", "<NA>", "unknown", "-", pd.NA, pd.NaT, "-9.0"])
+def test_a_text_that_means_missing_names_no_patient(gap: object) -> None:
+    frame = numbered(pd.DataFrame({"id": pd.Series(["p1", gap, "p2", gap], dtype=object)}))
+    with pytest.raises(DataError, match=r"no patient named in row 3, 5\..*missing_patient='own'"):
+        patients(frame, "id", missing_values=("-9",))
+    with pytest.raises(DataError, match=r"in some rows; the site's own log says which") as told:
+        patients(frame, "id", missing_values=("-9",), claimed=True)
+    assert not any(digit in str(told.value) for digit in "345")
+
+
+def test_rows_that_name_nobody_can_be_a_patient_each_whatever_their_order() -> None:
+    frame = pd.DataFrame({"id": ["p1", "NA", "p1", "", "NA"], "a": [1, 2, 3, 2, 4]})
+    one = patients(frame, "id", missing_patient="own")
+    assert one.nunique() == 4 and one[0] == one[2] == "p1"
+    other = patients(frame[::-1], "id", missing_patient="own")
+    assert sorted(one) == sorted(other)
+    content = pd.Series([row_patients(frame)[1]])
+    assert not set(one) & set(patients(pd.DataFrame({"id": content}), "id"))  # nobody can take such a name
+
+
+def test_an_id_is_the_same_in_every_kind_of_column() -> None:
+    texts = ["17", "", "0", "9007199254740991"]
+    numbers = [17, None, 0, 9007199254740991]
+    columns = {
+        "csv": pd.Series(texts),
+        "float64": pd.Series(numbers, dtype="float64"),
+        "Int64": pd.Series(numbers, dtype="Int64"),
+        "object": pd.Series([17.0, None, 0, 9007199254740991], dtype=object),
+        "string": pd.Series([None if t == "" else t for t in texts], dtype="string"),
+        "bytes": pd.Series([None if t == "" else t.encode() for t in texts], dtype=object),
+        "category": pd.Series([None if t == "" else t for t in texts], dtype="category"),
+    }
+    for kind, column in columns.items():
+        assert id_texts(column, "here").tolist() == texts, kind
+    assert id_texts(pd.Series([17.0, 1.5], dtype="float32"), "here").tolist() == ["17", "1.5"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Series([9007199254740993.0, 1.0]),
+        pd.Series([2.0**24, 1.0], dtype="float32"),
+        pd.Series([1e300, "p1"], dtype=object),
+        pd.Series([float("inf")]),
+    ],
+)
+def test_ids_that_floats_have_rounded_are_refused(column: pd.Series) -> None:
+    """Two patients may have become one, and nothing in the column tells."""
+    with pytest.raises(DataError, match=r"column 'id': ids of .* are rounded.*Write ids as"):
+        patients(pd.DataFrame({"id": column}), "id")
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    with pytest.raises(DataError, match="is bytes and no text"):
+        patients(pd.DataFrame({"id": [b"\xff", b"a"]}), "id")
+
+
+def test_the_rule_says_who_is_one_patient_and_spellings_are_counted_under_both() -> None:
+    column = pd.Series(["17", "017", "17.0", "A1", "a1", "b", " b", "NA", "na", "c"])
+    frame = pd.DataFrame({"id": column[column.str.upper() != "NA"]})
+    assert patients(frame, "id").nunique() == 4
+    assert patients(frame, "id", "exact").nunique() == 7
+    assert spellings(column) == 2  # 17 and a1; b differs in outer blanks alone

@@ -378,3 +378,15 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, make: Callable[[Path], o
     with pytest.raises(DataError) as caught:
         read(tmp_path / name)
     assert name in str(caught.value) and reason in str(caught.value)
+
+
+def test_patients_in_several_spellings_are_counted_for_the_site_alone(caplog: pytest.LogCaptureFixture) -> None:
+    data = Data(target="y", patient="id")
+    columns = {"a": ["1", "2", "3", "4"], "id": ["017", "17", "p", "q"], "y": ["0", "1", "0", "1"]}
+    table = clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1))
+    assert (table.spellings, len(table.ids)) == (1, 3)
+    assert "'St. Mary': 1 patients are written in more than one way, taken as one person each" in caplog.text
+    assert "017" not in caplog.text
+    exact = clean("St. Mary", numbered(pd.DataFrame(columns)), replace(data, identity="exact"), Streams(1))
+    assert (exact.spellings, len(exact.ids)) == (1, 4)
+    assert "taken as several people each" in caplog.text

@@ -1,5 +1,6 @@
 """A site's account pays before a record is read, for what the round really costs, once; and the coordinator counts."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from medfed.core.checks import BudgetError
+from medfed.core.checks import BudgetError, LedgerError
 from medfed.privacy.account import Account
 from medfed.privacy.accounting import Gaussian, PoissonGaussian, from_json
 from medfed.privacy.budget import Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee, resolve
-from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.study import Study, from_tables
 
 ROSTERS = {"north": [f"north-{i}" for i in range(90)], "south": [f"south-{i}" for i in range(40)]}
@@ -172,6 +173,7 @@ def test_other_patients_of_the_site_have_a_budget_of_their_own(tmp_path: Path) -
 
 def test_another_study_is_another_account_within_the_lifetime_budget(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
+    Ledger.open(path, founding=Lifetime(2.0, 1e-5, operator="Ada")).close()
     first = _account(path)
     for number in range(1, 5):
         _pays(first, number)
@@ -188,9 +190,9 @@ def test_pld_is_no_filter_so_only_the_lifetime_budget_refuses(tmp_path: Path) ->
         "training__batch_size": 20,
         "privacy__epsilon": 0.2,
     }
-    account = _account(tmp_path / "a.sqlite", **values)
+    account = _account(tmp_path / "a" / "ledger.sqlite", **values)
     assert all(_pays(account, number) == {} for number in range(1, 8))  # the coordinator's count stops it: see Metered
-    limited = _account(tmp_path / "b.sqlite", **values, privacy__lifetime_epsilon=0.3)
+    limited = _account(tmp_path / "b" / "ledger.sqlite", **values, privacy__lifetime_epsilon=0.3)
     refused = [_pays(limited, number) for number in range(1, 30)]
     assert refused[0] == {} and "privacy.lifetime_epsilon raised" in str(refused[-1]["south"])
 
@@ -203,6 +205,71 @@ def test_uses_are_those_of_this_run(tmp_path: Path) -> None:
     assert first.uses() == {"north": 2, "south": 1}
     assert _account(path, "r2", fresh=False).uses() == {}
     assert _account(path, "r1", fresh=False).uses() == {"north": 2, "south": 1}
+
+
+# the lifetime budget ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_run_founds_with_what_its_study_says_and_no_study_after_it_has_more(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    assert first.founded() == Lifetime(1.0, 1e-5, reason="the first run, of study 's'")
+    for number in range(1, 5):
+        assert _pays(first, number) == {}
+    for values in (
+        {"study__name": "t"},
+        {"study__name": "t", "privacy__lifetime_epsilon": 1e9},
+        {"study__name": "t", "privacy__epsilon": 8.0},
+        {"study__name": "t", "privacy__delta": 4e-3},
+    ):
+        with pytest.raises(BudgetError, match=r"In all studies .* of 1 \(delta=1e-05\)"):
+            _account(path, "r2", **values)
+    assert _account(path, "r1", fresh=False).founded() is None  # it is said once
+
+
+def test_a_first_study_may_leave_room_for_others(tmp_path: Path) -> None:
+    account = _account(tmp_path / "ledger.sqlite", privacy__lifetime_epsilon=3.0)
+    bound = account.founded()
+    assert bound is not None and bound.epsilon == 3.0
+
+
+def test_a_run_of_its_own_has_no_lifetime(tmp_path: Path) -> None:
+    account = _account(tmp_path / "ledger.sqlite", privacy__scope="run")
+    assert account.founded() is None and account.ledger.lifetime is None
+    assert account.charged()["lifetime"] is None
+
+
+def test_a_lifetime_is_not_charged_to_a_runs_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    _account(path, privacy__scope="run")
+    with pytest.raises(LedgerError, match="has no lifetime budget"):
+        _account(path, "r2")
+
+
+def test_patients_named_under_another_rule_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path, founding=Lifetime(1.0, 1e-5, "exact", "Ada")).close()
+    with pytest.raises(LedgerError, match=r"data\.identity='canonical'.*goes by 'exact'"):
+        _account(path, data__identity="canonical")
+    assert _account(path, data__identity="exact").ledger.lifetime is not None
+
+
+def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -> None:
+    """And whoever trained and is tested later, at whatever delta another study names."""
+    path = tmp_path / "ledger.sqlite"
+    first = _account(path)
+    for number in range(1, 5):
+        assert _pays(first, number) == {}
+    other = _account(path, "r2", fresh=False, study__name="t", privacy__delta=5e-3, privacy__evaluation_epsilon=0.3)
+    with pytest.raises(BudgetError, match=r"'north \(test\)'.*all studies"):
+        other.pay_test("north", ["north-7"])
+    with pytest.raises(BudgetError, match="all studies"):
+        other.pay_test("elsewhere", [" NORTH-7"])
+    for _ in range(3):
+        with contextlib.suppress(BudgetError):
+            other.pay_test("north", ["new"])
+    with pytest.raises(BudgetError, match="all studies"):
+        _account(path, "r3", {"north": ["new"], "south": ["newer"]}, study__name="u")
 
 
 # test patients ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,19 @@ from medfed.core.checks import PlanError, StudyError
 from medfed.core.streams import Streams
 from medfed.fleet.selection import turn
 from medfed.privacy import accounting
-from medfed.privacy.guarantee import GRID, SLACK, Guarantee, asked, declared, discrete_gaussian, mode, replaced, resolve
+from medfed.privacy.accounting import PoissonGaussian
+from medfed.privacy.guarantee import (
+    GRID,
+    SLACK,
+    Guarantee,
+    Release,
+    asked,
+    declared,
+    discrete_gaussian,
+    mode,
+    replaced,
+    resolve,
+)
 from medfed.privacy.mechanisms import delta_cost
 from medfed.study import Study, from_tables
 
@@ -129,16 +141,21 @@ def test_pld_needs_less_noise_and_meets_the_target_too(values: dict[str, Any]) -
     assert epsilon(_multiplier(by_pld)) <= 1 < epsilon(0.99 * _multiplier(by_pld))
 
 
-def test_a_cap_costs_noise_and_a_wide_one_costs_none() -> None:
-    """Where a batch is full, one patient's presence puts another out: the sum moves by twice the clip."""
+def test_a_cap_costs_twice_the_noise_however_wide_it_is_and_whatever_is_declared() -> None:
+    """Where a batch is full, one patient's presence puts another out: the sum moves by twice the clip. That a cap is
+    never reached is a statement about the true number of patients, which nobody can vouch for."""
     values = {"training__batch_size": 30}
     free, wide, tight = (_resolved({"a": 300}, privacy__batch_cap=cap, **values) for cap in (0, 300, 32))
-    assert _multiplier(wide) == _multiplier(free)
-    assert 1.1 * _multiplier(free) < _multiplier(tight) <= 2 * _multiplier(free)
+    assert _multiplier(wide) == _multiplier(tight) == pytest.approx(2 * _multiplier(free), rel=2e-4)
     event = tight.releases["a"].event()
-    assert isinstance(event, accounting.TruncatedPoissonGaussian)
-    assert (event.population, event.probability, event.cap) == (300, 0.1, 32)
+    assert event == PoissonGaussian(0.1, _multiplier(tight) / 2, tight.releases["a"].steps)
     assert tight.cost({"a": 12}) <= 1
+
+
+def test_what_a_release_costs_is_the_same_for_any_declared_size() -> None:
+    for cap in (0, 5):
+        costs = {Release(size, 3, 0.25, 2.0, cap).event() for size in (1, 100, 10**6)}
+        assert len(costs) == 1, "steps and probability are public; a size is only declared"
 
 
 def test_without_sampling_a_cap_means_nothing() -> None:

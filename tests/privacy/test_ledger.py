@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from medfed.core.checks import BudgetError, LedgerError, PlanError
 from medfed.privacy import accounting, ledger
-from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits, Spent
+from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
+from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits, Spent, rule_of
 
 DELTA = 1e-6
 FREE = Limits(math.inf, DELTA)
@@ -54,7 +54,7 @@ def test_a_ledger_is_founded_with_its_folders_and_opens_again(path: Path) -> Non
     with Ledger.open(path) as second:
         assert (second.head(), second.worst(DELTA)) == (head, worst)
         second.verify(head)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.sqlite", "pseudonym.key"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.head", "ledger.sqlite", "pseudonym.key"]
 
 
 @on_posix
@@ -66,7 +66,8 @@ def test_the_key_is_for_its_owner_only(path: Path) -> None:
 
 
 def test_two_ledgers_differ_from_their_first_row(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "a") as a, Ledger.open(tmp_path / "b") as b, Ledger.open(None) as c:
+    one, two = tmp_path / "a" / "ledger.sqlite", tmp_path / "b" / "ledger.sqlite"
+    with Ledger.open(one) as a, Ledger.open(two) as b, Ledger.open(None) as c:
         assert len({a.head(), b.head(), c.head()}) == 3
 
 
@@ -212,6 +213,19 @@ def test_a_calibrated_plan_fits_to_its_last_round(
             book.charge([charge(a, event(z, 1), round=number)], ONE)
         with pytest.raises(BudgetError):
             book.charge([charge(a, event(z, 1))], ONE)
+
+
+def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of_patients(path: Path) -> None:
+    """Whoever paid by the declared number of patients has spent more than was claimed, and finds less left."""
+    old, half = TruncatedPoissonGaussian(100, 0.25, 45, 6.0, 20), PoissonGaussian(0.25, 3.0, 20)
+    with Ledger.open(path) as book:
+        book.charge([charge(book.enrol("a", PATIENTS), old)], FREE)
+        book.charge([charge(book.enrol("b", ["another"]), half)], FREE)
+    with Ledger.open(path) as book:
+        assert book.worst(DELTA, site="a") == book.worst(DELTA, site="b") > 1
+        assert book.rows()[0]["event"] == {**accounting.to_json(old)}  # as it was written
+        with pytest.raises(BudgetError, match="left for one release: 0"):
+            book.charge([charge(book.enrol("a", PATIENTS))], ONE)
 
 
 def test_impossible_limits_are_refused() -> None:
@@ -589,7 +603,7 @@ SWAP = [f"UPDATE charges SET seq = {a} WHERE seq = {b}" for a, b in ((99, 2), (2
         ("row 6", ["INSERT INTO charges SELECT 6, time, study, run, site, cohort, round, label, event, previous, hash "
                    "FROM charges WHERE seq = 5"]),
         ("row 2", SWAP),
-        ("row 0", ["UPDATE genesis SET content = replace(content, '\"format\":1', '\"format\":0')"]),
+        ("row 0", ["UPDATE genesis SET content = replace(content, '\"format\":2', '\"format\":0')"]),
         ("row 0", ["DELETE FROM genesis"]),
         ("row 0", ["UPDATE genesis SET content = CAST(content AS BLOB)"]),
         ("cohort", ["DELETE FROM members"]),
@@ -651,6 +665,10 @@ def test_a_ledger_cut_short_with_care_is_found_by_its_head(written: Path) -> Non
     with Ledger.open(written) as book:
         told = [book.rows()[3]["hash"], book.head()]
     tamper(written, "DELETE FROM charges WHERE seq = 5", "UPDATE sqlite_sequence SET seq = 4")
+    with pytest.raises(LedgerError, match="older than the last head"):
+        Ledger.open(written)
+    anchor = written.with_name("ledger.head")
+    anchor.write_text(anchor.read_text().replace(str(told[1]), str(told[0])).replace('"seq":5', '"seq":4'))
     with Ledger.open(written) as book:  # the chain is whole: nothing in the file can tell
         book.verify()
         book.verify(str(told[0]))
@@ -720,7 +738,7 @@ def test_another_database_is_refused_and_stays(tmp_path: Path) -> None:
 def test_a_newer_ledger_is_refused(written: Path) -> None:
     with raw(written) as sql:
         sql.execute(f"PRAGMA user_version = {ledger.FORMAT + 1}")
-    with pytest.raises(LedgerError, match=r"format=2; expected at most 1\. Update medfed"):
+    with pytest.raises(LedgerError, match=r"format=3; expected at most 2\. Update medfed"):
         Ledger.open(written)
 
 
@@ -854,3 +872,353 @@ def test_reading_founds_nothing(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="there is no ledger yet"):
         Ledger.open(tmp_path / "ledger.sqlite", read_only=True)
     assert list(tmp_path.iterdir()) == []
+
+
+# The lifetime budget --------------------------------------------------------------------------------------------------
+
+BOUND = Lifetime(1.0, DELTA, "canonical", "Ada", "the ethics board, 2026-3")
+WIDE = Limits(1e9, 1e-2)  # what a study might ask for
+
+
+def test_a_lifetime_budget_bounds_every_study_at_its_own_delta() -> None:
+    """Neither another name, nor a larger epsilon, nor a larger delta buys one charge more."""
+    with Ledger.open(None, founding=BOUND) as book:
+        a = book.enrol("a", PATIENTS)
+        book.charge([charge(a, study="s")] * 3, WIDE)
+        book.charge([charge(a, study="t")] * 2, WIDE)
+        for study, limits in [("s", WIDE), ("t", WIDE), ("u", ONE), ("v", Limits(math.inf, 0.5, math.inf))]:
+            for use in (book.check, book.charge):
+                with pytest.raises(BudgetError, match=r"In all studies .* of 1 \(delta=1e-06\).*medfed privacy budget"):
+                    use([charge(a, study=study)], limits)
+        assert book.worst(DELTA) <= 1
+        with pytest.raises(BudgetError, match=r"privacy\.lifetime_epsilon"):  # a study may ask for less
+            book.charge([charge(book.enrol("b", ["new"]))] * 2, Limits(1.0, DELTA, lifetime_epsilon=0.5))
+
+
+def test_it_holds_without_being_named_and_for_whoever_opens_the_ledger(path: Path) -> None:
+    Ledger.open(path, founding=BOUND).close()
+    for founding in (None, Lifetime(1e9, 0.5)):  # what another founds where there is one, is not heeded
+        with Ledger.open(path, founding=founding) as book:
+            assert book.lifetime == BOUND and not book.founded
+            with pytest.raises(BudgetError, match="all studies"):
+                book.charge([charge(book.enrol("a", PATIENTS))] * 6, WIDE)
+
+
+def test_the_operator_changes_it_on_record_and_an_open_ledger_heeds_it(path: Path) -> None:
+    with Ledger.open(path, founding=BOUND) as book, Ledger.open(path) as other:
+        a = book.enrol("a", PATIENTS)
+        book.charge([charge(a)] * 5, WIDE)
+        head = book.head()
+        assert other.decide(1.5, 1e-7, " Bo ", "a second trial") == Lifetime(
+            1.5, 1e-7, "canonical", "Bo", "a second trial"
+        )
+        book.charge([charge(a)], WIDE)
+        with pytest.raises(BudgetError, match=r"of 1\.5 \(delta=1e-07\)"):
+            book.charge([charge(a)] * 4, WIDE)
+        other.decide(0.5, DELTA, "Bo", "less again")
+        with pytest.raises(BudgetError, match=r"of 0\.5 "):
+            book.charge([charge(a, Gaussian(1e6))], WIDE)
+        assert [row["round"] for row in book.rows()] == [1] * 6  # no charge among them
+        book.verify(head)
+    with Ledger.open(path, read_only=True) as book:
+        told = [(d["kind"], d["epsilon"], d["operator"], d["reason"]) for d in book.decisions()]
+        assert told == [
+            ("founded", 1.0, "Ada", "the ethics board, 2026-3"),
+            ("lifetime", 1.5, "Bo", "a second trial"),
+            ("lifetime", 0.5, "Bo", "less again"),
+        ]
+        assert book.lifetime is not None and book.lifetime.epsilon == 0.5
+
+
+@pytest.mark.parametrize(("operator", "reason"), [("", "why"), ("Bo", " "), ("\t", "")])
+def test_nothing_is_decided_by_nobody_or_for_no_reason(operator: str, reason: str) -> None:
+    with Ledger.open(None, founding=BOUND) as book:
+        with pytest.raises(PlanError, match="expected both"):
+            book.decide(2.0, DELTA, operator, reason)
+        assert book.lifetime == BOUND and len(book.decisions()) == 1
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta"), [(math.inf, 1e-6), (0.0, 1e-6), (math.nan, 1e-6), (1.0, 1.0), (1.0, 0.0)]
+)
+def test_what_bounds_nothing_is_no_lifetime_budget(epsilon: float, delta: float) -> None:
+    with pytest.raises(PlanError, match="expected a number"):
+        Lifetime(epsilon, delta)
+    with Ledger.open(None, founding=BOUND) as book, pytest.raises(PlanError, match="expected a number"):
+        book.decide(epsilon, delta, "Bo", "why")
+
+
+def test_a_changed_decision_is_found(path: Path) -> None:
+    with Ledger.open(path, founding=BOUND) as book:
+        book.decide(1.5, DELTA, "Bo", "why")
+        book.charge([charge(book.enrol("a", PATIENTS))], WIDE)
+    tamper(path, "UPDATE charges SET event = replace(event, '1.5', '9.5') WHERE seq = 1")
+    with pytest.raises(LedgerError, match="row 1 is missing or was changed"):
+        Ledger.open(path)
+
+
+def old_ledger(path: Path, *patients: str) -> None:
+    """Leave what medfed wrote before there were lifetime budgets: format 1, no anchor, no rule."""
+    with Ledger.open(path) as book:
+        book.charge([charge(book.enrol("a", patients))], FREE)
+        rows = book.rows()
+    with raw(path) as sql:
+        content = sql.execute("SELECT content FROM genesis").fetchone()[0].replace('"format":2', '"format":1')
+        row = list(sql.execute("SELECT * FROM charges").fetchone()[:-1])
+        row[-1] = ledger._sha256(content)
+    assert len(rows) == 1
+    tamper(
+        path,
+        f"UPDATE genesis SET content = '{content}', hash = '{row[-1]}'",
+        f"UPDATE charges SET previous = '{row[-1]}', hash = '{ledger._row_hash(row)}'",
+        "PRAGMA user_version = 1",
+    )
+    path.with_name("ledger.head").unlink()
+
+
+def test_an_old_ledger_opens_and_is_charged_when_the_operator_has_said_its_budget(path: Path) -> None:
+    old_ledger(path, "P-017")
+    with Ledger.open(path, read_only=True) as book:
+        assert book.lifetime is None and len(book.rows()) == 1
+    assert not path.with_name("ledger.head").exists()
+    with Ledger.open(path, founding=BOUND) as book:
+        a = book.enrol("a", ["P-017"])
+        for use in (book.charge, book.check):
+            with pytest.raises(LedgerError, match=r"has no lifetime budget.*medfed privacy budget"):
+                use([charge(a)], ONE)
+        book.decide(1.0, DELTA, "Ada", "it was founded before budgets were")
+        book.charge([charge(a)] * 4, WIDE)  # one was paid long ago
+        with pytest.raises(BudgetError, match="all studies"):
+            book.charge([charge(a)], WIDE)
+        assert book.pseudonym("P-017") != book.pseudonym("p-017")  # its pseudonyms were made of texts as they are
+    assert rule_of(path) == "exact"
+    with raw(path) as sql:
+        assert sql.execute("PRAGMA user_version").fetchone() == (2,)  # an older medfed would not heed the budget
+
+
+def test_one_run_s_ledger_needs_none(path: Path) -> None:
+    with Ledger.open(path) as book:
+        assert book.lifetime is None
+        book.charge([charge(book.enrol("a", PATIENTS))] * 50, FREE)
+
+
+# Who is one patient ---------------------------------------------------------------------------------------------------
+
+
+def test_a_name_has_one_pseudonym_however_it_is_written(path: Path) -> None:
+    with Ledger.open(path, founding=BOUND) as book:
+        assert len({book.pseudonym(text) for text in ("17", "17.0", "00017", "1.7e1", "+17", " 17")}) == 1
+        assert book.pseudonym("MRN-7") == book.pseudonym("mrn-7") != book.pseudonym("mrn-8")
+        book.charge([charge(book.enrol("a", ["17", "Erika"]))] * 5, WIDE)
+        with pytest.raises(BudgetError):
+            book.charge([charge(book.enrol("b", ["ERIKA "]), study="t")], WIDE)
+        assert (book.knows(["erika", "017.0", "new"]), book.knows(["new"])) == (2, 0)
+    assert rule_of(path) == "canonical"
+
+
+def test_where_zeros_and_case_carry_meaning_they_do(path: Path) -> None:
+    with Ledger.open(path, founding=Lifetime(1.0, DELTA, "exact", "Ada")) as book:
+        assert len({book.pseudonym(text) for text in ("17", "017", "17.0", "a", "A")}) == 5
+        assert book.pseudonym(" 17 ") == book.pseudonym("17")
+        book.decide(2.0, DELTA, "Ada", "more")
+        assert book.lifetime is not None and book.lifetime.identity == "exact"  # no decision makes anybody new
+    assert rule_of(path) == "exact"
+
+
+def test_the_rule_of_no_ledger_is_none_and_reading_it_founds_nothing(tmp_path: Path) -> None:
+    assert rule_of(tmp_path / "ledger.sqlite") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "ledger.sqlite").write_bytes(b"not a ledger" * 999)
+    with pytest.raises(LedgerError, match="is no ledger"):
+        rule_of(tmp_path / "ledger.sqlite")
+
+
+# What lies beside it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def yesterday(written: Path, tmp_path: Path) -> Path:
+    """A copy of the ledger's folder, before one more charge."""
+    shutil.copytree(written.parent, tmp_path / "yesterday")
+    with Ledger.open(written) as book:
+        book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
+    return tmp_path / "yesterday" / "ledger.sqlite"
+
+
+def everywhere_refused(path: Path, words: str) -> None:
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match=words):
+            Ledger.open(path, read_only)
+
+
+def test_yesterdays_ledger_is_refused(written: Path, yesterday: Path) -> None:
+    shutil.copy(yesterday, written)
+    everywhere_refused(written, r"older than the last head .*medfed privacy accept")
+
+
+def test_a_rolled_back_ledger_that_was_charged_again_is_refused(written: Path, yesterday: Path) -> None:
+    """As many rows as before, and other ones."""
+    with Ledger.open(yesterday) as book:
+        book.charge([charge(book.enrol("b", PATIENTS[5:]))] * 2, FREE)
+    shutil.copy(yesterday, written)
+    everywhere_refused(written, "older than the last head")
+
+
+@pytest.mark.parametrize("kept", ["pseudonym.key", "ledger.head"])
+def test_a_ledger_that_is_gone_is_refused_and_not_founded_anew(written: Path, kept: str) -> None:
+    for place in written.parent.iterdir():
+        if place.name != kept:
+            place.unlink()
+    everywhere_refused(written, rf"is missing, though {kept} is there.*in another folder")
+    with pytest.raises(LedgerError, match="is missing"):
+        rule_of(written)
+    assert [place.name for place in written.parent.iterdir()] == [kept]
+
+
+def test_without_its_anchor_a_ledger_is_refused(written: Path, yesterday: Path) -> None:
+    written.with_name("ledger.head").unlink()
+    everywhere_refused(written, r"ledger\.head is missing: nothing says that .* is the newest")
+    shutil.copy(yesterday, written)
+    everywhere_refused(written, "ledger.head is missing")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"ledger": "x", "seq": "many", "head": ""}', "\0" * 200])
+def test_a_damaged_anchor_is_refused(written: Path, content: str) -> None:
+    written.with_name("ledger.head").write_text(content)
+    everywhere_refused(written, r"ledger\.head is damaged")
+
+
+def test_two_sites_ledgers_cannot_be_swapped(tmp_path: Path) -> None:
+    sites = [tmp_path / name / "ledger.sqlite" for name in "ab"]
+    for path in sites:
+        with Ledger.open(path, founding=BOUND) as book:
+            book.charge([charge(book.enrol("a", PATIENTS))] * (1 + (path == sites[1])), WIDE)
+    for swapped in (["ledger.sqlite"], ["ledger.sqlite", "pseudonym.key"]):
+        for name in swapped:
+            one, two = (path.with_name(name) for path in sites)
+            one.rename(tmp_path / "aside")
+            two.rename(one)
+            (tmp_path / "aside").rename(two)
+        for path in sites:
+            with pytest.raises(LedgerError, match=r"is not the key of|is another ledger, or was founded anew"):
+                Ledger.open(path)
+            with pytest.raises(LedgerError, match="is another ledger, or was founded anew"):
+                Ledger.open(path, read_only=True)
+        for name in swapped:
+            one, two = (path.with_name(name) for path in sites)
+            one.rename(tmp_path / "aside")
+            two.rename(one)
+            (tmp_path / "aside").rename(two)
+    for path in sites:
+        Ledger.open(path).close()
+
+
+def test_whose_whole_folder_is_yesterdays_is_found_by_a_head_told_elsewhere(written: Path, yesterday: Path) -> None:
+    """Nothing in the folder can tell: that is what the heads in claims and run folders are for."""
+    with Ledger.open(written) as book:
+        head = book.head()
+        book.refuse_without(head)
+    with Ledger.open(yesterday) as book, pytest.raises(LedgerError, match="of an earlier claim is not in it"):
+        book.refuse_without(head)
+
+
+def test_the_anchor_of_two_processes_is_the_last_head_of_both(path: Path) -> None:
+    with Ledger.open(path) as one, Ledger.open(path) as two:
+        a = one.enrol("a", PATIENTS)
+        for book in (one, two, two, one, two):
+            book.charge([charge(a, Gaussian(1e3))], FREE)
+            anchor = book._read_anchor()
+            assert anchor is not None and anchor.head == one.head() == two.head()
+        two._tell_head(1, "an old one")  # of a process that was slow
+        assert book._read_anchor() == anchor
+
+
+DIES_TELLING = """
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+charge(1)
+print(1, flush=True)
+module.Ledger.POINT = die
+charge(2)
+"""
+
+
+@on_posix
+@pytest.mark.parametrize("place", ["_tell_head", "_advance_anchor", "_write_anchor"])
+def test_a_kill_between_charge_and_anchor_leaves_a_ledger_that_opens(path: Path, place: str) -> None:
+    """The anchor may lag behind the ledger, by what the crash cut off; it is never ahead of it."""
+    child = _start(path, "r", ENROL, DIES_TELLING.replace("POINT", place))
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err, out) == (-signal.SIGKILL, "", "1\n")
+    yesterday = path.read_bytes()
+    with Ledger.open(path, read_only=True) as book:
+        assert [row["round"] for row in book.rows()] == [1, 2]
+        anchor = book._read_anchor()
+        assert anchor is not None and anchor.seq == 1
+    with Ledger.open(path) as book:  # which catches up
+        anchor = book._read_anchor()
+        assert anchor is not None and (anchor.seq, anchor.head) == (2, book.head())
+        book.charge([charge(book.enrol("a", ["p", "q"]))], ONE)
+    path.write_bytes(yesterday)
+    everywhere_refused(path, "older than the last head")
+
+
+DIES_COMPLETING = """
+real, times = module.files.write, []
+def write(*arguments):
+    if "WHEN" == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+module.files.write = write
+Ledger.open(path)
+"""
+
+
+@on_posix
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_between_ledger_and_key_is_completed(path: Path, when: str) -> None:
+    child = _start(path, "r", DIES_COMPLETING.replace("WHEN", when))
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (-signal.SIGKILL, "")
+    assert path.exists() and not path.with_name("pseudonym.key").exists()
+    Ledger.open(path, read_only=True).close()
+    with Ledger.open(path) as book:
+        book.charge([charge(book.enrol("a", PATIENTS))], ONE)
+    names = {place.name for place in path.parent.iterdir() if not place.name.endswith(".tmp")}
+    assert names == {"ledger.sqlite", "ledger.head", "pseudonym.key"}
+
+
+@on_posix
+def test_many_processes_found_one_ledger(path: Path) -> None:
+    code = "ledger = Ledger.open(path)\nprint(ledger._genesis['id'], ledger.pseudonym('p'), ledger.founded)\n"
+    children = [_start(path, str(number), code) for number in range(5)]
+    told = []
+    for child in children:
+        out, err = child.communicate(timeout=60)
+        assert (child.returncode, err) == (0, "")
+        told.append(out.split())
+    assert len({(one[0], one[1]) for one in told}) == 1
+    assert sorted(place.name for place in path.parent.iterdir()) == ["ledger.head", "ledger.sqlite", "pseudonym.key"]
+
+
+def test_an_operator_accepts_an_old_copy_by_its_head_and_it_stays_on_record(written: Path, yesterday: Path) -> None:
+    shutil.copy(yesterday, written)
+    with Ledger.open(yesterday, read_only=True) as book:
+        head = book.head()
+    for mine, operator, reason, words in [
+        ("0" * 64, "Ada", "the disk died", "has head"),
+        (head, "", "the disk died", "expected both"),
+        (head, "Ada", "", "expected both"),
+    ]:
+        with pytest.raises((LedgerError, PlanError), match=words):
+            Ledger.accept(written, mine, operator, reason)
+    everywhere_refused(written, "older than the last head")
+    Ledger.accept(written, head, "Ada", "the disk died")
+    with Ledger.open(written) as book:
+        assert (
+            book.decisions()[-1].items() >= {"kind": "accepted", "operator": "Ada", "reason": "the disk died"}.items()
+        )
+        assert len(book.rows()) == 5
+        book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
+    Ledger.open(written).close()

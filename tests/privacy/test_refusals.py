@@ -17,6 +17,7 @@ from medfed.study import Study, from_tables
 SOUND: dict[str, Any] = {
     "data": {
         "target": "died",
+        "patient": "id",
         "preprocess": "dictionary",
         "test_is_public": True,
         "dictionary": {"died": {"range": [0, 9]}, "age": {"range": [0, 100]}},
@@ -103,6 +104,19 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "a filter by pld",
         {"privacy.accountant": "pld"},
         "privacy.accountant='pld'",
+        "privacy.scope='study'",
+    ),
+    ("patients without a name", {"data.patient": ""}, "privacy.scope='study'", "data.patient=''"),
+    (
+        "devices without a name",
+        {"data.patient": "", "sites.kind": "device"},
+        "privacy.scope='study'",
+        "data.patient=''",
+    ),
+    (
+        "rows that name nobody",
+        {"data.missing_patient": "own"},
+        "data.missing_patient='own'",
         "privacy.scope='study'",
     ),
     (
@@ -256,6 +270,8 @@ def test_without_a_claim_none_of_it_is_refused(name: str, values: dict[str, Any]
 SETTINGS: dict[str, list[Any]] = {
     "data.preprocess": ["dictionary", "robust", "none"],
     "data.split": ["patient", "stratified"],
+    "data.patient": ["id", ""],
+    "data.missing_patient": ["refuse", "own"],
     "data.test_is_public": [True, False],
     "training.algorithm": ["fedavg", "fedprox", "fedadam"],
     "training.path": ["auto", "loop", "func"],

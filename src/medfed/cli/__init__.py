@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medfed.cli.budget import accept, budget, found
 from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
@@ -27,6 +28,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data sources and tabl
 app.add_typer(data_app, name="data")
 privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
 app.add_typer(privacy_app, name="privacy")
+privacy_app.command()(found)
+privacy_app.command()(budget)
+privacy_app.command()(accept)
 
 trail_app = typer.Typer(no_args_is_help=True, help="What happened in a run, signed and chained.")
 app.add_typer(trail_app, name="trail")
@@ -107,6 +111,8 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(view.results(found))
     for line in view.suspects(found):
         console.print(line, highlight=False, markup=False)
+    if found["reason"]:
+        console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
     for item in found["excluded"]:
         console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False, markup=False)
 
@@ -265,18 +271,27 @@ def privacy_ledger(
         Path | None,
         typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or a ledger's; default: the lifetime one."),
     ] = None,
-    delta: Annotated[float, typer.Option(help="At which delta to tell epsilon.")] = 1e-6,
+    delta: Annotated[
+        float | None, typer.Option(help="At which delta to tell epsilon; default: the ledger's, or 1e-6.")
+    ] = None,
+    check_head: Annotated[
+        list[str], typer.Option(help="A head told by an earlier claim, which must still be in the chain; repeatable.")
+    ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Check a budget ledger's chain, and tell what each study and site has spent."""
+    """Check a budget ledger's chain and tell what each study and site has spent; for a run, also that it is the ledger
+    whose heads the run was told.
+    """
     from medfed import runs
-    from medfed.monitor.console import accounts
+    from medfed.monitor.console import accounts, lifetime
 
-    found = runs.ledger_accounts(ledger, delta)
+    found = runs.ledger_accounts(ledger, delta, check_head)
     if as_json:
         print(json.dumps(found, indent=2))
         return
     _console().print(accounts(found))
+    for line in lifetime(found):
+        _console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @privacy_app.command("claim")

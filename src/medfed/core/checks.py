@@ -21,7 +21,8 @@ MedfedError
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class MedfedError(Exception):
@@ -112,3 +113,27 @@ def some(items: Iterable[object], most: int = 5) -> str:
     listed = [str(item) for item in items]
     shown = ", ".join(listed[:most])
     return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
+
+
+def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
+    """Say why whom, those who share a reason together: "north, south: late; east: its row is not finite"."""
+    sharing: dict[str, list[str]] = {}
+    for name, reason in excluded.items():
+        alike = str(reason).replace(f" at site {name!r}", "").replace(f"site {name!r}", "the site")
+        sharing.setdefault(alike, []).append(name)
+    return "; ".join(f"{some(names, most)}: {reason}" for reason, names in sharing.items())
+
+
+@contextmanager
+def naming(excluded: Mapping[str, object]) -> Iterator[None]:
+    """Have a QuorumError that leaves the block say whom it was without, and why: in its text and in `excluded`.
+
+    Whom its own `excluded` names, its text has told already. `excluded` may grow while the block runs.
+    """
+    try:
+        yield
+    except QuorumError as error:
+        more = {name: str(reason) for name, reason in excluded.items() if name not in error.excluded}
+        if not more:
+            raise
+        raise type(error)(f"{error} {reasons(more)}", {**more, **error.excluded}) from error

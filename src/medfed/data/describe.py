@@ -33,6 +33,7 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         sites[name] = {
             "rows": rows,
             "patients": survey["patients"],
+            "spellings": survey.get("spellings", 0),
             "train": survey["train"],
             "test": survey["test"],
             "classes": survey["labels"],
@@ -60,6 +61,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         sizes = [str(s[key]) for key in ("patients", "rows", "train", "test")]
         skew_text = "-" if s["label_skew"] is None else f"{s['label_skew']:.2f}"
         first.add_row(escape(name), *sizes, *counts, skew_text, f"{s['missing_share']:.1%}")
+    several = {name: s["spellings"] for name, s in sites.items() if s.get("spellings")}
+    if several:
+        told = ", ".join(f"{name} {count}" for name, count in several.items())
+        first.caption = escape(f"patients written in more than one way (see data.identity): {told}")
+        first.caption_justify = "left"
     gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
     strange = _strange(sites)
     if not gaps:

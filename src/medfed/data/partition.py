@@ -1,12 +1,21 @@
 """Who belongs where: test or train, and which site. Keyed hashes decide, patient by patient."""
 
+import logging
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
+from medfed.core import patient_ids
 from medfed.core.checks import DataError, some
+from medfed.core.patient_ids import Rule
 from medfed.core.streams import Streams, patient_fraction
+
+logger = logging.getLogger(__name__)
+
+OWN = "\x1d"  # begins the name of a row that names no patient and counts as one of its own
 
 
 def is_test(patient: pd.Series, label: pd.Series | None, fraction: float, streams: Streams, exact: bool) -> pd.Series:
@@ -40,15 +49,80 @@ def site_of(patient: pd.Series, names: Sequence[str], shares: Sequence[float], s
     return patient.map({name: names[place] for name, place in zip(ids, places, strict=True)})
 
 
-def patients(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Name the patient of each row: by a column, or by the row's content where `column` is empty."""
+def patients(
+    frame: pd.DataFrame,
+    column: str,
+    identity: Rule = "canonical",
+    missing_values: Sequence[str] = (),
+    missing_patient: Literal["refuse", "own"] = "refuse",
+    claimed: bool = False,
+) -> pd.Series:
+    """Name the patient of each row: by a column, under the identity rule, or by the row's content without one.
+
+    A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises DataError; where a
+    guarantee is `claimed`, it does not say which rows: the site's own log does.
+    """
     if not column:
         return row_patients(frame)
-    named = frame[column].astype(str).str.strip()
-    unnamed = (frame[column].isna() | (named == "")).to_numpy(dtype=bool)
-    if unnamed.any():
-        raise DataError(f"column {column!r}: no patient named in row {some(frame.index[unnamed])}; name each patient")
+    text = id_texts(frame[column], f"column {column!r}")
+    names = {one: patient_ids.named(one, identity) for one in text.unique()}
+    absent = patient_ids.nobodies(missing_values)
+    nobody = text.map({one: patient_ids.is_nobody(one, absent) for one in names}).to_numpy(dtype=bool)
+
+    named = text.map(names)
+    if nobody.any() and missing_patient == "refuse":
+        where, rows = f"column {column!r}: no patient named in", f"row {some(frame.index[nobody])}"
+        action = "Name each patient, leave the rows out"
+        if claimed:
+            logger.warning("%s %s", where, rows)
+            raise DataError(f"{where} some rows; the site's own log says which. {action}.")
+        raise DataError(f"{where} {rows}. {action}, or set data.missing_patient='own': each row is its own patient.")
+    if nobody.any():
+        named[nobody] = (OWN + row_patients(frame[nobody])).to_numpy()
     return named
+
+
+def id_texts(column: pd.Series, where: str) -> pd.Series:
+    """Return ids as texts, the same for every type that a column of whole numbers can have; "" where there is none.
+
+    Raises DataError for ids that floats have rounded already, and for bytes that are no text.
+    """
+    gap = column.isna().to_numpy(dtype=bool)
+    largest = _LARGEST.get(str(column.dtype).lower(), 2.0**53)
+    values = zip(column.astype(object), gap.tolist(), strict=True)
+    text = ["" if missing else _id_text(value, where, largest) for value, missing in values]
+    return pd.Series(text, index=column.index, dtype=object)
+
+
+_LARGEST = {"float16": 2.0**11, "float32": 2.0**24, "float[pyarrow]": 2.0**24}
+"""Up to where floats of a type, and of all others 2^53, tell whole numbers apart."""
+
+
+def _id_text(value: object, where: str, largest: float) -> str:
+    """Return one id as text: a whole number without its point."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode().strip()
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: an id is bytes and no text; write ids as text") from None
+    if isinstance(value, (float, np.floating)) and abs(float(value)) >= largest:
+        raise DataError(
+            f"{where}: ids of {largest:.0f} and more in a column of floats are rounded, so that two patients may have "
+            "become one. Write ids as whole numbers or as text."
+        )
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
+    return str(value).strip()
+
+
+def spellings(column: pd.Series) -> int:
+    """Return how many patients are written in more than one way: texts that differ and are one in canonical form."""
+    text = pd.Series(id_texts(column, "").unique())
+    name = text.map(lambda one: patient_ids.named(one, "canonical"))
+    absent = patient_ids.nobodies(())
+    return int((name[~name.isin(absent)].value_counts() > 1).sum())
 
 
 def row_patients(frame: pd.DataFrame) -> pd.Series:

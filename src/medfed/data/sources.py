@@ -29,8 +29,8 @@ import pandas as pd
 
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
 from medfed.core.streams import Streams
-from medfed.data.partition import patients, site_of
-from medfed.data.tables import numbered, read
+from medfed.data.partition import site_of
+from medfed.data.tables import named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -83,7 +83,8 @@ def frames(
         names = names or tuple(sorted(set(site)))
     elif study.sites.names:
         names = study.sites.names
-        site = site_of(patients(frame, data.patient), names, study.sites.shares, Streams(study.study.seed))
+        named = named_patients(frame, data, private)
+        site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
     else:
         raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
     return {name: frame[(site == name).to_numpy()] for name in names}, data

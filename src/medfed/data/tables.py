@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 
 from medfed.core.checks import DataError, PlanError, nearest, some
+from medfed.core.patient_ids import Rule
 from medfed.core.streams import Streams
 from medfed.data import cells, lines
-from medfed.data.partition import is_test, patients
+from medfed.data.partition import is_test, patients, spellings
 from medfed.study import Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -45,6 +46,7 @@ class SiteTable:
     ids: np.ndarray  # str [patients], who they are; never leaves the site
     left_out: np.ndarray | None = None  # bool [rows]: records that take no part, under a claim; None: all do
     found: "Found" = field(default_factory=lambda: Found())
+    spellings: int = 0  # patients who are written in more than one way; never leaves the site
 
     def taking_part(self) -> np.ndarray:
         """Return which records take part, bool [rows]."""
@@ -194,7 +196,11 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
         outside[data.target] = frame.index[beyond].tolist()
         label = held if private else label  # without a claim a target is told of, never changed
 
-    patient = patients(frame, data.patient)
+    patient = named_patients(frame, data, private)
+    written = spellings(frame[data.patient]) if data.patient else 0
+    if written:
+        taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
+        logger.warning("site %r: %d patients are written in more than one way, %s", site, written, taken)
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
     codes, ids = pd.factorize(patient, sort=True)  # by name: the order of rows means nothing
     codes = codes.astype(np.int64)
@@ -207,7 +213,13 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
     if private:
         for name, rows in found.outside.items():
             logger.warning("site %r, column %r: held to its declared range in row %s", site, name, some(rows, 50))
-    return SiteTable(numbers, texts, label, codes, held_out, np.asarray(ids, dtype=object), left_out, found)
+    return SiteTable(numbers, texts, label, codes, held_out, np.asarray(ids, dtype=object), left_out, found, written)
+
+
+def named_patients(frame: pd.DataFrame, data: Data, private: bool) -> pd.Series:
+    """Name the patient of each row as the study says; see `partition.patients`."""
+    rule: Rule = "exact" if data.identity == "exact" else "canonical"
+    return patients(frame, data.patient, rule, data.missing_values, data.missing_patient, private)
 
 
 def declared_labels(data: Data) -> tuple[str, ...]:

@@ -261,6 +261,23 @@ def accounts(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def lifetime(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines that say what a ledger allows, and who has decided what."""
+    if (bound := found["lifetime"]) is None:
+        return ["no lifetime budget: the ledger of one run, or of an older medfed"]
+    lines = [
+        f"lifetime budget: epsilon {bound['epsilon']:g} at delta {bound['delta']:g} over all studies; identity rule "
+        f"{bound['identity']!r}"
+    ]
+    for one in found["decisions"]:
+        what = (
+            f"epsilon {one['epsilon']:g} at delta {one['delta']:g}" if "epsilon" in one else "this copy is the newest"
+        )
+        by = one.get("operator") or "nobody was asked"
+        lines.append(f"{str(one['time'])[:10]} {one['kind']}: {what}; {by}: {one.get('reason', '')}".rstrip(": "))
+    return lines
+
+
 def claim(found: Mapping[str, Any]) -> Table:
     """Return what `medfed privacy claim` shows: one line an item of the claim."""
     head = "Claim" if found["claimed"] else "NOT a claim: noise from a seed (privacy.simulation_only)"

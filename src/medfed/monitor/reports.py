@@ -50,6 +50,12 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if scope["ledger"]:
         ledger = scope["ledger"]
         yield "ledger", f"epsilon over all runs of the study {ledger['epsilon_all_runs']:.6f}; head {ledger['head']}"
+        if bound := ledger.get("lifetime"):
+            yield (
+                "lifetime budget",
+                f"epsilon {bound['epsilon']:g} at delta {bound['delta']:g} for each patient over all studies, "
+                f"kept in the sites' ledger; ids are one patient by the rule {bound['identity']!r}",
+            )
     yield "random generator", claim["random_generator"]
     yield "not protected", "; ".join(claim["unprotected"])
     yield "assumptions", "; ".join(claim["assumptions"])

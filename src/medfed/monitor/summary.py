@@ -110,6 +110,7 @@ class Tally:
             "purpose": started.purpose if started else None,
             "digest": started.digest if started else None,
             "status": finished.status if finished else "incomplete",
+            "reason": finished.reason if finished else None,
             "algorithm": planned.algorithm if planned else None,
             "model": planned.model if planned else None,
             "parameters": planned.parameters if planned else None,

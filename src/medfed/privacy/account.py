@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from medfed.core.checks import BudgetError
+from medfed.core.checks import BudgetError, LedgerError
+from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
 from medfed.privacy.accounting import Event, RandomisedResponse
 from medfed.privacy.guarantee import Guarantee, replaced
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Limits
+from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
 from medfed.study import Study
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,39 @@ class Account:
     def ledger(self) -> Ledger:
         """The open ledger; raises LedgerError where it cannot be opened, trusted or written."""
         if self._ledger is None:
-            self._ledger = Ledger.open(self.path)
+            self._ledger = Ledger.open(self.path, founding=self._founding())
+            self._refuse_another_rule()
         return self._ledger
+
+    def refuse_without(self, head: str) -> None:
+        """Raise LedgerError unless the ledger is there and still holds a head that it told; found none instead."""
+        if self._ledger is None and (self.path is None or not self.path.exists()):
+            raise LedgerError(
+                f"{self.path} is missing, though this run was charged there. Restore its whole folder from a copy."
+            )
+        self.ledger.refuse_without(head)
+
+    def founded(self) -> Lifetime | None:
+        """Return the lifetime budget of a ledger that was founded just now, with what the study says."""
+        return self._ledger.lifetime if self._ledger and self._ledger.founded else None
+
+    def _founding(self) -> Lifetime | None:
+        """Return what a lifetime ledger is founded with where its operator has said nothing: no more than is asked."""
+        p = self.study.privacy
+        if p.scope == "run":
+            return None
+        epsilon = p.lifetime_epsilon if p.lifetime_epsilon < math.inf else p.epsilon
+        rule: Rule = "exact" if self.study.data.identity == "exact" else "canonical"
+        return Lifetime(epsilon, p.delta, rule, reason=f"the first run, of study {self.study.study.name!r}")
+
+    def _refuse_another_rule(self) -> None:
+        """Raise LedgerError where patients were named under another rule than the ledger's, founded in between."""
+        asked, bound = self.study.data.identity, self._ledger.lifetime if self._ledger else None
+        if bound and asked not in ("auto", bound.identity):
+            raise LedgerError(
+                f"data.identity={asked!r}, and the site's ledger goes by {bound.identity!r}; expected the same. "
+                "Leave data.identity out and run again."
+            )
 
     def enrol(self, run: str, rosters: Mapping[str, Iterable[str]], guarantee: Guarantee, fresh: bool) -> None:
         """Enrol the training patients of sites; before a fresh run, see that the whole plan fits what they have left.
@@ -108,10 +140,15 @@ class Account:
         )
 
     def charged(self) -> JSON:
-        """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head."""
+        """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
+
+        Under scope = "study" the lifetime budget too, over all studies, and the rule of identity.
+        """
         assert self.guarantee is not None
         worst = self.ledger.worst(self.study.privacy.delta - self.guarantee.delta_sampler, self.study.study.name)
-        return {"epsilon_all_runs": worst, "head": self.ledger.head()}
+        bound = self.ledger.lifetime
+        lifetime = {"epsilon": bound.epsilon, "delta": bound.delta, "identity": bound.identity} if bound else None
+        return {"epsilon_all_runs": worst, "head": self.ledger.head(), "lifetime": lifetime}
 
     def _charge(self, site: str, round: int, event: Event) -> Charge:
         return Charge(self.study.study.name, self.run, self.cohorts[site], round, "round", event)
@@ -120,7 +157,7 @@ class Account:
         p, g = self.study.privacy, self.guarantee
         assert g is not None
         epsilon = math.inf if g.accountant == "pld" else p.epsilon  # PLD is no filter; its schedule is fixed instead
-        return Limits(epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon)
+        return Limits(epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
 
 
 def _discreet(error: BudgetError) -> BudgetError:

@@ -91,8 +91,9 @@ class PoissonGaussian(_Checked):
 class TruncatedPoissonGaussian(_Checked):
     """Poisson sampling from `population` patients where, above `cap`, a uniformly random subset of `cap` stays.
 
-    Not Poisson: in a full batch one patient's presence puts another out, so the sum moves by twice the sensitivity.
-    Ganesh 2025, arXiv:2508.15089.
+    Ledgers of before hold it; nothing charges it any more. Ganesh 2025, arXiv:2508.15089, prices it by `population`,
+    which nobody can vouch for: with more patients than that it costs more. So it is counted as `capped` counts it, for
+    any population and any cap.
     """
 
     kind = "truncated_poisson_gaussian"
@@ -124,6 +125,27 @@ class RandomisedResponse(_Checked):
     categories: int
     epsilon: float
     count: int = 1
+
+
+def capped(probability: float, noise_multiplier: float, count: int = 1) -> PoissonGaussian:
+    """Return the event of Poisson sampling with a cap, whatever the cap and however many patients there are.
+
+    Each patient is drawn by a coin below `probability`; of those drawn the `cap` lowest coins stay. Not Poisson: in a
+    full batch one patient's presence puts another out. Yet it costs no more than Poisson sampling with half the noise.
+    Proof, for neighbours with and without patient x, in units of the sensitivity:
+
+    1. Fix the other patients' coins. Without x the sum is some s, and the release N(s, z^2).
+    2. With x: unless x's coin is below q, the release is the same. If it is, then for each value of the coin x joins
+       (the sum moves by 1 at most), takes another's place (by 2), or stays out (by 0): N(s + d, z^2) with |d| <= 2.
+    3. The others' coins, and x's own where it is below q, have the same law on both sides, and hockey-stick and Rényi
+       divergences are quasi-convex: no mixture is further apart than its worst pair, N(0, z^2) and
+       (1 - q) N(0, z^2) + q N(d, z^2). A smaller |d| is that pair for |d| = 2, shrunk and with noise added.
+    4. That pair is Poisson sampling with sensitivity 2, so with noise multiplier z / 2. Both orders are covered.
+
+    Neither the cap nor the number of patients occurs in it. Where a cap never binds, plain Poisson sampling would do;
+    but that it never binds is a statement about the true number of patients, which no accountant may trust.
+    """
+    return PoissonGaussian(probability, noise_multiplier / 2, count)
 
 
 Leaf: TypeAlias = Gaussian | PoissonGaussian | TruncatedPoissonGaussian | Laplace | RandomisedResponse
@@ -227,8 +249,8 @@ def _once(leaf: Leaf, orders: tuple[float, ...]) -> Floats:
             return _engine(event, orders, adjacency="REPLACE_ONE")
         case PoissonGaussian(q, z):
             return _sampled(q, z, orders)
-        case TruncatedPoissonGaussian():
-            return _truncated(leaf, orders)
+        case TruncatedPoissonGaussian(_, q, _, z):
+            return _once(capped(q, z), orders)
 
 
 def _engine(event: object, orders: Sequence[float], adjacency: str = "ADD_OR_REMOVE_ONE") -> Floats:
@@ -256,25 +278,6 @@ def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
     # Room for rounding, 10 times the worst met: a tiny divergence that came out as 0 would be free for ever.
     bound: Floats = found.clip(0) + 1e-14 * order / (order - 1)
     return bound
-
-
-def _truncated(event: TruncatedPoissonGaussian, orders: Sequence[float]) -> Floats:
-    """Return a bound on the divergences of one truncated-Poisson Gaussian.
-
-    Tell the adversary whether `cap` others were drawn (probability w, the same for both neighbours). If not, the
-    patient joins as in Poisson sampling; if so, with probability q' <= q the patient takes another's place and the
-    sum moves by at most 2. So E[(P/Q)^a] <= (1 - w) A(q, z) + w A(q, z / 2), where A(q, z) is the Poisson-sampled
-    Gaussian's. The bound grows with w, hence with the population: declaring too many patients is safe.
-    """
-    from scipy.special import logsumexp
-    from scipy.stats import binom
-
-    q, z, order = event.probability, event.noise_multiplier, np.array(orders)
-    full = float(binom.sf(event.cap - 1, event.population - 1, q))
-    if full == 0:
-        return _sampled(q, z, orders)
-    parts = (order - 1) * np.stack([_sampled(q, z, orders), _sampled(q, z / 2, orders)])
-    return cast(Floats, logsumexp(parts, axis=0, b=[[1 - full], [full]]) / (order - 1))
 
 
 @contextmanager
@@ -402,7 +405,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 def pld_epsilon(event: Event, delta: float) -> float:
     """Return epsilon at `delta` of a schedule that was fixed in advance, rounded up on a grid of privacy losses.
 
-    Grid step 1e-4; time and memory grow with epsilon. `population` of truncated sampling is taken as exact.
+    Grid step 1e-4; time and memory grow with epsilon.
     Doroshenko et al. 2022 (connect the dots).
     """
     _check_target(delta=delta)
@@ -421,8 +424,8 @@ def _pld(leaf: Leaf) -> Any:
             return pld.from_gaussian_mechanism(z / math.sqrt(count))
         case PoissonGaussian(q, z):
             one = pld.from_gaussian_mechanism(z, sampling_prob=q)
-        case TruncatedPoissonGaussian(population, q, cap, z):
-            one = pld.from_truncated_subsampled_gaussian_mechanism(population, q, cap, z)
+        case TruncatedPoissonGaussian(_, q, _, z):
+            return _pld(capped(q, z, leaf.count))
         case Laplace(scale):
             one = pld.from_laplace_mechanism(scale)
         case RandomisedResponse(categories, epsilon):

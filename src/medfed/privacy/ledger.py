@@ -10,10 +10,19 @@ arXiv:2210.17520); else Rényi divergences add up at one order, which the target
 arXiv:2008.11193; Whitehouse et al. 2023, arXiv:2203.05481). So the *kind* of events picks the filter, and a study
 settles it before it sees a release; who lets releases steer even that is held to 2 delta, as one of two filters held.
 
+*The lifetime.* What no patient of the site may exceed over all studies, at which delta, and who is one patient
+(`Lifetime`) is stored when the ledger is founded. Only its operator changes epsilon and delta, by name and with a
+reason, as one more row of the chain; the rule of identity never changes. No study can ask for more, and a study's own
+delta moves nothing here. A ledger without a lifetime is that of one run.
+
 *The chain.* Every row holds the hash of the one before it, so a changed, moved or missing row is found when the file is
 opened, and the run refused. It holds no secret: who rewrites the whole file is found by comparing `head()` with the one
 told in an earlier claim. Patients appear as HMAC-SHA256 under a key that stays beside the ledger; sites, studies, runs
 and labels appear as they are given.
+
+*The anchor.* Beside key and ledger a small file holds the last head: an older copy of the ledger alone is refused, as
+is a ledger that is gone while one of the two is there. It is written after each charge, so it may lag behind by what a
+crash cut off, and is never ahead. Who puts back an old copy of the whole folder is found by the heads that runs keep.
 """
 
 import hashlib
@@ -26,7 +35,7 @@ import sqlite3
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -36,19 +45,24 @@ from typing import Any, Self
 
 import numpy as np
 
-from medfed.core.checks import BudgetError, LedgerError, PlanError
+from medfed.core import files, patient_ids
+from medfed.core.checks import BudgetError, LedgerError, PlanError, RunError
+from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
 from medfed.privacy import accounting
 from medfed.privacy.accounting import Event, Floats
 
 KEY = "pseudonym.key"
-FORMAT = 1
+FORMAT = 2
+UNBOUNDED = 1  # the last format that knew no lifetime budget and no anchor
 BUSY_SECONDS = 5.0
 
 _APPLICATION = 0x6D66_4C47  # "mfLG", in the file's header
 _ROUNDING = 1e-12  # of a sum of floats, relative
 _RESTORE = "Restore it from a copy: a new ledger would forget what the patients have paid."
 _RESTORE_KEY = "Restore the key from a copy: under a new one every patient would look new, with nothing spent."
+_RESTORE_ALL = "Restore the newest copy of the whole folder; where none is left, see `medfed privacy accept --help`."
+_SAY = "medfed privacy budget FOLDER --lifetime-epsilon E --delta D --operator NAME --reason TEXT"
 _ELSEWHERE = "Every charge must be on disk before data is touched: make the folder writable, or set privacy.ledger."
 
 _COLUMNS = ("seq", "time", "study", "run", "site", "cohort", "round", "label", "event", "previous")
@@ -100,11 +114,44 @@ class Charge:
 
 @dataclass(frozen=True)
 class Limits:
-    """What no patient may exceed, at one delta: over all runs of a study, and over all studies. inf sets no limit."""
+    """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
+
+    The ledger's `Lifetime` holds beside them. `sampler` is the part of any delta that the noise sampler takes.
+    """
 
     epsilon: float
     delta: float
     lifetime_epsilon: float = math.inf
+    sampler: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """What no patient of a site may exceed over all studies, who is one patient, and who decided so, and why."""
+
+    epsilon: float
+    delta: float
+    identity: Rule = "canonical"
+    operator: str = ""  # empty: nobody, the first run took what its study says
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what bounds nothing."""
+        if not 0 < self.epsilon < math.inf:
+            raise PlanError(f"lifetime epsilon={self.epsilon:g}; expected a number above 0, and not inf")
+        if not 0 < self.delta < 1:
+            raise PlanError(f"lifetime delta={self.delta:g}; expected a number in (0, 1), below 1 / number of patients")
+        if self.identity not in ("canonical", "exact"):
+            raise PlanError(f"identity={self.identity!r}; expected 'canonical' or 'exact'")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The last head that a ledger told, as its own file beside the ledger."""
+
+    ledger: str  # the id of its genesis
+    seq: int
+    head: str
 
 
 @dataclass(frozen=True)
@@ -125,39 +172,63 @@ class Ledger:
 
     def __init__(self, sql: sqlite3.Connection, path: Path | None, key: bytes | None) -> None:
         self.path = path
+        self.founded = False  # whether this very `open` founded it
+        self.lifetime: Lifetime | None = None  # of the last row that was read; None: the ledger of one run
         self._sql = sql
         self._key = key
-        self._genesis: dict[str, str] = {}
+        self._lasting = False  # whether it may only be charged under a lifetime budget
+        self._genesis: dict[str, Any] = {}
         self._seq, self._head = 0, ""  # of the last row that was read and verified
         self._accounts = _Accounts()
         self._lock = threading.Lock()  # the threads of a process take turns; SQLite sees to processes
 
     @classmethod
-    def open(cls, path: Path | None, read_only: bool = False) -> "Ledger":
+    def open(cls, path: Path | None, read_only: bool = False, founding: Lifetime | None = None) -> "Ledger":
         """Open the ledger at `path` and verify all of it; where none is, found one. None keeps it in memory.
 
-        Unless `read_only`, proves by writing that charges can be written. Raises LedgerError where the ledger is
-        damaged, locked, not writable, of a newer version or no ledger, or where its pseudonym key is missing.
+        `founding` is the lifetime budget that a new ledger gets; who names one can charge no ledger without. Unless
+        `read_only`, proves by writing that charges can be written. Raises LedgerError where the ledger is damaged,
+        locked, not writable, older than its anchor, of a newer version or no ledger, where its pseudonym key is
+        missing, or where it is missing itself though key or anchor are there.
         """
-        if path is None:
-            ledger = cls(_connect(":memory:"), None, key := secrets.token_bytes(32))
-            _found(ledger._sql, key)
-        else:
-            with _explained(path):
-                if not path.exists():
-                    if read_only:
-                        raise LedgerError(f"{path}: there is no ledger yet. The first run under a guarantee founds it.")
-                    _create(path)
-                ledger = cls(_connect(f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"), path, None)
+        ledger = cls._connected(path, read_only, founding)
         try:
-            with ledger._transaction("DEFERRED" if read_only else "IMMEDIATE"):
-                ledger._load()
-                if not read_only:
+            if read_only:
+                anchor = ledger._read_anchor()  # before the rows: others may charge, and then tell theirs
+                with ledger._transaction("DEFERRED"):
+                    ledger._load()
+                    ledger._refuse_older_than(anchor)
+            else:
+                with ledger._transaction("IMMEDIATE"):
+                    ledger._load()
+                    ledger._complete_founding()
                     ledger.pseudonym("")  # raises where the key is not the ledger's
-                    ledger._sql.execute(f"PRAGMA user_version = {FORMAT}")  # the same value, and yet a real write
+                    ledger._refuse_older_than(ledger._read_anchor())
+                    ledger._advance_anchor(ledger._seq, ledger._head)
+                    version = ledger._one("PRAGMA user_version")
+                    ledger._sql.execute(f"PRAGMA user_version = {version}")  # the same value, and yet a real write
         except BaseException:
             ledger.close()
             raise
+        return ledger
+
+    @classmethod
+    def _connected(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
+        """Return the ledger at `path` before anything in it was read; found it where there is none."""
+        if path is None:
+            ledger = cls(_connect(":memory:"), None, key := secrets.token_bytes(32))
+            _found(ledger._sql, key, founding)
+            ledger.founded = True
+        else:
+            with _explained(path):
+                if missing := not path.exists():
+                    _refuse_lost(path)
+                    if read_only:
+                        raise LedgerError(f"{path}: there is no ledger yet. The first run under a guarantee founds it.")
+                    _create(path, founding)
+                ledger = cls(_connect(f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"), path, None)
+                ledger.founded = missing
+        ledger._lasting = founding is not None
         return ledger
 
     def close(self) -> None:
@@ -173,10 +244,12 @@ class Ledger:
     # Patients ---------------------------------------------------------------------------------------------------------
 
     def pseudonym(self, patient: str) -> str:
-        """Return a patient's name in this ledger: HMAC-SHA256 under its key, hexadecimal."""
+        """Return a patient's name in this ledger: HMAC-SHA256 under its key, hexadecimal; one however it is written."""
         if self._key is None:
             assert self.path is not None
             self._key = _read_key(self.path, self._genesis["key"])
+        if self.lifetime:
+            patient = patient_ids.named(patient, self.lifetime.identity)
         return hmac.digest(self._key, patient.encode("utf-8", "surrogatepass"), "sha256").hex()
 
     def enrol(self, site: str, patients: Iterable[str]) -> Cohort:
@@ -195,6 +268,61 @@ class Ledger:
                     self._sql.executemany("INSERT INTO members VALUES (?, ?)", members)
         return cohorts
 
+    def knows(self, patients: Iterable[str]) -> int:
+        """Return how many of these patients are enrolled here."""
+        names = {self.pseudonym(patient) for patient in patients}
+        with self._transaction("DEFERRED"):
+            return sum(name in names for (name,) in self._sql.execute("SELECT DISTINCT pseudonym FROM members"))
+
+    # Deciding ---------------------------------------------------------------------------------------------------------
+
+    def decide(self, epsilon: float, delta: float, operator: str, reason: str) -> Lifetime:
+        """Write down a new lifetime budget, by whom and why; it is in force from the next charge on.
+
+        It is a filter of its own, with its own order, and asked of all that was charged since the founding.
+        The rule of identity stays: under another, patients who have paid would look new. Raises PlanError without
+        name or reason.
+        """
+        _refuse_unsigned(operator, reason)
+        with self._transaction("IMMEDIATE"):
+            self._catch_up()
+            rule = self.lifetime.identity if self.lifetime else "exact"  # as pseudonyms of old ledgers were made
+            new = Lifetime(epsilon, delta, rule, operator.strip(), reason.strip())
+            written = self._append_decision({"kind": "lifetime", **vars(new)})
+            self._sql.execute(f"PRAGMA user_version = {FORMAT}")  # an older medfed would not heed it
+            self._catch_up()
+        self._tell_head(*written)
+        return new
+
+    @classmethod
+    def accept(cls, path: Path, head: str, operator: str, reason: str) -> None:
+        """Take the ledger at `path` as the newest there is, though its anchor is lost or knows a later head.
+
+        On record, by whom and why; what was charged after its last row is forgotten. `head` is its own head, as the
+        operator has compared it with the last claim. Raises LedgerError where it is not, or the chain does not hold.
+        """
+        _refuse_unsigned(operator, reason)
+        with _explained(path):
+            if not path.exists():
+                _refuse_lost(path)
+                raise LedgerError(f"{path}: there is no ledger. {_RESTORE}")
+        with cls._connected(path, False, None) as ledger:
+            with ledger._transaction("IMMEDIATE"):
+                ledger._load()
+                ledger.pseudonym("")
+                if head != ledger._head:
+                    raise LedgerError(f"{path} has head {ledger._head}, not {head[:16]}...; compare, then say its own")
+                told = {"operator": operator.strip(), "reason": reason.strip()}
+                seq, head = ledger._append_decision({"kind": "accepted", **told})
+            ledger._write_anchor(Anchor(ledger._genesis["id"], seq, head))
+
+    def _append_decision(self, content: dict[str, object]) -> tuple[int, str]:
+        """Append a row that charges nobody."""
+        row = (self._seq + 1, _now(), "", "", "", "", 0, "decision", _canonical(content), self._head)
+        digest = _row_hash(row)
+        self._sql.execute(f"INSERT INTO charges ({_ROW}) VALUES ({', '.join('?' * 11)})", (*row, digest))
+        return self._seq + 1, digest
+
     # Paying -----------------------------------------------------------------------------------------------------------
 
     def charge(self, charges: Sequence[Charge], limits: Limits) -> None:
@@ -205,7 +333,8 @@ class Ledger:
         """
         with self._transaction("IMMEDIATE"):
             self._refuse_overspend(charges, limits)
-            self._append(charges)
+            written = self._append(charges)
+        self._tell_head(*written)
 
     def check(self, charges: Sequence[Charge], limits: Limits) -> None:
         """Raise what `charge` would raise now; charge nothing."""
@@ -214,17 +343,24 @@ class Ledger:
 
     def _refuse_overspend(self, charges: Sequence[Charge], limits: Limits) -> None:
         self._catch_up()
+        if self._lasting and self.lifetime is None:
+            raise LedgerError(
+                f"{self.path} has no lifetime budget: an older medfed founded it, or a single run. Its operator says "
+                f"one: {_SAY}"
+            )
         for charge in charges:
             self._admit(charge.cohort.id)
-        self._accounts.refuse_overspend(charges, limits)
+        self._accounts.refuse_overspend(charges, limits, self.lifetime)
 
-    def _append(self, charges: Sequence[Charge]) -> None:
+    def _append(self, charges: Sequence[Charge]) -> tuple[int, str]:
+        """Write the rows; return the last one's number and hash."""
         time, head, rows = _now(), self._head, []
         for seq, c in enumerate(charges, self._seq + 1):
             row = (seq, time, c.study, c.run, c.cohort.site, c.cohort.id, c.round, c.label, _text(c.event), head)
             head = _row_hash(row)
             rows.append((*row, head))
         self._sql.executemany(f"INSERT INTO charges ({_ROW}) VALUES ({', '.join('?' * 11)})", rows)
+        return self._seq + len(rows), head
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -250,9 +386,17 @@ class Ledger:
     def rows(self) -> list[JSON]:
         """Return every charge as stored, oldest first, its event parsed."""
         with self._transaction("DEFERRED"):
-            found = self._sql.execute(f"SELECT {_ROW} FROM charges ORDER BY seq").fetchall()
+            found = self._sql.execute(f"SELECT {_ROW} FROM charges WHERE cohort != '' ORDER BY seq").fetchall()
         rows = [dict(zip((*_COLUMNS, "hash"), row, strict=True)) for row in found]
         return [{**row, "event": json.loads(row["event"])} for row in rows]
+
+    def decisions(self) -> list[JSON]:
+        """Return what was decided of the lifetime budget, its founding first: when, by whom, why."""
+        with self._transaction("DEFERRED"):
+            self._catch_up()
+            found = self._sql.execute("SELECT time, event FROM charges WHERE cohort = '' ORDER BY seq").fetchall()
+        first = {"kind": "founded", **(self._genesis.get("lifetime") or {}), "time": self._genesis["created"]}
+        return [first, *({**json.loads(event), "time": time} for time, event in found)]
 
     def head(self) -> str:
         """Return the hash of the last row, which stands for all that was ever charged."""
@@ -267,9 +411,19 @@ class Ledger:
         """
         with self._transaction("DEFERRED"):
             self._load()
-            heads = self._sql.execute("SELECT hash FROM charges UNION ALL SELECT hash FROM genesis")
-            if expected_head is not None and (expected_head,) not in heads:
-                raise self._damaged(f"head {expected_head[:12]}... of an earlier claim is not in it: cut or replaced")
+            if expected_head is not None:
+                self._refuse_without(expected_head)
+
+    def refuse_without(self, head: str) -> None:
+        """Raise LedgerError unless a head told by an earlier claim, or kept by a run, is still part of the chain."""
+        with self._transaction("DEFERRED"):
+            self._catch_up()
+            self._refuse_without(head)
+
+    def _refuse_without(self, head: str) -> None:
+        known = "SELECT EXISTS (SELECT 1 FROM charges WHERE hash = ?) OR EXISTS (SELECT 1 FROM genesis WHERE hash = ?)"
+        if not self._one(known, head, head):
+            raise self._damaged(f"head {head[:12]}... of an earlier claim is not in it: cut or replaced")
 
     # The chain --------------------------------------------------------------------------------------------------------
 
@@ -287,6 +441,7 @@ class Ledger:
         if _sha256(str(content)) != digest:
             raise self._damaged("row 0, its genesis, is missing or was changed")
         self._genesis, self._seq, self._head, self._accounts = json.loads(content), 0, digest, _Accounts()
+        self.lifetime = Lifetime(**bound) if (bound := self._genesis.get("lifetime")) else None
         self._catch_up()
         if (last := self._one("SELECT max(seq) FROM sqlite_sequence") or 0) != self._seq:  # SQLite's own count
             raise self._damaged(f"row {self._seq + 1} is missing, as {last} were written")
@@ -299,9 +454,23 @@ class Ledger:
             seq, _, study, _, _, cohort, _, _, event, previous, digest = row
             if seq != self._seq + 1 or previous != self._head or _row_hash(row[:-1]) != digest:
                 raise self._damaged(f"row {self._seq + 1} is missing or was changed")
-            self._admit(cohort)
-            self._accounts.charged[cohort][study][event] += 1
+            if cohort:
+                self._admit(cohort)
+                self._accounts.charged[cohort][study][event] += 1
+            else:
+                self._heed(event)
             self._seq, self._head = seq, digest
+
+    def _heed(self, decision: str) -> None:
+        """Take over what an operator decided."""
+        found = json.loads(decision)
+        match found.pop("kind", None):
+            case "lifetime":
+                self.lifetime = Lifetime(**found)
+            case "accepted":
+                pass
+            case kind:
+                raise LedgerError(f"{self.path} holds a decision of kind={kind!r}, which is not known. Update medfed.")
 
     def _admit(self, cohort: str) -> None:
         """Read the patients of a cohort, verified against its digest; once."""
@@ -320,6 +489,78 @@ class Ledger:
 
     def _damaged(self, what: str) -> LedgerError:
         return LedgerError(f"{self.path} is damaged: {what}. The run is refused. {_RESTORE}")
+
+    # The anchor -------------------------------------------------------------------------------------------------------
+
+    def _read_anchor(self) -> Anchor | None:
+        """Return the last head that was told; None where there is no anchor, and in memory."""
+        if self.path is None:
+            return None
+        place = anchor_of(self.path)
+        try:
+            found = json.loads(place.read_text())
+            return Anchor(str(found["ledger"]), int(found["seq"]), str(found["head"]))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LedgerError(
+                f"{place} cannot be read: {error.strerror}; {self.path} needs it. {_RESTORE_ALL}"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerError(
+                f"{place} is damaged; {self.path} cannot be trusted without it. {_RESTORE_ALL}"
+            ) from error
+
+    def _refuse_older_than(self, anchor: Anchor | None) -> None:
+        """Raise LedgerError where the ledger is not the one that was left here last, or an older copy of it."""
+        if self.path is None:
+            return
+        if anchor is None:
+            old = self._one("PRAGMA user_version") <= UNBOUNDED
+            if old or self._read_anchor() or (self._seq == 0 and not self.path.with_name(KEY).exists()):
+                return  # founded by an older medfed; by another process right now; or only half, and looked at
+            raise LedgerError(
+                f"{anchor_of(self.path)} is missing: nothing says that {self.path} is the newest. {_RESTORE_ALL}"
+            )
+        where = f"{self.path} is not what was left here, by {anchor_of(self.path)}"
+        if anchor.ledger != self._genesis["id"]:
+            raise LedgerError(f"{where}: it is another ledger, or was founded anew. The run is refused. {_RESTORE_ALL}")
+        known = "SELECT hash FROM charges WHERE seq = ?" if anchor.seq else "SELECT hash FROM genesis WHERE 0 = ?"
+        if self._one(known, anchor.seq) != anchor.head:
+            raise LedgerError(
+                f"{where}: it is older than the last head that was told here, and would forget what patients have "
+                f"paid since. The run is refused. {_RESTORE_ALL}"
+            )
+
+    def _complete_founding(self) -> None:
+        """Put anchor and key in their places where a crash, or a process that is not yet there, has not."""
+        if self.path is None or self.path.with_name(KEY).exists():
+            return
+        for spare in self.path.parent.glob(f".{self.path.name}.*.key"):
+            if _fingerprint(spare.read_bytes()) == self._genesis["key"]:
+                self._write_anchor(Anchor(self._genesis["id"], self._seq, self._head))
+                _link(spare, self.path.with_name(KEY))
+            else:
+                spare.unlink()  # of somebody who came second, or died before
+
+    def _tell_head(self, seq: int, head: str) -> None:
+        """Write down beside the ledger what was charged, unless a later head is there already."""
+        if self.path is not None:
+            with self._transaction("IMMEDIATE"):  # one process at a time; nothing is written into the ledger
+                self._advance_anchor(seq, head)
+
+    def _advance_anchor(self, seq: int, head: str) -> None:
+        if self.path is None:
+            return
+        if (last := self._read_anchor()) is None or last.seq < seq:
+            self._write_anchor(Anchor(self._genesis["id"], seq, head))
+
+    def _write_anchor(self, anchor: Anchor) -> None:
+        assert self.path is not None
+        try:
+            files.write(anchor_of(self.path), _canonical(vars(anchor)))
+        except RunError as error:
+            raise LedgerError(f"{error} What was charged stays charged.") from error
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
@@ -377,17 +618,25 @@ class _Accounts:
             for other in joined[group]:
                 self._groups[other].add(joined[group])
 
-    def refuse_overspend(self, charges: Sequence[Charge], limits: Limits) -> None:
+    def refuse_overspend(self, charges: Sequence[Charge], limits: Limits, lifetime: Lifetime | None) -> None:
         """Raise BudgetError where `charges` together exceed a limit for any patient."""
         asked = _charged()
         for c in charges:
             asked[c.cohort.id][c.study][_text(c.event)] += 1
         for c in {(c.study, c.cohort.id): c for c in reversed(charges)}.values():  # told by the first of its kind
-            for study, epsilon in ((c.study, limits.epsilon), (None, limits.lifetime_epsilon)):
+            for study, epsilon, key in (
+                (c.study, limits.epsilon, "privacy.epsilon"),
+                (None, limits.lifetime_epsilon, "privacy.lifetime_epsilon"),
+            ):
                 if epsilon != math.inf:  # NaN is refused below
-                    self._refuse_over(c, asked, study, epsilon, limits.delta)
+                    self._refuse_over(c, asked, study, epsilon, limits.delta, f"have {key} raised")
+            if lifetime:
+                delta, way = lifetime.delta - limits.sampler, f"have the site's operator raise it: {_SAY}"
+                self._refuse_over(c, asked, None, lifetime.epsilon, delta, way)
 
-    def _refuse_over(self, c: Charge, asked: Charged, study: str | None, epsilon: float, delta: float) -> None:
+    def _refuse_over(
+        self, c: Charge, asked: Charged, study: str | None, epsilon: float, delta: float, way: str
+    ) -> None:
         over: dict[Group, tuple[History, History]] = {}
         for group in self._groups[c.cohort.id]:
             before, more = _history(self.charged, group, study), _history(asked, group, study)
@@ -396,13 +645,13 @@ class _Accounts:
         if not over:
             return
         before, more = min(over.values(), key=lambda case: _left(case[0], epsilon, delta))
-        where, key = ("this study", "epsilon") if study is not None else ("all studies", "lifetime_epsilon")
+        where = "this study" if study is not None else "all studies"
         raise BudgetError(
             f"study {c.study!r}, site {c.cohort.site!r}, round {c.round}: refused, and nothing was charged. In {where} "
             f"{sum(self._patients[group] for group in over)} of {c.cohort.patients} patients have spent up to epsilon="
             f"{_epsilon(before, delta):.4g} of {epsilon:g} (delta={delta:g}); left for one release: "
             f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. Ask for less (fewer rounds, "
-            f"more noise), or have privacy.{key} raised."
+            f"more noise), or {way}."
         )
 
     def worst(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> float:
@@ -540,23 +789,69 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sql
 
 
-def _create(path: Path) -> None:
-    """Found a ledger beside its place and link it there: nobody meets half of one, and an empty file is never one."""
+def anchor_of(path: Path) -> Path:
+    """Return where the last head of the ledger at `path` is kept."""
+    return path.with_suffix(".head")
+
+
+def rule_of(path: Path) -> Rule | None:
+    """Return the identity rule of the ledger at `path`, from its first row alone; None where there is no ledger.
+
+    Raises LedgerError where it cannot be read, or is missing though its key or anchor is there. What an old ledger
+    or a run's own goes by is "exact".
+    """
+    if not path.exists():
+        _refuse_lost(path)
+        return None
+    with _explained(path), closing(_connect(f"{path.absolute().as_uri()}?mode=ro")) as sql:
+        if sql.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
+            raise LedgerError(f"{path} is no ledger, or was emptied. Name another file. {_RESTORE}")
+        content, digest = sql.execute("SELECT content, hash FROM genesis").fetchone() or ("", "")
+    if _sha256(str(content)) != digest:
+        raise LedgerError(
+            f"{path} is damaged: row 0, its genesis, is missing or was changed. The run is refused. {_RESTORE}"
+        )
+    lifetime = json.loads(content).get("lifetime")
+    return Lifetime(**lifetime).identity if lifetime else "exact"
+
+
+def _refuse_lost(path: Path) -> None:
+    """Raise LedgerError where what belongs to a ledger is there, and the ledger is not."""
+    for place in (path.with_name(KEY), anchor_of(path)):
+        if place.exists():
+            raise LedgerError(
+                f"{path} is missing, though {place.name} is there: there was a ledger, and patients may have paid. "
+                f"{_RESTORE} To begin anew, for other patients, the operator founds one in another folder."
+            )
+
+
+def _refuse_unsigned(operator: str, reason: str) -> None:
+    if not operator.strip() or not reason.strip():
+        raise PlanError(f"operator={operator!r}, reason={reason!r}; expected both: what is decided stays on record")
+
+
+def _create(path: Path, founding: Lifetime | None) -> None:
+    """Found a ledger beside its place and link it there: nobody meets half of one, and an empty file is never one.
+
+    The key follows the ledger to its place (`_complete_founding`), so that a key without a ledger means a lost one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, key = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), path.with_name(KEY)
+    mark = secrets.token_hex(4)
+    beside, spare = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("tmp", "key"))
+    key = secrets.token_bytes(32)
     try:
-        if not key.exists():
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-                file.flush()
-                os.fsync(file.fileno())
-            _link(beside, key)
+        with open(os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
         sql = _connect(beside.absolute().as_uri())
-        _found(sql, key.read_bytes())
+        _found(sql, key, founding)
         sql.close()
         _link(beside, path)
-    finally:
+    except BaseException:
         beside.unlink(missing_ok=True)
+        spare.unlink(missing_ok=True)
+        raise
 
 
 def _link(beside: Path, place: Path) -> None:
@@ -566,10 +861,11 @@ def _link(beside: Path, place: Path) -> None:
     beside.unlink()
 
 
-def _found(sql: sqlite3.Connection, key: bytes) -> None:
-    """Write schema and genesis: a random id, and what the key must agree with."""
+def _found(sql: sqlite3.Connection, key: bytes, lifetime: Lifetime | None) -> None:
+    """Write schema and genesis: a random id, what the key must agree with, and the lifetime budget."""
     genesis = {"id": secrets.token_hex(16), "created": _now(), "format": FORMAT, "key": _fingerprint(key)}
-    content = _canonical({**genesis, "orders": accounting.ORDERS_VERSION})
+    bound = {"lifetime": vars(lifetime)} if lifetime else {}
+    content = _canonical({**genesis, **bound, "orders": accounting.ORDERS_VERSION})
     sql.execute(f"PRAGMA application_id = {_APPLICATION}")
     sql.execute(f"PRAGMA user_version = {FORMAT}")
     sql.execute("BEGIN")

@@ -11,7 +11,7 @@ import numpy as np
 from medfed.core.checks import PlanError
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import mode
-from medfed.study import Feature, Privacy, Study
+from medfed.study import Data, Feature, Privacy, Study
 
 
 def check(study: Study) -> None:
@@ -72,6 +72,8 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
             "Set privacy.accountant='rdp', or scope='run' for public data.",
         )
+    if p.scope == "study" and not p.simulation_only:
+        yield from _lifetime(data)
     if p.clipping == "adaptive" and where == "site":
         yield (
             "privacy.clipping='adaptive'",
@@ -107,6 +109,26 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
             f"data.task='regression' without data.dictionary.{data.target}.range",
             "nothing bounds what one patient's target says",
             f"Set data.dictionary.{data.target}.range = [low, high].",
+        )
+
+
+def _lifetime(data: Data) -> Iterator[Refusal]:
+    """Refuse patients whom the lifetime ledger would not know again."""
+    if not data.patient:
+        yield (
+            "privacy.scope='study'",
+            "data.patient=''",
+            "without a name a patient is the content of a row, which one more column or a corrected cell makes new, "
+            "with nothing spent",
+            "Set data.patient='column', the table's column that names the patient, or privacy.scope='run' for public "
+            "data.",
+        )
+    if data.missing_patient == "own":
+        yield (
+            "data.missing_patient='own'",
+            "privacy.scope='study'",
+            "a row that names nobody is nobody whom the lifetime ledger would know again",
+            "Set data.missing_patient='refuse' and name each patient.",
         )
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from medfed.core.checks import AbortError
+import numpy as np
+
+from medfed.core.checks import AbortError, PlanError
 from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
 from medfed.secure.identity import Scope
@@ -89,3 +91,25 @@ class Masker:
                 f"{self.follower.post.me.name!r} has made no keys for round {round}; the round must begin anew"
             )
         return self._client
+
+
+@dataclass(frozen=True)
+class Rehearser:
+    """Stands in for a party in a rehearsal: takes a row as it would leave the site, and lets none of it out."""
+
+    length: int
+
+    @property
+    def follower(self) -> Follower:
+        """Refuse: a rehearsal agrees to nothing."""
+        raise AbortError("a rehearsal agrees to no study and follows no model")
+
+    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+        """Return nothing; raise PlanError for a row that is not whole numbers of the length agreed on."""
+        if row_M.shape != (self.length,) or row_M.dtype != np.int64:
+            raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({self.length},)")
+        return b""
+
+    def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
+        """Refuse: nobody else is there."""
+        raise AbortError(f"phase={phase!r} is not played in a rehearsal")

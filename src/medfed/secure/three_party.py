@@ -55,7 +55,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
 from medfed.core import codec
-from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError
+from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, QuorumError, naming, reasons
 from medfed.core.entropy import Integers, Words, expand
 from medfed.secure import field
 from medfed.secure.identity import Post, Scope, seal
@@ -128,9 +128,15 @@ class Selection:
     sum_noise: Callable[[int, int], Integers] | None = None
 
     def weigh(self, names: Sequence[str], gram_KK: Integers) -> dict[str, int]:
-        """Return each row's weight in steps of 1 / WEIGHT of the largest scale; raise AbortError for no weights."""
+        """Return each row's weight in steps of 1 / WEIGHT of the largest scale.
+
+        Raises AbortError where the rule gives no weights, or has too few rows for any.
+        """
         scale_K = np.array([self.scale[name] if self.scale else 1.0 for name in names])
-        w_K = np.asarray(self.rule(gram_KK.astype(np.float64) * np.outer(scale_K, scale_K)), np.float64)
+        try:
+            w_K = np.asarray(self.rule(gram_KK.astype(np.float64) * np.outer(scale_K, scale_K)), np.float64)
+        except QuorumError as error:
+            raise AbortError(str(error), error.excluded) from error
         if w_K.shape != (len(names),) or not np.isfinite(w_K).all() or abs(w_K).sum() > 2:
             raise AbortError(f"the rule gave no weights to {len(names)} rows; the round ends")
         steps = np.rint(WEIGHT * w_K * scale_K / scale_K.max()).astype(np.int64)
@@ -292,20 +298,18 @@ class Aggregator:
             why |= {n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok}
             names = [n for n, ok in zip(names, good, strict=True) if ok]
         if len(names) < self.terms.min_group:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
-            raise AbortError(
-                f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened. {reasons}"
-            )
+            left = f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened."
+            raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
         rows, tensors = [held[name] for name in names], dict[str, torch.Tensor]()
         weights, noise = self.weights or dict.fromkeys(names, 1), self.noise
         if chosen := self.selection:
             gram_KK = yield from self._gram(line, rows)
-            weights = chosen.weigh(names, gram_KK)
+            with naming(why):
+                weights = chosen.weigh(names, gram_KK)
             yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
             if (count := sum(w != 0 for w in weights.values())) < self.terms.min_kept:
-                raise AbortError(
-                    f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}: their sum is not opened"
-                )
+                kept = f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}"
+                raise AbortError(f"{kept}: their sum is not opened. {reasons(why)}".rstrip(), why)
             most, drawn = max(map(abs, weights.values())), chosen.sum_noise
             noise = (lambda length: drawn(length, most)) if drawn else None
             tensors["gram"] = torch.from_numpy(gram_KK)
@@ -621,6 +625,24 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, sp
             continue
         phases["shares"] += sum(map(len, parts.values()))
         ask("upload", parts)
+    with naming(unread):
+        answers = _carried(ask, terms, phases)
+    opened = _added(answers, terms, phases)
+    weights = np.abs(list(opened.weights.values()))
+    most = weights.sum() * terms.proven + field.HEADROOM * spread * weights.max(initial=0)
+    if np.abs(opened.total_M.astype(np.float64)).max(initial=0) > most:
+        raise AbortError(
+            f"the opened sum has a number above {most:g} steps, which no accepted rows make; an aggregator did not "
+            "follow the protocol. Nothing is used; run the round again."
+        )
+    return replace(opened, excluded=unread | opened.excluded)
+
+
+_Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
+
+
+def _carried(ask: Ask, terms: Terms, phases: dict[str, int]) -> _Answers:
+    """Carry the aggregators' messages to each other until they are done; return what each hands in."""
     answers = _decoded(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}
@@ -631,15 +653,7 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, sp
         carried = {name: codec.encode({}, mine) for name, mine in post.items()}
         phases["check"] += sum(map(len, carried.values()))
         answers = _decoded(ask("step", carried))
-    opened = _added(answers, terms, phases)
-    weights = np.abs(list(opened.weights.values()))
-    most = weights.sum() * terms.proven + field.HEADROOM * spread * weights.max(initial=0)
-    if np.abs(opened.total_M.astype(np.float64)).max(initial=0) > most:
-        raise AbortError(
-            f"the opened sum has a number above {most:g} steps, which no accepted rows make; an aggregator did not "
-            "follow the protocol. Nothing is used; run the round again."
-        )
-    return replace(opened, excluded=unread | opened.excluded)
+    return answers
 
 
 def _decoded(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:

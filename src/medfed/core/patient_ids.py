@@ -1,0 +1,87 @@
+"""Who is one patient: the rule by which two texts in an id column name the same person, and the texts that name nobody.
+
+A ledger keeps its rule for life: under another rule, patients who have paid would look new. Typing errors, and letters
+of other alphabets that look alike, are beyond any rule here.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal
+
+Rule = Literal["canonical", "exact"]
+"""canonical: one person however an id is written; exact: where zeros or case carry meaning, only blanks are cut off."""
+
+NOBODY = (
+    *("", "?", "-", "--", ".", "NA", "N/A", "n.a.", "#N/A", "<NA>", "NaN", "NaT", "null", "nil", "None"),
+    *("unknown", "missing"),
+)
+"""Texts that name no patient, in any case, whatever data.missing_values says."""
+
+_NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,6}))?")
+_PLAIN = 64  # digits; a number of more is told with an exponent
+
+
+def named(text: str, rule: Rule) -> str:
+    """Return the one name of a patient whose id is written `text`; naming a name again changes nothing."""
+    return text.strip() if rule == "exact" else _canonical(text)
+
+
+def nobodies(missing_values: Iterable[str]) -> frozenset[str]:
+    """Return the canonical names that stand for no patient: NOBODY and the study's own."""
+    return frozenset(_canonical(text) for text in (*NOBODY, *missing_values))
+
+
+def is_nobody(text: str, absent: frozenset[str]) -> bool:
+    """Say whether a text names no patient; `absent` is from `nobodies`."""
+    return _canonical(text) in absent
+
+
+@lru_cache(maxsize=65536)
+def _canonical(text: str) -> str:
+    """Fold width, case, digits of other scripts, blanks and what is invisible; a number is its value.
+
+    Works on text alone: a float would make one of two ids above 2^53.
+    """
+    folded = _folded(text)
+    for _ in range(8):  # letters that fold once more after they were composed; two turns do for all that is assigned
+        if (again := _folded(folded)) == folded:
+            break
+        folded = again
+    return _number(folded) or folded
+
+
+def _folded(text: str) -> str:
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join("".join(map(_character, text)).split())
+
+
+def _character(letter: str) -> str:
+    if letter.isascii():
+        return letter
+    if unicodedata.category(letter) == "Cf":  # soft hyphens, joiners, marks of order and of direction
+        return ""
+    digit = unicodedata.decimal(letter, None)
+    return letter if digit is None else str(digit)
+
+
+def _number(text: str) -> str:
+    """Return a decimal number's one spelling; empty where the text is none."""
+    found = _NUMBER.fullmatch(text)
+    if not found or not (found[2] or found[3]):
+        return ""
+    whole, fraction = found[2], found[3] or ""
+    digits = (whole + fraction).lstrip("0")
+    exponent = int(found[4] or 0) - len(fraction)
+    exponent += len(digits) - len(digits.rstrip("0"))
+    digits = digits.rstrip("0")
+    if not digits:
+        return "0"
+    sign = "-" if found[1] == "-" else ""
+    if 0 <= exponent <= _PLAIN:
+        return sign + digits + "0" * exponent
+    if -_PLAIN <= exponent < 0:
+        digits = digits.rjust(1 - exponent, "0")
+        return f"{sign}{digits[:exponent]}.{digits[exponent:]}"
+    return f"{sign}{digits}e{exponent}"
