@@ -83,7 +83,6 @@ def figures(parts: Sequence[Part]) -> dict[str, Any]:
     noise, moved, canaries = (part.to_json() for part in parts)
     return {
         "least_p": min(noise["p"].values()),
-        "refused": noise["refused"],
         "moved": moved["moved"],
         "refuted": canaries.get("refuted"),
         "finds": [noise["finds_below"], noise["finds_above"]],
