@@ -355,7 +355,7 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
     for k in rng.permutation(len(everyone))[:records]:
         guarded, n = twin.sites[everyone[k][0]], everyone[k][1]
         record, open_ = twin.rows[guarded.name].at(torch.tensor([n])), guarded.under(bare)
-        open_.encoding, open_.model = guarded.encoding, guarded.model
+        open_.encoding, open_.model, open_.path = guarded.encoding, guarded.model, "loop"  # right for any module
         for kind, site in (("without", open_), ("with", guarded)):
             site.train = record
             site.forget()
