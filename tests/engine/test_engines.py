@@ -127,7 +127,7 @@ def test_one_failing_site_does_not_take_the_stack_down(study: Study) -> None:
     sites = open_sites(study.set("training.quorum", 0.5), None)
     fleet = InProcess(sites)
     plan = prepare(sites[0].study, fleet, list(SITES))
-    sites[1].train.x.fill_(float("nan"))
+    fleet.site("south").train.x.fill_(float("nan"))
     log = Log()
     server = train(plan, fleet, log, 1)
     assert torch.isfinite(server.w_P).all()
@@ -140,7 +140,7 @@ def test_an_exception_at_one_site_names_the_site_and_spares_the_others(study: St
     sites = open_sites(study.set("training.quorum", 0.5), None)
     fleet = InProcess(sites)
     plan = prepare(sites[0].study, fleet, list(SITES))
-    del sites[2].train
+    del fleet.site("east").train
     log = Log()
     train(plan, fleet, log, 1)
     (told,) = [e for e in log.events() if isinstance(e, SiteExcluded)]
