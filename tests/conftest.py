@@ -1,4 +1,4 @@
-"""What every test shares: how a test says what it needs, and two threads for everybody.
+"""What every test shares: how a test says what it needs, and as many threads for everybody.
 
 A test that needs something not every machine has says so: `@pytest.mark.needs("data")`, or by the fixture `data_dir`.
 Where it is absent the test is skipped with the reason, unless the environment's MEDFED_REQUIRE (a comma list of kinds)
@@ -7,6 +7,7 @@ names the kind: then it fails. CI sets MEDFED_REQUIRE, so that nothing is skippe
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from hypothesis import settings
 
 pytest_plugins = ["pytester"]
 
-# The same split of sums on every machine, and no fight for cores; commands that a test starts inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The same split of sums on every machine, and no fight for cores: two threads, or one where two workers share the
+# machine (pytest-xdist). Commands that a test starts inherit it.
+THREADS = 1 if os.environ.get("PYTEST_XDIST_WORKER") else 2
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# No ledger of whoever runs the tests is read, and none is left behind.
+os.environ["MEDFED_HOME"] = tempfile.mkdtemp(prefix="medfed-home-")
 
 settings.register_profile("medfed", deadline=None)  # a busy machine is no failure
 settings.load_profile("medfed")
@@ -81,10 +86,12 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _threads() -> Iterator[None]:
     import torch  # here, so that collecting stays quick
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
+    yield
+    shutil.rmtree(os.environ["MEDFED_HOME"], ignore_errors=True)
 
 
 @pytest.fixture
