@@ -15,11 +15,13 @@ DEV   := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
               $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)')
 
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
 # The data that does not belong in the repository may lie beside the checkout.
 WITH_DATA = if [ -z "$$MEDFED_DATA" ] && [ -d ../shared/data ]; then \
               MEDFED_DATA=$$(cd ../shared/data && pwd) && export MEDFED_DATA; fi;
 
-.PHONY: help demo test test-fast check docs clean always
+.PHONY: help demo test test-fast test-long check docs clean always
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,11 +35,14 @@ help:  ## this list
 demo: $(BASE)  ## train the bundled breast-cancer study on four simulated hospitals
 	@$(BIN)/medfed run breast-cancer
 
-test: $(DEV)  ## all tests
-	@$(WITH_DATA) $(BIN)/python -m pytest $(ARGS)
+test: $(DEV)  ## all tests but the long tail, in two processes
+	@$(WITH_DATA) $(PYTEST) $(ARGS)
 
 test-fast: $(DEV)  ## the tests that are not marked slow
-	@$(WITH_DATA) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(WITH_DATA) $(PYTEST) -m "not slow and not long" $(ARGS)
+
+test-long: $(DEV)  ## the long tail: large samples, grids of crashes, the notebook
+	@$(WITH_DATA) $(PYTEST) -m long $(ARGS)
 
 check: $(DEV)  ## format, lint, types, layers, docs: what CI checks beside the tests
 	@scripts/check

@@ -22,7 +22,7 @@ def test_the_notebook_is_the_tour() -> None:
     assert NOTEBOOK.stat().st_size < 500_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_from_a_clean_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDFED_HOME", str(tmp_path))

@@ -1,5 +1,6 @@
 """Any torch module a hospital brings: trained rightly, on the fastest path that does, or refused by name."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,12 @@ def test_weights_are_means_of_float32_where_a_module_holds_halves() -> None:
     model = modules.all_bfloat16(4)
     assert vector(model).dtype == torch.float32 and next(model.parameters()).dtype == torch.bfloat16
     assert vector(nn.Linear(2, 1).double()).dtype == torch.float64
+
+
+@pytest.mark.long
+def test_the_table_of_modules_in_the_docs_is_the_probes() -> None:
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "scripts"))
+    from make_docs import modules_table
+
+    assert modules_table() in (root / "docs" / "privacy.md").read_text(), "run scripts/make_docs.py --modules"

@@ -281,7 +281,10 @@ KILLED = STUDY + '\n[model]\nname = "mlp"\n[model.options]\nhidden = [64, 32]\nd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "rounds_seen"), [("scaffold", 1), ("fedyogi", 7), ("fednova", 15)])
+@pytest.mark.parametrize(
+    ("algorithm", "rounds_seen"),
+    [("scaffold", 1), *(pytest.param(*case, marks=pytest.mark.long) for case in [("fedyogi", 7), ("fednova", 15)])],
+)
 def test_a_process_killed_by_sigkill_resumes_to_the_same_bits(tmp_path: Path, algorithm: str, rounds_seen: int) -> None:
     path = write_study(tmp_path, KILLED)
     command = [sys.executable, "-m", "medfed", "run", str(path), "--quiet"]

@@ -161,7 +161,10 @@ def _audit(evidence: Evidence, in_M: np.ndarray, epsilon: float = 1.0) -> Verdic
     return audit.one_run(scores, in_M, len(in_M) * 4 // 5, epsilon, DELTA)
 
 
-@pytest.mark.parametrize(("P", "seeds"), [(33, 200), (2000, 12)])
+@pytest.mark.parametrize(
+    ("P", "seeds"),
+    [(33, 20), (2000, 4), *(pytest.param(*case, marks=pytest.mark.long) for case in [(33, 200), (2000, 12)])],
+)
 def test_correct_noise_passes(P: int, seeds: int) -> None:
     alarms = sum(not _audit(*_run(seed, P)).passed for seed in range(seeds))
     assert alarms <= stats.binom.ppf(0.999, seeds, 0.05)
