@@ -94,6 +94,14 @@ def _threads() -> Iterator[None]:
     shutil.rmtree(os.environ["MEDFED_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _own_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand the sites' own log up, so that `caplog` hears it."""
+    from medfed.core.own import LOGGER
+
+    monkeypatch.setattr(LOGGER, "propagate", True)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for tests of tiny tensors: waking a second one would be most of their time."""

@@ -367,6 +367,29 @@ class Counting(_Net):
         return h + self.calls
 
 
+class FirstBatch(_Net):
+    """Sets itself up on the first rows it sees."""
+
+    shift: Tensor | None = None
+
+    def between(self, h: Tensor) -> Tensor:
+        if self.shift is None:
+            self.shift = h.detach().mean(0)
+        return h - self.shift
+
+
+class LaterMeans(_Net):
+    """Centres on what it has seen, once it has seen enough."""
+
+    def __init__(self, f: int, o: int = 1) -> None:
+        super().__init__(f, o)
+        self.seen: list[Tensor] = []
+
+    def between(self, h: Tensor) -> Tensor:
+        self.seen.append(h.detach().mean(0))
+        return h - torch.stack(self.seen).mean(0) if len(self.seen) > 500 else h
+
+
 def lazy(f: int, o: int = 1) -> nn.Module:
     return nn.Sequential(nn.LazyLinear(WIDTH), nn.Linear(WIDTH, o))
 

@@ -113,7 +113,8 @@ def test_another_spelling_makes_nobody_new(tmp_path: Path, how: str) -> None:
     other = RESPELLED[how](frame)
     study = study_of(tmp_path / "other", other, data__patient="id" if "id" in other else "subject")
     study = study.set("data.features", ["age", "lactate", "ward"])
-    with pytest.raises(BudgetError, match="left for one release"):
+    told = "knows patients by 'subject'" if how == "renamed" else "left for one release"
+    with pytest.raises(BudgetError, match=told):
         medfed.simulate(study)
 
 
@@ -356,3 +357,28 @@ def test_a_finished_runs_claim_is_compared_too(tmp_path: Path, home: Path) -> No
     (tmp_path / "run" / "privacy.json").write_text(json.dumps(claim))
     with pytest.raises(LedgerError, match="of an earlier claim is not in it"):
         runs.ledger_accounts(tmp_path / "run", None)
+
+
+def test_another_column_makes_nobody_new(tmp_path: Path, home: Path) -> None:
+    """Each visit has an id of its own, too: by that column everybody had a second budget."""
+    study = study_of(tmp_path / "data")
+    medfed.run(study, tmp_path / "one")
+    frame = pd.read_csv(tmp_path / "data" / "cohort.csv", dtype=str)
+    frame["visit"] = [f"v{n}" for n in range(len(frame))]
+    frame.to_csv(tmp_path / "data" / "cohort.csv", index=False)
+    other = study.set("study.name", "other").set("data.patient", "visit")
+    other = other.set("data.features", [c for c in frame.columns if c in study.data.dictionary and c != "died"])
+    with pytest.raises(BudgetError, match=r"data\.patient='visit'.*knows patients by 'subject'.*medfed privacy column"):
+        medfed.run(other, tmp_path / "two")
+    runs.name_column(None, "visit", "J. Doe", "the same ids under another name")  # by the operator's word alone
+    assert medfed.run(other, tmp_path / "two").complete
+
+
+def test_a_run_of_its_own_does_not_get_around_the_ledger_without_a_patient_column(tmp_path: Path, home: Path) -> None:
+    study = study_of(tmp_path / "data")
+    medfed.run(study, tmp_path / "one")
+    nameless = (
+        study.set("privacy.scope", "run").set("data.patient", "").set("data.features", ["age", "lactate", "ward"])
+    )
+    with pytest.raises(PlanError, match="without data.patient and the site's ledger do not compose"):
+        medfed.run(nameless, tmp_path / "two")

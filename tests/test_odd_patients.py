@@ -181,3 +181,61 @@ def test_one_more_device_leaves_the_bits_of_the_others_alone(path: Path) -> None
 
     before, after = sums(people), sums([*people, _frail(rng)])
     assert torch.equal(before, after[:9])
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp", "wide", "layer norm", "conv1d", "tokens"])
+def test_a_site_has_the_same_bits_alone_and_in_a_stack(name: str) -> None:
+    """Which sites share a chunk follows from true sizes, so it must not matter."""
+    for features in (8, 30) if name != "tokens" else (8,):
+        torch.manual_seed(1)
+        model = models._keyed(MODELS[name](features, 1))
+        w_P = vector(model) + torch.randn(len(vector(model)))
+        rng = np.random.default_rng(2)
+        people = []
+        for _ in range(9):
+            x_F = rng.standard_normal(features).astype(np.float32)
+            people.append((np.stack([x_F, x_F]), np.array([1e12, -1e12], np.float32)))
+        sites = [_rows(mine, "regression", 31 * k) for k, mine in enumerate([people[:3], people[3:8], people[8:]])]
+        stacked = _by_rules(model, w_P, sites)
+        alone = torch.cat([_by_rules(model, w_P, [rows]) for rows in sites])
+        assert float((stacked - alone).norm()) < 1e-9
+
+
+def _by_rules(model: nn.Module, w_P: Tensor, sites: list[Rows]) -> Tensor:
+    names = [str(k) for k in range(len(sites))]
+    release = {name: Release(6, 1, 1.0, 1.0) for name in names}
+    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1.0, "fixed", 1, False)
+    keys = torch.zeros(len(sites), dtype=torch.int64)
+    return dpsgd.sums(model, w_P, Patients.of(sites), "regression", guarantee, 1.0, names, keys, "rules").total_KP
+
+
+def test_what_a_module_draws_is_the_patients_own_whoever_comes_first() -> None:
+    """Dropout that only torch's generator feeds: masks by the row moved everybody's when the first patient left."""
+
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(FEATURES, 16), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training))
+
+    torch.manual_seed(0)
+    model = Drawing()
+    w_P = vector(model)
+    rng = np.random.default_rng(0)
+    people = [(rng.standard_normal((1, FEATURES)).astype(np.float32), np.ones(1, np.float32)) for _ in range(20)]
+    rows = _rows(people, "binary", 0)
+    release = {"a": Release(20, 1, 1.0, 1.0)}
+    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1e-3, "fixed", 1, False)
+
+    def total(rows: Rows, round: int = 5) -> Tensor:
+        key = torch.tensor([round])
+        return dpsgd.sums(model, w_P, Patients.of([rows]), "binary", guarantee, 1e-3, ["a"], key, "loop").total_KP[0]
+
+    every = torch.ones(20, dtype=torch.bool)
+    for gone in (0, 7, 19):
+        left = every.clone()
+        left[gone] = False
+        assert float((total(rows) - total(rows.at(left))).norm()) <= 1 + 1e-9
+    assert not torch.equal(total(rows), total(rows, 6))  # and another mask in another round

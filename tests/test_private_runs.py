@@ -426,7 +426,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(
     tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.parent.write_text("a file where the folder should be")
-    _refused(lasting, tmp_path / "run", r"cannot be opened or written: .*set privacy\.ledger", monkeypatch)
+    _refused(lasting, tmp_path / "run", r"cannot be opened or written: .*set MEDFED_HOME", monkeypatch)
 
 
 def test_a_ledger_without_its_key_is_refused_before_training(

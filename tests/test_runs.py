@@ -20,7 +20,7 @@ import torch
 
 import medfed
 from medfed import checkpoints, runs
-from medfed.core import files
+from medfed.core import checks, files
 from medfed.monitor import events
 from medfed.monitor.events import Event, Resumed
 from medfed.monitor.summary import summarise
@@ -422,3 +422,25 @@ def test_open_sites_gives_each_site_its_rows_only(study: Study) -> None:
     sites = runs.open_sites(study, None)
     counts = invented()["hospital"].value_counts()
     assert {site.name: len(site.table or ()) for site in sites} == counts.to_dict()
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found it empty; the second to come is told, and leaves the first one's files alone."""
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set("training.rounds", 2)
+    begun = runs._started
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(runs, "_started", begun)
+        for again in (lambda: medfed.run(study, tmp_path / "run"), lambda: files_held(tmp_path / "run")):
+            with pytest.raises(checks.RunError, match="in use by another run|not an empty folder"):
+                again()
+        return begun(*arguments)
+
+    monkeypatch.setattr(runs, "_started", meanwhile)
+    assert medfed.run(study, tmp_path / "run").complete
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def files_held(folder: Path) -> None:
+    with files.held(folder):
+        raise AssertionError("held twice")

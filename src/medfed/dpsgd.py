@@ -113,7 +113,7 @@ def sums(
     total_KP = torch.empty(len(patients), len(w_P), dtype=torch.float64)
     below_K, dropped = torch.empty(len(patients), dtype=torch.float64), 0
     model.train()
-    summed, layout, random = _summer(model, chosen), Layout.of(model), _drops(model)
+    summed, layout, random = _summer(model, chosen), Layout.of(model), _draws(model, chosen)
     draw = _drawer(guarantee, key_K)
     for members in _chunks(patients, len(w_P), guarantee, names):
         releases = [guarantee.releases[names[k]] for k in members.tolist()]
@@ -129,15 +129,15 @@ def sums(
     return Sums(total_KP, below_K, dropped)
 
 
-def gradient(model: nn.Module, w_P: Tensor, patients: Patients, task: Task, path: Path) -> tuple[Tensor, Tensor]:
-    """Return one client's sum [P] of its patients' gradients, not clipped, and their norms [I]; for probe.py."""
+def gradients(model: nn.Module, w_P: Tensor, patients: Patients, task: Task, path: Path) -> tuple[Tensor, Tensor]:
+    """Return each client's sum [K, P] of its patients' gradients, not clipped, and their norms [K, I]; for probe.py."""
     model.train()
-    release = Release(max(2, int(patients.size_K[0])), 1, 1.0, 1.0)
-    key_1 = torch.zeros(1, dtype=torch.int64)
-    step = _step(patients, [release], lambda members, t, width: torch.empty(0), torch.zeros(1).long(), key_1, 0)
-    weights = [piece[None] for _, piece in Layout.of(model).pieces(w_P)]
-    total_1P, norm_1I = _clipped(_summer(model, path), weights, patients, step, task, torch.ones_like)
-    return total_1P[0].double(), norm_1I[0, : int(patients.size_K[0])]
+    members = torch.arange(len(patients))
+    releases = [Release(max(2, size), 1, 1.0, 1.0) for size in patients.size_K.tolist()]
+    step = _step(patients, releases, lambda of, t, width: torch.empty(0), members, torch.zeros_like(members), 0)
+    weights = [piece.expand(len(members), *piece.shape) for _, piece in Layout.of(model).pieces(w_P)]
+    total_KP, norm_KI = _clipped(_summer(model, path), weights, patients, step, task, torch.ones_like)
+    return total_KP.double(), norm_KI
 
 
 def train(
@@ -157,7 +157,8 @@ def train(
     Whatever is done with noised sums costs nothing more: corrections, momentum, averaging the last share `average` of
     the iterates. Losses are not told. Guarantee: that of `guarantee`, for each client by itself (Abadi et al. 2016).
     """
-    chosen, layout, random = _path(model, path), Layout.of(model), _drops(model)
+    chosen, layout = _path(model, path), Layout.of(model)
+    random = _draws(model, chosen)
     steps_K = torch.tensor([guarantee.releases[name].steps for name in names])
     draw, noise = _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)
     factor = clip_factor(guarantee.clipping, guarantee.clip)
@@ -195,8 +196,9 @@ def train(
     return LocalResult(theta_KP, torch.full((len(patients),), float("nan"), dtype=torch.float64), steps_K)
 
 
-def _drops(model: nn.Module) -> bool:
-    return any(isinstance(layer, Dropout) for layer in model.modules())
+def _draws(model: nn.Module, path: Path) -> bool:
+    """Say whether records need streams: for dropout layers, and for whatever else a module called by the loop draws."""
+    return path == "loop" or any(isinstance(layer, Dropout) for layer in model.modules())
 
 
 def _path(model: nn.Module, path: Path) -> Path:

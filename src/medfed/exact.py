@@ -220,7 +220,7 @@ def _like(site: Site, study: Study, g: Guarantee) -> Site:
     """Return a node that does what this one does, for another study and guarantee; it keeps nothing."""
     other = site.under(study)
     other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, g, site.links
-    other.train = site.train
+    other.train, other.path = site.train, site.path
     other.forget()
     return other
 

@@ -38,7 +38,7 @@ _aten: Any = torch.ops.aten
 LARGEST = 2.0**100
 """A norm above it counts as not finite: a weight of 1 / norm would be subnormal in float32, and no longer exact."""
 
-_COLUMNS, _COLUMN = 16, 7  # columns of a product that are enough, and rows that are for a single column
+_COLUMNS = 16  # columns of a product that are enough for a row's bits not to depend on its place or company
 
 CANCELLATION = 2.0**-20
 """Least norm of a patient's gradient, as a share of the sum of its records' norms, that clipping tells apart from 0.
@@ -170,12 +170,13 @@ class LinearRule(Rule):
         return dx if dy.dim() == 3 else dx.view(*dy.shape[:-1], -1)
 
     def _times(self, name: str, x: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x [A, S, I] times `right` [A, I, N], plus bias [A, 1, N]; a row's bits do not depend on its place.
+        """Return x [A, S, I] times `right` [A, I, N], plus bias [A, 1, N]; a row's bits do not depend on the others.
 
-        They would with few columns, and are then taken of more. Seen with MKL on AVX2 and AVX-512; probe.py looks.
+        They would with few columns (by place, and by how many clients are in the stack), and are then taken of more.
+        Seen with MKL on AVX2 and AVX-512; probe.py looks on each machine.
         """
-        inputs, outputs = right.shape[1:]
-        width = outputs if outputs >= _COLUMNS or (outputs == 1 and inputs >= _COLUMN) else _COLUMNS
+        outputs = right.shape[2]
+        width = max(outputs, _COLUMNS)
         y = self.buffers.take(name, (*x.shape[:2], width), x.dtype)
         if width > outputs:
             right = nn.functional.pad(right, (0, width - outputs))

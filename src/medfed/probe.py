@@ -8,11 +8,13 @@ refused by the name of the part that does it.
 B made-up rows, F inputs, C outputs, P parameters.
 """
 
+import hashlib
+import pickle
 import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +61,7 @@ def probe(
     Raises PlanError, beginning with `where` and naming the part, for what cannot be trained or tested rightly.
     """
     _check_parameters(model, where)
-    case = _Case(model, where, x_BF, task, outputs, private, vector(model))
+    case = _Case(model, where, x_BF, task, outputs, private, vector(model), _attributes(model))
     with _restored(model):
         case = case.with_rows_it_takes()
         case = case.with_draws()
@@ -99,6 +101,30 @@ def _parts(model: nn.Module) -> dict[str, Tensor]:
 
 def _numbers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in _parts(model).items()}
+
+
+def _attributes(model: nn.Module) -> dict[str, object]:
+    """Return a fingerprint of every attribute of every part that is no parameter, buffer, part or hook."""
+    found: dict[str, object] = {}
+    for name, part in model.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute not in _REGISTRIES and not (isinstance(part, Dropout) and attribute == "key"):
+                found[f"{name}.{attribute}"] = _print_of(value)
+    return found
+
+
+_REGISTRIES = {"training", "_is_full_backward_hook", "_flat_weights", "_flat_weight_refs", *vars(nn.Module())}
+"""What torch keeps itself: of every module, and of recurrent ones, which look at their weights anew in each call."""
+
+
+def _print_of(value: object) -> object:
+    """Return what tells two states of a value apart: its bytes where it can be written down, else only its kind."""
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    try:
+        return hashlib.sha256(pickle.dumps(value)).digest()
+    except Exception:  # a function, a weak reference, a file
+        return type(value)
 
 
 class _Watch:
@@ -169,6 +195,7 @@ class _Case:
     outputs: int
     private: bool
     w_P: Tensor  # the module's first weights
+    attributes: Mapping[str, object]  # what else its parts hold, before any call
     draws: str = ""  # the part that draws from torch's generator in training
 
     @property
@@ -259,8 +286,17 @@ class _Case:
                 raise self.refusal(
                     f"{_Watch(self.model).told(owner)} changes its {kind} {name!r} when it is called: that is neither "
                     "averaged nor under the clip",
-                    "Take a layer that keeps nothing (nn.LayerNorm, nn.GroupNorm; track_running_stats=False), or leave "
-                    "spectral_norm out.",
+                    "Take a layer that keeps nothing: nn.LayerNorm or nn.GroupNorm for a norm over the batch, "
+                    "weight_norm for spectral_norm.",
+                )
+        for name, value in _attributes(self.model).items():
+            if self.attributes.get(name) != value:
+                part, _, attribute = name.rpartition(".")
+                told = _Watch(self.model).told(self.model.get_submodule(part))
+                raise self.refusal(
+                    f"{told} changes its attribute {attribute!r} when it is called: that "
+                    "is not saved, and may hand on what it has seen of a patient",
+                    "Keep nothing between calls; make what does not change in __init__, as a buffer.",
                 )
         watches = [_Watch(self.model) for _ in range(2)]
         second = [self.run(training, watch=w) for training, w in zip((True, False), watches, strict=True)]
@@ -414,27 +450,35 @@ def _of_clients(case: _Case, path: Path) -> Tensor:
     return (result.theta_KP - start_P).double() / plan.learning_rate
 
 
-def _patients(case: _Case, order: list[int]) -> Patients:
-    """Return made-up patients, by number: the first has three records, the others have one."""
+def _patients(case: _Case, clients: list[list[int]]) -> Patients:
+    """Return clients with made-up patients, by number: the first has three records, the others have one."""
     rows = [[0, 1, 2], [3], [4], [5]]
-    taken = [row for patient in order for row in rows[patient]]
-    number = [n for n, patient in enumerate(order) for _ in rows[patient]]
-    key = torch.tensor([patient for patient in order for _ in rows[patient]])
-    return Patients.of([Rows(case.x_BF[taken], case.y_B[taken], torch.tensor(number), key)])
+    held = []
+    for order in clients:
+        taken = [row for patient in order for row in rows[patient]]
+        number = [n for n, patient in enumerate(order) for _ in rows[patient]]
+        key = torch.tensor([patient for patient in order for _ in rows[patient]])
+        held.append(Rows(case.x_BF[taken], case.y_B[taken], torch.tensor(number), key))
+    return Patients.of(held)
 
 
 def _of_patients(case: _Case, path: Path) -> Tensor:
-    return torch.stack(
-        [dpsgd.gradient(case.model, case.w_P, _patients(case, [n]), case.task, path)[0] for n in range(4)]
-    )
+    """Return each patient's gradient [4, P], taken alone."""
+    found = [dpsgd.gradients(case.model, case.w_P, _patients(case, [[n]]), case.task, path)[0] for n in range(4)]
+    return torch.cat(found)
 
 
 def _moves_with_company(case: _Case, path: Path) -> bool:
-    """Say whether a patient's norm is another in a larger batch, at another place."""
+    """Say whether a patient's norm is another in a larger batch, at another place, in a stack of clients."""
     few, many = [0, 1, 2, 3], [3, 2, 1, 0] + [1, 2, 3] * 24
-    norms = [dpsgd.gradient(case.model, case.w_P, _patients(case, order), case.task, path)[1] for order in (few, many)]
-    again = norms[1][: len(few)].flip(0)
-    return not bool(((norms[0] - again).abs() <= _BITS * norms[0]).all())
+    alone_4 = _norms(case, path, [few])[0][:4]
+    crowded_4 = _norms(case, path, [many])[0][:4].flip(0)
+    stacked_4 = _norms(case, path, [many, few, [1]])[1][:4]
+    return any(not bool(((alone_4 - other_4).abs() <= _BITS * alone_4).all()) for other_4 in (crowded_4, stacked_4))
+
+
+def _norms(case: _Case, path: Path, clients: list[list[int]]) -> Tensor:
+    return dpsgd.gradients(case.model, case.w_P, _patients(case, clients), case.task, path)[1]
 
 
 def failing_part(model: nn.Module, x_BF: Tensor) -> str:

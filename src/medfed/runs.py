@@ -154,7 +154,23 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from error
+        raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}; give another --out") from error
+    with files.held(folder):
+        if (folder / "study.toml").exists():
+            raise RunError(f"--out {str(folder)!r} is another run's by now; give another")
+        return _started(plan, fleet, sites, folder, name, keys, listeners)
+
+
+def _started(
+    plan: Plan,
+    fleet: InProcess,
+    sites: Sequence[Site],
+    folder: Path,
+    name: str,
+    keys: Ring | None,
+    listeners: Sequence[Listener],
+) -> Result:
+    """Write down what a run is, and drive it from its first round."""
     own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
@@ -179,6 +195,14 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     study, encoding = read_plan(folder)
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
+    with files.held(folder):
+        return _resumed(folder, study, encoding, data, listeners)
+
+
+def _resumed(
+    folder: Path, study: Study, encoding: Encoding, data: Path | None, listeners: Sequence[Listener]
+) -> Result:
+    """Drive a run from its last whole checkpoint."""
     server, header, note = checkpoints.read_last(folder / "checkpoints")
     own.write_to(folder / "sites" / OWN_LOG)
     sites = open_sites(study, data, folder / "sites")
@@ -300,8 +324,15 @@ def _check_places(sites: Sequence[Site], study: Study) -> None:
 def _check_scope(sites: Sequence[Site], study: Study) -> None:
     """Refuse a ledger for this run alone where some of its patients have a lifetime budget at this site."""
     mine, p = operators_folder(), study.privacy
-    if p.scope != "run" or p.simulation_only or not study.data.patient or not mine or not (mine / LEDGER).exists():
+    if p.scope != "run" or p.simulation_only or not mine or not (mine / LEDGER).exists():
         return
+    if not study.data.patient:
+        if study.data.source:  # a built-in source is public
+            return
+        raise PlanError(
+            "privacy.scope='run' without data.patient and the site's ledger do not compose: whether these patients have "
+            "a lifetime budget cannot be told. Set data.patient='column', the table's column that names the patient."
+        )
     with Ledger.open(mine / LEDGER, read_only=True) as book:
         known = book.knows(name for site in sites if site.table for name in site.table.ids)
     if known:
@@ -392,6 +423,15 @@ def decide_budget(folder: Path | None, epsilon: float, delta: float | None, oper
             raise PlanError("delta is not known: this ledger has no lifetime budget yet. Set --delta.")
         kept = ledger.lifetime.delta if ledger.lifetime else 0.0
         return ledger.decide(epsilon, kept if delta is None else delta, operator, reason)
+
+
+def name_column(folder: Path | None, column: str, operator: str, reason: str) -> None:
+    """Have a site's operator say that a column of tables names patients by the ids that its ledger knows, on record."""
+    path = (folder or home()) / LEDGER
+    if not path.exists():
+        raise LedgerError(f"{path} does not exist; found it by `medfed privacy found`")
+    with Ledger.open(path) as ledger:
+        ledger.know_column(column, operator or " ", reason)
 
 
 def accept_ledger(folder: Path | None, head: str, operator: str, reason: str) -> None:

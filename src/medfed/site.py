@@ -49,7 +49,7 @@ from medfed.privacy.mechanisms import geometric_noise
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.party import Party, Rehearser
-from medfed.study import Study
+from medfed.study import LEAST_CLIP, Study
 from medfed.wire import PLAIN, Link, finite, into_ball, send
 
 logger = logging.getLogger(__name__)
@@ -453,7 +453,7 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     decide whether the row is within the bound that others check.
     """
     first, names = sites[0], [site.name for site in sites]
-    clip = header.get("clip", promised.clip)
+    clip = _clip(header, promised)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
     path, task = first.path, first.encoding.target.task
     patients = Patients.of([site.train for site in sites])
@@ -466,6 +466,19 @@ def _summed(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
         half_K = torch.tensor(size_K, dtype=torch.float64) / 2
         message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
     return _sent(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
+
+
+def _clip(header: Header, promised: Guarantee) -> float:
+    """Return the clipping norm: the study's own; only adaptive clipping takes it from the coordinator, within reason.
+
+    A sum is in units of it, so that any norm keeps the guarantee; one that is no number would tell of single patients.
+    """
+    if promised.clipping != "adaptive":
+        return promised.clip
+    clip = header.get("clip")
+    if not isinstance(clip, float) or not LEAST_CLIP <= clip < math.inf:
+        raise SiteError(f"the coordinator sends no clipping norm; expected a number from {LEAST_CLIP:g} on")
+    return clip
 
 
 def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:

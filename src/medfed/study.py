@@ -19,6 +19,9 @@ import tomli_w
 
 from medfed.core.checks import StudyError, nearest
 
+LEAST_CLIP = 1e-6
+"""Least clipping norm: a smaller one would weigh rounding as if it were a gradient."""
+
 
 def _key(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -502,7 +505,7 @@ def _check_ranges(study: Study) -> None:
         ("training.average", t.average, 0 <= t.average < 1, "in [0, 1)"),
         ("privacy.epsilon", p.epsilon, p.epsilon > 0, "a number above 0 (inf asks for no guarantee)"),
         ("privacy.delta", p.delta, 0 < p.delta <= 1, "a number in (0, 1), below 1 / number of patients"),
-        ("privacy.clip", p.clip, 0 < p.clip < 1e6, "above 0"),
+        ("privacy.clip", p.clip, LEAST_CLIP <= p.clip < 1e6, f"from {LEAST_CLIP:g} on, below 1e6"),
         ("privacy.quantile", p.quantile, 0 < p.quantile < 1, "in (0, 1)"),
         ("privacy.batch_cap", p.batch_cap, p.batch_cap >= 0, "0 (no cap) or more"),
         ("privacy.max_sites_per_patient", p.max_sites_per_patient, p.max_sites_per_patient >= 1, "1 or more"),

@@ -841,7 +841,7 @@ def test_a_disk_that_cannot_be_written_is_refused_at_once(
     place.chmod(file_mode)
     shared_folder.chmod(folder_mode)
     with powerless():
-        with pytest.raises(LedgerError, match=r"cannot be opened or written.*set privacy\.ledger"):
+        with pytest.raises(LedgerError, match=r"cannot be opened or written.*set MEDFED_HOME"):
             Ledger.open(place)
         with Ledger.open(place, read_only=True) as book:
             assert book.head() == head

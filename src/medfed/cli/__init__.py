@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medfed.cli.budget import accept, budget, found
+from medfed.cli.budget import accept, budget, column, found
 from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
@@ -30,6 +30,7 @@ privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, wh
 app.add_typer(privacy_app, name="privacy")
 privacy_app.command()(found)
 privacy_app.command()(budget)
+privacy_app.command()(column)
 privacy_app.command()(accept)
 
 trail_app = typer.Typer(no_args_is_help=True, help="What happened in a run, signed and chained.")

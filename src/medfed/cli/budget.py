@@ -1,4 +1,4 @@
-"""`medfed privacy found`, `budget` and `accept`: what a site's operator decides about its budget ledger, on record."""
+"""`medfed privacy found`, `budget`, `column`, `accept`: what a site's operator decides about its ledger, on record."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,6 +56,22 @@ def budget(
         highlight=False,
         markup=False,
     )
+
+
+def column(
+    name: Annotated[str, typer.Argument(metavar="COLUMN", help="A table's column, as data.patient names it.")],
+    operator: Operator,
+    reason: Reason,
+    folder: Place = None,
+) -> None:
+    """Say that another column names patients by the ids that the ledger knows, on record.
+
+    A ledger takes the first study's column; under one with other ids the same people would look new.
+    """
+    from medfed import runs
+
+    runs.name_column(folder, name, operator, reason)
+    console().print(f"patients are also known by column {name!r}", highlight=False, markup=False)
 
 
 def accept(

@@ -60,7 +60,7 @@ def patients(
     """Name the patient of each row: by a column, under the identity rule, or by the row's content without one.
 
     A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises DataError; where a
-    guarantee is `claimed`, it does not say which rows: the site's own log does.
+    guarantee is `claimed`, it does not say which rows: `medfed data show`, at the site, does.
     """
     if not column:
         return row_patients(frame)
@@ -75,7 +75,7 @@ def patients(
         action = "Name each patient, leave the rows out"
         if claimed:
             logger.warning("%s %s", where, rows)
-            raise DataError(f"{where} some rows; the site's own log says which. {action}.")
+            raise DataError(f"{where} some rows; at the site `medfed data show` says which. {action}.")
         raise DataError(f"{where} {rows}. {action}, or set data.missing_patient='own': each row is its own patient.")
     if nobody.any():
         named[nobody] = (OWN + row_patients(frame[nobody])).to_numpy()

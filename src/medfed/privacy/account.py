@@ -79,6 +79,8 @@ class Account:
         Raises BudgetError naming what is left; nothing is charged here.
         """
         self.run, self.guarantee = run, guarantee
+        if self.study.privacy.scope == "study":
+            self.ledger.refuse_column(self.study.data.patient)
         if guarantee.joint:
             rosters = {
                 site: [name for name in roster if self._payer.setdefault(name, site) == site]

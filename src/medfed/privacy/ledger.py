@@ -63,7 +63,9 @@ _RESTORE = "Restore it from a copy: a new ledger would forget what the patients 
 _RESTORE_KEY = "Restore the key from a copy: under a new one every patient would look new, with nothing spent."
 _RESTORE_ALL = "Restore the newest copy of the whole folder; where none is left, see `medfed privacy accept --help`."
 _SAY = "medfed privacy budget FOLDER --lifetime-epsilon E --delta D --operator NAME --reason TEXT"
-_ELSEWHERE = "Every charge must be on disk before data is touched: make the folder writable, or set privacy.ledger."
+_ELSEWHERE = (
+    "Every charge must be on disk before data is touched: make the folder writable, or set MEDFED_HOME to one that is."
+)
 
 _COLUMNS = ("seq", "time", "study", "run", "site", "cohort", "round", "label", "event", "previous")
 _ROW = f"{', '.join(_COLUMNS)}, hash"
@@ -173,6 +175,7 @@ class Ledger:
     def __init__(self, sql: sqlite3.Connection, path: Path | None, key: bytes | None) -> None:
         self.path = path
         self.founded = False  # whether this very `open` founded it
+        self.columns: tuple[str, ...] = ()  # of tables, by which patients are named
         self.lifetime: Lifetime | None = None  # of the last row that was read; None: the ledger of one run
         self._sql = sql
         self._key = key
@@ -316,6 +319,37 @@ class Ledger:
                 seq, head = ledger._append_decision({"kind": "accepted", **told})
             ledger._write_anchor(Anchor(ledger._genesis["id"], seq, head))
 
+    def know_column(self, column: str, operator: str = "", reason: str = "") -> None:
+        """Hold that patients are named by this column of tables: by an operator's word, or the first study's.
+
+        Under another column the same people would look new. Raises PlanError for an operator without name or reason.
+        """
+        if operator or reason:
+            _refuse_unsigned(operator, reason)
+        with self._transaction("IMMEDIATE"):
+            self._catch_up()
+            if column in self.columns:
+                return
+            told = {"operator": operator.strip() or "the first study", "reason": reason.strip()}
+            written = self._append_decision({"kind": "column", "column": column, **told})
+            self._catch_up()
+        self._tell_head(*written)
+
+    def refuse_column(self, column: str) -> None:
+        """Raise BudgetError where patients are named by other columns than this one; take over the first there is."""
+        with self._transaction("DEFERRED"):
+            self._catch_up()
+        if not self.columns:
+            self.know_column(column)
+        if column not in self.columns:
+            known = ", ".join(map(repr, self.columns))
+            raise BudgetError(
+                f"data.patient={column!r} and the site's ledger, which knows patients by {known}, do not compose: by "
+                "another column the same people would look new, with nothing spent. Name that column; or, where both "
+                "hold the same ids, have the site's operator say so: medfed privacy column "
+                f"{column!r} --operator NAME --reason TEXT"
+            )
+
     def _append_decision(self, content: dict[str, object]) -> tuple[int, str]:
         """Append a row that charges nobody."""
         row = (self._seq + 1, _now(), "", "", "", "", 0, "decision", _canonical(content), self._head)
@@ -441,6 +475,7 @@ class Ledger:
         if _sha256(str(content)) != digest:
             raise self._damaged("row 0, its genesis, is missing or was changed")
         self._genesis, self._seq, self._head, self._accounts = json.loads(content), 0, digest, _Accounts()
+        self.columns = ()
         self.lifetime = Lifetime(**bound) if (bound := self._genesis.get("lifetime")) else None
         self._catch_up()
         if (last := self._one("SELECT max(seq) FROM sqlite_sequence") or 0) != self._seq:  # SQLite's own count
@@ -469,6 +504,8 @@ class Ledger:
                 self.lifetime = Lifetime(**found)
             case "accepted":
                 pass
+            case "column":
+                self.columns = (*self.columns, found["column"])
             case kind:
                 raise LedgerError(f"{self.path} holds a decision of kind={kind!r}, which is not known. Update medfed.")
 
