@@ -380,5 +380,5 @@ def test_a_run_of_its_own_does_not_get_around_the_ledger_without_a_patient_colum
     nameless = (
         study.set("privacy.scope", "run").set("data.patient", "").set("data.features", ["age", "lactate", "ward"])
     )
-    with pytest.raises(PlanError, match="without data.patient and the site's ledger do not compose"):
+    with pytest.raises(PlanError, match=r"without data\.patient and the site's ledger do not compose"):
         medfed.run(nameless, tmp_path / "two")

@@ -432,7 +432,7 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pyt
     def meanwhile(*arguments: Any) -> Any:
         monkeypatch.setattr(runs, "_started", begun)
         for again in (lambda: medfed.run(study, tmp_path / "run"), lambda: files_held(tmp_path / "run")):
-            with pytest.raises(checks.RunError, match="in use by another run|not an empty folder"):
+            with pytest.raises(checks.RunError, match=r"in use by another run|not an empty folder"):
                 again()
         return begun(*arguments)
 

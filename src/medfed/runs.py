@@ -330,8 +330,8 @@ def _check_scope(sites: Sequence[Site], study: Study) -> None:
         if study.data.source:  # a built-in source is public
             return
         raise PlanError(
-            "privacy.scope='run' without data.patient and the site's ledger do not compose: whether these patients have "
-            "a lifetime budget cannot be told. Set data.patient='column', the table's column that names the patient."
+            "privacy.scope='run' without data.patient and the site's ledger do not compose: whether these patients "
+            "have a lifetime budget cannot be told. Set data.patient='column', which names the patient."
         )
     with Ledger.open(mine / LEDGER, read_only=True) as book:
         known = book.knows(name for site in sites if site.table for name in site.table.ids)

@@ -1,8 +1,8 @@
 """The sites' own log: Python's logger `medfed`. It may quote rows and counts, so a run neither prints nor sends it.
 
-A run writes it to `sites/own.log` of its folder, for the owner alone to read. A program that wants it adds a handler to
-that logger: it is not handed up, as some library may have set the root logger to print. What a refused run logged before
-it had a folder is kept nowhere.
+A run writes it to `sites/own.log` of its folder, for the owner alone to read. A program that wants it adds a handler
+to that logger: it is not handed up, as some library may have set the root logger to print. What a refused run logged
+before it had a folder is kept nowhere.
 """
 
 import logging
