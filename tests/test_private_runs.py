@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import checkpoints, dpsgd, runs, site
+from medfed import checkpoints, dpsgd, models, runs, site
 from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
@@ -500,6 +500,23 @@ def _prepared(study: Study, frames: dict[str, pd.DataFrame] | None = None) -> li
 def _frames(change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> dict[str, pd.DataFrame]:
     frame = change(invented())
     return {name: frame[frame["hospital"] == name] for name in SITES}
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, 1e-300, None])
+def test_the_coordinator_does_not_choose_the_clip(study: Study, clip: float | None) -> None:
+    """At zero a padding slot was no number, so that the answer told whether a site had 64 patients."""
+
+    def answer(kind: str, header: dict[str, Any]) -> dict[str, torch.Tensor]:
+        node = _prepared(study.set("privacy.clipping", kind))[0]
+        node.account = None
+        w_P = {"w": torch.zeros(models.count(node.model))}
+        return codec.decode(node.handle("work", codec.encode({"round": 1, **header}, w_P)))[1]
+
+    for kind in ("fixed", "automatic"):
+        assert torch.equal(answer(kind, {"clip": clip})["row"], answer(kind, {})["row"])
+    with pytest.raises(SiteError, match="sends no clipping norm; expected a number from 1e-06 on"):
+        answer("adaptive", {"clip": clip})
+    assert answer("adaptive", {"clip": 0.5})["row"].any()
 
 
 def _somebody(study: Study) -> str:
