@@ -155,19 +155,20 @@ class LinearRule(Rule):
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
         self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
+        self.widened: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.slots, self.x = x.shape[:2], _rows(x)
         bias = params[1].unsqueeze(1) if len(params) == 2 else None
         y = self._times("y", self.x, params[0].mT, bias)
-        return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 3 else y.reshape(*x.shape[:-1], -1)
 
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
         self.dy, self.gradients, self.basis, self.mass_AN = _rows(dy), (), (), None
         if first:
             return dy
         dx = self._times("dx", self.dy, params[0])
-        return dx if dy.dim() == 3 else dx.view(*dy.shape[:-1], -1)
+        return dx if dy.dim() == 3 else dx.reshape(*dy.shape[:-1], -1)
 
     def _times(self, name: str, x: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x [A, S, I] times `right` [A, I, N], plus bias [A, 1, N]; a row's bits do not depend on the others.
@@ -176,20 +177,23 @@ class LinearRule(Rule):
         Seen with MKL on AVX2 and AVX-512; probe.py looks on each machine.
         """
         outputs = right.shape[2]
-        width = max(outputs, _COLUMNS)
-        y = self.buffers.take(name, (*x.shape[:2], width), x.dtype)
-        if width > outputs:
-            right = nn.functional.pad(right, (0, width - outputs))
-            bias = None if bias is None else nn.functional.pad(bias, (0, width - outputs))
+        y = self.buffers.take(name, (*x.shape[:2], max(outputs, _COLUMNS)), x.dtype)
+        if outputs < _COLUMNS:
+            torch.bmm(x, self._widened(name, right), out=y)
+            y = y[..., :outputs]
+            return y if bias is None else y.add_(bias)
         if bias is None:
-            torch.bmm(x, right, out=y)
-        else:
-            torch.baddbmm(bias, x, right, out=y)
-        return (
-            y
-            if width == outputs
-            else self.buffers.take(f"{name} cut", (*x.shape[:2], outputs), x.dtype).copy_(y[..., :outputs])
-        )
+            return torch.bmm(x, right, out=y)
+        return torch.baddbmm(bias, x, right, out=y)
+
+    def _widened(self, name: str, right: Tensor) -> Tensor:
+        """Return [A, I, N] with columns of zeros behind; kept, so that only N are written."""
+        shape = (*right.shape[:2], _COLUMNS)
+        wide = self.widened.get(name)
+        if wide is None or wide.shape != shape or wide.dtype != right.dtype:
+            wide = self.widened[name] = right.new_zeros(shape)
+        wide[..., : right.shape[2]].copy_(right)
+        return wide
 
     def square_norms(self, records: int) -> Tensor:
         """One slot: |dy|^2 (|x|^2 + 1). S of them: of their basis, or of the gradients where those are smaller."""
