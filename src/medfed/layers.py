@@ -155,7 +155,7 @@ class LinearRule(Rule):
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
         self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
-        self.widened: dict[str, Tensor] = {}
+        self.widened: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.slots, self.x = x.shape[:2], _rows(x)
@@ -177,23 +177,33 @@ class LinearRule(Rule):
         Seen with MKL on AVX2 and AVX-512; probe.py looks on each machine.
         """
         outputs = right.shape[2]
-        y = self.buffers.take(name, (*x.shape[:2], max(outputs, _COLUMNS)), x.dtype)
-        if outputs < _COLUMNS:
-            torch.bmm(x, self._widened(name, right), out=y)
-            y = y[..., :outputs]
-            return y if bias is None else y.add_(bias)
-        if bias is None:
-            return torch.bmm(x, right, out=y)
-        return torch.baddbmm(bias, x, right, out=y)
+        if outputs >= _COLUMNS:
+            y = self.buffers.take(name, (x.shape[0], x.shape[1], outputs), x.dtype)
+            return torch.bmm(x, right, out=y) if bias is None else torch.baddbmm(bias, x, right, out=y)
+        wide, one, y, cut = self._widened(name, x, right)
+        if outputs == 1:  # the bias goes to every column
+            torch.mul(right, one, out=wide)
+            torch.bmm(x, wide, out=y) if bias is None else torch.baddbmm(bias, x, wide, out=y)
+            return cut
+        wide[..., :outputs].copy_(right)
+        torch.bmm(x, wide, out=y)
+        return cut if bias is None else cut.add_(bias)
 
-    def _widened(self, name: str, right: Tensor) -> Tensor:
-        """Return [A, I, N] with columns of zeros behind; kept, so that only N are written."""
-        shape = (*right.shape[:2], _COLUMNS)
-        wide = self.widened.get(name)
-        if wide is None or wide.shape != shape or wide.dtype != right.dtype:
-            wide = self.widened[name] = right.new_zeros(shape)
-        wide[..., : right.shape[2]].copy_(right)
-        return wide
+    def _widened(self, name: str, x: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what a narrow product is taken with, made once: room for `right`, a one, room for it and cut to size.
+
+        Behind the columns of `right` and behind the one stand zeros.
+        """
+        key = (name, x.shape, right.shape, x.dtype)
+        found = self.widened.get(key)
+        if found is None:
+            wide = right.new_zeros(*right.shape[:2], _COLUMNS)
+            y = x.new_empty(*x.shape[:2], _COLUMNS)
+            one = torch.eye(1, _COLUMNS, dtype=x.dtype)[0]
+            if len(self.widened) > 8:  # shapes of batches that are gone
+                self.widened.clear()
+            found = self.widened[key] = wide, one, y, y[..., : right.shape[2]]
+        return found
 
     def square_norms(self, records: int) -> Tensor:
         """One slot: |dy|^2 (|x|^2 + 1). S of them: of their basis, or of the gradients where those are smaller."""
