@@ -61,7 +61,8 @@ def test_planted_bugs_are_caught(bug: Callable[[Patch], None], mode: str, monkey
     for seed in range(2):
         part = audit.one_run(twin(f"privacy.noise={mode!r}"), np.random.default_rng(seed))
         assert part.passed is False
-        assert part.figures["refuted"] > 1.5  # type: ignore[operator]
+        # a tenth of the canaries cancel within themselves, and tell little where nothing is clipped
+        assert part.figures["refuted"] > (1.0 if bug is clipping_skipped else 1.5)  # type: ignore[operator]
         if bug is noise_reused:  # of rows that are not clipped, both attackers guess nearly all right
             assert "one noise for all rounds" in part.told
 

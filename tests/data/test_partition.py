@@ -188,7 +188,7 @@ def test_a_text_that_means_missing_names_no_patient(gap: object) -> None:
     frame = numbered(pd.DataFrame({"id": pd.Series(["p1", gap, "p2", gap], dtype=object)}))
     with pytest.raises(DataError, match=r"no patient named in row 3, 5\..*missing_patient='own'"):
         patients(frame, "id", missing_values=("-9",))
-    with pytest.raises(DataError, match=r"in some rows; the site's own log says which") as told:
+    with pytest.raises(DataError, match=r"in some rows; at the site `medfed data show` says which") as told:
         patients(frame, "id", missing_values=("-9",), claimed=True)
     assert not any(digit in str(told.value) for digit in "345")
 
