@@ -230,7 +230,7 @@ def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
             f"model.name={name!r} returns the same module every time it is called. Make a new one each time."
         )
     ours, theirs = ({**trained(m), **fixed(m)} for m in (one, other))
-    for part in ours.keys() | theirs.keys():
+    for part in sorted(ours.keys() | theirs.keys()):
         if part not in ours or part not in theirs or fingerprint({"": ours[part]}) != fingerprint({"": theirs[part]}):
             raise PlanError(
                 f"model.name={name!r}: {part!r} is another at each build from one seed. Draw first weights from the "

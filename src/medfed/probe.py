@@ -279,7 +279,7 @@ class _Case:
         before = _numbers(self.model)
         first = [self.run(training) for training in (True, False)]
         after = _numbers(self.model)
-        for name in before.keys() | after.keys():
+        for name in sorted(before.keys() | after.keys()):
             if name not in after or name not in before or not _same(before[name], after[name]):
                 kind = "parameter" if name in dict(self.model.named_parameters()) else "buffer"
                 owner = self.model.get_submodule(name.rpartition(".")[0])
