@@ -58,11 +58,12 @@ def test_honest_runs_stand(mode: str) -> None:
 @pytest.mark.parametrize("bug", [noise_off, clipping_skipped, noise_reused])
 def test_planted_bugs_are_caught(bug: Callable[[Patch], None], mode: str, monkeypatch: Patch) -> None:
     bug(monkeypatch)
+    if bug is clipping_skipped:  # canaries that cancel within themselves are for another bug, and tell little of this
+        monkeypatch.setattr(audit, "TWINS", 10**9)
     for seed in range(2):
         part = audit.one_run(twin(f"privacy.noise={mode!r}"), np.random.default_rng(seed))
         assert part.passed is False
-        # a tenth of the canaries cancel within themselves, and tell little where nothing is clipped
-        assert part.figures["refuted"] > (1.0 if bug is clipping_skipped else 1.5)  # type: ignore[operator]
+        assert part.figures["refuted"] > 1.5  # type: ignore[operator]
         if bug is noise_reused:  # of rows that are not clipped, both attackers guess nearly all right
             assert "one noise for all rounds" in part.told
 

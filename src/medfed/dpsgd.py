@@ -42,7 +42,7 @@ from medfed.local import (
     on_threads,
     sample_loss,
 )
-from medfed.models import Dropout, fixed
+from medfed.models import Dropout, dropout_keys, fixed
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
 
@@ -345,7 +345,7 @@ class _ByFunc:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.names = model, list(Layout.of(model).shapes)
-        self.dropouts = [f"{n}.key".lstrip(".") for n, m in model.named_modules() if isinstance(m, Dropout)]
+        self.dropouts = dropout_keys(model)
         self.fixed = fixed(model)
 
     def __call__(

@@ -28,7 +28,7 @@ from medfed.core.flat import Layout, fill, trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.layers import RuledModel, has_rules
-from medfed.models import Dropout
+from medfed.models import Dropout, dropout_keys
 
 Path = Literal["auto", "rules", "func", "loop"]
 _Piece = TypeVar("_Piece")
@@ -355,7 +355,7 @@ def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
     laid = batches(data, plan, key_K)
     params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in layout.pieces(chunk.start_KP)]
     descent = Descent(params, chunk.plan, chunk.correction, chunk.layout)
-    dropouts = [f"{name}.key".lstrip(".") for name, m in model.named_modules() if isinstance(m, Dropout)]
+    dropouts = dropout_keys(model)
     tally = _Loss(plan.task, len(data))
 
     def objective(

@@ -213,8 +213,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 def fixed(module: nn.Module) -> dict[str, Tensor]:
     """Return what is part of the model and not trained: frozen parameters and buffers, but for dropout's streams."""
-    streams_of = {f"{name}.key".lstrip(".") for name, part in module.named_modules() if isinstance(part, Dropout)}
-    return {name: value for name, value in untrained(module).items() if name not in streams_of}
+    keys = set(dropout_keys(module))
+    return {name: value for name, value in untrained(module).items() if name not in keys}
+
+
+def dropout_keys(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that hold the streams of the module's dropout layers."""
+    return [f"{name}.key".lstrip(".") for name, part in module.named_modules() if isinstance(part, Dropout)]
 
 
 def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:

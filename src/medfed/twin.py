@@ -31,7 +31,7 @@ from medfed.data.preprocess import Encoding
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Counted, Fleet, Reply
 from medfed.local import Correction, Descent, sample_loss
-from medfed.models import Dropout
+from medfed.models import dropout_keys
 from medfed.monitor.events import Log
 from medfed.plan import Plan, build_model
 from medfed.prepare import prepare
@@ -250,7 +250,7 @@ class People:
 def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
     """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the definition."""
     model, layout, task = twin.model, Layout.of(twin.model), twin.plan.encoding.target.task
-    dropouts = [f"{name}.key".lstrip(".") for name, layer in model.named_modules() if isinstance(layer, Dropout)]
+    dropouts = dropout_keys(model)
 
     def loss(weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor) -> Tensor:
         z_1C = functional_call(model, {**weights, **dict.fromkeys(dropouts, key)}, (x_F[None],))
