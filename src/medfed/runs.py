@@ -48,6 +48,7 @@ from medfed.core.checks import (
     some,
 )
 from medfed.core.flat import Layout, fill, trained
+from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
@@ -59,7 +60,7 @@ from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
-from medfed.plan import POOLED, Plan, build_model, check
+from medfed.plan import POOLED, Plan, build_model, standing
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy import ledger as ledgers
@@ -266,10 +267,10 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
+    refuse(standing(study))  # what needs no record is refused before one is read, and before a ledger is founded
     study = dataclasses.replace(study, data=sources.completed(study))
     private = guarantee.asked(study)
     if private:
-        check(study)  # what needs no record is refused before one is read, and before a ledger is founded
         study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
@@ -345,7 +346,7 @@ def _check_scope(sites: Sequence[Site], study: Study) -> None:
 
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes."""
-    looked_at = dataclasses.replace(study, privacy=Privacy())  # whoever holds the table sees it, not what sites tell
+    looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
     sites = open_sites(looked_at, data, None, progress)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())
