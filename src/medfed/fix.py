@@ -7,7 +7,7 @@ public anyway; what it reads is marked in the file, and the claim says it.
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -80,29 +80,36 @@ def fix(
     if from_records:
         _refuse_patients(_parsed(asked, path))
         put(asked, ("data", "read_from_records"), True)
-    settled, mended, stood = deepcopy(asked), dict[toml.Path, Any](), list[str]()
+    stood = _told(_standing(asked, path))
+    settled, mended = _mend(asked, path)
 
-    for number in range(MOST_PASSES):
-        found = _standing(settled, path)
-        stood += [text for refusal in found if (text := str(refusal.error)) not in stood and not number]
-        if not (new := {key: value for key, value in mends(found).items() if mended.get(key) != value}):
-            break
+    read: dict[toml.Path, Any] = {}
+    if from_records:
+        read = _read_from_records(_parsed(settled, path), _blanks(settled, path), data)
+        for key, value in read.items():
+            put(settled, key, value)
+
+    blanks = _blanks(settled, path)
+    left = _told(refusal for refusal in _standing(settled, path) if not refusal.mend)
+    notes = {key: _note(key, asked) for key in mended if key not in blanks} | dict.fromkeys(read, READ)
+    for key, blank in blanks.items():
+        _set_blank(settled, key, blank)
+    _move(settled, path.parent, out)
+    lines = [*_preface(stood, left, bool(read)), *toml.document(_in_order(settled), notes), ""]
+    return Fixed("\n".join(lines), tuple(stood), tuple(toml.key(*key) for key in blanks), tuple(left))
+
+
+def _mend(asked: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[toml.Path, Any]]:
+    """Return the tables with what mends them put in, blanks among it, and what that was."""
+    settled, mended = deepcopy(dict(asked)), dict[toml.Path, Any]()
+    for _ in range(MOST_PASSES):
+        new = {key: value for key, value in mends(_standing(settled, path)).items() if mended.get(key) != value}
         for key, value in new.items():
             put(settled, key, value)
         mended |= new
-
-    blanks = {key: value for key, value in mended.items() if _is_blank(key, value, settled)}
-    read = _read_from_records(_parsed(settled, path), blanks, data) if from_records else {}
-    for key, value in read.items():
-        put(settled, key, value)
-    blanks = {key: value for key, value in blanks.items() if _is_blank(key, value, settled)}
-    left = [str(refusal.error) for refusal in _standing(settled, path) if not refusal.mend]
-    notes = _notes(asked, mended, blanks, read)
-    for key, value in blanks.items():
-        _set_blank(settled, key, value)
-    _move(settled, path.parent, out)
-    text = "\n".join([*_preface(stood, left, bool(read)), *toml.document(_in_order(settled), notes), ""])
-    return Fixed(text, tuple(stood), tuple(toml.key(*key) for key in blanks), tuple(left))
+        if not new:
+            break
+    return settled, mended
 
 
 def write(fixed: Fixed, out: Path) -> None:
@@ -122,14 +129,14 @@ def _standing(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
     return [*unread, *plan.standing(_parsed(settings, path))]
 
 
-def _is_blank(key: toml.Path, value: Any, settings: Mapping[str, Any]) -> bool:
-    """Say whether a key still holds the blank that was put there."""
-    place: Any = settings
-    for name in key:
-        if not isinstance(place, Mapping) or name not in place:
-            return False
-        place = place[name]
-    return isinstance(value, Ask) and value is not LEAVE_OUT and place == value.blank
+def _told(refusals: Iterable[Refusal]) -> list[str]:
+    return list(dict.fromkeys(str(refusal.error) for refusal in refusals))
+
+
+def _blanks(settings: Mapping[str, Any], path: Path) -> dict[toml.Path, Ask]:
+    """Return the blanks that a study is still refused for, by key."""
+    asked = mends(_standing(settings, path))
+    return {key: value for key, value in asked.items() if isinstance(value, Ask) and value is not LEAVE_OUT}
 
 
 def _set_blank(settings: dict[str, Any], key: toml.Path, blank: Ask) -> None:
@@ -139,21 +146,12 @@ def _set_blank(settings: dict[str, Any], key: toml.Path, blank: Ask) -> None:
     place[key[-1]] = blank
 
 
-def _notes(
-    asked: Mapping[str, Any],
-    mended: Mapping[toml.Path, Any],
-    blanks: Mapping[toml.Path, Any],
-    read: Sequence[toml.Path] | Mapping[toml.Path, Any],
-) -> dict[toml.Path, str]:
-    """Return what is said beside the values that were put in: what was there before, or where they come from."""
-    notes = dict.fromkeys(read, READ)
-    for key in mended:
-        before: Any = asked
-        for name in key:
-            before = before.get(name) if isinstance(before, Mapping) else None
-        if key not in blanks and key not in notes:
-            notes[key] = "mended" if before is None else f"mended; was {toml.literal(before)}"
-    return notes
+def _note(key: toml.Path, asked: Mapping[str, Any]) -> str:
+    """Return what is said beside a value that was put in: what was there before."""
+    before: Any = asked
+    for name in key:
+        before = before.get(name) if isinstance(before, Mapping) else None
+    return "mended" if before is None else f"mended; was {toml.literal(before)}"
 
 
 def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +210,14 @@ def _read_from_records(study: Study, blanks: Mapping[toml.Path, Ask], folder: Pa
     frames, data = sources.frames(replace(study, privacy=Privacy()), folder)
     frame = pd.concat(frames.values())
     found: dict[toml.Path, Any] = {}
-    for key, blank in blanks.items():
-        if key[:2] == ("data", "dictionary") and key[2] in frame.columns:
-            told = tables.suggested(frame[key[2]], data)
-            wanted = told if len(key) == 3 else {key[3]: told[key[3]]} if key[3] in told else {}
-            found |= {(*key[:3], name): value for name, value in wanted.items() if name in blank.blank or len(key) == 4}
+    for key in blanks:
+        if key[:2] != ("data", "dictionary") or key[2] not in frame.columns:
+            continue
+        for name, value in tables.suggested(frame[key[2]], data).items():
+            if len(key) == 3:
+                found |= {(*key, other): LEAVE_OUT for other in ("range", "categories")} | {(*key, name): value}
+            elif key[3] == name:
+                found[key] = value
     if any(key[:2] == ("privacy", "sizes") for key in blanks):
         for name, rows in frames.items():
             patients = tables.named_patients(rows, data, private=False).nunique()
@@ -228,4 +229,4 @@ def rounded_down(number: float) -> int:
     """Return a number rounded down to two digits, 1 at least."""
     whole = int(number)
     step = 10 ** max(0, len(str(whole)) - 2)
-    return max(1, whole // step * step)
+    return max(1, whole - whole % int(step))

@@ -48,7 +48,7 @@ from medfed.core.checks import (
     some,
 )
 from medfed.core.flat import Layout, fill, trained
-from medfed.core.refusals import refuse
+from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
@@ -274,15 +274,26 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
         study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
-    if study.sites.kind == "device":
-        sites = Site.devices(frames, study, folder)
-    else:
-        sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
+    sites = _opened(frames, study, folder)
     if private:
         _check_places(sites, study)
         _check_scope(sites, study)
     for site in sites:
         site.account = account
+    return sites
+
+
+def _opened(frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None) -> list[Site]:
+    """Return a node for each site's records, or device; raise what is wrong with the records of all sites at once."""
+    if study.sites.kind == "device":
+        return Site.devices(frames, study, folder)
+    sites, unclean = list[Site](), list[Refusal]()
+    for name, frame in frames.items():
+        try:
+            sites.append(Site.open(name, frame, study, folder))
+        except MedfedError as error:
+            unclean += list(error.refusals) or [Refusal(error)]
+    refuse(unclean)
     return sites
 
 

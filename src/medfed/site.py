@@ -603,7 +603,7 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
         z_NC = outputs(site.model, tensors["w"], site.test.x[first])
         counts = Scores.of("binary", z_NC, site.test.y[first]).counts()
         if site.account and not site.study.privacy.simulation_only:
-            site.account.pay_test(site.name, _table(site).ids[site.test.patient[first]])
+            site.account.pay_test(site.name, _table(site).ids[site.test.patient.numpy()[first]])
         noised = counts + geometric_noise(counts.shape, site.study.privacy.evaluation_epsilon, Entropy())
         replies.append(codec.encode({}, Scores.of_counts(noised).tensors()))
     return replies

@@ -11,7 +11,9 @@ import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -435,7 +437,7 @@ def put(tables: dict[str, Any], path: toml.Path, value: Any) -> None:
     if value is LEAVE_OUT:
         place.pop(last, None)
     else:
-        place[last] = value.blank if isinstance(value, Ask) else value
+        place[last] = deepcopy(value.blank if isinstance(value, Ask) else value)
 
 
 def parse_value(text: str) -> Any:
@@ -467,6 +469,8 @@ def parse(tables: Mapping[str, Any]) -> "tuple[Study, list[Refusal]]":
         return Study(), reader.refusals
     return study, [*reader.refusals, *out_of_range(study)]
 
+
+_hints = cache(get_type_hints)
 
 _UNREAD: Any = object()
 """What cannot be read."""
@@ -506,7 +510,7 @@ class _Reader:
     def _read_table(self, kind: Any, value: Any, path: toml.Path) -> Any:
         if not isinstance(value, Mapping):
             return self._refuse(path, value, f"a table [{toml.key(*path)}]")
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         known = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}
         fields = {name: self.read(hints[name], value[name], (*path, name)) for name in value if name in known}
 

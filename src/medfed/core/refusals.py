@@ -11,6 +11,9 @@ from medfed.core.toml import Path
 MOST_LINES = 24
 """A longer block of settings is not printed in an error."""
 
+MOST_TOLD = 40
+"""More things than these are counted in an error, not told."""
+
 LEAVE_OUT = toml.Ask(None, "")
 """In a refusal's `mend`: the key goes."""
 
@@ -34,7 +37,8 @@ def refuse(found: Iterable[Refusal]) -> None:
     error = refusals[0].error
     if len(refusals) > 1:
         lines = [f"{len(refusals)} things stand against this study:"]
-        lines += [f" {number}. {refusal.error}" for number, refusal in enumerate(refusals, 1)]
+        lines += [f" {number}. {refusal.error}" for number, refusal in enumerate(refusals[:MOST_TOLD], 1)]
+        lines += [f" and {len(refusals) - MOST_TOLD} more"] if len(refusals) > MOST_TOLD else []
         error = type(error)("\n".join([*lines, *_way_out(refusals)]))
     error.refusals = refusals
     raise error

@@ -1,5 +1,6 @@
 """TOML as people paste it: keys quoted where a name needs it, values on one line, blanks with what they ask for."""
 
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,10 +40,18 @@ def path(dotted: str) -> Path:
 
 def setting(text: str) -> tuple[str, str, str]:
     """Part "key=value" at the first equals sign that no quoted name of the key holds, as str.partition does."""
-    place = text.find("=")
-    while place >= 0 and text[:place].replace('\\"', "").count('"') % 2:
-        place = text.find("=", place + 1)
-    return text.partition("=") if place < 0 else (text[:place], "=", text[place + 1 :])
+    places = (place for place, character in enumerate(text) if character == "=")
+    place = next((place for place in places if _is_key(text[:place])), None)
+    return text.partition("=") if place is None else (text[:place], "=", text[place + 1 :])
+
+
+def _is_key(text: str) -> bool:
+    """Say whether a text is a whole key, which an open quote keeps it from being."""
+    try:
+        tomllib.loads(f"{text} = 0")
+    except tomllib.TOMLDecodeError:
+        return not {'"', "'"} & set(text)
+    return True
 
 
 def literal(value: Any) -> str:
@@ -102,4 +111,5 @@ def _is_table(value: Any) -> bool:
 
 def _comment(what: str) -> Iterator[str]:
     """Yield what a blank asks for."""
-    yield from (f"# {line}" for line in f"FILL IN: {what}".split("\n"))
+    for line in f"FILL IN: {what}".split("\n"):
+        yield from textwrap.wrap(line, 118, initial_indent="# ", subsequent_indent="# ")

@@ -170,7 +170,9 @@ def _lifetime(data: Data) -> Iterator[Refusal]:
             "with nothing spent",
             "Set data.patient='column', the table's column that names the patient, or privacy.scope='run' for public "
             "data.",
-            data__patient=Ask("", "the table's column that names the patient; its line in [data.dictionary], if any, goes then"),
+            data__patient=Ask(
+                "", "the table's column that names the patient; its line in [data.dictionary], if any, goes then"
+            ),
         )
     if data.missing_patient == "own":
         yield _refusal(
