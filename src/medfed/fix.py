@@ -103,7 +103,8 @@ def _mend(asked: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[to
     """Return the tables with what mends them put in, blanks among it, and what that was."""
     settled, mended = deepcopy(dict(asked)), dict[toml.Path, Any]()
     for _ in range(MOST_PASSES):
-        new = {key: value for key, value in mends(_standing(settled, path)).items() if mended.get(key) != value}
+        found = mends(_standing(settled, path)).items()
+        new = {key: value for key, value in found if mended.get(key) != value and not _is_so(settled, key, value)}
         for key, value in new.items():
             put(settled, key, value)
         mended |= new
@@ -127,6 +128,19 @@ def _parsed(settings: Mapping[str, Any], path: Path) -> Study:
 def _standing(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
     unread = studies.parse(settings)[1]
     return [*unread, *plan.standing(_parsed(settings, path))]
+
+
+def _is_so(settings: Mapping[str, Any], key: toml.Path, value: Any) -> bool:
+    """Say whether a key that is left out has this value by default, or is to be left out."""
+    place: Any = settings
+    for name in key:
+        if name not in place:
+            default: Any = Study()
+            for part in key:
+                default = getattr(default, part, LEAVE_OUT)
+            return bool(value is LEAVE_OUT or value == default)
+        place = place[name]
+    return False
 
 
 def _told(refusals: Iterable[Refusal]) -> list[str]:

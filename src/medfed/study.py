@@ -631,7 +631,7 @@ CATEGORIES = Ask([], "the texts that may occur, publicly known")
 FEATURE = Ask(
     {"range": [], "categories": []},
     "one of the two for each feature: a number's public, plausible range = [low, high], or a text's categories = "
-    '["a", "b"],\nfrom your data dictionary or a textbook, not from these patients. To leave columns out, list the '
+    '["a", "b"], from your data dictionary or a textbook, not from these patients. To leave columns out, list the '
     "others in data.features.",
 )
 EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")

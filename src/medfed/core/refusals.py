@@ -69,8 +69,4 @@ def _way_out(refusals: Sequence[Refusal]) -> list[str]:
     command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
     if not settings or len(block) > MOST_LINES:
         return [command]
-    return [
-        "Settings that mend this, to be put into their tables (a blank stays refused until filled in):",
-        *block,
-        command,
-    ]
+    return ["Settings that mend this, to be put into their tables:", *block, "", command]
