@@ -192,6 +192,27 @@ def test_what_nobody_can_choose_for_a_person_is_a_blank_or_left(tmp_path: Path) 
     assert '# mended; was "site"' not in fixed.text
 
 
+def test_a_feature_that_is_the_target_is_taken_out(tmp_path: Path) -> None:
+    text = PRIVATE.replace('[data.dictionary.died]\ncategories = ["no", "yes"]\n', "")
+    path = write_study(tmp_path, text.replace("[data]", '[data]\nfeatures = ["age", "died", "lactat"]'))
+    assert len(told(lambda: medfed.simulate(medfed.load_study(path))).refusals) == 4
+    fixed = fix.fix(path)
+    assert fixed.blanks == ("data.dictionary.died.categories",) and not fixed.left
+    assert 'features = ["age", "lactate"]  # mended' in fixed.text
+
+
+def test_what_is_no_table_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_text('training = 5\ndata = "x"\n[privacy]\nepsilon = 1\n')
+    left = fix.fix(path, out=tmp_path / "there" / "odd.toml").left
+    assert "training=5; expected a table [training]" in left and "data='x'; expected a table [data]" in left
+
+
+def test_what_is_so_by_default_is_not_written(tmp_path: Path) -> None:
+    fixed = fix.fix(write_study(tmp_path, PRIVATE), ["training.local_epochs=3"])
+    assert "local_epochs = 1  # mended; was 3" in fixed.text and "local_steps" not in fixed.text.split("[study]")[1]
+
+
 def test_regression_asks_for_public_test_data_and_a_range(tmp_path: Path) -> None:
     frame = invented().rename(columns={"lactate": "days of stay"})
     text = PRIVATE.replace("lactate", "age").replace("[data.dictionary.age]\nrange = [0.1, 15]\nlog = true\n", "")

@@ -131,9 +131,11 @@ def _standing(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
 
 
 def _is_so(settings: Mapping[str, Any], key: toml.Path, value: Any) -> bool:
-    """Say whether a key that is left out has this value by default, or is to be left out."""
+    """Say whether a key that is left out has this value by default, or is to be left out; or has no table to be in."""
     place: Any = settings
     for name in key:
+        if not isinstance(place, Mapping):
+            return True
         if name not in place:
             default: Any = Study()
             for part in key:
@@ -149,8 +151,16 @@ def _told(refusals: Iterable[Refusal]) -> list[str]:
 
 def _blanks(settings: Mapping[str, Any], path: Path) -> dict[toml.Path, Ask]:
     """Return the blanks that a study is still refused for, by key."""
-    asked = mends(_standing(settings, path))
-    return {key: value for key, value in asked.items() if isinstance(value, Ask) and value is not LEAVE_OUT}
+    asked = {key: value for key, value in mends(_standing(settings, path)).items() if isinstance(value, Ask)}
+    return {key: blank for key, blank in asked.items() if _at(settings, key) == blank.blank is not None}
+
+
+def _at(settings: Mapping[str, Any], key: toml.Path) -> Any:
+    """Return the value of a key in plain tables; None where there is none."""
+    place: Any = settings
+    for name in key:
+        place = place.get(name) if isinstance(place, Mapping) else None
+    return place
 
 
 def _set_blank(settings: dict[str, Any], key: toml.Path, blank: Ask) -> None:
@@ -162,9 +172,7 @@ def _set_blank(settings: dict[str, Any], key: toml.Path, blank: Ask) -> None:
 
 def _note(key: toml.Path, asked: Mapping[str, Any]) -> str:
     """Return what is said beside a value that was put in: what was there before."""
-    before: Any = asked
-    for name in key:
-        before = before.get(name) if isinstance(before, Mapping) else None
+    before = _at(asked, key)
     return "mended" if before is None else f"mended; was {toml.literal(before)}"
 
 
@@ -180,8 +188,8 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
         return
     for key in RELATIVE:
         table, name = key.split(".")
-        value = settings.get(table, {}).get(name, "")
-        if value and not Path(value).expanduser().is_absolute():
+        value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
+        if isinstance(value, str) and value and not Path(value).expanduser().is_absolute():
             settings[table][name] = os.path.relpath(folder.resolve() / value, out.parent.resolve())
 
 

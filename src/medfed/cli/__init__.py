@@ -133,7 +133,7 @@ def audit(
 ) -> None:
     """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds that it is broken."""
     from medfed import audit as audits
-    from medfed import study as studies
+    from medfed import fix
     from medfed.core.checks import RunError
 
     console = _console(as_json)
@@ -144,7 +144,7 @@ def audit(
         if Path(target).is_dir():
             found = audits.audit_run(Path(target), data, **options)
         else:
-            found = audits.audit_study(studies.load(target, set), data, **options)
+            found = audits.audit_study(fix.load(target, set), data, **options)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

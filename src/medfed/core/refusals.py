@@ -54,19 +54,21 @@ def gathered(check: Callable[[], object]) -> list[Refusal]:
 
 
 def mends(refusals: Iterable[Refusal]) -> dict[Path, Any]:
-    """Return the settings that would mend all of them; of two for one key the first counts."""
+    """Return the settings that would mend all of them; of two for one key the first counts, of two nested the outer."""
     settings: dict[Path, Any] = {}
     for refusal in refusals:
         for path, value in refusal.mend.items():
             settings.setdefault(path, value)
-    return settings
+    return {path: value for path, value in settings.items() if not any(path[:n] in settings for n in range(len(path)))}
 
 
 def _way_out(refusals: Sequence[Refusal]) -> list[str]:
-    """Return how to mend them: the settings themselves where they are few, and the command that writes the study."""
-    settings = {path: value for path, value in mends(refusals).items() if value is not LEAVE_OUT}
-    block = list(toml.document(toml.nested(settings)))
+    """Return how to mend them, where settings can: those where they are few, and the command that writes the study."""
+    settings = mends(refusals)
+    if not settings:
+        return []
+    block = list(toml.document(toml.nested({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
     command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
-    if not settings or len(block) > MOST_LINES:
+    if not block or len(block) > MOST_LINES:
         return [command]
     return ["Settings that mend this, to be put into their tables:", *block, "", command]

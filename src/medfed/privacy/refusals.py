@@ -143,12 +143,13 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     names = [name for name in data.features if not described(data.dictionary.get(name, Feature()))]
     if names:
         first, more = names[0], len(names) > 1
+        whose = "their" if more else "its"
         side = f"{len(names)} of data.features ({some(names)})" if more else f"data.features={first!r}"
         one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
         action = f"Set {one} or {other}" + (", and so on, or leave them out." if more else ", or leave it out.")
         error = PlanError(
-            f"{claim} and {side} without a public range or categories do not compose: what its cells are, and how far "
-            f"they reach, would be taken from patients. {action}"
+            f"{claim} and {side} without a public range or categories do not compose: what {whose} cells are, and how "
+            f"far they reach, would be taken from patients. {action}"
         )
         yield Refusal(error, describe(names, data.dictionary))
     if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
