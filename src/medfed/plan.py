@@ -514,8 +514,8 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if not private:
         return
     if study.sites.kind == "hospital" and not data.site:
+        yield from guarantees.unknown_sizes(study)  # a misspelt site's size counts before a blank for it
         yield from guarantees.unsized(study.sites.names, study)
-        yield from guarantees.unknown_sizes(study)
     if sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
     if data.target and data.task != "regression":

@@ -662,7 +662,7 @@ def _sizes_out_of_range(sizes: Mapping[str, int]) -> list[Refusal]:
     first, *more = low
     what = f"{toml.key('privacy', 'sizes', first)}={low[first]}"
     if more:
-        what = f"privacy.sizes of {len(low)} sites below 1 ({some(low)})"
+        what = f"privacy.sizes of {len(low)} sites below 1 ({some(map(repr, low))})"
     error = StudyError(f"{what}; expected the declared number of training patients, 1 or more. {CHANGE_IT}")
     return [Refusal(error, {("privacy", "sizes", name): SIZE for name in low})]
 

@@ -408,7 +408,7 @@ def _unranged(names: Sequence[str], data: Data) -> Iterator[Refusal]:
     absent = [name for name in names if not data.dictionary.get(name, Feature()).range]
     if absent:
         first, several = absent[0], len(absent) > 1
-        which = f"{len(absent)} columns of numbers ({some(absent)})" if several else repr(first)
+        which = f"{len(absent)} columns of numbers ({some(map(repr, absent))})" if several else repr(first)
         more = " and so on" if several else ""
         text = (
             f"no public range for {which}. Give {toml.key('data', 'dictionary', first, 'range')}{more}, or set "

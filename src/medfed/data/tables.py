@@ -302,7 +302,7 @@ def undescribed(names: Sequence[str], data: Data) -> Iterator[Refusal]:
     if not absent:
         return
     first, several = absent[0], len(absent) > 1
-    which = f"{len(absent)} features ({some(absent)})" if several else f"the feature {first!r}"
+    which = f"{len(absent)} features ({some(map(repr, absent))})" if several else f"the feature {first!r}"
     what = "what their" if several else "what its"
     one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
     more = ", and so on: a range for a number, categories for a text; or leave them" if several else ", or leave it"

@@ -198,7 +198,7 @@ def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
     who, whose = f"site {absent[0]!r} has no declared size", "its"
     settings = f'privacy.sizes."{absent[0]}" = N'
     if len(absent) > 1:
-        who, whose = f"{len(absent)} sites have no declared size ({some(absent)})", "each one's"
+        who, whose = f"{len(absent)} sites have no declared size ({some(map(repr, absent))})", "each one's"
         settings = f"{settings} and so on"
     text = (
         f"{who}, and a sum may not be divided by what was counted. Set "

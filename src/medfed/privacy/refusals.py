@@ -144,7 +144,7 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     if names:
         first, more = names[0], len(names) > 1
         whose = "their" if more else "its"
-        side = f"{len(names)} of data.features ({some(names)})" if more else f"data.features={first!r}"
+        side = f"{len(names)} of data.features ({some(map(repr, names))})" if more else f"data.features={first!r}"
         one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
         action = f"Set {one} or {other}" + (", and so on, or leave them out." if more else ", or leave it out.")
         error = PlanError(
