@@ -516,7 +516,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if study.sites.kind == "hospital" and not data.site:
         yield from guarantees.unknown_sizes(study)  # a misspelt site's size counts before a blank for it
         yield from guarantees.unsized(study.sites.names, study)
-    if sizes and min(sizes.values()) > 0:
+    if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
     if data.target and data.task != "regression":
         yield from tables.unlabelled(data)
