@@ -76,6 +76,8 @@ def asked(tables: dict[str, Any], sizes: dict[str, int], epsilon: float, seed: i
 def score(study: Study) -> float:
     """Run the study in memory; return AUROC, or R2 of numbers."""
     test = medfed.simulate(study).summary["test"]
+    if test is None:
+        return math.nan  # the run could not go on
     name = "auroc" if "auroc" in test else "r2"
     return float(test[name]) if test[name] is not None else math.nan
 
