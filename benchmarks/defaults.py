@@ -26,7 +26,7 @@ from common import table, write_result
 from foreign import TEST, named
 
 import medfed
-from medfed import recipe
+from medfed import recipe, runs
 from medfed.data import sources
 from medfed.study import Study, from_tables
 
@@ -82,11 +82,6 @@ def score(study: Study) -> float:
     return float(test[name]) if test[name] is not None else math.nan
 
 
-def bundled() -> dict[str, Study]:
-    """Return the bundled studies, whose own settings stay."""
-    return {f"{name} (as bundled)": medfed.load_study(name) for name in medfed.bundled_studies()}
-
-
 def rows(
     name: str, tables: dict[str, Any], sizes: dict[str, int], epsilons: Sequence[float], seeds: int, hand: bool
 ) -> dict[str, Any]:
@@ -96,6 +91,7 @@ def rows(
     for epsilon, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         row[f"{epsilon:g}"] = {"mean": round(statistics.mean(values), 4), "sd": round(spread, 4)}
+    row["foretold"] = foretold(tables, sizes, [e for e in epsilons if math.isfinite(e)])
     if hand:
         base = recipe.settled(_completed(asked(tables, sizes, 1.0, 0)))
         rate, clip = base.training.learning_rate, base.privacy.clip
@@ -107,6 +103,27 @@ def rows(
             best.append((statistics.mean(score(study) for study in tried), by_rate, by_clip))
         row["hand"] = dict(zip(("mean", "rate", "clip"), max(best), strict=True))
     return row
+
+
+def foretold(tables: dict[str, Any], sizes: dict[str, int], epsilons: Sequence[float]) -> dict[str, list[float]]:
+    """Return what `medfed privacy plan` foretells: epsilon -> expected loss, least and most."""
+    study = asked(tables, sizes, min(epsilons), 0)
+    found = runs.privacy_outlook(study)["foretold"]
+    return {f"{one['epsilon']:g}": [one["loss"], one["low"], one["high"]] for one in found}
+
+
+def compared(results: Sequence[dict[str, Any]], epsilons: Sequence[float]) -> str:
+    """Return, as a table, what was foretold beside what was lost, and how far off the foretelling was."""
+    lines = []
+    for row in results:
+        for epsilon in (f"{e:g}" for e in epsilons if math.isfinite(e)):
+            lost = row["inf"]["mean"] - row[epsilon]["mean"]
+            loss, low, high = row["foretold"][epsilon]
+            off = max(0.0, low - lost, lost - high)
+            lines.append(
+                [row["table"], epsilon, f"{lost:.3f}", f"{loss:.3f}", f"{low:.3f} to {high:.3f}", f"{off:.3f}"]
+            )
+    return table(["table", "epsilon", "lost", "foretold", "range", "outside by"], lines)
 
 
 def _completed(study: Study) -> Study:
@@ -138,6 +155,7 @@ def main() -> None:
             print(" ".join(lines[-1]), flush=True)
     head = ["table", "patients", "sites", *("none" if math.isinf(e) else f"epsilon {e:g}" for e in epsilons)]
     print(table([*head, "best by hand at 1"], lines))
+    print(compared(results, epsilons))
     if not said.tiny and not wanted:
         write_result("defaults", {"seeds": seeds, "rows": results})
 

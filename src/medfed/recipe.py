@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medfed.core.checks import MedfedError
+from medfed.core.checks import MedfedError, PlanError
 from medfed.core.types import Task
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -113,7 +113,7 @@ def declared_encoding(study: Study) -> Encoding:
 
 
 def _unasked(*_: object) -> Tensor:
-    raise AssertionError("a public encoding asks nothing")
+    raise PlanError("a public encoding asks nothing of patients; set data.preprocess='dictionary'")
 
 
 def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
@@ -127,7 +127,11 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
     each = multiplier * excess(study, clients) * (g.max_sites if g.joint else 1)
     rho = patients / (each * math.sqrt(parameters))
     task = encoding.target.task
-    return Facts(round(patients), clients, parameters, reach(model, encoding), _CURVATURE[task], rho)
+    try:
+        found = reach(model, encoding)
+    except Exception:  # a module of the user's own that cannot run: the plan's probe names the part
+        found = reach(nn.Linear(len(encoding.names()), 1), encoding)
+    return Facts(round(patients), clients, parameters, found, _CURVATURE[task], rho)
 
 
 def excess(study: Study, clients: int) -> float:
@@ -188,7 +192,8 @@ def _schedule(study: Study) -> Choices:
     found["privacy.noise"] = where, "one noise for all sites together: sqrt(sites) less than one for each"
     whole = "every patient in every step: the accountant is exact, and no site's size sets the noise of another"
     found["training.batch_size"] = 0, whole
-    if where == "site":
+    alone = all(study.left_open(f"training.{key}") for key in ("local_epochs", "batch_size"))
+    if where == "site" and alone:
         found["training.local_steps"] = 1, "each local step is noised by itself: one a round, averaged over sites"
     plain = study.left_open("training.algorithm")
     if plain and study.left_open("training.learning_rate"):

@@ -368,8 +368,9 @@ def privacy_outlook(study: Study, data: Path | None = None, progress: bool = Fal
     """
     sites = open_sites(study, data, None, progress)
     _, plan = _ready(sites[0].study, sites)
+    found = claims.outlook(plan)
     told = [dataclasses.asdict(one) for one in foretell(plan)]
-    return {**claims.outlook(plan), "chosen": plan.study.choices(), "foretold": told}
+    return {**found, "chosen": plan.study.choices(), "foretold": told}
 
 
 def ledger_accounts(place: Path | None, delta: float | None = None, heads: Sequence[str] = ()) -> dict[str, Any]:
