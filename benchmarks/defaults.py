@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from medfed.data import sources
 from medfed.study import Study, from_tables
 
 EPSILONS = (math.inf, 8.0, 3.0, 1.0)
-SHARES = {"Northfield": 0.35, "St. Brigid": 0.25, "Harbour View": 0.22, "Lakeside": 0.18}
 _ONCE = {"baselines": False, "evaluate_every": 10_000}  # tested at the end alone
 
 HAND = [(rate, clip) for rate in (0.25, 1.0, 4.0) for clip in (0.5, 1.0, 2.0)]
@@ -41,14 +41,12 @@ HAND = [(rate, clip) for rate in (0.25, 1.0, 4.0) for clip in (0.5, 1.0, 2.0)]
 def studies(folder: Path, data: Path | None) -> dict[str, Callable[[], tuple[dict[str, Any], dict[str, int]]]]:
     """Return by name what makes a study's tables, without a claim, and the sizes its sites declare."""
     found: dict[str, Callable[[], tuple[dict[str, Any], dict[str, int]]]] = {}
-    people = {"names": list(SHARES), "shares": list(SHARES.values())}
-    found["breast-cancer"] = lambda: (
-        {"data": {"source": "breast-cancer", "test_is_public": True}, "sites": people},
-        {name: round(569 * (1 - TEST) * share) for name, share in SHARES.items()},
-    )
+    for name in ("breast-cancer", "breast-cancer-ten", "brief"):
+        found[name] = partial(_bundled, name)
     if data:
         for name in ("heart", "thyroid"):
-            found[name] = lambda name=name: _source(name, data)
+            found[name] = partial(_source, name, data)
+        found["thyroid-devices"] = partial(_bundled, "thyroid-devices")
     for name, make in named(data).items():
 
         def tables(name: str = name, make: Any = make) -> tuple[dict[str, Any], dict[str, int]]:
@@ -57,6 +55,17 @@ def studies(folder: Path, data: Path | None) -> dict[str, Callable[[], tuple[dic
 
         found[name] = tables
     return found
+
+
+def _bundled(name: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a bundled study's source, sites and model, without a setting of its own."""
+    study = medfed.load_study(name)
+    tables = study.tables()
+    people, options = tables["sites"], tables["model"]
+    shares = dict(zip(study.sites.names, study.sites.shares, strict=True))
+    sizes = {site: round(569 * (1 - TEST) * share) for site, share in shares.items()}
+    data = {"source": study.data.source, "test_is_public": True}
+    return {"data": data, "sites": people, "model": options}, sizes
 
 
 def _source(name: str, data: Path) -> tuple[dict[str, Any], dict[str, int]]:
