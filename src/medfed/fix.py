@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from medfed import plan
+from medfed import recipe
 from medfed import study as studies
 from medfed.core import files, toml
 from medfed.core.checks import PlanError, StudyError
@@ -54,13 +54,13 @@ def _beside(unread: Sequence[Refusal], study: Study) -> Iterator[Refusal]:
     """Yield what else stands against a study that could not be wholly read, but what follows from that alone."""
     keys = [str(refusal.error).split("=")[0] for refusal in unread]
     if unread:
-        yield from (one for one in plan.standing(study) if not any(key in str(one.error) for key in keys))
+        yield from (one for one in recipe.refused(study)[1] if not any(key in str(one.error) for key in keys))
 
 
 def check(study: str | Path, settings: Sequence[str] = ()) -> Study:
     """Return a study that nothing stands against, as far as its file and its table's header tell; else raise it all."""
     loaded = load(study, settings)
-    refuse(plan.standing(loaded))
+    refuse(recipe.refused(loaded)[1])
     return loaded
 
 
@@ -127,7 +127,7 @@ def _parsed(settings: Mapping[str, Any], path: Path) -> Study:
 
 def _standing(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
     unread = studies.parse(settings)[1]
-    return [*unread, *plan.standing(_parsed(settings, path))]
+    return [*unread, *recipe.refused(_parsed(settings, path))[1]]
 
 
 def _is_so(settings: Mapping[str, Any], key: toml.Path, value: Any) -> bool:

@@ -533,7 +533,7 @@ def mended(study: Study, found: Sequence[Refusal]) -> Study:
     settings = study.tables()
     for path, value in mends(found).items():
         put(settings, path, 1.0 if value is EPSILON else value)
-    return replace(parse(settings)[0], folder=study.folder)
+    return replace(parse(settings)[0], folder=study.folder, given=study.given, chosen=study.chosen)
 
 
 def _algorithm_refusals(study: Study) -> Iterator[Refusal]:

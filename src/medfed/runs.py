@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation, models
+from medfed import checkpoints, claims, federation, models, recipe
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -55,12 +55,13 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
+from medfed.foretell import foretell
 from medfed.gate import Gate
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
-from medfed.plan import POOLED, Plan, build_model, standing
+from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy import ledger as ledgers
@@ -175,6 +176,7 @@ def _started(
     own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
+    frozen["chosen"] = dict(plan.study.chosen)
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
     with Log(folder / "events.jsonl", listeners) as log:
@@ -267,14 +269,18 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
-    refuse(standing(study))  # what needs no record is refused before one is read, and before a ledger is founded
-    study = dataclasses.replace(study, data=sources.completed(study))
+    study, refusals = recipe.refused(study)
+    refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
     private = guarantee.asked(study)
     if private:
         study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
     sites = _opened(frames, study, folder)
+    if study.sites.kind == "device":
+        study = recipe.settled(study, sum(not site.table.test.all() for site in sites if site.table))
+        for site in sites:
+            site.study = study
     if private:
         _check_places(sites, study)
         _check_scope(sites, study)
@@ -366,9 +372,15 @@ def survey(study: Study, data: Path | None = None, progress: bool = False) -> di
 
 
 def privacy_outlook(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, Any]:
-    """Return what noise a study's target asks for, without training: see `claims.outlook`."""
+    """Return what a study's target asks for and what it will cost, without training.
+
+    The noise as in `claims.outlook`; "chosen": what the recipe has chosen; "foretold": usefulness, see `foretell`.
+    """
     sites = open_sites(study, data, None, progress)
-    return claims.outlook(_ready(sites[0].study, sites)[1])
+    _, plan = _ready(sites[0].study, sites)
+    found = claims.outlook(plan)
+    told = [dataclasses.asdict(one) for one in foretell(plan)]
+    return {**found, "chosen": plan.study.choices(), "foretold": told}
 
 
 def ledger_accounts(place: Path | None, delta: float | None = None, heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -579,7 +591,8 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     """Return a run's frozen study and its encoding; raise RunError where they do not agree."""
     try:
         frozen = json.loads((folder / "plan.json").read_text())
-        study = dataclasses.replace(studies.load(folder / "study.toml"), folder=Path(frozen["folder"]))
+        study = studies.load(folder / "study.toml")
+        study = dataclasses.replace(study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {}))
     except (OSError, ValueError, MedfedError) as error:
         raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
     if study.digest() != frozen["digest"]:
@@ -726,7 +739,8 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
     """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
-    other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
+    other = study.as_written() if study.chosen else study
+    other = other.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
     try:
         fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
@@ -771,6 +785,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
+            chosen=study.choices(),
         )
     )
     for text in plan.warnings:

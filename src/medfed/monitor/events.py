@@ -56,6 +56,7 @@ class Planned(Event):
     bytes_down: int
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
     bears: str = ""  # what malicious clients can do to the model
+    chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # key -> value and why (`recipe`)
 
     @property
     def devices(self) -> bool:

@@ -115,8 +115,8 @@ def _unpaid_test(study: Study, claim: str) -> Refusal:
     p, rounds = study.privacy, study.training.rounds
     price, mend = "", dict[str, object](data__test_is_public=PUBLIC_TEST)
     if _is_binary(study.data):
-        price = f", or privacy.evaluation_epsilon={_affordable(p):g} to pay for a noised histogram"
-        mend = {"privacy__evaluation_epsilon": _affordable(p)}
+        price = f", or privacy.evaluation_epsilon={affordable(p):g} to pay for a noised histogram"
+        mend = {"privacy__evaluation_epsilon": affordable(p)}
         if study.monitor.evaluate_every < rounds:
             price += f", with monitor.evaluate_every={rounds}"
             mend["monitor__evaluate_every"] = rounds
@@ -211,8 +211,8 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             noised,
             f"privacy.epsilon={p.epsilon:g}",
             "no test patient's budget bears it, so that the run would end untested",
-            f"Set privacy.evaluation_epsilon={_affordable(p):g}.",
-            privacy__evaluation_epsilon=_affordable(p),
+            f"Set privacy.evaluation_epsilon={affordable(p):g}.",
+            privacy__evaluation_epsilon=affordable(p),
         )
 
 
@@ -222,7 +222,7 @@ def _bears(p: Privacy, evaluation_epsilon: float) -> bool:
     return accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(event), p.epsilon, p.delta)
 
 
-def _affordable(p: Privacy) -> float:
+def affordable(p: Privacy) -> float:
     """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram."""
     return next(e for e in (p.epsilon * 0.5**n for n in range(1, 100)) if _bears(p, e))
 
