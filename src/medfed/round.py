@@ -48,7 +48,7 @@ def run_round(
     log.emit(RoundStarted(number, clients))
     budget.charge(number, clients)
     task = plan.algorithm.task(server)
-    header = {"round": number} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    header = {"round": number} | {n: float(server.slots[n]) for n in ("clip", "rate") if n in server.slots}
     payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
     try:
         answer = aggregation.collect(plan, fleet, clients, number, payload)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation, models
+from medfed import checkpoints, claims, federation, models, rates
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -266,7 +266,7 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
-    study = dataclasses.replace(study, data=sources.completed(study))
+    study = rates.settled(dataclasses.replace(study, data=sources.completed(study)))
     private = guarantee.asked(study)
     if private:
         check(study)  # what needs no record is refused before one is read, and before a ledger is founded
@@ -759,6 +759,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
+            learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
+            rate_chosen=plan.chosen.why() if plan.chosen else "",
         )
     )
     for text in plan.warnings:

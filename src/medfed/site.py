@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from medfed import dpsgd, models, rehearsal
+from medfed import dpsgd, models, rates, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
 from medfed.core.checks import MedfedError, PlanError, SiteError, some
@@ -257,7 +257,10 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         site.liars = Liars.of(site.study, header["clients"])
         if site.name in site.liars.names:
             site.train = site.liars.taught(site.name, site.train, encoding)
-    return [codec.encode({}) for _ in sites]
+    if not rates.left_open(sites[0].study):
+        return [codec.encode({}) for _ in sites]
+    batch = sites[0].study.training.batch_size
+    return [codec.encode({"bend": rates.bend(site.train.x, batch)}) for site in sites]
 
 
 def _check_encoding(site: Site, encoding: Encoding) -> None:
@@ -484,12 +487,13 @@ def _clip(header: Header, promised: Guarantee) -> float:
 def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Answer with what each site's local training came to."""
     first, promised = sites[0], sites[0].guarantee
-    algorithm, hyper = ALGORITHMS[first.study.training.algorithm], first.study.training
+    study = _at_rate(first.study, header)
+    algorithm, hyper = ALGORITHMS[study.training.algorithm], study.training
     slots = {name: tensors[f"slot.{name}"] for name in algorithm.sent}
     task = Task(tensors["w"], slots)
     memory = {name: torch.stack([site.memory[name] for site in sites]) for name in algorithm.kept}
     names = [site.name for site in sites]
-    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(first.study, first.encoding)
+    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(study, first.encoding)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
     correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
     if promised is None:
@@ -512,6 +516,16 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         loss = losses[k] if open_losses and math.isfinite(losses[k]) else None
         reports.append({"loss": loss, "steps": steps[k]})
     return _sent(sites, header, tensors["w"], message_KM, reports)
+
+
+def _at_rate(study: Study, header: Header) -> Study:
+    """Return the study with this round's learning rate, which the coordinator says where the study leaves it open."""
+    if not rates.left_open(study):
+        return study
+    rate = header.get("rate")
+    if not isinstance(rate, float) or not 0 < rate < math.inf:
+        raise SiteError("training.learning_rate is open and the coordinator sends none; run the same medfed everywhere")
+    return rates.at(study, rate)
 
 
 Report = dict[str, Any] | SiteError

@@ -90,6 +90,9 @@ class Progressing:
             highlight=False,
             markup=False,
         )
+        if event.rate_chosen:
+            why = f"learning rate {event.learning_rate:.3g}, chosen: {event.rate_chosen}"
+            self.console.print(why, highlight=False, markup=False)
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
         for party, sight in event.sees.items():
             self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
