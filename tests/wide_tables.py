@@ -38,7 +38,9 @@ def intensive_care(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
         driven_N = ill_N * rng.uniform(0, 0.7) + rng.standard_normal(rows)
         match i % 5:
             case 0:  # counts, zero but for one patient of ten or fewer
-                value_N = rng.poisson(np.exp(driven_N)) * (driven_N > rng.uniform(1.2, 2.2)) * 10.0 ** rng.integers(0, 3)
+                value_N = (
+                    rng.poisson(np.exp(driven_N)) * (driven_N > rng.uniform(1.2, 2.2)) * 10.0 ** rng.integers(0, 3)
+                )
             case 1:
                 value_N = np.exp(driven_N * rng.uniform(0.3, 2.5) + rng.uniform(-2, 5))
             case 2:  # one value, but for one patient of a hundred or so

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from medfed.algorithms import Server
 from medfed.core.flat import trained
 from medfed.core.types import Task
 from medfed.local import LocalPlan
@@ -29,6 +30,7 @@ MOST_ADAM = 0.01
 
 _SECOND = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
 _BATCHES, _WIDEST = 8, 256
+_MARGIN = 4.0  # at 1 / L the noise of batches leaves a squared error about twice the least; here an eighth more
 
 ROWS = 16
 """Made-up rows on which a deeper net is compared with a linear model."""
@@ -46,6 +48,36 @@ class Chosen:
         """Say in a few words where the rate comes from."""
         where = f"the rows of {self.site}" if self.site else "the mean of all sites"
         return f"the loss bends by at most {self.curvature:.3g} over {where}"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The training losses so far: that of the first round and the lowest; None before there is one."""
+
+    first: float | None = None
+    lowest: float | None = None
+
+    def step(self, loss: float | None, everybody: bool) -> "tuple[Pace, bool]":
+        """Take in a round's loss (None: it was no number); return what follows, and whether the loss has grown.
+
+        It has where it is above the first round's by a tenth, or has won back much of what was lost: half of the lowest
+        and a tenth of the first. Where few sites are drawn their losses differ, and only twice the first counts.
+        """
+        if self.first is None or self.lowest is None:
+            return Pace(loss, loss), loss is None
+        if loss is None:
+            return self, True
+        again = loss > 1.5 * self.lowest and loss > self.lowest + 0.1 * self.first
+        grew = loss > 1.1 * self.first or again if everybody else loss > 2 * self.first
+        return Pace(self.first, min(self.lowest, loss)), grew
+
+
+def halved(server: Server) -> Server:
+    """Return the state with its chosen rate halved.
+
+    What is remembered between rounds bears it: control variates and momenta are of gradients or of whole rounds.
+    """
+    return replace(server, slots={**server.slots, "rate": server.slots["rate"] / 2})
 
 
 def left_open(study: Study) -> bool:
@@ -103,7 +135,12 @@ def stretch(model: nn.Module, x_nF: Tensor) -> float:
 
 
 def choose(
-    task: Task, bends: Mapping[str, float], sizes: Mapping[str, int], plan: LocalPlan, training: Training, stretch: float
+    task: Task,
+    bends: Mapping[str, float],
+    sizes: Mapping[str, int],
+    plan: LocalPlan,
+    training: Training,
+    stretch: float,
 ) -> Chosen:
     """Return a rate that no site's local steps make diverge, at most `MOST`, or `MOST_ADAM`.
 
@@ -121,4 +158,5 @@ def choose(
     curvature = _SECOND[task] * stretch * (bends[site] if site else mean) + pull
     if training.optimizer == "adam":
         return Chosen(MOST_ADAM, curvature, site)
-    return Chosen(min(MOST, 1 / curvature), curvature, site)
+    margin = _MARGIN if task == "regression" and training.batch_size else 1.0
+    return Chosen(min(MOST, 1 / (margin * curvature)), curvature, site)

@@ -66,9 +66,10 @@ from medfed.privacy import ledger as ledgers
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
+from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
-from medfed.round import run_round, test
+from medfed.round import compare_own, run_round, test
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
@@ -607,6 +608,7 @@ def _drive(
         budget.found(account.uses())
     name, reason = main_model(study.training.algorithm), ""
     watch, gate = _watched(plan, log), Gate.of(plan)
+    pace = _paced(log.events(), plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
     try:
@@ -617,6 +619,7 @@ def _drive(
             watch = _judge(watch, log)
             if gate:
                 server = _gated(gate, before, server, log)
+            server, pace = _eased(server, pace, plan, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
@@ -624,7 +627,7 @@ def _drive(
         test(server, plan, fleet, log, name, intervals=True)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
-                _baseline(baseline, study, sites, plan.encoding, log)
+                _baseline(baseline, study, sites, plan.encoding, log, server)
     except (QuorumError, BudgetError) as error:
         reason = str(error)
     recorded = log.events()
@@ -683,6 +686,41 @@ def _overridden(watch: Watch, folder: Path | None, round: int, log: Log) -> Watc
     return watch
 
 
+def _paced(recorded: Iterable[events.Event], plan: Plan) -> Pace:
+    """Return the training losses of the rounds that a resumed run has behind it."""
+    losses = {event.round: event for event in recorded if isinstance(event, events.RoundFinished)}
+    pace = Pace()
+    for _, event in sorted(losses.items()):
+        pace, _ = pace.step(event.loss, len(event.clients) == len(plan.participants))
+    return pace
+
+
+def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace]:
+    """Tell where a round's training loss has grown; a rate that was chosen is halved then, one that was set stays.
+
+    Under a claim, and where nobody sees a site's loss, there is nothing to go by.
+    """
+    last = log.latest.get(events.RoundFinished)
+    if plan.guarantee or plan.study.security.aggregation != "plain" or not isinstance(last, events.RoundFinished):
+        return server, pace
+    if last.round != server.round:
+        return server, pace
+    following, grew = pace.step(last.loss, len(last.clients) == len(plan.participants))
+    if not grew:
+        return server, following
+    now = "no number" if last.loss is None else f"{last.loss:.3g}"
+    what = f"round {last.round}: the training loss grew to {now}"
+    if pace.lowest is not None:
+        what += f", from {pace.lowest:.3g} at its lowest"
+    if plan.chosen:
+        server = rates.halved(server)
+        log.emit(events.Warned(f"{what}; the learning rate is halved to {float(server.slots['rate']):.3g}"))
+    else:
+        rate = plan.study.training.learning_rate
+        log.emit(events.Warned(f"{what}. Lower training.learning_rate={rate:g}, or leave it out"))
+    return server, following
+
+
 def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
     """Return the round's state, or the one before where the gate takes the round back."""
     stands, was, now = gate.passes(before, after)
@@ -712,16 +750,22 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
     return watch.step(event.round, event.weights.keys(), findings)
 
 
-def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
-    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
+def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
+    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth.
+
+    Sites' own models are also held against the federated one, record by record.
+    """
     other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
     try:
         fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-        server = plan.begin()
+        server, pace, quiet = plan.begin(), Pace(), Log()
         for _ in range(other.training.rounds):
-            server = run_round(server, plan, fleet, plan.budget(), Log())
+            server = run_round(server, plan, fleet, plan.budget(), quiet)
+            server, pace = _eased(server, pace, plan, quiet)
         test(server, plan, fleet, log, name, intervals=True)
+        if name == "local":
+            compare_own(server, federated, plan, fleet, log)
     except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 

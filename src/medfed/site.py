@@ -31,7 +31,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
-from medfed.monitor.metrics import Scores
+from medfed.monitor.metrics import Scores, squared_error
 from medfed.plan import (
     POOLED,
     algorithm_name,
@@ -609,6 +609,31 @@ def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
     return replies
 
 
+def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Tell by how much each site's own model errs less than another, on its held-out records.
+
+    Sums over records of the difference of squared errors: their number, sum, sum of squares [3].
+    """
+    first = sites[0]
+    if guarantee.asked(first.study):
+        raise SiteError("own models are not compared under a privacy claim: nobody has paid for it")
+    target = first.encoding.target
+    replies: list[Answer] = []
+    for site in sites:
+        own_P = tensors["w"] + site.memory["offset"]
+        own_N, other_N = (
+            squared_error(target.task, outputs(site.model, w_P, site.test.x), site.test.y, target.scale)
+            for w_P in (own_P, tensors["other"])
+        )
+        less_N = other_N - own_N
+        if not torch.isfinite(less_N).all():
+            replies.append(SiteError("a model's outputs are not finite"))
+            continue
+        sums = torch.stack([torch.tensor(float(len(less_N))).double(), less_N.sum(), less_N.square().sum()])
+        replies.append(codec.encode({}, {"paired": sums}))
+    return replies
+
+
 def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Test the model on patients who are not public: their histogram of scores, noised and paid for."""
     replies: list[Answer] = []
@@ -662,6 +687,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "phase": _phase,
     "keep": _keep,
     "evaluate": _evaluate,
+    "compare": _compare,
     "save": _save,
     "restore": _restore,
 }

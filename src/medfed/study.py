@@ -150,8 +150,8 @@ class Training:
     optimizer: Literal["sgd", "adam"] = _key("sgd", "The local optimiser; its state starts afresh each round.")
     learning_rate: float = _key(
         0.0,
-        "Local learning rate; 0 takes one that cannot diverge, from how large the sites' encoded inputs are, at most 0.1 "
-        "(0.01 for adam), and halves it where the training loss grows. Under a privacy claim 0 takes 0.1.",
+        "Local learning rate; 0 takes one that cannot diverge, from how large the sites' encoded inputs are, at most "
+        "0.1 (0.01 for adam), and halves it where the training loss grows. Under a privacy claim 0 takes 0.1.",
     )
     momentum: float = _key(0.0, "Momentum of local SGD.")
     beta1: float = _key(0.9, "Adam's beta1.")

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from medfed.monitor import reports
+from medfed.monitor import reports, verdict
 from medfed.monitor.events import (
     Event,
     Planned,
@@ -155,6 +155,13 @@ class Warnings:
             case _:
                 return
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_findings(summary: Mapping[str, Any], console: Console) -> None:
+    """Print what the figures of a run mean, before the figures: warnings loud, notes plain."""
+    for text in verdict.lines(summary):
+        style = "bold red" if text.startswith("warning") else ""
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def results(summary: Mapping[str, Any]) -> Table:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from medfed.monitor import verdict
 from medfed.monitor.events import (
     Compared,
     Event,
@@ -85,7 +86,7 @@ class Live:
                 for one in rounds[: -ROUNDS - 1 : -1]
             ],
             "suspects": [one["site"] for one in s["suspects"]] if story.sites else len(s["suspects"]),
-            "warnings": s["warnings"][:20],
+            "warnings": [*(verdict.lines(s) if story.finished else []), *s["warnings"][:20]],
             "log": list(self.lines),
         }
 
