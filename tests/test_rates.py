@@ -13,12 +13,12 @@ import medfed
 from medfed import models, rates, runs
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import SiteError
+from medfed.core.checks import DataError, SiteError
 from medfed.core.flat import vector
 from medfed.engine.inprocess import InProcess
 from medfed.local import LocalPlan
 from medfed.monitor import events
-from medfed.prepare import prepare
+from medfed.prepare import _chosen, prepare
 from medfed.rates import Chosen, Pace, bend, choose, stretch
 from medfed.study import Study, Training
 from tests.tables import PRIVATE, STUDY, invented
@@ -184,6 +184,25 @@ def test_a_resumed_run_goes_on_at_its_rate(study: Study, tmp_path: Path, monkeyp
     assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)
     told = [text for text in medfed.load(tmp_path / "cut").summary["warnings"] if "halved" in text]
     assert [text.rsplit(" ", 1)[1] for text in told] == ["0.05", "0.025", "0.0125", "0.00625"]
+
+
+def test_no_liar_can_stop_all_learning(study: Study) -> None:
+    """A study that bears one of three is led by what two say: of their rows, and of their losses."""
+    bears = study._with({"robustness.max_malicious": 0.34, "robustness.rule": "geometric-median"})
+    sites = runs.open_sites(bears, None)
+    told = prepare(bears, InProcess(sites), [site.name for site in sites])
+    assert told.malicious == 1 and told.chosen is not None
+    lies = {"north": 1e12, "south": 3.0, "east": 2.0}
+    assert _chosen(told, lies).rate == 0.1 and _chosen(told, lies).curvature < 1
+    event = events.RoundFinished(2, ["north", "south", "east"], 9e9, [3e10, 0.5, 0.4], [], [], 0.0, 0, 0)
+    assert runs._common_loss(event, told) == 0.5
+
+
+def test_rows_without_a_finite_bend_are_named(study: Study) -> None:
+    sites = runs.open_sites(study, None)
+    plan = prepare(study, InProcess(sites), [site.name for site in sites])
+    with pytest.raises(DataError, match="east: encoded rows too large for a learning rate"):
+        _chosen(plan, {"north": 1.0, "south": 2.0, "east": float("inf")})
 
 
 def test_a_site_refuses_a_round_without_a_rate(study: Study) -> None:

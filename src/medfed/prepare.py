@@ -1,5 +1,6 @@
 """Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from medfed import rates
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons
+from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, some
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -53,8 +54,15 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
 
 
 def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
-    """Return the learning rate that every site's rows bear."""
+    """Return the learning rate that every site's rows bear.
+
+    Of malicious sites a study bears some: as many of the largest are left out, so that none can stop all learning.
+    """
+    if strange := [name for name, bend in bends.items() if not math.isfinite(bend)]:
+        raise DataError(f"{some(strange)}: encoded rows too large for a learning rate; set data.preprocess='robust'")
     trained = {name: bend for name, bend in bends.items() if plan.sizes[name]["train"]}
+    for name in sorted(trained, key=trained.__getitem__, reverse=True)[: plan.malicious]:
+        del trained[name]
     sizes = {name: plan.sizes[name]["train"] for name in trained}
     stretch = rates.stretch(build_model(plan.study, plan.encoding), plan.encoding.invented(rates.ROWS))
     return rates.choose(plan.encoding.target.task, trained, sizes, plan.local, plan.study.training, stretch)

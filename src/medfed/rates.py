@@ -109,6 +109,8 @@ def bend(x_nF: Tensor, batch: int) -> float:
     if n == 0:
         return 0.0
     width = min(batch or n, n, _WIDEST)
+    if width == 1:
+        return float(x_nF.flatten(1).double().square().sum(1).mean()) + 1
     count = min(_BATCHES, n // width)
     place = torch.linspace(0, n - 1, count * width).round().long()
     x_bBF = x_nF.flatten(1)[place].double().view(width, count, -1).transpose(0, 1)

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import secrets
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -691,8 +692,14 @@ def _paced(recorded: Iterable[events.Event], plan: Plan) -> Pace:
     losses = {event.round: event for event in recorded if isinstance(event, events.RoundFinished)}
     pace = Pace()
     for _, event in sorted(losses.items()):
-        pace, _ = pace.step(event.loss, len(event.clients) == len(plan.participants))
+        pace, _ = pace.step(_common_loss(event, plan), len(event.clients) == len(plan.participants))
     return pace
+
+
+def _common_loss(event: events.RoundFinished, plan: Plan) -> float | None:
+    """Return a round's training loss; where sites may lie the median of theirs, so that no liar can slow all down."""
+    told = [loss for loss in event.losses if loss is not None]
+    return statistics.median(told) if plan.malicious and told else event.loss
 
 
 def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace]:
@@ -705,10 +712,11 @@ def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pa
         return server, pace
     if last.round != server.round:
         return server, pace
-    following, grew = pace.step(last.loss, len(last.clients) == len(plan.participants))
+    loss = _common_loss(last, plan)
+    following, grew = pace.step(loss, len(last.clients) == len(plan.participants))
     if not grew:
         return server, following
-    now = "no number" if last.loss is None else f"{last.loss:.3g}"
+    now = "no number" if loss is None else f"{loss:.3g}"
     what = f"round {last.round}: the training loss grew to {now}"
     if pace.lowest is not None:
         what += f", from {pace.lowest:.3g} at its lowest"
