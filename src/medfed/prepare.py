@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
     for name in sorted(trained, key=trained.__getitem__, reverse=True)[: plan.malicious]:
         del trained[name]
     sizes = {name: plan.sizes[name]["train"] for name in trained}
-    stretch = rates.stretch(build_model(plan.study, plan.encoding), plan.encoding.invented(rates.ROWS))
+    model, rows = build_model(plan.study, plan.encoding), plan.encoding.invented(rates.ROWS)
+    stretch = partial(rates.stretch, model, rows)
     return rates.choose(plan.encoding.target.task, trained, sizes, plan.local, plan.study.training, stretch)
 
 

@@ -3,13 +3,14 @@
 Gradient steps on a loss of curvature L shrink its error while the rate is below 2 / L. A linear model's L follows from
 its inputs alone: the mean of c (x, 1)(x, 1)' has top eigenvalue at most L, c being the largest second derivative of the
 loss by the output. Local steps see a batch, and one site's rows, so L is that of batches, site by site. A deeper net's
-L is the linear model's times how much larger its first gradients are on made-up rows. One number a site is told, and
-none under a privacy claim.
+L is the linear model's times how much larger its first gradients are on made-up rows of that size. One number a site is
+told, and none under a privacy claim.
 
 n rows, B batch, F inputs, C outputs.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,7 @@ MOST_ADAM = 0.01
 
 _SECOND = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
 _BATCHES, _WIDEST = 8, 256
+_TINY = 1e-6
 _MARGIN = 4.0  # at 1 / L the noise of batches leaves a squared error about twice the least; here an eighth more
 
 ROWS = 16
@@ -118,12 +120,14 @@ def bend(x_nF: Tensor, batch: int) -> float:
     return float(torch.linalg.eigvalsh(products_bBB)[:, -1].mean())
 
 
-def stretch(model: nn.Module, x_nF: Tensor) -> float:
+def stretch(model: nn.Module, x_nF: Tensor, bends: float) -> float:
     """Return how many times a model's loss bends more than a linear model's on the same rows, 1 or more.
 
-    By the products of its outputs' gradients at the first weights, in evaluation mode, over at most 16 rows.
+    By the products of its outputs' gradients at the first weights, in evaluation mode, over at most 16 made-up rows,
+    made so large that a linear model's loss bends by `bends`: norm layers take large rows back.
     """
     x_nF = x_nF[:ROWS]
+    x_nF = x_nF * math.sqrt(max(bends - 1, _TINY) / max(bend(x_nF, 0) - 1, _TINY))
     model.eval()
     weights = list(trained(model).values())
     z_nC = model(x_nF.clone()).flatten(1)
@@ -142,12 +146,12 @@ def choose(
     sizes: Mapping[str, int],
     plan: LocalPlan,
     training: Training,
-    stretch: float,
+    stretch: Callable[[float], float],
 ) -> Chosen:
     """Return a rate that no site's local steps make diverge, at most `MOST`, or `MOST_ADAM`.
 
-    bends, sizes: by site, what `bend` told, and training rows. A site of one step a round moves the model by its part
-    of the mean step, so that the mean counts there; one of several steps walks alone.
+    bends, sizes: by site, what `bend` told, and training rows. stretch: of the model, by the bend. A site of one step a
+    round moves the model by its part of the mean step, so that the mean counts there; one of several steps walks alone.
     """
     total = sum(sizes.values())
     steps = plan.steps_K(torch.tensor([sizes[name] for name in bends])).tolist()
@@ -157,7 +161,8 @@ def choose(
     if not site or bends[site] < mean:
         site = ""
     pull = training.weight_decay + (training.mu if training.algorithm == "fedprox" else 0.0)
-    curvature = _SECOND[task] * stretch * (bends[site] if site else mean) + pull
+    most = bends[site] if site else mean
+    curvature = _SECOND[task] * stretch(most) * most + pull
     if training.optimizer == "adam":
         return Chosen(MOST_ADAM, curvature, site)
     margin = _MARGIN if task == "regression" and training.batch_size else 1.0
