@@ -64,7 +64,8 @@ COMMANDS_INTRO = """\
 # The commands
 
 Exit codes: 0, done; 1, the run ended without all asked rounds at all asked sites (`status` in `summary.json` is
-`incomplete`); 2, it could not be done, with the reason on standard error.
+`incomplete`); 2, it could not be done, with the reason on standard error. A model that is no good is exit code 0,
+and the result's first lines say so ([what the figures mean](quickstart.md#what-the-figures-mean-said-first)).
 """
 
 

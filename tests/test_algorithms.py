@@ -447,7 +447,7 @@ def _clients(task: Task, sizes: Sequence[int] = (7, 1, 0, 12)) -> Stack:
 def _member(name: str, task: Task, path: str) -> Federation:
     torch.manual_seed(0)
     model = models.mlp(4, 3 if task == "multiclass" else 1, (5,), 0.2, "layer").double()
-    h = Training(algorithm=name, local_epochs=2, batch_size=4, path=path)
+    h = Training(algorithm=name, local_epochs=2, batch_size=4, learning_rate=0.1, path=path)
     return Federation(h, model, _clients(task), (7, 1, 0, 12), task)
 
 

@@ -128,7 +128,7 @@ VIOLATIONS: list[tuple[str, Any]] = [
     ("training.local_epochs", 0),
     ("training.local_steps", -1),
     ("training.batch_size", -1),
-    ("training.learning_rate", 0.0),
+    ("training.learning_rate", -0.1),
     ("training.learning_rate", NAN),
     ("training.learning_rate", INF),
     ("training.momentum", 1.0),

@@ -67,7 +67,10 @@ def test_a_target_beyond_its_range_is_told_and_left_as_it_is(tmp_path: Path) -> 
 
 
 def test_one_absurd_value_no_longer_costs_a_cohort_its_model(tmp_path: Path) -> None:
-    """The attack: one cell of 1e30 among 569 patients took AUROC from .99 to .58, and nothing was said."""
+    """The attack: one cell of 1e30 among 569 patients took AUROC from .99 to .58, and nothing was said.
+
+    Encoded values are held to a bound now, and it is told; `preprocess = "none"` has no bound, and a range helps there.
+    """
     bunch = load_breast_cancer(as_frame=True)
     frame = bunch.data.assign(sick=np.where(bunch.target == 1, "no", "yes"))
     frame["hospital"] = np.array(["a", "b", "c", "d"])[np.arange(len(frame)) % 4]
@@ -75,7 +78,7 @@ def test_one_absurd_value_no_longer_costs_a_cohort_its_model(tmp_path: Path) -> 
     frame.loc[11, "mean fractal dimension"] = 1e30
     text = STUDY.replace('target = "died"', 'target = "sick"').replace('patient = "subject"', 'test = "part"')
     silent = medfed.simulate(medfed.load_study(write_study(tmp_path, text, frame))).summary
-    assert silent["test"]["auroc"] < 0.9
+    assert silent["test"]["auroc"] > 0.97  # robust scaling holds it to 10
     assert any("site 'd', column 'mean fractal dimension': row 13" in told for told in silent["warnings"])
     ranged = text + '[data.dictionary."mean fractal dimension"]\nrange = [0.04, 0.1]\n'
     held = medfed.simulate(medfed.load_study(write_study(tmp_path, ranged, frame))).summary

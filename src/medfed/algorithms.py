@@ -17,8 +17,8 @@ from torch import Tensor
 from medfed.local import Correction, LocalResult
 from medfed.study import Training
 
-COMMON = ("average", "clip")
-"""Server slots that belong to no algorithm: the averaged model, and the norm of adaptive clipping."""
+COMMON = ("average", "clip", "rate")
+"""Server slots that belong to no algorithm: the averaged model, the norm of adaptive clipping, a chosen rate."""
 
 Memory = Mapping[str, Tensor]
 """What each client of a stack remembers between rounds: name -> [K, P]."""

@@ -27,6 +27,7 @@ from medfed.privacy import refusals
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
 from medfed.probe import ROWS, Probed, probe
+from medfed.rates import Chosen
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
@@ -65,6 +66,7 @@ class Plan:
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
     path: Path = "auto"  # which local training serves the model
+    chosen: Chosen | None = None  # the learning rate, where the study leaves it open
 
     @property
     def algorithm(self) -> Algorithm:
@@ -156,6 +158,9 @@ class Plan:
         server = self.algorithm.begin(self.first_weights(), self.study.training)
         if self.guarantee and self.guarantee.clipping == "adaptive":
             server = replace(server, slots={**server.slots, "clip": torch.tensor([self.guarantee.clip])})
+        if self.chosen:
+            rate = torch.tensor([self.chosen.rate], dtype=torch.float64)
+            server = replace(server, slots={**server.slots, "rate": rate})
         return server
 
     def weight(self, site: str) -> float:

@@ -1,14 +1,17 @@
 """Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from medfed import rates
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons
+from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, some
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -16,6 +19,7 @@ from medfed.engine.port import Counted, Fleet, gather
 from medfed.models import fixed
 from medfed.plan import Plan, build_model, check, make
 from medfed.privacy.guarantee import asked
+from medfed.rates import Chosen
 from medfed.study import Study
 
 _PATIENCE = 600.0  # seconds; nothing is trained yet
@@ -44,8 +48,26 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
         "clients": list(plan.participants),
         "fixed": fingerprint(fixed(build_model(study, encoding))),
     }
-    _ask_all(counted, sites, "prepare", codec.encode(header))
+    answers = _ask_all(counted, sites, "prepare", codec.encode(header))
+    if rates.left_open(study):
+        plan = replace(plan, chosen=_chosen(plan, {name: float(told["bend"]) for name, (told, _) in answers.items()}))
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
+
+
+def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
+    """Return the learning rate that every site's rows bear.
+
+    Of malicious sites a study bears some: as many of the largest are left out, so that none can stop all learning.
+    """
+    if strange := [name for name, bend in bends.items() if not math.isfinite(bend)]:
+        raise DataError(f"{some(strange)}: encoded rows too large for a learning rate; set data.preprocess='robust'")
+    trained = {name: bend for name, bend in bends.items() if plan.sizes[name]["train"]}
+    for name in sorted(trained, key=trained.__getitem__, reverse=True)[: plan.malicious]:
+        del trained[name]
+    sizes = {name: plan.sizes[name]["train"] for name in trained}
+    model, rows = build_model(plan.study, plan.encoding), plan.encoding.invented(rates.ROWS)
+    stretch = partial(rates.stretch, model, rows)
+    return rates.choose(plan.encoding.target.task, trained, sizes, plan.local, plan.study.training, stretch)
 
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from medfed.core.checks import QuorumError, reasons
 from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
 from medfed.monitor import metrics
-from medfed.monitor.events import Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
+from medfed.monitor.events import Compared, Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scores
 from medfed.plan import Plan
 from medfed.privacy.budget import Budget
@@ -48,7 +48,7 @@ def run_round(
     log.emit(RoundStarted(number, clients))
     budget.charge(number, clients)
     task = plan.algorithm.task(server)
-    header = {"round": number} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    header = {"round": number} | {n: float(server.slots[n]) for n in ("clip", "rate") if n in server.slots}
     payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
     try:
         answer = aggregation.collect(plan, fleet, clients, number, payload)
@@ -162,6 +162,23 @@ def test(
     )
     log.emit(tested)
     return tested
+
+
+def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: Log) -> None:
+    """Hold each site's own model against the federated one on the same held-out records, and tell the outcome."""
+    payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
+    sums = {}
+    for name, reply in gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline).items():
+        if reply.error:
+            log.emit(Warned(f"the federated model was not compared with that of site {name!r}: {reply.error}"))
+        else:
+            sums[name] = codec.decode(reply.payload)[1]["paired"].tolist()
+    if not sums:
+        return
+    paired = {name: metrics.paired(*told) for name, told in sums.items()}
+    n, total, square = (sum(told[i] for told in sums.values()) for i in range(3))
+    sites = {name: [int(sums[name][0]), f.value, f.low, f.high] for name, f in paired.items()}
+    log.emit(Compared(federated.round, int(n), metrics.paired(n, total, square), sites))
 
 
 def _known(value: Any) -> float | None:

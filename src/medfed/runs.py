@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import secrets
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation, models, recipe
+from medfed import checkpoints, claims, federation, models, rates, recipe
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -68,9 +69,10 @@ from medfed.privacy import ledger as ledgers
 from medfed.privacy.account import Account
 from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
+from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
-from medfed.round import run_round, test
+from medfed.round import compare_own, run_round, test
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
@@ -271,6 +273,7 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     """Return a node for each site of the study; their study has its data table completed by the source."""
     study, refusals = recipe.refused(study)
     refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
+    study = rates.settled(study)
     private = guarantee.asked(study)
     if private:
         study = _identified(study, folder)
@@ -632,6 +635,7 @@ def _drive(
         budget.found(account.uses())
     name, reason = main_model(study.training.algorithm), ""
     watch, gate = _watched(plan, log), Gate.of(plan)
+    pace = _paced(log.events(), plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
     try:
@@ -642,6 +646,7 @@ def _drive(
             watch = _judge(watch, log)
             if gate:
                 server = _gated(gate, before, server, log)
+            server, pace = _eased(server, pace, plan, log)
             if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
@@ -649,7 +654,7 @@ def _drive(
         test(server, plan, fleet, log, name, intervals=True)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
-                _baseline(baseline, study, sites, plan.encoding, log)
+                _baseline(baseline, study, sites, plan.encoding, log, server)
     except (QuorumError, BudgetError) as error:
         reason = str(error)
     recorded = log.events()
@@ -708,6 +713,48 @@ def _overridden(watch: Watch, folder: Path | None, round: int, log: Log) -> Watc
     return watch
 
 
+def _paced(recorded: Iterable[events.Event], plan: Plan) -> Pace:
+    """Return the training losses of the rounds that a resumed run has behind it."""
+    losses = {event.round: event for event in recorded if isinstance(event, events.RoundFinished)}
+    pace = Pace()
+    for _, event in sorted(losses.items()):
+        pace, _ = pace.step(_common_loss(event, plan), len(event.clients) == len(plan.participants))
+    return pace
+
+
+def _common_loss(event: events.RoundFinished, plan: Plan) -> float | None:
+    """Return a round's training loss; where sites may lie the median of theirs, so that no liar can slow all down."""
+    told = [loss for loss in event.losses if loss is not None]
+    return statistics.median(told) if plan.malicious and told else event.loss
+
+
+def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace]:
+    """Tell where a round's training loss has grown; a rate that was chosen is halved then, one that was set stays.
+
+    Under a claim, and where nobody sees a site's loss, there is nothing to go by.
+    """
+    last = log.latest.get(events.RoundFinished)
+    if plan.guarantee or plan.study.security.aggregation != "plain" or not isinstance(last, events.RoundFinished):
+        return server, pace
+    if last.round != server.round:
+        return server, pace
+    loss = _common_loss(last, plan)
+    following, grew = pace.step(loss, len(last.clients) == len(plan.participants))
+    if not grew:
+        return server, following
+    now = "no number" if loss is None else f"{loss:.3g}"
+    what = f"round {last.round}: the training loss grew to {now}"
+    if pace.lowest is not None:
+        what += f", from {pace.lowest:.3g} at its lowest"
+    if plan.chosen:
+        server = rates.halved(server)
+        log.emit(events.Warned(f"{what}; the learning rate is halved to {float(server.slots['rate']):.3g}"))
+    else:
+        rate = plan.study.training.learning_rate
+        log.emit(events.Warned(f"{what}. Lower training.learning_rate={rate:g}, or leave it out"))
+    return server, following
+
+
 def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
     """Return the round's state, or the one before where the gate takes the round back."""
     stands, was, now = gate.passes(before, after)
@@ -737,17 +784,23 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
     return watch.step(event.round, event.weights.keys(), findings)
 
 
-def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
-    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
+def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
+    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth.
+
+    Sites' own models are also held against the federated one, record by record.
+    """
     other = study.as_written() if study.chosen else study
     other = other.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
     try:
         fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-        server = plan.begin()
+        server, pace, quiet = plan.begin(), Pace(), Log()
         for _ in range(other.training.rounds):
-            server = run_round(server, plan, fleet, plan.budget(), Log())
+            server = run_round(server, plan, fleet, plan.budget(), quiet)
+            server, pace = _eased(server, pace, plan, quiet)
         test(server, plan, fleet, log, name, intervals=True)
+        if name == "local":
+            compare_own(server, federated, plan, fleet, log)
     except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
@@ -786,6 +839,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             sees=who_sees(plan),
             bears=bears(plan),
             chosen=study.choices(),
+            learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
+            rate_chosen=plan.chosen.why() if plan.chosen else "",
         )
     )
     for text in plan.warnings:

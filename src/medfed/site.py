@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from medfed import dpsgd, models, rehearsal
+from medfed import dpsgd, models, rates, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, files
 from medfed.core.checks import MedfedError, PlanError, SiteError, some
@@ -31,7 +31,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import SiteTable, clean
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
-from medfed.monitor.metrics import Scores
+from medfed.monitor.metrics import Scores, squared_error
 from medfed.plan import (
     POOLED,
     algorithm_name,
@@ -257,7 +257,10 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         site.liars = Liars.of(site.study, header["clients"])
         if site.name in site.liars.names:
             site.train = site.liars.taught(site.name, site.train, encoding)
-    return [codec.encode({}) for _ in sites]
+    if not rates.left_open(sites[0].study):
+        return [codec.encode({}) for _ in sites]
+    batch = sites[0].study.training.batch_size
+    return [codec.encode({"bend": rates.bend(site.train.x, batch)}) for site in sites]
 
 
 def _check_encoding(site: Site, encoding: Encoding) -> None:
@@ -484,12 +487,13 @@ def _clip(header: Header, promised: Guarantee) -> float:
 def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Answer with what each site's local training came to."""
     first, promised = sites[0], sites[0].guarantee
-    algorithm, hyper = ALGORITHMS[first.study.training.algorithm], first.study.training
+    study = _at_rate(first.study, header)
+    algorithm, hyper = ALGORITHMS[study.training.algorithm], study.training
     slots = {name: tensors[f"slot.{name}"] for name in algorithm.sent}
     task = Task(tensors["w"], slots)
     memory = {name: torch.stack([site.memory[name] for site in sites]) for name in algorithm.kept}
     names = [site.name for site in sites]
-    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(first.study, first.encoding)
+    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(study, first.encoding)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
     correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
     if promised is None:
@@ -512,6 +516,16 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         loss = losses[k] if open_losses and math.isfinite(losses[k]) else None
         reports.append({"loss": loss, "steps": steps[k]})
     return _sent(sites, header, tensors["w"], message_KM, reports)
+
+
+def _at_rate(study: Study, header: Header) -> Study:
+    """Return the study with this round's learning rate, which the coordinator says where the study leaves it open."""
+    if not rates.left_open(study):
+        return study
+    rate = header.get("rate")
+    if not isinstance(rate, float) or not 0 < rate < math.inf:
+        raise SiteError("training.learning_rate is open and the coordinator sends none; run the same medfed everywhere")
+    return rates.at(study, rate)
 
 
 Report = dict[str, Any] | SiteError
@@ -595,6 +609,31 @@ def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
     return replies
 
 
+def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Tell by how much each site's own model errs less than another, on its held-out records.
+
+    Sums over records of the difference of squared errors: their number, sum, sum of squares [3].
+    """
+    first = sites[0]
+    if guarantee.asked(first.study):
+        raise SiteError("own models are not compared under a privacy claim: nobody has paid for it")
+    target = first.encoding.target
+    replies: list[Answer] = []
+    for site in sites:
+        own_P = tensors["w"] + site.memory["offset"]
+        own_N, other_N = (
+            squared_error(target.task, outputs(site.model, w_P, site.test.x), site.test.y, target.scale)
+            for w_P in (own_P, tensors["other"])
+        )
+        less_N = other_N - own_N
+        if not torch.isfinite(less_N).all():
+            replies.append(SiteError("a model's outputs are not finite"))
+            continue
+        sums = torch.stack([torch.tensor(float(len(less_N))).double(), less_N.sum(), less_N.square().sum()])
+        replies.append(codec.encode({}, {"paired": sums}))
+    return replies
+
+
 def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Test the model on patients who are not public: their histogram of scores, noised and paid for."""
     replies: list[Answer] = []
@@ -648,6 +687,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "phase": _phase,
     "keep": _keep,
     "evaluate": _evaluate,
+    "compare": _compare,
     "save": _save,
     "restore": _restore,
 }

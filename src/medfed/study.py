@@ -158,7 +158,11 @@ class Training:
     local_steps: int = _key(0, "If above 0: that many steps a round instead of epochs.")
     batch_size: int = _key(32, "Rows in a batch; 0 takes all rows of the site.")
     optimizer: Literal["sgd", "adam"] = _key("sgd", "The local optimiser; its state starts afresh each round.")
-    learning_rate: float = _key(0.1, "Local learning rate.")
+    learning_rate: float = _key(
+        0.0,
+        "Local learning rate; 0 takes one that cannot diverge, from how large the sites' encoded inputs are, at most "
+        "0.1 (0.01 for adam), and halves it where the training loss grows. Under a privacy claim 0 takes 0.1.",
+    )
     momentum: float = _key(0.0, "Momentum of local SGD.")
     beta1: float = _key(0.9, "Adam's beta1.")
     beta2: float = _key(0.999, "Adam's beta2.")
@@ -588,7 +592,7 @@ def out_of_range(study: Study) -> list[Refusal]:
         ("training.local_epochs", t.local_epochs, t.local_epochs >= 1, "1 or more"),
         ("training.local_steps", t.local_steps, t.local_steps >= 0, "0 (use local_epochs) or more"),
         ("training.batch_size", t.batch_size, t.batch_size >= 0, "0 (all rows) or more"),
-        ("training.learning_rate", t.learning_rate, 0 < t.learning_rate < 1e6, "above 0"),
+        ("training.learning_rate", t.learning_rate, 0 <= t.learning_rate < 1e6, "0 (chosen) or more"),
         ("training.momentum", t.momentum, 0 <= t.momentum < 1, "in [0, 1)"),
         ("training.beta1", t.beta1, 0 <= t.beta1 < 1, "in [0, 1)"),
         ("training.beta2", t.beta2, 0 < t.beta2 < 1, "in (0, 1)"),

@@ -150,7 +150,7 @@ def test_no_row_leaves() -> None:
             agree(surveys, replace(ROBUST, preprocess=kind), _ask(tables, spy))
     assert set(seen) == {
         ("known", torch.int64, (2,)),
-        ("below", torch.int64, (2, 6, 16)),
+        ("below", torch.int64, (2, 14, 16)),
         ("sum", torch.float64, (2,)),
         ("squares", torch.float64, (2,)),
     }

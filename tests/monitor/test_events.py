@@ -10,6 +10,7 @@ from medfed.core.checks import RunError
 from medfed.monitor.events import (
     EVENTS,
     SCHEMA,
+    Compared,
     Event,
     Inspected,
     Log,
@@ -45,6 +46,7 @@ SAMPLES: list[Event] = [
     Inspected(1, {"ä": 1.0}, [{"client": "ä", "score": 2.5, "kind": "far", "evidence": "far off"}], 1),
     SecurityAudit(1, "ä", 2, 7.5, "warn", ["far: far off"]),
     RolledBack(1, 0.5, None),
+    Compared(3, 4, Figure(0.01, 0.1 + 0.2, None), {"ä": [4, 0.01, None, None]}),
     Resumed(1, 3, ""),
     RunFinished("complete", 3, 1.5, ""),
 ]

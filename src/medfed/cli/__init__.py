@@ -51,8 +51,8 @@ app.command()(watch)
 def main() -> None:
     """Run the command line.
 
-    Exit code 0: done; 1: the run is not complete, or an audit found more than is claimed; 2: it could not be done, with
-    the reason.
+    Exit code 0: done, also where the model is no good, which the first lines say; 1: the run is not complete, or an
+    audit found more than is claimed; 2: it could not be done, with the reason.
     """
     try:
         app()
@@ -109,6 +109,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         f"[bold]{escape(str(found['study']))}[/]  {found['status']}, "
         f"{found['rounds']} of {found['rounds_asked']} rounds"
     )
+    view.tell_findings(found, console)
     if found["test"] or found["baselines"]:
         console.print(view.results(found))
     for line in view.suspects(found):
@@ -329,8 +330,9 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:
     """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
-    from medfed.monitor.console import results, suspects
+    from medfed.monitor.console import results, suspects, tell_findings
 
+    tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, indent=2))
     else:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from medfed.monitor import reports
+from medfed.monitor import reports, verdict
 from medfed.monitor.events import (
     Event,
     Planned,
@@ -91,6 +91,9 @@ class Progressing:
             highlight=False,
             markup=False,
         )
+        if event.rate_chosen:
+            why = f"learning rate {event.learning_rate:.3g}, chosen: {event.rate_chosen}"
+            self.console.print(why, highlight=False, markup=False)
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
         for line in chosen(event.chosen):
             self.console.print(line, highlight=False, markup=False)
@@ -164,6 +167,13 @@ class Warnings:
             case _:
                 return
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_findings(summary: Mapping[str, Any], console: Console) -> None:
+    """Print what the figures of a run mean, before the figures: warnings loud, notes plain."""
+    for text in verdict.lines(summary):
+        style = "bold red" if text.startswith("warning") else ""
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def results(summary: Mapping[str, Any]) -> Table:

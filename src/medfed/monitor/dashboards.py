@@ -523,8 +523,15 @@ def _page(title: str, story: Story, body: str) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_style()}</style>'
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
-        f"<main><h1>{escape(title)}: {study}</h1>{cut}{body}{warnings}</main></body></html>\n"
+        f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}</main></body></html>\n"
     )
+
+
+def _findings(story: Story) -> str:
+    """Return what the run's figures mean, as a page's first lines."""
+    kinds = {"warning": "verdict bad", "note": "note"}
+    told = story.summary["findings"]
+    return "".join(f'<p class="{kinds[one["level"]]}">{escape(one["text"])} {escape(one["next"])}</p>' for one in told)
 
 
 def _key_figures(figures: Mapping[str, str]) -> str:

@@ -57,6 +57,8 @@ class Planned(Event):
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
     bears: str = ""  # what malicious clients can do to the model
     chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # key -> value and why (`recipe`)
+    learning_rate: float = 0.0  # of the first round
+    rate_chosen: str = ""  # why it is that, where the study leaves it open
 
     @property
     def devices(self) -> bool:
@@ -164,6 +166,20 @@ class Tested(Event):
 
 
 @dataclass(frozen=True)
+class Compared(Event):
+    """The federated model against each site's own, on the same held-out records. n: those of all sites.
+
+    own_better: by how much the own models' squared error is less, a record on average, with its paired 95 % interval;
+    sites: of each site [records, mean, low, high].
+    """
+
+    round: int
+    n: int
+    own_better: Figure
+    sites: Mapping[str, Sequence[float | None]]
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if anything."""
 
@@ -191,7 +207,7 @@ EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
         RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack, SecurityAudit,
-        Tested, Resumed, RunFinished,
+        Tested, Compared, Resumed, RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}
@@ -306,6 +322,8 @@ def parse(text: str) -> Stamped:
         fields["all_sites"] = _figures(fields["all_sites"])
         fields["macro"] = _figures(fields["macro"])
         fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
+    if name == "compared":
+        fields["own_better"] = Figure(**fields["own_better"])
     known = {field.name for field in dataclasses.fields(EVENTS[name])}  # a later medfed may have added some
     return Stamped(time, EVENTS[name](**{key: value for key, value in fields.items() if key in known}))
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, TextIO
 import structlog
 
 from medfed.monitor.events import (
+    Compared,
     Event,
     Planned,
     Resumed,
@@ -44,6 +45,9 @@ def sentence(event: Event, named: bool = True) -> str:
             shown = {n: f.value for n, f in event.all_sites.items() if n in SCORES and f.value is not None}
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             return f"{event.model} model tested after round {event.round}: {figures}"
+        case Compared():
+            own = event.own_better
+            return f"sites' own models err less by {own.value:.4g} a record" if own.value is not None else ""
         case Resumed():
             return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
         case RunFinished():

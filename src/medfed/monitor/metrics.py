@@ -130,6 +130,28 @@ def macro(per_site: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
     return means
 
 
+def paired(n: float, total: float, square: float) -> Figure:
+    """Return the mean of n paired differences with its 95 % interval, from their sum and sum of squares."""
+    if n == 0:
+        return Figure(None)
+    mean = total / n
+    if n < 2:
+        return Figure(mean)
+    half = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(max(0.0, square / n - mean * mean) / (n - 1))
+    return Figure(mean, mean - half, mean + half)
+
+
+def squared_error(task: Task, outputs: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
+    """Return each record's squared error [N]: of the chances, summed over classes, or of a number in its own unit."""
+    z_NC = outputs.double()
+    if task == "regression":
+        return ((z_NC.squeeze(-1) - target.double()) * scale).square()
+    if task == "binary":
+        return (torch.sigmoid(z_NC.squeeze(-1)) - target.double()).square()
+    so = torch.nn.functional.one_hot(target.long(), z_NC.shape[-1])
+    return (z_NC.softmax(-1) - so).square().sum(-1)
+
+
 def log_loss(scores: Scores) -> float | None:
     """Return the mean loss on the test records: cross-entropy, or squared error for a regression."""
     if scores.n == 0:

@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from medfed.monitor import verdict
 from medfed.monitor.events import (
+    Compared,
     Event,
     Planned,
     Resumed,
@@ -47,6 +49,7 @@ class Tally:
         self.warnings: list[str] = []
         self.audits: list[SecurityAudit] = []
         self.taken_back: list[RolledBack] = []
+        self.compared: Compared | None = None
         self._earlier, self._up, self._down = 0.0, 0, 0
         self._summary: dict[str, Any] | None = None
 
@@ -67,6 +70,7 @@ class Tally:
                 self.audits = [e for e in self.audits if e.round <= last]
                 self.taken_back = [e for e in self.taken_back if e.round <= last]
                 self._earlier = sum(r.seconds for r in self.rounds.values())
+                self.compared = None
                 self.finished = None
             case SiteExcluded():
                 self.excluded.append(event)
@@ -81,6 +85,8 @@ class Tally:
                 self.latest[event.model] = event
                 if event.model == self.main:
                     self._sent(event)
+            case Compared():
+                self.compared = event
             case RunFinished():
                 self.finished = event
 
@@ -96,13 +102,14 @@ class Tally:
     def summary(self) -> dict[str, Any]:
         """What summary.json says, as far as events have been taken in."""
         if self._summary is None:
-            self._summary = self._summarised()
+            told = self._summarised()
+            self._summary = {"findings": verdict.findings(told), **told}
         return self._summary
 
     def _summarised(self) -> dict[str, Any]:
         started, planned, finished, rounds = self.started, self.planned, self.finished, self.rounds
         sites = list(planned.sizes) if planned else []
-        final = self.latest.get("federated")
+        final, tested = self.latest.get("federated"), self.latest.get(self.main)
         times = [r.seconds for r in rounds.values()]
         took_part = Counter(client for r in rounds.values() for client in r.clients)
         return {
@@ -122,6 +129,11 @@ class Tally:
             "macro": _plain(final.macro, None) if final else None,
             "per_site": _per_site(final) if final else {},
             "baselines": {name: _baseline(test) for name, test in self.latest.items() if name != "federated"},
+            "loss": _losses(rounds, tested),
+            "labels": list(tested.labels) if tested else [],
+            "confusion": [list(row) for row in tested.confusion] if tested else [],
+            "learning_rate": _rate(planned),
+            "compared": _compared(self.compared),
             "privacy": _privacy(planned, rounds, finished),
             "seconds": {
                 "total": round(self._earlier + finished.seconds, 3) if finished else None,
@@ -158,6 +170,29 @@ def _privacy(
     """Return what has been spent by the last event that tells."""
     told = [finished.privacy if finished else {}, rounds[max(rounds)].privacy if rounds else {}]
     return next((dict(p) for p in told if p), dict(planned.privacy) if planned else None)
+
+
+def _losses(rounds: Mapping[int, RoundFinished], tested: Tested | None) -> dict[str, float | None]:
+    """Return the training losses of the first and the last round that told one, and the loss on held-out records."""
+    known = [rounds[number].loss for number in sorted(rounds)]
+    return {
+        "first": known[0] if known else None,
+        "last": known[-1] if known else None,
+        "test": tested.loss if tested else None,
+    }
+
+
+def _rate(planned: Planned | None) -> dict[str, Any] | None:
+    if planned is None:
+        return None
+    return {"first": planned.learning_rate or None, "chosen": bool(planned.rate_chosen)}
+
+
+def _compared(told: Compared | None) -> dict[str, Any] | None:
+    if told is None:
+        return None
+    own = told.own_better
+    return {"n": told.n, "own_better": own.value, "interval": [own.low, own.high], "sites": dict(told.sites)}
 
 
 def main_model(algorithm: str) -> str:

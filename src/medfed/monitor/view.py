@@ -10,7 +10,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from medfed.monitor import verdict
 from medfed.monitor.events import (
+    Compared,
     Event,
     Inspected,
     Planned,
@@ -84,7 +86,7 @@ class Live:
                 for one in rounds[: -ROUNDS - 1 : -1]
             ],
             "suspects": [one["site"] for one in s["suspects"]] if story.sites else len(s["suspects"]),
-            "warnings": s["warnings"][:20],
+            "warnings": [*(verdict.lines(s) if story.finished else []), *s["warnings"][:20]],
             "log": list(self.lines),
         }
 
@@ -132,7 +134,8 @@ class Narrowing:
                 self.concerned = self.site in event.sizes
                 if others := [re.escape(name) for name in event.sizes if name != self.site]:
                     self._others = re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)")
-                return replace(event, sizes=self._own(event.sizes), labels=self._own(event.labels))
+                sizes, labels = self._own(event.sizes), self._own(event.labels)
+                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._told(event.rate_chosen))
             case RoundStarted():
                 return replace(event, clients=[name for name in event.clients if name == self.site])
             case RoundFinished():
@@ -150,6 +153,8 @@ class Narrowing:
                 return replace(event, weights=self._own(event.weights), findings=kept)
             case Tested():
                 return replace(event, per_site=self._own(event.per_site), site_n=self._own(event.site_n))
+            case Compared():
+                return replace(event, sites=self._own(event.sites))
             case SiteExcluded(site=name, reason=text):
                 return replace(event, reason=self._told(text)) if name == self.site else None
             case SecurityAudit(client=name, evidence=evidence):

@@ -1,0 +1,243 @@
+"""What a run's figures mean, said first: it learned nothing, calls one class only, its sites do better alone.
+
+A function of the summary. Each finding has a stable code, a sentence, what to do next, and a level: `warning` where the
+model is not what one would want, `note` where something is not known.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+Summary = Mapping[str, Any]
+
+CODES = {
+    "loss-grew": "the training loss ended above where it began: the steps are too long",
+    "loss-high": "the training loss ended above twice that of a constant predictor",
+    "not-better-than-chance": "AUROC's interval holds one half, or several classes are told no better than by share",
+    "not-better-than-constant": "a regression's R2 is 0 or less",
+    "chances-worse-than-constant": "patients are ranked, but their chances err more than one chance for all would",
+    "one-class": "all or nearly all held-out records are called one class",
+    "one-class-tested": "the held-out records are of one class, so that little can be said",
+    "own-better": "each site's own model errs less than the federated one, over all sites",
+    "own-better-at-some": "so at some sites",
+    "not-compared": "whether sites' own models would do better is not known",
+}
+"""What a finding says, by its code."""
+
+
+def findings(summary: Summary) -> list[dict[str, str]]:
+    """Return what a run's figures mean, most important first; nothing of a run without a test."""
+    test, intervals = _tested(summary)
+    found = list(_loss(summary))
+    if test:
+        found += _regression(summary, test) if "r2" in test else _classes(summary, test, intervals)
+        found += _own(summary)
+    return found
+
+
+def lines(summary: Summary) -> list[str]:
+    """Return the findings as lines of text, each with its next action."""
+    return [f"{one['level']}: {one['text']} {one['next']}" for one in summary.get("findings", [])]
+
+
+def _finding(code: str, text: str, following: str, level: str = "warning") -> dict[str, str]:
+    assert code in CODES
+    return {"code": code, "level": level, "text": text, "next": following}
+
+
+def _tested(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the figures and intervals of the model that the run is about."""
+    if summary["test"]:
+        return summary["test"], summary["intervals"]
+    main = summary["baselines"].get(summary["algorithm"])
+    return (main["test"], main["intervals"]) if main else ({}, {})
+
+
+def _private(summary: Summary) -> bool:
+    return (summary["privacy"] or {}).get("epsilon") is not None
+
+
+def _more(summary: Summary) -> str:
+    """Say what to try where too little was learned."""
+    privacy = summary["privacy"] or {}
+    if _private(summary):
+        return (
+            f"At epsilon {privacy.get('target_epsilon', privacy['epsilon']):g} noise, or too few or too short steps, "
+            "hide what there is to learn: see `medfed privacy plan`; more patients, more rounds or a larger "
+            "privacy.epsilon help."
+        )
+    return "Do not use it. Train for more rounds, and see by `medfed data show` whether features and target are right."
+
+
+# Training
+
+
+def _loss(summary: Summary) -> Iterator[dict[str, str]]:
+    first, last = summary["loss"]["first"], summary["loss"]["last"]
+    rate = summary["learning_rate"] or {}
+    set_to = f" (it is {rate['first']:g})" if rate.get("first") else ""
+    lower = f"Lower training.learning_rate{set_to}"
+    lower += "." if rate.get("chosen") else ", or leave it out: one that cannot diverge is then chosen."
+    if first is not None and (last is None or last > 1.1 * first):
+        now = "no number" if last is None else f"{last:.4g}"
+        text = f"The training loss grew from {first:.4g} in the first round to {now} in the last."
+        yield _finding("loss-grew", text, lower)
+        return
+    constant = _entropy(_shares(summary))
+    if last is not None and constant and last > 2 * constant:
+        text = f"The training loss ended at {last:.4g}; one chance for everybody has {constant:.3g}."
+        yield _finding("loss-high", text, lower)
+
+
+# Against a constant predictor
+
+
+def _regression(summary: Summary, test: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    if test["r2"] is not None and test["r2"] <= 0:
+        text = f"The model predicts no better than the mean does for everybody: R2 {test['r2']:.3f}."
+        yield _finding("not-better-than-constant", text, _more(summary))
+
+
+def _classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    shares = _shares(summary)
+    if sum(share > 0 for share in shares) < 2:
+        if summary["confusion"]:
+            text = "All held-out records are of one class: how well the model tells classes apart is not known."
+            yield _finding("one-class-tested", text, "Raise data.test_fraction, or hold out more patients.")
+        return
+    chance = _chance(summary, test, intervals, shares)
+    if chance:
+        yield _finding("not-better-than-chance", chance, _more(summary))
+    elif worse := _worse_chances(summary, test, shares):
+        text = f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
+        following = "Use its ranking, not its chances; train for more rounds, or with smaller steps."
+        yield _finding("chances-worse-than-constant", text, following)
+    if one := _one_class(summary):
+        following = "Its AUROC says whether it ranks patients; then choose another decision threshold than one half."
+        yield _finding("one-class", one, _more(summary) if chance else following)
+
+
+def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any], shares: Sequence[float]) -> str:
+    """Say that a model tells classes apart no better than chance; empty where it does."""
+    auroc = test.get("auroc")
+    if len(shares) == 2:
+        if auroc is None:
+            return ""
+        low, high = intervals.get("auroc") or _hanley(auroc, *_counts(summary))
+        if low > 0.5:
+            return ""
+        return f"The model cannot be told from chance: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
+    most, low = max(shares), (intervals.get("accuracy") or [test["accuracy"]])[0]
+    if low > most or not _worse_chances(summary, test, shares):
+        return ""
+    return (
+        f"The model tells {len(shares)} classes no better than by their shares: accuracy {test['accuracy']:.3f}, of "
+        f"the largest class alone {most:.3f}."
+    )
+
+
+def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
+    """Say in figures that chances err more than the shares of the classes would; empty where they do not."""
+    constant = 1 - sum(share**2 for share in shares)
+    if len(shares) == 2:
+        constant /= 2  # a binary Brier score counts one of the two
+    if test.get("brier") is not None and test["brier"] >= constant:
+        return f"Brier score {test['brier']:.4f}, of the shares alone {constant:.4f}"
+    loss, least = summary["loss"]["test"], _entropy(shares)
+    if loss is not None and loss >= least and not _noised(summary):
+        return f"log loss {loss:.4f}, of the shares alone {least:.4f}"
+    return ""
+
+
+def _noised(summary: Summary) -> bool:
+    """Whether the test is a noised histogram of few cells, which rounds chances."""
+    return _private(summary) and summary["privacy"].get("scope") != "run"
+
+
+def _one_class(summary: Summary) -> str:
+    """Say that the model calls all or nearly all records one class; empty where it does not."""
+    confusion, labels = summary["confusion"], summary["labels"]
+    called = [sum(column) for column in zip(*confusion, strict=True)]
+    top = max(range(len(called)), key=called.__getitem__)
+    others = sum(called) - called[top]
+    truly = sum(sum(row) for i, row in enumerate(confusion) if i != top)
+    if others > 0.02 * truly:
+        return ""
+    name = labels[top] if top < len(labels) else str(top)
+    who = "everybody" if others == 0 else f"all but {others} of {sum(called):,} held-out records"
+    return f"The model calls {who} {name!r}; {truly:,} are not."
+
+
+# Against sites' own models
+
+
+def _own(summary: Summary) -> Iterator[dict[str, str]]:
+    if summary["algorithm"] in summary["baselines"]:
+        return
+    compared = summary["compared"]
+    if compared is None:
+        if _private(summary) and "local" not in summary["baselines"]:
+            text = "Not compared: whether sites' own models do better is not known, as training them would cost budget."
+            yield _finding(
+                "not-compared", text, "Each site can test its own model at home, where nothing leaves.", "note"
+            )
+        return
+    low, high = compared["interval"]
+    better = _better_alone(compared["sites"])
+    differ = (
+        "Sites differ: compare their classes and codings by `medfed data show`, train for more rounds, or let each "
+        "site keep its own model."
+    )
+    if low is not None and low > 0:
+        where = f" (clearly at {', '.join(better[:5])})" if better else ""
+        text = (
+            f"Sites' own models are better than the federated one: their squared error is less by "
+            f"{compared['own_better']:.4g} a record, with 95 % between {low:.4g} and {high:.4g}{where}."
+        )
+        yield _finding("own-better", text, differ)
+    elif better:
+        more = f" and {len(better) - 5} more" if len(better) > 5 else ""
+        text = (
+            f"At {len(better)} of {len(compared['sites'])} sites ({', '.join(better[:5])}{more}) the own model is "
+            "better than the federated one."
+        )
+        yield _finding("own-better-at-some", text, differ)
+
+
+def _better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:
+    """Return the sites whose own model is better at 95 % for all sites together (Bonferroni)."""
+    tested = {name: told for name, told in sites.items() if told[2] is not None and told[3] is not None}
+    wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(tested))) / NormalDist().inv_cdf(0.975)
+    return [
+        name
+        for name, (_, mean, low, _) in tested.items()
+        if mean is not None and low is not None and mean - (mean - low) * wider > 0
+    ]
+
+
+# What the labels alone tell
+
+
+def _counts(summary: Summary) -> list[int]:
+    return [sum(row) for row in summary["confusion"]]
+
+
+def _shares(summary: Summary) -> list[float]:
+    """Return the share of each label among the held-out records."""
+    counts = _counts(summary)
+    total = sum(counts)
+    return [count / total for count in counts] if total else []
+
+
+def _entropy(shares: Sequence[float]) -> float:
+    """Return the log loss of saying the labels' shares to everybody."""
+    return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def _hanley(auroc: float, negative: int, positive: int) -> tuple[float, float]:
+    """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil 1982)."""
+    q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    spread = auroc * (1 - auroc) + (positive - 1) * (q1 - auroc**2) + (negative - 1) * (q2 - auroc**2)
+    half = 1.96 * math.sqrt(max(0.0, spread) / max(1, positive * negative))
+    return auroc - half, auroc + half
