@@ -33,8 +33,8 @@ from medfed.core.entropy import Entropy, Integers, Words
 Floats = NDArray[np.float64]
 
 _BLOCK = 1 << 16  # draws at a time, so that what lies between two steps stays in the cache
-_BASE = 800  # the widest discrete Gaussian drawn from one table
-_REACH = 10.2  # a table's values on each side, at least, in sigma: 8192 of the widest's
+_BASE = 810  # the widest discrete Gaussian drawn from one table
+_REACH = 10.1  # a table reaches so many sigma to each side, at least: 8192 values of the widest
 _QUARTERS = 1 << 16  # values of a quarter word
 _REST = -(1 << 15)  # in a table of values: look further
 _ROUNDING = 1.7  # s_r of the module's docstring
@@ -84,7 +84,7 @@ class _AliasTable:
 
 
 def _masses(variance: Fraction) -> list[int]:
-    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.2 sigma.
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.1 sigma.
 
     70 digits: by recurrence 8192 steps lose 9 of them, and 39 are used.
     """
@@ -189,13 +189,13 @@ def _smoothing(variance: float) -> float:
 class DiscreteGaussian:
     """Integer noise, P(x) proportional to exp(-x^2 / 2 sigma^2), for 0 < sigma <= 2^56 grid units.
 
-    Up to sigma = 800 a draw is one look into a table. Wider noise is a sum X = X_low + k X_high of two narrower ones
+    Up to sigma = 810 a draw is one look into a table. Wider noise is a sum X = X_low + k X_high of two narrower ones
     with sigma^2 = s_low^2 + k^2 s_high^2, where s_low = 2k and X_high is drawn the same way. Both are equally wide
-    where two suffice, up to sigma = 320,000: a narrow table looks further less often.
+    where two suffice, up to sigma = 328,000: a narrow table looks further less often.
 
     `total_variation` bounds the distance of one draw from that distribution, and equally from the rounded continuous
     Gaussian of `continuous_sigma` (less than 2^-74 up to sigma = 2^40). It is the sum of
-    - for each table, the tails beyond m >= 10.2 sigma: both together at most
+    - for each table, the tails beyond m >= 10.1 sigma: both together at most
       2 sigma^2/m exp(-m^2 / 2 sigma^2) / (sigma sqrt(2 pi)), the integral over the least normaliser;
     - for each table, n 2^-128: n - 1 masses rounded by at most 2^-128 each, their sum put right at 0;
     - for each sum, `_smoothing` of v = 1 / (k^2/s_low^2 + 1/s_high^2). For P(X = x) sums exp(-(x - kj)^2 / 2 s_low^2
@@ -330,14 +330,21 @@ def round_to_grid(x: Tensor, unit: float, sigma: float = 0.0) -> Tensor:
     """
     if not (0 < unit < math.inf and math.frexp(unit)[0] == 0.5):
         raise PlanError(f"unit={unit}: expected a power of two. Set unit=2**-20, say.")
-    scaled = x.double() / unit
+    narrow = x.dtype == torch.float32 and 2.0**-100 < unit < 2.0**100  # scaling and rounding are exact there too
+    scaled = (x if narrow else x.double()) / unit
     limit = 2**62 - _HEADROOM * sigma
-    if x.numel() and not scaled.abs().max() < limit:  # not so for NaN either; x is private and goes unquoted
+    if x.numel() and not _largest(scaled) < limit:  # not so for NaN either; x is private and goes unquoted
         raise PlanError(
             f"unit={unit}, sigma={sigma} grid units: expected finite x and 8 sigma of head-room below 2^62 grid units. "
             "Clip x or take a coarser grid."
         )
     return scaled.round_().to(torch.int64)
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest |x|; NaN where one is."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
 
 
 def grid_sensitivity(clip: float, unit: float, dimension: int) -> float:
