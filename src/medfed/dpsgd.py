@@ -472,5 +472,5 @@ def _release(total_N: Tensor, noise: DiscreteGaussian, entropy: Entropy, out: Te
     """Write sums into `out` [N] (float64), rounded to the grid and noised; so many at a time as the cache holds."""
     pieces = zip(torch.split(total_N, _RELEASED), torch.split(out, _RELEASED), strict=True)
     for total, released in pieces:
-        steps = round_to_grid(total, GRID).add_(torch.from_numpy(noise.sample(len(total), entropy)))
+        steps = round_to_grid(total, GRID) + torch.from_numpy(noise.sample(len(total), entropy))
         torch.mul(steps.double(), GRID, out=released)

@@ -33,8 +33,8 @@ from medfed.core.entropy import Entropy, Integers, Words
 Floats = NDArray[np.float64]
 
 _BLOCK = 1 << 16  # draws at a time, so that what lies between two steps stays in the cache
-_BASE = 810  # the widest discrete Gaussian drawn from one table
-_REACH = 10.1  # a table reaches so many sigma to each side, at least: 8192 values of the widest
+_BASE = 806  # the widest discrete Gaussian drawn from one table
+_REACH = 10.16  # a table reaches so many sigma to each side, at least: 8192 values of the widest
 _QUARTERS = 1 << 16  # values of a quarter word
 _REST = -(1 << 15)  # in a table of values: look further
 _ROUNDING = 1.7  # s_r of the module's docstring
@@ -84,7 +84,7 @@ class _AliasTable:
 
 
 def _masses(variance: Fraction) -> list[int]:
-    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.1 sigma.
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.16 sigma.
 
     70 digits: by recurrence 8192 steps lose 9 of them, and 39 are used.
     """
@@ -189,13 +189,13 @@ def _smoothing(variance: float) -> float:
 class DiscreteGaussian:
     """Integer noise, P(x) proportional to exp(-x^2 / 2 sigma^2), for 0 < sigma <= 2^56 grid units.
 
-    Up to sigma = 810 a draw is one look into a table. Wider noise is a sum X = X_low + k X_high of two narrower ones
+    Up to sigma = 806 a draw is one look into a table. Wider noise is a sum X = X_low + k X_high of two narrower ones
     with sigma^2 = s_low^2 + k^2 s_high^2, where s_low = 2k and X_high is drawn the same way. Both are equally wide
-    where two suffice, up to sigma = 328,000: a narrow table looks further less often.
+    where two suffice, up to sigma = 324,000: a narrow table looks further less often.
 
     `total_variation` bounds the distance of one draw from that distribution, and equally from the rounded continuous
     Gaussian of `continuous_sigma` (less than 2^-74 up to sigma = 2^40). It is the sum of
-    - for each table, the tails beyond m >= 10.1 sigma: both together at most
+    - for each table, the tails beyond m >= 10.16 sigma: both together at most
       2 sigma^2/m exp(-m^2 / 2 sigma^2) / (sigma sqrt(2 pi)), the integral over the least normaliser;
     - for each table, n 2^-128: n - 1 masses rounded by at most 2^-128 each, their sum put right at 0;
     - for each sum, `_smoothing` of v = 1 / (k^2/s_low^2 + 1/s_high^2). For P(X = x) sums exp(-(x - kj)^2 / 2 s_low^2
