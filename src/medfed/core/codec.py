@@ -69,7 +69,7 @@ class RowFormat:
 
     def encode(self, headers: Sequence[Mapping[str, Any]], row_KM: Tensor) -> list[bytes]:
         """Pack a header with each row: the same bytes as `encode(header, {name: row})`."""
-        numbers = memoryview(row_KM.contiguous().numpy().reshape(-1).view(np.uint8))
+        numbers = row_KM.contiguous().numpy().reshape(-1).view(np.uint8).data
         messages: list[bytes] = []
         for k, header in enumerate(headers):
             head = self.before + json.dumps(_text(header)).encode() + self.behind
