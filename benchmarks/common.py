@@ -52,10 +52,10 @@ def _processor() -> str:
 
 
 def without_privacy(study: "Study", **training: Any) -> "Study":
-    """Return a bundled study with no guarantee, on robustly scaled records, for timings and comparisons of training."""
-    from medfed.study import Privacy, Training
+    """Return a bundled study with no guarantee and plain rows, on robustly scaled records: for timings, comparisons."""
+    from medfed.study import Privacy, Security, Training
 
-    plain = dataclasses.replace(study, privacy=Privacy(), training=Training(**training))
+    plain = dataclasses.replace(study, privacy=Privacy(), training=Training(**training), security=Security())
     return plain.set("data.preprocess", "robust")
 
 

@@ -35,7 +35,6 @@ from medfed.layers import RuledModel
 from medfed.local import loss_gradient
 from medfed.models import Series
 from medfed.privacy.guarantee import GRID, discrete_gaussian
-from medfed.privacy.mechanisms import round_to_grid
 
 HERE = Path(__file__).parent
 OPACUS = ("torch==2.13.0", "opacus==1.6.0")
@@ -148,8 +147,9 @@ def release_noise() -> Callable[[Tensor], Tensor]:
     noise, entropy = discrete_gaussian(NOISE / GRID), Entropy()
 
     def noised(total: Tensor) -> Tensor:
-        drawn = torch.from_numpy(noise.sample(total.numel(), entropy)).view(total.shape)
-        return (round_to_grid(total, GRID) + drawn).double() * GRID
+        released = torch.empty(total.shape, dtype=torch.float64)
+        dpsgd._release(total.view(-1), noise, entropy, out=released.view(-1))
+        return released
 
     return noised
 

@@ -71,42 +71,47 @@ class Plain:
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Ask, check and combine."""
         replies = gather(fleet, clients, "work", payload, plan.study.training.deadline)
-        reports, rows, excluded = read(replies, plan, "row")
-        if rows:
-            for name, good in zip(list(rows), finite(codec.as_rows(list(rows.values()))).tolist(), strict=True):
-                if not good:
-                    del rows[name]
-                    excluded[name] = "its row is not finite"
+        reports, names, row_KM, excluded = _read_rows(replies, plan)
+        good_K = finite(row_KM).tolist()
         if bound := plan.study.robustness.bound:
-            for name in [name for name, row in rows.items() if float(row.double().norm()) > bound * (1 + 1e-6)]:
-                del rows[name]
+            long_K = [float(row.double().norm()) > bound * (1 + 1e-6) for row in row_KM]
+        else:
+            long_K = [False] * len(names)
+        for name, good, long in zip(names, good_K, long_K, strict=True):
+            if not good:
+                excluded[name] = "its row is not finite"
+            elif long:
                 excluded[name] = f"its row is out of bound: robustness.bound={bound:g}"
-        enough(plan, number, rows, clients, excluded)
+        counted = [k for k, name in enumerate(names) if name not in excluded]
+        if len(counted) < len(names):
+            names, row_KM = [names[k] for k in counted], row_KM[counted]
+        enough(plan, number, names, clients, excluded)
         with naming(excluded):  # a rule may have too few rows where the quorum has enough
-            return self._combined(plan, number, rows, reports, replies, excluded)
+            return self._combined(plan, number, names, row_KM, reports, replies, excluded)
 
     def _combined(
         self,
         plan: Plan,
         number: int,
-        rows: Mapping[str, Tensor],
+        names: list[str],
+        row_KM: Tensor,
         reports: Mapping[str, dict[str, Any]],
         replies: Mapping[str, Reply],
         excluded: Mapping[str, str],
     ) -> Answer:
-        row_KM, rule = codec.as_rows(list(rows.values())), plan.rule
+        rule = plan.rule
         if rule:
-            gram_KK, weights = rules.gram(rules.blocks_of(row_KM)), dict.fromkeys(rows, 1 / len(rows))
+            gram_KK, weights = rules.gram(rules.blocks_of(row_KM)), dict.fromkeys(names, 1 / len(names))
             if rule.needs == "rows":  # no weights to tell
-                combined_M = combine(plan.fitting(len(rows)).combine(row_KM)[None], torch.ones(1), plan.links, number)
+                combined_M = combine(plan.fitting(len(names)).combine(row_KM)[None], torch.ones(1), plan.links, number)
             else:
                 w_K = plan.weigh(gram_KK)
                 combined_M = combine(row_KM, w_K, plan.links, number)
-                weights = dict(zip(rows, w_K.tolist(), strict=True))
-            return Answer(list(rows), reports, replies, combined_M, excluded, weights=weights, gram_KK=gram_KK)
-        weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
+                weights = dict(zip(names, w_K.tolist(), strict=True))
+            return Answer(names, reports, replies, combined_M, excluded, weights=weights, gram_KK=gram_KK)
+        weight_K = torch.tensor([plan.weight(name) for name in names], dtype=torch.float64)
         combined_M = combine(row_KM, None if plan.joint else weight_K / weight_K.sum(), plan.links, number)
-        return Answer(list(rows), reports, replies, combined_M, excluded)
+        return Answer(names, reports, replies, combined_M, excluded)
 
 
 PLAIN = Plain()
@@ -127,7 +132,7 @@ class ThreeParty:
     def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
         replies = gather(fleet, clients, "work", _signed(self.publisher, number, payload), plan.study.training.deadline)
-        reports, uploads, excluded = read(replies, plan, "upload")
+        reports, uploads, excluded = read(replies, "upload")
         enough(plan, number, uploads, clients, excluded)
         scope = Scope(self.publisher.study, self.publisher.run, number)
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
@@ -183,7 +188,7 @@ class Masked:
             talk.ask("boxes", [name], box)
         ready = [name for name in boxes if name not in talk.lost]
         replies = gather(talk.fleet, ready, "work", _signed(self.publisher, number, payload), talk.deadline)
-        reports, uploads, refused = read(replies, plan, "upload")
+        reports, uploads, refused = read(replies, "upload")
         talk.lost |= refused
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
         survivors = server.rows(sent)
@@ -455,13 +460,13 @@ def terms_of(plan: Plan) -> three_party.Terms:
     return three_party.Terms(plan.message, bound, (first, second, third), fewest, security.min_group)
 
 
-Read = tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, str]]
-"""By site: reports, tensors, and the reasons of those that sent none."""
+Reports = dict[str, dict[str, Any]]
+"""What each site tells beside its row."""
 
 
-def read(replies: Mapping[str, Reply], plan: Plan, tensor: str) -> Read:
-    """Read the named tensor of each reply; a row must have the plan's length and kind of number."""
-    reports: dict[str, dict[str, Any]] = {}
+def read(replies: Mapping[str, Reply], tensor: str) -> tuple[Reports, dict[str, Tensor], dict[str, str]]:
+    """Return reports, the named tensor of each reply, and the reasons of those that sent none; all by site."""
+    reports: Reports = {}
     tensors: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
     for name, reply in replies.items():
@@ -469,14 +474,44 @@ def read(replies: Mapping[str, Reply], plan: Plan, tensor: str) -> Read:
             if reply.error:
                 raise SiteError(reply.error)
             reports[name], found = codec.decode(reply.payload)
-            if tensor == "row":
-                _check_row(found[tensor], plan)
             tensors[name] = found[tensor]
         except SiteError as error:
             reasons[name] = str(error)
         except (CodecError, KeyError) as error:
             reasons[name] = f"its reply cannot be read: {error}"
     return reports, tensors, reasons
+
+
+def _read_rows(replies: Mapping[str, Reply], plan: Plan) -> tuple[Reports, list[str], Tensor, dict[str, str]]:
+    """Return reports, the names of those whose rows can be read, these rows as message_KM, and the others' reasons."""
+    kind = torch.int64 if plan.joint else torch.float32
+    row_KM = torch.empty(len(replies), plan.message, dtype=kind)
+    expected = codec.RowFormat("row", torch.empty(plan.message, dtype=kind))
+    reports, names, reasons = Reports(), list[str](), dict[str, str]()
+    for name, reply in replies.items():
+        try:
+            reports[name] = _read_row(reply, expected, plan, row_KM[len(names)])
+            names.append(name)
+        except SiteError as error:
+            reasons[name] = str(error)
+        except (CodecError, KeyError) as error:
+            reasons[name] = f"its reply cannot be read: {error}"
+    return reports, names, row_KM[: len(names)], reasons
+
+
+def _read_row(reply: Reply, expected: codec.RowFormat, plan: Plan, place_M: Tensor) -> dict[str, Any]:
+    """Write a reply's row into its place and return the report beside it.
+
+    It must have the plan's length and kind of number; one of another width is converted.
+    """
+    if reply.error:
+        raise SiteError(reply.error)
+    report = expected.decode(reply.payload, place_M)
+    if report is None:
+        report, found = codec.decode(reply.payload)
+        _check_row(found["row"], plan)
+        place_M.copy_(found["row"])
+    return report
 
 
 def _check_row(row: Tensor, plan: Plan) -> None:

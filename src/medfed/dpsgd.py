@@ -18,6 +18,7 @@ K clients, A of them in a chunk, I patients of a step (padded), R records a pati
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -44,11 +45,12 @@ from medfed.local import (
 )
 from medfed.models import Dropout, dropout_keys, fixed
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
-from medfed.privacy.mechanisms import round_to_grid
+from medfed.privacy.mechanisms import DiscreteGaussian, round_to_grid
 
 _AUTOMATIC = 0.01  # gamma of Bu et al. 2022: keeps the direction of small gradients finite
 _CHUNK_BYTES = 8 << 20
-_FEWEST, _MULTIPLE = 64, 8  # slots of a client: a product of fewer, or of an odd number, adds up in another order
+_FEWEST, _MULTIPLE = 32, 8  # slots of a client: a product of 5, or of an odd number, adds up in another order
+_RELEASED = 1 << 16  # numbers that are noised at once
 _BLOCK = 32  # records of which torch.func takes gradients at once
 
 Factor = Callable[[Tensor], Tensor]
@@ -160,11 +162,11 @@ def train(
     chosen, layout = _path(model, path), Layout.of(model)
     random = _draws(model, chosen)
     steps_K = torch.tensor([guarantee.releases[name].steps for name in names])
-    draw, noise = _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)
     factor = clip_factor(guarantee.clipping, guarantee.clip)
 
     def worker() -> Callable[[Tensor], Tensor]:
         summed = _summer(model, chosen)
+        draw, noise = _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)  # a cipher for each thread
 
         def run(members: Tensor) -> Tensor:
             part, steps = patients.of_clients(members), int(steps_K[members[0]])
@@ -457,7 +459,18 @@ def _noiser(guarantee: Guarantee, names: Sequence[str], key_K: Tensor) -> Callab
     entropy = Entropy()
 
     def drawn(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
-        noise = [discrete_gaussian(sigma_K[k]).sample(total_AP.shape[1], entropy) for k in members.tolist()]
-        return (round_to_grid(total_AP, GRID) + torch.from_numpy(np.stack(noise))).double() * GRID
+        noised_AP, first = torch.empty(total_AP.shape, dtype=torch.float64), 0
+        for sigma, alike in groupby(sigma_K[k] for k in members.tolist()):
+            rows = slice(first, first := first + len(list(alike)))
+            _release(total_AP[rows].reshape(-1), discrete_gaussian(sigma), entropy, out=noised_AP[rows].view(-1))
+        return noised_AP
 
     return drawn
+
+
+def _release(total_N: Tensor, noise: DiscreteGaussian, entropy: Entropy, out: Tensor) -> None:
+    """Write sums into `out` [N] (float64), rounded to the grid and noised; so many at a time as the cache holds."""
+    pieces = zip(torch.split(total_N, _RELEASED), torch.split(out, _RELEASED), strict=True)
+    for total, released in pieces:
+        steps = round_to_grid(total, GRID) + torch.from_numpy(noise.sample(len(total), entropy))
+        torch.mul(steps.double(), GRID, out=released)

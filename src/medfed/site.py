@@ -540,10 +540,10 @@ def _sent(
     message_KM = first.liars.sent(sites, header["round"], message_KM)
     if first.study.security.aggregation == "plain":
         row_KM = send(message_KM, first.links)
-        return [
-            r if isinstance(r, SiteError) else codec.encode(r, {"row": row_M})
-            for r, row_M in zip(reports, row_KM, strict=True)
-        ]
+        told = [{} if isinstance(report, SiteError) else report for report in reports]
+        messages = codec.RowFormat("row", row_KM[0]).encode(told, row_KM)
+        pairs = zip(reports, messages, strict=True)
+        return [report if isinstance(report, SiteError) else message for report, message in pairs]
     round, model = header["round"], sha256(w_P.numpy().tobytes()).digest()
     answers: list[Answer] = []
     for site, report, message_M in zip(sites, reports, message_KM, strict=True):

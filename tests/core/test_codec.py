@@ -66,6 +66,76 @@ def test_what_was_packed_comes_out(header: dict[str, Any], packed: dict[str, Ten
         assert torch.equal(unpacked[name], tensor)
 
 
+ROWS = st.sampled_from([(torch.float32, 5), (torch.int64, 4), (torch.float32, 0), (torch.float64, 1)])
+
+
+@given(st.lists(HEADERS, min_size=1, max_size=4), ROWS, st.integers(0, 9))
+def test_a_stack_of_rows_is_written_and_read_as_each_alone(
+    headers: list[dict[str, Any]], kind: tuple[torch.dtype, int], seed: int
+) -> None:
+    dtype, width = kind
+    generator = torch.Generator().manual_seed(seed)
+    row_KM = torch.randn(len(headers), width, generator=generator).mul_(1000).to(dtype)
+    rows = codec.RowFormat("row", row_KM[0])
+    messages = rows.encode(headers, row_KM)
+    assert messages == [codec.encode(header, {"row": row}) for header, row in zip(headers, row_KM, strict=True)]
+    read_KM = torch.zeros_like(row_KM)
+    assert [rows.decode(m, row) for m, row in zip(messages, read_KM, strict=True)] == [
+        codec.decode(m)[0] for m in messages
+    ]
+    assert torch.equal(read_KM, row_KM)
+
+
+def test_a_strided_row_is_written_as_it_reads() -> None:
+    row_KM = torch.arange(12.0).reshape(3, 4).T
+    assert codec.RowFormat("row", row_KM[0]).encode([{}] * 4, row_KM) == [codec.encode({}, {"row": r}) for r in row_KM]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"x" * 200,
+        codec.encode({}, {"row": torch.zeros(6)}),
+        codec.encode({}, {"row": torch.zeros(5, dtype=torch.float64)}),
+        codec.encode({}, {"row": torch.zeros(5, 1)}),
+        codec.encode({}, {"other": torch.zeros(5)}),
+        codec.encode({}, {"row": torch.zeros(5), "z": torch.zeros(1)}),
+        codec.encode({}, {"row": torch.zeros(5)})[:-1],
+        codec.encode({}, {"row": torch.zeros(5)}) + b"0",
+        _raw(b'{"__metadata__":{"header":7},"row":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}   ', bytes(20)),
+    ],
+)
+def test_what_is_no_such_row_is_left_to_decode(message: bytes) -> None:
+    place = torch.full((5,), 3.0)
+    assert codec.RowFormat("row", torch.zeros(5)).decode(message, place) is None
+    assert place.tolist() == [3.0] * 5
+
+
+def test_a_row_of_another_version_is_refused() -> None:
+    message = codec.encode({}, {"row": torch.zeros(5)}).replace(b'medfed\\": 1', b'medfed\\": 2')
+    place = torch.full((5,), 3.0)
+    with pytest.raises(CodecError, match="version=2"):
+        codec.RowFormat("row", torch.zeros(5)).decode(message, place)
+    assert place.tolist() == [3.0] * 5
+
+
+@given(st.data())
+def test_a_flipped_byte_of_a_row_message_reads_as_decode_reads_it_or_not_at_all(data: st.DataObject) -> None:
+    message = bytearray(codec.encode({"loss": 0.5}, {"row": torch.arange(5.0)}))
+    at = data.draw(st.integers(0, len(message) - 1))
+    message[at] ^= data.draw(st.integers(1, 255))
+    place = torch.zeros(5)
+    try:
+        report = codec.RowFormat("row", place).decode(bytes(message), place)
+    except CodecError:
+        return
+    if report is not None:
+        told, tensors = codec.decode(bytes(message))
+        assert report == told
+        assert place.numpy().tobytes() == tensors["row"].numpy().tobytes()
+
+
 def test_every_bit_of_a_float_survives() -> None:
     values = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38])
     _, unpacked = codec.decode(codec.encode({}, {"x": values}))

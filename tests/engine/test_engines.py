@@ -21,7 +21,7 @@ from medfed.prepare import prepare
 from medfed.round import run_round
 from medfed.round import test as run_test
 from medfed.runs import open_sites
-from medfed.site import Site
+from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.engine.pipes import Pipes
 from tests.tables import SITES, invented, write_study
@@ -121,6 +121,18 @@ def open_prepared(study: Study) -> list[Site]:
     sites = open_sites(study, None)
     prepare(study, InProcess(sites), list(SITES))
     return sites
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "local"])
+def test_a_cohort_answers_with_the_bytes_of_its_sites_asked_one_by_one(study: Study, algorithm: str) -> None:
+    study = study.set("training.algorithm", algorithm)
+    together, alone = open_prepared(study), open_prepared(study)
+    plan = prepare(study, InProcess(open_sites(study, None)), list(SITES))
+    task = plan.algorithm.task(plan.algorithm.begin(plan.first_weights(), study.training))
+    payload = codec.encode({"round": 1}, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
+    answers = handle_many(together, "work", payload)
+    assert answers == [site.handle("work", payload) for site in alone]
+    assert len(set(answers)) == len(SITES)
 
 
 def test_one_failing_site_does_not_take_the_stack_down(study: Study) -> None:

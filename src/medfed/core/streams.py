@@ -30,16 +30,20 @@ class Streams:
 
     def key(self, name: str, *context: object) -> int:
         """Return the signed 64-bit key of the stream `name` in `context` (a round, a client, ...)."""
-        text = json.dumps([self.seed, name, *map(str, context)])  # no two lists are written alike
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+        return _hashed(json.dumps([self.seed, name, *map(str, context)]))  # no two lists are written alike
 
     def key_K(self, name: str, round: int, clients: Sequence[str]) -> Tensor:
         """Return the keys [K] (int64) of one stream for each client of a cohort."""
-        return torch.tensor([self.key(name, round, client) for client in clients], dtype=torch.int64)
+        begun = json.dumps([self.seed, name, str(round)])[:-1]  # as `key` has it, the part that all share written once
+        return torch.tensor([_hashed(f"{begun}, {json.dumps(client)}]") for client in clients], dtype=torch.int64)
 
     def generator(self, name: str, *context: object) -> np.random.Generator:
         """Return a numpy generator for a draw that belongs to no client."""
         return np.random.Generator(np.random.Philox(key=self.key(name, *context) % (1 << 64)))
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def patient_fraction(key: int, patient: str) -> float:

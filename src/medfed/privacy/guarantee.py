@@ -17,7 +17,7 @@ from medfed.core.checks import PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.privacy import accounting, factorisation
 from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
-from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost
+from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost, worst_total_variation
 from medfed.study import EPSILON, SIZE, Study
 
 GRID = 2.0**-16
@@ -275,7 +275,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
     if not p.simulation_only:
-        worst = discrete_gaussian(2.0**20 * found.sensitivity_units()).total_variation  # wider noise is further off
+        worst = worst_total_variation(2.0**20 * found.sensitivity_units())
         found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
     if found.delta_sampler > p.delta / 2:
         raise PlanError(

@@ -11,7 +11,7 @@ release with discrete noise is the continuous mechanism with noise s_c = sqrt(si
 total variation that is charged to delta: `DiscreteGaussian.continuous_sigma`, `DiscreteGaussian.total_variation` and
 `delta_cost`. Here s_r = 1.7, e < 2^-81.
 
-N draws, n columns of an alias table, k categories. Words are 64 bits; grid units are integers.
+N draws, n columns of an alias table, k categories. Words are 64 bits, a quarter of one 16; grid units are integers.
 """
 
 import math
@@ -32,8 +32,11 @@ from medfed.core.entropy import Entropy, Integers, Words
 
 Floats = NDArray[np.float64]
 
-_BLOCK = 1 << 15  # draws at a time, so that what lies between two steps stays in the cache
-_BASE = 400  # the widest discrete Gaussian drawn from one table: 8192 columns, 96 KiB for a draw
+_BLOCK = 1 << 16  # draws at a time, so that what lies between two steps stays in the cache
+_BASE = 806  # the widest discrete Gaussian drawn from one table
+_REACH = 10.16  # a table reaches so many sigma to each side, at least: 8192 values of the widest
+_QUARTERS = 1 << 16  # values of a quarter word
+_REST = -(1 << 15)  # in a table of values: look further
 _ROUNDING = 1.7  # s_r of the module's docstring
 _HEADROOM = 8  # standard deviations
 
@@ -54,7 +57,19 @@ class _AliasTable:
     edge: Words  # [n]
     fine: Words  # [n]
     value: NDArray[np.int16]  # [2n]: from the edge on, below the edge
-    total_variation: float
+
+    @classmethod
+    def of(cls, masses: Sequence[int]) -> "_AliasTable":
+        """Return the table of integers -n/2 .. n/2 - 1 with these masses, whole numbers that sum to 2^128."""
+        n = len(masses)
+        edges, owner = _alias(masses)
+        value = np.stack([np.array(owner), np.arange(n)], axis=1).ravel() - n // 2
+        return cls(
+            shift=np.uint64(65 - n.bit_length()),
+            edge=np.array([edge >> 64 for edge in edges], np.uint64),
+            fine=np.array([edge % 2**64 for edge in edges], np.uint64),
+            value=value.astype(np.int16),
+        )
 
     def sample(self, count: int, entropy: Entropy) -> NDArray[np.int16]:
         """Draw [count] integers."""
@@ -69,11 +84,11 @@ class _AliasTable:
 
 
 def _masses(variance: Fraction) -> list[int]:
-    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10 sigma.
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.16 sigma.
 
-    70 digits: by recurrence 4096 steps lose 8 of them, and 39 are used.
+    70 digits: by recurrence 8192 steps lose 9 of them, and 39 are used.
     """
-    half = 1 << (2 * math.ceil(10 * math.sqrt(variance)) + 1).bit_length() - 1
+    half = 1 << (2 * math.ceil(_REACH * math.sqrt(variance)) + 1).bit_length() - 1
     with localcontext(prec=70):
         step = (-Decimal(variance.denominator) / (2 * Decimal(variance.numerator))).exp()
         weight, ratio, weights = Decimal(1), step, [Decimal(1)]
@@ -107,22 +122,56 @@ def _alias(masses: Sequence[int]) -> tuple[list[int], list[int]]:
     return edges, owner
 
 
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Integers around 0, their probabilities whole multiples of 2^-128; nearly every draw is one look at 16 bits.
+
+    A mass is a whole number of 2^-16 and a remainder. `direct` gives a value as many quarter words as its mass has
+    whole ones. Those left over, a power of two of them, go on to `rest`, which has the remainders for masses. So no
+    mass is rounded (a condensed table: Marsaglia, Tsang and Wang 2004), and a draw of sigma = 400 looks further 3 times
+    in a hundred.
+    """
+
+    direct: NDArray[np.int16]  # [2^16]
+    rest: _AliasTable
+    total_variation: float
+
+    @classmethod
+    def of(cls, masses: Sequence[int], total_variation: float) -> "_Table":
+        """Return the table of integers -n/2 .. n/2 - 1 with these masses, whole numbers that sum to 2^128."""
+        unit = 2**128 // _QUARTERS
+        whole = [mass // unit for mass in masses]
+        left = _QUARTERS - sum(whole)
+        spare = 1 << (left - 1).bit_length()  # a power of two, so that the remainders' masses stay whole
+        for x in sorted(range(len(whole)), key=whole.__getitem__, reverse=True):
+            given = min(whole[x], spare - left)
+            whole[x] -= given
+            left += given
+        rest = [(mass - unit * n) * (_QUARTERS // spare) for mass, n in zip(masses, whole, strict=True)]
+        values = np.arange(len(masses)) - len(masses) // 2
+        direct = np.full(_QUARTERS, _REST, np.int16)
+        direct[spare:] = np.repeat(values, whole)
+        return cls(direct, _AliasTable.of(rest), total_variation)
+
+    def sample(self, count: int, entropy: Entropy) -> NDArray[np.int16]:
+        """Draw [count] integers."""
+        quarter = entropy.words(-(-count // 4)).view(np.uint16)[:count]
+        drawn: NDArray[np.int16] = self.direct.take(quarter)
+        further = np.flatnonzero(drawn == _REST)
+        drawn[further] = self.rest.sample(len(further), entropy)
+        return drawn
+
+
 @lru_cache(maxsize=64)
-def _table(variance: Fraction) -> _AliasTable:
-    """Return the alias table of the discrete Gaussian; the total variation is derived at `DiscreteGaussian`."""
+def _table(variance: Fraction) -> _Table:
+    """Return the table of the discrete Gaussian; the total variation is derived at `DiscreteGaussian`."""
     masses = _masses(variance)
-    n = len(masses)
-    edges, owner = _alias(masses)
-    value = np.stack([np.array(owner), np.arange(n)], axis=1).ravel() - n // 2
-    most, sigma = n // 2 - 1, math.sqrt(variance)
-    tail = 2 * sigma**2 / most * math.exp(-(most**2) / (2 * sigma**2)) / max(1.0, sigma * math.sqrt(2 * math.pi))
-    return _AliasTable(
-        shift=np.uint64(65 - n.bit_length()),
-        edge=np.array([edge >> 64 for edge in edges], np.uint64),
-        fine=np.array([edge % 2**64 for edge in edges], np.uint64),
-        value=value.astype(np.int16),
-        total_variation=tail + n * 2.0**-128,
-    )
+    return _Table.of(masses, _beyond(len(masses) // 2 - 1, math.sqrt(variance)) + len(masses) * 2.0**-128)
+
+
+def _beyond(most: float, sigma: float) -> float:
+    """Bound the probability beyond -most .. most: both tails' integral over the least normaliser."""
+    return 2 * sigma**2 / most * math.exp(-(most**2) / (2 * sigma**2)) / max(1.0, sigma * math.sqrt(2 * math.pi))
 
 
 def _smoothing(variance: float) -> float:
@@ -140,17 +189,18 @@ def _smoothing(variance: float) -> float:
 class DiscreteGaussian:
     """Integer noise, P(x) proportional to exp(-x^2 / 2 sigma^2), for 0 < sigma <= 2^56 grid units.
 
-    Up to sigma = 400 a draw is one look into an alias table. Wider noise is a sum X = X_low + k X_high of two narrower
-    ones with sigma^2 = s_low^2 + k^2 s_high^2, where s_low = 2k and X_high is drawn the same way.
+    Up to sigma = 806 a draw is one look into a table. Wider noise is a sum X = X_low + k X_high of two narrower ones
+    with sigma^2 = s_low^2 + k^2 s_high^2, where s_low = 2k and X_high is drawn the same way. Both are equally wide
+    where two suffice, up to sigma = 324,000: a narrow table looks further less often.
 
     `total_variation` bounds the distance of one draw from that distribution, and equally from the rounded continuous
     Gaussian of `continuous_sigma` (less than 2^-74 up to sigma = 2^40). It is the sum of
-    - for each table, the tails beyond m >= 10 sigma: both together at most
+    - for each table, the tails beyond m >= 10.16 sigma: both together at most
       2 sigma^2/m exp(-m^2 / 2 sigma^2) / (sigma sqrt(2 pi)), the integral over the least normaliser;
     - for each table, n 2^-128: n - 1 masses rounded by at most 2^-128 each, their sum put right at 0;
     - for each sum, `_smoothing` of v = 1 / (k^2/s_low^2 + 1/s_high^2). For P(X = x) sums exp(-(x - kj)^2 / 2 s_low^2
       - j^2 / 2 s_high^2) over j, which is exp(-x^2 / 2 sigma^2) times a sum of exp(-(j - c)^2 / 2v) with c
-      proportional to x (the convolution theorem of Peikert 2010 and of Micciancio and Peikert 2013). Here v > 3.3;
+      proportional to x (the convolution theorem of Peikert 2010 and of Micciancio and Peikert 2013). Here v > 3.9;
     - for the way to the continuous Gaussian, `_smoothing` of 1.7^2 (see the module).
     """
 
@@ -159,10 +209,10 @@ class DiscreteGaussian:
             raise PlanError(f"sigma={sigma} grid units: expected a number in (0, 2^56]. Take another noise or grid.")
         self.sigma = float(sigma)
         self.total_variation = _smoothing(_ROUNDING**2)
-        self._lower: list[tuple[int, _AliasTable]] = []  # (k, table of s_low = 2k)
+        self._lower: list[tuple[int, _Table]] = []  # (k, table of s_low = 2k)
         variance = Fraction(sigma) ** 2
         while variance > _BASE**2:
-            k = min(_BASE // 2, math.isqrt(math.floor(variance / 25)))  # so s_high^2 >= 5^2 - 2^2
+            k = min(_BASE // 2, math.isqrt(math.isqrt(math.floor(variance)) // 2) + 1)  # so s_high > 38
             self._lower.append((k, _table(Fraction(2 * k) ** 2)))
             variance = variance / k**2 - 4
             self.total_variation += _smoothing(1 / (1 / 4 + 1 / float(variance)))
@@ -187,8 +237,17 @@ class DiscreteGaussian:
             block[:] = self._top.sample(len(block), entropy)
             for k, table in reversed(self._lower):
                 block *= k
-                block += table.sample(len(block), entropy)
+                block += table.sample(len(block), entropy).astype(np.int64)  # numpy adds mixed types slowly
         return drawn
+
+
+def worst_total_variation(sigma: float) -> float:
+    """Bound `DiscreteGaussian.total_variation` of every noise up to this sigma, whatever tables it is drawn from."""
+    tables, rest = 1, sigma
+    while rest > _BASE:
+        tables, rest = tables + 1, rest / (_BASE // 2)
+    each = _beyond(_REACH * _BASE, _BASE) + 2**14 * 2.0**-128 + _smoothing(3.9)
+    return _smoothing(_ROUNDING**2) + tables * each
 
 
 def delta_cost(total_variation: float, samples: int, epsilon: float) -> float:
@@ -271,14 +330,21 @@ def round_to_grid(x: Tensor, unit: float, sigma: float = 0.0) -> Tensor:
     """
     if not (0 < unit < math.inf and math.frexp(unit)[0] == 0.5):
         raise PlanError(f"unit={unit}: expected a power of two. Set unit=2**-20, say.")
-    scaled = x.double() / unit
+    narrow = x.dtype == torch.float32 and 2.0**-100 < unit < 2.0**100  # scaling and rounding are exact there too
+    scaled = (x if narrow else x.double()) / unit
     limit = 2**62 - _HEADROOM * sigma
-    if x.numel() and not scaled.abs().max() < limit:  # not so for NaN either; x is private and goes unquoted
+    if x.numel() and not _largest(scaled) < limit:  # not so for NaN either; x is private and goes unquoted
         raise PlanError(
             f"unit={unit}, sigma={sigma} grid units: expected finite x and 8 sigma of head-room below 2^62 grid units. "
             "Clip x or take a coarser grid."
         )
     return scaled.round_().to(torch.int64)
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest |x|; NaN where one is."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
 
 
 def grid_sensitivity(clip: float, unit: float, dimension: int) -> float:
