@@ -79,7 +79,7 @@ class Histogram:
         return np.stack([self.count[~called].sum(0), self.count[called].sum(0)], 1)
 
     def auroc(self) -> float | None:
-        """Return the share of pairs, a positive and a negative, that are in order, ties one half; None for one class."""
+        """Return the share of pairs, a positive and a negative, that are in order, ties half; None for one class."""
         negative, positive = self.count.sum(0)
         if negative * positive == 0:
             return None
