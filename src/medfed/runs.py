@@ -68,7 +68,7 @@ from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
-from medfed.round import run_round, test
+from medfed.round import decide, run_round, test
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
@@ -127,6 +127,22 @@ class Result:
         if target.task == "binary":
             return pd.DataFrame({target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index)
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
+
+    def decide(self, frame: pd.DataFrame) -> pd.Series:
+        """Return the label that is called for each row: the positive one from the run's threshold on.
+
+        Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
+        """
+        target, told = self.encoding.target, self.predict(frame)
+        if target.task == "regression":
+            raise RunError(f"data.task='regression' of {target.name!r} has no labels to call; use predict")
+        if target.task == "multiclass":
+            return told.idxmax(axis=1).rename(target.name)
+        decision = self.summary["decision"]
+        if decision is None:
+            raise RunError("the run ended before its model was tested, so no threshold is known; resume it")
+        called = (told[target.labels[1]] >= decision["threshold"]).to_numpy().astype(int)
+        return pd.Series(np.array(target.labels)[called], index=frame.index, name=target.name)
 
 
 @own.kept()
@@ -621,7 +637,8 @@ def _drive(
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
-        test(server, plan, fleet, log, name, intervals=True)
+        decision = decide(server, plan, fleet, budget, log)
+        test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log)
@@ -642,7 +659,7 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
-        _write_model(folder, server, plan, models.fixed(sites[0].model))
+        _write_model(folder, server, plan, models.fixed(sites[0].model), summary["decision"])
         if written := getattr(aggregation, "trail", None):
             model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
             written.append("finished", {"rounds": server.round, "status": summary["status"], "model": model})
@@ -721,7 +738,8 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
         server = plan.begin()
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.budget(), Log())
-        test(server, plan, fleet, log, name, intervals=True)
+        decision = decide(server, plan, fleet, plan.budget(), log)
+        test(server, plan, fleet, log, name, intervals=True, decision=decision)
     except (QuorumError, DataError) as error:
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
@@ -759,6 +777,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
+            positive=plan.encoding.target.labels[1] if plan.encoding.target.task == "binary" else "",
+            threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
         )
     )
     for text in plan.warnings:
@@ -792,10 +812,13 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
-def _write_model(folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor]) -> None:
-    """Write all that the model's outputs follow from: the released weights, and what was not trained."""
+def _write_model(
+    folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor], decision: Mapping[str, Any] | None
+) -> None:
+    """Write all that the model's outputs follow from: the released weights, what was not trained; and the threshold."""
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
     tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
-    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
+    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json(), "decision": decision}
+    # one entry: their order is not kept
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

@@ -10,6 +10,7 @@ N test records, C classes (C = 1 for binary: the positive one).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,8 +23,6 @@ from medfed.core.types import Task
 _BINS_PER_LOGIT, _LIMIT = 128, 32
 _CONFIDENCE, _ECE_BINS = 0.95, 10
 _Z = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2))
-CELLS = 8
-"""Cells of the histogram that stands for a test on patients who are not public."""
 
 CLASS_METRICS = ("accuracy", "auroc", "precision", "recall", "f1", "brier", "ece")
 NUMBER_METRICS = ("mae", "rmse", "r2")
@@ -127,8 +126,7 @@ class Histogram:
         records = self.count.sum(1)
         sums = [np.bincount(place, of, _ECE_BINS) for of in (records, records * self.said, self.count[:, 1])]
         table = np.stack([of[sums[0] > 0] for of in sums], 1)
-        table[:, 1:] /= table[:, :1]
-        return table
+        return np.concatenate([table[:, :1], table[:, 1:] / table[:, :1]], 1)
 
     def calibration_error(self) -> float:
         """Return the expected calibration error over ten equal bins (Naeini et al. 2015)."""
@@ -143,10 +141,36 @@ class Histogram:
     def _below(self) -> np.ndarray:
         """Return the share [C] of negatives below each cell, those in it counted half."""
         negative = self.count[:, 0]
-        return (np.cumsum(negative) - negative / 2) / negative.sum()
+        below: np.ndarray = (np.cumsum(negative) - negative / 2) / negative.sum()
+        return below
 
     def _errors(self) -> np.ndarray:
         return np.stack([np.square(self.said), np.square(1 - self.said)], 1)
+
+
+class Scored(Protocol):
+    """What a test came to: of a site, of all, or of noised counts (`monitor.noised`)."""
+
+    @property
+    def n(self) -> int:
+        """The number of test records."""
+        ...
+
+    def measure(self, threshold: float, intervals: bool) -> dict[str, Figure]:
+        """Return every figure."""
+        ...
+
+    def log_loss(self) -> float | None:
+        """Return the mean loss."""
+        ...
+
+    def confusion(self, threshold: float) -> list[list[int]]:
+        """Return how many records of each label were called each label."""
+        ...
+
+    def calibration(self) -> list[list[float]]:
+        """Return (records, mean probability said, share that was so) of tenths."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -172,20 +196,6 @@ class Scores:
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
-    def of_counts(cls, counts: np.ndarray) -> "Scores":
-        """Return the scores whose histogram [CELLS, 2] is `counts`, each in its cell's middle; below 0 counts as 0."""
-        whole = np.maximum(np.rint(counts), 0).astype(np.int64)
-        middle = (np.arange(CELLS) - CELLS / 2 + 0.5) * _BINS_PER_LOGIT
-        bins = np.repeat(np.tile(middle[:, None], 2).ravel(), whole.ravel()).astype(np.int16)
-        label = np.repeat(np.tile(np.arange(2), CELLS), whole.ravel())
-        return cls("binary", torch.from_numpy(bins)[:, None], torch.from_numpy(label), torch.zeros(5).double())
-
-    def counts(self) -> np.ndarray:
-        """Return the histogram [CELLS, 2] of a binary test: cells one logit wide, the outer ones open, by label."""
-        cell = np.floor(self.bins[:, 0].numpy() / _BINS_PER_LOGIT + CELLS / 2).clip(0, CELLS - 1).astype(np.int64)
-        return np.bincount(2 * cell + self.label.numpy(), minlength=2 * CELLS).reshape(CELLS, 2)
-
-    @classmethod
     def all(cls, scores: Sequence["Scores"]) -> "Scores":
         """Put the scores of several sites together."""
         first = scores[0]
@@ -209,6 +219,22 @@ class Scores:
         count = np.append(count, 0)[: len(count) + len(count) % 2].reshape(-1, 2)
         held = np.flatnonzero(count.any(1))
         return Histogram(1 / (1 + np.exp(_LIMIT - held / _BINS_PER_LOGIT)), count[held])
+
+    def measure(self, threshold: float = 0.5, intervals: bool = True) -> dict[str, Figure]:
+        """Return what `measure` returns."""
+        return measure(self, intervals, threshold)
+
+    def log_loss(self) -> float | None:
+        """Return what `log_loss` returns."""
+        return log_loss(self)
+
+    def confusion(self, threshold: float = 0.5) -> list[list[int]]:
+        """Return what `confusion` returns."""
+        return confusion(self, threshold)
+
+    def calibration(self) -> list[list[float]]:
+        """Return what `calibration` returns."""
+        return calibration(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what goes over the wire."""
