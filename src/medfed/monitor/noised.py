@@ -143,6 +143,6 @@ def _held(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
     if value is None:
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]
-    value = min(1.0, max(0.0, value))
+    value = min(1.0, max(0.0, float(value)))
     low, high = (float(likely[0]), float(likely[-1])) if len(likely) else (value, value)
     return Figure(value, min(low, value), max(high, value))
