@@ -169,7 +169,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
         log.emit(Warned(f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"))
         return Decision(0.5, f"{study.data.threshold} chose nothing")
     of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
-    return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} sites")
+    return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
 
 
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
