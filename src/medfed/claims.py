@@ -145,8 +145,10 @@ def _sampling(g: Guarantee) -> str:
     sampled = [release for release in g.releases.values() if release.probability < 1]
     if not sampled:
         return "every patient of a participating site takes part in every step; no amplification is claimed"
-    expected, cap = sampled[0].size * sampled[0].probability, sampled[0].cap
+    size = sum(release.size for release in g.releases.values()) / len(g.releases) if g.joint else sampled[0].size
+    expected, cap = size * sampled[0].probability, sampled[0].cap
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
+    law += ", at a site of the mean size" if g.joint and len(g.releases) > 1 else ""
     law = f"{law}, truncated to {cap} patients and counted with half the noise" if cap else law
     return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
 

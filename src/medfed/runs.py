@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation, models
+from medfed import checkpoints, claims, federation, models, recipe
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -54,6 +54,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
+from medfed.foretell import foretell
 from medfed.gate import Gate
 from medfed.local import outputs
 from medfed.monitor import events
@@ -76,6 +77,8 @@ from medfed.site import Site
 from medfed.study import Privacy, Robustness, Security, Study
 
 logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
+
+_SOME_DEVICES = 1000  # before any record is read, to see whether the study composes
 
 OWN_LOG = "own.log"
 """What the sites alone may read of a run: `core.own`."""
@@ -190,6 +193,7 @@ def _started(
     own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
+    frozen["chosen"] = dict(plan.study.chosen)
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
     with Log(folder / "events.jsonl", listeners) as log:
@@ -283,6 +287,7 @@ def load(folder: str | Path) -> Result:
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
     study = dataclasses.replace(study, data=sources.completed(study))
+    study = recipe.settled(study, _SOME_DEVICES)
     private = guarantee.asked(study)
     if private:
         check(study)  # what needs no record is refused before one is read, and before a ledger is founded
@@ -291,6 +296,9 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     account = Account(ledger_path(study, folder), study) if private else None
     if study.sites.kind == "device":
         sites = Site.devices(frames, study, folder)
+        study = recipe.settled(study, sum(not site.table.test.all() for site in sites if site.table))
+        for site in sites:
+            site.study = study
     else:
         sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
     if private:
@@ -370,9 +378,15 @@ def survey(study: Study, data: Path | None = None, progress: bool = False) -> di
 
 
 def privacy_outlook(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, Any]:
-    """Return what noise a study's target asks for, without training: see `claims.outlook`."""
+    """Return what a study's target asks for and what it will cost, without training.
+
+    The noise as in `claims.outlook`; "chosen": what the recipe has chosen; "foretold": usefulness, see `foretell`.
+    """
     sites = open_sites(study, data, None, progress)
-    return claims.outlook(_ready(sites[0].study, sites)[1])
+    _, plan = _ready(sites[0].study, sites)
+    found = claims.outlook(plan)
+    told = [dataclasses.asdict(one) for one in foretell(plan)]
+    return {**found, "chosen": plan.study.choices(), "foretold": told}
 
 
 def ledger_accounts(place: Path | None, delta: float | None = None, heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -583,7 +597,8 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     """Return a run's frozen study and its encoding; raise RunError where they do not agree."""
     try:
         frozen = json.loads((folder / "plan.json").read_text())
-        study = dataclasses.replace(studies.load(folder / "study.toml"), folder=Path(frozen["folder"]))
+        study = studies.load(folder / "study.toml")
+        study = dataclasses.replace(study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {}))
     except (OSError, ValueError, MedfedError) as error:
         raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
     if study.digest() != frozen["digest"]:
@@ -731,7 +746,8 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log) -> None:
     """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth."""
-    other = study.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
+    other = study.as_written() if study.chosen else study
+    other = other.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
     try:
         fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
@@ -779,6 +795,7 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bears=bears(plan),
             positive=plan.encoding.target.labels[1] if plan.encoding.target.task == "binary" else "",
             threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
+            chosen=study.choices(),
         )
     )
     for text in plan.warnings:

@@ -357,6 +357,9 @@ class Study:
     fleet: Fleet = Fleet()
     monitor: Monitor = Monitor()
     folder: Path = field(default=Path(), metadata={"hidden": True})  # where `data.table` is looked for
+    # which keys are written down (None: all), and of the others which a recipe has chosen, and why
+    given: frozenset[str] | None = field(default=None, compare=False, metadata={"hidden": True})
+    chosen: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"hidden": True})
 
     def rule(self) -> decision.Rule:
         """Return how the threshold of a binary target is found."""
@@ -379,13 +382,35 @@ class Study:
                 if not isinstance(place, dict):
                     raise StudyError(f"unknown key {key!r}; {part!r} is a value, not a table")
             place[last] = value
-        return dataclasses.replace(from_tables(tables), folder=self.folder)
+        given = None if self.given is None else self.given | _written(dict.fromkeys(values)) | _written(values)
+        kept = {key: why for key, why in self.chosen.items() if key not in values}
+        return dataclasses.replace(from_tables(tables), folder=self.folder, given=given, chosen=kept)
+
+    def left_open(self, key: str) -> bool:
+        """Say whether nobody has written down a value of this dotted key."""
+        return self.given is not None and key not in self.given
+
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Return what was chosen where the study left it open: key -> its value, and why."""
+        return {key: {"value": self.value(key), "why": why} for key, why in self.chosen.items()}
+
+    def value(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        found: Any = self.tables()
+        for part in key.split("."):
+            found = found[part]
+        return found
+
+    def as_written(self) -> "Study":
+        """Return the study with what was chosen for it back at its defaults."""
+        default = Study()
+        open_ = self._with({key: default.value(key) for key in self.chosen})
+        return dataclasses.replace(open_, given=self.given, chosen={})
 
     def tables(self) -> dict[str, Any]:
         """Return the study as plain tables, every value written out."""
         tables = dataclasses.asdict(self)
-        del tables["folder"]
-        return tables
+        return {name: table for name, table in tables.items() if name not in ("folder", "given", "chosen")}
 
     def toml(self) -> str:
         """Return the study as TOML with every value written out."""
@@ -443,9 +468,19 @@ def from_tables(tables: Mapping[str, Any]) -> Study:
 
     Raises StudyError naming the key.
     """
-    study = _read(Study, tables, "")
-    _check_ranges(study)
-    return study  # type: ignore[no-any-return]
+    read: Study = _read(Study, tables, "")
+    _check_ranges(read)
+    return dataclasses.replace(read, given=_written(tables))
+
+
+def _written(tables: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
+    """Return the dotted keys of all values, and of the tables that they lie in."""
+    found: set[str] = set()
+    for name, value in tables.items():
+        found.add(prefix + name)
+        if isinstance(value, Mapping):
+            found |= _written(value, f"{prefix}{name}.")
+    return frozenset(found)
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:

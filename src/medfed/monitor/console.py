@@ -1,5 +1,6 @@
 """What a terminal shows of a run: progress while it goes, and the table at its end."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,8 @@ class Progressing:
                 f"positive: {event.positive!r}, {_called(event.threshold)}", highlight=False, markup=False
             )
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
+        for line in chosen(event.chosen):
+            self.console.print(line, highlight=False, markup=False)
         for party, sight in event.sees.items():
             self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
         if event.bears:
@@ -130,6 +133,15 @@ def decided(summary: Mapping[str, Any]) -> list[str]:
     if (one := summary.get("decision")) is None:
         return []
     return [f"{one['positive']!r} is called from probability {one['threshold']:.4g} on ({one['decided']})"]
+
+
+def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Say what the recipe has chosen where the study left it open, and why."""
+    if not choices:
+        return []
+    return ["chosen, as the study leaves it open (docs/privacy.md, the recipe):"] + [
+        f"  {key} = {json.dumps(one['value'])}: {one['why']}" for key, one in choices.items()
+    ]
 
 
 def _promise(privacy: Mapping[str, Any]) -> str:
@@ -236,6 +248,8 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         f"{found['rounds']} rounds\n"
         f"accountant: {found['accountant']}"
     ]
+    parts += chosen(found["chosen"])
+    parts.append(_usefulness(found["foretold"]))
     for mode, rows in found["modes"].items():
         table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
         for title in (
@@ -262,9 +276,22 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         parts.append(table)
     parts.append(
         "snr: the most that all gradients together can weigh against the noise, if every patient pulls the same way; "
-        "below 1 in a step, only the mean over many steps can learn."
+        "below 1 in a step, only the mean over many steps can learn. It says nothing of usefulness: the first table "
+        "does."
     )
     return parts
+
+
+def _usefulness(foretold: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what each epsilon will cost, as foretold on made-up tables of the declared shape."""
+    name = foretold[0]["figure"]
+    title = f"what it costs: loss of {name} against no privacy, foretold on made-up tables of this shape"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for head in ("epsilon", "expected loss", "least", "most"):
+        table.add_column(head, justify="right")
+    for one in foretold:
+        table.add_row(f"{one['epsilon']:g}", *(f"{one[key]:.3f}" for key in ("loss", "low", "high")))
+    return table
 
 
 def accounts(found: Mapping[str, Any]) -> Table:

@@ -58,6 +58,7 @@ class Planned(Event):
     bears: str = ""  # what malicious clients can do to the model
     positive: str = ""  # the label whose probability a binary model tells
     threshold: str = ""  # data.threshold: from which probability that label is called, or how it is chosen
+    chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # key -> value and why (`recipe`)
 
     @property
     def devices(self) -> bool:

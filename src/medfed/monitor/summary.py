@@ -134,6 +134,7 @@ class Tally:
             "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
             "suspects": _suspects(self.audits),
             "bears": planned.bears if planned else None,
+            "chosen": {key: dict(one) for key, one in planned.chosen.items()} if planned else {},
             "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back],
             "warnings": list(self.warnings),
             "versions": dict(started.versions) if started else None,

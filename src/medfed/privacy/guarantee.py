@@ -255,7 +255,8 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
         )
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    blank = {name: _release(study, size, where) for name, size in sizes.items()}
+    mean = patients / len(sizes)
+    blank = {name: _release(study, size, where, mean) for name, size in sizes.items()}
     strategy = tuple(factorisation.coefficients(planned, groups)) if p.correlated else ()
     found = Guarantee(
         mode=where,
@@ -294,10 +295,14 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     return replace(found, releases={n: replace(r, noise_multiplier=noise[n]) for n, r in blank.items()})
 
 
-def _release(study: Study, size: int, where: str) -> Release:
-    """Return a client's release before its noise is known. Steps and sampling follow from declared sizes alone."""
+def _release(study: Study, size: int, where: str, mean: float) -> Release:
+    """Return a client's release before its noise is known. Steps and sampling follow from declared sizes alone.
+
+    Under joint noise all patients are drawn alike, batch_size of them at a site of the mean size: where a small site
+    drew more of its own, its patients would need more noise, and all sites would get it.
+    """
     t = study.training
-    probability = min(1.0, t.batch_size / size) if t.batch_size else 1.0
+    probability = min(1.0, t.batch_size / (size if where == "site" else mean)) if t.batch_size else 1.0
     steps = 1 if where != "site" else t.local_steps or t.local_epochs * max(1, round(1 / probability))
     return Release(size, steps, probability, math.nan, study.privacy.batch_cap if probability < 1 else 0)
 

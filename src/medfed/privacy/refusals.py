@@ -56,7 +56,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "test figures without noise",
             "held-out patients are patients too, and each round's figures are released",
             "Set data.test_is_public=true if they are declared public test data, or privacy.evaluation_epsilon="
-            f"{_affordable(p):g} to pay for a noised histogram.",
+            f"{affordable(p):g} to pay for a noised histogram.",
         )
     if t.algorithm in ("local", "pooled"):
         yield (
@@ -155,7 +155,7 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             noised,
             f"privacy.epsilon={p.epsilon:g}",
             "no test patient's budget bears it, so that the run would end untested",
-            f"Set privacy.evaluation_epsilon={_affordable(p):g}.",
+            f"Set privacy.evaluation_epsilon={affordable(p):g}.",
         )
 
 
@@ -165,7 +165,7 @@ def _bears(p: Privacy, evaluation_epsilon: float) -> bool:
     return accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(event), p.epsilon, p.delta)
 
 
-def _affordable(p: Privacy) -> float:
+def affordable(p: Privacy) -> float:
     """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram."""
     return next(e for e in (p.epsilon * 0.5**n for n in range(1, 100)) if _bears(p, e))
 

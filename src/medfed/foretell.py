@@ -1,0 +1,192 @@
+"""What a claim will cost in usefulness, foretold before training and from public facts alone.
+
+A table is made up from what the study declares: inputs by the dictionary, as many patients as the sites have declared,
+outcomes by a teacher. On it the study's own model, steps, clip and noise are played, with and without the noise, and
+the difference is told. How strongly inputs hang together, how well they tell the outcome and how rare it is are not
+public; so it is played for several teachers, and the range over them is the answer's.
+
+N made-up patients that train, F encoded inputs, P parameters.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfed import dpsgd, recipe
+from medfed.algorithms import ALGORITHMS
+from medfed.core.checks import PlanError
+from medfed.core.flat import vector
+from medfed.data.federated import Patients, Rows
+from medfed.data.preprocess import Encoding
+from medfed.local import outputs
+from medfed.plan import Plan, algorithm_name, build_model
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy.guarantee import Guarantee, Release
+from medfed.study import Study
+
+EPSILONS = (8.0, 3.0, 1.0, 0.5)
+"""What is foretold beside the study's own epsilon."""
+
+MOST_NUMBERS = 2e8
+"""Numbers that the gradients of one play may touch: rows x parameters x steps; fewer rows are made up beyond it."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A law of outcomes: how well inputs tell it (sd of the log-odds), its prevalence, how far inputs hang together."""
+
+    strength: float
+    prevalence: float
+    together: float
+
+
+TEACHERS = (
+    Teacher(0.8, 0.4, 0.0),
+    Teacher(1.2, 0.2, 0.5),
+    Teacher(1.2, 0.08, 0.3),
+    Teacher(2.0, 0.3, 0.5),
+    Teacher(4.0, 0.4, 0.7),
+)
+"""AUROC .70 to .97 at best, rare and frequent outcomes, inputs apart and in groups."""
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """Loss of `figure` (AUROC, or R2 of numbers) at an epsilon against the same table without privacy."""
+
+    epsilon: float
+    figure: str
+    loss: float  # the median over teachers
+    low: float
+    high: float
+    without: float  # the median figure without privacy
+
+
+def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]:
+    """Return what the study's claim, and others at other epsilons, will cost. Raises PlanError without a claim."""
+    g, study = plan.guarantee, plan.study
+    if g is None:
+        raise PlanError("the study asks for no guarantee, so there is nothing that it would cost")
+    sizes = {name: release.size for name, release in g.releases.items()}
+    asked = sorted({*epsilons, study.privacy.epsilon}, reverse=True)
+    games = [_Game(plan, teacher, k) for k, teacher in enumerate(TEACHERS)]
+    best = [max(game.play(study, None), game.play(_longer(study), None)) for game in games]
+    found = []
+    for epsilon in asked:
+        other = study if epsilon == study.privacy.epsilon else _at(study, epsilon, sizes)
+        promised = guarantees.resolve(other, sizes, plan.parameters)
+        lost = sorted(without - game.play(other, promised) for game, without in zip(games, best, strict=True))
+        told = [round(x, 4) for x in (statistics.median(lost), lost[0], lost[-1], statistics.median(best))]
+        name = "R2" if plan.encoding.target.task == "regression" else "AUROC"
+        found.append(Foretold(epsilon, name, loss=told[0], low=told[1], high=told[2], without=told[3]))
+    return found
+
+
+def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
+    """Return the study at another epsilon, what it leaves open chosen for that."""
+    devices = len(sizes) if study.sites.kind == "device" else 0
+    return recipe.settled(study.as_written().set("privacy.epsilon", epsilon), devices)
+
+
+def _longer(study: Study) -> Study:
+    """Return the study on the longest path of the recipe: what there is to be learnt."""
+    values = {"training.algorithm": "fedavgm", "training.server_momentum": recipe.MOST_MOMENTUM}
+    return study._with(values)
+
+
+class _Game:
+    """One made-up table, on which a study is played with and without its noise."""
+
+    def __init__(self, plan: Plan, teacher: Teacher, number: int) -> None:
+        self.plan, self.model = plan, build_model(plan.study, plan.encoding)
+        self.task = plan.encoding.target.task
+        patients = sum(plan.sizes[name]["train"] for name in plan.participants)
+        most = MOST_NUMBERS / (plan.parameters * plan.study.training.rounds)
+        self.patients, self.number = patients, number
+        rows = int(min(patients, max(400, min(most, 4000))))
+        rng = np.random.default_rng(number)
+        x_NF = made_up(plan.encoding, rows + 2000, teacher.together, rng)
+        y_N = self._taught(x_NF, teacher, rng)
+        self.x_test, self.y_test = x_NF[rows:], y_N[rows:]
+        self.rows = rows
+        self.patients_of = Patients.of([Rows(x_NF[:rows], y_N[:rows], torch.arange(rows))])
+
+    def _taught(self, x_NF: Tensor, teacher: Teacher, rng: np.random.Generator) -> Tensor:
+        """Return outcomes [N]: labels, or numbers about the middle of their range."""
+        classes = max(2, len(self.plan.encoding.target.labels))
+        x = x_NF.double().numpy()
+        x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
+        weights = rng.normal(size=(x.shape[1], classes if classes > 2 else 1))
+        z = x @ rng.permutation(weights / np.sqrt(np.arange(1, x.shape[1] + 1))[:, None])  # few inputs tell much
+        z *= teacher.strength / np.maximum(z.std(0), 1e-9)
+        if self.task == "regression":
+            noise = rng.normal(size=len(z)) * 1.5
+            return torch.tensor((z[:, 0] + noise) / (2 * math.hypot(teacher.strength, 1.5)), dtype=torch.float32)
+        if self.task == "multiclass":
+            return torch.tensor((z + rng.gumbel(size=z.shape)).argmax(1))
+        drawn = z[:, 0] + rng.logistic(size=len(z))
+        return torch.tensor(drawn > np.quantile(drawn, 1 - teacher.prevalence), dtype=torch.float32)
+
+    def play(self, study: Study, promised: Guarantee | None) -> float:
+        """Return the figure on unseen made-up rows of a study's steps, with its noise or without noise and clip."""
+        t, task = study.training, self.task
+        first = promised or self.plan.guarantee
+        assert first is not None
+        clip = first.clip if promised else 1e6
+        whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
+        g = dataclasses.replace(first, mode="shared", releases=whole, clipping=first.clipping if promised else "fixed")
+        noise = _noise(study, promised, len(self.plan.participants)) * self.rows / self.patients if promised else 0.0
+        algorithm = ALGORITHMS[algorithm_name(study)]
+        server = algorithm.begin(vector(self.model), t)
+        rng = torch.Generator().manual_seed(self.number)
+        key = torch.zeros(1, dtype=torch.int64)
+        for _ in range(t.rounds):
+            summed = dpsgd.sums(self.model, server.w_P, self.patients_of, task, g, clip, ["rows"], key, self.plan.path)
+            total_P = summed.total_KP[0] + noise * torch.randn(len(server.w_P), generator=rng, dtype=torch.float64)
+            gradient_P = (total_P * (clip / self.rows)).to(server.w_P.dtype) + t.weight_decay * server.w_P
+            server = algorithm.step(server, -t.learning_rate * gradient_P, 1.0, t)
+        z_NC = outputs(self.model, server.released_P, self.x_test)
+        return figure(task, z_NC, self.y_test)
+
+
+def _noise(study: Study, g: Guarantee, clients: int) -> float:
+    """Return the standard deviation of a step's noise on the sum of all patients, in units of the clip."""
+    release = max(g.releases.values(), key=lambda r: r.noise_multiplier)
+    each = release.noise_multiplier * (g.max_sites if g.joint else 1)
+    return each * recipe.excess(study, clients) / release.probability / math.sqrt(release.steps)
+
+
+def made_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
+    """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five common causes."""
+    x_NF = encoding.invented(rows).numpy().copy()
+    shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))
+    number = np.array([len(np.unique(column[:50])) > 2 for column in x_NF.T], dtype=bool)
+    order = rng.permuted(np.tile(np.arange(rows)[:, None], (1, x_NF.shape[1])), axis=0)
+    x_NF = np.take_along_axis(x_NF, order, 0)
+    mixed = 0.6 * (math.sqrt(1 - together**2) * x_NF + together * shift)
+    x_NF[:, number] = np.clip(mixed[:, number], -2, 2)
+    return torch.from_numpy(x_NF.astype(np.float32))
+
+
+def figure(task: str, z_NC: Tensor, y_N: Tensor) -> float:
+    """Return AUROC (of several classes: the mean of one against the rest), or R2 of numbers; 0.5 or 0 if not finite."""
+    z, y = z_NC.double().numpy(), y_N.double().numpy()
+    if not np.isfinite(z).all():
+        return 0.0 if task == "regression" else 0.5
+    if task == "regression":
+        return float(1 - np.square(z[:, 0] - y).mean() / y.var())
+    if task == "binary":
+        return _auroc(z[:, 0], y > 0.5)
+    return float(np.mean([_auroc(z[:, k], y == k) for k in range(z.shape[1]) if 0 < (y == k).sum() < len(y)]))
+
+
+def _auroc(z: np.ndarray, positive: np.ndarray) -> float:
+    rank = z.argsort().argsort() + 1.0
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(z) - n)))

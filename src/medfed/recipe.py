@@ -1,0 +1,253 @@
+"""The recipe: what a claim's own settings are where a study leaves them open, from public facts alone.
+
+A federation under a claim descends by noised full-batch steps. With P parameters, n declared patients and z the noise
+multiplier of the whole run spent on one sum, the signal-to-noise of that sum is at best
+
+    rho = n / (z sqrt(P))
+
+and how far a model may be trained follows from it. Let h be the loss's largest curvature in its output and R the root
+mean square norm of the output's gradient in the weights, taken on made-up rows at the first weights (for a linear
+model: of the encoded inputs). Then
+
+    clip  C = R min(1, max(1/2, rho / 200))          fixed: a first gradient is about half of h-scaled R
+    rate  eta <= 1 / (h R^2)                         the largest step that no direction of such rows overshoots
+    path  a = eta h R^2 T / (1 - beta) = 2 rho R / C the training time, in steps of the largest rate, at most 2,000
+
+Longer training fits directions of less curvature, in which the noise is as large: gradient descent stopped after the
+time t is ridge regression of strength 1/t, and its best strength falls with rho. The factor 2 and the two ends were
+measured on tables of other width, size and task than any bundled one (docs/log.md), the same for all of them. T rounds
+cost nothing but time, as their noise averages: T = 100, momentum beta reaches the path where plain steps do not.
+
+Nothing here reads a patient: sizes are declared, inputs are the dictionary's, rows are made up.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medfed.core.checks import MedfedError, PlanError
+from medfed.core.types import Task
+from medfed.data import preprocess
+from medfed.data.preprocess import Encoding
+from medfed.data.tables import declared_labels
+from medfed.plan import build_model, cohort, holders
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy.refusals import affordable
+from medfed.study import Study
+
+ROUNDS = 100
+"""Rounds, where the study leaves them open: more only cost time."""
+
+MOST_ROUNDS = 400
+"""Rounds that make up for momentum where an algorithm without it was asked for."""
+
+LONGEST = 2000.0
+"""The longest path, in steps of the largest rate."""
+
+SHORTEST = 12.0
+"""The shortest path."""
+
+MOST_MOMENTUM = 0.95
+
+_ROWS = 64  # made-up rows on which R is taken
+_CURVATURE: dict[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
+"""h: the largest second derivative of a sample's loss in the model's output."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The public facts that decide: patients of a round, clients, P, R, h, and rho of the whole run."""
+
+    patients: int
+    clients: int
+    parameters: int
+    reach: float  # R
+    curvature: float  # h
+    rho: float
+
+
+def settled(study: Study, devices: int = 0) -> Study:
+    """Return the study with every key that it leaves open chosen, and why in `study.chosen`; without a claim, itself.
+
+    `devices`: how many patients train, where every patient is a client. A study whose facts are not all declared comes
+    back with what can be said of it: the plan then refuses it, with the reason.
+    """
+    if study.given is None or not math.isfinite(study.privacy.epsilon):
+        return study
+    sizes = _sizes(study, devices)
+    study = _chosen(study, _basics(study, sum(sizes.values())))
+    try:
+        if not guarantees.asked(study) or not sizes:
+            return study
+        encoding = declared_encoding(study)
+        study = _chosen(study, _schedule(study))
+        found = facts(study, encoding, sizes)
+        study = _chosen(study, _steps(study, found))
+        return _chosen(study, _tests(study))
+    except MedfedError:
+        return study
+
+
+def declared_encoding(study: Study) -> Encoding:
+    """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
+    data = study.data
+    roles = {data.target, data.site, data.patient, data.test}
+    names = list(data.features) or sorted(data.dictionary.keys() - roles)
+    texts = {n: sorted(data.dictionary[n].categories) for n in names if n in data.dictionary}
+    labels = {} if data.task == "regression" else dict.fromkeys(declared_labels(data), None)
+    survey = {
+        "numbers": [n for n in names if not texts.get(n)],
+        "texts": {n: c for n, c in texts.items() if c},
+        "train_missing": {},
+        "missing": dict.fromkeys(names, 0),
+        "train": 0,
+        "test": 0,
+        "labels": labels,
+        "train_labels": labels,
+    }
+    return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True)
+
+
+def _unasked(*_: object) -> Tensor:
+    raise PlanError("a public encoding asks nothing of patients; set data.preprocess='dictionary'")
+
+
+def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
+    """Return the public facts of a study of these declared sizes, its schedule being chosen."""
+    model = build_model(study, encoding)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    g = guarantees.resolve(study, sizes, parameters)
+    clients, drawn = len(sizes), cohort(study, list(sizes))
+    patients = sum(sizes.values()) * drawn / clients
+    multiplier = max(release.noise_multiplier for release in g.releases.values()) / math.sqrt(g.uses)
+    each = multiplier * excess(study, clients) * (g.max_sites if g.joint else 1)
+    rho = patients / (each * math.sqrt(parameters))
+    task = encoding.target.task
+    try:
+        found = reach(model, encoding)
+    except Exception:  # a module of the user's own that cannot run: the plan's probe names the part
+        found = reach(nn.Linear(len(encoding.names()), 1), encoding)
+    return Facts(round(patients), clients, parameters, found, _CURVATURE[task], rho)
+
+
+def excess(study: Study, clients: int) -> float:
+    """Return how many times one release's noise a round's sum carries: every site's, or every holder's part."""
+    names = [str(k) for k in range(clients)]
+    drawn = cohort(study, names)
+    if guarantees.mode(study) == "site":
+        return math.sqrt(drawn)
+    parts = {"plain": 1, "three-party": 3}.get(study.security.aggregation, drawn)
+    return 1.0 if guarantees.mode(study) == "central" else math.sqrt(parts / holders(study, names))
+
+
+def reach(model: nn.Module, encoding: Encoding) -> float:
+    """Return R: the root mean square norm of an output's gradient in the weights, on made-up rows."""
+    model.eval()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    squares: list[float] = []
+    for row in encoding.invented(_ROWS):
+        z = model(row[None])[0]
+        for output in z.reshape(-1)[:8]:
+            parts = torch.autograd.grad(output, weights, retain_graph=True, allow_unused=True)
+            squares.append(sum(float(part.double().square().sum()) for part in parts if part is not None))
+    mean = sum(squares) / len(squares)
+    return math.sqrt(mean) if math.isfinite(mean) and mean > 0 else 1.0
+
+
+def _sizes(study: Study, devices: int) -> dict[str, int]:
+    """Return the declared sizes; of a fleet of devices, one each."""
+    if study.sites.kind == "device":
+        return {f"device {k}": 1 for k in range(devices)}
+    return dict(study.privacy.sizes)
+
+
+Choices = dict[str, tuple[Any, str]]
+"""key -> value and why."""
+
+
+def _basics(study: Study, patients: int) -> Choices:
+    """Choose what a claim needs before there is any noise: delta, encoding, and who pays for test figures."""
+    p, found = study.privacy, Choices()
+    found["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
+    found["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
+    if not study.data.test_is_public and study.data.task not in ("multiclass", "regression"):
+        delta = p.delta if p.delta < 1 else _delta(patients)
+        with_delta = dataclasses.replace(p, delta=delta)
+        found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"
+    return found
+
+
+def _delta(patients: int) -> float:
+    return min(1e-6, 10.0 ** math.floor(math.log10(0.1 / max(patients, 1))))
+
+
+def _schedule(study: Study) -> Choices:
+    """Choose how many noised sums there are, and of whom."""
+    found = Choices()
+    where = guarantees.mode(study)
+    found["privacy.noise"] = where, "one noise for all sites together: sqrt(sites) less than one for each"
+    whole = "every patient in every step: the accountant is exact, and no site's size sets the noise of another"
+    found["training.batch_size"] = 0, whole
+    alone = all(study.left_open(f"training.{key}") for key in ("local_epochs", "batch_size"))
+    if where == "site" and alone:
+        found["training.local_steps"] = 1, "each local step is noised by itself: one a round, averaged over sites"
+    plain = study.left_open("training.algorithm")
+    if plain and study.left_open("training.learning_rate"):
+        found["training.algorithm"] = "fedavgm", "fedavg with momentum, which is free: it only adds up noised sums"
+    found["training.rounds"] = ROUNDS, "the noise of many small steps averages; more rounds would only cost time"
+    found["training.average"] = 0.5, "the mean of the last half of the models, which costs no privacy"
+    return found
+
+
+def _steps(study: Study, found: Facts) -> Choices:
+    """Choose clip, rate and momentum for rho; see the module."""
+    t, p, R, h = study.training, study.privacy, found.reach, found.curvature
+    choices = Choices()
+    if not study.left_open("training.learning_rate"):
+        return choices  # rate and clip are one: who sets the rate has the plain clip, or sets that too
+    share = min(1.0, max(0.5, found.rho / 200))
+    clip, fixed = (share * R, True) if study.left_open("privacy.clip") else (p.clip, p.clipping != "automatic")
+    if study.left_open("privacy.clipping") and study.left_open("privacy.clip"):
+        choices["privacy.clipping"] = "fixed", "the sum keeps who is sure and who is not"
+    choices["privacy.clip"] = float(f"{clip:.3g}"), f"{share:.2g} of a made-up row's gradient, {R:.3g}"
+    path = min(LONGEST, max(SHORTEST, 2 * found.rho * R / clip))
+    momentum = t.algorithm == "fedavgm"
+    if not momentum and study.left_open("training.rounds"):
+        rounds = min(MOST_ROUNDS, max(ROUNDS, math.ceil(path)))
+        choices["training.rounds"] = rounds, "without momentum, more steps"
+        t = dataclasses.replace(t, rounds=rounds)
+    most = max(0.0, min(MOST_MOMENTUM, 1 - 5 / t.rounds))
+    beta = min(most, max(0.0, 1 - t.rounds / path)) if momentum else 0.0
+    if momentum and not study.left_open("training.server_momentum"):
+        beta = t.server_momentum
+    steps = min(1.0, path * (1 - beta) / t.rounds)
+    rate = steps / (h * R**2)
+    if not fixed or (p.clipping == "automatic" and not study.left_open("privacy.clipping")):
+        rate *= R / (2 * clip)  # automatic: every gradient has norm C, where a first one has about R / 2
+    why = f"signal to noise {found.rho:.3g} of {found.patients} patients and {found.parameters} parameters"
+    if momentum:
+        choices["training.server_momentum"] = float(f"{beta:.3g}"), f"{why}: a path of {path:.3g} steps"
+    choices["training.learning_rate"] = float(f"{rate:.3g}"), f"{why}: {steps:.2g} of the largest safe step"
+    return choices
+
+
+def _tests(study: Study) -> Choices:
+    """Choose how often the model is tested: once where that is paid for."""
+    rounds = study.training.rounds
+    if not study.data.test_is_public:
+        return {"monitor.evaluate_every": (rounds, "one paid test, at the end")}
+    return {"monitor.evaluate_every": (max(1, rounds // 10), "ten tests in all")}
+
+
+def _chosen(study: Study, choices: Choices) -> Study:
+    """Return the study with those choices whose keys it leaves open."""
+    open_ = {key: choice for key, choice in choices.items() if study.left_open(key)}
+    if not open_:
+        return study
+    before, given = study.chosen, study.given
+    study = study._with({key: value for key, (value, _) in open_.items()})
+    return dataclasses.replace(study, chosen={**before, **{key: why for key, (_, why) in open_.items()}}, given=given)
