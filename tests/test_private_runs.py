@@ -525,6 +525,21 @@ def test_a_chosen_threshold_is_paid_within_the_run(tmp_path: Path, study: Study,
     assert claim_of(tmp_path / "plain")["threshold"] is None
 
 
+def test_a_threshold_that_a_crash_lost_is_not_bought_beyond_the_budget(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was paid for and nobody knows what had left: the resumed run has no room for another, and says so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            medfed.run(study.set("data.threshold", "youden"), tmp_path / "run")
+    result = medfed.resume(tmp_path / "run")
+    assert charges(own_ledger(tmp_path / "run"), "threshold") == dict.fromkeys(SITES, 1)
+    assert result.summary["decision"]["threshold"] == 0.5 and not result.complete
+    claim = claim_of(tmp_path / "run")
+    assert claim["threshold"]["released"] == 1 and claim["epsilon"] <= study.privacy.epsilon
+
+
 def test_a_threshold_that_noise_hides_is_not_chosen(study: Study) -> None:
     summary = medfed.simulate(study._with({"data.threshold": "youden", "privacy.threshold_epsilon": 0.001})).summary
     assert summary["decision"]["threshold"] == 0.5

@@ -635,7 +635,7 @@ def _drive(
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
-        budget.found(account.uses())
+        budget.found(account.uses(), account.thresholds())
     name, reason = main_model(study.training.algorithm), ""
     watch, gate = _watched(plan, log), Gate.of(plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
@@ -653,6 +653,8 @@ def _drive(
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
         decision = decide(server, plan, fleet, budget, log)
+        if account and not study.privacy.simulation_only:
+            budget.found(account.uses(), account.thresholds())  # who was refused has not paid
         test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone

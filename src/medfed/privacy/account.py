@@ -155,6 +155,12 @@ class Account:
             str(row["site"]) for row in self.ledger.rows() if (row["run"], row["label"]) == (self.run, "round")
         )
 
+    def thresholds(self) -> int:
+        """Return how many choices of the threshold some site's patients have paid for in this run."""
+        rows = self.ledger.rows()
+        paid = Counter(str(row["site"]) for row in rows if (row["run"], row["label"]) == (self.run, "threshold"))
+        return max(paid.values(), default=0)
+
     def charged(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
 

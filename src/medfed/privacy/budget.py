@@ -20,8 +20,11 @@ class Budget(Protocol):
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
-    def found(self, uses: Mapping[str, int]) -> None:
-        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known."""
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
+
+        And for how many choices of the threshold, as the ledgers have it.
+        """
         ...
 
     def choose(self) -> None:
@@ -43,7 +46,7 @@ class NoClaim:
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
-    def found(self, uses: Mapping[str, int]) -> None:
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
         """Take nothing over."""
 
     def choose(self) -> None:
@@ -78,8 +81,9 @@ class Metered:
             )
         self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
 
-    def found(self, uses: Mapping[str, int]) -> None:
-        """Count the rounds that were paid for, though a crash lost them."""
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+        """Count the rounds that were paid for, though a crash lost them, and the choices of the threshold."""
+        self.thresholds = thresholds
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
     def choose(self) -> None:
