@@ -458,6 +458,22 @@ def test_held_out_patients_pay_for_their_figures(tmp_path: Path, noised: Study) 
     assert not any("public test data" in text for text in claim_of(tmp_path / "run")["unprotected"])
 
 
+def test_a_sites_only_held_out_patient_is_who_pays(
+    tmp_path: Path, noised: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid: dict[str, list[str]] = {}
+    monkeypatch.setattr(Account, "pay_test", lambda self, name, ids: paid.update({name: list(ids)}))
+    frame = pd.read_csv(noised.folder / "cohort.csv")
+    east = frame.index[frame["hospital"] == "east"]
+    frame["part"] = np.where(frame.index % 5, "train", "test")
+    frame.loc[east, "part"] = "train"
+    frame.loc[east[0], "part"] = "test"
+    frame.to_csv(noised.folder / "cohort.csv", index=False)
+    medfed.simulate(noised.set("data.test", "part"))
+    assert paid["east"] == [frame["subject"][east[0]]]  # a patient, not the characters of an id
+    assert set(paid["north"]) == set(frame["subject"][(frame["part"] == "test") & (frame["hospital"] == "north")])
+
+
 def _asked_for_counts(sites: list[site.Site], op: str = "evaluate", cells: int = 32) -> list[Any]:
     """What a site answers five times to a model that tells nothing, without paying."""
     width = sum(p.numel() for p in sites[0].model.parameters())

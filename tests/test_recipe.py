@@ -35,19 +35,6 @@ OPEN = {
     *("training.algorithm", "training.rounds", "training.batch_size", "training.learning_rate"),
     *("training.server_momentum", "training.average", "data.preprocess", "monitor.evaluate_every"),
 }
-    "privacy.delta",
-    "data.preprocess",
-    "privacy.noise",
-    "training.batch_size",
-    "training.algorithm",
-    "training.rounds",
-    "training.average",
-    "privacy.clipping",
-    "privacy.clip",
-    "training.server_momentum",
-    "training.learning_rate",
-    "monitor.evaluate_every",
-]
 
 
 def test_epsilon_alone_chooses_every_key_and_says_why() -> None:

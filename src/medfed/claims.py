@@ -194,12 +194,20 @@ def _unprotected(plan: Plan) -> list[str]:
     return listed
 
 
+_READ_OFF = (
+    "these records are public: ranges, categories, labels or sizes were read off them (data.read_from_records=true), "
+    "and nothing here covers that"
+)
+
+
 def _assumptions(plan: Plan) -> list[str]:
     study = plan.study
     found = [
         f"no patient has records at more than {study.privacy.max_sites_per_patient} sites "
         + ("(checked by name in this process)" if study.data.patient else "(attested, not measured)"),
-        "ranges, categories and labels in the data dictionary are public knowledge, not taken from these patients",
+        _READ_OFF
+        if study.data.read_from_records
+        else "ranges, categories and labels in the data dictionary are public knowledge, not taken from these patients",
         "model, features and settings were chosen without looking at these training patients, or that was charged",
     ]
     if not study.data.patient:

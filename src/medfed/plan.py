@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from medfed import models
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
-from medfed.core.checks import DataError, PlanError, QuorumError, StudyError, nearest, some
+from medfed.core import toml
+from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, StudyError, closest, nearest, some
 from medfed.core.flat import vector
+from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
+from medfed.data import preprocess, sources, tables
 from medfed.data.preprocess import Encoding
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
@@ -27,7 +30,7 @@ from medfed.probe import ROWS, Probed, probe
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
-from medfed.study import Study
+from medfed.study import EPSILON, Feature, Robustness, Security, Study, out_of_range, parse, put
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
@@ -278,8 +281,8 @@ def _check_security(study: Study, clients: Sequence[str], sizes: Mapping[str, Ma
         check_headroom(weights, security.bound, security.fraction_bits)
 
 
-def _secure_refusals(study: Study) -> None:
-    """Refuse what secure aggregation does not compose with, from the study alone."""
+def _secure_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what secure aggregation does not compose with, from the study alone."""
     security, way = study.security, f"security.aggregation={study.security.aggregation!r}"
     if security.aggregation == "plain":
         return
@@ -291,19 +294,30 @@ def _secure_refusals(study: Study) -> None:
             "privacy.epsilon and privacy.delta."
         )
     if security.aggregation == "three-party" and not len(names) == len(set(names)) == 3:
-        raise StudyError(f"security.aggregators={list(names)}; expected three different names")
+        yield _refusal(
+            StudyError(f"security.aggregators={list(names)}; expected three different names"),
+            security__aggregators=Security().aggregators,
+        )
     if guarantees.mode(study) == "central":
-        raise PlanError(
+        text = (
             f"{way} and privacy.noise='central' do not compose: a coordinator that adds the noise reads the sum "
             "without it. Set privacy.noise='shared'."
         )
+        yield _refusal(PlanError(text), privacy__noise="shared")
     if study.privacy.correlated:
-        raise PlanError(
+        text = (
             f"{way} and privacy.correlated=true do not compose: correlated noise is rounded by one holder, and here "
             "several hold it. Set security.aggregation='plain', or correlated=false."
         )
+        yield _refusal(PlanError(text), privacy__correlated=False)
     if study.training.algorithm in ("local", "pooled"):
-        raise PlanError(f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed.")
+        text = f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
+        yield _refusal(PlanError(text), training__algorithm="fedavg")
+
+
+def _refusal(error: MedfedError, **mend: object) -> Refusal:
+    """Return a refusal; `mend` holds settings, as table__key=value."""
+    return Refusal(error, {tuple(key.split("__")): value for key, value in mend.items()})
 
 
 def robust_rule(study: Study, clients: int) -> Rule | None:
@@ -345,112 +359,219 @@ def _check_robustness(study: Study, clients: Sequence[str]) -> None:
         )
 
 
-def _robust_refusals(study: Study) -> None:
-    """Refuse what a rule, or an attack, does not compose with, from the study alone."""
+def _robust_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what a rule, or an attack, does not compose with, from the study alone."""
     robust, way = study.robustness, f"security.aggregation={study.security.aggregation!r}"
     for name, share in (("max_malicious", robust.max_malicious), ("malicious", robust.malicious)):
         if not 0 <= share < 0.5:
-            raise StudyError(f"robustness.{name}={share}; expected a share in [0, 0.5): no rule bears a half")
-    rule = robust_rule(study, 1)
-    if rule is None and robust.max_malicious and not _bounded(study):
-        raise PlanError(
-            f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
-            "bears nobody. Set rule='nnm+geometric-median', or robustness.bound for a fleet too large for it."
-        )
-    _bound_refusals(study)
+            text = f"robustness.{name}={share}; expected a share in [0, 0.5): no rule bears a half"
+            yield _refusal(StudyError(text))
+            return
+    yield from _bound_refusals(study)
     if bool(robust.attack) != bool(robust.malicious):
-        raise StudyError(
+        text = (
             f"robustness.attack={robust.attack!r} with robustness.malicious={robust.malicious:g}; expected both or "
             "neither"
         )
-    if robust.attack and attacks.named(robust.attack).stage == "wire" and study.security.aggregation != "three-party":
-        raise PlanError(f"robustness.attack={robust.attack!r} acts on shared words; set aggregation='three-party'.")
-    if rule is None:
-        return
-    where = f"robustness.rule={robust.rule!r}"
-    if study.security.aggregation == "masked":
-        raise PlanError(
+        yield _refusal(StudyError(text))
+    elif robust.attack:
+        yield from _attack_refusals(study)
+    unknown = gathered(partial(robust_rule, study, 1))
+    yield from unknown
+    rule = None if unknown else robust_rule(study, 1)
+    if rule is not None:
+        yield from _rule_refusals(study, rule, way)
+    elif not unknown and robust.max_malicious and not _bounded(study):
+        text = (
+            f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
+            "bears nobody. Set rule='nnm+geometric-median', or robustness.bound for a fleet too large for it."
+        )
+        yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
+
+
+def _attack_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what a simulated attack asks for."""
+    name = study.robustness.attack
+    unknown = gathered(partial(attacks.named, name))
+    yield from unknown
+    if not unknown and attacks.named(name).stage == "wire" and study.security.aggregation != "three-party":
+        text = f"robustness.attack={name!r} acts on shared words; set aggregation='three-party'."
+        yield _refusal(PlanError(text), security__aggregation="three-party")
+
+
+def _rule_refusals(study: Study, rule: Rule, way: str) -> Iterator[Refusal]:
+    """Yield what a study's rule does not compose with; `way` tells the aggregation."""
+    where, aggregation = f"robustness.rule={study.robustness.rule!r}", study.security.aggregation
+    if aggregation == "masked":
+        text = (
             f"{where} and {way} do not compose: the server sees no row, nor how two compare. Set "
             "aggregation='three-party', where their noised Gram matrix is opened, or 'plain' with noise='site'."
         )
+        yield _refusal(PlanError(text), security__aggregation="three-party")
     if study.training.algorithm in ("local", "pooled"):
-        raise PlanError(
-            f"{where} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
-        )
+        text = f"{where} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
+        yield _refusal(PlanError(text), training__algorithm="fedavg")
     if rule.name.endswith("fltrust"):
-        raise PlanError(f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'")
-    if rule.name == "krum" and study.security.aggregation == "three-party":
-        raise PlanError(f"{where} and {way} do not compose: it opens single rows. Take 'multi-krum' or the default.")
-    if rule.needs == "rows" and study.security.aggregation == "three-party":
-        raise PlanError(
+        text = f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'"
+        yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
+    if rule.name == "krum" and aggregation == "three-party":
+        text = f"{where} and {way} do not compose: it opens single rows. Take 'multi-krum' or the default."
+        yield _refusal(PlanError(text), robustness__rule="multi-krum")
+    if rule.needs == "rows" and aggregation == "three-party":
+        text = (
             f"{where} and {way} do not compose: it works coordinate by coordinate and needs every row in plain sight. "
             "Take 'nnm+geometric-median', which reads how rows compare."
         )
+        yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
     if not guarantees.asked(study) or guarantees.mode(study) == "site":
         return
-    if study.security.aggregation == "plain":
-        raise PlanError(
+    if aggregation == "plain":
+        text = (
             f"{where} and privacy.noise={guarantees.mode(study)!r} with {way} do not compose: weights that follow from "
             "rows without noise tell of patients. Set aggregation='three-party', or noise='site'."
         )
+        yield _refusal(PlanError(text), security__aggregation="three-party")
     privacy = study.privacy
     if privacy.clipping == "adaptive" or privacy.max_sites_per_patient > 1 or privacy.simulation_only:
-        raise PlanError(
+        text = (
             f"{where} and privacy.clipping={privacy.clipping!r}, simulation_only={privacy.simulation_only}, "
             f"max_sites_per_patient={privacy.max_sites_per_patient} do not compose: the noise of the Gram matrix is "
             "for fixed norms, for patients of one site, and real. Change those, or set noise='site'."
         )
+        yield _refusal(PlanError(text))
 
 
-def _bound_refusals(study: Study) -> None:
-    """Refuse a bound on rows, or a reference, where it cannot do what it is for."""
+def _bound_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield a bound on rows, or a reference, where it cannot do what it is for."""
     robust = study.robustness
     if not (math.isfinite(robust.bound) and robust.bound >= 0):
-        raise StudyError(f"robustness.bound={robust.bound}; expected a norm of 0 or more")
+        yield _refusal(StudyError(f"robustness.bound={robust.bound}; expected a norm of 0 or more"))
     if not (math.isfinite(robust.tolerance) and robust.tolerance >= 0):
-        raise StudyError(f"robustness.tolerance={robust.tolerance}; expected a share of the loss, 0 or more")
+        text = f"robustness.tolerance={robust.tolerance}; expected a share of the loss, 0 or more"
+        yield _refusal(StudyError(text), robustness__tolerance=Robustness().tolerance)
     where = f"robustness.bound={robust.bound:g}"
     if robust.bound and study.security.aggregation == "masked":
-        raise PlanError(
+        text = (
             f"{where} and security.aggregation='masked' do not compose: nobody can check a masked row's norm. Set "
             "aggregation='three-party', where it is checked in secret, or 'plain'."
         )
+        yield _refusal(PlanError(text), security__aggregation="three-party")
     if robust.bound and guarantees.asked(study):
-        raise PlanError(
+        text = (
             f"{where} and a privacy claim do not compose: privacy.clip bounds each patient already, and noise comes "
             "after it. Leave robustness.bound at 0."
         )
-    if robust.reference and ALGORITHMS[algorithm_name(study)].kept:
-        raise PlanError(
+        yield _refusal(PlanError(text), robustness__bound=0.0)
+    known = study.training.algorithm in ALGORITHMS
+    if robust.reference and known and ALGORITHMS[algorithm_name(study)].kept:
+        text = (
             f"robustness.reference={robust.reference!r} and training.algorithm={study.training.algorithm!r} do not "
             "compose: sites keep what a round taken back has taught them. Set algorithm='fedavg'."
         )
+        yield _refusal(PlanError(text), training__algorithm="fedavg")
 
 
 def check(study: Study) -> None:
-    """Refuse what does not compose, from the study alone."""
+    """Refuse what does not compose, from the study alone: all of it at once."""
+    refuse(objections(study))
+
+
+def objections(study: Study) -> list[Refusal]:
+    """Return all that stands against a study, from the study alone.
+
+    Where a value cannot be used, or epsilon, delta and noise do not go together, the rest is looked at as if that were
+    mended.
+    """
+    study, found = _resolved(study)
+    return [
+        *found,
+        *refusals.found(study),
+        *_secure_refusals(study),
+        *_robust_refusals(study),
+        *_algorithm_refusals(study),
+    ]
+
+
+def standing(study: Study) -> list[Refusal]:
+    """Return all that stands against a study before a record is read: from itself, and from its table's header."""
+    sourceless = gathered(partial(sources.completed, study))
+    if not sourceless:
+        study = replace(study, data=sources.completed(study))
+    found = [*objections(study), *sourceless]
+    resolved = replace(_resolved(study)[0], data=study.data)
+    private = guarantees.asked(resolved)
+    try:
+        columns = sources.columns_of(study, private)
+    except MedfedError as error:
+        return [*found, Refusal(error)]
+    return [*found, *_header_refusals(resolved, columns, private)]
+
+
+def _resolved(study: Study) -> tuple[Study, list[Refusal]]:
+    """Return a study whose values can be used and whose target is whole, and what had to be mended for that."""
+    found = out_of_range(study)
+    study = mended(study, found)
+    while target := list(guarantees.unresolved(study)):  # each is mended once
+        study = mended(study, target)
+        found += target
+    return study, found
+
+
+def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Iterator[Refusal]:
+    """Yield what stands against a study beside a table's header; `private`: also what a claim needs declared."""
+    data, sizes = study.data, study.privacy.sizes
+    yield from tables.misnamed(columns, data)
+    yield from sources.misplaced(columns, study, data, private)
+    if not private:
+        return
+    if study.sites.kind == "hospital" and not data.site:
+        yield from guarantees.unknown_sizes(study)  # a misspelt site's size counts before a blank for it
+        yield from guarantees.unsized(study.sites.names, study)
+    if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
+        yield from guarantees.large_delta(sum(sizes.values()), study)
+    if data.target and data.task != "regression":
+        yield from tables.unlabelled(data)
+        if labels := data.dictionary.get(data.target, Feature()).categories:
+            yield from gathered(partial(preprocess.classes, sorted(labels), data))
+    if not data.features:
+        yield from tables.undescribed(tables.features_of(columns, data), data)
+
+
+def mended(study: Study, found: Sequence[Refusal]) -> Study:
+    """Return a study with the settings that mend what was found; a blank epsilon is taken for 1."""
+    if not found:
+        return study
+    settings = study.tables()
+    for path, value in mends(found).items():
+        put(settings, path, 1.0 if value is EPSILON else value)
+    return replace(parse(settings)[0], folder=study.folder, given=study.given, chosen=study.chosen)
+
+
+def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what an algorithm and the local optimiser do not bear."""
     training = study.training
-    refusals.check(study)
-    _secure_refusals(study)
-    _robust_refusals(study)
+    if training.optimizer == "adam" and training.momentum > 0:
+        text = f"training.momentum={training.momentum:g} is for sgd; with optimizer='adam' set training.beta1"
+        yield _refusal(PlanError(text), training__momentum=0.0)
     if training.algorithm not in ALGORITHMS:
-        raise StudyError(
-            f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
-        )
+        text = f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
+        close = closest(training.algorithm, ALGORITHMS)
+        yield _refusal(StudyError(text), **({"training__algorithm": close} if close else {}))
+        return
     algorithm = ALGORITHMS[training.algorithm]
     where = f"training.algorithm={training.algorithm!r}"
     if algorithm.plain_sgd and (training.optimizer != "sgd" or training.momentum > 0):
-        raise PlanError(
+        text = (
             f"{where} and training.optimizer={training.optimizer!r} with momentum={training.momentum:g} do not "
             f"compose: {algorithm.plain_sgd}. Set training.optimizer='sgd' and training.momentum=0, or take fedavg."
         )
-    if training.optimizer == "adam" and training.momentum > 0:
-        raise PlanError(f"training.momentum={training.momentum:g} is for sgd; with optimizer='adam' set training.beta1")
+        yield _refusal(PlanError(text), training__optimizer="sgd", training__momentum=0.0)
     if algorithm.any_sgd and training.optimizer != "sgd":
-        raise PlanError(
+        text = (
             f"{where} and training.optimizer={training.optimizer!r} do not compose: {algorithm.any_sgd}. "
             "Set training.optimizer='sgd', or take fedavg."
         )
+        yield _refusal(PlanError(text), training__optimizer="sgd")
 
 
 def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
@@ -566,13 +687,13 @@ def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> l
         done = "they were set to its ends" if column != study.data.target else "they are taken as they are"
         found.append(
             f"site {name!r}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
-            f"them, or data.dictionary.{column}.range"
+            f"them, or {toml.key('data', 'dictionary', column, 'range')}"
         )
     for name, column, rows in _rows_told(surveys, "far", study.sites.kind == "device"):
         found.append(
             f"site {name!r}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
-            f"Correct them, name the text in data.missing_values, or declare data.dictionary.{column}.range = [low, "
-            "high], which values are then held to"
+            "Correct them, name the text in data.missing_values, or declare "
+            f"{toml.key('data', 'dictionary', column, 'range')} = [low, high], which values are then held to"
         )
     return found
 

@@ -1,9 +1,11 @@
 """The recipe: what a claim's own settings are where a study leaves them open, from public facts alone.
 
-A federation under a claim descends by noised full-batch steps. With P parameters, n declared patients and z the noise
-multiplier of the whole run spent on one sum, the signal-to-noise of that sum is at best
+A federation under a claim descends by noised full-batch steps. With n declared patients, z the noise multiplier of the
+whole run spent on one sum, and D directions that rows can tell apart (the parameters of a linear model on the encoded
+inputs: a network has more parameters, but noise across directions that no row has moves no output), the signal-to-noise
+of that sum is at best
 
-    rho = n / (z sqrt(P))
+    rho = n / (z sqrt(D))
 
 and how far a model may be trained follows from it. Let h be the loss's largest curvature in its output and R the root
 mean square norm of the output's gradient in the weights, taken on made-up rows at the first weights (for a linear
@@ -24,20 +26,22 @@ Nothing here reads a patient: sizes are declared, inputs are the dictionary's, r
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medfed.core.checks import MedfedError, PlanError
+from medfed.core.refusals import Refusal, gathered
 from medfed.core.types import Task
-from medfed.data import preprocess
+from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import declared_labels
-from medfed.plan import build_model, cohort, holders
+from medfed.plan import build_model, cohort, holders, standing
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.refusals import affordable
-from medfed.study import Study
+from medfed.study import Study, out_of_range
 
 ROUNDS = 100
 """Rounds, where the study leaves them open: more only cost time."""
@@ -60,11 +64,11 @@ _CURVATURE: dict[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regression"
 
 @dataclass(frozen=True)
 class Facts:
-    """The public facts that decide: patients of a round, clients, P, R, h, and rho of the whole run."""
+    """The public facts that decide: patients of a round, clients, D, R, h, and rho of the whole run."""
 
     patients: int
     clients: int
-    parameters: int
+    directions: int  # D
     reach: float  # R
     curvature: float  # h
     rho: float
@@ -81,15 +85,30 @@ def settled(study: Study, devices: int = 0) -> Study:
     sizes = _sizes(study, devices)
     study = _chosen(study, _basics(study, sum(sizes.values())))
     try:
-        if not guarantees.asked(study) or not sizes:
+        if not guarantees.asked(study):
             return study
-        encoding = declared_encoding(study)
         study = _chosen(study, _schedule(study))
+        if not sizes:
+            return _chosen(study, _tests(study))
+        encoding = declared_encoding(study)
         found = facts(study, encoding, sizes)
         study = _chosen(study, _steps(study, found))
         return _chosen(study, _tests(study))
     except MedfedError:
-        return study
+        return _chosen(study, _tests(study))
+
+
+SOME_DEVICES = 1000
+"""How many devices there may be, before any record is read: to see whether the study composes."""
+
+
+def refused(study: Study) -> tuple[Study, list[Refusal]]:
+    """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
+    if not gathered(partial(sources.completed, study)):
+        study = dataclasses.replace(study, data=sources.completed(study))
+    if not out_of_range(study):
+        study = settled(study, SOME_DEVICES)
+    return study, standing(study)
 
 
 def declared_encoding(study: Study) -> Encoding:
@@ -125,13 +144,14 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
     patients = sum(sizes.values()) * drawn / clients
     multiplier = max(release.noise_multiplier for release in g.releases.values()) / math.sqrt(g.uses)
     each = multiplier * excess(study, clients) * (g.max_sites if g.joint else 1)
-    rho = patients / (each * math.sqrt(parameters))
+    directions = min(parameters, encoding.target.outputs * (len(encoding.names()) + 1))
+    rho = patients / (each * math.sqrt(directions))
     task = encoding.target.task
     try:
         found = reach(model, encoding)
     except Exception:  # a module of the user's own that cannot run: the plan's probe names the part
         found = reach(nn.Linear(len(encoding.names()), 1), encoding)
-    return Facts(round(patients), clients, parameters, found, _CURVATURE[task], rho)
+    return Facts(round(patients), clients, directions, found, _CURVATURE[task], rho)
 
 
 def excess(study: Study, clients: int) -> float:
@@ -228,7 +248,7 @@ def _steps(study: Study, found: Facts) -> Choices:
     rate = steps / (h * R**2)
     if not fixed or (p.clipping == "automatic" and not study.left_open("privacy.clipping")):
         rate *= R / (2 * clip)  # automatic: every gradient has norm C, where a first one has about R / 2
-    why = f"signal to noise {found.rho:.3g} of {found.patients} patients and {found.parameters} parameters"
+    why = f"signal to noise {found.rho:.3g} of {found.patients} patients in {found.directions} directions"
     if momentum:
         choices["training.server_momentum"] = float(f"{beta:.3g}"), f"{why}: a path of {path:.3g} steps"
     choices["training.learning_rate"] = float(f"{rate:.3g}"), f"{why}: {steps:.2g} of the largest safe step"

@@ -48,6 +48,7 @@ from medfed.core.checks import (
     some,
 )
 from medfed.core.flat import Layout, fill, trained
+from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
@@ -60,7 +61,7 @@ from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
-from medfed.plan import POOLED, Plan, build_model, check
+from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy import ledger as ledgers
@@ -77,8 +78,6 @@ from medfed.site import Site
 from medfed.study import Privacy, Robustness, Security, Study
 
 logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
-
-_SOME_DEVICES = 1000  # before any record is read, to see whether the study composes
 
 OWN_LOG = "own.log"
 """What the sites alone may read of a run: `core.own`."""
@@ -286,26 +285,37 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
-    study = dataclasses.replace(study, data=sources.completed(study))
-    study = recipe.settled(study, _SOME_DEVICES)
+    study, refusals = recipe.refused(study)
+    refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
     private = guarantee.asked(study)
     if private:
-        check(study)  # what needs no record is refused before one is read, and before a ledger is founded
         study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
+    sites = _opened(frames, study, folder)
     if study.sites.kind == "device":
-        sites = Site.devices(frames, study, folder)
         study = recipe.settled(study, sum(not site.table.test.all() for site in sites if site.table))
         for site in sites:
             site.study = study
-    else:
-        sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
     if private:
         _check_places(sites, study)
         _check_scope(sites, study)
     for site in sites:
         site.account = account
+    return sites
+
+
+def _opened(frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None) -> list[Site]:
+    """Return a node for each site's records, or device; raise what is wrong with the records of all sites at once."""
+    if study.sites.kind == "device":
+        return Site.devices(frames, study, folder)
+    sites, unclean = list[Site](), list[Refusal]()
+    for name, frame in frames.items():
+        try:
+            sites.append(Site.open(name, frame, study, folder))
+        except MedfedError as error:
+            unclean += list(error.refusals) or [Refusal(error)]
+    refuse(unclean)
     return sites
 
 
@@ -369,7 +379,7 @@ def _check_scope(sites: Sequence[Site], study: Study) -> None:
 
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes."""
-    looked_at = dataclasses.replace(study, privacy=Privacy())  # whoever holds the table sees it, not what sites tell
+    looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
     sites = open_sites(looked_at, data, None, progress)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())

@@ -611,7 +611,7 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
     for site in sites:
         rows = _one_each(site.test)
         if site.account and not study.privacy.simulation_only:
-            site.account.pay_test(site.name, _table(site).ids[rows.patient])
+            site.account.pay_test(site.name, _table(site).ids[rows.patient.numpy()])
         counts = _tally(site, rows, tensors["w"], edges)
         if not together:
             counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())

@@ -11,14 +11,18 @@ import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from medfed.core import decision
-from medfed.core.checks import StudyError, nearest
+from medfed.core import decision, toml
+from medfed.core.checks import StudyError, closest, nearest, some
+from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
+from medfed.core.toml import Ask
 
 LEAST_CLIP = 1e-6
 """Least clipping norm: a smaller one would weigh rounding as if it were a gradient."""
@@ -116,6 +120,11 @@ class Data:
         "robust",
         "robust: median and IQR, exact over all sites by counting; standard: mean and standard deviation; "
         "dictionary: public ranges, nothing is computed from patients; none: numbers are taken as they are.",
+    )
+    read_from_records: bool = _key(
+        False,
+        "Say that ranges, categories or sizes of this study were read off its records, as `medfed study fix "
+        "--from-data` does: no claim covers that. For public records with privacy.scope = 'run' alone.",
     )
     dictionary: dict[str, Feature] = field(
         default_factory=dict, metadata={"doc": "`[data.dictionary.NAME]`: what is publicly known of feature NAME."}
@@ -375,13 +384,7 @@ class Study:
         """Return the study with several values changed at once: those that must agree need no order."""
         tables = self.tables()
         for key, value in values.items():
-            *path, last = key.split(".")
-            place = tables
-            for part in path:
-                place = place.setdefault(part, {})
-                if not isinstance(place, dict):
-                    raise StudyError(f"unknown key {key!r}; {part!r} is a value, not a table")
-            place[last] = value
+            put(tables, toml.path(key), value)
         given = None if self.given is None else self.given | _written(dict.fromkeys(values)) | _written(values)
         kept = {key: why for key, why in self.chosen.items() if key not in values}
         return dataclasses.replace(from_tables(tables), folder=self.folder, given=given, chosen=kept)
@@ -431,8 +434,24 @@ def bundled() -> dict[str, Path]:
 def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
     """Read a study from a file or by the name of a bundled one, then apply settings "key=value" (TOML values).
 
-    Raises StudyError with the key, its value and the way out; no data is touched.
+    Raises StudyError with every key that cannot be used, its value and the way out; no data is touched.
     """
+    loaded, refusals = read(study, settings)
+    refuse(refusals)
+    return loaded
+
+
+def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[Refusal]]":
+    """Return a study as far as it can be read, and what stands against it: see `load` and `parse`."""
+    tables, path = read_tables(study, settings)
+    loaded, refusals = parse(tables)
+    if not loaded.study.name:
+        loaded = dataclasses.replace(loaded, study=dataclasses.replace(loaded.study, name=path.stem))
+    return dataclasses.replace(loaded, folder=path.parent.resolve()), refusals
+
+
+def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
+    """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
     path = bundled().get(str(study), Path(study))
     try:
         tables = tomllib.loads(path.read_text())
@@ -442,17 +461,26 @@ def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
-    loaded = from_tables(tables)
-    if not loaded.study.name:
-        loaded = loaded.set("study.name", path.stem)
-    loaded = dataclasses.replace(loaded, folder=path.parent.resolve())
-    values: dict[str, Any] = {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
+        key, equals, text = toml.setting(setting)
         if not equals:
             raise StudyError(f"--set {setting!r}; expected KEY=VALUE, as in --set training.rounds=5")
-        values[key.strip()] = parse_value(text.strip())
-    return loaded._with(values) if values else loaded
+        put(tables, toml.path(key.strip()), parse_value(text.strip()))
+    return tables, path
+
+
+def put(tables: dict[str, Any], path: toml.Path, value: Any) -> None:
+    """Set one value in plain tables, a blank as it is refused; LEAVE_OUT takes the key out."""
+    *parents, last = path
+    place = tables
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise StudyError(f"unknown key {toml.key(*path)!r}; {name!r} is a value, not a table")
+    if value is LEAVE_OUT:
+        place.pop(last, None)
+    else:
+        place[last] = deepcopy(value.blank if isinstance(value, Ask) else value)
 
 
 def parse_value(text: str) -> Any:
@@ -466,11 +494,24 @@ def parse_value(text: str) -> Any:
 def from_tables(tables: Mapping[str, Any]) -> Study:
     """Build a study from plain tables, checking names, types and ranges.
 
-    Raises StudyError naming the key.
+    Raises StudyError naming every key that cannot be used.
     """
-    read: Study = _read(Study, tables, "")
-    _check_ranges(read)
-    return dataclasses.replace(read, given=_written(tables))
+    study, refusals = parse(tables)
+    refuse(refusals)
+    return study
+
+
+def parse(tables: Mapping[str, Any]) -> "tuple[Study, list[Refusal]]":
+    """Build a study from plain tables as far as they can be read, and return what stands against names, types, ranges.
+
+    A misspelt key counts for the one that it may mean; what cannot be used is left at its default.
+    """
+    reader = _Reader([])
+    study = reader.read(Study, tables, ())
+    if study is _UNREAD:
+        return Study(given=frozenset()), reader.refusals
+    study = dataclasses.replace(study, given=_written(tables))
+    return study, [*reader.refusals, *out_of_range(study)]
 
 
 def _written(tables: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
@@ -483,52 +524,81 @@ def _written(tables: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
     return frozenset(found)
 
 
-def _read(kind: Any, value: Any, key: str) -> Any:
-    """Convert a TOML value to a field's type, or raise StudyError with its key."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+_hints = cache(get_type_hints)
+
+_UNREAD: Any = object()
+"""What cannot be read."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Converts TOML values to fields' types, and keeps what cannot be read."""
+
+    refusals: list[Refusal]
+
+    def read(self, kind: Any, value: Any, path: toml.Path) -> Any:
+        """Return a TOML value in a field's type, or _UNREAD, with a refusal that names its key."""
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            return self._read_table(kind, value, path)
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            if value in arguments:
+                return value
+            close = closest(value, arguments) if isinstance(value, str) else None
+            return self._refuse(path, value, f"one of {', '.join(map(repr, arguments))}", close)
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                return self._refuse(path, value, f"a table [{toml.key(*path)}]")
+            items = {name: self.read(arguments[1], item, (*path, name)) for name, item in value.items()}
+            return {name: item for name, item in items.items() if item is not _UNREAD}
+        if origin is tuple:
+            listed = [value] if isinstance(value, str) else value
+            if not isinstance(listed, Sequence):
+                return self._refuse(path, value, "a list")
+            read = tuple(self.read(arguments[0], item, path) for item in listed)
+            return _UNREAD if any(item is _UNREAD for item in read) else read
+        if origin in (Union, types.UnionType):
+            raise AssertionError(f"{path}: union types are not read")
+        return self._read_scalar(kind, value, path)
+
+    def _read_table(self, kind: Any, value: Any, path: toml.Path) -> Any:
         if not isinstance(value, Mapping):
-            raise StudyError(f"{key}={value!r}; expected a table [{key}]")
-        hints = get_type_hints(kind)
-        fields = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}
+            return self._refuse(path, value, f"a table [{toml.key(*path)}]")
+        hints = _hints(kind)
+        known = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}
+        fields = {name: self.read(hints[name], value[name], (*path, name)) for name in value if name in known}
+
         for name in value:
-            if name not in fields:
-                where = f"{key}.{name}" if key else name
-                raise StudyError(f"unknown key {where!r}; {nearest(name, fields)}")
-        return kind(**{n: _read(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()})
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if value not in arguments:
-            raise StudyError(f"{key}={value!r}; expected one of {', '.join(map(repr, arguments))}")
+            if name in known:
+                continue
+            meant = closest(name, known)
+            mend = {} if meant is None or meant in value else {(*path, name): LEAVE_OUT, (*path, meant): value[name]}
+            where = toml.key(*path, name)
+            self.refusals.append(Refusal(StudyError(f"unknown key {where!r}; {nearest(name, known)}"), mend))
+            if meant and meant not in value:
+                fields[meant] = _Reader([]).read(hints[meant], value[name], (*path, meant))
+        return kind(**{name: item for name, item in fields.items() if item is not _UNREAD})
+
+    def _read_scalar(self, kind: Any, value: Any, path: toml.Path) -> Any:
+        if kind is Any:
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            whole = isinstance(value, float) and value.is_integer()
+            return str(int(value) if whole else value)  # `positive = 1`, or 1.0, means the label "1"
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            return self._refuse(path, value, "a number" if kind in (int, float) else kind.__name__)
         return value
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise StudyError(f"{key}={value!r}; expected a table [{key}]")
-        return {name: _read(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, Sequence):
-            raise StudyError(f"{key}={value!r}; expected a list")
-        return tuple(_read(arguments[0], item, key) for item in items)
-    if origin in (Union, types.UnionType):
-        raise AssertionError(f"{key}: union types are not read")
-    return _read_scalar(kind, value, key)
+
+    def _refuse(self, path: toml.Path, value: Any, expected: str, close: str | None = None) -> Any:
+        mend = {path: close} if close else {}
+        self.refusals.append(Refusal(StudyError(f"{toml.key(*path)}={value!r}; expected {expected}"), mend))
+        return _UNREAD
 
 
-def _read_scalar(kind: Any, value: Any, key: str) -> Any:
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        whole = isinstance(value, float) and value.is_integer()
-        return str(int(value) if whole else value)  # `positive = 1`, or 1.0, means the label "1"
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise StudyError(f"{key}={value!r}; expected {'a number' if kind in (int, float) else kind.__name__}")
-    return value
-
-
-def _check_ranges(study: Study) -> None:
-    """Refuse values that no plan could use, before any data is read."""
+def out_of_range(study: Study) -> list[Refusal]:
+    """Return what no plan could use: values out of their range, a key once."""
     t, data, sites, p, security = study.training, study.data, study.sites, study.privacy, study.security
     rules: list[tuple[str, object, bool, str]] = [
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
@@ -601,10 +671,8 @@ def _check_ranges(study: Study) -> None:
             f"shares that sum to 1, not {sum(sites.shares):g}",
         ),
     ]
-    for name, size in p.sizes.items():
-        rules.append((f"privacy.sizes.{name}", size, size >= 1, "the declared number of training patients, 1 or more"))
     for name, feature in data.dictionary.items():
-        where, low_high = f"data.dictionary.{name}.range", feature.range
+        where, low_high = toml.key("data", "dictionary", name, "range"), feature.range
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
         ordered = len(low_high) != 2 or -math.inf < low_high[0] < low_high[1] < math.inf
         rules.append((where, low_high, ordered, "low below high"))
@@ -612,7 +680,70 @@ def _check_ranges(study: Study) -> None:
             rules.append(
                 (where, low_high, len(low_high) == 2 and low_high[0] >= 0, "[low, high] from 0 for log = true")
             )
+    found: dict[str, Refusal] = {}
     for key, value, holds, expected in rules:
-        if not holds:
+        if not holds and key not in found:
             shown = list(value) if isinstance(value, tuple) else value
-            raise StudyError(f"{key}={shown!r}; expected {expected}. Change it in the study file or with --set.")
+            error = StudyError(f"{key}={shown!r}; expected {expected}. {CHANGE_IT}")
+            found[key] = Refusal(error, _in_range(toml.path(key)))
+    return [*found.values(), *_sizes_out_of_range(p.sizes)]
+
+
+CHANGE_IT = "Change it in the study file or with --set."
+
+RANGE = Ask([], "the public, plausible [low, high]: from your data dictionary or a textbook, not from these patients")
+SIZE = Ask(0, "the number of each site's training patients that may be published; it never follows the data")
+CATEGORIES = Ask([], "the texts that may occur, publicly known")
+FEATURE = Ask(
+    {"range": [], "categories": []},
+    "one of the two for each feature: a number's public, plausible range = [low, high], or a text's categories = "
+    '["a", "b"], from your data dictionary or a textbook, not from these patients. To leave columns out, list the '
+    "others in data.features.",
+)
+EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")
+
+
+def described(feature: Feature) -> bool:
+    """Say whether it is publicly known what may stand in a column."""
+    return bool(feature.range or feature.categories)
+
+
+def describe(names: Sequence[str], dictionary: Mapping[str, Feature]) -> dict[toml.Path, Ask]:
+    """Return the blanks that describe these features: a line each, or two keys more where an entry is there already."""
+    blanks: dict[toml.Path, Ask] = {}
+    for name in names:
+        path = ("data", "dictionary", name)
+        if dictionary.get(name, Feature()) == Feature():
+            blanks[path] = FEATURE
+        else:
+            blanks |= {(*path, "range"): RANGE, (*path, "categories"): CATEGORIES}
+    return blanks
+
+
+def _sizes_out_of_range(sizes: Mapping[str, int]) -> list[Refusal]:
+    """Return what stands against declared sizes: one refusal, however many sites."""
+    low = {name: size for name, size in sizes.items() if size < 1}
+    if not low:
+        return []
+    first, *more = low
+    what = f"{toml.key('privacy', 'sizes', first)}={low[first]}"
+    if more:
+        what = f"privacy.sizes of {len(low)} sites below 1 ({some(map(repr, low))})"
+    error = StudyError(f"{what}; expected the declared number of training patients, 1 or more. {CHANGE_IT}")
+    return [Refusal(error, {("privacy", "sizes", name): SIZE for name in low})]
+
+
+def _in_range(path: toml.Path) -> dict[toml.Path, Any]:
+    """Return what mends a value out of its range: its default, or a blank where that is no answer."""
+    if path[:2] == ("data", "dictionary"):
+        return {path: RANGE}
+    if path == ("privacy", "epsilon"):
+        return {path: EPSILON}
+    if path == ("privacy", "delta"):
+        return {path: 1e-6}
+    if path[0] == "sites" or path == ("data", "features"):
+        return {}
+    default: Any = Study()
+    for name in path:
+        default = getattr(default, name)
+    return {path: default}

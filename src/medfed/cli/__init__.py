@@ -20,6 +20,7 @@ from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
 from medfed.cli.report import report
 from medfed.cli.serve import serve
+from medfed.cli.study import app as study_app
 from medfed.cli.watch import watch
 from medfed.core.checks import MedfedError
 
@@ -36,6 +37,7 @@ privacy_app.command()(accept)
 trail_app = typer.Typer(no_args_is_help=True, help="What happened in a run, signed and chained.")
 app.add_typer(trail_app, name="trail")
 
+app.add_typer(study_app, name="study")
 app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
@@ -70,11 +72,10 @@ def run(
     log: LogForm = None,
 ) -> None:
     """Run a study: train, test, and leave a run folder."""
-    from medfed import runs
-    from medfed import study as studies
+    from medfed import fix, runs
 
     console = _console(quiet or as_json)
-    loaded = studies.load(study, set)
+    loaded = fix.load(study, set)
     heard = _listeners(console, log)
     _finish(runs.run(loaded, out, data, heard, progress=not (quiet or as_json or log)), console, as_json)
 
@@ -134,7 +135,7 @@ def audit(
 ) -> None:
     """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds that it is broken."""
     from medfed import audit as audits
-    from medfed import study as studies
+    from medfed import fix
     from medfed.core.checks import RunError
 
     console = _console(as_json)
@@ -145,7 +146,7 @@ def audit(
         if Path(target).is_dir():
             found = audits.audit_run(Path(target), data, **options)
         else:
-            found = audits.audit_study(studies.load(target, set), data, **options)
+            found = audits.audit_study(fix.load(target, set), data, **options)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -256,11 +257,10 @@ def trail_verify(
 @privacy_app.command("plan")
 def privacy_plan(study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False) -> None:  # noqa: B006
     """Say before training what noise the target asks for, and what signal can be left."""
-    from medfed import runs
-    from medfed import study as studies
+    from medfed import fix, runs
     from medfed.monitor.console import outlook
 
-    found = runs.privacy_outlook(studies.load(study, set), data)
+    found = runs.privacy_outlook(fix.load(study, set), data)
     if as_json:
         print(json.dumps(found, indent=2))
         return

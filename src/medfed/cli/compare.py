@@ -29,12 +29,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train algorithms on the same splits and first weights, seed by seed, and say which differences are not chance."""
-    from medfed import study as studies
+    from medfed import fix
     from medfed.compare import compare as compared
     from medfed.core import files
     from medfed.monitor.reports import comparison_page
 
-    asked = studies.load(study, settings)
+    asked = fix.load(study, settings)
     found = compared(asked, algorithms.split(","), seeds, noise, data, workers or os.cpu_count() or 1)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,16 @@ MedfedError
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class MedfedError(Exception):
-    """Base of everything medfed raises on purpose; the command line prints it without a traceback."""
+    """Base of everything medfed raises on purpose; the command line prints it without a traceback.
+
+    `refusals` holds what stands against a study, where the error tells that.
+    """
+
+    refusals: tuple[Any, ...] = ()  # of `core.refusals.Refusal`
 
 
 class StudyError(MedfedError):
@@ -101,11 +107,16 @@ class BudgetError(MedfedError):
     """The patients' privacy budget does not bear what is asked; nothing was charged."""
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a misspelt one may mean."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for a misspelt `name`: "did you mean 'x'?" or the list of what is known."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}."
+    close = closest(name, choices)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(choices)}."
 
 
 def some(items: Iterable[object], most: int = 5) -> str:

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 
@@ -20,10 +21,8 @@ def read(path: Path) -> tuple[pd.DataFrame, list[int]]:
 
     A byte that is no UTF-8 becomes a mark of its own cell. Raises DataError for a header that names no column.
     """
-    opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
-        columns = _columns(path, header)
+    with _opened(path) as file:
+        columns = _columns(path, file.readline())
         rows, numbers, broken = list[list[str]](), list[int](), list[int]()
 
         for number, line in enumerate(file, 2):
@@ -38,6 +37,18 @@ def read(path: Path) -> tuple[pd.DataFrame, list[int]]:
 
     frame = pd.DataFrame(rows, index=pd.Index(numbers, dtype="int64"), columns=columns, dtype=object)
     return frame, broken
+
+
+def header(path: Path) -> pd.Index:
+    """Return the names of the columns; no record is read."""
+    with _opened(path) as file:
+        return _columns(path, file.readline())
+
+
+def _opened(path: Path) -> IO[str]:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="replace")
 
 
 def _columns(path: Path, header: str) -> pd.Index:

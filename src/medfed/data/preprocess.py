@@ -8,7 +8,7 @@ F features of the table, Q quantiles, M columns after encoding.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, some
+from medfed.core.refusals import Refusal, refuse
 from medfed.core.types import Task
 from medfed.data.federated import Rows
 from medfed.data.tables import SiteTable, declared_labels, declared_range
-from medfed.study import Data, Feature
+from medfed.study import RANGE, Data, Feature
 
 Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
 """Put a question to every site and return the sum of the answers."""
@@ -153,7 +155,7 @@ class Encoding:
             which = "" if self.public else f": {some(unknown)}"
             raise DataError(
                 f"target {self.target.name!r} has a label that is not declared{which}. Declare it in "
-                f"data.dictionary.{self.target.name}.categories, or correct the rows."
+                f"{toml.key('data', 'dictionary', self.target.name, 'categories')}, or correct the rows."
             )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
         return codes.float() if self.target.task == "binary" else codes
@@ -263,18 +265,19 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool
     logs = {n: _floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
-        scales = {n: _public_scale(n, data.dictionary.get(n, Feature())) for n in numbers}
+        refuse(_unranged(numbers, data))
+        scales = {n: _public_scale(data.dictionary[n]) for n in numbers}
         if target.task == "regression":
             low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
             if low == high:
-                raise PlanError(
-                    f"data.preprocess='dictionary' needs data.dictionary.{data.target}.range for the target"
-                )
+                where = toml.key("data", "dictionary", data.target, "range")
+                raise PlanError(f"data.preprocess='dictionary' needs {where} for the target")
             target = dataclasses.replace(target, centre=(low + high) / 2, scale=(high - low) / 4)
     elif data.preprocess == "none":
         scales = dict.fromkeys(numbers, (0.0, 1.0))
         if public:
-            fills = {n: _public_scale(n, data.dictionary.get(n, Feature()))[0] for n in numbers}
+            refuse(_unranged(numbers, data))
+            fills = {n: _public_scale(data.dictionary[n])[0] for n in numbers}
     else:
         asked = [*numbers, ""] if target.task == "regression" else numbers
         fitted = fit(data.preprocess, asked, logs, ask)
@@ -356,7 +359,12 @@ def _unword(word: np.ndarray) -> np.ndarray:
 def _target(surveys: dict[str, dict[str, Any]], data: Data) -> Target:
     if data.task == "regression":
         return Target(data.target, "regression")
-    labels = sorted({label for s in surveys.values() for label in s["labels"]})
+    return classes(sorted({label for s in surveys.values() for label in s["labels"]}), data)
+
+
+def classes(labels: Sequence[str], data: Data) -> Target:
+    """Return a target of these labels, sorted; raise DataError where they do not fit the task or the positive one."""
+    labels = list(labels)
     if len(labels) < 2:
         raise DataError(f"data.target={data.target!r} has one value, {labels}; there is nothing to learn")
     if data.positive and data.positive not in labels:
@@ -384,7 +392,7 @@ def _text_columns(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, t
             if name in union and survey_["missing"][name] < size:
                 raise DataError(
                     f"column {name!r} is a number at site {site!r} and text elsewhere. Make them alike, or declare "
-                    f"data.dictionary.{name}.categories."
+                    f"{toml.key('data', 'dictionary', name, 'categories')}."
                 )
     declared = {name for name, feature in data.dictionary.items() if feature.categories}
     return {name: tuple(sorted(c)) for name, c in union.items() if c or name in declared}
@@ -395,13 +403,22 @@ def _feature_order(surveys: dict[str, dict[str, Any]], data: Data) -> list[str]:
     return list(data.features) or sorted(names)
 
 
-def _public_scale(name: str, feature: Feature) -> tuple[float, float]:
-    """Map the public range onto [-2, 2]."""
-    if not feature.range:
-        raise PlanError(
-            f"no public range for {name!r}. Give data.dictionary.{name}.range, or set data.preprocess='robust' (no "
-            "privacy claim is possible then)."
+def _unranged(names: Sequence[str], data: Data) -> Iterator[Refusal]:
+    """Yield, as one, the numbers without a public range."""
+    absent = [name for name in names if not data.dictionary.get(name, Feature()).range]
+    if absent:
+        first, several = absent[0], len(absent) > 1
+        which = f"{len(absent)} columns of numbers ({some(map(repr, absent))})" if several else repr(first)
+        more = " and so on" if several else ""
+        text = (
+            f"no public range for {which}. Give {toml.key('data', 'dictionary', first, 'range')}{more}, or set "
+            "data.preprocess='robust' (no privacy claim is possible then)."
         )
+        yield Refusal(PlanError(text), {("data", "dictionary", name, "range"): RANGE for name in absent})
+
+
+def _public_scale(feature: Feature) -> tuple[float, float]:
+    """Map the public range onto [-2, 2]."""
     low, high = feature.range
     if feature.log:
         low, high = float(np.log(_floor(feature))), float(np.log(high))

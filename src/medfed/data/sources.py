@@ -20,17 +20,19 @@ or that were published long ago (breast-cancer).
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
+from medfed.core import toml
+from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
+from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data.partition import site_of
-from medfed.data.tables import named_patients, numbered, read
+from medfed.data.tables import header, named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -59,35 +61,65 @@ def frames(
     """
     data = completed(study)
     frame = _load(study, folder, progress, private)
-    for key, column in (("site", data.site), ("patient", data.patient)):
-        if column and column not in frame.columns:
-            raise DataError(
-                f"data.{key}={column!r} is no column of the table; {nearest(column, map(str, frame.columns))}"
-            )
-    if data.site and study.sites.names:
-        raise StudyError(f"sites.names is set, but data.site={data.site!r} already says who is where; keep one")
+    refuse(misplaced([str(name) for name in frame.columns], study, data, private))
     if data.site:
         site = frame[data.site].astype(str).str.strip().mask(frame[data.site].isna(), "")
         declared = private and study.sites.kind == "hospital"
         names = tuple(study.privacy.sizes) if declared else ()
-        if declared and not names:
-            raise PlanError(
-                f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
-                'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
-                "patients that may be published; `medfed data show` lists the table's sites."
-            )
         if private:
             _refuse_undeclared(site, names, data.site)
         elif len(unnamed := frame.index[(site == "").to_numpy()]):
             raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
         names = names or tuple(sorted(set(site)))
-    elif study.sites.names:
+    else:
         names = study.sites.names
         named = named_patients(frame, data, private)
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
-    else:
-        raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
     return {name: frame[(site == name).to_numpy()] for name in names}, data
+
+
+def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:
+    """Yield what stands against how a study says who is where; `data` is its completed table.
+
+    `private`: also that its sites are not declared.
+    """
+    for key, column in (("site", data.site), ("patient", data.patient)):
+        if column and column not in columns:
+            text = f"data.{key}={column!r} is no column of the table; {nearest(column, columns)}"
+            close = closest(column, columns)
+            yield Refusal(DataError(text), {("data", key): close} if close else {})
+    if data.site and study.sites.names:
+        text = f"sites.names is set, but data.site={data.site!r} already says who is where; keep one"
+        yield Refusal(StudyError(text))
+    if not data.site and not study.sites.names:
+        text = "no site column and no [sites]; set data.site, or sites.names and sites.shares"
+        yield Refusal(StudyError(text), {("data", "site"): toml.Ask("", "the column that names the site")})
+    if private and study.sites.kind == "hospital" and data.site and not study.privacy.sizes:
+        text = (
+            f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
+            'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
+            "patients that may be published; `medfed data show` lists the table's sites."
+        )
+        yield Refusal(PlanError(text), {("privacy", "sizes"): SITES})
+
+
+SITES = toml.Ask(
+    {},
+    'a line for each site: "its name in the table" = the number of its training patients that may be published.\n'
+    "`medfed data show STUDY`, at the site, lists the names. The sizes need not be right, and never follow the data.",
+)
+
+
+def columns_of(study: Study, private: bool) -> list[str]:
+    """Return the columns of a study's table, of which no row is read: its header, or what a source is known to have.
+
+    Raises DataError or StudyError where there is no such table.
+    """
+    completed(study)
+    if study.data.table:
+        return header(study.folder / study.data.table, private)
+    known = SOURCES[study.data.source].data
+    return [*dict.fromkeys([*known.dictionary, *(n for n in (known.site, known.patient) if n)])]
 
 
 def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> None:

@@ -10,21 +10,27 @@ met is in the site's own log. Only the header can stop a run.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
-from medfed.core.checks import DataError, PlanError, nearest, some
+from medfed.core import toml
+from medfed.core.checks import DataError, PlanError, closest, nearest, some
 from medfed.core.patient_ids import Rule
+from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data import cells, lines
 from medfed.data.partition import is_test, patients, spellings
-from medfed.study import Data, Feature
+from medfed.study import Data, Feature, describe, described
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
@@ -113,22 +119,46 @@ def read(path: Path, private: bool = False) -> pd.DataFrame:
 
     `private`: a csv is read line by line (`data.lines`), and no error quotes a line.
     """
-    if not path.exists():
-        raise DataError(f"data.table={str(path)!r} does not exist; a table's path is relative to its study file")
-    try:
+    with _reading(path, private):
         if path.name.endswith(".parquet"):
             frame = numbered(pd.read_parquet(path))
-        elif path.name.endswith((".csv", ".csv.gz")):
-            frame = _read_lines(path) if private else _read_csv(path)
         else:
-            raise DataError(f"data.table={path.name!r}; expected a name that ends in .csv, .csv.gz or .parquet")
+            frame = _read_lines(path) if private else _read_csv(path)
+    if frame.empty and not private:
+        raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
+    return frame
+
+
+def header(path: Path, private: bool = False) -> list[str]:
+    """Return the columns of a csv, csv.gz or parquet file, of which no row is read. Raises DataError as `read` does."""
+    with _reading(path, private):
+        if path.name.endswith(".parquet"):
+            return _parquet_columns(path)
+        columns = lines.header(path) if private else pd.read_csv(path, dtype=str, nrows=0).columns
+    _refuse_separators(path, columns)
+    return [str(name) for name in columns]
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    """Return the columns of a parquet file but those that pandas takes for its index."""
+    schema = pq.read_schema(path)
+    index = (schema.pandas_metadata or {}).get("index_columns", [])
+    return [name for name in schema.names if name not in index]
+
+
+@contextmanager
+def _reading(path: Path, private: bool) -> Iterator[None]:
+    """Have whatever keeps a table from being read leave the block as a DataError; a private one quotes nothing."""
+    if not path.exists():
+        raise DataError(f"data.table={str(path)!r} does not exist; a table's path is relative to its study file")
+    if not path.name.endswith((".parquet", ".csv", ".csv.gz")):
+        raise DataError(f"data.table={path.name!r}; expected a name that ends in .csv, .csv.gz or .parquet")
+    try:
+        yield
     except (OSError, EOFError, ValueError, zlib.error) as error:
         logger.warning("%s cannot be read: %s", path, error)
         why = f" ({type(error).__name__}); what it says is in the site's own log" if private else f": {error}"
         raise DataError(f"data.table={str(path)!r} cannot be read{why}") from (None if private else error)
-    if frame.empty and not private:
-        raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
-    return frame
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -163,8 +193,8 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
     """Clean the rows of one site; numbers are held to the ranges that the dictionary declares.
 
     Raises DataError for a missing column, text in a numeric column, an infinite value, a target that is missing, and
-    (with on_missing = "refuse") any missing feature; each names site, column and rows. `private`: only for a missing
-    column, and PlanError for one that the dictionary does not describe.
+    (with on_missing = "refuse") any missing feature; each names site, column and rows, and columns are told together.
+    `private`: only for a missing column, and PlanError for those that the dictionary does not describe.
     """
     names = feature_names(frame, data)
     if frame.empty and not private:
@@ -173,22 +203,29 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
     texts: dict[str, np.ndarray] = {}
     outside: dict[str, list[int]] = {}
     far: dict[str, list[int]] = {}
+    unclean: list[Refusal] = []
+    if private:
+        _check_described(names, data)
 
     for name in names:
         where, feature = f"site {site!r}, column {name!r}", data.dictionary.get(name, Feature())
-        if private:
-            _check_described(name, feature)
-        column = _Column(where, frame[name], feature, data.missing_values, private)
-        if data.on_missing == "refuse" and column.missing.any() and not private:
-            raise DataError(
-                f"{where}: missing in row {column.rows(column.missing)}; fill them in or set data.on_missing='impute'"
-            )
-        if column.is_text():
-            texts[name] = column.text()
+        try:
+            column = _Column(where, frame[name], feature, data.missing_values, private)
+            if data.on_missing == "refuse" and column.missing.any() and not private:
+                raise DataError(
+                    f"{where}: missing in row {column.rows(column.missing)}; fill them in or set "
+                    "data.on_missing='impute'"
+                )
+            if column.is_text():
+                texts[name] = column.text()
+                continue
+            numbers[name], beyond = cells.hold(column.number(), feature.range)
+        except DataError as error:
+            unclean.append(Refusal(error))
             continue
-        numbers[name], beyond = cells.hold(column.number(), feature.range)
         outside[name] = frame.index[beyond].tolist()
         far[name] = [] if feature.range else frame.index[cells.far(numbers[name])].tolist()
+    refuse(unclean)
 
     label, left_out = _declared_label(site, frame, data) if private else (_label(site, frame, data), None)
     if data.task == "regression":
@@ -224,54 +261,103 @@ def named_patients(frame: pd.DataFrame, data: Data, private: bool) -> pd.Series:
 
 def declared_labels(data: Data) -> tuple[str, ...]:
     """Return the labels that the dictionary declares; raise PlanError where a claim needs them and it does not."""
-    labels = data.dictionary.get(data.target, Feature()).categories
-    if not labels:
-        raise PlanError(
-            f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
-            f"declare data.dictionary.{data.target}.categories = [...], the labels that may occur"
-        )
-    return labels
+    refuse(unlabelled(data))
+    return data.dictionary[data.target].categories
+
+
+def unlabelled(data: Data) -> Iterator[Refusal]:
+    """Yield that a claim needs declared labels, where they are not."""
+    if data.dictionary.get(data.target, Feature()).categories:
+        return
+    text = (
+        f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
+        f"declare {toml.key('data', 'dictionary', data.target, 'categories')} = [...], the labels that may occur"
+    )
+    yield Refusal(PlanError(text), {("data", "dictionary", data.target, "categories"): LABELS})
+
+
+LABELS = toml.Ask([], "the labels that may occur, publicly known")
 
 
 def declared_range(data: Data) -> tuple[float, ...]:
     """Return the range of a number that is predicted; raise PlanError where a claim needs one and there is none."""
     ends = data.dictionary.get(data.target, Feature()).range
     if not ends:
+        where = toml.key("data", "dictionary", data.target, "range")
         raise PlanError(
-            f"a privacy claim and data.task='regression' without data.dictionary.{data.target}.range do not compose: "
-            f"nothing bounds what one patient's target says. Declare data.dictionary.{data.target}.range = [low, high]."
+            f"a privacy claim and data.task='regression' without {where} do not compose: "
+            f"nothing bounds what one patient's target says. Declare {where} = [low, high]."
         )
     return ends
 
 
-def _check_described(name: str, feature: Feature) -> None:
-    """Refuse a column whose kind would have to be guessed from its cells."""
-    if not feature.range and not feature.categories:
-        raise PlanError(
-            f"a privacy claim and the feature {name!r} without a public range or categories do not compose: what its "
-            f"cells are would be counted from patients. Declare data.dictionary.{name}.range or "
-            f"data.dictionary.{name}.categories, or leave it out of data.features."
-        )
+def _check_described(names: Sequence[str], data: Data) -> None:
+    """Refuse columns whose kind would have to be guessed from their cells."""
+    refuse(undescribed(names, data))
+
+
+def undescribed(names: Sequence[str], data: Data) -> Iterator[Refusal]:
+    """Yield, as one, the features that a claim needs described and the dictionary does not describe."""
+    absent = [name for name in names if not described(data.dictionary.get(name, Feature()))]
+    if not absent:
+        return
+    first, several = absent[0], len(absent) > 1
+    which = f"{len(absent)} features ({some(map(repr, absent))})" if several else f"the feature {first!r}"
+    what = "what their" if several else "what its"
+    one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
+    more = ", and so on: a range for a number, categories for a text; or leave them" if several else ", or leave it"
+    text = (
+        f"a privacy claim and {which} without a public range or categories do not compose: {what} "
+        f"cells are would be counted from patients. Declare {one} or {other}{more} out of data.features."
+    )
+    yield Refusal(PlanError(text), describe(absent, data.dictionary))
 
 
 def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
-    """Return the feature columns; raise DataError for a column that the study names and the table lacks."""
+    """Return the feature columns; raise DataError for the columns that the study names and the table lacks."""
+    columns = [str(name) for name in frame.columns]
+    refuse(misnamed(columns, data))
+    return features_of(columns, data)
+
+
+def features_of(columns: Sequence[str], data: Data) -> list[str]:
+    """Return the feature columns of a table: those that the study lists, else all that are nothing else."""
+    roles = (data.target, data.site, data.patient, data.test)
+    return list(data.features) or [name for name in columns if name not in roles]
+
+
+def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
+    """Yield what a study says of a table's columns that its header does not bear out."""
     roles = {"target": data.target, "site": data.site, "patient": data.patient, "test": data.test}
     if not data.target:
-        raise DataError(f"data.target is not set; expected the column to predict, one of: {some(frame.columns, 20)}")
-    for key, name in {**roles, **{f"features[{i}]": f for i, f in enumerate(data.features)}}.items():
-        if name and name not in frame.columns:
-            raise DataError(f"data.{key}={name!r} is no column of the table; {nearest(name, map(str, frame.columns))}")
+        text = f"data.target is not set; expected the column to predict, one of: {some(columns, 20)}"
+        yield Refusal(DataError(text), {("data", "target"): toml.Ask("", "the column to predict")})
+    for key, name in roles.items():
+        if name and name not in columns:
+            text = f"data.{key}={name!r} is no column of the table; {nearest(name, columns)}"
+            close = closest(name, columns)
+            yield Refusal(DataError(text), {("data", key): close} if close else {})
+    features = [closest(name, columns) or name if name not in columns else name for name in data.features]
+    for number, name in enumerate(data.features):
+        if name not in columns:
+            text = f"data.features[{number}]={name!r} is no column of the table; {nearest(name, columns)}"
+            yield Refusal(DataError(text), {("data", "features"): features} if closest(name, columns) else {})
     for key, name in roles.items():
         if name and name in data.features:
-            raise DataError(f"data.features holds {name!r}, which is data.{key}; take it out")
+            left = [feature for feature in data.features if feature not in roles.values()]
+            text = f"data.features holds {name!r}, which is data.{key}; take it out"
+            yield Refusal(DataError(text), {("data", "features"): left})
     for name in data.dictionary:
-        if name not in frame.columns:
-            raise DataError(f"data.dictionary.{name}: no such column; {nearest(name, map(str, frame.columns))}")
-    names = list(data.features) or [str(c) for c in frame.columns if c not in roles.values()]
-    if not names:
-        raise DataError("the table has no feature column; it needs one beside target, site and patient")
-    return names
+        if name not in columns:
+            where, close = toml.key("data", "dictionary", name), closest(name, columns)
+            mend: dict[toml.Path, object] = {}
+            if close and close not in data.dictionary:
+                mend = {("data", "dictionary", close): asdict(data.dictionary[name])}
+            if mend or data.dictionary[name] == Feature():
+                mend[("data", "dictionary", name)] = LEAVE_OUT
+            yield Refusal(DataError(f"{where}: no such column; {nearest(name, columns)}"), mend)
+    if not features_of(columns, data):
+        yield Refusal(DataError("the table has no feature column; it needs one beside target, site and patient"))
 
 
 def canonical(values: pd.Series) -> pd.Series:
@@ -288,6 +374,7 @@ class _Column:
         self, where: str, values: pd.Series, feature: Feature, missing_values: Sequence[str], private: bool = False
     ) -> None:
         self.where, self.feature, self.private = where, feature, private
+        self.name = str(values.name)
         if pd.api.types.is_datetime64_any_dtype(values) and not private:
             raise DataError(f"{where}: {_NO_DATES}")
         self.texts = canonical(values)
@@ -315,13 +402,27 @@ class _Column:
             self._tell("no finite number where one is declared", self.not_number | infinite)
             return self.numeric.mask(infinite).to_numpy(dtype=np.float64)
         if self.not_number.any():
-            raise DataError(
-                f"{self.where}: text in a numeric column, row {self.rows(self.not_number)}. Correct the rows, add the "
-                "text to data.missing_values, or declare data.dictionary.<column>.categories."
-            )
+            raise DataError(f"{self.where}: {self._no_numbers()}")
         if infinite.any():
             raise DataError(f"{self.where}: infinite value in row {self.rows(infinite)}; correct or empty the cell")
         return self.numeric.to_numpy(dtype=np.float64)
+
+    def _no_numbers(self) -> str:
+        """Say what stands against a column of numbers that holds text, and the way out: most of it, or some cells."""
+        declared, rows = self.key("categories"), self.rows(self.not_number)
+        if self.feature.range and self.not_number.sum() * 2 > (~self.missing).sum():
+            return (
+                f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
+                f"is text. Declare {declared} in place of the range."
+            )
+        return (
+            f"text in a numeric column, row {rows}. Correct the rows, add the "
+            f"text to data.missing_values, or declare {declared}."
+        )
+
+    def key(self, name: str) -> str:
+        """Return the key of this column's entry in the dictionary."""
+        return toml.key("data", "dictionary", self.name, name)
 
     def _tell(self, what: str, which: np.ndarray) -> None:
         """Write into the site's own log what counts as missing."""
@@ -338,7 +439,7 @@ class _Column:
         if not declared and found > _MOST_CATEGORIES:
             raise DataError(
                 f"{self.where}: {found} different texts look like free text or an identifier. Leave the column out of "
-                "data.features, or declare data.dictionary.<column>.categories."
+                f"data.features, or declare {self.key('categories')}."
             )
         texts: np.ndarray = self.texts.to_numpy(dtype=object, copy=True)
         texts[self.missing] = None
@@ -405,3 +506,25 @@ def _marked(site: str, frame: pd.DataFrame, data: Data, patient: np.ndarray, pri
 def _refuse(where: str, what: str, which: np.ndarray, frame: pd.DataFrame, action: str) -> None:
     if which.any():
         raise DataError(f"{where}: {what} in row {some(frame.index[which])}; {action}")
+
+
+def suggested(values: pd.Series, data: Data) -> dict[str, list[Any]]:
+    """Return what a public column may be declared as, read off its cells: {"range": ends} or {"categories": texts}.
+
+    A range is rounded outwards to two digits of its width. Nothing for a date, a free text or a column without a value.
+    """
+    column = _Column("", values, Feature(), data.missing_values, private=True)
+    if not column.is_text():
+        known = column.number()
+        known = known[np.isfinite(known)]
+        return {"range": _outwards(float(known.min()), float(known.max()))} if len(known) else {}
+    texts = sorted(column.texts[~column.missing].unique())
+    return {"categories": texts} if len(texts) <= _MOST_CATEGORIES else {}
+
+
+def _outwards(low: float, high: float) -> list[float]:
+    if low == high:
+        return [low - 1, high + 1]
+    step = 10.0 ** (math.floor(math.log10(high - low)) - 1)
+    digits = max(0, 1 - math.floor(math.log10(step)))
+    return [round(math.floor(low / step) * step, digits), round(math.ceil(high / step) * step, digits)]

@@ -7,7 +7,7 @@ P parameters, m declared training patients of a client, z noise multiplier (stan
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -15,14 +15,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from medfed.core import streams
-from medfed.core.checks import PlanError
+from medfed.core import streams, toml
+from medfed.core.checks import PlanError, StudyError, closest, nearest, some
 from medfed.core.decision import CHOOSING_CELLS, Rule
 from medfed.core.entropy import Entropy
+from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.privacy import accounting, factorisation
 from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost
-from medfed.study import Study
+from medfed.study import EPSILON, SIZE, Study
 
 GRID = 2.0**-16
 """One step of the integer grid, as a share of the clipping norm."""
@@ -205,38 +206,86 @@ def count_noise(found: Guarantee, rule: Rule, numbers: int, key: int) -> np.ndar
 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
     """Return where noise is added; raise PlanError where epsilon, delta and noise do not go together."""
+    refuse(unresolved(study))
+    p = study.privacy
+    if p.noise == "auto":
+        return "shared" if p.epsilon < math.inf else "none"
+    return p.noise
+
+
+def unresolved(study: Study) -> Iterator[Refusal]:
+    """Yield why epsilon, delta and noise do not go together."""
     p = study.privacy
     bounded = p.epsilon < math.inf
     if bounded != (p.delta < 1):
         given, missing, example = ("epsilon", "delta", 1e-6) if bounded else ("delta", "epsilon", 1.0)
-        raise PlanError(
+        text = (
             f"privacy.{given}={getattr(p, given):g} and no privacy.{missing}; a guarantee needs both. "
             f"Set privacy.{missing}={example:g}."
         )
-    if p.noise == "auto":
-        return "shared" if bounded else "none"
-    if p.noise == "none" and bounded:
-        raise PlanError(
+        yield Refusal(PlanError(text), {("privacy", missing): example if bounded else EPSILON})
+    elif p.noise == "none" and bounded:
+        text = (
             f"privacy.noise='none' and privacy.epsilon={p.epsilon:g} do not compose: without noise no epsilon holds. "
             "Set privacy.noise='shared', 'site' or 'central', or leave epsilon and delta out."
         )
-    if p.noise != "none" and not bounded:
-        raise PlanError(
+        yield Refusal(PlanError(text), {("privacy", "noise"): "shared"})
+    elif p.noise not in ("auto", "none") and not bounded:
+        text = (
             f"privacy.noise={p.noise!r} and no privacy.epsilon; the noise follows from the target. "
             "Set privacy.epsilon=1.0 and privacy.delta=1e-6."
         )
-    return p.noise
+        yield Refusal(PlanError(text), {("privacy", "epsilon"): EPSILON, ("privacy", "delta"): 1e-6})
+
+
+def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
+    """Yield, as one, the sites whose number of training patients is not declared."""
+    absent = [name for name in names if name not in study.privacy.sizes]
+    if study.sites.kind == "device" or not absent:
+        return
+    who, whose = f"site {absent[0]!r} has no declared size", "its"
+    settings = f'privacy.sizes."{absent[0]}" = N'
+    if len(absent) > 1:
+        who, whose = f"{len(absent)} sites have no declared size ({some(map(repr, absent))})", "each one's"
+        settings = f"{settings} and so on"
+    text = (
+        f"{who}, and a sum may not be divided by what was counted. Set "
+        f"{settings}, the number of {whose} training patients that may be published."
+    )
+    yield Refusal(PlanError(text), {("privacy", "sizes", name): SIZE for name in absent})
+
+
+def unknown_sizes(study: Study) -> Iterator[Refusal]:
+    """Yield declared sizes of sites that the study does not name."""
+    names, sizes = study.sites.names, study.privacy.sizes
+    for name, size in sizes.items():
+        if names and name not in names:
+            close = closest(name, names)
+            mend: dict[toml.Path, object] = {("privacy", "sizes", name): LEAVE_OUT}
+            if close and close not in sizes:
+                mend[("privacy", "sizes", close)] = size
+            text = f"{toml.key('privacy', 'sizes', name)}={size}: no such site in sites.names; {nearest(name, names)}"
+            yield Refusal(StudyError(text), mend)
+
+
+def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
+    """Yield why delta is too large for so many declared patients."""
+    delta = study.privacy.delta
+    if delta < 1 / patients:
+        return
+    small = 10.0 ** math.floor(math.log10(0.5 / patients))
+    text = (
+        f"privacy.delta={delta:g} with {patients} patients; expected below 1/{patients}, or a guarantee may be "
+        f"met by publishing one patient. Set privacy.delta={small:g}."
+    )
+    yield Refusal(PlanError(text), {("privacy", "delta"): small})
 
 
 def declared(study: Study, site: str) -> int:
     """Return the declared number of training patients of a site; raise PlanError where there is none."""
     if study.sites.kind == "device":
         return 1
-    if site not in study.privacy.sizes:
-        raise PlanError(
-            f"site {site!r} has no declared size, and a sum may not be divided by what was counted. Set "
-            f'privacy.sizes."{site}" = N, the number of its training patients that may be published.'
-        )
+    refuse(unsized([site], study))
     return study.privacy.sizes[site]
 
 
@@ -247,15 +296,10 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     """
     p, t, where = study.privacy, study.training, mode(study)
     assert where != "none"
-    patients = sum(sizes.values())
-    if p.delta >= 1 / patients:
-        raise PlanError(
-            f"privacy.delta={p.delta:g} with {patients} patients; expected below 1/{patients}, or a guarantee may be "
-            f"met by publishing one patient. Set privacy.delta={10.0 ** math.floor(math.log10(0.5 / patients)):g}."
-        )
+    refuse(large_delta(sum(sizes.values()), study))
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    mean = patients / len(sizes)
+    mean = sum(sizes.values()) / len(sizes)
     blank = {name: _release(study, size, where, mean) for name, size in sizes.items()}
     strategy = tuple(factorisation.coefficients(planned, groups)) if p.correlated else ()
     found = Guarantee(

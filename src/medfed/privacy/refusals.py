@@ -8,78 +8,100 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from medfed.core.checks import PlanError
+from medfed.core import toml
+from medfed.core.checks import PlanError, some
+from medfed.core.refusals import Refusal, refuse
+from medfed.core.toml import Ask
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import mode
-from medfed.study import Data, Feature, Privacy, Study
+from medfed.study import RANGE, Data, Feature, Privacy, Study, describe, described
 
 
 def check(study: Study) -> None:
-    """Raise PlanError for the first thing in the study that breaks the guarantee it asks for."""
+    """Raise PlanError for all in the study that breaks the guarantee it asks for."""
+    refuse(found(study))
+
+
+def found(study: Study) -> Iterator[Refusal]:
+    """Yield what in the study breaks the guarantee it asks for."""
     where = mode(study)
-    for side, other, reason, action in [*_schedule(study, where), *(_claim(study, where) if where != "none" else ())]:
-        raise PlanError(f"{side} and {other} do not compose: {reason}. {action}")
+    yield from _schedule(study, where)
+    if where != "none":
+        yield from _claim(study, where)
 
 
-Refusal = tuple[str, str, str, str]
-"""One side, the other side, why not, and what to do."""
+def _refusal(side: str, other: str, reason: str, action: str, **mend: object) -> Refusal:
+    """Say of two sides why they do not compose and what to do; `mend` holds settings, as table__key=value."""
+    settings = {tuple(key.split("__")): value for key, value in mend.items()}
+    return Refusal(PlanError(f"{side} and {other} do not compose: {reason}. {action}"), settings)
+
+
+PUBLIC_TEST = Ask(False, "true if held-out patients are declared public test data: their figures are told as they are")
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
     data, t, p = study.data, study.training, study.privacy
     claim = f"privacy.epsilon={p.epsilon:g}"
     if data.preprocess in ("robust", "standard"):
-        yield (
+        yield _refusal(
             claim,
             f"data.preprocess={data.preprocess!r}",
             "centres and scales fitted on patients are released without noise",
             "Set data.preprocess='dictionary' and declare public ranges in [data.dictionary].",
+            data__preprocess="dictionary",
         )
     if data.split == "stratified" and not data.test:
-        yield (
+        yield _refusal(
             claim,
             "data.split='stratified'",
             "one patient's presence moves another between training and test",
             "Set data.split='patient', or mark held-out rows in a column (data.test).",
+            data__split="patient",
         )
     if data.on_missing == "refuse":
-        yield (
+        yield _refusal(
             claim,
             "data.on_missing='refuse'",
             "an error about a gap tells that some patient has one",
             "Set data.on_missing='impute'.",
+            data__on_missing="impute",
         )
     yield from _undeclared(study, claim)
     if not data.test_is_public and not p.evaluation_epsilon:
-        yield (
-            claim,
-            "test figures without noise",
-            "held-out patients are patients too, and each round's figures are released",
-            "Set data.test_is_public=true if they are declared public test data, or privacy.evaluation_epsilon="
-            f"{affordable(p):g} to pay for a noised histogram.",
-        )
+        yield _unpaid_test(study, claim)
     if t.algorithm in ("local", "pooled"):
-        yield (
+        yield _refusal(
             claim,
             f"training.algorithm={t.algorithm!r}",
             "it is a baseline, not a federation",
             "Take fedavg, or leave the claim out.",
+            training__algorithm="fedavg",
         )
     if p.accountant == "pld" and p.scope == "study":
-        yield (
+        yield _refusal(
             "privacy.accountant='pld'",
             "privacy.scope='study'",
             "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
             "Set privacy.accountant='rdp', or scope='run' for public data.",
+            privacy__accountant="rdp",
+        )
+    if data.read_from_records and p.scope == "study":
+        yield _refusal(
+            claim,
+            "data.read_from_records=true with privacy.scope='study'",
+            "ranges, categories and sizes that were read off patients tell of them",
+            "Fill them in from what is publicly known and leave read_from_records out, or set privacy.scope='run' for "
+            "public data.",
         )
     if p.scope == "study" and not p.simulation_only:
         yield from _lifetime(data)
     if p.clipping == "adaptive" and where == "site":
-        yield (
+        yield _refusal(
             "privacy.clipping='adaptive'",
             "privacy.noise='site'",
             "the noised count of one site says nothing at its size (sd 1.0 of a share, at 115 patients)",
             "Set privacy.clipping='automatic', or noise='shared', where all sites are counted together.",
+            privacy__clipping="automatic",
         )
     if where != "site":
         yield from _places(study)
@@ -88,47 +110,78 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         yield from _noised_test(study)
 
 
+def _unpaid_test(study: Study, claim: str) -> Refusal:
+    """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared public."""
+    p, rounds = study.privacy, study.training.rounds
+    price, mend = "", dict[str, object](data__test_is_public=PUBLIC_TEST)
+    if _is_binary(study.data):
+        price = f", or privacy.evaluation_epsilon={affordable(p):g} to pay for a noised histogram"
+        mend = {"privacy__evaluation_epsilon": affordable(p)}
+        if study.monitor.evaluate_every < rounds:
+            price += f", with monitor.evaluate_every={rounds}"
+            mend["monitor__evaluate_every"] = rounds
+    return _refusal(
+        claim,
+        "test figures without noise",
+        "held-out patients are patients too, and each round's figures are released",
+        f"Set data.test_is_public=true if they are declared public test data{price}.",
+        **mend,
+    )
+
+
+def _is_binary(data: Data) -> bool:
+    labels = data.dictionary.get(data.target, Feature()).categories
+    return data.task in ("auto", "binary") and len(labels) <= 2
+
+
 def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     """Refuse inputs and targets that nothing public bounds, as far as the study alone names them.
 
-    Columns that it does not name are refused when the table's header is read (`data.tables.clean`).
+    Columns that it does not name are refused when the table's header is read (`data.tables.undescribed`).
     """
     data = study.data
-    for name in data.features:
-        feature = data.dictionary.get(name, Feature())
-        if not feature.range and not feature.categories:
-            yield (
-                claim,
-                f"data.features={name!r} without a public range or categories",
-                "what its cells are, and how far they reach, would be taken from patients",
-                f"Set data.dictionary.{name}.range or data.dictionary.{name}.categories, or leave it out.",
-            )
-    if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
-        yield (
-            claim,
-            f"data.task='regression' without data.dictionary.{data.target}.range",
-            "nothing bounds what one patient's target says",
-            f"Set data.dictionary.{data.target}.range = [low, high].",
+    names = [name for name in data.features if not described(data.dictionary.get(name, Feature()))]
+    if names:
+        first, more = names[0], len(names) > 1
+        whose = "their" if more else "its"
+        side = f"{len(names)} of data.features ({some(map(repr, names))})" if more else f"data.features={first!r}"
+        one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
+        action = f"Set {one} or {other}" + (", and so on, or leave them out." if more else ", or leave it out.")
+        error = PlanError(
+            f"{claim} and {side} without a public range or categories do not compose: what {whose} cells are, and how "
+            f"far they reach, would be taken from patients. {action}"
         )
+        yield Refusal(error, describe(names, data.dictionary))
+    if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
+        where = toml.key("data", "dictionary", data.target, "range")
+        error = PlanError(
+            f"{claim} and data.task='regression' without {where} do not compose: nothing bounds what one patient's "
+            f"target says. Set {where} = [low, high]."
+        )
+        yield Refusal(error, {("data", "dictionary", data.target, "range"): RANGE})
 
 
 def _lifetime(data: Data) -> Iterator[Refusal]:
     """Refuse patients whom the lifetime ledger would not know again."""
     if not data.patient:
-        yield (
+        yield _refusal(
             "privacy.scope='study'",
             "data.patient=''",
             "without a name a patient is the content of a row, which one more column or a corrected cell makes new, "
             "with nothing spent",
             "Set data.patient='column', the table's column that names the patient, or privacy.scope='run' for public "
             "data.",
+            data__patient=Ask(
+                "", "the table's column that names the patient; its line in [data.dictionary], if any, goes then"
+            ),
         )
     if data.missing_patient == "own":
-        yield (
+        yield _refusal(
             "data.missing_patient='own'",
             "privacy.scope='study'",
             "a row that names nobody is nobody whom the lifetime ledger would know again",
             "Set data.missing_patient='refuse' and name each patient.",
+            data__missing_patient="refuse",
         )
 
 
@@ -137,25 +190,29 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
     noised = f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}"
     labels = data.dictionary[data.target].categories if data.target in data.dictionary else ()
     if data.task in ("multiclass", "regression") or len(labels) > 2:
-        yield (
+        yield _refusal(
             noised,
             f"data.task={data.task!r} of {len(labels)} labels" if labels else f"data.task={data.task!r}",
             "the noised histogram is one of a binary test",
             "Hold out public test data and set data.test_is_public=true.",
+            data__test_is_public=PUBLIC_TEST,
+            privacy__evaluation_epsilon=0.0,
         )
     if m.evaluate_every < study.training.rounds:
-        yield (
+        yield _refusal(
             noised,
             f"monitor.evaluate_every={m.evaluate_every}",
             "every test is paid for, and the plan pays for one",
             f"Set monitor.evaluate_every={study.training.rounds}.",
+            monitor__evaluate_every=study.training.rounds,
         )
     if not _bears(p, p.evaluation_epsilon):
-        yield (
+        yield _refusal(
             noised,
             f"privacy.epsilon={p.epsilon:g}",
             "no test patient's budget bears it, so that the run would end untested",
             f"Set privacy.evaluation_epsilon={affordable(p):g}.",
+            privacy__evaluation_epsilon=affordable(p),
         )
 
 
@@ -174,60 +231,69 @@ def _one_step(study: Study, where: str) -> Iterator[Refusal]:
     t, noise = study.training, f"privacy.noise={where!r}"
     if (t.local_steps or t.local_epochs) > 1:
         side = f"training.local_steps={t.local_steps}" if t.local_steps else f"training.local_epochs={t.local_epochs}"
-        yield (
+        yield _refusal(
             noise,
             side,
             "noise is added to sums of clipped gradients at the common model, so a round is one step",
             "Set training.local_epochs=1 and local_steps=0 and raise training.rounds, or take noise='site'.",
+            training__local_epochs=1,
+            training__local_steps=0,
         )
     if t.optimizer != "sgd" or t.momentum:
-        yield (
+        yield _refusal(
             noise,
             f"training.optimizer={t.optimizer!r} with momentum={t.momentum:g}",
             "sites take one step and keep nothing",
             "Set optimizer='sgd' and momentum=0; take algorithm='fedadam' or 'fedavgm', whose server keeps moments.",
+            training__optimizer="sgd",
+            training__momentum=0.0,
         )
     if t.weighting == "uniform":
-        yield (
+        yield _refusal(
             noise,
             "training.weighting='uniform'",
             "each patient counts alike in the noised sum",
             "Set training.weighting='samples', or take noise='site'.",
+            training__weighting="samples",
         )
 
 
 def _schedule(study: Study, where: str) -> Iterator[Refusal]:
     p, fleet = study.privacy, study.fleet
     if fleet.schedule == "cyclic" and fleet.clients_per_round:
-        yield (
+        yield _refusal(
             "fleet.schedule='cyclic'",
             f"fleet.clients_per_round={fleet.clients_per_round}",
             "the group whose turn it is takes part as a whole",
             "Set fleet.clients_per_round=0 and choose fleet.groups.",
+            fleet__clients_per_round=0,
         )
     if not p.correlated:
         return
     if where not in ("shared", "central"):
-        yield (
+        yield _refusal(
             "privacy.correlated=true",
             f"privacy.noise={where!r}",
             "correlated noise is one stream on the sum of all sites",
             "Set privacy.noise='shared', or correlated=false.",
+            privacy__correlated=False,
         )
     if fleet.schedule != "cyclic" or fleet.groups < 2:
-        yield (
+        yield _refusal(
             "privacy.correlated=true",
             f"fleet.schedule={fleet.schedule!r} with groups={fleet.groups}",
             "where everybody takes part in every round it gains at most 1.06 x; it pays only where a patient's uses "
             "are kept apart",
             "Set fleet.schedule='cyclic' and fleet.groups=10, or correlated=false.",
+            privacy__correlated=False,
         )
     if study.training.rounds < 2:
-        yield (
+        yield _refusal(
             "privacy.correlated=true",
             f"training.rounds={study.training.rounds}",
             "no later round takes noise back",
             "Raise training.rounds, or set correlated=false.",
+            privacy__correlated=False,
         )
     for side, is_set in (
         ("training.batch_size above 0", study.training.batch_size > 0),
@@ -236,11 +302,12 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
         ("privacy.max_sites_per_patient above 1", p.max_sites_per_patient > 1),
     ):
         if is_set:
-            yield (
+            yield _refusal(
                 "privacy.correlated=true",
                 side,
                 "its sensitivity is counted for whole groups, one norm, real noise and one client a patient",
                 "Leave one of them out.",
+                privacy__correlated=False,
             )
 
 
@@ -254,10 +321,14 @@ def _places(study: Study) -> Iterator[Refusal]:
         (f"training.batch_size={training.batch_size}", training.batch_size > 0),
     ):
         if is_set and most > 1:
-            yield (
+            yield _refusal(
                 f"privacy.max_sites_per_patient={most}",
                 side,
                 "under joint noise a patient of several sites pays at one of them, so all must take part, and alike",
                 "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and training.batch_size=0, "
                 "or take privacy.noise='site'.",
+                fleet__clients_per_round=0,
+                fleet__schedule="random",
+                training__quorum=1.0,
+                training__batch_size=0,
             )
