@@ -644,7 +644,7 @@ def out_of_range(study: Study) -> list[Refusal]:
         (
             "privacy.threshold_epsilon",
             p.threshold_epsilon,
-            0 <= p.threshold_epsilon < p.epsilon,
+            p.threshold_epsilon == 0 or 0 < p.threshold_epsilon < p.epsilon,
             "0 (a quarter of privacy.epsilon) or a number below it",
         ),
         (
