@@ -474,16 +474,100 @@ def test_a_sites_only_held_out_patient_is_who_pays(
     assert set(paid["north"]) == set(frame["subject"][(frame["part"] == "test") & (frame["hospital"] == "north")])
 
 
-def test_figures_of_patients_who_are_not_public_are_noised_anew(noised: Study) -> None:
-    sites = _prepared(noised)
-    weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))})
+def _asked_for_counts(sites: list[site.Site], op: str = "evaluate", cells: int = 32) -> list[Any]:
+    """What a site answers five times to a model that tells nothing, without paying."""
+    width = sum(p.numel() for p in sites[0].model.parameters())
+    edges = torch.linspace(-4, 4, cells - 1, dtype=torch.float64)
+    payload = codec.encode({"round": 4}, {"w": torch.zeros(width), "edges": edges})
     for node in sites:
         node.account = None
-    told = [codec.decode(sites[0].handle("evaluate", weights))[1]["bins"].tolist() for _ in range(5)]
+    return [codec.decode(sites[0].handle(op, payload))[1]["counts"].tolist() for _ in range(5)]
+
+
+@pytest.mark.parametrize("own", [{"privacy.noise": "site"}, {"security.aggregation": "masked"}])
+def test_counts_of_a_site_that_trusts_nobody_are_noised_there_anew(noised: Study, own: dict[str, Any]) -> None:
+    told = _asked_for_counts(_prepared(noised._with(own)))
     assert any(one != told[0] for one in told)
+    told = _asked_for_counts(_prepared(noised._with({**own, "data.threshold": "youden"})), "count", 16)
+    assert any(one != told[0] for one in told)
+
+
+def test_counts_that_are_noised_together_go_the_way_of_rows(noised: Study) -> None:
+    """To whoever combines rows, and no further: figures of the sum are noised anew, and no site has figures."""
+    sites = _prepared(noised)
+    told = _asked_for_counts(sites)
+    assert all(one == told[0] for one in told)
+    table = sites[0].table
+    assert table is not None and int(np.sum(told[0])) == len(np.unique(table.patient[table.test]))  # a record each
+    dear = {"privacy.epsilon": 8.0, "privacy.evaluation_epsilon": 3.0, "privacy.simulation_only": True}
+    one, two = (medfed.simulate(noised._with(dear)).summary for _ in range(2))
+    assert one["test"] != two["test"] and one["per_site"] == two["per_site"] == {}
+    low, high = one["intervals"]["accuracy"]
+    assert low <= one["test"]["accuracy"] <= high
+
+
+def test_raw_scores_of_public_patients_are_told_as_they_are(noised: Study) -> None:
     public = _prepared(noised.set("data.test_is_public", True))
+    weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in public[0].model.parameters()))})
     raw = [codec.decode(public[0].handle("evaluate", weights))[1]["bins"] for _ in range(2)]
     assert torch.equal(raw[0], raw[1]) and len(raw[0]) == int(public[0].table.test.sum())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("edges", [None, [1.0, 0.0], [0.0, float("nan")], [float(i) for i in range(5000)]])
+def test_a_site_counts_by_sound_edges_alone(noised: Study, edges: list[float] | None) -> None:
+    sites = _prepared(noised)
+    tensors = {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))}
+    if edges is not None:
+        tensors["edges"] = torch.tensor(edges, dtype=torch.float64)
+    with pytest.raises(medfed.SiteError, match="no edges between cells"):
+        sites[0].handle("evaluate", codec.encode({"round": 4}, tensors))
+
+
+# a threshold that training patients pay for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [{}, {"privacy.noise": "site"}, {"security.aggregation": "masked"}])
+def test_a_chosen_threshold_is_paid_within_the_run(tmp_path: Path, study: Study, way: dict[str, Any]) -> None:
+    result = medfed.run(study._with({"data.threshold": "youden", **way}), tmp_path / "run")
+    assert result.complete
+    ledger = own_ledger(tmp_path / "run")
+    assert charges(ledger) == dict.fromkeys(SITES, 4)
+    assert charges(ledger, "threshold") == dict.fromkeys(SITES, 1)
+    claim, plain = claim_of(tmp_path / "run"), medfed.run(study._with(way), tmp_path / "plain").summary["privacy"]
+    assert claim["threshold"]["released"] == 1
+    assert 0.99 * study.privacy.epsilon < claim["epsilon"] <= study.privacy.epsilon
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], rel=1e-3)
+    assert result.summary["privacy"]["noise_multiplier"] > plain["noise_multiplier"]  # it leaves room for the choice
+    assert claim_of(tmp_path / "plain")["threshold"] is None
+
+
+def test_a_threshold_that_a_crash_lost_is_not_bought_beyond_the_budget(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was paid for and nobody knows what had left: the resumed run has no room for another, and says so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            medfed.run(study.set("data.threshold", "youden"), tmp_path / "run")
+    result = medfed.resume(tmp_path / "run")
+    assert charges(own_ledger(tmp_path / "run"), "threshold") == dict.fromkeys(SITES, 1)
+    assert result.summary["decision"]["threshold"] == 0.5 and not result.complete
+    claim = claim_of(tmp_path / "run")
+    assert claim["threshold"]["released"] == 1 and claim["epsilon"] <= study.privacy.epsilon
+
+
+def test_a_threshold_that_noise_hides_is_not_chosen(study: Study) -> None:
+    summary = medfed.simulate(study._with({"data.threshold": "youden", "privacy.threshold_epsilon": 0.001})).summary
+    assert summary["decision"]["threshold"] == 0.5
+    assert any("chose nothing, as the noise hides it" in text for text in summary["warnings"])
+
+
+def test_only_the_cells_that_are_paid_for_are_counted(study: Study) -> None:
+    sites = _prepared(study.set("data.threshold", "youden"))
+    with pytest.raises(medfed.SiteError, match="16 cells are paid for"):
+        _asked_for_counts(sites, "count", 17)
+    with pytest.raises(medfed.SiteError, match="needs no training row"):
+        _asked_for_counts(_prepared(study), "count", 16)
 
 
 def test_a_simulation_tests_without_paying(tmp_path: Path, noised: Study) -> None:

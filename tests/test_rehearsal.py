@@ -221,6 +221,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "convolution": {"model.name": "conv1d", "model.options.widths": [4]},
     "no preprocessing": {"data.preprocess": "none"},
     "noised test": {"data.test_is_public": False, "privacy.evaluation_epsilon": 0.5},
+    "chosen threshold": {"data.threshold": "youden"},
     "lying": {"robustness.attack": "sign-flip", "robustness.malicious": 0.3},
 }
 

@@ -308,7 +308,7 @@ def _changed(key: str, value: Any) -> Any:
     known = {"data.task": "binary", "data.on_missing": "refuse", "data.split": "stratified", "training.path": "loop"}
     known |= {"data.preprocess": "none", "training.optimizer": "adam", "training.weighting": "uniform"}
     known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
-    known |= {"data.identity": "exact", "data.missing_patient": "own"}
+    known |= {"data.identity": "exact", "data.missing_patient": "own", "data.threshold": "youden"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
     if key in known:
         return known[key]

@@ -18,14 +18,15 @@ from medfed.plan import Plan, cohort, holders
 from medfed.privacy import accounting
 from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
-from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, replaced, resolve
+from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, counted_together, replaced, resolve
 
 _TRUST = {
     "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",
-    "central": "The coordinator sees each site's clipped sum without noise, adds the noise, and is trusted with it.",
+    "central": "The coordinator sees each site's clipped sum, and its counts, without noise, adds the noise, and is "
+    "trusted with it.",
     "plain": "One noise is added to the sum of all sites' rows. security.aggregation='plain': whoever combines the "
-    "rows sees each site's clipped sum without noise, and is trusted with it. In this engine that is the process that "
-    "runs the simulation.",
+    "rows sees each site's clipped sum, and its counts, without noise, and is trusted with it. In this engine that is "
+    "the process that runs the simulation.",
     "masked": "Rows are summed under masks and each site adds a part of the noise to its own: the server sees the "
     "noised sum alone. Trusted are {holders} of the sites that stay to the end: not to tell the server their parts of "
     "the noise.",
@@ -47,6 +48,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
     assert g is not None
     spent = budget.claim()
     uses: dict[str, int] = getattr(budget, "uses", {})
+    thresholds: int = getattr(budget, "thresholds", 0)
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
     charged = account.charged() if account and not g.simulation_only else None
@@ -75,6 +77,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "sampling": _sampling(g),
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
+        "threshold": _threshold(plan, thresholds),
         "a_payment_covers": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
         "patients": {
             "declared": patients,
@@ -86,7 +89,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
             "version": f"dp-accounting {version('dp-accounting')}",
             "delta_taken_by_the_noise_sampler": g.delta_sampler,
         },
-        "second_accountant": None if g.simulation_only else _second(g, uses),
+        "second_accountant": None if g.simulation_only else _second(g, uses, thresholds),
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
@@ -150,12 +153,27 @@ def _sampling(g: Guarantee) -> str:
     return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
 
 
-def _second(g: Guarantee, uses: dict[str, int]) -> JSON:
+def _second(g: Guarantee, uses: dict[str, int], thresholds: int) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
     name = "rdp" if g.accountant == "pld" else "pld"
-    events = {replaced(g.releases[n].event(), count * g.copies) for n, count in uses.items() if count}
+    events = {g.paid(g.releases[n], count, thresholds) for n, count in uses.items() if count}
     found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events]
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
+
+
+def _threshold(plan: Plan, times: int) -> JSON | None:
+    """Return what choosing the decision threshold on training patients has released; None where nothing."""
+    g, rule = plan.guarantee, plan.study.rule()
+    assert g is not None
+    if not rule.chosen:
+        return None
+    return {
+        "rule": plan.study.data.threshold,
+        "mechanism": "discrete Gaussian noise on counts of training patients by score, one record each",
+        "noise_multiplier": g.threshold_noise,
+        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "released": times,
+    }
 
 
 def _unprotected(plan: Plan) -> list[str]:
@@ -251,7 +269,7 @@ def _shown(g: Guarantee) -> list[str]:
 def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
     release = g.releases[name]
     snr = g.signal_to_noise(name)
-    whole = replaced(release.event(), g.uses * g.copies)
+    whole = replaced(g.whole(name), g.copies)
     return {
         "site": name,
         "declared": release.size,

@@ -191,6 +191,11 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         raise PlanError(
             f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {len(names)} sites; lower it"
         )
+    if encoding.target.task != "binary" and study.data.threshold != "0.5":
+        raise PlanError(
+            f"data.threshold={study.data.threshold!r} and data.task={encoding.target.task!r} do not compose: a "
+            "threshold is one of two labels. Leave data.threshold out."
+        )
     told = study.data.test_is_public or not guarantees.asked(study)  # else nobody says how many are held out
     if told and not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
@@ -287,6 +292,12 @@ def _secure_refusals(study: Study) -> Iterator[Refusal]:
     if security.aggregation == "plain":
         return
     names = security.aggregators
+    if study.rule().chosen and not guarantees.asked(study):
+        raise PlanError(
+            f"{way} and data.threshold={study.data.threshold!r} do not compose without a privacy claim: each site's "
+            "counts of training scores would be read, where its row may not be. Set data.threshold to a number, or set "
+            "privacy.epsilon and privacy.delta."
+        )
     if security.aggregation == "three-party" and not len(names) == len(set(names)) == 3:
         yield _refusal(
             StudyError(f"security.aggregators={list(names)}; expected three different names"),

@@ -5,10 +5,11 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from medfed import dpsgd
@@ -16,13 +17,20 @@ from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError, reasons
+from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
+from medfed.core.entropy import Entropy
+from medfed.core.types import Task as TaskKind
 from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
-from medfed.monitor import metrics
+from medfed.local import outputs
+from medfed.monitor import metrics, noised
 from medfed.monitor.events import Compared, Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
-from medfed.monitor.metrics import Scores
-from medfed.plan import Plan
+from medfed.monitor.metrics import Scored, Scores
+from medfed.monitor.noised import Noised
+from medfed.plan import Plan, build_model
+from medfed.privacy import guarantee
 from medfed.privacy.budget import Budget
+from medfed.privacy.mechanisms import geometric_noise
 from medfed.robust import detection
 
 
@@ -123,42 +131,111 @@ MALICE = ("not finite", "out of bound", "different shares")
 """Reasons for which no honest site's row is left out."""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """From which probability the positive label is called, and from what that follows."""
+
+    threshold: float = 0.5
+    decided: str = "until it is chosen"
+
+
+def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Decision:
+    """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
+
+    Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
+    is 0.5, and the log warns.
+    """
+    study, rule = plan.study, plan.study.rule()
+    if not rule.chosen or plan.encoding.target.task != "binary":
+        return Decision(rule.level if not rule.chosen else 0.5, "declared")
+    g = plan.guarantee
+    if g:
+        budget.choose()
+    edges = _edges(server, plan, CHOOSING_CELLS) if g else EXACT_EDGES
+    payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
+    replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
+    told = [codec.decode(reply.payload)[1]["counts"].numpy() for reply in replies.values() if not reply.error]
+    for name, reply in replies.items():
+        if reply.error:
+            log.emit(SiteExcluded(server.round, name, f"not counted for data.threshold: {reply.error}"))
+
+    counts, noises = np.sum(told, 0) if told else np.zeros(2 * len(edges) + 2), len(told)
+    if g and guarantee.counted_together(study):
+        counts, noises = counts + guarantee.count_noise(g, rule, len(counts), plan.streams.key("threshold")), 1
+    sd = g.threshold_sd(rule) * math.sqrt(noises) if g else 0.0
+    found = rule.choose(edges, counts, sd) if told else None
+    if found is None:
+        hidden = "the noise hides it" if g and told else "training rows do not tell"
+        log.emit(Warned(f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"))
+        return Decision(0.5, f"{study.data.threshold} chose nothing")
+    of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
+    return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
+
+
+def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
+    """Return edges between cells of scores from public facts: the released model, on made-up rows."""
+    model = build_model(plan.study, plan.encoding).eval()
+    z_NC = outputs(model, server.released_P, plan.encoding.invented(MADE_UP))
+    return noised.edges_for(z_NC[:, 0].double().numpy(), cells, threshold)
+
+
+MADE_UP = 512
+"""Made-up rows that say about where a model's scores lie."""
+
+
 def test(
-    server: Server, plan: Plan, fleet: Fleet, log: Log, model: str = "federated", intervals: bool = False
+    server: Server,
+    plan: Plan,
+    fleet: Fleet,
+    log: Log,
+    model: str = "federated",
+    intervals: bool = False,
+    decision: Decision | None = None,
 ) -> Tested:
-    """Test the current model at every site; emit and return the figures."""
+    """Test the current model at every site; emit and return the figures. Without a `decision` as declared, or at 0.5.
+
+    Under a claim, where test patients are not public, figures come from noised counts.
+    """
     began = time.perf_counter()
-    payload = codec.encode({"round": server.round}, {"w": server.released_P})
-    replies = gather(fleet, plan.testers, "evaluate", payload, plan.study.training.deadline)
-    task = plan.encoding.target.task
-    scores: dict[str, Scores] = {}
+    study, task, rule = plan.study, plan.encoding.target.task, plan.study.rule()
+    decision = decision or (Decision() if rule.chosen else Decision(rule.level, "declared"))
+    private = plan.guarantee is not None and not study.data.test_is_public
+    asked = {"w": server.released_P}
+    if private:
+        asked["edges"] = torch.from_numpy(_edges(server, plan, CELLS, decision.threshold))
+    payload = codec.encode({"round": server.round}, asked)
+    replies = gather(fleet, plan.testers, "evaluate", payload, study.training.deadline)
+    answers: dict[str, Mapping[str, torch.Tensor]] = {}
     untested = {name: reply.error for name, reply in replies.items() if reply.error}
     for name, reply in replies.items():
         if reply.error:
             log.emit(SiteExcluded(server.round, name, f"not tested: {reply.error}"))
         else:
-            _, tensors = codec.decode(reply.payload)
-            scores[name] = Scores(task, tensors["bins"], tensors["label"], tensors["sums"])
-    if not scores:
+            answers[name] = codec.decode(reply.payload)[1]
+    if not answers:
         raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untested)}", untested)
-    devices = plan.study.sites.kind == "device"  # one record each: only the union means something
-    per_site = {} if devices else {name: metrics.measure(s, intervals) for name, s in scores.items()}
-    union = Scores.all(list(scores.values()))
+
+    union, per_site = _noised_scores(answers, asked["edges"].numpy(), plan) if private else _scores(answers, task)
+    if study.sites.kind == "device":  # one record each: only the union means something
+        per_site = {}
+    figures = {name: one.measure(decision.threshold, intervals) for name, one in per_site.items()}
     tested = Tested(
         round=server.round,
         model=model,
         n=union.n,
-        loss=metrics.log_loss(union),
-        all_sites=metrics.measure(union, intervals),
-        macro=metrics.macro(per_site),
-        per_site={name: dict(figures) for name, figures in per_site.items()},
-        site_n={name: scores[name].n for name in per_site},
+        loss=union.log_loss(),
+        all_sites=union.measure(decision.threshold, intervals),
+        macro=metrics.macro(figures),
+        per_site=figures,
+        site_n={name: one.n for name, one in per_site.items()},
         seconds=round(time.perf_counter() - began, 6),
         bytes_up=sum(len(reply.payload) for reply in replies.values()),
         bytes_down=len(payload) * len(replies),
         labels=[str(label) for label in plan.encoding.target.labels],
-        confusion=metrics.confusion(union),
-        calibration=metrics.calibration(union),
+        confusion=union.confusion(decision.threshold),
+        calibration=union.calibration(),
+        threshold=decision.threshold if task == "binary" else None,
+        decided=decision.decided if task == "binary" else "",
     )
     log.emit(tested)
     return tested
@@ -179,6 +256,31 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     n, total, square = (sum(told[i] for told in sums.values()) for i in range(3))
     sites = {name: [int(sums[name][0]), f.value, f.low, f.high] for name, f in paired.items()}
     log.emit(Compared(federated.round, int(n), metrics.paired(n, total, square), sites))
+
+
+Answers = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def _scores(answers: Answers, task: TaskKind) -> tuple[Scored, dict[str, Scored]]:
+    """Return the test of all sites together, and of each."""
+    per_site = {name: Scores(task, told["bins"], told["label"], told["sums"]) for name, told in answers.items()}
+    return Scores.all(list(per_site.values())), dict(per_site)
+
+
+def _noised_scores(answers: Answers, edges: np.ndarray, plan: Plan) -> tuple[Scored, dict[str, Scored]]:
+    """Return the same of noised counts. Where they are noised together, the sum alone is ever told.
+
+    A patient of several sites moves the sum by one at each: the noise of the sum covers all of them.
+    """
+    privacy = plan.study.privacy
+    counts = {name: told["counts"].numpy() for name, told in answers.items()}
+    total = np.sum(list(counts.values()), 0)
+    if not guarantee.counted_together(plan.study):
+        each = noised.variance(privacy.evaluation_epsilon)
+        per_site: dict[str, Scored] = {name: Noised(edges, count, each) for name, count in counts.items()}
+        return Noised(edges, total, each * len(counts)), per_site
+    epsilon = privacy.evaluation_epsilon / privacy.max_sites_per_patient
+    return Noised(edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)), {}
 
 
 def _known(value: Any) -> float | None:

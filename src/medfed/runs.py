@@ -72,7 +72,7 @@ from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
-from medfed.round import compare_own, run_round, test
+from medfed.round import compare_own, decide, run_round, test
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
@@ -131,6 +131,22 @@ class Result:
         if target.task == "binary":
             return pd.DataFrame({target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index)
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
+
+    def decide(self, frame: pd.DataFrame) -> pd.Series:
+        """Return the label that is called for each row: the positive one from the run's threshold on.
+
+        Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
+        """
+        target, told = self.encoding.target, self.predict(frame)
+        if target.task == "regression":
+            raise RunError(f"data.task='regression' of {target.name!r} has no labels to call; use predict")
+        if target.task == "multiclass":
+            return told.idxmax(axis=1).rename(target.name)
+        decision = self.summary["decision"]
+        if decision is None:
+            raise RunError("the run ended before its model was tested, so no threshold is known; resume it")
+        called = (told[target.labels[1]] >= decision["threshold"]).to_numpy().astype(int)
+        return pd.Series(np.array(target.labels)[called], index=frame.index, name=target.name)
 
 
 @own.kept()
@@ -632,7 +648,7 @@ def _drive(
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
-        budget.found(account.uses())
+        budget.found(account.uses(), account.thresholds())
     name, reason = main_model(study.training.algorithm), ""
     watch, gate = _watched(plan, log), Gate.of(plan)
     pace = _paced(log.events(), plan)
@@ -651,7 +667,10 @@ def _drive(
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
-        test(server, plan, fleet, log, name, intervals=True)
+        decision = decide(server, plan, fleet, budget, log)
+        if account and not study.privacy.simulation_only:
+            budget.found(account.uses(), account.thresholds())  # who was refused has not paid
+        test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)
@@ -672,7 +691,7 @@ def _drive(
     )
     summary = summarise(log.events())
     if folder:
-        _write_model(folder, server, plan, models.fixed(sites[0].model))
+        _write_model(folder, server, plan, models.fixed(sites[0].model), summary["decision"])
         if written := getattr(aggregation, "trail", None):
             model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
             written.append("finished", {"rounds": server.round, "status": summary["status"], "model": model})
@@ -798,7 +817,8 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
         for _ in range(other.training.rounds):
             server = run_round(server, plan, fleet, plan.budget(), quiet)
             server, pace = _eased(server, pace, plan, quiet)
-        test(server, plan, fleet, log, name, intervals=True)
+        decision = decide(server, plan, fleet, plan.budget(), log)
+        test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if name == "local":
             compare_own(server, federated, plan, fleet, log)
     except (QuorumError, DataError) as error:
@@ -838,6 +858,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
+            positive=plan.encoding.target.labels[1] if plan.encoding.target.task == "binary" else "",
+            threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
             chosen=study.choices(),
             learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
             rate_chosen=plan.chosen.why() if plan.chosen else "",
@@ -874,10 +896,13 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
-def _write_model(folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor]) -> None:
-    """Write all that the model's outputs follow from: the released weights, and what was not trained."""
+def _write_model(
+    folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor], decision: Mapping[str, Any] | None
+) -> None:
+    """Write all that the model's outputs follow from: the released weights, what was not trained; and the threshold."""
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
     tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
-    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json()}  # one entry: their order is not kept
+    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json(), "decision": decision}
+    # one entry: their order is not kept
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

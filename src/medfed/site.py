@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medfed import dpsgd, models, rates, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
-from medfed.core import codec, files
+from medfed.core import codec, decision, files
 from medfed.core.checks import MedfedError, PlanError, SiteError, some
 from medfed.core.entropy import Entropy
 from medfed.core.flat import fingerprint, vector
@@ -377,11 +377,16 @@ def _play(double: Site, promised: Guarantee) -> None:
     with rehearsal.stage("training", model, drawn.x):
         work = _summed([double], header, sent, promised) if promised.joint else _trained([double], header, sent)
         _check_answer(work[0], _length(double, promised))
+    made_up_edges = torch.linspace(-4, 4, decision.CHOOSING_CELLS - 1, dtype=torch.float64)
     for records in rehearsal.TABLES:
         double.test = rehearsal.shared_out(drawn, records)
         with rehearsal.stage("evaluation", model, drawn.x):
             rehearsal.check_outputs(model.eval(), double.test.x, target.outputs)
-            _check_answer(_evaluate([double], {}, {"w": w_P})[0])
+            _check_answer(_evaluate([double], {}, {"w": w_P, "edges": made_up_edges})[0])
+    if study.rule().chosen and target.task == "binary":
+        double.train = rehearsal.shared_out(drawn, rehearsal.TABLES[-1])
+        with rehearsal.stage("evaluation", model, drawn.x):
+            _check_answer(_count([double], {}, {"w": w_P, "edges": made_up_edges})[0])
 
 
 def _check_answer(answer: Answer, length: int = 0) -> None:
@@ -635,17 +640,70 @@ def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
 
 
 def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Test the model on patients who are not public: their histogram of scores, noised and paid for."""
+    """Test the model on patients who are not public: their histogram of scores, paid for.
+
+    Noised here, unless whoever combines rows is trusted with sums without noise, and noises the sum of all sites.
+    """
+    study, edges = sites[0].study, _edges(tensors)
+    together = guarantee.counted_together(study)
     replies: list[Answer] = []
     for site in sites:
-        _, first = np.unique(site.test.patient, return_index=True)  # one record each: a patient moves one count
-        z_NC = outputs(site.model, tensors["w"], site.test.x[first])
-        counts = Scores.of("binary", z_NC, site.test.y[first]).counts()
-        if site.account and not site.study.privacy.simulation_only:
-            site.account.pay_test(site.name, _table(site).ids[site.test.patient.numpy()[first]])
-        noised = counts + geometric_noise(counts.shape, site.study.privacy.evaluation_epsilon, Entropy())
-        replies.append(codec.encode({}, Scores.of_counts(noised).tensors()))
+        rows = _one_each(site.test)
+        if site.account and not study.privacy.simulation_only:
+            site.account.pay_test(site.name, _table(site).ids[rows.patient.numpy()])
+        counts = _tally(site, rows, tensors["w"], edges)
+        if not together:
+            counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())
+        replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     return replies
+
+
+def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Answer with what the study's rule needs of training rows to choose the threshold; under a claim paid and noised.
+
+    Under a claim one record of each patient counts, so that a patient moves the vector by the rule's sensitivity.
+    """
+    first, edges = sites[0], _edges(tensors)
+    rule, promised = first.study.rule(), first.guarantee
+    if not rule.chosen:
+        raise SiteError(f"data.threshold={first.study.data.threshold!r} needs no training row; none is counted")
+    refused: Mapping[str, Exception] = {}
+    if promised:
+        if len(edges) + 1 != decision.CHOOSING_CELLS:
+            raise SiteError(f"{len(edges)} edges between cells; {decision.CHOOSING_CELLS} cells are paid for")
+        if first.account and not promised.simulation_only:
+            refused = first.account.pay_threshold([site.name for site in sites])
+    replies: list[Answer] = []
+    for site in sites:
+        if site.name in refused:
+            replies.append(SiteError(str(refused[site.name])))
+            continue
+        rows = _one_each(site.train) if promised else site.train
+        vector = rule.vector(_tally(site, rows, tensors["w"], edges)).astype(np.float64)
+        if promised and not guarantee.counted_together(first.study):
+            key = Streams(first.study.study.seed).key("threshold", site.name)
+            vector = vector + guarantee.count_noise(promised, rule, len(vector), key)
+        replies.append(codec.encode({}, {"counts": torch.from_numpy(vector)}))
+    return replies
+
+
+def _edges(tensors: Mapping[str, Tensor]) -> np.ndarray:
+    edges = tensors["edges"].numpy() if "edges" in tensors else np.empty(0)
+    if edges.ndim != 1 or not decision.sound(edges):
+        raise SiteError("the coordinator sends no edges between cells of scores; run the same medfed everywhere")
+    return edges
+
+
+def _one_each(rows: Rows) -> Rows:
+    """Return the first record of each patient."""
+    _, first = np.unique(rows.patient, return_index=True)
+    return rows.at(torch.from_numpy(first))
+
+
+def _tally(site: Site, rows: Rows, w_P: Tensor, edges: np.ndarray) -> np.ndarray:
+    own = ALGORITHMS[site.study.training.algorithm].personal
+    z_NC = outputs(site.model, w_P + site.memory["offset"] if own else w_P, rows.x)
+    return decision.tally(z_NC[:, 0].double().numpy(), rows.y.numpy(), edges)
 
 
 def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -686,6 +744,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "work": _work,
     "phase": _phase,
     "keep": _keep,
+    "count": _count,
     "evaluate": _evaluate,
     "compare": _compare,
     "save": _save,

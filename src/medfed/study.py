@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from medfed.core import toml
+from medfed.core import decision, toml
 from medfed.core.checks import StudyError, closest, nearest, some
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.toml import Ask
@@ -74,6 +74,13 @@ class Data:
     )
     positive: str = _key(
         "", "The positive label of a binary target; default: the last in alphabetical order, so 1 of 0 and 1."
+    )
+    threshold: str = _key(
+        "0.5",
+        "From which probability a record of a binary target is called positive: a number in (0, 1), which costs "
+        "nothing; or chosen on training rows after the last round: prevalence (as many are called as are positive), "
+        "sensitivity>=S (the highest that calls a share S of the positives), youden (the largest sensitivity + "
+        "specificity). Under a privacy claim that is noised and paid for: `privacy.threshold_epsilon`.",
     )
     site: str = _key("", "Column that names the site; without it `[sites]` says how patients are shared out.")
     patient: str = _key("", "Column that names the patient; without it one row is one patient.")
@@ -253,6 +260,11 @@ class Privacy:
     evaluation_epsilon: float = _key(
         0.0, "Above 0: test figures come from a noised histogram that costs each test patient this epsilon."
     )
+    threshold_epsilon: float = _key(
+        0.0,
+        "What choosing `data.threshold` on training rows would cost alone, as a part of `epsilon`, which the whole run "
+        "stays within; 0: a quarter of it. Training then has about 4 % more noise.",
+    )
     simulation_only: bool = _key(
         False,
         "Seeded float noise, reproducible and fast; for experiments: the claim then says that nothing is claimed.",
@@ -361,6 +373,12 @@ class Study:
     # which keys are written down (None: all), and of the others which a recipe has chosen, and why
     given: frozenset[str] | None = field(default=None, compare=False, metadata={"hidden": True})
     chosen: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"hidden": True})
+
+    def rule(self) -> decision.Rule:
+        """Return how the threshold of a binary target is found."""
+        found = decision.parse(self.data.threshold)
+        assert found is not None  # `_check_ranges` has seen to it
+        return found
 
     def set(self, key: str, value: Any) -> "Study":
         """Return the study with one value changed, `key` being dotted: "training.rounds"."""
@@ -626,6 +644,18 @@ def out_of_range(study: Study) -> list[Refusal]:
             p.evaluation_epsilon,
             0 <= p.evaluation_epsilon < math.inf,
             "0 (none) or a number above 0",
+        ),
+        (
+            "privacy.threshold_epsilon",
+            p.threshold_epsilon,
+            p.threshold_epsilon == 0 or 0 < p.threshold_epsilon < p.epsilon,
+            "0 (a quarter of privacy.epsilon) or a number below it",
+        ),
+        (
+            "data.threshold",
+            data.threshold,
+            decision.parse(data.threshold) is not None,
+            "a number in (0, 1), 'prevalence', 'sensitivity>=S' or 'youden'",
         ),
         ("security.min_group", security.min_group, security.min_group >= 2, "2 or more: a sum of one row is that row"),
         ("security.colluding", security.colluding, 0 <= security.colluding < 0.5, "in [0, 0.5)"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medfed.core import patient_ids
 from medfed.core.patient_ids import NOBODY, is_nobody, named, nobodies
 
 SEVENTEEN = ["17", "17.0", "00017", "1.7e1", "1.7E+1", "+17", " 17 ", "17.", "170e-1", "\uff11\uff17", "\u0661\u0667"]
@@ -104,3 +105,8 @@ def test_nobody_is_nobody_in_any_spelling_and_the_study_adds_its_own() -> None:
     for text in ("nadia", "0", "9", "a?", "p-"):
         assert not is_nobody(text, absent), text
     assert is_nobody("NA", nobodies(()))  # a study cannot make a patient of it
+
+
+@given(st.text("0123456789", min_size=1, max_size=80))
+def test_plain_numbers_take_a_short_way_to_the_same_name(text: str) -> None:
+    assert patient_ids._canonical(text) == patient_ids._canonical_text(text)

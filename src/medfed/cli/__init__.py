@@ -112,6 +112,8 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     view.tell_findings(found, console)
     if found["test"] or found["baselines"]:
         console.print(view.results(found))
+    for line in view.decided(found):
+        console.print(line, highlight=False, markup=False)
     for line in view.suspects(found):
         console.print(line, highlight=False, markup=False)
     if found["reason"]:
@@ -330,13 +332,15 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:
     """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
-    from medfed.monitor.console import results, suspects, tell_findings
+    from medfed.monitor.console import decided, results, suspects, tell_findings
 
     tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, indent=2))
     else:
         console.print(results(result.summary))
+        for line in decided(result.summary):
+            console.print(line, highlight=False, markup=False)
         for line in suspects(result.summary):
             console.print(line, highlight=False, markup=False)
         console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)

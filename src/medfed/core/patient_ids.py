@@ -38,8 +38,15 @@ def is_nobody(text: str, absent: frozenset[str]) -> bool:
     return _canonical(text) in absent
 
 
-@lru_cache(maxsize=65536)
 def _canonical(text: str) -> str:
+    """Return the canonical name; a table of a million ids has mostly plain numbers, which need no folding."""
+    if len(text) <= _PLAIN and text.isascii() and text.isdigit():
+        return text.lstrip("0") or "0"
+    return _canonical_text(text)
+
+
+@lru_cache(maxsize=65536)
+def _canonical_text(text: str) -> str:
     """Fold width, case, digits of other scripts, blanks and what is invisible; a number is its value.
 
     Works on text alone: a float would make one of two ids above 2^53.

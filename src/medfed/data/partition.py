@@ -67,9 +67,12 @@ def patients(
     text = id_texts(frame[column], f"column {column!r}")
     names = {one: patient_ids.named(one, identity) for one in text.unique()}
     absent = patient_ids.nobodies(missing_values)
-    nobody = text.map({one: patient_ids.is_nobody(one, absent) for one in names}).to_numpy(dtype=bool)
-
     named = text.map(names)
+    if identity == "canonical":
+        nobody = named.isin(absent).to_numpy(dtype=bool)  # named as `is_nobody` would name them
+    else:
+        nobody = text.map({one: patient_ids.is_nobody(one, absent) for one in names}).to_numpy(dtype=bool)
+
     if nobody.any() and missing_patient == "refuse":
         where, rows = f"column {column!r}: no patient named in", f"row {some(frame.index[nobody])}"
         action = "Name each patient, leave the rows out"
@@ -100,6 +103,8 @@ _LARGEST = {"float16": 2.0**11, "float32": 2.0**24, "float[pyarrow]": 2.0**24}
 
 def _id_text(value: object, where: str, largest: float) -> str:
     """Return one id as text: a whole number without its point."""
+    if type(value) is str:  # most of all, so first
+        return value.strip()
     if isinstance(value, bytes):
         try:
             return value.decode().strip()

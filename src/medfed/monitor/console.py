@@ -94,6 +94,10 @@ class Progressing:
         if event.rate_chosen:
             why = f"learning rate {event.learning_rate:.3g}, chosen: {event.rate_chosen}"
             self.console.print(why, highlight=False, markup=False)
+        if event.positive:
+            self.console.print(
+                f"positive: {event.positive!r}, {_called(event.threshold)}", highlight=False, markup=False
+            )
         self.console.print(_promise(event.privacy), highlight=False, markup=False)
         for line in chosen(event.chosen):
             self.console.print(line, highlight=False, markup=False)
@@ -118,6 +122,20 @@ class Progressing:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
         value = event.all_sites[name].value
         self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+
+
+def _called(threshold: str) -> str:
+    """Say from where on a label is called, before training has shown it."""
+    if threshold in ("prevalence", "youden") or threshold.startswith("sensitivity"):
+        return f"called from a probability on that is chosen after training by {threshold!r}"
+    return f"called from probability {threshold} on"
+
+
+def decided(summary: Mapping[str, Any]) -> list[str]:
+    """Return the line that says from where on which label is called; none but of two labels."""
+    if (one := summary.get("decision")) is None:
+        return []
+    return [f"{one['positive']!r} is called from probability {one['threshold']:.4g} on ({one['decided']})"]
 
 
 def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:

@@ -56,6 +56,8 @@ class Planned(Event):
     bytes_down: int
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
     bears: str = ""  # what malicious clients can do to the model
+    positive: str = ""  # the label whose probability a binary model tells
+    threshold: str = ""  # data.threshold: from which probability that label is called, or how it is chosen
     chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # key -> value and why (`recipe`)
     learning_rate: float = 0.0  # of the first round
     rate_chosen: str = ""  # why it is that, where the study leaves it open
@@ -147,6 +149,7 @@ class Tested(Event):
 
     Of all sites together: confusion, records of each label (row) predicted as each (column), in the order of labels;
     calibration, (records, mean probability said, share that was so) of each tenth. Noised where the test is.
+    threshold: from which probability the positive label is called; null where there is none. decided: from what.
     """
 
     round: int
@@ -163,6 +166,8 @@ class Tested(Event):
     labels: Sequence[str] = field(default_factory=list)
     confusion: Sequence[Sequence[int]] = field(default_factory=list)
     calibration: Sequence[Sequence[float]] = field(default_factory=list)
+    threshold: float | None = None
+    decided: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a model is worth on test patients: figures by scikit-learn, intervals by Wilson and by bootstrap.
+"""What a model is worth on test patients: figures equal to scikit-learn's, intervals in closed form.
 
 A site does not send its test patients' outputs as they are. It sends a `Scores`: probabilities rounded to 1/128 of a
 logit, with their labels, sorted, without ids; for regression five sums. Figures of one site and of all sites are both
@@ -8,27 +8,26 @@ N test records, C classes (C = 1 for binary: the positive one).
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy import stats
 from sklearn import metrics as sk
-from sklearn.calibration import calibration_curve
 from torch import Tensor
 
 from medfed.core.types import Task
 
 _BINS_PER_LOGIT, _LIMIT = 128, 32
-_RESAMPLES, _CONFIDENCE, _ECE_BINS = 1000, 0.95, 10
-CELLS = 8
-"""Cells of the histogram that stands for a test on patients who are not public."""
+_CONFIDENCE, _ECE_BINS = 0.95, 10
+_Z = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2))
 
 CLASS_METRICS = ("accuracy", "auroc", "precision", "recall", "f1", "brier", "ece")
 NUMBER_METRICS = ("mae", "rmse", "r2")
+
+Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,140 @@ class Figure:
     value: float | None
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A binary test: how many records of each label were told each probability. Every binary figure follows from it."""
+
+    said: np.ndarray  # [C] probability of the positive label, ascending
+    count: np.ndarray  # [C, 2] records, by label
+
+    def measure(self, threshold: float = 0.5, intervals: bool = True) -> dict[str, Figure]:
+        """Return every figure, records being called positive from `threshold` on."""
+        (_, false), (missed, true) = self.confusion(threshold)
+        n = self.count.sum()
+        positives = true + missed
+        values = {
+            "accuracy": float((n - false - missed) / n),
+            "auroc": self.auroc(),
+            "precision": float(true / (true + false)) if true + false else None,
+            "recall": float(true / positives) if positives else None,
+            "f1": float(2 * true / (2 * true + false + missed)) if true + false + missed else None,
+            "brier": self.brier(),
+            "ece": self.calibration_error(),
+        }
+        bounds: dict[str, Interval] = {}
+        if intervals:
+            bounds = {
+                "accuracy": wilson(n - false - missed, n),
+                "precision": wilson(true, true + false),
+                "recall": wilson(true, positives),
+                "auroc": self.auroc_interval(),
+                "f1": f1_interval(true, false + missed),
+                "brier": self.brier_interval(),
+            }
+        return {name: Figure(value, *bounds.get(name, (None, None))) for name, value in values.items()}
+
+    def confusion(self, threshold: float) -> np.ndarray:
+        """Return how many records of each label [row] are called each label [column]."""
+        called = self.said >= threshold
+        return np.stack([self.count[~called].sum(0), self.count[called].sum(0)], 1)
+
+    def auroc(self) -> float | None:
+        """Return the share of pairs, a positive and a negative, that are in order, ties half; None for one class."""
+        negative, positive = self.count.sum(0)
+        if negative * positive == 0:
+            return None
+        return float(self.count[:, 1] @ self._below() / positive)
+
+    def auroc_interval(self) -> Interval:
+        """Return DeLong's interval, corrected for skewness: what the bootstrap of both labels tends to, in O(C).
+
+        With h(x, y) = 1 where positive x lies above negative y and 1/2 at a tie, resampling n positives and m negatives
+        gives h's Hoeffding parts a variance of s10/n + s01/m + s11/(nm), exactly, and a third cumulant of
+        k10/n^2 + k01/m^2 + 6 E[h10 h01 h]/(nm), to leading order. DeLong et al. 1988; Sun and Xu 2014 for the ranks.
+        """
+        count = self.count.astype(np.float64)
+        m, n = count.sum(0)
+        if min(m, n) < 2:
+            return None, None
+        negative, positive = count[:, 0] / m, count[:, 1] / n
+        value = float(positive @ self._below())
+        above = 1 - np.cumsum(positive) + positive / 2
+        part_10, part_01 = self._below() - value, above - value
+        s10, s01 = positive @ part_10**2, negative @ part_01**2
+        s11 = value * (1 - value) - positive @ negative / 4 - s10 - s01
+        pulled = negative * part_01
+        joint = (positive * part_10) @ (np.cumsum(pulled) - pulled / 2)
+        third = positive @ part_10**3 / n**2 + negative @ part_01**3 / m**2 + 6 * joint / (n * m)
+        return _skewed(value, s10 / n + s01 / m + s11 / (n * m), third)
+
+    def brier(self) -> float:
+        """Return the mean squared error of the probability."""
+        return float((self._errors() * self.count).sum() / self.count.sum())
+
+    def brier_interval(self) -> Interval:
+        """Return the interval of a mean of independent errors, corrected for their skewness."""
+        n, value = self.count.sum(), self.brier()
+        if n < 2:
+            return None, None
+        off = self._errors() - value
+        variance, third = (float((off**power * self.count).sum() / n) for power in (2, 3))
+        return _skewed(value, variance / n, third / n**2)
+
+    def reliability(self) -> np.ndarray:
+        """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that holds records."""
+        inner = np.linspace(0, 1, _ECE_BINS + 1)[1:-1]
+        place = np.searchsorted(inner, self.said)
+        records = self.count.sum(1)
+        sums = [np.bincount(place, of, _ECE_BINS) for of in (records, records * self.said, self.count[:, 1])]
+        table = np.stack([of[sums[0] > 0] for of in sums], 1)
+        return np.concatenate([table[:, :1], table[:, 1:] / table[:, :1]], 1)
+
+    def calibration_error(self) -> float:
+        """Return the expected calibration error over ten equal bins (Naeini et al. 2015)."""
+        records, said, so = self.reliability().T
+        return float(np.abs(so - said) @ records / records.sum())
+
+    def log_loss(self) -> float:
+        """Return the mean cross-entropy."""
+        each = -np.log(np.maximum(np.stack([1 - self.said, self.said], 1), 1e-15))
+        return float((each * self.count).sum() / self.count.sum())
+
+    def _below(self) -> np.ndarray:
+        """Return the share [C] of negatives below each cell, those in it counted half."""
+        negative = self.count[:, 0]
+        below: np.ndarray = (np.cumsum(negative) - negative / 2) / negative.sum()
+        return below
+
+    def _errors(self) -> np.ndarray:
+        return np.stack([np.square(self.said), np.square(1 - self.said)], 1)
+
+
+class Scored(Protocol):
+    """What a test came to: of a site, of all, or of noised counts (`monitor.noised`)."""
+
+    @property
+    def n(self) -> int:
+        """The number of test records."""
+        ...
+
+    def measure(self, threshold: float, intervals: bool) -> dict[str, Figure]:
+        """Return every figure."""
+        ...
+
+    def log_loss(self) -> float | None:
+        """Return the mean loss."""
+        ...
+
+    def confusion(self, threshold: float) -> list[list[int]]:
+        """Return how many records of each label were called each label."""
+        ...
+
+    def calibration(self) -> list[list[float]]:
+        """Return (records, mean probability said, share that was so) of tenths."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,20 +196,6 @@ class Scores:
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
-    def of_counts(cls, counts: np.ndarray) -> "Scores":
-        """Return the scores whose histogram [CELLS, 2] is `counts`, each in its cell's middle; below 0 counts as 0."""
-        whole = np.maximum(np.rint(counts), 0).astype(np.int64)
-        middle = (np.arange(CELLS) - CELLS / 2 + 0.5) * _BINS_PER_LOGIT
-        bins = np.repeat(np.tile(middle[:, None], 2).ravel(), whole.ravel()).astype(np.int16)
-        label = np.repeat(np.tile(np.arange(2), CELLS), whole.ravel())
-        return cls("binary", torch.from_numpy(bins)[:, None], torch.from_numpy(label), torch.zeros(5).double())
-
-    def counts(self) -> np.ndarray:
-        """Return the histogram [CELLS, 2] of a binary test: cells one logit wide, the outer ones open, by label."""
-        cell = np.floor(self.bins[:, 0].numpy() / _BINS_PER_LOGIT + CELLS / 2).clip(0, CELLS - 1).astype(np.int64)
-        return np.bincount(2 * cell + self.label.numpy(), minlength=2 * CELLS).reshape(CELLS, 2)
-
-    @classmethod
     def all(cls, scores: Sequence["Scores"]) -> "Scores":
         """Put the scores of several sites together."""
         first = scores[0]
@@ -93,6 +212,30 @@ class Scores:
         p = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
         return p if self.task == "binary" else p / p.sum(1, keepdims=True)
 
+    def histogram(self) -> Histogram:
+        """Return a binary test's records by probability and label."""
+        place = self.bins[:, 0].numpy().astype(np.int64) + _LIMIT * _BINS_PER_LOGIT
+        count = np.bincount(2 * place + self.label.numpy(), minlength=2).astype(np.int64)
+        count = np.append(count, 0)[: len(count) + len(count) % 2].reshape(-1, 2)
+        held = np.flatnonzero(count.any(1))
+        return Histogram(1 / (1 + np.exp(_LIMIT - held / _BINS_PER_LOGIT)), count[held])
+
+    def measure(self, threshold: float = 0.5, intervals: bool = True) -> dict[str, Figure]:
+        """Return what `measure` returns."""
+        return measure(self, intervals, threshold)
+
+    def log_loss(self) -> float | None:
+        """Return what `log_loss` returns."""
+        return log_loss(self)
+
+    def confusion(self, threshold: float = 0.5) -> list[list[int]]:
+        """Return what `confusion` returns."""
+        return confusion(self, threshold)
+
+    def calibration(self) -> list[list[float]]:
+        """Return what `calibration` returns."""
+        return calibration(self)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what goes over the wire."""
         return {"bins": self.bins, "label": self.label, "sums": self.sums}
@@ -103,20 +246,23 @@ def names(task: Task) -> tuple[str, ...]:
     return NUMBER_METRICS if task == "regression" else CLASS_METRICS
 
 
-def measure(scores: Scores, intervals: bool = True) -> dict[str, Figure]:
+def measure(scores: Scores, intervals: bool = True, threshold: float = 0.5) -> dict[str, Figure]:
     """Return every figure of the task with 95 % intervals (or without, which is faster).
 
-    Precision, recall, F1 and AUROC of several classes are macro averages, AUROC one against the rest. Records are
-    taken as independent: where a patient has several, intervals are too narrow.
+    A binary record is called positive from `threshold` on. Precision, recall, F1 and AUROC of several classes are macro
+    averages, AUROC one against the rest. Records are taken as independent: where a patient has several, intervals are
+    too narrow.
     """
     if scores.task == "regression":
         return _measure_number(scores)
     if scores.n == 0:
         return {name: Figure(None) for name in CLASS_METRICS}
-    binary = scores.task == "binary"
+    if scores.task == "binary":
+        return scores.histogram().measure(threshold, intervals)
     y, p = scores.label.numpy(), scores.probability()
-    figures = _measure_binary(y, p[:, 0]) if binary else _measure_classes(y, p)
-    bounds = _intervals(y, p, binary) if intervals else {}
+    figures, bounds = _measure_classes(y, p), {}
+    if intervals:
+        bounds["accuracy"] = wilson(int((p.argmax(1) == y).sum()), len(y))
     return {name: Figure(value, *bounds.get(name, (None, None))) for name, value in figures.items()}
 
 
@@ -158,23 +304,10 @@ def log_loss(scores: Scores) -> float | None:
         return None
     if scores.task == "regression":
         return float(scores.sums[2] / scores.sums[0])
+    if scores.task == "binary":
+        return scores.histogram().log_loss()
     p = scores.probability()
-    p = np.concatenate([1 - p, p], 1) if scores.task == "binary" else p
     return float(-np.log(np.maximum(p[np.arange(len(p)), scores.label.numpy()], 1e-15)).mean())
-
-
-def _measure_binary(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
-    hit = (p >= 0.5).astype(int)
-    both = len(np.unique(y)) == 2
-    return {
-        "accuracy": float(sk.accuracy_score(y, hit)),
-        "auroc": float(sk.roc_auc_score(y, p)) if both else None,
-        "precision": float(sk.precision_score(y, hit)) if hit.any() else None,
-        "recall": float(sk.recall_score(y, hit)) if y.any() else None,
-        "f1": float(sk.f1_score(y, hit)) if y.any() or hit.any() else None,
-        "brier": float(sk.brier_score_loss(y, p)),
-        "ece": _calibration_error(y, p),
-    }
 
 
 def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
@@ -189,18 +322,19 @@ def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
         "recall": float(averages[1]),
         "f1": float(averages[2]),
         "brier": float(np.square(p - np.eye(len(labels))[y]).sum(1).mean()),
-        "ece": _calibration_error((hit == y).astype(int), p.max(1)),
+        "ece": _top_label(y, p).calibration_error(),
     }
 
 
-def confusion(scores: Scores) -> list[list[int]]:
+def confusion(scores: Scores, threshold: float = 0.5) -> list[list[int]]:
     """Return how many records of each label [row] were predicted as each label [column]; empty for a regression."""
     if scores.task == "regression" or scores.n == 0:
         return []
+    if scores.task == "binary":
+        return scores.histogram().confusion(threshold).astype(int).tolist()  # type: ignore[no-any-return]
     p = scores.probability()
-    hit = (p[:, 0] >= 0.5).astype(int) if scores.task == "binary" else p.argmax(1)
-    labels = np.arange(max(2, p.shape[1]))
-    counts: list[list[int]] = sk.confusion_matrix(scores.label.numpy(), hit, labels=labels).tolist()
+    labels = np.arange(p.shape[1])
+    counts: list[list[int]] = sk.confusion_matrix(scores.label.numpy(), p.argmax(1), labels=labels).tolist()
     return counts
 
 
@@ -211,78 +345,16 @@ def calibration(scores: Scores) -> list[list[float]]:
     """
     if scores.task == "regression" or scores.n == 0:
         return []
-    y, p = scores.label.numpy(), scores.probability()
     if scores.task == "binary":
-        return _reliability(y, p[:, 0]).tolist()  # type: ignore[no-any-return]
-    return _reliability((p.argmax(1) == y).astype(int), p.max(1)).tolist()  # type: ignore[no-any-return]
+        return scores.histogram().reliability().tolist()  # type: ignore[no-any-return]
+    return _top_label(scores.label.numpy(), scores.probability()).reliability().tolist()  # type: ignore[no-any-return]
 
 
-def _reliability(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Return (records, said, so) [bins, 3], from scikit-learn's calibration curve."""
-    truth, said = calibration_curve(y, p, n_bins=_ECE_BINS)
-    inner = np.linspace(0, 1, _ECE_BINS + 1)[1:-1]
-    counts = np.bincount(np.searchsorted(inner, p), minlength=_ECE_BINS)  # the bins that calibration_curve fills
-    return np.stack([counts[counts > 0], said, truth], 1)
-
-
-def _calibration_error(y: np.ndarray, p: np.ndarray) -> float:
-    """Expected calibration error over ten equal bins (Naeini et al. 2015)."""
-    count, said, truth = _reliability(y, p).T
-    return float(np.abs(truth - said) @ count / len(y))
-
-
-def _intervals(y: np.ndarray, p: np.ndarray, binary: bool) -> dict[str, tuple[float | None, float | None]]:
-    hit = (p[:, 0] >= 0.5).astype(int) if binary else p.argmax(1)
-    bounds = {"accuracy": _wilson(int((hit == y).sum()), len(y))}
-    if not binary:
-        return bounds
-    score = p[:, 0]
-    bounds["precision"] = _wilson(int((hit * y).sum()), int(hit.sum()))
-    bounds["recall"] = _wilson(int((hit * y).sum()), int(y.sum()))
-    bounds["auroc"] = _bootstrap((score[y == 1], score[y == 0]), _auroc, paired=False)
-    bounds["f1"] = _bootstrap((y, hit), _f1, paired=True)
-    bounds["brier"] = _bootstrap((np.square(score - y),), lambda e, axis: e.mean(axis), paired=True)
-    return bounds
-
-
-def _wilson(hits: int, of: int) -> tuple[float | None, float | None]:
-    if of == 0:
-        return None, None
-    interval = stats.binomtest(hits, of).proportion_ci(_CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def _bootstrap(data: tuple[np.ndarray, ...], statistic: Any, paired: bool) -> tuple[float | None, float | None]:
-    """Percentile bootstrap, seeded: the same scores give the same interval. None where resamples do not vary."""
-    if min(map(len, data)) < 2:
-        return None, None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        interval = stats.bootstrap(
-            data,
-            statistic,
-            n_resamples=_RESAMPLES,
-            paired=paired,
-            vectorized=True,
-            confidence_level=_CONFIDENCE,
-            method="percentile",
-            batch=max(1, 4_000_000 // sum(map(len, data))),
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    low, high = float(interval.low), float(interval.high)
-    return (None, None) if math.isnan(low) or low == high else (low, high)
-
-
-def _auroc(positive: np.ndarray, negative: np.ndarray, axis: int = -1) -> Any:
-    """AUROC as Mann and Whitney's U, for many resamples at once; equal to scikit-learn's."""
-    ranks = stats.rankdata(np.concatenate([positive, negative], axis), axis=axis)
-    n, m = positive.shape[axis], negative.shape[axis]
-    u = ranks[..., :n].sum(axis) - n * (n + 1) / 2
-    return u / (n * m)
-
-
-def _f1(y: np.ndarray, hit: np.ndarray, axis: int = -1) -> Any:
-    return 2 * (y * hit).sum(axis) / np.maximum((y + hit).sum(axis), 1)
+def _top_label(y: np.ndarray, p: np.ndarray) -> Histogram:
+    """Return, of several classes, whether the predicted one was right, by its probability."""
+    said, place = np.unique(p.max(1), return_inverse=True)
+    right = (p.argmax(1) == y).astype(int)
+    return Histogram(said, np.bincount(2 * place + right, minlength=2 * len(said)).reshape(-1, 2))
 
 
 def _measure_number(scores: Scores) -> dict[str, Figure]:
@@ -299,3 +371,39 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
         "rmse": Figure(math.sqrt(square / n)),
         "r2": Figure(1 - square / spread if spread > max(1e-12 * total_square, 1e-300) else None),
     }
+
+
+def wilson(hits: float, of: float) -> Interval:
+    """Return Wilson's interval of a share."""
+    if of == 0:
+        return None, None
+    share, z = hits / of, _Z
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (0.0 if hits == 0 else float(middle - half)), (1.0 if hits == of else float(middle + half))
+
+
+def f1_interval(true: float, wrong: float) -> Interval:
+    """Return the interval of F1 = 2 true / (2 true + wrong); None where resamples would not vary.
+
+    F1 = 2 J / (1 + J), where J is the share of `true` among all records that are positive or called so: a binomial.
+    """
+    of = true + wrong
+    if true == 0 or wrong == 0:
+        return None, None
+    j = true / of
+    low, high = _skewed(j, j * (1 - j) / of, j * (1 - j) * (1 - 2 * j) / of**2)
+    assert low is not None and high is not None
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+
+def _skewed(value: float, variance: float, third: float) -> Interval:
+    """Return the central interval of a share's law from its first three cumulants (Cornish and Fisher 1938)."""
+    if variance < 1e-15:
+        return None, None
+    sd = math.sqrt(variance)
+    skewness = min(2.0, max(-2.0, third / sd**3))
+    z = np.array([-_Z, _Z])
+    z = z + skewness * (z**2 - 1) / 6 - skewness**2 * (2 * z**3 - 5 * z) / 36
+    low, high = value + sd * z
+    return min(value, max(0.0, float(low))), max(value, min(1.0, float(high)))

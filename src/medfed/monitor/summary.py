@@ -124,6 +124,7 @@ class Tally:
             "rounds": len(rounds),
             "rounds_asked": started.rounds if started else None,
             "sites": sites,
+            "decision": _decision(planned, final),
             "test": _plain(final.all_sites, final.n) if final else None,
             "intervals": _intervals(final.all_sites) if final else None,
             "macro": _plain(final.macro, None) if final else None,
@@ -151,6 +152,13 @@ class Tally:
             "versions": dict(started.versions) if started else None,
             "machine": dict(started.machine) if started else None,
         }
+
+
+def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] | None:
+    """Return from which probability which label is called, and from what that follows; None but of two labels."""
+    if planned is None or final is None or final.threshold is None:
+        return None
+    return {"positive": planned.positive, "threshold": final.threshold, "decided": final.decided}
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:

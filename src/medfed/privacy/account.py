@@ -8,13 +8,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from medfed.core.checks import BudgetError, LedgerError
 from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
 from medfed.privacy.accounting import Event, RandomisedResponse
-from medfed.privacy.guarantee import Guarantee, replaced
+from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
 from medfed.study import Study
 
@@ -88,7 +89,7 @@ class Account:
             }
         self.cohorts |= self.ledger.enrol_all(rosters)
         if fresh:
-            whole = {site: replaced(guarantee.releases[site].event(), guarantee.uses) for site in rosters}
+            whole = {site: guarantee.whole(site) for site in rosters}
             try:
                 self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
             except BudgetError as error:
@@ -135,11 +136,30 @@ class Account:
         event = RandomisedResponse(2, epsilon)
         self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
 
+    def pay_threshold(self, sites: Sequence[str]) -> dict[str, BudgetError]:
+        """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""
+        assert self.guarantee is not None
+        event = self.guarantee.threshold_event()
+        assert event is not None
+        refused: dict[str, BudgetError] = {}
+        for site in sites:
+            try:
+                self.ledger.charge([replace(self._charge(site, 0, event), label="threshold")], self._limits())
+            except BudgetError as error:
+                refused[site] = _discreet(error)
+        return refused
+
     def uses(self) -> dict[str, int]:
         """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
         return Counter(
             str(row["site"]) for row in self.ledger.rows() if (row["run"], row["label"]) == (self.run, "round")
         )
+
+    def thresholds(self) -> int:
+        """Return how many choices of the threshold some site's patients have paid for in this run."""
+        rows = self.ledger.rows()
+        paid = Counter(str(row["site"]) for row in rows if (row["run"], row["label"]) == (self.run, "threshold"))
+        return max(paid.values(), default=0)
 
     def charged(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.

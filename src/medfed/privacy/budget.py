@@ -20,8 +20,15 @@ class Budget(Protocol):
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
-    def found(self, uses: Mapping[str, int]) -> None:
-        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known."""
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
+
+        And for how many choices of the threshold, as the ledgers have it.
+        """
+        ...
+
+    def choose(self) -> None:
+        """Count that the threshold is chosen on training patients, before any is asked."""
         ...
 
     def claim(self) -> JSON:
@@ -39,8 +46,11 @@ class NoClaim:
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
-    def found(self, uses: Mapping[str, int]) -> None:
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
         """Take nothing over."""
+
+    def choose(self) -> None:
+        """Count nothing."""
 
     def claim(self) -> JSON:
         """Say that no epsilon was computed."""
@@ -57,6 +67,7 @@ class Metered:
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
         self.guarantee, self.scope = guarantee, scope
         self.uses = dict.fromkeys(guarantee.releases, 0)
+        self.thresholds = 0  # how often the threshold was chosen on patients who paid for it
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no planned round left."""
@@ -70,15 +81,20 @@ class Metered:
             )
         self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
 
-    def found(self, uses: Mapping[str, int]) -> None:
-        """Count the rounds that were paid for, though a crash lost them."""
+    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+        """Count the rounds that were paid for, though a crash lost them, and the choices of the threshold."""
+        self.thresholds = thresholds
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
+
+    def choose(self) -> None:
+        """Count one choice of the threshold."""
+        self.thresholds += 1
 
     def claim(self) -> JSON:
         """Return the epsilon spent by the patients who have paid most."""
         g = self.guarantee
         return {
-            "epsilon": None if g.simulation_only else g.cost(self.uses),
+            "epsilon": None if g.simulation_only else g.cost(self.uses, self.thresholds),
             "delta": None if g.simulation_only else g.delta,
             "unit": "patient",
             "noise": g.mode,
@@ -102,5 +118,5 @@ class Metered:
             alike.setdefault((g.releases[name], uses), []).append(name)
         spent: Counter[float] = Counter()
         for (_, uses), names in alike.items():
-            spent[round(g.cost({names[0]: uses}), 6)] += sum(g.releases[name].size for name in names)
+            spent[round(g.cost({names[0]: uses}, self.thresholds), 6)] += sum(g.releases[name].size for name in names)
         return sorted(spent.items())

@@ -12,8 +12,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from medfed.core import toml
+import numpy as np
+import torch
+
+from medfed.core import streams, toml
 from medfed.core.checks import PlanError, StudyError, closest, nearest, some
+from medfed.core.decision import CHOOSING_CELLS, Rule
+from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.privacy import accounting, factorisation
 from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
@@ -89,6 +94,7 @@ class Guarantee:
     strategy: tuple[float, ...] = ()  # of correlated noise: c_0 .. c_(b-1)
     rounds: int = 0
     separation: int = 1
+    threshold_noise: float = 0.0  # noise multiplier of the counts that choose the threshold; 0: nothing is released
 
     @property
     def joint(self) -> bool:
@@ -123,10 +129,36 @@ class Guarantee:
         """Return the standard deviation of the noised count of adaptive clipping (one patient moves it by 1/2)."""
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
-    def cost(self, uses: Mapping[str, int]) -> float:
-        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client."""
+    def threshold_event(self) -> Event | None:
+        """Return what one site's counts for choosing the threshold cost its patients; None where none are released."""
+        return Gaussian(self.threshold_noise) if self.threshold_noise else None
+
+    def threshold_sd(self, rule: Rule) -> float:
+        """Return the standard deviation of the noise on each count of a rule's vector: of one site's, or of the sum's.
+
+        A patient moves the vector by the rule's sensitivity at each of its sites; joint noise covers all of them.
+        """
+        return self.threshold_noise * rule.sensitivity() * (self.max_sites if self.joint else 1)
+
+    def paid(self, release: Release, uses: int, thresholds: int = 0) -> Event:
+        """Return what a patient has paid, at all its sites, for so many rounds of a client and choices of threshold."""
+        rounds = replaced(release.event(), uses * self.copies)
+        if not (thresholds and self.threshold_noise):
+            return rounds
+        return Composed((rounds, Gaussian(self.threshold_noise, thresholds * self.copies)))
+
+    def whole(self, client: str) -> Event:
+        """Return what the whole plan costs a patient of a client at that client."""
+        rounds, threshold = replaced(self.releases[client].event(), self.uses), self.threshold_event()
+        return Composed((rounds, threshold)) if threshold else rounds
+
+    def cost(self, uses: Mapping[str, int], thresholds: int = 0) -> float:
+        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
+
+        `thresholds` is how often the threshold was chosen.
+        """
         kinds = {(self.releases[name], n) for name, n in uses.items() if n}  # thousands of devices are of few kinds
-        events = {replaced(release.event(), n * self.copies) for release, n in kinds}
+        events = {self.paid(release, n, thresholds) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
@@ -154,6 +186,22 @@ def replaced(event: Event, times: int) -> Event:
 def asked(study: Study) -> bool:
     """Say whether the study asks for a guarantee."""
     return mode(study) != "none"
+
+
+def counted_together(study: Study) -> bool:
+    """Say whether sites' counts are summed and noised once: whoever combines rows sees them without noise anyway.
+
+    Under secure aggregation nobody may see a site's counts, so there each site noises its own.
+    """
+    return mode(study) in ("shared", "central") and study.security.aggregation == "plain"
+
+
+def count_noise(found: Guarantee, rule: Rule, numbers: int, key: int) -> np.ndarray:
+    """Draw the noise [numbers] on a rule's counts, in steps of GRID; in a simulation from the stream `key`."""
+    sigma = found.threshold_sd(rule)
+    if found.simulation_only:
+        return sigma * streams.normal(torch.tensor([key]), numbers)[0].numpy()
+    return discrete_gaussian(sigma / GRID).sample(numbers, Entropy()) * GRID
 
 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
@@ -274,6 +322,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     )
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
+    samples += 2 * CHOOSING_CELLS * found.copies if study.rule().chosen else 0
     if not p.simulation_only:
         worst = worst_total_variation(2.0**20 * found.sensitivity_units())
         found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
@@ -282,6 +331,8 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
             f"privacy.delta={p.delta:g} with {samples:,} noise samples, whose sampler takes {found.delta_sampler:.2g} "
             "of it; expected at most half. Lower training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
+    if study.rule().chosen:
+        found = replace(found, threshold_noise=_threshold_noise(found, p.threshold_epsilon or p.epsilon / 4))
     noise = {name: _noise_for(found, release) for name, release in blank.items()}
     if found.joint:  # one noise for all: the client that needs most decides
         noise = dict.fromkeys(noise, max(noise.values()))
@@ -303,16 +354,33 @@ def _release(study: Study, size: int, where: str, mean: float) -> Release:
 def _noise_for(found: Guarantee, release: Release) -> float:
     alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)  # neither matters to what it costs
     return _calibrated(
-        alike, found.uses * found.copies, found.epsilon, found.delta - found.delta_sampler, found.accountant
+        alike,
+        found.uses * found.copies,
+        replaced(threshold, found.copies) if (threshold := found.threshold_event()) else None,
+        found.epsilon,
+        found.delta - found.delta_sampler,
+        found.accountant,
     )
 
 
 @lru_cache(maxsize=4096)
-def _calibrated(release: Release, times: int, epsilon: float, delta: float, accountant: str) -> float:
+def _calibrated(
+    release: Release, times: int, beside: Event | None, epsilon: float, delta: float, accountant: str
+) -> float:
     def planned(noise_multiplier: float) -> Event:
-        return replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
+        rounds = replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
+        return Composed((rounds, beside)) if beside else rounds
 
     return accounting.calibrate(planned, epsilon, delta, accountant)
+
+
+def _threshold_noise(found: Guarantee, epsilon: float) -> float:
+    """Return the noise multiplier at which choosing the threshold, at all of a patient's sites, would cost `epsilon`.
+
+    The counts' noise is Gaussian, as training's is, so that the two compose without loss.
+    """
+    delta = found.delta - found.delta_sampler
+    return accounting.calibrate(lambda z: Gaussian(z, found.copies), epsilon, delta, "gdp")
 
 
 def _accountant(study: Study, releases: Mapping[str, Release]) -> str:
