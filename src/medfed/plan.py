@@ -191,13 +191,14 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     taken = probed(study, encoding, model)
     parameters = models.count(model)
     trainers = tuple(name for name in names if sizes[name]["train"])
+    pooled = study.training.algorithm == "pooled"
+    _check_groups(study, (POOLED,) if pooled else trainers)
     guarantee = None
     if guarantees.asked(study):
         guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
     joint = guarantee is not None and guarantee.joint
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
-    pooled = study.training.algorithm == "pooled"
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
     return Plan(
@@ -215,6 +216,20 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
         path=taken.path,
     )
+
+
+def _check_groups(study: Study, clients: Sequence[str]) -> None:
+    """Refuse groups of which one is empty: in its turn a round would have no client."""
+    fleet, streams = study.fleet, Streams(study.study.seed)
+    if fleet.schedule != "cyclic" or not clients:
+        return
+    if nobody := selection.empty_groups(clients, fleet.groups, streams):
+        fits = selection.most_groups(clients, fleet.groups, streams)
+        raise PlanError(
+            f"fleet.groups={fleet.groups} and {len(clients)} sites do not compose: nobody falls into group "
+            f"{some(nobody)}, so in its turn a round has no client; a site's group follows from its name. Set "
+            f"fleet.groups={fits}, or schedule='random'."
+        )
 
 
 def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:

@@ -1,6 +1,6 @@
 """Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons
+from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -69,7 +69,7 @@ def rehearse(plan: Plan, fleet: Fleet) -> None:
 def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
     """Have every site enrol its patients in its ledger and see that the whole plan fits their budget.
 
-    Raises BudgetError or LedgerError with the first site's reason; nothing has been charged then.
+    Raises BudgetError with the sites' reasons; nothing has been charged then.
     """
     if plan.guarantee and not plan.guarantee.simulation_only:
         _ask_all(fleet, plan.participants, "enrol", codec.encode({"run": run, "fresh": fresh}), BudgetError)
@@ -78,9 +78,17 @@ def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
 def _ask_all(
     fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Ask every site and decode its answer; raise `refusal` with the first site's reason where one cannot."""
+    """Ask every site and decode its answer; raise `refusal` where some cannot, a reason that they share once."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
-    for name, reply in replies.items():
-        if reply.error:
-            raise refusal(f"site {name!r}: {reply.error}")
+    if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
+        raise refusal(_told(failed))
     return {name: codec.decode(reply.payload) for name, reply in replies.items()}
+
+
+def _told(failed: Mapping[str, str]) -> str:
+    """Say which sites cannot, and why: one by its own words, several that share a reason together."""
+    parts = []
+    for reason, names in sharing(failed).items():
+        alone = f"site {names[0]!r}: {failed[names[0]]}"
+        parts.append(alone if len(names) == 1 else f"{those(names)}: {reason}")
+    return some(parts, 5) if len(parts) > 5 else "; ".join(parts)

@@ -276,7 +276,7 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     if study.sites.kind == "device":
         sites = Site.devices(frames, study, folder)
     else:
-        sites = [Site.open(name, frame, study, folder) for name, frame in frames.items()]
+        sites = Site.open_all(frames, study, folder)
     if private:
         _check_places(sites, study)
         _check_scope(sites, study)

@@ -28,7 +28,7 @@ from medfed.core.streams import Streams
 from medfed.data import preprocess
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
-from medfed.data.tables import SiteTable, clean
+from medfed.data.tables import Frames, SiteTable, clean_all
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.metrics import Scores
@@ -84,11 +84,17 @@ class Site:
     @classmethod
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
-        table = clean(name, frame, study.data, Streams(study.study.seed), private=guarantee.asked(study))
-        return cls(name, table, study, folder)
+        (site,) = cls.open_all(Frames.one(name, frame), study, folder)
+        return site
 
     @classmethod
-    def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
+    def open_all(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
+        """Return the nodes of several sites of this process, each as `open` returns it."""
+        tables = clean_all(frames, study.data, Streams(study.study.seed), guarantee.asked(study))
+        return [cls(name, table, study, folder) for name, table in zip(frames, tables, strict=True)]
+
+    @classmethod
+    def devices(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
         """Return a node for every patient of every site: a fleet of devices.
 
         A device's name, which decides its turn, is the site's and a keyed hash of who the patient is: a number in order
@@ -96,8 +102,8 @@ class Site:
         """
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         nodes: list[Site] = []
-        for site, frame in frames.items():
-            tables = clean(site, frame, study.data, streams, private).by_patient()
+        for site, together in zip(frames, clean_all(frames, study.data, streams, private), strict=True):
+            tables = together.by_patient()
             named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in tables}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes

@@ -30,7 +30,7 @@ import pandas as pd
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some
 from medfed.core.streams import Streams
 from medfed.data.partition import site_of
-from medfed.data.tables import named_patients, numbered, read
+from medfed.data.tables import Frames, named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -49,7 +49,7 @@ class Source:
 
 def frames(
     study: Study, folder: Path | None = None, progress: bool = False, private: bool = False
-) -> tuple[dict[str, pd.DataFrame], Data]:
+) -> tuple[Frames, Data]:
     """Return each site's frame, and the study's data table completed with what the source knows.
 
     Sites come in the order of their declared names (`sites.names`; `private`: `privacy.sizes`), else sorted: never in
@@ -87,7 +87,7 @@ def frames(
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
     else:
         raise StudyError("no site column and no [sites]; set data.site, or sites.names and sites.shares")
-    return {name: frame[(site == name).to_numpy()] for name in names}, data
+    return Frames.split(frame, site.to_numpy(dtype=object), names), data
 
 
 def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> None:

@@ -8,14 +8,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfed.core.checks import RunError
+from medfed.core.checks import RunError, unnamed
 from medfed.monitor.metrics import Figure
 
 SCHEMA = 1
@@ -184,6 +184,14 @@ class RunFinished(Event):
     reason: str
     privacy: Mapping[str, object] = field(default_factory=dict)  # spent in all
     spread: Sequence[Sequence[float]] = field(default_factory=list)
+
+
+def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
+    """Return by round and reason who was left out; a site's own name in its reason makes no other reason."""
+    found: dict[tuple[int, str], list[SiteExcluded]] = {}
+    for event in excluded:
+        found.setdefault((event.round, unnamed(event.site, event.reason)), []).append(event)
+    return found
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -16,6 +16,7 @@ from medfed.monitor.events import (
     SiteExcluded,
     Tested,
     Warned,
+    alike,
 )
 from medfed.monitor.metrics import Figure
 
@@ -131,6 +132,7 @@ class Tally:
             "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
             "participation": {site: took_part[site] for site in sites},
             "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
+            "left_out": left_out(self.excluded),
             "suspects": _suspects(self.audits),
             "bears": planned.bears if planned else None,
             "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back],
@@ -138,6 +140,14 @@ class Tally:
             "versions": dict(started.versions) if started else None,
             "machine": dict(started.machine) if started else None,
         }
+
+
+def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
+    """Return a round's equal reasons once: how many sites share each, and the first few of them."""
+    return [
+        {"round": round, "reason": reason, "sites": len(events), "first": [event.site for event in events[:5]]}
+        for (round, reason), events in alike(excluded).items()
+    ]
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
