@@ -32,8 +32,10 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
 
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         payload = codec.encode({"question": question, **header}, tensors)
-        answers = _ask_all(counted, sites, "answer", payload)
-        return torch.stack([tensors["answer"] for _, tensors in answers.values()]).sum(0)
+        answers = _replies(counted, sites, "answer", payload)
+        if alike := codec.decode_alike(list(answers.values())):
+            return alike[1]["answer"].sum(0)
+        return torch.stack([codec.decode(answer)[1]["answer"] for answer in answers.values()]).sum(0)
 
     encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
     plan = make(study, surveys, encoding)
@@ -78,11 +80,20 @@ def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
 def _ask_all(
     fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Ask every site and decode its answer; raise `refusal` where some cannot, a reason that they share once."""
+    """Ask every site and decode its answer; see `_replies`."""
+    answers = _replies(fleet, sites, op, payload, refusal)
+    known = {answer: codec.decode(answer) for answer in set(answers.values())}  # thousands may say the same
+    return {name: known[answer] for name, answer in answers.items()}
+
+
+def _replies(
+    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
+) -> dict[str, bytes]:
+    """Ask every site; raise `refusal` where some cannot answer, a reason that they share once."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
         raise refusal(_told(failed))
-    return {name: codec.decode(reply.payload) for name, reply in replies.items()}
+    return {name: reply.payload for name, reply in replies.items()}
 
 
 def _told(failed: Mapping[str, str]) -> str:

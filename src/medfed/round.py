@@ -21,6 +21,7 @@ from medfed.fleet import selection
 from medfed.monitor import metrics
 from medfed.monitor.events import Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scores
+from medfed.monitor.per_site import measure_each
 from medfed.plan import Plan
 from medfed.privacy.budget import Budget
 from medfed.robust import detection
@@ -142,7 +143,7 @@ def test(
     if not scores:
         raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untested)}", untested)
     devices = plan.study.sites.kind == "device"  # one record each: only the union means something
-    per_site = {} if devices else {name: metrics.measure(s, intervals) for name, s in scores.items()}
+    per_site = {} if devices else measure_each(scores, intervals)
     union = Scores.all(list(scores.values()))
     tested = Tested(
         round=server.round,
@@ -151,7 +152,7 @@ def test(
         loss=metrics.log_loss(union),
         all_sites=metrics.measure(union, intervals),
         macro=metrics.macro(per_site),
-        per_site={name: dict(figures) for name, figures in per_site.items()},
+        per_site=per_site,
         site_n={name: scores[name].n for name in per_site},
         seconds=round(time.perf_counter() - began, 6),
         bytes_up=sum(len(reply.payload) for reply in replies.values()),

@@ -454,7 +454,8 @@ class _Column:
         """Return at which sites it is text [K]: where the dictionary says so, or most cells are no numbers."""
         if self.feature.categories or self.feature.range:
             return np.full(len(self.frames), bool(self.feature.categories))
-        return self.frames.count(self.not_number) * 2 > self.frames.count(~self.missing)
+        most_K: np.ndarray = self.frames.count(self.not_number) * 2 > self.frames.count(~self.missing)
+        return most_K
 
     def number(self, asked: np.ndarray) -> np.ndarray:
         """Return the column as numbers [rows]; only rows that are `asked` for must be."""
@@ -553,14 +554,14 @@ def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, note
     held = text.isin(("test", "1", "true", "yes")).to_numpy(dtype=bool)
     known = held | text.isin(("train", "0", "false", "no")).to_numpy(dtype=bool)
     many = int(patient.max(initial=0)) + 1
-    both = ((np.bincount(patient[held], minlength=many) > 0) & (np.bincount(patient[~held], minlength=many) > 0))[
-        patient
-    ]
+    sides = [np.bincount(patient[side], minlength=many) > 0 for side in (held, ~held)]
+    both: np.ndarray = (sides[0] & sides[1])[patient]
     if private:
         for k, rows in frames.rows(~known | (both & held)):
             text_ = "site %r, column %r: trained on, as not held out by a clear mark: row %s"
             notes.append((text_, frames.names[k], data.test, some(rows, 50)))
-        return held & ~both
+        alone: np.ndarray = held & ~both
+        return alone
     where = f"site {frames.names[0]!r}, column {data.test!r}"
     _refuse(where, "neither test nor train", ~known, frame, "mark each row test or train (or 1/0, yes/no)")
     _refuse(where, "a patient with rows on both sides", both, frame, "put all rows of a patient on one side")

@@ -23,7 +23,7 @@ from torch import Tensor
 from medfed.core.types import Task
 
 _BINS_PER_LOGIT, _LIMIT = 128, 32
-_RESAMPLES, _CONFIDENCE, _ECE_BINS = 1000, 0.95, 10
+_RESAMPLES, _CONFIDENCE, ECE_BINS = 1000, 0.95, 10
 CELLS = 8
 """Cells of the histogram that stands for a test on patients who are not public."""
 
@@ -57,8 +57,7 @@ class Scores:
             parts = [float(len(y)), error.abs().sum(), error.square().sum(), y.sum(), y.square().sum()]
             sums = torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
             return cls(task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums)
-        logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
-        bins = (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
+        bins = rounded(task, outputs)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
@@ -96,6 +95,12 @@ class Scores:
     def tensors(self) -> dict[str, Tensor]:
         """Return what goes over the wire."""
         return {"bins": self.bins, "label": self.label, "sums": self.sums}
+
+
+def rounded(task: Task, outputs: Tensor) -> Tensor:
+    """Return a classifier's outputs [N, C] as whole steps of a logit, int16."""
+    logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
+    return (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
 
 
 def names(task: Task) -> tuple[str, ...]:
@@ -197,9 +202,9 @@ def calibration(scores: Scores) -> list[list[float]]:
 
 def _reliability(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Return (records, said, so) [bins, 3], from scikit-learn's calibration curve."""
-    truth, said = calibration_curve(y, p, n_bins=_ECE_BINS)
-    inner = np.linspace(0, 1, _ECE_BINS + 1)[1:-1]
-    counts = np.bincount(np.searchsorted(inner, p), minlength=_ECE_BINS)  # the bins that calibration_curve fills
+    truth, said = calibration_curve(y, p, n_bins=ECE_BINS)
+    inner = np.linspace(0, 1, ECE_BINS + 1)[1:-1]
+    counts = np.bincount(np.searchsorted(inner, p), minlength=ECE_BINS)  # the bins that calibration_curve fills
     return np.stack([counts[counts > 0], said, truth], 1)
 
 
