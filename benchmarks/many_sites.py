@@ -4,17 +4,17 @@
 
 5,000 sites of 4 rows (six numbers, a category, gaps), 500 drawn a round, 5 rounds, each tested at every site. One
 study without privacy (robust scaling, which sites agree on) and one under a claim with joint noise; `--devices` runs
-9,172 thyroid records besides, each on a device of its own (MEDFED_DATA names the data folder). Below the stages, the
-control: sites opened one by one, and every site's figures by itself, on as many sites as take a second or two.
+9,172 thyroid records besides, each on a device of its own (MEDFED_DATA names the data folder). The control
+opens each site by itself and works out each site's figures by itself, on a part of the sites, told for all.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+import common
 import numpy as np
 import pandas as pd
 import torch
@@ -68,11 +68,10 @@ scope = "run"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--sites", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", action="store_true", help="9,172 thyroid records, each a device, besides")
-    parser.add_argument("--tiny", action="store_true", help="40 sites, once, and no file: that it still runs")
     args = parser.parse_args(argv)
     torch.set_num_threads(2)
     sites, repeats = (40, 1) if args.tiny else (args.sites, args.repeats)

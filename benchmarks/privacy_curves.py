@@ -8,15 +8,16 @@ measurements are others; no test patient of the diagnostic set was looked at. On
 weights and noise each seed; noise is release-grade.
 """
 
-import argparse
 import csv
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from common import table, write_result
@@ -38,14 +39,16 @@ GRID = {  # rounds, local steps, learning rate
 SITE_RATE = 2.0  # the learning rate chosen for the logistic model where each site adds its own noise
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--choose", action="store_true", help="choose settings on the original Wisconsin set")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", default="", help="logistic, network or brief")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(2)
-    if args.choose:
+    if args.tiny:
+        measure(range(2), args.only, (1.0,), {"training.rounds": 1}, keep=False)
+    elif args.choose:
         choose(range(100, 100 + args.seeds), args.only)
     else:
         measure(range(args.seeds), args.only)
@@ -117,21 +120,27 @@ def elsewhere(study: Study, folder: Path) -> Study:
     return dataclasses.replace(from_tables(tables), folder=folder)
 
 
-def measure(seeds: Sequence[int], only: str) -> None:
-    """Print and write accuracy and AUROC over epsilon."""
+def measure(
+    seeds: Sequence[int],
+    only: str,
+    epsilons: Sequence[float] = EPSILONS,
+    less: Mapping[str, Any] = MappingProxyType({}),
+    keep: bool = True,
+) -> None:
+    """Print and, to `keep` them, write accuracy and AUROC over epsilon; `less`: settings of a smaller run."""
     rows, results = [], []
     for name, study in chosen(studies(), only):
         modes = ("site",) if name == "brief" else ("shared", "site")
         for noise in modes:
-            for epsilon in EPSILONS if name == "logistic" else (1.0,):
+            for epsilon in epsilons if name == "logistic" else (1.0,):
                 asked = study._with({"privacy.noise": noise, "privacy.epsilon": epsilon})
                 if (name, noise) == ("logistic", "site"):
                     asked = asked.set("training.learning_rate", SITE_RATE)
-                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(asked, seeds), results))
+                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(asked._with(less), seeds), results))
         if name == "logistic":
-            rows.append(_row(name, "none", "inf", accuracy(study._with(NO_NOISE), seeds), results))
+            rows.append(_row(name, "none", "inf", accuracy(study._with({**NO_NOISE, **less}), seeds), results))
     print(table(["study", "noise", "epsilon", "accuracy", "sd", "auroc", "sd"], rows))
-    if not only:
+    if keep and not only:
         write_result("privacy-curves", {"seeds": len(seeds), "delta": 1e-6, "rows": results})
 
 
