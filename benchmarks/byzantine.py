@@ -186,9 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     grid, names = (TINY, ["breast-10"]) if options.tiny else (Grid(), options.federations.split(","))
-    kept = (
-        [json.loads(line) for line in grid.cells.read_text().splitlines()] if grid.cells and grid.cells.exists() else []
-    )
+    lines = grid.cells.read_text().splitlines() if grid.cells and grid.cells.exists() else []
+    kept = [json.loads(line) for line in lines]
     known: Cells = {(c["federation"], c["rule"], c["attack"], c["seed"]): c for c in kept}
     result: dict[str, Any] = {}
     for name in names:
@@ -198,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.private:
         result["private"] = private()
     if options.tiny:
-        private(clients=10, patients=20, rounds=2, rules=(DEFAULT,), attacked=("sign-flip",))
+        private(clients=10, patients=20, features=2, rounds=1, rules=(DEFAULT,), attacked=("sign-flip",))
     elif not options.only_fill:
         write_result("byzantine", result)
 

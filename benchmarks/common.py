@@ -104,5 +104,5 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
         }
     plan = make(study, surveys, encoding)
     for site in sites:
-        site.guarantee = plan.guarantee
+        site.guarantee, site.links = plan.guarantee, plan.links
     return plan, InProcess(sites)

@@ -36,6 +36,7 @@ GRID = {  # rounds, local steps, learning rate
     "network": [(30, 1, lr) for lr in (0.1, 0.2, 0.3)],
     "brief": [(3, steps, lr) for steps in (3, 5, 10) for lr in (0.025, 0.04, 0.05, 0.075)],
 }
+TINY: dict[str, Any] = {"training.rounds": 1, "training.local_steps": 1}
 SITE_RATE = 2.0  # the learning rate chosen for the logistic model where each site adds its own noise
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(2)
     if args.tiny:
-        measure(range(2), args.only, (1.0,), {"training.rounds": 1}, keep=False)
+        measure(range(2), args.only, (1.0,), TINY, keep=False)
     elif args.choose:
         choose(range(100, 100 + args.seeds), args.only)
     else:
@@ -136,7 +137,7 @@ def measure(
                 asked = study._with({"privacy.noise": noise, "privacy.epsilon": epsilon})
                 if (name, noise) == ("logistic", "site"):
                     asked = asked.set("training.learning_rate", SITE_RATE)
-                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(asked._with(less), seeds), results))
+                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(_smaller(asked, less), seeds), results))
         if name == "logistic":
             rows.append(_row(name, "none", "inf", accuracy(study._with({**NO_NOISE, **less}), seeds), results))
     print(table(["study", "noise", "epsilon", "accuracy", "sd", "auroc", "sd"], rows))
@@ -152,6 +153,12 @@ NO_NOISE = {
     "training.rounds": 300,
     "training.learning_rate": 0.3,
 }
+
+
+def _smaller(study: Study, less: Mapping[str, Any]) -> Study:
+    """Return the study with settings of a smaller run, and then with a small network."""
+    small = {"model.options.hidden": [8, 4]} if less and study.model.options else {}
+    return study._with({**less, **small})
 
 
 def chosen(found: dict[str, Study], only: str) -> Iterator[tuple[str, Study]]:

@@ -91,15 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             told["ratio"] = ratio
     many = [ours(*crowd) for _ in range(repeats[1])]
     for name in RULES:
-        lines.append(
-            [f"{name}, n={crowd[0]:,}, d={crowd[1]:,}", f"{statistics.median(one[name] for one in many):.2f}", "", ""]
-        )
+        middle = statistics.median(one[name] for one in many)
+        lines.append([f"{name}, n={crowd[0]:,}, d={crowd[1]:,}", f"{middle:.2f}", "", ""])
         result[f"{name} | {crowd[0]} x {crowd[1]}"] = [one[name] for one in many]
     print(table(["rule", "ours s", "ByzFL s", "times"], lines))
     rounds = private_round(*parties)
-    print(
-        f"three parties, n={parties[0]}, M={parties[1]:,}, noised Gram matrix and noised sum: {statistics.median(rounds):.2f} s (aim 2)"
-    )
+    what = f"three parties, n={parties[0]}, M={parties[1]:,}, noised Gram matrix and noised sum"
+    print(f"{what}: {statistics.median(rounds):.2f} s (aim 2)")
     result["three-party, noised"] = rounds
     if not args.tiny:
         write_result("robust-speed", result)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes: list[tuple[int, int, int, float]] = [(10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)]
     gram, masks = (10, 200_000, 5), (50, 200_000, 3)
     if options.tiny:
-        shapes, gram, masks = [(5, 100, 1, 0.5)], (5, 100, 1), (10, 100, 1)
+        shapes, gram, masks = [(5, 2000, 1, 0.5)], (5, 2000, 1), (10, 2000, 1)
     found: dict[str, object] = {}
     for clients, numbers, times, aim in shapes:
         seconds, carried = zip(*(three(clients, numbers, n) for n in range(times)), strict=True)
