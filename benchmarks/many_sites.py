@@ -3,14 +3,16 @@
     python benchmarks/many_sites.py [--sites 5000] [--repeats 3] [--devices]
 
 5,000 sites of 4 rows (six numbers, a category, gaps), 500 drawn a round, 5 rounds, each tested at every site. One
-study without privacy (robust scaling, which sites agree on) and one under a claim with joint noise; `--devices` runs
-9,172 thyroid records besides, each on a device of its own (MEDFED_DATA names the data folder). The control
-opens each site by itself and works out each site's figures by itself, on a part of the sites, told for all.
+study without privacy (robust scaling, which sites agree on) and one under a claim with joint noise, in which every
+site takes part; `--devices` runs 9,172 thyroid records besides, each on a device of its own (MEDFED_DATA names the data
+folder). The control opens each site by itself, and asks, encodes and tests each by itself, on a part of the sites: told
+for all of them, in the same run.
 """
 
+import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,10 +24,16 @@ from common import table, write_result
 
 import medfed
 from medfed import runs
-from medfed.monitor.events import Event, Planned, RoundFinished, Tested
+from medfed.data import sources
+from medfed.engine.inprocess import InProcess
+from medfed.monitor.events import Event, Log, Planned, RoundFinished, Tested
+from medfed.plan import Plan
+from medfed.prepare import prepare
+from medfed.round import test
+from medfed.site import Site
 from medfed.study import Study
 
-ROWS, ROUNDS = 4, 5
+ROWS, ROUNDS, CONTROL = 4, 5, 100
 STAGES = ("opening", "preparing", "a round", "a test", "all")
 
 STUDY = """
@@ -95,9 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, study in studies.items():
                 for stage, took in measured(study).items():
                     seconds[name][stage].append(took)
-    report(sites, seconds)
+        alone = one_by_one(studies["without privacy"], sites, 5 if args.tiny else CONTROL)
+    report(sites, seconds, alone)
     if not args.tiny:
-        write_result("many-sites", {"sites": sites, "rows": ROWS, "rounds": ROUNDS, "seconds": seconds})
+        found = {"seconds": seconds, "one by one, told for all": alone}
+        write_result("many-sites", {"sites": sites, "rows": ROWS, "rounds": ROUNDS, **found})
 
 
 def written(folder: Path, sites: int, private: bool) -> Study:
@@ -168,9 +178,42 @@ def measured(study: Study) -> Mapping[str, float]:
     }
 
 
-def report(sites: int, seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Print a line a study: the median seconds of each stage."""
+def one_by_one(study: Study, sites: int, part: int) -> dict[str, float]:
+    """Return the seconds of stages in which each site is served by itself, of `part` sites, as of all."""
+    frames, data = sources.frames(study)
+    study = dataclasses.replace(study, data=data)
+    took = {}
+
+    def timed(stage: str, once: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        once()
+        took[stage] = (time.perf_counter() - began) * sites / part
+
+    opened: list[Site] = []
+    timed("opening", lambda: opened.extend(Site.open(name, frames[name], study) for name in list(frames)[:part]))
+    fleet = OneByOne(opened)
+    few = study.set("fleet.clients_per_round", 0)
+    plans: list[Plan] = []
+    timed("preparing", lambda: plans.append(prepare(few, fleet, fleet.sites())))
+    timed("a test", lambda: test(plans[0].begin(), plans[0], fleet, Log()))
+    return took
+
+
+class OneByOne(InProcess):
+    """Sites that are asked one after the other, as if each were a stack of one."""
+
+    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+        """Ask each site by itself."""
+        tickets: list[int] = []
+        for site in sites:
+            tickets += super().submit_many([site], op, payload, deadline)
+        return tickets
+
+
+def report(sites: int, seconds: Mapping[str, Mapping[str, Sequence[float]]], alone: Mapping[str, float]) -> None:
+    """Print a line a study: the median seconds of each stage; below it the control."""
     rows = [[name, *(f"{median(stages[stage]):.2f}" for stage in STAGES)] for name, stages in seconds.items()]
+    rows.append(["control: one by one", *(f"{alone[stage]:.2f}" if stage in alone else "-" for stage in STAGES)])
     print(f"{sites:,} sites of {ROWS} rows, {ROUNDS} rounds, median seconds")
     print(table(["study", *STAGES], rows))
 

@@ -157,3 +157,13 @@ def test_an_encoding_of_several_sites_needs_each_row_owned(tmp_path: Path) -> No
     owned = encoding.encode(table, every, ~table.test, np.zeros(len(table), dtype=np.int64))
     assert torch.equal(alone.x, owned.x)
     assert replace(encoding, public=True).encode(table, every, ~table.test).x.shape == alone.x.shape
+
+
+def test_what_many_sites_lack_alike_is_told_once_with_their_number(tmp_path: Path) -> None:
+    study = _study(tmp_path, "robust")
+    told: list[str] = []
+    medfed.simulate(study.set("training.rounds", 1), listeners=[lambda event: told.append(getattr(event, "text", ""))])
+    warned = [text for text in told if text]
+    assert sum("trains on one class only" in text for text in warned) <= 10
+    assert any(text.startswith("each of ") and " sites, clinic " in text and "more " in text for text in warned)
+    assert sum("has no value at all of lactate" in text for text in warned) <= 6

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medfed import models
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
-from medfed.core.checks import DataError, PlanError, QuorumError, StudyError, nearest, some
+from medfed.core.checks import DataError, PlanError, QuorumError, StudyError, nearest, some, those
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.preprocess import Encoding
@@ -545,21 +545,34 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
-    found += _strange_values(surveys, study)
+    return [*found, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
+
+
+def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:
+    """Tell what sites lack; what many lack alike is told once."""
+    said: dict[str, list[str]] = {}
     for name, survey in surveys.items():
         if survey["test"] == 0:
-            found.append(f"site {name!r} has no test patient; its own figures are null")
+            said.setdefault("has no test patient; its own figures are null", []).append(name)
         if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:
             label = next(iter(survey["train_labels"]))
-            found.append(f"site {name!r} trains on one class only ({label!r}); its own model cannot tell classes apart")
+            what = f"trains on one class only ({label!r}); its own model cannot tell classes apart"
+            said.setdefault(what, []).append(name)
         absent = [
             c.name for c in encoding.columns if survey["missing"].get(c.name, 0) == survey["train"] + survey["test"]
         ]
         if absent:
-            found.append(
-                f"site {name!r} has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
-            )
+            what = f"has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
+            said.setdefault(what, []).append(name)
+    found = []
+    for what, names in said.items():
+        few = len(names) <= _FEW
+        found += [f"site {name!r} {what}" for name in names] if few else [f"each of {those(names)} {what}"]
     return found
+
+
+_FEW = 5
+"""Sites that are told of one by one."""
 
 
 def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:
