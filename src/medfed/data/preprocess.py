@@ -261,13 +261,15 @@ def answer_each(
     """Return `answer` of each table, [K, ...]. Counts of many sites come from one pass over all values of a feature."""
     if question not in ("known", "below") or len(tables) == 1:
         return torch.stack([answer(table, question, names, logs, ask) for table in tables])
+    train_N = ~np.concatenate([table.test for table in tables])
+    every_N = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     counts_F = []
     for place, name in enumerate(names):
-        parts = [_training_column(table, name) for table in tables]
-        values = np.concatenate(parts)
-        site_N = np.repeat(np.arange(len(tables)), [len(part) for part in parts])
-        gap = np.isnan(values)
-        values, site_N = _logged(values[~gap], name, logs), site_N[~gap]
+        columns = [table.label if name == "" else table.numbers.get(name) for table in tables]
+        gaps = [np.full(len(t), np.nan) if c is None else c for t, c in zip(tables, columns, strict=True)]
+        column_N = np.concatenate(gaps).astype(np.float64)
+        known_N = train_N & ~np.isnan(column_N)
+        values, site_N = _logged(column_N[known_N], name, logs), every_N[known_N]
         if question == "known":
             counts_F.append(np.bincount(site_N, minlength=len(tables)))
         else:
@@ -287,14 +289,9 @@ def _below(values: np.ndarray, site_N: np.ndarray, sites: int, threshold: np.nda
 
 def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.ndarray:
     """Return the known training values of a feature or (by "") of the target, after the logarithm if it has one."""
-    values = _training_column(table, name)
-    return _logged(values[~np.isnan(values)], name, logs)
-
-
-def _training_column(table: SiteTable, name: str) -> np.ndarray:
     column = table.label if name == "" else table.numbers.get(name, np.zeros(0))
     values: np.ndarray = column[~table.test].astype(np.float64) if len(column) else column
-    return values
+    return _logged(values[~np.isnan(values)], name, logs)
 
 
 def _logged(values: np.ndarray, name: str, logs: dict[str, float]) -> np.ndarray:
