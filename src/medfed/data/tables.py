@@ -184,6 +184,12 @@ class Frames(Mapping[str, pd.DataFrame]):
         """Return a site alone."""
         return cls(frame, (site,), np.array([0, len(frame)]))
 
+    @classmethod
+    def of(cls, frames: Mapping[str, pd.DataFrame]) -> "Frames":
+        """Lay frames of the same columns end to end."""
+        sizes = [len(frame) for frame in frames.values()]
+        return cls(pd.concat(list(frames.values())), tuple(frames), np.cumsum([0, *sizes]))
+
     def __getitem__(self, name: str) -> pd.DataFrame:
         k = self._places[name]
         return self.frame.iloc[self.ends[k] : self.ends[k + 1]]
