@@ -8,13 +8,14 @@ it: told are the verdict of each, the least p-value among the tests of the noise
 the seconds all three took. `one_holder_of_many` needs secure aggregation and is a test (tests/test_exact.py).
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import common
 import numpy as np
 import pytest
 import torch
@@ -39,22 +40,22 @@ def nothing(patch: pytest.MonkeyPatch) -> None:
 BUGS = {bug.__name__: bug for bug in (nothing, *planted.NOISE, planted.one_noise_for_all_sites, *planted.SENSITIVITY)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--numbers", type=int, default=exact.NUMBERS, help="numbers of noise that are drawn")
     parser.add_argument("--bugs", nargs="*", default=list(BUGS), help=f"some of {', '.join(BUGS)}")
-    parser.add_argument("--tiny", action="store_true", help="two bugs, epsilon 1, and no file: that it still runs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # tiny tensors: waking a second thread would be most of the time
     bugs = ["nothing", "half_the_noise_in_resolve", "clipping_skipped"] if args.tiny else args.bugs
-    exact.NUMBERS = 2000 if args.tiny else args.numbers
+    numbers = 2000 if args.tiny else args.numbers
     epsilons = (1.0,) if args.tiny else (1.0, 8.0)
 
-    results = [judge(bug, epsilon, mode) for bug in bugs for epsilon in epsilons for mode in ("site", "shared")]
+    with patch.object(exact, "NUMBERS", numbers):
+        results = [judge(bug, epsilon, mode) for bug in bugs for epsilon in epsilons for mode in ("site", "shared")]
     print(table(HEAD, [row(result) for result in results]))
     if not args.tiny:
-        write_result("audit-power", {"numbers": exact.NUMBERS, "study": list(STUDY), "results": results})
+        write_result("audit-power", {"numbers": numbers, "study": list(STUDY), "results": results})
 
 
 def judge(name: str, epsilon: float, mode: str) -> dict[str, Any]:

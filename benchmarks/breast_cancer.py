@@ -6,8 +6,9 @@ A seed decides split, partition, initial weights and batch order. Prints the mea
 each site's own, and of the pooled model, all tested on the same held-out patients, and the paired differences.
 """
 
-import argparse
+from collections.abc import Sequence
 
+import common
 import numpy as np
 from common import table, without_privacy, write_result
 
@@ -18,19 +19,20 @@ TRAINING = {"rounds": 30, "local_epochs": 5, "batch_size": 16, "learning_rate": 
 METRICS = ("accuracy", "auroc", "f1", "brier")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--study", default="breast-cancer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    seeds, settings = (2, [*args.set, "training.rounds=2"]) if args.tiny else (args.seeds, args.set)
     found: dict[str, list[list[float]]] = {"federated": [], "local": [], "pooled": []}
     seconds = []
-    for seed in range(args.seeds):
+    for seed in range(seeds):
         study = medfed.load_study(args.study, [f"study.seed={seed}", "monitor.evaluate_every=1000"])
         if args.study == "breast-cancer":
             study = without_privacy(study, **TRAINING)
-        for setting in args.set:
+        for setting in settings:
             key, _, value = setting.partition("=")
             study = study.set(key, parse_value(value))
         summary = medfed.simulate(study).summary
@@ -43,15 +45,14 @@ def main() -> None:
     for name, v in values.items():
         lines.append([name, *(f"{m:.4f} +- {s:.4f}" for m, s in zip(v.mean(0), v.std(0, ddof=1), strict=True))])
     gap = values["federated"] - values["pooled"]
-    error = gap.std(0, ddof=1) / np.sqrt(args.seeds)
+    error = gap.std(0, ddof=1) / np.sqrt(seeds)
     lines.append(["federated - pooled", *(f"{m:+.4f} (se {e:.4f})" for m, e in zip(gap.mean(0), error, strict=True))])
-    print(
-        f"{args.study}, {args.seeds} seeds, mean +- sd over seeds; a study with baselines: {np.median(seconds):.2f} s"
-    )
+    print(f"{args.study}, {seeds} seeds, mean +- sd over seeds; a study with baselines: {np.median(seconds):.2f} s")
     print(table(["model", *METRICS], lines))
     means = {name: dict(zip(METRICS, v.mean(0).tolist(), strict=True)) for name, v in values.items()}
     gaps = dict(zip(METRICS, gap.mean(0).tolist(), strict=True))
-    write_result(f"{args.study}-seeds", {"seeds": args.seeds, "set": args.set, "mean": means, "gap": gaps})
+    if not args.tiny:
+        write_result(f"{args.study}-seeds", {"seeds": seeds, "set": args.set, "mean": means, "gap": gaps})
 
 
 if __name__ == "__main__":

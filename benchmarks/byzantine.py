@@ -12,18 +12,19 @@ breast: equal shares of the patients. heart: each hospital cut into pieces of ab
 source cut into pieces, the small ones whole; both keep how sites differ.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import pandas as pd
 import torch
@@ -112,9 +113,10 @@ def in_pieces(study: Study, clients: int) -> Study:
     return dataclasses.replace(study, data=data, sites=sites, fleet=fleet, training=training, folder=folder)
 
 
-def cell(name: str, rule: str, attack: str, seed: int) -> dict[str, Any]:
+def cell(name: str, rule: str, attack: str, seed: int, rounds: int = 0) -> dict[str, Any]:
     """Run one cell; return its AUROC, how well suspicion tells liars, and how many client-rounds were sat out."""
     study = federation(name).set("study.seed", seed).set("robustness.rule", rule)
+    study = study.set("training.rounds", rounds) if rounds else study
     if rule != "mean":
         study = study.set("robustness.max_malicious", 0.3)
     if attack:
@@ -157,65 +159,89 @@ def suspicion(told: list[Event], names: list[str], lying: tuple[str, ...]) -> fl
     return float(roc_auc_score([n in lying for n in names], [statistics.mean(scores[n] or [0.0]) for n in names]))
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Which cells are filled, how long each run is, and where cells are kept."""
+
+    rules: Sequence[str] = RULES
+    attacks: Sequence[str] = ATTACKS
+    most: int = 10  # seeds of the default rule; 3 at most of others
+    rounds: int = 0  # 0: the study's own
+    cells: Path | None = CELLS
+
+    def seeds(self, rule: str) -> int:
+        """Return how many seeds a rule is run with."""
+        return self.most if rule == DEFAULT else min(3, self.most)
+
+
+TINY = Grid(("mean", DEFAULT), ("sign-flip",), 2, 2, None)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Fill the cells that are missing, print the tables and keep them."""
-    parser = argparse.ArgumentParser()
+    parser = common.parser(__doc__)
     parser.add_argument("--federations", default=",".join(FEDERATIONS))
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--only-fill", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    kept = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+    grid, names = (TINY, ["breast-10"]) if options.tiny else (Grid(), options.federations.split(","))
+    lines = grid.cells.read_text().splitlines() if grid.cells and grid.cells.exists() else []
+    kept = [json.loads(line) for line in lines]
     known: Cells = {(c["federation"], c["rule"], c["attack"], c["seed"]): c for c in kept}
     result: dict[str, Any] = {}
-    for name in options.federations.split(","):
-        fill(name, known)
+    for name in names:
+        fill(name, known, grid)
         if not options.only_fill:
-            result[name] = report(name, known)
+            result[name] = report(name, known, grid)
     if options.private:
         result["private"] = private()
-    if not options.only_fill:
+    if options.tiny:
+        private(clients=10, patients=20, features=2, rounds=1, rules=(DEFAULT,), attacked=("sign-flip",))
+    elif not options.only_fill:
         write_result("byzantine", result)
 
 
-def seeds(rule: str) -> int:
-    """Return how many seeds a rule is run with."""
-    return 10 if rule == DEFAULT else 3
-
-
-def fill(name: str, known: Cells) -> None:
+def fill(name: str, known: Cells, grid: Grid) -> None:
     """Run what is missing, seed by seed."""
-    for seed, rule, attack in itertools.product(range(10), RULES, ("", *ATTACKS, "backdoor")):
-        wanted = seed < seeds(rule) or (rule == "mean" and not attack)
+    for seed, rule, attack in itertools.product(range(grid.most), grid.rules, ("", *grid.attacks, "backdoor")):
+        wanted = seed < grid.seeds(rule) or (rule == "mean" and not attack)
         if wanted and (name, rule, attack, seed) not in known:
-            made = {"federation": name, "rule": rule, "attack": attack, "seed": seed, **cell(name, rule, attack, seed)}
+            found = cell(name, rule, attack, seed, grid.rounds)
+            made = {"federation": name, "rule": rule, "attack": attack, "seed": seed, **found}
             known[name, rule, attack, seed] = made
-            with CELLS.open("a") as file:
-                file.write(json.dumps(made) + "\n")
+            if grid.cells:
+                with grid.cells.open("a") as file:
+                    file.write(json.dumps(made) + "\n")
 
 
-def report(name: str, known: Cells) -> dict[str, Any]:
+def report(name: str, known: Cells, grid: Grid) -> dict[str, Any]:
     """Print losses in points of AUROC, attacks down, rules across; return them with medians and worst ones."""
 
     def over(rule: str, attack: str, figure: Callable[[dict[str, Any], dict[str, Any]], float]) -> list[float]:
-        return [figure(known[name, rule, attack, seed], known[name, "mean", "", seed]) for seed in range(seeds(rule))]
+        return [
+            figure(known[name, rule, attack, seed], known[name, "mean", "", seed]) for seed in range(grid.seeds(rule))
+        ]
 
     loss = {
         (rule, attack): over(rule, attack, lambda here, clean: 100 * (clean["auroc"] - here["auroc"]))
-        for rule in RULES
-        for attack in ("", *ATTACKS)
+        for rule in grid.rules
+        for attack in ("", *grid.attacks)
     }
     mean = {key: statistics.mean(values) for key, values in loss.items()}
-    lines = [[attack or "none", *(_told(loss[rule, attack]) for rule in RULES)] for attack in ("", *ATTACKS)]
-    worst = {rule: max(mean[rule, attack] for attack in ATTACKS) for rule in RULES}
-    median = {rule: statistics.median(mean[rule, attack] for attack in ATTACKS) for rule in RULES}
-    lines += [["median", *(f"{median[r]:.1f}" for r in RULES)], ["worst", *(f"{worst[r]:.1f}" for r in RULES)]]
+    lines = [[attack or "none", *(_told(loss[rule, attack]) for rule in grid.rules)] for attack in ("", *grid.attacks)]
+    worst = {rule: max(mean[rule, attack] for attack in grid.attacks) for rule in grid.rules}
+    median = {rule: statistics.median(mean[rule, attack] for attack in grid.attacks) for rule in grid.rules}
+    lines += [
+        ["median", *(f"{median[r]:.1f}" for r in grid.rules)],
+        ["worst", *(f"{worst[r]:.1f}" for r in grid.rules)],
+    ]
     print(f"\n{name}: loss in points of AUROC, 30 % malicious, mean and half width of its 95 % interval over seeds")
-    print(table(["attack", *RULES], lines))
-    broken = [attack for attack in ATTACKS if mean["mean", attack] >= 10]
-    print(f"the mean loses 10 points or more under {len(broken)} of {len(ATTACKS)} attacks: {', '.join(broken)}")
-    lost = {attack: mean["mean", attack] for attack in ATTACKS if mean["mean", attack] > 1}
-    recovered = 1 - sum(max(0.0, mean[DEFAULT, a]) for a in lost) / sum(lost.values())
+    print(table(["attack", *grid.rules], lines))
+    broken = [attack for attack in grid.attacks if mean["mean", attack] >= 10]
+    print(f"the mean loses 10 points or more under {len(broken)} of {len(grid.attacks)} attacks: {', '.join(broken)}")
+    lost = {attack: mean["mean", attack] for attack in grid.attacks if mean["mean", attack] > 1}
+    recovered = 1 - sum(max(0.0, mean[DEFAULT, a]) for a in lost) / (sum(lost.values()) or math.inf)
     print(
         f"{DEFAULT}: median {median[DEFAULT]:.1f}, worst {worst[DEFAULT]:.1f}; of what the mean loses, {recovered:.0%}"
     )
@@ -223,10 +249,10 @@ def report(name: str, known: Cells) -> dict[str, Any]:
         rule: tuple(
             statistics.mean(over(rule, "backdoor", lambda c, _, w=which: c[w])) for which in ("marked", "plain")
         )
-        for rule in RULES
+        for rule in grid.rules
     }
     print("backdoor, marked (unmarked):", ", ".join(f"{r} {m:.0%} ({p:.0%})" for r, (m, p) in door.items()))
-    told = {a: statistics.mean(over(DEFAULT, a, lambda c, _: c["suspicion"])) for a in ATTACKS}
+    told = {a: statistics.mean(over(DEFAULT, a, lambda c, _: c["suspicion"])) for a in grid.attacks}
     print("suspicion after 10 rounds, AUROC:", ", ".join(f"{a} {v:.3f}" for a, v in told.items()))
     out = statistics.mean(over(DEFAULT, "", lambda c, _: c["out"]))
     print(f"honest federation: {out:.2%} of client-rounds sat out")
@@ -280,7 +306,14 @@ aggregation = "three-party"
 """
 
 
-def private(clients: int = 20, patients: int = 2000, features: int = 8) -> Mapping[str, object]:
+def private(
+    clients: int = 20,
+    patients: int = 2000,
+    features: int = 8,
+    rounds: int = 10,
+    rules: Sequence[str] = ("mean", DEFAULT),
+    attacked: Sequence[str] = ("", "sign-flip", "scaled", "label-flip", "alie"),
+) -> Mapping[str, object]:
     """Return AUROC and suspects at epsilon 1 under three parties, by rule and attack."""
     random = np.random.default_rng(0)
     n = clients * patients * 5 // 4
@@ -296,8 +329,9 @@ def private(clients: int = 20, patients: int = 2000, features: int = 8) -> Mappi
         sizes = "\n".join(f'"{name}" = {patients}' for name in names)
         (Path(folder) / "twenty.toml").write_text(PRIVATE.format(bounds=bounds, sizes=sizes))
         study = medfed.load_study(Path(folder) / "twenty.toml").set("monitor.baselines", False)
+        study = study.set("training.rounds", rounds)
         lying = liars(names, 0.3, study.study.seed)
-        for rule, attack in itertools.product(("mean", DEFAULT), ("", "sign-flip", "scaled", "label-flip", "alie")):
+        for rule, attack in itertools.product(rules, attacked):
             one = study.set("robustness.rule", rule)
             one = one.set("robustness.max_malicious", 0.3) if rule != "mean" else one
             one = one._with({"robustness.attack": attack, "robustness.malicious": 0.3}) if attack else one

@@ -8,21 +8,23 @@ back, combine, event). Peers run in processes of their own between our repetitio
 (benchmarks/.venvs/pfl, made on first use), each at its better thread setting; pfl also with two worker processes.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 import torch
-from common import bare_federation, table, without_privacy, write_result
-from peers.torch_loop import make_data
+from common import absent, bare_federation, table, without_privacy, write_result
+from peers import torch_loop
+from peers.torch_loop import make_data, make_mlp
 
 import medfed
 from medfed.algorithms import Server
@@ -41,24 +43,32 @@ SHAPES = {
     "brief-4": {**BRIEF, "clients": 4},
     "brief-100": {**BRIEF, "clients": 100},
 }  # fmt: skip
+TINY = {"clients": 4, "samples": 12, "epochs": 1, "batch": 5, "hidden": [8, 4], "features": 6}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cohort")
     parser.add_argument("--repeats", type=int, default=5, help="of ours; peers run half as often, twice at least")
-    args = parser.parse_args()
-    shape = SHAPES[args.shape]
+    args = parser.parse_args(argv)
+    shape, repeats = (TINY, 1) if args.tiny else (SHAPES[args.shape], args.repeats)
     ours = Ours(shape)
     seconds: dict[str, list[float]] = {}
-    for repeat in range(args.repeats):
-        if repeat % 2 == 0:
+    for repeat in range(repeats):
+        if args.tiny:
+            seconds["plain PyTorch loop"] = [loop_once(shape)]
+            absent("pfl-research", "a tiny run installs nothing")
+        elif repeat % 2 == 0:
             for name, command, env in peers(shape):
                 seconds.setdefault(name, []).extend(run_peer(command, env))
         for name, once in ours.jobs().items():
             once()  # warm, as a run's later rounds are; peers warm up by themselves
             seconds.setdefault(name, []).append(once())
-    report(args.shape, shape, seconds, ours.flops(), gemm_rate())
+    rate = gemm_rate(64 if args.tiny else 1536)
+    report(args.shape, shape, seconds, ours.flops(), rate)
+    if not args.tiny:
+        figures = {"gflops_two_threads": rate / 1e9, "gflop": ours.flops() / 1e9}
+        write_result(f"cohort-{args.shape}", {"shape": shape, "seconds": seconds, **figures})
 
 
 class Ours:
@@ -133,6 +143,15 @@ def peers(shape: dict[str, Any]) -> list[tuple[str, list[str], dict[str, str]]]:
     ]
 
 
+def loop_once(shape: dict[str, Any]) -> float:
+    """Return the seconds of a round of the plain PyTorch loop, in this process."""
+    xs, ys = make_data(shape["clients"], shape["samples"], shape["features"], seed=0)
+    model = make_mlp(shape["features"], ",".join(map(str, shape["hidden"])), seed=0)
+    began = time.perf_counter()
+    torch_loop.run_round(xs, ys, model, epochs=shape["epochs"], batch=shape["batch"])
+    return time.perf_counter() - began
+
+
 def run_peer(command: list[str], env: dict[str, str]) -> list[float]:
     """Run a peer, with its second worker where the environment asks for two; return its seconds."""
     base = {**os.environ, **env}
@@ -161,37 +180,31 @@ def pfl_python() -> Path:
     return python
 
 
-def gemm_rate() -> float:
+def gemm_rate(width: int) -> float:
     """Return the best float32 rate of a large product on two threads, in flop per second."""
-    a, b = torch.randn(2, 1536, 1536)
+    a, b = torch.randn(2, width, width)
     best = 0.0
     for _ in range(12):
         began = time.perf_counter()
         torch.mm(a, b)
-        best = max(best, 2 * 1536**3 / (time.perf_counter() - began))
+        best = max(best, 2 * width**3 / (time.perf_counter() - began))
     return best
 
 
 def report(name: str, shape: dict[str, Any], seconds: dict[str, list[float]], flops: float, rate: float) -> None:
-    """Print the table, slowest first, and write the result."""
+    """Print the table, slowest first; a peer that is not there is a dash."""
     middle = {who: median(times) for who, times in seconds.items()}
-    loop, pfl, pfl2 = (
-        middle[who] for who in ("plain PyTorch loop", "pfl-research 0.6", "pfl-research 0.6, 2 processes")
-    )
+    bases = [middle.get(who) for who in ("plain PyTorch loop", "pfl-research 0.6", "pfl-research 0.6, 2 processes")]
     lines = []
     for who, times in sorted(seconds.items(), key=lambda item: -median(item[1])):
         m = middle[who]
         spread = f"{min(times):.3f} - {max(times):.3f}"
         share = f"{flops / m / rate:.0%}"
-        lines.append(
-            [who, f"{m:.3f}", spread, str(len(times)), f"{loop / m:.1f}", f"{pfl / m:.1f}", f"{pfl2 / m:.1f}", share]
-        )
+        times_faster = [f"{base / m:.1f}" if base else "-" for base in bases]
+        lines.append([who, f"{m:.3f}", spread, str(len(times)), *times_faster, share])
     print(f"{name}: {shape}")
     print(f"large float32 products on two threads: {rate / 1e9:.0f} GFLOP/s; the round needs {flops / 1e9:.1f} GFLOP")
     print(table(["who", "median s", "min - max", "n", "x loop", "x pfl", "x pfl 2 proc", "of GEMM rate"], lines))
-    write_result(
-        f"cohort-{name}", {"shape": shape, "seconds": seconds, "gflops_two_threads": rate / 1e9, "gflop": flops / 1e9}
-    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every benchmark shares: its table, its machine, and where its result is written."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from medfed.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a benchmark's parser with `--tiny`, by which the tests see that each one still runs."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--tiny", action="store_true", help="as small as can be, and no file: that it still runs")
+    return found
+
+
+def absent(peer: str, place: str) -> None:
+    """Say that a peer is left out."""
+    print(f"{peer} is not installed ({place}): left out")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -52,7 +65,7 @@ def _processor() -> str:
 
 
 def without_privacy(study: "Study", **training: Any) -> "Study":
-    """Return a bundled study with no guarantee and plain rows, on robustly scaled records: for timings, comparisons."""
+    """Return a bundled study with no guarantee, plain rows and robust scaling, to time and compare training."""
     from medfed.study import Privacy, Security, Training
 
     plain = dataclasses.replace(study, privacy=Privacy(), training=Training(**training), security=Security())
@@ -60,12 +73,16 @@ def without_privacy(study: "Study", **training: Any) -> "Study":
 
 
 def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tuple[Plan, InProcess]":
-    """Return plan and fleet for rows that are numbers already: site -> (training rows, test rows); binary target."""
+    """Return plan and fleet for rows that are numbers already: site -> (training rows, test rows); binary target.
+
+    Rows come together in plain sight, as no keys are made for these sites.
+    """
     from medfed.data.preprocess import Column, Encoding, Target
     from medfed.engine.inprocess import InProcess
     from medfed.plan import build_model, make
     from medfed.site import Site
 
+    study = study.set("security.aggregation", "plain")
     width = next(iter(rows.values()))[0].x.shape[1]
     encoding = Encoding(
         tuple(Column(f"x{i}", "number") for i in range(width)), Target("y", "binary", ("0", "1")), public=True
@@ -87,5 +104,5 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
         }
     plan = make(study, surveys, encoding)
     for site in sites:
-        site.guarantee = plan.guarantee
+        site.guarantee, site.links = plan.guarantee, plan.links
     return plan, InProcess(sites)

@@ -6,14 +6,15 @@ Every model of tests/test_odd_patients.py, every task, clipping and path in turn
 of one to five odd patients each, once more with one odd patient more. The bound is 1 + SLACK clipping norms.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 from common import table, write_result
@@ -28,12 +29,16 @@ SHARES: dict[LocalPath, int] = {"rules": 240, "func": 12, "loop": 4}
 """Sums a call by each path: the slower, the fewer."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--patients", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.tiny:
+        asked, furthest = ask(3 * SHARES["rules"], args.seed)
+        report(asked, furthest)
+        return
     began = time.perf_counter()
     seeds = range(args.seed, args.seed + args.processes)
     with ProcessPoolExecutor(args.processes) as pool:
@@ -41,10 +46,14 @@ def main() -> None:
     seconds = time.perf_counter() - began
     asked = sum((counts for counts, _ in found), Counter[LocalPath]())
     furthest = {path: max(far.get(path, 0.0) for _, far in found) for path in asked}
-    rows = [[path, f"{asked[path]:,}", f"{furthest[path]:.9f}"] for path in asked]
-    print(table(["path", "odd patients", "furthest, in clipping norms"], rows))
+    report(asked, furthest)
     print(f"allowed: {1 + SLACK:.6f}; {seconds:.0f} s, {args.processes} processes of one thread")
     write_result("odd-patients", {"asked": asked, "furthest": furthest, "allowed": 1 + SLACK, "seconds": seconds})
+
+
+def report(asked: Counter[LocalPath], furthest: dict[LocalPath, float]) -> None:
+    rows = [[path, f"{asked[path]:,}", f"{furthest[path]:.9f}"] for path in asked]
+    print(table(["path", "odd patients", "furthest, in clipping norms"], rows))
 
 
 def ask(patients: int, seed: int) -> tuple[Counter[LocalPath], dict[LocalPath, float]]:

@@ -8,15 +8,16 @@ measurements are others; no test patient of the diagnostic set was looked at. On
 weights and noise each seed; noise is release-grade.
 """
 
-import argparse
 import csv
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from common import table, write_result
@@ -35,17 +36,20 @@ GRID = {  # rounds, local steps, learning rate
     "network": [(30, 1, lr) for lr in (0.1, 0.2, 0.3)],
     "brief": [(3, steps, lr) for steps in (3, 5, 10) for lr in (0.025, 0.04, 0.05, 0.075)],
 }
+TINY: dict[str, Any] = {"training.rounds": 1, "training.local_steps": 1}
 SITE_RATE = 2.0  # the learning rate chosen for the logistic model where each site adds its own noise
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--choose", action="store_true", help="choose settings on the original Wisconsin set")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", default="", help="logistic, network or brief")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(2)
-    if args.choose:
+    if args.tiny:
+        measure(range(2), args.only, (1.0,), TINY, keep=False)
+    elif args.choose:
         choose(range(100, 100 + args.seeds), args.only)
     else:
         measure(range(args.seeds), args.only)
@@ -117,21 +121,27 @@ def elsewhere(study: Study, folder: Path) -> Study:
     return dataclasses.replace(from_tables(tables), folder=folder)
 
 
-def measure(seeds: Sequence[int], only: str) -> None:
-    """Print and write accuracy and AUROC over epsilon."""
+def measure(
+    seeds: Sequence[int],
+    only: str,
+    epsilons: Sequence[float] = EPSILONS,
+    less: Mapping[str, Any] = MappingProxyType({}),
+    keep: bool = True,
+) -> None:
+    """Print and, to `keep` them, write accuracy and AUROC over epsilon; `less`: settings of a smaller run."""
     rows, results = [], []
     for name, study in chosen(studies(), only):
         modes = ("site",) if name == "brief" else ("shared", "site")
         for noise in modes:
-            for epsilon in EPSILONS if name == "logistic" else (1.0,):
+            for epsilon in epsilons if name == "logistic" else (1.0,):
                 asked = study._with({"privacy.noise": noise, "privacy.epsilon": epsilon})
                 if (name, noise) == ("logistic", "site"):
                     asked = asked.set("training.learning_rate", SITE_RATE)
-                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(asked, seeds), results))
+                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(_smaller(asked, less), seeds), results))
         if name == "logistic":
-            rows.append(_row(name, "none", "inf", accuracy(study._with(NO_NOISE), seeds), results))
+            rows.append(_row(name, "none", "inf", accuracy(study._with({**NO_NOISE, **less}), seeds), results))
     print(table(["study", "noise", "epsilon", "accuracy", "sd", "auroc", "sd"], rows))
-    if not only:
+    if keep and not only:
         write_result("privacy-curves", {"seeds": len(seeds), "delta": 1e-6, "rows": results})
 
 
@@ -143,6 +153,12 @@ NO_NOISE = {
     "training.rounds": 300,
     "training.learning_rate": 0.3,
 }
+
+
+def _smaller(study: Study, less: Mapping[str, Any]) -> Study:
+    """Return the study with settings of a smaller run, and then with a small network."""
+    small = {"model.options.hidden": [8, 4]} if less and study.model.options else {}
+    return study._with({**less, **small})
 
 
 def chosen(found: dict[str, Study], only: str) -> Iterator[tuple[str, Study]]:

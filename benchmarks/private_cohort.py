@@ -7,12 +7,13 @@ private round is timed without noise generation, and with release-grade noise (d
 Interleaved in one process; whole rounds, medians; the ratio is to the round without privacy.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import common
 import torch
 from common import bare_federation, table, without_privacy, write_result
 from peers.torch_loop import make_data
@@ -31,13 +32,14 @@ COMMON: dict[str, Any] = {"model.name": "mlp", "model.options.hidden": [64, 32]}
 TRAINING = {"rounds": 1, "local_epochs": 5, "batch_size": 20, "learning_rate": 0.1}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    clients, patients, repeats = (4, 12, 1) if args.tiny else (CLIENTS, PATIENTS, args.repeats)
     torch.set_num_threads(2)
-    xs, ys = make_data(CLIENTS, PATIENTS, FEATURES, seed=0)
-    patient = torch.arange(PATIENTS)
+    xs, ys = make_data(clients, patients, FEATURES, seed=0)
+    patient = torch.arange(patients)
     rows = {f"c{k}": Rows(x, y[:, 0], patient) for k, (x, y) in enumerate(zip(xs, ys, strict=True))}
     few = Rows(xs[0][:1], ys[0][:1, 0], patient[:1])
     plain = without_privacy(medfed.load_study("breast-cancer"), **TRAINING)._with(COMMON)
@@ -48,7 +50,7 @@ def main() -> None:
             "privacy.delta": 1e-6,
             "privacy.noise": "site",
             "privacy.scope": "run",
-            "privacy.sizes": dict.fromkeys(rows, PATIENTS),
+            "privacy.sizes": dict.fromkeys(rows, patients),
         }
     )
     federations = {
@@ -60,12 +62,14 @@ def main() -> None:
         "private, noise excluded": [],
         "private, release noise": [],
     }
-    for _ in range(args.repeats + 1):  # the first warms up
+    for _ in range(repeats + 1):  # the first warms up
         seconds["without privacy"].append(one(*federations["plain"]))
         with patch.object(dpsgd, "_noiser", lambda *_: lambda total_AP, members, t: total_AP):
             seconds["private, noise excluded"].append(one(*federations["private"]))
         seconds["private, release noise"].append(one(*federations["private"]))
-    report({name: found[1:] for name, found in seconds.items()})
+    results = report({name: found[1:] for name, found in seconds.items()})
+    if not args.tiny:
+        write_result("private-cohort", {"clients": clients, "patients": patients, "threads": 2, "rows": results})
 
 
 def one(plan: Any, fleet: Any) -> float:
@@ -75,7 +79,8 @@ def one(plan: Any, fleet: Any) -> float:
     return time.perf_counter() - began
 
 
-def report(seconds: dict[str, list[float]]) -> None:
+def report(seconds: dict[str, list[float]]) -> list[dict[str, object]]:
+    """Print the table; return its rows."""
     base = median(seconds["without privacy"])
     lines, results = [], []
     for name, found in seconds.items():
@@ -83,7 +88,7 @@ def report(seconds: dict[str, list[float]]) -> None:
         lines.append([name, f"{middle:.3f}", f"{min(found):.3f}-{max(found):.3f}", f"{middle / base:.2f}"])
         results.append({"what": name, "seconds": [round(s, 4) for s in found], "ratio": round(middle / base, 3)})
     print(table(["round", "median s", "range", "ratio"], lines))
-    write_result("private-cohort", {"clients": CLIENTS, "patients": PATIENTS, "threads": 2, "rows": results})
+    return results
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import statistics
 import subprocess
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import common
 import numpy as np
 import torch
-from common import table, write_result
+from common import absent, table, write_result
 
 from medfed.core.entropy import Entropy
 from medfed.privacy.guarantee import discrete_gaussian
@@ -67,31 +70,37 @@ def private_round(clients: int = 10, numbers: int = 200_000, rounds: int = 5) ->
     return [three(clients, numbers, number, chosen)[0] for number in range(rounds)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and keep."""
+    args = common.parser(__doc__).parse_args(argv)
+    shape, crowd, parties, repeats = (50, 1_000_000, 15), (1000, 100_000, 300), (10, 200_000, 5), (3, 5)
+    if args.tiny:
+        shape, crowd, parties, repeats = (8, 100, 2), (12, 100, 3), (10, 50, 1), (1, 1)
+        absent("ByzFL", "a tiny run installs nothing")
     torch.set_num_threads(THREADS)
-    result: dict[str, object] = {}
+    result: dict[str, Any] = {}
     lines = []
-    for clients, numbers, f in ((50, 1_000_000, 15),):
-        pairs = [(ours(clients, numbers, f), byzfl(clients, numbers, f)) for _ in range(3)]
-        for name in RULES:
-            mine = [a[name] for a, _ in pairs]
-            theirs = [b[name] for _, b in pairs]
-            ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-            lines.append([f"{name}, n={clients}, d={numbers:,}", f"{statistics.median(mine):.3f}"])
-            lines[-1] += [f"{statistics.median(theirs):.2f}", f"{ratio:.0f}"]
-            result[f"{name} | {clients} x {numbers}"] = {"ours": mine, "byzfl": theirs, "ratio": ratio}
-    many = [ours(1000, 100_000, 300) for _ in range(5)]
+    pairs = [(ours(*shape), {} if args.tiny else byzfl(*shape)) for _ in range(repeats[0])]
     for name in RULES:
-        lines.append([f"{name}, n=1,000, d=100,000", f"{statistics.median(one[name] for one in many):.2f}", "", ""])
-        result[f"{name} | 1000 x 100000"] = [one[name] for one in many]
+        mine, theirs = [a[name] for a, _ in pairs], [b[name] for _, b in pairs if b]
+        lines.append([f"{name}, n={shape[0]}, d={shape[1]:,}", f"{statistics.median(mine):.3f}", "-", "-"])
+        result[f"{name} | {shape[0]} x {shape[1]}"] = told = {"ours": mine, "byzfl": theirs}
+        if theirs:
+            ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+            lines[-1][2:] = [f"{statistics.median(theirs):.2f}", f"{ratio:.0f}"]
+            told["ratio"] = ratio
+    many = [ours(*crowd) for _ in range(repeats[1])]
+    for name in RULES:
+        middle = statistics.median(one[name] for one in many)
+        lines.append([f"{name}, n={crowd[0]:,}, d={crowd[1]:,}", f"{middle:.2f}", "", ""])
+        result[f"{name} | {crowd[0]} x {crowd[1]}"] = [one[name] for one in many]
     print(table(["rule", "ours s", "ByzFL s", "times"], lines))
-    rounds = private_round()
-    print(
-        f"three parties, n=10, M=200,000, noised Gram matrix and noised sum: {statistics.median(rounds):.2f} s (aim 2)"
-    )
+    rounds = private_round(*parties)
+    what = f"three parties, n={parties[0]}, M={parties[1]:,}, noised Gram matrix and noised sum"
+    print(f"{what}: {statistics.median(rounds):.2f} s (aim 2)")
     result["three-party, noised"] = rounds
-    write_result("robust-speed", result)
+    if not args.tiny:
+        write_result("robust-speed", result)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ CKKS by TenSEAL, in an environment of their own (benchmarks/.venvs/secure, made 
 breast-cancer study on 20 seeds in each way besides.
 """
 
-import argparse
 import json
 import resource
 import statistics
 import subprocess
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 from common import write_result
 
@@ -31,14 +32,18 @@ HERE = Path(__file__).parent
 PARTIES = ("first", "second", "third")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and keep."""
-    parser = argparse.ArgumentParser()
+    parser = common.parser(__doc__)
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--peers", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    shapes: list[tuple[int, int, int, float]] = [(10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)]
+    gram, masks = (10, 200_000, 5), (50, 200_000, 3)
+    if options.tiny:
+        shapes, gram, masks = [(5, 2000, 1, 0.5)], (5, 2000, 1), (10, 2000, 1)
     found: dict[str, object] = {}
-    for clients, numbers, times, aim in ((10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)):
+    for clients, numbers, times, aim in shapes:
         seconds, carried = zip(*(three(clients, numbers, n) for n in range(times)), strict=True)
         middle = statistics.median(seconds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -47,15 +52,22 @@ def main() -> None:
             f"upload {carried[0]:.3f} x, {peak:.2f} GiB"
         )
         found[f"three-party {clients} x {numbers}"] = {"seconds": seconds, "upload_ratio": carried[0], "peak_gib": peak}
-    grams = [three(10, 200_000, n, Selection(lambda gram_KK: np.full(len(gram_KK), 0.1)))[0] for n in range(5)]
-    print(f"three-party n=10 M=200,000, Gram matrix opened too: {statistics.median(grams):.2f} s (aim 1.5)")
-    found["three-party 10 x 200000, gram"] = {"seconds": grams}
-    client, unmask, ratio = zip(*(masked(50, 200_000) for _ in range(3)), strict=True)
+    clients, numbers, times = gram
+    chosen = Selection(lambda gram_KK: np.full(len(gram_KK), 1 / len(gram_KK)))
+    grams = [three(clients, numbers, n, chosen)[0] for n in range(times)]
+    print(f"three-party n={clients} M={numbers:,}, Gram matrix opened too: {statistics.median(grams):.2f} s (aim 1.5)")
+    found[f"three-party {clients} x {numbers}, gram"] = {"seconds": grams}
+    clients, numbers, times = masks
+    client, unmask, ratio = zip(*(masked(clients, numbers) for _ in range(times)), strict=True)
     print(
-        f"masked n=50 M=200,000: client {1e3 * statistics.median(client):.0f} ms (aim 50), "
+        f"masked n={clients} M={numbers:,}: client {1e3 * statistics.median(client):.0f} ms (aim 50), "
         f"unmask {statistics.median(unmask):.2f} s (aim 1), upload {ratio[0]:.3f} x"
     )
-    found["masked 50 x 200000"] = {"client_seconds": client, "unmask_seconds": unmask, "upload_ratio": ratio[0]}
+    found[f"masked {clients} x {numbers}"] = {
+        "client_seconds": client,
+        "unmask_seconds": unmask,
+        "upload_ratio": ratio[0],
+    }
     if options.peers:
         found["peers"] = peer = peers()
         for what, ours in (("client", client), ("unmask", unmask)):
@@ -68,7 +80,8 @@ def main() -> None:
         )
     if options.accuracy:
         found["accuracy"] = accuracy()
-    write_result("secure", found)
+    if not options.tiny:
+        write_result("secure", found)
 
 
 def rows_of(names: list[str], numbers: int) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ from a line's writing to its arrival at each viewer, and of a plain request mean
 events, its pages made and opened in headless Chromium.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -18,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import httpx
 
 from medfed.monitor import dashboards
@@ -106,13 +107,15 @@ def million(folder: Path) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--viewers", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
+    if asked.tiny:
+        asked.viewers, asked.seconds = 2, 0.5
     found: dict[str, object] = {"viewers": asked.viewers, "sites": len(SITES), "machine": platform.machine()}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -132,7 +135,7 @@ def main() -> None:
             found["million"] = million(folder / "long")
     text = json.dumps(found, indent=1)
     print(text)
-    if asked.out:
+    if asked.out and not asked.tiny:
         asked.out.write_text(text + "\n")
 
 

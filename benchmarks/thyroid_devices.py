@@ -9,7 +9,6 @@ They are fewer, so there the noise is scaled down until its ratio to the signal 
 draws test devices, first weights and groups anew; noise is release-grade. MEDFED_DATA names the data folder.
 """
 
-import argparse
 import dataclasses
 import math
 import tempfile
@@ -18,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import pandas as pd
 import torch
@@ -33,6 +33,7 @@ from medfed.privacy.guarantee import Guarantee, resolve
 from medfed.study import from_tables
 from medfed.wire import JointNoise
 
+NEEDS = ("data",)
 DEVELOPMENT, KEY = 0.25, 20261123
 Settings = tuple[str, float, float]
 """Algorithm, learning rate, share of the rounds whose models are averaged."""
@@ -70,15 +71,18 @@ CHOSEN: dict[str, Settings] = {
 """What --choose found best by AUROC, with 3 seeds."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--choose", action="store_true", help="choose settings on the development devices")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="one kind of noise")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        development, measured, ratio = fleets(Path(folder))
+        development, measured, ratio = fleets(Path(folder), 30 if args.tiny else 1)
+        if args.tiny:
+            measure(measured.set("training.rounds", 3), ["none", "correlated"], range(2), keep=False)
+            return
         kinds = [kind for kind in KINDS if args.only in ("", kind)]
         if args.choose:
             choose(development, ratio, kinds, range(100, 100 + args.seeds))
@@ -89,10 +93,13 @@ def main() -> None:
 # The two fleets -----------------------------------------------------------------------------------------------------
 
 
-def fleets(folder: Path) -> tuple[Study, Study, float]:
-    """Return the study on the development devices, on all others, and how many there are for each other."""
+def fleets(folder: Path, every: int = 1) -> tuple[Study, Study, float]:
+    """Return the study on the development devices, on all others, and how many there are for each other.
+
+    `every`: only each so manieth record.
+    """
     source, study = SOURCES["thyroid"], medfed.load_study("thyroid-devices")
-    frame = source.load(None, False)
+    frame = source.load(None, False)[::every]
     aside = frame["record"].map(lambda record: patient_fraction(KEY, record) < DEVELOPMENT)
     known = {**dataclasses.asdict(source.data), "preprocess": "dictionary", "test_is_public": True}
 
@@ -138,7 +145,7 @@ def choose(study: Study, ratio: float, kinds: Sequence[str], seeds: Sequence[int
 # Measuring ----------------------------------------------------------------------------------------------------------
 
 
-def measure(study: Study, kinds: Sequence[str], seeds: Sequence[int]) -> None:
+def measure(study: Study, kinds: Sequence[str], seeds: Sequence[int], keep: bool = True) -> None:
     """Print and write accuracy and AUROC of each kind of noise, and how far sums of noise wander."""
     found = {kind: figures(asked(study, kind, CHOSEN[kind]), seeds) for kind in kinds}
     wander = prefix_sums(study)
@@ -160,7 +167,8 @@ def measure(study: Study, kinds: Sequence[str], seeds: Sequence[int]) -> None:
         )  # fmt: skip
     print(table(["noise", "algorithm", "lr", "accuracy", "sd", "auroc", "sd"], rows))
     print(", ".join(f"{name} {value:.3f}" for name, value in wander.items()))
-    write_result("thyroid-devices", {"epsilon": 1.0, "delta": 1e-6, "seeds": len(seeds), "rows": results} | wander)
+    if keep:
+        write_result("thyroid-devices", {"epsilon": 1.0, "delta": 1e-6, "seeds": len(seeds), "rows": results} | wander)
 
 
 def prefix_sums(study: Study, draws: int = 5) -> dict[str, float]:

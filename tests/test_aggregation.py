@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import medfed
-from medfed import cli, runs
+from medfed import cli, runs, site
 from medfed.core import codec
-from medfed.core.checks import AbortError, QuorumError, naming, reasons
+from medfed.core.checks import AbortError, DataError, QuorumError, SiteError, naming, reasons
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Reply
 from medfed.monitor import events
@@ -159,6 +159,11 @@ def test_reasons_are_grouped_and_a_site_named_in_its_own_reason_is_named_once() 
     assert "and 980 more: late" in many and len(many) < 400
 
 
+def test_a_reason_that_a_thousand_share_comes_with_their_number() -> None:
+    many = reasons({f"c{n}": "the coordinator has not signed its model" for n in range(1000)} | {"d": "late"}, most=3)
+    assert many == "1,000 sites, c0, c1, c2 and 997 more: the coordinator has not signed its model; d: late"
+
+
 def test_naming_keeps_the_kind_of_error_and_says_nothing_twice() -> None:
     with pytest.raises(AbortError) as stopped, naming({"a": "late", "b": "silent"}), naming({"c": "false"}):
         raise AbortError("the round ends. b: silent", {"b": "silent"})
@@ -174,3 +179,15 @@ def test_the_summary_of_an_unfinished_run_gives_no_reason() -> None:
     assert summarise([])["reason"] is None
     ended = events.RunFinished("incomplete", 1, 1.0, "2 came")
     assert summarise([ended])["reason"] == "2 came"
+
+
+@pytest.mark.parametrize("op", ["prepare", "survey"])
+def test_what_every_site_answers_before_the_first_round_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    def refused(sites: Any, *_: Any) -> list[Any]:
+        return [SiteError(f"site {one.name!r}: its disk is full") for one in sites]
+
+    monkeypatch.setitem(site.OPS, op, refused)
+    with pytest.raises(DataError, match=r"^east, north, south: the site: its disk is full$"):
+        medfed.simulate(_study(tmp_path, "plain"))

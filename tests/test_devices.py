@@ -28,7 +28,7 @@ from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
 from medfed.site import Site, handle_many
 from medfed.study import Study
-from tests.tables import PRIVATE, invented, write_study
+from tests.tables import PRIVATE, invented, plain, write_study
 
 ROUNDS, GROUPS = 7, 3
 DEVICES = {
@@ -96,6 +96,20 @@ def test_who_joins_renames_nobody_and_moves_nobody_to_another_group(hospitals: S
     }
     for number in range(1, GROUPS + 1):
         assert set(fewer.on_turn(number)) == set(plan.on_turn(number)) & set(others)
+
+
+@pytest.mark.parametrize("kind", ["hospitals", "devices"])
+def test_a_group_that_nobody_falls_into_is_refused_before_anything_starts(hospitals: Study, kind: str) -> None:
+    few = plain(hospitals)._with({"fleet.schedule": "cyclic", "fleet.groups": 40})
+    study = few if kind == "hospitals" else hospitals._with(DEVICES | {"fleet.groups": 2000})
+    with pytest.raises(
+        PlanError, match=r"nobody falls into group .*Set fleet.groups=\d+, or schedule='random'"
+    ) as told:
+        medfed.simulate(study)
+    fits = int(str(told.value).split("Set fleet.groups=")[1].split(",")[0])
+    assert 1 <= fits <= 1000
+    plan, _ = fleet_of(study.set("fleet.groups", fits))
+    assert all(plan.on_turn(number) for number in range(1, fits + 1))
 
 
 def test_devices_are_encoded_as_one_as_each_by_itself(hospitals: Study) -> None:

@@ -29,6 +29,7 @@ from medfed.compliance import trail
 from medfed.core import codec, entropy
 from medfed.core.checks import MedfedError
 from medfed.data import preprocess, sources, tables
+from medfed.data.tables import Frames
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.prepare import prepare
@@ -344,12 +345,12 @@ def test_a_site_without_anybody_to_test_is_tested_all_the_same(tmp_path: Path) -
 
 def _first_appearance(study: Any, *rest: Any) -> Any:
     found, data = REAL_FRAMES(study, *rest)
-    return dict(sorted(found.items(), key=lambda item: min(item[1].index, default=0))), data
+    return Frames.of(dict(sorted(found.items(), key=lambda item: min(item[1].index, default=0)))), data
 
 
 def _sites_that_have_rows(study: Any, *rest: Any) -> Any:
     found, data = REAL_FRAMES(study, *rest)
-    return {name: frame for name, frame in found.items() if (frame["part"] == "train").any()}, data
+    return Frames.of({name: frame for name, frame in found.items() if (frame["part"] == "train").any()}), data
 
 
 def _counted(table: Any, data: Any, declared: int, test: int) -> Any:
@@ -375,7 +376,7 @@ def test_a_planted_leak_is_seen(tmp_path: Path, fixed: pytest.MonkeyPatch, leak:
     place, name, planted, patient = LEAKS[leak]
     fixed.setattr(place, name, planted)
     if leak == "columns by their cells":
-        fixed.setattr(tables._Column, "is_text", lambda self: bool(self.not_number.any()))
+        fixed.setattr(tables._Column, "is_text", lambda self: self.frames.count(self.not_number) > 0)
     whole = released(tmp_path / "s", lines(), {}, fixed)
     assert differences(whole, released(tmp_path / "s", lines(patient), {}, fixed))
 

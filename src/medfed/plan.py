@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
 from medfed.core import toml
-from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, StudyError, closest, nearest, some
+from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, StudyError, closest, nearest, some, those
 from medfed.core.flat import vector
 from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
@@ -204,13 +204,14 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     taken = probed(study, encoding, model)
     parameters = models.count(model)
     trainers = tuple(name for name in names if sizes[name]["train"])
+    pooled = study.training.algorithm == "pooled"
+    _check_groups(study, (POOLED,) if pooled else trainers)
     guarantee = None
     if guarantees.asked(study):
         guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
     joint = guarantee is not None and guarantee.joint
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
-    pooled = study.training.algorithm == "pooled"
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
     return Plan(
@@ -228,6 +229,20 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
         path=taken.path,
     )
+
+
+def _check_groups(study: Study, clients: Sequence[str]) -> None:
+    """Refuse groups of which one is empty: in its turn a round would have no client."""
+    fleet, streams = study.fleet, Streams(study.study.seed)
+    if fleet.schedule != "cyclic" or not clients:
+        return
+    if nobody := selection.empty_groups(clients, fleet.groups, streams):
+        fits = selection.most_groups(clients, fleet.groups, streams)
+        raise PlanError(
+            f"fleet.groups={fleet.groups} and {len(clients)} sites do not compose: nobody falls into group "
+            f"{some(nobody)}, so in its turn a round has no client; a site's group follows from its name. Set "
+            f"fleet.groups={fits}, or schedule='random'."
+        )
 
 
 def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:
@@ -667,21 +682,34 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
-    found += _strange_values(surveys, study)
+    return [*found, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
+
+
+def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:
+    """Tell what sites lack; what many lack alike is told once."""
+    said: dict[str, list[str]] = {}
     for name, survey in surveys.items():
         if survey["test"] == 0:
-            found.append(f"site {name!r} has no test patient; its own figures are null")
+            said.setdefault("has no test patient; its own figures are null", []).append(name)
         if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:
             label = next(iter(survey["train_labels"]))
-            found.append(f"site {name!r} trains on one class only ({label!r}); its own model cannot tell classes apart")
+            what = f"trains on one class only ({label!r}); its own model cannot tell classes apart"
+            said.setdefault(what, []).append(name)
         absent = [
             c.name for c in encoding.columns if survey["missing"].get(c.name, 0) == survey["train"] + survey["test"]
         ]
         if absent:
-            found.append(
-                f"site {name!r} has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
-            )
+            what = f"has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
+            said.setdefault(what, []).append(name)
+    found = []
+    for what, names in said.items():
+        few = len(names) <= _FEW
+        found += [f"site {name!r} {what}" for name in names] if few else [f"each of {those(names)} {what}"]
     return found
+
+
+_FEW = 5
+"""Sites that are told of one by one."""
 
 
 def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medfed import rates
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, some
+from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -36,8 +36,10 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
 
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         payload = codec.encode({"question": question, **header}, tensors)
-        answers = _ask_all(counted, sites, "answer", payload)
-        return torch.stack([tensors["answer"] for _, tensors in answers.values()]).sum(0)
+        answers = _replies(counted, sites, "answer", payload)
+        if alike := codec.decode_alike(list(answers.values())):
+            return alike[1]["answer"].sum(0)
+        return torch.stack([codec.decode(answer)[1]["answer"] for answer in answers.values()]).sum(0)
 
     encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
     plan = make(study, surveys, encoding)
@@ -91,7 +93,7 @@ def rehearse(plan: Plan, fleet: Fleet) -> None:
 def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
     """Have every site enrol its patients in its ledger and see that the whole plan fits their budget.
 
-    Raises BudgetError or LedgerError with the first site's reason; nothing has been charged then.
+    Raises BudgetError with the sites' reasons; nothing has been charged then.
     """
     if plan.guarantee and not plan.guarantee.simulation_only:
         _ask_all(fleet, plan.participants, "enrol", codec.encode({"run": run, "fresh": fresh}), BudgetError)
@@ -100,9 +102,26 @@ def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
 def _ask_all(
     fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Ask every site and decode its answer; raise `refusal` with the first site's reason where one cannot."""
+    """Ask every site and decode its answer; see `_replies`."""
+    answers = _replies(fleet, sites, op, payload, refusal)
+    known = {answer: codec.decode(answer) for answer in set(answers.values())}  # thousands may say the same
+    return {name: known[answer] for name, answer in answers.items()}
+
+
+def _replies(
+    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
+) -> dict[str, bytes]:
+    """Ask every site; raise `refusal` where some cannot answer, a reason that they share once."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
-    for name, reply in replies.items():
-        if reply.error:
-            raise refusal(f"site {name!r}: {reply.error}")
-    return {name: codec.decode(reply.payload) for name, reply in replies.items()}
+    if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
+        raise refusal(_told(failed))
+    return {name: reply.payload for name, reply in replies.items()}
+
+
+def _told(failed: Mapping[str, str]) -> str:
+    """Say which sites cannot, and why: one by its own words, several that share a reason together."""
+    parts = []
+    for reason, names in sharing(failed).items():
+        alone = f"site {names[0]!r}: {failed[names[0]]}"
+        parts.append(alone if len(names) == 1 else f"{those(names)}: {reason}")
+    return some(parts, 5) if len(parts) > 5 else "; ".join(parts)

@@ -27,6 +27,7 @@ from medfed.monitor import metrics, noised
 from medfed.monitor.events import Compared, Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
 from medfed.monitor.metrics import Scored, Scores
 from medfed.monitor.noised import Noised
+from medfed.monitor.per_site import measure_each
 from medfed.plan import Plan, build_model
 from medfed.privacy import guarantee
 from medfed.privacy.budget import Budget
@@ -218,7 +219,7 @@ def test(
     union, per_site = _noised_scores(answers, asked["edges"].numpy(), plan) if private else _scores(answers, task)
     if study.sites.kind == "device":  # one record each: only the union means something
         per_site = {}
-    figures = {name: one.measure(decision.threshold, intervals) for name, one in per_site.items()}
+    figures = measure_each(per_site, decision.threshold, intervals)
     tested = Tested(
         round=server.round,
         model=model,

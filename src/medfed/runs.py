@@ -49,11 +49,11 @@ from medfed.core.checks import (
     some,
 )
 from medfed.core.flat import Layout, fill, trained
-from medfed.core.refusals import Refusal, refuse
+from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
-from medfed.data.tables import clean, numbered
+from medfed.data.tables import Frames, clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.foretell import foretell
@@ -308,18 +308,9 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     return sites
 
 
-def _opened(frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None) -> list[Site]:
+def _opened(frames: Frames, study: Study, folder: Path | None) -> list[Site]:
     """Return a node for each site's records, or device; raise what is wrong with the records of all sites at once."""
-    if study.sites.kind == "device":
-        return Site.devices(frames, study, folder)
-    sites, unclean = list[Site](), list[Refusal]()
-    for name, frame in frames.items():
-        try:
-            sites.append(Site.open(name, frame, study, folder))
-        except MedfedError as error:
-            unclean += list(error.refusals) or [Refusal(error)]
-    refuse(unclean)
-    return sites
+    return (Site.devices if study.sites.kind == "device" else Site.open_all)(frames, study, folder)
 
 
 def _identified(study: Study, folder: Path | None) -> Study:

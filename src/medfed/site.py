@@ -28,10 +28,11 @@ from medfed.core.streams import Streams
 from medfed.data import preprocess
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
-from medfed.data.tables import SiteTable, clean
+from medfed.data.tables import Frames, SiteTable, clean_all
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
-from medfed.monitor.metrics import Scores, squared_error
+from medfed.monitor.metrics import squared_error
+from medfed.monitor.per_site import scores_each
 from medfed.plan import (
     POOLED,
     algorithm_name,
@@ -84,11 +85,17 @@ class Site:
     @classmethod
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
-        table = clean(name, frame, study.data, Streams(study.study.seed), private=guarantee.asked(study))
-        return cls(name, table, study, folder)
+        (site,) = cls.open_all(Frames.one(name, frame), study, folder)
+        return site
 
     @classmethod
-    def devices(cls, frames: Mapping[str, pd.DataFrame], study: Study, folder: Path | None = None) -> "list[Site]":
+    def open_all(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
+        """Return the nodes of several sites of this process, each as `open` returns it."""
+        tables = clean_all(frames, study.data, Streams(study.study.seed), guarantee.asked(study))
+        return [cls(name, table, study, folder) for name, table in zip(frames, tables, strict=True)]
+
+    @classmethod
+    def devices(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
         """Return a node for every patient of every site: a fleet of devices.
 
         A device's name, which decides its turn, is the site's and a keyed hash of who the patient is: a number in order
@@ -96,8 +103,8 @@ class Site:
         """
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         nodes: list[Site] = []
-        for site, frame in frames.items():
-            tables = clean(site, frame, study.data, streams, private).by_patient()
+        for site, together in zip(frames, clean_all(frames, study.data, streams, private), strict=True):
+            tables = together.by_patient()
             named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in tables}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes
@@ -201,6 +208,11 @@ def _foreign(site: Site, op: str, error: Exception) -> SiteError:
     return SiteError(f"op {op!r} failed at site {site.name!r}: {kind} ({where}){place}; what it says is in its own log")
 
 
+def _done(sites: Sequence[Site]) -> list[Answer]:
+    """Return the answer of sites that have nothing to tell."""
+    return [codec.encode({})] * len(sites)
+
+
 def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     return [codec.encode({"survey": _told(site)}) for site in sites]
 
@@ -220,12 +232,9 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
         raise SiteError(
             "a question about records has no answer under a privacy claim; use data.preprocess='dictionary'"
         )
-    ask, names, logs = dict(tensors), header["names"], header["logs"]
-    replies: list[Answer] = []
-    for site in sites:
-        value = preprocess.answer(_table(site), header["question"], names, logs, ask)
-        replies.append(codec.encode({}, {"answer": value}))
-    return replies
+    tables, names, logs = [_table(site) for site in sites], header["names"], header["logs"]
+    answer_K = preprocess.answer_each(tables, header["question"], names, logs, dict(tensors))
+    return list(codec.encode_each({}, "answer", answer_K))
 
 
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -258,7 +267,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         if site.name in site.liars.names:
             site.train = site.liars.taught(site.name, site.train, encoding)
     if not rates.left_open(sites[0].study):
-        return [codec.encode({}) for _ in sites]
+        return _done(sites)
     batch = sites[0].study.training.batch_size
     return [codec.encode({"bend": rates.bend(site.train.x, batch)}) for site in sites]
 
@@ -283,16 +292,18 @@ def _unasked(*_: object) -> Tensor:
 
 
 def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
-    """Encode all records of each table, gaps filled from its training records; a public encoding fills from nobody.
-
-    So then all tables are encoded as one: a fleet of devices has thousands.
-    """
-    if not encoding.public:
+    """Encode all records of each table, gaps filled from its own training records; many small tables in one go."""
+    if not encoding.public and sum(map(len, tables)) > _SMALL * len(tables):
         return [encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables]
     every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
-    rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test)
+    site_N = np.repeat(np.arange(len(tables)), sizes)
+    rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test, site_N)
     parts = zip(torch.split(rows.x, sizes), torch.split(rows.y, sizes), tables, strict=True)
     return [Rows(x, y, torch.from_numpy(table.patient)) for x, y, table in parts]
+
+
+_SMALL = 1000
+"""Rows of a table on average, up to which tables are laid end to end before they are encoded."""
 
 
 def _patient_keys(site: Site, table: SiteTable) -> Tensor:
@@ -307,7 +318,7 @@ def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
     if account and promised:
         rosters = {site.name: _training_ids(_table(site)) for site in sites}
         account.enrol(header["run"], rosters, promised, header["fresh"])
-    return [codec.encode({}) for _ in sites]
+    return _done(sites)
 
 
 def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -322,7 +333,7 @@ def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
         raise SiteError("a rehearsal was asked for before the plan; the coordinator must prepare the site first")
     with torch.random.fork_rng(devices=[]):  # a module that draws must not move what comes later
         _play(_double(first, promised), promised)
-    return [codec.encode({}) for _ in sites]
+    return _done(sites)
 
 
 def _double(site: Site, promised: Guarantee) -> Site:
@@ -589,7 +600,7 @@ def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     """Remember what the last work left: its row has counted."""
     for site in sites:
         site.memory, site.pending = site.pending or site.memory, {}
-    return [codec.encode({}) for _ in sites]
+    return _done(sites)
 
 
 def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -600,18 +611,24 @@ def _evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
     personal = ALGORITHMS[first.study.training.algorithm].personal
     target = first.encoding.target
     if personal:
-        z = [outputs(site.model, tensors["w"] + site.memory["offset"], site.test.x) for site in sites]
+        z = torch.cat([outputs(site.model, tensors["w"] + site.memory["offset"], site.test.x) for site in sites])
     else:
-        x = torch.cat([site.test.x for site in sites])
-        z = list(torch.split(outputs(first.model, tensors["w"], x), [len(site.test) for site in sites]))
-    replies: list[Answer] = []
-    for site, z_NC in zip(sites, z, strict=True):
-        if not torch.isfinite(z_NC).all():
-            replies.append(SiteError("the model's outputs are not finite"))
-            continue
-        scores = Scores.of(target.task, z_NC, site.test.y, target.scale)
-        replies.append(codec.encode({}, scores.tensors()))
-    return replies
+        z = outputs(first.model, tensors["w"], torch.cat([site.test.x for site in sites]))
+    y, sizes = torch.cat([site.test.y for site in sites]), [len(site.test) for site in sites]
+    strange = _strange(z, sizes)
+    scores = scores_each(target.task, z.nan_to_num(0.0, 0.0, 0.0), y, sizes, target.scale)
+    return [
+        SiteError("the model's outputs are not finite") if bad else codec.encode({}, one.tensors())
+        for bad, one in zip(strange, scores, strict=True)
+    ]
+
+
+def _strange(z_NC: Tensor, sizes: Sequence[int]) -> list[bool]:
+    """Say at which sites an output is no finite number; site k owns the next sizes[k] rows."""
+    site_N = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    bad_N = ~torch.isfinite(z_NC).all(-1)
+    found: list[bool] = (torch.bincount(site_N[bad_N], minlength=len(sizes)) > 0).tolist()
+    return found
 
 
 def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -715,7 +732,7 @@ def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         files.write(_memory_file(folder, header["round"]), codec.encode({"sites": names}, stacks))
         for old in sorted(folder.glob("memory-*.safetensors"))[: -header["keep"]]:
             old.unlink()
-    return [codec.encode({}) for _ in sites]
+    return _done(sites)
 
 
 def _restore(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -723,7 +740,7 @@ def _restore(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     if header["round"] == 0:
         for site in sites:
             site.forget()
-        return [codec.encode({}) for _ in sites]
+        return _done(sites)
     for folder, members in _by_folder(sites).items():
         path = _memory_file(folder, header["round"])
         if not path.exists():
@@ -732,7 +749,7 @@ def _restore(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         for site in members:
             row = kept["sites"].index(site.name)
             site.memory = {name: stack[row].clone() for name, stack in stacks.items()}
-    return [codec.encode({}) for _ in sites]
+    return _done(sites)
 
 
 OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Answer]]] = {

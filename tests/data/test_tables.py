@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medfed.core.checks import DataError, PlanError
+from medfed.core.checks import DataError, MedfedError, PlanError
+from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data.tables import SiteTable, canonical, clean, feature_names, numbered, read
+from medfed.data.tables import Frames, SiteTable, canonical, clean, clean_all, feature_names, numbered, read
 from medfed.study import Data, Feature
 
 DATA = Data(target="y")
@@ -390,3 +391,105 @@ def test_patients_in_several_spellings_are_counted_for_the_site_alone(caplog: py
     exact = clean("St. Mary", numbered(pd.DataFrame(columns)), replace(data, identity="exact"), Streams(1))
     assert (exact.spellings, len(exact.ids)) == (1, 4)
     assert "taken as several people each" in caplog.text
+
+
+# many sites as one ---------------------------------------------------------------------------------------------------
+
+CELLS = {
+    "a": ["1", "2.5", "1.0", " 3", "", "?", "-7", "1e9"],
+    "b": ["1", "2", "red", "blue", ""],
+    "c": ["x", "y", "z", "w", ""],
+    "d": ["2020-01-01", "2021-05-05", "u"],
+}
+IDS = ["1", "01", "1.0", "p", "P", " q", "r", "", "?"]
+MANY = {
+    "plain": (Data(target="y", patient="id"), False),
+    "no column of patients": (Data(target="y", features=("a", "b", "c"), missing_values=("", "?")), False),
+    "exact, stratified": (Data(target="y", patient="id", identity="exact", split="stratified"), False),
+    "marked": (Data(target="y", patient="id", test="set", missing_patient="own"), False),
+    "no gap": (Data(target="y", features=("a",), on_missing="refuse"), False),
+    "a number": (Data(target="a", task="regression", features=("b",)), False),
+    "private": (
+        Data(
+            target="y",
+            patient="id",
+            features=("a", "b", "c"),
+            missing_patient="own",
+            missing_values=("", "?"),
+            dictionary={
+                "a": Feature(range=(0.0, 10.0)),
+                "b": Feature(range=(0.0, 5.0)),
+                "c": Feature(categories=("x", "y")),
+                "y": Feature(categories=("0", "1")),
+            },
+        ),
+        True,
+    ),
+}
+MANY["private, marked"] = (replace(MANY["private"][0], test="set"), True)
+
+
+def _sites(random: np.random.Generator, clean_cells: bool) -> Frames:
+    """Return up to six sites of up to eight rows; with `clean_cells` most of them can be cleaned."""
+    n, sites = int(random.integers(1, 30)), int(random.integers(1, 7))
+    cells = {name: values[: 4 if clean_cells else None] for name, values in CELLS.items()}
+    columns: dict[str, Any] = {name: random.choice(values, n) for name, values in cells.items() if name != "d"}
+    columns["d"] = random.choice(CELLS["d"][2:] if clean_cells else CELLS["d"], n)
+    columns["id"] = random.choice(IDS[:7] if clean_cells else IDS, n)
+    columns["set"] = random.choice(["test", "train", "0"], n) if not clean_cells else np.repeat("train", n)
+    columns["y"] = random.choice(["0", "1"] if clean_cells else ["0", "1", "2", ""], n, p=None)
+    names = [f"s{k}" for k in range(sites)]
+    return Frames.split(numbered(pd.DataFrame(columns)), random.choice(names, n), names)
+
+
+def _told(table: SiteTable) -> dict[str, Any]:
+    """Return a table in what compares by value."""
+    columns = {name: values.tolist() for name, values in (table.numbers | table.texts).items()}
+    rows = [table.label, table.patient, table.test, table.ids, table.taking_part()]
+    kinds = (sorted(table.numbers), sorted(table.texts), [values.dtype for values in rows])
+    return {"columns": str(columns), "rows": str([values.tolist() for values in rows]), "kinds": kinds,
+            "found": (table.found, table.spellings, table.left_out is None)}  # fmt: skip
+
+
+@pytest.mark.parametrize("clean_cells", [True, False])
+@pytest.mark.parametrize("case", MANY)
+def test_sites_are_cleaned_together_as_each_alone(
+    case: str, clean_cells: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plain twin: a site after the other; what is wrong with any of them is told together."""
+    data, private = MANY[case]
+    ended = set()
+    for seed in range(6):
+        frames = _sites(np.random.default_rng(seed), clean_cells)
+        caplog.clear()
+        alone: Any = []
+        unclean: list[Refusal] = []
+        for site, frame in frames.items():
+            try:
+                alone.append(_told(clean(site, frame, data, Streams(1), private)))
+            except MedfedError as error:
+                unclean += list(error.refusals) or [Refusal(error)]
+        try:
+            refuse(unclean)
+        except MedfedError as error:
+            alone = (type(error), str(error))
+        said = sorted(record.getMessage() for record in caplog.records)
+        caplog.clear()
+        together: Any = []
+        try:
+            together = [_told(table) for table in clean_all(frames, data, Streams(1), private)]
+        except MedfedError as error:
+            together = (type(error), str(error))
+        assert together == alone, seed
+        if not isinstance(alone, tuple):
+            assert sorted(record.getMessage() for record in caplog.records) == said
+        ended.add(type(alone))
+    assert list in ended or not clean_cells
+
+
+def test_the_first_of_many_sites_that_cannot_be_cleaned_is_named_with_its_rows() -> None:
+    frame = numbered(pd.DataFrame({"a": ["1"] * 4000, "y": ["0", "1"] * 2000}))
+    frame.loc[[2500, 2501, 3900], "a"] = "oops"
+    names = [f"clinic {k:04d}" for k in range(1000)]
+    with pytest.raises(DataError, match=r"site 'clinic 0624', column 'a': text in a numeric column, row 2500, 2501\."):
+        clean_all(Frames.split(frame, np.repeat(names, 4), names), DATA, Streams(1))

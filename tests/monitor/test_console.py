@@ -85,8 +85,9 @@ def test_names_are_shown_as_they_are(name: str, terminal: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quiet_listener_tells_what_went_wrong_and_no_more(name: str) -> None:
     console = Console(file=io.StringIO(), width=200)
+    listener = Warnings(console)
     for event in _run(name, 1):
-        Warnings(console)(event)
+        listener(event)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().splitlines() == [
         f"warning: careful with {name}",
@@ -129,3 +130,35 @@ def test_many_sites_are_counted_not_listed() -> None:
             object.__setattr__(event, "site_n", dict.fromkeys(sizes, 1))
     assert "and 22 more" in _shown(events)
     assert "18 more sites in summary.json" in _table(summarise(events))
+
+
+def _without(sites: int) -> list[Event]:
+    """Return a run whose only round ends with as many sites left out as drawn, one of them for a reason of its own."""
+    lost: list[Event] = [SiteExcluded(1, f"c{n}", f"site 'c{n}': its disk is full") for n in range(sites)]
+    return [RunStarted("s", "HRESCH", "d", 7, 1, {}, {}), *lost, SiteExcluded(1, "d", "late")]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_reason_that_many_sites_share_is_told_once_with_their_number(quiet: bool) -> None:
+    ended = RunFinished("incomplete", 0, 1.0, "too few")
+    console = Console(file=io.StringIO(), width=200)
+    listener = Warnings(console) if quiet else Progressing(console)
+    for event in [*_without(1000), ended]:
+        listener(event)
+    assert isinstance(console.file, io.StringIO)
+    told = [text for text in console.file.getvalue().splitlines() if "without" in text]
+    assert told == [
+        "round 1: without 1,000 sites, c0, c1, c2, c3, c4 and 995 more: the site: its disk is full",
+        "round 1: without d: late",
+    ]
+
+
+def test_the_summary_tells_an_equal_reason_once_and_every_site_by_itself() -> None:
+    found = summarise([*_without(1000), SiteExcluded(2, "d", "late"), SiteExcluded(2, "d", "not tested: late")])
+    assert len(found["excluded"]) == 1003
+    assert found["left_out"] == [
+        {"round": 1, "reason": "the site: its disk is full", "sites": 1000, "first": ["c0", "c1", "c2", "c3", "c4"]},
+        {"round": 1, "reason": "late", "sites": 1, "first": ["d"]},
+        {"round": 2, "reason": "late", "sites": 1, "first": ["d"]},
+        {"round": 2, "reason": "not tested: late", "sites": 1, "first": ["d"]},
+    ]

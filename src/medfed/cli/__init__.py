@@ -97,6 +97,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     from medfed.core.checks import RunError
     from medfed.monitor import console as view
     from medfed.monitor import events, summary
+    from medfed.monitor.lines import together
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -118,8 +119,8 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(line, highlight=False, markup=False)
     if found["reason"]:
         console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
-    for item in found["excluded"]:
-        console.print(f"round {item['round']}: without {item['site']}: {item['reason']}", highlight=False, markup=False)
+    for one in together([events.SiteExcluded(**item) for item in found["excluded"]]):
+        console.print(f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False)
 
 
 @app.command()

@@ -21,7 +21,7 @@ MedfedError
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,13 +126,32 @@ def some(items: Iterable[object], most: int = 5) -> str:
     return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
 
 
+_FEW = 5
+"""So many names need no count beside them."""
+
+
 def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
     """Say why whom, those who share a reason together: "north, south: late; east: its row is not finite"."""
-    sharing: dict[str, list[str]] = {}
+    return "; ".join(f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items())
+
+
+def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return the reasons, each with those who share it; a site's own name in its reason makes no other reason."""
+    found: dict[str, list[str]] = {}
     for name, reason in excluded.items():
-        alike = str(reason).replace(f" at site {name!r}", "").replace(f"site {name!r}", "the site")
-        sharing.setdefault(alike, []).append(name)
-    return "; ".join(f"{some(names, most)}: {reason}" for reason, names in sharing.items())
+        found.setdefault(unnamed(name, reason), []).append(name)
+    return found
+
+
+def unnamed(name: str, reason: object) -> str:
+    """Return a reason without the name of the site that it is told of."""
+    return str(reason).replace(f" at site {name!r}", "").replace(f"site {name!r}", "the site")
+
+
+def those(names: Sequence[str], most: int = 5) -> str:
+    """Name sites, with their number where they are many: "1,000 sites, c0, c1, c2, c3, c4 and 995 more"."""
+    count = f"{len(names):,} sites, " if len(names) > _FEW else ""
+    return count + some(names, most)
 
 
 @contextmanager

@@ -28,6 +28,38 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = Non
     return safetensors.numpy.save(arrays, metadata={"header": text})
 
 
+def encode_each(header: Mapping[str, Any], name: str, tensor_K: Tensor) -> list[bytes]:
+    """Return what `encode` makes of one header and each row of a tensor [K, ...], called `name`; K messages at once."""
+    if not len(tensor_K):
+        return []
+    rows = np.asarray(tensor_K.numpy(), order="C")
+    first = encode(header, {name: tensor_K[0]})
+    prefix = first[: len(first) - rows[0].nbytes]
+    return [prefix + row.tobytes() for row in rows]
+
+
+def decode_alike(payloads: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Unpack messages that differ in their numbers alone: the header they share, and each tensor stacked, [K, ...].
+
+    None where they differ in more. Raises CodecError as `decode` does.
+    """
+    if not payloads:
+        return None
+    first = payloads[0]
+    start = 8 + int.from_bytes(first[:8], "little")
+    if any(len(one) != len(first) or one[:start] != first[:start] for one in payloads):
+        return None
+    header, tensors = decode(first)
+    body_KB = np.frombuffer(b"".join(one[start:] for one in payloads), np.uint8).reshape(len(payloads), -1)
+    told = json.loads(first[8:start])
+    stacked = {}
+    for name, tensor in tensors.items():
+        begin, end = told[name]["data_offsets"]
+        own_KB = np.array(body_KB[:, begin:end], order="C")
+        stacked[name] = torch.from_numpy(own_KB).view(tensor.dtype).reshape(len(payloads), *tensor.shape)
+    return header, stacked
+
+
 def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Unpack what `encode` packed; the tensors share no memory with anything else.
 

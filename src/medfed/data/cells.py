@@ -7,6 +7,7 @@ import numpy as np
 _FAR = 1e3  # times as far from the median as any other value of the column
 _FAR_OF_FEW = 1e12  # where fewer than _FEW others differ from the median
 _FEW = 5
+_SMALL = 64  # rows of a site on average, up to which many sites are taken as one
 
 
 def hold(values: np.ndarray, ends: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -44,3 +45,43 @@ def far(values: np.ndarray) -> np.ndarray:
         if steps[i] / steps[i - 1] >= least:
             first = steps[i]
     return np.asarray(distance >= first)
+
+
+def far_all(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return `far` of each site's values [n]: site k owns values ends[k] .. ends[k+1] - 1.
+
+    Only where two neighbouring distances lie 1,000 times apart can anything be far; many small sites are looked
+    through for that in one go.
+    """
+    found = np.zeros(len(values), dtype=bool)
+    sites = len(ends) - 1
+    for k in range(sites) if len(values) > _SMALL * sites else _gaps(values, ends):
+        own = slice(ends[k], ends[k + 1])
+        found[own] = far(values[own])
+    return found
+
+
+def _gaps(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the sites [K'] of whose distances from the median, its own from zero among them, two lie far apart."""
+    sites = len(ends) - 1
+    known = np.isfinite(values)
+    every_N = np.repeat(np.arange(sites), np.diff(ends))
+    site_N = every_N[known]
+    size_K = np.bincount(site_N, minlength=sites)
+    if not len(site_N):
+        return np.unique(every_N[np.isinf(values)])
+    ordered = values[known][np.lexsort((values[known], site_N))]
+    start_K = np.cumsum(size_K) - size_K
+    low, high = start_K + (size_K - 1) // 2, start_K + size_K // 2
+    last = len(ordered) - 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        median_K = (ordered[np.minimum(low, last)] + ordered[np.minimum(high, last)]) / 2
+        distance_N = np.abs(values[known] - median_K[site_N])
+        every = np.concatenate([distance_N, np.abs(median_K)])
+        owner = np.concatenate([site_N, np.arange(sites)])
+        every[every <= 1e-7 * np.abs(median_K)[owner]] = 0  # a little less than `far` takes for rounding
+        order = np.lexsort((every, owner))
+        every, owner = every[order], owner[order]
+        gap = (every[1:] >= 0.999 * _FAR * every[:-1]) & (every[:-1] > 0) & (owner[1:] == owner[:-1])
+    wild = ~np.isfinite(every[1:]) & (owner[1:] == owner[:-1])
+    return np.unique(np.concatenate([owner[1:][gap | wild], every_N[np.isinf(values)]]))

@@ -18,25 +18,40 @@ logger = logging.getLogger(__name__)
 OWN = "\x1d"  # begins the name of a row that names no patient and counts as one of its own
 
 
-def is_test(patient: pd.Series, label: pd.Series | None, fraction: float, streams: Streams, exact: bool) -> pd.Series:
+def is_test(
+    patient: pd.Series,
+    label: pd.Series | None,
+    fraction: float,
+    streams: Streams,
+    exact: bool,
+    site: np.ndarray | None = None,
+) -> pd.Series:
     """Say for each row whether its patient is held out for testing.
 
     Plain: a patient is held out where its keyed hash lies below `fraction`, whatever anybody else does. Every class
     has the same chance, so class shares agree in expectation. `exact`: within each class (of a patient's first
-    record) the patients of lowest hash are held out, as many as `fraction` of them rounded up, at least one kept.
+    record) the patients of lowest hash are held out, as many as `fraction` of them rounded up, at least one kept; of
+    several sites (`site` [rows]), within each class of each.
     """
     key = streams.key("split")
-    ids = pd.Index(patient.unique())
-    fractions = pd.Series([patient_fraction(key, name) for name in ids], index=ids)
-    if exact:
-        first = pd.Series(0, index=ids) if label is None else label.groupby(patient.to_numpy(), sort=False).first()
-        rank = fractions.groupby(first.reindex(ids).astype(str)).rank(method="first")
-        size = first.reindex(ids).astype(str).map(first.astype(str).value_counts())
-        held = np.minimum(np.ceil(size * fraction - 1e-9), size - 1)
-        chosen = rank <= held
-    else:
-        chosen = fractions < fraction
-    return pd.Series(patient.map(chosen).to_numpy(dtype=bool), index=patient.index)
+    who_N, names = pd.factorize(patient)
+    fraction_I = np.array([patient_fraction(key, name) for name in names], dtype=np.float64)
+    if not exact:
+        return pd.Series((fraction_I < fraction)[who_N], index=patient.index)
+
+    place_N = np.zeros(len(patient), dtype=np.int64) if site is None else site
+    one_N, ones = pd.factorize(place_N * max(1, len(names)) + who_N)  # one patient of one site
+    first = np.flatnonzero(~pd.Series(one_N).duplicated())
+    kind = np.zeros(len(patient), dtype=np.int64) if label is None else pd.factorize(label.astype(str))[0]
+    class_I = pd.factorize(place_N[first] * (int(kind.max(initial=0)) + 1) + kind[first])[0]
+    fraction_I = fraction_I[who_N[first]]
+
+    order = np.lexsort((fraction_I, class_I))
+    size = np.bincount(class_I)
+    rank_I = np.empty(len(ones), dtype=np.int64)
+    rank_I[order] = np.arange(len(ones)) - (np.cumsum(size) - size)[class_I[order]] + 1
+    held = np.minimum(np.ceil(size * fraction - 1e-9), size - 1)
+    return pd.Series((rank_I <= held[class_I])[one_N], index=patient.index)
 
 
 def site_of(patient: pd.Series, names: Sequence[str], shares: Sequence[float], streams: Streams) -> pd.Series:
@@ -56,14 +71,16 @@ def patients(
     missing_values: Sequence[str] = (),
     missing_patient: Literal["refuse", "own"] = "refuse",
     claimed: bool = False,
+    site: np.ndarray | None = None,
 ) -> pd.Series:
     """Name the patient of each row: by a column, under the identity rule, or by the row's content without one.
 
     A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises DataError; where a
-    guarantee is `claimed`, it does not say which rows: `medfed data show`, at the site, does.
+    guarantee is `claimed`, it does not say which rows: `medfed data show`, at the site, does. Of several sites (`site`
+    [rows]) each counts its rows of equal content by itself.
     """
     if not column:
-        return row_patients(frame)
+        return row_patients(frame, site)
     text = id_texts(frame[column], f"column {column!r}")
     names = {one: patient_ids.named(one, identity) for one in text.unique()}
     absent = patient_ids.nobodies(missing_values)
@@ -81,7 +98,7 @@ def patients(
             raise DataError(f"{where} some rows; at the site `medfed data show` says which. {action}.")
         raise DataError(f"{where} {rows}. {action}, or set data.missing_patient='own': each row is its own patient.")
     if nobody.any():
-        named[nobody] = (OWN + row_patients(frame[nobody])).to_numpy()
+        named[nobody] = (OWN + row_patients(frame[nobody], None if site is None else site[nobody])).to_numpy()
     return named
 
 
@@ -124,17 +141,28 @@ def _id_text(value: object, where: str, largest: float) -> str:
 
 def spellings(column: pd.Series) -> int:
     """Return how many patients are written in more than one way: texts that differ and are one in canonical form."""
-    text = pd.Series(id_texts(column, "").unique())
-    name = text.map(lambda one: patient_ids.named(one, "canonical"))
-    absent = patient_ids.nobodies(())
-    return int((name[~name.isin(absent)].value_counts() > 1).sum())
+    return int(spelled(column, np.zeros(len(column), dtype=np.int64), 1)[0])
 
 
-def row_patients(frame: pd.DataFrame) -> pd.Series:
+def spelled(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarray:
+    """Return how many patients of each site are written in more than one way, int64 [K]."""
+    code_N, texts = pd.factorize(id_texts(column, ""))
+    name = pd.Series([patient_ids.named(one, "canonical") for one in texts], dtype=object)
+    absent = name.isin(patient_ids.nobodies(())).to_numpy(dtype=bool)
+    name_I, names = pd.factorize(name)
+    pairs = np.unique(site_N * max(1, len(texts)) + code_N)  # one text of one site
+    place, text = pairs // max(1, len(texts)), pairs % max(1, len(texts))
+    place, text = place[~absent[text]], text[~absent[text]]
+    people, written = np.unique(place * max(1, len(names)) + name_I[text], return_counts=True)
+    return np.bincount(people[written > 1] // max(1, len(names)), minlength=sites)
+
+
+def row_patients(frame: pd.DataFrame, site: np.ndarray | None = None) -> pd.Series:
     """Name the patient of each row where no column does: by the row's content, so that row order means nothing.
 
-    Rows of equal content are told apart by their order among themselves.
+    Rows of equal content are told apart by their order among themselves; of several sites (`site` [rows]), in each.
     """
     text = frame.astype(str).mask(frame.isna(), "").to_numpy()
     content = pd.Series(["\x1f".join(row) for row in text], index=frame.index, dtype=object)
-    return content + "\x1e" + content.groupby(content).cumcount().astype(str)
+    alike = content.groupby(content if site is None else [site, content.to_numpy()])
+    return content + "\x1e" + alike.cumcount().astype(str)

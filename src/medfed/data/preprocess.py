@@ -115,14 +115,16 @@ class Encoding:
         target = Target(**{**value["target"], "labels": tuple(value["target"]["labels"])})
         return cls(columns, target, value["public"])
 
-    def encode(self, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray) -> Rows:
+    def encode(self, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray, site: np.ndarray | None = None) -> Rows:
         """Encode the rows marked in `rows`; what is missing is filled from those marked in `fit_rows`.
 
         A number is filled with the median of the site's own encoded training values, a category with the share of each
         category among them; a feature that the whole site lacks with zero, the centre of all sites. A public encoding
-        fills every gap with a constant, so that no patient moves another's row.
+        fills every gap with a constant, so that no patient moves another's row. A table of several sites says which
+        owns each row (`site` [rows], ascending).
         """
-        blocks = [self._block(column, table, rows, fit_rows) for column in self.columns]
+        site_N = np.zeros(len(table), dtype=np.int64) if site is None else site
+        blocks = [self._block(column, table, rows, fit_rows, site_N) for column in self.columns]
         x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
         large = np.flatnonzero((np.abs(x) > np.finfo(np.float32).max).any(0))
         if len(large):
@@ -134,18 +136,21 @@ class Encoding:
             torch.from_numpy(x.astype(np.float32)), self._labels(table, rows), torch.from_numpy(table.patient[rows])
         )
 
-    def _block(self, column: Column, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray) -> np.ndarray:
+    def _block(
+        self, column: Column, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray, site_N: np.ndarray
+    ) -> np.ndarray:
         if column.kind == "number":
             values = _encode_number(column, table.numbers.get(column.name, np.full(len(table), np.nan)))[:, None]
         else:
             values = _encode_category(column, table.texts.get(column.name, np.full(len(table), None)))
         missing = np.isnan(values[:, 0])
-        known = values[fit_rows & ~missing]
-        if len(known) and not self.public:
-            fill = np.median(known, 0) if column.kind == "number" else known.mean(0)
-        else:
-            fill = np.full(values.shape[1], column.fill)
-        filled: np.ndarray = np.where(missing[:, None], fill, values)
+        sites, known = int(site_N[-1]) + 1 if len(site_N) else 1, fit_rows & ~missing
+        fill_K = np.full((sites, values.shape[1]), column.fill)
+        if known.any() and missing.any() and not self.public:
+            centre = _medians if column.kind == "number" else _means
+            of, found = centre(values[known], site_N[known])
+            fill_K[of] = found
+        filled: np.ndarray = np.where(missing[:, None], fill_K[site_N], values)
         if column.indicator:
             filled = np.concatenate([filled, missing[:, None]], 1)
         chosen: np.ndarray = filled[rows]
@@ -164,6 +169,22 @@ class Encoding:
             )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
         return codes.float() if self.target.task == "binary" else codes
+
+
+def _medians(values: np.ndarray, site_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sites that have values [n, 1], and the median of each [K, 1]."""
+    of, size_K = np.unique(site_N, return_counts=True)
+    if len(of) == 1:
+        return of, np.median(values, 0)[None]
+    ordered = values[np.lexsort((values[:, 0], site_N))]
+    start_K = np.cumsum(size_K) - size_K
+    return of, (ordered[start_K + (size_K - 1) // 2] + ordered[start_K + size_K // 2]) / 2
+
+
+def _means(values: np.ndarray, site_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sites that have values [n, C], zeros and ones, and the mean of each [K, C]."""
+    of, first, size_K = np.unique(site_N, return_index=True, return_counts=True)
+    return of, np.add.reduceat(values, first, 0) / size_K[:, None]
 
 
 def survey(table: SiteTable, data: Data) -> dict[str, Any]:
@@ -241,14 +262,47 @@ def answer(
     raise DataError(f"question={question!r} is not known; run the same medfed everywhere")
 
 
+def answer_each(
+    tables: Sequence[SiteTable], question: str, names: Sequence[str], logs: dict[str, float], ask: dict[str, Tensor]
+) -> Tensor:
+    """Return `answer` of each table, [K, ...]. Counts of many sites come from one pass over all values of a feature."""
+    if question not in ("known", "below") or len(tables) == 1:
+        return torch.stack([answer(table, question, names, logs, ask) for table in tables])
+    train_N = ~np.concatenate([table.test for table in tables])
+    every_N = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    counts_F = []
+    for place, name in enumerate(names):
+        columns = [table.label if name == "" else table.numbers.get(name) for table in tables]
+        gaps = [np.full(len(t), np.nan) if c is None else c for t, c in zip(tables, columns, strict=True)]
+        column_N = np.concatenate(gaps).astype(np.float64)
+        known_N = train_N & ~np.isnan(column_N)
+        values, site_N = _logged(column_N[known_N], name, logs), every_N[known_N]
+        if question == "known":
+            counts_F.append(np.bincount(site_N, minlength=len(tables)))
+        else:
+            counts_F.append(_below(values, site_N, len(tables), ask["threshold"][place].numpy().view(np.uint64)))
+    return torch.from_numpy(np.stack(counts_F, 1).astype(np.int64))
+
+
+def _below(values: np.ndarray, site_N: np.ndarray, sites: int, threshold: np.ndarray) -> np.ndarray:
+    """Return how many of each site's values lie below each threshold [Q, 16], [K, Q, 16]."""
+    steps, back = np.unique(threshold.ravel(), return_inverse=True)
+    place_N = np.searchsorted(steps, _word(values), side="right")  # the first threshold that lies above the value
+    held = np.bincount(site_N * (len(steps) + 1) + place_N, minlength=sites * (len(steps) + 1))
+    below_KT = held.reshape(sites, -1)[:, :-1].cumsum(1)
+    found: np.ndarray = below_KT[:, back.ravel()].reshape(sites, *threshold.shape)
+    return found
+
+
 def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.ndarray:
     """Return the known training values of a feature or (by "") of the target, after the logarithm if it has one."""
     column = table.label if name == "" else table.numbers.get(name, np.zeros(0))
     values: np.ndarray = column[~table.test].astype(np.float64) if len(column) else column
-    values = values[~np.isnan(values)]
-    if name in logs:
-        values = np.log(np.maximum(values, logs[name]))
-    return values
+    return _logged(values[~np.isnan(values)], name, logs)
+
+
+def _logged(values: np.ndarray, name: str, logs: dict[str, float]) -> np.ndarray:
+    return np.log(np.maximum(values, logs[name])) if name in logs else values
 
 
 def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool = False) -> Encoding:

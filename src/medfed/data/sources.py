@@ -32,7 +32,7 @@ from medfed.core.checks import DataError, PlanError, StudyError, closest, neares
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data.partition import site_of
-from medfed.data.tables import header, named_patients, numbered, read
+from medfed.data.tables import Frames, header, named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -51,7 +51,7 @@ class Source:
 
 def frames(
     study: Study, folder: Path | None = None, progress: bool = False, private: bool = False
-) -> tuple[dict[str, pd.DataFrame], Data]:
+) -> tuple[Frames, Data]:
     """Return each site's frame, and the study's data table completed with what the source knows.
 
     Sites come in the order of their declared names (`sites.names`; `private`: `privacy.sizes`), else sorted: never in
@@ -75,7 +75,7 @@ def frames(
         names = study.sites.names
         named = named_patients(frame, data, private)
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
-    return {name: frame[(site == name).to_numpy()] for name in names}, data
+    return Frames.split(frame, site.to_numpy(dtype=object), names), data
 
 
 def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:

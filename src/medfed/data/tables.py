@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from medfed.core import toml
-from medfed.core.checks import DataError, PlanError, closest, nearest, some
+from medfed.core.checks import DataError, MedfedError, PlanError, closest, nearest, some
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data import cells, lines
-from medfed.data.partition import is_test, patients, spellings
+from medfed.data.partition import is_test, patients, spelled
 from medfed.study import Data, Feature, describe, described
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -76,14 +77,16 @@ class SiteTable:
         """Yield a table for each patient, in the order of `ids`."""
         order = np.argsort(self.patient, kind="stable")
         ends = np.searchsorted(self.patient[order], np.arange(len(self.ids) + 1))
+        columns = {name: values[order] for name, values in self.numbers.items()}
+        words = {name: values[order] for name, values in self.texts.items()}
+        label, test, taking_part = self.label[order], self.test[order], self.taking_part()[order]
         for code, (start, end) in enumerate(pairwise(ends.tolist())):
-            rows = order[start:end]
-            numbers = {name: values[rows] for name, values in self.numbers.items()}
-            texts = {name: values[rows] for name, values in self.texts.items()}
-            one = np.zeros(len(rows), dtype=np.int64)
-            left_out = None if self.left_out is None else self.left_out[rows]
-            ids = self.ids[code : code + 1]
-            yield SiteTable(numbers, texts, self.label[rows], one, self.test[rows], ids, left_out)
+            rows = slice(start, end)
+            numbers = {name: values[rows] for name, values in columns.items()}
+            texts = {name: values[rows] for name, values in words.items()}
+            one = np.zeros(end - start, dtype=np.int64)
+            left_out = None if self.left_out is None else ~taking_part[rows]
+            yield SiteTable(numbers, texts, label[rows], one, test[rows], self.ids[code : code + 1], left_out)
 
     @classmethod
     def joined(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
@@ -189,6 +192,70 @@ def numbered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
 
 
+@dataclass(frozen=True)
+class Frames(Mapping[str, pd.DataFrame]):
+    """Several sites' rows as one frame, end to end: site k owns rows ends[k] .. ends[k+1] - 1."""
+
+    frame: pd.DataFrame
+    names: tuple[str, ...]
+    ends: np.ndarray  # int64 [K + 1]
+
+    @classmethod
+    def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
+        """Give each row to the site that it names [rows], in the order of rows; one of no such site is left out."""
+        code_N = pd.Index(names).get_indexer(pd.Index(site))
+        order = np.argsort(code_N, kind="stable")
+        ends = np.searchsorted(code_N[order], np.arange(len(names) + 1))
+        kept = order[ends[0] :]
+        return cls(frame.take(kept), tuple(names), ends - ends[0])
+
+    @classmethod
+    def one(cls, site: str, frame: pd.DataFrame) -> "Frames":
+        """Return a site alone."""
+        return cls(frame, (site,), np.array([0, len(frame)]))
+
+    @classmethod
+    def of(cls, frames: Mapping[str, pd.DataFrame]) -> "Frames":
+        """Lay frames of the same columns end to end."""
+        sizes = [len(frame) for frame in frames.values()]
+        return cls(pd.concat(list(frames.values())), tuple(frames), np.cumsum([0, *sizes]))
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        k = self._places[name]
+        return self.frame.iloc[self.ends[k] : self.ends[k + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.names)}
+
+    @cached_property
+    def site_N(self) -> np.ndarray:
+        """Which site owns each row, int64 [rows]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.ends))
+
+    def part(self, first: int, last: int) -> "Frames":
+        """Return sites first .. last - 1."""
+        start, end = self.ends[first], self.ends[last]
+        return Frames(self.frame.iloc[start:end], self.names[first:last], self.ends[first : last + 1] - start)
+
+    def count(self, which_N: np.ndarray) -> np.ndarray:
+        """Return how many marked rows each site has, int64 [K]."""
+        return np.bincount(self.site_N[which_N], minlength=len(self))
+
+    def rows(self, which_N: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+        """Yield each site that has marked rows, and their numbers in the file."""
+        at = np.flatnonzero(which_N)
+        cuts = np.flatnonzero(np.diff(self.site_N[at])) + 1
+        for part in np.split(at, cuts) if len(at) else ():
+            yield int(self.site_N[part[0]]), self.frame.index[part].tolist()
+
+
 def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private: bool = False) -> SiteTable:
     """Clean the rows of one site; numbers are held to the ranges that the dictionary declares.
 
@@ -196,67 +263,150 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
     (with on_missing = "refuse") any missing feature; each names site, column and rows, and columns are told together.
     `private`: only for a missing column, and PlanError for those that the dictionary does not describe.
     """
-    names = feature_names(frame, data)
-    if frame.empty and not private:
-        raise DataError(f"site {site!r} has no row; give it patients (a larger share in sites.shares) or leave it out")
-    numbers: dict[str, np.ndarray] = {}
-    texts: dict[str, np.ndarray] = {}
-    outside: dict[str, list[int]] = {}
-    far: dict[str, list[int]] = {}
-    unclean: list[Refusal] = []
+    return clean_all(Frames.one(site, frame), data, streams, private)[0]
+
+
+def clean_all(frames: Frames, data: Data, streams: Streams, private: bool = False) -> list[SiteTable]:
+    """Clean the rows of several sites in one go: to each the table, or the error, that `clean` gives for it alone.
+
+    Where something is wrong the sites are halved until it is one site's, named in its error; all of them are told.
+    """
+    notes: list[tuple[object, ...]] = []
+    names = feature_names(frames.frame, data)
     if private:
         _check_described(names, data)
+    try:
+        tables = _cleaned(frames, data, streams, private, notes)
+    except MedfedError:
+        if (half := len(frames) // 2) == 0:
+            _log(notes)
+            raise
+        tables, unclean = [], []
+        for part in (frames.part(0, half), frames.part(half, len(frames))):
+            try:
+                tables += clean_all(part, data, streams, private)
+            except MedfedError as error:
+                unclean += list(error.refusals) or [Refusal(error)]
+        refuse(unclean)
+        return tables
+    _log(notes)
+    return tables
 
+
+def _log(notes: Sequence[tuple[object, ...]]) -> None:
+    for text, *words in notes:
+        logger.warning(text, *words)
+
+
+Notes = list[tuple[object, ...]]
+"""What goes into the sites' own log once they are cleaned: a text and its words."""
+
+
+def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes: Notes) -> list[SiteTable]:
+    frame, site_N = frames.frame, frames.site_N
+    names = feature_names(frame, data)
+    empty = [name for name, size in zip(frames, np.diff(frames.ends), strict=True) if size == 0]
+    if empty and not private:
+        raise DataError(
+            f"site {empty[0]!r} has no row; give it patients (a larger share in sites.shares) or leave it out"
+        )
+    numbers: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values of all rows, and for which sites they count [K]
+    texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    outside: list[dict[str, list[int]]] = [{} for _ in frames]
+    far: list[dict[str, list[int]]] = [{} for _ in frames]
+
+    unclean: list[Refusal] = []
     for name in names:
-        where, feature = f"site {site!r}, column {name!r}", data.dictionary.get(name, Feature())
+        feature = data.dictionary.get(name, Feature())
         try:
-            column = _Column(where, frame[name], feature, data.missing_values, private)
+            column = _Column(frames, name, feature, data.missing_values, notes, private)
             if data.on_missing == "refuse" and column.missing.any() and not private:
                 raise DataError(
-                    f"{where}: missing in row {column.rows(column.missing)}; fill them in or set "
+                    f"{column.where}: missing in row {column.rows(column.missing)}; fill them in or set "
                     "data.on_missing='impute'"
                 )
-            if column.is_text():
-                texts[name] = column.text()
+            text_K = column.is_text()
+            if text_K.any():
+                texts[name] = column.text(text_K[site_N]), text_K
+            if text_K.all():
                 continue
-            numbers[name], beyond = cells.hold(column.number(), feature.range)
+            held, beyond = cells.hold(column.number(~text_K[site_N]), feature.range)
         except DataError as error:
             unclean.append(Refusal(error))
             continue
-        outside[name] = frame.index[beyond].tolist()
-        far[name] = [] if feature.range else frame.index[cells.far(numbers[name])].tolist()
+        numbers[name] = held, ~text_K
+        for k, rows in frames.rows(beyond & ~text_K[site_N]):
+            outside[k][name] = rows
+        if not feature.range:
+            for k, rows in frames.rows(cells.far_all(held, frames.ends) & ~text_K[site_N]):
+                far[k][name] = rows
     refuse(unclean)
 
-    label, left_out = _declared_label(site, frame, data) if private else (_label(site, frame, data), None)
+    left_out: np.ndarray | None = None
+    if private:
+        label, left_out = _declared_label(frames, data, notes)
+    else:
+        label = _label(frames, data)
     if data.task == "regression":
         held, beyond = cells.hold(label, data.dictionary.get(data.target, Feature()).range)
-        outside[data.target] = frame.index[beyond].tolist()
+        for k, rows in frames.rows(beyond):
+            outside[k][data.target] = rows
         label = held if private else label  # without a claim a target is told of, never changed
 
-    patient = named_patients(frame, data, private)
-    written = spellings(frame[data.patient]) if data.patient else 0
-    if written:
-        taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
-        logger.warning("site %r: %d patients are written in more than one way, %s", site, written, taken)
+    patient = named_patients(frame, data, private, site_N)
+    written_K = spelled(frame[data.patient], site_N, len(frames)) if data.patient else np.zeros(len(frames), np.int64)
+    taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
+    for k in np.flatnonzero(written_K).tolist():
+        many = "site %r: %d patients are written in more than one way, %s"
+        notes.append((many, frames.names[k], written_K[k], taken))
     strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
-    codes, ids = pd.factorize(patient, sort=True)  # by name: the order of rows means nothing
-    codes = codes.astype(np.int64)
+    codes, ids, starts = _numbered_patients(patient, frames)
     if data.test:
-        held_out = _marked(site, frame, data, codes, private)
+        held_out = _marked(frames, data, codes + starts[site_N], private, notes)
     else:
-        held_out = is_test(patient, strata, data.test_fraction, streams, exact=data.split == "stratified").to_numpy()
-
-    found = Found({n: rows for n, rows in outside.items() if rows}, {n: rows for n, rows in far.items() if rows})
+        exact = data.split == "stratified"
+        held_out = is_test(patient, strata, data.test_fraction, streams, exact, site_N).to_numpy()
     if private:
-        for name, rows in found.outside.items():
-            logger.warning("site %r, column %r: held to its declared range in row %s", site, name, some(rows, 50))
-    return SiteTable(numbers, texts, label, codes, held_out, np.asarray(ids, dtype=object), left_out, found, written)
+        for k, found in enumerate(outside):
+            for name, rows in found.items():
+                held_to = "site %r, column %r: held to its declared range in row %s"
+                notes.append((held_to, frames.names[k], name, some(rows, 50)))
+
+    tables = []
+    for k, (start, end) in enumerate(pairwise(frames.ends.tolist())):
+        own = slice(start, end)
+        tables.append(
+            SiteTable(
+                numbers={name: values[own] for name, (values, of_K) in numbers.items() if of_K[k]},
+                texts={name: values[own] for name, (values, of_K) in texts.items() if of_K[k]},
+                label=label[own],
+                patient=codes[own],
+                test=held_out[own],
+                ids=ids[starts[k] : starts[k + 1]],
+                left_out=None if left_out is None else left_out[own],
+                found=Found(outside[k], far[k]),
+                spellings=int(written_K[k]),
+            )
+        )
+    return tables
 
 
-def named_patients(frame: pd.DataFrame, data: Data, private: bool) -> pd.Series:
+def _numbered_patients(patient: pd.Series, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each row's patient, numbered within its site; all sites' ids end to end; where each site's begin [K + 1].
+
+    Numbers are by name: the order of rows means nothing.
+    """
+    code_N, names = pd.factorize(patient, sort=True)
+    many = max(1, len(names))
+    pairs, place_N = np.unique(frames.site_N * many + code_N, return_inverse=True)
+    starts = np.searchsorted(pairs, np.arange(len(frames) + 1) * many)
+    return place_N - starts[frames.site_N], np.asarray(names, dtype=object)[pairs % many], starts
+
+
+def named_patients(frame: pd.DataFrame, data: Data, private: bool, site_N: np.ndarray | None = None) -> pd.Series:
     """Name the patient of each row as the study says; see `partition.patients`."""
     rule: Rule = "exact" if data.identity == "exact" else "canonical"
-    return patients(frame, data.patient, rule, data.missing_values, data.missing_patient, private)
+    return patients(frame, data.patient, rule, data.missing_values, data.missing_patient, private, site_N)
 
 
 def declared_labels(data: Data) -> tuple[str, ...]:
@@ -368,15 +518,22 @@ def canonical(values: pd.Series) -> pd.Series:
 
 
 class _Column:
-    """One feature column while it is being understood."""
+    """One feature column of several sites while it is being understood; an error is worded for the first of them."""
 
     def __init__(
-        self, where: str, values: pd.Series, feature: Feature, missing_values: Sequence[str], private: bool = False
+        self,
+        frames: Frames,
+        name: str,
+        feature: Feature,
+        missing_values: Sequence[str],
+        notes: Notes,
+        private: bool = False,
     ) -> None:
-        self.where, self.feature, self.private = where, feature, private
-        self.name = str(values.name)
+        values = frames.frame[name]
+        self.where = f"site {frames.names[0]!r}, column {name!r}"
+        self.frames, self.name, self.feature, self.notes, self.private = frames, name, feature, notes, private
         if pd.api.types.is_datetime64_any_dtype(values) and not private:
-            raise DataError(f"{where}: {_NO_DATES}")
+            raise DataError(f"{self.where}: {_NO_DATES}")
         self.texts = canonical(values)
         absent = {*missing_values, *feature.missing}
         self.missing = (values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
@@ -391,26 +548,29 @@ class _Column:
     def rows(self, which: np.ndarray) -> str:
         return some(self.texts.index[which])
 
-    def is_text(self) -> bool:
+    def is_text(self) -> np.ndarray:
+        """Return at which sites it is text [K]: where the dictionary says so, or most cells are no numbers."""
         if self.feature.categories or self.feature.range:
-            return bool(self.feature.categories)
-        return bool(self.not_number.sum() * 2 > (~self.missing).sum())
+            return np.full(len(self.frames), bool(self.feature.categories))
+        most_K: np.ndarray = self.frames.count(self.not_number) * 2 > self.frames.count(~self.missing)
+        return most_K
 
-    def number(self) -> np.ndarray:
-        infinite = np.isinf(self.numeric.to_numpy())
+    def number(self, asked: np.ndarray) -> np.ndarray:
+        """Return the column as numbers [rows]; only rows that are `asked` for must be."""
+        not_number, infinite = self.not_number & asked, np.isinf(self.numeric.to_numpy()) & asked
         if self.private:
-            self._tell("no finite number where one is declared", self.not_number | infinite)
+            self._tell("no finite number where one is declared", not_number | infinite)
             return self.numeric.mask(infinite).to_numpy(dtype=np.float64)
-        if self.not_number.any():
-            raise DataError(f"{self.where}: {self._no_numbers()}")
+        if not_number.any():
+            raise DataError(f"{self.where}: {self._no_numbers(not_number)}")
         if infinite.any():
             raise DataError(f"{self.where}: infinite value in row {self.rows(infinite)}; correct or empty the cell")
         return self.numeric.to_numpy(dtype=np.float64)
 
-    def _no_numbers(self) -> str:
+    def _no_numbers(self, which: np.ndarray) -> str:
         """Say what stands against a column of numbers that holds text, and the way out: most of it, or some cells."""
-        declared, rows = self.key("categories"), self.rows(self.not_number)
-        if self.feature.range and self.not_number.sum() * 2 > (~self.missing).sum():
+        declared, rows = self.key("categories"), self.rows(which)
+        if self.feature.range and which.sum() * 2 > (~self.missing).sum():
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
                 f"is text. Declare {declared} in place of the range."
@@ -426,46 +586,61 @@ class _Column:
 
     def _tell(self, what: str, which: np.ndarray) -> None:
         """Write into the site's own log what counts as missing."""
-        if which.any():
-            logger.warning(
-                "%s: %s, so it counts as missing, in row %s", self.where, what, some(self.texts.index[which], 50)
-            )
+        for k, rows in self.frames.rows(which):
+            text = "site %r, column %r: %s, so it counts as missing, in row %s"
+            self.notes.append((text, self.frames.names[k], self.name, what, some(rows, 50)))
 
-    def text(self) -> np.ndarray:
-        known, declared = self.texts[~self.missing], bool(self.feature.categories)
-        if not declared and known.str.fullmatch(_DATE).all():
-            raise DataError(f"{self.where}: {_NO_DATES}")
-        found = known.nunique()
-        if not declared and found > _MOST_CATEGORIES:
-            raise DataError(
-                f"{self.where}: {found} different texts look like free text or an identifier. Leave the column out of "
-                f"data.features, or declare {self.key('categories')}."
-            )
+    def text(self, asked: np.ndarray) -> np.ndarray:
+        """Return the column as texts [rows]; only rows that are `asked` for must be."""
+        known = asked & ~self.missing
+        if not self.feature.categories and known.any():
+            code_N, found = pd.factorize(self.texts.to_numpy(dtype=object))
+            dated_N = pd.Series(found, dtype=object).astype(str).str.fullmatch(_DATE).to_numpy(dtype=bool)[code_N]
+            of_K = self.frames.count(known)
+            if ((self.frames.count(known & dated_N) == of_K) & (of_K > 0)).any():
+                raise DataError(f"{self.where}: {_NO_DATES}")
+            most = int(_distinct(self.frames, code_N, known).max())
+            if most > _MOST_CATEGORIES:
+                raise DataError(
+                    f"{self.where}: {most} different texts look like free text or an identifier. Leave the column out "
+                    f"of data.features, or declare {self.key('categories')}."
+                )
         texts: np.ndarray = self.texts.to_numpy(dtype=object, copy=True)
         texts[self.missing] = None
         return texts
 
 
-def _label(site: str, frame: pd.DataFrame, data: Data) -> np.ndarray:
-    where, values = f"site {site!r}, target {data.target!r}", frame[data.target]
-    text = canonical(values)
+def _distinct(frames: Frames, code_N: np.ndarray, which_N: np.ndarray) -> np.ndarray:
+    """Return how many different codes each site's marked rows hold, [K]."""
+    many = int(code_N.max(initial=0)) + 1
+    pairs = np.unique(frames.site_N[which_N] * many + code_N[which_N])
+    distinct_K: np.ndarray = np.bincount(pairs // many, minlength=len(frames))
+    return distinct_K
+
+
+def _label(frames: Frames, data: Data) -> np.ndarray:
+    frame, values = frames.frame, frames.frame[data.target]
+    where, text = f"site {frames.names[0]!r}, target {data.target!r}", canonical(values)
     missing = (values.isna() | text.isin(data.missing_values)).to_numpy(dtype=bool)
     _refuse(where, "no value", missing, frame, "a target cannot be imputed; leave these rows out")
     if data.task != "regression":
-        if text.nunique() > _MOST_LABELS:
-            raise DataError(f"{where}: {text.nunique()} different values; for a number set data.task='regression'")
+        codes = pd.factorize(text)[0]
+        most = int(_distinct(frames, codes, ~missing).max(initial=0))
+        if most > _MOST_LABELS:
+            raise DataError(f"{where}: {most} different values; for a number set data.task='regression'")
         return text.to_numpy(dtype=object)
     number = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
     _refuse(where, "not a finite number", ~np.isfinite(number), frame, "data.task='regression' needs numbers")
     return number
 
 
-def _declared_label(site: str, frame: pd.DataFrame, data: Data) -> tuple[np.ndarray, np.ndarray]:
+def _declared_label(frames: Frames, data: Data, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels, and which records take no part as theirs is missing or not declared [rows].
 
     Such a record has some label all the same, which nobody reads.
     """
-    text, missing = canonical(frame[data.target]), frame[data.target].isna().to_numpy(dtype=bool)
+    values = frames.frame[data.target]
+    text, missing = canonical(values), values.isna().to_numpy(dtype=bool)
     label: np.ndarray
     if data.task == "regression":
         low, _ = declared_range(data)
@@ -476,29 +651,31 @@ def _declared_label(site: str, frame: pd.DataFrame, data: Data) -> tuple[np.ndar
         labels = declared_labels(data)
         left_out = missing | ~text.isin(labels).to_numpy(dtype=bool)
         label = text.mask(left_out, labels[0]).to_numpy(dtype=object)
-    if left_out.any():
+    for k, rows in frames.rows(left_out):
         what = "no declared label, so these records take no part"
-        logger.warning("site %r, target %r: %s: row %s", site, data.target, what, some(frame.index[left_out], 50))
+        notes.append(("site %r, target %r: %s: row %s", frames.names[k], data.target, what, some(rows, 50)))
     return label, left_out
 
 
-def _marked(site: str, frame: pd.DataFrame, data: Data, patient: np.ndarray, private: bool) -> np.ndarray:
-    """Return which rows the table itself marks as held out; a patient must be wholly on one side.
+def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, notes: Notes) -> np.ndarray:
+    """Return which rows the table itself marks as held out; a patient [rows] must be wholly on one side.
 
     `private`: who is not wholly held out is trained on, under the noise.
     """
-    where, text = f"site {site!r}, column {data.test!r}", canonical(frame[data.test]).str.lower()
+    frame, text = frames.frame, canonical(frames.frame[data.test]).str.lower()
     held = text.isin(("test", "1", "true", "yes")).to_numpy(dtype=bool)
     known = held | text.isin(("train", "0", "false", "no")).to_numpy(dtype=bool)
+    many = int(patient.max(initial=0)) + 1
+    sides = [np.bincount(patient[side], minlength=many) > 0 for side in (held, ~held)]
+    both: np.ndarray = (sides[0] & sides[1])[patient]
     if private:
-        both = np.isin(patient, np.intersect1d(patient[held], patient[~held]))
-        if (strange := ~known | (both & held)).any():
-            logger.warning(
-                "%s: trained on, as not held out by a clear mark: row %s", where, some(frame.index[strange], 50)
-            )
-        return held & ~both
+        for k, rows in frames.rows(~known | (both & held)):
+            text_ = "site %r, column %r: trained on, as not held out by a clear mark: row %s"
+            notes.append((text_, frames.names[k], data.test, some(rows, 50)))
+        alone: np.ndarray = held & ~both
+        return alone
+    where = f"site {frames.names[0]!r}, column {data.test!r}"
     _refuse(where, "neither test nor train", ~known, frame, "mark each row test or train (or 1/0, yes/no)")
-    both = np.isin(patient, np.intersect1d(patient[held], patient[~held]))
     _refuse(where, "a patient with rows on both sides", both, frame, "put all rows of a patient on one side")
     return held
 
@@ -513,9 +690,10 @@ def suggested(values: pd.Series, data: Data) -> dict[str, list[Any]]:
 
     A range is rounded outwards to two digits of its width. Nothing for a date, a free text or a column without a value.
     """
-    column = _Column("", values, Feature(), data.missing_values, private=True)
-    if not column.is_text():
-        known = column.number()
+    frames = Frames.one("", values.to_frame())
+    column = _Column(frames, str(values.name), Feature(), data.missing_values, notes=[], private=True)
+    if not column.is_text().any():
+        known = column.number(np.ones(len(values), dtype=bool))
         known = known[np.isfinite(known)]
         return {"range": _outwards(float(known.min()), float(known.max()))} if len(known) else {}
     texts = sorted(column.texts[~column.missing].unique())

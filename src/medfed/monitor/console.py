@@ -21,6 +21,7 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
+from medfed.monitor.lines import LeftOut
 
 _SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
 _TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}
@@ -35,6 +36,7 @@ class Progressing:
         self.console = console
         self.rounds, self.last_test = 0, ""
         self.untold: RoundFinished | None = None  # a round is told when its test is in, if it has one
+        self.left_out = LeftOut()
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
@@ -47,6 +49,9 @@ class Progressing:
         """Show one event."""
         if not isinstance(event, Tested | SiteExcluded):
             self._tell_round()
+        for one in self.left_out.before(event):
+            text = f"[red]round {one.round}: without {escape(one.site)}[/]: {escape(one.reason)}"
+            self.console.print(text, highlight=False)
         match event:
             case RunStarted():
                 self.rounds = event.rounds
@@ -60,9 +65,6 @@ class Progressing:
                 self.rounds = event.rounds
                 note = f" ({escape(event.note)})" if event.note else ""
                 self.console.print(f"resumed after round {event.round}{note}", highlight=False)
-            case SiteExcluded():
-                text = f"[red]round {event.round}: without {escape(event.site)}[/]: {escape(event.reason)}"
-                self.console.print(text, highlight=False)
             case RoundFinished():
                 self.untold = event
             case Tested() if self.untold:
@@ -171,19 +173,19 @@ class Warnings:
     """A listener that shows only what went wrong."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console, self.left_out = console, LeftOut()
 
     def __call__(self, event: Event) -> None:
-        """Show one event, if something is wrong with it."""
+        """Show one event, if something is wrong with it; sites left out before what comes next."""
+        for one in self.left_out.before(event):
+            self._print(f"round {one.round}: without {one.site}: {one.reason}")
         match event:
             case Warned():
-                text = f"warning: {event.text}"
-            case SiteExcluded():
-                text = f"round {event.round}: without {event.site}: {event.reason}"
+                self._print(f"warning: {event.text}")
             case RunFinished() if event.reason:
-                text = f"{event.status}: {event.reason}"
-            case _:
-                return
+                self._print(f"{event.status}: {event.reason}")
+
+    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from medfed.core import files
 from medfed.core.checks import PlanError
 from medfed.monitor import reports
 from medfed.monitor.events import Tested
+from medfed.monitor.lines import together
 from medfed.monitor.reports import COLOURS
 from medfed.monitor.story import LEVELS, SHOWN, Story, thinned
 
@@ -333,7 +334,7 @@ def _devices(story: Story) -> str:
         }
         body += _chart("Time at each site", "What local work took, by round.", times, "round")
     if story.excluded:
-        left = [[one.round, one.site, one.reason] for one in story.excluded[:SHOWN]]
+        left = [[one.round, one.site, one.reason] for one in together(story.excluded)[:SHOWN]]
         body += "<h2>Left out, and why</h2>" + _table(("round", "site", "reason"), left)
     return body + "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not measured yet.</p>"
 
@@ -430,7 +431,8 @@ def _security(story: Story) -> str:
         body += _table(("round", "site", "level", "action", "evidence"), lines)
     if story.excluded:
         body += "<h2>Rows that did not count</h2>"
-        body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in story.excluded[:SHOWN]])
+        left = together(story.excluded)[:SHOWN]
+        body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
     if story.taken_back:
         lines = [[o.round, _told(o.before), _told(o.after)] for o in story.taken_back]
         body += "<h2>Rounds taken back</h2>" + _table(("round", "loss before", "loss after"), lines)

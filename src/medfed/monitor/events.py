@@ -8,14 +8,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfed.core.checks import RunError
+from medfed.core.checks import RunError, unnamed
 from medfed.monitor.metrics import Figure
 
 SCHEMA = 1
@@ -208,6 +208,14 @@ class RunFinished(Event):
     spread: Sequence[Sequence[float]] = field(default_factory=list)
 
 
+def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
+    """Return by round and reason who was left out; a site's own name in its reason makes no other reason."""
+    found: dict[tuple[int, str], list[SiteExcluded]] = {}
+    for event in excluded:
+        found.setdefault((event.round, unnamed(event.site, event.reason)), []).append(event)
+    return found
+
+
 EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
@@ -302,9 +310,8 @@ def screened(event: Event) -> Event:
 def line(event: Event) -> str:
     """Return an event as one line of JSON."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps(
-        {"schema": SCHEMA, "event": _NAMES[type(event)], "time": now, **dataclasses.asdict(event)}, allow_nan=False
-    )
+    fields = {"schema": SCHEMA, "event": _NAMES[type(event)], "time": now, **vars(event)}
+    return json.dumps(fields, default=vars, allow_nan=False)  # figures, of which a test has thousands
 
 
 class Stamped(NamedTuple):

@@ -1,9 +1,11 @@
 """Events in words: for the log on the live page, for spans, and as lines for whatever collects logs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, TextIO
 
 import structlog
 
+from medfed.core.checks import those
 from medfed.monitor.events import (
     Compared,
     Event,
@@ -17,6 +19,7 @@ from medfed.monitor.events import (
     SiteExcluded,
     Tested,
     Warned,
+    alike,
     name_of,
 )
 
@@ -55,6 +58,36 @@ def sentence(event: Event, named: bool = True) -> str:
     return ""
 
 
+class LeftOut:
+    """Holds the sites that a round goes on without until something else happens: an equal reason is told once."""
+
+    def __init__(self) -> None:
+        self._held: list[SiteExcluded] = []
+
+    def before(self, event: Event) -> list[SiteExcluded]:
+        """Take in the next event; return what is to be told before it. One that is held is told later."""
+        if isinstance(event, SiteExcluded):
+            self._held.append(event)
+            return []
+        held, self._held = self._held, []
+        return together(held)
+
+
+def together(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
+    """Return the events, those of a round that share a reason as one whose site is all of them: "9 sites, a, ..."."""
+    found: list[SiteExcluded] = []
+    for (round, reason), events in alike(held).items():
+        if len(events) < _MANY:
+            found.extend(events)
+        else:
+            found.append(SiteExcluded(round, those([event.site for event in events]), reason))
+    return found
+
+
+_MANY = 3
+"""Sites that share a reason and are told together."""
+
+
 class Structured:
     """A listener that writes each event as one line of JSON or of key=value text, for whatever collects logs."""
 
@@ -66,12 +99,18 @@ class Structured:
             processors=[structlog.processors.add_log_level, stamp, last],
             wrapper_class=structlog.BoundLogger,
         )
-        self._named = True
+        self._named, self._left_out = True, LeftOut()
 
     def __call__(self, event: Event) -> None:
-        """Write one event: its kind, its round, and what it says in words."""
+        """Write one event: its kind, its round, and what it says in words; sites left out before what comes next."""
         if isinstance(event, Planned):
             self._named = not event.devices
+        for one in self._left_out.before(event):
+            self._write(one)
+        if not isinstance(event, SiteExcluded):
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
         if text := sentence(event, self._named):
             about = {"round": event.round} if hasattr(event, "round") else {}
             wrong = isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit)

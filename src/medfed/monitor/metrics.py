@@ -21,7 +21,7 @@ from torch import Tensor
 from medfed.core.types import Task
 
 _BINS_PER_LOGIT, _LIMIT = 128, 32
-_CONFIDENCE, _ECE_BINS = 0.95, 10
+_CONFIDENCE, ECE_BINS = 0.95, 10
 _Z = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2))
 
 CLASS_METRICS = ("accuracy", "auroc", "precision", "recall", "f1", "brier", "ece")
@@ -121,10 +121,10 @@ class Histogram:
 
     def reliability(self) -> np.ndarray:
         """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that holds records."""
-        inner = np.linspace(0, 1, _ECE_BINS + 1)[1:-1]
+        inner = np.linspace(0, 1, ECE_BINS + 1)[1:-1]
         place = np.searchsorted(inner, self.said)
         records = self.count.sum(1)
-        sums = [np.bincount(place, of, _ECE_BINS) for of in (records, records * self.said, self.count[:, 1])]
+        sums = [np.bincount(place, of, ECE_BINS) for of in (records, records * self.said, self.count[:, 1])]
         table = np.stack([of[sums[0] > 0] for of in sums], 1)
         return np.concatenate([table[:, :1], table[:, 1:] / table[:, :1]], 1)
 
@@ -190,8 +190,7 @@ class Scores:
             parts = [float(len(y)), error.abs().sum(), error.square().sum(), y.sum(), y.square().sum()]
             sums = torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
             return cls(task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums)
-        logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
-        bins = (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
+        bins = rounded(task, outputs)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
@@ -239,6 +238,12 @@ class Scores:
     def tensors(self) -> dict[str, Tensor]:
         """Return what goes over the wire."""
         return {"bins": self.bins, "label": self.label, "sums": self.sums}
+
+
+def rounded(task: Task, outputs: Tensor) -> Tensor:
+    """Return a classifier's outputs [N, C] as whole steps of a logit, int16."""
+    logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
+    return (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
 
 
 def names(task: Task) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from medfed.monitor.events import (
     SiteExcluded,
     Tested,
     Warned,
+    alike,
 )
 from medfed.monitor.metrics import Figure
 
@@ -144,6 +145,7 @@ class Tally:
             "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
             "participation": {site: took_part[site] for site in sites},
             "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
+            "left_out": left_out(self.excluded),
             "suspects": _suspects(self.audits),
             "bears": planned.bears if planned else None,
             "chosen": {key: dict(one) for key, one in planned.chosen.items()} if planned else {},
@@ -159,6 +161,14 @@ def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] |
     if planned is None or final is None or final.threshold is None:
         return None
     return {"positive": planned.positive, "threshold": final.threshold, "decided": final.decided}
+
+
+def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
+    """Return a round's equal reasons once: how many sites share each, and the first few of them."""
+    return [
+        {"round": round, "reason": reason, "sites": len(events), "first": [event.site for event in events[:5]]}
+        for (round, reason), events in alike(excluded).items()
+    ]
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
