@@ -245,7 +245,7 @@ def test_a_study_without_a_claim_is_told_at_once_too(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     for part in (
         "unknown key 'training.round'; did you mean 'rounds'?",
-        "training.learning_rate=-1.0; expected above 0",
+        "training.learning_rate=-1.0; expected 0 (chosen) or more",
         "unknown key 'data.targt'",
         "training.optimizer='addam'; expected one of",
         "training.algorithm='fedavgg' is unknown; did you mean 'fedavg'?",
