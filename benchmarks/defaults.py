@@ -10,18 +10,18 @@ quarter to four times the recipe's), which may look at the test figures: what tu
 AUROC, or R2 for numbers, over all test records. Public data, budget of the run alone.
 """
 
-import argparse
 import dataclasses
+import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from common import table, write_result
 from foreign import TEST, named
@@ -92,7 +92,7 @@ def score(study: Study) -> float:
 
 
 def rows(
-    name: str, tables: dict[str, Any], sizes: dict[str, int], epsilons: Sequence[float], seeds: int, hand: bool
+    name: str, tables: dict[str, Any], sizes: dict[str, int], epsilons: Sequence[float], seeds: int, hand: int
 ) -> dict[str, Any]:
     """Measure one table."""
     found = {e: [score(asked(tables, sizes, e, seed)) for seed in range(seeds)] for e in epsilons}
@@ -101,14 +101,14 @@ def rows(
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         row[f"{epsilon:g}"] = {"mean": round(statistics.mean(values), 4), "sd": round(spread, 4)}
     row["foretold"] = foretold(tables, sizes, [e for e in epsilons if math.isfinite(e)])
-    if hand:
+    if hand and sizes:  # devices declare no sizes
         base = recipe.settled(_completed(asked(tables, sizes, 1.0, 0)))
         rate, clip = base.training.learning_rate, base.privacy.clip
         chosen = {key: base.value(key) for key in base.chosen}
         best = []
         for by_rate, by_clip in HAND:
             changed = chosen | {"training.learning_rate": rate * by_rate, "privacy.clip": clip * by_clip}
-            tried = [asked(tables, sizes, 1.0, seed)._with(changed) for seed in range(seeds)]
+            tried = [asked(tables, sizes, 1.0, seed)._with(changed) for seed in range(hand)]
             best.append((statistics.mean(score(study) for study in tried), by_rate, by_clip))
         row["hand"] = dict(zip(("mean", "rate", "clip"), max(best), strict=True))
     return row
@@ -139,19 +139,19 @@ def _completed(study: Study) -> Study:
     return dataclasses.replace(study, data=sources.completed(study))
 
 
-def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    ask = common.parser(__doc__)
     ask.add_argument("--tables", default="", help="comma-separated names; default: all")
     ask.add_argument("--seeds", type=int, default=5)
-    ask.add_argument("--no-hand", action="store_true", help="leave out the hand-set steps")
-    ask.add_argument("--tiny", action="store_true", help="one small table, one seed, nothing written")
-    said = ask.parse_args()
+    ask.add_argument("--hand-seeds", type=int, default=2, help="seeds of the hand-set steps; 0 leaves them out")
+    ask.add_argument("--json", type=Path, help="write what was measured here, too")
+    said = ask.parse_args(argv)
     torch.set_num_threads(1)
     place = Path(os.environ["MEDFED_DATA"]) if os.environ.get("MEDFED_DATA") else None
-    epsilons, seeds, hand = EPSILONS, said.seeds, not said.no_hand
+    epsilons, seeds, hand = EPSILONS, said.seeds, said.hand_seeds
     wanted = [name for name in said.tables.split(",") if name]
     if said.tiny:
-        place, epsilons, seeds, hand, wanted = None, (math.inf, 1.0), 1, False, ["clinic-12"]
+        place, epsilons, seeds, hand, wanted = None, (math.inf, 1.0), 1, 0, ["clinic-12"]
     with tempfile.TemporaryDirectory() as folder:
         lines, results = [], []
         for name, make in studies(Path(folder), place).items():
@@ -165,6 +165,8 @@ def main() -> None:
     head = ["table", "patients", "sites", *("none" if math.isinf(e) else f"epsilon {e:g}" for e in epsilons)]
     print(table([*head, "best by hand at 1"], lines))
     print(compared(results, epsilons))
+    if said.json:
+        said.json.write_text(json.dumps(results, indent=1))
     if not said.tiny and not wanted:
         write_result("defaults", {"seeds": seeds, "rows": results})
 
@@ -176,4 +178,4 @@ def _cells(row: dict[str, Any], epsilons: Sequence[float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

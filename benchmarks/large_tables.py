@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
 from common import table, write_result
@@ -38,13 +40,12 @@ baselines = false
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small tables, to see that it runs; nothing is written")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, help="where tables are written; default: the system's temporary one")
     parser.add_argument("--kind", choices=["csv", "parquet"], default="csv")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         print(json.dumps(measured(args.child)))
         return

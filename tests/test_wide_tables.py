@@ -12,7 +12,7 @@ import pytest
 import medfed
 from medfed import runs, study
 from medfed.data.preprocess import ROBUST_CAP
-from medfed.study import Privacy
+from medfed.study import Fleet, Privacy
 from tests.wide_tables import intensive_care, laboratory, narrow_counts, write
 
 TABLES = {
@@ -63,7 +63,7 @@ BITS = {
 def test_encodings_of_the_bundled_studies_keep_their_bits(name: str) -> None:
     asked = replace(study.load(name), privacy=Privacy())
     if asked.sites.kind == "device":
-        asked = asked.set("sites.kind", "hospital")
+        asked = replace(asked.set("sites.kind", "hospital"), fleet=Fleet())
     prepared = runs.load_and_prepare_medical_data(asked)
     digest = hashlib.sha256()
     for part in (prepared.train, prepared.test):

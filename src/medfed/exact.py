@@ -250,7 +250,8 @@ def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
     alone = p.noise == "site"
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    probability = min(1.0, t.batch_size / size) if t.batch_size else 1.0
+    mean = sum(declared(study, each) for each in g.releases) / len(g.releases)  # under joint noise all draw alike
+    probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
     steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
     once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
     if p.correlated:
