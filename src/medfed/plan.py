@@ -678,11 +678,26 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
             f"training.algorithm={study.training.algorithm!r} is FedAvg here: privacy.noise="
             f"{guarantees.mode(study)!r} takes one step a round, where both are the same"
         )
+    if encoding.target.task == "binary" and _guessed(encoding.target.labels, study):
+        other, positive = encoding.target.labels
+        found.append(
+            f"data.positive is left open: {positive!r} counts as positive, as it follows {other!r} in the alphabet, "
+            "and precision, recall and F1 are of it. Write down which one is meant."
+        )
     if guarantees.asked(study) and study.privacy.simulation_only:
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
     return [*found, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
+
+
+NEGATIVE = ("nein", "non", "0", "no", "n", "false", "f", "negative", "neg", "alive", "benign", "control", "healthy")
+"""Texts that name the absence of what is looked for, whatever their case."""
+
+
+def _guessed(labels: Sequence[str], study: Study) -> bool:
+    """Say whether nobody has written down which label is positive, and the labels do not say it either."""
+    return study.left_open("data.positive") and not study.data.positive and labels[0].lower() not in NEGATIVE
 
 
 def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:

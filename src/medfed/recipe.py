@@ -107,8 +107,11 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     if not gathered(partial(sources.completed, study)):
         study = dataclasses.replace(study, data=sources.completed(study))
-    if not out_of_range(study):
+    try:
         study = settled(study, SOME_DEVICES)
+    except Exception:  # of values that are refused below anyway, nothing follows
+        if not out_of_range(study):
+            raise
     return study, standing(study)
 
 

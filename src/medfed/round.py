@@ -237,6 +237,7 @@ def test(
         calibration=union.calibration(),
         threshold=decision.threshold if task == "binary" else None,
         decided=decision.decided if task == "binary" else "",
+        noised=private,
     )
     log.emit(tested)
     return tested

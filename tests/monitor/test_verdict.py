@@ -129,7 +129,7 @@ def test_a_private_run_that_learned_nothing_says_what_hides_it() -> None:
 def test_a_histogram_of_few_cells_is_not_judged_by_its_log_loss() -> None:
     """Its cells are a logit wide: chances of a good model are rounded, not wrong."""
     coarse = {"loss": {"first": None, "last": None, "test": 0.62}}
-    assert _codes(_summary(privacy=PRIVATE, **coarse)) == ["not-compared"]
+    assert _codes(_summary(privacy=PRIVATE, test_noised=True, **coarse)) == ["not-compared"]
     assert _codes(_summary(**coarse)) == ["chances-worse-than-constant"]
 
 
@@ -156,3 +156,27 @@ def test_the_interval_of_hanley_and_mcneil_is_their_own() -> None:
     """Their example: an area of .893 of 51 abnormal and 58 normal images has standard error .032."""
     low, high = verdict._hanley(0.893, 58, 51)
     assert (high - low) / 2 / 1.96 == pytest.approx(0.032, abs=1e-3)
+
+
+@pytest.mark.parametrize("confusion", [[[0, 47], [1, 805]], [[804, 2], [43, 0]], [[4, 37], [1, 800]]])
+def test_a_class_that_is_hardly_ever_found_is_told(confusion: list[list[int]]) -> None:
+    """A single record called otherwise does not silence it: the class is missed all the same."""
+    assert "one-class" in _codes(_summary(confusion=confusion))
+
+
+def test_a_rare_class_that_is_found_is_no_finding() -> None:
+    assert "one-class" not in _codes(_summary(confusion=[[20, 27], [30, 775]]))
+
+
+def test_a_test_too_noisy_to_tell_is_not_blamed_on_the_model() -> None:
+    wide = {"privacy": PRIVATE, "test_noised": True, "intervals": {"auroc": [0.06, 1.0]}}
+    (finding, *_) = findings(_summary(**wide))
+    assert finding["code"] == "not-better-than-chance" and "says nothing of the model" in finding["next"]
+
+
+def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
+    decided = {"positive": "b", "threshold": 0.05, "decided": "sensitivity>=0.8, chosen on noised counts"}
+    missed = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.5, 0.74]})
+    assert "sensitivity-missed" in _codes(missed)
+    kept = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.7, 0.86]})
+    assert "sensitivity-missed" not in _codes(kept)

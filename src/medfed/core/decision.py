@@ -70,7 +70,8 @@ class Rule:
         """Return the probability from which records are called positive; None where the noise `sd` hides it.
 
         prevalence: as many are called as are positive. sensitivity: the highest edge above which at least `level` of
-        the positives lie. youden: the edge with the largest sensitivity + specificity. One class alone says nothing.
+        the positives lie, by two standard deviations of the noise. youden: the edge with the largest sensitivity +
+        specificity, where that gain is more than two standard deviations. One class alone says nothing.
         """
         cells = len(edges) + 1
         if self.name == "prevalence":
@@ -83,11 +84,14 @@ class Rule:
         above = np.stack([_above(column) for column in count.T], 1)
         if (above[0] <= doubt).any() or (above[0] == 0).any():
             return None
-        share = above / above[0]
+        share, margin = above / above[0], float(2 * doubt / 3 / above[0, -1])  # twice the sd of a share of positives
         if self.name == "sensitivity":
-            enough = np.flatnonzero(share[1:, 0] >= self.level)
+            if sd and self.level + margin >= 1:
+                return None
+            enough = np.flatnonzero(share[1:, 0] >= self.level + margin)
             return _probability(float(edges[enough[-1] if len(enough) else 0]))
-        return _probability(float(edges[np.argmax(share[1:, 1] - share[1:, 0])]))
+        gain = share[1:, 1] - share[1:, 0]
+        return None if gain.max() < margin else _probability(float(edges[np.argmax(gain)]))
 
 
 def parse(text: str) -> Rule | None:

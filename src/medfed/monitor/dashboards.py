@@ -207,8 +207,16 @@ def _outcome(story: Story) -> str:
     test = story.summary["test"]
     if not test:
         return "No test of the federated model is on record."
-    told = [f"{name} {test[name]:.3f}" for name in HEADLINE if test.get(name) is not None]
-    return f"On {test['n']:,} held-out records of all sites: {', '.join(told)}."
+    bounds = story.summary.get("intervals") or {}
+    told = [f"{name} {test[name]:.3f}{_between(bounds.get(name))}" for name in HEADLINE if test.get(name) is not None]
+    noised = story.summary.get("test_noised")
+    many = f"about {test['n']:,} held-out records (a noised count)" if noised else f"{test['n']:,} held-out records"
+    return f"On {many} of all sites: {', '.join(told)}."
+
+
+def _between(bounds: Sequence[float | None] | None) -> str:
+    low, high = bounds or (None, None)
+    return "" if low is None or high is None else f" (95 %: {low:.3f} to {high:.3f})"
 
 
 def _training(story: Story) -> str:

@@ -168,6 +168,7 @@ class Tested(Event):
     calibration: Sequence[Sequence[float]] = field(default_factory=list)
     threshold: float | None = None
     decided: str = ""
+    noised: bool = False  # whether the figures are of noised counts, n too
 
 
 @dataclass(frozen=True)

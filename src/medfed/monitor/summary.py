@@ -127,6 +127,7 @@ class Tally:
             "sites": sites,
             "decision": _decision(planned, final),
             "test": _plain(final.all_sites, final.n) if final else None,
+            "test_noised": final.noised if final else False,
             "intervals": _intervals(final.all_sites) if final else None,
             "macro": _plain(final.macro, None) if final else None,
             "per_site": _per_site(final) if final else {},

@@ -5,6 +5,7 @@ model is not what one would want, `note` where something is not known.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +18,8 @@ CODES = {
     "not-better-than-chance": "AUROC's interval holds one half, or several classes are told no better than by share",
     "not-better-than-constant": "a regression's R2 is 0 or less",
     "chances-worse-than-constant": "patients are ranked, but their chances err more than one chance for all would",
-    "one-class": "all or nearly all held-out records are called one class",
+    "one-class": "all or nearly all of a class is called another, or all are called one",
+    "sensitivity-missed": "the threshold finds fewer positives than its rule asks for",
     "one-class-tested": "the held-out records are of one class, so that little can be said",
     "own-better": "each site's own model errs less than the federated one, over all sites",
     "own-better-at-some": "so at some sites",
@@ -108,14 +110,20 @@ def _classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, 
         return
     chance = _chance(summary, test, intervals, shares)
     if chance:
-        yield _finding("not-better-than-chance", chance, _more(summary))
+        yield _finding("not-better-than-chance", chance, _too_noisy(summary, intervals) or _more(summary))
     elif worse := _worse_chances(summary, test, shares):
         text = f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
         following = "Use its ranking, not its chances; train for more rounds, or with smaller steps."
         yield _finding("chances-worse-than-constant", text, following)
     if one := _one_class(summary):
-        following = "Its AUROC says whether it ranks patients; then choose another decision threshold than one half."
+        at = (summary.get("decision") or {}).get("threshold", 0.5)
+        following = (
+            f"Its AUROC says whether it ranks patients; the decision threshold is {at:.3g}: declare another, such as "
+            "the known share of positives, in data.threshold."
+        )
         yield _finding("one-class", one, _more(summary) if chance else following)
+    if short := _missed_sensitivity(summary, test, intervals):
+        yield _finding("sensitivity-missed", short, "Declare a lower number in data.threshold.")
 
 
 def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any], shares: Sequence[float]) -> str:
@@ -137,6 +145,17 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
     )
 
 
+def _too_noisy(summary: Summary, intervals: Mapping[str, Any]) -> str:
+    """Say that the test, not the model, is what says nothing; empty where it could."""
+    low, high = intervals.get("auroc") or (None, None)
+    if not _noised(summary) or low is None or high is None or high - low < 0.25:
+        return ""
+    return (
+        "The noise of the test alone spans this: it says nothing of the model. Hold out more patients, raise "
+        "privacy.evaluation_epsilon, or test on public patients (data.test_is_public)."
+    )
+
+
 def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
     """Say in figures that chances err more than the shares of the classes would; empty where they do not."""
     constant = 1 - sum(share**2 for share in shares)
@@ -152,21 +171,38 @@ def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[f
 
 def _noised(summary: Summary) -> bool:
     """Whether the test is a noised histogram of few cells, which rounds chances."""
-    return _private(summary) and summary["privacy"].get("scope") != "run"
+    return bool(summary.get("test_noised"))
 
 
 def _one_class(summary: Summary) -> str:
-    """Say that the model calls all or nearly all records one class; empty where it does not."""
+    """Say that the model misses all or nearly all of a class; empty where it does not.
+
+    Counts of a noised test may be off, so that a few found where many are say nothing: one in twenty is nobody.
+    """
     confusion, labels = summary["confusion"], summary["labels"]
+    total = sum(_counts(summary))
+    missed = [i for i, row in enumerate(confusion) if sum(row) and confusion[i][i] <= 0.1 * sum(row)]
+    if not missed:
+        return ""
     called = [sum(column) for column in zip(*confusion, strict=True)]
     top = max(range(len(called)), key=called.__getitem__)
-    others = sum(called) - called[top]
-    truly = sum(sum(row) for i, row in enumerate(confusion) if i != top)
-    if others > 0.02 * truly:
+    names = [labels[i] if i < len(labels) else str(i) for i in range(len(confusion))]
+    others = total - called[top]
+    if others <= 0.02 * (total - sum(confusion[top])):
+        who = "everybody" if others <= 0 else f"all but {others} of {total:,} held-out records"
+        return f"The model calls {who} {names[top]!r}; {total - sum(confusion[top]):,} are not."
+    told = " and ".join(f"{confusion[i][i]:,} of {sum(confusion[i]):,} {names[i]!r}" for i in missed)
+    return f"The model finds hardly any of a class: {told}. It is no better than to leave that class out."
+
+
+def _missed_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+    """Say that less of the positives is found than the study's rule asks for, beyond chance; empty where not."""
+    decided = (summary.get("decision") or {}).get("decided", "")
+    asked = re.match(r"sensitivity\s*>=\s*([0-9.]+)", str(decided))
+    recall, high = test.get("recall"), (intervals.get("recall") or (None, None))[1]
+    if asked is None or recall is None or (high if high is not None else recall) >= float(asked[1]):
         return ""
-    name = labels[top] if top < len(labels) else str(top)
-    who = "everybody" if others == 0 else f"all but {others} of {sum(called):,} held-out records"
-    return f"The model calls {who} {name!r}; {truly:,} are not."
+    return f"The threshold was to find {float(asked[1]):.0%} of the positives, and finds {recall:.1%}."
 
 
 # Against sites' own models
