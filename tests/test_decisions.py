@@ -54,6 +54,7 @@ def test_every_figure_that_calls_uses_the_threshold(tmp_path: Path, study: Study
         "positive": result.encoding.target.labels[1],
         "threshold": threshold,
         "decided": "declared",
+        "rule": str(threshold),
     }
 
 

@@ -359,7 +359,7 @@ def test_fix_prints_writes_and_never_overwrites(tmp_path: Path, capsys: pytest.C
     path = write_study(tmp_path, ALONE, foreign(49))
     assert command("study", "fix", path) == 0
     printed = capsys.readouterr()
-    assert "4 things stood against it, 192 blanks are to be filled in" in printed.err
+    assert "stood against it: 4; blanks to be filled in: 192" in printed.err
     out = tmp_path / "there" / "fixed.toml"
     assert command("study", "fix", path, "--out", out) == 0
     assert capsys.readouterr().out == ""

@@ -450,7 +450,8 @@ def noised(study: Study) -> Study:
 
 
 def test_held_out_patients_pay_for_their_figures(tmp_path: Path, noised: Study) -> None:
-    result = medfed.run(noised, tmp_path / "run")
+    dear = noised._with({"privacy.epsilon": 8.0, "privacy.evaluation_epsilon": 3.0})  # at .5 noise may hide a figure
+    result = medfed.run(dear, tmp_path / "run")
     assert result.complete and 0 <= result.summary["test"]["accuracy"] <= 1
     ledger = own_ledger(tmp_path / "run")
     assert charges(ledger) == dict.fromkeys(SITES, 4)

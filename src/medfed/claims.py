@@ -14,7 +14,7 @@ from medfed.core import files
 from medfed.core.checks import PlanError, RunError
 from medfed.core.types import JSON
 from medfed.monitor import reports
-from medfed.plan import Plan, cohort, holders
+from medfed.plan import Plan, excess, holders
 from medfed.privacy import accounting
 from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
@@ -127,12 +127,9 @@ def _trust(plan: Plan) -> str:
 
 def _noise_excess(plan: Plan) -> float:
     """Return how many times the needed standard deviation the sum carries where every holder adds its part."""
-    g, study = plan.guarantee, plan.study
+    g = plan.guarantee
     assert g is not None
-    if not g.joint or study.security.aggregation == "plain" or g.simulation_only:
-        return 1.0
-    parts = 3 if study.security.aggregation == "three-party" else cohort(study, plan.participants)
-    return math.sqrt(parts / holders(study, plan.participants))
+    return excess(plan.study, plan.participants) if g.joint and not g.simulation_only else 1.0
 
 
 def _adjacency(plan: Plan) -> str:

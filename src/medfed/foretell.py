@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.metrics import r2_score, roc_auc_score
 from torch import Tensor
 
 from medfed import dpsgd, recipe
@@ -25,7 +26,7 @@ from medfed.core.flat import vector
 from medfed.data.federated import Patients, Rows
 from medfed.data.preprocess import Encoding
 from medfed.local import outputs
-from medfed.plan import Plan, algorithm_name, build_model
+from medfed.plan import Plan, algorithm_name, build_model, excess
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee, Release
 from medfed.study import Study
@@ -90,8 +91,7 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
 
 def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
     """Return the study at another epsilon, what it leaves open chosen for that."""
-    devices = len(sizes) if study.sites.kind == "device" else 0
-    return recipe.settled(study.as_written().set("privacy.epsilon", epsilon), devices)
+    return recipe.settled(study.as_written().set("privacy.epsilon", epsilon), sizes)
 
 
 def _longer(study: Study) -> Study:
@@ -141,7 +141,7 @@ class _Game:
         clip = first.clip if promised else 1e6
         whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
         g = dataclasses.replace(first, mode="shared", releases=whole, clipping=first.clipping if promised else "fixed")
-        noise = _noise(study, promised, len(self.plan.participants)) * self.rows / self.patients if promised else 0.0
+        noise = _noise(study, promised, self.plan.participants) * self.rows / self.patients if promised else 0.0
         algorithm = ALGORITHMS[algorithm_name(study)]
         server = algorithm.begin(vector(self.model), t)
         rng = torch.Generator().manual_seed(self.number)
@@ -155,11 +155,11 @@ class _Game:
         return figure(task, z_NC, self.y_test)
 
 
-def _noise(study: Study, g: Guarantee, clients: int) -> float:
+def _noise(study: Study, g: Guarantee, clients: Sequence[str]) -> float:
     """Return the standard deviation of a step's noise on the sum of all patients, in units of the clip."""
     release = max(g.releases.values(), key=lambda r: r.noise_multiplier)
     each = release.noise_multiplier * (g.max_sites if g.joint else 1)
-    return each * recipe.excess(study, clients) / release.probability / math.sqrt(release.steps)
+    return each * excess(study, clients) / release.probability / math.sqrt(release.steps)
 
 
 def made_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
@@ -180,13 +180,8 @@ def figure(task: str, z_NC: Tensor, y_N: Tensor) -> float:
     if not np.isfinite(z).all():
         return 0.0 if task == "regression" else 0.5
     if task == "regression":
-        return float(1 - np.square(z[:, 0] - y).mean() / y.var())
+        return float(r2_score(y, z[:, 0]))
     if task == "binary":
-        return _auroc(z[:, 0], y > 0.5)
-    return float(np.mean([_auroc(z[:, k], y == k) for k in range(z.shape[1]) if 0 < (y == k).sum() < len(y)]))
-
-
-def _auroc(z: np.ndarray, positive: np.ndarray) -> float:
-    rank = z.argsort().argsort() + 1.0
-    n = positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(z) - n)))
+        return float(roc_auc_score(y > 0.5, z[:, 0]))
+    there = [k for k in range(z.shape[1]) if 0 < (y == k).sum() < len(y)]
+    return float(np.mean([roc_auc_score(y == k, z[:, k]) for k in there]))

@@ -10,7 +10,7 @@ K clients, A of them still active in a step, T steps, B batch, P parameters.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +171,10 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
         size_TK=(size_K - batch_TK * width).clamp(max=width),
         active_T=[int(n) for n in (steps_K[None, :] > t_T1).sum(1)],
     )
+
+
+CURVATURE: Mapping[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
+"""The largest second derivative of a sample's loss in the model's output."""
 
 
 def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from medfed.rates import Chosen
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
-from medfed.study import EPSILON, Feature, Robustness, Security, Study, out_of_range, parse, put
+from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, out_of_range, parse, put
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
@@ -205,7 +205,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     parameters = models.count(model)
     trainers = tuple(name for name in names if sizes[name]["train"])
     pooled = study.training.algorithm == "pooled"
-    _check_groups(study, (POOLED,) if pooled else trainers)
+    check_groups(study, (POOLED,) if pooled else trainers)
     guarantee = None
     if guarantees.asked(study):
         guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
@@ -231,7 +231,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     )
 
 
-def _check_groups(study: Study, clients: Sequence[str]) -> None:
+def check_groups(study: Study, clients: Sequence[str]) -> None:
     """Refuse groups of which one is empty: in its turn a round would have no client."""
     fleet, streams = study.fleet, Streams(study.study.seed)
     if fleet.schedule != "cyclic" or not clients:
@@ -279,6 +279,17 @@ def holders(study: Study, clients: Sequence[str]) -> int:
     return threshold(study, n) - math.floor(security.colluding * n)
 
 
+def excess(study: Study, clients: Sequence[str]) -> float:
+    """Return how many times one release's standard deviation a round's sum carries: every site's, or every holder's."""
+    drawn, mode = cohort(study, clients), guarantees.mode(study)
+    if mode == "site":
+        return math.sqrt(drawn)
+    if mode == "central" or study.security.aggregation == "plain":
+        return 1.0
+    parts = 3 if study.security.aggregation == "three-party" else drawn
+    return math.sqrt(parts / holders(study, clients))
+
+
 def threshold(study: Study, n: int) -> int:
     """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n + f."""
     return (n + math.floor(study.security.colluding * n)) // 2 + 1
@@ -308,11 +319,12 @@ def _secure_refusals(study: Study) -> Iterator[Refusal]:
         return
     names = security.aggregators
     if study.rule().chosen and not guarantees.asked(study):
-        raise PlanError(
+        text = (
             f"{way} and data.threshold={study.data.threshold!r} do not compose without a privacy claim: each site's "
             "counts of training scores would be read, where its row may not be. Set data.threshold to a number, or set "
             "privacy.epsilon and privacy.delta."
         )
+        yield _refusal(PlanError(text), data__threshold=Data().threshold)
     if security.aggregation == "three-party" and not len(names) == len(set(names)) == 3:
         yield _refusal(
             StudyError(f"security.aggregators={list(names)}; expected three different names"),

@@ -10,7 +10,7 @@ n rows, B batch, F inputs, C outputs.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medfed.algorithms import Server
 from medfed.core.flat import trained
 from medfed.core.types import Task
-from medfed.local import LocalPlan
+from medfed.local import CURVATURE, LocalPlan
 from medfed.privacy.guarantee import asked
 from medfed.study import Study, Training
 
@@ -29,7 +29,6 @@ MOST = 0.1
 MOST_ADAM = 0.01
 """Adam's steps have a length of their own, whatever the curvature."""
 
-_SECOND = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
 _BATCHES, _WIDEST = 8, 256
 _TINY = 1e-6
 _MARGIN = 4.0  # at 1 / L the noise of batches leaves a squared error about twice the least; here an eighth more
@@ -88,10 +87,8 @@ def left_open(study: Study) -> bool:
 
 
 def settled(study: Study) -> Study:
-    """Return the study with a rate where it claims privacy: inputs may not be asked then, and the rate is `MOST`."""
-    if study.training.learning_rate or not asked(study):
-        return study
-    return replace(study, training=replace(study.training, learning_rate=MOST))
+    """Return the study with the rate `MOST` where it claims privacy and neither it nor the recipe has set one."""
+    return at(study, MOST) if asked(study) else study
 
 
 def at(study: Study, rate: float) -> Study:
@@ -120,6 +117,17 @@ def bend(x_nF: Tensor, batch: int) -> float:
     return float(torch.linalg.eigvalsh(products_bBB)[:, -1].mean())
 
 
+def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) -> Iterator[Tensor]:
+    """Yield the gradient [P] float64 of each output of each row in the weights it follows from, in evaluation mode.
+
+    `most`: of so many outputs alone.
+    """
+    weights = list(trained(model.eval()).values())
+    for z in model(x_nF.clone()).flatten()[:most]:
+        parts = torch.autograd.grad(z, weights, retain_graph=True, allow_unused=True)
+        yield torch.cat([part.flatten() for part in parts if part is not None]).double()
+
+
 def stretch(model: nn.Module, x_nF: Tensor, bends: float) -> float:
     """Return how many times a model's loss bends more than a linear model's on the same rows, 1 or more.
 
@@ -128,14 +136,7 @@ def stretch(model: nn.Module, x_nF: Tensor, bends: float) -> float:
     """
     x_nF = x_nF[:ROWS]
     x_nF = x_nF * math.sqrt(max(bends - 1, _TINY) / max(bend(x_nF, 0) - 1, _TINY))
-    model.eval()
-    weights = list(trained(model).values())
-    z_nC = model(x_nF.clone()).flatten(1)
-    rows = []
-    for z in z_nC.flatten():
-        parts = torch.autograd.grad(z, weights, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([p.flatten() for p in parts if p is not None]).double())
-    gradient_JP = torch.stack(rows)
+    gradient_JP = torch.stack(list(output_gradients(model, x_nF)))
     top = float(torch.linalg.eigvalsh(gradient_JP @ gradient_JP.mT)[-1]) / len(x_nF)
     return max(1.0, top / bend(x_nF, 0))
 
@@ -162,7 +163,7 @@ def choose(
         site = ""
     pull = training.weight_decay + (training.mu if training.algorithm == "fedprox" else 0.0)
     most = bends[site] if site else mean
-    curvature = _SECOND[task] * stretch(most) * most + pull
+    curvature = CURVATURE[task] * stretch(most) * most + pull
     if training.optimizer == "adam":
         return Chosen(MOST_ADAM, curvature, site)
     margin = _MARGIN if task == "regression" and training.batch_size else 1.0

@@ -11,37 +11,38 @@ and how far a model may be trained follows from it. Let h be the loss's largest 
 mean square norm of the output's gradient in the weights, taken on made-up rows at the first weights (for a linear
 model: of the encoded inputs). Then
 
-    clip  C = R min(1, max(1/2, rho / 400))           fixed: a first gradient is about half of R, a wrong one all of it
+    clip  C = R min(1, max(1/4, sqrt(rho / 400)))     fixed: a first gradient is about half of R, a wrong one all of it
     rate  eta <= 1 / (h R^2)                          the largest step that no direction of such rows overshoots
     path  a = eta h R^2 T / (1 - beta) = 4 rho R / C  the training time, in steps of the largest rate, at most 2,000
 
 Longer training fits directions of less curvature, in which the noise is as large: gradient descent stopped after the
 time t is ridge regression of strength 1/t, and its best strength falls with rho. The factor 4, the 400 and the two ends
-were chosen on made-up tables of ten kinds and are the same for everybody; on real ones they cost .006 against the best
-of a grid (docs/log.md). T rounds
-cost nothing but time, as their noise averages: T = 100, momentum beta reaches the path where plain steps do not.
+were chosen on made-up tables of ten kinds and are the same for everybody; on real ones they cost .003 against the best
+of a grid (docs/log.md). T rounds cost nothing but time, as their noise averages: T = 100, momentum beta reaches the
+path where plain steps do not.
 
 Nothing here reads a patient: sizes are declared, inputs are the dictionary's, rows are made up.
 """
 
 import dataclasses
 import math
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from medfed import models
 from medfed.core.checks import MedfedError, PlanError
-from medfed.core.refusals import Refusal, gathered
-from medfed.core.types import Task
+from medfed.core.refusals import Refusal
 from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
-from medfed.data.tables import declared_labels
-from medfed.plan import build_model, cohort, holders, standing
+from medfed.local import CURVATURE
+from medfed.plan import build_model, check_groups, cohort, excess, standing
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.refusals import affordable
+from medfed.rates import output_gradients
 from medfed.study import Study, out_of_range
 
 ROUNDS = 100
@@ -58,9 +59,7 @@ SHORTEST = 12.0
 
 MOST_MOMENTUM = 0.95
 
-_ROWS = 64  # made-up rows on which R is taken
-_CURVATURE: dict[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regression": 2.0}
-"""h: the largest second derivative of a sample's loss in the model's output."""
+_ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,11 @@ class Facts:
     rho: float
 
 
-def settled(study: Study, devices: int = 0) -> Study:
+def settled(study: Study, devices: Collection[str] = ()) -> Study:
     """Return the study with every key that it leaves open chosen, and why in `study.chosen`; without a claim, itself.
 
-    `devices`: how many patients train, where every patient is a client. A study whose facts are not all declared comes
-    back with what can be said of it: the plan then refuses it, with the reason.
+    `devices`: those that train, where every patient is a client. A study whose facts are not all declared comes back
+    with what can be said of it: the plan then refuses it, with the reason.
     """
     if study.given is None or not math.isfinite(study.privacy.epsilon):
         return study
@@ -99,13 +98,13 @@ def settled(study: Study, devices: int = 0) -> Study:
         return _chosen(study, _tests(study))
 
 
-SOME_DEVICES = 1000
-"""How many devices there may be, before any record is read: to see whether the study composes."""
+SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
+"""Devices that there may be, before any record is read: to see whether the study composes."""
 
 
 def refused(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
-    if not gathered(partial(sources.completed, study)):
+    with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.completed(study))
     try:
         study = settled(study, SOME_DEVICES)
@@ -120,18 +119,7 @@ def declared_encoding(study: Study) -> Encoding:
     data = study.data
     roles = {data.target, data.site, data.patient, data.test}
     names = list(data.features) or sorted(data.dictionary.keys() - roles)
-    texts = {n: sorted(data.dictionary[n].categories) for n in names if n in data.dictionary}
-    labels = {} if data.task == "regression" else dict.fromkeys(declared_labels(data), None)
-    survey = {
-        "numbers": [n for n in names if not texts.get(n)],
-        "texts": {n: c for n, c in texts.items() if c},
-        "train_missing": {},
-        "missing": dict.fromkeys(names, 0),
-        "train": 0,
-        "test": 0,
-        "labels": labels,
-        "train_labels": labels,
-    }
+    survey = preprocess.declared_survey(names, data, 0, 0)
     return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True)
 
 
@@ -142,51 +130,32 @@ def _unasked(*_: object) -> Tensor:
 def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
     """Return the public facts of a study of these declared sizes, its schedule being chosen."""
     model = build_model(study, encoding)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, clients = models.count(model), list(sizes)
+    check_groups(study, clients)
     g = guarantees.resolve(study, sizes, parameters)
-    clients, drawn = len(sizes), cohort(study, list(sizes))
-    patients = sum(sizes.values()) * drawn / clients
+    patients = sum(sizes.values()) * cohort(study, clients) / len(clients)
     multiplier = max(release.noise_multiplier for release in g.releases.values()) / math.sqrt(g.uses)
     each = multiplier * excess(study, clients) * (g.max_sites if g.joint else 1)
     directions = min(parameters, encoding.target.outputs * (len(encoding.names()) + 1))
     rho = patients / (each * math.sqrt(directions))
-    task = encoding.target.task
     try:
         found = reach(model, encoding)
     except Exception:  # a module of the user's own that cannot run: the plan's probe names the part
         found = reach(nn.Linear(len(encoding.names()), 1), encoding)
-    return Facts(round(patients), clients, directions, found, _CURVATURE[task], rho)
-
-
-def excess(study: Study, clients: int) -> float:
-    """Return how many times one release's noise a round's sum carries: every site's, or every holder's part."""
-    names = [str(k) for k in range(clients)]
-    drawn = cohort(study, names)
-    if guarantees.mode(study) == "site":
-        return math.sqrt(drawn)
-    parts = {"plain": 1, "three-party": 3}.get(study.security.aggregation, drawn)
-    return 1.0 if guarantees.mode(study) == "central" else math.sqrt(parts / holders(study, names))
+    return Facts(round(patients), len(clients), directions, found, CURVATURE[encoding.target.task], rho)
 
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
     """Return R: the root mean square norm of an output's gradient in the weights, on made-up rows."""
-    model.eval()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    squares: list[float] = []
-    for row in encoding.invented(_ROWS):
-        z = model(row[None])[0]
-        for output in z.reshape(-1)[:8]:
-            parts = torch.autograd.grad(output, weights, retain_graph=True, allow_unused=True)
-            squares.append(sum(float(part.double().square().sum()) for part in parts if part is not None))
+    rows = encoding.invented(_ROWS)
+    squares = [float(g.square().sum()) for row in rows for g in output_gradients(model, row[None], _OUTPUTS)]
     mean = sum(squares) / len(squares)
     return math.sqrt(mean) if math.isfinite(mean) and mean > 0 else 1.0
 
 
-def _sizes(study: Study, devices: int) -> dict[str, int]:
+def _sizes(study: Study, devices: Collection[str]) -> dict[str, int]:
     """Return the declared sizes; of a fleet of devices, one each."""
-    if study.sites.kind == "device":
-        return {f"device {k}": 1 for k in range(devices)}
-    return dict(study.privacy.sizes)
+    return dict.fromkeys(devices, 1) if study.sites.kind == "device" else dict(study.privacy.sizes)
 
 
 Choices = dict[str, tuple[Any, str]]
@@ -233,10 +202,12 @@ def _steps(study: Study, found: Facts) -> Choices:
     choices = Choices()
     if not study.left_open("training.learning_rate"):
         return choices  # rate and clip are one: who sets the rate has the plain clip, or sets that too
-    share = min(1.0, max(0.5, found.rho / 400))
-    clip, fixed = (share * R, True) if study.left_open("privacy.clip") else (p.clip, p.clipping != "automatic")
-    if study.left_open("privacy.clipping") and study.left_open("privacy.clip"):
-        choices["privacy.clipping"] = "fixed", "the sum keeps who is sure and who is not"
+    share = min(1.0, max(0.25, math.sqrt(found.rho / 400)))
+    clip = share * R if study.left_open("privacy.clip") else p.clip
+    kind = p.clipping
+    if study.left_open("privacy.clip") and study.left_open("privacy.clipping"):
+        kind = "fixed"
+        choices["privacy.clipping"] = kind, "the sum keeps who is sure and who is not"
     choices["privacy.clip"] = float(f"{clip:.3g}"), f"{share:.2g} of a made-up row's gradient, {R:.3g}"
     path = min(LONGEST, max(SHORTEST, 4 * found.rho * R / clip))
     momentum = t.algorithm == "fedavgm"
@@ -250,8 +221,8 @@ def _steps(study: Study, found: Facts) -> Choices:
         beta = t.server_momentum
     steps = min(1.0, path * (1 - beta) / t.rounds)
     rate = steps / (h * R**2)
-    if not fixed or (p.clipping == "automatic" and not study.left_open("privacy.clipping")):
-        rate *= R / (2 * clip)  # automatic: every gradient has norm C, where a first one has about R / 2
+    if kind == "automatic":
+        rate *= R / (2 * clip)  # every gradient has norm C, where a first one has about R / 2
     why = f"signal to noise {found.rho:.3g} of {found.patients} patients in {found.directions} directions"
     if momentum:
         choices["training.server_momentum"] = float(f"{beta:.3g}"), f"{why}: a path of {path:.3g} steps"

@@ -53,7 +53,7 @@ from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import partition, sources
 from medfed.data.preprocess import Encoding
-from medfed.data.tables import Frames, clean, numbered
+from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.foretell import foretell
@@ -295,9 +295,10 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
         study = _identified(study, folder)
     frames, _ = sources.frames(study, data, progress, private)
     account = Account(ledger_path(study, folder), study) if private else None
-    sites = _opened(frames, study, folder)
-    if study.sites.kind == "device":
-        study = recipe.settled(study, sum(not site.table.test.all() for site in sites if site.table))
+    devices = study.sites.kind == "device"
+    sites = (Site.devices if devices else Site.open_all)(frames, study, folder)
+    if devices:
+        study = recipe.settled(study, [site.name for site in sites if site.table and not site.table.test.all()])
         for site in sites:
             site.study = study
     if private:
@@ -306,11 +307,6 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     for site in sites:
         site.account = account
     return sites
-
-
-def _opened(frames: Frames, study: Study, folder: Path | None) -> list[Site]:
-    """Return a node for each site's records, or device; raise what is wrong with the records of all sites at once."""
-    return (Site.devices if study.sites.kind == "device" else Site.open_all)(frames, study, folder)
 
 
 def _identified(study: Study, folder: Path | None) -> Study:
@@ -894,6 +890,5 @@ def _write_model(
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
     tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
-    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json(), "decision": decision}
-    # one entry: their order is not kept
+    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json(), "decision": decision}  # one entry
     files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

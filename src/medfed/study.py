@@ -168,7 +168,7 @@ class Training:
     learning_rate: float = _key(
         0.0,
         "Local learning rate; 0 takes one that cannot diverge, from how large the sites' encoded inputs are, at most "
-        "0.1 (0.01 for adam), and halves it where the training loss grows. Under a privacy claim 0 takes 0.1.",
+        "0.1 (0.01 for adam), and halves it where the training loss grows. Under a privacy claim the recipe chooses.",
     )
     momentum: float = _key(0.0, "Momentum of local SGD.")
     beta1: float = _key(0.9, "Adam's beta1.")
@@ -403,9 +403,9 @@ class Study:
 
     def value(self, key: str) -> Any:
         """Return the value of a dotted key."""
-        found: Any = self.tables()
+        found: Any = self
         for part in key.split("."):
-            found = found[part]
+            found = getattr(found, part)
         return found
 
     def as_written(self) -> "Study":

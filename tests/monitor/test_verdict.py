@@ -175,7 +175,7 @@ def test_a_test_too_noisy_to_tell_is_not_blamed_on_the_model() -> None:
 
 
 def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
-    decided = {"positive": "b", "threshold": 0.05, "decided": "sensitivity>=0.8, chosen on noised counts"}
+    decided = {"positive": "b", "threshold": 0.05, "decided": "chosen on noised counts", "rule": "sensitivity>=0.8"}
     missed = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.5, 0.74]})
     assert "sensitivity-missed" in _codes(missed)
     kept = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.7, 0.86]})

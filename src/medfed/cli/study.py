@@ -57,7 +57,7 @@ def fix(
     if not out:
         print(fixed.text, end="")
     said = Console(stderr=True)
-    told = [f"{len(fixed.stood)} things stood against it, {len(fixed.blanks)} blanks are to be filled in"]
+    told = [f"stood against it: {len(fixed.stood)}; blanks to be filled in: {len(fixed.blanks)}"]
     told += [f"left for you to decide: {text}" for text in fixed.left]
     told += [f"written to {out}"] if out else []
     for line in told:

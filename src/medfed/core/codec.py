@@ -30,12 +30,7 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = Non
 
 def encode_each(header: Mapping[str, Any], name: str, tensor_K: Tensor) -> list[bytes]:
     """Return what `encode` makes of one header and each row of a tensor [K, ...], called `name`; K messages at once."""
-    if not len(tensor_K):
-        return []
-    rows = np.asarray(tensor_K.numpy(), order="C")
-    first = encode(header, {name: tensor_K[0]})
-    prefix = first[: len(first) - rows[0].nbytes]
-    return [prefix + row.tobytes() for row in rows]
+    return RowFormat(name, tensor_K[0]).encode([header] * len(tensor_K), tensor_K) if len(tensor_K) else []
 
 
 def decode_alike(payloads: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

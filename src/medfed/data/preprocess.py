@@ -219,7 +219,11 @@ def public_survey(table: SiteTable, data: Data, declared: int, test: int) -> dic
 
     `test`: how many records are held out, where they are public. Raises PlanError for what is not declared.
     """
-    names = table.features()
+    return declared_survey(table.features(), data, declared, test)
+
+
+def declared_survey(names: Sequence[str], data: Data, declared: int, test: int) -> dict[str, Any]:
+    """Return a public survey of features of these names; see `public_survey`."""
     categories = {n: data.dictionary[n].categories for n in names if n in data.dictionary}
     labels = {} if data.task == "regression" else dict.fromkeys(declared_labels(data))
     return {

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from medfed.core import decision
 from medfed.monitor import reports, verdict
 from medfed.monitor.events import (
     Event,
@@ -128,7 +129,7 @@ class Progressing:
 
 def _called(threshold: str) -> str:
     """Say from where on a label is called, before training has shown it."""
-    if threshold in ("prevalence", "youden") or threshold.startswith("sensitivity"):
+    if (rule := decision.parse(threshold)) and rule.chosen:
         return f"called from a probability on that is chosen after training by {threshold!r}"
     return f"called from probability {threshold} on"
 

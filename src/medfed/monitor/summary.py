@@ -161,7 +161,8 @@ def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] |
     """Return from which probability which label is called, and from what that follows; None but of two labels."""
     if planned is None or final is None or final.threshold is None:
         return None
-    return {"positive": planned.positive, "threshold": final.threshold, "decided": final.decided}
+    rule, decided = planned.threshold, final.decided
+    return {"positive": planned.positive, "threshold": final.threshold, "decided": decided, "rule": rule}
 
 
 def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:

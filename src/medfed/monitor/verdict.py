@@ -5,10 +5,11 @@ model is not what one would want, `note` where something is not known.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
+
+from medfed.core import decision
 
 Summary = Mapping[str, Any]
 
@@ -197,12 +198,13 @@ def _one_class(summary: Summary) -> str:
 
 def _missed_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     """Say that less of the positives is found than the study's rule asks for, beyond chance; empty where not."""
-    decided = (summary.get("decision") or {}).get("decided", "")
-    asked = re.match(r"sensitivity\s*>=\s*([0-9.]+)", str(decided))
+    rule = decision.parse((summary.get("decision") or {}).get("rule", ""))
     recall, high = test.get("recall"), (intervals.get("recall") or (None, None))[1]
-    if asked is None or recall is None or (high if high is not None else recall) >= float(asked[1]):
+    if rule is None or rule.name != "sensitivity" or recall is None:
         return ""
-    return f"The threshold was to find {float(asked[1]):.0%} of the positives, and finds {recall:.1%}."
+    if (high if high is not None else recall) >= rule.level:
+        return ""
+    return f"The threshold was to find {rule.level:.0%} of the positives, and finds {recall:.1%}."
 
 
 # Against sites' own models
