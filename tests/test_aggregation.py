@@ -155,6 +155,8 @@ def test_reasons_are_grouped_and_a_site_named_in_its_own_reason_is_named_once() 
     assert reasons(own) == "a, b: op 'work' failed: ValueError"
     assert reasons({"a": "x", "b": "y", "c": "x"}) == "a, c: x; b: y"
     assert reasons({}) == ""
+    paid = {name: f"site {name!r}: study 's', site 'b': refused" for name in ("a", "b")}  # who pays together
+    assert reasons(paid) == "a, b: study 's', site 'b': refused"
     many = reasons({f"device {n}": "late" for n in range(1000)})
     assert "and 980 more: late" in many and len(many) < 400
 
@@ -189,5 +191,5 @@ def test_what_every_site_answers_before_the_first_round_is_told_once(
         return [SiteError(f"site {one.name!r}: its disk is full") for one in sites]
 
     monkeypatch.setitem(site.OPS, op, refused)
-    with pytest.raises(DataError, match=r"^east, north, south: the site: its disk is full$"):
+    with pytest.raises(DataError, match=r"^east, north, south: its disk is full$"):
         medfed.simulate(_study(tmp_path, "plain"))

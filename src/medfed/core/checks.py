@@ -21,6 +21,7 @@ MedfedError
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,10 +137,15 @@ def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
 
 
 def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the reasons, each with those who share it; a site's own name in its reason makes no other reason."""
+    """Return the reasons, each with those who share it; a site's own name in its reason makes no other reason.
+
+    A reason that several are told word for word may name one of them: who pays together is refused together.
+    """
+    plain = {name: str(reason).removeprefix(f"site {name!r}: ") for name, reason in excluded.items()}
+    often = Counter(plain.values())
     found: dict[str, list[str]] = {}
-    for name, reason in excluded.items():
-        found.setdefault(unnamed(name, reason), []).append(name)
+    for name, text in plain.items():
+        found.setdefault(text if often[text] > 1 else unnamed(name, text), []).append(name)
     return found
 
 

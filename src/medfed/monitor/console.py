@@ -116,10 +116,12 @@ class Progressing:
         if event is None:
             return
         loss = "-" if event.loss is None else f"{event.loss:.4f}"
-        text = f"{len(event.clients)} sites  loss {loss}  {self.last_test}  {event.seconds:.3f} s"
+        parts = f"{len(event.clients)} sites", f"loss {loss}", self.last_test, f"{event.seconds:.3f} s"
+        text = "  ".join(filter(None, parts))
         self.bar.update(self.task, completed=event.round, total=self.rounds or event.round, description=text)
         if not self.console.is_terminal:
             self.console.print(f"round {event.round}/{self.rounds or '?'}  {text}", highlight=False, soft_wrap=True)
+            self.last_test = ""  # a line tells of its own round; the bar keeps what was known last
 
     def _tested(self, event: Tested) -> None:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
