@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -297,6 +298,8 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     account = Account(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
     sites = (Site.devices if devices else Site.open_all)(frames, study, folder)
+    del frames
+    pa.default_memory_pool().release_unused()  # a large table's texts, which else stay resident while rows are encoded
     if devices:
         study = recipe.settled(study, [site.name for site in sites if site.table and not site.table.test.all()])
         for site in sites:

@@ -7,7 +7,7 @@ same functions (`handle_many`), so a hospital's node is a stack of one.
 import logging
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -291,10 +291,10 @@ def _unasked(*_: object) -> Tensor:
     raise SiteError("a public encoding asks nothing of patients")
 
 
-def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> list[Rows]:
+def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> Iterable[Rows]:
     """Encode all records of each table, gaps filled from its own training records; many small tables in one go."""
     if not encoding.public and sum(map(len, tables)) > _SMALL * len(tables):
-        return [encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables]
+        return (encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables)
     every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
     site_N = np.repeat(np.arange(len(tables)), sizes)
     rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test, site_N)
