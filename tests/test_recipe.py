@@ -68,6 +68,16 @@ def test_what_is_written_down_stays(key: str, value: object) -> None:
     assert study.value(key) == value and key not in study.chosen
 
 
+def test_a_test_that_nothing_can_pay_for_is_chosen_by_nobody() -> None:
+    """Three labels: the refusal is of the test, not of an epsilon that the user never set."""
+    labels = {"categories": ["a", "b", "c"]}
+    dictionary = {"x0": {"range": [0, 1]}, "y": labels}
+    study = declared(data={"test_is_public": False, "dictionary": dictionary})
+    assert "privacy.evaluation_epsilon" not in recipe.settled(study).chosen
+    two = declared(data={"test_is_public": False, "dictionary": {**dictionary, "y": {"categories": ["a", "b"]}}})
+    assert "privacy.evaluation_epsilon" in recipe.settled(two).chosen
+
+
 def test_settling_is_idempotent_and_survives_the_frozen_file() -> None:
     once = recipe.settled(declared())
     assert recipe.settled(once) == once

@@ -41,7 +41,7 @@ from medfed.data.preprocess import Encoding
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, cohort, excess, standing
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.refusals import affordable
+from medfed.privacy.refusals import affordable, is_binary
 from medfed.rates import output_gradients
 from medfed.study import Study, out_of_range
 
@@ -167,7 +167,7 @@ def _basics(study: Study, patients: int) -> Choices:
     p, found = study.privacy, Choices()
     found["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
     found["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
-    if not study.data.test_is_public and study.data.task not in ("multiclass", "regression"):
+    if not study.data.test_is_public and is_binary(study.data):
         delta = p.delta if p.delta < 1 else _delta(patients)
         with_delta = dataclasses.replace(p, delta=delta)
         found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"

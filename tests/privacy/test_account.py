@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,33 @@ def test_a_correlated_run_is_paid_in_full_by_its_first_round() -> None:
 # patients of several sites ------------------------------------------------------------------------------------------
 
 SHARED = {"north": ["only-north", "both"], "south": ["both", "only-south"]}
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+def test_where_a_patient_pays_at_one_of_two_sites_no_site_answers_without_the_other(threshold: bool) -> None:
+    """Else that patient's records at south would be summed in rounds, or counted, that nobody paid for."""
+    account = _account(rosters=SHARED, privacy__max_sites_per_patient=2, data__threshold="prevalence")
+    pay = account.pay_threshold if threshold else partial(account.pay, 1)
+    refused = pay(["south"])
+    assert set(refused) == {"south"} and "not all sites were asked" in str(refused["south"])
+    assert account.ledger.rows() == [] and pay(["north", "south"]) == {}
+    assert [row["site"] for row in account.ledger.rows()] == ["north", "south"]
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+def test_where_sites_share_patients_all_pay_or_none(tmp_path: Path, threshold: bool) -> None:
+    """Patients of north have paid elsewhere: south's shared patient would else take part unpaid."""
+    path, both = tmp_path / "ledger.sqlite", {"privacy__max_sites_per_patient": 2, "data__threshold": "prevalence"}
+    again, once = (
+        _account(path, "r2", SHARED, **both),
+        _account(path, "r1", {"north": ["only-north"]}, data__threshold="prevalence"),
+    )
+    for number in range(1, 5):
+        assert _pays(once, number, ("north",)) == {}
+    assert once.pay_threshold(["north"]) == {}
+    told = len(again.ledger.rows())
+    refused = again.pay_threshold(["north", "south"]) if threshold else again.pay(1, ["north", "south"])
+    assert set(refused) == {"north", "south"} and len(again.ledger.rows()) == told
 
 
 @pytest.mark.parametrize(("noise", "times"), [("shared", 1), ("site", 2)])

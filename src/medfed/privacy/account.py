@@ -101,14 +101,12 @@ class Account:
         Who has paid and was not `answered` (the work failed, and is tried again) does not pay twice.
         """
         assert self.guarantee is not None
-        sites = [site for site in sites if site not in self._paid]
-        charges = [self._charge(s, round, self.guarantee.releases[s].event()) for s in sites]
-        try:
-            self.ledger.charge(charges, self._limits())
-            self._paid.update(sites)
-            return {}
-        except BudgetError:
-            return dict(self._one_by_one(sites, charges))
+        if refused := self._apart(sites):
+            return refused
+        releases, owing = self.guarantee.releases, [site for site in sites if site not in self._paid]
+        refused = self._charged({site: self._charge(site, round, releases[site].event()) for site in owing})
+        self._paid.update(site for site in owing if site not in refused)
+        return refused
 
     def answered(self, sites: Iterable[str]) -> None:
         """Note that what these sites paid for has been computed: the next round is paid anew.
@@ -117,14 +115,6 @@ class Account:
         """
         if self.guarantee and not self.guarantee.strategy:
             self._paid.difference_update(sites)
-
-    def _one_by_one(self, sites: Sequence[str], charges: Sequence[Charge]) -> Iterable[tuple[str, BudgetError]]:
-        for site, charge in zip(sites, charges, strict=True):
-            try:
-                self.ledger.charge([charge], self._limits())
-                self._paid.add(site)
-            except BudgetError as error:
-                yield site, _discreet(error)
 
     def pay_test(self, site: str, ids: Sequence[str]) -> None:
         """Charge held-out patients for one noised histogram; raises BudgetError where they cannot pay.
@@ -141,10 +131,36 @@ class Account:
         assert self.guarantee is not None
         event = self.guarantee.threshold_event()
         assert event is not None
+        charges = {site: replace(self._charge(site, 0, event), label="threshold") for site in sites}
+        return self._apart(sites) or self._charged(charges)
+
+    def _apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
+        """Return why nobody may answer where a patient may have to pay at a site that was not asked."""
+        if not self._shares_patients or set(sites) >= set(self.cohorts):
+            return {}
+        error = BudgetError(
+            f"patients of up to {self.study.privacy.max_sites_per_patient} sites pay at one of them, and not all sites "
+            "were asked; nothing was charged. Ask all, or take privacy.noise='site'."
+        )
+        return dict.fromkeys(sites, error)
+
+    @property
+    def _shares_patients(self) -> bool:
+        """Whether a patient of one site may pay at another: one noise for both, and one charge."""
+        return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
+
+    def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
+        """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
+        try:
+            self.ledger.charge(list(charges.values()), self._limits())
+            return {}
+        except BudgetError as error:
+            if self._shares_patients:
+                return dict.fromkeys(charges, _discreet(error))
         refused: dict[str, BudgetError] = {}
-        for site in sites:
+        for site, charge in charges.items():
             try:
-                self.ledger.charge([replace(self._charge(site, 0, event), label="threshold")], self._limits())
+                self.ledger.charge([charge], self._limits())
             except BudgetError as error:
                 refused[site] = _discreet(error)
         return refused

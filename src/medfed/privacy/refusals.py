@@ -114,7 +114,7 @@ def _unpaid_test(study: Study, claim: str) -> Refusal:
     """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared public."""
     p, rounds = study.privacy, study.training.rounds
     price, mend = "", dict[str, object](data__test_is_public=PUBLIC_TEST)
-    if _is_binary(study.data):
+    if is_binary(study.data):
         price = f", or privacy.evaluation_epsilon={affordable(p):g} to pay for a noised histogram"
         mend = {"privacy__evaluation_epsilon": affordable(p)}
         if study.monitor.evaluate_every < rounds:
@@ -129,7 +129,8 @@ def _unpaid_test(study: Study, claim: str) -> Refusal:
     )
 
 
-def _is_binary(data: Data) -> bool:
+def is_binary(data: Data) -> bool:
+    """Say whether the target may be of two labels, as far as the study tells."""
     labels = data.dictionary.get(data.target, Feature()).categories
     return data.task in ("auto", "binary") and len(labels) <= 2
 
@@ -189,7 +190,7 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
     data, p, m = study.data, study.privacy, study.monitor
     noised = f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}"
     labels = data.dictionary[data.target].categories if data.target in data.dictionary else ()
-    if data.task in ("multiclass", "regression") or len(labels) > 2:
+    if not is_binary(data):
         yield _refusal(
             noised,
             f"data.task={data.task!r} of {len(labels)} labels" if labels else f"data.task={data.task!r}",
