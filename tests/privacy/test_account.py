@@ -211,19 +211,39 @@ def test_another_study_is_another_account_within_the_lifetime_budget(tmp_path: P
         _account(path, "r3", study__name="u", privacy__lifetime_epsilon=1.2)
 
 
+PLD = {"privacy__accountant": "pld", "privacy__scope": "run", "training__batch_size": 20, "privacy__epsilon": 0.2}
+
+
 @pytest.mark.slow
-def test_pld_is_no_filter_so_only_the_lifetime_budget_refuses(tmp_path: Path) -> None:
-    values = {
-        "privacy__accountant": "pld",
-        "privacy__scope": "run",
-        "training__batch_size": 20,
-        "privacy__epsilon": 0.2,
-    }
-    account = _account(tmp_path / "a" / "ledger.sqlite", **values)
-    assert all(_pays(account, number) == {} for number in range(1, 8))  # the coordinator's count stops it: see Metered
-    limited = _account(tmp_path / "b" / "ledger.sqlite", **values, privacy__lifetime_epsilon=0.3)
-    refused = [_pays(limited, number) for number in range(1, 30)]
-    assert refused[0] == {} and "privacy.lifetime_epsilon raised" in str(refused[-1]["south"])
+def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(tmp_path: Path) -> None:
+    """Whatever the coordinator asks for: a plan of four rounds is four, after a restart too."""
+    path = tmp_path / "a" / "ledger.sqlite"
+    account = _account(path, **PLD)
+    assert all(_pays(account, number) == {} for number in range(1, 5))
+    again = _account(path, fresh=False, **PLD)
+    for one in (account, again):
+        refused = _pays(one, 1)  # the coordinator may call it what it likes
+        assert set(refused) == {"north", "south"} and "pays for a plan of 4 (round)" in str(refused["south"])
+    assert len(account.ledger.rows()) == 8
+    limited = _account(tmp_path / "b" / "ledger.sqlite", fresh=False, **PLD, privacy__lifetime_epsilon=0.1)
+    assert "privacy.lifetime_epsilon raised" in str(_pays(limited, 1)["south"])
+
+
+@pytest.mark.slow
+def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
+    account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
+    assert account.pay_threshold(["north", "south"]) == {}
+    assert set(account.pay_threshold(["north", "south"])) == {"north", "south"}
+    account.pay_test("north", ["t1", "t2"])
+    with pytest.raises(BudgetError, match=r"a plan of 1 \(test\)"):
+        account.pay_test("north", ["t1", "t2"])
+
+
+def test_nobody_pays_before_the_run_has_enrolled_them() -> None:
+    account = Account(None, _study())
+    for pay in (partial(account.pay, 1), account.pay_threshold):
+        with pytest.raises(BudgetError, match="nobody is enrolled"):
+            pay(["north"])
 
 
 def test_uses_are_those_of_this_run(tmp_path: Path) -> None:

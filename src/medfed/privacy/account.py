@@ -34,6 +34,7 @@ class Account:
         self._ledger: Ledger | None = None
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._paid: set[str] = set()  # who has paid for what has not yet been answered
+        self._kinds: Counter[tuple[str, str]] | None = None  # charges of this run by site and kind
 
     @property
     def ledger(self) -> Ledger:
@@ -100,10 +101,10 @@ class Account:
 
         Who has paid and was not `answered` (the work failed, and is tried again) does not pay twice.
         """
-        assert self.guarantee is not None
+        g = self._enrolled()
         if refused := self._apart(sites):
             return refused
-        releases, owing = self.guarantee.releases, [site for site in sites if site not in self._paid]
+        releases, owing = g.releases, [site for site in sites if site not in self._paid]
         refused = self._charged({site: self._charge(site, round, releases[site].event()) for site in owing})
         self._paid.update(site for site in owing if site not in refused)
         return refused
@@ -124,15 +125,21 @@ class Account:
         epsilon = self.study.privacy.evaluation_epsilon
         cohort = self.ledger.enrol(f"{site} (test)", ids)
         event = RandomisedResponse(2, epsilon)
-        self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
+        self._pay([Charge(self.study.study.name, self.run, cohort, 0, "test", event)])
 
     def pay_threshold(self, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""
-        assert self.guarantee is not None
-        event = self.guarantee.threshold_event()
+        event = self._enrolled().threshold_event()
         assert event is not None
         charges = {site: replace(self._charge(site, 0, event), label="threshold") for site in sites}
         return self._apart(sites) or self._charged(charges)
+
+    def _enrolled(self) -> Guarantee:
+        if self.guarantee is None:
+            raise BudgetError(
+                "nobody is enrolled for this run, so nobody can pay; the coordinator must enrol them first"
+            )
+        return self.guarantee
 
     def _apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
         """Return why nobody may answer where a patient may have to pay at a site that was not asked."""
@@ -152,7 +159,7 @@ class Account:
     def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
         """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
         try:
-            self.ledger.charge(list(charges.values()), self._limits())
+            self._pay(list(charges.values()))
             return {}
         except BudgetError as error:
             if self._shares_patients:
@@ -160,10 +167,33 @@ class Account:
         refused: dict[str, BudgetError] = {}
         for site, charge in charges.items():
             try:
-                self.ledger.charge([charge], self._limits())
+                self._pay([charge])
             except BudgetError as error:
                 refused[site] = _discreet(error)
         return refused
+
+    def _pay(self, charges: Sequence[Charge]) -> None:
+        """Charge the ledger. PLD is no filter that could refuse: there, what the plan does not hold is."""
+        g = self._enrolled()
+        if g.accountant == "pld":
+            paid, planned = self._paid_kinds(), {"round": g.uses, "threshold": int(g.threshold_noise > 0), "test": 1}
+            for charge in charges:
+                if paid[charge.cohort.site, charge.label] >= planned[charge.label]:
+                    raise BudgetError(
+                        f"site {charge.cohort.site!r}, round {charge.round}: refused, and nothing was charged. "
+                        f"privacy.accountant='pld' pays for a plan of {planned[charge.label]} ({charge.label}), and "
+                        "all are paid. Start a new run, or set privacy.spare_rounds before it."
+                    )
+        self.ledger.charge(charges, self._limits())
+        if self._kinds is not None:
+            self._kinds.update((charge.cohort.site, charge.label) for charge in charges)
+
+    def _paid_kinds(self) -> Counter[tuple[str, str]]:
+        """Return how often this run's sites have paid for rounds, thresholds and tests, before a restart too."""
+        if self._kinds is None:
+            rows = (row for row in self.ledger.rows() if row["run"] == self.run)
+            self._kinds = Counter((str(row["site"]), str(row["label"])) for row in rows)
+        return self._kinds
 
     def uses(self) -> dict[str, int]:
         """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
