@@ -28,7 +28,6 @@ Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
 """Put a question to every site and return the sum of the answers."""
 
 _QUARTILES = (0.25, 0.5, 0.75)
-_MOST_IQRS = 8.0
 _OUTER = ((0.05, 0.95, 4.0), (0.01, 0.99, 7.0))
 _DIGIT_BITS = 4
 
@@ -392,9 +391,8 @@ def fit_widely(names: Sequence[str], logs: dict[str, float], ask: Ask) -> dict[s
 
     An IQR is no scale of mostly zero counts, rare events or heavy tails. So the scale is at least a quarter of the span
     of the middle 90 %, and a seventh of that of the middle 98 %: nine cells of ten lie within 4 of the median, 98 of a
-    hundred within 7. It is at most eight IQRs, where there is one: else a code for "missing" in a cell of twenty would
-    set the scale. Where all those quantiles coincide it is the root mean square distance from the median. Of
-    bell-shaped columns the IQR is the widest of the three, and `fit`'s bits stay.
+    hundred within 7. Where all those quantiles coincide it is the root mean square distance from the median.
+    Of bell-shaped columns the IQR is the widest of the three, and `fit`'s bits stay.
     """
     if not names:
         return {}
@@ -403,12 +401,10 @@ def fit_widely(names: Sequence[str], logs: dict[str, float], ask: Ask) -> dict[s
     outer = [q for low, high, _ in _OUTER for q in (low, high)]
     q_FQ = _quantiles((*_QUARTILES, *outer), known_F, header, ask)
     centre_F, scale_F = q_FQ[:, 1], q_FQ[:, 2] - q_FQ[:, 0]
-    most_F = np.where(scale_F > 0, _MOST_IQRS * scale_F, np.inf)
     for place, (_, _, spans) in enumerate(_OUTER):
         low_F, high_F = q_FQ[:, 3 + 2 * place], q_FQ[:, 4 + 2 * place]
         span_F = high_F / spans - low_F / spans
         scale_F = np.where(np.isfinite(span_F), np.maximum(scale_F, span_F), scale_F)
-    scale_F = np.minimum(scale_F, most_F)
     if (flat_F := (scale_F == 0) & (known_F.numpy() > 1)).any():
         square_F = ask("squares", header, {"centre": torch.from_numpy(centre_F.copy())}).numpy()
         scale_F = np.where(flat_F, np.sqrt(square_F / np.maximum(known_F.numpy(), 1)), scale_F)
