@@ -9,6 +9,7 @@ A step of client k on its batch:  g = mean gradient + decay w + mu (w - w_server
 K clients, A of them still active in a step, T steps, B batch, P parameters.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,21 +227,30 @@ def _runner(model: nn.Module, path: Path) -> Callable[[_Chunk], tuple[Tensor, Te
 
 def _run(model: nn.Module, path: Path, chunks: Sequence[_Chunk]) -> list[tuple[Tensor, Tensor]]:
     """Train every chunk: by rules each on one thread, as many at a time as torch has threads."""
-    return on_threads(chunks, partial(_runner, model, path), alone=path != "rules")
+    most = max((c.start_KP.numel() * c.plan.width(c.data.size_K) for c in chunks), default=0)
+    return on_threads(chunks, partial(_runner, model, path), alone=path != "rules", products=most)
 
 
 def on_threads(
-    chunks: Sequence[_Piece], maker: Callable[[], Callable[[_Piece], _Done]], alone: bool = False
+    chunks: Sequence[_Piece],
+    maker: Callable[[], Callable[[_Piece], _Done]],
+    alone: bool = False,
+    products: float = math.inf,
 ) -> list[_Done]:
     """Do every chunk's work on one thread each; every thread makes a worker of its own. `alone`: all on this thread.
 
     Threads that each walk a chunk of their own do not wait for one another at every product, as threads inside a
-    product do; on a busy machine that is the difference between slower and ten times slower.
+    product do; on a busy machine that is the difference between slower and a hundred times slower. So one chunk whose
+    steps have few `products` (of two numbers) has one thread, too.
     """
     threads = torch.get_num_threads()
     if alone or threads == 1 or len(chunks) < 2:
-        work = maker()
-        return [work(chunk) for chunk in chunks]
+        torch.set_num_threads(1 if products < _FEW_PRODUCTS else threads)
+        try:
+            work = maker()
+            return [work(chunk) for chunk in chunks]
+        finally:
+            torch.set_num_threads(threads)
     mine = threading.local()
 
     def enter() -> None:
@@ -252,6 +262,10 @@ def on_threads(
             return list(pool.map(lambda chunk: mine.work(chunk), chunks))
     finally:
         torch.set_num_threads(threads)
+
+
+_FEW_PRODUCTS = 1 << 22
+"""Products of a step that one thread does in less than a millisecond: a second one gains less than it may lose."""
 
 
 def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, path: Path) -> Iterator[Tensor | slice]:
