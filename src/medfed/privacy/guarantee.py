@@ -323,6 +323,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
     samples += 2 * CHOOSING_CELLS * found.copies if study.rule().chosen else 0
+    samples *= 1 if study.security.aggregation == "plain" else max(3, len(sizes))  # who holds a part of each noise
     if not p.simulation_only:
         worst = worst_total_variation(2.0**20 * found.sensitivity_units())
         found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
