@@ -13,6 +13,7 @@ import pytest
 from medfed.core.checks import DataError, MedfedError, PlanError
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
+from medfed.data import tables
 from medfed.data.tables import Frames, SiteTable, canonical, clean, clean_all, feature_names, numbered, read
 from medfed.study import Data, Feature
 
@@ -427,6 +428,27 @@ MANY = {
     ),
 }
 MANY["private, marked"] = (replace(MANY["private"][0], test="set"), True)
+
+
+PLAIN = [
+    *("0", "-9", "-9.0", " -9.00 ", "-9e0", "17", "1e5", " 2.50", "-.5", "3.", "1e400", "inf", "nan", "NA", "", "  "),
+    *("0.1", "123456789.123456789", "-0", "+9.0"),
+]
+ODD = ["+4", "1_000", "1,5", "0x1A", "yes", "7e", "\u0661"]
+"""What only the slow way may decide."""
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plain_numbers_are_read_as_the_slow_way_reads_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(seed)
+    cells = random.choice(PLAIN + ODD * (seed % 4 == 0), int(random.integers(1, 30)))
+    frames = Frames.one("a", pd.DataFrame({"x": cells}, dtype=str))
+    feature = Feature(missing=tuple(random.choice(["-9", "0", "9", "2.5"], 2)))
+    read = tables._Column(frames, "x", feature, ["", "NA"], [], private=True)
+    monkeypatch.setattr(tables, "_plain_numbers", lambda *_: None)
+    plain = tables._Column(frames, "x", feature, ["", "NA"], [], private=True)
+    assert np.array_equal(read.numeric, plain.numeric, equal_nan=True) and list(read.texts) == list(plain.texts)
+    assert np.array_equal(read.missing, plain.missing) and np.array_equal(read.not_number, plain.not_number)
 
 
 def _sites(random: np.random.Generator, clean_cells: bool) -> Frames:

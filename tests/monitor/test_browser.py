@@ -119,6 +119,7 @@ def test_a_run_is_followed_while_it_goes(tmp_path: Path, page: Page) -> None:
                     expect(page.locator("#status")).to_contain_text("so far")
                     (go / str(number)).touch()
                 expect(page.locator("#status")).to_contain_text("complete", timeout=60_000)
+                assert process.wait(60) == 0  # the summary is written after the last event
                 test = json.loads((run / "summary.json").read_text())["test"]
                 expect(page.locator("#score")).to_have_text(f"{test['auroc']:.4f}")
         finally:

@@ -11,6 +11,7 @@ met is in the site's own log. Only the header can stop a run.
 
 import logging
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from medfed.core import toml
@@ -517,6 +520,27 @@ def canonical(values: pd.Series) -> pd.Series:
     return text.where(~whole, text.str.replace(r"\.0*$", "", regex=True))
 
 
+def _plain_numbers(values: pd.Series, absent: set[str]) -> tuple[pd.Series, np.ndarray] | None:
+    """Return texts that are all plain numbers, or missing, as numbers, and which are missing [rows]; None where not.
+
+    As `canonical` and `pandas.to_numeric` read them, in a tenth of the time.
+    """
+    if not isinstance(values.dtype, pd.StringDtype):
+        return None
+    text_N = pc.utf8_trim_whitespace(pa.array(values.array))
+    gone_N = pc.or_(pc.is_null(text_N), pc.is_in(text_N, value_set=pa.array(sorted(absent), text_N.type)))
+    try:
+        number_N = pc.if_else(gone_N, pa.scalar(None, text_N.type), text_N).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return None
+    number, missing = number_N.to_numpy(zero_copy_only=False), gone_N.to_numpy(zero_copy_only=False).copy()
+    codes = [float(code) for code in absent if re.fullmatch(r"[+-]?\d+", code)]
+    like = np.flatnonzero(np.isin(number, codes)) if codes else np.array([], dtype=np.int64)
+    if len(like):  # "-9.0" is the code "-9"
+        missing[like] = canonical(values.iloc[like]).isin(absent)
+    return pd.Series(np.where(missing, np.nan, number), values.index), missing
+
+
 class _Column:
     """One feature column of several sites while it is being understood; an error is worded for the first of them."""
 
@@ -534,8 +558,11 @@ class _Column:
         self.frames, self.name, self.feature, self.notes, self.private = frames, name, feature, notes, private
         if pd.api.types.is_datetime64_any_dtype(values) and not private:
             raise DataError(f"{self.where}: {_NO_DATES}")
-        self.texts = canonical(values)
-        absent = {*missing_values, *feature.missing}
+        self.values, absent = values, {*missing_values, *feature.missing}
+        if not feature.categories and (plain := _plain_numbers(values, absent)):
+            self.numeric, self.missing = plain
+            self.not_number = ~self.missing & self.numeric.isna().to_numpy()
+            return
         self.missing = (values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
         if feature.categories:
             strange = ~self.missing & ~self.texts.isin(feature.categories).to_numpy(dtype=bool)
@@ -545,8 +572,13 @@ class _Column:
         self.numeric = pd.to_numeric(self.texts.where(~self.missing), errors="coerce").astype(float)
         self.not_number = ~self.missing & self.numeric.isna().to_numpy()
 
+    @cached_property
+    def texts(self) -> pd.Series:
+        """The cells as `canonical` has them."""
+        return canonical(self.values)
+
     def rows(self, which: np.ndarray) -> str:
-        return some(self.texts.index[which])
+        return some(self.values.index[which])
 
     def is_text(self) -> np.ndarray:
         """Return at which sites it is text [K]: where the dictionary says so, or most cells are no numbers."""
