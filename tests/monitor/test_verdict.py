@@ -174,6 +174,21 @@ def test_a_test_too_noisy_to_tell_is_not_blamed_on_the_model() -> None:
     assert finding["code"] == "not-better-than-chance" and "says nothing of the model" in finding["next"]
 
 
+def test_a_noised_test_without_an_auroc_is_said_to_be_void() -> None:
+    """Accuracy .983 of a handful that the noise left over is no praise."""
+    void = {**BINARY, "accuracy": 0.983, "auroc": None, "brier": 0.0, "n": 59}
+    told = _summary(privacy=PRIVATE, test_noised=True, test=void, intervals={"auroc": None, "accuracy": [0.59, 1.0]})
+    (finding, *_) = findings(told)
+    assert finding["code"] == "not-better-than-chance" and "is not known" in finding["text"]
+    assert finding["level"] == "warning" and "says nothing of the model" in finding["next"]
+
+
+def test_a_noised_test_says_nothing_of_chances() -> None:
+    worse = {"test": {**BINARY, "brier": 0.3, "n": 200}, "intervals": {"auroc": [0.7, 0.9]}}
+    assert "chances-worse-than-constant" in _codes(_summary(**worse))
+    assert "chances-worse-than-constant" not in _codes(_summary(**worse, privacy=PRIVATE, test_noised=True))
+
+
 def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
     decided = {"positive": "b", "threshold": 0.05, "decided": "chosen on noised counts", "rule": "sensitivity>=0.8"}
     missed = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.5, 0.74]})

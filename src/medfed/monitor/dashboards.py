@@ -359,7 +359,7 @@ def _privacy(story: Story) -> str:
         body = (
             '<p class="verdict">Whether any one training patient took part, with all records, changes the odds of '
             f"whatever this run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance "
-            f"of {claim['target']['delta']:g}.</p>"
+            f"of {claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
         )
         body += _key_figures(
             {
@@ -401,12 +401,14 @@ def _security(story: Story) -> str:
     s = story.summary
     level = max((one.level for one in story.audits), default=0)
     named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
-    words = f"Highest level of threat: {LEVELS[level]}. " + (
-        f"Suspected: {named}." if named else "Nobody was suspected."
-    )
+    looked = bool(story.inspected) or level > 0
+    words = f"Highest level of threat: {LEVELS[level] if looked else 'not known, as no rule compared rows'}. "
+    if looked:
+        words += f"Suspected: {named}." if named else "Nobody was suspected."
     if story.planned and story.planned.bears:
         words += f" Malicious clients: {story.planned.bears}."
-    body = f'<p class="verdict{" bad" if level >= 2 else ""}">{escape(words)}</p>'
+    seen = "verdict bad" if level >= 2 else "verdict" if looked else "note"
+    body = f'<p class="{seen}">{escape(words)}</p>'
     body += _key_figures(
         {
             "warned or left out": f"{len(s['suspects'])}",

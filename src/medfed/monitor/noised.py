@@ -74,6 +74,8 @@ class Noised:
             "f1": self._ratio(2 * called * positive, called * every + positive),
             "brier": self._ratio(squares, every),
         }
+        if figures["precision"].value is None or figures["recall"].value is None:
+            figures["f1"] = Figure(None)  # of two figures of which one is not known
         return {name: figures.get(name, Figure(None)) for name in CLASS_METRICS}
 
     def confusion(self, threshold: float) -> list[list[int]]:

@@ -132,7 +132,7 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
     auroc = test.get("auroc")
     if len(shares) == 2:
         if auroc is None:
-            return ""
+            return "How well the model tells classes apart is not known: no AUROC." if _noised(summary) else ""
         low, high = intervals.get("auroc") or _hanley(auroc, *_counts(summary))
         if low > 0.5:
             return ""
@@ -149,23 +149,28 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
 def _too_noisy(summary: Summary, intervals: Mapping[str, Any]) -> str:
     """Say that the test, not the model, is what says nothing; empty where it could."""
     low, high = intervals.get("auroc") or (None, None)
-    if not _noised(summary) or low is None or high is None or high - low < 0.25:
+    if not _noised(summary) or (low is not None and high is not None and high - low < 0.25):
         return ""
     return (
-        "The noise of the test alone spans this: it says nothing of the model. Hold out more patients, raise "
+        "The noise of the test alone does this: it says nothing of the model. Hold out more patients, raise "
         "privacy.evaluation_epsilon, or test on public patients (data.test_is_public)."
     )
 
 
 def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
-    """Say in figures that chances err more than the shares of the classes would; empty where they do not."""
+    """Say in figures that chances err more than the shares of the classes would; empty where they do not.
+
+    A noised test rounds chances to few cells, and its shares are noised too: it does not tell.
+    """
+    if _noised(summary):
+        return ""
     constant = 1 - sum(share**2 for share in shares)
     if len(shares) == 2:
         constant /= 2  # a binary Brier score counts one of the two
     if test.get("brier") is not None and test["brier"] >= constant:
         return f"Brier score {test['brier']:.4f}, of the shares alone {constant:.4f}"
     loss, least = summary["loss"]["test"], _entropy(shares)
-    if loss is not None and loss >= least and not _noised(summary):
+    if loss is not None and loss >= least:
         return f"log loss {loss:.4f}, of the shares alone {least:.4f}"
     return ""
 
