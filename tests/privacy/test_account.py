@@ -230,6 +230,17 @@ def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(tmp
 
 
 @pytest.mark.slow
+def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
+    """Both had paid before the other did: neither goes by what it remembers."""
+    path = tmp_path / "ledger.sqlite"
+    one, two = _account(path, **PLD), _account(path, fresh=False, **PLD)
+    for number, account in enumerate((one, two, one, two), 1):
+        assert _pays(account, number) == {}
+    assert set(_pays(one, 5)) == set(_pays(two, 5)) == {"north", "south"}
+    assert len(one.ledger.rows()) == 8
+
+
+@pytest.mark.slow
 def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
     assert account.pay_threshold(["north", "south"]) == {}

@@ -559,18 +559,19 @@ class _Column:
         if pd.api.types.is_datetime64_any_dtype(values) and not private:
             raise DataError(f"{self.where}: {_NO_DATES}")
         self.values, absent = values, {*missing_values, *feature.missing}
-        if not feature.categories and (plain := _plain_numbers(values, absent)):
-            self.numeric, self.missing = plain
-            self.not_number = ~self.missing & self.numeric.isna().to_numpy()
-            return
-        self.missing = (values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
-        if feature.categories:
-            strange = ~self.missing & ~self.texts.isin(feature.categories).to_numpy(dtype=bool)
-            if private:
-                self._tell("no declared category", strange)
-            self.missing = self.missing | strange
-        self.numeric = pd.to_numeric(self.texts.where(~self.missing), errors="coerce").astype(float)
+        plain = None if feature.categories else _plain_numbers(values, absent)
+        self.numeric, self.missing = plain or self._read(absent)
         self.not_number = ~self.missing & self.numeric.isna().to_numpy()
+
+    def _read(self, absent: set[str]) -> tuple[pd.Series, np.ndarray]:
+        """Return what `_plain_numbers` does, of any column: what is no number is NaN."""
+        missing: np.ndarray = (self.values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
+        if self.feature.categories:
+            strange = ~missing & ~self.texts.isin(self.feature.categories).to_numpy(dtype=bool)
+            if self.private:
+                self._tell("no declared category", strange)
+            missing = missing | strange
+        return pd.to_numeric(self.texts.where(~missing), errors="coerce").astype(float), missing
 
     @cached_property
     def texts(self) -> pd.Series:

@@ -34,7 +34,6 @@ class Account:
         self._ledger: Ledger | None = None
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._paid: set[str] = set()  # who has paid for what has not yet been answered
-        self._kinds: Counter[tuple[str, str]] | None = None  # charges of this run by site and kind
 
     @property
     def ledger(self) -> Ledger:
@@ -185,27 +184,19 @@ class Account:
                         "all are paid. Start a new run, or set privacy.spare_rounds before it."
                     )
         self.ledger.charge(charges, self._limits())
-        if self._kinds is not None:
-            self._kinds.update((charge.cohort.site, charge.label) for charge in charges)
 
     def _paid_kinds(self) -> Counter[tuple[str, str]]:
-        """Return how often this run's sites have paid for rounds, thresholds and tests, before a restart too."""
-        if self._kinds is None:
-            rows = (row for row in self.ledger.rows() if row["run"] == self.run)
-            self._kinds = Counter((str(row["site"]), str(row["label"])) for row in rows)
-        return self._kinds
+        """Return how often each site has paid in this run, by (site, label): in every process, before a crash too."""
+        rows = self.ledger.rows()
+        return Counter((str(row["site"]), str(row["label"])) for row in rows if row["run"] == self.run)
 
     def uses(self) -> dict[str, int]:
         """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
-        return Counter(
-            str(row["site"]) for row in self.ledger.rows() if (row["run"], row["label"]) == (self.run, "round")
-        )
+        return {site: n for (site, label), n in self._paid_kinds().items() if label == "round"}
 
     def thresholds(self) -> int:
         """Return how many choices of the threshold some site's patients have paid for in this run."""
-        rows = self.ledger.rows()
-        paid = Counter(str(row["site"]) for row in rows if (row["run"], row["label"]) == (self.run, "threshold"))
-        return max(paid.values(), default=0)
+        return max((n for (_, label), n in self._paid_kinds().items() if label == "threshold"), default=0)
 
     def charged(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
