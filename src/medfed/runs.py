@@ -793,20 +793,31 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
     return watch.step(event.round, event.weights.keys(), findings)
 
 
-def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
-    """Train a baseline with the study's own settings, without liars, in silence, and tell what it is worth.
+def baseline_plan(name: str, study: Study, sites: Sequence[Site], encoding: Encoding) -> tuple[InProcess, Plan]:
+    """Return a fleet of these sites, and the plan by which a baseline is trained: no noise, no secrecy, no liars.
 
-    Sites' own models are also held against the federated one, record by record.
+    It has the study's own settings; where a claim chose some, those that the study has without it.
     """
     other = study.as_written() if study.chosen else study
     other = other.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
     other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
+    return _ready(other, [site.under(other) for site in sites], encoding)
+
+
+def train_in_silence(plan: Plan, fleet: InProcess) -> Server:
+    """Run all rounds of a baseline; nobody is told. Raises QuorumError or DataError."""
+    server, pace, quiet = plan.begin(), Pace(), Log()
+    for _ in range(plan.study.training.rounds):
+        server = run_round(server, plan, fleet, plan.budget(), quiet)
+        server, pace = _eased(server, pace, plan, quiet)
+    return server
+
+
+def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
+    """Train a baseline and tell what it is worth; sites' own models also against the federated one, record by record."""
     try:
-        fleet, plan = _ready(other, [site.under(other) for site in sites], encoding)
-        server, pace, quiet = plan.begin(), Pace(), Log()
-        for _ in range(other.training.rounds):
-            server = run_round(server, plan, fleet, plan.budget(), quiet)
-            server, pace = _eased(server, pace, plan, quiet)
+        fleet, plan = baseline_plan(name, study, sites, encoding)
+        server = train_in_silence(plan, fleet)
         decision = decide(server, plan, fleet, plan.budget(), log)
         test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if name == "local":

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medfed.cli.alone import alone
 from medfed.cli.budget import accept, budget, column, found
 from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
@@ -41,6 +42,7 @@ app.add_typer(study_app, name="study")
 app.add_typer(key_app, name="key")
 app.add_typer(federation_app, name="federation")
 app.add_typer(quarantine_app, name="quarantine")
+app.command()(alone)
 app.command()(compare)
 app.command()(export)
 app.command()(report)

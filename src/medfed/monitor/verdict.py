@@ -223,7 +223,7 @@ def _own(summary: Summary) -> Iterator[dict[str, str]]:
         if _private(summary) and "local" not in summary["baselines"]:
             text = "Not compared: whether sites' own models do better is not known, as training them would cost budget."
             yield _finding(
-                "not-compared", text, "Each site can test its own model at home, where nothing leaves.", "note"
+                "not-compared", text, "Each site can see for itself, at home: `medfed alone RUN SITE`.", "note"
             )
         return
     low, high = compared["interval"]

@@ -1,0 +1,77 @@
+"""Would a site do better alone? Asked at the site and answered to the site: nothing of it leaves.
+
+A site's own model hangs on each of its patients without bound, so a claim that covers telling how good it is would cost
+a second private training. At home it costs nothing: no claim stands between a hospital and its own records.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medfed import runs
+from medfed.core.checks import PlanError, RunError, nearest
+from medfed.monitor.events import Compared, Event, Log, Tested, Warned
+from medfed.monitor.metrics import Figure
+from medfed.plan import ALGORITHMS
+from medfed.round import compare_own, test
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A site's own model beside the run's, on the same held-out records of that site."""
+
+    site: str
+    records: int
+    own: dict[str, Figure]
+    federated: dict[str, Figure]
+    own_better: Figure  # by how much its squared error is less, a record on average, with the 95 % interval over pairs
+
+    def verdict(self) -> str:
+        """Say in a sentence which of the two errs less, if that can be told."""
+        low, high = self.own_better.low, self.own_better.high
+        if low is None or high is None or low <= 0 <= high:
+            return "Which of the two is better here cannot be told from these records."
+        errs = "less" if low > 0 else "more"
+        return f"On these records the site's own model errs {errs} than the run's, beyond chance."
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {**dataclasses.asdict(self), "verdict": self.verdict()}
+
+
+def compare(folder: str | Path, site: str, data: Path | None = None) -> Alone:
+    """Train `site`'s own model on its own records, without noise, and hold it against a finished run's.
+
+    It gets the run's encoding and model; where a claim chose rounds and rates, those that the study has without one.
+    Nothing is written and no budget is touched: the answer is for the site alone. Raises RunError for a run that has
+    not finished or does not know the site; PlanError where clients are single devices, or models the sites' own.
+    """
+    result = runs.load(folder)
+    study = result.study
+    if study.sites.kind == "device":
+        raise PlanError("sites.kind='device': a device holds one patient, from whom no own model can be tested")
+    if ALGORITHMS[study.training.algorithm].personal:
+        raise PlanError(f"training.algorithm={study.training.algorithm!r} keeps a model at each site already")
+    sites = {one.name: one for one in runs.open_sites(study, data, Path(folder))}
+    if site not in sites:
+        raise RunError(f"site {site!r} is not in this run; {nearest(site, sites)}")
+
+    told: list[Event] = []
+    with Log(None, [told.append]) as log:
+        fleet, plan = runs.baseline_plan("fedavg", study, [sites[site]], result.encoding)
+        federated = dataclasses.replace(plan.begin(), w_P=result.w_P)
+        test(federated, plan, fleet, log, "federated", intervals=True)
+
+        fleet, plan = runs.baseline_plan("local", study, [sites[site]], result.encoding)
+        own = runs.train_in_silence(plan, fleet)
+        test(own, plan, fleet, log, "local", intervals=True)
+        compare_own(own, federated, plan, fleet, log)
+
+    tested = {event.model: event for event in told if isinstance(event, Tested)}
+    compared = next((event for event in told if isinstance(event, Compared)), None)
+    if compared is None:
+        raise RunError(next(event.text for event in told if isinstance(event, Warned)))
+    return Alone(
+        site, compared.n, dict(tested["local"].all_sites), dict(tested["federated"].all_sites), compared.own_better
+    )
