@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from medfed import runs
+from medfed.algorithms import ALGORITHMS
 from medfed.core.checks import PlanError, RunError, nearest
 from medfed.monitor.events import Compared, Event, Log, Tested, Warned
 from medfed.monitor.metrics import Figure
-from medfed.plan import ALGORITHMS
 from medfed.round import compare_own, test
 
 

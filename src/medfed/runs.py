@@ -814,7 +814,7 @@ def train_in_silence(plan: Plan, fleet: InProcess) -> Server:
 
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
-    """Train a baseline and tell what it is worth; sites' own models also against the federated one, record by record."""
+    """Train a baseline and tell what it is worth; sites' own models also beside the federated one, by record."""
     try:
         fleet, plan = baseline_plan(name, study, sites, encoding)
         server = train_in_silence(plan, fleet)

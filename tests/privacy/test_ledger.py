@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1222,3 +1223,18 @@ def test_an_operator_accepts_an_old_copy_by_its_head_and_it_stays_on_record(writ
         assert len(book.rows()) == 5
         book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
     Ledger.open(written).close()
+
+
+def test_a_plan_is_counted_inside_the_transaction(tmp_path: Path) -> None:
+    """Two processes that looked at the same moment: the second finds what the first has written."""
+    limits = Limits(math.inf, DELTA, planned={"round": 2})
+    with Ledger.open(tmp_path / "ledger.sqlite") as one, Ledger.open(tmp_path / "ledger.sqlite") as two:
+        cohort = one.enrol("a", ["p", "q"])
+        one.charge([charge(cohort)], limits)
+        two.charge([charge(two.enrol("a", ["p", "q"]))], limits)
+        for book in (one, two):
+            with pytest.raises(BudgetError, match=r"plan of 2 \(round\), and 2 are paid"):
+                book.charge([charge(cohort)], limits)
+        with pytest.raises(BudgetError, match=r"plan of 2 \(round\), and 0 are paid"):
+            one.charge([replace(charge(cohort), run="another")] * 3, limits)
+        assert len(two.rows()) == 2

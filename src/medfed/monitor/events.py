@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -210,10 +211,17 @@ class RunFinished(Event):
 
 
 def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
-    """Return by round and reason who was left out; a site's own name in its reason makes no other reason."""
+    """Return by round and reason who was left out; a site's own name in its reason makes no other reason.
+
+    A reason that several are told word for word may name one of them: who pays together is refused together.
+    """
+    told = list(excluded)
+    often = Counter((event.round, event.reason) for event in told)
     found: dict[tuple[int, str], list[SiteExcluded]] = {}
-    for event in excluded:
-        found.setdefault((event.round, unnamed(event.site, event.reason)), []).append(event)
+    for event in told:
+        shared = often[event.round, event.reason] > 1
+        reason = event.reason if shared else unnamed(event.site, event.reason)
+        found.setdefault((event.round, reason), []).append(event)
     return found
 
 

@@ -124,7 +124,7 @@ class Account:
         epsilon = self.study.privacy.evaluation_epsilon
         cohort = self.ledger.enrol(f"{site} (test)", ids)
         event = RandomisedResponse(2, epsilon)
-        self._pay([Charge(self.study.study.name, self.run, cohort, 0, "test", event)])
+        self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
 
     def pay_threshold(self, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""
@@ -158,7 +158,7 @@ class Account:
     def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
         """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
         try:
-            self._pay(list(charges.values()))
+            self.ledger.charge(list(charges.values()), self._limits())
             return {}
         except BudgetError as error:
             if self._shares_patients:
@@ -166,24 +166,10 @@ class Account:
         refused: dict[str, BudgetError] = {}
         for site, charge in charges.items():
             try:
-                self._pay([charge])
+                self.ledger.charge([charge], self._limits())
             except BudgetError as error:
                 refused[site] = _discreet(error)
         return refused
-
-    def _pay(self, charges: Sequence[Charge]) -> None:
-        """Charge the ledger. PLD is no filter that could refuse: there, what the plan does not hold is."""
-        g = self._enrolled()
-        if g.accountant == "pld":
-            paid, planned = self._paid_kinds(), {"round": g.uses, "threshold": int(g.threshold_noise > 0), "test": 1}
-            for charge in charges:
-                if paid[charge.cohort.site, charge.label] >= planned[charge.label]:
-                    raise BudgetError(
-                        f"site {charge.cohort.site!r}, round {charge.round}: refused, and nothing was charged. "
-                        f"privacy.accountant='pld' pays for a plan of {planned[charge.label]} ({charge.label}), and "
-                        "all are paid. Start a new run, or set privacy.spare_rounds before it."
-                    )
-        self.ledger.charge(charges, self._limits())
 
     def _paid_kinds(self) -> Counter[tuple[str, str]]:
         """Return how often each site has paid in this run, by (site, label): in every process, before a crash too."""
@@ -213,10 +199,12 @@ class Account:
         return Charge(self.study.study.name, self.run, self.cohorts[site], round, "round", event)
 
     def _limits(self) -> Limits:
-        p, g = self.study.privacy, self.guarantee
-        assert g is not None
-        epsilon = math.inf if g.accountant == "pld" else p.epsilon  # PLD is no filter; its schedule is fixed instead
-        return Limits(epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
+        p, g = self.study.privacy, self._enrolled()
+        limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
+        if g.accountant != "pld":
+            return limits
+        planned = {"round": g.uses, "threshold": int(g.threshold_noise > 0), "test": 1}
+        return replace(limits, epsilon=math.inf, planned=planned)  # PLD is no filter; its plan is fixed instead
 
 
 def _discreet(error: BudgetError) -> BudgetError:

@@ -118,13 +118,15 @@ class Charge:
 class Limits:
     """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
 
-    The ledger's `Lifetime` holds beside them. `sampler` is the part of any delta that the noise sampler takes.
+    The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise sampler takes. `planned`:
+    how many charges of each label a site may have in one run, where a fixed plan is what epsilon was worked out for.
     """
 
     epsilon: float
     delta: float
     lifetime_epsilon: float = math.inf
     sampler: float = 0.0
+    planned: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,7 @@ class Ledger:
         """
         with self._transaction("IMMEDIATE"):
             self._refuse_overspend(charges, limits)
+            self._refuse_unplanned(charges, limits)
             written = self._append(charges)
         self._tell_head(*written)
 
@@ -385,6 +388,22 @@ class Ledger:
         for charge in charges:
             self._admit(charge.cohort.id)
         self._accounts.refuse_overspend(charges, limits, self.lifetime)
+
+    def _refuse_unplanned(self, charges: Sequence[Charge], limits: Limits) -> None:
+        if limits.planned is None:
+            return
+        asked = Counter((c.run, c.cohort.site, c.label) for c in charges)
+        for (run, site, label), more in asked.items():
+            where = (run, site, label)
+            (paid,) = self._sql.execute(
+                "SELECT COUNT(*) FROM charges WHERE run = ? AND site = ? AND label = ? AND cohort != ''", where
+            ).fetchone()
+            if paid + more > limits.planned.get(label, 0):
+                raise BudgetError(
+                    f"site {site!r}, {label}: refused, and nothing was charged. privacy.accountant='pld' pays for a "
+                    f"plan of {limits.planned.get(label, 0)} ({label}), and {paid} are paid. Start a new run, or set "
+                    "privacy.spare_rounds before it."
+                )
 
     def _append(self, charges: Sequence[Charge]) -> tuple[int, str]:
         """Write the rows; return the last one's number and hash."""
