@@ -60,6 +60,7 @@ def test_a_target_beyond_its_range_is_told_and_left_as_it_is(tmp_path: Path) -> 
 
     text = "[data.dictionary.died]\nrange = [0, 12]\n[data.dictionary.age]\nrange = [20, 100]\n"
     study = _study(tmp_path, numbers, text).set("data.task", "regression").set("training.learning_rate", 0.01)
+    study = study.set("data.accept", ["target-copy"])  # but for one cell it is age
     summary = medfed.simulate(study).summary
     assert any("column 'died': row 9 outside" in t and "taken as they are" in t for t in summary["warnings"])
     labels = np.concatenate([node.table.label for node in runs.open_sites(study, None) if node.table])

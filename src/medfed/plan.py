@@ -18,7 +18,7 @@ from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, S
 from medfed.core.flat import vector
 from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
-from medfed.data import preprocess, sources, tables
+from medfed.data import doubts, preprocess, sources, tables
 from medfed.data.preprocess import Encoding
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
@@ -700,7 +700,8 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
-    return [*found, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
+    doubtful = doubts.warnings(surveys, study.data)
+    return [*found, *doubtful, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
 
 
 NEGATIVE = ("nein", "non", "0", "no", "n", "false", "f", "negative", "neg", "alive", "benign", "control", "healthy")

@@ -13,7 +13,7 @@ from medfed import rates
 from medfed.core import codec
 from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
 from medfed.core.flat import fingerprint
-from medfed.data import preprocess
+from medfed.data import doubts, preprocess
 from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
 from medfed.models import fixed
@@ -33,6 +33,8 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     check(study)
     counted = Counted(fleet)
     surveys = ask_surveys(counted, sites)
+    if not asked(study):
+        doubts.check(surveys, study.data)
 
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         payload = codec.encode({"question": question, **header}, tensors)

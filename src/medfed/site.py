@@ -92,7 +92,7 @@ class Site:
     def open_all(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
         """Return the nodes of several sites of this process, each as `open` returns it."""
         tables = clean_all(frames, study.data, Streams(study.study.seed), guarantee.asked(study))
-        return [cls(name, table, study, folder) for name, table in zip(frames, tables, strict=True)]
+        return [cls(name, table.ordered(), study, folder) for name, table in zip(frames, tables, strict=True)]
 
     @classmethod
     def devices(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
@@ -104,7 +104,7 @@ class Site:
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         nodes: list[Site] = []
         for site, together in zip(frames, clean_all(frames, study.data, streams, private), strict=True):
-            tables = together.by_patient()
+            tables = together.ordered().by_patient()
             named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in tables}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes

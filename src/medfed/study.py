@@ -121,6 +121,11 @@ class Data:
         "robust: median and IQR, exact over all sites by counting; standard: mean and standard deviation; "
         "dictionary: public ranges, nothing is computed from patients; none: numbers are taken as they are.",
     )
+    accept: tuple[str, ...] = _key(
+        (),
+        "Doubts of `medfed data show` about the table that are right as they are: CODE for every column, or "
+        "CODE:COLUMN. Without it a doubt that would change a result in silence stops the run.",
+    )
     read_from_records: bool = _key(
         False,
         "Say that ranges, categories or sizes of this study were read off its records, as `medfed study fix "

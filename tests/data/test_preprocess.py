@@ -403,6 +403,8 @@ def test_a_survey_is_plain_counts_and_names() -> None:
         "train_labels": {"n": 1, "y": 1},
         "outside": {},
         "far": {},
+        "single": {},
+        "doubts": [],
     }
 
 

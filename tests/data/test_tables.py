@@ -515,3 +515,29 @@ def test_the_first_of_many_sites_that_cannot_be_cleaned_is_named_with_its_rows()
     names = [f"clinic {k:04d}" for k in range(1000)]
     with pytest.raises(DataError, match=r"site 'clinic 0624', column 'a': text in a numeric column, row 2500, 2501\."):
         clean_all(Frames.split(frame, np.repeat(names, 4), names), DATA, Streams(1))
+
+
+# the order of rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patient", ["", "who"])
+@pytest.mark.parametrize("private", [False, True])
+def test_the_order_of_rows_of_a_file_means_nothing(patient: str, private: bool) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "a": rng.integers(0, 9, 200).astype(str),
+            "b": rng.choice(["x", "y", ""], 200),
+            "who": rng.integers(0, 60, 200).astype(str),
+            "y": rng.choice(["0", "1", "", "?"] if private else ["0", "1"], 200),
+        }
+    )
+    described = {"a": Feature(range=(0, 9)), "b": Feature(categories=("x", "y")), "y": Feature(categories=("0", "1"))}
+    data = replace(DATA, patient=patient, features=("a", "b"), dictionary=described)
+    one, other = (clean("s", numbered(f), data, Streams(1), private).ordered() for f in (frame, frame[::-1]))
+    assert one.ids.tolist() == other.ids.tolist()
+    for left, right in [(one.numbers["a"], other.numbers["a"]), (one.texts["b"], other.texts["b"])]:
+        assert left.tolist() == right.tolist()
+    for name in ("label", "patient", "test"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+    assert one.taking_part().tolist() == other.taking_part().tolist()

@@ -207,7 +207,21 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "train_labels": {} if data.task == "regression" else _label_counts(table.label[train]),
         "outside": {n: _counted(rows) for n, rows in table.found.outside.items()},
         "far": {n: _counted(rows) for n, rows in table.found.far.items()},
+        "single": _single(table),
+        "doubts": [doubt.told() for doubt in table.found.doubts],
     }
+
+
+def _single(table: SiteTable) -> dict[str, float | str]:
+    """Return the value of each feature that has one value in all rows."""
+    found: dict[str, float | str] = {}
+    for name, values in table.numbers.items():
+        if len(values) and values[0] == values[-1] and (values == values[0]).all():
+            found[name] = float(values[0])
+    for name, texts in table.texts.items():
+        if len(texts) and texts[0] is not None and texts[0] == texts[-1] and (texts == texts[0]).all():
+            found[name] = str(texts[0])
+    return found
 
 
 def _counted(rows: Sequence[int]) -> dict[str, Any]:

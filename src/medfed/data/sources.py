@@ -31,6 +31,7 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
+from medfed.data import doubts
 from medfed.data.partition import site_of
 from medfed.data.tables import Frames, header, named_patients, numbered, read
 from medfed.study import Data, Feature, Study
@@ -68,8 +69,10 @@ def frames(
         names = tuple(study.privacy.sizes) if declared else ()
         if private:
             _refuse_undeclared(site, names, data.site)
-        elif len(unnamed := frame.index[(site == "").to_numpy()]):
-            raise DataError(f"column {data.site!r}: no site named in row {some(unnamed)}")
+        elif len(unnamed := frame.index[nameless(site, data)]):
+            raise DataError(
+                f"column {data.site!r}: no site named in row {some(unnamed)}. Name it, or leave the rows out."
+            )
         names = names or tuple(sorted(set(site)))
     else:
         names = study.sites.names
@@ -101,6 +104,12 @@ def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -
             "patients that may be published; `medfed data show` lists the table's sites."
         )
         yield Refusal(PlanError(text), {("privacy", "sizes"): SITES})
+
+
+def nameless(site: pd.Series, data: Data) -> np.ndarray:
+    """Return which rows name no site [rows]: empty, or a word for what is missing."""
+    gaps = {"", *data.missing_values, *doubts.gap_words(site.unique())}
+    return site.isin(gaps).to_numpy(dtype=bool)
 
 
 SITES = toml.Ask(

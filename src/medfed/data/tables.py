@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,8 @@ from medfed.core.checks import DataError, MedfedError, PlanError, closest, neare
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import cells, lines
+from medfed.data import cells, doubts, lines
+from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
 from medfed.study import Data, Feature, describe, described
 
@@ -76,6 +77,34 @@ class SiteTable:
         """Return the feature names, sorted."""
         return sorted([*self.numbers, *self.texts])
 
+    def ordered(self) -> "SiteTable":
+        """Return the records by patient, and of one patient by what they say: so that a file's order means nothing."""
+        order = np.argsort(self.patient, kind="stable")
+        patient = self.patient[order]
+        again = np.append(False, patient[1:] == patient[:-1])
+        several = again | np.append(again[1:], False)  # records of a patient who has several
+        if several.any():
+            rows = order[several]
+            order[several] = rows[np.lexsort((*self._contents(rows), self.patient[rows]))]
+        if (order == np.arange(len(self))).all():
+            return self
+        return replace(
+            self,
+            numbers={name: values[order] for name, values in self.numbers.items()},
+            texts={name: values[order] for name, values in self.texts.items()},
+            label=self.label[order],
+            patient=self.patient[order],
+            test=self.test[order],
+            left_out=None if self.left_out is None else self.left_out[order],
+        )
+
+    def _contents(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return columns [rows] by which records that differ in anything are sorted."""
+        texts = [pd.Series(self.texts[name][rows], dtype=object).fillna("") for name in sorted(self.texts)]
+        label = pd.Series(self.label[rows])
+        codes = [pd.factorize(column, sort=True)[0] for column in (*texts, label)]
+        return [*codes, self.taking_part()[rows], *(self.numbers[name][rows] for name in sorted(self.numbers))]
+
     def by_patient(self) -> "Iterator[SiteTable]":
         """Yield a table for each patient, in the order of `ids`."""
         order = np.argsort(self.patient, kind="stable")
@@ -112,6 +141,7 @@ class Found:
 
     outside: Mapping[str, list[int]] = field(default_factory=dict)  # beyond the declared range
     far: Mapping[str, list[int]] = field(default_factory=dict)  # no range is declared: see `cells.far`
+    doubts: Sequence[Doubt] = ()
 
 
 def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], missing: object) -> dict[str, np.ndarray]:
@@ -378,19 +408,21 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
     tables = []
     for k, (start, end) in enumerate(pairwise(frames.ends.tolist())):
         own = slice(start, end)
-        tables.append(
-            SiteTable(
-                numbers={name: values[own] for name, (values, of_K) in numbers.items() if of_K[k]},
-                texts={name: values[own] for name, (values, of_K) in texts.items() if of_K[k]},
-                label=label[own],
-                patient=codes[own],
-                test=held_out[own],
-                ids=ids[starts[k] : starts[k + 1]],
-                left_out=None if left_out is None else left_out[own],
-                found=Found(outside[k], far[k]),
-                spellings=int(written_K[k]),
-            )
+        table = SiteTable(
+            numbers={name: values[own] for name, (values, of_K) in numbers.items() if of_K[k]},
+            texts={name: values[own] for name, (values, of_K) in texts.items() if of_K[k]},
+            label=label[own],
+            patient=codes[own],
+            test=held_out[own],
+            ids=ids[starts[k] : starts[k + 1]],
+            left_out=None if left_out is None else left_out[own],
+            found=Found(outside[k], far[k]),
+            spellings=int(written_K[k]),
         )
+        if not private:
+            doubted = tuple(doubts.of_site(table, frame.index[start:end].to_numpy(), data))
+            table = replace(table, found=replace(table.found, doubts=doubted))
+        tables.append(table)
     return tables
 
 
@@ -627,6 +659,7 @@ class _Column:
         """Return the column as texts [rows]; only rows that are `asked` for must be."""
         known = asked & ~self.missing
         if not self.feature.categories and known.any():
+            self._refuse_gap_words(known)
             code_N, found = pd.factorize(self.texts.to_numpy(dtype=object))
             dated_N = pd.Series(found, dtype=object).astype(str).str.fullmatch(_DATE).to_numpy(dtype=bool)[code_N]
             of_K = self.frames.count(known)
@@ -641,6 +674,18 @@ class _Column:
         texts: np.ndarray = self.texts.to_numpy(dtype=object, copy=True)
         texts[self.missing] = None
         return texts
+
+    def _refuse_gap_words(self, known: np.ndarray) -> None:
+        """Raise DataError where numbers stand among nothing but words for what was not measured."""
+        numbers = known & ~self.not_number
+        words = self.texts[known & self.not_number].unique()
+        gaps = doubts.gap_words(words)
+        if numbers.any() and len(gaps) == len(words):
+            raise DataError(
+                f"{self.where}: numbers, and more often {some(map(repr, gaps))}, row "
+                f"{self.rows(known & self.not_number)}. If that means 'not measured', set {self.key('missing')} = "
+                f"{toml.literal(gaps)}."
+            )
 
 
 def _distinct(frames: Frames, code_N: np.ndarray, which_N: np.ndarray) -> np.ndarray:

@@ -1,0 +1,368 @@
+"""What is probably wrong with a table though every cell can be read: doubts, each with the line that settles it.
+
+A site doubts its own records (`of_site`) and tells codes, columns and rows; who compares sites (`of_all`) doubts what
+only shows between them: one label in two spellings, a column that names the site. What would change a result in silence
+is an error unless the study accepts it (`data.accept`); what merely may is a warning. Without a privacy claim alone:
+under one, the dictionary decides what a cell is, and nobody is told of any.
+
+Few records look like anything: what could be chance once in a million tables is not doubted.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from medfed.core import toml
+from medfed.core.checks import DataError, some, those
+from medfed.core.patient_ids import NOBODY
+from medfed.core.refusals import Refusal, refuse
+from medfed.study import Data, Feature, described
+
+if TYPE_CHECKING:
+    from medfed.data.tables import SiteTable
+
+Harm = Literal["error", "warning"]
+
+HARMS: dict[str, Harm] = {
+    "row-number": "error",
+    "identifier": "error",
+    "target-copy": "error",
+    "gaps-copy-target": "error",
+    "label-spelling": "error",
+    "label-missing": "error",
+    "label-header": "error",
+    "spelling": "error",
+    "missing-words": "error",
+    "coding": "error",
+    "outside-most": "error",
+    "separates": "warning",
+    "names-site": "warning",
+    "constant": "warning",
+    "empty": "warning",
+}
+"""Every doubt that there is, in order of harm."""
+
+FEW = 20
+"""Records of a site, below which nothing of its own is doubted."""
+
+CHANCE = 1e-6
+
+_IDENTIFIERS = {
+    "id", "ids", "pid", "mrn", "uuid", "guid", "patient", "patid", "patnr", "patnum", "patientid", "patientnr",
+    "patientennummer", "subject", "subjectid", "fallnr", "fallnummer", "aufnahmenr", "caseid", "recordid",
+    "encounterid", "visitid", "stayid", "hadm", "nip", "ipp", "nhc", "nosologico",
+}  # fmt: skip
+_COUNTS = re.compile(r"(unnamed: ?\d+|index|level_0|row|rownum|row_?number|row_?id|lfd\.? ?nr\.?|#)?")
+
+YES = frozenset(("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "vrai", "si", "sì", "sí", "vero", "verdadero"))
+NO = frozenset(("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso"))
+_ALSO_GAPS = ("k.A.", "k. A.", "n/d", "nd", "n.d.", "ns", "entfällt", "#NULL!")
+GAPS = frozenset(text.casefold() for text in (*NOBODY, *_ALSO_GAPS))
+
+
+Mend = Mapping[toml.Path, Any]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Something about a column that is probably wrong: what, in which rows, and the settings that would mend it."""
+
+    code: str
+    column: str
+    text: str  # a clause that follows the column's name
+    rows: tuple[int, ...] = ()  # of the file, the first of them
+    count: int = 0
+    mend: Mend = field(default_factory=dict)
+    sites: tuple[str, ...] = ()  # whose; none: of all together
+
+    @property
+    def harm(self) -> Harm:
+        """Whether it stops a run or warns."""
+        return HARMS[self.code]
+
+    def sentence(self) -> str:
+        """Say it, with where it is and what settles it."""
+        where = f"column {self.column!r}"
+        if self.sites:
+            where = f"{those(self.sites)}, {where}" if len(self.sites) > 1 else f"site {self.sites[0]!r}, {where}"
+        rows = f" (row {_rows(self.rows, self.count)})" if self.rows else ""
+        return f"{where} {self.text}{rows}. {self.way_out()}"
+
+    def way_out(self) -> str:
+        """Return what to write into the study: the mend, or that all is as it should be."""
+        lines = [f"{toml.key(*path)} = {toml.literal(value)}" for path, value in self.mend.items()]
+        mend = f"Set {' or '.join(lines)}; " if lines else "Correct the table; "
+        accept = toml.literal([f"{self.code}:{self.column}"])
+        return f"{mend}if it is right as it is, data.accept = {accept}."
+
+    def told(self) -> dict[str, Any]:
+        """Return what a site tells of it, as plain values."""
+        mend = [[list(path), value] for path, value in self.mend.items()]
+        return {**vars(self), "rows": list(self.rows), "mend": mend, "sites": []}
+
+    @classmethod
+    def heard(cls, told: Mapping[str, Any], site: str) -> "Doubt":
+        """Return a doubt that a site told."""
+        mend = {tuple(path): value for path, value in told["mend"]}
+        return cls(**{**told, "rows": tuple(told["rows"]), "mend": mend, "sites": (site,)})
+
+
+def _rows(rows: Sequence[int], count: int) -> str:
+    more = f" and {count - len(rows)} more" if count > len(rows) else ""
+    return ", ".join(map(str, rows)) + more
+
+
+def _leave_out(name: str) -> Mend:
+    return {("data", "exclude"): [name]}
+
+
+# Of one site ----------------------------------------------------------------------------------------------------------
+
+
+def of_site(table: "SiteTable", row_N: np.ndarray, data: Data) -> Iterator[Doubt]:
+    """Yield what is doubtful about a site's cleaned records; `row_N` are their rows of the file [rows]."""
+    yield from _outside(table, data)
+    if len(table) < FEW:
+        return
+    label_N = np.unique(table.label, return_inverse=True)[1] if data.task != "regression" else table.label
+    for name in table.features():
+        values = table.numbers.get(name)
+        if not described(data.dictionary.get(name, Feature())) and (doubt := _identifier(name, values, row_N, data)):
+            yield doubt
+            continue
+        if doubt := _copies(name, _codes(table, name), values, label_N, data, len(table.features())):
+            yield doubt
+
+
+def _outside(table: "SiteTable", data: Data) -> Iterator[Doubt]:
+    """Yield the columns of which most values lie beyond their declared range: another unit, a lost decimal sign."""
+    for name, rows in table.found.outside.items():
+        values = table.numbers.get(name)
+        known = len(table) if values is None else int(np.isfinite(values).sum())
+        if len(rows) * 2 > known:
+            low, high = data.dictionary[name].range
+            text = f"has {len(rows)} of {known} values outside the declared range [{low:g}, {high:g}]: another unit?"
+            yield Doubt("outside-most", name, text, tuple(rows[:5]), len(rows))
+
+
+def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: Data) -> Doubt | None:
+    """Return that a column of whole numbers counts rows, or names records."""
+    if values is None or not np.isfinite(values[:FEW]).all() or (values[:FEW] % 1).any():
+        return None
+    if not np.isfinite(values).all() or (values % 1).any():
+        return None
+    leave = _leave_out(name)
+    steps = np.diff(values)
+    if (steps == np.diff(row_N)).all() or (steps == 1).all():
+        return Doubt(
+            "row-number", name, "counts the rows of the file, as an index does; it is no measurement", mend=leave
+        )
+    distinct = len(np.unique(values))
+    if distinct > 0.9 * len(values) and _COUNTS.fullmatch(name.strip().casefold()):
+        return Doubt("row-number", name, "numbers the rows, as an index does; it is no measurement", mend=leave)
+    words = re.split(r"[^a-z0-9#]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
+    if not {*words, "".join(words)} & _IDENTIFIERS or distinct < min(64, 0.5 * len(values)):
+        return None
+    text = f"looks like what names patients or records: {distinct} different whole numbers in {len(values)} rows"
+    names: Mend = {} if data.patient else {("data", "patient"): name}
+    return Doubt("identifier", name, text, mend={**names, **leave})
+
+
+def _codes(table: "SiteTable", name: str) -> np.ndarray:
+    """Return a code for each cell [rows], alike for like cells; -1 where it is missing."""
+    if name in table.texts:
+        cells = table.texts[name]
+        known = np.array([cell is not None for cell in cells], dtype=bool)
+        codes = np.unique(np.where(known, cells, ""), return_inverse=True)[1]
+    else:
+        cells = table.numbers[name]
+        known = np.isfinite(cells)
+        codes = np.unique(np.where(known, cells, 0), return_inverse=True)[1]
+    return np.where(known, codes, -1)
+
+
+def _copies(
+    name: str, code_N: np.ndarray, values: np.ndarray | None, label_N: np.ndarray, data: Data, columns: int
+) -> Doubt | None:
+    """Return that a column, or its gaps, says what is to be predicted."""
+    leave = _leave_out(name)
+    known = code_N >= 0
+    if data.task == "regression":
+        if values is not None and known.sum() >= FEW and _linear(values[known], label_N[known]):
+            return Doubt("target-copy", name, f"is {data.target!r} itself, or a multiple of it", mend=leave)
+        return None
+    if _unlikely(label_N, columns) and _one_to_one(known.astype(int), label_N):
+        text = f"is empty exactly where {data.target!r} is one label: its gaps tell the answer"
+        return Doubt("gaps-copy-target", name, text, mend=leave)
+    if not _unlikely(label_N[known], columns):
+        return None
+    if _one_to_one(code_N[known], label_N[known]):
+        return Doubt(
+            "target-copy", name, f"is {data.target!r} in other words: each value goes with one label", mend=leave
+        )
+    if values is not None and _separates(values[known], label_N[known]):
+        return Doubt("separates", name, f"alone tells the labels of {data.target!r} apart, in every row", mend=leave)
+    return None
+
+
+def _linear(values: np.ndarray, target: np.ndarray) -> bool:
+    spread = np.ptp(values)
+    if spread == 0 or np.ptp(target) == 0:
+        return False
+    with np.errstate(all="ignore"):
+        return bool(abs(np.corrcoef(values, target)[0, 1]) > 1 - 1e-12)
+
+
+def _unlikely(label_N: np.ndarray, columns: int) -> bool:
+    """Say whether labels could hardly fall so that a column that knows nothing of them tells them apart."""
+    counts = np.unique(label_N, return_counts=True)[1]
+    if len(counts) < 2:
+        return False
+    ways = math.lgamma(counts.sum() + 1) - sum(math.lgamma(count + 1) for count in counts)
+    return ways > math.log(2 * columns / CHANCE)
+
+
+def _one_to_one(code_N: np.ndarray, label_N: np.ndarray) -> bool:
+    """Say whether each code goes with one label and each label with one code, of two or more."""
+    first = code_N[:64]
+    if len(np.unique(first)) > len(np.unique(label_N)):
+        return False
+    pairs = np.unique(np.stack([code_N, label_N]), axis=1)
+    return pairs.shape[1] > 1 and all(len(np.unique(side)) == len(side) for side in pairs)
+
+
+def _separates(values: np.ndarray, label_N: np.ndarray) -> bool:
+    """Say whether two labels lie on two sides of a number."""
+    labels = np.unique(label_N)
+    if len(labels) != 2:
+        return False
+    first = values[label_N == labels[0]]
+    second = values[label_N == labels[1]]
+    return bool(first.max() < second.min() or second.max() < first.min())
+
+
+# Between sites --------------------------------------------------------------------------------------------------------
+
+
+def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[Doubt]:
+    """Return what is doubtful about the sites' tables, from what they tell (`preprocess.survey`), in order of harm."""
+    found = [*_together(surveys), *_labels(surveys, data), *_texts(surveys, data), *_columns(surveys)]
+    order = list(HARMS)
+    wrong = {doubt.column for doubt in found if doubt.harm == "error"}
+    told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
+    kept = [doubt for doubt in told if not accepted(doubt, data)]
+    return sorted(kept, key=lambda doubt: (order.index(doubt.code), doubt.column))
+
+
+def accepted(doubt: Doubt, data: Data) -> bool:
+    """Say whether the study says that it is right so: by the doubt's code, for all columns or for this one."""
+    return doubt.code in data.accept or f"{doubt.code}:{doubt.column}" in data.accept
+
+
+def check(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> None:
+    """Raise every doubt that would change a result in silence."""
+    errors = [doubt for doubt in of_all(surveys, data) if doubt.harm == "error"]
+    refuse([Refusal(DataError(doubt.sentence()), dict(list(doubt.mend.items())[:1])) for doubt in errors])
+
+
+def warnings(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[str]:
+    """Return what a run goes on with, said in sentences."""
+    return [doubt.sentence() for doubt in of_all(surveys, data) if doubt.harm == "warning"]
+
+
+def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
+    """Yield what sites doubt of their own, once where several doubt alike."""
+    alike: dict[tuple[str, str], list[Doubt]] = {}
+    for site, survey in surveys.items():
+        for told in survey.get("doubts", ()):
+            doubt = Doubt.heard(told, site)
+            alike.setdefault((doubt.code, doubt.column), []).append(doubt)
+    for (code, column), doubts in alike.items():
+        first = doubts[0]
+        sites = tuple(doubt.sites[0] for doubt in doubts)
+        yield Doubt(code, column, first.text, first.rows, first.count, first.mend, sites)
+
+
+def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    counts = Counter[str]()
+    for survey in surveys.values():
+        counts.update(survey["labels"])
+    if data.dictionary.get(data.target) and data.dictionary[data.target].categories:
+        return
+    yield from _header(counts, data)
+    yield from _spelt("label-spelling", data.target, counts)
+    if gaps := [label for label in counts if label.casefold() in GAPS]:
+        text = f"has the label {some(map(repr, gaps))}, which stands for no value in other tables"
+        mend: Mend = {("data", "missing_values"): [*data.missing_values, *gaps]}
+        yield Doubt("label-missing", data.target, text, count=sum(counts[g] for g in gaps), mend=mend)
+
+
+def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
+    """Yield that a label is the column's own name: two exports were pasted together, with both headers."""
+    names = [label for label in counts if fold(label) == fold(data.target)]
+    if names:
+        text = f"has its own name as a label ({names[0]!r}): a second header among the records. Delete that row"
+        yield Doubt("label-header", data.target, text)
+
+
+def _texts(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield the text columns whose categories differ by spelling alone."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey["texts"]):
+        if name in data.dictionary and data.dictionary[name].categories:
+            continue
+        counts = Counter(text for survey in surveys.values() for text in survey["texts"].get(name, ()))
+        yield from _spelt("spelling", name, counts)
+
+
+def _columns(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
+    """Yield the columns that hold nothing, or one value, at all sites."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey["missing"]):
+        told = [survey for survey in surveys.values() if name in survey["missing"]]
+        leave = _leave_out(name)
+        if all(survey["missing"][name] == survey["train"] + survey["test"] for survey in told):
+            yield Doubt("empty", name, "has no value at any site", mend=leave)
+            continue
+        single = [survey.get("single", {}).get(name) for survey in told]
+        held = [value for value in single if value is not None]
+        if len(held) < len(told) or not held:
+            continue
+        if len(set(held)) == 1:
+            yield Doubt("constant", name, f"has one value in all rows, {held[0]}", mend=leave)
+        elif len(set(held)) == len(held):
+            text = "has one value at each site, and another at each: it names the site"
+            yield Doubt("names-site", name, text, mend=leave)
+
+
+def _spelt(code: str, column: str, counts: Mapping[str, int]) -> Iterator[Doubt]:
+    """Yield that texts mean the same: they differ in case, width or blanks, or are yes and no in several ways."""
+    groups: dict[str, list[str]] = {}
+    for text in counts:
+        groups.setdefault(fold(text), []).append(text)
+    if len(groups) > 2 and set(groups) <= YES | NO:
+        groups = {}
+        for text in counts:
+            groups.setdefault("yes" if fold(text) in YES else "no", []).append(text)
+    recode: dict[str, str] = {}
+    for texts in groups.values():
+        best = max(texts, key=lambda text: (counts[text], text.islower(), text))
+        recode |= {text: best for text in sorted(texts) if text != best}
+    if recode:
+        told = some(f"{text!r} beside {best!r}" for text, best in recode.items())
+        text = f"spells one value in several ways: {told}"
+        yield Doubt(code, column, text, mend={("data", "dictionary", column, "recode"): recode})
+
+
+def fold(text: str) -> str:
+    """Return a text without case, width and outer blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def gap_words(texts: Iterable[str]) -> list[str]:
+    """Return the texts that stand for no value in most tables."""
+    return [text for text in texts if text.casefold().strip() in GAPS]
