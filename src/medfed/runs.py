@@ -52,7 +52,7 @@ from medfed.core.checks import (
 from medfed.core.flat import Layout, fill, trained
 from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
-from medfed.data import partition, sources
+from medfed.data import partition, schema, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
@@ -112,17 +112,22 @@ class Result:
                 own[name].copy_(value)
         return module.eval()
 
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def predict(self, frame: pd.DataFrame, unseen: schema.Unseen = "missing") -> pd.DataFrame:
         """Return the model's prediction for each row of a table with the study's feature columns.
 
-        Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing is
-        set to the centre of all sites, so that a row's prediction does not depend on the other rows.
+        Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing, and
+        with `unseen` = "missing" a category that no site had, is set to the centre of all sites, so that a row's
+        prediction does not depend on the other rows. Raises DataError for what was otherwise in training.
         """
         data, target = self.study.data, self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
-        framed = numbered(frame.assign(**{data.target: filler}))
         features = tuple(c.name for c in self.encoding.columns)
-        named = dataclasses.replace(data, site="", patient="", test="", features=features)
+        known = schema.categories(self.encoding)
+        named = dataclasses.replace(
+            data, site="", patient="", test="", features=features, dictionary={**data.dictionary, **known}
+        )
+        filled = frame.assign(**{data.target: filler})
+        framed = numbered(schema.hold(filled, self.encoding, named, unseen))
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
         rows = self.encoding.encode(table, every, ~every)
