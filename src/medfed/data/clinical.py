@@ -6,7 +6,7 @@ values in silence, so a name that may be something else is not known here: `alt`
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -67,6 +67,11 @@ class Variable:
             return False
         return True
 
+    def usual_in(self, unit: str) -> bool:
+        """Say whether a unit is a usual one of this variable, or another name of one."""
+        usual = (*self.units, *self.factors)
+        return self.measured_in(unit) and any(self.conversion(unit, own) == Conversion(Fraction(1)) for own in usual)
+
     def range_in(self, unit: str) -> tuple[float, float]:
         """Return the plausible range in a unit; other than in the first, three digits, rounded outwards."""
         low, high = self.range
@@ -113,9 +118,10 @@ def lookup(column: str) -> Match | None:
     """
     inside = _BRACKETS.findall(column)
     if len(inside) != 1:
-        return _read(units.words(column))
+        return _read(units.words(column), letters=2)
     outside = units.words(_BRACKETS.sub(" ", column))
-    return _read([*outside, *units.words(inside[0])]) or _confirmed(_read(outside), units.key(inside[0]))
+    whole = [*outside, *units.words(inside[0])]
+    return _read(whole, letters=1) or _confirmed(_read(outside, letters=2), units.key(inside[0]))
 
 
 def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
@@ -255,19 +261,24 @@ def _beside(word: str) -> frozenset[str]:
     return _affixes().get(word) or (_groups() if _TIME.fullmatch(word) else frozenset())
 
 
-def _read(left: list[str]) -> Match | None:
-    """Take words off a name, from its end first, until what is left is known."""
+def _read(left: list[str], letters: int) -> Match | None:
+    """Take words off a name, from its end first, until what is left is known.
+
+    A unit of fewer `letters` makes no uncertain name certain: eta_a is no age, "Età (a)" is.
+    """
     measured: tuple[units.Unit, ...] = ()
+    clear = False
     taken: list[str] = []
 
     while left:
-        found = _known("".join(left), measured, taken)
+        found = _known("".join(left), measured, clear, taken)
         if found:
             return found
 
         affix, (unit, meant) = _affix_at_end(left), _unit_at_end(left)
         if unit > affix and not measured:
             measured = meant
+            clear = left[-1] == "%" or len("".join(left[-unit:])) >= letters
             left = left[:-unit]
         elif affix:
             taken.append("".join(left[-affix:]))
@@ -289,25 +300,28 @@ def _confirmed(found: Match | None, abbreviation: str) -> Match | None:
     return replace(found, variables=both) if both else None
 
 
-def _known(name: str, measured: tuple[units.Unit, ...], taken: list[str]) -> Match | None:
-    """Return the variables of a bare name that have the unit, and that the words taken off can be said of."""
-    named = _named_with_unit() if measured else _named()
-    pairs = [
-        (variable, unit)
-        for variable in named.get(name, ())
-        if _bears(variable, taken)
-        for unit in _units_of(variable, measured)
-    ]
-    if not pairs:
-        return None
-    return Match(tuple(dict.fromkeys(variable for variable, _ in pairs)), pairs[0][1], tuple(taken))
+def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
+    """Return the variables of a bare name that have the unit, and that the words taken off can be said of.
 
-
-def _units_of(variable: Variable, measured: tuple[units.Unit, ...]) -> Iterator[str]:
-    """Yield which of the units a variable is measured in; an empty text where the name has none."""
+    A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin time, pt_days not.
+    """
+    named = _named()
+    meant = [variable for variable in named.get(name, ()) if _bears(variable, taken)]
     if not measured:
-        yield ""
-    yield from (unit.name for unit in measured if variable.measured_in(unit.name))
+        return Match(tuple(meant), "", tuple(taken)) if meant else None
+
+    certain = len(named.get(name, ())) == 1
+    if not certain and not clear:
+        return None
+    if not certain:
+        meant = [variable for variable in _named_with_unit().get(name, ()) if _bears(variable, taken)]
+    fits = [
+        (variable, unit.name)
+        for variable in meant
+        for unit in measured
+        if (variable.measured_in(unit.name) if certain else variable.usual_in(unit.name))
+    ]
+    return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken)) if fits else None
 
 
 def _bears(variable: Variable, taken: list[str]) -> bool:
