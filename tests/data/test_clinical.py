@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 
+from medfed.core.checks import StudyError
 from medfed.data import units
 from medfed.data.clinical import SOURCES, Variable, conversion, lookup, proposal, variables
 from medfed.study import Data, Feature, Study, out_of_range
@@ -301,7 +302,7 @@ urine; urine_output; urine_culture; total; score; pain; albuminuria; proteinuria
 icu_los_max; urine_output_day_max; length_of_stay_24h; temperature_sensor_id; oxygen_therapy; oxygen; gcs_missing;
 sofa_change; pressure; volume; rate; level; concentration; hepatitis_b; factor_v; interleukin; area; time; years;
 compliance; ketones; calcium_score;
-pt_d; pt_days; ptD; ga_s; rr_years; quick; Quick; wedge; K_d; eta_a; GaD; vt_l; rr_s
+pt_d; pt_days; ptD; ga_s; rr_years; quick; Quick; wedge; K_d; insulin_24h; insulin_max; eta_a; GaD; vt_l; rr_s
 """
 
 
@@ -615,13 +616,13 @@ def test_scales_with_another_zero_have_an_offset() -> None:
 
 
 def test_a_conversion_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"unit='mg/dL' into 'mmHg'; expected units of one kind"):
+    with pytest.raises(StudyError, match=r"unit='mg/dL' into 'mmHg'; expected units of one kind"):
         conversion("creatinine", "mg/dL", "mmHg")
-    with pytest.raises(ValueError, match=r"unit='furlong'; expected one of"):
+    with pytest.raises(StudyError, match=r"unit='furlong' is not known; known: "):
         conversion("creatinine", "mg/dL", "furlong")
-    with pytest.raises(ValueError, match=r"variable='kreatin' is not in the clinical dictionary"):
-        conversion("kreatin", "mg/dL", "µmol/L")
-    with pytest.raises(ValueError, match="expected units of one kind"):
+    with pytest.raises(StudyError, match=r"variable='creatinin' is not in the clinical dictionary; did you mean"):
+        conversion("creatinin", "mg/dL", "µmol/L")
+    with pytest.raises(StudyError, match="expected units of one kind"):
         conversion("ferritin", "µg/L", "nmol/L")  # no molar mass is given: a mixture of chains
 
 

@@ -1,91 +1,20 @@
-"""The clinical dictionary: what is publicly known of usual variables, found by a column's name.
+"""The clinical dictionary: public facts of usual variables, proposed by a column's name.
 
-The facts are in clinical.toml, what they are and are not in docs/clinical-dictionary.md. A wrong range clips real
-values in silence, so a name that may be something else is not known here: `alt` is German for old, `na` is missing.
+What the facts are and are not is in docs/clinical-dictionary.md. A wrong range clips real values in silence, so a name
+that may be something else is not known here: `alt` is German for old, `na` is missing.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from medfed.data import units
-from medfed.data.units import Conversion
+from medfed.data.variables import LOINC_NOTICE, SOURCES, Variable, conversion, variables
 from medfed.study import Feature
 
-LOINC_NOTICE = (
-    "This material contains content from LOINC (http://loinc.org). LOINC is copyright © Regenstrief Institute, Inc. "
-    "and the Logical Observation Identifiers Names and Codes (LOINC) Committee and is available at no cost under the "
-    "license at http://loinc.org/license. LOINC® is a registered United States trademark of Regenstrief Institute, Inc."
-)
-"""The notice that LOINC's licence asks of whoever shows its codes."""
-
-SOURCES = {
-    "limits": "limits of measurement and of survival, rounded outwards",
-    "arithmetic": "what a share or a ratio can be",
-    "definition": "the score's own definition",
-    "device": "what devices can be set to, rounded outwards",
-}
-"""Where the ends of a range come from."""
-
-
-@dataclass(frozen=True, eq=False)
-class Variable:
-    """A clinical variable: `range` is in the first of its usual `units`, `molar_mass` in g/mol."""
-
-    name: str
-    group: str
-    doc: str
-    units: tuple[str, ...]
-    range: tuple[Fraction, Fraction]
-    source: str
-    names: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    short: tuple[str, ...] = ()
-    log: bool = False
-    whole: bool = False
-    molar_mass: Fraction | None = None
-    factors: Mapping[str, Conversion] = field(default_factory=dict)
-    loinc: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-
-    def conversion(self, unit: str, into: str) -> Conversion:
-        """Return the exact conversion of this variable's numbers from one unit into another.
-
-        Raises ValueError where either is no unit of this variable: creatinine has no mmHg.
-        """
-        return self._from_first(unit).back().then(self._from_first(into))
-
-    def measured_in(self, unit: str) -> bool:
-        """Say whether a unit is one of this variable, usual or not."""
-        try:
-            self._from_first(unit)
-        except ValueError:
-            return False
-        return True
-
-    def usual_in(self, unit: str) -> bool:
-        """Say whether a unit is a usual one of this variable, or another name of one."""
-        usual = (*self.units, *self.factors)
-        return self.measured_in(unit) and any(self.conversion(unit, own) == Conversion(Fraction(1)) for own in usual)
-
-    def range_in(self, unit: str) -> tuple[float, float]:
-        """Return the plausible range in a unit; other than in the first, three digits, rounded outwards."""
-        low, high = self.range
-        if unit == self.units[0]:
-            return float(low), float(high)
-        convert = self._from_first(unit)
-        return _outwards(convert(low), -1), _outwards(convert(high), 1)
-
-    def feature(self, unit: str) -> Feature:
-        """Return this variable in a unit as an entry of a study's dictionary."""
-        return _entry(self, unit)
-
-    def _from_first(self, unit: str) -> Conversion:
-        return self.factors.get(unit) or units.conversion(self.units[0], unit, self.molar_mass)
+__all__ = ["LOINC_NOTICE", "SOURCES", "Match", "Variable", "conversion", "lookup", "proposal", "variables"]
 
 
 @dataclass(frozen=True)
@@ -100,13 +29,6 @@ class Match:
     def variable(self) -> Variable | None:
         """The variable, where the name leaves no choice."""
         return self.variables[0] if len(self.variables) == 1 else None
-
-
-@cache
-def variables() -> tuple[Variable, ...]:
-    """Return all variables, in the order of the file."""
-    groups = units.facts("clinical.toml")
-    return tuple(_variable(group, name, entry) for group, table in groups.items() for name, entry in table.items())
 
 
 def lookup(column: str) -> Match | None:
@@ -125,10 +47,10 @@ def lookup(column: str) -> Match | None:
 
 
 def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
-    """Return the dictionary entry of a column: one where its name is certain, several for a person to choose from.
+    """Return what a column's dictionary entry may be: one where its name is certain, several for a person to choose.
 
     Several, where the name carries no unit and ranges differ, or where it may be either of two variables; each entry
-    says its unit. None: the name is not known here. A public median ranks them, the likeliest first; it decides
+    says its unit. Empty: the name is not known here. A public median ranks them, the likeliest first; it decides
     nothing. Under a privacy claim never pass one: it would be a patient's.
     """
     found = lookup(column)
@@ -143,49 +65,6 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
     if median is None:
         return tuple(entries.values())
     return tuple(sorted(entries.values(), key=lambda entry: _strangeness(median, entry)))
-
-
-def conversion(variable: str, unit: str, into: str) -> Conversion:
-    """Return the exact conversion of a variable, by name, from one unit into another.
-
-    Raises ValueError naming what is not known.
-    """
-    for known in variables():
-        if known.name == variable:
-            return known.conversion(unit, into)
-    raise ValueError(f"variable={variable!r} is not in the clinical dictionary; expected a name that it lists")
-
-
-# ---------------------------------------------------------------------------------------- from facts to variables
-
-
-def _variable(group: str, name: str, entry: dict[str, Any]) -> Variable:
-    """Read one entry of clinical.toml."""
-    lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
-    low, high = map(Fraction, entry["range"])
-    factors = {unit: _factor(given) for unit, given in entry.get("factors", {}).items()}
-    mass = Fraction(entry["molar_mass"]) if "molar_mass" in entry else None
-    return Variable(name, group, **{**entry, **lists, "range": (low, high), "factors": factors, "molar_mass": mass})
-
-
-def _factor(given: Any) -> Conversion:
-    """Read a factor, or [factor, offset]."""
-    parts = given if isinstance(given, list) else [given]
-    return Conversion(*map(Fraction, parts))
-
-
-@cache
-def _entry(variable: Variable, unit: str) -> Feature:
-    """Return a variable in a unit; there are few of both, and many columns."""
-    return Feature(range=variable.range_in(unit), log=variable.log, unit=unit, doc=variable.doc)
-
-
-def _outwards(value: Fraction, side: int) -> float:
-    """Return a value of three digits that is not below (side 1) or not above (side -1) the given one."""
-    if value == 0:
-        return 0.0
-    step = Fraction(10) ** (math.floor(math.log10(abs(value))) - 2)
-    return float(step * (math.ceil(value / step) if side > 0 else math.floor(value / step)))
 
 
 def _strangeness(median: float, entry: Feature) -> float:
@@ -305,16 +184,17 @@ def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list
 
     A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin time, pt_days not.
     """
-    named = _named()
-    meant = [variable for variable in named.get(name, ()) if _bears(variable, taken)]
-    if not measured:
-        return Match(tuple(meant), "", tuple(taken)) if meant else None
+    sure = _named().get(name, ())
+    certain = len(sure) == 1
+    meant = sure if certain or not measured else _named_with_unit().get(name, ())
+    if taken and any(variable.whole for variable in meant):
+        return None
+    meant = tuple(variable for variable in meant if all(variable.group in _beside(word) for word in taken))
 
-    certain = len(named.get(name, ())) == 1
+    if not measured:
+        return Match(meant, "", tuple(taken)) if meant else None
     if not certain and not clear:
         return None
-    if not certain:
-        meant = [variable for variable in _named_with_unit().get(name, ()) if _bears(variable, taken)]
     fits = [
         (variable, unit.name)
         for variable in meant
@@ -322,13 +202,6 @@ def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list
         if (variable.measured_in(unit.name) if certain else variable.usual_in(unit.name))
     ]
     return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken)) if fits else None
-
-
-def _bears(variable: Variable, taken: list[str]) -> bool:
-    """Say whether the words taken off leave a variable what it is."""
-    if variable.whole:
-        return not taken
-    return all(variable.group in _beside(word) for word in taken)
 
 
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:

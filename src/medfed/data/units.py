@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from medfed.core.checks import StudyError, nearest
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Conversion(NamedTuple):
 
 def facts(name: str) -> dict[str, Any]:
     """Read a file of facts beside this module; a number with a point is the fraction that is written there."""
-    text = files("medfed.data").joinpath(name).read_text(encoding="utf-8")
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return tomllib.loads(text, parse_float=Fraction)
 
 
@@ -68,12 +70,12 @@ def spelt() -> Mapping[str, tuple[Unit, ...]]:
 def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conversion:
     """Return how a number in one unit becomes one in another; mass and substance need a molar mass in g/mol.
 
-    Raises ValueError where a unit is unknown, or no number of one is one of the other.
+    Raises StudyError where a unit is unknown, or no number of one is one of the other.
     """
     known = units()
     for name in (unit, into):
         if name not in known:
-            raise ValueError(f"unit={name!r}; expected one of {', '.join(map(repr, filter(None, known)))}")
+            raise StudyError(f"unit={name!r} is not known; {nearest(name, filter(None, known))}")
     source, target = known[unit], known[into]
     ratio = source.scale / target.scale
 
@@ -83,7 +85,7 @@ def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conv
         return Conversion(ratio / molar_mass)
     if molar_mass and (source.kind, target.kind) == ("substance_per_volume", "mass_per_volume"):
         return Conversion(ratio * molar_mass)
-    raise ValueError(f"unit={unit!r} into {into!r}; expected units of one kind, not {source.kind} and {target.kind}")
+    raise StudyError(f"unit={unit!r} into {into!r}; expected units of one kind, not {source.kind} and {target.kind}")
 
 
 def words(text: str) -> list[str]:
