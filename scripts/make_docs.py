@@ -158,8 +158,9 @@ names that are as often something else (`pt`, `k`, `ca`, `mg`, `t3`, `pcr`) are 
 it, and names of two variables here (`rr`, `urea`, `lymphocytes`) are offered as both. `tests/data/test_clinical.py`
 has some 200 names that must be known and 200 that must not.
 
-A name without a unit whose ranges differ from unit to unit has one entry for each. A median may rank them where
-records are public; under a claim none is looked at, as it would be the patients'.
+A name without a unit whose ranges differ from unit to unit has one entry for each. Where records are public a median
+may rank them, and leaves out the ranges that it is not in: an age in days, a sodium that is a code. Under a claim
+none is looked at, as it would be the patients'; look at the unit before you confirm.
 
 ## Where the facts come from
 

@@ -50,8 +50,9 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
     """Return what a column's dictionary entry may be: one where its name is certain, several for a person to choose.
 
     Several, where the name carries no unit and ranges differ, or where it may be either of two variables; each entry
-    says its unit. Empty: the name is not known here. A public median ranks them, the likeliest first; it decides
-    nothing. Under a privacy claim never pass one: it would be a patient's.
+    says its unit. Empty: the name is not known here. A public median leaves out the ranges that it is not in, as codes
+    or other units are not, and ranks the others, the likeliest first. Under a privacy claim never pass one: it would be
+    the patients'.
     """
     found = lookup(column)
     if found is None:
@@ -64,13 +65,14 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
 
     if median is None:
         return tuple(entries.values())
-    return tuple(sorted(entries.values(), key=lambda entry: _strangeness(median, entry)))
+    likely = [entry for entry in entries.values() if entry.range[0] <= median <= entry.range[1]]
+    return tuple(sorted(likely, key=lambda entry: _strangeness(median, entry)))
 
 
 def _strangeness(median: float, entry: Feature) -> float:
-    """Say how far a median lies from the middle of an entry's range: 0 in it, above 1 outside the range."""
+    """Say how far a median lies from the middle of an entry's range: 0 in it, 1 at its ends."""
     low, high = entry.range
-    if entry.log and median > 0:
+    if entry.log:
         low, high, median = math.log(low), math.log(high), math.log(median)
     return abs(2 * (median - low) / (high - low) - 1)
 

@@ -44,6 +44,7 @@ class Variable:
     log: bool = False
     whole: bool = False
     molar_mass: Fraction | None = None
+    valence: int = 0
     factors: Mapping[str, Conversion] = field(default_factory=dict)
     loinc: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
@@ -65,7 +66,7 @@ class Variable:
 
     def usual_in(self, unit: str) -> bool:
         """Say whether a unit is a usual one of this variable, or another name of one."""
-        usual = (*self.units, *self.factors)
+        usual = [*self.units, *self.factors, *([_CHARGE] if self.valence else [])]
         return self.measured_in(unit) and any(self.conversion(unit, own) == Conversion(Fraction(1)) for own in usual)
 
     def range_in(self, unit: str) -> tuple[float, float]:
@@ -81,7 +82,14 @@ class Variable:
         return _entry(self, unit)
 
     def _from_first(self, unit: str) -> Conversion:
-        return self.factors.get(unit) or units.conversion(self.units[0], unit, self.molar_mass)
+        if unit in self.factors:
+            return self.factors[unit]
+        if unit == _CHARGE and self.valence:
+            return self._from_first("mmol/L").then(Conversion(Fraction(self.valence)))
+        return units.conversion(self.units[0], unit, self.molar_mass)
+
+
+_CHARGE = "mEq/L"
 
 
 @cache
