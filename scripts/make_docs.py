@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/study.md, docs/commands.md and docs/events.md from the code, so that they say what it does.
+"""Write docs/study.md, commands.md, events.md and clinical-dictionary.md from the code, so that they say what it does.
 
 `make docs` writes them; `scripts/make_docs.py --check` writes nothing and exits with 1 where one is stale.
 `--modules` writes the table of modules in docs/privacy.md anew, which takes a minute: a test holds it to the probe.
@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer.main
 
 from medfed import cli
+from medfed.data import clinical
 from medfed.monitor import events
 from medfed.monitor.metrics import Figure
 from medfed.study import Feature, Study
@@ -108,6 +110,121 @@ def events_page() -> str:
     figure = [[f"`{field.name}`", _told(get_type_hints(Figure)[field.name])] for field in dataclasses.fields(Figure)]
     parts.append(f"## Figure\n\n{inspect.cleandoc(Figure.__doc__ or '')}\n\n{_table(['field', 'type'], figure)}")
     return "\n".join(parts)
+
+
+CLINICAL_INTRO = """\
+# The clinical dictionary
+
+Public facts of {count} usual clinical variables come with the package: what each is called in English, German,
+French, Italian and Spanish, its units with exact factors, a plausible range, whether it is skewed, and for {coded} of
+them LOINC codes ({codes} codes; a variable without one is one whose code we were not certain of). They are in
+`src/medfed/data/clinical.toml`, `units.toml` and `column_words.toml`, and can be corrected there without code.
+
+**What they are for.** Under a privacy claim every number needs a public range ([data](data.md#preprocessing)), and a
+table of an intensive care unit has hundreds of columns. The dictionary proposes ranges by the columns' names, for you
+to confirm. A proposal is yours once you have confirmed it: it stands in your study file, and the dictionary is not
+asked again.
+
+**What they are not.** A range here is no reference interval: it does not say who is healthy. It says what can be
+measured in someone alive, rounded outwards, so that the sickest are inside. Nothing here is for diagnosis or
+treatment; this is no medical device. Ranges hold children and adults; for a study of newborns or of healthy
+volunteers tighter ones are better, as under a claim a narrower range is a finer scale.
+
+## How a name is read
+
+```python
+from fractions import Fraction
+
+from medfed.data import clinical
+
+clinical.proposal("Kreatinin [µmol/l]")         # one entry: its range in µmol/L
+clinical.proposal("creatinine_max_24h")         # two, in mg/dL and µmol/L: the name does not say, you do
+clinical.proposal("delta_creatinine")           # none: a change of creatinine is not creatinine
+clinical.proposal("pH")                         # two: of blood, of urine
+clinical.proposal("alt"), clinical.proposal("na")  # none: German for old, missing; "ALT [U/l]" is known
+clinical.conversion("glucose", "mg/dL", "mmol/L")(Fraction(90))  # exact
+```
+
+Case, accents, separators and camel case mean nothing; `ä` is also `ae`. Taken off a name are
+
+- a unit, in brackets or behind it, however it is written (`crea_mg_dl`, `µmol/l`, `umol/L`, `mcmol/L`). A unit that
+  the variable does not have (`creatinine_mmHg`) makes the name unknown;
+- what leaves a value within the range: `mean`, `max`, `first`, `last`, `value`; when it was measured: `24h`, `day1`,
+  `admission`; in what: `serum`, `arterial`. Sums over time (a day's urine, a length of stay) bear none of them.
+
+Any other word makes it another variable: `delta`, `sd`, `count`, `flag`, `missing`, `log`, a number. A false match
+clips real values in silence, a missing one costs a line of typing, so of two evils the dictionary takes the second:
+names that are as often something else (`pt`, `k`, `ca`, `mg`, `t3`, `pcr`) are read only beside a unit that settles
+it, and names of two variables here (`rr`, `urea`, `lymphocytes`) are offered as both. `tests/data/test_clinical.py`
+has some 200 names that must be known and 200 that must not.
+
+A name without a unit whose ranges differ from unit to unit has one entry for each. Where records are public a median
+may rank them, and leaves out the ranges that it is not in: an age in days, a sodium that is a code. Under a claim
+none is looked at, as it would be the patients'; look at the unit before you confirm.
+
+## Where the facts come from
+
+| source | what a range's ends are |
+| --- | --- |
+{sources}
+They are the authors' judgement of what textbooks, case reports and analysers' measuring limits allow, not copied from
+one table; a note says where a survivor was far out. The low end of a skewed variable is about the least that is
+measured; less, and zero, are held to it. Scores have the limits of their definition.
+
+Factors between units are exact: units of one kind by their definition (mmHg 133.322387415 Pa, pound 0.45359237 kg,
+enzyme unit 1/60 µkat), mass and substance by the molar mass in the table, from standard atomic weights; of proteins
+(haemoglobin by chain, natriuretic peptides, C-peptide, parathyroid hormone) as conversion tables have it. A range in
+a unit other than the first is converted and rounded outwards to three digits.
+
+## LOINC
+
+{notice}
+
+The codes say which measurement is meant; other codes of the same variable (another specimen, method or unit) exist.
+The names behind them are LOINC's own.
+"""
+
+
+def clinical_page() -> str:
+    """Return docs/clinical-dictionary.md."""
+    listed = clinical.variables()
+    sources = "".join(f"| {name} | {what} |\n" for name, what in clinical.SOURCES.items())
+    intro = CLINICAL_INTRO.format(
+        count=len(listed),
+        coded=sum(bool(variable.loinc) for variable in listed),
+        codes=sum(len(variable.loinc) for variable in listed),
+        sources=sources,
+        notice=textwrap.fill(clinical.LOINC_NOTICE, 118),
+    )
+    groups = dict.fromkeys(variable.group for variable in listed)
+    return "\n".join([GENERATED, "", intro, *(_clinical_section(group) for group in groups)])
+
+
+def _clinical_section(group: str) -> str:
+    """Return the table of a group's variables, and its notes."""
+    members = [variable for variable in clinical.variables() if variable.group == group]
+    rows = [
+        (
+            f"`{variable.name}`",
+            variable.doc,
+            "; ".join(_range(variable, unit) for unit in variable.units),
+            "yes" if variable.log else "",
+            f"{float(variable.molar_mass):.10g}" if variable.molar_mass else "",
+            variable.source,
+            "; ".join(f"{code} {name}" for code, name in variable.loinc.items()),
+        )
+        for variable in members
+    ]
+    head = ("variable", "what", "plausible", "log", "g/mol", "source", "LOINC")
+    told = [f"- `{variable.name}`: {variable.note}" for variable in members if variable.note]
+    notes = "".join(f"{textwrap.fill(note, 118, subsequent_indent='  ')}\n" for note in told)
+    title = group.replace("_", " ").capitalize()
+    return f"## {title}\n\n{_table(head, rows)}" + (f"\n{notes}" if notes else "")
+
+
+def _range(variable: clinical.Variable, unit: str) -> str:
+    low, high = variable.range_in(unit)
+    return f"{low:.10g} to {high:.10g} {unit}".strip()
 
 
 def _told(hint: Any) -> str:
@@ -211,6 +328,7 @@ def main() -> int:
         DOCS / "study.md": study_page(),
         DOCS / "commands.md": commands_page(),
         DOCS / "events.md": events_page(),
+        DOCS / "clinical-dictionary.md": clinical_page(),
     }
     if "--check" not in sys.argv[1:]:
         DOCS.mkdir(exist_ok=True)
