@@ -32,6 +32,7 @@ from medfed.core.checks import DataError, PlanError, StudyError, closest, neares
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data.partition import site_of
+from medfed.data.readers import SITE as SITE_OF_FILE
 from medfed.data.tables import Frames, header, named_patients, numbered, read
 from medfed.study import Data, Feature, Study
 
@@ -117,7 +118,7 @@ def columns_of(study: Study, private: bool) -> list[str]:
     """
     completed(study)
     if study.data.table:
-        return header(study.folder / study.data.table, private)
+        return header(study.folder / study.data.table, private, completed(study))
     known = SOURCES[study.data.source].data
     return [*dict.fromkeys([*known.dictionary, *(n for n in (known.site, known.patient) if n)])]
 
@@ -139,8 +140,10 @@ def completed(study: Study) -> Data:
     data = study.data
     if bool(data.source) == bool(data.table):
         raise StudyError(f"data.source={data.source!r} and data.table={data.table!r}; expected one of the two")
+    if data.site_is_file and data.site:
+        raise StudyError(f"data.site_is_file and data.site={data.site!r} both say who is where; keep one")
     if data.table:
-        return data
+        return dataclasses.replace(data, site=SITE_OF_FILE) if data.site_is_file else data
     if data.source not in SOURCES:
         raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
     return _completed(data, SOURCES[data.source].data)
@@ -148,7 +151,7 @@ def completed(study: Study) -> Data:
 
 def _load(study: Study, folder: Path | None, progress: bool, private: bool) -> pd.DataFrame:
     if study.data.table:
-        return read(study.folder / study.data.table, private)
+        return read(study.folder / study.data.table, private, completed(study))
     return numbered(SOURCES[study.data.source].load(folder, progress))
 
 
