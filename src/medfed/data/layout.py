@@ -1,6 +1,6 @@
 """How a text table is written: its encoding, the lines above its header, the sign between its columns.
 
-What a study declares (`data.format`) counts. Without a claim the rest follows from the first megabyte of the file;
+What a study declares (`data.format`) counts. Without a claim the rest follows from the first 1,000 rows;
 where two ways fit, the study is asked. Under a claim it follows from the mark at the file's beginning and the header
 line alone, so that no record decides anything. How numbers are spelt is the matter of `numerals`.
 """
@@ -8,6 +8,7 @@ line alone, so that no record decides anything. How numbers are spelt is the mat
 import codecs
 import csv
 import io
+import itertools
 import re
 import zipfile
 from collections import Counter, deque
@@ -26,7 +27,8 @@ from medfed.study import Format
 SEPARATORS = (",", ";", "\t", "|")
 COMPRESSED = (".gz", ".zst", ".zip")
 BEGINNING = 1 << 20
-"""So many bytes of a file are looked at where its layout is guessed."""
+ROWS = 1000
+"""So many bytes of a file, and of them rows, are looked at where its layout is guessed."""
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _CODECS = {"utf-8": "utf-8-sig"}  # a mark that is there is no part of the first name
@@ -122,7 +124,7 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
         if start.startswith(mark):
             return name, ""
     if format.encoding != "auto":
-        return format.encoding, ""
+        return _declared(format, start), ""
     if b"\0" in start[:4096]:
         raise DataError(
             f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
@@ -164,7 +166,7 @@ def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
 
 
 def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[Layout, list[str]]:
-    """Return how a file is written, from its first megabyte, and the cells of its header; `encoding`: what is known.
+    """Return how a file is written, from its first rows, and the cells of its header; `encoding`: what is known.
 
     Raises DataError for a file without a header, and where two ways fit.
     """
@@ -215,6 +217,11 @@ def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]
         fits = [format.separator]
     if len(fits) > 1:
         raise DataError(f"{where}: its header can be parted in several ways. {lines_to_choose('separator', fits)}")
+    if fits[0] != "," and format.decimal == "auto":
+        raise DataError(
+            f"{where}: columns parted by {fits[0]!r} often go with decimal commas, and under a claim no cell is looked "
+            f"at to see. {lines_to_choose('decimal', ',.')}"
+        )
     decimal = "." if format.decimal == "auto" else format.decimal
     thousands = "none" if format.thousands == "auto" else format.thousands
     layout = Layout(fits[0], decimal, thousands, encoding, skip, max(0, format.footer))
@@ -224,7 +231,14 @@ def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]
 def _marked(start: bytes, format: Format) -> str:
     """Return the encoding that a file's mark or the study says, or nothing."""
     found = next((name for mark, name in _MARKS if start.startswith(mark)), "")
-    return found or ("" if format.encoding == "auto" else format.encoding)
+    return found or ("" if format.encoding == "auto" else _declared(format, start))
+
+
+def _declared(format: Format, start: bytes) -> str:
+    """Return the declared encoding of a file without a mark; of UTF-16, with the order that its first sign has."""
+    if format.encoding != "utf-16":
+        return format.encoding
+    return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
 
 
 def _decoded(start: bytes, codec: str) -> str:
@@ -243,7 +257,7 @@ class _Way:
     @classmethod
     def of(cls, text: str, separator: str, skip: int) -> "_Way":
         """Part a text; `skip` is the declared number of title lines, or -1."""
-        rows = list(_rows(text, separator))
+        rows = list(itertools.islice(_rows(text, separator), ROWS))
         filled = [(line, cells) for line, cells in rows if any(cells)]
         width = Counter(len(cells) for _, cells in filled).most_common(1)[0][0] if filled else 0
         if skip >= 0:

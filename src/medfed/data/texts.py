@@ -42,7 +42,7 @@ class Text:
 
 
 def names(path: Path, format: Format, where: str) -> list[str]:
-    """Return the names of the columns, from the file's first megabyte."""
+    """Return the names of the columns, from the file's first rows."""
     return names_of(layouts.guess(path, format, where)[1], where)
 
 

@@ -77,7 +77,7 @@ def _sheet_name(book: CalamineWorkbook, format: Format, where: str, private: boo
         if format.sheet not in names:
             raise DataError(f"data.format.sheet={format.sheet!r} is no sheet; {nearest(format.sheet, names)}")
         return format.sheet
-    filled = names if private else [name for name in names if book.get_sheet_by_name(name).total_height]
+    filled = names if private else [name for name in names if book.get_sheet_by_name(name).height]
     if len(filled) != 1:
         held = f"{len(filled)} sheets" if filled else "no sheet that holds anything"
         raise DataError(f"{where} has {held}; expected one. {lines_to_choose('sheet', filled[:8])}")
