@@ -7,6 +7,7 @@ that `tables.clean` sees the same whatever the export; all other cells stay as t
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -204,8 +205,17 @@ def _respelt(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.A
 
 def one_form(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column of texts in one Unicode form, NFC: a letter and its accent are one sign."""
-    chunks = [pc.utf8_normalize(c, "NFC") if (characters(c) >= 0x80).any() else c for c in column.chunks]
+    chunks = [_normal(chunk) if (characters(chunk) >= 0x80).any() else chunk for chunk in column.chunks]
     return pa.chunked_array(chunks, column.type)
+
+
+def _normal(chunk: pa.Array) -> pa.Array:
+    try:
+        return pc.utf8_normalize(chunk, "NFC")
+    except pa.ArrowInvalid:  # bytes that are no UTF-8 become a mark of their own cell
+        cells = chunk.view(pa.large_binary() if pa.types.is_large_string(chunk.type) else pa.binary()).to_pylist()
+        texts = [None if cell is None else normalize("NFC", cell.decode("utf-8", "replace")) for cell in cells]
+        return pa.array(texts, chunk.type)
 
 
 def respelt(

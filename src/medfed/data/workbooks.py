@@ -6,19 +6,25 @@ declared missing is missing.
 """
 
 import datetime
+import itertools
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyreadstat
-from python_calamine import CalamineWorkbook
+from python_calamine import CalamineSheet, CalamineWorkbook
 
 from medfed.core.checks import DataError, nearest, some
 from medfed.data import numerals
 from medfed.data.layout import lines_to_choose, names_of
 from medfed.study import Format
+
+logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
 SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 STATISTICS = (".sav", ".zsav", ".dta", ".sas7bdat", ".xpt")
@@ -45,7 +51,7 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
     """
     book = CalamineWorkbook.from_path(str(path))
     name = _sheet_name(book, format, where, private)
-    rows = list(enumerate(book.get_sheet_by_name(name).to_python(skip_empty_area=False), 1))
+    rows = list(_rows(book.get_sheet_by_name(name), where, private))
     rows = rows[_above(rows, format, private) :]
     if not rows or not _filled(rows[0][1]):
         raise DataError(f"{where}, sheet {name!r} has no header; name its columns in the first row")
@@ -82,6 +88,23 @@ def _sheet_name(book: CalamineWorkbook, format: Format, where: str, private: boo
         held = f"{len(filled)} sheets" if filled else "no sheet that holds anything"
         raise DataError(f"{where} has {held}; expected one. {lines_to_choose('sheet', filled[:8])}")
     return filled[0]
+
+
+def _rows(sheet: CalamineSheet, where: str, private: bool) -> Iterator[Row]:
+    """Yield the rows of a sheet; `private`: but those with a cell that cannot be read, such as a date beyond all years.
+
+    Without a claim such a row is refused.
+    """
+    cells = sheet.iter_rows()
+    for number in itertools.count(1):
+        try:
+            yield number, next(cells)
+        except StopIteration:
+            return
+        except Exception as error:
+            logger.warning("%s: row %d cannot be read: %s", where, number, error)
+            if not private:
+                raise DataError(f"{where}: a cell in row {number} cannot be read ({error}); correct it") from error
 
 
 def _filled(cells: Sequence[Any]) -> int:
@@ -156,21 +179,36 @@ def _text(cell: Any) -> str:
 
 # statistics packages ------------------------------------------------------------------------------------------------
 
+_FORMAT = re.compile(r"%?-?[A-Z]+")
+_TIMES = {"TIME", "DTIME", "MTIME", "HHMM", "TOD", "MMSS", "HOUR"}
+_DATES = {
+    # formats: seconds in a unit, and the day from which it is counted
+    (".sav", ".zsav"): (("DATE", "ADATE", "EDATE", "JDATE", "SDATE"), 1.0, "1582-10-14"),
+    (".dta",): (("%TD", "%D"), 86_400.0, "1960-01-01"),
+    (".sas7bdat", ".xpt"): (("DATE", "DDMMYY", "MMDDYY", "YYMMDD", "JULIAN", "E"), 86_400.0, "1960-01-01"),
+}
+_MOMENTS = {
+    (".sav", ".zsav"): (("DATETIME", "YMDHMS"), 1.0, "1582-10-14"),
+    (".dta",): (("%TC",), 0.001, "1960-01-01"),
+    (".sas7bdat", ".xpt"): (("DATETIME", "DATEAMPM"), 1.0, "1960-01-01"),
+}
+
 
 def statistics(path: Path, format: Format, where: str) -> pd.DataFrame:
-    """Return the records of an SPSS, Stata or SAS file, rows numbered from 2.
+    """Return the records of an SPSS, Stata or SAS file, rows numbered from 2; dates are ISO 8601.
 
-    Raises DataError for a column of times or durations.
+    Raises DataError for columns that are declared, in the file, to hold times or durations.
     """
-    frame, _ = _read(path, format, apply_value_formats=format.labels == "labels", formats_as_category=False)
-    frame = frame.set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
-    frame.columns = pd.Index(names_of([str(name) for name in frame.columns], where))
-    if times := list(_times(frame)):
+    frame, known = _read(path, format, apply_value_formats=format.labels == "labels", formats_as_category=False)
+    kinds = {name: _FORMAT.match((kind or "").upper()) for name, kind in known.original_variable_types.items()}
+    times = [name for name, kind in kinds.items() if kind and kind.group() in _TIMES]
+    if times:
         raise DataError(
             f"{where}: times or durations in column {', '.join(map(repr, times))}; write numbers, or take them out"
         )
-    texts = [name for name in frame.columns if pd.api.types.infer_dtype(frame[name], skipna=True) == "string"]
-    return frame.assign(**{name: _one_form(frame[name]) for name in texts})
+    columns = {str(name): _plain(frame[name], kinds.get(name), path.suffix.lower()) for name in frame.columns}
+    plain = pd.DataFrame(columns).set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
+    return plain.set_axis(pd.Index(names_of(list(columns), where)), axis=1)
 
 
 def names(path: Path, format: Format) -> list[str]:
@@ -180,26 +218,39 @@ def names(path: Path, format: Format) -> list[str]:
 
 
 def _read(path: Path, format: Format, **options: Any) -> tuple[pd.DataFrame, Any]:
+    """Read a file; dates stay numbers, as one beyond all years would stop the reading."""
     kind = path.suffix.lower()
-    if kind == ".sas7bdat":
-        options.pop("apply_value_formats", None)  # a SAS file's labels lie in another
-        options.pop("formats_as_category", None)
-    if kind == ".xpt":
+    if kind in (".sas7bdat", ".xpt"):  # a SAS file's labels lie in another
         options = {"metadataonly": True} if "metadataonly" in options else {}
-    encoding = None if format.encoding == "auto" or kind == ".xpt" else format.encoding
-    found: tuple[pd.DataFrame, Any] = _READERS[kind](
-        str(path), **options, **({"encoding": encoding} if encoding else {})
-    )
-    return found
+    if format.encoding != "auto" and kind != ".xpt":
+        options["encoding"] = format.encoding
+    return _READERS[kind](str(path), disable_datetime_conversion=True, **options)
 
 
-def _times(frame: pd.DataFrame) -> Iterator[str]:
-    for name in frame.columns:
-        kind = pd.api.types.infer_dtype(frame[name], skipna=True)
-        if kind in ("time", "timedelta", "timedelta64", "period"):
-            yield name
+def _plain(values: pd.Series, kind: re.Match[str] | None, suffix: str) -> pd.Series:
+    """Return a column whose dates are texts, and whose texts are in one Unicode form."""
+    for table, day in ((_MOMENTS, False), (_DATES, True)):
+        for suffixes, (formats, seconds, since) in table.items():
+            if kind and suffix in suffixes and kind.group() in formats and pd.api.types.is_numeric_dtype(values):
+                return _dates(values, seconds, since, day)
+    if pd.api.types.is_numeric_dtype(values):
+        return values
+    texts = pd.Series([cell if isinstance(cell, str) else None for cell in values], values.index, dtype=object)
+    formed = numerals.one_form(pa.chunked_array([pa.array(texts, pa.string(), from_pandas=True)])).to_pylist()
+    cells = [cell if text is None else text for cell, text in zip(values, formed, strict=True)]
+    return pd.Series(cells, values.index, dtype=object)
 
 
-def _one_form(values: pd.Series) -> pd.Series:
-    texts = pa.chunked_array([pa.array(values, pa.string(), from_pandas=True)])
-    return pd.Series(numerals.one_form(texts).to_pylist(), values.index, dtype=object)
+def _dates(values: pd.Series, seconds: float, since: str, day: bool) -> pd.Series:
+    """Return dates as texts, where not a `day` alone with their time; a number beyond all years stays a number's."""
+    number = values.to_numpy(dtype=np.float64) * seconds + np.datetime64(since, "s").astype(np.int64)
+    first, last = (np.datetime64(day, "s").astype(np.int64) for day in ("0001-01-01", "9999-12-31"))
+    known = (number >= first) & (number <= last)
+    moment = np.where(known, number, 0).round().astype("datetime64[s]")
+    whole = day | (moment == moment.astype("datetime64[D]"))
+    days, full = moment.astype("datetime64[D]").astype(str), np.char.replace(moment.astype(str), "T", " ")
+    texts = np.where(whole, days, full).astype(object)
+    odd = ~known & ~np.isnan(number)
+    texts[~known] = None
+    texts[odd] = [str(value) for value in values.to_numpy()[odd]]
+    return pd.Series(texts, values.index, dtype=object)
