@@ -88,7 +88,9 @@ class Join:
     """One more table whose columns stand beside those of `data.table`: at most one row of it for each value of `on`."""
 
     table: str = _key("", "A file of any kind that `data.table` may be; its path is relative to the study file.")
-    on: tuple[str, ...] = _key((), "The columns that both have, and by which rows find each other.")
+    on: tuple[str, ...] = _key(
+        (), "The columns that both have, and by which rows find each other; default: `data.patient`."
+    )
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,9 @@ def _plain(values: pd.Series, kind: re.Match[str] | None, suffix: str) -> pd.Ser
     """Return a column whose dates are texts, and whose texts are in one Unicode form."""
     for table, day in ((_MOMENTS, False), (_DATES, True)):
         for suffixes, (formats, seconds, since) in table.items():
-            if kind and suffix in suffixes and kind.group() in formats and pd.api.types.is_numeric_dtype(values):
+            found = kind.group() if kind else ""
+            found = found[:3] if suffix == ".dta" else found  # %tcHH:MM is a %tc
+            if suffix in suffixes and found in formats and pd.api.types.is_numeric_dtype(values):
                 return _dates(values, seconds, since, day)
     if pd.api.types.is_numeric_dtype(values):
         return values
