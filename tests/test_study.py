@@ -309,6 +309,8 @@ def _changed(key: str, value: Any) -> Any:
     known |= {"data.preprocess": "none", "training.optimizer": "adam", "training.weighting": "uniform"}
     known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
     known |= {"data.identity": "exact", "data.missing_patient": "own", "data.threshold": "youden"}
+    known |= {"data.join": ({"table": "x"},), "data.format.separator": ";", "data.format.decimal": ","}
+    known |= {"data.format.thousands": "'", "data.format.encoding": "cp1252", "data.format.labels": "labels"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
     if key in known:
         return known[key]
@@ -327,6 +329,9 @@ def _keys() -> list[tuple[str, Any]]:
         part = getattr(study, table.name)
         if is_dataclass(part):
             found += [(f"{table.name}.{f.name}", getattr(part, f.name)) for f in fields(part)]
+    nested = [(key, value) for key, value in found if is_dataclass(value)]
+    found += [(f"{key}.{f.name}", getattr(value, f.name)) for key, value in nested for f in fields(value)]
+    found = [one for one in found if one not in nested]
     only = ("privacy.unit", "security.aggregation")  # they know one value so far
     return [(key, value) for key, value in found if key not in only and not key.startswith("sites.")]
 

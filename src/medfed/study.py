@@ -63,11 +63,55 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Format:
+    """How a table's file is written. What is left open is guessed and told; under a claim from its header alone."""
+
+    separator: Literal["auto", ",", ";", "\t", "|"] = _key("auto", "What parts the columns of a text table.")
+    decimal: Literal["auto", ".", ","] = _key(
+        "auto", "The decimal sign of a text table; under a claim auto is a point."
+    )
+    thousands: Literal["auto", "none", ".", ",", "'", " "] = _key(
+        "auto", "What parts thousands in a text table; a blank stands for every kind of blank. Under a claim none."
+    )
+    encoding: Literal["auto", "utf-8", "utf-16", "latin-1", "cp1252", "iso8859-15", "cp1250", "cp850", "mac-roman"] = (
+        _key("auto", "The encoding of a text table; a byte order mark at its beginning counts before this.")
+    )
+    skip: int = _key(-1, "Title lines above the header; -1: found by their shape, under a claim none.")
+    footer: int = _key(-1, "Lines below the last record; -1: what stands after a blank line, under a claim none.")
+    sheet: str = _key("", "The sheet of a workbook; needed where several hold something.")
+    member: str = _key("", "The file in a zip archive; needed where it holds several.")
+    labels: Literal["codes", "labels"] = _key("codes", "What SPSS and Stata files give: the codes, or their labels.")
+
+
+@dataclass(frozen=True)
+class Join:
+    """One more table whose columns stand beside those of `data.table`: at most one row of it for each value of `on`."""
+
+    table: str = _key("", "A file of any kind that `data.table` may be; its path is relative to the study file.")
+    on: tuple[str, ...] = _key(
+        (), "The columns that both have, and by which rows find each other; default: `data.patient`."
+    )
+
+
+@dataclass(frozen=True)
 class Data:
     """Where records come from, what is predicted, and how records become numbers."""
 
     source: str = _key("", "A built-in source (`medfed data list`); or give `table`.")
-    table: str = _key("", "A csv, csv.gz or parquet file, relative to the study file.")
+    table: str = _key(
+        "",
+        "A file, relative to the study file: csv, tsv or txt (also .gz, .zst, .zip), parquet, Excel, ods, SPSS, Stata "
+        "or SAS; a folder, or a pattern such as exports/*.csv, of which every file holds some of the rows.",
+    )
+    site_is_file: bool = _key(
+        False, "With a folder or a pattern: the name of a row's file, without suffix, is its site."
+    )
+    database: str = _key(
+        "",
+        "In place of `table`: an address such as duckdb:///lab.duckdb, sqlite:///lab.sqlite or that of any SQLAlchemy "
+        "dialect; its password as ${NAME}, which is taken from the environment.",
+    )
+    query: str = _key("", "What `database` is asked: one SELECT; nothing is written.")
     target: str = _key("", "Column to predict.")
     task: Literal["auto", "binary", "multiclass", "regression"] = _key(
         "auto", "auto: two labels are binary, more are multiclass; a number needs task = 'regression'."
@@ -134,6 +178,8 @@ class Data:
     dictionary: dict[str, Feature] = field(
         default_factory=dict, metadata={"doc": "`[data.dictionary.NAME]`: what is publicly known of feature NAME."}
     )
+    format: Format = field(default=Format(), metadata={"doc": "`[data.format]`: how the table's file is written."})
+    join: tuple[Join, ...] = field(default=(), metadata={"doc": "`[[data.join]]`: more tables, joined by a column."})
 
 
 @dataclass(frozen=True)
@@ -628,6 +674,14 @@ def out_of_range(study: Study) -> list[Refusal]:
         ("training.quorum", t.quorum, 0 < t.quorum <= 1, "in (0, 1]"),
         ("training.deadline", t.deadline, t.deadline > 0, "seconds above 0"),
         ("data.features", data.features, len(set(data.features)) == len(data.features), "each feature once"),
+        ("data.format.skip", data.format.skip, data.format.skip >= -1, "-1 (guessed), 0 or more lines"),
+        ("data.format.footer", data.format.footer, data.format.footer >= -1, "-1 (guessed), 0 or more lines"),
+        (
+            "data.format.thousands",
+            data.format.thousands,
+            data.format.thousands == "auto" or data.format.thousands != data.format.decimal,
+            f"another sign than data.format.decimal={data.format.decimal!r}",
+        ),
         ("data.test_fraction", data.test_fraction, 0 < data.test_fraction < 1, "in (0, 1)"),
         (
             "fleet.clients_per_round",

@@ -357,14 +357,15 @@ def _cut_parquet(path: Path) -> None:
 
 BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("none.csv", lambda path: None, "does not exist"),
-    ("t.xlsx", lambda path: path.write_bytes(b"PK"), "expected a name that ends in .csv, .csv.gz or .parquet"),
+    ("t.docx", lambda path: path.write_bytes(b"PK"), "expected a name that ends in .csv, .csv.gz or .parquet"),
+    ("t.xlsx", lambda path: path.write_bytes(b"PK"), "cannot be read"),
     ("empty.csv", lambda path: path.write_text(""), "cannot be read"),
     ("header.csv", lambda path: path.write_text("a,y\n"), "has no row beside its header"),
     ("header.parquet", lambda path: _mixed()[:0].to_parquet(path), "has no row beside its header"),
     ("wide.csv", lambda path: path.write_text("a,y\n1,0,5\n2,1,5\n"), "rows have more fields than the header"),
-    ("semicolons.csv", lambda path: path.write_text("a;y\n1;0\n"), "columns are separated by ';'"),
+    ("semicolons.csv", lambda path: path.write_text("a;y,z\n1;0,1\n"), "can be parted in several ways"),
     ("ragged.csv", lambda path: path.write_text("a,y\n1,0\n2,1,5\n"), "cannot be read"),
-    ("latin.csv", lambda path: path.write_bytes("a,y\nä,1\n".encode("latin-1")), "cannot be read"),
+    ("latin.csv", lambda path: path.write_bytes("a,y\nmęża,1\n".encode("cp1250")), "fit several encodings"),
     ("folder.csv", lambda path: path.mkdir(), "cannot be read"),
     ("plain.csv.gz", lambda path: path.write_text("a,y\n1,0\n"), "cannot be read"),
     ("corrupt.csv.gz", _corrupt_gz, "cannot be read"),

@@ -1,64 +1,69 @@
-"""A csv read line by line: what one line says can neither change another nor stop the reading.
+"""A text table read line by line: what one line says can neither change another nor stop the reading.
 
-In a csv read as a whole, one open quote swallows the rows behind it, and one comma too many ends the run: both tell of
-one patient. Here a line is a record or none. Its quotes must be even in number and its fields as many as the header's;
-so a cell with a line break in it is no record, in none of its lines.
+In a table read as a whole, one open quote swallows the rows behind it, and one separator too many ends the run: both
+tell of one patient. Here a line is a record or none. Its quotes must be even in number and its fields as many as the
+header's; so a cell with a line break in it is no record, in none of its lines. How the file is written is read off its
+header alone (`layout.of_header`).
 """
 
 import csv
-import gzip
-import io
+import itertools
 from pathlib import Path
 from typing import IO
 
 import pandas as pd
 
-from medfed.core.checks import DataError
+from medfed.data import layout as layouts
+from medfed.data import numerals
+from medfed.data.layout import Layout, names_of, of_header
+from medfed.study import Format
 
 
-def read(path: Path) -> tuple[pd.DataFrame, list[int]]:
+def read(path: Path, format: Format = Format()) -> tuple[pd.DataFrame, list[int]]:  # noqa: B008
     """Return the records as texts, the index holding each one's line (the header is 1), and the lines that are none.
 
-    A byte that is no UTF-8 becomes a mark of its own cell. Raises DataError for a header that names no column.
+    A byte that the encoding does not know becomes a mark of its own cell. Raises DataError for a header that names no
+    column.
     """
-    with _opened(path) as file:
-        columns = _columns(path, file.readline())
-        rows, numbers, broken = list[list[str]](), list[int](), list[int]()
-
-        for number, line in enumerate(file, 2):
-            cells = _cells(line)
-            if not any(cells):  # a blank line is a row of the file, but no record
-                continue
-            if len(cells) != len(columns) or line.count('"') % 2:
-                broken.append(number)
-                continue
-            rows.append(cells)
-            numbers.append(number)
-
-    frame = pd.DataFrame(rows, index=pd.Index(numbers, dtype="int64"), columns=columns, dtype=object)
-    return frame, broken
+    where = f"data.table={str(path)!r}"
+    layout, cells = of_header(path, format, where)
+    names = names_of(cells, where)
+    with _opened(path, format, layout) as file:
+        rows, numbers, broken = _records(file, layout, cells)
+    frame = pd.DataFrame(rows, index=pd.Index(numbers, dtype="int64"), columns=range(len(cells)), dtype=object)
+    frame = frame.iloc[:, : len(names)].set_axis(pd.Index(names), axis=1)
+    return numerals.respelt(frame, numerals.one_form), broken
 
 
-def header(path: Path) -> pd.Index:
+def header(path: Path, format: Format = Format()) -> list[str]:  # noqa: B008
     """Return the names of the columns; no record is read."""
-    with _opened(path) as file:
-        return _columns(path, file.readline())
+    where = f"data.table={str(path)!r}"
+    return names_of(of_header(path, format, where)[1], where)
 
 
-def _opened(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
-    return path.open(encoding="utf-8-sig", errors="replace")
+def _opened(path: Path, format: Format, layout: Layout) -> IO[str]:
+    return layouts.text_of(path, format, layout, errors="replace", newline=None)
 
 
-def _columns(path: Path, header: str) -> pd.Index:
-    if not header.strip():
-        raise DataError(f"data.table={str(path)!r} has no header; name its columns in the first line")
-    return pd.read_csv(io.StringIO(header), nrows=0, dtype=str).columns  # doubled names as everywhere
+def _records(file: IO[str], layout: Layout, header: list[str]) -> tuple[list[list[str]], list[int], list[int]]:
+    """Return the records below the header, their lines, and the lines that are none."""
+    rows, numbers, broken = list[list[str]](), list[int](), list[int]()
+    lines = layouts.without_last(itertools.islice(file, layout.skip + 1, None), layout.footer)
+
+    for number, line in enumerate(lines, layout.skip + 2):
+        cells = _cells(line, layout.separator)
+        if not any(cells):  # a blank line is a row of the file, but no record
+            continue
+        if len(cells) != len(header) or line.count('"') % 2 or cells == header:
+            broken.append(number)
+            continue
+        rows.append(cells)
+        numbers.append(number)
+    return rows, numbers, broken
 
 
-def _cells(line: str) -> list[str]:
+def _cells(line: str, separator: str) -> list[str]:
     try:
-        return next(csv.reader([line.rstrip("\n")]), [])
+        return next(csv.reader([line.rstrip("\n")], delimiter=separator), [])
     except csv.Error:  # a field beyond the reader's limit
         return [line]

@@ -31,9 +31,10 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import doubts
+from medfed.data import databases, doubts, joins, readers
 from medfed.data.partition import site_of
-from medfed.data.tables import Frames, header, named_patients, numbered, read
+from medfed.data.readers import Reading
+from medfed.data.tables import Frames, named_patients, numbered
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -61,7 +62,7 @@ def frames(
     or the environment's MEDFED_DATA). Raises DataError or StudyError before any training.
     """
     data = completed(study)
-    frame = _load(study, folder, progress, private)
+    frame = reading(study, folder, progress, private).frame
     refuse(misplaced([str(name) for name in frame.columns], study, data, private))
     if data.site:
         site = frame[data.site].astype(str).str.strip().mask(frame[data.site].isna(), "")
@@ -124,11 +125,15 @@ def columns_of(study: Study, private: bool) -> list[str]:
 
     Raises DataError or StudyError where there is no such table.
     """
-    completed(study)
-    if study.data.table:
-        return header(study.folder / study.data.table, private)
-    known = SOURCES[study.data.source].data
-    return [*dict.fromkeys([*known.dictionary, *(n for n in (known.site, known.patient) if n)])]
+    data = completed(study)
+    if data.table:
+        names = readers.header(study.folder / data.table, data, private)
+    elif data.database:
+        names = databases.names(data, study.folder, private)
+    else:
+        known = SOURCES[data.source].data
+        names = [*dict.fromkeys([*known.dictionary, *(n for n in (known.site, known.patient) if n)])]
+    return joins.header(names, data, study.folder, private)
 
 
 def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> None:
@@ -146,19 +151,39 @@ def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> No
 def completed(study: Study) -> Data:
     """Return the study's data table completed with what its source knows; no record is read."""
     data = study.data
-    if bool(data.source) == bool(data.table):
+    if data.database and (data.source or data.table):
+        raise StudyError(f"data.database={data.database!r} and data.table or data.source; expected one of them")
+    if bool(data.source) == bool(data.table) and not data.database:
         raise StudyError(f"data.source={data.source!r} and data.table={data.table!r}; expected one of the two")
-    if data.table:
-        return data
+    if bool(data.database) != bool(data.query):
+        raise StudyError(f"data.database={data.database!r} and data.query={data.query!r}; expected both or none")
+    if data.database:
+        databases.check(data)
+    if data.site_is_file and not data.table:
+        raise StudyError("data.site_is_file and no data.table; expected a folder or a pattern of files")
+    if data.site_is_file and data.site:
+        raise StudyError(f"data.site_is_file and data.site={data.site!r} both say who is where; keep one")
+    if data.table or data.database:
+        return dataclasses.replace(data, site=readers.SITE) if data.site_is_file else data
     if data.source not in SOURCES:
         raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
     return _completed(data, SOURCES[data.source].data)
 
 
-def _load(study: Study, folder: Path | None, progress: bool, private: bool) -> pd.DataFrame:
-    if study.data.table:
-        return read(study.folder / study.data.table, private)
-    return numbered(SOURCES[study.data.source].load(folder, progress))
+def reading(study: Study, folder: Path | None = None, progress: bool = False, private: bool = False) -> Reading:
+    """Return a study's rows as read, joined tables beside them, and how its files are written: see `readers`.
+
+    Raises DataError or StudyError for what cannot be read.
+    """
+    data = completed(study)
+    if data.table:
+        found = readers.read(study.folder / data.table, data, private)
+    elif data.database:
+        found = Reading(databases.read(data, study.folder, private))
+    else:
+        found = Reading(numbered(SOURCES[data.source].load(folder, progress)))
+    frame, unmatched = joins.joined(found.frame, data, study.folder, private)
+    return dataclasses.replace(found, frame=frame, unmatched=unmatched)
 
 
 def _completed(asked: Data, known: Data) -> Data:

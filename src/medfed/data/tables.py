@@ -12,9 +12,7 @@ met is in the site's own log. Only the header can stop a run.
 import logging
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,14 +23,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from medfed.core import toml
 from medfed.core.checks import DataError, MedfedError, PlanError, closest, nearest, some
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import cells, doubts, lines
+from medfed.data import cells, doubts, readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
 from medfed.study import Data, Feature, describe, described
@@ -150,74 +147,17 @@ def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], miss
     return {n: np.concatenate([c[n] if n in c else np.full(size, missing) for c, size in parts]) for n in names}
 
 
-def read(path: Path, private: bool = False) -> pd.DataFrame:
-    """Read a csv, csv.gz or parquet file; the index holds each row's number in the file.
+def read(path: Path, private: bool = False, data: Data = Data()) -> pd.DataFrame:  # noqa: B008
+    """Read a table of any kind that `readers` knows; the index holds each row's number in its file.
 
-    `private`: a csv is read line by line (`data.lines`), and no error quotes a line.
+    `private`: a text table is read line by line (`data.lines`), and no error quotes a cell.
     """
-    with _reading(path, private):
-        if path.name.endswith(".parquet"):
-            frame = numbered(pd.read_parquet(path))
-        else:
-            frame = _read_lines(path) if private else _read_csv(path)
-    if frame.empty and not private:
-        raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
-    return frame
+    return readers.read(path, data, private).frame
 
 
-def header(path: Path, private: bool = False) -> list[str]:
-    """Return the columns of a csv, csv.gz or parquet file, of which no row is read. Raises DataError as `read` does."""
-    with _reading(path, private):
-        if path.name.endswith(".parquet"):
-            return _parquet_columns(path)
-        columns = lines.header(path) if private else pd.read_csv(path, dtype=str, nrows=0).columns
-    _refuse_separators(path, columns)
-    return [str(name) for name in columns]
-
-
-def _parquet_columns(path: Path) -> list[str]:
-    """Return the columns of a parquet file but those that pandas takes for its index."""
-    schema = pq.read_schema(path)
-    index = (schema.pandas_metadata or {}).get("index_columns", [])
-    return [name for name in schema.names if name not in index]
-
-
-@contextmanager
-def _reading(path: Path, private: bool) -> Iterator[None]:
-    """Have whatever keeps a table from being read leave the block as a DataError; a private one quotes nothing."""
-    if not path.exists():
-        raise DataError(f"data.table={str(path)!r} does not exist; a table's path is relative to its study file")
-    if not path.name.endswith((".parquet", ".csv", ".csv.gz")):
-        raise DataError(f"data.table={path.name!r}; expected a name that ends in .csv, .csv.gz or .parquet")
-    try:
-        yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        logger.warning("%s cannot be read: %s", path, error)
-        why = f" ({type(error).__name__}); what it says is in the site's own log" if private else f": {error}"
-        raise DataError(f"data.table={str(path)!r} cannot be read{why}") from (None if private else error)
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise DataError(f"data.table={str(path)!r}: rows have more fields than the header; name every column")
-    _refuse_separators(path, frame.columns)
-    frame = numbered(frame)
-    return frame[(frame != "").any(axis=1)]  # a blank line is a row of the file, but no record
-
-
-def _read_lines(path: Path) -> pd.DataFrame:
-    frame, broken = lines.read(path)
-    _refuse_separators(path, frame.columns)
-    if broken:
-        logger.warning("%s: no record, for its quotes or its number of fields: row %s", path, some(broken, 50))
-    return frame
-
-
-def _refuse_separators(path: Path, columns: pd.Index) -> None:
-    only = str(columns[0]) if len(columns) == 1 else ""
-    if mark := next((m for m in (";", "\t", "|") if m in only), ""):
-        raise DataError(f"data.table={str(path)!r}: columns are separated by {mark!r}; write them with commas")
+def header(path: Path, private: bool = False, data: Data = Data()) -> list[str]:  # noqa: B008
+    """Return the columns of a table, of which no row is read. Raises DataError as `read` does."""
+    return readers.header(path, data, private)
 
 
 def numbered(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""Awkward tables, made by code: each with its right answer. `forms` writes one clean table in every form."""
