@@ -310,6 +310,8 @@ def _changed(key: str, value: Any) -> Any:
     known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
     known |= {"data.identity": "exact", "data.missing_patient": "own", "data.threshold": "youden"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
+    known |= {"data.drop": ("rows without target",), "data.absent": {"a": ("x",)}, "data.test_from": "2024-01-01"}
+    known |= {"data.site_maps": {"a": "a.toml"}, "data.site_maps_sha256": {"a": "00"}}
     if key in known:
         return known[key]
     if isinstance(value, bool):
