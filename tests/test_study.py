@@ -312,6 +312,8 @@ def _changed(key: str, value: Any) -> Any:
     known |= {"data.join": ({"table": "x"},), "data.format.separator": ";", "data.format.decimal": ","}
     known |= {"data.format.thousands": "'", "data.format.encoding": "cp1252", "data.format.labels": "labels"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
+    known |= {"data.drop": ("rows without target",), "data.absent": {"a": ("x",)}, "data.test_from": "2024-01-01"}
+    known |= {"data.site_maps": {"a": "a.toml"}, "data.site_maps_sha256": {"a": "00"}}
     if key in known:
         return known[key]
     if isinstance(value, bool):

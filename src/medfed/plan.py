@@ -182,15 +182,14 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     names = tuple(surveys)
     sizes = {name: {"train": int(s["train"]), "test": int(s["test"])} for name, s in surveys.items()}
     devices = study.sites.kind == "device"
-    for name, size in sizes.items():
-        if size["train"] == 0 and not devices:
-            raise DataError(
-                f"site {name!r} has no training row ({size['test']} test rows); remove it or lower data.test_fraction"
-            )
-    if study.fleet.clients_per_round > len(names):
-        raise PlanError(
-            f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {len(names)} sites; lower it"
-        )
+    trainers = tuple(name for name in names if sizes[name]["train"])
+    if not trainers:
+        raise DataError("no site has a training row; lower data.test_fraction, or mark fewer rows as held out")
+    if study.fleet.clients_per_round > len(trainers):
+        few = f"{len(trainers)} sites" + (" with training rows" if len(trainers) < len(names) else "")
+        raise PlanError(f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {few}; lower it")
+    if not guarantees.asked(study):
+        refuse(_renamed(surveys, study))
     if encoding.target.task != "binary" and study.data.threshold != "0.5":
         raise PlanError(
             f"data.threshold={study.data.threshold!r} and data.task={encoding.target.task!r} do not compose: a "
@@ -203,7 +202,6 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     models.check_repeats(study.model.name, partial(build_model, study, encoding))
     taken = probed(study, encoding, model)
     parameters = models.count(model)
-    trainers = tuple(name for name in names if sizes[name]["train"])
     pooled = study.training.algorithm == "pooled"
     check_groups(study, (POOLED,) if pooled else trainers)
     guarantee = None
@@ -219,7 +217,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         encoding=encoding,
         sizes=sizes,
         participants=(POOLED,) if pooled else trainers,
-        testers=tuple(name for name in names if sizes[name]["test"]) if devices else names,
+        testers=_testers(study, sizes),
         parameters=parameters,
         message=guarantee.numbers() if guarantee and joint else message_length(algorithm_name(study), parameters),
         guarantee=guarantee,
@@ -228,6 +226,58 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         label_counts={name: s["labels"] for name, s in surveys.items()},
         warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
         path=taken.path,
+    )
+
+
+def _testers(study: Study, sizes: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
+    """Return who tests: of devices those that hold a test patient; of models of the sites' own, those that train."""
+    needed = "test" if study.sites.kind == "device" else ""
+    personal = ALGORITHMS[study.training.algorithm].personal
+    names = (name for name in sizes if name != POOLED and (not needed or sizes[name][needed]))
+    return tuple(name for name in names if not personal or sizes[name]["train"])
+
+
+def _renamed(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> Iterator[Refusal]:
+    """Yield what a site lacks for another name's sake: it alone has a column of that kind that nobody else has.
+
+    A site with a map has said how its columns differ, so whatever it lacks then is to be declared absent.
+    """
+    if study.sites.kind == "device" or not study.data.site or len(surveys) < 2:
+        return
+    known = {name: _share_known(survey) for name, survey in surveys.items()}
+    for name, survey in surveys.items():
+        own, others = known[name], [known[other] for other in surveys if other != name]
+        lacks = [column for column in survey["missing"] if not own[column]]
+        lacks = [column for column in lacks if column not in study.data.absent.get(name, ())]
+        usual = [column for column in lacks if any(other.get(column, 0) >= _USUAL for other in others)]
+        alone = [n for n, share in own.items() if share >= _USUAL and not any(other.get(n) for other in others)]
+        for column in usual:
+            kind = (
+                "text" if any(column in one["texts"] and one["texts"][column] for one in surveys.values()) else "number"
+            )
+            alike = [n for n in alone if ("text" if survey["texts"].get(n) else "number") == kind]
+            if name not in study.data.site_maps and (not alike or survey["train"] + survey["test"] < _ENOUGH):
+                continue
+            yield Refusal(DataError(_lacks(name, column, kind, alike)))
+
+
+_USUAL, _ENOUGH = 0.5, 5  # share of a column's cells, and rows of a site, from which a missing column is no chance
+
+
+def _share_known(survey: Mapping[str, Any]) -> dict[str, float]:
+    rows = max(1, survey["train"] + survey["test"])
+    return {name: 1 - count / rows for name, count in survey["missing"].items()}
+
+
+def _lacks(site: str, column: str, kind: str, alike: Sequence[str]) -> str:
+    """Say that a site lacks a column that others have, and what it may be called there."""
+    found = f"; {some(map(repr, alike))} of the same kind is there alone" if alike else ""
+    meant = closest(column, alike) or (alike[0] if len(alike) == 1 else "")
+    name = toml.key(meant) if meant else "ITS_NAME"
+    return (
+        f"site {site!r}, column {column!r}: expected a {kind}, as at other sites, found no value{found}. Where it has "
+        f"another name, say so in the site's map: [rename] {name} = {toml.literal(column)}. Where it is not measured, "
+        f"declare it: {toml.key('data', 'absent', site)} = [{toml.literal(column)}]"
     )
 
 
@@ -554,6 +604,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     data, sizes = study.data, study.privacy.sizes
     yield from tables.misnamed(columns, data)
     yield from sources.misplaced(columns, study, data, private)
+    yield from sources.misread(study, private)
     if not private:
         return
     if study.sites.kind == "hospital" and not data.site:
@@ -565,7 +616,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
-    if not data.features:
+    if not data.features or any(map(tables.is_pattern, data.features)):
         yield from tables.undescribed(tables.features_of(columns, data), data)
 
 
@@ -701,7 +752,23 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
     doubtful = doubts.warnings(surveys, study.data)
-    return [*found, *doubtful, *_strange_values(surveys, study), *_lacking(surveys, encoding)]
+    return [
+        *found,
+        *_dropped(surveys),
+        *doubtful,
+        *_strange_values(surveys, study),
+        *_lacking(surveys, encoding, study.data),
+    ]
+
+
+def _dropped(surveys: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tell how many rows data.drop has left out; those that name no site once, as they are nobody's."""
+    found = []
+    for name, survey in surveys.items():
+        for what, count in survey.get("dropped", {}).items():
+            where = "" if what == "rows without site" else f"site {name!r}: "
+            found.append(f"{where}{count} {what} left out, as data.drop says")
+    return list(dict.fromkeys(found))
 
 
 NEGATIVE = ("nein", "non", "0", "no", "n", "false", "f", "negative", "neg", "alive", "benign", "control", "healthy")
@@ -713,10 +780,14 @@ def _guessed(labels: Sequence[str], study: Study) -> bool:
     return study.left_open("data.positive") and not study.data.positive and labels[0].lower() not in NEGATIVE
 
 
-def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> list[str]:
+def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, data: Data) -> list[str]:
     """Tell what sites lack; what many lack alike is told once."""
     said: dict[str, list[str]] = {}
     for name, survey in surveys.items():
+        if survey["train"] == 0:
+            said.setdefault("has no training row: it validates from outside, tested and never trained on", []).append(
+                name
+            )
         if survey["test"] == 0:
             said.setdefault("has no test patient; its own figures are null", []).append(name)
         if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:
@@ -726,6 +797,7 @@ def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> li
         absent = [
             c.name for c in encoding.columns if survey["missing"].get(c.name, 0) == survey["train"] + survey["test"]
         ]
+        absent = [column for column in absent if column not in data.absent.get(name, ())]
         if absent:
             what = f"has no value at all of {some(absent, 8)}; they are set to the other sites' centre"
             said.setdefault(what, []).append(name)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
-from medfed.data import preprocess, sources
+from medfed.data import preprocess, sources, tables
 from medfed.data.preprocess import Encoding
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, cohort, excess, standing
@@ -117,8 +117,7 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
 def declared_encoding(study: Study) -> Encoding:
     """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
     data = study.data
-    roles = {data.target, data.site, data.patient, data.test}
-    names = list(data.features) or sorted(data.dictionary.keys() - roles)
+    names = tables.features_of(sorted(data.dictionary), data)
     survey = preprocess.declared_survey(names, data, 0, 0)
     return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True)
 

@@ -52,7 +52,7 @@ from medfed.core.checks import (
 from medfed.core.flat import Layout, fill, trained
 from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
-from medfed.data import partition, schema, sources
+from medfed.data import mapping, partition, schema, site_maps, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
@@ -84,6 +84,9 @@ logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
 
 OWN_LOG = "own.log"
 """What the sites alone may read of a run: `core.own`."""
+
+SITE_MAPS = "maps.json"
+"""How each site's columns differ, as the run has applied it: file, sha256 and text."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,12 @@ class Result:
         data, target = self.study.data, self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
         features = tuple(c.name for c in self.encoding.columns)
-        known = schema.categories(self.encoding)
+        known = {**data.dictionary, **schema.categories(self.encoding)}
         named = dataclasses.replace(
-            data, site="", patient="", test="", features=features, dictionary={**data.dictionary, **known}
+            data, site="", patient="", test="", time="", test_from="", features=features, exclude=()
         )
-        filled = frame.assign(**{data.target: filler})
+        filled = mapping.apply(frame, named).assign(**{data.target: filler})
+        named = dataclasses.replace(named, dictionary=known)
         framed = numbered(schema.hold(filled, self.encoding, named, unseen))
         table = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(table), dtype=bool)
@@ -203,6 +207,12 @@ def _started(
     frozen["chosen"] = dict(plan.study.chosen)
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
+    if maps := site_maps.texts(plan.study):
+        told = {
+            name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
+            for name, text in maps.items()
+        }
+        files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
     with Log(folder / "events.jsonl", listeners) as log:
         server = plan.begin()
         _tell_start(plan, log)
@@ -299,7 +309,8 @@ def open_sites(study: Study, data: Path | None, folder: Path | None = None, prog
     private = guarantee.asked(study)
     if private:
         study = _identified(study, folder)
-    frames, _ = sources.frames(study, data, progress, private)
+    frames, completed = sources.frames(study, data, progress, private)
+    study = dataclasses.replace(study, data=completed)
     account = Account(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
     sites = (Site.devices if devices else Site.open_all)(frames, study, folder)

@@ -13,9 +13,10 @@ import types
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -23,6 +24,8 @@ from medfed.core import decision, toml
 from medfed.core.checks import StudyError, closest, nearest, some
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.toml import Ask
+
+_T = TypeVar("_T")
 
 LEAST_CLIP = 1e-6
 """Least clipping norm: a smaller one would weigh rounding as if it were a gradient."""
@@ -58,6 +61,49 @@ class Feature:
     indicator: bool = _key(
         False, "One more column, 1 where the value is missing; under a privacy claim only declared ones exist."
     )
+    recode: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. Before "
+            "anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not measured'."
+        },
+    )
+    boolean: bool = _key(
+        False,
+        "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells become "
+        "the categories 'no' and 'yes'.",
+    )
+    factor: float = _key(1.0, "Numbers are multiplied by it, into the study's unit; `range` is of the result.")
+    offset: float = _key(0.0, "Added to a number after `factor`: factor = 0.5556, offset = -17.78 for degrees Fahrenheit.")
+    limits: Literal["", "limit", "half", "indicator"] = _key(
+        "",
+        "What a result beyond a detection limit (<0.3, > 100, ≤ 5) becomes. limit: the limit; half: half of a lower one, "
+        "an upper one itself; indicator: the limit, and beside it two columns of 0 and 1, `NAME below limit` and `NAME "
+        "above limit`. Without it such a cell is refused.",
+    )
+    date: Literal[
+        "",
+        "iso",
+        "dd.mm.yyyy",
+        "dd/mm/yyyy",
+        "dd-mm-yyyy",
+        "mm/dd/yyyy",
+        "mm-dd-yyyy",
+        "mm.dd.yyyy",
+        "yyyy/mm/dd",
+        "yyyy.mm.dd",
+        "yyyymmdd",
+    ] = _key(
+        "",
+        "How the column writes its dates; a time of day may follow. Never guessed. A column with a date and without "
+        "`becomes` is no feature: it may be another's `reference`, or `data.time`.",
+    )
+    becomes: Literal["", "age", "days since", "days until", "year", "month", "weekday"] = _key(
+        "",
+        "The number that a date becomes. age: years from it to the reference; days since: from the reference to it; "
+        "days until: from it to the reference; month: 1 to 12; weekday: 1, Monday, to 7.",
+    )
+    reference: str = _key("", "What age and days are counted to or from: a date 2024-12-31, or the name of a date column.")
     unit: str = _key("", "Unit, for people.")
     doc: str = _key("", "What the feature is, for people.")
 
@@ -139,7 +185,30 @@ class Data:
         "Rows whose id is missing (empty, NA, ?, null, unknown, or in `missing_values`). refuse: an error; own: each "
         "is a patient of its own, not under a lifetime budget.",
     )
-    features: tuple[str, ...] = _key((), "Feature columns; default: every column that is nothing else.")
+    drop: tuple[Literal["rows without target", "rows without site", "rows without patient", "rows without time"], ...] = _key(
+        (), "Rows that are left out, counted and told of; else they are refused. Under a privacy claim nobody is told."
+    )
+    features: tuple[str, ...] = _key(
+        (),
+        "Feature columns; default: every column that is nothing else. A pattern takes many: 'lab_*'; 'numbers' and "
+        "'texts' take all of that kind, which no privacy claim bears.",
+    )
+    exclude: tuple[str, ...] = _key((), "Columns and patterns ('note_*') that are no features, whatever they hold.")
+    absent: dict[str, tuple[str, ...]] = field(
+        default_factory=dict,
+        metadata={"doc": "`[data.absent]`: SITE = ['troponin'], the features that a site does not measure at all."},
+    )
+    site_maps: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "`[data.site_maps]`: SITE = 'maps/bern.toml', how a site's columns differ (see docs/cells.md); "
+            "relative to the study file."
+        },
+    )
+    site_maps_sha256: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"doc": "The sha256 of each site's map, which a run writes down; one that differs is refused."},
+    )
     missing_values: tuple[str, ...] = _key(
         ("", "?", "NA", "N/A", "NaN", "nan", "null", "None"), "Texts that mean 'not measured' in every column."
     )
@@ -156,6 +225,17 @@ class Data:
         "one other.",
     )
     test: str = _key("", "Column that marks held-out rows (test/train, 1/0, yes/no); it takes the place of `split`.")
+    test_values: tuple[str, ...] = _key(
+        (), "Which texts of column `test` mean held out; every other one means training. Case does not matter."
+    )
+    time: str = _key(
+        "", "Column of the dates that `test_from` goes by: ISO dates, or as its dictionary entry says by `date`."
+    )
+    test_from: str = _key(
+        "",
+        "A date 2024-01-01: patients with a row of that day or later are held out, with all their rows; it takes the "
+        "place of `split` and `test`.",
+    )
     test_is_public: bool = _key(
         False,
         "Declare held-out patients public test data: under a privacy claim only then may raw test figures be told.",
@@ -569,6 +649,13 @@ def parse(tables: Mapping[str, Any]) -> "tuple[Study, list[Refusal]]":
     return study, [*reader.refusals, *out_of_range(study)]
 
 
+def read_as(kind: type[_T], tables: Mapping[str, Any]) -> "tuple[_T, list[Refusal]]":
+    """Read plain tables into a dataclass as a study's are read, and return what stands against its keys and values."""
+    reader = _Reader([])
+    read = reader.read(kind, tables, ())
+    return (kind() if read is _UNREAD else read), reader.refusals
+
+
 def _written(tables: Mapping[str, Any], prefix: str = "") -> frozenset[str]:
     """Return the dotted keys of all values, and of the tables that they lie in."""
     found: set[str] = set()
@@ -734,7 +821,9 @@ def out_of_range(study: Study) -> list[Refusal]:
             f"shares that sum to 1, not {sum(sites.shares):g}",
         ),
     ]
+    rules.append(("data.test_from", data.test_from, not data.test_from or is_day(data.test_from), "such as 2024-01-01"))
     for name, feature in data.dictionary.items():
+        rules += _of_cells(name, feature, data)
         where, low_high = toml.key("data", "dictionary", name, "range"), feature.range
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
         ordered = len(low_high) != 2 or -math.inf < low_high[0] < low_high[1] < math.inf
@@ -750,6 +839,36 @@ def out_of_range(study: Study) -> list[Refusal]:
             error = StudyError(f"{key}={shown!r}; expected {expected}. {CHANGE_IT}")
             found[key] = Refusal(error, _in_range(toml.path(key)))
     return [*found.values(), *_sizes_out_of_range(p.sizes)]
+
+
+def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, object, bool, str]]":
+    """Return what holds of an entry of the dictionary that changes cells, as key, value, whether it holds, what is expected."""
+    counted = feature.becomes in ("age", "days since", "days until")
+    numbers = bool(feature.limits or (feature.factor, feature.offset) != (1.0, 0.0))
+    one = sum((feature.boolean, bool(feature.date), numbers)) <= 1
+    beside = feature.limits != "indicator" or name != data.target
+
+    def key(last: str) -> str:
+        return toml.key("data", "dictionary", name, last)
+
+    return [
+        (key("becomes"), feature.becomes, not feature.becomes or bool(feature.date), 'date = "dd.mm.yyyy", or another form'),
+        (key("reference"), feature.reference, not counted or bool(feature.reference), "a date, or a date column"),
+        (key("reference"), feature.reference, counted or not feature.reference, "none, unless becomes is age or days"),
+        (key("factor"), feature.factor, math.isfinite(feature.factor) and feature.factor != 0, "a number but 0"),
+        (key("offset"), feature.offset, math.isfinite(feature.offset), "a number"),
+        (key("boolean"), feature.boolean, one, "one of boolean, date, and limits with factor and offset"),
+        (key("limits"), feature.limits, beside, "'limit' or 'half': columns beside the target would give it away"),
+        (key("boolean"), feature.boolean, not (feature.boolean and feature.range), "no range beside it"),
+    ]
+
+
+def is_day(text: str) -> bool:
+    """Say whether a text is an ISO date."""
+    try:
+        return len(text) == 10 and bool(date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 CHANGE_IT = "Change it in the study file or with --set."
@@ -799,14 +918,18 @@ def _sizes_out_of_range(sizes: Mapping[str, int]) -> list[Refusal]:
 def _in_range(path: toml.Path) -> dict[toml.Path, Any]:
     """Return what mends a value out of its range: its default, or a blank where that is no answer."""
     if path[:2] == ("data", "dictionary"):
-        return {path: RANGE}
+        return {path: RANGE} if path[-1] == "range" else {}
     if path == ("privacy", "epsilon"):
         return {path: EPSILON}
     if path == ("privacy", "delta"):
         return {path: 1e-6}
-    if path[0] == "sites" or path == ("data", "features"):
+    if path[0] == "sites" or path in _TO_CHOOSE:
         return {}
     default: Any = Study()
     for name in path:
         default = getattr(default, name)
     return {path: default}
+
+
+_TO_CHOOSE = {("data", "features"), ("data", "test_from")}
+"""Keys for which no value is right whatever the records are."""

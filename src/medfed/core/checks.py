@@ -113,11 +113,15 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
 
 
+_MOST_KNOWN = 20
+"""Names that a hint lists: a table may have thousands of columns."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for a misspelt `name`: "did you mean 'x'?" or the list of what is known."""
     choices = sorted(known)
     close = closest(name, choices)
-    return f"did you mean {close!r}?" if close else f"known: {', '.join(choices)}."
+    return f"did you mean {close!r}?" if close else f"known: {some(choices, _MOST_KNOWN)}."
 
 
 def some(items: Iterable[object], most: int = 5) -> str:

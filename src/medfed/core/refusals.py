@@ -11,6 +11,9 @@ from medfed.core.toml import Path
 MOST_LINES = 24
 """A longer block of settings is not printed in an error."""
 
+MOST_CHARACTERS = 1000
+"""Nor is one with a longer line: a list of thousands of columns."""
+
 MOST_TOLD = 40
 """More things than these are counted in an error, not told."""
 
@@ -69,6 +72,6 @@ def _way_out(refusals: Sequence[Refusal]) -> list[str]:
         return []
     block = list(toml.document(toml.nested({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
     command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
-    if not block or len(block) > MOST_LINES:
+    if not block or len(block) > MOST_LINES or max(map(len, block)) > MOST_CHARACTERS:
         return [command]
     return ["Settings that mend this, to be put into their tables:", *block, "", command]

@@ -42,6 +42,7 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "missing_share": float(np.mean(list(missing.values()))),
             "outside": dict(survey.get("outside", {})),
             "far": dict(survey.get("far", {})),
+            "dropped": dict(survey.get("dropped", {})),
         }
     features = sorted({feature for s in sites.values() for feature in s["missing"]})
     texts = sorted({feature for s in surveys.values() for feature, found in s["texts"].items() if found})
@@ -66,6 +67,9 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         told = ", ".join(f"{name} {count}" for name, count in several.items())
         first.caption = escape(f"patients written in more than one way (see data.identity): {told}")
         first.caption_justify = "left"
+    if left_out := _left_out(sites):
+        first.caption = "\n".join(filter(None, (str(first.caption or ""), escape(f"left out by data.drop: {left_out}"))))
+        first.caption_justify = "left"
     gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
     strange = _strange(sites)
     if not gaps:
@@ -76,6 +80,15 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     for feature in gaps:
         second.add_row(escape(feature), *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
     return [first, second, *strange]
+
+
+def _left_out(sites: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how many rows were left out at which site; those that name no site once."""
+    told: dict[str, list[str]] = {}
+    for name, s in sites.items():
+        for what, count in s.get("dropped", {}).items():
+            told.setdefault(what, []).append(f"{count}" if what == "rows without site" else f"{name} {count}")
+    return "; ".join(f"{what}: {', '.join(dict.fromkeys(counts))}" for what, counts in told.items())
 
 
 def _strange(sites: Mapping[str, Mapping[str, Any]]) -> list[Table]:

@@ -92,7 +92,7 @@ def patients(
 
     if nobody.any() and missing_patient == "refuse":
         where, rows = f"column {column!r}: no patient named in", f"row {some(frame.index[nobody])}"
-        action = "Name each patient, leave the rows out"
+        action = "Name each patient, leave the rows out (data.drop = ['rows without patient'])"
         if claimed:
             logger.warning("%s %s", where, rows)
             raise DataError(f"{where} some rows; at the site `medfed data show` says which. {action}.")

@@ -21,7 +21,7 @@ from medfed.core.checks import DataError, PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.types import Task
 from medfed.data.federated import Rows
-from medfed.data.tables import SiteTable, declared_labels, declared_range
+from medfed.data.tables import SiteTable, declared_labels, declared_range, features_of
 from medfed.study import RANGE, Data, Feature
 
 Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
@@ -209,6 +209,7 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "far": {n: _counted(rows) for n, rows in table.found.far.items()},
         "single": _single(table),
         "doubts": [doubt.told() for doubt in table.found.doubts],
+        **({"dropped": dict(table.found.dropped)} if table.found.dropped else {}),
     }
 
 
@@ -504,7 +505,7 @@ def _text_columns(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, t
 
 def _feature_order(surveys: dict[str, dict[str, Any]], data: Data) -> list[str]:
     names = list(dict.fromkeys(n for s in surveys.values() for n in s["missing"]))
-    return list(data.features) or sorted(names)
+    return features_of(sorted(names), data)
 
 
 def _unranged(names: Sequence[str], data: Data) -> Iterator[Refusal]:

@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,10 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import databases, doubts, joins, readers
+from medfed.data import databases, doubts, joins, mapping, readers, site_maps
 from medfed.data.partition import site_of
 from medfed.data.readers import Reading
-from medfed.data.tables import Frames, named_patients, numbered
+from medfed.data.tables import Frames, canonical, named_patients, numbered, with_kinds
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -63,23 +63,76 @@ def frames(
     """
     data = completed(study)
     frame = reading(study, folder, progress, private).frame
-    refuse(misplaced([str(name) for name in frame.columns], study, data, private))
-    if data.site:
-        site = frame[data.site].astype(str).str.strip().mask(frame[data.site].isna(), "")
+    refuse(_misfits([str(name) for name in frame.columns], study, data, private))
+    frame, site, nowhere = _sited(frame, data)
+    names = study.sites.names
+    if site is not None:
         declared = private and study.sites.kind == "hospital"
         names = tuple(study.privacy.sizes) if declared else ()
         if private:
             _refuse_undeclared(site, names, data.site)
         elif len(unnamed := frame.index[nameless(site, data)]):
             raise DataError(
-                f"column {data.site!r}: no site named in row {some(unnamed)}. Name it, or leave the rows out."
+                f"column {data.site!r}: no site named in row {some(unnamed)}; name it, or leave the rows out: "
+                "data.drop = ['rows without site']"
             )
         names = names or tuple(sorted(set(site)))
-    else:
-        names = study.sites.names
+        if strange := [name for name in (*data.site_maps, *data.absent) if name not in names]:
+            text = (
+                f"data.site_maps and data.absent: {some(map(repr, strange))} is no site; {nearest(strange[0], names)}"
+            )
+            raise DataError(text)
+
+    frame = site_maps.apply(frame, site_maps.load(study), data, site, private)
+    frame = mapping.apply(frame, data, private, site, [name for name in mapping.roles_of(data) if name != data.site])
+    dropped: dict[str, dict[str, int]] = {name: {"rows without site": nowhere} if nowhere else {} for name in names}
+    for what in ("rows without target", "rows without patient", "rows without time"):
+        if private and what == "rows without target":
+            continue  # they take no part, whatever the study says
+        frame, gone_N = mapping.drop(frame, what, data)
+        if site is not None:
+            for name, count in site[gone_N].value_counts().items():
+                dropped.setdefault(str(name), {})[what] = int(count)
+            site = site[~gone_N]
+        elif gone_N.any():
+            dropped |= {name: {**dropped.get(name, {}), what: int(gone_N.sum())} for name in study.sites.names}
+    frame = mapping.apply(frame, data, private, site)
+
+    if site is None:
         named = named_patients(frame, data, private)
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
-    return Frames.split(frame, site.to_numpy(dtype=object), names), data
+    if not private:
+        data = with_kinds(frame, data)
+    return replace(Frames.split(frame, site.to_numpy(dtype=object), names), dropped=dropped), data
+
+
+def _sited(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Series | None, int]:
+    """Return the rows that name a site, the site of each, and how many were left out; "" is none, None no column."""
+    if not data.site:
+        return frame, None, 0
+    frame = mapping.apply(frame, data, True, None, [data.site])
+    frame, gone_N = mapping.drop(frame, "rows without site", data)
+    nowhere = mapping.lacking(frame, "rows without site", data)
+    return frame, canonical(frame[data.site]).mask(nowhere, ""), int(gone_N.sum())
+
+
+def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:
+    """Yield what stands against how a study says who is where and how cells are read, beside its table's header."""
+    maps = site_maps.load(study)
+    yield from site_maps.misfits(header, maps, data)
+    mapped = site_maps.columns(header, maps)
+    yield from misplaced(mapped, study, data, private)
+    yield from mapping.misfits(mapped, data)
+
+
+def misread(study: Study, private: bool) -> Iterator[Refusal]:
+    """Yield what a study says of cells, and its sites' maps of columns, that the header of its table does not bear out."""
+    data, maps = completed(study), site_maps.load(study)
+    header = _header(study, private)
+    yield from site_maps.misfits(header, maps, data)
+    yield from mapping.misfits(site_maps.columns(header, maps), data)
+    if private:
+        yield from mapping.refuse_kinds(data)
 
 
 def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:
@@ -121,10 +174,15 @@ SITES = toml.Ask(
 
 
 def columns_of(study: Study, private: bool) -> list[str]:
-    """Return the columns of a study's table, of which no row is read: its header, or what a source is known to have.
+    """Return the columns of a study's table once it is mapped; no row is read: of a source, what it is known to have.
 
     Raises DataError or StudyError where there is no such table.
     """
+    data = completed(study)
+    return mapping.columns(site_maps.columns(_header(study, private), site_maps.load(study)), data)
+
+
+def _header(study: Study, private: bool) -> list[str]:
     data = completed(study)
     if data.table:
         names = readers.header(study.folder / data.table, data, private)
@@ -149,7 +207,7 @@ def _refuse_undeclared(site: pd.Series, names: Sequence[str], column: str) -> No
 
 
 def completed(study: Study) -> Data:
-    """Return the study's data table completed with what its source knows; no record is read."""
+    """Return the study's data table completed with what its source knows and its keys imply; no record is read."""
     data = study.data
     if data.database and (data.source or data.table):
         raise StudyError(f"data.database={data.database!r} and data.table or data.source; expected one of them")
@@ -163,11 +221,13 @@ def completed(study: Study) -> Data:
         raise StudyError("data.site_is_file and no data.table; expected a folder or a pattern of files")
     if data.site_is_file and data.site:
         raise StudyError(f"data.site_is_file and data.site={data.site!r} both say who is where; keep one")
-    if data.table or data.database:
-        return dataclasses.replace(data, site=readers.SITE) if data.site_is_file else data
-    if data.source not in SOURCES:
+    if data.site_is_file:
+        data = dataclasses.replace(data, site=readers.SITE)
+    if data.source and data.source not in SOURCES:
         raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
-    return _completed(data, SOURCES[data.source].data)
+    if data.source:
+        data = _completed(data, SOURCES[data.source].data)
+    return mapping.completed(site_maps.completed(data, study))
 
 
 def reading(study: Study, folder: Path | None = None, progress: bool = False, private: bool = False) -> Reading:

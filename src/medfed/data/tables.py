@@ -29,7 +29,7 @@ from medfed.core.checks import DataError, MedfedError, PlanError, closest, neare
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import cells, doubts, readers
+from medfed.data import cells, dates, doubts, readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
 from medfed.study import Data, Feature, describe, described
@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier
 _MOST_LABELS = 64
-_DATE = r"\d{4}-\d\d-\d\d.*"  # ISO 8601, as pandas writes dates
-_NO_DATES = "dates are not features; give an age or a number of days, or leave it out"
+KINDS = ("numbers", "texts")  # in data.features: every column of the kind
+_MOST_MISNAMED = 20  # columns that are looked up one by one for a name that they may mean
+_LIMIT_LIKE = r"(?:[<>]=?|=[<>]|[≤≥⩽⩾])\s*[+-]?[\d.,]+"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Found:
     outside: Mapping[str, list[int]] = field(default_factory=dict)  # beyond the declared range
     far: Mapping[str, list[int]] = field(default_factory=dict)  # no range is declared: see `cells.far`
     doubts: Sequence[Doubt] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)  # how many rows data.drop has left out, by what they lack
 
 
 def _end_to_end(columns: Sequence[dict[str, np.ndarray]], sizes: list[int], missing: object) -> dict[str, np.ndarray]:
@@ -172,6 +174,7 @@ class Frames(Mapping[str, pd.DataFrame]):
     frame: pd.DataFrame
     names: tuple[str, ...]
     ends: np.ndarray  # int64 [K + 1]
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by site: rows left out, by what they lack
 
     @classmethod
     def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
@@ -215,7 +218,8 @@ class Frames(Mapping[str, pd.DataFrame]):
     def part(self, first: int, last: int) -> "Frames":
         """Return sites first .. last - 1."""
         start, end = self.ends[first], self.ends[last]
-        return Frames(self.frame.iloc[start:end], self.names[first:last], self.ends[first : last + 1] - start)
+        own = self.frame.iloc[start:end]
+        return Frames(own, self.names[first:last], self.ends[first : last + 1] - start, self.dropped)
 
     def count(self, which_N: np.ndarray) -> np.ndarray:
         """Return how many marked rows each site has, int64 [K]."""
@@ -356,7 +360,7 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
             test=held_out[own],
             ids=ids[starts[k] : starts[k + 1]],
             left_out=None if left_out is None else left_out[own],
-            found=Found(outside[k], far[k]),
+            found=Found(outside[k], far[k], dropped=frames.dropped.get(frames.names[k], {})),
             spellings=int(written_K[k]),
         )
         if not private:
@@ -446,9 +450,72 @@ def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
 
 
 def features_of(columns: Sequence[str], data: Data) -> list[str]:
-    """Return the feature columns of a table: those that the study lists, else all that are nothing else."""
-    roles = (data.target, data.site, data.patient, data.test)
-    return list(data.features) or [name for name in columns if name not in roles]
+    """Return the feature columns of a table: those that the study lists, else all that are nothing else.
+
+    A pattern takes what it matches; what is excluded is none, and what is made beside a feature is one with it.
+    """
+    known, none = set(columns), no_features(data)
+    chosen: list[str] = []
+    for asked in data.features or ("*",):
+        if asked in known or not is_pattern(asked):
+            chosen.append(asked)
+            chosen += [made for made in _beside(asked, data) if made in known]
+        else:
+            chosen += [name for name in matching(asked, columns) if name not in none]
+    out = excluded(columns, data)
+    return [name for name in dict.fromkeys(chosen) if name not in out]
+
+
+def no_features(data: Data) -> set[str]:
+    """Return the columns that are something else: target, site, patient, test, and dates that become no number."""
+    roles = {data.target, data.site, data.patient, data.test, data.time}
+    roles |= {entry.reference for entry in data.dictionary.values() if entry.becomes}
+    roles |= {name for name, entry in data.dictionary.items() if entry.date}
+    numbers = {name for name, entry in data.dictionary.items() if entry.becomes}
+    return (roles - numbers) | {data.target, data.site, data.patient, data.test}
+
+
+def excluded(columns: Sequence[str], data: Data) -> set[str]:
+    """Return the columns that data.exclude names or matches."""
+    return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
+
+
+def is_pattern(name: str) -> bool:
+    """Say whether an entry of data.features or data.exclude stands for many columns."""
+    return "*" in name or "?" in name or name in KINDS
+
+
+def matching(pattern: str, columns: Sequence[str]) -> list[str]:
+    """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may be any column."""
+    if pattern in KINDS:
+        return list(columns)
+    wild = re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in pattern), re.DOTALL)
+    return [name for name in columns if wild.fullmatch(name)]
+
+
+def _beside(name: str, data: Data) -> list[str]:
+    """Return the columns that are made beside one with detection limits; see `mapping`."""
+    limits = data.dictionary.get(name, Feature()).limits
+    return [f"{name} below limit", f"{name} above limit"] if limits == "indicator" else []
+
+
+def with_kinds(frame: pd.DataFrame, data: Data) -> Data:
+    """Return a data table whose features name the columns that "numbers" or "texts" take, by what their cells hold."""
+    columns = [str(name) for name in frame.columns]
+    asked = [kind for kind in data.features if kind in KINDS and kind not in columns]
+    if not asked:
+        return data
+    named = features_of(columns, replace(data, features=tuple(f for f in data.features if f not in asked) or ("",)))
+    found = [name for name in features_of(columns, replace(data, features=())) if name not in named]
+    texts = {name for name in found if _is_text(frame[name], name, data)}
+    taken = [name for name in found if ("texts" if name in texts else "numbers") in asked]
+    return replace(data, features=tuple(name for name in columns if name in {*named, *taken}))
+
+
+def _is_text(values: pd.Series, name: str, data: Data) -> bool:
+    feature = data.dictionary.get(name, Feature())
+    column = _Column(Frames.one("", values.to_frame()), name, feature, data.missing_values, notes=[], private=True)
+    return bool(column.is_text()[0])
 
 
 def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
@@ -462,17 +529,18 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
             text = f"data.{key}={name!r} is no column of the table; {nearest(name, columns)}"
             close = closest(name, columns)
             yield Refusal(DataError(text), {("data", key): close} if close else {})
-    features = [closest(name, columns) or name if name not in columns else name for name in data.features]
-    for number, name in enumerate(data.features):
-        if name not in columns:
-            text = f"data.features[{number}]={name!r} is no column of the table; {nearest(name, columns)}"
-            yield Refusal(DataError(text), {("data", "features"): features} if closest(name, columns) else {})
+    known = set(columns)
+    yield from _misnamed_features(columns, data)
     for key, name in roles.items():
         if name and name in data.features:
             left = [feature for feature in data.features if feature not in roles.values()]
             text = f"data.features holds {name!r}, which is data.{key}; take it out"
             yield Refusal(DataError(text), {("data", "features"): left})
-    for name in data.dictionary:
+    strange = [name for name in data.dictionary if name not in known]
+    if len(strange) > _MOST_MISNAMED:
+        text = f"data.dictionary describes {len(strange)} columns that the table lacks: {some(map(repr, strange))}"
+        yield Refusal(DataError(text))
+    for name in strange[:_MOST_MISNAMED]:
         if name not in columns:
             where, close = toml.key("data", "dictionary", name), closest(name, columns)
             mend: dict[toml.Path, object] = {}
@@ -483,6 +551,44 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
             yield Refusal(DataError(f"{where}: no such column; {nearest(name, columns)}"), mend)
     if not features_of(columns, data):
         yield Refusal(DataError("the table has no feature column; it needs one beside target, site and patient"))
+
+
+def _misnamed_features(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
+    """Yield the names and patterns of data.features and data.exclude that take no column."""
+    known = set(columns)
+    strange = [
+        name for name in data.features if name not in known and not (is_pattern(name) and matching(name, columns))
+    ]
+    close = {name: closest(name, columns) for name in strange[:_MOST_MISNAMED]}
+    features = [close.get(name) or name for name in data.features]
+    for number, name in enumerate(data.features):
+        if name in close:
+            what = "matches no column of the table" if is_pattern(name) else "is no column of the table"
+            text = f"data.features[{number}]={name!r} {what}; {nearest(name, columns)}"
+            yield Refusal(DataError(text), {("data", "features"): features} if close[name] else {})
+    if len(strange) > _MOST_MISNAMED:
+        text = f"data.features names {len(strange)} columns that the table lacks: {some(map(repr, strange))}"
+        yield Refusal(DataError(text))
+
+    left = [name for name in columns if name not in no_features(data)]
+    for number, name in enumerate(data.exclude):
+        if name in known or (is_pattern(name) and name not in KINDS and matching(name, left)):
+            continue
+        yield Refusal(
+            DataError(f"data.exclude[{number}]={name!r} matches no column of the table; {nearest(name, left)}")
+        )
+    for name in data.exclude:
+        if name in data.features:
+            text = f"data.features holds {name!r}, and data.exclude takes it out; keep one of the two"
+            yield Refusal(DataError(text))
+        if name and name in (data.target, data.site, data.patient, data.test, data.time):
+            yield Refusal(DataError(f"data.exclude holds {name!r}, which the study needs; take it out"))
+    for name in data.features:
+        entry = data.dictionary.get(name, Feature())
+        if entry.date and not entry.becomes:
+            where = toml.key("data", "dictionary", name, "becomes")
+            text = f"data.features holds {name!r}, a date; set {where} = 'age' (or days since, year, month, weekday)"
+            yield Refusal(DataError(text))
 
 
 def canonical(values: pd.Series) -> pd.Series:
@@ -529,7 +635,7 @@ class _Column:
         self.where = f"site {frames.names[0]!r}, column {name!r}"
         self.frames, self.name, self.feature, self.notes, self.private = frames, name, feature, notes, private
         if pd.api.types.is_datetime64_any_dtype(values) and not private:
-            raise DataError(f"{self.where}: {_NO_DATES}")
+            raise DataError(f"{self.where}: {self._no_dates(['iso'])}")
         self.values, absent = values, {*missing_values, *feature.missing}
         plain = None if feature.categories else _plain_numbers(values, absent)
         self.numeric, self.missing = plain or self._read(absent)
@@ -553,12 +659,43 @@ class _Column:
     def rows(self, which: np.ndarray) -> str:
         return some(self.values.index[which])
 
+    def _no_dates(self, forms: Sequence[str]) -> str:
+        """Say that a column of dates is no feature, and the lines that make it one; `forms` would read all of it."""
+        way = f"{self.key('date')} = '{forms[0] if forms else 'dd.mm.yyyy'}', {self.key('becomes')} = 'age' and "
+        way += f"{self.key('reference')} = '2024-12-31' (a date, or a date column)"
+        leave = f"or leave it out: data.exclude = [{toml.literal(self.name)}]"
+        if forms == [dates.SHORT]:
+            return f"dates are not features, and these have years of two digits: write out the century, {leave}"
+        which = f" ({' or '.join(forms)})" if forms else ", of several forms"
+        known = "Which of the forms it is only you know; " if len(forms) > 1 else ""
+        return f"dates are not features{which}. {known}say what they become: {way}; {leave}"
+
+    def _all_dates(self) -> bool:
+        """Say whether all cells of a column without a range are numbers of eight digits that are days."""
+        if self.private or self.feature.range or self.feature.categories:
+            return False
+        known_N = ~self.missing
+        return int(known_N.sum()) > 1 and bool(dates.digits(self.numeric.to_numpy(dtype=np.float64)[known_N]).all())
+
     def is_text(self) -> np.ndarray:
         """Return at which sites it is text [K]: where the dictionary says so, or most cells are no numbers."""
         if self.feature.categories or self.feature.range:
             return np.full(len(self.frames), bool(self.feature.categories))
-        most_K: np.ndarray = self.frames.count(self.not_number) * 2 > self.frames.count(~self.missing)
+        if self._all_dates():
+            raise DataError(f"{self.where}: {self._no_dates(['yyyymmdd'])}")
+        worded_N = self.not_number
+        if worded_N.any() and not self.private:
+            worded_N = worded_N & ~self._limit_like  # a number in all but its sign
+        most_K: np.ndarray = self.frames.count(worded_N) * 2 > self.frames.count(~self.missing)
         return most_K
+
+    @cached_property
+    def _limit_like(self) -> np.ndarray:
+        """Which cells are results beyond a detection limit [rows]."""
+        found = np.zeros(len(self.values), dtype=bool)
+        code_N, texts = pd.factorize(self.texts[self.not_number].astype(object))
+        found[self.not_number] = np.array([bool(re.fullmatch(_LIMIT_LIKE, str(t))) for t in texts], dtype=bool)[code_N]
+        return found
 
     def number(self, asked: np.ndarray) -> np.ndarray:
         """Return the column as numbers [rows]; only rows that are `asked` for must be."""
@@ -575,6 +712,11 @@ class _Column:
     def _no_numbers(self, which: np.ndarray) -> str:
         """Say what stands against a column of numbers that holds text, and the way out: most of it, or some cells."""
         declared, rows = self.key("categories"), self.rows(which)
+        if not (which & ~self._limit_like).any():
+            return (
+                f"results beyond a detection limit ({self.texts[which].iloc[0]}), row {rows}. Say what they become: "
+                f"{self.key('limits')} = 'limit', 'half' or 'indicator'"
+            )
         if self.feature.range and which.sum() * 2 > (~self.missing).sum():
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
@@ -601,10 +743,12 @@ class _Column:
         if not self.feature.categories and known.any():
             self._refuse_gap_words(known)
             code_N, found = pd.factorize(self.texts.to_numpy(dtype=object))
-            dated_N = pd.Series(found, dtype=object).astype(str).str.fullmatch(_DATE).to_numpy(dtype=bool)[code_N]
+            dated_U = dates.dated([str(text) for text in found])
             of_K = self.frames.count(known)
-            if ((self.frames.count(known & dated_N) == of_K) & (of_K > 0)).any():
-                raise DataError(f"{self.where}: {_NO_DATES}")
+            all_K = (self.frames.count(known & dated_U[code_N]) == of_K) & (of_K > 0)
+            if all_K.any():
+                here_U = np.unique(code_N[known & all_K[self.frames.site_N]])
+                raise DataError(f"{self.where}: {self._no_dates(dates.forms([str(found[u]) for u in here_U]))}")
             most = int(_distinct(self.frames, code_N, known).max())
             if most > _MOST_CATEGORIES:
                 raise DataError(
@@ -640,7 +784,8 @@ def _label(frames: Frames, data: Data) -> np.ndarray:
     frame, values = frames.frame, frames.frame[data.target]
     where, text = f"site {frames.names[0]!r}, target {data.target!r}", canonical(values)
     missing = (values.isna() | text.isin(data.missing_values)).to_numpy(dtype=bool)
-    _refuse(where, "no value", missing, frame, "a target cannot be imputed; leave these rows out")
+    way = "a target cannot be imputed; leave these rows out: data.drop = ['rows without target']"
+    _refuse(where, "no value", missing, frame, way)
     if data.task != "regression":
         codes = pd.factorize(text)[0]
         most = int(_distinct(frames, codes, ~missing).max(initial=0))
@@ -678,14 +823,22 @@ def _declared_label(frames: Frames, data: Data, notes: Notes) -> tuple[np.ndarra
 def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, notes: Notes) -> np.ndarray:
     """Return which rows the table itself marks as held out; a patient [rows] must be wholly on one side.
 
-    `private`: who is not wholly held out is trained on, under the noise.
+    `private`: who is not wholly held out is trained on, under the noise. With data.test_from, claim or none, a patient
+    with one row of the day or later is held out.
     """
     frame, text = frames.frame, canonical(frames.frame[data.test]).str.lower()
-    held = text.isin(("test", "1", "true", "yes")).to_numpy(dtype=bool)
-    known = held | text.isin(("train", "0", "false", "no")).to_numpy(dtype=bool)
+    if data.test_values:
+        held = text.isin([value.strip().lower() for value in data.test_values]).to_numpy(dtype=bool)
+        gone = frame[data.test].isna() | text.isin([value.lower() for value in data.missing_values])
+        known = held | ~gone.to_numpy(dtype=bool)
+    else:
+        held = text.isin(("test", "1", "true", "yes")).to_numpy(dtype=bool)
+        known = held | text.isin(("train", "0", "false", "no")).to_numpy(dtype=bool)
     many = int(patient.max(initial=0)) + 1
     sides = [np.bincount(patient[side], minlength=many) > 0 for side in (held, ~held)]
     both: np.ndarray = (sides[0] & sides[1])[patient]
+    if data.test_from:  # who comes back later is tested on, and never trained on: with every row
+        return held | both
     if private:
         for k, rows in frames.rows(~known | (both & held)):
             text_ = "site %r, column %r: trained on, as not held out by a clear mark: row %s"
@@ -693,7 +846,8 @@ def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, note
         alone: np.ndarray = held & ~both
         return alone
     where = f"site {frames.names[0]!r}, column {data.test!r}"
-    _refuse(where, "neither test nor train", ~known, frame, "mark each row test or train (or 1/0, yes/no)")
+    say = "mark each row test or train (or 1/0, yes/no), or say by data.test_values which texts mean held out"
+    _refuse(where, "no mark" if data.test_values else "neither test nor train", ~known, frame, say)
     _refuse(where, "a patient with rows on both sides", both, frame, "put all rows of a patient on one side")
     return held
 

@@ -1,0 +1,442 @@
+"""What stands in cells and rows, as the study declares it: a step between reading a table and cleaning it.
+
+A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell follows from its row and
+from what is declared alone, never from another row: so a privacy claim bears it. There a cell that cannot be read counts
+as missing, and the site's own log says so; without a claim it is an error, all columns' at once.
+
+Texts of a column are looked at once each, however many rows hold them. n rows, U different texts of a column.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from medfed.core import patient_ids, toml
+from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, those
+from medfed.core.refusals import Refusal, refuse
+from medfed.data import dates
+from medfed.data.partition import id_texts
+from medfed.data.tables import canonical, features_of
+from medfed.study import Data, Feature
+
+logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
+
+BELOW, ABOVE = "below limit", "above limit"
+"""What is put behind the name of a column with detection limits: its columns of 0 and 1."""
+
+_YES = ("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "o", "vrai", "si", "sì", "sí", "s", "vero", "verdadero")
+_NO = ("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
+BOOLEAN = {
+    **dict.fromkeys((*_YES, "+", "pos", "positive", "positiv", "positif", "positivo"), "yes"),
+    **dict.fromkeys((*_NO, "-", "−", "–", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
+}
+"""How yes and no are spelt, in lower case."""
+
+_LIMIT = re.compile(r"(<=|>=|=<|=>|[<>≤≥⩽⩾])\s*([+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # or a decimal comma: nobody can tell
+
+MARKS = ("test", "train")
+
+Texts = list[str | None]
+"""Different texts of a column [U]; None for one that is missing."""
+
+
+# what is declared ---------------------------------------------------------------------------------------------------
+
+
+def completed(data: Data) -> Data:
+    """Return a data table with what follows from what it declares; completing it again changes nothing.
+
+    A boolean's categories, the entries of columns that are made, and the column that marks rows by their date.
+    """
+    entries: dict[str, Feature] = {}
+    for name, feature in data.dictionary.items():
+        if feature.boolean and not feature.categories:
+            feature = replace(feature, categories=("no", "yes"))
+        entries[name] = feature
+        for column in limit_columns(name, feature):
+            entries.setdefault(column, Feature(range=(0.0, 1.0), doc=f"1 where {name} is {column.removeprefix(name).strip()}"))
+    return replace(data, dictionary=entries, test=data.test or _mark(data))
+
+
+def _mark(data: Data) -> str:
+    """Return the name of the column that marks rows by their date; "" for none."""
+    return f"{data.time} from {data.test_from}" if data.time and data.test_from else ""
+
+
+def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
+    """Return the columns that are made beside a column with detection limits."""
+    return (f"{name} {BELOW}", f"{name} {ABOVE}") if feature.limits == "indicator" else ()
+
+
+def columns(header: Sequence[str], data: Data) -> list[str]:
+    """Return the columns of a table once it is mapped; `data` is completed."""
+    made = [column for name in features_of(header, data) for column in limit_columns(name, _entry(data, name))]
+    marked = [data.test] if data.test_from else []
+    return [*header, *(name for name in (*made, *marked) if name not in set(header))]
+
+
+def misfits(header: Sequence[str], data: Data) -> Iterator[Refusal]:
+    """Yield what a study says of rows and cells that does not go together, or not with its table's header.
+
+    The header is that before anything is made.
+    """
+    yield from _disagreements(data)
+    known = set(header)
+    for name in features_of(header, data):
+        feature = _entry(data, name)
+        other = feature.reference
+        if feature.becomes and other and not _moment(other) and other not in known:
+            where = toml.key("data", "dictionary", name, "reference")
+            text = f"{where}={other!r} is no date (2024-12-31) and no column of the table; {nearest(other, header)}"
+            yield Refusal(DataError(text))
+        if taken := [column for column in limit_columns(name, feature) if column in known]:
+            text = (
+                f"{toml.key('data', 'dictionary', name, 'limits')}='indicator' makes a column {taken[0]!r}, which the "
+                "table has already; rename that one, or set limits='limit'"
+            )
+            yield Refusal(DataError(text))
+    if data.test_from and data.time and data.time not in known:
+        yield Refusal(DataError(f"data.time={data.time!r} is no column of the table; {nearest(data.time, header)}"))
+
+
+def _disagreements(data: Data) -> Iterator[Refusal]:
+    """Yield the keys about whole rows that do not go together."""
+    for what, column in (("patient", data.patient), ("site", data.site), ("time", data.time)):
+        if f"rows without {what}" in data.drop and not column:
+            text = f"data.drop holds 'rows without {what}', and no data.{what} names a column; set it, or take it out"
+            yield Refusal(StudyError(text))
+    if "rows without patient" in data.drop and data.missing_patient == "own":
+        text = "data.drop leaves out rows without patient, and data.missing_patient='own' keeps them; keep one of the two"
+        yield Refusal(StudyError(text))
+    if data.test_values and not data.test:
+        text = f"data.test_values={list(data.test_values)} and no data.test, the column that they stand in; set it"
+        yield Refusal(StudyError(text))
+    if data.test_from and not data.time:
+        text = f"data.test_from={data.test_from!r} and no data.time, the column of the dates; set it"
+        yield Refusal(StudyError(text))
+    if data.test_from and data.time and data.test != _mark(data):
+        text = f"data.test={data.test!r} and data.test_from={data.test_from!r} both say who is held out; keep one"
+        yield Refusal(StudyError(text))
+    if data.test_from and data.test_values:
+        yield Refusal(StudyError("data.test_values is for a column that marks rows, and data.test_from for dates; keep one"))
+
+
+def _entry(data: Data, name: str) -> Feature:
+    return data.dictionary.get(name, Feature())
+
+
+def _moment(text: str) -> np.datetime64 | None:
+    (moment,) = dates.read([text], "iso")
+    return None if np.isnat(moment) else moment
+
+
+def maps(feature: Feature) -> bool:
+    """Say whether an entry changes what stands in a cell."""
+    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes)
+    return any(kinds) or (feature.factor, feature.offset) != (1.0, 0.0)
+
+
+# a table ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Cells of a column that are not what is declared: which rows [n], what they are not, and what to do."""
+
+    column: str
+    which_N: np.ndarray
+    what: str
+    action: str
+
+    def error(self, index: pd.Index, site: pd.Series | None) -> DataError:
+        """Say it with site, column and rows."""
+        where = f"column {self.column!r}"
+        if site is not None:
+            names = sorted(set(site[self.which_N]))
+            where = f"site {names[0]!r}, {where}" if len(names) == 1 else f"{where} at {those(names)}"
+        return DataError(f"{where}: {self.what} in row {some(index[self.which_N])}. {self.action}")
+
+    def note(self, index: pd.Index) -> None:
+        """Write it into the site's own log."""
+        rows = some(index[self.which_N], 50)
+        logger.warning("column %r: %s, so it counts as missing, in row %s", self.column, self.what, rows)
+
+
+def settle(faults: Sequence[Fault], frame: pd.DataFrame, private: bool, site: pd.Series | None = None) -> None:
+    """Refuse all faults at once; `private`: note them. `site` names the site of each row."""
+    if not private:
+        refuse(Refusal(fault.error(frame.index, site)) for fault in faults)
+    for fault in faults:
+        fault.note(frame.index)
+
+
+def apply(
+    frame: pd.DataFrame,
+    data: Data,
+    private: bool = False,
+    site: pd.Series | None = None,
+    names: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Return a table whose cells are as the dictionary declares them; of columns `names` alone, else of all but those.
+
+    What is excluded, or is no feature and no role, is not looked at. `data` is completed; `site` [n] names the site of
+    each row, for errors. Raises DataError with all columns and rows; `private`: never for a cell.
+    """
+    header = [str(name) for name in frame.columns]
+    roles = roles_of(data)
+    chosen = names if names is not None else [n for n in features_of(header, data) if n not in roles]
+    faults: list[Fault] = []
+    made: dict[str, object] = {}
+    for name in chosen:
+        if name in frame.columns and maps(feature := _entry(data, name)):
+            made |= _mapped(frame, name, feature, data, faults)
+    if names is None and data.test_from:
+        made[data.test] = _marks(frame, data, faults, private)
+    settle(faults, frame, private, site)
+    return frame.assign(**{name: _column(values, frame) for name, values in made.items()}) if made else frame
+
+
+def roles_of(data: Data) -> list[str]:
+    """Return the columns by which rows are told apart: they are mapped first, as rows without them may be dropped."""
+    return [name for name in dict.fromkeys((data.site, data.patient, data.target)) if name]
+
+
+def _column(values: object, frame: pd.DataFrame) -> pd.Series:
+    """Return texts [n] as a column in the type that the table's others have."""
+    texts = any(isinstance(kind, pd.StringDtype) for kind in frame.dtypes)
+    return pd.Series(values, index=frame.index, dtype="str" if texts else object)
+
+
+def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults: list[Fault]) -> dict[str, object]:
+    """Return a column as it is declared, and those that are made beside it."""
+    absent = {*data.missing_values, *feature.missing}
+    code_N, text_U = different(frame[name])
+    if feature.boolean:  # "-" is no here, unless this column says otherwise
+        spelt = {text for text in data.missing_values if text.casefold() not in BOOLEAN}
+        text_U, bad_U = _booleans(recoded(text_U, feature.recode, {*spelt, *feature.missing}))
+        what = "neither yes nor no"
+        action = f"Correct the cells, or say what they mean: {_key(name, 'recode')} = {{ TEXT = 'yes' }}"
+        _tell(faults, name, bad_U, code_N, what, action)
+        return {name: _at(text_U, code_N)}
+    text_U = recoded(text_U, feature.recode, absent)
+    if feature.becomes:
+        number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
+        return {name: told(number_N, absent)}
+    side_U = np.zeros(len(text_U), dtype=np.int64)
+    if feature.limits:
+        text_U, side_U = _limits(text_U, feature.limits, absent)
+    if (feature.factor, feature.offset) != (1.0, 0.0):
+        text_U = converted(text_U, feature.factor, feature.offset, absent)
+        side_U = side_U if feature.factor > 0 else -side_U
+    beside = zip(limit_columns(name, feature), (-1, 1), strict=False)
+    return {name: _at(text_U, code_N)} | {column: _flags(side_U == side, code_N) for column, side in beside}
+
+
+def different(values: pd.Series) -> tuple[np.ndarray, Texts]:
+    """Return which text each row holds [n], and the different texts [U] as `canonical` has them, None the last."""
+    if pd.api.types.is_datetime64_any_dtype(values):
+        values = pd.Series(dates.written(_wall_clock(values), "iso"), index=values.index, dtype=object)
+    code_N, found = pd.factorize(values)
+    texts: Texts = list(canonical(pd.Series(found, dtype=object)))
+    return np.where(code_N < 0, len(texts), code_N), [*texts, None]
+
+
+def _wall_clock(values: pd.Series) -> np.ndarray:
+    """Return a column of dates as datetime64[s] [n], the zone left off."""
+    zone = getattr(values.dt, "tz", None)
+    return (values.dt.tz_localize(None) if zone else values).to_numpy(dtype="datetime64[s]")
+
+
+def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:
+    """Return the text of each row [n]."""
+    return np.array([*text_U], dtype=object)[code_N]
+
+
+def _flags(which_U: np.ndarray, code_N: np.ndarray) -> np.ndarray:
+    return np.where(which_U, "1", "0").astype(object)[code_N]
+
+
+def _tell(
+    faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str
+) -> None:
+    if (which_N := bad_U[code_N]).any():
+        faults.append(Fault(name, which_N, what, action))
+
+
+def _key(name: str, key: str) -> str:
+    return toml.key("data", "dictionary", name, key)
+
+
+# cells --------------------------------------------------------------------------------------------------------------
+
+
+def recoded(text_U: Texts, recode: Mapping[str, str], absent: set[str]) -> Texts:
+    """Return texts [U] as what they stand for; None for what is missing, before or after."""
+    if recode:
+        keys = canonical(pd.Series(list(recode), dtype=object))
+        meaning = dict(zip(keys, recode.values(), strict=True))
+        text_U = [meaning.get(text, text) if text is not None else None for text in text_U]
+    return [None if text is None or not text or text in absent else text for text in text_U]
+
+
+def _booleans(text_U: Texts) -> tuple[Texts, np.ndarray]:
+    """Return texts [U] as "yes" and "no", and which are neither [U]."""
+    found = [None if text is None else BOOLEAN.get(text.casefold()) for text in text_U]
+    bad = [text is not None and yes is None for text, yes in zip(text_U, found, strict=True)]
+    return found, np.array(bad, dtype=bool)
+
+
+def is_limit(text: str) -> bool:
+    """Say whether a text is a result beyond a detection limit: "<0.3", "> 100"."""
+    return _limit(text) is not None
+
+
+def _limit(text: str) -> tuple[int, float] | None:
+    """Return on which side of its limit a result lies, -1 below and 1 above, and the limit."""
+    match = _LIMIT.fullmatch(text.strip())
+    if match is None or _THOUSANDS.fullmatch(match[2]):
+        return None
+    side = 1 if set(match[1]) & set(">≥⩾") else -1
+    return side, float(match[2].replace(",", "."))
+
+
+def _limits(text_U: Texts, kind: str, absent: set[str]) -> tuple[Texts, np.ndarray]:
+    """Return texts [U] with a number in place of each limit, and on which side of it they lie [U], 0 for the rest."""
+    found, side_U = list(text_U), np.zeros(len(text_U), dtype=np.int64)
+    for u, text in enumerate(text_U):
+        if text is None or (beyond := _limit(text)) is None:
+            continue
+        side_U[u], limit = beyond
+        half = kind == "half" and side_U[u] < 0
+        (found[u],) = told(np.array([limit / 2 if half else limit]), absent)
+    return found, side_U
+
+
+def converted(text_U: Texts, factor: float, offset: float, absent: set[str]) -> Texts:
+    """Return texts [U], of which those that are numbers are in another unit."""
+    number_U = pd.to_numeric(pd.Series(text_U, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
+    known_U = np.isfinite(number_U)
+    changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
+    return [new if known else text for new, known, text in zip(changed_U, known_U, text_U, strict=True)]
+
+
+def told(number_N: np.ndarray, absent: set[str]) -> np.ndarray:
+    """Return numbers [n] as texts that give them back bit for bit, None for NaN.
+
+    One that is spelt as a text that means missing is written with an exponent: it is a number and no code.
+    """
+    code_N, found = pd.factorize(number_N)
+    texts: Texts = [None] * len(found)
+    for u, number in enumerate(found.tolist()):
+        text = str(int(number)) if abs(number) < 1e15 and number == int(number) else repr(number)
+        texts[u] = f"{text}e0" if text in absent else text
+    return np.array([*texts, None], dtype=object)[np.where(code_N < 0, len(texts), code_N)]
+
+
+# dates --------------------------------------------------------------------------------------------------------------
+
+
+def _date_numbers(
+    frame: pd.DataFrame,
+    name: str,
+    feature: Feature,
+    text_U: Texts,
+    code_N: np.ndarray,
+    data: Data,
+    faults: list[Fault],
+) -> np.ndarray:
+    """Return what a column's dates become, float64 [n]; NaN where one is missing or cannot be read."""
+    moment_N = _moments(frame, name, text_U, code_N, feature.date, faults)
+    reference_N = None
+    if feature.reference and feature.becomes in ("age", "days since", "days until"):
+        fixed = _moment(feature.reference)
+        reference_N = np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
+    return dates.number(moment_N, feature.becomes, reference_N)
+
+
+def _dates_of(frame: pd.DataFrame, name: str, data: Data, faults: list[Fault]) -> np.ndarray:
+    """Return a column's dates, datetime64[s] [n]; NaT where one is missing or cannot be read."""
+    feature = _entry(data, name)
+    code_N, text_U = different(frame[name])
+    text_U = recoded(text_U, feature.recode, {*data.missing_values, *feature.missing})
+    return _moments(frame, name, text_U, code_N, feature.date or "iso", faults)
+
+
+def _moments(
+    frame: pd.DataFrame, name: str, text_U: Texts, code_N: np.ndarray, form: str, faults: list[Fault]
+) -> np.ndarray:
+    if pd.api.types.is_datetime64_any_dtype(frame[name]):
+        form = "iso"  # the column's type says it already
+    moment_U = dates.read(text_U, form)
+    bad_U = np.isnat(moment_U) & np.array([text is not None for text in text_U], dtype=bool)
+    if bad_U.any() and not any(fault.column == name for fault in faults):  # a reference of several columns: told once
+        action = _date_action(name, form, [text for text, bad in zip(text_U, bad_U, strict=True) if bad and text])
+        _tell(faults, name, bad_U, code_N, f"no date of the form {form}", action)
+    return moment_U[code_N]
+
+
+def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
+    """Say what to do about texts that are not dates of the declared form."""
+    others = dates.forms(bad)
+    if others == [dates.SHORT]:
+        return "A year has four digits: write out the century"
+    if others:
+        return f"These are {' or '.join(others)}: declare that, {_key(name, 'date')} = {others[0]!r}, or correct the cells"
+    return "Correct the cells, or add the text to data.missing_values"
+
+
+def _marks(frame: pd.DataFrame, data: Data, faults: list[Fault], private: bool) -> np.ndarray:
+    """Return which rows are of the day `data.test_from` or later: texts [n] "test" and "train".
+
+    One without a date is told of; under a claim it is not held out.
+    """
+    moment_N = _dates_of(frame, data.time, data, faults)
+    gone = np.isnat(moment_N)
+    if gone.any() and not any(fault.column == data.time for fault in faults):
+        action = "Data are tested by time: correct the cells, or set data.drop = ['rows without time']"
+        faults.append(Fault(data.time, gone, "no date", action))
+    later = moment_N >= _moment(data.test_from)
+    return np.where(later, *MARKS).astype(object)
+
+
+# rows ---------------------------------------------------------------------------------------------------------------
+
+
+def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
+    """Say of each row [n] whether it is one of "rows without target", "... site", "... patient", "... time"."""
+    name = {"target": data.target, "site": data.site, "patient": data.patient, "time": data.time}[what.split()[-1]]
+    if name not in frame.columns:
+        return np.zeros(len(frame), dtype=bool)
+    if name == data.patient:
+        absent = patient_ids.nobodies(data.missing_values)
+        code_N, found = pd.factorize(id_texts(frame[name], f"column {name!r}"))
+        return np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
+    feature = _entry(data, name)
+    code_N, text_U = different(frame[name])
+    text_U = recoded(text_U, {}, {*data.missing_values, *feature.missing})
+    return np.array([text is None for text in text_U], dtype=bool)[code_N]
+
+
+def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the rows that are not `what`, where the study drops those, and which are left out [n]."""
+    if what not in data.drop:
+        return frame, np.zeros(len(frame), dtype=bool)
+    gone = lacking(frame, what, data)
+    if gone.any():
+        logger.warning("%s: left out, as data.drop says: row %s", what, some(frame.index[gone], 50))
+    return (frame[~gone] if gone.any() else frame), gone
+
+
+def refuse_kinds(data: Data) -> Iterator[Refusal]:
+    """Yield the words that take features by what their cells hold: under a claim nothing follows from cells."""
+    if words := [word for word in data.features if word in ("numbers", "texts")]:
+        text = (
+            f"data.features holds {words[0]!r} and a privacy claim do not compose: which columns are numbers would "
+            "follow from patients' cells. Name the columns, or give a pattern ('lab_*')."
+        )
+        yield Refusal(PlanError(text))
