@@ -576,6 +576,18 @@ def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
     return loaded
 
 
+def from_text(text: str, path: Path) -> Study:
+    """Return the study that a text would be as the file `path`."""
+    loaded = from_tables(tomllib.loads(text))
+    return dataclasses.replace(loaded, folder=path.parent.resolve())
+
+
+def from_text(text: str, path: Path) -> Study:
+    """Return the study that a text would be as the file `path`."""
+    loaded = from_tables(tomllib.loads(text))
+    return dataclasses.replace(loaded, folder=path.parent.resolve())
+
+
 def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[Refusal]]":
     """Return a study as far as it can be read, and what stands against it: see `load` and `parse`."""
     tables, path = read_tables(study, settings)

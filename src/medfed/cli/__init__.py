@@ -16,6 +16,7 @@ from medfed.cli.budget import accept, budget, column, found
 from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
+from medfed.cli.data import app as data_app
 from medfed.cli.export import export
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
@@ -26,7 +27,6 @@ from medfed.cli.watch import watch
 from medfed.core.checks import MedfedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
 app.add_typer(data_app, name="data")
 privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
 app.add_typer(privacy_app, name="privacy")
@@ -181,57 +181,6 @@ def studies(as_json: AsJson = False) -> None:
         sites = str(len(study.sites.names)) if study.sites.names else "from data"
         table.add_row(name, study.data.source, study.model.name, t.algorithm, str(t.rounds), sites)
     _console().print(table)
-
-
-@data_app.command("list")
-def data_list(as_json: AsJson = False) -> None:
-    """List the built-in sources."""
-    from medfed.data.sources import SOURCES
-
-    if as_json:
-        print(json.dumps({name: {"summary": s.summary, "licence": s.licence} for name, s in SOURCES.items()}, indent=2))
-        return
-    table = Table("source", "what", "licence", box=None)
-    for name, source in SOURCES.items():
-        table.add_row(name, source.summary, source.licence)
-    _console().print(table)
-
-
-@data_app.command("get")
-def data_get(source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None) -> None:
-    """Download a source, checked by sha256, into the cache; what is at hand is not downloaded again."""
-    from medfed.data.sources import SOURCES, get
-
-    rows = get(source, data)
-    checked = "every file's sha256 agrees" if SOURCES[source].files else SOURCES[source].licence
-    _console().print(f"{source}: {rows} rows; {checked}", highlight=False)
-
-
-@data_app.command("show")
-def data_show(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")],
-    set: Settings = [],  # noqa: B006
-    data: DataFolder = None,
-    figure: Annotated[Path | None, typer.Option(help="Also write a figure (.html) of sizes, classes and gaps.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show each site's rows, features, missing values, classes and label skew, without training."""
-    from medfed import runs
-    from medfed import study as studies
-    from medfed.data import describe
-
-    loaded = studies.load(study, set)
-    found = describe.describe(runs.survey(loaded, data))
-    if figure:
-        describe.figure(found, loaded.study.name).write_html(figure, include_plotlyjs=True)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    console = _console()
-    for table in describe.tables(found):
-        console.print(table)
-    if figure:
-        console.print(f"figure: {figure}", highlight=False)
 
 
 @trail_app.command("verify")

@@ -1,6 +1,6 @@
 """What lies at each site: rows, features, gaps, classes, skew. A function of the sites' surveys."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,11 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"features": features, "texts": texts, "sites": sites}
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
-    """Return the description as tables for a terminal: sites, and the features that have gaps."""
+def tables(found: Mapping[str, Any], everything: bool = False) -> list[Table]:
+    """Return the description as tables for a terminal: sites, and the features that have gaps.
+
+    Of many sites, or many features, the gaps are summed up, the worst first, unless `everything` is asked for.
+    """
     sites = found["sites"]
     labels = sorted({label for s in sites.values() for label in s["classes"]})
     texts = f", of them text: {', '.join(found['texts'])}" if found["texts"] else ", all numbers"
@@ -74,11 +77,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     strange = _strange(sites)
     if not gaps:
         return [first, *strange]
-    second = Table(box=None, title="missing values", title_justify="left")
-    for title in ("feature", *sites):
-        second.add_column(escape(title), justify="left" if title == "feature" else "right")
-    for feature in gaps:
-        second.add_row(escape(feature), *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
+    wide = len(sites) > MOST_COLUMNS or len(gaps) > MOST_LINES
+    second = _summed(sites, gaps) if wide and not everything else _each(sites, gaps)
     return [first, second, *strange]
 
 
@@ -89,6 +89,43 @@ def _left_out(sites: Mapping[str, Mapping[str, Any]]) -> str:
         for what, count in s.get("dropped", {}).items():
             told.setdefault(what, []).append(f"{count}" if what == "rows without site" else f"{name} {count}")
     return "; ".join(f"{what}: {', '.join(dict.fromkeys(counts))}" for what, counts in told.items())
+
+
+MOST_COLUMNS = 8
+"""Sites of whom each has a column of its own."""
+
+MOST_LINES = 40
+"""Features whose gaps are told one by one."""
+
+
+def _each(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
+    """Return each site's share of missing values, feature by feature."""
+    table = Table(box=None, title="missing values", title_justify="left")
+    for title in ("feature", *sites):
+        table.add_column(escape(title), justify="left" if title == "feature" else "right")
+    for feature in gaps:
+        table.add_row(escape(feature), *(f"{s['missing'].get(feature, 1):.0%}" for s in sites.values()))
+    return table
+
+
+def _summed(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
+    """Return where values are missing most: over all rows, at how many sites wholly, and at which most of all."""
+    rows = sum(s["rows"] for s in sites.values())
+    share = {f: sum(s["missing"].get(f, 1) * s["rows"] for s in sites.values()) / rows for f in gaps}
+    worst = sorted(gaps, key=lambda f: -share[f])
+    table = Table(box=None, title="missing values, the worst first", title_justify="left")
+    for title in ("feature", "of all rows", "sites without any", "most at"):
+        table.add_column(title, justify="left" if title in ("feature", "most at") else "right")
+    for feature in worst[:MOST_LINES]:
+        lack = {name: s["missing"].get(feature, 1) for name, s in sites.items()}
+        most = sorted(lack, key=lambda name: -lack[name])[:5]
+        told = ", ".join(f"{name} {lack[name]:.0%}" for name in most if lack[name])
+        empty = sum(value == 1 for value in lack.values())
+        table.add_row(escape(feature), f"{share[feature]:.0%}", str(empty), escape(told))
+    if len(worst) > MOST_LINES:
+        table.caption = f"and {len(worst) - MOST_LINES} features with fewer gaps; --all tells each site's"
+        table.caption_justify = "left"
+    return table
 
 
 def _strange(sites: Mapping[str, Mapping[str, Any]]) -> list[Table]:
