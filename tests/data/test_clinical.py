@@ -548,6 +548,12 @@ def test_names_are_of_one_variable_unless_they_say_so() -> None:
     assert [name for name, count in shared.items() if count < 2 or name in owners] == []
 
 
+def test_a_variable_says_each_name_once() -> None:
+    for variable in variables():
+        names = (variable.name, *variable.names)
+        assert len({units.key(name) for name in names}) == len(names), variable.name
+
+
 def test_every_name_finds_its_variable() -> None:
     for variable in variables():
         kept = {units.key(name) for name in (*variable.shared, *variable.short)}
