@@ -238,6 +238,21 @@ peso -> body_weight
 colesterolo totale -> cholesterol
 plaquetas -> platelets
 edad -> age
+Age (years) -> age, years
+Alter in Jahren -> age, years
+mean_hr -> heart_rate
+eGFR (mL/min/1.73 m^2) -> glomerular_filtration_rate, mL/min/1.73m²
+egfr_ckd_epi_2021 -> glomerular_filtration_rate
+GB (G/L) -> leukocytes, 10^9/L
+TP (%) -> prothrombin_activity, %
+PAS (mmHg) -> systolic_pressure, mmHg
+Plaquetas (miles/mm3) -> platelets, 10^3/µL
+PCR (mg/L) -> c_reactive_protein, mg/L
+Hämoglobin i.B. [g/dl] -> haemoglobin, g/dL
+Hb präoperativ -> haemoglobin
+Blood Pressure (Systolic) -> systolic_pressure
+Glascow coma scale total -> gcs
+aPTT (sec) -> partial_thromboplastin_time, s
 tensión arterial diastólica -> diastolic_pressure
 frecuencia respiratoria -> respiratory_rate
 estancia hospitalaria (días) -> length_of_stay, days
@@ -301,8 +316,9 @@ digoxin; vancomycin; tacrolimus; insulin_therapy; iron_supplement; vitamin_k; pr
 urine; urine_output; urine_culture; total; score; pain; albuminuria; proteinuria; child_pugh; icu; los_mean;
 icu_los_max; urine_output_day_max; length_of_stay_24h; temperature_sensor_id; oxygen_therapy; oxygen; gcs_missing;
 sofa_change; pressure; volume; rate; level; concentration; hepatitis_b; factor_v; interleukin; area; time; years;
-compliance; ketones; calcium_score;
-pt_d; pt_days; ptD; ga_s; rr_years; quick; Quick; wedge; K_d; insulin_24h; insulin_max; eta_a; GaD; vt_l; rr_s
+compliance; ketones; calcium_score; pt_d; pt_days; ptD; ga_s; rr_years; quick; Quick; wedge; K_d; insulin_24h;
+insulin_max; glucose_csf; CSF glucose; pleural_ldh; urine_glucose; protein - CSF; base_deficit; eta_a; GaD; vt_l;
+rr_s
 """
 
 
@@ -530,6 +546,12 @@ def test_names_are_of_one_variable_unless_they_say_so() -> None:
         shared.update({units.key(name) for name in variable.shared})
     assert [name for name, count in owners.items() if count > 1] == []
     assert [name for name, count in shared.items() if count < 2 or name in owners] == []
+
+
+def test_a_variable_says_each_name_once() -> None:
+    for variable in variables():
+        names = (variable.name, *variable.names)
+        assert len({units.key(name) for name in names}) == len(names), variable.name
 
 
 def test_every_name_finds_its_variable() -> None:

@@ -111,7 +111,8 @@ def _keys(name: str) -> set[str]:
 
 
 _BRACKETS = re.compile(r"[\[(]([^\[\]()]*)[\])]")
-_LONGEST_UNIT = 6  # words: mL/min/1.73m² has five, and its capital makes six
+_LONGEST_UNIT = 8  # words: mL/min/1.73 m^2 has seven with its capital
+_NO_UNIT = 0
 _LONGEST_AFFIX = 3  # words: in the blood
 
 _TIME = re.compile(
@@ -142,11 +143,12 @@ def _beside(word: str) -> frozenset[str]:
     return _affixes().get(word) or (_groups() if _TIME.fullmatch(word) else frozenset())
 
 
-def _read(left: list[str], letters: int) -> Match | None:
+def _read(words: list[str], letters: int) -> Match | None:
     """Take words off a name, from its end first, until what is left is known.
 
     A unit of fewer `letters` makes no uncertain name certain: eta_a is no age, "Età (a)" is.
     """
+    left = words
     measured: tuple[units.Unit, ...] = ()
     clear = False
     taken: list[str] = []
@@ -156,21 +158,20 @@ def _read(left: list[str], letters: int) -> Match | None:
         if found:
             return found
 
-        affix, (unit, meant) = _affix_at_end(left), _unit_at_end(left)
-        if unit > affix and not measured:
+        at_end, at_start, (unit, meant) = _affix_at_end(left), _affix_at_start(left), _unit_at_end(left)
+        if unit > at_end and letters and not measured:
             measured = meant
             clear = left[-1] == "%" or len("".join(left[-unit:])) >= letters
             left = left[:-unit]
-        elif affix:
-            taken.append("".join(left[-affix:]))
-            left = left[:-affix]
+        elif at_end:
+            taken.append("".join(left[-at_end:]))
+            left = left[:-at_end]
+        elif at_start:
+            taken.append("".join(left[:at_start]))
+            left = left[at_start:]
         else:
-            affix = _affix_at_start(left)
-            if not affix:
-                return None
-            taken.append("".join(left[:affix]))
-            left = left[affix:]
-    return None
+            break
+    return _read(words, letters=_NO_UNIT) if measured else None  # mean_hr: no hours
 
 
 def _confirmed(found: Match | None, abbreviation: str) -> Match | None:
