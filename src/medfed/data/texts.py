@@ -71,14 +71,14 @@ def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int =
         encoding="utf8" if layout.encoding == "utf-8" or layout.footer else layout.codec,
     )
     parsing = pacsv.ParseOptions(delimiter=layout.separator, newlines_in_values=True, ignore_empty_lines=False)
-    texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False)
+    texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False)
     file = _without_footer(path, format, layout) if layout.footer else layouts.opened(path, format)
     with file:
         try:
             return pacsv.read_csv(file, reading, parsing, texts)
         except pa.ArrowInvalid as error:
             if "Empty CSV" in str(error):
-                return pa.table({name: pa.array([], pa.string()) for name in columns})
+                return pa.table({name: pa.array([], pa.large_string()) for name in columns})
             if "straddling" not in str(error) or block >= _LARGEST_BLOCK:
                 raise
     return _parsed(path, format, layout, width, block * 16)
