@@ -4,7 +4,7 @@ from datetime import date
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.data import dates
@@ -13,6 +13,7 @@ DAYS = st.dates(date(1, 1, 1), date(9999, 12, 31))
 MODERN = st.dates(date(1900, 1, 1), date(2100, 1, 1))
 
 
+@settings(max_examples=40)
 @given(DAYS, st.sampled_from(dates.FORMS))
 def test_what_is_written_is_read_back(day: date, form: str) -> None:
     moment = np.array([day], dtype="datetime64[s]")
@@ -65,6 +66,7 @@ def test_forms_name_all_that_would_read_a_column() -> None:
     assert dates.forms(["31.12.2024", "tall"]) == []
 
 
+@settings(max_examples=60)
 @given(MODERN, MODERN)
 def test_an_age_is_a_number_of_birthdays_and_a_part_of_a_year(born: date, at: date) -> None:
     (age,) = dates.number(*_moments(born), "age", _moments(at)[0])
@@ -73,6 +75,7 @@ def test_an_age_is_a_number_of_birthdays_and_a_part_of_a_year(born: date, at: da
     assert age == pytest.approx((at - born).days / 365.2425, abs=0.01)
 
 
+@settings(max_examples=60)
 @given(MODERN, MODERN)
 def test_days_and_parts_are_those_of_the_calendar(day: date, other: date) -> None:
     (moment,), (reference,) = _moments(day), _moments(other)
