@@ -458,12 +458,14 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
     """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
     path = bundled().get(str(study), Path(study))
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise StudyError(
             f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise StudyError(f"study={str(path)!r} is not in UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
     for setting in settings:
         key, equals, text = toml.setting(setting)
@@ -605,6 +607,12 @@ def out_of_range(study: Study) -> list[Refusal]:
     """Return what no plan could use: values out of their range, a key once."""
     t, data, sites, p, security = study.training, study.data, study.sites, study.privacy, study.security
     rules: list[tuple[str, object, bool, str]] = [
+        (
+            "study.name",
+            study.study.name,
+            names_a_folder(study.study.name),
+            "a name without slashes: runs are named by it",
+        ),
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
         ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
         ("training.local_epochs", t.local_epochs, t.local_epochs >= 1, "1 or more"),
@@ -691,6 +699,15 @@ def out_of_range(study: Study) -> list[Refusal]:
             error = StudyError(f"{key}={shown!r}; expected {expected}. {CHANGE_IT}")
             found[key] = Refusal(error, _in_range(toml.path(key)))
     return [*found.values(), *_sizes_out_of_range(p.sizes)]
+
+
+MOST_BYTES = 200  # of a study's name: file systems end names at 255
+
+
+def names_a_folder(name: str) -> bool:
+    """Say whether a study's name can be a part of a folder's name; the empty one is the file's own."""
+    whole = not {"/", "\\"} & set(name) and name not in (".", "..")
+    return whole and name.isprintable() and len(name.encode("utf-8", "replace")) <= MOST_BYTES
 
 
 CHANGE_IT = "Change it in the study file or with --set."

@@ -535,7 +535,7 @@ class Ledger:
             return None
         place = anchor_of(self.path)
         try:
-            found = json.loads(place.read_text())
+            found = json.loads(place.read_text(encoding="utf-8"))
             return Anchor(str(found["ledger"]), int(found["seq"]), str(found["head"]))
         except FileNotFoundError:
             return None
