@@ -201,7 +201,7 @@ def _fresh(out: Path | None, study: str) -> Iterator[Path]:
 def _numbered(parent: Path, study: str, made: list[Path]) -> Path:
     """Make a folder named by study and time; by a number too where another run of this second has that name."""
     if not studies.names_a_folder(study):
-        raise PlanError(f"study.name={study!r}; expected a name without slashes. {studies.CHANGE_IT}")
+        raise PlanError(f"study.name={study!r}; expected a printable name without slashes. {studies.CHANGE_IT}")
     _make_folder(parent, made)
     name = f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count(1):

@@ -611,7 +611,7 @@ def out_of_range(study: Study) -> list[Refusal]:
             "study.name",
             study.study.name,
             names_a_folder(study.study.name),
-            "a name without slashes: runs are named by it",
+            f"a printable name without slashes, of at most {MOST_BYTES} bytes: runs are named by it",
         ),
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
         ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
