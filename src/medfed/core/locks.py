@@ -75,14 +75,18 @@ def take(path: Path) -> int:
     """Return the open lock file, which this process now holds. Raises HeldError, or OSError where it cannot be made."""
     for _ in range(_TRIES):
         handle, made = _opened(path)
-        mine = False
         try:
-            mine = _won(handle, made, path)
-            if mine:
+            if _won(handle, made, path):
                 return handle
-        finally:
-            if not mine:
-                os.close(handle)
+        except OSError:
+            if made:  # and could not be signed: it would be in the way of the next
+                path.unlink(missing_ok=True)
+            os.close(handle)
+            raise
+        except HeldError:
+            os.close(handle)
+            raise
+        os.close(handle)
     raise HeldError(None, removable=True)
 
 

@@ -79,5 +79,8 @@ def _default() -> Path:
 
 def _data_folder() -> Path | None:
     """Return the user's data folder; None where the system knows no home of the user."""
-    place = Path(platformdirs.user_data_dir("medfed"))
+    try:
+        place = Path(platformdirs.user_data_dir("medfed"))
+    except RuntimeError:
+        return None
     return place if place.is_absolute() else None
