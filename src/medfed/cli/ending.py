@@ -40,7 +40,7 @@ class Commands(TyperGroup):
 
 def replace_unprintable() -> None:
     """Have standard output print a replacement for what its encoding cannot say: a name is no reason to end a run."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="replace")
 
 
