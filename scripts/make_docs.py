@@ -66,8 +66,10 @@ COMMANDS_INTRO = """\
 # The commands
 
 Exit codes: 0, done; 1, the run ended without all asked rounds at all asked sites (`status` in `summary.json` is
-`incomplete`); 2, it could not be done, with the reason on standard error. A model that is no good is exit code 0,
-and the result's first lines say so ([what the figures mean](quickstart.md#what-the-figures-mean-said-first)).
+`incomplete`), an audit found more than is claimed, or nobody read the output any more; 2, it could not be done, with
+the reason on standard error; 3, an error of medfed's own, in one line; 130, interrupted. `--debug`, anywhere in a
+command, shows a failure's traceback. A model that is no good is exit code 0, and the result's first lines say so
+([what the figures mean](quickstart.md#what-the-figures-mean-said-first)).
 """
 
 
@@ -316,8 +318,8 @@ def modules_table() -> str:
 def write_modules() -> None:
     """Put the table of modules in its place in docs/privacy.md."""
     page = DOCS / "privacy.md"
-    before, _, after = page.read_text().split(MODULES)
-    page.write_text(before + modules_table() + after)
+    before, _, after = page.read_text(encoding="utf-8").split(MODULES)
+    page.write_text(before + modules_table() + after, encoding="utf-8")
 
 
 def main() -> int:
@@ -334,9 +336,13 @@ def main() -> int:
     if "--check" not in sys.argv[1:]:
         DOCS.mkdir(exist_ok=True)
         for path, text in pages.items():
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return 0
-    stale = [f"docs/{path.name}" for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    stale = [
+        f"docs/{path.name}"
+        for path, text in pages.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if stale:
         print(f"stale: {', '.join(stale)}; run `make docs` and commit what changed", file=sys.stderr)
     return 1 if stale else 0

@@ -34,7 +34,7 @@ def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def main() -> int:
     """Write the executed notebook."""
     NOTEBOOK.parent.mkdir(exist_ok=True)
-    nbformat.write(executed(made(TOUR.read_text())), NOTEBOOK)
+    nbformat.write(executed(made(TOUR.read_text(encoding="utf-8"))), NOTEBOOK)
     return 0
 
 

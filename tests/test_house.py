@@ -1,7 +1,9 @@
 """The house's own rules: what is pinned, and that a test which cannot run never passes for one that did."""
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,43 @@ def test_unknown_kinds_are_refused(needy: pytest.Pytester, monkeypatch: pytest.M
     result.stdout.fnmatch_lines(["*unknown kind; expected one of*data*"])
     monkeypatch.setenv("MEDFED_REQUIRE", "dat")
     assert needy.runpytest().ret == pytest.ExitCode.USAGE_ERROR
+
+
+TEXTS = {"open", "fdopen", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "FileHandler"}
+"""What opens a text file, in the locale's encoding unless it is told another."""
+
+
+def _in_the_locale_s_encoding(path: Path) -> Iterator[int]:
+    """Yield the lines that open a text file without saying its encoding."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = (
+            []
+            if name.endswith("_text")
+            else [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        )
+        binary = any(re.fullmatch(r"[rwxab+]*b[rwxab+]*", mode) for mode in modes)
+        whose = ast.unparse(node.func)
+        ours = re.fullmatch(r"(os|Ledger|Trail|webbrowser|Site|cls|self)\.open|_open", whose)
+        if name in TEXTS and not binary and not ours and "encoding" not in {one.arg for one in node.keywords}:
+            yield node.lineno
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts"])
+def test_no_text_file_is_opened_in_the_locale_s_encoding(folder: str) -> None:
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := list(_in_the_locale_s_encoding(path)))
+    }
+    assert found == {}
+
+
+def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
+    right = ["open(p, 'rb')", "p.read_text(encoding='utf-8')", "os.open(p, 1)", "open(p, 'ab')", "io.BytesIO()"]
+    wrong = ["open(p)", "p.open('w')", "p.read_text()", "p.write_text('bbb')", "gzip.open(p, 'rt')"]
+    lines = [*right, *wrong]
+    (tmp_path / "code.py").write_text("\n".join(lines))
+    assert list(_in_the_locale_s_encoding(tmp_path / "code.py")) == [6, 7, 8, 9, 10]

@@ -106,9 +106,10 @@ def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[st
     `options` are those of `audit_study`. Raises RunError where the folder holds no claim.
     """
     claim, (study, encoding) = claims.read(folder), runs.read_plan(folder)
-    found = audit_study(study, data, encoding=encoding, **options)
-    files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
-    files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
+    with files.held(folder):
+        found = audit_study(study, data, encoding=encoding, **options)
+        files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
+        files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
     return found
 
 

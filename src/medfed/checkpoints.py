@@ -13,12 +13,13 @@ _DIGEST = 32
 
 def write(folder: Path, server: Server, header: dict[str, Any], keep: int) -> None:
     """Write the state after a round beside the earlier ones, of which the last `keep` stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
     payload = codec.encode({**header, "round": server.round}, tensors)
     files.write(_path(folder, server.round), hashlib.sha256(payload).digest() + payload)
     for old in sorted(folder.glob("round-*.checkpoint"))[:-keep]:
-        old.unlink()
+        with files.explained(old):
+            old.unlink()
 
 
 def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:

@@ -218,7 +218,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return a run's claim; raise RunError where there is none."""
     path = folder / "privacy.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
             f"{str(folder)!r} holds no claim: no epsilon was asked for, or the run has not ended ({error})"
@@ -285,6 +285,6 @@ def generate_privacy_report(run: str | Path, out: str | Path | None = None) -> P
     run = Path(run)
     path = Path(out) if out else run / "reports" / "privacy.html"
     page = reports.privacy_page(read(run))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     files.write(path, page)
     return path

@@ -13,6 +13,7 @@ from typing import Any
 
 from medfed.compliance import trail
 from medfed.compliance.trail import Trail
+from medfed.core import files
 from medfed.core.checks import SignatureError, TrailError
 from medfed.secure.identity import Identity, Public, Roster, holds
 
@@ -119,7 +120,11 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
 
 def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, Any]) -> None:
     path = folder / "members.jsonl"
-    Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)
+    files.make_folder(folder)
+    with files.held(folder):  # two lines at once would both follow the same one
+        if kind == "founded" and path.exists():
+            raise TrailError(f"{folder} was begun by somebody else just now; look at it by `medfed federation show`")
+        Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)
 
 
 def _same(fingerprint: str, public: Public) -> bool:

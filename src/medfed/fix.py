@@ -117,7 +117,7 @@ def write(fixed: Fixed, out: Path) -> None:
     """Write a mended study. Raises StudyError where there is such a file: none is ever overwritten."""
     if out.exists():
         raise StudyError(f"--out {str(out)!r} is there already; give the name of a new file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     files.write(out, fixed.text)
 
 
@@ -189,7 +189,7 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
     for key in RELATIVE:
         table, name = key.split(".")
         value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
-        if isinstance(value, str) and value and not Path(value).expanduser().is_absolute():
+        if isinstance(value, str) and value and not os.path.isabs(os.path.expanduser(value)):
             settings[table][name] = os.path.relpath(folder.resolve() / value, out.parent.resolve())
 
 

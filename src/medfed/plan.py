@@ -181,7 +181,6 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     check(study)
     names = tuple(surveys)
     sizes = {name: {"train": int(s["train"]), "test": int(s["test"])} for name, s in surveys.items()}
-    devices = study.sites.kind == "device"
     trainers = tuple(name for name in names if sizes[name]["train"])
     if not trainers:
         raise DataError("no site has a training row; lower data.test_fraction, or mark fewer rows as held out")

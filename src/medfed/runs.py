@@ -5,6 +5,7 @@ sites remember, in a simulation), and at the end model.safetensors and summary.j
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -14,7 +15,8 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -47,6 +49,8 @@ from medfed.core.checks import (
     QuorumError,
     RunError,
     TrailError,
+    WriteError,
+    advising,
     some,
 )
 from medfed.core.flat import Layout, fill, trained
@@ -169,26 +173,78 @@ def run(
 ) -> Result:
     """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data is looked for.
 
-    Raises a MedfedError before any training for whatever is wrong with study, data or folder; the folder is made only
-    when the plan stands. A round that loses its quorum ends the run, which can be resumed.
+    Raises a MedfedError before any training for whatever is wrong with study, data or folder. The folder belongs to
+    this run alone from the first moment on, and is gone again where the plan does not stand. A round that loses its
+    quorum ends the run, which can be resumed.
     """
-    folder = Path(out) if out else Path("runs") / f"{study.study.name}-{datetime.now():%Y%m%d-%H%M%S}"
     name = secrets.token_hex(8)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
-    sites = open_sites(study, data, folder / "sites", progress)
-    fleet, plan = _ready(sites[0].study, sites)
-    keys = ways.ring(plan)
-    rehearse(plan, fleet)
-    enrol(plan, fleet, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {str(folder)!r} cannot be made: {error.strerror}; give another --out") from error
-    with files.held(folder):
-        if (folder / "study.toml").exists():
-            raise RunError(f"--out {str(folder)!r} is another run's by now; give another")
+    with advising("Nothing was trained."), _fresh(Path(out) if out else None, study.study.name) as folder:
+        sites = open_sites(study, data, folder / "sites", progress)
+        fleet, plan = _ready(sites[0].study, sites)
+        keys = ways.ring(plan)
+        rehearse(plan, fleet)
+        enrol(plan, fleet, name)
         return _started(plan, fleet, sites, folder, name, keys, listeners)
+
+
+@contextmanager
+def _fresh(out: Path | None, study: str) -> Iterator[Path]:
+    """Hold a folder that is this run's alone until the block ends; what was made and stayed empty is taken away."""
+    made: list[Path] = []
+    if out is None:
+        folder = _numbered(Path("runs"), study, made)
+    else:
+        folder = out
+        _make_folder(folder, made)
+    try:
+        _refuse_used(folder)
+        with files.held(folder):
+            _refuse_used(folder, mine=True)
+            yield folder
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _numbered(parent: Path, study: str, made: list[Path]) -> Path:
+    """Make a folder named by study and time; by a number too where another run of this second has that name."""
+    if not studies.names_a_folder(study):
+        raise PlanError(f"study.name={study!r}; expected a printable name without slashes. {studies.CHANGE_IT}")
+    _make_folder(parent, made)
+    name = f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError), files.explained(folder, FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+            return folder
+    raise AssertionError("there is always a next number")
+
+
+def _make_folder(folder: Path, made: list[Path]) -> None:
+    """Make a folder and those above it; `made` gets those that were not there, the innermost first."""
+    absent: list[Path] = []
+    place = folder
+    with files.explained(folder):
+        while not place.exists():
+            absent.append(place)
+            place = place.parent
+        folder.mkdir(parents=True, exist_ok=True)
+    made[:0] = absent
+
+
+def _refuse_used(folder: Path, mine: bool = False) -> None:
+    """Raise RunError where a folder holds anything; where a run writes into it just now, it says which."""
+    with files.explained(folder):
+        if not folder.is_dir():
+            raise RunError(f"--out {str(folder)!r} is not an empty folder; give another")
+        inside = {path.name for path in folder.iterdir()}
+    if files.LOCK in inside and not mine:
+        with files.held(folder):  # raises where it is in use
+            pass
+    if inside - {files.LOCK}:
+        raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
 
 
 def _started(
@@ -201,24 +257,37 @@ def _started(
     listeners: Sequence[Listener],
 ) -> Result:
     """Write down what a run is, and drive it from its first round."""
-    own.write_to(folder / "sites" / OWN_LOG)
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     frozen["chosen"] = dict(plan.study.chosen)
-    files.write(folder / "study.toml", plan.study.toml())
-    files.write(folder / "plan.json", json.dumps(frozen))
-    if maps := site_maps.texts(plan.study):
-        told = {
-            name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
-            for name, text in maps.items()
-        }
-        files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
-    with Log(folder / "events.jsonl", listeners) as log:
-        server = plan.begin()
-        _tell_start(plan, log)
-        _tell_founding(sites, log)
-        _checkpoint(folder, server, plan, fleet, log, sites[0].account)
-        return _drive(plan, fleet, sites, server, log, folder, name, keys)
+    with advising(f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."):
+        own.write_to(folder / "sites" / OWN_LOG)
+        files.write(folder / "study.toml", plan.study.toml())
+        files.write(folder / "plan.json", json.dumps(frozen))
+        if maps := site_maps.texts(plan.study):
+            told = {
+                name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
+                for name, text in maps.items()
+            }
+            files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
+        log = Log(folder / "events.jsonl", listeners)
+    with log:
+        with advising(
+            f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."
+        ):
+            server = plan.begin()
+            _tell_start(plan, log)
+            _tell_founding(sites, log)
+            _checkpoint(folder, server, plan, fleet, log, sites[0].account)
+        with advising(_way_on(plan, folder)):
+            return _drive(plan, fleet, sites, server, log, folder, name, keys)
+
+
+def _way_on(plan: Plan, folder: Path) -> str:
+    """Say how a run that is cut short goes on."""
+    if plan.guarantee and plan.guarantee.strategy:
+        return "A run with correlated noise cannot be resumed: start the study again."
+    return f"`medfed resume {folder}` goes on from its last whole round."
 
 
 @own.kept()
@@ -233,7 +302,10 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
     with files.held(folder):
-        return _resumed(folder, study, encoding, data, listeners)
+        if (folder / "summary.json").exists() and (finished := load(folder)).complete:  # by whoever held it before
+            return finished
+        with advising(f"`medfed resume {folder}` goes on from its last whole round."):
+            return _resumed(folder, study, encoding, data, listeners)
 
 
 def _resumed(
@@ -251,7 +323,7 @@ def _resumed(
             f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept nowhere on purpose; "
             "start the study again"
         )
-    name = json.loads((folder / "plan.json").read_text())["run"]
+    name = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["run"]
     if (account := sites[0].account) and (head := header.get("ledger")):
         account.refuse_without(head)
     rehearse(plan, fleet)
@@ -265,7 +337,8 @@ def _resumed(
         raise RunError(
             f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
         )
-    os.truncate(record, header["events"])
+    with files.explained(record):
+        os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         return _drive(plan, fleet, sites, server, log, folder, name)
@@ -495,7 +568,7 @@ def verify_trail(folder: Path, members: Path | None = None) -> Verified:
     approved at some time: only then nobody else can have written the whole trail anew.
     """
     summary = folder / "summary.json"
-    head = json.loads(summary.read_text()).get("trail", {}).get("head", "") if summary.exists() else ""
+    head = json.loads(summary.read_text(encoding="utf-8")).get("trail", {}).get("head", "") if summary.exists() else ""
     found = trail.verify(folder / "trail" / "trail.jsonl", holds, head)
     if members:
         history = federation.read(members).history
@@ -539,11 +612,22 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
         raise RunError(f"client={client!r} takes no part in {folder}; expected one of {some(known)}")
     if not reason.strip() or not operator.strip():
         raise RunError(f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record")
-    if (folder / "summary.json").exists() and json.loads((folder / "summary.json").read_text())["status"] == "complete":
+    if (folder / "summary.json").exists() and json.loads((folder / "summary.json").read_text(encoding="utf-8"))[
+        "status"
+    ] == "complete":
         raise RunError(f"{folder} is complete; there is no next round to take part in")
     asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
-    with open(folder / OVERRIDES, "a") as file:
-        file.write(json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
+    line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
+    with files.held(folder, f"{OVERRIDES}.lock"):  # the run itself goes on meanwhile, and reads what is whole
+        files.write(folder / OVERRIDES, "".join(_overrides(folder)) + line)
+
+
+def _overrides(folder: Path) -> list[str]:
+    """Return the whole lines of what operators have decided, each with its end."""
+    if not (folder / OVERRIDES).exists():
+        return []
+    lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _recorded(folder: Path) -> list[events.Event]:
@@ -615,7 +699,7 @@ def load_and_prepare_medical_data(study: str | Study = "breast-cancer", data: Pa
 def read_plan(folder: Path) -> tuple[Study, Encoding]:
     """Return a run's frozen study and its encoding; raise RunError where they do not agree."""
     try:
-        frozen = json.loads((folder / "plan.json").read_text())
+        frozen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         study = studies.load(folder / "study.toml")
         study = dataclasses.replace(study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {}))
     except (OSError, ValueError, MedfedError) as error:
@@ -727,10 +811,10 @@ def _replayed(recorded: Iterable[events.Event], most: int) -> Watch:
 
 def _overridden(watch: Watch, folder: Path | None, round: int, log: Log) -> Watch:
     """Take in what operators have decided since the last round, and tell it."""
-    if folder is None or not (folder / OVERRIDES).exists():
+    if folder is None:
         return watch
     done = sum(isinstance(event, events.SecurityAudit) and event.action == "lift" for event in log.events())
-    for line in (folder / OVERRIDES).read_text().splitlines()[done:]:
+    for line in _overrides(folder)[done:]:
         asked = json.loads(line)
         watch = watch.lift(asked["client"])
         why = (f"operator {asked['operator']}: {asked['reason']}",)
@@ -906,7 +990,7 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:
-                raise RunError(f"site {reply.site!r} cannot save its state: {reply.error}")
+                raise WriteError(f"site {reply.site!r} cannot save its state: {reply.error}")
     header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
     if account and plan.guarantee and not plan.guarantee.simulation_only:
         header["ledger"] = account.ledger.head()

@@ -726,12 +726,13 @@ def _tally(site: Site, rows: Rows, w_P: Tensor, edges: np.ndarray) -> np.ndarray
 def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Write down what the sites remember after a round; sites that share a folder share a file."""
     for folder, members in _by_folder(sites).items():
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         names = [site.name for site in members]
         stacks = {name: torch.stack([site.memory[name] for site in members]) for name in members[0].memory}
         files.write(_memory_file(folder, header["round"]), codec.encode({"sites": names}, stacks))
         for old in sorted(folder.glob("memory-*.safetensors"))[: -header["keep"]]:
-            old.unlink()
+            with files.explained(old):
+                old.unlink()
     return _done(sites)
 
 

@@ -64,22 +64,25 @@ class Feature:
     recode: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. Before "
-            "anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not measured'."
+            "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. "
+            "Before anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not "
+            "measured'."
         },
     )
     boolean: bool = _key(
         False,
-        "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells become "
-        "the categories 'no' and 'yes'.",
+        "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells "
+        "become the categories 'no' and 'yes'.",
     )
     factor: float = _key(1.0, "Numbers are multiplied by it, into the study's unit; `range` is of the result.")
-    offset: float = _key(0.0, "Added to a number after `factor`: factor = 0.5556, offset = -17.78 for degrees Fahrenheit.")
+    offset: float = _key(
+        0.0, "Added to a number after `factor`: factor = 0.5556, offset = -17.78 for degrees Fahrenheit."
+    )
     limits: Literal["", "limit", "half", "indicator"] = _key(
         "",
-        "What a result beyond a detection limit (<0.3, > 100, ≤ 5) becomes. limit: the limit; half: half of a lower one, "
-        "an upper one itself; indicator: the limit, and beside it two columns of 0 and 1, `NAME below limit` and `NAME "
-        "above limit`. Without it such a cell is refused.",
+        "What a result beyond a detection limit (<0.3, > 100, ≤ 5) becomes. limit: the limit; half: half of a lower "
+        "one, an upper one itself; indicator: the limit, and beside it two columns of 0 and 1, `NAME below limit` and "
+        "`NAME above limit`. Without it such a cell is refused.",
     )
     date: Literal[
         "",
@@ -103,7 +106,9 @@ class Feature:
         "The number that a date becomes. age: years from it to the reference; days since: from the reference to it; "
         "days until: from it to the reference; month: 1 to 12; weekday: 1, Monday, to 7.",
     )
-    reference: str = _key("", "What age and days are counted to or from: a date 2024-12-31, or the name of a date column.")
+    reference: str = _key(
+        "", "What age and days are counted to or from: a date 2024-12-31, or the name of a date column."
+    )
     unit: str = _key("", "Unit, for people.")
     doc: str = _key("", "What the feature is, for people.")
 
@@ -185,7 +190,9 @@ class Data:
         "Rows whose id is missing (empty, NA, ?, null, unknown, or in `missing_values`). refuse: an error; own: each "
         "is a patient of its own, not under a lifetime budget.",
     )
-    drop: tuple[Literal["rows without target", "rows without site", "rows without patient", "rows without time"], ...] = _key(
+    drop: tuple[
+        Literal["rows without target", "rows without site", "rows without patient", "rows without time"], ...
+    ] = _key(
         (), "Rows that are left out, counted and told of; else they are refused. Under a privacy claim nobody is told."
     )
     features: tuple[str, ...] = _key(
@@ -582,12 +589,6 @@ def from_text(text: str, path: Path) -> Study:
     return dataclasses.replace(loaded, folder=path.parent.resolve())
 
 
-def from_text(text: str, path: Path) -> Study:
-    """Return the study that a text would be as the file `path`."""
-    loaded = from_tables(tomllib.loads(text))
-    return dataclasses.replace(loaded, folder=path.parent.resolve())
-
-
 def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[Refusal]]":
     """Return a study as far as it can be read, and what stands against it: see `load` and `parse`."""
     tables, path = read_tables(study, settings)
@@ -601,12 +602,14 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
     """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
     path = bundled().get(str(study), Path(study))
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise StudyError(
             f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise StudyError(f"study={str(path)!r} is not in UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
     for setting in settings:
         key, equals, text = toml.setting(setting)
@@ -755,6 +758,12 @@ def out_of_range(study: Study) -> list[Refusal]:
     """Return what no plan could use: values out of their range, a key once."""
     t, data, sites, p, security = study.training, study.data, study.sites, study.privacy, study.security
     rules: list[tuple[str, object, bool, str]] = [
+        (
+            "study.name",
+            study.study.name,
+            names_a_folder(study.study.name),
+            f"a printable name without slashes, of at most {MOST_BYTES} bytes: runs are named by it",
+        ),
         ("study.seed", study.study.seed, study.study.seed >= 0, "0 or more"),
         ("training.rounds", t.rounds, t.rounds >= 1, "1 or more"),
         ("training.local_epochs", t.local_epochs, t.local_epochs >= 1, "1 or more"),
@@ -854,7 +863,7 @@ def out_of_range(study: Study) -> list[Refusal]:
 
 
 def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, object, bool, str]]":
-    """Return what holds of an entry of the dictionary that changes cells, as key, value, whether it holds, what is expected."""
+    """Return what holds of an entry that changes cells, as key, value, whether it holds, what is expected."""
     counted = feature.becomes in ("age", "days since", "days until")
     numbers = bool(feature.limits or (feature.factor, feature.offset) != (1.0, 0.0))
     one = sum((feature.boolean, bool(feature.date), numbers)) <= 1
@@ -864,7 +873,12 @@ def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, objec
         return toml.key("data", "dictionary", name, last)
 
     return [
-        (key("becomes"), feature.becomes, not feature.becomes or bool(feature.date), 'date = "dd.mm.yyyy", or another form'),
+        (
+            key("becomes"),
+            feature.becomes,
+            not feature.becomes or bool(feature.date),
+            'date = "dd.mm.yyyy", or another form',
+        ),
         (key("reference"), feature.reference, not counted or bool(feature.reference), "a date, or a date column"),
         (key("reference"), feature.reference, counted or not feature.reference, "none, unless becomes is age or days"),
         (key("factor"), feature.factor, math.isfinite(feature.factor) and feature.factor != 0, "a number but 0"),
@@ -881,6 +895,15 @@ def is_day(text: str) -> bool:
         return len(text) == 10 and bool(date.fromisoformat(text))
     except ValueError:
         return False
+
+
+MOST_BYTES = 200  # of a study's name: file systems end names at 255
+
+
+def names_a_folder(name: str) -> bool:
+    """Say whether a study's name can be a part of a folder's name; the empty one is the file's own."""
+    whole = not {"/", "\\"} & set(name) and name not in (".", "..")
+    return whole and name.isprintable() and len(name.encode("utf-8", "replace")) <= MOST_BYTES
 
 
 CHANGE_IT = "Change it in the study file or with --set."

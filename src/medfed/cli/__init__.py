@@ -17,6 +17,7 @@ from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Set
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
 from medfed.cli.data import app as data_app
+from medfed.cli.ending import DONE, Commands, flushed, replace_unprintable, tell
 from medfed.cli.export import export
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
@@ -24,9 +25,10 @@ from medfed.cli.report import report
 from medfed.cli.serve import serve
 from medfed.cli.study import app as study_app
 from medfed.cli.watch import watch
-from medfed.core.checks import MedfedError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+DEBUG = "--debug"
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
 app.add_typer(privacy_app, name="privacy")
@@ -54,13 +56,26 @@ def main() -> None:
     """Run the command line.
 
     Exit code 0: done, also where the model is no good, which the first lines say; 1: the run is not complete, or an
-    audit found more than is claimed; 2: it could not be done, with the reason.
+    audit found more than is claimed; 2: it could not be done, with the reason; 3: an error of medfed's own; 130:
+    interrupted.
     """
+    words = [word for word in sys.argv[1:] if word != DEBUG]
+    debug = DEBUG in sys.argv[1:]
+    replace_unprintable()
     try:
-        app()
-    except MedfedError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        app(words)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else DONE
+    except BaseException as error:
+        code = tell(error, debug)
+    sys.exit(flushed(code))
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show a failure with its traceback; wherever it stands.")] = False,
+) -> None:
+    """Federated learning for hospitals and medical devices."""
 
 
 @app.command()

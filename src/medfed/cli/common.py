@@ -22,7 +22,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 def console(quiet: bool = False) -> Console:
     """Return where a command prints: 120 columns where nobody watches."""
-    wide = None if sys.stdout.isatty() else 120
+    wide = None if sys.stdout and sys.stdout.isatty() else 120
     return Console(quiet=quiet, width=wide)
 
 

@@ -37,7 +37,7 @@ def compare(
     asked = fix.load(study, settings)
     found = compared(asked, algorithms.split(","), seeds, noise, data, workers or os.cpu_count() or 1)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out.parent)
         files.write(out, comparison_page(found.to_json()))
     if as_json:
         print(json.dumps(found.to_json()))

@@ -64,6 +64,7 @@ def data_show(
     """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without training."""
     from medfed import draft, runs
     from medfed import study as studies
+    from medfed.core import files
     from medfed.core.checks import StudyError
     from medfed.data import describe, doubts
 
@@ -81,7 +82,7 @@ def data_show(
     found = describe.describe(surveys)
     doubted = doubts.of_all(surveys, loaded.data)
     if figure:
-        describe.figure(found, loaded.study.name).write_html(figure, include_plotlyjs=True)
+        files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
         print(json.dumps({**found, "doubts": [_plain(doubt) for doubt in doubted]}, indent=2))
         return

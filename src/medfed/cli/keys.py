@@ -95,7 +95,7 @@ def federation_approve(
     from medfed.secure import keys
 
     try:
-        asked = json.loads(request.read_text())
+        asked = json.loads(request.read_text(encoding="utf-8"))
         if not isinstance(asked, dict):
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:

@@ -40,6 +40,18 @@ def quarantine_lift(
     """Let a client take part from the next round on, with nothing held against it; the decision is an event."""
     from medfed import runs
 
-    who = operator or getpass.getuser()
+    who = operator or _logged_in()
     runs.lift_quarantine(run, client, reason, who)
     console().print(f"{client} takes part from the next round on; on record: {who}: {reason}", markup=False)
+
+
+def _logged_in() -> str:
+    """Return who is logged in. Raises RunError where the system does not know."""
+    from medfed.core.checks import RunError
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError) as error:
+        raise RunError(
+            "operator=''; who is logged in is not known here, and it stays on record. Set --operator."
+        ) from error

@@ -14,12 +14,14 @@ def report(
     export: Annotated[str, typer.Option(help="Also write the log as tables: json, csv, parquet, with commas.")] = "",
 ) -> None:
     """Write a run's four pages and a report of them all for printing; each opens in a browser without a network."""
+    from medfed.core.checks import advising
     from medfed.monitor import dashboards
     from medfed.monitor.story import Story
 
     story, place = Story.of(run), out or run / "reports"
-    written = list(dashboards.write_pages(story, place, tuple(dashboards.PAGES)).values())
-    if export:
-        written += dashboards.write_tables(story, place / "export", export.split(","))
+    with advising("Nothing else was changed." if out else "Or name a folder of yours by --out."):
+        written = list(dashboards.write_pages(story, place, tuple(dashboards.PAGES)).values())
+        if export:
+            written += dashboards.write_tables(story, place / "export", export.split(","))
     for path in written:
         console().print(str(path), highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """`medfed study check`, `fix`: what stands against a study, all at once, and the study that would be accepted."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -55,10 +56,16 @@ def fix(
         print(json.dumps(asdict(fixed), indent=2))
         return
     if not out:
-        print(fixed.text, end="")
+        print(_sayable(fixed.text), end="")
     said = Console(stderr=True)
     told = [f"stood against it: {len(fixed.stood)}; blanks to be filled in: {len(fixed.blanks)}"]
     told += [f"left for you to decide: {text}" for text in fixed.left]
     told += [f"written to {out}"] if out else []
     for line in told:
         said.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _sayable(text: str) -> str:
+    """Return TOML that standard output can say: what its encoding lacks in TOML's own escapes, which read the same."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return "".join(c if c.encode(encoding, "ignore") else f"\\U{ord(c):08X}" for c in text)

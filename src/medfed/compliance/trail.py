@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from medfed.core import files
 from medfed.core.checks import TrailError
 
 _FIRST = "0" * 64
@@ -35,14 +36,15 @@ class Trail:
     def open(cls, path: Path, writer: str, public: bytes, sign: Callable[[bytes], bytes]) -> "Trail":
         """Begin a trail, or go on with one; its first line says with which key, `public`, the next are signed.
 
-        A last line that a crash tore is cut off, and the opening line says so. Raises TrailError where what is there
-        cannot be read.
+        A last line that a crash tore is cut off, and the opening line says so. Raises WriteError where the system
+        refuses.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_bytes() if path.exists() else b""
-        whole, torn = before[: before.rfind(b"\n") + 1], len(before) - before.rfind(b"\n") - 1
-        if torn:
-            os.truncate(path, len(whole))
+        files.make_folder(path.parent)
+        with files.explained(path):
+            before = path.read_bytes() if path.exists() else b""
+            whole, torn = before[: before.rfind(b"\n") + 1], len(before) - before.rfind(b"\n") - 1
+            if torn:
+                os.truncate(path, len(whole))
         lines = whole.splitlines()
         trail = cls(path, writer, sign, len(lines), sha256(lines[-1]).hexdigest() if lines else _FIRST)
         trail.append("opened", {"public": public.hex()} | ({"torn_bytes": torn} if torn else {}))
@@ -54,13 +56,10 @@ class Trail:
         entry = {"number": self.number, "time": time, "writer": self.writer, "kind": kind, "facts": facts}
         entry["previous"] = self.head
         line = json.dumps({**entry, "signature": self.sign(_signed(entry)).hex()}, allow_nan=False).encode()
-        try:
-            with open(self.path, "ab") as file:
-                file.write(line + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise TrailError(f"{self.path} cannot be written: {error.strerror}. Free the disk, then resume.") from error
+        with files.explained(self.path), open(self.path, "ab") as file:
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.number, self.head = self.number + 1, sha256(line).hexdigest()
 
 

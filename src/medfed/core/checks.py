@@ -12,8 +12,9 @@ MedfedError
 ├── QuorumError      too few sites answered for the round to count
 │   └── AbortError        a secure round ended without opening anything; the reason names the party
 ├── KeyFileError     a key file is missing, open to others, damaged, or its passphrase is wrong
-├── TrailError       a trail cannot be written, or was changed
+├── TrailError       a trail cannot be read, or was changed
 ├── RunError         a run folder, checkpoint or model file cannot be used
+│   └── WriteError        the system refuses to write a file or a folder
 ├── ServeError       a run cannot be shown as asked: port, token, TLS
 ├── ExportError      a run cannot be exported as asked: a library is missing, a place cannot be reached
 ├── LedgerError      a budget ledger cannot be read, written or trusted
@@ -69,11 +70,15 @@ class KeyFileError(MedfedError):
 
 
 class TrailError(MedfedError):
-    """A trail cannot be written, or was changed."""
+    """A trail cannot be read, or was changed."""
 
 
 class RunError(MedfedError):
     """A run folder, a checkpoint or a model file cannot be used."""
+
+
+class WriteError(RunError):
+    """The system refuses to write a file or a folder: it is full, read-only, or fails."""
 
 
 class ServeError(MedfedError):
@@ -177,3 +182,18 @@ def naming(excluded: Mapping[str, object]) -> Iterator[None]:
         if not more:
             raise
         raise type(error)(f"{error} {reasons(more)}", {**more, **error.excluded}) from error
+
+
+@contextmanager
+def advising(then: str) -> Iterator[None]:
+    """Have what ends the block early carry, as a note, what to do next; of several, the innermost speaks.
+
+    A refusal that medfed words says so itself: only where the system refuses to write is there more to say.
+    """
+    try:
+        yield
+    except BaseException as error:
+        worded = isinstance(error, MedfedError) and not isinstance(error, WriteError)
+        if not worded and not getattr(error, "__notes__", None):
+            error.add_note(then)
+        raise

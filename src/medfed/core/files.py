@@ -1,69 +1,110 @@
-"""Writing that survives a crash: beside the place, flushed to disk, then renamed."""
+"""Writing that survives a crash: beside the place, flushed to disk, then renamed; by one process at a time."""
 
 import errno
-import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from medfed.core.checks import RunError
+from medfed.core import locks
+from medfed.core.checks import RunError, WriteError
 
-_LOCKS: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+LOCK = ".lock"
+"""The file by which a process holds a folder."""
+
+_UNFLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
+"""What shares answer (CIFS, FUSE) that cannot open or flush a folder, though what is in it is whole."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: readers see the old content until all of the new is on disk.
 
-    Raises RunError where the disk refuses; what was there before is still there then.
+    Raises WriteError where the disk refuses; what was there before is still there then.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+        flush_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there. Raises WriteError."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def explained(path: Path, *but: type[OSError]) -> Iterator[None]:
+    """Turn what the system refuses of a file or folder, `but` these, into WriteError: what, why, and what mends it."""
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _sync_folder(path.parent)
+        yield
+    except but:
+        raise
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}. {_way_out(error)}, then `medfed resume` a run that has not "
-            "ended."
-        ) from error
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}. {way_out(error)}.") from error
 
 
-def _way_out(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "Free the disk" if full else "Make the folder writable"
+def way_out(error: OSError) -> str:
+    """Return what a person can do about a refusal of the system."""
+    if error.errno in _FULL:
+        return "Free the disk, or the quota"
+    if error.errno in _FORBIDDEN:
+        return "Make the folder writable, or name another"
+    if error.errno == errno.EIO:
+        return "Look at the disk, or the share: it fails"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return "Name another: something else is in its place"
+    return "Look at the folder, or name another"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename to disk, on systems that let a folder be opened."""
-    if hasattr(os, "O_DIRECTORY"):
+def flush_folder(folder: Path) -> bool:
+    """Flush a rename to disk; return False on systems and shares that do not let a folder be flushed."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return False
+    try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in _UNFLUSHED:
+            raise
+        return False
+    return True
 
 
 @contextmanager
-def held(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a folder until the block ends, or this process does; raise RunError where another process holds it."""
-    if _LOCKS is None:  # no such locks on this system
+def held(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder until the block ends, or this process does.
+
+    Raises RunError where another process holds it, which it names; WriteError where it cannot be written.
+    """
+    path = folder / name
+    try:
+        with explained(path):
+            handle = locks.take(path)
+    except locks.HeldError as error:
+        way = f"Wait for it (`medfed watch {folder}`), or give another --out"
+        if error.removable:
+            way = f"Wait for it; if that process runs nowhere any more, remove {path}"
+        raise RunError(
+            f"{folder} is in use by another run, or a command that writes into it: {error}. {way}."
+        ) from error
+    try:
         yield
-        return
-    with open(folder / name, "w") as file:
-        try:
-            _LOCKS.flock(file, _LOCKS.LOCK_EX | _LOCKS.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"{folder} is in use by another run. Wait for it (`medfed watch {folder}`), or give another --out."
-            ) from error
-        try:
-            yield
-        finally:
-            (folder / name).unlink(missing_ok=True)
+    finally:
+        locks.let_go(path, handle)

@@ -8,10 +8,12 @@ before it had a folder is kept nowhere.
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
+
+from medfed.core import files
 
 LOGGER = logging.getLogger("medfed")
 LOGGER.addHandler(logging.NullHandler())  # else Python prints warnings where nobody has set up logging
@@ -36,11 +38,26 @@ def kept() -> Iterator[None]:
         handler.close()
 
 
+class _OwnFile(logging.FileHandler):
+    """A log file that is refused like any other file, where Python would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise WriteError for what the system refuses."""
+        with files.explained(Path(self.baseFilename)):
+            raise
+
+    def close(self) -> None:
+        """Close the file; what could not be written was told already."""
+        with suppress(OSError):
+            super().close()
+
+
 def write_to(path: Path) -> None:
     """Append what `kept` holds to a file, and from now on what follows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-    file = logging.FileHandler(path, encoding="utf-8")
+    files.make_folder(path.parent)
+    with files.explained(path):
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        file = _OwnFile(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler = _held.get()
     handler.setTarget(file)

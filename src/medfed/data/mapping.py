@@ -1,8 +1,8 @@
 """What stands in cells and rows, as the study declares it: a step between reading a table and cleaning it.
 
-A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell follows from its row and
-from what is declared alone, never from another row: so a privacy claim bears it. There a cell that cannot be read counts
-as missing, and the site's own log says so; without a claim it is an error, all columns' at once.
+A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell follows from its row
+and from what is declared alone, never from another row: so a privacy claim bears it. There a cell that cannot be read
+counts as missing, and the site's own log says so; without a claim it is an error, all columns' at once.
 
 Texts of a column are looked at once each, however many rows hold them. n rows, U different texts of a column.
 """
@@ -32,7 +32,7 @@ _YES = ("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "o", "vrai", "si
 _NO = ("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
 BOOLEAN = {
     **dict.fromkeys((*_YES, "+", "pos", "positive", "positiv", "positif", "positivo"), "yes"),
-    **dict.fromkeys((*_NO, "-", "−", "–", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
+    **dict.fromkeys((*_NO, "-", "\u2212", "\u2013", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
 }
 """How yes and no are spelt, in lower case."""
 
@@ -59,7 +59,9 @@ def completed(data: Data) -> Data:
             feature = replace(feature, categories=("no", "yes"))
         entries[name] = feature
         for column in limit_columns(name, feature):
-            entries.setdefault(column, Feature(range=(0.0, 1.0), doc=f"1 where {name} is {column.removeprefix(name).strip()}"))
+            entries.setdefault(
+                column, Feature(range=(0.0, 1.0), doc=f"1 where {name} is {column.removeprefix(name).strip()}")
+            )
     return replace(data, dictionary=entries, test=data.test or _mark(data))
 
 
@@ -111,7 +113,9 @@ def _disagreements(data: Data) -> Iterator[Refusal]:
             text = f"data.drop holds 'rows without {what}', and no data.{what} names a column; set it, or take it out"
             yield Refusal(StudyError(text))
     if "rows without patient" in data.drop and data.missing_patient == "own":
-        text = "data.drop leaves out rows without patient, and data.missing_patient='own' keeps them; keep one of the two"
+        text = (
+            "data.drop leaves out rows without patient, and data.missing_patient='own' keeps them; keep one of the two"
+        )
         yield Refusal(StudyError(text))
     if data.test_values and not data.test:
         text = f"data.test_values={list(data.test_values)} and no data.test, the column that they stand in; set it"
@@ -123,7 +127,9 @@ def _disagreements(data: Data) -> Iterator[Refusal]:
         text = f"data.test={data.test!r} and data.test_from={data.test_from!r} both say who is held out; keep one"
         yield Refusal(StudyError(text))
     if data.test_from and data.test_values:
-        yield Refusal(StudyError("data.test_values is for a column that marks rows, and data.test_from for dates; keep one"))
+        yield Refusal(
+            StudyError("data.test_values is for a column that marks rows, and data.test_from for dates; keep one")
+        )
 
 
 def _entry(data: Data, name: str) -> Feature:
@@ -254,16 +260,16 @@ def _wall_clock(values: pd.Series) -> np.ndarray:
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:
     """Return the text of each row [n]."""
-    return np.array([*text_U], dtype=object)[code_N]
+    text_N: np.ndarray = np.array([*text_U], dtype=object)[code_N]
+    return text_N
 
 
 def _flags(which_U: np.ndarray, code_N: np.ndarray) -> np.ndarray:
-    return np.where(which_U, "1", "0").astype(object)[code_N]
+    flag_N: np.ndarray = np.where(which_U, "1", "0").astype(object)[code_N]
+    return flag_N
 
 
-def _tell(
-    faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str
-) -> None:
+def _tell(faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str) -> None:
     if (which_N := bad_U[code_N]).any():
         faults.append(Fault(name, which_N, what, action))
 
@@ -355,7 +361,9 @@ def _date_numbers(
     reference_N = None
     if feature.reference and feature.becomes in ("age", "days since", "days until"):
         fixed = _moment(feature.reference)
-        reference_N = np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
+        reference_N = (
+            np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
+        )
     return dates.number(moment_N, feature.becomes, reference_N)
 
 
@@ -377,7 +385,8 @@ def _moments(
     if bad_U.any() and not any(fault.column == name for fault in faults):  # a reference of several columns: told once
         action = _date_action(name, form, [text for text, bad in zip(text_U, bad_U, strict=True) if bad and text])
         _tell(faults, name, bad_U, code_N, f"no date of the form {form}", action)
-    return moment_U[code_N]
+    moment_N: np.ndarray = moment_U[code_N]
+    return moment_N
 
 
 def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
@@ -386,7 +395,9 @@ def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
     if others == [dates.SHORT]:
         return "A year has four digits: write out the century"
     if others:
-        return f"These are {' or '.join(others)}: declare that, {_key(name, 'date')} = {others[0]!r}, or correct the cells"
+        return (
+            f"These are {' or '.join(others)}: declare that, {_key(name, 'date')} = {others[0]!r}, or correct the cells"
+        )
     return "Correct the cells, or add the text to data.missing_values"
 
 

@@ -126,7 +126,7 @@ def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> 
 
 
 def misread(study: Study, private: bool) -> Iterator[Refusal]:
-    """Yield what a study says of cells, and its sites' maps of columns, that the header of its table does not bear out."""
+    """Yield what a study says of cells, and its sites' maps of columns, that its table's header does not bear out."""
     data, maps = completed(study), site_maps.load(study)
     header = _header(study, private)
     yield from site_maps.misfits(header, maps, data)

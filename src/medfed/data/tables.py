@@ -838,7 +838,8 @@ def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, note
     sides = [np.bincount(patient[side], minlength=many) > 0 for side in (held, ~held)]
     both: np.ndarray = (sides[0] & sides[1])[patient]
     if data.test_from:  # who comes back later is tested on, and never trained on: with every row
-        return held | both
+        late: np.ndarray = held | both
+        return late
     if private:
         for k, rows in frames.rows(~known | (both & held)):
             text_ = "site %r, column %r: trained on, as not held out by a clear mark: row %s"

@@ -5,6 +5,7 @@ outside; the drawing library is inside each page. Nothing is of one patient: of 
 one patient's, only counts are shown.
 """
 
+import io
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,9 +57,11 @@ def create_interactive_dashboards(folder: str | Path, out: str | Path | None = N
 
 def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[str, Path]:
     """Write some of `PAGES` into a folder; return where each is."""
-    place.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        files.write(place / name, page(story, name))
+    written = {name: page(story, name) for name in names}
+    files.make_folder(place)
+    with files.held(place):
+        for name, text in written.items():
+            files.write(place / name, text)
     return {name: place / name for name in names}
 
 
@@ -74,7 +77,7 @@ def generate_security_report(folder: str | Path, out: str | Path | None = None) 
 
 def _written(folder: Path, name: str, out: str | Path | None) -> Path:
     path = Path(out) if out else folder / "reports" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     files.write(path, page(Story.of(folder), name))
     return path
 
@@ -99,19 +102,24 @@ def export_training_logs(
 def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path]:
     """Write a run's tables into a folder, each in every format; return where. Raises PlanError for an unknown one."""
     _check(formats)
-    place.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, frame in tables(story).items():
-        for kind in formats:
-            path = place / f"{name}.{kind}"
-            if kind == "csv":
-                frame.to_csv(path, index=False)
-            elif kind == "json":
-                frame.to_json(path, orient="records", indent=1)
-            else:
-                frame.to_parquet(path, index=False)
-            written.append(path)
-    return written
+    files.make_folder(place)
+    found = tables(story)
+    with files.held(place):
+        written = {place / f"{name}.{kind}": _as(kind, frame) for name, frame in found.items() for kind in formats}
+        for path, content in written.items():
+            files.write(path, content)
+    return list(written)
+
+
+def _as(kind: str, frame: pd.DataFrame) -> bytes | str:
+    """Return a table as the content of a file."""
+    if kind == "csv":
+        return frame.to_csv(index=False)
+    if kind == "json":
+        return frame.to_json(orient="records", indent=1)
+    content = io.BytesIO()
+    frame.to_parquet(content, index=False)
+    return content.getvalue()
 
 
 def _check(formats: Sequence[str]) -> None:
@@ -516,7 +524,7 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | N
 
 @cache
 def _style() -> str:
-    return STYLE.read_text() + _STYLE
+    return STYLE.read_text(encoding="utf-8") + _STYLE
 
 
 def _page(title: str, story: Story, body: str) -> str:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medfed.core import files
 from medfed.core.checks import RunError, unnamed
 from medfed.monitor.metrics import Figure
 
@@ -249,20 +250,17 @@ class Log:
         self.listeners, self._path = list(listeners), path
         self._kept: list[Event] = []
         self.latest: dict[type[Event], Event] = {}
-        self._file = open(path, "ab") if path else None  # noqa: SIM115 (closed by close)
+        with files.explained(path or Path()):
+            self._file = open(path, "ab") if path else None  # noqa: SIM115 (closed by close)
 
     def emit(self, event: Event) -> None:
         """Write the event, without what looks like an identifier, then tell every listener."""
         event = screened(event)
         self.latest[type(event)] = event
         if self._file:
-            try:
+            with files.explained(Path(self._file.name)):
                 self._file.write(line(event).encode() + b"\n")
                 self._file.flush()
-            except OSError as error:
-                raise RunError(
-                    f"{self._file.name} cannot be written: {error.strerror}. Free the disk, then resume."
-                ) from error
         else:
             self._kept.append(event)
         for listener in self.listeners:
@@ -276,8 +274,9 @@ class Log:
         """Return how many bytes of the file are on disk, after flushing them there."""
         if not self._file:
             return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with files.explained(Path(self._file.name)):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def __enter__(self) -> "Log":
         return self

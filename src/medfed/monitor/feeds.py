@@ -155,7 +155,7 @@ def _ended(place: Path) -> Mapping[str, Any] | None:
     try:
         if path.stat().st_mtime < _touched(place):
             return None
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) and {"study", "status", "sites"} <= summary.keys() else None

@@ -49,7 +49,7 @@ class Story(Tally):
     def read_beside(self, folder: Path) -> None:
         """Take in what lies beside the log: the claim, and how long the signed trail is."""
         claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
-        self.claim = json.loads(claim.read_text()) if claim.exists() else None
+        self.claim = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else None
         self.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
 
     @classmethod

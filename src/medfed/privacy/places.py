@@ -26,7 +26,7 @@ def ledger_path(study: Study, folder: Path | None) -> Path | None:
     mine = operators_folder()
     if not study.privacy.ledger:
         return (mine or _default()) / LEDGER
-    asked, told = study.folder / Path(study.privacy.ledger).expanduser(), f"privacy.ledger={study.privacy.ledger!r}"
+    asked, told = study.folder / os.path.expanduser(study.privacy.ledger), f"privacy.ledger={study.privacy.ledger!r}"
     if mine is not None and asked.resolve() != mine.resolve():
         raise LedgerError(
             f"{told} is not the ledger of this site, in {mine}: patients would have a second budget. Leave "
@@ -44,17 +44,22 @@ def ledger_path(study: Study, folder: Path | None) -> Path | None:
 def operators_folder() -> Path | None:
     """Return the folder that the site's operator has named: by MEDFED_HOME, or by a ledger in the user's data folder.
 
+    A user without a home has no data folder.
+
     A ledger that is lost but for its key or anchor counts too. Raises LedgerError where MEDFED_HOME is relative.
     """
     if home := os.environ.get(HOME):
-        if not Path(home).expanduser().is_absolute():
+        place = Path(os.path.expanduser(home))  # a ~ without a home stays one, and is refused
+        if not place.is_absolute():
             raise LedgerError(
                 f"{HOME}={home!r} would be another ledger for each folder that somebody starts from; expected an "
                 "absolute path"
             )
-        return Path(home).expanduser()
-    place = _default() / LEDGER
-    return _default() if any(p.exists() for p in (place, place.with_name(KEY), anchor_of(place))) else None
+        return place
+    if (default := _data_folder()) is None:
+        return None
+    place = default / LEDGER
+    return default if any(p.exists() for p in (place, place.with_name(KEY), anchor_of(place))) else None
 
 
 def home() -> Path:
@@ -63,4 +68,19 @@ def home() -> Path:
 
 
 def _default() -> Path:
-    return Path(platformdirs.user_data_dir("medfed"))
+    """Return the user's data folder; raise LedgerError where the user has none: a ledger must not follow the shell."""
+    place = _data_folder()
+    if place is None:
+        raise LedgerError(
+            f"this user has no home folder, where the site's ledger would lie. Set {HOME} to an absolute path."
+        )
+    return place
+
+
+def _data_folder() -> Path | None:
+    """Return the user's data folder; None where the system knows no home of the user."""
+    try:
+        place = Path(platformdirs.user_data_dir("medfed"))
+    except RuntimeError:
+        return None
+    return place if place.is_absolute() else None

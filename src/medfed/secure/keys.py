@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from medfed.core import files
 from medfed.core.checks import KeyFileError
 from medfed.secure.identity import Identity
 
@@ -33,21 +34,27 @@ def save(identity: Identity, path: Path, passphrase: str = "") -> None:
         entry |= {"keys": identity.secret().hex()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # half a key is none, and would be in the way of the next
+            raise
+        files.flush_folder(path.parent)
     except FileExistsError as error:
         raise KeyFileError(f"{path} exists; keys are never overwritten. Give another file, or move it away.") from error
     except OSError as error:
-        raise KeyFileError(f"{path} cannot be written: {error.strerror}. Give a folder that you may write.") from error
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}. {files.way_out(error)}.") from error
 
 
 def load(path: Path, passphrase: str = "") -> Identity:
     """Read a party's keys. Raises KeyFileError where they cannot be read or others could have read them."""
     try:
         mode = path.stat().st_mode
-        entry = json.loads(path.read_text())
+        entry = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT!r}")
         name, role = entry["name"], entry["role"]
