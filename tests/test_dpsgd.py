@@ -632,3 +632,8 @@ def test_noise_moves_the_norm_by_a_fifth_at_most(clip: float, noised: float, pat
     following = next_clip(clip, noised, patients, quantile)
     assert math.exp(-0.2) * clip <= following * (1 + 1e-12) and following <= math.exp(0.2) * clip * (1 + 1e-12)
     assert next_clip(clip, patients * (quantile - 0.5), patients, quantile) == pytest.approx(clip)
+
+
+def test_a_round_of_hardly_anybody_keeps_its_clip_finite() -> None:
+    """One site of four patients, drawn alone with batches of one: fewer than half a patient is expected."""
+    assert 0 < next_clip(1.0, 0.4, 0, 0.5) < 2

@@ -463,7 +463,12 @@ def test_a_sites_only_held_out_patient_is_who_pays(
     tmp_path: Path, noised: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paid: dict[str, list[str]] = {}
-    monkeypatch.setattr(Account, "pay_test", lambda self, name, ids: paid.update({name: list(ids)}))
+
+    def pay(self: Account, asked: dict[str, list[str]]) -> dict[str, BudgetError]:
+        paid.update({name: list(ids) for name, ids in asked.items()})
+        return {}
+
+    monkeypatch.setattr(Account, "pay_tests", pay)
     frame = pd.read_csv(noised.folder / "cohort.csv")
     east = frame.index[frame["hospital"] == "east"]
     frame["part"] = np.where(frame.index % 5, "train", "test")
@@ -584,6 +589,39 @@ def test_patients_who_paid_for_tests_elsewhere_are_asked_again(tmp_path: Path, n
     other = lasting.set("study.name", "another").set("privacy.lifetime_epsilon", 20.0)
     assert medfed.run(other, tmp_path / "two").complete
     assert charges(home, "test") == {f"{name} (test)": 2 for name in SITES}
+
+
+@pytest.mark.parametrize("ending", ["incomplete", "killed"])
+def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
+    tmp_path: Path, noised: Study, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: a tested run is resumed; its figures were cut from the log, and patients asked to pay again."""
+    real = Account.pay
+
+    def refuse_once(self: Account, round: int, asked: list[str]) -> dict[str, BudgetError]:
+        if round != 2 or ending == "killed":
+            return real(self, round, asked)
+        return real(self, round, [name for name in asked if name != "east"]) | {"east": BudgetError("for once")}
+
+    def kill(*_: object) -> None:
+        raise Crash
+
+    study = noised.set("training.quorum", 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Account, "pay", refuse_once)
+        if ending == "killed":
+            patch.setattr(runs, "_write_model", kill)
+            with pytest.raises(Crash):
+                medfed.run(study, tmp_path / "run")
+        else:
+            assert medfed.run(study, tmp_path / "run").summary["status"] == "incomplete"
+
+    before = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)]
+    again = medfed.resume(tmp_path / "run")
+    after = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)]
+    assert before == after and len(after) == 1
+    assert again.summary["test"]["accuracy"] == after[0].all_sites["accuracy"].value
+    assert set(charges(own_ledger(tmp_path / "run"), "test").values()) == {1}
 
 
 # what leaves a site -------------------------------------------------------------------------------------------------

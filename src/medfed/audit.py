@@ -11,6 +11,7 @@ import json
 import math
 import secrets
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,8 +97,16 @@ def audit_study(
         "patients": "the study's own, which are public" if study.privacy.scope == "run" else "invented",
         "passed": all(part.passed is not False for part in parts),
         "parts": [part.to_json() for part in parts],
-        "limits": LIMITS,
+        "limits": " ".join([LIMITS, *_not_audited(study)]),
     }
+
+
+def _not_audited(study: Study) -> Iterator[str]:
+    """Yield the noised releases of a study that no part here looks at."""
+    if study.privacy.evaluation_epsilon and not study.data.test_is_public:
+        yield "Not audited: the noise on the counts of held-out patients' scores (privacy.evaluation_epsilon)."
+    if study.rule().chosen:
+        yield f"Not audited: the noise on the counts for data.threshold={study.data.threshold!r}."
 
 
 def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
         "threshold": _threshold(plan, thresholds),
+        "held_out": _held_out(plan),
         "a_payment_covers": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
         "patients": {
             "declared": patients,
@@ -170,6 +171,21 @@ def _threshold(plan: Plan, times: int) -> JSON | None:
         "noise_multiplier": g.threshold_noise,
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
         "released": times,
+    }
+
+
+def _held_out(plan: Plan) -> JSON | None:
+    """Return what a test on held-out patients who are not public releases of each; None where they are, or none is."""
+    study = plan.study
+    if study.data.test_is_public or not study.privacy.evaluation_epsilon:
+        return None
+    together = counted_together(study)
+    return {
+        "unit": "patient: one record of one held-out patient, for each test",
+        "mechanism": "two-sided geometric noise on counts of scores by label",
+        "epsilon": study.privacy.evaluation_epsilon,
+        "noised_at": "the sum of all sites" if together else "each site",
+        "paid": "once" if together else "at each site that holds the patient out",
     }
 
 

@@ -95,7 +95,7 @@ def next_clip(clip: float, noised_below: float, patients: int, quantile: float, 
 
     `noised_below` is the noised sum over patients of (1 if below C else 0) - 1/2; `patients` is declared.
     """
-    share = min(1.0, max(0.0, noised_below / patients + 0.5))
+    share = min(1.0, max(0.0, noised_below / max(1, patients) + 0.5))
     return float(clip * np.exp(-rate * (share - quantile)))
 
 

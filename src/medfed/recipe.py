@@ -168,7 +168,7 @@ def _basics(study: Study, patients: int) -> Choices:
     found["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
     if not study.data.test_is_public and is_binary(study.data):
         delta = p.delta if p.delta < 1 else _delta(patients)
-        with_delta = dataclasses.replace(p, delta=delta)
+        with_delta = dataclasses.replace(study, privacy=dataclasses.replace(p, delta=delta))
         found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"
     return found
 

@@ -337,11 +337,26 @@ def _resumed(
         raise RunError(
             f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
         )
+    paid = _paid_test(record, header["events"]) if server.round == study.training.rounds else []
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
-        return _drive(plan, fleet, sites, server, log, folder, name)
+        for event in paid:
+            log.emit(event)
+        return _drive(plan, fleet, sites, server, log, folder, name, tested=bool(paid))
+
+
+def _paid_test(record: Path, after: int) -> list[events.Event]:
+    """Return what a log tells after its byte `after`, where held-out patients have paid for it; else nothing.
+
+    What they have paid for is kept: the same model is not tested twice.
+    """
+    before = record.read_bytes()[:after].count(b"\n")
+    told = list(events.read(record))[before:]
+    if not any(isinstance(event, events.Tested) and event.noised for event in told):
+        return []
+    return [event for event in told if not isinstance(event, events.RunFinished | events.Resumed)]
 
 
 def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
@@ -731,8 +746,12 @@ def _drive(
     folder: Path | None,
     run: str,
     keys: Ring | None = None,
+    tested: bool = False,
 ) -> Result:
-    """Run the rounds that are left, then test, measure the baselines, and write down what came of it."""
+    """Run the rounds that are left, then test, measure the baselines, and write down what came of it.
+
+    `tested`: the last model's test is in the log already, paid for by held-out patients.
+    """
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
     aggregation = ways.introduced(plan, sites, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
@@ -757,10 +776,11 @@ def _drive(
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
-        decision = decide(server, plan, fleet, budget, log)
-        if account and not study.privacy.simulation_only:
-            budget.found(account.uses(), account.thresholds())  # who was refused has not paid
-        test(server, plan, fleet, log, name, intervals=True, decision=decision)
+        if not tested:
+            decision = decide(server, plan, fleet, budget, log)
+            if account and not study.privacy.simulation_only:
+                budget.found(account.uses(), account.thresholds())  # who was refused has not paid
+            test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)

@@ -663,15 +663,24 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
     """
     study, edges = sites[0].study, _edges(tensors)
     together = guarantee.counted_together(study)
+    rows = [_one_each(site.test) for site in sites]
+    account = None if study.privacy.simulation_only else sites[0].account
+    refused: Mapping[str, Exception] = {}
+    if account:
+        ids = {site.name: _table(site).ids[own.patient.numpy()] for site, own in zip(sites, rows, strict=True)}
+        refused = account.pay_tests(ids)
+
     replies: list[Answer] = []
-    for site in sites:
-        rows = _one_each(site.test)
-        if site.account and not study.privacy.simulation_only:
-            site.account.pay_test(site.name, _table(site).ids[rows.patient.numpy()])
-        counts = _tally(site, rows, tensors["w"], edges)
+    for site, own in zip(sites, rows, strict=True):
+        if site.name in refused:
+            replies.append(SiteError(str(refused[site.name])))
+            continue
+        counts = _tally(site, own, tensors["w"], edges)
         if not together:
             counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
+    if account:
+        account.tested(site.name for site in sites)
     return replies
 
 

@@ -849,6 +849,7 @@ def out_of_range(study: Study) -> list[Refusal]:
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
         ordered = len(low_high) != 2 or -math.inf < low_high[0] < low_high[1] < math.inf
         rules.append((where, low_high, ordered, "low below high"))
+        rules.append((where, low_high, all(abs(end) <= 3e38 for end in low_high), "ends within 3e38, as float32 has"))
         if feature.log:
             rules.append(
                 (where, low_high, len(low_high) == 2 and low_high[0] >= 0, "[low, high] from 0 for log = true")

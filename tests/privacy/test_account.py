@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,22 @@ def _pays(account: Account, round: int, sites: tuple[str, ...] = ("north", "sout
     refused = account.pay(round, sites)
     account.answered(site for site in sites if site not in refused)
     return refused
+
+
+def _pays_test(account: Account, site: str, ids: list[str]) -> None:
+    """Pay for a test that goes well; raise where that is refused."""
+    refused = account.pay_tests({site: ids})
+    account.tested([site])
+    if refused:
+        raise refused[site]
+
+
+def _test_charges(account: Account, patient: str) -> int:
+    """Return how often a patient has paid for a test."""
+    name = account.ledger.pseudonym(patient)
+    rows = [row for row in account.ledger.rows() if row["label"] == "test"]
+    members = account.ledger._sql.execute("SELECT cohort FROM members WHERE pseudonym = ?", (name,)).fetchall()
+    return sum((row["cohort"],) in members for row in rows)
 
 
 # paying -------------------------------------------------------------------------------------------------------------
@@ -245,9 +262,9 @@ def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
     assert account.pay_threshold(["north", "south"]) == {}
     assert set(account.pay_threshold(["north", "south"])) == {"north", "south"}
-    account.pay_test("north", ["t1", "t2"])
+    _pays_test(account, "north", ["t1", "t2"])
     with pytest.raises(BudgetError, match=r"a plan of 1 \(test\)"):
-        account.pay_test("north", ["t1", "t2"])
+        _pays_test(account, "north", ["t1", "t2"])
 
 
 def test_nobody_pays_before_the_run_has_enrolled_them() -> None:
@@ -322,12 +339,12 @@ def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -
         assert _pays(first, number) == {}
     other = _account(path, "r2", fresh=False, study__name="t", privacy__delta=5e-3, privacy__evaluation_epsilon=0.3)
     with pytest.raises(BudgetError, match=r"'north \(test\)'.*all studies"):
-        other.pay_test("north", ["north-7"])
+        _pays_test(other, "north", ["north-7"])
     with pytest.raises(BudgetError, match="all studies"):
-        other.pay_test("elsewhere", [" NORTH-7"])
+        _pays_test(other, "elsewhere", [" NORTH-7"])
     for _ in range(3):
         with contextlib.suppress(BudgetError):
-            other.pay_test("north", ["new"])
+            _pays_test(other, "north", ["new"])
     with pytest.raises(BudgetError, match="all studies"):
         _account(path, "r3", {"north": ["new"], "south": ["newer"]}, study__name="u")
 
@@ -338,15 +355,59 @@ def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -
 def test_test_patients_pay_for_a_histogram_until_they_cannot() -> None:
     account = _account(privacy__evaluation_epsilon=0.3)
     patients = ["held-out-1", "held-out-2"]
-    account.pay_test("north", patients)
+    _pays_test(account, "north", patients)
     (row,) = account.ledger.rows()
     assert (row["label"], row["site"], row["event"]["epsilon"]) == ("test", "north (test)", 0.3)  # type: ignore[index]
     assert account.uses() == {}
     with pytest.raises(BudgetError, match=r"'north \(test\)'.*left for one release"):
         for _ in range(20):
-            account.pay_test("north", patients)
+            _pays_test(account, "north", patients)
     assert 1 < len(account.ledger.rows()) < 20
     assert _pays(account, 1) == {}  # training patients have a budget of their own
+
+
+def test_one_who_cannot_pay_stops_the_test_of_one_site(tmp_path: Path) -> None:
+    """And nothing says how many patients a site has, or how many of them cannot."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path, founding=Lifetime(0.7, 1e-5, operator="Ada")).close()
+    spent = _account(path, fresh=False, privacy__evaluation_epsilon=0.3)
+    while not spent.pay_tests({"south": ["s1"]}):
+        spent.tested(["south"])
+    account = _account(path, "r2", fresh=False, privacy__evaluation_epsilon=0.3, study__name="another")
+    refused = account.pay_tests({"north": ["n1", "n2"], "south": ["s1", "s2", "s3"]})
+    assert set(refused) == {"south"}
+    assert not re.search(r"\d+ of \d+ patients", str(refused["south"]))
+    assert [row["site"] for row in account.ledger.rows() if row["run"] == "r2"] == ["north (test)"]
+
+
+def test_who_has_paid_for_a_test_that_failed_does_not_pay_again() -> None:
+    account = _account(privacy__evaluation_epsilon=0.1)
+    asked = {"north": ["n1"], "south": ["s1"]}
+    assert account.pay_tests(asked) == {}
+    for site, ids in asked.items():  # the stack failed: the sites are asked one by one
+        assert account.pay_tests({site: ids}) == {}
+        account.tested([site])
+    assert len(account.ledger.rows()) == 2
+    assert account.pay_tests(asked) == {}  # the next test
+    assert len(account.ledger.rows()) == 4
+
+
+def test_a_held_out_patient_of_two_sites_pays_once_where_one_noise_covers_both() -> None:
+    together = {"privacy__evaluation_epsilon": 0.1, "privacy__max_sites_per_patient": 2}
+    for noise, times in (("central", 1), ("site", 2)):
+        account = _account(privacy__noise=noise, **together)
+        assert account.pay_tests({"north": ["n1", "both"], "south": ["both", "s1"]}) == {}
+        assert [row["site"] for row in account.ledger.rows()] == ["north (test)", "south (test)"]
+        assert _test_charges(account, "both") == times
+
+
+def test_a_site_asked_alone_has_its_patient_of_two_sites_pay() -> None:
+    account = _account(privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2)
+    asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
+    assert account.pay_tests(asked) == {}
+    account.tested(asked)
+    assert account.pay_tests({"south": asked["south"]}) == {}
+    assert _test_charges(account, "both") == 2
 
 
 # the file -----------------------------------------------------------------------------------------------------------
@@ -355,7 +416,7 @@ def test_test_patients_pay_for_a_histogram_until_they_cannot() -> None:
 def test_ids_are_never_in_the_file(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", privacy__evaluation_epsilon=0.3)
     _pays(account, 1)
-    account.pay_test("north", ["held-out-1"])
+    _pays_test(account, "north", ["held-out-1"])
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for name in ("north-7", "south-7", "held-out-1"):
         assert name.encode() not in content and name.encode().hex().encode() not in content

@@ -321,3 +321,14 @@ def test_the_noised_test_that_is_suggested_can_be_paid(epsilon: float, delta: fl
 
 def test_one_step_is_one_step_however_it_is_said() -> None:
     assert _refusal(_study({"training.local_steps": 1, "training.local_epochs": 9})) is None
+
+
+def test_a_fixed_plan_does_not_add_up_training_and_test() -> None:
+    """Who trains at one site and is held out at another pays both; PLD's plan counts each alone."""
+    noised = {"data.test_is_public": False, "privacy.evaluation_epsilon": 0.3, "monitor.evaluate_every": 6}
+    both = {**noised, "privacy.accountant": "pld", "privacy.max_sites_per_patient": 2, "data.test": "part"}
+    with pytest.raises(PlanError, match=r"accountant='pld' with privacy\.max_sites_per_patient=2 do not compose"):
+        check(_study(both))
+    for free in ({"privacy.max_sites_per_patient": 1}, {"privacy.accountant": "rdp"}):
+        told = [str(one.error) for one in refusals.found(_study({**both, **free}))]
+        assert not any("pld" in text for text in told)

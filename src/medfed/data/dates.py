@@ -146,3 +146,19 @@ def _birthday(day_N: np.ndarray, year: np.ndarray) -> np.ndarray:
     first = (month_N.astype(np.int64) + 12 * year).astype("datetime64[M]").astype("datetime64[D]")
     found: np.ndarray = first + place  # 29 February overflows into 1 March
     return found
+
+
+def texts(values: pd.Series) -> pd.Series:
+    """Return a column of moments as texts, each as its own cell says; any other column as it is.
+
+    Written by the column, one cell with a time of day would put a time into all of them.
+    """
+    if not pd.api.types.is_datetime64_any_dtype(values):
+        return values
+    return pd.Series(written(wall_clock(values), "iso"), index=values.index, dtype=object)
+
+
+def wall_clock(values: pd.Series) -> np.ndarray:
+    """Return a column of dates as datetime64[s] [n], the zone left off."""
+    zone = getattr(values.dt, "tz", None)
+    return (values.dt.tz_localize(None) if zone else values).to_numpy(dtype="datetime64[s]")

@@ -245,17 +245,10 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
 
 def different(values: pd.Series) -> tuple[np.ndarray, Texts]:
     """Return which text each row holds [n], and the different texts [U] as `canonical` has them, None the last."""
-    if pd.api.types.is_datetime64_any_dtype(values):
-        values = pd.Series(dates.written(_wall_clock(values), "iso"), index=values.index, dtype=object)
+    values = dates.texts(values)
     code_N, found = pd.factorize(values)
     texts: Texts = list(canonical(pd.Series(found, dtype=object)))
     return np.where(code_N < 0, len(texts), code_N), [*texts, None]
-
-
-def _wall_clock(values: pd.Series) -> np.ndarray:
-    """Return a column of dates as datetime64[s] [n], the zone left off."""
-    zone = getattr(values.dt, "tz", None)
-    return (values.dt.tz_localize(None) if zone else values).to_numpy(dtype="datetime64[s]")
 
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:

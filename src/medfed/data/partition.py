@@ -12,6 +12,7 @@ from medfed.core import patient_ids
 from medfed.core.checks import DataError, some
 from medfed.core.patient_ids import Rule
 from medfed.core.streams import Streams, patient_fraction
+from medfed.data import dates
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,8 @@ def row_patients(frame: pd.DataFrame, site: np.ndarray | None = None) -> pd.Seri
 
     Rows of equal content are told apart by their order among themselves; of several sites (`site` [rows]), in each.
     """
-    text = frame.astype(str).mask(frame.isna(), "").to_numpy()
+    told = frame.assign(**{name: dates.texts(frame[name]) for name in frame.columns})
+    text = told.astype(str).mask(frame.isna(), "").to_numpy()
     content = pd.Series(["\x1f".join(row) for row in text], index=frame.index, dtype=object)
     alike = content.groupby(content if site is None else [site, content.to_numpy()])
     return content + "\x1e" + alike.cumcount().astype(str)

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from medfed.core.checks import BudgetError, LedgerError
 from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
 from medfed.privacy.accounting import Event, RandomisedResponse
-from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.guarantee import Guarantee, counted_together
 from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
 from medfed.study import Study
 
@@ -33,7 +33,9 @@ class Account:
         self.guarantee: Guarantee | None = None
         self._ledger: Ledger | None = None
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
+        self._test_payer: dict[str, str] = {}  # the same of held-out patients
         self._paid: set[str] = set()  # who has paid for what has not yet been answered
+        self._tested: set[str] = set()  # whose held-out patients have paid for a histogram that is not made yet
 
     @property
     def ledger(self) -> Ledger:
@@ -116,15 +118,37 @@ class Account:
         if self.guarantee and not self.guarantee.strategy:
             self._paid.difference_update(sites)
 
-    def pay_test(self, site: str, ids: Sequence[str]) -> None:
-        """Charge held-out patients for one noised histogram; raises BudgetError where they cannot pay.
+    def pay_tests(self, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
+        """Charge held-out patients, by site, for one noised histogram each; return the sites whose patients cannot pay.
 
-        It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0.
+        It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
+        all sites is noised once, a patient of several pays once. Who has paid and was not `tested` does not pay twice.
         """
-        epsilon = self.study.privacy.evaluation_epsilon
-        cohort = self.ledger.enrol(f"{site} (test)", ids)
-        event = RandomisedResponse(2, epsilon)
-        self.ledger.charge([Charge(self.study.study.name, self.run, cohort, 0, "test", event)], self._limits())
+        owing = {site: ids for site, ids in asked.items() if site not in self._tested}
+        if counted_together(self.study):
+            owing = {
+                site: [name for name in ids if self._test_payer.setdefault(name, site) == site]
+                for site, ids in owing.items()
+            }
+        event = RandomisedResponse(2, self.study.privacy.evaluation_epsilon)
+        charges = {}
+        for site, ids in owing.items():
+            cohort = self.ledger.enrol(f"{site} (test)", ids)
+            charges[site] = Charge(self.study.study.name, self.run, cohort, 0, "test", event)
+        refused = self._charged(charges)
+        self._pays_no_longer(refused)
+        self._tested.update(site for site in charges if site not in refused)
+        return refused
+
+    def tested(self, sites: Iterable[str]) -> None:
+        """Note that these sites' histograms have been made: the next ones are paid anew."""
+        made = set(sites)
+        self._tested -= made
+        self._pays_no_longer(made)
+
+    def _pays_no_longer(self, sites: Collection[str]) -> None:
+        """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
+        self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
     def pay_threshold(self, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""

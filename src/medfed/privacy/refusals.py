@@ -13,8 +13,8 @@ from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
 from medfed.privacy import accounting
-from medfed.privacy.guarantee import mode
-from medfed.study import RANGE, Data, Feature, Privacy, Study, describe, described
+from medfed.privacy.guarantee import counted_together, mode
+from medfed.study import RANGE, Data, Feature, Study, describe, described
 
 
 def check(study: Study) -> None:
@@ -112,11 +112,11 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
 
 def _unpaid_test(study: Study, claim: str) -> Refusal:
     """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared public."""
-    p, rounds = study.privacy, study.training.rounds
+    rounds = study.training.rounds
     price, mend = "", dict[str, object](data__test_is_public=PUBLIC_TEST)
     if is_binary(study.data):
-        price = f", or privacy.evaluation_epsilon={affordable(p):g} to pay for a noised histogram"
-        mend = {"privacy__evaluation_epsilon": affordable(p)}
+        price = f", or privacy.evaluation_epsilon={affordable(study):g} to pay for a noised histogram"
+        mend = {"privacy__evaluation_epsilon": affordable(study)}
         if study.monitor.evaluate_every < rounds:
             price += f", with monitor.evaluate_every={rounds}"
             mend["monitor__evaluate_every"] = rounds
@@ -207,25 +207,36 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             f"Set monitor.evaluate_every={study.training.rounds}.",
             monitor__evaluate_every=study.training.rounds,
         )
-    if not _bears(p, p.evaluation_epsilon):
+    if p.accountant == "pld" and p.max_sites_per_patient > 1 and (data.test or data.test_from):
+        yield _refusal(
+            noised,
+            f"privacy.accountant='pld' with privacy.max_sites_per_patient={p.max_sites_per_patient}",
+            "who trains at one site and is held out at another would pay for both, and a fixed plan counts each alone",
+            "Take privacy.accountant='rdp', whose ledger adds them up, or leave data.test out: by the hash a patient "
+            "is on one side everywhere.",
+            privacy__accountant="rdp",
+        )
+    if not _bears(study, p.evaluation_epsilon):
         yield _refusal(
             noised,
             f"privacy.epsilon={p.epsilon:g}",
             "no test patient's budget bears it, so that the run would end untested",
-            f"Set privacy.evaluation_epsilon={affordable(p):g}.",
-            privacy__evaluation_epsilon=affordable(p),
+            f"Set privacy.evaluation_epsilon={affordable(study):g}.",
+            privacy__evaluation_epsilon=affordable(study),
         )
 
 
-def _bears(p: Privacy, evaluation_epsilon: float) -> bool:
-    """Say whether the ledger's filter lets one noised histogram pass, for a patient who has not paid before."""
-    event = accounting.RandomisedResponse(2, evaluation_epsilon)
+def _bears(study: Study, evaluation_epsilon: float) -> bool:
+    """Say whether the ledger's filter lets a noised histogram pass at each of a patient's sites, who has not paid."""
+    p = study.privacy
+    times = 1 if counted_together(study) else p.max_sites_per_patient
+    event = accounting.RandomisedResponse(2, evaluation_epsilon, times)
     return accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(event), p.epsilon, p.delta)
 
 
-def affordable(p: Privacy) -> float:
+def affordable(study: Study) -> float:
     """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram."""
-    return next(e for e in (p.epsilon * 0.5**n for n in range(1, 100)) if _bears(p, e))
+    return next(e for e in (study.privacy.epsilon * 0.5**n for n in range(1, 100)) if _bears(study, e))
 
 
 def _one_step(study: Study, where: str) -> Iterator[Refusal]:
