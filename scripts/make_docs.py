@@ -64,9 +64,9 @@ COMMANDS_INTRO = """\
 # The commands
 
 Exit codes: 0, done; 1, the run ended without all asked rounds at all asked sites (`status` in `summary.json` is
-`incomplete`), an audit found more than is claimed, or nobody read the output any more; 2, it could not be done, with the
-reason on standard error; 3, an error of medfed's own, in one line; 130, interrupted. `--debug`, anywhere in a command,
-shows a failure's traceback. A model that is no good is exit code 0, and the result's first lines say so
+`incomplete`), an audit found more than is claimed, or nobody read the output any more; 2, it could not be done, with
+the reason on standard error; 3, an error of medfed's own, in one line; 130, interrupted. `--debug`, anywhere in a
+command, shows a failure's traceback. A model that is no good is exit code 0, and the result's first lines say so
 ([what the figures mean](quickstart.md#what-the-figures-mean-said-first)).
 """
 

@@ -235,7 +235,8 @@ def resumes_or_is_none(folder: Path) -> None:
     if not folder.exists():
         return
     try:
-        assert medfed.resume(folder).complete
+        done = medfed.resume(folder)
+        assert done.complete or "nothing was charged" in done.summary["reason"]  # a round was paid twice, as is told
     except MedfedError as error:
         assert re.search(r"is not a run folder|no whole checkpoint.*Start the study again", str(error), re.S), error
 

@@ -1,5 +1,6 @@
 """The budget ledger: the filter against a plain twin, real processes, real kills, and a chain that shows tampering."""
 
+import errno
 import math
 import os
 import random
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medfed.core import files
 from medfed.core.checks import BudgetError, LedgerError, PlanError
 from medfed.privacy import accounting, ledger
 from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
@@ -55,6 +57,44 @@ def test_a_ledger_is_founded_with_its_folders_and_opens_again(path: Path) -> Non
         assert (second.head(), second.worst(DELTA)) == (head, worst)
         second.verify(head)
     assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.head", "ledger.sqlite", "pseudonym.key"]
+
+
+def test_on_a_share_that_cannot_flush_folders_the_journal_is_cut_short(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite flushes the folder after it has deleted its journal: an error there would deny a charge that stands."""
+    monkeypatch.setattr(files, "flush_folder", lambda folder: False)
+    with Ledger.open(path) as first:
+        first.charge([charge(first.enrol("a", PATIENTS))], ONE)
+        assert first._one("PRAGMA journal_mode") == "truncate"
+    journal = path.with_name("ledger.sqlite-journal")
+    assert journal.stat().st_size == 0
+    assert {p.name for p in path.parent.iterdir()} == {"ledger.head", "ledger.sqlite", "pseudonym.key", journal.name}
+    monkeypatch.undo()
+    with Ledger.open(path) as second:  # and from elsewhere, where folders can be flushed
+        second.charge([charge(second.enrol("a", PATIENTS), round=2)], ONE)
+        assert len(second.rows()) == 2
+    with Ledger.open(path, read_only=True) as third:
+        assert len(third.rows()) == 2
+
+
+@on_posix
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_on_a_share_without_hard_links_a_ledger_is_founded_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Ledger.open(path) as first:
+        first.charge([charge(first.enrol("a", PATIENTS))], ONE)
+        founded = first._genesis
+    ledger._create(path, None)  # of somebody who came second
+    with Ledger.open(path) as second:
+        assert second._genesis == founded and len(second.rows()) == 1
+    told = {p.name for p in path.parent.iterdir() if not p.name.startswith(".")}  # who came second leaves its key
+    assert told == {"ledger.head", "ledger.sqlite", "pseudonym.key"}
 
 
 @on_posix

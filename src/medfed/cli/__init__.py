@@ -231,12 +231,13 @@ def data_show(
     """Show each site's rows, features, missing values, classes and label skew, without training."""
     from medfed import runs
     from medfed import study as studies
+    from medfed.core import files
     from medfed.data import describe
 
     loaded = studies.load(study, set)
     found = describe.describe(runs.survey(loaded, data))
     if figure:
-        describe.figure(found, loaded.study.name).write_html(figure, include_plotlyjs=True)
+        files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -68,7 +68,7 @@ def flushed(code: int) -> int:
         _drop_output()
     except OSError as error:
         _drop_output()
-        return tell(error, debug=False)
+        return tell(OSError(error.errno, error.strerror, "standard output"), debug=False)
     return code
 
 
@@ -83,7 +83,7 @@ def _worded(error: BaseException) -> tuple[int, str]:
         case RuntimeError() if "can't allocate memory" in str(error):  # torch
             return REFUSED, f"memory does not suffice ({_where(error)}): end other programs, or ask for less"
         case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            what = error.filename if isinstance(error.filename, str | bytes | Path) else "standard output"
+            what = error.filename if isinstance(error.filename, str | bytes | Path) else "a file, or standard output,"
             return REFUSED, f"{os.fsdecode(what)} cannot be used: {error.strerror}. {files.way_out(error)}."
         case _:
             kind = type(error).__name__  # its words may quote a cell

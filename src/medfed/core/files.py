@@ -70,10 +70,10 @@ def way_out(error: OSError) -> str:
     return "Look at the folder, or name another"
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a rename to disk, on systems and shares that let a folder be flushed."""
+def flush_folder(folder: Path) -> bool:
+    """Flush a rename to disk; return False on systems and shares that do not let a folder be flushed."""
     if not hasattr(os, "O_DIRECTORY"):
-        return
+        return False
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -83,6 +83,8 @@ def flush_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _UNFLUSHED:
             raise
+        return False
+    return True
 
 
 @contextmanager

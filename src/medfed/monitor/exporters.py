@@ -5,8 +5,10 @@ Labels and attributes name runs, studies and hospitals, never a device (each is 
 
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib import import_module
@@ -18,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from medfed.core import files
 from medfed.core.checks import ExportError
 from medfed.monitor.events import (
     Resumed,
@@ -270,13 +273,24 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
 
 def to_tensorboard(folder: Path, out: Path) -> int:
     """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises ExportError."""
-    writer = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(out / folder.resolve().name))
-    count = 0
-    with writer:
-        for name, value, round, when in scalars(*_read(folder)):
+    write = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    told, count = _read(folder), 0
+    with files.explained(out), _silent_threads(), write(str(out / folder.resolve().name)) as writer:
+        for name, value, round, when in scalars(*told):
             writer.add_scalar(name, value, round, when.timestamp())
             count += 1
     return count
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Keep what a thread fails of from being printed: who gave it the work raises it again."""
+    before = threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 _MLFLOW_BATCH = 1000  # metrics that MLflow takes at once

@@ -25,6 +25,7 @@ is a ledger that is gone while one of the two is there. It is written after each
 crash cut off, and is never ahead. Who puts back an old copy of the whole folder is found by the heads that runs keep.
 """
 
+import errno
 import hashlib
 import hmac
 import json
@@ -66,6 +67,9 @@ _SAY = "medfed privacy budget FOLDER --lifetime-epsilon E --delta D --operator N
 _ELSEWHERE = (
     "Every charge must be on disk before data is touched: make the folder writable, or set MEDFED_HOME to one that is."
 )
+
+_UNLINKED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""What shares without hard links answer."""
 
 _COLUMNS = ("seq", "time", "study", "run", "site", "cohort", "round", "label", "event", "previous")
 _ROW = f"{', '.join(_COLUMNS)}, hash"
@@ -229,7 +233,8 @@ class Ledger:
                     if read_only:
                         raise LedgerError(f"{path}: there is no ledger yet. The first run under a guarantee founds it.")
                     _create(path, founding)
-                ledger = cls(_connect(f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"), path, None)
+                mode, writable = ("ro", None) if read_only else ("rw", path.parent)
+                ledger = cls(_connect(f"{path.absolute().as_uri()}?mode={mode}", writable), path, None)
                 ledger.founded = missing
         ledger._lasting = founding is not None
         return ledger
@@ -816,13 +821,17 @@ def _now() -> str:
 # The file and its key -------------------------------------------------------------------------------------------------
 
 
-def _connect(uri: str) -> sqlite3.Connection:
+def _connect(uri: str, folder: Path | None = None) -> sqlite3.Connection:
     sql = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     # A rollback journal, not WAL: between transactions the one file is the whole ledger. EXTRA is FULL that flushes the
     # folder too, without which a power cut could bring back the journal and undo a charge that was acknowledged;
     # fullfsync is what a flush takes on macOS.
     for setting in ("synchronous = EXTRA", "fullfsync = ON", "trusted_schema = OFF", "cell_size_check = ON"):
         sql.execute(f"PRAGMA {setting}")
+    # On a share that cannot flush its folder the journal is cut to nothing, and flushed itself: deleting it would be
+    # an error after the fact.
+    if folder and not files.flush_folder(folder):
+        sql.execute("PRAGMA journal_mode = TRUNCATE")
     return sql
 
 
@@ -881,20 +890,33 @@ def _create(path: Path, founding: Lifetime | None) -> None:
             file.write(key)
             file.flush()
             os.fsync(file.fileno())
-        sql = _connect(beside.absolute().as_uri())
+        sql = _connect(beside.absolute().as_uri(), path.parent)
         _found(sql, key, founding)
         sql.close()
         _link(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
-        spare.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+            spare.unlink(missing_ok=True)
         raise
+    finally:
+        with suppress(OSError):
+            beside.with_name(f"{beside.name}-journal").unlink(missing_ok=True)
 
 
 def _link(beside: Path, place: Path) -> None:
     """Move a file to its place, unless another process has put one there."""
-    with suppress(FileExistsError):
+    try:
         os.link(beside, place)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _UNLINKED:
+            raise
+        with files.held(place.parent, ".founding.lock"):
+            if not place.exists():
+                os.replace(beside, place)
+                return
     beside.unlink()
 
 
