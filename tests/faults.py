@@ -220,6 +220,13 @@ def backwards(fault: Fault) -> None:
     fault.put(time, "time", lambda: real() - year * late())
 
 
+def in_zone(fault: Fault, name: str) -> None:
+    """Be in another time zone; who puts it in takes it out again."""
+    fault.hits += 1
+    os.environ["TZ"] = name
+    time.tzset()
+
+
 FAULTS: dict[str, Callable[[Fault], None]] = {
     "full": full,
     "quota": lambda fault: full(fault, errno.EDQUOT),
@@ -235,4 +242,6 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "no locks": unlocked,
     "homeless": homeless,
     "backwards": backwards,
+    "zone ahead": lambda fault: in_zone(fault, "Pacific/Kiritimati"),
+    "no such zone": lambda fault: in_zone(fault, "Not/AZone"),
 }

@@ -17,7 +17,7 @@ import pytest
 from medfed import cli, runs
 from medfed.cli import ending
 from medfed.core.checks import DataError, RunError, WriteError, advising
-from tests.faults import HOMES
+from tests.faults import FAULTS, HOMES, Fault
 from tests.tables import STUDY, invented, write_study
 
 COMMAND = [sys.executable, "-m", "medfed"]
@@ -264,6 +264,18 @@ def test_a_real_ctrl_c_ends_with_130_and_resumes(place: Path, tmp_path: Path) ->
 
 
 # Users ----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_home_nothing_is_downloaded_into_a_folder_called_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEDFED_DATA", raising=False)
+    FAULTS["homeless"](Fault(tmp_path, monkeypatch.setattr))
+    assert ended("data", "get", "heart") == 2
+    assert re.match(r"error this user has no home folder.* given by --data or MEDFED_DATA", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
 
 BE_NOBODY = """
 import getpass, os, pwd, sys

@@ -4,10 +4,15 @@ was whole before is whole after. A few cells are real processes; the whole grid 
 
 import io
 import json
+import os
 import re
+import resource
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,10 +252,11 @@ STEPS = (1, 2, 3, 5, 8, 13, 21, 34)
 """At which chance a fault strikes that could strike at any; of a command with fewer, the last cells are quick."""
 
 EVER = {"folders unflushed", "folders unflushed, ENOTSUP", "folders closed", "read-only", "forbidden", "no locks",
-        "homeless", "backwards"}  # fmt: skip
+        "homeless", "backwards", "zone ahead", "no such zone"}  # fmt: skip
 """Faults of a place or a machine: they strike at each chance."""
 
-HARMLESS = {"folders unflushed", "folders unflushed, ENOTSUP", "folders closed", "no locks", "backwards"}
+HARMLESS = {"folders unflushed", "folders unflushed, ENOTSUP", "folders closed", "no locks", "backwards",
+            "zone ahead", "no such zone"}  # fmt: skip
 """Faults under which everything ends as without them."""
 
 REFUSED_ANYWAY = {"privacy accept"}
@@ -263,6 +269,7 @@ HOME = ("run under a claim", "resume", "quarantine lift", "privacy ledger", "the
 FAST = [
     *((name, fault, 0) for name in ("run", "resume", "quarantine lift") for fault in sorted(HARMLESS)),
     *((name, "homeless", 0) for name in HOME),
+    *((name, "zone ahead", 0) for name in ("run", "quarantine lift")),
     *((name, "read-only", 0) for name in ("run", "resume", "report", "report elsewhere", "privacy claim", "key new")),
     *((name, "forbidden", 0) for name in ("export", "study fix, written", "data show", "privacy found")),
     *(("run", "full", at) for at in (1, 2, 3, 5, 8, 13)),
@@ -278,10 +285,23 @@ FAST = [
 ]
 
 
+@contextmanager
+def own_zone() -> Iterator[None]:
+    """Go back to the zone of before."""
+    zone = os.environ.get("TZ")
+    try:
+        yield
+    finally:
+        os.environ.pop("TZ", None)
+        if zone is not None:
+            os.environ["TZ"] = zone
+        time.tzset()
+
+
 def strike(name: str, fault: str, at: int, work: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> int:
     """Run a command under a fault, see that the law holds, and return how often the fault struck."""
     words = words_of(name, work)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_zone():
         put = Fault(work, patch.setattr, at)
         FAULTS[fault](put)
         said = told(words, capsys)
@@ -323,6 +343,52 @@ def test_every_command_under_every_fault(
             hits = strike(name, fault, at, place, whole, capsys)
         if not hits:
             break
+
+
+def own_code() -> dict[str, str]:
+    """Return an environment in which a process finds this package, and the shim that puts a fault under it."""
+    paths = (ROOT / "tests" / "shim", ROOT, Path(medfed.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fault", "at"),
+    [
+        ("run", "full", 5),
+        ("run", "folders unflushed", 0),
+        ("resume under a claim", "unflushed", 3),
+        ("run", "homeless", 0),
+    ],
+)
+def test_a_real_process_under_a_fault(name: str, fault: str, at: int, work: Path, whole: Path) -> None:
+    words = words_of(name, work)
+    command = [sys.executable, "-m", "medfed", *words.split()]
+    environment = {**own_code(), "MEDFED_FAULT": f"{fault}:{at}:{work}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    hold_the_law(words, Said(done.returncode, done.stdout, done.stderr), work, whole)
+    assert done.returncode in ((1, 2) if at else (0,)), done.stderr
+    resumes_or_is_none(work / "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_real_full_disk_under_a_claim_forgets_no_charge(share: float, work: Path, whole: Path) -> None:
+    """The ledger too: SQLite asks no Python for its writes."""
+
+    limit = int(share * (whole / "private" / "sites" / "ledger.sqlite").stat().st_size)
+
+    def no_larger_file() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = words_of("run under a claim", work)
+    command = [sys.executable, "-m", "medfed", *words.split()]
+    done = subprocess.run(command, env=own_code(), preexec_fn=no_larger_file, capture_output=True, text=True)
+    hold_the_law(words, Said(done.returncode, done.stdout, done.stderr), work, whole)
+    assert done.returncode in (1, 2), done
+    if (work / "new" / "sites" / "ledger.sqlite").exists():
+        runs.ledger_accounts(work / "new" / "sites")
+    resumes_or_is_none(work / "new")
 
 
 def test_every_command_is_put_under_faults() -> None:

@@ -466,7 +466,7 @@ def fetch(subfolder: str, name: str, url: str, sha256: str, folder: Path | None,
             url,
             known_hash=f"sha256:{sha256}",
             fname=name,
-            path=pooch.os_cache("medfed") / subfolder,
+            path=_cache(subfolder, name),
             progressbar=progress,
         )
     except ValueError as error:
@@ -477,6 +477,19 @@ def fetch(subfolder: str, name: str, url: str, sha256: str, folder: Path | None,
     except OSError as error:
         raise DataError(f"{url} cannot be downloaded ({type(error).__name__}). {_by_hand(subfolder, name)}") from error
     return Path(cached)
+
+
+def _cache(subfolder: str, name: str) -> Path:
+    """Return where downloads are kept. Raises DataError for a user without a home."""
+    import pooch
+
+    try:
+        place = Path(pooch.os_cache("medfed")) / subfolder
+    except RuntimeError:
+        place = Path()
+    if not place.is_absolute():
+        raise DataError(f"this user has no home folder, where downloads are kept. {_by_hand(subfolder, name)}")
+    return place
 
 
 def _by_hand(subfolder: str, name: str) -> str:

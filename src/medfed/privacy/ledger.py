@@ -847,7 +847,7 @@ def _connect(uri: str, folder: Path | None = None) -> sqlite3.Connection:
     # fullfsync is what a flush takes on macOS.
     for setting in ("synchronous = EXTRA", "fullfsync = ON", "trusted_schema = OFF", "cell_size_check = ON"):
         sql.execute(f"PRAGMA {setting}")
-    # On a share that cannot flush its folder the journal is cut to nothing, and flushed itself: to delete it would be
+    # On a share that cannot flush its folder the journal is cut to nothing, and flushed itself: deleting it would be
     # an error after the fact.
     if folder and not files.flush_folder(folder):
         sql.execute("PRAGMA journal_mode = TRUNCATE")
