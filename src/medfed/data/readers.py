@@ -290,4 +290,4 @@ def _spelt(text: Text, layout: Layout, data: Data) -> pd.DataFrame:
         for name, column in zip(text.names, text.table.columns, strict=True)
     ]
     frame: pd.DataFrame = pa.table(columns, names=text.names).to_pandas(split_blocks=True, self_destruct=True)
-    return frame.set_axis(pd.Index(text.row_N), axis=0)
+    return frame.set_axis(text.row_N, axis=0)
