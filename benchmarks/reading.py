@@ -170,6 +170,8 @@ def faulty(reader: Reader, folder: Path) -> dict[str, str]:
         path.write_bytes(content)
         try:
             found[name] = f"{len(reader(path))} rows"
+        except ImportError:
+            found[name] = "absent"
         except Exception as error:
             row = "row" in str(error).lower() or "line" in str(error).lower()
             found[name] = "refused by row" if row else "refused"

@@ -42,7 +42,7 @@ A small study of a table of your own, complete:
 seed = 1                      # same seed, same machine: the same bits
 
 [data]
-table = "cohort.csv"          # csv, csv.gz or parquet; the path is relative to this file
+table = "cohort.csv"          # csv, Excel, SPSS, parquet, a folder ...; the path is relative to this file
 target = "readmitted"         # the column to predict
 positive = "yes"              # its positive label
 site = "hospital"             # the column that names the site

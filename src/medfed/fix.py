@@ -191,6 +191,12 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
         value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
         if isinstance(value, str) and value and not os.path.isabs(os.path.expanduser(value)):
             settings[table][name] = os.path.relpath(folder.resolve() / value, out.parent.resolve())
+    data = settings.get("data")
+    joins = data.get("join", ()) if isinstance(data, dict) else ()
+    for join in joins if isinstance(joins, (list, tuple)) else ():
+        table = join.get("table") if isinstance(join, dict) else None
+        if isinstance(table, str) and table and not Path(table).expanduser().is_absolute():
+            join["table"] = os.path.relpath(folder.resolve() / table, out.parent.resolve())
 
 
 def _preface(stood: Sequence[str], left: Sequence[str], read: bool) -> Iterator[str]:

@@ -17,7 +17,7 @@ from medfed.core.checks import DataError
 from medfed.data import lines, readers
 from medfed.data.layout import Layout, guess, of_header
 from medfed.data.readers import read
-from medfed.study import Format
+from medfed.study import Data, Format
 
 SEPARATORS = (",", ";", "\t", "|")
 SPELLINGS = ((".", ""), (",", ""), (",", "."), (".", "'"), (",", "\u00a0"), (".", ","), (",", " "), (".", "\u2019"))
@@ -220,3 +220,11 @@ def test_the_header_alone_is_read_as_with_its_rows(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content.encode("cp1252"))
         assert readers.header(tmp_path / name, DATA, private=False) == ["a", "größe", "b"]
         assert guess(tmp_path / name, Format(), "t")[1] == ["a", "größe", "b"]
+
+
+def test_columns_that_a_study_leaves_out_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a;version;y\n1,5;1.2;0\n2,5;1.3;1\n")
+    with pytest.raises(DataError, match="decimal commas and decimal points"):
+        read(tmp_path / "t.csv", Data(target="y"), private=False)
+    frame = read(tmp_path / "t.csv", Data(target="y", features=("a",)), private=False).frame
+    assert frame["a"].tolist() == ["1.5", "2.5"] and frame["version"].tolist() == ["1.2", "1.3"]

@@ -79,10 +79,9 @@ def opened(path: Path, format: Format) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".zip":
         return _member(path, format.member)
-    if suffix in COMPRESSED:
-        stream: IO[bytes] = pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[suffix])
-        return stream
-    return path.open("rb")
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(suffix)
+    stream: IO[bytes] = pa.input_stream(str(path), compression=packing)
+    return stream
 
 
 def _member(path: Path, name: str) -> IO[bytes]:

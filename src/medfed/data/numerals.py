@@ -63,7 +63,7 @@ class Evidence:
     either: str = ""  # the sign of a cell that may be either
 
 
-def evidence(table: pa.Table, names: Sequence[str], rows: np.ndarray, file: str, points: bool) -> list[Evidence]:
+def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[Evidence]:
     """Return what the cells of a table say, the first of each kind in each column.
 
     A column counts where at least half of its cells that hold anything may be numbers. `points`: also look at columns
@@ -77,7 +77,7 @@ def evidence(table: pa.Table, names: Sequence[str], rows: np.ndarray, file: str,
     return found
 
 
-def _of_column(text_N: pa.ChunkedArray, name: str, rows: np.ndarray, file: str) -> list[Evidence]:
+def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[Evidence]:
     found, numbers = list[Evidence](), _count(text_N, _PLAIN)
     kinds = [(s.pattern, s.decimal, s.thousands, "") for s in SPELLINGS]
     kinds += [(pattern, "", "", sign) for sign, pattern in _EITHER.items()]

@@ -33,7 +33,10 @@ SITE = "its file's name"
 
 @dataclass(frozen=True)
 class Reading:
-    """A table as read: its rows; how its text files are written, by file; rows that a joined table lacks, by table."""
+    """A table as read: its rows; how its text files are written, by file; rows that a joined table lacks, by table.
+
+    How many these are tells of patients: under a claim it stays at the site.
+    """
 
     frame: pd.DataFrame
     layouts: Mapping[str, Layout] = field(default_factory=dict)
@@ -253,7 +256,8 @@ def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[nu
     words = {name for name, feature in data.dictionary.items() if feature.categories} | _kept(data)
     found: list[numerals.Evidence] = []
     for file, text in written.items():
-        chosen = [name for name in text.names if name not in words]
+        used = {*data.features, data.target} if data.features else {*text.names}
+        chosen = [name for name in text.names if name in used - words]
         found += numerals.evidence(text.table.select(chosen), chosen, text.row_N, file.name, points)
     return found
 
@@ -290,4 +294,4 @@ def _spelt(text: Text, layout: Layout, data: Data) -> pd.DataFrame:
         for name, column in zip(text.names, text.table.columns, strict=True)
     ]
     frame: pd.DataFrame = pa.table(columns, names=text.names).to_pandas(split_blocks=True, self_destruct=True)
-    return frame.set_axis(pd.Index(text.row_N), axis=0)
+    return frame.set_axis(text.row_N, axis=0)

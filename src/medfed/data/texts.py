@@ -9,12 +9,14 @@ import csv
 import io
 import itertools
 import logging
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
@@ -27,7 +29,7 @@ from medfed.study import Format
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
-_BLOCK = 8 << 20  # bytes; a longer row needs a larger one
+_BLOCK = 4 << 20  # bytes; a longer row needs a larger one
 _LARGEST_BLOCK = 1 << 30
 
 
@@ -37,7 +39,7 @@ class Text:
 
     table: pa.Table
     names: list[str]
-    row_N: np.ndarray
+    row_N: pd.Index
     layout: Layout
 
 
@@ -70,7 +72,9 @@ def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int =
         column_names=columns,
         encoding="utf8" if layout.encoding == "utf-8" or layout.footer else layout.codec,
     )
-    parsing = pacsv.ParseOptions(delimiter=layout.separator, newlines_in_values=True, ignore_empty_lines=False)
+    parsing = pacsv.ParseOptions(
+        delimiter=layout.separator, newlines_in_values=_may_quote(path), ignore_empty_lines=False
+    )
     texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False)
     file = _without_footer(path, format, layout) if layout.footer else layouts.opened(path, format)
     with file:
@@ -82,6 +86,14 @@ def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int =
             if "straddling" not in str(error) or block >= _LARGEST_BLOCK:
                 raise
     return _parsed(path, format, layout, width, block * 16)
+
+
+def _may_quote(path: Path) -> bool:
+    """Say whether a file may hold a quote, without which every line is a row, and it is read in half the time."""
+    if path.suffix.lower() in layouts.COMPRESSED or not path.stat().st_size:
+        return True
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"') >= 0
 
 
 def _without_footer(path: Path, format: Format, layout: Layout) -> IO[bytes]:
@@ -170,7 +182,7 @@ def _checked(table: pa.Table, header: Sequence[str], layout: Layout, where: str)
     has swallowed records.
     """
     names = names_of(header, where)
-    row_N = np.arange(layout.skip + 2, layout.skip + 2 + len(table))
+    row_N: pd.Index = pd.RangeIndex(layout.skip + 2, layout.skip + 2 + len(table))
     if blank := _alike(table, [""] * len(header)):
         keep_N = np.ones(len(table), dtype=bool)
         keep_N[blank] = False
@@ -207,7 +219,7 @@ def _alike(table: pa.Table, cells: Sequence[str]) -> list[int]:
 
 
 def _refuse_swallowed(
-    column: pa.ChunkedArray, name: str, row_N: np.ndarray, width: int, separator: str, where: str
+    column: pa.ChunkedArray, name: str, row_N: pd.Index, width: int, separator: str, where: str
 ) -> None:
     """Refuse a cell of several lines that may be records: an open quote makes one cell of all up to the next quote."""
     if width < 2 or not any((numerals.characters(chunk) == ord("\n")).any() for chunk in column.chunks):
