@@ -31,7 +31,7 @@ from medfed.rates import Chosen
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
-from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, out_of_range, parse, put
+from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
@@ -181,7 +181,6 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     check(study)
     names = tuple(surveys)
     sizes = {name: {"train": int(s["train"]), "test": int(s["test"])} for name, s in surveys.items()}
-    devices = study.sites.kind == "device"
     trainers = tuple(name for name in names if sizes[name]["train"])
     if not trainers:
         raise DataError("no site has a training row; lower data.test_fraction, or mark fewer rows as held out")
@@ -252,7 +251,9 @@ def _renamed(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> Iterator
         usual = [column for column in lacks if any(other.get(column, 0) >= _USUAL for other in others)]
         alone = [n for n, share in own.items() if share >= _USUAL and not any(other.get(n) for other in others)]
         for column in usual:
-            kind = "text" if any(column in one["texts"] and one["texts"][column] for one in surveys.values()) else "number"
+            kind = (
+                "text" if any(column in one["texts"] and one["texts"][column] for one in surveys.values()) else "number"
+            )
             alike = [n for n in alone if ("text" if survey["texts"].get(n) else "number") == kind]
             if name not in study.data.site_maps and (not alike or survey["train"] + survey["test"] < _ENOUGH):
                 continue
@@ -614,7 +615,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
-    if not data.features or any(map(tables.is_pattern, data.features)):
+    if not data.features or any(map(is_pattern, data.features)):
         yield from tables.undescribed(tables.features_of(columns, data), data)
 
 
@@ -776,7 +777,9 @@ def _lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, data:
     said: dict[str, list[str]] = {}
     for name, survey in surveys.items():
         if survey["train"] == 0:
-            said.setdefault("has no training row: it validates from outside, tested and never trained on", []).append(name)
+            said.setdefault("has no training row: it validates from outside, tested and never trained on", []).append(
+                name
+            )
         if survey["test"] == 0:
             said.setdefault("has no test patient; its own figures are null", []).append(name)
         if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:

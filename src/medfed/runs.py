@@ -204,8 +204,10 @@ def _started(
     files.write(folder / "study.toml", plan.study.toml())
     files.write(folder / "plan.json", json.dumps(frozen))
     if maps := site_maps.texts(plan.study):
-        told = {name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
-                for name, text in maps.items()}
+        told = {
+            name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
+            for name, text in maps.items()
+        }
         files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
     with Log(folder / "events.jsonl", listeners) as log:
         server = plan.begin()

@@ -64,22 +64,25 @@ class Feature:
     recode: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. Before "
-            "anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not measured'."
+            "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. "
+            "Before anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not "
+            "measured'."
         },
     )
     boolean: bool = _key(
         False,
-        "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells become "
-        "the categories 'no' and 'yes'.",
+        "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells "
+        "become the categories 'no' and 'yes'.",
     )
     factor: float = _key(1.0, "Numbers are multiplied by it, into the study's unit; `range` is of the result.")
-    offset: float = _key(0.0, "Added to a number after `factor`: factor = 0.5556, offset = -17.78 for degrees Fahrenheit.")
+    offset: float = _key(
+        0.0, "Added to a number after `factor`: factor = 0.5556, offset = -17.78 for degrees Fahrenheit."
+    )
     limits: Literal["", "limit", "half", "indicator"] = _key(
         "",
-        "What a result beyond a detection limit (<0.3, > 100, ≤ 5) becomes. limit: the limit; half: half of a lower one, "
-        "an upper one itself; indicator: the limit, and beside it two columns of 0 and 1, `NAME below limit` and `NAME "
-        "above limit`. Without it such a cell is refused.",
+        "What a result beyond a detection limit (<0.3, > 100, ≤ 5) becomes. limit: the limit; half: half of a lower "
+        "one, an upper one itself; indicator: the limit, and beside it two columns of 0 and 1, `NAME below limit` and "
+        "`NAME above limit`. Without it such a cell is refused.",
     )
     date: Literal[
         "",
@@ -103,7 +106,9 @@ class Feature:
         "The number that a date becomes. age: years from it to the reference; days since: from the reference to it; "
         "days until: from it to the reference; month: 1 to 12; weekday: 1, Monday, to 7.",
     )
-    reference: str = _key("", "What age and days are counted to or from: a date 2024-12-31, or the name of a date column.")
+    reference: str = _key(
+        "", "What age and days are counted to or from: a date 2024-12-31, or the name of a date column."
+    )
     unit: str = _key("", "Unit, for people.")
     doc: str = _key("", "What the feature is, for people.")
 
@@ -141,7 +146,9 @@ class Data:
         "Rows whose id is missing (empty, NA, ?, null, unknown, or in `missing_values`). refuse: an error; own: each "
         "is a patient of its own, not under a lifetime budget.",
     )
-    drop: tuple[Literal["rows without target", "rows without site", "rows without patient", "rows without time"], ...] = _key(
+    drop: tuple[
+        Literal["rows without target", "rows without site", "rows without patient", "rows without time"], ...
+    ] = _key(
         (), "Rows that are left out, counted and told of; else they are refused. Under a privacy claim nobody is told."
     )
     features: tuple[str, ...] = _key(
@@ -783,7 +790,7 @@ def out_of_range(study: Study) -> list[Refusal]:
 
 
 def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, object, bool, str]]":
-    """Return what holds of an entry of the dictionary that changes cells, as key, value, whether it holds, what is expected."""
+    """Return what holds of an entry that changes cells: key, value, whether it holds, what is expected."""
     counted = feature.becomes in ("age", "days since", "days until")
     numbers = bool(feature.limits or (feature.factor, feature.offset) != (1.0, 0.0))
     one = sum((feature.boolean, bool(feature.date), numbers)) <= 1
@@ -793,7 +800,12 @@ def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, objec
         return toml.key("data", "dictionary", name, last)
 
     return [
-        (key("becomes"), feature.becomes, not feature.becomes or bool(feature.date), 'date = "dd.mm.yyyy", or another form'),
+        (
+            key("becomes"),
+            feature.becomes,
+            not feature.becomes or bool(feature.date),
+            'date = "dd.mm.yyyy", or another form',
+        ),
         (key("reference"), feature.reference, not counted or bool(feature.reference), "a date, or a date column"),
         (key("reference"), feature.reference, counted or not feature.reference, "none, unless becomes is age or days"),
         (key("factor"), feature.factor, math.isfinite(feature.factor) and feature.factor != 0, "a number but 0"),
@@ -826,9 +838,18 @@ FEATURE = Ask(
 EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")
 
 
+KINDS = ("numbers", "texts")
+"""In data.features: every column of the kind."""
+
+
+def is_pattern(name: str) -> bool:
+    """Say whether an entry of data.features or data.exclude stands for many columns."""
+    return "*" in name or "?" in name or name in KINDS
+
+
 def described(feature: Feature) -> bool:
     """Say whether it is publicly known what may stand in a column."""
-    return bool(feature.range or feature.categories)
+    return bool(feature.range or feature.categories or feature.boolean)
 
 
 def describe(names: Sequence[str], dictionary: Mapping[str, Feature]) -> dict[toml.Path, Ask]:

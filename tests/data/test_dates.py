@@ -87,7 +87,9 @@ def test_days_and_parts_are_those_of_the_calendar(day: date, other: date) -> Non
 
 def test_a_time_of_day_is_a_part_of_a_day_and_a_gap_stays_one() -> None:
     moment = dates.read(["2024-01-02 06:00", None], "iso")
-    assert np.array_equal(dates.number(moment, "days since", dates.read(["2024-01-01"] * 2, "iso")), [1.25, np.nan], True)
+    assert np.array_equal(
+        dates.number(moment, "days since", dates.read(["2024-01-01"] * 2, "iso")), [1.25, np.nan], True
+    )
     assert np.isnan(dates.number(moment[1:], "month")[0])
 
 

@@ -10,14 +10,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tables import STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, StudyError
 from medfed.data import mapping, sources
 from medfed.data.tables import numbered
 from medfed.study import Data, Feature, Study, from_tables, load
-
-from tests.tables import STUDY, invented, write_study
 
 
 def _map(dictionary: dict[str, Any], private: bool = False, **columns: Any) -> pd.DataFrame:

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources
 from medfed.data.site_maps import pointed
 from medfed.study import Study, load
-from tests.tables import PRIVATE, STUDY, invented, write_study
 
 MAP = """
 [rename]
@@ -84,10 +84,10 @@ def test_what_a_site_does_not_measure_stays_possible_by_declaration(tmp_path: Pa
     assert not any("no value at all" in text for text in runs.simulate(declared).summary["warnings"])
     mapped = _study(tmp_path, frame, 'absent = ["lactate"]').set("training.rounds", 1)
     assert not any("no value at all" in text for text in runs.simulate(mapped).summary["warnings"])
-    with pytest.raises(DataError, match="site 'south', column 'lactate': expected a number.*found no value"):
+    with pytest.raises(DataError, match=r"site 'south', column 'lactate': expected a number.*found no value"):
         runs.simulate(_study(tmp_path, frame, ""))  # who has a map says what is absent
     values = load(write_study(tmp_path, STUDY, invented(60))).set("data.absent", {"south": ["lactate"]})
-    with pytest.raises(DataError, match="site 'south', column 'lactate': a value where it is declared absent in row"):
+    with pytest.raises(DataError, match=r"site 'south', column 'lactate': a value where it is declared absent in row"):
         runs.simulate(values)
 
 
@@ -118,14 +118,17 @@ def test_a_site_writes_its_dates_in_its_own_form(tmp_path: Path) -> None:
     entry = {"born": {"date": "dd.mm.yyyy", "becomes": "age", "reference": "2020-12-31"}}
     study = _study(tmp_path, frame, '[columns.born]\ndate = "mm/dd/yyyy"').set("data.dictionary", entry)
     assert set(_frame(study)["born"]) == {"60"}
-    with pytest.raises(DataError, match="site 'south', column 'born': no date of the form dd.mm.yyyy"):
+    with pytest.raises(DataError, match=r"site 'south', column 'born': no date of the form dd.mm.yyyy"):
         _frame(study.set("data.site_maps", {}))
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('[rename]\nlaktad = "lactate"', "site 'south': its map renames 'laktad', no column of the table; did you mean"),
+        (
+            '[rename]\nlaktad = "lactate"',
+            "site 'south': its map renames 'laktad', no column of the table; did you mean",
+        ),
         ("[columns.lactat]\nfactor = 2", "[columns.lactat], no column; did you mean 'lactate'?"),
         ("[colums.lactate]\nfactor = 2", "site map 'maps/south.toml': unknown key 'colums'; did you mean 'columns'?"),
         ("[columns.lactate]\nfactor = 0", "columns.lactate.factor=0; expected a number but 0"),

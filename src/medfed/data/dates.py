@@ -25,7 +25,10 @@ SHORT = "two-digit years"
 
 _TIME = r"(?:(?:T|\s+)(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?\s*(?:Z|[+-]\d\d:?\d\d)?)?"
 _SHORT = r"(?:\d{1,2}[./-]){2}\d\d"
-_STRICT = {"iso": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)", "yyyymmdd": r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)"}
+_STRICT = {
+    "iso": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)",
+    "yyyymmdd": r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)",
+}
 _PARTS = {"dd": r"(?P<day>\d{1,2})", "mm": r"(?P<month>\d{1,2})", "yyyy": r"(?P<year>\d{4})"}
 _YEARS = (1850, 2150)  # of eight digits that are taken for a date
 

@@ -68,7 +68,9 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         first.caption = escape(f"patients written in more than one way (see data.identity): {told}")
         first.caption_justify = "left"
     if left_out := _left_out(sites):
-        first.caption = "\n".join(filter(None, (str(first.caption or ""), escape(f"left out by data.drop: {left_out}"))))
+        first.caption = "\n".join(
+            filter(None, (str(first.caption or ""), escape(f"left out by data.drop: {left_out}")))
+        )
         first.caption_justify = "left"
     gaps = [f for f in found["features"] if any(s["missing"].get(f, 1) > 0 for s in sites.values())]
     strange = _strange(sites)

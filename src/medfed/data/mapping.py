@@ -1,8 +1,8 @@
 """What stands in cells and rows, as the study declares it: a step between reading a table and cleaning it.
 
-A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell follows from its row and
-from what is declared alone, never from another row: so a privacy claim bears it. There a cell that cannot be read counts
-as missing, and the site's own log says so; without a claim it is an error, all columns' at once.
+A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell follows from its row
+and from what is declared alone, never from another row: so a privacy claim bears it. There a cell that cannot be read
+counts as missing, and the site's own log says so; without a claim it is an error, all columns' at once.
 
 Texts of a column are looked at once each, however many rows hold them. n rows, U different texts of a column.
 """
@@ -21,7 +21,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical, features_of
-from medfed.study import Data, Feature
+from medfed.study import KINDS, Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
@@ -29,17 +29,15 @@ BELOW, ABOVE = "below limit", "above limit"
 """What is put behind the name of a column with detection limits: its columns of 0 and 1."""
 
 _YES = ("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "o", "vrai", "si", "sì", "sí", "s", "vero", "verdadero")
-_NO = ("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
+_NO = ("\N{MINUS SIGN}", "\N{EN DASH}", "no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
 BOOLEAN = {
     **dict.fromkeys((*_YES, "+", "pos", "positive", "positiv", "positif", "positivo"), "yes"),
-    **dict.fromkeys((*_NO, "-", "−", "–", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
+    **dict.fromkeys((*_NO, "-", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
 }
 """How yes and no are spelt, in lower case."""
 
 _LIMIT = re.compile(r"(<=|>=|=<|=>|[<>≤≥⩽⩾])\s*([+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # or a decimal comma: nobody can tell
-
-MARKS = ("test", "train")
 
 Texts = list[str | None]
 """Different texts of a column [U]; None for one that is missing."""
@@ -59,7 +57,9 @@ def completed(data: Data) -> Data:
             feature = replace(feature, categories=("no", "yes"))
         entries[name] = feature
         for column in limit_columns(name, feature):
-            entries.setdefault(column, Feature(range=(0.0, 1.0), doc=f"1 where {name} is {column.removeprefix(name).strip()}"))
+            entries.setdefault(
+                column, Feature(range=(0.0, 1.0), doc=f"1 where {name} is {column.removeprefix(name).strip()}")
+            )
     return replace(data, dictionary=entries, test=data.test or _mark(data))
 
 
@@ -111,7 +111,9 @@ def _disagreements(data: Data) -> Iterator[Refusal]:
             text = f"data.drop holds 'rows without {what}', and no data.{what} names a column; set it, or take it out"
             yield Refusal(StudyError(text))
     if "rows without patient" in data.drop and data.missing_patient == "own":
-        text = "data.drop leaves out rows without patient, and data.missing_patient='own' keeps them; keep one of the two"
+        text = (
+            "data.drop leaves out rows without patient, and data.missing_patient='own' keeps them; keep one of the two"
+        )
         yield Refusal(StudyError(text))
     if data.test_values and not data.test:
         text = f"data.test_values={list(data.test_values)} and no data.test, the column that they stand in; set it"
@@ -123,7 +125,9 @@ def _disagreements(data: Data) -> Iterator[Refusal]:
         text = f"data.test={data.test!r} and data.test_from={data.test_from!r} both say who is held out; keep one"
         yield Refusal(StudyError(text))
     if data.test_from and data.test_values:
-        yield Refusal(StudyError("data.test_values is for a column that marks rows, and data.test_from for dates; keep one"))
+        yield Refusal(
+            StudyError("data.test_values is for a column that marks rows, and data.test_from for dates; keep one")
+        )
 
 
 def _entry(data: Data, name: str) -> Feature:
@@ -254,16 +258,16 @@ def _wall_clock(values: pd.Series) -> np.ndarray:
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:
     """Return the text of each row [n]."""
-    return np.array([*text_U], dtype=object)[code_N]
+    found: np.ndarray = np.array([*text_U], dtype=object)[code_N]
+    return found
 
 
 def _flags(which_U: np.ndarray, code_N: np.ndarray) -> np.ndarray:
-    return np.where(which_U, "1", "0").astype(object)[code_N]
+    found: np.ndarray = np.where(which_U, "1", "0").astype(object)[code_N]
+    return found
 
 
-def _tell(
-    faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str
-) -> None:
+def _tell(faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str) -> None:
     if (which_N := bad_U[code_N]).any():
         faults.append(Fault(name, which_N, what, action))
 
@@ -355,7 +359,9 @@ def _date_numbers(
     reference_N = None
     if feature.reference and feature.becomes in ("age", "days since", "days until"):
         fixed = _moment(feature.reference)
-        reference_N = np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
+        reference_N = (
+            np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
+        )
     return dates.number(moment_N, feature.becomes, reference_N)
 
 
@@ -386,7 +392,9 @@ def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
     if others == [dates.SHORT]:
         return "A year has four digits: write out the century"
     if others:
-        return f"These are {' or '.join(others)}: declare that, {_key(name, 'date')} = {others[0]!r}, or correct the cells"
+        return (
+            f"These are {' or '.join(others)}: declare that, {_key(name, 'date')} = {others[0]!r}, or correct the cells"
+        )
     return "Correct the cells, or add the text to data.missing_values"
 
 
@@ -401,7 +409,8 @@ def _marks(frame: pd.DataFrame, data: Data, faults: list[Fault], private: bool) 
         action = "Data are tested by time: correct the cells, or set data.drop = ['rows without time']"
         faults.append(Fault(data.time, gone, "no date", action))
     later = moment_N >= _moment(data.test_from)
-    return np.where(later, *MARKS).astype(object)
+    marks: np.ndarray = np.where(later, "test", "train").astype(object)
+    return marks
 
 
 # rows ---------------------------------------------------------------------------------------------------------------
@@ -415,11 +424,13 @@ def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
     if name == data.patient:
         absent = patient_ids.nobodies(data.missing_values)
         code_N, found = pd.factorize(id_texts(frame[name], f"column {name!r}"))
-        return np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
+        nobody: np.ndarray = np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
+        return nobody
     feature = _entry(data, name)
     code_N, text_U = different(frame[name])
     text_U = recoded(text_U, {}, {*data.missing_values, *feature.missing})
-    return np.array([text is None for text in text_U], dtype=bool)[code_N]
+    gone: np.ndarray = np.array([text is None for text in text_U], dtype=bool)[code_N]
+    return gone
 
 
 def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.ndarray]:
@@ -434,7 +445,7 @@ def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.n
 
 def refuse_kinds(data: Data) -> Iterator[Refusal]:
     """Yield the words that take features by what their cells hold: under a claim nothing follows from cells."""
-    if words := [word for word in data.features if word in ("numbers", "texts")]:
+    if words := [word for word in data.features if word in KINDS]:
         text = (
             f"data.features holds {words[0]!r} and a privacy claim do not compose: which columns are numbers would "
             "follow from patients' cells. Name the columns, or give a pattern ('lab_*')."

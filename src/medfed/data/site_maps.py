@@ -16,7 +16,6 @@ import hashlib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -78,7 +77,9 @@ def texts(study: Study) -> dict[str, str]:
             continue
         known, now = study.data.site_maps_sha256.get(site), sha256(found[site])
         if known and known != now:
-            text = f"{where} was changed: its sha256 is {now[:12]}..., the run began with {known[:12]}...; start a new run"
+            text = (
+                f"{where} was changed: its sha256 is {now[:12]}..., the run began with {known[:12]}...; start a new run"
+            )
             refusals.append(Refusal(StudyError(text)))
     refuse(refusals)
     return found
@@ -163,13 +164,13 @@ def misfits(header: Sequence[str], maps: Maps, data: Data) -> Iterator[Refusal]:
     for site, names in data.absent.items():
         for name in names:
             if name not in here:
-                text = f"{toml.key('data', 'absent', site)} names {name!r}, no column of the table; {nearest(name, here)}"
+                text = (
+                    f"{toml.key('data', 'absent', site)} names {name!r}, no column of the table; {nearest(name, here)}"
+                )
                 yield Refusal(DataError(text))
 
 
-def apply(
-    frame: pd.DataFrame, maps: Maps, data: Data, site: pd.Series | None, private: bool = False
-) -> pd.DataFrame:
+def apply(frame: pd.DataFrame, maps: Maps, data: Data, site: pd.Series | None, private: bool = False) -> pd.DataFrame:
     """Return the table under the study's names, each site's cells mapped by its own file; `site` [n] names each row's.
 
     Raises DataError for cells that a map leaves in doubt; `private`: they count as missing and are noted.
@@ -209,16 +210,16 @@ def _renamed(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Faul
             moved[to] = np.where(rows_N, _objects(frame[old]), values)
     for old, rows_N in claimed.items():
         left_N = ~rows_N & _known(frame[old])
-        if old not in new:
-            action = f"Rename it in that site's map too: [rename] {toml.key(old)} = \"NAME\", or \"\" to leave it out"
+        if old not in new:  # else it is another site's name for something
+            action = f'Rename it in that site\'s map too: [rename] {toml.key(old)} = "NAME", or "" to leave it out'
             _fault(faults, old, left_N, "a value in a column that another site's map renames", action)
-        elif old not in moved:
-            continue
     for name, one in maps.items():  # a column that is renamed away and not renamed to is empty here
         rows_N = (site == name).to_numpy(dtype=bool)
         for old in one.rename:
             if old in new and old not in one.names().values():
-                moved[old] = np.where(rows_N, None, moved.get(old, _objects(frame[old])))
+                left = moved.get(old, _objects(frame[old])).copy()
+                left[rows_N] = None
+                moved[old] = left
     frame = frame.assign(**{name: pd.Series(v, frame.index, dtype=_kind(frame)) for name, v in moved.items()})
     return frame[new]
 
@@ -268,7 +269,8 @@ def _cells(
         known = [None if text in absent else text for text in text_U]
         changed = mapping.converted(known, entry.factor, entry.offset, absent)
         text_U = [text if new is None else new for text, new in zip(text_U, changed, strict=True)]
-    return np.array([*text_U], dtype=object)[code_N]
+    found: np.ndarray = np.array([*text_U], dtype=object)[code_N]
+    return found
 
 
 def pointed(text: str | None) -> str | None:
@@ -279,7 +281,11 @@ def pointed(text: str | None) -> str | None:
     digits = whole.lstrip("+-<>≤≥= ")
     groups = digits.split(".")
     grouped = len(groups) > 1 and 1 <= len(groups[0]) <= 3 and all(len(group) == 3 for group in groups[1:])
-    if not all(group.isdigit() for group in groups) or (comma and not part.isdigit()) or (len(groups) > 1 and not grouped):
+    if (
+        not all(group.isdigit() for group in groups)
+        or (comma and not part.isdigit())
+        or (len(groups) > 1 and not grouped)
+    ):
         return text
     return whole.replace(".", "") + (f".{part}" if comma else "")
 

@@ -77,7 +77,9 @@ def frames(
             )
         names = names or tuple(sorted(set(site)))
         if strange := [name for name in (*data.site_maps, *data.absent) if name not in names]:
-            text = f"data.site_maps and data.absent: {some(map(repr, strange))} is no site; {nearest(strange[0], names)}"
+            text = (
+                f"data.site_maps and data.absent: {some(map(repr, strange))} is no site; {nearest(strange[0], names)}"
+            )
             raise DataError(text)
 
     frame = site_maps.apply(frame, site_maps.load(study), data, site, private)
@@ -123,7 +125,7 @@ def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> 
 
 
 def misread(study: Study, private: bool) -> Iterator[Refusal]:
-    """Yield what a study says of cells, and its sites' maps of columns, that the header of its table does not bear out."""
+    """Yield what a study says of cells, and its sites' maps of columns, that its table's header does not bear out."""
     data, maps = completed(study), site_maps.load(study)
     header = _header(study, private)
     yield from site_maps.misfits(header, maps, data)
