@@ -189,8 +189,19 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
     for key in RELATIVE:
         table, name = key.split(".")
         value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
-        if isinstance(value, str) and value and not Path(value).expanduser().is_absolute():
-            settings[table][name] = os.path.relpath(folder.resolve() / value, out.parent.resolve())
+        if isinstance(value, str):
+            settings[table][name] = _moved(value, folder, out)
+    data = settings.get("data")
+    maps = data.get("site_maps") if isinstance(data, dict) else None
+    if isinstance(maps, dict):
+        maps.update({site: _moved(str(value), folder, out) for site, value in maps.items()})
+
+
+def _moved(value: str, folder: Path, out: Path) -> str:
+    """Return a path as it is from where the study is written to."""
+    if not value or Path(value).expanduser().is_absolute():
+        return value
+    return os.path.relpath(folder.resolve() / value, out.parent.resolve())
 
 
 def _preface(stood: Sequence[str], left: Sequence[str], read: bool) -> Iterator[str]:

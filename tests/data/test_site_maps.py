@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
-from medfed import runs
+from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources
 from medfed.data.site_maps import pointed
@@ -172,6 +172,13 @@ def test_a_run_writes_its_maps_down_and_refuses_to_go_on_with_others(tmp_path: P
     (tmp_path / "maps" / "south.toml").write_text(MAP.replace("0.111", "0.112"))
     with pytest.raises((StudyError, RunError), match=r"data.site_maps.south='maps/south.toml' was changed"):
         runs.resume(tmp_path / "run")
+
+
+def test_a_mended_study_elsewhere_finds_its_maps(tmp_path: Path) -> None:
+    _study(tmp_path, invented(40), "")
+    settings = ['data.site_maps.south="maps/south.toml"']
+    fixed = fix.fix(tmp_path / "study.toml", settings, out=tmp_path / "mended" / "study.toml")
+    assert 'south = "../maps/south.toml"' in fixed.text
 
 
 @pytest.mark.parametrize(

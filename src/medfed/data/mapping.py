@@ -90,7 +90,7 @@ def misfits(header: Sequence[str], data: Data) -> Iterator[Refusal]:
     for name in features_of(header, data):
         feature = _entry(data, name)
         other = feature.reference
-        if feature.becomes and other and not _moment(other) and other not in known:
+        if feature.becomes and other and _moment(other) is None and other not in known:
             where = toml.key("data", "dictionary", name, "reference")
             text = f"{where}={other!r} is no date (2024-12-31) and no column of the table; {nearest(other, header)}"
             yield Refusal(DataError(text))
@@ -325,7 +325,8 @@ def converted(text_U: Texts, factor: float, offset: float, absent: set[str]) -> 
     """Return texts [U], of which those that are numbers are in another unit."""
     number_U = pd.to_numeric(pd.Series(text_U, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
     known_U = np.isfinite(number_U)
-    changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
+    with np.errstate(over="ignore"):
+        changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
     return [new if known else text for new, known, text in zip(changed_U, known_U, text_U, strict=True)]
 
 
@@ -383,7 +384,8 @@ def _moments(
     if bad_U.any() and not any(fault.column == name for fault in faults):  # a reference of several columns: told once
         action = _date_action(name, form, [text for text, bad in zip(text_U, bad_U, strict=True) if bad and text])
         _tell(faults, name, bad_U, code_N, f"no date of the form {form}", action)
-    return moment_U[code_N]
+    found: np.ndarray = moment_U[code_N]
+    return found
 
 
 def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
