@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources
 from medfed.data.site_maps import pointed
-from medfed.study import Study, load
+from medfed.study import Data, Study, load
 
 MAP = """
 [rename]
@@ -101,6 +103,17 @@ def test_a_claim_bears_a_map_and_no_cell_stops_it(tmp_path: Path, caplog: pytest
     assert "column 'laktat': a value in a column that another site's map renames" in caplog.text
     with pytest.raises(DataError, match="site 'north', column 'laktat': a value in a column that another"):
         _frame(study)
+
+
+@settings(max_examples=30)
+@given(cells=st.lists(st.one_of(st.text(max_size=10), st.sampled_from(["1,5", "1.234,5", "12/31/1999"])), min_size=2))
+def test_no_cell_stops_a_claim(cells: list[str]) -> None:
+    text = '[rename]\nb = "a"\n[columns.a]\ndecimal = ","\nfactor = 1e300\n[columns.c]\ndate = "mm/dd/yyyy"'
+    frame = pd.DataFrame({"a": cells, "b": cells[::-1], "c": cells}, dtype=object)
+    site = pd.Series(["bern", "ulm"] * len(cells), dtype=object)[: len(cells)]
+    maps, data = {"bern": site_maps.parse(text, "bern")[0]}, Data(absent={"ulm": ("c",)})
+    found = site_maps.apply(frame, maps, data, site, private=True)
+    assert list(found) == ["a", "c"] and found["c"].isna()[1::2].all()
 
 
 def test_a_site_is_mapped_alike_alone(tmp_path: Path) -> None:
