@@ -334,6 +334,7 @@ def introduced(
     if keys is None:
         return PLAIN
     study, coordinator = plan.study.digest(), keys.keys["coordinator"]
+    sites = [site for site in sites if site.name in set(plan.participants)]  # who is only tested sends no row
     publisher = Publisher(keys.post("coordinator"), study, run)
     follow = {site.name: Follower(keys.post(site.name), site.study.digest(), run, coordinator.name) for site in sites}
     signed = _agreed(publisher, follow, keys.roster)

@@ -189,14 +189,23 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
     for key in RELATIVE:
         table, name = key.split(".")
         value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
-        if isinstance(value, str) and value and not os.path.isabs(os.path.expanduser(value)):
-            settings[table][name] = os.path.relpath(folder.resolve() / value, out.parent.resolve())
+        if isinstance(value, str):
+            settings[table][name] = _moved(value, folder, out)
     data = settings.get("data")
     joins = data.get("join", ()) if isinstance(data, dict) else ()
     for join in joins if isinstance(joins, (list, tuple)) else ():
-        table = join.get("table") if isinstance(join, dict) else None
-        if isinstance(table, str) and table and not Path(table).expanduser().is_absolute():
-            join["table"] = os.path.relpath(folder.resolve() / table, out.parent.resolve())
+        if isinstance(join, dict) and isinstance(join.get("table"), str):
+            join["table"] = _moved(join["table"], folder, out)
+    maps = data.get("site_maps") if isinstance(data, dict) else None
+    if isinstance(maps, dict):
+        maps.update({site: _moved(str(value), folder, out) for site, value in maps.items()})
+
+
+def _moved(value: str, folder: Path, out: Path) -> str:
+    """Return a path as it is from where the study is written to."""
+    if not value or Path(value).expanduser().is_absolute():
+        return value
+    return os.path.relpath(folder.resolve() / value, out.parent.resolve())
 
 
 def _preface(stood: Sequence[str], left: Sequence[str], read: bool) -> Iterator[str]:

@@ -31,7 +31,7 @@ from medfed.rates import Chosen
 from medfed.robust import attacks
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.secure.field import check_headroom
-from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, out_of_range, parse, put
+from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
 COINCIDE = ("fedprox", "scaffold", "fednova")
@@ -615,7 +615,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
-    if not data.features or any(map(tables.is_pattern, data.features)):
+    if not data.features or any(map(is_pattern, data.features)):
         yield from tables.undescribed(tables.features_of(columns, data), data)
 
 

@@ -864,7 +864,7 @@ def out_of_range(study: Study) -> list[Refusal]:
 
 
 def _of_cells(name: str, feature: Feature, data: Data) -> "list[tuple[str, object, bool, str]]":
-    """Return what holds of an entry that changes cells, as key, value, whether it holds, what is expected."""
+    """Return what holds of an entry that changes cells: key, value, whether it holds, what is expected."""
     counted = feature.becomes in ("age", "days since", "days until")
     numbers = bool(feature.limits or (feature.factor, feature.offset) != (1.0, 0.0))
     one = sum((feature.boolean, bool(feature.date), numbers)) <= 1
@@ -921,9 +921,18 @@ FEATURE = Ask(
 EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")
 
 
+KINDS = ("numbers", "texts")
+"""In data.features: every column of the kind."""
+
+
+def is_pattern(name: str) -> bool:
+    """Say whether an entry of data.features or data.exclude stands for many columns."""
+    return "*" in name or "?" in name or name in KINDS
+
+
 def described(feature: Feature) -> bool:
     """Say whether it is publicly known what may stand in a column."""
-    return bool(feature.range or feature.categories)
+    return bool(feature.range or feature.categories or feature.boolean)
 
 
 def describe(names: Sequence[str], dictionary: Mapping[str, Feature]) -> dict[toml.Path, Ask]:

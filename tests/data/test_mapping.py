@@ -14,7 +14,7 @@ from tests.tables import STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, StudyError
-from medfed.data import mapping, sources
+from medfed.data import describe, mapping, sources
 from medfed.data.tables import numbered
 from medfed.study import Data, Feature, Study, from_tables, load
 
@@ -208,6 +208,18 @@ def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     assert whole == [row for part in (rows[:cut], rows[cut:]) if part for row in _mapped(data, part, private)]
 
 
+@pytest.mark.parametrize("kind", ENTRIES)
+@settings(max_examples=20)
+@given(
+    texts=st.lists(st.one_of(st.text(max_size=12), CELLS, st.sampled_from(["1e308", "-1e308", "<1e999"])), min_size=1)
+)
+def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
+    data = mapping.completed(Data(target="y", dictionary=ENTRIES[kind]))
+    frame = pd.DataFrame({"a": texts, "other": texts}, dtype=object)
+    found = mapping.apply(frame, data, private=True)
+    assert len(found) == len(frame) and list(found) == mapping.columns(["a", "other"], data)
+
+
 def _mapped(data: Data, rows: list[tuple[str, str]], private: bool) -> list[list[str | None]]:
     """Return each row as it is mapped; one in doubt is empty."""
     frame = numbered(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
@@ -306,6 +318,8 @@ def test_rows_without_target_site_or_patient_are_left_out_and_counted(tmp_path: 
     counted = [(name, what, n) for name, of in frames.dropped.items() for what, n in of.items()]
     assert sum(n for _, what, n in counted if what == "rows without patient") == 2
     assert (place[0], "rows without target", 1) in counted
+    shown = describe.tables(describe.describe(runs.survey(study)))[0].caption
+    assert "left out by data.drop: rows without site: 1; " in str(shown) and f"{place[0]} 1" in str(shown)
     warned = runs.simulate(study.set("training.rounds", 1).set("training.learning_rate", 0.1)).summary["warnings"]
     assert "1 rows without site left out, as data.drop says" in warned
     assert f"site {place[0]!r}: 1 rows without target left out, as data.drop says" in warned

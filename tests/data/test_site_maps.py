@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
-from medfed import runs
+from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources
 from medfed.data.site_maps import pointed
-from medfed.study import Study, load
+from medfed.study import Data, Study, load
 
 MAP = """
 [rename]
@@ -87,7 +89,7 @@ def test_what_a_site_does_not_measure_stays_possible_by_declaration(tmp_path: Pa
     with pytest.raises(DataError, match=r"site 'south', column 'lactate': expected a number.*found no value"):
         runs.simulate(_study(tmp_path, frame, ""))  # who has a map says what is absent
     values = load(write_study(tmp_path, STUDY, invented(60))).set("data.absent", {"south": ["lactate"]})
-    with pytest.raises(DataError, match="site 'south', column 'lactate': a value where it is declared absent in row"):
+    with pytest.raises(DataError, match=r"site 'south', column 'lactate': a value where it is declared absent in row"):
         runs.simulate(values)
 
 
@@ -101,6 +103,17 @@ def test_a_claim_bears_a_map_and_no_cell_stops_it(tmp_path: Path, caplog: pytest
     assert "column 'laktat': a value in a column that another site's map renames" in caplog.text
     with pytest.raises(DataError, match="site 'north', column 'laktat': a value in a column that another"):
         _frame(study)
+
+
+@settings(max_examples=30)
+@given(cells=st.lists(st.one_of(st.text(max_size=10), st.sampled_from(["1,5", "1.234,5", "12/31/1999"])), min_size=2))
+def test_no_cell_stops_a_claim(cells: list[str]) -> None:
+    text = '[rename]\nb = "a"\n[columns.a]\ndecimal = ","\nfactor = 1e300\n[columns.c]\ndate = "mm/dd/yyyy"'
+    frame = pd.DataFrame({"a": cells, "b": cells[::-1], "c": cells}, dtype=object)
+    site = pd.Series(["bern", "ulm"] * len(cells), dtype=object)[: len(cells)]
+    maps, data = {"bern": site_maps.parse(text, "bern")[0]}, Data(absent={"ulm": ("c",)})
+    found = site_maps.apply(frame, maps, data, site, private=True)
+    assert list(found) == ["a", "c"] and found["c"].isna()[1::2].all()
 
 
 def test_a_site_is_mapped_alike_alone(tmp_path: Path) -> None:
@@ -172,6 +185,13 @@ def test_a_run_writes_its_maps_down_and_refuses_to_go_on_with_others(tmp_path: P
     (tmp_path / "maps" / "south.toml").write_text(MAP.replace("0.111", "0.112"))
     with pytest.raises((StudyError, RunError), match=r"data.site_maps.south='maps/south.toml' was changed"):
         runs.resume(tmp_path / "run")
+
+
+def test_a_mended_study_elsewhere_finds_its_maps(tmp_path: Path) -> None:
+    _study(tmp_path, invented(40), "")
+    settings = ['data.site_maps.south="maps/south.toml"']
+    fixed = fix.fix(tmp_path / "study.toml", settings, out=tmp_path / "mended" / "study.toml")
+    assert 'south = "../maps/south.toml"' in fixed.text
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical, features_of
-from medfed.study import Data, Feature
+from medfed.study import KINDS, Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
@@ -29,17 +29,15 @@ BELOW, ABOVE = "below limit", "above limit"
 """What is put behind the name of a column with detection limits: its columns of 0 and 1."""
 
 _YES = ("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "o", "vrai", "si", "sì", "sí", "s", "vero", "verdadero")
-_NO = ("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
+_NO = ("\N{MINUS SIGN}", "\N{EN DASH}", "no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
 BOOLEAN = {
     **dict.fromkeys((*_YES, "+", "pos", "positive", "positiv", "positif", "positivo"), "yes"),
-    **dict.fromkeys((*_NO, "-", "\u2212", "\u2013", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
+    **dict.fromkeys((*_NO, "-", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
 }
 """How yes and no are spelt, in lower case."""
 
 _LIMIT = re.compile(r"(<=|>=|=<|=>|[<>≤≥⩽⩾])\s*([+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # or a decimal comma: nobody can tell
-
-MARKS = ("test", "train")
 
 Texts = list[str | None]
 """Different texts of a column [U]; None for one that is missing."""
@@ -92,7 +90,7 @@ def misfits(header: Sequence[str], data: Data) -> Iterator[Refusal]:
     for name in features_of(header, data):
         feature = _entry(data, name)
         other = feature.reference
-        if feature.becomes and other and not _moment(other) and other not in known:
+        if feature.becomes and other and _moment(other) is None and other not in known:
             where = toml.key("data", "dictionary", name, "reference")
             text = f"{where}={other!r} is no date (2024-12-31) and no column of the table; {nearest(other, header)}"
             yield Refusal(DataError(text))
@@ -253,13 +251,13 @@ def different(values: pd.Series) -> tuple[np.ndarray, Texts]:
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:
     """Return the text of each row [n]."""
-    text_N: np.ndarray = np.array([*text_U], dtype=object)[code_N]
-    return text_N
+    found: np.ndarray = np.array([*text_U], dtype=object)[code_N]
+    return found
 
 
 def _flags(which_U: np.ndarray, code_N: np.ndarray) -> np.ndarray:
-    flag_N: np.ndarray = np.where(which_U, "1", "0").astype(object)[code_N]
-    return flag_N
+    found: np.ndarray = np.where(which_U, "1", "0").astype(object)[code_N]
+    return found
 
 
 def _tell(faults: list[Fault], name: str, bad_U: np.ndarray, code_N: np.ndarray, what: str, action: str) -> None:
@@ -320,7 +318,8 @@ def converted(text_U: Texts, factor: float, offset: float, absent: set[str]) -> 
     """Return texts [U], of which those that are numbers are in another unit."""
     number_U = pd.to_numeric(pd.Series(text_U, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
     known_U = np.isfinite(number_U)
-    changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
+    with np.errstate(over="ignore"):
+        changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
     return [new if known else text for new, known, text in zip(changed_U, known_U, text_U, strict=True)]
 
 
@@ -378,8 +377,8 @@ def _moments(
     if bad_U.any() and not any(fault.column == name for fault in faults):  # a reference of several columns: told once
         action = _date_action(name, form, [text for text, bad in zip(text_U, bad_U, strict=True) if bad and text])
         _tell(faults, name, bad_U, code_N, f"no date of the form {form}", action)
-    moment_N: np.ndarray = moment_U[code_N]
-    return moment_N
+    found: np.ndarray = moment_U[code_N]
+    return found
 
 
 def _date_action(name: str, form: str, bad: Sequence[str]) -> str:
@@ -405,7 +404,8 @@ def _marks(frame: pd.DataFrame, data: Data, faults: list[Fault], private: bool) 
         action = "Data are tested by time: correct the cells, or set data.drop = ['rows without time']"
         faults.append(Fault(data.time, gone, "no date", action))
     later = moment_N >= _moment(data.test_from)
-    return np.where(later, *MARKS).astype(object)
+    marks: np.ndarray = np.where(later, "test", "train").astype(object)
+    return marks
 
 
 # rows ---------------------------------------------------------------------------------------------------------------
@@ -419,11 +419,13 @@ def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
     if name == data.patient:
         absent = patient_ids.nobodies(data.missing_values)
         code_N, found = pd.factorize(id_texts(frame[name], f"column {name!r}"))
-        return np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
+        nobody: np.ndarray = np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
+        return nobody
     feature = _entry(data, name)
     code_N, text_U = different(frame[name])
     text_U = recoded(text_U, {}, {*data.missing_values, *feature.missing})
-    return np.array([text is None for text in text_U], dtype=bool)[code_N]
+    gone: np.ndarray = np.array([text is None for text in text_U], dtype=bool)[code_N]
+    return gone
 
 
 def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.ndarray]:
@@ -438,7 +440,7 @@ def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.n
 
 def refuse_kinds(data: Data) -> Iterator[Refusal]:
     """Yield the words that take features by what their cells hold: under a claim nothing follows from cells."""
-    if words := [word for word in data.features if word in ("numbers", "texts")]:
+    if words := [word for word in data.features if word in KINDS]:
         text = (
             f"data.features holds {words[0]!r} and a privacy claim do not compose: which columns are numbers would "
             "follow from patients' cells. Name the columns, or give a pattern ('lab_*')."

@@ -210,16 +210,16 @@ def _renamed(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Faul
             moved[to] = np.where(rows_N, _objects(frame[old]), values)
     for old, rows_N in claimed.items():
         left_N = ~rows_N & _known(frame[old])
-        if old not in new:
+        if old not in new:  # else it is another site's name for something
             action = f'Rename it in that site\'s map too: [rename] {toml.key(old)} = "NAME", or "" to leave it out'
             _fault(faults, old, left_N, "a value in a column that another site's map renames", action)
-        elif old not in moved:
-            continue
     for name, one in maps.items():  # a column that is renamed away and not renamed to is empty here
         rows_N = (site == name).to_numpy(dtype=bool)
         for old in one.rename:
             if old in new and old not in one.names().values():
-                moved[old] = pd.Series(moved.get(old, _objects(frame[old])), dtype=object).mask(rows_N, None).to_numpy()
+                left = moved.get(old, _objects(frame[old])).copy()
+                left[rows_N] = None
+                moved[old] = left
     frame = frame.assign(**{name: pd.Series(v, frame.index, dtype=_kind(frame)) for name, v in moved.items()})
     return frame[new]
 
@@ -269,8 +269,8 @@ def _cells(
         known = [None if text in absent else text for text in text_U]
         changed = mapping.converted(known, entry.factor, entry.offset, absent)
         text_U = [text if new is None else new for text, new in zip(text_U, changed, strict=True)]
-    text_N: np.ndarray = np.array([*text_U], dtype=object)[code_N]
-    return text_N
+    found: np.ndarray = np.array([*text_U], dtype=object)[code_N]
+    return found
 
 
 def pointed(text: str | None) -> str | None:

@@ -34,7 +34,7 @@ from medfed.core.streams import Streams
 from medfed.data import databases, doubts, joins, mapping, readers, site_maps
 from medfed.data.partition import site_of
 from medfed.data.readers import Reading
-from medfed.data.tables import Frames, canonical, named_patients, numbered, with_kinds
+from medfed.data.tables import Frames, named_patients, numbered, with_kinds
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -112,8 +112,10 @@ def _sited(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Series | N
         return frame, None, 0
     frame = mapping.apply(frame, data, True, None, [data.site])
     frame, gone_N = mapping.drop(frame, "rows without site", data)
-    nowhere = mapping.lacking(frame, "rows without site", data)
-    return frame, canonical(frame[data.site]).mask(nowhere, ""), int(gone_N.sum())
+    absent = {"", *data.missing_values, *data.dictionary.get(data.site, Feature()).missing}
+    code_N, text_U = mapping.different(frame[data.site])
+    name_U = np.array(["" if text is None or text in absent else text for text in text_U], dtype=object)
+    return frame, pd.Series(name_U[code_N], index=frame.index, dtype=object), int(gone_N.sum())
 
 
 def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:

@@ -32,14 +32,13 @@ from medfed.core.streams import Streams
 from medfed.data import cells, dates, doubts, readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
-from medfed.study import Data, Feature, describe, described
+from medfed.study import KINDS, Data, Feature, describe, described, is_pattern
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier
 _MOST_LABELS = 64
-KINDS = ("numbers", "texts")  # in data.features: every column of the kind
-_MOST_MISNAMED = 20  # columns that are looked up one by one for a name that they may mean
+_MOST_MISNAMED = 10  # columns that are looked up one by one for a name that they may mean
 _LIMIT_LIKE = r"(?:[<>]=?|=[<>]|[≤≥⩽⩾])\s*[+-]?[\d.,]+"
 
 
@@ -480,11 +479,6 @@ def excluded(columns: Sequence[str], data: Data) -> set[str]:
     return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
 
 
-def is_pattern(name: str) -> bool:
-    """Say whether an entry of data.features or data.exclude stands for many columns."""
-    return "*" in name or "?" in name or name in KINDS
-
-
 def matching(pattern: str, columns: Sequence[str]) -> list[str]:
     """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may be any column."""
     if pattern in KINDS:
@@ -667,8 +661,8 @@ class _Column:
         if forms == [dates.SHORT]:
             return f"dates are not features, and these have years of two digits: write out the century, {leave}"
         which = f" ({' or '.join(forms)})" if forms else ", of several forms"
-        known = "Which of the forms it is only you know; " if len(forms) > 1 else ""
-        return f"dates are not features{which}. {known}say what they become: {way}; {leave}"
+        say = "Which of the forms it is only you know; say" if len(forms) > 1 else "Say"
+        return f"dates are not features{which}. {say} what they become: {way}; {leave}"
 
     def _all_dates(self) -> bool:
         """Say whether all cells of a column without a range are numbers of eight digits that are days."""
@@ -838,8 +832,8 @@ def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, note
     sides = [np.bincount(patient[side], minlength=many) > 0 for side in (held, ~held)]
     both: np.ndarray = (sides[0] & sides[1])[patient]
     if data.test_from:  # who comes back later is tested on, and never trained on: with every row
-        late: np.ndarray = held | both
-        return late
+        either: np.ndarray = held | both
+        return either
     if private:
         for k, rows in frames.rows(~known | (both & held)):
             text_ = "site %r, column %r: trained on, as not held out by a clear mark: row %s"

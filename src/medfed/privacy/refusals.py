@@ -14,7 +14,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import counted_together, mode
-from medfed.study import RANGE, Data, Feature, Study, describe, described
+from medfed.study import RANGE, Data, Feature, Study, describe, described, is_pattern
 
 
 def check(study: Study) -> None:
@@ -141,7 +141,8 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     Columns that it does not name are refused when the table's header is read (`data.tables.undescribed`).
     """
     data = study.data
-    names = [name for name in data.features if not described(data.dictionary.get(name, Feature()))]
+    named = [name for name in data.features if not is_pattern(name)]
+    names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
     if names:
         first, more = names[0], len(names) > 1
         whose = "their" if more else "its"
