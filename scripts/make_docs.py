@@ -140,10 +140,10 @@ from fractions import Fraction
 
 from medfed.data import clinical
 
-clinical.proposal("Kreatinin [µmol/l]")         # one entry: its range in µmol/L
-clinical.proposal("creatinine_max_24h")         # two, in mg/dL and µmol/L: the name does not say, you do
-clinical.proposal("delta_creatinine")           # none: a change of creatinine is not creatinine
-clinical.proposal("pH")                         # two: of blood, of urine
+clinical.proposal("Kreatinin [µmol/l]")  # one entry: its range in µmol/L
+clinical.proposal("creatinine_max_24h")  # two, in mg/dL and µmol/L: the name does not say, you do
+clinical.proposal("delta_creatinine")  # none: a change of creatinine is not creatinine
+clinical.proposal("pH")  # two: of blood, of urine
 clinical.proposal("alt"), clinical.proposal("na")  # none: German for old, missing; "ALT [U/l]" is known
 clinical.conversion("glucose", "mg/dL", "mmol/L")(Fraction(90))  # exact
 ```
