@@ -240,7 +240,7 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:4])
         notes["data", "exclude"] = told + (f"; and {len(why) - 4} more" if len(why) > 4 else "")
     for shape in features:
-        if shape.name in why or shape.numbers < 0.9 or shape.name in data.get("dictionary", {}):
+        if shape.name in why or shape.numbers < 0.9 or shape.distinct <= 2 or shape.name in data.get("dictionary", {}):
             continue
         entries = clinical.proposal(shape.name)
         if len(entries) == 1:

@@ -152,6 +152,17 @@ def test_what_the_study_accepts_is_not_doubted(tmp_path: Path, accepted: str) ->
     assert len(found(study.set("data.accept", ["target-copy:age"]))) == 1
 
 
+def test_an_index_in_files_of_several_hospitals_is_one_too(tmp_path: Path) -> None:
+    """Rows are named by file there: Bern.csv:17."""
+    for name, rows in invented().groupby("hospital"):
+        rows.drop(columns="hospital").assign(nr=range(len(rows))).to_csv(tmp_path / f"{name}.csv", index=False)
+    text = STUDY.replace('table = "cohort.csv"', 'table = "*.csv"').replace('site = "hospital"', "site_is_file = true")
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    (doubt,) = found(medfed.load_study(path))
+    assert (doubt.code, doubt.column, doubt.sites) == ("row-number", "nr", ("east", "north", "south"))
+
+
 def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:
     def several(frame: pd.DataFrame) -> None:
         an_index(frame)

@@ -159,7 +159,7 @@ def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: D
         return None
     leave = _leave_out(name)
     steps = np.diff(values)
-    if (steps == np.diff(row_N)).all() or (steps == 1).all():
+    if (steps == 1).all() or (row_N.dtype != object and (steps == np.diff(row_N)).all()):
         return Doubt(
             "row-number", name, "counts the rows of the file, as an index does; it is no measurement", mend=leave
         )

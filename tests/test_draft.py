@@ -1,0 +1,142 @@
+"""A table drafts its own study: two commands from an export to a model, and nothing decided in silence."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import medfed
+from medfed import draft, runs
+from medfed import study as studies
+from medfed.core.checks import MedfedError
+from tests.tables import STUDY, invented, write_study
+from tests.test_cli import medfed as command
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def exports(folder: Path, rows: int = 90) -> Path:
+    """Write three hospitals' exports as a German spreadsheet does: semicolons, decimal commas, cp1252."""
+    rng = np.random.default_rng(1)
+    place = folder / "exports"
+    place.mkdir()
+    for k, hospital in enumerate(("Zürich", "Genève", "Lugano")):
+        age, creatinine = rng.integers(18, 95, rows), np.exp(rng.normal(4.4, 0.4, rows)).round(1)
+        risk = 0.08 * (age - 60) + 2 * (np.log(creatinine) - 4.4)
+        frame = pd.DataFrame(
+            {
+                "Fallnummer": [f"{k}{i:06d}" for i in range(rows)],
+                "Alter": age,
+                "Geschlecht": rng.choice(["männlich", "weiblich"], rows),
+                "Kreatinin (µmol/l)": [str(value).replace(".", ",") for value in creatinine],
+                "Aufnahme": pd.date_range("2023-01-01", periods=rows).strftime("%d.%m.%Y"),
+                "Diagnosetext": [f"Text {i} Größe" for i in range(rows)],
+                "verstorben": np.where(rng.random(rows) < 1 / (1 + np.exp(-risk)), "ja", "nein"),
+            }
+        )
+        frame.loc[3, "Kreatinin (µmol/l)"] = "k.A."
+        frame.to_csv(place / f"{hospital}.csv", sep=";", index=False, encoding="cp1252")
+    return place
+
+
+def test_two_commands_from_an_export_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exports(tmp_path)
+    out = tmp_path / "studies" / "study.toml"
+    assert command("data", "show", tmp_path / "exports", "--write", out) == 0
+    told = capsys.readouterr().out
+    assert "then: medfed run" in told and "nothing doubtful was found" in told
+
+    study = medfed.load_study(out)
+    data = study.data
+    assert (data.target, data.positive, data.patient, data.site_is_file) == ("verstorben", "ja", "Fallnummer", True)
+    assert (data.format.separator, data.format.decimal, data.format.encoding) == (";", ",", "cp1252")
+    assert set(data.exclude) == {"Aufnahme", "Diagnosetext"} and "k.A." in data.missing_values
+    creatinine = data.dictionary["Kreatinin (µmol/l)"]
+    assert creatinine.log and creatinine.unit == "µmol/L" and creatinine.range[1] > 2000
+    assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
+    assert medfed.load(tmp_path / "run").summary["test"]["auroc"] > 0.6
+
+
+def test_every_proposal_says_why_and_a_choice_stays_open(tmp_path: Path) -> None:
+    frame = invented().rename(columns={"lactate": "creatinine"})
+    frame.to_csv(tmp_path / "cohort.csv", index=False)
+    made = draft.draft(tmp_path / "cohort.csv", tmp_path / "study.toml")
+    lines = made.text.splitlines()
+    for key in ("target", "site", "patient"):
+        assert any(line.startswith(f"{key} = ") and "  # " in line for line in lines)
+    (choice,) = [line for line in lines if "set range to" in line]
+    assert "mg/dL" in choice and "µmol/L" in choice  # the unit is not in the name: nobody guesses it
+    assert not made.blanks and not made.unread
+
+
+def test_what_nobody_can_guess_is_asked_for(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pd.DataFrame(rng.normal(size=(50, 3)), columns=["a", "b", "c"]).to_csv(tmp_path / "t.csv", index=False)
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml")
+    assert made.blanks == ("data.target", "data.site")
+    assert "FILL IN: the column to predict" in made.text
+    with pytest.raises(MedfedError, match=r"data\.target is not set"):
+        runs.simulate(medfed.load_study(_written(made.text, tmp_path)))
+
+
+def test_doubts_are_settled_in_the_draft_with_their_reason(tmp_path: Path) -> None:
+    frame = invented()
+    frame.insert(0, "row", range(len(frame)))
+    frame["exitus"] = frame["died"].map({"yes": "tot", "no": "lebt"})
+    frame.loc[frame["hospital"] == "south", "ward"] = frame["ward"].str.upper()
+    frame.to_csv(tmp_path / "cohort.csv", index=False)
+    made = draft.draft(tmp_path / "cohort.csv", tmp_path / "study.toml", ['data.target="died"'])
+    study = studies.from_text(made.text, tmp_path / "study.toml")
+    assert set(study.data.exclude) == {"row", "exitus"}
+    assert study.data.dictionary["ward"].recode == {"ICU": "icu", "WARD": "ward", "ER": "er"}
+    assert "counts the rows" in made.text and "in other words" in made.text
+    assert runs.simulate(study).complete
+
+
+def test_what_is_set_by_hand_is_not_proposed_again(tmp_path: Path) -> None:
+    invented().to_csv(tmp_path / "cohort.csv", index=False)
+    settings = ['data.target="ward"', 'data.patient=""', 'data.format.separator=","']
+    made = draft.draft(tmp_path / "cohort.csv", tmp_path / "study.toml", settings)
+    study = studies.from_text(made.text, tmp_path / "study.toml")
+    assert study.data.target == "ward" and study.data.patient == "" and study.data.format.separator == ","
+
+
+def test_a_draft_overwrites_nothing_and_is_for_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path, STUDY)
+    assert command("data", "show", tmp_path / "cohort.csv", "--write", path) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert command("data", "show", path, "--write", tmp_path / "other.toml") == 2
+    assert "expected a table" in capsys.readouterr().err
+
+
+def test_the_doctor_tells_every_doubt_in_order_of_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = invented()
+    frame["version"] = 3
+    frame["exitus"] = frame["died"].map({"yes": 1, "no": 0})
+    path = write_study(tmp_path, STUDY, frame)
+    assert command("data", "show", path) == 0
+    told = capsys.readouterr().out
+    assert "2 doubts; 1 of them would stop a run" in told
+    assert told.index("exitus") < told.index("column 'version'")
+    assert command("data", "show", path, "--json") == 0
+    doubts = json.loads(capsys.readouterr().out)["doubts"]
+    assert [(one["code"], one["harm"]) for one in doubts] == [("target-copy", "error"), ("constant", "warning")]
+
+
+def test_with_many_sites_gaps_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = invented(600)
+    frame["hospital"] = [f"h{i % 49:02d}" for i in range(len(frame))]
+    path = write_study(tmp_path, STUDY, frame)
+    assert command("data", "show", path) == 0
+    told = capsys.readouterr().out
+    assert "the worst first" in told and max(map(len, told.splitlines())) <= 120
+    assert command("data", "show", path, "--all") == 0
+    assert "the worst first" not in capsys.readouterr().out
+
+
+def _written(text: str, folder: Path) -> Path:
+    path = folder / "draft.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
