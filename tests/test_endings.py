@@ -121,7 +121,7 @@ def test_a_study_in_another_encoding_is_refused(
 ) -> None:
     (tmp_path / "study.toml").write_bytes((place / "study.toml").read_text("utf-8").replace("€", "").encode("latin-1"))
     assert ended("study", "check", tmp_path / "study.toml") == 2
-    assert re.search(r"error study=.* is not in UTF-8 .*; save it as UTF-8", capsys.readouterr().err)
+    assert re.search(r"error study=.* not in UTF-8 .*; save it as UTF-8", capsys.readouterr().err)
 
 
 # Readers that go away -------------------------------------------------------------------------------------------------
@@ -143,7 +143,8 @@ def test_an_output_that_is_full_is_told() -> None:
         done = subprocess.run([*COMMAND, "studies"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
     assert re.fullmatch(
-        rb"error standard output cannot be used: No space left on device\. Free the disk.*\n", done.stderr
+        rb"error (a file, or )?standard output,? cannot be used: No space left on device\. Free the disk.*\n",
+        done.stderr,
     )
 
 
@@ -203,7 +204,11 @@ def test_debug_shows_the_traceback(
             2,
             r"a/file cannot be used: Input/output error\. Look at the disk",
         ),
-        (OSError(28, "No space left on device"), 2, r"standard output cannot be used: No space left on device\. Free"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            r"a file, or standard output, cannot be used: No space left on device\. Free",
+        ),
         (OSError("something else"), 3, "unexpected OSError"),
         (RecursionError(), 3, "unexpected RecursionError"),
         (DataError("row 3 is torn; mend it"), 2, "row 3 is torn; mend it"),

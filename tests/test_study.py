@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medfed.core.checks import StudyError
 from medfed.plan import check
-from medfed.study import Feature, Study, bundled, from_tables, load, parse_value
+from medfed.study import Feature, Study, bundled, from_tables, load, names_a_folder, parse_value
 
 
 def _refusal(tables: dict[str, Any]) -> str:
@@ -273,7 +273,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
 @given(
-    TEXT,
+    TEXT.filter(names_a_folder),  # others are refused: tests/test_folders.py
     st.integers(0, 2**63 - 1),
     st.floats(1e-9, 1e5),
     st.lists(TEXT, max_size=3, unique=True),

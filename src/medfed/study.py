@@ -608,7 +608,9 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
             f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
         ) from None
     except UnicodeDecodeError as error:
-        raise StudyError(f"study={str(path)!r} is not in UTF-8 ({error}); save it as UTF-8") from error
+        raise StudyError(
+            f"study={str(path)!r} cannot be read as TOML: not in UTF-8 ({error}); save it as UTF-8"
+        ) from error
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
     for setting in settings:

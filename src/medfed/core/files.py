@@ -57,9 +57,14 @@ def explained(path: Path, *but: type[OSError]) -> Iterator[None]:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}. {way_out(error)}.") from error
 
 
+def is_full(error: OSError) -> bool:
+    """Say whether the system refuses for want of room."""
+    return error.errno in _FULL
+
+
 def way_out(error: OSError) -> str:
     """Return what a person can do about a refusal of the system."""
-    if error.errno in _FULL:
+    if is_full(error):
         return "Free the disk, or the quota"
     if error.errno in _FORBIDDEN:
         return "Make the folder writable, or name another"

@@ -47,7 +47,8 @@ def save(identity: Identity, path: Path, passphrase: str = "") -> None:
     except FileExistsError as error:
         raise KeyFileError(f"{path} exists; keys are never overwritten. Give another file, or move it away.") from error
     except OSError as error:
-        raise KeyFileError(f"{path} cannot be written: {error.strerror}. {files.way_out(error)}.") from error
+        way = files.way_out(error) if files.is_full(error) else "Give a folder that you may write"
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}. {way}.") from error
 
 
 def load(path: Path, passphrase: str = "") -> Identity:
