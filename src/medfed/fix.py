@@ -194,9 +194,9 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
     data = settings.get("data")
     joins = data.get("join", ()) if isinstance(data, dict) else ()
     for join in joins if isinstance(joins, (list, tuple)) else ():
-        table = join.get("table") if isinstance(join, dict) else None
-        if isinstance(table, str) and table and not Path(table).expanduser().is_absolute():
-            join["table"] = os.path.relpath(folder.resolve() / table, out.parent.resolve())
+        place = join.get("table") if isinstance(join, dict) else None
+        if isinstance(place, str) and place and not Path(place).expanduser().is_absolute():
+            join["table"] = os.path.relpath(folder.resolve() / place, out.parent.resolve())
 
 
 def _preface(stood: Sequence[str], left: Sequence[str], read: bool) -> Iterator[str]:

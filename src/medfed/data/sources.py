@@ -153,7 +153,7 @@ def completed(study: Study) -> Data:
         databases.check(data)
     if data.site_is_file and not data.table:
         raise StudyError("data.site_is_file and no data.table; expected a folder or a pattern of files")
-    if data.site_is_file and data.site:
+    if data.site_is_file and data.site not in ("", readers.SITE):
         raise StudyError(f"data.site_is_file and data.site={data.site!r} both say who is where; keep one")
     if data.table or data.database:
         return dataclasses.replace(data, site=readers.SITE) if data.site_is_file else data
