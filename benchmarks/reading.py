@@ -55,6 +55,10 @@ def arrow_texts(path: Path) -> Any:
     return pacsv.read_csv(path, convert_options=kinds, parse_options=pacsv.ParseOptions(newlines_in_values=True))
 
 
+def arrow_pandas(path: Path) -> Any:
+    return arrow_texts(path).to_pandas(split_blocks=True, self_destruct=True)
+
+
 def arrow_types(path: Path) -> Any:
     import pyarrow.csv as pacsv
 
@@ -101,6 +105,7 @@ Reader = Callable[[Path], Any]
 CSV: dict[str, Reader] = {
     "pandas, texts": pandas_texts,
     "pyarrow, texts": arrow_texts,
+    "pyarrow, texts, to pandas": arrow_pandas,
     "polars, texts": polars_texts,
     "medfed": ours,
     "pandas, types": pandas_types,
