@@ -63,6 +63,7 @@ class Feature:
     )
     recode: dict[str, str] = field(
         default_factory=dict,
+        hash=False,
         metadata={
             "doc": "Texts that mean another: recode = { Yes = 'yes', \"1\" = 'yes' }; a feature's or the target's. "
             "Before anything else is read of a cell; a number is compared as 1, not 1.0. An empty text means 'not "

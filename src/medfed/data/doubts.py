@@ -292,7 +292,7 @@ def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
 def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
     counts = Counter[str]()
     for survey in surveys.values():
-        counts.update(survey["labels"])
+        counts.update(survey.get("labels", {}))
     if data.dictionary.get(data.target) and data.dictionary[data.target].categories:
         return
     yield from _header(counts, data)
@@ -313,17 +313,17 @@ def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
 
 def _texts(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
     """Yield the text columns whose categories differ by spelling alone."""
-    for name in dict.fromkeys(name for survey in surveys.values() for name in survey["texts"]):
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("texts", ())):
         if name in data.dictionary and data.dictionary[name].categories:
             continue
-        counts = Counter(text for survey in surveys.values() for text in survey["texts"].get(name, ()))
+        counts = Counter(text for survey in surveys.values() for text in survey.get("texts", {}).get(name, ()))
         yield from _spelt("spelling", name, counts)
 
 
 def _columns(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
     """Yield the columns that hold nothing, or one value, at all sites."""
-    for name in dict.fromkeys(name for survey in surveys.values() for name in survey["missing"]):
-        told = [survey for survey in surveys.values() if name in survey["missing"]]
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("missing", ())):
+        told = [survey for survey in surveys.values() if name in survey.get("missing", ())]
         leave = _leave_out(name)
         if all(survey["missing"][name] == survey["train"] + survey["test"] for survey in told):
             yield Doubt("empty", name, "has no value at any site", mend=leave)
