@@ -40,6 +40,9 @@ def test_the_texts_that_mean_held_out_are_declared(tmp_path: Path) -> None:
     assert _tested(study) == set(frame["subject"][::3])
     with pytest.raises(DataError, match=r"column 'cohort': neither test nor train in row .*data.test_values"):
         _tested(_study(tmp_path, frame, test="cohort"))
+    recode = {"Validierung": "test", "A": "train", "B": "train"}
+    recoded = _study(tmp_path, frame, test="cohort").set("data.dictionary", {"cohort": {"recode": recode}})
+    assert _tested(recoded) == set(frame["subject"][::3])
     frame.loc[4, "cohort"] = ""
     with pytest.raises(DataError, match=r"column 'cohort': no mark in row 6"):
         _tested(_study(tmp_path, frame, test="cohort", test_values=["Validierung"]))

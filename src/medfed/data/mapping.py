@@ -193,7 +193,7 @@ def apply(
     """
     header = [str(name) for name in frame.columns]
     roles = roles_of(data)
-    chosen = names if names is not None else [n for n in features_of(header, data) if n not in roles]
+    chosen = names if names is not None else [n for n in (*features_of(header, data), data.test) if n not in roles]
     faults: list[Fault] = []
     made: dict[str, object] = {}
     for name in chosen:
