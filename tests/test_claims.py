@@ -319,7 +319,7 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(
 
 def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"north": "[bold]north[/]", "south": "<b>south</b>", "east": "[/red]"}
-    text = PRIVATE.replace('name = "invented private"', 'name = "<script>[/x]"')
+    text = PRIVATE.replace('name = "invented private"', 'name = "<script>[x]"')
     for plain_name, name in names.items():
         text = text.replace(f"{plain_name} = ", f'"{name}" = ')
     frame = invented()
@@ -329,7 +329,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         capsys.readouterr()
         assert command("privacy", *words) == 0
         said = capsys.readouterr().out
-        assert "<script>[/x]" in said and all(name in said for name in names.values())
+        assert "<script>[x]" in said and all(name in said for name in names.values())
     page = claims.generate_privacy_report(tmp_path / "run").read_text()
     assert "<script" not in page and "<b>south" not in page
-    assert "&lt;script&gt;[/x]" in page and "&lt;b&gt;south&lt;/b&gt;" in page
+    assert "&lt;script&gt;[x]" in page and "&lt;b&gt;south&lt;/b&gt;" in page

@@ -47,7 +47,10 @@ def _differing(rows: int = 60) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _study(folder: Path, frame: pd.DataFrame, text: str = MAP, study: str = STUDY) -> Study:
     (folder / "maps").mkdir(exist_ok=True)
     (folder / "maps" / "south.toml").write_text(text, encoding="utf-8")
-    return load(write_study(folder, study, frame)).set("data.site_maps", {"south": "maps/south.toml"})
+    mapped = load(write_study(folder, study, frame)).set("data.site_maps", {"south": "maps/south.toml"})
+    return mapped.set(
+        "data.format.decimal", "."
+    )  # one file of both kinds is asked about; a map says which site's is which
 
 
 def _frame(study: Study, private: bool = False) -> pd.DataFrame:
