@@ -109,7 +109,7 @@ def _in_the_locale_s_encoding(path: Path) -> Iterator[int]:
         )
         binary = any(re.fullmatch(r"[rwxab+]*b[rwxab+]*", mode) for mode in modes)
         whose = ast.unparse(node.func)
-        ours = re.fullmatch(r"(os|Ledger|Trail|webbrowser|Site|cls|self)\.open|_open", whose)
+        ours = re.fullmatch(r"(os|Ledger|Trail|webbrowser|Site|cls|self|archive)\.open|_open", whose)
         if name in TEXTS and not binary and not ours and "encoding" not in {one.arg for one in node.keywords}:
             yield node.lineno
 

@@ -35,15 +35,10 @@ def far(values: np.ndarray) -> np.ndarray:
     steps, counts = np.unique(np.append(distance[np.isfinite(distance)], abs(median)), return_counts=True)
     steps, counts = steps[steps > 0], counts[steps > 0]
     beyond = np.cumsum(counts[::-1])[::-1]  # how many lie at least that far
-    first = np.inf
-
-    for i in range(len(steps) - 1, 0, -1):
-        others = int(counts[:i].sum())
-        least = _FAR if others >= _FEW else _FAR_OF_FEW
-        if 2 * beyond[i] >= len(known):
-            break
-        if steps[i] / steps[i - 1] >= least:
-            first = steps[i]
+    others = np.cumsum(counts)[:-1]
+    least = np.where(others >= _FEW, _FAR, _FAR_OF_FEW)
+    gap = (steps[1:] / steps[:-1] >= least) & (2 * beyond[1:] < len(known))
+    first = steps[1:][gap].min(initial=np.inf)
     return np.asarray(distance >= first)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from medfed.core import toml
 from medfed.core.checks import DataError, some, those
@@ -136,7 +137,7 @@ def of_site(table: "SiteTable", row_N: np.ndarray, data: Data) -> Iterator[Doubt
         if not described(data.dictionary.get(name, Feature())) and (doubt := _identifier(name, values, row_N, data)):
             yield doubt
             continue
-        if doubt := _copies(name, _codes(table, name), values, label_N, data, len(table.features())):
+        if doubt := _copies(name, table, label_N, data):
             yield doubt
 
 
@@ -174,39 +175,23 @@ def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: D
     return Doubt("identifier", name, text, mend={**names, **leave})
 
 
-def _codes(table: "SiteTable", name: str) -> np.ndarray:
-    """Return a code for each cell [rows], alike for like cells; -1 where it is missing."""
-    if name in table.texts:
-        cells = table.texts[name]
-        known = np.array([cell is not None for cell in cells], dtype=bool)
-        codes = np.unique(np.where(known, cells, ""), return_inverse=True)[1]
-    else:
-        cells = table.numbers[name]
-        known = np.isfinite(cells)
-        codes = np.unique(np.where(known, cells, 0), return_inverse=True)[1]
-    return np.where(known, codes, -1)
-
-
-def _copies(
-    name: str, code_N: np.ndarray, values: np.ndarray | None, label_N: np.ndarray, data: Data, columns: int
-) -> Doubt | None:
+def _copies(name: str, table: "SiteTable", label_N: np.ndarray, data: Data) -> Doubt | None:
     """Return that a column, or its gaps, says what is to be predicted."""
-    leave = _leave_out(name)
-    known = code_N >= 0
+    leave, columns = _leave_out(name), len(table.features())
+    cells = table.texts[name] if name in table.texts else table.numbers[name]
+    known = ~pd.isna(cells)
     if data.task == "regression":
-        if values is not None and known.sum() >= FEW and _linear(values[known], label_N[known]):
+        if name in table.numbers and known.sum() >= FEW and _linear(cells[known], label_N[known]):
             return Doubt("target-copy", name, f"is {data.target!r} itself, or a multiple of it", mend=leave)
         return None
-    if _unlikely(label_N, columns) and _one_to_one(known.astype(int), label_N):
+    if not known.all() and _one_to_one(known, label_N) and _unlikely(label_N, columns):
         text = f"is empty exactly where {data.target!r} is one label: its gaps tell the answer"
         return Doubt("gaps-copy-target", name, text, mend=leave)
-    if not _unlikely(label_N[known], columns):
-        return None
-    if _one_to_one(code_N[known], label_N[known]):
-        return Doubt(
-            "target-copy", name, f"is {data.target!r} in other words: each value goes with one label", mend=leave
-        )
-    if values is not None and _separates(values[known], label_N[known]):
+    cells, label_N = cells[known], label_N[known]
+    if _one_to_one(cells, label_N) and _unlikely(label_N, columns):
+        text = f"is {data.target!r} in other words: each value goes with one label"
+        return Doubt("target-copy", name, text, mend=leave)
+    if name in table.numbers and _separates(cells, label_N) and _unlikely(label_N, columns):
         return Doubt("separates", name, f"alone tells the labels of {data.target!r} apart, in every row", mend=leave)
     return None
 
@@ -228,23 +213,33 @@ def _unlikely(label_N: np.ndarray, columns: int) -> bool:
     return ways > math.log(2 * columns / CHANCE)
 
 
-def _one_to_one(code_N: np.ndarray, label_N: np.ndarray) -> bool:
-    """Say whether each code goes with one label and each label with one code, of two or more."""
-    first = code_N[:64]
-    if len(np.unique(first)) > len(np.unique(label_N)):
-        return False
-    pairs = np.unique(np.stack([code_N, label_N]), axis=1)
-    return pairs.shape[1] > 1 and all(len(np.unique(side)) == len(side) for side in pairs)
+def _one_to_one(cells: np.ndarray, label_N: np.ndarray) -> bool:
+    """Say whether each value goes with one label and each label with one value, of two or more.
+
+    Hardly any column looks so in its first rows; only then all are looked at.
+    """
+    for some_N in (slice(_GLANCE), slice(None)):
+        pairs = set(zip(cells[some_N].tolist(), label_N[some_N].tolist(), strict=True))
+        values, labels = ({pair[side] for pair in pairs} for side in (0, 1))
+        if not len(pairs) == len(values) == len(labels):
+            return False
+    return len(pairs) > 1
 
 
 def _separates(values: np.ndarray, label_N: np.ndarray) -> bool:
     """Say whether two labels lie on two sides of a number."""
-    labels = np.unique(label_N)
-    if len(labels) != 2:
-        return False
-    first = values[label_N == labels[0]]
-    second = values[label_N == labels[1]]
-    return bool(first.max() < second.min() or second.max() < first.min())
+    for some_N in (slice(_GLANCE), slice(None)):
+        labels = np.unique(label_N[some_N])
+        if len(labels) != 2:
+            continue
+        first = values[some_N][label_N[some_N] == labels[0]]
+        second = values[some_N][label_N[some_N] == labels[1]]
+        if not (first.max() < second.min() or second.max() < first.min()):
+            return False
+    return len(labels) == 2
+
+
+_GLANCE = 64
 
 
 # Between sites --------------------------------------------------------------------------------------------------------
