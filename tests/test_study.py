@@ -305,7 +305,13 @@ def test_bundled_studies_survive_toml(name: str) -> None:
 
 def _changed(key: str, value: Any) -> Any:
     """Return another value of the same kind, in range, for any key of the study."""
-    known = {"data.task": "binary", "data.on_missing": "refuse", "data.split": "stratified", "training.path": "loop"}
+    known = {
+        "data.task": "binary",
+        "data.on_missing": "refuse",
+        "data.on_outside": "refuse",
+        "data.split": "stratified",
+        "training.path": "loop",
+    }
     known |= {"data.preprocess": "none", "training.optimizer": "adam", "training.weighting": "uniform"}
     known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
     known |= {"data.identity": "exact", "data.missing_patient": "own", "data.threshold": "youden"}

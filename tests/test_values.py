@@ -11,6 +11,7 @@ from sklearn.datasets import load_breast_cancer
 
 import medfed
 from medfed import runs
+from medfed.core.checks import DataError
 from medfed.study import Study
 from tests.tables import STUDY, invented, write_study
 
@@ -104,3 +105,13 @@ def test_the_bundled_cohorts_have_nothing_to_tell(data_dir: Path) -> None:
         study = medfed.load_study(name).set("privacy", {}).set("sites.kind", "hospital")
         surveys = runs.survey(study, data_dir)
         assert all(not survey["far"] for survey in surveys.values()), name
+
+
+def test_a_cell_of_one_site_is_said_of_that_site(tmp_path: Path) -> None:
+    """The attack: 1e300 at one hospital was said of the first in the list, and of all."""
+
+    def wild(frame: pd.DataFrame) -> None:
+        frame.loc[frame.index[frame["hospital"] == "east"][0], "lactate"] = 1e300
+
+    with pytest.raises(DataError, match="^site 'east': lactate: values beyond 3e38"):
+        medfed.simulate(_study(tmp_path, wild, "").set("data.preprocess", "none"))

@@ -188,6 +188,8 @@ def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
             raise SiteError(f"op={op!r} is not known; run the same medfed everywhere")
         return OPS[op](sites, header, tensors)
     except MedfedError as error:
+        if len(sites) > 1 and op == "prepare":  # a cell of one site is no other's fault
+            return [handle_many([site], op, payload)[0] for site in sites]
         return [error if isinstance(error, SiteError) else SiteError(str(error)) for _ in sites]
     except Exception as error:
         if len(sites) > 1:

@@ -225,6 +225,11 @@ class Data:
         "impute: an indicator column, and the site's own training median; refuse: an error naming the rows, which no "
         "privacy claim bears.",
     )
+    on_outside: Literal["hold", "refuse"] = _key(
+        "hold",
+        "What becomes of a feature's values beyond its declared range. hold: they are held to its ends, and told; "
+        "refuse: an error naming the rows, which no privacy claim bears.",
+    )
     test_fraction: float = _key(0.2, "Share of patients held out for testing, in (0, 1).")
     split: Literal["patient", "stratified"] = _key(
         "patient",

@@ -246,3 +246,17 @@ def test_the_rule_says_who_is_one_patient_and_spellings_are_counted_under_both()
     assert patients(frame, "id").nunique() == 4
     assert patients(frame, "id", "exact").nunique() == 7
     assert spellings(column) == 2  # 17 and a1; b differs in outer blanks alone
+
+
+@pytest.mark.parametrize("rounded", ["1.23457E+17", "9007199254740992.0", "1,5e+18"])
+def test_ids_that_a_spreadsheet_rounded_are_refused(rounded: str) -> None:
+    """Of 220 patients 112 were left: their ids had gone through floats."""
+    frame = pd.DataFrame({"id": ["17", rounded, "18"]}, index=[2, 3, 4])
+    with pytest.raises(DataError, match=r"column 'id': ids that were rounded .* in row 3"):
+        patients(frame, "id")
+    assert len(patients(frame, "id", claimed=True)) == 3  # bounded together, and told to the site alone
+
+
+def test_whole_ids_of_any_length_are_not_taken_for_rounded() -> None:
+    ids = ["17.0", "9007199254740993", "1e5", "2.5", "p1.5e+17x", "123456789012345678901234567890"]
+    assert patients(pd.DataFrame({"id": ids}), "id").nunique() == len(ids)

@@ -542,3 +542,10 @@ def test_the_order_of_rows_of_a_file_means_nothing(patient: str, private: bool) 
     for name in ("label", "patient", "test"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
     assert one.taking_part().tolist() == other.taking_part().tolist()
+
+
+def test_values_outside_a_range_are_refused_by_choice() -> None:
+    data = replace(DATA, on_outside="refuse", dictionary={"a": Feature(range=(0, 5))})
+    error = _refusal(data, a=["1", "2", "7", "4"])
+    assert "site 'St. Mary', column 'a': outside the declared range [0, 5] in row 4" in error
+    assert _clean(data, a=["1", "2", "3", "4"]).numbers["a"].tolist() == [1, 2, 3, 4]

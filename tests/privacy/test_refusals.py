@@ -76,6 +76,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         for kind in ("robust", "standard")
     ),
     ("an error about a gap", {"data.on_missing": "refuse"}, "privacy.epsilon=1", "data.on_missing='refuse'"),
+    ("an error about a value", {"data.on_outside": "refuse"}, "privacy.epsilon=1", "data.on_outside='refuse'"),
     *(
         (
             f"an input that nothing bounds, {kind}",

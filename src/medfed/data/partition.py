@@ -1,6 +1,7 @@
 """Who belongs where: test or train, and which site. Keyed hashes decide, patient by patient."""
 
 import logging
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
@@ -83,6 +84,7 @@ def patients(
     if not column:
         return row_patients(frame, site)
     text = id_texts(frame[column], f"column {column!r}")
+    _refuse_rounded(text, f"column {column!r}", claimed)
     names = {one: patient_ids.named(one, identity) for one in text.unique()}
     absent = patient_ids.nobodies(missing_values)
     named = text.map(names)
@@ -101,6 +103,28 @@ def patients(
     if nobody.any():
         named[nobody] = (OWN + row_patients(frame[nobody], None if site is None else site[nobody])).to_numpy()
     return named
+
+
+_ROUNDED = re.compile(r"[+-]?\d[.,]\d+e\+?(1[5-9]|[2-9]\d)|[+-]?\d{16,}[.,]0*", re.IGNORECASE)
+"""An id that some spreadsheet or float has rounded: 1.23457E+17, 9007199254740992.0."""
+
+
+def _refuse_rounded(text: pd.Series, where: str, claimed: bool) -> None:
+    """Raise DataError for ids that were rounded when they were written: several patients may have become one.
+
+    Under a claim it goes into the site's own log alone: as one they are bounded together, and pay together.
+    """
+    rounded = text.str.fullmatch(_ROUNDED).to_numpy(dtype=bool)
+    if not rounded.any():
+        return
+    rows = some(text.index[rounded], 50 if claimed else 5)
+    if claimed:
+        logger.warning("%s: ids that were rounded, so that several patients may be one, in row %s", where, rows)
+        return
+    raise DataError(
+        f"{where}: ids that were rounded when they were written, as {text[rounded].iloc[0]!r} in row {rows}, so that "
+        "several patients may have become one. Export them as whole numbers or as text."
+    )
 
 
 def id_texts(column: pd.Series, where: str) -> pd.Series:

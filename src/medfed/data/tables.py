@@ -307,6 +307,12 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
             if text_K.all():
                 continue
             held, beyond = cells.hold(column.number(~text_K[site_N]), feature.range)
+            if data.on_outside == "refuse" and beyond.any() and not private:
+                low, high = feature.range
+                raise DataError(
+                    f"{column.where}: outside the declared range [{low:g}, {high:g}] in row {column.rows(beyond)}; "
+                    "correct them, or set data.on_outside='hold'"
+                )
         except DataError as error:
             unclean.append(Refusal(error))
             continue

@@ -66,6 +66,14 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "Set data.on_missing='impute'.",
             data__on_missing="impute",
         )
+    if data.on_outside == "refuse":
+        yield _refusal(
+            claim,
+            "data.on_outside='refuse'",
+            "an error about a value tells that some patient has it",
+            "Set data.on_outside='hold'.",
+            data__on_outside="hold",
+        )
     yield from _undeclared(study, claim)
     if not data.test_is_public and not p.evaluation_epsilon:
         yield _unpaid_test(study, claim)
