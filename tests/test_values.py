@@ -113,5 +113,5 @@ def test_a_cell_of_one_site_is_said_of_that_site(tmp_path: Path) -> None:
     def wild(frame: pd.DataFrame) -> None:
         frame.loc[frame.index[frame["hospital"] == "east"][0], "lactate"] = 1e300
 
-    with pytest.raises(DataError, match="^site 'east': lactate: values beyond 3e38"):
+    with pytest.raises(DataError, match=r"^site 'east': lactate: values beyond 3e38"):
         medfed.simulate(_study(tmp_path, wild, "").set("data.preprocess", "none"))
