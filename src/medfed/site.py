@@ -712,6 +712,8 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
             key = Streams(first.study.study.seed).key("threshold", site.name)
             vector = vector + guarantee.count_noise(promised, rule, len(vector), key)
         replies.append(codec.encode({}, {"counts": torch.from_numpy(vector)}))
+    if first.account:
+        first.account.counted(site.name for site in sites)
     return replies
 
 

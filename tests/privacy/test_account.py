@@ -261,6 +261,8 @@ def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
 def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
     assert account.pay_threshold(["north", "south"]) == {}
+    assert account.pay_threshold(["south"]) == {}  # its count failed, and is asked for again
+    account.counted(["north", "south"])
     assert set(account.pay_threshold(["north", "south"])) == {"north", "south"}
     _pays_test(account, "north", ["t1", "t2"])
     with pytest.raises(BudgetError, match=r"a plan of 1 \(test\)"):
@@ -398,6 +400,15 @@ def test_a_held_out_patient_of_two_sites_pays_once_where_one_noise_covers_both()
         account = _account(privacy__noise=noise, **together)
         assert account.pay_tests({"north": ["n1", "both"], "south": ["both", "s1"]}) == {}
         assert [row["site"] for row in account.ledger.rows()] == ["north (test)", "south (test)"]
+        assert _test_charges(account, "both") == times
+
+
+def test_a_patient_of_a_site_whose_test_failed_pays_where_the_next_is_made() -> None:
+    account = _account(privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2)
+    asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
+    for times in (1, 2, 3):
+        assert account.pay_tests(asked) == {}
+        account.tested(["south"])  # north raised
         assert _test_charges(account, "both") == times
 
 

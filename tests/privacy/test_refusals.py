@@ -324,12 +324,19 @@ def test_one_step_is_one_step_however_it_is_said() -> None:
     assert _refusal(_study({"training.local_steps": 1, "training.local_epochs": 9})) is None
 
 
-def test_a_fixed_plan_does_not_add_up_training_and_test() -> None:
-    """Who trains at one site and is held out at another pays both; PLD's plan counts each alone."""
-    noised = {"data.test_is_public": False, "privacy.evaluation_epsilon": 0.3, "monitor.evaluate_every": 6}
-    both = {**noised, "privacy.accountant": "pld", "privacy.max_sites_per_patient": 2, "data.test": "part"}
-    with pytest.raises(PlanError, match=r"accountant='pld' with privacy\.max_sites_per_patient=2 do not compose"):
+@pytest.mark.parametrize("marks", [{"data.test": "part"}, {"data.test_from": "2024-01-01", "data.time": "admitted"}])
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_nobody_is_trained_on_here_and_tested_there(marks: dict[str, Any], accountant: str) -> None:
+    """The attack: a patient's later row at a second site was published as a public test."""
+    both = {**marks, "privacy.max_sites_per_patient": 2, "privacy.accountant": accountant}
+    with pytest.raises(PlanError, match=r"max_sites_per_patient=2 and data\.test"):
         check(_study(both))
-    for free in ({"privacy.max_sites_per_patient": 1}, {"privacy.accountant": "rdp"}):
-        told = [str(one.error) for one in refusals.found(_study({**both, **free}))]
-        assert not any("counts each alone" in text for text in told)
+    told = [str(one.error) for one in refusals.found(_study({**both, "privacy.max_sites_per_patient": 1}))]
+    assert not any("max_sites" in text for text in told)
+
+
+@pytest.mark.parametrize(("on", "refused"), [(["stay"], True), ([], False), (["id"], False), (["id", "stay"], False)])
+def test_tables_are_joined_by_the_patient(on: list[str], refused: bool) -> None:
+    """The attack: one patient's row in the joined table bore another's number of stay, and emptied it."""
+    told = [str(one.error) for one in refusals.found(_study({"data.join": [{"table": "labs.csv", "on": on}]}))]
+    assert any("data.join[0].on" in text for text in told) == refused

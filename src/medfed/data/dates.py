@@ -160,5 +160,17 @@ def texts(values: pd.Series) -> pd.Series:
 
 def wall_clock(values: pd.Series) -> np.ndarray:
     """Return a column of dates as datetime64[s] [n], the zone left off."""
-    zone = getattr(values.dt, "tz", None)
-    return (values.dt.tz_localize(None) if zone else values).to_numpy(dtype="datetime64[s]")
+    if getattr(values.dt, "tz", None) is None:
+        return values.to_numpy(dtype="datetime64[s]")
+    try:
+        return values.dt.tz_localize(None).to_numpy(dtype="datetime64[s]")
+    except Exception:  # a moment at the end of time, whose zone cannot be reckoned
+        return np.array([_clock(values, place) for place in range(len(values))], dtype="datetime64[s]")
+
+
+def _clock(values: pd.Series, place: int) -> np.datetime64:
+    """Return one moment without its zone; NaT where that cannot be reckoned."""
+    try:
+        return np.datetime64(values.iloc[place].tz_localize(None), "s")
+    except Exception:
+        return np.datetime64("NaT")

@@ -15,6 +15,7 @@ from medfed.core import patient_ids
 from medfed.core.checks import DataError, nearest, some
 from medfed.data import readers
 from medfed.data.partition import id_texts
+from medfed.data.tables import canonical
 from medfed.study import Data, Join
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -104,18 +105,18 @@ def _keys(frame: pd.DataFrame, on: Sequence[str], data: Data) -> pd.Series:
     """Return what rows find each other by: patients under the study's rule of identity; "" where one is missing."""
     parts = []
     for name in on:
+        if name != data.patient:
+            parts.append(canonical(frame[name]).mask(frame[name].isna(), ""))
+            continue
+        rule: patient_ids.Rule = "exact" if data.identity == "exact" else "canonical"
+        absent = patient_ids.nobodies(data.missing_values)
         text = id_texts(frame[name], f"column {name!r}")
-        if name == data.patient:
-            rule: patient_ids.Rule = "exact" if data.identity == "exact" else "canonical"
-            absent = patient_ids.nobodies(data.missing_values)
-            people = {
-                one: "" if patient_ids.is_nobody(one, absent) else patient_ids.named(one, rule) for one in set(text)
-            }
-            text = text.map(people)
-        parts.append(text)
+        people = {one: "" if patient_ids.is_nobody(one, absent) else patient_ids.named(one, rule) for one in set(text)}
+        parts.append(text.map(people))
     key = parts[0]
     for part in parts[1:]:
-        key = (key + "\x1f" + part).mask((key == "") | (part == ""), "")
+        length = key.str.len().astype(str)  # so that no text can pass for two
+        key = (length + ":" + key + part).mask((key == "") | (part == ""), "")
     return key
 
 
@@ -125,7 +126,9 @@ def _beside(other: pd.DataFrame, place_N: np.ndarray, rows: pd.Index) -> Iterato
     for name in other.columns:
         values = other[name]
         if gone_N.any() and pd.api.types.is_integer_dtype(values.dtype):
-            values = values.astype("Int64")  # a whole number stays whole beside gaps
+            unsigned = pd.api.types.is_unsigned_integer_dtype(values.dtype)
+            whole = pd.UInt64Dtype() if unsigned else pd.Int64Dtype()
+            values = values.astype(whole)  # a whole number stays whole beside gaps
         if gone_N.any() and pd.api.types.is_bool_dtype(values.dtype):
             values = values.astype(object)
         if not len(values):

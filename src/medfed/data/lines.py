@@ -6,7 +6,9 @@ header's; so a cell with a line break in it is no record, in none of its lines. 
 header alone (`layout.of_header`).
 """
 
+import codecs
 import csv
+import io
 import itertools
 from pathlib import Path
 from typing import IO
@@ -42,7 +44,19 @@ def header(path: Path, format: Format = Format()) -> list[str]:  # noqa: B008
 
 
 def _opened(path: Path, format: Format, layout: Layout) -> IO[str]:
+    if layout.encoding == "utf-16":
+        with layouts.opened(path, format) as file:
+            return io.StringIO(_lines_of_pairs(file.read()))
     return layouts.text_of(path, format, layout, errors="replace", newline=None)
+
+
+def _lines_of_pairs(content: bytes) -> str:
+    """Decode UTF-16 line by line, so that a stray byte shifts the pairs of its own line alone."""
+    little = not content.startswith(codecs.BOM_UTF16_BE)
+    marked = content[:2] in (codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE)
+    codec, ending = ("utf-16-le", b"\n\0") if little else ("utf-16-be", b"\0\n")
+    lines = content[2 * marked :].split(ending)
+    return "\n".join(line.decode(codec, errors="replace").rstrip("\r") for line in lines)
 
 
 def _records(file: IO[str], layout: Layout, header: list[str]) -> tuple[list[list[str]], list[int], list[int]]:

@@ -243,10 +243,22 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
 
 def different(values: pd.Series) -> tuple[np.ndarray, Texts]:
     """Return which text each row holds [n], and the different texts [U] as `canonical` has them, None the last."""
-    values = dates.texts(values)
+    values = _apart(dates.texts(values))
     code_N, found = pd.factorize(values)
     texts: Texts = list(canonical(pd.Series(found, dtype=object)))
     return np.where(code_N < 0, len(texts), code_N), [*texts, None]
+
+
+def _apart(values: pd.Series) -> pd.Series:
+    """Return cells that are equal only where they say the same.
+
+    -0.0 is 0.0, and in a column of objects True is 1: else the first of them met would say for all how they read.
+    """
+    if pd.api.types.is_float_dtype(values.dtype):
+        return values + 0.0
+    if values.dtype == object and not values.map(lambda cell: isinstance(cell, str)).all():
+        return values.map(lambda cell: cell if pd.isna(cell) else str(cell + 0.0 if type(cell) is float else cell))
+    return values
 
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:

@@ -593,7 +593,10 @@ def _misnamed_features(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
 
 def canonical(values: pd.Series) -> pd.Series:
     """Return texts without outer blanks, whole numbers without '.0': so that '1.0', ' 1' and 1 are one category."""
-    text = dates.texts(values).astype(str).str.strip()
+    values = dates.texts(values)
+    if pd.api.types.is_float_dtype(values.dtype):
+        values = values + 0.0  # -0.0 is 0
+    text = values.astype(str).str.strip()
     whole = text.str.fullmatch(r"[+-]?\d+\.0*")
     return text.where(~whole, text.str.replace(r"\.0*$", "", regex=True))
 

@@ -34,6 +34,8 @@ class Account:
         self._ledger: Ledger | None = None
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._test_payer: dict[str, str] = {}  # the same of held-out patients
+        self._test_ids: dict[str, Sequence[str]] = {}  # whose histogram is asked for, by site
+        self._counted: set[str] = set()  # whose patients have paid for counts for a threshold that are not made yet
         self._paid: set[str] = set()  # who has paid for what has not yet been answered
         self._tested: set[str] = set()  # whose held-out patients have paid for a histogram that is not made yet
 
@@ -124,6 +126,7 @@ class Account:
         It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
         all sites is noised once, a patient of several pays once. Who has paid and was not `tested` does not pay twice.
         """
+        self._test_ids |= asked
         owing = {site: ids for site, ids in asked.items() if site not in self._tested}
         if counted_together(self.study):
             owing = {
@@ -144,7 +147,8 @@ class Account:
         """Note that these sites' histograms have been made: the next ones are paid anew."""
         made = set(sites)
         self._tested -= made
-        self._pays_no_longer(made)
+        there = {name for site in made for name in self._test_ids.pop(site, ())}
+        self._test_payer = {name: site for name, site in self._test_payer.items() if name not in there}
 
     def _pays_no_longer(self, sites: Collection[str]) -> None:
         """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
@@ -154,8 +158,17 @@ class Account:
         """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""
         event = self._enrolled().threshold_event()
         assert event is not None
-        charges = {site: replace(self._charge(site, 0, event), label="threshold") for site in sites}
-        return self._apart(sites) or self._charged(charges)
+        owing = [site for site in sites if site not in self._counted]
+        charges = {site: replace(self._charge(site, 0, event), label="threshold") for site in owing}
+        if refused := self._apart(sites):
+            return refused
+        refused = self._charged(charges)
+        self._counted.update(site for site in owing if site not in refused)
+        return refused
+
+    def counted(self, sites: Iterable[str]) -> None:
+        """Note that these sites' counts have been made: the next ones are paid anew."""
+        self._counted.difference_update(sites)
 
     def _enrolled(self) -> Guarantee:
         if self.guarantee is None:

@@ -66,6 +66,24 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "Set data.on_missing='impute'.",
             data__on_missing="impute",
         )
+    if p.max_sites_per_patient > 1 and (data.test or data.test_from):
+        yield _refusal(
+            f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
+            f"data.test={data.test!r}" if data.test else f"data.test_from={data.test_from!r}",
+            "a patient may be trained on at one site and tested at another, outside what either pays for",
+            "Leave data.test and data.test_from out: by the hash a patient is on one side everywhere. Or attest "
+            "privacy.max_sites_per_patient=1.",
+            data__test="",
+            data__test_from="",
+        )
+    for number, join in enumerate(data.join):
+        if join.on and (not data.patient or data.patient not in join.on):
+            yield _refusal(
+                claim,
+                f"data.join[{number}].on={list(join.on)!r}",
+                "a row of one patient could be found by, or hide, another's",
+                f"Join by the patient: data.join[{number}].on = [{data.patient or 'PATIENT'!r}], and more beside.",
+            )
     if data.on_outside == "refuse":
         yield _refusal(
             claim,
@@ -215,15 +233,6 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             "every test is paid for, and the plan pays for one",
             f"Set monitor.evaluate_every={study.training.rounds}.",
             monitor__evaluate_every=study.training.rounds,
-        )
-    if p.accountant == "pld" and p.max_sites_per_patient > 1 and (data.test or data.test_from):
-        yield _refusal(
-            noised,
-            f"privacy.accountant='pld' with privacy.max_sites_per_patient={p.max_sites_per_patient}",
-            "who trains at one site and is held out at another would pay for both, and a fixed plan counts each alone",
-            "Take privacy.accountant='rdp', whose ledger adds them up, or leave data.test out: by the hash a patient "
-            "is on one side everywhere.",
-            privacy__accountant="rdp",
         )
     if not _bears(study, p.evaluation_epsilon):
         yield _refusal(
