@@ -21,16 +21,16 @@ from medfed import study as studies
 from medfed.core import files, toml
 from medfed.core.checks import MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, doubts, readers
+from medfed.data import clinical, doubts, readers, workbooks
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
 from medfed.study import Data, Feature, Format, Study, put
 
 _TARGETS = """
-target label outcome class diagnosis diagnose disease status event died death dead mortality mort exitus deceased
-expired verstorben tod ergebnis zielgrösse décès deces issue esito decesso muerte resultado readmitted readmission
-relapse survived survival y
+target label outcome class died death dead mortality mort exitus deceased expired verstorben tod décès deces decesso
+muerte readmitted readmission relapse survived survival diagnosis diagnose disease event ergebnis zielgrösse issue esito
+resultado status y
 """
 _SITES = """
 site hospital center centre clinic clinique klinik spital krankenhaus haus hopital hôpital ospedale clinica clínica
@@ -66,6 +66,7 @@ class _Shape:
     numbers: float  # share of the known cells
     dates: bool
     labels: tuple[str, ...]  # the different cells, where they are few
+    suffixes: tuple[str, ...]  # what stands behind the numbers, where most have something
     gaps: tuple[str, ...]  # words for what is missing that a study does not take for it by itself
 
     @property
@@ -92,12 +93,20 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     notes: dict[toml.Path, str] = {}
     if several:
         notes["data", "site_is_file"] = "each file is a hospital; if a column names it, set data.site instead"
+    if any(workbooks.has_labels(file) for file in readers.files_of(table, Data())) and "format" not in asked["data"]:
+        put(asked, ("data", "format", "labels"), "labels")
+        notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = readers.read(table, _study(asked).data, private=False)
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
     unread = _settle(asked, notes) if _complete(asked) else ""
+    for shape in shapes:
+        if shape.name == asked["data"]["target"]:
+            recode = asked["data"].get("dictionary", {}).get(shape.name, {}).get("recode", {})
+            labels = tuple(sorted({recode.get(label, label) for label in shape.labels}))
+            _propose_positive(asked["data"], notes, replace(shape, labels=labels))
     asked["data"]["table"] = Path(os.path.relpath(table.resolve(), out.parent.resolve())).as_posix()
     blanks = [f"data.{key}" for key in ("target", "site") if isinstance(asked["data"].get(key), Ask)]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
@@ -155,7 +164,9 @@ def _shape(values: pd.Series) -> _Shape:
     dated = len(texts) > 0 and bool(texts.str.fullmatch(_DATES).all())
     different = texts.unique()
     labels = tuple(sorted(different)) if len(different) <= _MOST_LABELS else ()
-    return _Shape(str(values.name), len(texts), len(different), share, dated, labels, gaps)
+    return _Shape(
+        str(values.name), len(texts), len(different), share, dated, labels, tuple(doubts.units_of(different)), gaps
+    )
 
 
 def _named(shapes: Sequence[_Shape], words: str) -> list[_Shape]:
@@ -207,7 +218,6 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
         found = _named(labels, _TARGETS) or [shape for shape in labels if shape is free[-1]]
         if found:
             data["target"] = found[0].name
-            _propose_positive(data, notes, found[0])
             others = [shape.name for shape in found[1:4]]
             also = f"; it may be {' or '.join(map(repr, others))}" if others else ""
             notes["data", "target"] = f"{found[0].distinct} different values{also}"
@@ -240,6 +250,10 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:4])
         notes["data", "exclude"] = told + (f"; and {len(why) - 4} more" if len(why) > 4 else "")
     for shape in features:
+        if shape.suffixes and shape.name not in data.get("dictionary", {}):
+            put(asked, ("data", "dictionary", shape.name, "suffix"), list(shape.suffixes))
+            notes["data", "dictionary", shape.name, "suffix"] = "its unit stands in the cells, and is taken off"
+            continue
         if shape.name in why or shape.numbers < 0.9 or shape.distinct <= 2 or shape.name in data.get("dictionary", {}):
             continue
         entries = clinical.proposal(shape.name)
@@ -265,7 +279,7 @@ def _no_feature(shape: _Shape) -> str:
         return "empty"
     if shape.dates:
         return "dates; docs/cells.md makes an age or days of them"
-    if shape.numbers < 0.5 and shape.distinct > _MOST_CATEGORIES:
+    if shape.numbers < 0.5 and shape.distinct > _MOST_CATEGORIES and not shape.suffixes:
         return f"{shape.distinct} different texts"
     return ""
 

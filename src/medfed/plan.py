@@ -814,16 +814,16 @@ _FEW = 5
 def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:
     """Tell which numbers lie beyond their declared range, or absurdly far from the others where none is declared."""
     found = []
-    for name, column, rows in _rows_told(surveys, "outside", study.sites.kind == "device"):
+    for whose, column, rows in _rows_told(surveys, "outside", study.sites.kind == "device"):
         low, high = study.data.dictionary[column].range
         done = "they were set to its ends" if column != study.data.target else "they are taken as they are"
         found.append(
-            f"site {name!r}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
+            f"{whose}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
             f"them, or {toml.key('data', 'dictionary', column, 'range')}"
         )
-    for name, column, rows in _rows_told(surveys, "far", study.sites.kind == "device"):
+    for whose, column, rows in _rows_told(surveys, "far", study.sites.kind == "device"):
         found.append(
-            f"site {name!r}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
+            f"{whose}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
             "Correct them, name the text in data.missing_values, or declare "
             f"{toml.key('data', 'dictionary', column, 'range')} = [low, high], which values are then held to"
         )
@@ -831,12 +831,18 @@ def _strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> l
 
 
 def _rows_told(surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool) -> Iterator[tuple[str, str, str]]:
-    """Yield site, column and the rows of what a survey found; all devices as one."""
-    together: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """Yield whose, column and the rows of what a survey found; all devices as one, and many sites."""
+    columns: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, survey in surveys.items():
         for column, told in survey.get(kind, {}).items():
-            together.setdefault(("all devices" if devices else name, column), []).append(told)
-    for (name, column), parts in together.items():
-        count, first = sum(told["rows"] for told in parts), [row for told in parts for row in told["first"]][:5]
-        more = f" and {count - len(first)} more" if count > len(first) else ""
-        yield name, column, f"row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more}"
+            columns.setdefault(column, {}).setdefault("all devices" if devices else name, []).append(told)
+    for column, sites in columns.items():
+        if len(sites) > _FEW:
+            counts = {name: sum(told["rows"] for told in parts) for name, parts in sites.items()}
+            most = max(counts, key=counts.__getitem__)
+            yield f"{len(sites)} sites (most at {most!r})", column, f"{sum(counts.values())} values"
+            continue
+        for name, parts in sites.items():
+            count, first = sum(told["rows"] for told in parts), [row for told in parts for row in told["first"]][:5]
+            more = f" and {count - len(first)} more" if count > len(first) else ""
+            yield f"site {name!r}", column, f"row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more}"

@@ -70,6 +70,9 @@ class Feature:
             "measured'."
         },
     )
+    suffix: tuple[str, ...] = _key(
+        (), "What stands behind the numbers of this column, and is taken off: suffix = ['%', 'mg/l']."
+    )
     boolean: bool = _key(
         False,
         "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells "

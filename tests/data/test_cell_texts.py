@@ -77,6 +77,25 @@ def test_a_gap_leaves_the_codes_of_all_others_declared(tmp_path: Path) -> None:
     assert clean("s", frame, data, Streams(0), private=True).texts["x"][:2].tolist() == list(codes)
 
 
+@pytest.mark.parametrize("first", [-0.0, 0.0, 5.0])
+def test_a_minus_before_zero_is_no_other_number(first: float) -> None:
+    """The attack: the first cell's -0.0 had every other patient's 0 read as -0, which is no `no`."""
+    for dtype in ("float64", "object"):
+        code_N, text_U = different(pd.Series([first, 0.0, 1.0, 0.0], dtype=dtype))
+        assert [text_U[code] for code in code_N[1:]] == ["0", "1", "0"]
+
+
+def test_a_truth_and_a_one_are_read_as_each_says() -> None:
+    code_N, text_U = different(pd.Series([True, 1, 1.0, "1"], dtype=object))
+    assert [text_U[code] for code in code_N] == ["True", "1", "1", "1"]
+
+
+def test_the_end_of_time_in_another_zone_is_a_gap_of_its_own() -> None:
+    end = pd.Timestamp("9999-12-31T23:59:59").as_unit("s").tz_localize("UTC")
+    moments = pd.Series([end, pd.Timestamp("2024-01-02", tz="UTC").as_unit("s")]).dt.tz_convert("Europe/Zurich")
+    assert canonical(moments).tolist()[1] == "2024-01-02 01:00:00"
+
+
 def test_frames_that_pandas_made_are_read_as_far_as_they_hold(tmp_path: Path) -> None:
     """A frame of a program: its whole numbers are floats already where one is missing, and say so to all."""
     assert canonical(pd.Series([3.0, np.nan])).tolist()[0] == "3"

@@ -57,6 +57,32 @@ def a_date_of_death(frame: pd.DataFrame) -> None:
     frame["days to death"] = np.where(frame["died"] == "yes", days, "")
 
 
+def a_discharge(frame: pd.DataFrame) -> None:
+    """Several words for one label: the usual leak."""
+    other = np.random.default_rng(0).choice(["home", "rehab", "nursing home"], len(frame))
+    frame["discharge"] = np.where(frame["died"] == "yes", "deceased", other)
+
+
+def units_in_cells(frame: pd.DataFrame) -> None:
+    frame["ef"] = [f"{value} %" for value in np.random.default_rng(0).integers(20, 70, len(frame))]
+
+
+def units_at_one_site(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).integers(50, 99, len(frame)).astype(str).astype(object)
+    frame["weight"] = np.where(frame["hospital"] == "east", values + " kg", values)
+
+
+def words_at_one_site(frame: pd.DataFrame) -> None:
+    coin = np.random.default_rng(0).integers(0, 2, len(frame))
+    frame["flag"] = np.where(frame["hospital"] == "east", np.array(["nein", "ja"])[coin], coin.astype(str))
+
+
+def sexes(frame: pd.DataFrame) -> None:
+    coin = np.random.default_rng(0).integers(0, 2, len(frame))
+    pair = {"north": ("m", "w"), "south": ("M", "W"), "east": ("male", "female")}
+    frame["sex"] = [pair[site][one] for site, one in zip(frame["hospital"], coin, strict=True)]
+
+
 def labels_by_case(frame: pd.DataFrame) -> None:
     at = frame["hospital"] == "south"
     frame.loc[at, "died"] = frame.loc[at, "died"].str.title()
@@ -111,6 +137,11 @@ CASES: list[tuple[Change, str, str, str]] = [
     (a_copy, "target-copy", "exitus", 'data.exclude = ["exitus"]'),
     (a_copy_in_numbers, "target-copy", "outcome", 'data.exclude = ["outcome"]'),
     (a_date_of_death, "gaps-copy-target", "days to death", 'data.exclude = ["days to death"]'),
+    (a_discharge, "target-copy", "discharge", 'data.exclude = ["discharge"]'),
+    (units_in_cells, "units-in-cells", "ef", 'data.dictionary.ef.suffix = ["%"]'),
+    (units_at_one_site, "units-in-cells", "weight", 'data.dictionary.weight.suffix = ["kg"]'),
+    (words_at_one_site, "kinds", "flag", 'data.exclude = ["flag"]'),
+    (sexes, "spelling", "sex", "data.dictionary.sex.recode = {"),
     (labels_by_case, "label-spelling", "died", "data.dictionary.died.recode = {"),
     (labels_in_numbers, "label-spelling", "died", "data.dictionary.died.recode = {"),
     (a_null_label, "label-missing", "died", '"NULL"'),
@@ -161,6 +192,28 @@ def test_an_index_in_files_of_several_hospitals_is_one_too(tmp_path: Path) -> No
     path.write_text(text)
     (doubt,) = found(medfed.load_study(path))
     assert (doubt.code, doubt.column, doubt.sites) == ("row-number", "nr", ("east", "north", "south"))
+
+
+def test_numbers_as_labels_are_a_regression_or_are_accepted(tmp_path: Path) -> None:
+    def days(frame: pd.DataFrame) -> None:
+        frame["died"] = np.random.default_rng(0).integers(1, 20, len(frame))
+
+    study = changed(tmp_path, days)
+    (doubt,) = found(study)
+    assert doubt.code == "label-numbers" and 'data.task = "regression"' in doubt.sentence()
+    assert found(study.set("data.task", "regression")) == []
+
+
+def test_units_are_taken_off_where_that_is_declared(tmp_path: Path) -> None:
+    text = STUDY + '[data.dictionary.ef]\nsuffix = ["%"]\n[data.dictionary.weight]\nsuffix = ["kg"]\n'
+    frame = invented()
+    units_in_cells(frame)
+    units_at_one_site(frame)
+    study = medfed.load_study(write_study(tmp_path, text, frame))
+    assert found(study) == []
+    weights = medfed.simulate(study).w_P
+    plain = frame.assign(ef=frame["ef"].str.removesuffix(" %"), weight=frame["weight"].str.removesuffix(" kg"))
+    assert weights.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P)
 
 
 def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:

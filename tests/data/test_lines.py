@@ -1,5 +1,6 @@
 """A csv line by line: what pandas reads of a sound table, and no line that another can change."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -93,3 +94,14 @@ def test_a_table_of_no_rows_is_a_table(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,y\n")
     frame = read(tmp_path / "t.csv", private=True)
     assert list(frame.columns) == ["a", "y"] and len(frame) == 0 and frame.index.dtype == np.int64
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\x00", b"\n"])
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_a_stray_byte_of_utf_16_costs_its_own_line(tmp_path: Path, codec: str, byte: bytes) -> None:
+    rows = [text.encode(codec) for text in ("a,b\n", "1,x\n", "2,y\n", "3,z\n")]
+    mark = codecs.BOM_UTF16_LE if codec == "utf-16-le" else codecs.BOM_UTF16_BE
+    path = tmp_path / "t.csv"
+    path.write_bytes(mark + rows[0] + rows[1][:3] + byte + rows[1][3:] + rows[2] + rows[3])
+    frame, _ = lines.read(path)
+    assert frame["a"].tolist()[-2:] == ["2", "3"] and frame["b"].tolist()[-2:] == ["y", "z"]

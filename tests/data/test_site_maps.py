@@ -203,3 +203,25 @@ def test_a_mended_study_elsewhere_finds_its_maps(tmp_path: Path) -> None:
 )
 def test_a_decimal_comma_is_a_point(text: str, told: str) -> None:
     assert pointed(text) == told
+
+
+def test_a_file_of_a_mapped_site_has_names_of_its_own(tmp_path: Path) -> None:
+    """Files of a folder are compared but for those whose site has a map: that is what a map is for."""
+    clean = invented(120)
+    for name, rows in clean.groupby("hospital"):
+        own = rows.drop(columns="hospital")
+        own = own.rename(columns={"lactate": "laktat", "subject": "id"}) if name == "south" else own
+        own.to_csv(tmp_path / f"{name}.csv", index=False)
+    (tmp_path / "south.toml").write_text('[rename]\nlaktat = "lactate"\nid = "subject"\n', encoding="utf-8")
+    text = STUDY.replace('table = "cohort.csv"', 'table = "*.csv"').replace('site = "hospital"', "site_is_file = true")
+    (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+    study = load(tmp_path / "study.toml")
+    with pytest.raises(DataError, match=r"(?s)4 things stand.*give the site a map") as refused:
+        runs.simulate(study)
+    assert "'laktat'" in str(refused.value) and "'id'" in str(refused.value)  # all at once
+    mapped = runs.simulate(study.set("data.site_maps", {"south": "south.toml"}))
+    pd.testing.assert_series_equal(
+        pd.Series(mapped.w_P.numpy()),
+        pd.Series(runs.simulate(load(write_study(tmp_path, STUDY, clean))).w_P.numpy()),
+        check_exact=True,
+    )

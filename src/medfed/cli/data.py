@@ -86,6 +86,7 @@ def data_show(
     if as_json:
         print(json.dumps({**found, "doubts": [_plain(doubt) for doubt in doubted]}, indent=2))
         return
+    console().print(_roles(loaded), highlight=False, markup=False)
     for table in describe.tables(found, everything):
         console().print(table)
     _tell(doubted, console())
@@ -115,6 +116,14 @@ def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Con
     return None if made.unread else studies.from_text(made.text, out)
 
 
+def _roles(study: "Study") -> str:
+    """Say which column is what."""
+    data = study.data
+    known = {"target": data.target, "site": data.site or ("its file" if data.site_is_file else ""), "test": data.test}
+    known |= {"patient": data.patient or "each row"}
+    return ", ".join(f"{role}: {name}" for role, name in known.items() if name)
+
+
 def _plain(doubt: "Doubt") -> dict[str, object]:
     return {**doubt.told(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
 
@@ -125,8 +134,8 @@ def _tell(doubted: "Sequence[Doubt]", shown: Console) -> None:
         shown.print("nothing doubtful was found", highlight=False)
         return
     errors = sum(doubt.harm == "error" for doubt in doubted)
-    stops = f"; {errors} of them would stop a run" if errors else ""
-    shown.print(f"{len(doubted)} doubts{stops}", highlight=False)
+    stops = f"; {errors} would stop a run" if errors else ""
+    shown.print(f"{len(doubted)} doubt{'s' * (len(doubted) > 1)}{stops}", highlight=False)
     for doubt in doubted:
         colour = "bold red" if doubt.harm == "error" else "yellow"
         shown.print(f"[{colour}]{doubt.harm}[/] {escape(doubt.sentence())}", highlight=False, soft_wrap=True)

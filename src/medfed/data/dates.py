@@ -163,7 +163,8 @@ def wall_clock(values: pd.Series) -> np.ndarray:
     if getattr(values.dt, "tz", None) is None:
         return values.to_numpy(dtype="datetime64[s]")
     try:
-        return values.dt.tz_localize(None).to_numpy(dtype="datetime64[s]")
+        wall_N: np.ndarray = values.dt.tz_localize(None).to_numpy(dtype="datetime64[s]")
+        return wall_N
     except Exception:  # a moment at the end of time, whose zone cannot be reckoned
         return np.array([_clock(values, place) for place in range(len(values))], dtype="datetime64[s]")
 

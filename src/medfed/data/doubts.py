@@ -38,6 +38,9 @@ HARMS: dict[str, Harm] = {
     "label-spelling": "error",
     "label-missing": "error",
     "label-header": "error",
+    "label-numbers": "error",
+    "kinds": "error",
+    "units-in-cells": "error",
     "spelling": "error",
     "missing-words": "error",
     "coding": "error",
@@ -63,6 +66,8 @@ _COUNTS = re.compile(r"(unnamed: ?\d+|index|level_0|row|rownum|row_?number|row_?
 
 YES = frozenset(("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "vrai", "si", "sì", "sí", "vero", "verdadero"))
 NO = frozenset(("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso"))
+FEMALE = frozenset("f w female weiblich woman frau femme femmina femenino mujer féminin femminile".split())  # noqa: SIM905
+MALE = frozenset("m male männlich man mann homme maschio masculino hombre masculin maschile h".split())  # noqa: SIM905
 _ALSO_GAPS = ("k.A.", "k. A.", "n/d", "nd", "n.d.", "ns", "entfällt", "#NULL!")
 GAPS = frozenset(text.casefold() for text in (*NOBODY, *_ALSO_GAPS))
 
@@ -188,8 +193,8 @@ def _copies(name: str, table: "SiteTable", label_N: np.ndarray, data: Data) -> D
         text = f"is empty exactly where {data.target!r} is one label: its gaps tell the answer"
         return Doubt("gaps-copy-target", name, text, mend=leave)
     cells, label_N = cells[known], label_N[known]
-    if _one_to_one(cells, label_N) and _unlikely(label_N, columns):
-        text = f"is {data.target!r} in other words: each value goes with one label"
+    if _decides(cells, label_N, columns):
+        text = f"says {data.target!r} in other words: each of its values goes with one label"
         return Doubt("target-copy", name, text, mend=leave)
     if name in table.numbers and _separates(cells, label_N) and _unlikely(label_N, columns):
         return Doubt("separates", name, f"alone tells the labels of {data.target!r} apart, in every row", mend=leave)
@@ -226,6 +231,25 @@ def _one_to_one(cells: np.ndarray, label_N: np.ndarray) -> bool:
     return len(pairs) > 1
 
 
+def _decides(cells: np.ndarray, label_N: np.ndarray, columns: int) -> bool:
+    """Say whether each value goes with one label, where chance would hardly have it so.
+
+    Of a value in s rows all have one label by a chance of the sum of the labels' shares to the power s.
+    """
+    for some_N in (slice(_GLANCE), slice(None)):
+        pairs = set(zip(cells[some_N].tolist(), label_N[some_N].tolist(), strict=True))
+        if len(pairs) > len({value for value, _ in pairs}):
+            return False
+        if len(pairs) > _MOST_VALUES:
+            return False
+    counts = np.unique(cells.astype(str), return_counts=True)[1]
+    shares = np.unique(label_N, return_counts=True)[1] / max(1, len(label_N))
+    if len(shares) < 2:
+        return False
+    log_chance = np.log(np.power(shares[None, :], counts[:, None]).sum(1)).sum()
+    return bool(len(counts) > 1 and log_chance < math.log(CHANCE / columns))
+
+
 def _separates(values: np.ndarray, label_N: np.ndarray) -> bool:
     """Say whether two labels lie on two sides of a number."""
     for some_N in (slice(_GLANCE), slice(None)):
@@ -240,6 +264,7 @@ def _separates(values: np.ndarray, label_N: np.ndarray) -> bool:
 
 
 _GLANCE = 64
+_MOST_VALUES = 48  # of a column that may say a label in other words
 
 
 # Between sites --------------------------------------------------------------------------------------------------------
@@ -247,7 +272,8 @@ _GLANCE = 64
 
 def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[Doubt]:
     """Return what is doubtful about the sites' tables, from what they tell (`preprocess.survey`), in order of harm."""
-    found = [*_together(surveys), *_labels(surveys, data), *_texts(surveys, data), *_columns(surveys)]
+    found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
+    found += [*_texts(surveys, data), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
     told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
@@ -291,11 +317,47 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
     if data.dictionary.get(data.target) and data.dictionary[data.target].categories:
         return
     yield from _header(counts, data)
+    if data.task == "auto" and len(counts) > _MOST_LABELS and all(_NUMBER.fullmatch(label) for label in counts):
+        text = f"has {len(counts)} different numbers, which would be as many classes without an order"
+        yield Doubt("label-numbers", data.target, text, mend={("data", "task"): "regression"})
     yield from _spelt("label-spelling", data.target, counts)
     if gaps := [label for label in counts if label.casefold() in GAPS]:
         text = f"has the label {some(map(repr, gaps))}, which stands for no value in other tables"
         mend: Mend = {("data", "missing_values"): [*data.missing_values, *gaps]}
         yield Doubt("label-missing", data.target, text, count=sum(counts[g] for g in gaps), mend=mend)
+
+
+_MOST_LABELS = 10
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|[^\W\d_][\w/%²³°.-]{0,11})")
+
+
+def units_of(texts: Iterable[str]) -> list[str]:
+    """Return what stands behind numbers, the longest first, where it does so in most texts; else nothing."""
+    every = list(texts)
+    units = Counter(match[1] for text in every if (match := _WITH_UNIT.fullmatch(str(text))))
+    return sorted(units, key=len, reverse=True) if units.total() * 2 > len(every) else []
+
+
+def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield the columns that are numbers at one site and texts at another, and numbers with their unit in the cell."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("texts", ())):
+        if described(data.dictionary.get(name, Feature())):
+            continue
+        texts = {site: survey["texts"][name] for site, survey in surveys.items() if survey.get("texts", {}).get(name)}
+        every = [text for found in texts.values() for text in found]
+        if units := units_of(every):
+            told = some(map(repr, units))
+            text = f"holds numbers with their unit in the cell ({every[0]!r}: {told})"
+            mend: Mend = {("data", "dictionary", name, "suffix"): units}
+            yield Doubt("units-in-cells", name, text, mend=mend)
+            continue
+        rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items()}
+        numbers = [s for s, one in surveys.items() if name in one["numbers"] and one["missing"][name] < rows[s]]
+        if numbers and texts:
+            where, what = next(iter(texts.items()))
+            text = f"is a number at {those(numbers)} and text at {those(list(texts))} ({what[0]!r} at {where!r})"
+            yield Doubt("kinds", name, text, mend={("data", "exclude"): [name]})
 
 
 def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
@@ -339,10 +401,10 @@ def _spelt(code: str, column: str, counts: Mapping[str, int]) -> Iterator[Doubt]
     groups: dict[str, list[str]] = {}
     for text in counts:
         groups.setdefault(fold(text), []).append(text)
-    if len(groups) > 2 and set(groups) <= YES | NO:
-        groups = {}
-        for text in counts:
-            groups.setdefault("yes" if fold(text) in YES else "no", []).append(text)
+    for one, other in ((YES, NO), (FEMALE, MALE)):
+        if len(groups) > 2 and set(groups) <= one | other:
+            sides = [[text for text in counts if fold(text) in words] for words in (one, other)]
+            groups = {side[0]: side for side in sides if side}
     recode: dict[str, str] = {}
     for texts in groups.values():
         best = max(texts, key=lambda text: (counts[text], text.islower(), text))

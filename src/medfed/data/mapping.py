@@ -141,7 +141,7 @@ def _moment(text: str) -> np.datetime64 | None:
 
 def maps(feature: Feature) -> bool:
     """Say whether an entry changes what stands in a cell."""
-    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes)
+    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes, feature.suffix)
     return any(kinds) or (feature.factor, feature.offset) != (1.0, 0.0)
 
 
@@ -228,6 +228,8 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
         _tell(faults, name, bad_U, code_N, what, action)
         return {name: _at(text_U, code_N)}
     text_U = recoded(text_U, feature.recode, absent)
+    if feature.suffix:
+        text_U = [_without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
         return {name: told(number_N, absent)}
@@ -239,6 +241,15 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
         side_U = side_U if feature.factor > 0 else -side_U
     beside = zip(limit_columns(name, feature), (-1, 1), strict=False)
     return {name: _at(text_U, code_N)} | {column: _flags(side_U == side, code_N) for column, side in beside}
+
+
+def _without_suffix(text: str | None, suffixes: Sequence[str], decimal: str) -> str | None:
+    """Return a cell without what stands behind its number: "12,5 %" is 12.5 where the table has decimal commas."""
+    ending = next((one for one in suffixes if text and text.endswith(one)), None)
+    if text is None or ending is None:
+        return text
+    number = text.removesuffix(ending).rstrip()
+    return number.replace(",", ".") if decimal == "," and re.fullmatch(r"[+-]?\d+,\d+", number) else number
 
 
 def different(values: pd.Series) -> tuple[np.ndarray, Texts]:

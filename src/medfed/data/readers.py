@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from medfed.core.checks import DataError, MedfedError, nearest, some
+from medfed.core.refusals import Refusal, refuse
 from medfed.data import columnar, lines, numerals, texts, workbooks
 from medfed.data.layout import COMPRESSED, Layout, lines_to_choose, of_header
 from medfed.data.texts import Text
@@ -50,7 +51,10 @@ def read(path: Path, data: Data, private: bool) -> Reading:
     """
     files = files_of(path, data)
     frames, layouts = _frames(files, data, private, f"data.table={str(path)!r}")
-    frames = [_in_order(frame, frames[0].columns, file, files[0]) for frame, file in zip(frames, files, strict=True)]
+    alike = [(frame, file) for frame, file in zip(frames, files, strict=True) if not _is_mapped(file, data)]
+    if alike:
+        first, whose = alike[0]
+        refuse(_other_columns({file: list(frame.columns) for frame, file in alike}, list(first.columns), whose))
     if len(files) > 1 or data.site_is_file:
         frames = [_named_rows(frame, file, data) for frame, file in zip(frames, files, strict=True)]
     frame = frames[0] if len(frames) == 1 else pd.concat(frames)
@@ -91,10 +95,13 @@ def _frames(
 def header(path: Path, data: Data, private: bool) -> list[str]:
     """Return the columns of a table, of which no row is read. Raises DataError as `read` does."""
     files = files_of(path, data)
-    first, *others = [_header(file, data, private) for file in files]
-    for file, names in zip(files[1:], others, strict=True):
-        _refuse_other_columns(names, first, file, files[0])
-    return [*first, *([SITE] if data.site_is_file else [])]
+    names = {file: _header(file, data, private) for file in files}
+    alike = {file: found for file, found in names.items() if not _is_mapped(file, data)}
+    if alike:
+        whose, first = next(iter(alike.items()))
+        refuse(_other_columns(alike, first, whose))
+    every = dict.fromkeys(name for found in names.values() for name in found)
+    return [*every, *([SITE] if data.site_is_file else [])]
 
 
 # which files --------------------------------------------------------------------------------------------------------
@@ -166,17 +173,21 @@ def _named_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
     return named.assign(**{SITE: site_of(file)}) if data.site_is_file else named
 
 
-def _in_order(frame: pd.DataFrame, columns: pd.Index, file: Path, first: Path) -> pd.DataFrame:
-    """Return a file's rows with the columns of the first file, which must be the same."""
-    _refuse_other_columns(list(frame.columns), list(columns), file, first)
-    return frame if frame.columns.equals(columns) else frame[list(columns)]
+def _is_mapped(file: Path, data: Data) -> bool:
+    """Say whether a file is of a site whose own map says how its columns are called."""
+    return data.site_is_file and site_of(file) in data.site_maps
 
 
-def _refuse_other_columns(names: Sequence[str], known: Sequence[str], file: Path, first: Path) -> None:
-    for name in [n for n in names if n not in known]:
-        raise DataError(f"{file.name}: column {name!r} is not in {first.name}; {nearest(name, known)} Name all alike.")
-    for name in [n for n in known if n not in names]:
-        raise DataError(f"{file.name}: no column {name!r}, which {first.name} has; {nearest(name, names)} Add it.")
+def _other_columns(names: Mapping[Path, Sequence[str]], known: Sequence[str], first: Path) -> Iterator[Refusal]:
+    """Yield where files differ from the first in their columns, all at once."""
+    way = "Name all alike, give the site a map (data.site_maps), or join another table to this one ([[data.join]])."
+    for file, found in names.items():
+        for name in [n for n in found if n not in known]:
+            text = f"{file.name}: column {name!r} is not in {first.name}; {nearest(name, known)} {way}"
+            yield Refusal(DataError(text))
+        for name in [n for n in known if n not in found]:
+            text = f"{file.name}: no column {name!r}, which {first.name} has; {nearest(name, found)} {way}"
+            yield Refusal(DataError(text))
 
 
 # one file -----------------------------------------------------------------------------------------------------------

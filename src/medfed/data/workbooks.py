@@ -77,6 +77,12 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
     return numerals.respelt(frame, numerals.one_form)
 
 
+def has_labels(path: Path) -> bool:
+    """Say whether a statistics package's file names its codes; no record is read."""
+    reader = _READERS.get(path.suffix.lower())
+    return reader is not None and bool(reader(str(path), metadataonly=True)[1].variable_value_labels)
+
+
 def _sheet_name(book: CalamineWorkbook, format: Format, where: str, private: bool) -> str:
     names = book.sheet_names
     if format.sheet:
