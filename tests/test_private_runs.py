@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 import medfed
@@ -24,7 +25,7 @@ from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
 from medfed.engine.inprocess import InProcess
-from medfed.monitor import events
+from medfed.monitor import console, events
 from medfed.monitor.events import Event, RoundFinished
 from medfed.plan import Plan
 from medfed.prepare import prepare
@@ -622,6 +623,27 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     assert before == after and len(after) == 1
     assert again.summary["test"]["accuracy"] == after[0].all_sites["accuracy"].value
     assert set(charges(own_ledger(tmp_path / "run"), "test").values()) == {1}
+
+
+def test_the_plan_says_what_a_paid_test_can_tell_and_where_a_run_is_charged(
+    noised: Study, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newcomer's: a first trial founded the lifetime ledger, spent it, and its test told nothing."""
+    lasting = noised.set("privacy.scope", "study")
+    found = runs.privacy_outlook(lasting)
+    assert found["ledger"] == {"path": str(home), "founded": False} and not home.exists()
+    test = found["paid_test"]
+    assert test["held_out"] == 48 and test["intervals"]["0.05"] is None  # 192 declared, a fifth held out
+    large = lasting._with({"privacy.delta": 1e-5} | {f"privacy.sizes.{name}": 4000 for name in SITES})
+    low, high = runs.privacy_outlook(large)["paid_test"]["intervals"]["0.5"]
+    assert 0.7 < low < 0.8 < high < 0.9
+
+    for part in console.outlook(found):
+        Console(width=200).print(part)
+    told = capsys.readouterr().out
+    assert "the first run founds this site's" in told and "hardly ever with 5%" in told
+    medfed.simulate(lasting)
+    assert runs.privacy_outlook(lasting)["ledger"]["founded"]
 
 
 # what leaves a site -------------------------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from medfed import dpsgd, recipe
 from medfed.algorithms import ALGORITHMS
+from medfed.core import decision
 from medfed.core.checks import PlanError
 from medfed.core.flat import vector
 from medfed.data.federated import Patients, Rows
 from medfed.data.preprocess import Encoding
 from medfed.local import outputs
+from medfed.monitor import noised
 from medfed.plan import Plan, algorithm_name, build_model, excess
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee, Release
@@ -185,3 +187,57 @@ def figure(task: str, z_NC: Tensor, y_N: Tensor) -> float:
         return float(roc_auc_score(y > 0.5, z[:, 0]))
     there = [k for k in range(z.shape[1]) if 0 < (y == k).sum() < len(y)]
     return float(np.mean([roc_auc_score(y == k, z[:, k]) for k in there]))
+
+
+# the test that held-out patients pay for
+
+AUROC = 0.8
+PREVALENCES = (0.5, 0.2, 0.05)
+_DRAWS = 25
+
+
+@dataclass(frozen=True)
+class PaidTest:
+    """What a noised test can tell: about how many are held out, and how an AUROC of .8 would be told, by prevalence."""
+
+    held_out: int
+    epsilon: float
+    intervals: dict[str, tuple[float, float] | None]  # prevalence -> median 95 % interval; None: mostly untold
+
+
+def paid_test(plan: Plan) -> PaidTest | None:
+    """Foretell what a paid test will be able to say, from declared sizes alone; None where nobody pays for one.
+
+    Where marks or dates say who is held out, how many those are is not public: then None, too.
+    """
+    study = plan.study
+    data, privacy = study.data, study.privacy
+    if not privacy.evaluation_epsilon or data.test_is_public or data.test or plan.guarantee is None:
+        return None
+    trained = sum(release.size for release in plan.guarantee.releases.values())
+    held_out = round(trained * data.test_fraction / (1 - data.test_fraction))
+    if guarantees.counted_together(study):
+        noise = noised.variance(privacy.evaluation_epsilon / privacy.max_sites_per_patient)
+    else:
+        noise = noised.variance(privacy.evaluation_epsilon, len(plan.testers))
+    told = {f"{share:g}": _interval(held_out, share, noise) for share in PREVALENCES}
+    return PaidTest(held_out, privacy.evaluation_epsilon, told)
+
+
+def _interval(held_out: int, prevalence: float, variance: float) -> tuple[float, float] | None:
+    """Return the median interval in which an AUROC of .8 is told; None where more than half of the tests are void."""
+    rng = np.random.default_rng(0)
+    positives = round(held_out * prevalence)
+    apart = math.sqrt(2) * statistics.NormalDist().inv_cdf(AUROC)
+    found: list[tuple[float, float]] = []
+    for _ in range(_DRAWS):
+        logits = rng.normal(size=held_out)
+        logits[:positives] += apart
+        edges = noised.edges_for(logits)
+        counts = decision.tally(logits, np.arange(held_out) < positives, edges)
+        figure = noised.Noised(edges, counts + rng.normal(0, math.sqrt(variance), counts.shape), variance)._auroc()
+        if figure.low is not None and figure.high is not None:
+            found.append((figure.low, figure.high))
+    if len(found) * 2 <= _DRAWS:
+        return None
+    return statistics.median(low for low, _ in found), statistics.median(high for _, high in found)

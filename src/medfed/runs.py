@@ -61,7 +61,7 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
-from medfed.foretell import foretell
+from medfed.foretell import foretell, paid_test
 from medfed.gate import Gate
 from medfed.local import outputs
 from medfed.monitor import events
@@ -493,7 +493,20 @@ def privacy_outlook(study: Study, data: Path | None = None, progress: bool = Fal
     _, plan = _ready(sites[0].study, sites)
     found = claims.outlook(plan)
     told = [dataclasses.asdict(one) for one in foretell(plan)]
-    return {**found, "chosen": plan.study.choices(), "foretold": told}
+    test = paid_test(plan)
+    return {
+        **found,
+        "chosen": plan.study.choices(),
+        "foretold": told,
+        "paid_test": dataclasses.asdict(test) if test else None,
+        "ledger": _charged_where(plan.study),
+    }
+
+
+def _charged_where(study: Study) -> dict[str, Any]:
+    """Return in which ledger a run of the study would be charged, and whether it would found it."""
+    path = None if study.privacy.scope == "run" else ledger_path(study, None)
+    return {"path": str(path) if path else None, "founded": path is not None and path.exists()}
 
 
 def ledger_accounts(place: Path | None, delta: float | None = None, heads: Sequence[str] = ()) -> dict[str, Any]:

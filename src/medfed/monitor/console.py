@@ -265,6 +265,7 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
     ]
     parts += chosen(found["chosen"])
     parts.append(_usefulness(found["foretold"]))
+    parts += [*_paid_test(found["paid_test"]), _charged(found["ledger"], found["epsilon"])]
     for mode, rows in found["modes"].items():
         table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
         for title in (
@@ -295,6 +296,34 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         "does."
     )
     return parts
+
+
+def _paid_test(test: Mapping[str, Any] | None) -> list[str]:
+    """Say what the test that held-out patients pay for will be able to tell."""
+    if test is None:
+        return []
+    told = [
+        f"as {ends[0]:.2f} to {ends[1]:.2f} with {float(share):.0%} positive" if ends else
+        f"hardly ever with {float(share):.0%}"
+        for share, ends in test["intervals"].items()
+    ]  # fmt: skip
+    return [
+        f"test: about {test['held_out']:,} held-out patients pay epsilon {test['epsilon']:g} for one; an AUROC of .80 "
+        f"would be told {', '.join(told)}. More held-out patients, or public ones, tell more."
+    ]
+
+
+def _charged(ledger: Mapping[str, Any], epsilon: float) -> str:
+    """Say where a run is charged, and what a trial would cost."""
+    if ledger["path"] is None:
+        return "ledger: a run is charged in its own folder alone (privacy.scope = 'run'): for public records."
+    if ledger["founded"]:
+        return escape(f"ledger: a run is charged in this site's, {ledger['path']}, for the life of its patients.")
+    return escape(
+        f"ledger: the first run founds this site's, {ledger['path']}, with epsilon {epsilon:g} for a patient's life: a "
+        "trial spends it. Rehearse on public or made-up records with privacy.scope = 'run', or found it with more: "
+        "medfed privacy found."
+    )
 
 
 def _usefulness(foretold: Sequence[Mapping[str, Any]]) -> Table:
