@@ -103,6 +103,17 @@ def test_what_is_set_by_hand_is_not_proposed_again(tmp_path: Path) -> None:
     assert study.data.target == "ward" and study.data.patient == "" and study.data.format.separator == ","
 
 
+def test_where_the_file_does_not_say_how_it_is_written_it_can_be_set(tmp_path: Path) -> None:
+    frame = invented()
+    with pd.ExcelWriter(tmp_path / "cohort.xlsx") as book:
+        frame.to_excel(book, sheet_name="Data", index=False)
+        frame.head(2).to_excel(book, sheet_name="Codebook", index=False)
+    with pytest.raises(MedfedError, match=r"has 2 sheets.*--set data\.format\.KEY=VALUE"):
+        draft.draft(tmp_path / "cohort.xlsx", tmp_path / "study.toml")
+    made = draft.draft(tmp_path / "cohort.xlsx", tmp_path / "study.toml", ['data.format.sheet="Data"'])
+    assert runs.simulate(studies.from_text(made.text, tmp_path / "study.toml")).complete
+
+
 def test_a_draft_overwrites_nothing_and_is_for_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_study(tmp_path, STUDY)
     assert command("data", "show", tmp_path / "cohort.csv", "--write", path) == 2

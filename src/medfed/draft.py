@@ -19,7 +19,7 @@ import pandas as pd
 from medfed import runs
 from medfed import study as studies
 from medfed.core import files, toml
-from medfed.core.checks import MedfedError, StudyError, some
+from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
 from medfed.data import clinical, doubts, readers, workbooks
 from medfed.data.doubts import Doubt
@@ -96,7 +96,7 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     if any(workbooks.has_labels(file) for file in readers.files_of(table, Data())) and "format" not in asked["data"]:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
-    reading = readers.read(table, _study(asked).data, private=False)
+    reading = _read(table, _study(asked).data)
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
@@ -111,6 +111,16 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     blanks = [f"data.{key}" for key in ("target", "site") if isinstance(asked["data"].get(key), Ask)]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
     return Draft("\n".join(lines), tuple(blanks), unread)
+
+
+def _read(table: Path, data: Data) -> readers.Reading:
+    """Read a table; where it has to be said how it is written, say where, as there is no study yet."""
+    try:
+        return readers.read(table, data, private=False)
+    except DataError as error:
+        if "[data.format]" not in str(error):
+            raise
+        raise DataError(f"{error} There is no study yet: --set data.format.KEY=VALUE says it.") from error
 
 
 def write(made: Draft, out: Path) -> None:
