@@ -194,6 +194,27 @@ def test_an_index_in_files_of_several_hospitals_is_one_too(tmp_path: Path) -> No
     assert (doubt.code, doubt.column, doubt.sites) == ("row-number", "nr", ("east", "north", "south"))
 
 
+def test_one_hospital_in_another_unit_is_doubted(tmp_path: Path) -> None:
+    """Creatinine about 1 in one hospital and about 90 in the others: mg/dL beside umol/L."""
+
+    def creatinine(frame: pd.DataFrame) -> None:
+        values = np.exp(np.random.default_rng(0).normal(4.5, 0.4, len(frame)))
+        frame["creatinine"] = np.where(frame["hospital"] == "south", values / 88.42, values).round(3)
+
+    study = changed(tmp_path, creatinine)
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column) == ("units-differ", "creatinine")
+    assert "south about 0.988" in doubt.sentence() and "as in mg/dL" in doubt.sentence()
+    with pytest.raises(DataError, match="several units"):
+        medfed.simulate(study)
+
+    def other_patients(frame: pd.DataFrame) -> None:
+        creatinine(frame)
+        frame.loc[frame["hospital"] == "south", "creatinine"] *= 88.42 * 2.5  # a dialysis ward, in the same unit
+
+    assert found(changed(tmp_path, other_patients)) == []
+
+
 def test_numbers_as_labels_are_a_regression_or_are_accepted(tmp_path: Path) -> None:
     def days(frame: pd.DataFrame) -> None:
         frame["died"] = np.random.default_rng(0).integers(1, 20, len(frame))

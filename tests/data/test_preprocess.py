@@ -404,6 +404,7 @@ def test_a_survey_is_plain_counts_and_names() -> None:
         "outside": {},
         "far": {},
         "single": {},
+        "medians": {},
         "doubts": [],
     }
 

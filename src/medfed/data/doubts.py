@@ -10,10 +10,12 @@ Few records look like anything: what could be chance once in a million tables is
 
 import math
 import re
+import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from medfed.core import toml
 from medfed.core.checks import DataError, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
+from medfed.data import clinical
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ HARMS: dict[str, Harm] = {
     "missing-words": "error",
     "coding": "error",
     "outside-most": "error",
+    "units-differ": "error",
     "separates": "warning",
     "names-site": "warning",
     "constant": "warning",
@@ -273,7 +277,7 @@ _MOST_VALUES = 48  # of a column that may say a label in other words
 def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[Doubt]:
     """Return what is doubtful about the sites' tables, from what they tell (`preprocess.survey`), in order of harm."""
     found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
-    found += [*_texts(surveys, data), *_columns(surveys)]
+    found += [*_texts(surveys, data), *_units(surveys, data), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
     told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
@@ -375,6 +379,33 @@ def _texts(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
             continue
         counts = Counter(text for survey in surveys.values() for text in survey.get("texts", {}).get(name, ()))
         yield from _spelt("spelling", name, counts)
+
+
+@lru_cache(maxsize=65536)
+def may_be_in_several_units(column: str) -> bool:
+    """Say whether a column is a variable of the clinical dictionary whose unit its name does not say."""
+    return len({entry.unit for entry in clinical.proposal(column)}) > 1
+
+
+def _units(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield the columns whose sites' medians belong to different units of the variable that the name says."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("medians", ())):
+        units: dict[str, list[tuple[str, float]]] = {}
+        for site, survey in surveys.items():
+            median = survey.get("medians", {}).get(name)
+            if median is not None and (likely := clinical.proposal(name, median)):
+                units.setdefault(likely[0].unit, []).append((site, median))
+        typical = [statistics.median(median for _, median in found) for found in units.values()]
+        if len(units) < 2 or min(typical) <= 0 or max(typical) < _APART * min(typical):
+            continue
+        told = "; ".join(
+            f"{those([site for site, _ in found])} about {found[0][1]:.3g}, as in {unit or 'no unit'}"
+            for unit, found in units.items()
+        )
+        yield Doubt("units-differ", name, f"seems to be in several units: {told}; a site's map has factor")
+
+
+_APART = 5.0  # times, by which medians of sites in one unit hardly differ
 
 
 def _columns(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:

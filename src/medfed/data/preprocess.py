@@ -20,6 +20,7 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.types import Task
+from medfed.data import doubts
 from medfed.data.federated import Rows
 from medfed.data.tables import SiteTable, declared_labels, declared_range, features_of
 from medfed.study import RANGE, Data, Feature
@@ -208,9 +209,22 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "outside": {n: _counted(rows) for n, rows in table.found.outside.items()},
         "far": {n: _counted(rows) for n, rows in table.found.far.items()},
         "single": _single(table),
+        "medians": _medians_of(table, data),
         "doubts": [doubt.told() for doubt in table.found.doubts],
         **({"dropped": dict(table.found.dropped)} if table.found.dropped else {}),
     }
+
+
+def _medians_of(table: SiteTable, data: Data) -> dict[str, float]:
+    """Return the median of each number that may be in several units, at a site of more than a few records."""
+    if len(table) < doubts.FEW:
+        return {}
+    known = {
+        name: values[np.isfinite(values)]
+        for name, values in table.numbers.items()
+        if name not in data.dictionary and doubts.may_be_in_several_units(name)
+    }
+    return {name: float(np.median(values)) for name, values in known.items() if len(values) >= doubts.FEW}
 
 
 def _single(table: SiteTable) -> dict[str, float | str]:
