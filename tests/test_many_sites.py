@@ -13,12 +13,14 @@ import medfed
 from medfed import runs, site
 from medfed.core import codec
 from medfed.core.checks import DataError, SiteError
+from medfed.core.streams import Streams
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
+from medfed.data.tables import Frames, clean_all
 from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.site import Site, handle_many
-from medfed.study import Study
+from medfed.study import Data, Study
 from tests.tables import PRIVATE, STUDY, invented, plain, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,3 +169,25 @@ def test_what_many_sites_lack_alike_is_told_once_with_their_number(tmp_path: Pat
     assert sum("trains on one class only" in text for text in warned) <= 10
     assert any(text.startswith("each of ") and " sites, clinic " in text and "more " in text for text in warned)
     assert sum("has no value at all of lactate" in text for text in warned) <= 6
+
+
+@pytest.mark.parametrize("question", ["below", "known"])
+def test_few_large_sites_answer_from_values_in_order_as_the_plain_twin(
+    question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    frames = {
+        name: pd.DataFrame({"a": rng.normal(size=n), "b": rng.gamma(1, size=n), "y": rng.choice(["0", "1"], n)})
+        for name, n in (("x", 300), ("z", 211))
+    }
+    tables = clean_all(Frames.of(frames), Data(target="y"), Streams(0))
+    names, logs = ["a", "b"], {"b": 0.01}
+    word = preprocess._word(rng.normal(0, 2, (2, 3, 16))).view(np.int64)
+    ask = {"threshold": torch.from_numpy(word)}
+    each = torch.stack([preprocess.answer(table, question, names, logs, ask) for table in tables])
+    for large in (1, 10**6):
+        monkeypatch.setattr(preprocess, "_LARGE", large)
+        for _ in range(2):  # the second time from what is kept
+            assert torch.equal(preprocess.answer_each(tables, question, names, logs, ask), each)
+        assert bool(tables[0].sorted_words) == (question == "below")  # kept by the first
+    assert not replace(tables[0], spellings=1).sorted_words  # another table's values are its own

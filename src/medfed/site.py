@@ -257,6 +257,8 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
                 )
         promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
     tables = [_table(site) for site in sites]
+    for table in tables:
+        table.sorted_words.clear()  # nothing more is asked
     links = links_of(sites[0].study, promised, list(header["declared"]))
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.path, site.guarantee = encoding, model, path, promised

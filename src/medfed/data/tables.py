@@ -70,6 +70,11 @@ class SiteTable:
     def __len__(self) -> int:
         return len(self.label)
 
+    @cached_property
+    def sorted_words(self) -> dict[tuple[str, float | None], np.ndarray]:
+        """Training values in order, by column and floor of its logarithm, while questions are asked of them."""
+        return {}
+
     def features(self) -> list[str]:
         """Return the feature names, sorted."""
         return sorted([*self.numbers, *self.texts])
