@@ -86,14 +86,15 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     for setting in settings:
         key, _, value = toml.setting(setting)
         put(asked, toml.path(key), studies.parse_value(value))
-    several = len(readers.files_of(table, Data())) > 1
+    held = readers.files_of(table, Data())
+    several = len(held) > 1
     if several and "site" not in asked["data"] and "site_is_file" not in asked["data"]:
         asked["data"]["site_is_file"] = True
 
     notes: dict[toml.Path, str] = {}
     if several:
         notes["data", "site_is_file"] = "each file is a hospital; if a column names it, set data.site instead"
-    if any(workbooks.has_labels(file) for file in readers.files_of(table, Data())) and "format" not in asked["data"]:
+    if any(workbooks.has_labels(file) for file in held) and "format" not in asked["data"]:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)

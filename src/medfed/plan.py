@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
 from medfed.core import toml
-from medfed.core.checks import DataError, MedfedError, PlanError, QuorumError, StudyError, closest, nearest, some, those
+from medfed.core.checks import (
+    DataError,
+    MedfedError,
+    PlanError,
+    QuorumError,
+    StudyError,
+    closest,
+    nearest,
+    rows_of,
+    some,
+    those,
+)
 from medfed.core.flat import vector
 from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
@@ -844,5 +855,4 @@ def _rows_told(surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: boo
             continue
         for name, parts in sites.items():
             count, first = sum(told["rows"] for told in parts), [row for told in parts for row in told["first"]][:5]
-            more = f" and {count - len(first)} more" if count > len(first) else ""
-            yield f"site {name!r}", column, f"row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more}"
+            yield f"site {name!r}", column, f"row{'s' if count > 1 else ''} {rows_of(first, count)}"

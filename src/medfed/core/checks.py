@@ -145,6 +145,12 @@ def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
     return "; ".join(f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items())
 
 
+def rows_of(first: Sequence[int], count: int) -> str:
+    """List the first of `count` rows: "2, 3 and 5 more"."""
+    more = f" and {count - len(first)} more" if count > len(first) else ""
+    return ", ".join(map(str, first)) + more
+
+
 def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
     """Return the reasons, each with those who share it; a site's own name in its reason makes no other reason.
 

@@ -13,7 +13,7 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from medfed.core import toml
-from medfed.core.checks import DataError, some, those
+from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import clinical
@@ -45,8 +45,6 @@ HARMS: dict[str, Harm] = {
     "kinds": "error",
     "units-in-cells": "error",
     "spelling": "error",
-    "missing-words": "error",
-    "coding": "error",
     "outside-most": "error",
     "units-differ": "error",
     "separates": "warning",
@@ -101,7 +99,7 @@ class Doubt:
         where = f"column {self.column!r}"
         if self.sites:
             where = f"{those(self.sites)}, {where}" if len(self.sites) > 1 else f"site {self.sites[0]!r}, {where}"
-        rows = f" (row {_rows(self.rows, self.count)})" if self.rows else ""
+        rows = f" (row {rows_of(self.rows, self.count)})" if self.rows else ""
         return f"{where} {self.text}{rows}. {self.way_out()}"
 
     def way_out(self) -> str:
@@ -121,11 +119,6 @@ class Doubt:
         """Return a doubt that a site told."""
         mend = {tuple(path): value for path, value in told["mend"]}
         return cls(**{**told, "rows": tuple(told["rows"]), "mend": mend, "sites": (site,)})
-
-
-def _rows(rows: Sequence[int], count: int) -> str:
-    more = f" and {count - len(rows)} more" if count > len(rows) else ""
-    return ", ".join(map(str, rows)) + more
 
 
 def _leave_out(name: str) -> Mend:

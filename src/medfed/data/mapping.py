@@ -19,22 +19,17 @@ from medfed.core import patient_ids, toml
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, those
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates
+from medfed.data.doubts import NO, YES
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical, features_of
+from medfed.data.tables import canonical, features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
 
-BELOW, ABOVE = "below limit", "above limit"
-"""What is put behind the name of a column with detection limits: its columns of 0 and 1."""
-
-_YES = ("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "o", "vrai", "si", "sì", "sí", "s", "vero", "verdadero")
-_NO = ("\N{MINUS SIGN}", "\N{EN DASH}", "no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso")
-BOOLEAN = {
-    **dict.fromkeys((*_YES, "+", "pos", "positive", "positiv", "positif", "positivo"), "yes"),
-    **dict.fromkeys((*_NO, "-", "neg", "negative", "negativ", "négatif", "negativo"), "no"),
-}
-"""How yes and no are spelt, in lower case."""
+_MORE_YES = ("o", "s", "+", "pos", "positive", "positiv", "positif", "positivo")
+_MORE_NO = ("-", "\N{MINUS SIGN}", "\N{EN DASH}", "neg", "negative", "negativ", "négatif", "negativo")
+BOOLEAN = {**dict.fromkeys((*YES, *_MORE_YES), "yes"), **dict.fromkeys((*NO, *_MORE_NO), "no")}
+"""How yes and no are spelt, in lower case: also as nobody would guess who is not told that a column is boolean."""
 
 _LIMIT = re.compile(r"(<=|>=|=<|=>|[<>≤≥⩽⩾])\s*([+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # or a decimal comma: nobody can tell
@@ -66,11 +61,6 @@ def completed(data: Data) -> Data:
 def _mark(data: Data) -> str:
     """Return the name of the column that marks rows by their date; "" for none."""
     return f"{data.time} from {data.test_from}" if data.time and data.test_from else ""
-
-
-def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
-    """Return the columns that are made beside a column with detection limits."""
-    return (f"{name} {BELOW}", f"{name} {ABOVE}") if feature.limits == "indicator" else ()
 
 
 def columns(header: Sequence[str], data: Data) -> list[str]:
@@ -202,7 +192,7 @@ def apply(
     if names is None and data.test_from:
         made[data.test] = _marks(frame, data, faults, private)
     settle(faults, frame, private, site)
-    return frame.assign(**{name: _column(values, frame) for name, values in made.items()}) if made else frame
+    return frame.assign(**{name: column_of(values, frame) for name, values in made.items()}) if made else frame
 
 
 def roles_of(data: Data) -> list[str]:
@@ -210,7 +200,7 @@ def roles_of(data: Data) -> list[str]:
     return [name for name in dict.fromkeys((data.site, data.patient, data.target)) if name]
 
 
-def _column(values: object, frame: pd.DataFrame) -> pd.Series:
+def column_of(values: object, frame: pd.DataFrame) -> pd.Series:
     """Return texts [n] as a column in the type that the table's others have."""
     texts = any(isinstance(kind, pd.StringDtype) for kind in frame.dtypes)
     return pd.Series(values, index=frame.index, dtype="str" if texts else object)
@@ -444,10 +434,13 @@ def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
         code_N, found = pd.factorize(id_texts(frame[name], f"column {name!r}"))
         nobody: np.ndarray = np.array([patient_ids.is_nobody(text, absent) for text in found], dtype=bool)[code_N]
         return nobody
-    feature = _entry(data, name)
-    code_N, text_U = different(frame[name])
-    text_U = recoded(text_U, {}, {*data.missing_values, *feature.missing})
-    gone: np.ndarray = np.array([text is None for text in text_U], dtype=bool)[code_N]
+    return is_missing(frame[name], {*data.missing_values, *_entry(data, name).missing})
+
+
+def is_missing(values: pd.Series, absent: set[str]) -> np.ndarray:
+    """Say of each cell [n] whether it is missing: empty, or one of the texts that mean so."""
+    code_N, text_U = different(values)
+    gone: np.ndarray = np.array([text is None for text in recoded(text_U, {}, absent)], dtype=bool)[code_N]
     return gone
 
 

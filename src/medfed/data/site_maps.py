@@ -92,9 +92,13 @@ def sha256(text: str) -> str:
 
 def load(study: Study) -> dict[str, SiteMap]:
     """Return the map of each site that has one. Raises StudyError for all keys of all maps that cannot be used."""
+    return _parsed(texts(study), study)
+
+
+def _parsed(read: Mapping[str, str], study: Study) -> dict[str, SiteMap]:
     found: dict[str, SiteMap] = {}
     refusals: list[Refusal] = []
-    for site, text in texts(study).items():
+    for site, text in read.items():
         found[site], wrong = parse(text, study.data.site_maps[site])
         refusals += wrong
     refuse(refusals)
@@ -124,12 +128,11 @@ def completed(data: Data, study: Study) -> Data:
     """Return a data table that says which maps it goes by, and what they declare absent."""
     if not data.site_maps:
         return data
-    maps = load(study)
-    absent = {**data.absent}
-    for site, one in maps.items():
+    read, absent = texts(study), {**data.absent}
+    for site, one in _parsed(read, study).items():
         if one.absent:
             absent[site] = tuple(dict.fromkeys((*absent.get(site, ()), *one.absent)))
-    digests = {site: sha256(text) for site, text in texts(study).items()}
+    digests = {site: sha256(text) for site, text in read.items()}
     return replace(data, absent=absent, site_maps_sha256=digests)
 
 
@@ -220,13 +223,8 @@ def _renamed(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Faul
                 left = moved.get(old, _objects(frame[old])).copy()
                 left[rows_N] = None
                 moved[old] = left
-    frame = frame.assign(**{name: pd.Series(v, frame.index, dtype=_kind(frame)) for name, v in moved.items()})
+    frame = frame.assign(**{name: mapping.column_of(values, frame) for name, values in moved.items()})
     return frame[new]
-
-
-def _kind(frame: pd.DataFrame) -> str:
-    """Return the type of a column of texts in this table."""
-    return "str" if any(isinstance(kind, pd.StringDtype) for kind in frame.dtypes) else "object"
 
 
 def _objects(values: pd.Series) -> np.ndarray:
@@ -247,7 +245,7 @@ def _put(frame: pd.DataFrame, name: str, rows_N: np.ndarray, texts: np.ndarray) 
     values = _objects(frame[name])
     values = values.copy()
     values[rows_N] = texts
-    return frame.assign(**{name: pd.Series(values, frame.index, dtype=_kind(frame))})
+    return frame.assign(**{name: mapping.column_of(values, frame)})
 
 
 def _cells(
@@ -303,10 +301,8 @@ def _emptied(
 ) -> pd.DataFrame:
     """Return a table in which a site lacks what it declares absent; a value there all the same is told."""
     for name in names:
-        feature = data.dictionary.get(name, Feature())
-        code_N, text_U = mapping.different(frame[name])
-        text_U = mapping.recoded(text_U, {}, {*data.missing_values, *feature.missing})
-        known_N = np.array([text is not None for text in text_U], dtype=bool)[code_N]
+        absent = {*data.missing_values, *data.dictionary.get(name, Feature()).missing}
+        known_N = ~mapping.is_missing(frame[name], absent)
         _fault(faults, name, rows_N & known_N, "a value where it is declared absent", "Take it out of `absent`")
         frame = _put(frame, name, rows_N, np.full(int(rows_N.sum()), None, dtype=object))
     return frame

@@ -469,7 +469,8 @@ def features_of(columns: Sequence[str], data: Data) -> list[str]:
     for asked in data.features or ("*",):
         if asked in known or not is_pattern(asked):
             chosen.append(asked)
-            chosen += [made for made in _beside(asked, data) if made in known]
+            made = limit_columns(asked, data.dictionary.get(asked, Feature()))
+            chosen += [name for name in made if name in known]
         else:
             chosen += [name for name in matching(asked, columns) if name not in none]
     out = excluded(columns, data)
@@ -498,10 +499,9 @@ def matching(pattern: str, columns: Sequence[str]) -> list[str]:
     return [name for name in columns if wild.fullmatch(name)]
 
 
-def _beside(name: str, data: Data) -> list[str]:
-    """Return the columns that are made beside one with detection limits; see `mapping`."""
-    limits = data.dictionary.get(name, Feature()).limits
-    return [f"{name} below limit", f"{name} above limit"] if limits == "indicator" else []
+def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
+    """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
+    return (f"{name} below limit", f"{name} above limit") if feature.limits == "indicator" else ()
 
 
 def with_kinds(frame: pd.DataFrame, data: Data) -> Data:
