@@ -260,7 +260,8 @@ def _started(
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     frozen["chosen"] = dict(plan.study.chosen)
-    with advising(f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."):
+    again = f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."
+    with advising(again):
         own.write_to(folder / "sites" / OWN_LOG)
         files.write(folder / "study.toml", plan.study.toml())
         files.write(folder / "plan.json", json.dumps(frozen))
@@ -272,9 +273,7 @@ def _started(
             files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
         log = Log(folder / "events.jsonl", listeners)
     with log:
-        with advising(
-            f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."
-        ):
+        with advising(again):
             server = plan.begin()
             _tell_start(plan, log)
             _tell_founding(sites, log)
@@ -640,9 +639,8 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
         raise RunError(f"client={client!r} takes no part in {folder}; expected one of {some(known)}")
     if not reason.strip() or not operator.strip():
         raise RunError(f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record")
-    if (folder / "summary.json").exists() and json.loads((folder / "summary.json").read_text(encoding="utf-8"))[
-        "status"
-    ] == "complete":
+    summary = folder / "summary.json"
+    if summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "complete":
         raise RunError(f"{folder} is complete; there is no next round to take part in")
     asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
     line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
