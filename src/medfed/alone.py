@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medfed import runs
 from medfed.algorithms import ALGORITHMS
 from medfed.core.checks import PlanError, RunError, nearest
-from medfed.monitor.events import Compared, Event, Log, Tested, Warned
-from medfed.monitor.metrics import Figure
-from medfed.round import compare_own, test
+from medfed.monitor.events import Event, Log, Tested
+from medfed.monitor.metrics import Figure, paired
+from medfed.own_model import errs_less, train_own
+from medfed.round import test
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,17 @@ def compare(folder: str | Path, site: str, data: Path | None = None) -> Alone:
     if site not in sites:
         raise RunError(f"site {site!r} is not in this run; {nearest(site, sites)}")
 
+    fleet, plan = runs.baseline_plan("fedavg", study, [sites[site]], result.encoding)
+    node = fleet.site(site)
+    own_P = train_own(site, node.train, node.encoding, study)
     told: list[Event] = []
     with Log(None, [told.append]) as log:
-        fleet, plan = runs.baseline_plan("fedavg", study, [sites[site]], result.encoding)
-        federated = dataclasses.replace(plan.begin(), w_P=result.w_P)
-        test(federated, plan, fleet, log, "federated", intervals=True)
+        for model, w_P in (("federated", result.w_P), ("own", own_P)):
+            test(dataclasses.replace(plan.begin(), w_P=w_P), plan, fleet, log, model, intervals=True)
+    less_N = errs_less(node.model, own_P, result.w_P, node.test, node.encoding.target)
+    if not torch.isfinite(less_N).all():
+        raise RunError("a model's outputs are not finite, so the two cannot be compared")
 
-        fleet, plan = runs.baseline_plan("local", study, [sites[site]], result.encoding)
-        own = runs.train_in_silence(plan, fleet)
-        test(own, plan, fleet, log, "local", intervals=True)
-        compare_own(own, federated, plan, fleet, log)
-
-    tested = {event.model: event for event in told if isinstance(event, Tested)}
-    compared = next((event for event in told if isinstance(event, Compared)), None)
-    if compared is None:
-        raise RunError(next(event.text for event in told if isinstance(event, Warned)))
-    return Alone(
-        site, compared.n, dict(tested["local"].all_sites), dict(tested["federated"].all_sites), compared.own_better
-    )
+    tested = {event.model: dict(event.all_sites) for event in told if isinstance(event, Tested)}
+    better = paired(len(less_N), float(less_N.sum()), float(less_N.square().sum()))
+    return Alone(site, len(less_N), tested["own"], tested["federated"], better)

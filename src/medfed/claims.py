@@ -48,7 +48,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
     assert g is not None
     spent = budget.claim()
     uses: dict[str, int] = getattr(budget, "uses", {})
-    thresholds: int = getattr(budget, "thresholds", 0)
+    asked: dict[str, int] = getattr(budget, "asked", {})
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
     charged = account.charged() if account and not g.simulation_only else None
@@ -77,7 +77,8 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "sampling": _sampling(g),
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
-        "threshold": _threshold(plan, thresholds),
+        "threshold": _threshold(plan, asked.get("threshold", 0)),
+        "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
         "a_payment_covers": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
         "patients": {
@@ -90,7 +91,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
             "version": f"dp-accounting {version('dp-accounting')}",
             "delta_taken_by_the_noise_sampler": g.delta_sampler,
         },
-        "second_accountant": None if g.simulation_only else _second(g, uses, thresholds),
+        "second_accountant": None if g.simulation_only else _second(g, uses, asked),
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
@@ -151,10 +152,10 @@ def _sampling(g: Guarantee) -> str:
     return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
 
 
-def _second(g: Guarantee, uses: dict[str, int], thresholds: int) -> JSON:
+def _second(g: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
     name = "rdp" if g.accountant == "pld" else "pld"
-    events = {g.paid(g.releases[n], count, thresholds) for n, count in uses.items() if count}
+    events = {g.paid(g.releases[n], count, asked) for n, count in uses.items() if count}
     found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events]
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
 
@@ -168,8 +169,25 @@ def _threshold(plan: Plan, times: int) -> JSON | None:
     return {
         "rule": plan.study.data.threshold,
         "mechanism": "discrete Gaussian noise on counts of training patients by score, one record each",
-        "noise_multiplier": g.threshold_noise,
+        "noise_multiplier": g.queries["threshold"],
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "released": times,
+    }
+
+
+def _vote(plan: Plan, times: int) -> JSON | None:
+    """Return what a vote of sites on their own models has released; None where there is none."""
+    g = plan.guarantee
+    assert g is not None
+    if "vote" not in g.queries:
+        return None
+    public = plan.study.data.test_is_public
+    return {
+        "unit": "patient: a site's own model and its test move by any patient of the site, its vote by 1 at most",
+        "mechanism": "discrete Gaussian noise on the number of sites whose own model errs less",
+        "noise_multiplier": g.queries["vote"],
+        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "paid_by": "training patients" if public else "training and held-out patients, these beside their test",
         "released": times,
     }
 

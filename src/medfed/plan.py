@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medfed import models
+from medfed import models, rates
 from medfed.algorithms import ALGORITHMS, Algorithm, Server
 from medfed.core import toml
 from medfed.core.checks import (
@@ -731,6 +731,12 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
         beta2=t.beta2,
         weight_decay=t.weight_decay,
     )
+
+
+def safe_rate(study: Study, encoding: Encoding, bends: Mapping[str, float], sizes: Mapping[str, int]) -> Chosen:
+    """Return the learning rate that every site's rows bear, from what `rates.bend` says of each."""
+    stretch = partial(rates.stretch, build_model(study, encoding), encoding.invented(rates.ROWS))
+    return rates.choose(encoding.target.task, bends, sizes, local_plan(study, encoding), study.training, stretch)
 
 
 def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, study: Study) -> list[str]:

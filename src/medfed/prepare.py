@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from medfed.data import doubts, preprocess
 from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
 from medfed.models import fixed
-from medfed.plan import Plan, build_model, check, make
+from medfed.plan import Plan, build_model, check, make, safe_rate
 from medfed.privacy.guarantee import asked
 from medfed.rates import Chosen
 from medfed.study import Study
@@ -69,9 +68,7 @@ def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
     for name in sorted(trained, key=trained.__getitem__, reverse=True)[: plan.malicious]:
         del trained[name]
     sizes = {name: plan.sizes[name]["train"] for name in trained}
-    model, rows = build_model(plan.study, plan.encoding), plan.encoding.invented(rates.ROWS)
-    stretch = partial(rates.stretch, model, rows)
-    return rates.choose(plan.encoding.target.task, trained, sizes, plan.local, plan.study.training, stretch)
+    return safe_rate(plan.study, plan.encoding, trained, sizes)
 
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ from medfed.data.preprocess import Encoding
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, cohort, excess, standing
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.refusals import affordable, is_binary
+from medfed.privacy.refusals import affordable, is_binary, vote_tells
 from medfed.rates import output_gradients
 from medfed.study import Study, out_of_range
 
@@ -166,11 +166,26 @@ def _basics(study: Study, patients: int) -> Choices:
     p, found = study.privacy, Choices()
     found["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
     found["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
+    delta = p.delta if p.delta < 1 else _delta(patients)
+    with_delta = dataclasses.replace(study, privacy=dataclasses.replace(p, delta=delta))
+    if study.left_open("privacy.vote_epsilon") and (vote := _vote(with_delta)):
+        found["privacy.vote_epsilon"] = vote
+        with_delta = with_delta.set("privacy.vote_epsilon", vote[0])
     if not study.data.test_is_public and is_binary(study.data):
-        delta = p.delta if p.delta < 1 else _delta(patients)
-        with_delta = dataclasses.replace(study, privacy=dataclasses.replace(p, delta=delta))
         found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"
     return found
+
+
+def _vote(study: Study) -> tuple[float, str] | None:
+    """Choose a vote on sites' own models where its answer is known to a quarter of the sites; else none."""
+    p, sites = study.privacy, len(study.privacy.sizes)
+    compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
+    if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
+        return None
+    if p.threshold_epsilon > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
+        return None
+    half = guarantees.vote_interval(sites, guarantees.vote_noise(study, p.epsilon / 4, sites))
+    return p.epsilon / 4, f"{sites} sites say whether their own models do better, known to +- {half:.0f}"
 
 
 def _delta(patients: int) -> float:

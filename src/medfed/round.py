@@ -24,7 +24,17 @@ from medfed.engine.port import Fleet, gather
 from medfed.fleet import selection
 from medfed.local import outputs
 from medfed.monitor import metrics, noised
-from medfed.monitor.events import Compared, Inspected, Log, RoundFinished, RoundStarted, SiteExcluded, Tested, Warned
+from medfed.monitor.events import (
+    Compared,
+    Inspected,
+    Log,
+    RoundFinished,
+    RoundStarted,
+    SiteExcluded,
+    Tested,
+    Voted,
+    Warned,
+)
 from medfed.monitor.metrics import Scored, Scores
 from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
@@ -151,7 +161,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
         return Decision(rule.level if not rule.chosen else 0.5, "declared")
     g = plan.guarantee
     if g:
-        budget.choose()
+        budget.ask("threshold")
     edges = _edges(server, plan, CHOOSING_CELLS) if g else EXACT_EDGES
     payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
@@ -162,8 +172,8 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
 
     counts, noises = np.sum(told, 0) if told else np.zeros(2 * len(edges) + 2), len(told)
     if g and guarantee.counted_together(study):
-        counts, noises = counts + guarantee.count_noise(g, rule, len(counts), plan.streams.key("threshold")), 1
-    sd = g.threshold_sd(rule) * math.sqrt(noises) if g else 0.0
+        counts, noises = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts)), 1
+    sd = g.query_sd("threshold", rule.sensitivity()) * math.sqrt(noises) if g else 0.0
     found = rule.choose(edges, counts, sd) if told else None
     if found is None:
         hidden = "the noise hides it" if g and told else "training rows do not tell"
@@ -171,6 +181,12 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
         return Decision(0.5, f"{study.data.threshold} chose nothing")
     of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
     return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
+
+
+def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
+    """Draw the noise on the sum of all sites' answers to a query."""
+    assert plan.guarantee is not None
+    return guarantee.query_noise(plan.guarantee, label, sensitivity, numbers, plan.streams.key(label))
 
 
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
@@ -283,6 +299,28 @@ def _noised_scores(answers: Answers, edges: np.ndarray, plan: Plan) -> tuple[Sco
         return Noised(edges, total, each * len(counts)), per_site
     epsilon = privacy.evaluation_epsilon / privacy.max_sites_per_patient
     return Noised(edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)), {}
+
+
+def vote(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> None:
+    """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the outcome."""
+    g = plan.guarantee
+    if g is None or "vote" not in g.queries:
+        return
+    budget.ask("vote")
+    payload = codec.encode({"round": server.round}, {"w": server.released_P})
+    replies = gather(fleet, plan.participants, "vote", payload, plan.study.training.deadline)
+    for name, reply in replies.items():
+        if reply.error:
+            log.emit(SiteExcluded(server.round, name, f"did not vote on own models: {reply.error}"))
+    told = [float(codec.decode(reply.payload)[1]["vote"]) for reply in replies.values() if not reply.error]
+    if not told:
+        return
+    count, noises = sum(told), len(told)
+    if guarantee.counted_together(plan.study):
+        count, noises = count + float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0]), 1
+    sd = g.query_sd("vote", guarantee.VOTE_SENSITIVITY) * math.sqrt(noises)
+    half = guarantee.vote_interval(len(told), sd)
+    log.emit(Voted(server.round, len(told), metrics.Figure(count, count - half, count + half), sd))
 
 
 def _known(value: Any) -> float | None:

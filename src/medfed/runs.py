@@ -15,7 +15,7 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,6 +67,7 @@ from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
+from medfed.own_model import without_protection
 from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
@@ -77,12 +78,12 @@ from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
-from medfed.round import compare_own, decide, run_round, test
+from medfed.round import compare_own, decide, run_round, test, vote
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
 from medfed.secure.models import FIRST
 from medfed.site import Site
-from medfed.study import Privacy, Robustness, Security, Study
+from medfed.study import Study
 
 logger = logging.getLogger(__name__)  # the sites' own log, in a simulation
 
@@ -336,24 +337,24 @@ def _resumed(
         raise RunError(
             f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
         )
-    paid = _paid_test(record, header["events"]) if server.round == study.training.rounds else []
+    paid = _paid_for(record, header["events"]) if server.round == study.training.rounds else []
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         for event in paid:
             log.emit(event)
-        return _drive(plan, fleet, sites, server, log, folder, name, tested=bool(paid))
+        return _drive(plan, fleet, sites, server, log, folder, name, known={type(event) for event in paid})
 
 
-def _paid_test(record: Path, after: int) -> list[events.Event]:
-    """Return what a log tells after its byte `after`, where held-out patients have paid for it; else nothing.
+def _paid_for(record: Path, after: int) -> list[events.Event]:
+    """Return what a log tells after its byte `after`, where patients have paid for it; else nothing.
 
-    What they have paid for is kept: the same model is not tested twice.
+    What they have paid for is kept: the same model is not tested, and not voted on, twice.
     """
     before = record.read_bytes()[:after].count(b"\n")
     told = list(events.read(record))[before:]
-    if not any(isinstance(event, events.Tested) and event.noised for event in told):
+    if not any(isinstance(e, events.Voted) or (isinstance(e, events.Tested) and e.noised) for e in told):
         return []
     return [event for event in told if not isinstance(event, events.RunFinished | events.Resumed)]
 
@@ -757,18 +758,18 @@ def _drive(
     folder: Path | None,
     run: str,
     keys: Ring | None = None,
-    tested: bool = False,
+    known: Collection[type[events.Event]] = (),
 ) -> Result:
-    """Run the rounds that are left, then test, measure the baselines, and write down what came of it.
+    """Run the rounds that are left, then test, vote, measure the baselines, and write down what came of it.
 
-    `tested`: the last model's test is in the log already, paid for by held-out patients.
+    `known`: what the log already tells of the last model, paid for by patients.
     """
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
     aggregation = ways.introduced(plan, sites, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     if (account := sites[0].account) and not study.privacy.simulation_only:
-        budget.found(account.uses(), account.thresholds())
+        budget.found(account.uses(), account.queries())
     name, reason = main_model(study.training.algorithm), ""
     watch, gate = _watched(plan, log), Gate.of(plan)
     pace = _paced(log.events(), plan)
@@ -787,11 +788,13 @@ def _drive(
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
-        if not tested:
+        if events.Tested not in known:
             decision = decide(server, plan, fleet, budget, log)
-            if account and not study.privacy.simulation_only:
-                budget.found(account.uses(), account.thresholds())  # who was refused has not paid
             test(server, plan, fleet, log, name, intervals=True, decision=decision)
+        if events.Voted not in known:
+            vote(server, plan, fleet, budget, log)
+        if account and not study.privacy.simulation_only:
+            budget.found(account.uses(), account.queries())  # who was refused has not paid
         if study.monitor.baselines and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)
@@ -925,17 +928,12 @@ def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]
 
 
 def baseline_plan(name: str, study: Study, sites: Sequence[Site], encoding: Encoding) -> tuple[InProcess, Plan]:
-    """Return a fleet of these sites, and the plan by which a baseline is trained: no noise, no secrecy, no liars.
-
-    It has the study's own settings; where a claim chose some, those that the study has without it.
-    """
-    other = study.as_written() if study.chosen else study
-    other = other.set("training.algorithm", name).set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
-    other = dataclasses.replace(other, privacy=Privacy(), security=Security(), robustness=Robustness())
+    """Return a fleet of these sites, and the plan by which a baseline is trained."""
+    other = without_protection(study, name)
     return _ready(other, [site.under(other) for site in sites], encoding)
 
 
-def train_in_silence(plan: Plan, fleet: InProcess) -> Server:
+def _train_in_silence(plan: Plan, fleet: InProcess) -> Server:
     """Run all rounds of a baseline; nobody is told. Raises QuorumError or DataError."""
     server, pace, quiet = plan.begin(), Pace(), Log()
     for _ in range(plan.study.training.rounds):
@@ -948,7 +946,7 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
     """Train a baseline and tell what it is worth; sites' own models also beside the federated one, by record."""
     try:
         fleet, plan = baseline_plan(name, study, sites, encoding)
-        server = train_in_silence(plan, fleet)
+        server = _train_in_silence(plan, fleet)
         decision = decide(server, plan, fleet, plan.budget(), log)
         test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if name == "local":

@@ -31,8 +31,8 @@ from medfed.data.preprocess import Encoding
 from medfed.data.tables import Frames, SiteTable, clean_all
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
-from medfed.monitor.metrics import squared_error
 from medfed.monitor.per_site import scores_each
+from medfed.own_model import errs_less, train_own
 from medfed.plan import (
     POOLED,
     algorithm_name,
@@ -643,21 +643,64 @@ def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     first = sites[0]
     if guarantee.asked(first.study):
         raise SiteError("own models are not compared under a privacy claim: nobody has paid for it")
-    target = first.encoding.target
     replies: list[Answer] = []
     for site in sites:
         own_P = tensors["w"] + site.memory["offset"]
-        own_N, other_N = (
-            squared_error(target.task, outputs(site.model, w_P, site.test.x), site.test.y, target.scale)
-            for w_P in (own_P, tensors["other"])
-        )
-        less_N = other_N - own_N
+        less_N = errs_less(site.model, own_P, tensors["other"], site.test, site.encoding.target)
         if not torch.isfinite(less_N).all():
             replies.append(SiteError("a model's outputs are not finite"))
             continue
         sums = torch.stack([torch.tensor(float(len(less_N))).double(), less_N.sum(), less_N.square().sum()])
         replies.append(codec.encode({}, {"paired": sums}))
     return replies
+
+
+def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Answer with whether each site's own model errs less on its held-out records than the common one: 1 or 0, noised.
+
+    All patients whose records the answer follows from pay: a site's training patients, and its held-out ones unless
+    they are public. A site whose own training fails votes 0, so that no error tells of a patient.
+    """
+    first, names = sites[0], [site.name for site in sites]
+    promised, study = first.guarantee, first.study
+    if promised is None or "vote" not in promised.queries:
+        raise SiteError("privacy.vote_epsilon=0: nobody has paid for a vote")
+    w_P = tensors.get("w", torch.empty(0))
+    if w_P.shape != vector(first.model).shape:
+        raise SiteError("the coordinator sends no model to vote on; run the same medfed everywhere")
+    account = None if promised.simulation_only else first.account
+    refused: Mapping[str, Exception] = {}
+    if account:
+        refused = account.pay_query("vote", names)
+        if not study.data.test_is_public:
+            held_out = {
+                site.name: sorted(set(_table(site).ids[site.test.patient.numpy()]))
+                for site in sites
+                if site.name not in refused
+            }
+            refused = {**refused, **account.pay_query_held_out("vote", held_out)}
+    replies: list[Answer] = []
+    for site in sites:
+        if site.name in refused:
+            replies.append(SiteError(str(refused[site.name])))
+            continue
+        vote = np.array([float(_does_better_alone(site, w_P))])
+        if not guarantee.counted_together(study):
+            vote = vote + _query_noise(site, promised, "vote", guarantee.VOTE_SENSITIVITY, 1)
+        replies.append(codec.encode({}, {"vote": torch.from_numpy(vote)}))
+    if account:
+        account.answered_query("vote", names)
+    return replies
+
+
+def _does_better_alone(site: Site, w_P: Tensor) -> bool:
+    """Say whether a site's own model has the smaller squared error on its held-out records. Told to nobody as it is."""
+    try:
+        own_P = train_own(site.name, site.train, site.encoding, site.study)
+        return float(errs_less(site.model, own_P, w_P, site.test, site.encoding.target).sum()) > 0
+    except Exception:
+        logger.exception("%s: its own model could not be trained or tested; it votes no", site.name)
+        return False
 
 
 def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -702,7 +745,7 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
         if len(edges) + 1 != decision.CHOOSING_CELLS:
             raise SiteError(f"{len(edges)} edges between cells; {decision.CHOOSING_CELLS} cells are paid for")
         if first.account and not promised.simulation_only:
-            refused = first.account.pay_threshold([site.name for site in sites])
+            refused = first.account.pay_query("threshold", [site.name for site in sites])
     replies: list[Answer] = []
     for site in sites:
         if site.name in refused:
@@ -711,12 +754,17 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
         rows = _one_each(site.train) if promised else site.train
         vector = rule.vector(_tally(site, rows, tensors["w"], edges)).astype(np.float64)
         if promised and not guarantee.counted_together(first.study):
-            key = Streams(first.study.study.seed).key("threshold", site.name)
-            vector = vector + guarantee.count_noise(promised, rule, len(vector), key)
+            vector = vector + _query_noise(site, promised, "threshold", rule.sensitivity(), len(vector))
         replies.append(codec.encode({}, {"counts": torch.from_numpy(vector)}))
     if first.account:
-        first.account.counted(site.name for site in sites)
+        first.account.answered_query("threshold", [site.name for site in sites])
     return replies
+
+
+def _query_noise(site: Site, promised: Guarantee, label: str, sensitivity: float, numbers: int) -> np.ndarray:
+    """Draw a site's own noise on its answer to a query."""
+    key = Streams(site.study.study.seed).key(label, site.name)
+    return guarantee.query_noise(promised, label, sensitivity, numbers, key)
 
 
 def _edges(tensors: Mapping[str, Tensor]) -> np.ndarray:
@@ -780,6 +828,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "count": _count,
     "evaluate": _evaluate,
     "compare": _compare,
+    "vote": _vote,
     "save": _save,
     "restore": _restore,
 }

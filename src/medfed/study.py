@@ -412,6 +412,13 @@ class Privacy:
         "What choosing `data.threshold` on training rows would cost alone, as a part of `epsilon`, which the whole run "
         "stays within; 0: a quarter of it. Training then has about 4 % more noise.",
     )
+    vote_epsilon: float = _key(
+        0.0,
+        "Above 0: whether sites' own models do better than the federated one is told by a noised vote of the sites, "
+        "after training. It is what the vote would cost alone, as a part of `epsilon`, which the whole run stays "
+        "within; 0: no vote. Left out, a quarter of `epsilon` where so many sites vote that the noise leaves an answer "
+        "(from about 130 at epsilon 1, 30 at epsilon 8, with plain aggregation); training then has about 4 % more noise.",
+    )
     simulation_only: bool = _key(
         False,
         "Seeded float noise, reproducible and fast; for experiments: the claim then says that nothing is claimed.",
@@ -828,6 +835,12 @@ def out_of_range(study: Study) -> list[Refusal]:
             p.threshold_epsilon,
             p.threshold_epsilon == 0 or 0 < p.threshold_epsilon < p.epsilon,
             "0 (a quarter of privacy.epsilon) or a number below it",
+        ),
+        (
+            "privacy.vote_epsilon",
+            p.vote_epsilon,
+            p.vote_epsilon == 0 or 0 < p.vote_epsilon < p.epsilon,
+            "0 (no vote) or a number below privacy.epsilon",
         ),
         (
             "data.threshold",

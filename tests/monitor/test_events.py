@@ -23,6 +23,7 @@ from medfed.monitor.events import (
     RunStarted,
     SecurityAudit,
     SiteExcluded,
+    Voted,
     Warned,
     line,
     parse,
@@ -47,6 +48,7 @@ SAMPLES: list[Event] = [
     SecurityAudit(1, "ä", 2, 7.5, "warn", ["far: far off"]),
     RolledBack(1, 0.5, None),
     Compared(3, 4, Figure(0.01, 0.1 + 0.2, None), {"ä": [4, 0.01, None, None]}),
+    Voted(3, 150, Figure(60.5, 0.1 + 0.2, 93.0), 15.4),
     Resumed(1, 3, ""),
     RunFinished("complete", 3, 1.5, ""),
 ]

@@ -148,7 +148,7 @@ SHARED = {"north": ["only-north", "both"], "south": ["both", "only-south"]}
 def test_where_a_patient_pays_at_one_of_two_sites_no_site_answers_without_the_other(threshold: bool) -> None:
     """Else that patient's records at south would be summed in rounds, or counted, that nobody paid for."""
     account = _account(rosters=SHARED, privacy__max_sites_per_patient=2, data__threshold="prevalence")
-    pay = account.pay_threshold if threshold else partial(account.pay, 1)
+    pay = partial(account.pay_query, "threshold") if threshold else partial(account.pay, 1)
     refused = pay(["south"])
     assert set(refused) == {"south"} and "not all sites were asked" in str(refused["south"])
     assert account.ledger.rows() == [] and pay(["north", "south"]) == {}
@@ -165,9 +165,9 @@ def test_where_sites_share_patients_all_pay_or_none(tmp_path: Path, threshold: b
     )
     for number in range(1, 5):
         assert _pays(once, number, ("north",)) == {}
-    assert once.pay_threshold(["north"]) == {}
+    assert once.pay_query("threshold", ["north"]) == {}
     told = len(again.ledger.rows())
-    refused = again.pay_threshold(["north", "south"]) if threshold else again.pay(1, ["north", "south"])
+    refused = again.pay_query("threshold", ["north", "south"]) if threshold else again.pay(1, ["north", "south"])
     assert set(refused) == {"north", "south"} and len(again.ledger.rows()) == told
 
 
@@ -260,10 +260,10 @@ def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
-    assert account.pay_threshold(["north", "south"]) == {}
-    assert account.pay_threshold(["south"]) == {}  # its count failed, and is asked for again
-    account.counted(["north", "south"])
-    assert set(account.pay_threshold(["north", "south"])) == {"north", "south"}
+    assert account.pay_query("threshold", ["north", "south"]) == {}
+    assert account.pay_query("threshold", ["south"]) == {}  # its count failed, and is asked for again
+    account.answered_query("threshold", ["north", "south"])
+    assert set(account.pay_query("threshold", ["north", "south"])) == {"north", "south"}
     _pays_test(account, "north", ["t1", "t2"])
     with pytest.raises(BudgetError, match=r"a plan of 1 \(test\)"):
         _pays_test(account, "north", ["t1", "t2"])
@@ -271,7 +271,7 @@ def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
 
 def test_nobody_pays_before_the_run_has_enrolled_them() -> None:
     account = Account(None, _study())
-    for pay in (partial(account.pay, 1), account.pay_threshold):
+    for pay in (partial(account.pay, 1), partial(account.pay_query, "threshold")):
         with pytest.raises(BudgetError, match="nobody is enrolled"):
             pay(["north"])
 

@@ -188,6 +188,20 @@ class Compared(Event):
 
 
 @dataclass(frozen=True)
+class Voted(Event):
+    """How many of `sites` say that their own model errs less on their held-out records than the federated one.
+
+    own_better: that number, from votes of one bit that noise of standard deviation `noise_sd` hides, with a 95 %
+    interval that holds the noise and the chance by which as many sites as not do better where there is no difference.
+    """
+
+    round: int
+    sites: int
+    own_better: Figure
+    noise_sd: float
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if anything."""
 
@@ -230,7 +244,7 @@ EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
         RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack, SecurityAudit,
-        Tested, Compared, Resumed, RunFinished,
+        Tested, Compared, Voted, Resumed, RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}
@@ -342,7 +356,7 @@ def parse(text: str) -> Stamped:
         fields["all_sites"] = _figures(fields["all_sites"])
         fields["macro"] = _figures(fields["macro"])
         fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
-    if name == "compared":
+    if name in ("compared", "voted"):
         fields["own_better"] = Figure(**fields["own_better"])
     known = {field.name for field in dataclasses.fields(EVENTS[name])}  # a later medfed may have added some
     return Stamped(time, EVENTS[name](**{key: value for key, value in fields.items() if key in known}))

@@ -17,6 +17,7 @@ from medfed.monitor.events import (
     SecurityAudit,
     SiteExcluded,
     Tested,
+    Voted,
     Warned,
     alike,
 )
@@ -51,6 +52,7 @@ class Tally:
         self.audits: list[SecurityAudit] = []
         self.taken_back: list[RolledBack] = []
         self.compared: Compared | None = None
+        self.voted: Voted | None = None
         self._earlier, self._up, self._down = 0.0, 0, 0
         self._summary: dict[str, Any] | None = None
 
@@ -71,7 +73,7 @@ class Tally:
                 self.audits = [e for e in self.audits if e.round <= last]
                 self.taken_back = [e for e in self.taken_back if e.round <= last]
                 self._earlier = sum(r.seconds for r in self.rounds.values())
-                self.compared = None
+                self.compared, self.voted = None, None
                 self.finished = None
             case SiteExcluded():
                 self.excluded.append(event)
@@ -88,6 +90,8 @@ class Tally:
                     self._sent(event)
             case Compared():
                 self.compared = event
+            case Voted():
+                self.voted = event
             case RunFinished():
                 self.finished = event
 
@@ -137,6 +141,7 @@ class Tally:
             "confusion": [list(row) for row in tested.confusion] if tested else [],
             "learning_rate": _rate(planned),
             "compared": _compared(self.compared),
+            "vote": _voted(self.voted),
             "privacy": _privacy(planned, rounds, finished),
             "seconds": {
                 "total": round(self._earlier + finished.seconds, 3) if finished else None,
@@ -213,6 +218,13 @@ def _compared(told: Compared | None) -> dict[str, Any] | None:
         return None
     own = told.own_better
     return {"n": told.n, "own_better": own.value, "interval": [own.low, own.high], "sites": dict(told.sites)}
+
+
+def _voted(told: Voted | None) -> dict[str, Any] | None:
+    if told is None:
+        return None
+    own = told.own_better
+    return {"sites": told.sites, "own_better": own.value, "interval": [own.low, own.high]}
 
 
 def main_model(algorithm: str) -> str:

@@ -24,6 +24,8 @@ CODES = {
     "one-class-tested": "the held-out records are of one class, so that little can be said",
     "own-better": "each site's own model errs less than the federated one, over all sites",
     "own-better-at-some": "so at some sites",
+    "own-better-by-vote": "by a noised vote, own models err less at more sites than not",
+    "vote-open": "a noised vote does not tell whether own models err less at more sites than not",
     "not-compared": "whether sites' own models would do better is not known",
 }
 """What a finding says, by its code."""
@@ -214,38 +216,54 @@ def _missed_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Ma
 
 # Against sites' own models
 
+_DIFFER = (
+    "Sites differ: compare their classes and codings by `medfed data show`, train for more rounds, or let each "
+    "site keep its own model."
+)
+_AT_HOME = "Each site can see for itself, at home: `medfed alone RUN SITE`."
+
 
 def _own(summary: Summary) -> Iterator[dict[str, str]]:
     if summary["algorithm"] in summary["baselines"]:
         return
-    compared = summary["compared"]
+    compared, vote = summary["compared"], summary.get("vote")
     if compared is None:
-        if _private(summary) and "local" not in summary["baselines"]:
+        if vote:
+            yield from _voted(vote)
+        elif _private(summary) and "local" not in summary["baselines"]:
             text = "Not compared: whether sites' own models do better is not known, as training them would cost budget."
-            yield _finding(
-                "not-compared", text, "Each site can see for itself, at home: `medfed alone RUN SITE`.", "note"
-            )
+            yield _finding("not-compared", text, _AT_HOME, "note")
         return
     low, high = compared["interval"]
     better = _better_alone(compared["sites"])
-    differ = (
-        "Sites differ: compare their classes and codings by `medfed data show`, train for more rounds, or let each "
-        "site keep its own model."
-    )
     if low is not None and low > 0:
         where = f" (clearly at {', '.join(better[:5])})" if better else ""
         text = (
             f"Sites' own models are better than the federated one: their squared error is less by "
             f"{compared['own_better']:.4g} a record, with 95 % between {low:.4g} and {high:.4g}{where}."
         )
-        yield _finding("own-better", text, differ)
+        yield _finding("own-better", text, _DIFFER)
     elif better:
         more = f" and {len(better) - 5} more" if len(better) > 5 else ""
         text = (
             f"At {len(better)} of {len(compared['sites'])} sites ({', '.join(better[:5])}{more}) the own model is "
             "better than the federated one."
         )
-        yield _finding("own-better-at-some", text, differ)
+        yield _finding("own-better-at-some", text, _DIFFER)
+
+
+def _voted(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Say what a vote of sites comes to; nothing where the federated model is the better one at more sites than not."""
+    sites, (low, high) = vote["sites"], vote["interval"]
+    between = f"between {max(0.0, low):.0f} and {min(sites, high):.0f} of {sites} sites"
+    if low > sites / 2:
+        text = (
+            f"Sites' own models are better than the federated one at more sites than not: by a noised vote {between}."
+        )
+        yield _finding("own-better-by-vote", text, _DIFFER)
+    elif high >= sites / 2:
+        text = f"A noised vote does not tell whether own models are better at more sites than not: {between}."
+        yield _finding("vote-open", text, _AT_HOME, "note")
 
 
 def _better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:

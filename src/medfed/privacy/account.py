@@ -6,7 +6,7 @@ The coordinator cannot overdraw it: what a round costs is worked out here from t
 import logging
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,9 @@ from medfed.privacy.accounting import Event, RandomisedResponse
 from medfed.privacy.guarantee import Guarantee, counted_together
 from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
 from medfed.study import Study
+
+ROUND, TEST = "round", "test"
+"""Labels of charges; a query has its own."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +38,7 @@ class Account:
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._test_payer: dict[str, str] = {}  # the same of held-out patients
         self._test_ids: dict[str, Sequence[str]] = {}  # whose histogram is asked for, by site
-        self._counted: set[str] = set()  # whose patients have paid for counts for a threshold that are not made yet
-        self._paid: set[str] = set()  # who has paid for what has not yet been answered
-        self._tested: set[str] = set()  # whose held-out patients have paid for a histogram that is not made yet
+        self._paid: defaultdict[str, set[str]] = defaultdict(set)  # by label: sites that paid and have not answered yet
 
     @property
     def ledger(self) -> Ledger:
@@ -107,9 +108,9 @@ class Account:
         g = self._enrolled()
         if refused := self._apart(sites):
             return refused
-        releases, owing = g.releases, [site for site in sites if site not in self._paid]
+        releases, owing = g.releases, [site for site in sites if site not in self._paid[ROUND]]
         refused = self._charged({site: self._charge(site, round, releases[site].event()) for site in owing})
-        self._paid.update(site for site in owing if site not in refused)
+        self._paid[ROUND].update(site for site in owing if site not in refused)
         return refused
 
     def answered(self, sites: Iterable[str]) -> None:
@@ -118,7 +119,7 @@ class Account:
         A correlated run is one release: paid in full by its first round.
         """
         if self.guarantee and not self.guarantee.strategy:
-            self._paid.difference_update(sites)
+            self._paid[ROUND].difference_update(sites)
 
     def pay_tests(self, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
         """Charge held-out patients, by site, for one noised histogram each; return the sites whose patients cannot pay.
@@ -127,7 +128,7 @@ class Account:
         all sites is noised once, a patient of several pays once. Who has paid and was not `tested` does not pay twice.
         """
         self._test_ids |= asked
-        owing = {site: ids for site, ids in asked.items() if site not in self._tested}
+        owing = {site: ids for site, ids in asked.items() if site not in self._paid[TEST]}
         if counted_together(self.study):
             owing = {
                 site: [name for name in ids if self._test_payer.setdefault(name, site) == site]
@@ -136,17 +137,17 @@ class Account:
         event = RandomisedResponse(2, self.study.privacy.evaluation_epsilon)
         charges = {}
         for site, ids in owing.items():
-            cohort = self.ledger.enrol(f"{site} (test)", ids)
-            charges[site] = Charge(self.study.study.name, self.run, cohort, 0, "test", event)
+            cohort = self.ledger.enrol(_held_out(site), ids)
+            charges[site] = Charge(self.study.study.name, self.run, cohort, 0, TEST, event)
         refused = self._charged(charges)
         self._pays_no_longer(refused)
-        self._tested.update(site for site in charges if site not in refused)
+        self._paid[TEST].update(site for site in charges if site not in refused)
         return refused
 
     def tested(self, sites: Iterable[str]) -> None:
         """Note that these sites' histograms have been made: the next ones are paid anew."""
         made = set(sites)
-        self._tested -= made
+        self._paid[TEST] -= made
         there = {name for site in made for name in self._test_ids.pop(site, ())}
         self._test_payer = {name: site for name, site in self._test_payer.items() if name not in there}
 
@@ -154,21 +155,34 @@ class Account:
         """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
         self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
-    def pay_threshold(self, sites: Sequence[str]) -> dict[str, BudgetError]:
-        """Charge the training patients of each site for counts that choose the threshold; return who cannot pay."""
-        event = self._enrolled().threshold_event()
-        assert event is not None
-        owing = [site for site in sites if site not in self._counted]
-        charges = {site: replace(self._charge(site, 0, event), label="threshold") for site in owing}
+    def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
+        """Charge the training patients of each site for a query; return the sites whose patients cannot pay.
+
+        Who has paid and was not yet `answered_query` does not pay twice.
+        """
         if refused := self._apart(sites):
             return refused
-        refused = self._charged(charges)
-        self._counted.update(site for site in owing if site not in refused)
+        event = self._enrolled().query_event(label)
+        owing = [site for site in sites if site not in self._paid[label]]
+        refused = self._charged({site: replace(self._charge(site, 0, event), label=label) for site in owing})
+        self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
-    def counted(self, sites: Iterable[str]) -> None:
-        """Note that these sites' counts have been made: the next ones are paid anew."""
-        self._counted.difference_update(sites)
+    def pay_query_held_out(self, label: str, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
+        """Charge held-out patients, by site, for a query that follows from them too; each pays at each of its sites."""
+        event = self._enrolled().query_event(label)
+        charges = {}
+        for site, ids in asked.items():
+            if _held_out(site) not in self._paid[label]:
+                cohort = self.ledger.enrol(_held_out(site), ids)
+                charges[site] = Charge(self.study.study.name, self.run, cohort, 0, label, event)
+        refused = self._charged(charges)
+        self._paid[label].update(_held_out(site) for site in charges if site not in refused)
+        return refused
+
+    def answered_query(self, label: str, sites: Iterable[str]) -> None:
+        """Note that these sites have answered a query: the next one is paid anew."""
+        self._paid[label].difference_update(party for site in sites for party in (site, _held_out(site)))
 
     def _enrolled(self) -> Guarantee:
         if self.guarantee is None:
@@ -215,11 +229,15 @@ class Account:
 
     def uses(self) -> dict[str, int]:
         """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
-        return {site: n for (site, label), n in self._paid_kinds().items() if label == "round"}
+        return {site: n for (site, label), n in self._paid_kinds().items() if label == ROUND}
 
-    def thresholds(self) -> int:
-        """Return how many choices of the threshold some site's patients have paid for in this run."""
-        return max((n for (_, label), n in self._paid_kinds().items() if label == "threshold"), default=0)
+    def queries(self) -> dict[str, int]:
+        """Return how many queries of each label some site's patients have paid for in this run."""
+        found: Counter[str] = Counter()
+        for (_, label), n in self._paid_kinds().items():
+            if label not in (ROUND, TEST):
+                found[label] = max(found[label], n)
+        return dict(found)
 
     def charged(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
@@ -233,15 +251,20 @@ class Account:
         return {"epsilon_all_runs": worst, "head": self.ledger.head(), "lifetime": lifetime}
 
     def _charge(self, site: str, round: int, event: Event) -> Charge:
-        return Charge(self.study.study.name, self.run, self.cohorts[site], round, "round", event)
+        return Charge(self.study.study.name, self.run, self.cohorts[site], round, ROUND, event)
 
     def _limits(self) -> Limits:
         p, g = self.study.privacy, self._enrolled()
         limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
         if g.accountant != "pld":
             return limits
-        planned = {"round": g.uses, "threshold": int(g.threshold_noise > 0), "test": 1}
+        planned = {ROUND: g.uses, TEST: 1, **dict.fromkeys(g.queries, 1)}
         return replace(limits, epsilon=math.inf, planned=planned)  # PLD is no filter; its plan is fixed instead
+
+
+def _held_out(site: str) -> str:
+    """Return under which name the held-out patients of a site are enrolled."""
+    return f"{site} (test)"
 
 
 def _discreet(error: BudgetError) -> BudgetError:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from medfed.core.checks import BudgetError
 from medfed.core.types import JSON
-from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.guarantee import NOTHING, Guarantee
 
 
 class Budget(Protocol):
@@ -20,15 +20,15 @@ class Budget(Protocol):
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
-    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
 
-        And for how many choices of the threshold, as the ledgers have it.
+        And for how many queries of each label, as the ledgers have it.
         """
         ...
 
-    def choose(self) -> None:
-        """Count that the threshold is chosen on training patients, before any is asked."""
+    def ask(self, label: str) -> None:
+        """Count a query of training patients, before any is asked."""
         ...
 
     def claim(self) -> JSON:
@@ -46,10 +46,10 @@ class NoClaim:
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
-    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
+    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take nothing over."""
 
-    def choose(self) -> None:
+    def ask(self, label: str) -> None:
         """Count nothing."""
 
     def claim(self) -> JSON:
@@ -67,7 +67,7 @@ class Metered:
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
         self.guarantee, self.scope = guarantee, scope
         self.uses = dict.fromkeys(guarantee.releases, 0)
-        self.thresholds = 0  # how often the threshold was chosen on patients who paid for it
+        self.asked: Mapping[str, int] = {}  # how often each query was asked of patients who paid for it
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no planned round left."""
@@ -81,20 +81,20 @@ class Metered:
             )
         self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
 
-    def found(self, uses: Mapping[str, int], thresholds: int = 0) -> None:
-        """Count the rounds that were paid for, though a crash lost them, and the choices of the threshold."""
-        self.thresholds = thresholds
+    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+        """Count the rounds that were paid for, though a crash lost them, and the queries."""
+        self.asked = dict(asked)
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
-    def choose(self) -> None:
-        """Count one choice of the threshold."""
-        self.thresholds += 1
+    def ask(self, label: str) -> None:
+        """Count one query."""
+        self.asked = {**self.asked, label: self.asked.get(label, 0) + 1}
 
     def claim(self) -> JSON:
         """Return the epsilon spent by the patients who have paid most."""
         g = self.guarantee
         return {
-            "epsilon": None if g.simulation_only else g.cost(self.uses, self.thresholds),
+            "epsilon": None if g.simulation_only else g.cost(self.uses, self.asked),
             "delta": None if g.simulation_only else g.delta,
             "unit": "patient",
             "noise": g.mode,
@@ -118,5 +118,5 @@ class Metered:
             alike.setdefault((g.releases[name], uses), []).append(name)
         spent: Counter[float] = Counter()
         for (_, uses), names in alike.items():
-            spent[round(g.cost({names[0]: uses}, self.thresholds), 6)] += sum(g.releases[name].size for name in names)
+            spent[round(g.cost({names[0]: uses}, self.asked), 6)] += sum(g.releases[name].size for name in names)
         return sorted(spent.items())

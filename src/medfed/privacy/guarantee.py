@@ -8,8 +8,10 @@ P parameters, m declared training patients of a client, z noise multiplier (stan
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import NormalDist
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 
 from medfed.core import streams, toml
 from medfed.core.checks import PlanError, StudyError, closest, nearest, some
-from medfed.core.decision import CHOOSING_CELLS, Rule
+from medfed.core.decision import CHOOSING_CELLS
 from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.privacy import accounting, factorisation
@@ -42,6 +44,11 @@ Projecting the sum of m declared patients (`wire.into_ball`): m 2^-46 between ne
 
 COUNT_NOISE = 1.6
 """adaptive: sd of the noised count of small gradients, in units of z; the gradient's noise then grows by 5.3 %."""
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
+VOTE_SENSITIVITY = 1.0
+"""How far one patient moves the count of sites that vote, at one of its sites."""
 
 Mode = Literal["site", "shared", "central"]
 
@@ -94,7 +101,7 @@ class Guarantee:
     strategy: tuple[float, ...] = ()  # of correlated noise: c_0 .. c_(b-1)
     rounds: int = 0
     separation: int = 1
-    threshold_noise: float = 0.0  # noise multiplier of the counts that choose the threshold; 0: nothing is released
+    queries: Mapping[str, float] = field(default_factory=dict)  # asked beside the gradient: label -> noise multiplier
 
     @property
     def joint(self) -> bool:
@@ -129,36 +136,36 @@ class Guarantee:
         """Return the standard deviation of the noised count of adaptive clipping (one patient moves it by 1/2)."""
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
-    def threshold_event(self) -> Event | None:
-        """Return what one site's counts for choosing the threshold cost its patients; None where none are released."""
-        return Gaussian(self.threshold_noise) if self.threshold_noise else None
+    def query_event(self, label: str) -> Event:
+        """Return what one site's answer to a query costs its patients."""
+        return Gaussian(self.queries[label])
 
-    def threshold_sd(self, rule: Rule) -> float:
-        """Return the standard deviation of the noise on each count of a rule's vector: of one site's, or of the sum's.
+    def query_sd(self, label: str, sensitivity: float) -> float:
+        """Return the standard deviation of the noise on each number of a query's answer: a site's own, or the sum's.
 
-        A patient moves the vector by the rule's sensitivity at each of its sites; joint noise covers all of them.
+        A patient moves the answer by `sensitivity`, in L2 norm, at each of its sites; joint noise covers all of them.
         """
-        return self.threshold_noise * rule.sensitivity() * (self.max_sites if self.joint else 1)
+        return self.queries[label] * sensitivity * (self.max_sites if self.joint else 1)
 
-    def paid(self, release: Release, uses: int, thresholds: int = 0) -> Event:
-        """Return what a patient has paid, at all its sites, for so many rounds of a client and choices of threshold."""
+    def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event:
+        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`."""
         rounds = replaced(release.event(), uses * self.copies)
-        if not (thresholds and self.threshold_noise):
-            return rounds
-        return Composed((rounds, Gaussian(self.threshold_noise, thresholds * self.copies)))
+        beside = [replaced(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
+        return Composed((rounds, *beside)) if beside else rounds
 
     def whole(self, client: str) -> Event:
         """Return what the whole plan costs a patient of a client at that client."""
-        rounds, threshold = replaced(self.releases[client].event(), self.uses), self.threshold_event()
-        return Composed((rounds, threshold)) if threshold else rounds
+        rounds = replaced(self.releases[client].event(), self.uses)
+        beside = [self.query_event(label) for label in sorted(self.queries)]
+        return Composed((rounds, *beside)) if beside else rounds
 
-    def cost(self, uses: Mapping[str, int], thresholds: int = 0) -> float:
+    def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
         """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
 
-        `thresholds` is how often the threshold was chosen.
+        `asked` says how often each query was asked.
         """
         kinds = {(self.releases[name], n) for name, n in uses.items() if n}  # thousands of devices are of few kinds
-        events = {self.paid(release, n, thresholds) for release, n in kinds}
+        events = {self.paid(release, n, asked) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
@@ -183,6 +190,25 @@ def replaced(event: Event, times: int) -> Event:
     return replace(event, count=event.count * times)
 
 
+def vote_noise(study: Study, epsilon: float, sites: int) -> float:
+    """Return the standard deviation of the noise on a vote of so many sites that would cost `epsilon` alone."""
+    each = vote_multiplier(study, epsilon)
+    if mode(study) != "site":
+        each *= study.privacy.max_sites_per_patient
+    return each if counted_together(study) else each * math.sqrt(sites)
+
+
+def vote_multiplier(study: Study, epsilon: float) -> float:
+    """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's sites."""
+    copies = study.privacy.max_sites_per_patient if mode(study) == "site" else 1
+    return _query_noise(copies, epsilon, study.privacy.delta)
+
+
+def vote_interval(sites: int, noise_sd: float) -> float:
+    """Return half the width of a vote's 95 % interval: its noise, and coins' chance where own models are as good."""
+    return NormalDist().inv_cdf(0.975) * math.sqrt(noise_sd**2 + sites / 4)
+
+
 def asked(study: Study) -> bool:
     """Say whether the study asks for a guarantee."""
     return mode(study) != "none"
@@ -196,9 +222,9 @@ def counted_together(study: Study) -> bool:
     return mode(study) in ("shared", "central") and study.security.aggregation == "plain"
 
 
-def count_noise(found: Guarantee, rule: Rule, numbers: int, key: int) -> np.ndarray:
-    """Draw the noise [numbers] on a rule's counts, in steps of GRID; in a simulation from the stream `key`."""
-    sigma = found.threshold_sd(rule)
+def query_noise(found: Guarantee, label: str, sensitivity: float, numbers: int, key: int) -> np.ndarray:
+    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the stream `key`."""
+    sigma = found.query_sd(label, sensitivity)
     if found.simulation_only:
         return sigma * streams.normal(torch.tensor([key]), numbers)[0].numpy()
     return discrete_gaussian(sigma / GRID).sample(numbers, Entropy()) * GRID
@@ -322,7 +348,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     )
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
-    samples += 2 * CHOOSING_CELLS * found.copies if study.rule().chosen else 0
+    samples += found.copies * sum(numbers for _, numbers in queries_of(study).values())
     samples *= 1 if study.security.aggregation == "plain" else max(3, len(sizes))  # who holds a part of each noise
     if not p.simulation_only:
         worst = worst_total_variation(2.0**20 * found.sensitivity_units())
@@ -332,8 +358,9 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
             f"privacy.delta={p.delta:g} with {samples:,} noise samples, whose sampler takes {found.delta_sampler:.2g} "
             "of it; expected at most half. Lower training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
-    if study.rule().chosen:
-        found = replace(found, threshold_noise=_threshold_noise(found, p.threshold_epsilon or p.epsilon / 4))
+    delta = found.delta - found.delta_sampler
+    queries = {name: _query_noise(found.copies, alone, delta) for name, (alone, _) in queries_of(study).items()}
+    found = replace(found, queries=queries)
     noise = {name: _noise_for(found, release) for name, release in blank.items()}
     if found.joint:  # one noise for all: the client that needs most decides
         noise = dict.fromkeys(noise, max(noise.values()))
@@ -357,7 +384,7 @@ def _noise_for(found: Guarantee, release: Release) -> float:
     return _calibrated(
         alike,
         found.uses * found.copies,
-        replaced(threshold, found.copies) if (threshold := found.threshold_event()) else None,
+        tuple(replaced(found.query_event(label), found.copies) for label in sorted(found.queries)),
         found.epsilon,
         found.delta - found.delta_sampler,
         found.accountant,
@@ -366,22 +393,32 @@ def _noise_for(found: Guarantee, release: Release) -> float:
 
 @lru_cache(maxsize=4096)
 def _calibrated(
-    release: Release, times: int, beside: Event | None, epsilon: float, delta: float, accountant: str
+    release: Release, times: int, beside: tuple[Event, ...], epsilon: float, delta: float, accountant: str
 ) -> float:
     def planned(noise_multiplier: float) -> Event:
         rounds = replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
-        return Composed((rounds, beside)) if beside else rounds
+        return Composed((rounds, *beside)) if beside else rounds
 
     return accounting.calibrate(planned, epsilon, delta, accountant)
 
 
-def _threshold_noise(found: Guarantee, epsilon: float) -> float:
-    """Return the noise multiplier at which choosing the threshold, at all of a patient's sites, would cost `epsilon`.
+def queries_of(study: Study) -> dict[str, tuple[float, int]]:
+    """Return what training patients are asked beside the gradient: by label, epsilon if alone, and numbers."""
+    p, found = study.privacy, dict[str, tuple[float, int]]()
+    if study.rule().chosen:
+        found["threshold"] = p.threshold_epsilon or p.epsilon / 4, 2 * CHOOSING_CELLS
+    if p.vote_epsilon:
+        found["vote"] = p.vote_epsilon, 1
+    return found
 
-    The counts' noise is Gaussian, as training's is, so that the two compose without loss.
+
+@lru_cache(maxsize=256)
+def _query_noise(copies: int, epsilon: float, delta: float) -> float:
+    """Return the noise multiplier at which a query, at all of a patient's sites, would cost `epsilon`.
+
+    The answer's noise is Gaussian, as training's is, so that the two compose without loss.
     """
-    delta = found.delta - found.delta_sampler
-    return accounting.calibrate(lambda z: Gaussian(z, found.copies), epsilon, delta, "gdp")
+    return accounting.calibrate(lambda z: Gaussian(z, copies), epsilon, delta, "gdp")
 
 
 def _accountant(study: Study, releases: Mapping[str, Release]) -> str:

@@ -13,7 +13,14 @@ from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
 from medfed.privacy import accounting
-from medfed.privacy.guarantee import counted_together, mode
+from medfed.privacy.guarantee import (
+    counted_together,
+    mode,
+    queries_of,
+    vote_interval,
+    vote_multiplier,
+    vote_noise,
+)
 from medfed.study import RANGE, Data, Feature, Study, describe, described, is_pattern
 
 
@@ -134,6 +141,9 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         yield from _one_step(study, where)
     if p.evaluation_epsilon and not data.test_is_public:
         yield from _noised_test(study)
+    if p.vote_epsilon:
+        yield from _vote(study)
+    yield from _queries(study)
 
 
 def _unpaid_test(study: Study, claim: str) -> Refusal:
@@ -244,12 +254,62 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
         )
 
 
+def _vote(study: Study) -> Iterator[Refusal]:
+    """Refuse a vote that could not tell anything, whatever the sites say."""
+    p, sites = study.privacy, len(study.privacy.sizes)
+    vote = f"privacy.vote_epsilon={p.vote_epsilon:g}"
+    if study.sites.kind == "device":
+        yield _refusal(
+            vote,
+            "sites.kind='device'",
+            "a device holds one patient, from whom no own model can be tested",
+            "Leave privacy.vote_epsilon out.",
+            privacy__vote_epsilon=0.0,
+        )
+    elif sites and not vote_tells(study, p.vote_epsilon, sites, 2):
+        sd = vote_noise(study, p.vote_epsilon, sites)
+        yield _refusal(
+            vote,
+            f"a vote of {sites} sites",
+            f"its noise (sd {sd:.3g}) hides even a vote in which all agree",
+            "Leave privacy.vote_epsilon out: each site can see for itself by `medfed alone`.",
+            privacy__vote_epsilon=0.0,
+        )
+
+
+def vote_tells(study: Study, epsilon: float, sites: int, part: int) -> bool:
+    """Say whether a vote's 95 % interval is at most 1 / `part` of the sites to either side."""
+    return vote_interval(sites, vote_noise(study, epsilon, sites)) * part <= sites
+
+
+def _queries(study: Study) -> Iterator[Refusal]:
+    """Refuse queries of training patients that leave nothing of epsilon to train with."""
+    p, asked = study.privacy, queries_of(study)
+    spent = sum(accounting.budget_mu(epsilon, p.delta) ** 2 for epsilon, _ in asked.values())
+    if len(asked) > 1 and spent >= accounting.budget_mu(p.epsilon, p.delta) ** 2:
+        told = " and ".join(f"privacy.{name}_epsilon={epsilon:g}" for name, (epsilon, _) in asked.items())
+        quarter = p.epsilon / 4
+        yield _refusal(
+            told,
+            f"privacy.epsilon={p.epsilon:g}",
+            "together they leave nothing to train with",
+            f"Set each to {quarter:g}, a quarter.",
+            **{f"privacy__{name}_epsilon": quarter for name in asked},
+        )
+
+
 def _bears(study: Study, evaluation_epsilon: float) -> bool:
-    """Say whether the ledger's filter lets a noised histogram pass at each of a patient's sites, who has not paid."""
+    """Say whether a held-out patient who has not paid can pay, at each of its sites, by the ledger's filter.
+
+    For a noised histogram, and for the vote that follows from held-out records too.
+    """
     p = study.privacy
     times = 1 if counted_together(study) else p.max_sites_per_patient
-    event = accounting.RandomisedResponse(2, evaluation_epsilon, times)
-    return accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(event), p.epsilon, p.delta)
+    cost = accounting.rdp(accounting.RandomisedResponse(2, evaluation_epsilon, times))
+    if p.vote_epsilon:
+        noise = vote_multiplier(study, p.vote_epsilon)
+        cost = cost + accounting.rdp(accounting.Gaussian(noise, p.max_sites_per_patient))
+    return accounting.fits(np.zeros(len(accounting.ORDERS)), cost, p.epsilon, p.delta)
 
 
 def affordable(study: Study) -> float:
