@@ -107,6 +107,8 @@ def _not_audited(study: Study) -> Iterator[str]:
         yield "Not audited: the noise on the counts of held-out patients' scores (privacy.evaluation_epsilon)."
     if study.rule().chosen:
         yield f"Not audited: the noise on the counts for data.threshold={study.data.threshold!r}."
+    if study.privacy.vote_epsilon:
+        yield "Not audited: the noise on the vote on own models (privacy.vote_epsilon)."
 
 
 def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -223,6 +223,10 @@ def _lifetime(data: Data) -> Iterator[Refusal]:
         )
 
 
+_LEAST = 1e-3
+"""An epsilon that hardly buys a test."""
+
+
 def _noised_test(study: Study) -> Iterator[Refusal]:
     data, p, m = study.data, study.privacy, study.monitor
     noised = f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}"
@@ -244,7 +248,15 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             f"Set monitor.evaluate_every={study.training.rounds}.",
             monitor__evaluate_every=study.training.rounds,
         )
-    if not _bears(study, p.evaluation_epsilon):
+    if p.vote_epsilon and not _bears(study, _LEAST):
+        yield _refusal(
+            f"privacy.vote_epsilon={p.vote_epsilon:g}",
+            f"privacy.epsilon={p.epsilon:g}",
+            "no held-out patient's budget bears it beside a test",
+            f"Set privacy.vote_epsilon={p.epsilon / 4:g}, a quarter.",
+            privacy__vote_epsilon=p.epsilon / 4,
+        )
+    elif not _bears(study, p.evaluation_epsilon):
         yield _refusal(
             noised,
             f"privacy.epsilon={p.epsilon:g}",
@@ -313,8 +325,12 @@ def _bears(study: Study, evaluation_epsilon: float) -> bool:
 
 
 def affordable(study: Study) -> float:
-    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram."""
-    return next(e for e in (study.privacy.epsilon * 0.5**n for n in range(1, 100)) if _bears(study, e))
+    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram beside a vote.
+
+    Where nothing does, a quarter: the vote is refused then.
+    """
+    epsilon = study.privacy.epsilon
+    return next((e for e in (epsilon * 0.5**n for n in range(1, 100)) if _bears(study, e)), epsilon / 4)
 
 
 def _one_step(study: Study, where: str) -> Iterator[Refusal]:
