@@ -24,7 +24,7 @@ from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.data.preprocess import Column, Encoding, Target
 from medfed.local import LocalResult, train
-from medfed.plan import check, local_plan, make, message_length
+from medfed.plan import check, local_plan, make
 from medfed.study import Model, Study, Training
 from medfed.wire import PLAIN, combine, send
 
@@ -455,7 +455,7 @@ def _member(name: str, task: Task, path: str) -> Federation:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_row_is_as_long_as_the_plan_says(name: str, path: str) -> None:
     fed = _member(name, "binary", path).step()
-    assert fed.row_KM.shape == (4, message_length(name, fed.server.w_P.numel()))
+    assert fed.row_KM.shape == (4, ALGORITHMS[name].length(fed.server.w_P.numel()))
     assert fed.row_KM.dtype == torch.float32
 
 

@@ -57,7 +57,8 @@ def _exposed(content: bytes, numbers: bool = True) -> list[str]:
     """Return what a text says of private rows."""
     found = [CANARY] if CANARY.encode().lower() in content.lower() else []
     if numbers:
-        whole = re.findall(rb"(?<![\w.#-])\d{2,3}(?![\w.%]|\.\d)", content)
+        untimed = re.sub(rb"\d\d:\d\d(:\d\d)?", b"", content)  # a minute of the clock is no count
+        whole = re.findall(rb"(?<![\w.#-])\d{2,3}(?![\w.%]|\.\d)", untimed)
         found += sorted({n.decode() for n in whole if int(n) in PRIVATE_NUMBERS})
     return found
 

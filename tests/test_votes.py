@@ -84,10 +84,10 @@ def table(opposed: bool, sites: int = MANY, patients: int = 30) -> pd.DataFrame:
     )
 
 
-def load(folder: Path, opposed: bool = False, **changes: Any) -> Study:
-    frame = table(opposed)
+def load(folder: Path, opposed: bool = False, patients: int = 30, **changes: Any) -> Study:
+    frame = table(opposed, patients=patients)
     study = medfed.load_study(write_study(folder, VOTING, frame))
-    study = study.set("privacy.sizes", dict.fromkeys(sorted(set(frame["hospital"])), 24))
+    study = study.set("privacy.sizes", dict.fromkeys(sorted(set(frame["hospital"])), round(0.8 * patients)))
     return study._with({key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -116,7 +116,8 @@ def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_no
     assert found["level"] == "warning" and f"of {MANY} sites" in found["text"]
     assert summary["vote"]["sites"] == MANY and summary["vote"]["own_better"] > MANY / 2
 
-    summary = medfed.run(load(tmp_path, training__rounds=60), tmp_path / "alike").summary
+    alike = load(tmp_path, patients=10, training__rounds=20, privacy__vote_epsilon=6.0)
+    summary = medfed.run(alike, tmp_path / "alike").summary
     assert summary["vote"]["interval"][1] < MANY / 2
     assert not {one["code"] for one in summary["findings"]} & {"own-better-by-vote", "vote-open", "not-compared"}
 
@@ -206,6 +207,16 @@ def test_a_site_that_cannot_train_or_test_votes_no_and_says_nothing(
     if fault == "strange model":
         w_P = torch.full_like(w_P, math.inf)
     assert set(ask(sites, w_P)) == {0.0}
+
+
+def test_a_module_that_trains_only_with_noise_is_found_before_anybody_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sites would vote no, and their patients would have paid for it."""
+    monkeypatch.setattr(sites_, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass")))
+    with pytest.raises(PlanError, match=r"(?s)stage own model.*no backward pass.*leave privacy.vote_epsilon out"):
+        medfed.run(load(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # who pays -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ K clients, P parameters, M numbers in a row.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from medfed.study import Training
 
 COMMON = ("average", "clip", "rate")
 """Server slots that belong to no algorithm: the averaged model, the norm of adaptive clipping, a chosen rate."""
+
+Joint = Literal["refused", "server step", "coincides"]
+"""What becomes of an algorithm where a round is one joint, noised step of all sites and clients do no more than add up
+clipped gradients. server step: all that it is lies in `apply`. coincides: with one step from the common model it is
+FedAvg. refused: its `correct` or `message` would be left out in silence.
+"""
 
 Memory = Mapping[str, Tensor]
 """What each client of a stack remembers between rounds: name -> [K, P]."""
@@ -60,6 +67,10 @@ class Algorithm:
     start: "Callable[[Training], Mapping[str, float]]" = lambda h: {}  # server slots and what fills them
     sent: tuple[str, ...] = ()  # which server slots the clients receive
     kept: tuple[str, ...] = ()  # what each client remembers
+    joint: Joint = "refused"
+    length: "Callable[[int], int]" = lambda parameters: parameters  # M, numbers in a row
+    update: "Callable[[Tensor, int], Tensor]" = lambda row_M, parameters: row_M[:parameters]  # of the weights, by a row
+    baseline: bool = False  # nothing is federated: no claim, no secrecy, no rule
     personal: bool = False  # the model to test is the site's own, w + memory["offset"]
     plain_sgd: str = ""  # why the local optimiser must be plain SGD, where it must
     any_sgd: str = ""  # why the local optimiser must be SGD, with or without momentum, where it must
@@ -204,8 +215,8 @@ def _moved(server: Server, step_P: Tensor) -> Server:
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "fedavg": Algorithm("McMahan et al. 2017, arXiv:1602.05629", average),
-    "fedprox": Algorithm("Li et al. 2020, arXiv:1812.06127", average, correct=proximal),
+    "fedavg": Algorithm("McMahan et al. 2017, arXiv:1602.05629", average, joint="server step"),
+    "fedprox": Algorithm("Li et al. 2020, arXiv:1812.06127", average, correct=proximal, joint="coincides"),
     "scaffold": Algorithm(
         "Karimireddy et al. 2020, arXiv:1910.06378",
         control_average,
@@ -215,17 +226,40 @@ ALGORITHMS: dict[str, Algorithm] = {
         sent=("control",),
         kept=("control",),
         plain_sgd="its control variate is the mean gradient of plain SGD steps",
+        joint="coincides",
+        length=lambda parameters: 2 * parameters,
     ),
     "fednova": Algorithm(
         "Wang et al. 2020, arXiv:2007.07481",
         nova_average,
         message=normalised,
         any_sgd="it divides by the weight that SGD gives each gradient",
+        joint="coincides",
+        length=lambda parameters: parameters + 1,
+        update=lambda row_M, parameters: row_M[:parameters] * row_M[-1],
     ),
-    "fedavgm": Algorithm("Hsu et al. 2019, arXiv:1909.06335", momentum_average, start=lambda h: {"momentum": 0.0}),
-    "fedadagrad": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adagrad, False), start=moments),
-    "fedyogi": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(yogi, True), start=moments),
-    "fedadam": Algorithm("Reddi et al. 2021, arXiv:2003.00295", adaptive(adam, True), start=moments),
-    "local": Algorithm("baseline: each site alone", unmoved, message=nothing, kept=("offset",), personal=True),
-    "pooled": Algorithm("baseline: one model on all sites' rows in one place; a simulation only", average),
+    "fedavgm": Algorithm(
+        "Hsu et al. 2019, arXiv:1909.06335", momentum_average, start=lambda h: {"momentum": 0.0}, joint="server step"
+    ),
+    "fedadagrad": Algorithm(
+        "Reddi et al. 2021, arXiv:2003.00295", adaptive(adagrad, False), start=moments, joint="server step"
+    ),
+    "fedyogi": Algorithm(
+        "Reddi et al. 2021, arXiv:2003.00295", adaptive(yogi, True), start=moments, joint="server step"
+    ),
+    "fedadam": Algorithm(
+        "Reddi et al. 2021, arXiv:2003.00295", adaptive(adam, True), start=moments, joint="server step"
+    ),
+    "local": Algorithm(
+        "baseline: each site alone",
+        unmoved,
+        message=nothing,
+        kept=("offset",),
+        length=lambda parameters: 0,
+        baseline=True,
+        personal=True,
+    ),
+    "pooled": Algorithm(
+        "baseline: one model on all sites' rows in one place; a simulation only", average, baseline=True
+    ),
 }

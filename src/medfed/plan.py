@@ -45,9 +45,6 @@ from medfed.secure.field import check_headroom
 from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
-COINCIDE = ("fedprox", "scaffold", "fednova")
-"""Algorithms that equal FedAvg where every site takes one step from the common model."""
-
 MOST_ROWS = 2000
 """Clients of a round that a rule may compare two by two."""
 
@@ -229,7 +226,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         participants=(POOLED,) if pooled else trainers,
         testers=_testers(study, sizes),
         parameters=parameters,
-        message=guarantee.numbers() if guarantee and joint else message_length(algorithm_name(study), parameters),
+        message=guarantee.numbers() if guarantee and joint else ALGORITHMS[algorithm_name(study)].length(parameters),
         guarantee=guarantee,
         links=links_of(study, guarantee, trainers),
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
@@ -402,7 +399,7 @@ def _secure_refusals(study: Study) -> Iterator[Refusal]:
             "several hold it. Set security.aggregation='plain', or correlated=false."
         )
         yield _refusal(PlanError(text), privacy__correlated=False)
-    if study.training.algorithm in ("local", "pooled"):
+    if _baseline(study):
         text = f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
         yield _refusal(PlanError(text), training__algorithm="fedavg")
 
@@ -500,14 +497,14 @@ def _rule_refusals(study: Study, rule: Rule, way: str) -> Iterator[Refusal]:
             "aggregation='three-party', where their noised Gram matrix is opened, or 'plain' with noise='site'."
         )
         yield _refusal(PlanError(text), security__aggregation="three-party")
-    if study.training.algorithm in ("local", "pooled"):
+    if _baseline(study):
         text = f"{where} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
         yield _refusal(PlanError(text), training__algorithm="fedavg")
     if rule.name.endswith("fltrust"):
         text = f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'"
         yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
-    if rule.name == "krum" and aggregation == "three-party":
-        text = f"{where} and {way} do not compose: it opens single rows. Take 'multi-krum' or the default."
+    if rule.weighs_few_rows and aggregation == "three-party":
+        text = f"{where} and {way} do not compose: it opens single rows, or two. Take 'multi-krum' or the default."
         yield _refusal(PlanError(text), robustness__rule="multi-krum")
     if rule.needs == "rows" and aggregation == "three-party":
         text = (
@@ -653,6 +650,13 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
         return
     algorithm = ALGORITHMS[training.algorithm]
     where = f"training.algorithm={training.algorithm!r}"
+    if algorithm.joint == "refused" and not algorithm.baseline and _asked_jointly(study):
+        text = (
+            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: a round is then one step, noised on "
+            "the sum of all sites, which leaves out what this algorithm does at its clients. Set privacy.noise='site', "
+            "or take fedavg."
+        )
+        yield _refusal(PlanError(text), privacy__noise="site")
     if algorithm.plain_sgd and (training.optimizer != "sgd" or training.momentum > 0):
         text = (
             f"{where} and training.optimizer={training.optimizer!r} with momentum={training.momentum:g} do not "
@@ -665,6 +669,11 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
             "Set training.optimizer='sgd', or take fedavg."
         )
         yield _refusal(PlanError(text), training__optimizer="sgd")
+
+
+def _asked_jointly(study: Study) -> bool:
+    """Say whether one noise is asked for the sum of all sites, of a study whose privacy keys may not go together."""
+    return not any(guarantees.unresolved(study)) and guarantees.mode(study) in ("shared", "central")
 
 
 def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
@@ -704,16 +713,16 @@ def build_model(study: Study, encoding: Encoding) -> nn.Module:
 
 
 def algorithm_name(study: Study) -> str:
-    """Return the algorithm that runs: with one step a round, four of them are FedAvg."""
+    """Return the algorithm that runs: where a round is one joint step, some are FedAvg."""
     name = study.training.algorithm
     joint = guarantees.mode(study) in ("shared", "central")
-    return "fedavg" if joint and name in COINCIDE else name
+    return "fedavg" if joint and ALGORITHMS[name].joint == "coincides" else name
 
 
-def message_length(algorithm: str, parameters: int) -> int:
-    """Return M, the numbers in a row of an algorithm for P parameters."""
-    extra = {"scaffold": parameters, "fednova": 1, "local": -parameters}
-    return parameters + extra.get(algorithm, 0)
+def _baseline(study: Study) -> bool:
+    """Say whether the study's algorithm is known, and federates nothing."""
+    known = ALGORITHMS.get(study.training.algorithm)
+    return known is not None and known.baseline
 
 
 def local_plan(study: Study, encoding: Encoding) -> LocalPlan:

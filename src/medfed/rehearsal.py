@@ -38,6 +38,7 @@ WAYS_OUT = {
     "training": "Lower training.learning_rate, or correct the module.",
     "link": "Correct what is named: security decides how rows travel, and robustness what they may hold.",
     "evaluation": f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}.",
+    "own model": "Correct the module so that it trains without noise too, or leave privacy.vote_epsilon out.",
 }
 """What to do about a stage that fails."""
 

@@ -39,7 +39,6 @@ from medfed.plan import (
     build_model,
     links_of,
     local_plan,
-    message_length,
     probed,
     robust_rule,
 )
@@ -129,7 +128,7 @@ class Site:
 
     def forget(self) -> None:
         """Remember nothing of earlier rounds."""
-        algorithm = ALGORITHMS[self.study.training.algorithm]
+        algorithm = ALGORITHMS[algorithm_name(self.study)]
         self.memory = algorithm.blank(vector(self.model)) if algorithm.kept else {}
 
 
@@ -351,8 +350,8 @@ def _double(site: Site, promised: Guarantee) -> Site:
 
 
 def _length(site: Site, promised: Guarantee) -> int:
-    algorithm = algorithm_name(site.study)
-    return promised.numbers() if promised.joint else message_length(algorithm, promised.parameters)
+    length = ALGORITHMS[algorithm_name(site.study)].length
+    return promised.numbers() if promised.joint else length(promised.parameters)
 
 
 def _play(double: Site, promised: Guarantee) -> None:
@@ -402,6 +401,10 @@ def _play(double: Site, promised: Guarantee) -> None:
         double.train = rehearsal.shared_out(drawn, rehearsal.TABLES[-1])
         with rehearsal.stage("evaluation", model, drawn.x):
             _check_answer(_count([double], {}, {"w": w_P, "edges": made_up_edges})[0])
+    if "vote" in promised.queries:
+        with rehearsal.stage("own model", model, drawn.x):
+            own_P = train_own(double.name, drawn, double.encoding, study)
+            errs_less(model, own_P, w_P, drawn, target)
 
 
 def _check_answer(answer: Answer, length: int = 0) -> None:

@@ -187,8 +187,7 @@ def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
         return
     for name, payload in seen.reply.items():
         row_M = codec.decode(payload)[1]["row"]
-        delta_P = row_M[: plan.parameters]
-        yield [name], delta_P * row_M[-1] if plan.study.training.algorithm == "fednova" else delta_P
+        yield [name], plan.algorithm.update(row_M, plan.parameters)
 
 
 def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:

@@ -372,6 +372,7 @@ class Mixing:
     matrix: Callable[[Tensor, int, int], Tensor]
     size: int
     paper: str
+    mixes_most: bool = False  # each row becomes a mean over all but f
 
 
 @dataclass(frozen=True)
@@ -384,6 +385,7 @@ class GramRule:
     paper: str
     needs: Needs = "gram"
     kappa: Kappa | None = None
+    one_row: bool = False  # it may give all weight to one row
 
 
 @dataclass(frozen=True)
@@ -411,7 +413,7 @@ def _ratio(n: int, f: int) -> float:
 
 
 MIXINGS: dict[str, Mixing] = {
-    "nnm": Mixing(nearest_mixing, 1, "Allouah et al. 2023, arXiv:2302.01772"),
+    "nnm": Mixing(nearest_mixing, 1, "Allouah et al. 2023, arXiv:2302.01772", mixes_most=True),
     "bucketing": Mixing(bucketing, 2, "Karimireddy et al. 2022, arXiv:2006.09365"),
 }
 """Steps before a rule, by name."""
@@ -419,7 +421,12 @@ MIXINGS: dict[str, Mixing] = {
 ALONE: dict[str, GramRule | RowRule] = {
     "mean": GramRule(mean, _any, 0.0, "McMahan et al. 2017, arXiv:1602.05629"),
     "krum": GramRule(
-        krum, lambda f: 2 * f + 3, 0.5, "Blanchard et al. 2017, arXiv:1703.02757", kappa=lambda n, f: 6 * _ratio(n, f)
+        krum,
+        lambda f: 2 * f + 3,
+        0.5,
+        "Blanchard et al. 2017, arXiv:1703.02757",
+        kappa=lambda n, f: 6 * _ratio(n, f),
+        one_row=True,
     ),
     "multi-krum": GramRule(multi_krum, lambda f: 2 * f + 3, 0.5, "Blanchard et al. 2017, arXiv:1703.02757"),
     "geometric-median": GramRule(
@@ -475,6 +482,11 @@ class Rule:
     def needs(self) -> Needs:
         """What the rule reads: the Gram matrix, that and a reference row, or the rows in plain sight."""
         return self.last.needs
+
+    @property
+    def weighs_few_rows(self) -> bool:
+        """Whether all weight may lie on one client's row, or on one bucket of two, so that their sum would be read."""
+        return isinstance(self.last, GramRule) and self.last.one_row and not any(m.mixes_most for m in self.mixings)
 
     @property
     def papers(self) -> tuple[str, ...]:
