@@ -6,7 +6,7 @@ it starts from, so every algorithm's fixed point can be computed and compared wi
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
@@ -16,26 +16,40 @@ import torch
 from torch import Tensor, nn
 
 from medfed import models
-from medfed.algorithms import ALGORITHMS, Server, control_average, local_work
+from medfed.algorithms import ALGORITHMS, Memory, Server, control_average, local_work
 from medfed.core.checks import PlanError, StudyError
 from medfed.core.flat import fill, vector
-from medfed.core.streams import Streams
 from medfed.core.types import Task
-from medfed.data.federated import Stack
+from medfed.data.federated import Rows, Stack
 from medfed.data.preprocess import Column, Encoding, Target
-from medfed.local import LocalResult, train
-from medfed.plan import check, local_plan, make
+from medfed.local import train
+from medfed.plan import Plan, check, make
+from medfed.reference import Site, play
 from medfed.study import Model, Study, Training
-from medfed.wire import PLAIN, combine, send
+from medfed.wire import PLAIN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Memories = list[dict[str, Tensor]]
+
+@dataclass
+class Recorder:
+    """A link that changes nothing and keeps what passes: each client's row, and what they came to."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    combined_M: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def client(self, message_KM: Tensor) -> Tensor:
+        self.rows.append(message_KM[0])
+        return message_KM
+
+    def server(self, mean_M: Tensor, round: int) -> Tensor:
+        self.combined_M = mean_M
+        return mean_M
 
 
 @dataclass
 class Federation:
-    """Clients, a model, and what the server and the clients remember; `step` is a round without its transport."""
+    """Clients, a model, and what the server and the clients remember; `step` is the reference's round."""
 
     h: Training
     model: nn.Module
@@ -46,41 +60,71 @@ class Federation:
     def __post_init__(self) -> None:
         self.algorithm = ALGORITHMS[self.h.algorithm]
         self.server = self.algorithm.begin(vector(self.model), self.h)
-        self.memories: Memories = [self.algorithm.blank(self.server.w_P) for _ in range(len(self.data))]
-        self.row_KM, self.mean_M, self.local = torch.empty(0), torch.empty(0), None
+        names = tuple(f"client {k}" for k in range(len(self.data)))
+        rows = [self._rows(k) for k in range(len(self.data))]
+        self.sites = {n: Site(one, self.algorithm.blank(self.server.w_P)) for n, one in zip(names, rows, strict=True)}
+        self.recorder = Recorder()
+        parameters = len(self.server.w_P)
+        self.plan = Plan(
+            study=Study(training=self.h),
+            encoding=Encoding((), Target("y", self.task)),
+            sizes={name: {"train": weight} for name, weight in zip(names, self.weights, strict=True)},  # type: ignore[dict-item]
+            participants=names,
+            testers=(),
+            parameters=parameters,
+            message=self.algorithm.length(parameters),
+            label_counts={},
+            surveyed="",
+            links=(*PLAIN, self.recorder),
+            path=self.h.path,
+        )
+
+    def _rows(self, k: int) -> Rows:
+        own = slice(int(self.data.offset_K[k]), int(self.data.offset_K[k] + self.data.size_K[k]))
+        return Rows(self.data.x_NF[own], self.data.y_N[own], torch.arange(int(self.data.size_K[k])))
 
     @property
     def w(self) -> np.ndarray:
         return self.server.w_P.numpy()
 
+    @property
+    def row_KM(self) -> Tensor:
+        return torch.stack(self.recorder.rows)
+
+    @property
+    def mean_M(self) -> Tensor:
+        return self.recorder.combined_M.to(self.server.w_P.dtype)
+
+    @property
+    def memories(self) -> list[dict[str, Tensor]]:
+        return [site.memory for site in self.sites.values()]
+
     def step(self, drawn: Sequence[int] | None = None) -> "Federation":
         """Run one round with the clients `drawn`, all if None."""
-        members = list(range(len(self.data)) if drawn is None else drawn)
-        task = self.algorithm.task(self.server)
-        memory = {name: torch.stack([self.memories[k][name] for k in members]) for name in self.algorithm.kept}
-        self.local: LocalResult = train(
-            self.model,
-            self.algorithm.starts_KP(task, memory, len(members)),
-            Stack(self.data.x_NF, self.data.y_N, self.data.offset_K[members], self.data.size_K[members]),
-            local_plan(Study(training=self.h), Encoding((), Target("y", self.task))),
-            Streams(0).key_K("batches", self.server.round + 1, [f"client {k}" for k in members]),
-            self.algorithm.correct(task, memory, self.h),
-            self.h.path,
-        )
-        message_KM, memory = self.algorithm.message(task, memory, self.local, self.h)
-        for i, k in enumerate(members):
-            self.memories[k] = {name: memory[name][i] for name in self.algorithm.kept}
-        weight_K = torch.tensor([self.weights[k] for k in members], dtype=torch.float64)
-        self.row_KM = send(message_KM, PLAIN)
-        self.mean_M = combine(self.row_KM, weight_K / weight_K.sum(), PLAIN).to(self.server.w_P.dtype)
-        share = float(weight_K.sum()) / sum(self.weights)
-        self.server = self.algorithm.apply(self.server, self.mean_M, share, self.h)
+        self.recorder.rows.clear()
+        names = [f"client {k}" for k in (range(len(self.data)) if drawn is None else drawn)]
+        self.server = play(self.server, self.plan, self.model, self.sites, names)
         return self
 
     def run(self, rounds: int) -> "Federation":
         for _ in range(rounds):
             self.step()
         return self
+
+    def messages(self, members: Sequence[int]) -> tuple[Tensor, Memory]:
+        """Return what some clients would send and remember if they trained as one stack."""
+        task = self.algorithm.task(self.server)
+        memory = {name: torch.stack([self.memories[k][name] for k in members]) for name in self.algorithm.kept}
+        local = train(
+            self.model,
+            self.algorithm.starts_KP(task, memory, len(members)),
+            Stack.of([self._rows(k) for k in members]),
+            self.plan.local,
+            self.plan.streams.key_K("batches", self.server.round + 1, [f"client {k}" for k in members]),
+            self.algorithm.correct(task, memory, self.h),
+            self.h.path,
+        )
+        return self.algorithm.message(task, memory, local, self.h)
 
 
 def _of(tables: Sequence[tuple[np.ndarray, np.ndarray]], dtype: torch.dtype = torch.float64) -> Stack:
@@ -327,8 +371,7 @@ def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float, rounds: in
 
 def test_fednovas_clients_really_take_unequal_steps() -> None:
     fed = Federation(replace(UNEQUAL, algorithm="fednova"), _linear(1), _of(REPEATED), EQUAL_SHARES).step()
-    assert fed.local is not None
-    assert fed.local.steps_K.tolist() == list(WORK)
+    assert fed.plan.local.steps_K(fed.data.size_K).tolist() == list(WORK)
     assert fed.row_KM[:, -1].tolist() == list(WORK)
 
 
@@ -404,9 +447,10 @@ def test_scaffolds_control_stays_the_weighted_mean_of_its_clients(h: Training) -
         assert torch.equal(fed.memories[absent]["control"], kept)
 
 
-def test_a_control_that_ignores_who_was_absent_is_caught() -> None:
+def test_a_control_that_ignores_who_was_absent_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fed = _federation("scaffold")
-    fed.algorithm = replace(fed.algorithm, apply=lambda server, row, share, h: control_average(server, row, 1.0, h))
+    wrong = replace(fed.algorithm, apply=lambda server, row, share, h: control_average(server, row, 1.0, h))
+    monkeypatch.setitem(ALGORITHMS, "scaffold", wrong)
     assert _off_balance(fed.step([0, 1])) > 0.1
 
 
@@ -489,14 +533,11 @@ def test_paths_run_an_algorithm_alike(name: str, task: Task) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_stack_sends_what_its_clients_send_alone(name: str) -> None:
     fed = _member(name, "binary", "rules").step()  # so that there is something to remember
-    state, memories = fed.server, [dict(m) for m in fed.memories]
-    together, remembered = fed.step().row_KM, fed.memories
+    together_KM, remembered = fed.messages(range(len(fed.data)))
     for k in range(len(fed.data)):
-        alone = _member(name, "binary", "rules")
-        alone.server, alone.memories, alone.weights = state, [dict(m) for m in memories], (1, 1, 1, 1)
-        alone.step([k])
-        assert torch.allclose(alone.row_KM[0], together[k], rtol=1e-6, atol=1e-7)
-        assert all(torch.allclose(alone.memories[k][key], remembered[k][key], rtol=1e-9) for key in remembered[k])
+        alone_1M, kept = fed.messages([k])
+        assert torch.allclose(alone_1M[0], together_KM[k], rtol=1e-6, atol=1e-7)
+        assert all(torch.allclose(kept[key][0], remembered[key][k], rtol=1e-9) for key in remembered)
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "local"])

@@ -7,7 +7,7 @@ against this page for every algorithm, noise, aggregation and rule that is regis
 K rows that came, P parameters, M numbers in a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,13 +31,16 @@ class Site:
     memory: dict[str, Tensor]
 
 
-def play(server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, Site]) -> Server:
-    """Return the server's state after one round; sites whose row counts remember it."""
+def play(
+    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, Site], drawn: Sequence[str] | None = None
+) -> Server:
+    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands for the lottery."""
     number, g, training = server.round + 1, plan.guarantee, plan.study.training
 
     # Draw. The coordinator draws who takes part, by a public lottery, and sends them the model.
-    lottery = plan.streams.generator("selection", number)
-    drawn = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
+    if drawn is None:
+        lottery = plan.streams.generator("selection", number)
+        drawn = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
 
     # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by itself, and passes it
     # through the client's halves of the links: cut, rounded, noised. A row that is not finite does not count.
@@ -97,7 +100,7 @@ def work(server: Server, plan: Plan, model: nn.Module, name: str, site: Site) ->
     if g and g.joint:
         patients, size = Patients.of([site.rows]), g.releases[name].size
         target, clip = plan.encoding.target.task, _clip(server, plan)
-        summed = dpsgd.sums(model, task.w_P, patients, target, g, clip, [name], key_K, "loop")
+        summed = dpsgd.sums(model, task.w_P, patients, target, g, clip, [name], key_K, plan.path)
         message_KM = into_ball(summed.total_KP, [size])
         if g.clipping == "adaptive":
             message_KM = torch.cat([message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1)
@@ -110,9 +113,9 @@ def work(server: Server, plan: Plan, model: nn.Module, name: str, site: Site) ->
     if g:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else study.training.average
         patients = Patients.of([site.rows])
-        local = dpsgd.train(model, start_KP, patients, steps, g, [name], key_K, correction, average, "loop")
+        local = dpsgd.train(model, start_KP, patients, steps, g, [name], key_K, correction, average, plan.path)
     else:
-        local = train(model, start_KP, Stack.of([site.rows]), steps, key_K, correction, "loop")
+        local = train(model, start_KP, Stack.of([site.rows]), steps, key_K, correction, plan.path)
     message_KM, later = algorithm.message(task, memory, local, study.training)
     return message_KM[0], {kept: value[0] for kept, value in later.items()}
 
