@@ -155,8 +155,8 @@ def _sampling(g: Guarantee) -> str:
 def _second(g: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
     name = "rdp" if g.accountant == "pld" else "pld"
-    events = {g.paid(g.releases[n], count, asked) for n, count in uses.items() if count}
-    found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events]
+    events = {g.paid(g.releases[n], count, asked) for n, count in uses.items()}
+    found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events if event]
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
 
 
@@ -184,7 +184,7 @@ def _vote(plan: Plan, times: int) -> JSON | None:
     public = plan.study.data.test_is_public
     return {
         "unit": "patient: a site's own model and its test move by any patient of the site, its vote by 1 at most",
-        "mechanism": "discrete Gaussian noise on the number of sites whose own model errs less",
+        "mechanism": "discrete Gaussian noise on the sum of the sites' votes, each between 0 and 1",
         "noise_multiplier": g.queries["vote"],
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
         "paid_by": "training patients" if public else "training and held-out patients, these beside their test",

@@ -233,6 +233,7 @@ def variant(study: Study, noise: str, algorithm: str, seed: int) -> Study:
             "study.seed": seed,
             "monitor.evaluate_every": 1,
             "monitor.baselines": False,
+            "privacy.vote_epsilon": 0.0,  # runs are compared with one another, and no site votes
         }
     )
 

@@ -93,7 +93,15 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
 
 def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
     """Return the study at another epsilon, what it leaves open chosen for that."""
-    return recipe.settled(study.as_written().set("privacy.epsilon", epsilon), sizes)
+    written = study.as_written()
+    p, share = written.privacy, epsilon / written.privacy.epsilon
+    other = dataclasses.replace(
+        p,
+        epsilon=epsilon,
+        threshold_epsilon=p.threshold_epsilon * share,
+        vote_epsilon=p.vote_epsilon * share,
+    )
+    return recipe.settled(dataclasses.replace(written, privacy=other), sizes)
 
 
 def _longer(study: Study) -> Study:

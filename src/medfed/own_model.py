@@ -1,6 +1,6 @@
 """A site's own model: what its records alone teach, without noise, at the site.
 
-Two ask for it: the site itself (`medfed alone`), and a vote, in which each site tells one noised bit.
+Two ask for it: the site itself (`medfed alone`), and a vote, in which each site tells one noised number.
 """
 
 from dataclasses import replace
@@ -12,11 +12,21 @@ from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.federated import Rows, Stack
 from medfed.data.preprocess import Encoding, Target
-from medfed.local import outputs, train
+from medfed.local import LocalPlan, outputs, train
 from medfed.monitor.metrics import squared_error
 from medfed.plan import build_model, local_plan, probed, safe_rate
+from medfed.privacy.guarantee import asked
 from medfed.rates import Pace, at, bend, left_open
 from medfed.study import Privacy, Robustness, Security, Study
+
+LENGTHS = (3, 10, 30, 100)
+"""Steps after which a site's own training may stop, under a claim."""
+
+TIE = 10
+"""Steps where a site has too few patients to set some aside."""
+
+_MOMENTUM = 0.9
+_ASIDE = 5  # one patient in five says when to stop
 
 
 def without_protection(study: Study, algorithm: str) -> Study:
@@ -30,13 +40,15 @@ def without_protection(study: Study, algorithm: str) -> Study:
 def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
     """Train the study's model on the training rows of site `name` alone and return its weights [P].
 
-    It is the baseline `local` of a federation of this one site: rounds, batches and rate are the study's own, a rate
-    that is left open being one that these rows bear, and halved where their loss grows. Training that does not stay
-    finite ends there.
+    Without a claim it is the baseline `local` of a federation of this one site: rounds, batches and rate are the
+    study's own. Under a claim those are chosen for sums that are noised, and say nothing of a site's own training: it
+    descends by full batches, at the largest step that is safe on these rows, for as long as helps patients set aside.
     """
+    if asked(study):
+        return _until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
     study = without_protection(study, "local")
-    model = build_model(study, encoding)
-    path, chosen = probed(study, encoding, model).path, left_open(study)
+    model, chosen = build_model(study, encoding), left_open(study)
+    path = probed(study, encoding, model).path
     if chosen:
         bends = {name: bend(rows.x, study.training.batch_size)}
         study = at(study, safe_rate(study, encoding, bends, {name: len(rows)}).rate)
@@ -53,6 +65,32 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
         if chosen and grew:
             study = replace(study, training=replace(study.training, learning_rate=study.training.learning_rate / 2))
     return w_KP[0]
+
+
+def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
+    """Train on all rows for as many steps as serve every fifth patient best when trained on the others."""
+    model = build_model(study, encoding)
+    path = probed(study, encoding, model).path
+    start_KP, key_K = vector(model)[None], Streams(study.study.seed).key_K("own", 0, [name])
+
+    def trained(on: Rows, steps: int) -> Tensor:
+        bends = {name: bend(on.x, 0)}
+        rate = 1 / safe_rate(study, encoding, bends, {name: len(on)}).curvature
+        plan = LocalPlan(encoding.target.task, steps=steps, batch_size=0, learning_rate=rate, momentum=_MOMENTUM)
+        return train(model, start_KP, Stack.of([on]), plan, key_K, path=path).theta_KP[0]
+
+    aside = rows.patient % _ASIDE == 0
+    kept, judges = rows.at(~aside), rows.at(aside)
+    if len(kept) == 0 or len(judges) == 0:
+        return trained(rows, TIE)
+    errors = [_mean_error(model, trained(kept, steps), judges, encoding.target) for steps in LENGTHS]
+    best = min(range(len(LENGTHS)), key=errors.__getitem__)
+    return trained(rows, LENGTHS[best])
+
+
+def _mean_error(model: nn.Module, w_P: Tensor, rows: Rows, target: Target) -> float:
+    error = float(squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale).mean())
+    return error if error == error else float("inf")
 
 
 def errs_less(model: nn.Module, own_P: Tensor, other_P: Tensor, rows: Rows, target: Target) -> Tensor:

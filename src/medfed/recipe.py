@@ -41,7 +41,7 @@ from medfed.data.preprocess import Encoding
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, cohort, excess, standing
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.refusals import affordable, is_binary, vote_tells
+from medfed.privacy.refusals import affordable, bears, is_binary, vote_tells
 from medfed.rates import output_gradients
 from medfed.study import Study, out_of_range
 
@@ -184,6 +184,10 @@ def _vote(study: Study) -> tuple[float, str] | None:
         return None
     if p.threshold_epsilon > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
         return None
+    voting = dataclasses.replace(study, privacy=dataclasses.replace(p, vote_epsilon=p.epsilon / 4))
+    test = p.evaluation_epsilon or affordable(study)
+    if not study.data.test_is_public and not bears(voting, test):
+        return None  # held-out patients pay for both, and the test comes first
     half = guarantees.vote_interval(sites, guarantees.vote_noise(study, p.epsilon / 4, sites))
     return p.epsilon / 4, f"{sites} sites say whether their own models do better, known to +- {half:.0f}"
 

@@ -5,9 +5,9 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from medfed import dpsgd
 from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import QuorumError, reasons
+from medfed.core.checks import CodecError, QuorumError, SiteError, reasons
 from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
 from medfed.core.entropy import Entropy
-from medfed.core.types import Task as TaskKind
-from medfed.engine.port import Fleet, gather
+from medfed.engine.port import Fleet, Reply, gather
 from medfed.fleet import selection
 from medfed.local import outputs
 from medfed.monitor import metrics, noised
@@ -165,12 +164,10 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
     edges = _edges(server, plan, CHOOSING_CELLS) if g else EXACT_EDGES
     payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
-    told = [codec.decode(reply.payload)[1]["counts"].numpy() for reply in replies.values() if not reply.error]
-    for name, reply in replies.items():
-        if reply.error:
-            log.emit(SiteExcluded(server.round, name, f"not counted for data.threshold: {reply.error}"))
-
-    counts, noises = np.sum(told, 0) if told else np.zeros(2 * len(edges) + 2), len(told)
+    numbers = len(rule.vector(np.zeros((len(edges) + 1, 2))))
+    told, untold = _heard(replies, lambda answer: _numbers(answer["counts"], numbers))
+    _left_out(log, server.round, "not counted for data.threshold", untold)
+    counts, noises = np.sum([*told.values()], 0) if told else np.zeros(numbers), len(told)
     if g and guarantee.counted_together(study):
         counts, noises = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts)), 1
     sd = g.query_sd("threshold", rule.sensitivity()) * math.sqrt(noises) if g else 0.0
@@ -222,17 +219,21 @@ def test(
         asked["edges"] = torch.from_numpy(_edges(server, plan, CELLS, decision.threshold))
     payload = codec.encode({"round": server.round}, asked)
     replies = gather(fleet, plan.testers, "evaluate", payload, study.training.deadline)
-    answers: dict[str, Mapping[str, torch.Tensor]] = {}
-    untested = {name: reply.error for name, reply in replies.items() if reply.error}
-    for name, reply in replies.items():
-        if reply.error:
-            log.emit(SiteExcluded(server.round, name, f"not tested: {reply.error}"))
-        else:
-            answers[name] = codec.decode(reply.payload)[1]
-    if not answers:
-        raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untested)}", untested)
+    union: Scored
+    per_site: Mapping[str, Scored]
+    if private:
+        edges = asked["edges"].numpy()
+        counts, untold = _heard(replies, lambda answer: _numbers(answer["counts"], len(edges) + 1, 2))
+    else:
+        scores, untold = _heard(replies, lambda answer: Scores.told(task, answer, plan.encoding.target.outputs))
+    _left_out(log, server.round, "not tested", untold)
+    if len(untold) == len(replies):
+        raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untold)}", untold)
 
-    union, per_site = _noised_scores(answers, asked["edges"].numpy(), plan) if private else _scores(answers, task)
+    if private:
+        union, per_site = _noised_scores(counts, edges, plan)
+    else:
+        union, per_site = Scores.all([*scores.values()]), scores
     if study.sites.kind == "device":  # one record each: only the union means something
         per_site = {}
     figures = measure_each(per_site, decision.threshold, intervals)
@@ -262,12 +263,11 @@ def test(
 def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: Log) -> None:
     """Hold each site's own model against the federated one on the same held-out records, and tell the outcome."""
     payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
-    sums = {}
-    for name, reply in gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline).items():
-        if reply.error:
-            log.emit(Warned(f"the federated model was not compared with that of site {name!r}: {reply.error}"))
-        else:
-            sums[name] = codec.decode(reply.payload)[1]["paired"].tolist()
+    replies = gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline)
+    told, untold = _heard(replies, lambda answer: _numbers(answer["paired"], 3))
+    for name, why in untold.items():
+        log.emit(Warned(f"the federated model was not compared with that of site {name!r}: {why}"))
+    sums = {name: paired.tolist() for name, paired in told.items()}
     if not sums:
         return
     paired = {name: metrics.paired(*told) for name, told in sums.items()}
@@ -276,22 +276,47 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     log.emit(Compared(federated.round, int(n), metrics.paired(n, total, square), sites))
 
 
-Answers = Mapping[str, Mapping[str, torch.Tensor]]
+T = TypeVar("T")
 
 
-def _scores(answers: Answers, task: TaskKind) -> tuple[Scored, dict[str, Scored]]:
-    """Return the test of all sites together, and of each."""
-    per_site = {name: Scores(task, told["bins"], told["label"], told["sums"]) for name, told in answers.items()}
-    return Scores.all(list(per_site.values())), dict(per_site)
+def _heard(
+    replies: Mapping[str, Reply], read: Callable[[Mapping[str, torch.Tensor]], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Return what each site told, as `read` takes it, and of the others why it cannot be taken."""
+    told: dict[str, T] = {}
+    untold: dict[str, str] = {}
+    for name, reply in replies.items():
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            told[name] = read(codec.decode(reply.payload)[1])
+        except (SiteError, CodecError) as error:
+            untold[name] = str(error)
+        except KeyError as error:
+            untold[name] = f"its answer lacks {error}"
+    return told, untold
 
 
-def _noised_scores(answers: Answers, edges: np.ndarray, plan: Plan) -> tuple[Scored, dict[str, Scored]]:
-    """Return the same of noised counts. Where they are noised together, the sum alone is ever told.
+def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> None:
+    for name, why in untold.items():
+        log.emit(SiteExcluded(round, name, f"{what}: {why}"))
+
+
+def _numbers(told: torch.Tensor, *shape: int) -> np.ndarray:
+    """Return a site's numbers as float64; raise SiteError unless they have this shape and are finite."""
+    if tuple(told.shape) != shape or not torch.isfinite(told.double()).all():
+        raise SiteError(f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite numbers")
+    return told.double().numpy()
+
+
+def _noised_scores(
+    counts: Mapping[str, np.ndarray], edges: np.ndarray, plan: Plan
+) -> tuple[Scored, Mapping[str, Scored]]:
+    """Return the test of all sites together, and of each. Where counts are noised together, the sum alone is told.
 
     A patient of several sites moves the sum by one at each: the noise of the sum covers all of them.
     """
     privacy = plan.study.privacy
-    counts = {name: told["counts"].numpy() for name, told in answers.items()}
     total = np.sum(list(counts.values()), 0)
     if not guarantee.counted_together(plan.study):
         each = noised.variance(privacy.evaluation_epsilon)
@@ -308,19 +333,27 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> 
         return
     budget.ask("vote")
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
-    replies = gather(fleet, plan.participants, "vote", payload, plan.study.training.deadline)
-    for name, reply in replies.items():
-        if reply.error:
-            log.emit(SiteExcluded(server.round, name, f"did not vote on own models: {reply.error}"))
-    told = [float(codec.decode(reply.payload)[1]["vote"]) for reply in replies.values() if not reply.error]
+    patience = plan.study.training.deadline * plan.study.training.rounds  # a site trains a whole model
+    replies = gather(fleet, plan.participants, "vote", payload, patience)
+    told, untold = _heard(replies, lambda answer: _numbers(answer["vote"], 1))
+    _left_out(log, server.round, "did not vote on own models", untold)
     if not told:
+        log.emit(Warned("privacy.vote_epsilon was paid, and no site has voted on own models: nothing is known of them"))
         return
-    count, noises = sum(told), len(told)
-    if guarantee.counted_together(plan.study):
-        count, noises = count + float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0]), 1
-    sd = g.query_sd("vote", guarantee.VOTE_SENSITIVITY) * math.sqrt(noises)
+    together = guarantee.counted_together(plan.study)
+    each = g.query_sd("vote", guarantee.VOTE_SENSITIVITY)
+    reach = 0.0 if together else _FAR * each  # no site counts for more than one, and for what its noise may add
+    votes = float(np.clip([vote[0] for vote in told.values()], -reach, 1 + reach).sum())
+    if together:
+        votes, sd = votes + float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0]), each
+    else:
+        sd = each * math.sqrt(len(told))
     half = guarantee.vote_interval(len(told), sd)
-    log.emit(Voted(server.round, len(told), metrics.Figure(count, count - half, count + half), sd))
+    log.emit(Voted(server.round, len(told), metrics.Figure(votes, votes - half, votes + half), sd))
+
+
+_FAR = 6.0
+"""Standard deviations of a site's own noise beyond which its vote is cut."""
 
 
 def _known(value: Any) -> float | None:

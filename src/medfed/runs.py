@@ -337,7 +337,7 @@ def _resumed(
         raise RunError(
             f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
         )
-    paid = _paid_for(record, header["events"]) if server.round == study.training.rounds else []
+    paid = _paid_for(record, header["events"], plan) if server.round == study.training.rounds else []
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
@@ -347,16 +347,19 @@ def _resumed(
         return _drive(plan, fleet, sites, server, log, folder, name, known={type(event) for event in paid})
 
 
-def _paid_for(record: Path, after: int) -> list[events.Event]:
-    """Return what a log tells after its byte `after`, where patients have paid for it; else nothing.
+def _paid_for(record: Path, after: int, plan: Plan) -> list[events.Event]:
+    """Return what a log tells of the last model after its byte `after`, where patients have paid for any of it.
 
-    What they have paid for is kept: the same model is not tested, and not voted on, twice.
+    That is kept: the same model is not tested, and not voted on, twice, nor its threshold chosen anew. Baselines are.
     """
     before = record.read_bytes()[:after].count(b"\n")
     told = list(events.read(record))[before:]
-    if not any(isinstance(e, events.Voted) or (isinstance(e, events.Tested) and e.noised) for e in told):
+    queried = plan.guarantee is not None and plan.guarantee.queries
+    if not any(isinstance(e, events.Voted) or (isinstance(e, events.Tested) and (e.noised or queried)) for e in told):
         return []
-    return [event for event in told if not isinstance(event, events.RunFinished | events.Resumed)]
+    main = main_model(plan.study.training.algorithm)
+    again = events.RunFinished | events.Resumed | events.Compared
+    return [e for e in told if not isinstance(e, again) and not (isinstance(e, events.Tested) and e.model != main)]
 
 
 def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:

@@ -659,10 +659,10 @@ def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
 
 
 def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Answer with whether each site's own model errs less on its held-out records than the common one: 1 or 0, noised.
+    """Answer with each site's noised `_ballot` on whether its own model is better than the common one.
 
     All patients whose records the answer follows from pay: a site's training patients, and its held-out ones unless
-    they are public. A site whose own training fails votes 0, so that no error tells of a patient.
+    they are public. A site that cannot tell votes 1/2, so that no error tells of a patient.
     """
     first, names = sites[0], [site.name for site in sites]
     promised, study = first.guarantee, first.study
@@ -687,7 +687,7 @@ def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         if site.name in refused:
             replies.append(SiteError(str(refused[site.name])))
             continue
-        vote = np.array([float(_does_better_alone(site, w_P))])
+        vote = np.array([_ballot(site, w_P)])
         if not guarantee.counted_together(study):
             vote = vote + _query_noise(site, promised, "vote", guarantee.VOTE_SENSITIVITY, 1)
         replies.append(codec.encode({}, {"vote": torch.from_numpy(vote)}))
@@ -696,14 +696,21 @@ def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     return replies
 
 
-def _does_better_alone(site: Site, w_P: Tensor) -> bool:
-    """Say whether a site's own model has the smaller squared error on its held-out records. Told to nobody as it is."""
+def _ballot(site: Site, w_P: Tensor) -> float:
+    """Return a site's vote in [0, 1]: 1 where its own model's mean squared error is less by FULL_VOTE or more.
+
+    0 where it is more by as much, between them in proportion. Told to nobody as it is: any patient may move it wholly.
+    """
     try:
         own_P = train_own(site.name, site.train, site.encoding, site.study)
-        return float(errs_less(site.model, own_P, w_P, site.test, site.encoding.target).sum()) > 0
+        target = site.encoding.target
+        less = float(errs_less(site.model, own_P, w_P, site.test, target).mean()) / target.scale**2
     except Exception:
-        logger.exception("%s: its own model could not be trained or tested; it votes no", site.name)
-        return False
+        logger.exception("%s: its own model could not be trained or tested; it votes neither way", site.name)
+        return 0.5
+    if not math.isfinite(less):  # no held-out record, or training that did not stay finite
+        return 0.5
+    return 0.5 + 0.5 * min(1.0, max(-1.0, less / guarantee.FULL_VOTE))
 
 
 def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:

@@ -189,10 +189,11 @@ class Compared(Event):
 
 @dataclass(frozen=True)
 class Voted(Event):
-    """How many of `sites` say that their own model errs less on their held-out records than the federated one.
+    """How many votes `sites` have for models of their own: each from 0 to 1, noised; half of them is a draw.
 
-    own_better: that number, from votes of one bit that noise of standard deviation `noise_sd` hides, with a 95 %
-    interval that holds the noise and the chance by which as many sites as not do better where there is no difference.
+    A site's vote is 1 where its own model's mean squared error on its held-out records is less than the federated one's
+    by .02 or more, 0 where it is more by as much, else between. own_better: their sum, which noise of standard
+    deviation `noise_sd` hides, with a 95 % interval that holds the noise and the most that such votes scatter.
     """
 
     round: int

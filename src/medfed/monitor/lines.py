@@ -53,7 +53,9 @@ def sentence(event: Event, named: bool = True) -> str:
             own = event.own_better
             return f"sites' own models err less by {own.value:.4g} a record" if own.value is not None else ""
         case Voted():
-            return f"{event.own_better.value:.1f} of {event.sites} sites vote for models of their own (noise included)"
+            return (
+                f"{event.own_better.value:.1f} of {event.sites} votes of sites for models of their own (noise included)"
+            )
         case Resumed():
             return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
         case RunFinished():

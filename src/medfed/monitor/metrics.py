@@ -18,6 +18,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from torch import Tensor
 
+from medfed.core.checks import SiteError
 from medfed.core.types import Task
 
 _BINS_PER_LOGIT, _LIMIT = 128, 32
@@ -195,6 +196,16 @@ class Scores:
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
+    def told(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
+        """Take what a site tells, of a model of so many outputs; raise SiteError where that is no test's scores."""
+        bins, label, sums = tensors["bins"], tensors["label"], tensors["sums"]
+        alike = bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
+        shaped = bins.shape == (len(label), outputs) and label.ndim == 1 and sums.shape == (5,)
+        if not (alike and shaped and torch.isfinite(sums).all() and _within(bins, label, outputs)):
+            raise SiteError("its answer is no test's scores; run the same medfed everywhere")
+        return cls(task, bins, label, sums)
+
+    @classmethod
     def all(cls, scores: Sequence["Scores"]) -> "Scores":
         """Put the scores of several sites together."""
         first = scores[0]
@@ -249,6 +260,13 @@ def rounded(task: Task, outputs: Tensor) -> Tensor:
 def names(task: Task) -> tuple[str, ...]:
     """Return the names of a task's figures."""
     return NUMBER_METRICS if task == "regression" else CLASS_METRICS
+
+
+def _within(bins: Tensor, label: Tensor, outputs: int) -> bool:
+    if len(label) == 0:
+        return True
+    most = _LIMIT * _BINS_PER_LOGIT
+    return bool(bins.abs().amax() <= most and label.amin() >= 0 and label.amax() < max(2, outputs))
 
 
 def measure(scores: Scores, intervals: bool = True, threshold: float = 0.5) -> dict[str, Figure]:

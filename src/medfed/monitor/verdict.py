@@ -24,8 +24,8 @@ CODES = {
     "one-class-tested": "the held-out records are of one class, so that little can be said",
     "own-better": "each site's own model errs less than the federated one, over all sites",
     "own-better-at-some": "so at some sites",
-    "own-better-by-vote": "by a noised vote, own models err less at more sites than not",
-    "vote-open": "a noised vote does not tell whether own models err less at more sites than not",
+    "own-better-by-vote": "by a noised vote of the sites, own models err less",
+    "vote-open": "a noised vote of the sites does not tell whether own models err less",
     "not-compared": "whether sites' own models would do better is not known",
 }
 """What a finding says, by its code."""
@@ -231,7 +231,7 @@ def _own(summary: Summary) -> Iterator[dict[str, str]]:
         if vote:
             yield from _voted(vote)
         elif _private(summary) and "local" not in summary["baselines"]:
-            text = "Not compared: whether sites' own models do better is not known, as training them would cost budget."
+            text = "Not compared: whether sites' own models do better is not known; under a claim it takes a paid vote."
             yield _finding("not-compared", text, _AT_HOME, "note")
         return
     low, high = compared["interval"]
@@ -253,16 +253,20 @@ def _own(summary: Summary) -> Iterator[dict[str, str]]:
 
 
 def _voted(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Say what a vote of sites comes to; nothing where the federated model is the better one at more sites than not."""
+    """Say what a vote of sites comes to; nothing where it speaks for the federated model."""
     sites, (low, high) = vote["sites"], vote["interval"]
-    between = f"between {max(0.0, low):.0f} and {min(sites, high):.0f} of {sites} sites"
+    if low > sites or high < 0:
+        text = f"The vote on own models came out beyond all its {sites} sites: it tells nothing."
+        yield _finding("vote-open", text, _AT_HOME, "note")
+        return
+    told = (
+        f"{max(0.0, low):.0f} to {min(sites, high):.0f} of {sites} votes are for own models, half being a draw and a "
+        "squared error that is less by .02 a whole vote"
+    )
     if low > sites / 2:
-        text = (
-            f"Sites' own models are better than the federated one at more sites than not: by a noised vote {between}."
-        )
-        yield _finding("own-better-by-vote", text, _DIFFER)
+        yield _finding("own-better-by-vote", f"Sites' own models are better than the federated one: {told}.", _DIFFER)
     elif high >= sites / 2:
-        text = f"A noised vote does not tell whether own models are better at more sites than not: {between}."
+        text = f"Whether sites' own models are better cannot be told by their noised vote: {told}."
         yield _finding("vote-open", text, _AT_HOME, "note")
 
 

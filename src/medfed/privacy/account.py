@@ -156,15 +156,17 @@ class Account:
         self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
     def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
-        """Charge the training patients of each site for a query; return the sites whose patients cannot pay.
+        """Charge the training patients of each site for a query, once a run; return who cannot pay.
 
-        Who has paid and was not yet `answered_query` does not pay twice.
+        Who has paid and was not yet `answered_query` does not pay twice. What a crash lost is not bought again: the
+        room in the plan is another query's.
         """
         if refused := self._apart(sites):
             return refused
         event = self._enrolled().query_event(label)
         owing = [site for site in sites if site not in self._paid[label]]
-        refused = self._charged({site: replace(self._charge(site, 0, event), label=label) for site in owing})
+        charges = {site: replace(self._charge(site, 0, event), label=label) for site in owing}
+        refused = self._charged(charges, planned={label: 1})
         self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
@@ -176,7 +178,7 @@ class Account:
             if _held_out(site) not in self._paid[label]:
                 cohort = self.ledger.enrol(_held_out(site), ids)
                 charges[site] = Charge(self.study.study.name, self.run, cohort, 0, label, event)
-        refused = self._charged(charges)
+        refused = self._charged(charges, planned={label: 1})
         self._paid[label].update(_held_out(site) for site in charges if site not in refused)
         return refused
 
@@ -206,10 +208,18 @@ class Account:
         """Whether a patient of one site may pay at another: one noise for both, and one charge."""
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
-    def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
-        """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
+    def _charged(
+        self, charges: Mapping[str, Charge], planned: Mapping[str, int] | None = None
+    ) -> dict[str, BudgetError]:
+        """Charge sites all at once; where that is refused one by one, or nobody where they share patients.
+
+        `planned`: how often each label of these charges may be paid for in a run.
+        """
+        limits = self._limits()
+        if planned and limits.planned is None:
+            limits = replace(limits, planned=planned)
         try:
-            self.ledger.charge(list(charges.values()), self._limits())
+            self.ledger.charge(list(charges.values()), limits)
             return {}
         except BudgetError as error:
             if self._shares_patients:
@@ -217,7 +227,7 @@ class Account:
         refused: dict[str, BudgetError] = {}
         for site, charge in charges.items():
             try:
-                self.ledger.charge([charge], self._limits())
+                self.ledger.charge([charge], limits)
             except BudgetError as error:
                 refused[site] = _discreet(error)
         return refused

@@ -48,7 +48,10 @@ COUNT_NOISE = 1.6
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 VOTE_SENSITIVITY = 1.0
-"""How far one patient moves the count of sites that vote, at one of its sites."""
+"""How far one patient moves the sum of the sites' votes, each in [0, 1], at one of its sites."""
+
+FULL_VOTE = 0.02
+"""By how much a model's mean squared error must be less for a whole vote: of chances, or of scaled numbers."""
 
 Mode = Literal["site", "shared", "central"]
 
@@ -147,11 +150,14 @@ class Guarantee:
         """
         return self.queries[label] * sensitivity * (self.max_sites if self.joint else 1)
 
-    def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event:
-        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`."""
-        rounds = replaced(release.event(), uses * self.copies)
-        beside = [replaced(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
-        return Composed((rounds, *beside)) if beside else rounds
+    def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
+        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`.
+
+        None where that is nothing.
+        """
+        events = [replaced(release.event(), uses * self.copies)] if uses else []
+        events += [replaced(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
+        return Composed(tuple(events)) if events else None
 
     def whole(self, client: str) -> Event:
         """Return what the whole plan costs a patient of a client at that client."""
@@ -164,9 +170,9 @@ class Guarantee:
 
         `asked` says how often each query was asked.
         """
-        kinds = {(self.releases[name], n) for name, n in uses.items() if n}  # thousands of devices are of few kinds
+        kinds = {(self.releases[name], n) for name, n in uses.items()}  # thousands of devices are of few kinds
         events = {self.paid(release, n, asked) for release, n in kinds}
-        return max((self.epsilon_of(event) for event in events), default=0.0)
+        return max((self.epsilon_of(event) for event in events if event), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
         """Return the epsilon of an event at what the sampler leaves of delta, by the study's accountant."""
@@ -205,7 +211,7 @@ def vote_multiplier(study: Study, epsilon: float) -> float:
 
 
 def vote_interval(sites: int, noise_sd: float) -> float:
-    """Return half the width of a vote's 95 % interval: its noise, and coins' chance where own models are as good."""
+    """Return half the width of a vote's 95 % interval: its noise, and the most that votes in [0, 1] may scatter."""
     return NormalDist().inv_cdf(0.975) * math.sqrt(noise_sd**2 + sites / 4)
 
 
@@ -399,7 +405,15 @@ def _calibrated(
         rounds = replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
         return Composed((rounds, *beside)) if beside else rounds
 
-    return accounting.calibrate(planned, epsilon, delta, accountant)
+    try:
+        return accounting.calibrate(planned, epsilon, delta, accountant)
+    except PlanError as error:
+        if not beside:
+            raise
+        raise PlanError(
+            f"{error} What training patients are asked beside it (privacy.threshold_epsilon, vote_epsilon) leaves too "
+            "little to train with: lower it, to a quarter of privacy.epsilon, say."
+        ) from error
 
 
 def queries_of(study: Study) -> dict[str, tuple[float, int]]:

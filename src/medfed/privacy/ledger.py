@@ -405,9 +405,9 @@ class Ledger:
             ).fetchone()
             if paid + more > limits.planned.get(label, 0):
                 raise BudgetError(
-                    f"site {site!r}, {label}: refused, and nothing was charged. privacy.accountant='pld' pays for a "
-                    f"plan of {limits.planned.get(label, 0)} ({label}), and {paid} are paid. Start a new run, or set "
-                    "privacy.spare_rounds before it."
+                    f"site {site!r}, {label}: refused, and nothing was charged. The run pays for a plan of "
+                    f"{limits.planned.get(label, 0)} ({label}), and {paid} are paid. Start a new run; for rounds that "
+                    "are lost, set privacy.spare_rounds before it."
                 )
 
     def _append(self, charges: Sequence[Charge]) -> tuple[int, str]:

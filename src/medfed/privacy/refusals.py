@@ -248,7 +248,7 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             f"Set monitor.evaluate_every={study.training.rounds}.",
             monitor__evaluate_every=study.training.rounds,
         )
-    if p.vote_epsilon and not _bears(study, _LEAST):
+    if p.vote_epsilon and not bears(study, _LEAST):
         yield _refusal(
             f"privacy.vote_epsilon={p.vote_epsilon:g}",
             f"privacy.epsilon={p.epsilon:g}",
@@ -256,11 +256,12 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             f"Set privacy.vote_epsilon={p.epsilon / 4:g}, a quarter.",
             privacy__vote_epsilon=p.epsilon / 4,
         )
-    elif not _bears(study, p.evaluation_epsilon):
+    elif not bears(study, p.evaluation_epsilon):
+        beside = f" beside privacy.vote_epsilon={p.vote_epsilon:g}" if p.vote_epsilon else ""
         yield _refusal(
             noised,
             f"privacy.epsilon={p.epsilon:g}",
-            "no test patient's budget bears it, so that the run would end untested",
+            f"no test patient's budget bears it{beside}, so that the run would end untested",
             f"Set privacy.evaluation_epsilon={affordable(study):g}.",
             privacy__evaluation_epsilon=affordable(study),
         )
@@ -310,7 +311,7 @@ def _queries(study: Study) -> Iterator[Refusal]:
         )
 
 
-def _bears(study: Study, evaluation_epsilon: float) -> bool:
+def bears(study: Study, evaluation_epsilon: float) -> bool:
     """Say whether a held-out patient who has not paid can pay, at each of its sites, by the ledger's filter.
 
     For a noised histogram, and for the vote that follows from held-out records too.
@@ -330,7 +331,7 @@ def affordable(study: Study) -> float:
     Where nothing does, a quarter: the vote is refused then.
     """
     epsilon = study.privacy.epsilon
-    return next((e for e in (epsilon * 0.5**n for n in range(1, 100)) if _bears(study, e)), epsilon / 4)
+    return next((e for e in (epsilon * 0.5**n for n in range(1, 100)) if bears(study, e)), epsilon / 4)
 
 
 def _one_step(study: Study, where: str) -> Iterator[Refusal]:
