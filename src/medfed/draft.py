@@ -25,6 +25,7 @@ from medfed.data import clinical, doubts, readers, workbooks
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
+from medfed.privacy import guarantee
 from medfed.study import Data, Feature, Format, Study, put
 
 _TARGETS = """
@@ -318,7 +319,7 @@ def _doubts(asked: Mapping[str, Any]) -> list[Doubt] | str:
     """Return the doubts about the table under the study as it is; or why it cannot be looked at."""
     try:
         study = _study(asked)
-        return doubts.of_all(runs.survey(study), study.data)
+        return doubts.of_all(runs.survey(study), study.data, guarantee.asked(study))
     except MedfedError as error:
         return str(error)
 

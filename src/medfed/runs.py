@@ -39,7 +39,7 @@ from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
-from medfed.core import codec, files, own
+from medfed.core import codec, files, own, quotes
 from medfed.core.checks import (
     BudgetError,
     DataError,
@@ -390,6 +390,11 @@ def load(folder: str | Path) -> Result:
 
 def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
     """Return a node for each site of the study; their study has its data table completed by the source."""
+    with quotes.withheld(guarantee.asked(study)):
+        return _open_sites(study, data, folder, progress)
+
+
+def _open_sites(study: Study, data: Path | None, folder: Path | None, progress: bool) -> list[Site]:
     study, refusals = recipe.refused(study)
     refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
     study = rates.settled(study)
@@ -474,9 +479,13 @@ def _check_scope(sites: Sequence[Site], study: Study) -> None:
 
 
 def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
-    """Return what each site tells of its table, without training: sizes, gaps, classes."""
+    """Return what each site tells of its table, without training: sizes, gaps, classes.
+
+    Under a claim too, as whoever holds the table sees all of it; but then no cell is quoted.
+    """
     looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
-    sites = open_sites(looked_at, data, None, progress)
+    with quotes.withheld(guarantee.asked(study)):
+        sites = open_sites(looked_at, data, None, progress)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())
     written = {site.name: site.table.spellings for site in sites if site.table}  # seen here, and told to nobody else

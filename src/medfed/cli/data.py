@@ -67,6 +67,7 @@ def data_show(
     from medfed.core import files
     from medfed.core.checks import StudyError
     from medfed.data import describe, doubts
+    from medfed.privacy import guarantee
 
     loaded: Study | None
     if draft.is_table(study):
@@ -80,7 +81,7 @@ def data_show(
 
     surveys = runs.survey(loaded, data)
     found = describe.describe(surveys)
-    doubted = doubts.of_all(surveys, loaded.data)
+    doubted = doubts.of_all(surveys, loaded.data, guarantee.asked(loaded))
     if figure:
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
