@@ -223,7 +223,7 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
         return {name: _at(text_U, code_N)}
     text_U = recoded(text_U, feature.recode, absent)
     if feature.suffix:
-        text_U = [_without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
+        text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
         return {name: told(number_N, absent)}
@@ -237,7 +237,7 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
     return {name: _at(text_U, code_N)} | {column: _flags(side_U == side, code_N) for column, side in beside}
 
 
-def _without_suffix(text: str | None, suffixes: Sequence[str], decimal: str) -> str | None:
+def without_suffix(text: str | None, suffixes: Sequence[str], decimal: str = ".") -> str | None:
     """Return a cell without what stands behind its number: "12,5 %" is 12.5 where the table has decimal commas."""
     ending = next((one for one in suffixes if text and text.endswith(one)), None)
     if text is None or ending is None:
