@@ -135,6 +135,11 @@ def nothing(frame: pd.DataFrame) -> None:
     frame["troponin"] = ""
 
 
+def a_code(frame: pd.DataFrame) -> None:
+    frame["sodium"] = np.random.default_rng(0).normal(140, 4, len(frame)).round(1)
+    frame.loc[np.arange(len(frame)) % 9 == 0, "sodium"] = -999
+
+
 CASES: list[tuple[Change, str, str, str]] = [
     (an_index, "row-number", "Unnamed: 0", 'data.exclude = ["Unnamed: 0"]'),
     (a_shuffled_index, "row-number", "index", 'data.exclude = ["index"]'),
@@ -152,6 +157,7 @@ CASES: list[tuple[Change, str, str, str]] = [
     (a_null_label, "label-missing", "died", '"NULL"'),
     (a_second_header, "label-header", "died", "Delete that row"),
     (words_by_case, "spelling", "ward", "data.dictionary.ward.recode = {"),
+    (a_code, "missing-code", "sodium", 'data.dictionary.sodium.missing = ["-999"]'),
     (a_clean_cut, "separates", "score", 'data.exclude = ["score"]'),
     (the_site_in_words, "names-site", "city", 'data.exclude = ["city"]'),
     (the_site_in_numbers, "names-site", "site code", 'data.exclude = ["site code"]'),
@@ -319,6 +325,34 @@ def test_what_a_site_tells_comes_back_as_it_was() -> None:
 def test_a_table_of_one_site_can_be_doubted_too() -> None:
     assert doubts.of_all({}, Data(target="y")) == []
     assert callable(ask_surveys)
+
+
+def test_a_code_is_doubted_below_a_range_and_in_a_target_and_settled_by_its_line(tmp_path: Path) -> None:
+    def codes(frame: pd.DataFrame) -> None:
+        frame.loc[frame["hospital"] == "east", "age"] = 9999
+        frame.loc[np.arange(len(frame)) % 9 == 0, "age"] = -999
+        frame["died"] = np.random.default_rng(0).normal(5, 1, len(frame)).round(2)
+        frame.loc[[4, 50, 90, 110, 130, 150, 170, 190, 210, 230], "died"] = -99
+
+    text = STUDY + "[data.dictionary.age]\nrange = [18, 110]\n"
+    study = changed(tmp_path, codes, text).set("data.task", "regression")
+    age, died = found(study)
+    assert (age.code, age.column, died.code, died.column) == ("missing-code", "age", "missing-code", "died")
+    assert [*age.mend.values()] == [["-999", "9999"]]  # each site's own, together
+    assert [*died.mend.values()] == [[*Data().missing_values, "-99"]]
+    for doubt in (age, died):
+        for path, value in doubt.mend.items():
+            study = study.set(".".join(path), value)
+    study = study.set("data.drop", ["rows without target"])
+    assert found(study) == []
+
+
+def test_two_slips_or_few_records_are_no_code(tmp_path: Path) -> None:
+    def slips(frame: pd.DataFrame) -> None:
+        rows = [frame.index[frame["hospital"] == name][:2] for name in SITES]
+        frame.loc[np.concatenate(rows), "age"] = 999
+
+    assert found(changed(tmp_path, slips)) == []
 
 
 # Examples -------------------------------------------------------------------------------------------------------------

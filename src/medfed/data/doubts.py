@@ -27,7 +27,7 @@ from medfed.core import quotes, toml
 from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import clinical
+from medfed.data import cells, clinical
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ HARMS: dict[str, Harm] = {
     "label-missing": "error",
     "label-header": "error",
     "label-numbers": "error",
+    "missing-code": "error",
     "kinds": "error",
     "units-in-cells": "error",
     "spelling": "error",
@@ -134,7 +135,7 @@ def _leave_out(name: str) -> Mend:
 
 def of_site(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
     """Yield what is doubtful about a site's cleaned records; `frame` are their cells, its index their rows [rows]."""
-    for doubt in _of_site(table, frame.index.to_numpy(), data):
+    for doubt in _of_site(table, frame, data):
         yield replace(doubt, examples=_examples(doubt.column, frame.loc[list(doubt.rows), doubt.column]))
 
 
@@ -148,8 +149,11 @@ def quotable(name: str) -> bool:
     return _IDENTIFIERS.isdisjoint((*words, "".join(words)))
 
 
-def _of_site(table: "SiteTable", row_N: np.ndarray, data: Data) -> Iterator[Doubt]:
-    yield from _outside(table, data)
+def _of_site(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
+    row_N = frame.index.to_numpy()
+    coded = {} if len(table) < FEW else {doubt.column: doubt for doubt in _coded(table, frame, data)}
+    yield from coded.values()
+    yield from (doubt for doubt in _outside(table, data) if doubt.column not in coded)
     if len(table) < FEW:
         return
     label_N = np.unique(table.label, return_inverse=True)[1] if data.task != "regression" else table.label
@@ -171,6 +175,29 @@ def _outside(table: "SiteTable", data: Data) -> Iterator[Doubt]:
             low, high = data.dictionary[name].range
             text = f"has {len(rows)} of {known} values outside the declared range [{low:g}, {high:g}]: another unit?"
             yield Doubt("outside-most", name, text, tuple(rows[:5]), len(rows))
+
+
+def _coded(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
+    """Yield the columns of numbers in which a number stands for what was not measured: -999, 9999."""
+    numbers = {**table.numbers, **({data.target: table.label} if data.task == "regression" else {})}
+    for name, values in numbers.items():
+        feature, beyond = data.dictionary.get(name, Feature()), None
+        if rows := table.found.outside.get(name):  # held to the range's ends, which a code is not
+            beyond = frame.index.isin(rows)
+            values = values.copy()
+            values[beyond] = pd.to_numeric(frame.loc[beyond, name], errors="coerce")
+        found = cells.codes(values, beyond)
+        if not len(found):
+            continue
+        where = np.flatnonzero(np.isin(values, found))
+        first = np.sort([np.flatnonzero(values == code)[0] for code in found])[: quotes.MOST]
+        meant = {f"{code:.0f}" for code in found if code % 1 == 0}
+        meant |= {str(cell).strip() for cell in frame[name].iloc[where] if float(cell) % 1}
+        text = "holds what stands for no value in other tables, and far from all other values"
+        text, mend = _of_cells(text, name, "missing", [*feature.missing, *sorted(meant)])
+        if name == data.target and mend:
+            mend = {("data", "missing_values"): [*data.missing_values, *sorted(meant)]}
+        yield Doubt("missing-code", name, text, tuple(frame.index[first].tolist()), len(where), mend)
 
 
 def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: Data) -> Doubt | None:
@@ -327,7 +354,11 @@ def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
             alike.setdefault((doubt.code, doubt.column), []).append(doubt)
     for doubts in alike.values():
         sites = tuple(doubt.sites[0] for doubt in doubts)
-        yield replace(doubts[0], sites=sites, count=sum(doubt.count for doubt in doubts))
+        mend: dict[toml.Path, Any] = {}
+        for path, value in (item for doubt in doubts for item in doubt.mend.items()):
+            several = isinstance(value, list) and path in mend  # sites may have codes of their own
+            mend[path] = [*dict.fromkeys([*mend[path], *value])] if several else mend.get(path, value)
+        yield replace(doubts[0], sites=sites, count=sum(doubt.count for doubt in doubts), mend=mend)
 
 
 def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
