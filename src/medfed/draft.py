@@ -22,7 +22,7 @@ from medfed import study as studies
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, mapping, readers, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, readers, workbooks
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
@@ -116,7 +116,10 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)
-    shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
+    frame = reading.frame
+    if footer := footers.found(frame, ()):
+        frame = frame[~footer.which_N]
+    shapes = [_shape(frame[name]) for name in frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)

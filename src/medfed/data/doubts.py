@@ -43,6 +43,7 @@ HARMS: dict[str, Harm] = {
     "label-spelling": "error",
     "label-missing": "error",
     "label-header": "error",
+    "footer": "error",
     "label-numbers": "error",
     "missing-code": "error",
     "kinds": "error",
@@ -353,7 +354,7 @@ def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
             doubt = Doubt.heard(told, site)
             alike.setdefault((doubt.code, doubt.column), []).append(doubt)
     for doubts in alike.values():
-        sites = tuple(doubt.sites[0] for doubt in doubts)
+        sites = tuple(doubt.sites[0] for doubt in doubts if doubt.code != "footer")  # whose it is, no site knows
         mend: dict[toml.Path, Any] = {}
         for path, value in (item for doubt in doubts for item in doubt.mend.items()):
             several = isinstance(value, list) and path in mend  # sites may have codes of their own

@@ -31,10 +31,12 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import databases, doubts, joins, mapping, readers, site_maps
+from medfed.data import databases, doubts, footers, joins, mapping, readers, site_maps
+from medfed.data.doubts import Doubt
 from medfed.data.partition import site_of
 from medfed.data.readers import Reading
 from medfed.data.tables import Frames, named_patients, numbered, with_kinds
+from medfed.data.workbooks import SHEETS
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -64,6 +66,7 @@ def frames(
     data = completed(study)
     frame = reading(study, folder, progress, private).frame
     refuse(_misfits([str(name) for name in frame.columns], study, data, private))
+    frame, whole = (frame, ()) if private else _without_footer(frame, study, data)
     frame, site, nowhere = _sited(frame, data)
     names = study.sites.names
     if site is not None:
@@ -103,7 +106,24 @@ def frames(
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
     if not private:
         data = with_kinds(frame, data)
-    return replace(Frames.split(frame, site.to_numpy(dtype=object), names), dropped=dropped), data
+    return replace(Frames.split(frame, site.to_numpy(dtype=object), names), dropped=dropped, doubts=whole), data
+
+
+def _without_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.DataFrame, tuple[Doubt, ...]]:
+    """Return a table without a footer that reads like records, and the doubt about it, which stops a run.
+
+    So all else is looked at without it. Devices have no doubts: there it is an error at once.
+    """
+    files = readers.files_of(study.folder / data.table, data) if data.table else []
+    if not files or any(readers.kind_of(file) not in (*readers.TEXTS, *SHEETS) for file in files):
+        return frame, ()
+    footer = footers.found(frame, [name for name in (data.patient, data.site, data.target) if name])
+    doubt = footer.doubt(frame, data) if footer else None
+    if footer is None or doubt is None or doubts.accepted(doubt, data):
+        return frame, ()
+    if study.sites.kind == "device":
+        refuse([Refusal(DataError(doubt.sentence()), dict(doubt.mend))])
+    return frame[~footer.which_N], (doubt,)
 
 
 def _sited(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Series | None, int]:
