@@ -51,6 +51,7 @@ HARMS: dict[str, Harm] = {
     "spelling": "error",
     "outside-most": "error",
     "units-differ": "error",
+    "unjoined": "warning",
     "separates": "warning",
     "names-site": "warning",
     "constant": "warning",
@@ -348,11 +349,12 @@ def warnings(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[str]:
 
 def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
     """Yield what sites doubt of their own, once where several doubt alike."""
-    alike: dict[tuple[str, str], list[Doubt]] = {}
+    alike: dict[tuple[str, str, str], list[Doubt]] = {}
     for site, survey in surveys.items():
         for told in survey.get("doubts", ()):
             doubt = Doubt.heard(told, site)
-            alike.setdefault((doubt.code, doubt.column), []).append(doubt)
+            which = doubt.text if doubt.code == "unjoined" else ""  # several tables are joined by one column
+            alike.setdefault((doubt.code, doubt.column, which), []).append(doubt)
     for doubts in alike.values():
         sites = tuple(doubt.sites[0] for doubt in doubts if doubt.code != "footer")  # whose it is, no site knows
         mend: dict[toml.Path, Any] = {}

@@ -36,12 +36,17 @@ SITE = "its file's name"
 class Reading:
     """A table as read: its rows; how its text files are written, by file; rows that a joined table lacks, by table.
 
-    How many these are tells of patients: under a claim it stays at the site.
+    Which these are tells of patients: under a claim it stays at the site.
     """
 
     frame: pd.DataFrame
     layouts: Mapping[str, Layout] = field(default_factory=dict)
-    unmatched: Mapping[str, int] = field(default_factory=dict)
+    unfound: Mapping[str, pd.Index] = field(default_factory=dict)
+
+    @property
+    def unmatched(self) -> dict[str, int]:
+        """How many rows each joined table lacks."""
+        return {table: len(rows) for table, rows in self.unfound.items()}
 
 
 def read(path: Path, data: Data, private: bool) -> Reading:

@@ -64,9 +64,10 @@ def frames(
     or the environment's MEDFED_DATA). Raises DataError or StudyError before any training.
     """
     data = completed(study)
-    frame = reading(study, folder, progress, private).frame
+    read = reading(study, folder, progress, private)
+    frame = read.frame
     refuse(_misfits([str(name) for name in frame.columns], study, data, private))
-    frame, whole = (frame, ()) if private else _without_footer(frame, study, data)
+    frame, footed = (frame, []) if private else _without_footer(frame, study, data)
     frame, site, nowhere = _sited(frame, data)
     names = study.sites.names
     if site is not None:
@@ -106,24 +107,30 @@ def frames(
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
     if not private:
         data = with_kinds(frame, data)
-    return replace(Frames.split(frame, site.to_numpy(dtype=object), names), dropped=dropped, doubts=whole), data
+    split = Frames.split(frame, site.to_numpy(dtype=object), names)
+    if private:
+        return replace(split, dropped=dropped), data
+    met = {name: [*joins.doubted(split[name], read.unfound, data)] for name in names} if read.unfound else {}
+    if footed:
+        met[names[0]] = [*footed, *met.get(names[0], ())]
+    return replace(split, dropped=dropped, doubts=met), data
 
 
-def _without_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.DataFrame, tuple[Doubt, ...]]:
+def _without_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.DataFrame, list[Doubt]]:
     """Return a table without a footer that reads like records, and the doubt about it, which stops a run.
 
     So all else is looked at without it. Devices have no doubts: there it is an error at once.
     """
     files = readers.files_of(study.folder / data.table, data) if data.table else []
     if not files or any(readers.kind_of(file) not in (*readers.TEXTS, *SHEETS) for file in files):
-        return frame, ()
+        return frame, []
     footer = footers.found(frame, [name for name in (data.patient, data.site, data.target) if name])
     doubt = footer.doubt(frame, data) if footer else None
     if footer is None or doubt is None or doubts.accepted(doubt, data):
-        return frame, ()
+        return frame, []
     if study.sites.kind == "device":
         refuse([Refusal(DataError(doubt.sentence()), dict(doubt.mend))])
-    return frame[~footer.which_N], (doubt,)
+    return frame[~footer.which_N], [doubt]
 
 
 def _sited(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Series | None, int]:
@@ -264,8 +271,8 @@ def reading(study: Study, folder: Path | None = None, progress: bool = False, pr
         found = Reading(databases.read(data, study.folder, private))
     else:
         found = Reading(numbered(SOURCES[data.source].load(folder, progress)))
-    frame, unmatched = joins.joined(found.frame, data, study.folder, private)
-    return dataclasses.replace(found, frame=frame, unmatched=unmatched)
+    frame, unfound = joins.joined(found.frame, data, study.folder, private)
+    return dataclasses.replace(found, frame=frame, unfound=unfound)
 
 
 def _completed(asked: Data, known: Data) -> Data:

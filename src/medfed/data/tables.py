@@ -179,7 +179,7 @@ class Frames(Mapping[str, pd.DataFrame]):
     names: tuple[str, ...]
     ends: np.ndarray  # int64 [K + 1]
     dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by site: rows left out, by what they lack
-    doubts: Sequence[Doubt] = ()  # about the table as a whole; the first site tells them
+    doubts: Mapping[str, Sequence[Doubt]] = field(default_factory=dict)  # by site: met before its cells are looked at
 
     @classmethod
     def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
@@ -224,8 +224,7 @@ class Frames(Mapping[str, pd.DataFrame]):
         """Return sites first .. last - 1."""
         start, end = self.ends[first], self.ends[last]
         own = self.frame.iloc[start:end]
-        whole = () if first else self.doubts
-        return Frames(own, self.names[first:last], self.ends[first : last + 1] - start, self.dropped, whole)
+        return replace(self, frame=own, names=self.names[first:last], ends=self.ends[first : last + 1] - start)
 
     def count(self, which_N: np.ndarray) -> np.ndarray:
         """Return how many marked rows each site has, int64 [K]."""
@@ -376,7 +375,8 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
             spellings=int(written_K[k]),
         )
         if not private:
-            doubted = (*(() if k else frames.doubts), *doubts.of_site(table, frame.iloc[start:end], data))
+            met = frames.doubts.get(frames.names[k], ())
+            doubted = (*met, *doubts.of_site(table, frame.iloc[start:end], data))
             table = replace(table, found=replace(table.found, doubts=doubted))
         tables.append(table)
     return tables
