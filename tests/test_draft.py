@@ -11,6 +11,7 @@ import medfed
 from medfed import draft, runs
 from medfed import study as studies
 from medfed.core.checks import MedfedError
+from medfed.data import readers
 from tests.tables import STUDY, invented, write_study
 from tests.test_cli import medfed as command
 
@@ -232,6 +233,30 @@ def test_a_draft_with_a_claim_quotes_no_cell(tmp_path: Path) -> None:
     made = draft.draft(tmp_path / "stays.csv", tmp_path / "study.toml", settings)
     plain = draft.draft(tmp_path / "stays.csv", tmp_path / "study.toml", settings[:1])
     assert "'<3'" in plain.text and "'<3'" not in made.text and "limits" in made.text
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("csv", 1), ("footed", 1), ("exports", 2), ("xlsx", 2)])
+def test_a_table_is_read_once_and_what_is_shown_is_what_its_study_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int
+) -> None:
+    """Once more where numbers are respelt or rounded: then it matters which column names the patient."""
+    table = tmp_path / f"cohort.{kind}"
+    frame = invented().assign(nr=range(240), exitus=lambda rows: rows["died"].map({"yes": "tot", "no": "lebt"}))
+    if kind == "exports":
+        table = exports(tmp_path)
+    elif kind == "xlsx":
+        frame.to_excel(table, index=False)
+    else:
+        table = tmp_path / "cohort.csv"
+        frame.to_csv(table, index=False)
+        with table.open("a", encoding="utf-8") as file:
+            file.write("Total,,9,9,,,,\n" if kind == "footed" else "")
+    read, seen = readers.read, []
+    monkeypatch.setattr(readers, "read", lambda *given, **more: seen.append(given) or read(*given, **more))
+    settings = [] if kind == "exports" else ["data.target=died"]
+    made = draft.draft(table, tmp_path / "study.toml", settings)
+    assert len(seen) == reads and made.surveys is not None
+    assert made.surveys == runs.survey(studies.from_text(made.text, tmp_path / "study.toml"))
 
 
 def _written(text: str, folder: Path) -> Path:

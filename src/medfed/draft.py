@@ -22,7 +22,7 @@ from medfed import study as studies
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, mapping, readers, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, readers, sources, workbooks
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
@@ -60,11 +60,15 @@ _PASSES = 6
 
 @dataclass(frozen=True)
 class Draft:
-    """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can."""
+    """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can.
+
+    `surveys` is what its sites tell of the table, where that has been asked (`runs.survey`).
+    """
 
     text: str
     blanks: tuple[str, ...]
     unread: str
+    surveys: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,14 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)
-    frame = reading.frame
-    if footer := footers.found(frame, ()):
-        frame = frame[~footer.which_N]
-    shapes = [_shape(frame[name]) for name in frame.columns]
+    reading = _without_footer(asked, notes, reading)
+    shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
-    unread = _settle(asked, notes) if _complete(asked) else ""
+    unread, surveys = "", None
+    if _complete(asked):
+        unread, surveys = _settle(asked, notes, reading if _plain(reading, held) else None)
     for shape in shapes:
         if shape.name == asked["data"]["target"]:
             recode = asked["data"].get("dictionary", {}).get(shape.name, {}).get("recode", {})
@@ -132,7 +136,25 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     asked["data"]["table"] = Path(os.path.relpath(table.resolve(), out.parent.resolve())).as_posix()
     blanks = [toml.key(*path) for path in sorted(_asks(asked), key=lambda path: path != ("data", "target"))]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
-    return Draft("\n".join(lines), tuple(blanks), unread)
+    return Draft("\n".join(lines), tuple(blanks), unread, surveys)
+
+
+def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
+    """Say whether a table reads alike once it is known who is patient and site: no number of it was respelt."""
+    layouts = [reading.layouts.get(file.name) for file in held]
+    return all(layout is not None and (layout.decimal, layout.thousands) == (".", "none") for layout in layouts)
+
+
+def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
+    """Return a table without the last rows that are no records, and declare them."""
+    footer = footers.found(reading.frame, ())
+    if footer is None or not footer.lines:
+        return reading
+    path = ("data", "format", "footer")
+    already = max([0, *(layout.footer for layout in reading.layouts.values())])
+    put(asked, path, already + footer.lines)
+    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {footer.column!r} shows that it is no record"
+    return replace(reading, frame=reading.frame[~footer.which_N])
 
 
 def _read(table: Path, data: Data) -> readers.Reading:
@@ -424,25 +446,29 @@ def _complete(asked: Mapping[str, Any]) -> bool:
     return not any(_asks(asked))
 
 
-def _settle(asked: dict[str, Any], notes: dict[toml.Path, str]) -> str:
-    """Put in what settles doubts about the table; return why it cannot be looked at, if so."""
+_Surveys = Mapping[str, Mapping[str, Any]]
+
+
+def _settle(
+    asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading | None
+) -> tuple[str, _Surveys | None]:
+    """Put in what settles doubts about the table; return why it cannot be looked at, if so, else what its sites tell.
+
+    `reading` is the table, unless it has to be read anew now that it is known who is who.
+    """
     for _ in range(_PASSES):
-        found = _doubts(asked)
-        if isinstance(found, str):
-            return found
-        settled = [_mend(asked, notes, doubt) for doubt in found]
-        if not any(settled):
-            break
-    return ""
-
-
-def _doubts(asked: Mapping[str, Any]) -> list[Doubt] | str:
-    """Return the doubts about the table under the study as it is; or why it cannot be looked at."""
-    try:
-        study = _study(asked)
-        return doubts.of_all(runs.survey(study), study.data, guarantee.asked(study))
-    except MedfedError as error:
-        return str(error)
+        try:
+            study = _study(asked)
+            reading = reading or readers.read(study.folder / study.data.table, sources.completed(study), private=False)
+            surveys = runs.survey(study, table=reading)
+        except MedfedError as error:
+            return str(error), None
+        found = doubts.of_all(surveys, study.data, guarantee.asked(study))
+        if not any([_mend(asked, notes, doubt) for doubt in found]):
+            return "", surveys
+        if any(doubt.code == "footer" for doubt in found):
+            reading = None  # what is declared of the file's lines
+    return "", None
 
 
 def _mend(asked: dict[str, Any], notes: dict[toml.Path, str], doubt: Doubt) -> bool:

@@ -54,17 +54,22 @@ class Source:
 
 
 def frames(
-    study: Study, folder: Path | None = None, progress: bool = False, private: bool = False
+    study: Study,
+    folder: Path | None = None,
+    progress: bool = False,
+    private: bool = False,
+    table: Reading | None = None,
 ) -> tuple[Frames, Data]:
     """Return each site's frame, and the study's data table completed with what the source knows.
 
     Sites come in the order of their declared names (`sites.names`; `private`: `privacy.sizes`), else sorted: never in
     the order of a table's rows. `private`: a declared site without a row has an empty frame, and a row of a site that
     is not declared is refused without being quoted. `folder` is where downloaded data is looked for first (`--data`,
-    or the environment's MEDFED_DATA). Raises DataError or StudyError before any training.
+    or the environment's MEDFED_DATA). `table` is the study's, where it is read already. Raises DataError or StudyError
+    before any training.
     """
     data = completed(study)
-    read = reading(study, folder, progress, private)
+    read = reading(study, folder, progress, private, table)
     frame = read.frame
     refuse(_misfits([str(name) for name in frame.columns], study, data, private))
     frame, footed = (frame, []) if private else _without_footer(frame, study, data)
@@ -259,13 +264,21 @@ def completed(study: Study) -> Data:
     return mapping.completed(site_maps.completed(data, study))
 
 
-def reading(study: Study, folder: Path | None = None, progress: bool = False, private: bool = False) -> Reading:
+def reading(
+    study: Study,
+    folder: Path | None = None,
+    progress: bool = False,
+    private: bool = False,
+    table: Reading | None = None,
+) -> Reading:
     """Return a study's rows as read, joined tables beside them, and how its files are written: see `readers`.
 
-    Raises DataError or StudyError for what cannot be read.
+    `table` is its table, where it is read already. Raises DataError or StudyError for what cannot be read.
     """
     data = completed(study)
-    if data.table:
+    if table is not None:
+        found = table
+    elif data.table:
         found = readers.read(study.folder / data.table, data, private)
     elif data.database:
         found = Reading(databases.read(data, study.folder, private))
