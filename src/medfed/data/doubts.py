@@ -27,7 +27,7 @@ from medfed.core import quotes, toml
 from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import cells, clinical
+from medfed.data import cells, clinical, scales
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ HARMS: dict[str, Harm] = {
     "spelling": "error",
     "outside-most": "error",
     "units-differ": "error",
+    "units-apart": "warning",
     "unjoined": "warning",
     "separates": "warning",
     "names-site": "warning",
@@ -323,7 +324,7 @@ def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool =
     """
     with quotes.withheld(claimed):
         found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
-        found += [*_texts(surveys, data), *_units(surveys, data), *_columns(surveys)]
+        found += [*_texts(surveys, data), *_units(surveys, data), *_scales(surveys), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
     told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
@@ -451,6 +452,27 @@ def _units(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
             for unit, found in units.items()
         )
         yield Doubt("units-differ", name, f"seems to be in several units: {told}; a site's map has factor")
+
+
+def _scales(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
+    """Yield the columns whose medians lie a factor between units apart, while all sites are spread alike."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("spreads", ())):
+        spreads = {site: told for site, survey in surveys.items() if (told := survey.get("spreads", {}).get(name))}
+        usual = sorted(spreads.values(), key=lambda told: told[3])[(len(spreads) - 1) // 2]
+        apart: dict[tuple[float, bool], list[str]] = {}
+        for site, told in spreads.items():
+            if times := scales.factor(usual, told):
+                apart.setdefault((times, told[3] > usual[3]), []).append(site)
+        if not apart:
+            continue
+        odd = {site for sites in apart.values() for site in sites}
+        told_of = [f"about {usual[3]:.3g} at {those([site for site in spreads if site not in odd])}"]
+        told_of += [
+            f"about {spreads[sites[0]][3]:.3g} at {those(sites)}, {'' if more else '1/'}{times:,.6g} times as much"
+            for (times, more), sites in apart.items()
+        ]
+        text = f"is spread alike at all sites, and its median is {' and '.join(told_of)}: another unit?"
+        yield Doubt("units-apart", name, f"{text} A site's map has factor")
 
 
 _APART = 5.0  # times, by which medians of sites in one unit hardly differ
