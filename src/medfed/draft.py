@@ -26,7 +26,6 @@ from medfed.data import clinical, dates, doubts, footers, mapping, readers, sour
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
-from medfed.privacy import guarantee
 from medfed.study import Data, Feature, Format, Study, put
 
 _TARGETS = """
@@ -103,7 +102,7 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     for setting in settings:
         key, _, value = toml.setting(setting)
         put(asked, toml.path(key), studies.parse_value(value))
-    with quotes.withheld(guarantee.asked(_study(asked))):
+    with quotes.withheld(_study(asked).privacy.meant):
         return _drafted(table, out, asked)
 
 
@@ -463,7 +462,7 @@ def _settle(
             surveys = runs.survey(study, table=reading)
         except MedfedError as error:
             return str(error), None
-        found = doubts.of_all(surveys, study.data, guarantee.asked(study))
+        found = doubts.of_all(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
             return "", surveys
         if any(doubt.code == "footer" for doubt in found):

@@ -400,7 +400,7 @@ def open_sites(
 
     `table` is the study's, where it is read already.
     """
-    with quotes.withheld(guarantee.asked(study)):
+    with quotes.withheld(study.privacy.meant):
         return _open_sites(study, data, folder, progress, table)
 
 
@@ -499,7 +499,7 @@ def survey(
     where it is read already.
     """
     looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
-    with quotes.withheld(guarantee.asked(study)):
+    with quotes.withheld(study.privacy.meant):
         sites = open_sites(looked_at, data, None, progress, table)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())

@@ -68,7 +68,6 @@ def data_show(
     from medfed.core import files
     from medfed.core.checks import StudyError
     from medfed.data import describe, doubts
-    from medfed.privacy import guarantee
 
     surveys = None
     if draft.is_table(study):
@@ -83,7 +82,7 @@ def data_show(
 
     surveys = surveys or runs.survey(loaded, data)
     found = describe.describe(surveys)
-    doubted = doubts.of_all(surveys, loaded.data, guarantee.asked(loaded))
+    doubted = doubts.of_all(surveys, loaded.data, loaded.privacy.meant)
     if figure:
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:

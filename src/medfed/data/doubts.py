@@ -466,13 +466,18 @@ def _scales(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
         if not apart:
             continue
         odd = {site for sites in apart.values() for site in sites}
-        told_of = [f"about {usual[3]:.3g} at {those([site for site in spreads if site not in odd])}"]
+        told_of = [f"about {_three(usual[3])} at {those([site for site in spreads if site not in odd])}"]
         told_of += [
-            f"about {spreads[sites[0]][3]:.3g} at {those(sites)}, {'' if more else '1/'}{times:,.6g} times as much"
+            f"about {_three(spreads[sites[0]][3])} at {those(sites)}, {'' if more else '1/'}{times:,.6g} times as much"
             for (times, more), sites in apart.items()
         ]
         text = f"is spread alike at all sites, and its median is {' and '.join(told_of)}: another unit?"
         yield Doubt("units-apart", name, f"{text} A site's map has factor")
+
+
+def _three(number: float) -> str:
+    """Return a number with three digits, or all of a large one's before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 _APART = 5.0  # times, by which medians of sites in one unit hardly differ

@@ -733,11 +733,11 @@ class _Column:
         if self.feature.range and which.sum() * 2 > (~self.missing).sum():
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
-                f"is text. Declare {declared} in place of the range{there}."
+                f"is text. Declare {declared} in place of the range.{there}"
             )
         return (
             f"text in a numeric column, row {rows}. Correct the rows, add the "
-            f"text to data.missing_values, or declare {declared}{there}."
+            f"text to data.missing_values, or declare {declared}.{there}"
         )
 
     def key(self, name: str) -> str:
