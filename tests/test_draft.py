@@ -11,6 +11,7 @@ import medfed
 from medfed import draft, runs
 from medfed import study as studies
 from medfed.core.checks import MedfedError
+from medfed.data import readers
 from tests.tables import STUDY, invented, write_study
 from tests.test_cli import medfed as command
 
@@ -145,6 +146,117 @@ def test_with_many_sites_gaps_are_summed_up(tmp_path: Path, capsys: pytest.Captu
     assert "the worst first" in told and max(map(len, told.splitlines())) <= 120
     assert command("data", "show", path, "--all") == 0
     assert "the worst first" not in capsys.readouterr().out
+
+
+def stays(folder: Path, rows: int = 200) -> pd.DataFrame:
+    """Return and write a table with detection limits and dates of every kind."""
+    rng = np.random.default_rng(3)
+    frame = invented(rows).astype({"lactate": object})
+    troponin = np.exp(rng.normal(2, 1, rows)).round(1)
+    frame["troponin"] = np.where(troponin < 3, "<3", np.where(troponin > 40, ">40", troponin.astype(str)))
+    frame["crp"] = ["<5 mg/l" if value < 5 else f"{value} mg/l" for value in rng.integers(1, 90, rows)]
+    frame["geburtsdatum"] = pd.to_datetime(rng.integers(-10_000, 9_000, rows), unit="D").strftime("%d.%m.%Y")
+    frame["aufnahme"] = pd.date_range("2023-01-01", periods=rows).strftime("%Y-%m-%d %H:%M")
+    frame["entlassung"] = pd.date_range("2023-02-01", periods=rows).strftime("%Y%m%d")
+    frame.to_csv(folder / "stays.csv", index=False)
+    return frame
+
+
+def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stays(tmp_path)
+    out = tmp_path / "study.toml"
+    assert command("data", "show", tmp_path / "stays.csv", "--write", out, "--set", "data.target=died") == 0
+    assert "not yet" not in capsys.readouterr().out
+    entries = medfed.load_study(out).data.dictionary
+    assert entries["troponin"].limits == "limit" and entries["troponin"].suffix == ()
+    assert (entries["crp"].limits, entries["crp"].suffix) == ("limit", ("mg/l",))
+    born = entries["geburtsdatum"]
+    assert (born.date, born.becomes, born.reference, born.unit) == ("dd.mm.yyyy", "age", "aufnahme", "years")
+    assert (entries["aufnahme"].date, entries["aufnahme"].becomes) == ("iso", "")
+    assert (entries["entlassung"].date, entries["entlassung"].becomes) == ("yyyymmdd", "")
+    for line in out.read_text(encoding="utf-8").splitlines():
+        assert "  # " in line or not line.startswith(("limits", "date", "becomes", "suffix")), line
+
+    assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
+    columns = {column.name: column for column in medfed.load(tmp_path / "run").encoding.columns}
+    assert {"troponin", "crp", "geburtsdatum"} <= {*columns} and not {"aufnahme", "entlassung"} & {*columns}
+    assert columns["geburtsdatum"].kind == "number"
+
+
+def test_whether_day_or_month_stands_first_is_asked_for(tmp_path: Path) -> None:
+    """No birthday after the twelfth of a month: both forms read all of them."""
+    frame = invented()
+    frame["born"] = [f"{1 + i % 12:02d}/{1 + i % 11:02d}/19{40 + i % 50}" for i in range(len(frame))]
+    frame["seen"] = [f"{1 + i % 12:02d}/{1 + i % 7:02d}/2020" for i in range(len(frame))]
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
+    assert made.blanks == ("data.dictionary.born.date", "data.dictionary.seen.date")
+    assert "# FILL IN: dd/mm/yyyy or mm/dd/yyyy: which is the day, no date of the column tells." in made.text
+    with pytest.raises(MedfedError, match=r"born\.becomes='age'"):
+        medfed.load_study(_written(made.text, tmp_path))
+    settings = [f"data.dictionary.{name}.date=mm/dd/yyyy" for name in ("born", "seen")]
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died", *settings])
+    assert not made.blanks and not made.unread
+    frame = frame.drop(columns="born")
+    frame.to_csv(tmp_path / "t.csv", index=False)  # a date that nothing needs is left out, and not asked for
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
+    assert not made.blanks and "seen: dates, dd/mm/yyyy or mm/dd/yyyy" in made.text
+    assert runs.simulate(studies.from_text(made.text, tmp_path / "study.toml")).complete
+
+
+def test_a_birthday_alone_becomes_its_year_and_two_digit_years_are_left_out(tmp_path: Path) -> None:
+    frame = invented()
+    frame["date of birth"] = pd.date_range("1950-01-01", periods=len(frame), freq="90D").strftime("%d.%m.%Y")
+    frame["seen"] = pd.date_range("2020-01-01", periods=len(frame)).strftime("%d.%m.%y")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
+    study = studies.from_text(made.text, tmp_path / "study.toml")
+    assert study.data.dictionary["date of birth"].becomes == "year" and study.data.exclude == ("seen",)
+    assert "write out the century" in made.text and runs.simulate(study).complete
+
+
+AGES = [["<40", ">60"], ["<40", "40", ">60"], ["<40", "40-60", ">60"], ["<1,234", "5", "7"], ["< few", "5", "7"]]
+
+
+@pytest.mark.parametrize("cells", AGES)
+def test_what_is_no_detection_limit_is_not_taken_for_one(tmp_path: Path, cells: list[str]) -> None:
+    frame = invented()
+    frame["band"] = np.random.default_rng(0).choice(cells, len(frame))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
+    assert "limits" not in made.text.split("not yet")[0]
+
+
+def test_a_draft_with_a_claim_quotes_no_cell(tmp_path: Path) -> None:
+    stays(tmp_path)
+    settings = ["data.target=died", "privacy.epsilon=1", "privacy.delta=1e-5"]
+    made = draft.draft(tmp_path / "stays.csv", tmp_path / "study.toml", settings)
+    plain = draft.draft(tmp_path / "stays.csv", tmp_path / "study.toml", settings[:1])
+    assert "'<3'" in plain.text and "'<3'" not in made.text and "limits" in made.text
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("csv", 1), ("footed", 1), ("exports", 2), ("xlsx", 2)])
+def test_a_table_is_read_once_and_what_is_shown_is_what_its_study_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int
+) -> None:
+    """Once more where numbers are respelt or rounded: then it matters which column names the patient."""
+    table = tmp_path / f"cohort.{kind}"
+    frame = invented().assign(nr=range(240), exitus=lambda rows: rows["died"].map({"yes": "tot", "no": "lebt"}))
+    if kind == "exports":
+        table = exports(tmp_path)
+    elif kind == "xlsx":
+        frame.to_excel(table, index=False)
+    else:
+        table = tmp_path / "cohort.csv"
+        frame.to_csv(table, index=False)
+        with table.open("a", encoding="utf-8") as file:
+            file.write("Total,,9,9,,,,\n" if kind == "footed" else "")
+    read, seen = readers.read, []
+    monkeypatch.setattr(readers, "read", lambda *given, **more: seen.append(given) or read(*given, **more))
+    settings = [] if kind == "exports" else ["data.target=died"]
+    made = draft.draft(table, tmp_path / "study.toml", settings)
+    assert len(seen) == reads and made.surveys is not None
+    assert made.surveys == runs.survey(studies.from_text(made.text, tmp_path / "study.toml"))
 
 
 def _written(text: str, folder: Path) -> Path:

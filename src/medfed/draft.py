@@ -2,13 +2,14 @@
 
 Names and shapes of columns say it; what was guessed is said beside each line. A draft is made at the table, by whoever
 may see all of it: it reads records, and a claim's ranges and categories must not follow from them. So ranges come from
-the clinical dictionary by a column's name alone, and never from the numbers below it.
+the clinical dictionary by a column's name alone, and never from the numbers below it. How dates are written follows
+from the cells where one form alone reads all of them; else whether day or month stands first is asked for.
 """
 
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ import pandas as pd
 
 from medfed import runs
 from medfed import study as studies
-from medfed.core import files, toml
+from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, doubts, readers, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, readers, sources, workbooks
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
@@ -40,20 +41,33 @@ _PATIENTS = """
 patient patientid patid patnr pid mrn subject subjectid patientennummer patientnr person personid uniquepid nip ipp nhc
 paziente paciente fallnr fallnummer caseid
 """
+_BIRTHS = """
+born birth dob birthday birthdate dateofbirth geburt geburtsdatum gebdat geboren geburtstag naissance datenaissance
+datedenaissance nascita datanascita datadinascita nacimiento fechanacimiento fechadenacimiento
+"""
+_ADMISSIONS = """
+admission admitted admit admissiondate aufnahme aufnahmedatum eintritt eintrittsdatum entrée entree dateentrée ricovero
+dataricovero ingreso fechaingreso encounter visit visitdate sampled collected date datum data fecha
+"""
 _MOST_LABELS = 10
 _MOST_SITES = 500
 _MOST_CATEGORIES = 64
-_DATES = r"\d{4}-\d\d-\d\d.*|\d{1,2}[./-]\d{1,2}[./-]\d{4}.*"
+_DATE_LIKE = r"\d{1,4}[./-]\d{1,2}[./-]\d{2,4}(?:\D.*)?"
+_EIGHT_DIGITS = r"\d{8}"
 _PASSES = 6
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can."""
+    """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can.
+
+    `surveys` is what its sites tell of the table, where that has been asked (`runs.survey`).
+    """
 
     text: str
     blanks: tuple[str, ...]
     unread: str
+    surveys: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,9 @@ class _Shape:
     known: int
     distinct: int
     numbers: float  # share of the known cells
-    dates: bool
+    forms: tuple[str, ...]  # in which all cells are dates; several where day and month may stand either way
+    dated: bool  # all cells look like dates, whether or not one form reads them
+    limits: tuple[str, ...]  # results beyond a detection limit, where all else are numbers
     labels: tuple[str, ...]  # the different cells, where they are few
     suffixes: tuple[str, ...]  # what stands behind the numbers, where most have something
     gaps: tuple[str, ...]  # words for what is missing that a study does not take for it by itself
@@ -86,6 +102,11 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     for setting in settings:
         key, _, value = toml.setting(setting)
         put(asked, toml.path(key), studies.parse_value(value))
+    with quotes.withheld(_study(asked).privacy.meant):
+        return _drafted(table, out, asked)
+
+
+def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     held = readers.files_of(table, Data())
     several = len(held) > 1
     if several and "site" not in asked["data"] and "site_is_file" not in asked["data"]:
@@ -98,20 +119,41 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)
+    reading = _without_footer(asked, notes, reading)
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
-    unread = _settle(asked, notes) if _complete(asked) else ""
+    unread, surveys = "", None
+    if _complete(asked):
+        unread, surveys = _settle(asked, notes, reading if _plain(reading, held) else None)
     for shape in shapes:
         if shape.name == asked["data"]["target"]:
             recode = asked["data"].get("dictionary", {}).get(shape.name, {}).get("recode", {})
             labels = tuple(sorted({recode.get(label, label) for label in shape.labels}))
             _propose_positive(asked["data"], notes, replace(shape, labels=labels))
     asked["data"]["table"] = Path(os.path.relpath(table.resolve(), out.parent.resolve())).as_posix()
-    blanks = [f"data.{key}" for key in ("target", "site") if isinstance(asked["data"].get(key), Ask)]
+    blanks = [toml.key(*path) for path in sorted(_asks(asked), key=lambda path: path != ("data", "target"))]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
-    return Draft("\n".join(lines), tuple(blanks), unread)
+    return Draft("\n".join(lines), tuple(blanks), unread, surveys)
+
+
+def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
+    """Say whether a table reads alike once it is known who is patient and site: no number of it was respelt."""
+    layouts = [reading.layouts.get(file.name) for file in held]
+    return all(layout is not None and (layout.decimal, layout.thousands) == (".", "none") for layout in layouts)
+
+
+def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
+    """Return a table without the last rows that are no records, and declare them."""
+    footer = footers.found(reading.frame, ())
+    if footer is None or not footer.lines:
+        return reading
+    path = ("data", "format", "footer")
+    already = max([0, *(layout.footer for layout in reading.layouts.values())])
+    put(asked, path, already + footer.lines)
+    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {footer.column!r} shows that it is no record"
+    return replace(reading, frame=reading.frame[~footer.which_N])
 
 
 def _read(table: Path, data: Data) -> readers.Reading:
@@ -146,8 +188,21 @@ def _name(table: Path) -> str:
 def _study(asked: Mapping[str, Any]) -> Study:
     """Return the study as far as it goes, its table where the process stands."""
     settled = deepcopy(dict(asked))
-    settled["data"] = {key: value for key, value in settled["data"].items() if not isinstance(value, Ask)}
+    for *parents, last in _asks(asked):
+        place = settled
+        for name in parents:
+            place = place[name]
+        del place[last]
     return replace(studies.from_tables(settled), folder=Path.cwd())
+
+
+def _asks(tables: Mapping[str, Any], at: toml.Path = ()) -> Iterator[toml.Path]:
+    """Yield where there are blanks."""
+    for name, value in tables.items():
+        if isinstance(value, Ask):
+            yield (*at, name)
+        elif isinstance(value, Mapping):
+            yield from _asks(value, (*at, name))
 
 
 def _preface(table: Path, blanks: Sequence[str]) -> list[str]:
@@ -172,12 +227,37 @@ def _shape(values: pd.Series) -> _Shape:
     texts = texts[~texts.isin(gaps)]
     number_N = pd.to_numeric(texts, errors="coerce").notna()
     share = float(number_N.mean()) if len(texts) else 0.0
-    dated = len(texts) > 0 and bool(texts.str.fullmatch(_DATES).all())
-    different = texts.unique()
-    labels = tuple(sorted(different)) if len(different) <= _MOST_LABELS else ()
+    different = [str(text) for text in texts.unique()]
+    suffixes = tuple(doubts.units_of(different))
     return _Shape(
-        str(values.name), len(texts), len(different), share, dated, labels, tuple(doubts.units_of(different)), gaps
+        name=str(values.name),
+        known=len(texts),
+        distinct=len(different),
+        numbers=share,
+        forms=tuple(dates.forms(different)) if (dated := _dated(texts)) else (),
+        dated=dated,
+        limits=_limits(different, suffixes) if share < 1 else (),
+        labels=tuple(sorted(different)) if len(different) <= _MOST_LABELS else (),
+        suffixes=suffixes,
+        gaps=gaps,
     )
+
+
+def _dated(texts: pd.Series) -> bool:
+    """Say whether all texts look like dates; of eight digits several have to be days."""
+    if not len(texts) or not texts.iloc[0][:1].isdigit():
+        return False
+    if texts.str.fullmatch(_EIGHT_DIGITS).all():
+        return len(texts) > 1 and bool(dates.digits(texts.astype(float).to_numpy()).all())
+    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.dated(list(texts.unique())).all())
+
+
+def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
+    """Return the results beyond a detection limit among a column's texts, where the others are several numbers."""
+    bare = {mapping.without_suffix(text, suffixes) or "" for text in different}
+    beyond = {text for text in bare if mapping.is_limit(text)}
+    others = pd.to_numeric(pd.Series(sorted(bare - beyond), dtype=object), errors="coerce")
+    return tuple(sorted(beyond)) if len(others) > 1 and bool(others.notna().all()) else ()
 
 
 def _named(shapes: Sequence[_Shape], words: str) -> list[_Shape]:
@@ -255,27 +335,87 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
     if gaps := sorted({word for shape in shapes for word in shape.gaps} - {"unknown", "missing"}):
         data.setdefault("missing_values", [*Data().missing_values, *gaps])
         notes.setdefault(("data", "missing_values"), f"{', '.join(gaps)}: met in the table")
-    why = {shape.name: reason for shape in features if (reason := _no_feature(shape))}
+    used = _propose_dates(asked, notes, features)
+    why = {shape.name: reason for shape in features if shape.name not in used and (reason := _no_feature(shape))}
     if why and "exclude" not in data and "features" not in data:
         data["exclude"] = list(why)
         told = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:4])
         notes["data", "exclude"] = told + (f"; and {len(why) - 4} more" if len(why) > 4 else "")
     for shape in features:
-        if shape.suffixes and shape.name not in data.get("dictionary", {}):
-            put(asked, ("data", "dictionary", shape.name, "suffix"), list(shape.suffixes))
-            notes["data", "dictionary", shape.name, "suffix"] = "its unit stands in the cells, and is taken off"
+        if shape.name not in why and shape.name not in data.get("dictionary", {}):
+            _propose_column(asked, notes, shape)
+
+
+def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
+    """Describe a feature: what stands beside its numbers, and its range where the dictionary knows its name."""
+    path = ("data", "dictionary", shape.name)
+    if shape.suffixes:
+        put(asked, (*path, "suffix"), list(shape.suffixes))
+        notes[(*path, "suffix")] = "its unit stands in the cells, and is taken off"
+    if shape.limits:
+        put(asked, (*path, "limits"), "limit")
+        what = f"a result beyond a detection limit{quotes.quoted(quotes.examples(shape.limits))}, becomes that limit"
+        notes[(*path, "limits")] = f"{what}; or 'half' of a lower one, or an 'indicator' beside it"
+    if shape.suffixes or shape.distinct <= 2 or (shape.numbers < 0.9 and not shape.limits):
+        return
+    entries = clinical.proposal(shape.name)
+    if len(entries) == 1:
+        entry = entries[0]
+        _put_range(asked, shape.name, entry)
+        notes[(*path, "range")] = f"{entry.doc}{f' in {entry.unit}' if entry.unit else ''}: confirm the unit"
+    elif entries:
+        units = " or ".join(f"{list(entry.range)} in {entry.unit or 'no unit'}" for entry in entries[:4])
+        put(asked, (*path, "doc"), f"{entries[0].doc}: set range to {units}")
+
+
+def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[_Shape]) -> set[str]:
+    """Make ages of dates of birth, and say how the others are written; return the columns that are used so.
+
+    What another date becomes is left to a person: days from it often tell what is to be predicted.
+    """
+    data = asked["data"]
+    entries = data.get("dictionary", {})
+    dated = [shape for shape in features if shape.forms and shape.forms != (dates.SHORT,)]
+    births = [shape for shape in _named(dated, _BIRTHS) if not entries.get(shape.name, {}).get("becomes")]
+    others = [shape for shape in dated if shape not in births]
+    reference = next(iter(_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
+    used = set(entries) & {shape.name for shape in dated}
+    for shape in births:
+        path = ("data", "dictionary", shape.name)
+        _put_form(asked, notes, shape)
+        used.add(shape.name)
+        if reference is None:
+            put(asked, (*path, "becomes"), "year")
+            notes[(*path, "becomes")] = "the year of birth; 'age' needs a reference, a day or a column of dates"
             continue
-        if shape.name in why or shape.numbers < 0.9 or shape.distinct <= 2 or shape.name in data.get("dictionary", {}):
-            continue
-        entries = clinical.proposal(shape.name)
-        if len(entries) == 1:
-            entry = entries[0]
-            path = ("data", "dictionary", shape.name)
-            put(asked, path, _described(entry))
-            notes[(*path, "range")] = f"{entry.doc}{f' in {entry.unit}' if entry.unit else ''}: confirm the unit"
-        elif entries:
-            units = " or ".join(f"{list(entry.range)} in {entry.unit or 'no unit'}" for entry in entries[:4])
-            put(asked, ("data", "dictionary", shape.name, "doc"), f"{entries[0].doc}: set range to {units}")
+        _put_form(asked, notes, reference)
+        used.add(reference.name)
+        put(asked, (*path, "becomes"), "age")
+        put(asked, (*path, "reference"), reference.name)
+        notes[(*path, "becomes")] = f"the age in years at {reference.name!r}, which is no feature itself"
+        _put_range(asked, shape.name, *clinical.proposal("age"))
+    for shape in dated:
+        if shape.name not in used and len(shape.forms) == 1:
+            _put_form(asked, notes, shape)
+    return used
+
+
+def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
+    """Say in which form a column's dates are written, or ask whether day or month stands first."""
+    path = ("data", "dictionary", shape.name, "date")
+    if asked["data"].get("dictionary", {}).get(shape.name, {}).get("date"):
+        return
+    if len(shape.forms) == 1:
+        put(asked, path, shape.forms[0])
+        notes[path] = f"guessed: no other form reads all {shape.known} dates"
+    else:
+        ask = Ask("", f"{' or '.join(shape.forms)}: which is the day, no date of the column tells.")
+        asked["data"].setdefault("dictionary", {}).setdefault(shape.name, {})["date"] = ask
+
+
+def _put_range(asked: dict[str, Any], name: str, entry: Feature) -> None:
+    for key, value in _described(entry).items():
+        put(asked, ("data", "dictionary", name, key), value)
 
 
 def _described(entry: Feature) -> dict[str, Any]:
@@ -288,9 +428,12 @@ def _no_feature(shape: _Shape) -> str:
     """Return why a column can be no feature as it is; empty where it may be one."""
     if not shape.known:
         return "empty"
-    if shape.dates:
-        return "dates; docs/cells.md makes an age or days of them"
-    if shape.numbers < 0.5 and shape.distinct > _MOST_CATEGORIES and not shape.suffixes:
+    if shape.forms == (dates.SHORT,):
+        return "dates with years of two digits: write out the century"
+    if shape.dated:
+        which = f", {' or '.join(shape.forms)}" if len(shape.forms) > 1 else "" if shape.forms else " of several forms"
+        return f"dates{which}; docs/cells.md makes an age or days of them"
+    if shape.numbers < 0.5 and not shape.limits and shape.distinct > _MOST_CATEGORIES and not shape.suffixes:
         return f"{shape.distinct} different texts"
     return ""
 
@@ -299,28 +442,32 @@ def _no_feature(shape: _Shape) -> str:
 
 
 def _complete(asked: Mapping[str, Any]) -> bool:
-    return not any(isinstance(value, Ask) for value in asked["data"].values())
+    return not any(_asks(asked))
 
 
-def _settle(asked: dict[str, Any], notes: dict[toml.Path, str]) -> str:
-    """Put in what settles doubts about the table; return why it cannot be looked at, if so."""
+_Surveys = Mapping[str, Mapping[str, Any]]
+
+
+def _settle(
+    asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading | None
+) -> tuple[str, _Surveys | None]:
+    """Put in what settles doubts about the table; return why it cannot be looked at, if so, else what its sites tell.
+
+    `reading` is the table, unless it has to be read anew now that it is known who is who.
+    """
     for _ in range(_PASSES):
-        found = _doubts(asked)
-        if isinstance(found, str):
-            return found
-        settled = [_mend(asked, notes, doubt) for doubt in found]
-        if not any(settled):
-            break
-    return ""
-
-
-def _doubts(asked: Mapping[str, Any]) -> list[Doubt] | str:
-    """Return the doubts about the table under the study as it is; or why it cannot be looked at."""
-    try:
-        study = _study(asked)
-        return doubts.of_all(runs.survey(study), study.data)
-    except MedfedError as error:
-        return str(error)
+        try:
+            study = _study(asked)
+            reading = reading or readers.read(study.folder / study.data.table, sources.completed(study), private=False)
+            surveys = runs.survey(study, table=reading)
+        except MedfedError as error:
+            return str(error), None
+        found = doubts.of_all(surveys, study.data, study.privacy.meant)
+        if not any([_mend(asked, notes, doubt) for doubt in found]):
+            return "", surveys
+        if any(doubt.code == "footer" for doubt in found):
+            reading = None  # what is declared of the file's lines
+    return "", None
 
 
 def _mend(asked: dict[str, Any], notes: dict[toml.Path, str], doubt: Doubt) -> bool:

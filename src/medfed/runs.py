@@ -39,7 +39,7 @@ from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
-from medfed.core import codec, files, own
+from medfed.core import codec, files, own, quotes
 from medfed.core.checks import (
     BudgetError,
     DataError,
@@ -58,6 +58,7 @@ from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import mapping, partition, schema, site_maps, sources
 from medfed.data.preprocess import Encoding
+from medfed.data.readers import Reading
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
@@ -392,15 +393,31 @@ def load(folder: str | Path) -> Result:
     return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept)
 
 
-def open_sites(study: Study, data: Path | None, folder: Path | None = None, progress: bool = False) -> list[Site]:
-    """Return a node for each site of the study; their study has its data table completed by the source."""
+def open_sites(
+    study: Study,
+    data: Path | None,
+    folder: Path | None = None,
+    progress: bool = False,
+    table: Reading | None = None,
+) -> list[Site]:
+    """Return a node for each site of the study; their study has its data table completed by the source.
+
+    `table` is the study's, where it is read already.
+    """
+    with quotes.withheld(study.privacy.meant):
+        return _open_sites(study, data, folder, progress, table)
+
+
+def _open_sites(
+    study: Study, data: Path | None, folder: Path | None, progress: bool, table: Reading | None
+) -> list[Site]:
     study, refusals = recipe.refused(study)
     refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
     study = rates.settled(study)
     private = guarantee.asked(study)
     if private:
         study = _identified(study, folder)
-    frames, completed = sources.frames(study, data, progress, private)
+    frames, completed = sources.frames(study, data, progress, private, table)
     study = dataclasses.replace(study, data=completed)
     account = Account(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
@@ -477,10 +494,17 @@ def _check_scope(sites: Sequence[Site], study: Study) -> None:
         )
 
 
-def survey(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, dict[str, Any]]:
-    """Return what each site tells of its table, without training: sizes, gaps, classes."""
+def survey(
+    study: Study, data: Path | None = None, progress: bool = False, table: Reading | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what each site tells of its table, without training: sizes, gaps, classes.
+
+    Under a claim too, as whoever holds the table sees all of it; but then no cell is quoted. `table` is the study's,
+    where it is read already.
+    """
     looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
-    sites = open_sites(looked_at, data, None, progress)
+    with quotes.withheld(study.privacy.meant):
+        sites = open_sites(looked_at, data, None, progress, table)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())
     written = {site.name: site.table.spellings for site in sites if site.table}  # seen here, and told to nobody else

@@ -424,6 +424,11 @@ class Privacy:
         "Seeded float noise, reproducible and fast; for experiments: the claim then says that nothing is claimed.",
     )
 
+    @property
+    def meant(self) -> bool:
+        """Whether a claim is meant: by epsilon, delta or noise, also where these do not go together yet."""
+        return self.epsilon < math.inf or self.delta < 1 or self.noise not in ("auto", "none")
+
 
 @dataclass(frozen=True)
 class Security:

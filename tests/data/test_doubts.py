@@ -1,5 +1,7 @@
 """Tables that read well and are wrong: each fault that passed in silence is named, with the line that settles it."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from tests.tables import PRIVATE, SITES, STUDY, invented, write_study
+from tests.test_cli import medfed as command
 
 import medfed
+from medfed.core import quotes
 from medfed.core.checks import DataError
 from medfed.data import doubts
 from medfed.data.doubts import HARMS, Doubt
@@ -29,7 +33,7 @@ def changed(folder: Path, change: Change, text: str = STUDY) -> Study:
 def found(study: Study) -> list[Doubt]:
     from medfed import runs
 
-    return doubts.of_all(runs.survey(study), study.data)
+    return doubts.of_all(runs.survey(study), study.data, study.privacy.meant)
 
 
 def an_index(frame: pd.DataFrame) -> None:
@@ -130,6 +134,11 @@ def nothing(frame: pd.DataFrame) -> None:
     frame["troponin"] = ""
 
 
+def a_code(frame: pd.DataFrame) -> None:
+    frame["sodium"] = np.random.default_rng(0).normal(140, 4, len(frame)).round(1)
+    frame.loc[np.arange(len(frame)) % 9 == 0, "sodium"] = -999
+
+
 CASES: list[tuple[Change, str, str, str]] = [
     (an_index, "row-number", "Unnamed: 0", 'data.exclude = ["Unnamed: 0"]'),
     (a_shuffled_index, "row-number", "index", 'data.exclude = ["index"]'),
@@ -147,6 +156,7 @@ CASES: list[tuple[Change, str, str, str]] = [
     (a_null_label, "label-missing", "died", '"NULL"'),
     (a_second_header, "label-header", "died", "Delete that row"),
     (words_by_case, "spelling", "ward", "data.dictionary.ward.recode = {"),
+    (a_code, "missing-code", "sodium", 'data.dictionary.sodium.missing = ["-999"]'),
     (a_clean_cut, "separates", "score", 'data.exclude = ["score"]'),
     (the_site_in_words, "names-site", "city", 'data.exclude = ["city"]'),
     (the_site_in_numbers, "names-site", "site code", 'data.exclude = ["site code"]'),
@@ -314,3 +324,167 @@ def test_what_a_site_tells_comes_back_as_it_was() -> None:
 def test_a_table_of_one_site_can_be_doubted_too() -> None:
     assert doubts.of_all({}, Data(target="y")) == []
     assert callable(ask_surveys)
+
+
+def test_a_code_is_doubted_below_a_range_and_in_a_target_and_settled_by_its_line(tmp_path: Path) -> None:
+    def codes(frame: pd.DataFrame) -> None:
+        frame.loc[frame["hospital"] == "east", "age"] = 9999
+        frame.loc[np.arange(len(frame)) % 9 == 0, "age"] = -999
+        frame["died"] = np.random.default_rng(0).normal(5, 1, len(frame)).round(2)
+        frame.loc[[4, 50, 90, 110, 130, 150, 170, 190, 210, 230], "died"] = -99
+
+    text = STUDY + "[data.dictionary.age]\nrange = [18, 110]\n"
+    study = changed(tmp_path, codes, text).set("data.task", "regression")
+    age, died = found(study)
+    assert (age.code, age.column, died.code, died.column) == ("missing-code", "age", "missing-code", "died")
+    assert [*age.mend.values()] == [["-999", "9999"]]  # each site's own, together
+    assert [*died.mend.values()] == [[*Data().missing_values, "-99"]]
+    for doubt in (age, died):
+        for path, value in doubt.mend.items():
+            study = study.set(".".join(path), value)
+    study = study.set("data.drop", ["rows without target"])
+    assert found(study) == []
+
+
+def test_two_slips_or_few_records_are_no_code(tmp_path: Path) -> None:
+    def slips(frame: pd.DataFrame) -> None:
+        rows = [frame.index[frame["hospital"] == name][:2] for name in SITES]
+        frame.loc[np.concatenate(rows), "age"] = 999
+
+    assert found(changed(tmp_path, slips)) == []
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+
+NO_CELLS = {"row-number", "identifier", "empty", "label-header", "label-missing", "label-spelling", "spelling"}
+"""Doubts without a cell beside them: it may name a patient, there is none, or the text and its line name it already."""
+
+CLAIM = ("--set", "privacy.epsilon=1")  # meant, though nothing is claimed without a delta
+
+
+def _printed(study: Study, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Return the lines about doubts that `medfed data show` prints, and as JSON."""
+    told = ""
+    for more in ([], ["--json"]):
+        assert command("data", "show", folder / "study.toml", *options, *more) == 0
+        out = capsys.readouterr().out
+        told += json.dumps(json.loads(out)["doubts"]) if more else out[out.index(" doubt") :]
+    return told
+
+
+@pytest.mark.parametrize(("change", "code", "column", "way_out"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_cells_are_quoted_as_they_stand_and_under_a_claim_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, code: str, column: str, way_out: str
+) -> None:
+    study = changed(tmp_path, change)
+    (doubt,) = found(study)
+    cells = pd.read_csv(tmp_path / "cohort.csv", dtype=str, keep_default_na=False)
+    assert bool(doubt.examples) != (code in NO_CELLS)
+    as_told = set(cells[column]) | set(cells[column].str.removesuffix(".0"))
+    assert len(doubt.examples) <= 3 and set(doubt.examples) <= as_told
+    assert not doubt.rows or set(cells[column][np.array(doubt.rows) - 2]) == {*doubt.examples}
+    shown = _printed(study, tmp_path, capsys)
+    assert all(repr(cell) in shown for cell in doubt.examples)
+
+    claimed = _printed(study, tmp_path, capsys, *CLAIM)
+    quoted = {*re.findall(r"'([^']*)'", claimed.replace(way_out, ""))} & {*cells[column]}
+    assert f"{code}:{column}" in claimed and quoted <= {"NULL", "died", column}  # words of ours, not of a cell
+    assert '"examples": []' in claimed
+
+
+def test_most_values_beyond_a_range_show_some_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = changed(tmp_path, another_unit, STUDY + "[data.dictionary.age]\nrange = [18, 110]\n")
+    (doubt,) = found(study)
+    cells = pd.read_csv(tmp_path / "cohort.csv", dtype=str)["age"]
+    assert list(doubt.examples) == list(dict.fromkeys(cells[np.array(doubt.rows) - 2]))[:3]
+    assert not any(cell in _printed(study, tmp_path, capsys, *CLAIM) for cell in doubt.examples)
+
+
+def test_a_private_run_writes_no_cell_that_would_be_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies of the target, a clean cut, one value, units in cells: with a claim as without, but for the examples."""
+    columns = ("copy", "cut", "one", "units")
+
+    def several(frame: pd.DataFrame) -> None:
+        yes = frame["died"] == "yes"
+        frame["copy"], frame["one"] = np.where(yes, 70.03117, 30.03117), 50.03117
+        frame["cut"] = np.where(yes, 70.03117, 1.03117) + np.arange(len(frame)) % 7
+        frame["units"] = [f"{n}.03117 %" for n in np.arange(len(frame)) % 70]
+
+    entries = "".join(f"[data.dictionary.{name}]\nrange = [0, 100]\n" for name in columns)
+    text = PRIVATE.replace("[training]", entries + "[training]")
+    study = changed(tmp_path, several, text)
+    plain = changed(tmp_path, several)
+    assert {doubt.column for doubt in found(plain)} == {*columns}
+    assert all("03117" in "".join(doubt.examples) for doubt in found(plain))
+    assert not any(doubt.examples for doubt in found(study.set("data.exclude", ["units"])))
+    write_study(tmp_path, text, pd.read_csv(tmp_path / "cohort.csv", dtype=str))
+    assert command("run", tmp_path / "study.toml", "--out", tmp_path / "run", "--quiet") == 0
+    told = "".join(capsys.readouterr())
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and "sites" not in path.relative_to(tmp_path / "run").parts:
+            told += path.read_bytes().decode("latin-1")
+    assert "03117" not in told
+
+
+UNREADABLE: list[tuple[str, str, str, str]] = [
+    ("age", "50", "", "text in a numeric column"),
+    ("age", "<5", "[data.dictionary.age]\nlimits = 'half'\nrange = [0, 120]\n", "text in a numeric column"),
+    ("ward", "yes", "[data.dictionary.ward]\nboolean = true\n", "neither yes nor no"),
+    ("age", "2020-01-01", "[data.dictionary.age]\ndate = 'iso'\nbecomes = 'year'\n", "no date of the form iso"),
+    ("seen", "train", "[data]\ntest = 'seen'\n", "neither test nor train"),
+]
+
+
+@pytest.mark.parametrize(("column", "cell", "more", "what"), UNREADABLE)
+def test_an_unreadable_cell_is_quoted_without_a_claim_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, cell: str, more: str, what: str
+) -> None:
+    canary = "CANARY-77031 and what else stands in a free text"
+
+    def plant(frame: pd.DataFrame) -> None:
+        frame[column] = pd.Series(cell, frame.index, dtype=object)
+        frame.loc[[3, 4], column] = canary
+
+    text = STUDY.replace("[data]", more) if more.startswith("[data]") else STUDY + more
+    changed(tmp_path, plant, text)
+    assert command("data", "show", tmp_path / "study.toml") != 0
+    told = "".join(capsys.readouterr())
+    assert what in told and "CANARY-77031 and what..." in told and "what else" not in told
+    for action in (["data", "show"], ["run", "--out", tmp_path / "run"], ["privacy", "plan"], ["study", "fix"]):
+        command(*action, tmp_path / "study.toml", *CLAIM)
+        told = "".join(capsys.readouterr())
+        assert "CANARY" not in told and (what in told or action[0] != "data")
+        command(*action, tmp_path / "study.toml", *CLAIM, "--set", "privacy.delta=1e-5")
+        assert "CANARY" not in "".join(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["PatientID", "FallNr", "mrn"])
+def test_what_may_name_a_patient_is_never_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A forgotten id, numbers at one hospital and texts at another: its rows are told, not its cells."""
+
+    def ids(frame: pd.DataFrame) -> None:
+        number = np.arange(len(frame)) % 50 + 870000
+        texts = np.array([f"X{n}" for n in number], dtype=object)
+        frame[name] = np.where(frame["hospital"] == "east", texts, number.astype(str))
+
+    assert "kinds" in {doubt.code for doubt in found(changed(tmp_path, ids))}
+    assert "8700" not in _printed(medfed.load_study(tmp_path / "study.toml"), tmp_path, capsys)
+
+    def stray(frame: pd.DataFrame) -> None:
+        frame[name] = np.arange(len(frame)) % 50 + 870000
+        frame[name] = frame[name].astype(object)
+        frame.loc[3, name] = "X870003"
+
+    with pytest.raises(DataError, match="text in a numeric column, row 5") as refused:
+        found(changed(tmp_path, stray))
+    assert "8700" not in str(refused.value)
+
+
+def test_an_example_is_cut_and_told_once() -> None:
+    assert quotes.examples(["a", "a", "b" * 99, 3, 4]) == ("a", "b" * 21 + "...", "3")
+    with quotes.withheld(), quotes.withheld(False):
+        assert quotes.examples(["a"]) == () and quotes.there(["a"]) == ""
+    assert quotes.there(["a\nb"]) == " (there: 'a\\nb')"

@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from tests.tables import PRIVATE, STUDY, invented, write_study
+from tests.test_cli import medfed as command
 
+import medfed
+from medfed import runs
 from medfed.core.checks import DataError
 from medfed.data import sources
+from medfed.data.doubts import Doubt
 from medfed.study import Data, Join, Study
 
 STAYS = "subject,hospital,age,y\np1,north,50,0\n00017,north,60,1\np3,south,70,0\n,south,80,1\n"
@@ -80,3 +86,44 @@ def test_a_study_file_joins(tmp_path: Path) -> None:
     read_back = read_back.set("data.join", [{"table": "labs.csv", "on": "subject"}])
     assert read_back.data.join == (Join("labs.csv", ("subject",)),) and 'table = "labs.csv"' in read_back.toml()
     assert study.digest() != study.set("data.join", []).digest()
+
+
+def _joined(folder: Path, text: str, lacking: int = 3) -> Study:
+    """Write stays and laboratories that lack patients, and a study that joins them."""
+    frame = invented()
+    labs = frame[["subject"]].assign(crp=np.random.default_rng(0).integers(1, 90, len(frame)))
+    blood = frame[["subject"]].assign(gas=np.random.default_rng(1).integers(1, 90, len(frame)))
+    labs.drop(index=frame.index[frame["hospital"] == "south"][:lacking]).to_csv(folder / "labs.csv", index=False)
+    blood.drop(index=[0, 1]).to_csv(folder / "blood.csv", index=False)
+    joins = '[[data.join]]\ntable = "labs.csv"\n[[data.join]]\ntable = "blood.csv"\n'
+    return medfed.load_study(write_study(folder, text.replace("[training]", joins + "[training]", 1), frame))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rows_that_a_table_lacks_are_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = _joined(tmp_path, STUDY)
+    south = invented().index[invented()["hospital"] == "south"][:3] + 2
+    told = f"site 'south', column 'subject' finds no row in labs.csv (row {', '.join(map(str, south))}). "
+    warned = medfed.simulate(study).summary["warnings"]
+    assert [told in text for text in warned].count(True) == 1
+    assert sum("finds no row in blood.csv (row 2" in text for text in warned) == 1
+    assert command("data", "show", tmp_path / "study.toml") == 0
+    shown = capsys.readouterr().out
+    assert told in shown and "blood.csv" in shown and "p00" not in shown  # rows, and no patient
+    quiet = study.set("data.accept", ["unjoined:subject"])
+    assert not any("finds no row" in text for text in medfed.simulate(quiet).summary["warnings"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_many_are_counted_and_a_row_that_is_left_out_is_not(tmp_path: Path) -> None:
+    found = runs.survey(_joined(tmp_path, STUDY, 40))
+    (doubt,) = [Doubt.heard(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
+    assert doubt.count == 40 and len(doubt.rows) == 5 and "and 35 more" in doubt.sentence()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_under_a_claim_a_join_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = "".join(f"[data.dictionary.{name}]\nrange = [0, 300]\n" for name in ("crp", "gas"))
+    study = _joined(tmp_path, PRIVATE.replace("[training]", entries + "[training]", 1))
+    assert not any("finds no row" in text for text in medfed.simulate(study).summary["warnings"])
+    assert "labs.csv has no row for row" in caplog.text  # the site's own log

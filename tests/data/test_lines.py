@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medfed.core.checks import DataError
-from medfed.data import lines
+from medfed.data import lines, readers
+from medfed.data.layout import of_header
 from medfed.data.tables import read
+from medfed.study import Data
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0", exclude_categories=("Cs",)), max_size=6)
 
@@ -105,3 +108,18 @@ def test_a_stray_byte_of_utf_16_costs_its_own_line(tmp_path: Path, codec: str, b
     path.write_bytes(mark + rows[0] + rows[1][:3] + byte + rows[1][3:] + rows[2] + rows[3])
     frame, _ = lines.read(path)
     assert frame["a"].tolist()[-2:] == ["2", "3"] and frame["b"].tolist()[-2:] == ["y", "z"]
+
+
+def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n", encoding="utf-8")
+    seen: list[Path] = []
+
+    def counted(path: Path, *given: Any) -> Any:
+        seen.append(path)
+        return of_header(path, *given)
+
+    for module in (lines, readers):
+        monkeypatch.setattr(module, "of_header", counted)
+    found = readers.read(path, Data(), private=True)
+    assert seen == [path] and found.layouts["t.csv"].separator == "," and found.frame["a"].tolist() == ["1"]

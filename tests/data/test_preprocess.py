@@ -405,6 +405,7 @@ def test_a_survey_is_plain_counts_and_names() -> None:
         "far": {},
         "single": {},
         "medians": {},
+        "spreads": {},
         "doubts": [],
     }
 

@@ -14,6 +14,7 @@ from medfed.cli.common import AsJson, DataFolder, Settings, console
 
 if TYPE_CHECKING:
     from medfed.data.doubts import Doubt
+    from medfed.draft import Draft
     from medfed.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
@@ -68,19 +69,20 @@ def data_show(
     from medfed.core.checks import StudyError
     from medfed.data import describe, doubts
 
-    loaded: Study | None
+    surveys = None
     if draft.is_table(study):
-        loaded = _drafted(study, set, write, console(as_json))
-        if loaded is None:
+        made = _drafted(study, set, write, console(as_json))
+        if made is None:
             return
+        loaded, surveys = studies.from_text(made.text, write or Path("study.toml")), made.surveys
     elif write:
         raise StudyError(f"--write {str(write)!r} with the study {study!r}; expected a table. Take `medfed study fix`.")
     else:
         loaded = studies.load(study, set)
 
-    surveys = runs.survey(loaded, data)
+    surveys = surveys or runs.survey(loaded, data)
     found = describe.describe(surveys)
-    doubted = doubts.of_all(surveys, loaded.data)
+    doubted = doubts.of_all(surveys, loaded.data, loaded.privacy.meant)
     if figure:
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
@@ -94,10 +96,9 @@ def data_show(
         console().print(f"figure: {figure}", highlight=False)
 
 
-def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Study | None":
+def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
     """Make a study of a table; return it, or None where something has to be said first."""
     from medfed import draft
-    from medfed import study as studies
 
     out = write or Path("study.toml")
     made = draft.draft(Path(table), out, settings)
@@ -113,7 +114,7 @@ def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Con
         shown.print(f"not yet: {made.unread}", highlight=False, markup=False, soft_wrap=True)
     then = f"medfed run {write}" if write else f"medfed data show {table} --write study.toml"
     shown.print(f"then: {then}", highlight=False, markup=False, soft_wrap=True)
-    return None if made.unread else studies.from_text(made.text, out)
+    return None if made.unread else made
 
 
 def _roles(study: "Study") -> str:

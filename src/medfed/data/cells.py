@@ -1,4 +1,4 @@
-"""Numbers that cannot be what they say: beyond a declared range, or far from all others of their column."""
+"""Numbers that cannot be what they say: beyond a declared range, far from all others of their column, or codes."""
 
 from collections.abc import Sequence
 
@@ -40,6 +40,55 @@ def far(values: np.ndarray) -> np.ndarray:
     gap = (steps[1:] / steps[:-1] >= least) & (2 * beyond[1:] < len(known))
     first = steps[1:][gap].min(initial=np.inf)
     return np.asarray(distance >= first)
+
+
+_WHOLE = [int(digit * places) for digit in "789" for places in range(1, 9)]
+_PARTS = [number / 10**places for number in _WHOLE for places in (1, 2) if number >= 777 * 10 ** (places - 1)]
+CODES = np.array(sorted([-n for n in (*_WHOLE, *_PARTS)] + [n for n in (*_WHOLE, *_PARTS) if n >= 77]), dtype=float)
+"""Numbers that stand for no value in many tables: -9, -99, 999, 8888, 99.9."""
+
+OFTEN = 3  # times that a code stands in a column; fewer may be chance
+
+
+def codes(values: np.ndarray, beyond: np.ndarray | None = None) -> np.ndarray:
+    """Return which numbers stand for what was not measured among the values [n] of a column.
+
+    Such a code is one of CODES, often met, and outside of all other values: below 0 where none of them is; else as far
+    from them as they span, or a quarter of that where it lies beyond a declared range (`beyond` [n]), and no step that
+    a long tail takes. A column of nothing but one such number holds it too, unless it is a small one.
+    """
+    known_N = np.isfinite(values)
+    if not known_N.any() or not np.isin([values[known_N].min(), values[known_N].max()], CODES).any():
+        return np.array([])
+    found, counts = np.unique(values[known_N & np.isin(values, CODES)], return_counts=True)
+    found = found[counts >= OFTEN]
+    outside = np.isin(found, values[beyond]) if beyond is not None else np.zeros(len(found), dtype=bool)
+    while len(found):
+        others = values[known_N & ~np.isin(values, found)]
+        if not len(others):
+            return found[(found < 0) | (found >= 777)]
+        kept = np.array([_is_apart(code, others, wide) for code, wide in zip(found, outside, strict=True)])
+        if kept.all():
+            break
+        found, outside = found[kept], outside[kept]
+    return found
+
+
+def _is_apart(code: float, others: np.ndarray, outside: bool) -> bool:
+    """Say whether a code lies far from the other values of its column; `outside` its declared range, less is far."""
+    low, high = float(others.min()), float(others.max())
+    if code < 0:
+        return code < low and (low >= 0 or low - code >= (0.25 if outside else 2) * (high - low))
+    if low == high or code - high < (0.25 if outside else 1) * (high - low) or (code < 2 * high and not outside):
+        return False
+    middle, upper = np.quantile(others, [0.5, 0.75])
+    if high <= 0 or high - middle <= _LONG * (upper - middle):
+        return True
+    span = np.log(high / others[others > 0].min(initial=high))
+    return bool(np.log(code / high) >= 0.25 * span)
+
+
+_LONG = 8  # times the upper quartile's distance from the median: a tail beyond that is a long one
 
 
 def far_all(values: np.ndarray, ends: np.ndarray) -> np.ndarray:

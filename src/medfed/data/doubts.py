@@ -6,6 +6,8 @@ is an error unless the study accepts it (`data.accept`); what merely may is a wa
 under one, the dictionary decides what a cell is, and nobody is told of any.
 
 Few records look like anything: what could be chance once in a million tables is not doubted.
+
+A doubt quotes up to three cells as they were read (`quotes`), but those that may name a patient.
 """
 
 import math
@@ -14,18 +16,18 @@ import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from medfed.core import toml
+from medfed.core import quotes, toml
 from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import clinical
+from medfed.data import cells, clinical, scales
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -41,12 +43,16 @@ HARMS: dict[str, Harm] = {
     "label-spelling": "error",
     "label-missing": "error",
     "label-header": "error",
+    "footer": "error",
     "label-numbers": "error",
+    "missing-code": "error",
     "kinds": "error",
     "units-in-cells": "error",
     "spelling": "error",
     "outside-most": "error",
     "units-differ": "error",
+    "units-apart": "warning",
+    "unjoined": "warning",
     "separates": "warning",
     "names-site": "warning",
     "constant": "warning",
@@ -79,7 +85,7 @@ Mend = Mapping[toml.Path, Any]
 
 @dataclass(frozen=True)
 class Doubt:
-    """Something about a column that is probably wrong: what, in which rows, and the settings that would mend it."""
+    """Something about a column that is probably wrong: what, where, cells of it, and what would mend it."""
 
     code: str
     column: str
@@ -88,6 +94,7 @@ class Doubt:
     count: int = 0
     mend: Mend = field(default_factory=dict)
     sites: tuple[str, ...] = ()  # whose; none: of all together
+    examples: tuple[str, ...] = ()  # cells, see `quotes`; none of what may name a patient
 
     @property
     def harm(self) -> Harm:
@@ -100,7 +107,7 @@ class Doubt:
         if self.sites:
             where = f"{those(self.sites)}, {where}" if len(self.sites) > 1 else f"site {self.sites[0]!r}, {where}"
         rows = f" (row {rows_of(self.rows, self.count)})" if self.rows else ""
-        return f"{where} {self.text}{rows}. {self.way_out()}"
+        return f"{where} {self.text}{quotes.quoted(self.examples)}{rows}. {self.way_out()}"
 
     def way_out(self) -> str:
         """Return what to write into the study: the mend, or that all is as it should be."""
@@ -112,13 +119,14 @@ class Doubt:
     def told(self) -> dict[str, Any]:
         """Return what a site tells of it, as plain values."""
         mend = [[list(path), value] for path, value in self.mend.items()]
-        return {**vars(self), "rows": list(self.rows), "mend": mend, "sites": []}
+        return {**vars(self), "rows": list(self.rows), "mend": mend, "sites": [], "examples": list(self.examples)}
 
     @classmethod
     def heard(cls, told: Mapping[str, Any], site: str) -> "Doubt":
         """Return a doubt that a site told."""
         mend = {tuple(path): value for path, value in told["mend"]}
-        return cls(**{**told, "rows": tuple(told["rows"]), "mend": mend, "sites": (site,)})
+        rows, examples = tuple(told["rows"]), tuple(told["examples"])
+        return cls(**{**told, "rows": rows, "mend": mend, "sites": (site,), "examples": examples})
 
 
 def _leave_out(name: str) -> Mend:
@@ -128,9 +136,27 @@ def _leave_out(name: str) -> Mend:
 # Of one site ----------------------------------------------------------------------------------------------------------
 
 
-def of_site(table: "SiteTable", row_N: np.ndarray, data: Data) -> Iterator[Doubt]:
-    """Yield what is doubtful about a site's cleaned records; `row_N` are their rows of the file [rows]."""
-    yield from _outside(table, data)
+def of_site(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
+    """Yield what is doubtful about a site's cleaned records; `frame` are their cells, its index their rows [rows]."""
+    for doubt in _of_site(table, frame, data):
+        yield replace(doubt, examples=_examples(doubt.column, frame.loc[list(doubt.rows), doubt.column]))
+
+
+def _examples(name: str, cells: Iterable[object]) -> tuple[str, ...]:
+    return quotes.examples(cells) if quotable(name) else ()
+
+
+def quotable(name: str) -> bool:
+    """Say whether a feature's cells may be shown as examples: not where it sounds as if they named patients."""
+    words = re.split(r"[^a-z0-9#]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
+    return _IDENTIFIERS.isdisjoint((*words, "".join(words)))
+
+
+def _of_site(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
+    row_N = frame.index.to_numpy()
+    coded = {} if len(table) < FEW else {doubt.column: doubt for doubt in _coded(table, frame, data)}
+    yield from coded.values()
+    yield from (doubt for doubt in _outside(table, data) if doubt.column not in coded)
     if len(table) < FEW:
         return
     label_N = np.unique(table.label, return_inverse=True)[1] if data.task != "regression" else table.label
@@ -139,7 +165,7 @@ def of_site(table: "SiteTable", row_N: np.ndarray, data: Data) -> Iterator[Doubt
         if not described(data.dictionary.get(name, Feature())) and (doubt := _identifier(name, values, row_N, data)):
             yield doubt
             continue
-        if doubt := _copies(name, table, label_N, data):
+        if doubt := _copies(name, table, label_N, row_N, data):
             yield doubt
 
 
@@ -154,6 +180,29 @@ def _outside(table: "SiteTable", data: Data) -> Iterator[Doubt]:
             yield Doubt("outside-most", name, text, tuple(rows[:5]), len(rows))
 
 
+def _coded(table: "SiteTable", frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
+    """Yield the columns of numbers in which a number stands for what was not measured: -999, 9999."""
+    numbers = {**table.numbers, **({data.target: table.label} if data.task == "regression" else {})}
+    for name, values in numbers.items():
+        feature, beyond = data.dictionary.get(name, Feature()), None
+        if rows := table.found.outside.get(name):  # held to the range's ends, which a code is not
+            beyond = frame.index.isin(rows)
+            values = values.copy()
+            values[beyond] = pd.to_numeric(frame.loc[beyond, name], errors="coerce")
+        found = cells.codes(values, beyond)
+        if not len(found):
+            continue
+        where = np.flatnonzero(np.isin(values, found))
+        first = np.sort([np.flatnonzero(values == code)[0] for code in found])[: quotes.MOST]
+        meant = {f"{code:.0f}" for code in found if code % 1 == 0}
+        meant |= {str(cell).strip() for cell in frame[name].iloc[where] if float(cell) % 1}
+        text = "holds what stands for no value in other tables, and far from all other values"
+        text, mend = _of_cells(text, name, "missing", [*feature.missing, *sorted(meant)])
+        if name == data.target and mend:
+            mend = {("data", "missing_values"): [*data.missing_values, *sorted(meant)]}
+        yield Doubt("missing-code", name, text, tuple(frame.index[first].tolist()), len(where), mend)
+
+
 def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: Data) -> Doubt | None:
     """Return that a column of whole numbers counts rows, or names records."""
     if values is None or not np.isfinite(values[:FEW]).all() or (values[:FEW] % 1).any():
@@ -163,38 +212,39 @@ def _identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: D
     leave = _leave_out(name)
     steps = np.diff(values)
     if (steps == 1).all() or (row_N.dtype != object and (steps == np.diff(row_N)).all()):
-        return Doubt(
-            "row-number", name, "counts the rows of the file, as an index does; it is no measurement", mend=leave
-        )
+        text = "counts the rows of the file, as an index does; it is no measurement"
+        return Doubt("row-number", name, text, mend=leave)
     distinct = len(np.unique(values))
     if distinct > 0.9 * len(values) and _COUNTS.fullmatch(name.strip().casefold()):
         return Doubt("row-number", name, "numbers the rows, as an index does; it is no measurement", mend=leave)
-    words = re.split(r"[^a-z0-9#]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
-    if not {*words, "".join(words)} & _IDENTIFIERS or distinct < min(64, 0.5 * len(values)):
+    if quotable(name) or distinct < min(64, 0.5 * len(values)):
         return None
     text = f"looks like what names patients or records: {distinct} different whole numbers in {len(values)} rows"
     names: Mend = {} if data.patient else {("data", "patient"): name}
     return Doubt("identifier", name, text, mend={**names, **leave})
 
 
-def _copies(name: str, table: "SiteTable", label_N: np.ndarray, data: Data) -> Doubt | None:
+def _copies(name: str, table: "SiteTable", label_N: np.ndarray, row_N: np.ndarray, data: Data) -> Doubt | None:
     """Return that a column, or its gaps, says what is to be predicted."""
-    leave, columns = _leave_out(name), len(table.features())
+    columns = len(table.features())
     cells = table.texts[name] if name in table.texts else table.numbers[name]
     known = ~pd.isna(cells)
+
+    def doubt(code: str, text: str) -> Doubt:
+        first = np.sort(np.unique(cells[known].astype(str), return_index=True)[1])[: quotes.MOST]
+        return Doubt(code, name, text, tuple(row_N[known][first].tolist()), int(known.sum()), _leave_out(name))
+
     if data.task == "regression":
         if name in table.numbers and known.sum() >= FEW and _linear(cells[known], label_N[known]):
-            return Doubt("target-copy", name, f"is {data.target!r} itself, or a multiple of it", mend=leave)
+            return doubt("target-copy", f"is {data.target!r} itself, or a multiple of it")
         return None
     if not known.all() and _one_to_one(known, label_N) and _unlikely(label_N, columns):
-        text = f"is empty exactly where {data.target!r} is one label: its gaps tell the answer"
-        return Doubt("gaps-copy-target", name, text, mend=leave)
-    cells, label_N = cells[known], label_N[known]
-    if _decides(cells, label_N, columns):
-        text = f"says {data.target!r} in other words: each of its values goes with one label"
-        return Doubt("target-copy", name, text, mend=leave)
-    if name in table.numbers and _separates(cells, label_N) and _unlikely(label_N, columns):
-        return Doubt("separates", name, f"alone tells the labels of {data.target!r} apart, in every row", mend=leave)
+        text = f"is empty exactly where {data.target!r} is one label, and filled where it is the other"
+        return doubt("gaps-copy-target", f"{text}: its gaps tell the answer")
+    if _decides(cells[known], label_N[known], columns):
+        return doubt("target-copy", f"says {data.target!r} in other words: each of its values goes with one label")
+    if name in table.numbers and _separates(cells[known], label_N[known]) and _unlikely(label_N[known], columns):
+        return doubt("separates", f"alone tells the labels of {data.target!r} apart, in every row")
     return None
 
 
@@ -267,10 +317,14 @@ _MOST_VALUES = 48  # of a column that may say a label in other words
 # Between sites --------------------------------------------------------------------------------------------------------
 
 
-def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[Doubt]:
-    """Return what is doubtful about the sites' tables, from what they tell (`preprocess.survey`), in order of harm."""
-    found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
-    found += [*_texts(surveys, data), *_units(surveys, data), *_columns(surveys)]
+def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool = False) -> list[Doubt]:
+    """Return what is doubtful about the sites' tables, from what they tell (`preprocess.survey`), in order of harm.
+
+    Under a claim, which is for who holds the table alone, no cell is quoted.
+    """
+    with quotes.withheld(claimed):
+        found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
+        found += [*_texts(surveys, data), *_units(surveys, data), *_scales(surveys), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
     told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
@@ -296,15 +350,19 @@ def warnings(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> list[str]:
 
 def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
     """Yield what sites doubt of their own, once where several doubt alike."""
-    alike: dict[tuple[str, str], list[Doubt]] = {}
+    alike: dict[tuple[str, str, str], list[Doubt]] = {}
     for site, survey in surveys.items():
         for told in survey.get("doubts", ()):
             doubt = Doubt.heard(told, site)
-            alike.setdefault((doubt.code, doubt.column), []).append(doubt)
-    for (code, column), doubts in alike.items():
-        first = doubts[0]
-        sites = tuple(doubt.sites[0] for doubt in doubts)
-        yield Doubt(code, column, first.text, first.rows, first.count, first.mend, sites)
+            which = doubt.text if doubt.code == "unjoined" else ""  # several tables are joined by one column
+            alike.setdefault((doubt.code, doubt.column, which), []).append(doubt)
+    for doubts in alike.values():
+        sites = tuple(doubt.sites[0] for doubt in doubts if doubt.code != "footer")  # whose it is, no site knows
+        mend: dict[toml.Path, Any] = {}
+        for path, value in (item for doubt in doubts for item in doubt.mend.items()):
+            several = isinstance(value, list) and path in mend  # sites may have codes of their own
+            mend[path] = [*dict.fromkeys([*mend[path], *value])] if several else mend.get(path, value)
+        yield replace(doubts[0], sites=sites, count=sum(doubt.count for doubt in doubts), mend=mend)
 
 
 def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
@@ -316,11 +374,12 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
     yield from _header(counts, data)
     if data.task == "auto" and len(counts) > _MOST_LABELS and all(_NUMBER.fullmatch(label) for label in counts):
         text = f"has {len(counts)} different numbers, which would be as many classes without an order"
-        yield Doubt("label-numbers", data.target, text, mend={("data", "task"): "regression"})
+        mend: Mend = {("data", "task"): "regression"}
+        yield Doubt("label-numbers", data.target, text, mend=mend, examples=quotes.examples(counts))
     yield from _spelt("label-spelling", data.target, counts)
     if gaps := [label for label in counts if label.casefold() in GAPS]:
         text = f"has the label {some(map(repr, gaps))}, which stands for no value in other tables"
-        mend: Mend = {("data", "missing_values"): [*data.missing_values, *gaps]}
+        mend = {("data", "missing_values"): [*data.missing_values, *gaps]}
         yield Doubt("label-missing", data.target, text, count=sum(counts[g] for g in gaps), mend=mend)
 
 
@@ -344,17 +403,14 @@ def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
         texts = {site: survey["texts"][name] for site, survey in surveys.items() if survey.get("texts", {}).get(name)}
         every = [text for found in texts.values() for text in found]
         if units := units_of(every):
-            told = some(map(repr, units))
-            text = f"holds numbers with their unit in the cell ({every[0]!r}: {told})"
-            mend: Mend = {("data", "dictionary", name, "suffix"): units}
-            yield Doubt("units-in-cells", name, text, mend=mend)
+            text, mend = _of_cells("holds numbers with their unit in the cell", name, "suffix", units)
+            yield Doubt("units-in-cells", name, text, mend=mend, examples=_examples(name, every))
             continue
         rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items()}
         numbers = [s for s, one in surveys.items() if name in one["numbers"] and one["missing"][name] < rows[s]]
         if numbers and texts:
-            where, what = next(iter(texts.items()))
-            text = f"is a number at {those(numbers)} and text at {those(list(texts))} ({what[0]!r} at {where!r})"
-            yield Doubt("kinds", name, text, mend={("data", "exclude"): [name]})
+            text = f"is a number at {those(numbers)} and text at {those(list(texts))}"
+            yield Doubt("kinds", name, text, mend=_leave_out(name), examples=_examples(name, every))
 
 
 def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
@@ -398,6 +454,32 @@ def _units(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
         yield Doubt("units-differ", name, f"seems to be in several units: {told}; a site's map has factor")
 
 
+def _scales(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
+    """Yield the columns whose medians lie a factor between units apart, while all sites are spread alike."""
+    for name in dict.fromkeys(name for survey in surveys.values() for name in survey.get("spreads", ())):
+        spreads = {site: told for site, survey in surveys.items() if (told := survey.get("spreads", {}).get(name))}
+        usual = sorted(spreads.values(), key=lambda told: told[3])[(len(spreads) - 1) // 2]
+        apart: dict[tuple[float, bool], list[str]] = {}
+        for site, told in spreads.items():
+            if times := scales.factor(usual, told):
+                apart.setdefault((times, told[3] > usual[3]), []).append(site)
+        if not apart:
+            continue
+        odd = {site for sites in apart.values() for site in sites}
+        told_of = [f"about {_three(usual[3])} at {those([site for site in spreads if site not in odd])}"]
+        told_of += [
+            f"about {_three(spreads[sites[0]][3])} at {those(sites)}, {'' if more else '1/'}{times:,.6g} times as much"
+            for (times, more), sites in apart.items()
+        ]
+        text = f"is spread alike at all sites, and its median is {' and '.join(told_of)}: another unit?"
+        yield Doubt("units-apart", name, f"{text} A site's map has factor")
+
+
+def _three(number: float) -> str:
+    """Return a number with three digits, or all of a large one's before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 _APART = 5.0  # times, by which medians of sites in one unit hardly differ
 
 
@@ -413,11 +495,12 @@ def _columns(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
         held = [value for value in single if value is not None]
         if len(held) < len(told) or not held:
             continue
+        cells = _examples(name, (f"{value:.15g}" if isinstance(value, float) else value for value in held))
         if len(set(held)) == 1:
-            yield Doubt("constant", name, f"has one value in all rows, {held[0]}", mend=leave)
+            yield Doubt("constant", name, "has one value in all rows", mend=leave, examples=cells)
         elif len(set(held)) == len(held):
             text = "has one value at each site, and another at each: it names the site"
-            yield Doubt("names-site", name, text, mend=leave)
+            yield Doubt("names-site", name, text, mend=leave, examples=cells)
 
 
 def _spelt(code: str, column: str, counts: Mapping[str, int]) -> Iterator[Doubt]:
@@ -435,8 +518,15 @@ def _spelt(code: str, column: str, counts: Mapping[str, int]) -> Iterator[Doubt]
         recode |= {text: best for text in sorted(texts) if text != best}
     if recode:
         told = some(f"{text!r} beside {best!r}" for text, best in recode.items())
-        text = f"spells one value in several ways: {told}"
-        yield Doubt(code, column, text, mend={("data", "dictionary", column, "recode"): recode})
+        text = "spells one value in several ways" + ("" if quotes.are_withheld() else f": {told}")
+        text, mend = _of_cells(text, column, "recode", recode)
+        yield Doubt(code, column, text, mend=mend)
+
+
+def _of_cells(text: str, column: str, key: str, value: Any) -> tuple[str, Mend]:
+    """Return a doubt's text and its mend, which is made of cells; where they are withheld the key is named alone."""
+    path = ("data", "dictionary", column, key)
+    return (f"{text} ({toml.key(*path)})", {}) if quotes.are_withheld() else (text, {path: value})
 
 
 def fold(text: str) -> str:

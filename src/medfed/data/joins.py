@@ -14,6 +14,7 @@ import pandas as pd
 from medfed.core import patient_ids
 from medfed.core.checks import DataError, nearest, some
 from medfed.data import readers
+from medfed.data.doubts import Doubt
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical
 from medfed.study import Data, Join
@@ -33,22 +34,31 @@ def header(names: Sequence[str], data: Data, folder: Path, private: bool) -> lis
     return known
 
 
-def joined(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tuple[pd.DataFrame, Mapping[str, int]]:
-    """Return rows with the columns of the joined tables, and how many rows each of these does not know.
+def joined(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tuple[pd.DataFrame, dict[str, pd.Index]]:
+    """Return rows with the columns of the joined tables, and the rows that each of these does not know.
 
     Raises DataError as `header` does, and without a claim for a value that stands twice in a joined table, by rows.
     """
-    unmatched: dict[str, int] = {}
+    unfound: dict[str, pd.Index] = {}
     for number, join in enumerate(data.join):
         on = _on(join, data, number)
         other = readers.read(folder / join.table, _of_its_own(data), private).frame
         columns = _new_columns(list(other.columns), list(frame.columns), on, number, join)
         place_N = _places(frame, other, on, data, f"data.join[{number}].table={join.table!r}", private)
         frame = frame.assign(**dict(_beside(other[columns], place_N, frame.index)))
-        unmatched[join.table] = int((place_N < 0).sum())
-        if unmatched[join.table]:
-            logger.warning("%s has no row for row %s", join.table, some(frame.index[place_N < 0], 50 if private else 5))
-    return frame, unmatched
+        if (place_N < 0).any():
+            unfound[join.table] = frame.index[place_N < 0]
+            logger.warning("%s has no row for row %s", join.table, some(unfound[join.table], 50 if private else 5))
+    return frame, unfound
+
+
+def doubted(frame: pd.DataFrame, unfound: Mapping[str, pd.Index], data: Data) -> Iterator[Doubt]:
+    """Yield how many of a site's rows each joined table lacks, as a warning."""
+    tables = [(join.table, _on(join, data, number)) for number, join in enumerate(data.join)]
+    for table, on in tables:
+        rows = frame.index[frame.index.isin(unfound.get(table, []))]
+        if len(rows):
+            yield Doubt("unjoined", on[0], f"finds no row in {table}", tuple(rows[:5].tolist()), len(rows))
 
 
 def _of_its_own(data: Data) -> Data:

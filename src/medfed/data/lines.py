@@ -20,15 +20,22 @@ from medfed.data import numerals
 from medfed.data.layout import Layout, names_of, of_header
 from medfed.study import Format
 
+Header = tuple[Layout, list[str]]
+"""How a file is written, and the cells of its header, as `of_header` has them."""
 
-def read(path: Path, format: Format = Format()) -> tuple[pd.DataFrame, list[int]]:  # noqa: B008
+
+def read(
+    path: Path,
+    format: Format = Format(),  # noqa: B008
+    header: Header | None = None,
+) -> tuple[pd.DataFrame, list[int]]:
     """Return the records as texts, the index holding each one's line (the header is 1), and the lines that are none.
 
-    A byte that the encoding does not know becomes a mark of its own cell. Raises DataError for a header that names no
-    column.
+    A byte that the encoding does not know becomes a mark of its own cell. `header`: where it is read already. Raises
+    DataError for a header that names no column.
     """
     where = f"data.table={str(path)!r}"
-    layout, cells = of_header(path, format, where)
+    layout, cells = header or of_header(path, format, where)
     names = names_of(cells, where)
     with _opened(path, format, layout) as file:
         rows, numbers, broken = _records(file, layout, cells)

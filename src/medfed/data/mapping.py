@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from medfed.core import patient_ids, toml
+from medfed.core import patient_ids, quotes, toml
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, those
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates
-from medfed.data.doubts import NO, YES
+from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical, features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
@@ -147,13 +147,15 @@ class Fault:
     what: str
     action: str
 
-    def error(self, index: pd.Index, site: pd.Series | None) -> DataError:
-        """Say it with site, column and rows."""
+    def error(self, frame: pd.DataFrame, site: pd.Series | None, patient: str) -> DataError:
+        """Say it with site, column and rows, and cells as examples; none of what names a patient."""
         where = f"column {self.column!r}"
         if site is not None:
             names = sorted(set(site[self.which_N]))
             where = f"site {names[0]!r}, {where}" if len(names) == 1 else f"{where} at {those(names)}"
-        return DataError(f"{where}: {self.what} in row {some(index[self.which_N])}. {self.action}")
+        cells = frame[self.column][self.which_N] if self.column in frame.columns else ()
+        there = quotes.there(cells) if self.column != patient and quotable(self.column) else ""
+        return DataError(f"{where}: {self.what} in row {some(frame.index[self.which_N])}. {self.action}{there}")
 
     def note(self, index: pd.Index) -> None:
         """Write it into the site's own log."""
@@ -161,10 +163,12 @@ class Fault:
         logger.warning("column %r: %s, so it counts as missing, in row %s", self.column, self.what, rows)
 
 
-def settle(faults: Sequence[Fault], frame: pd.DataFrame, private: bool, site: pd.Series | None = None) -> None:
-    """Refuse all faults at once; `private`: note them. `site` names the site of each row."""
+def settle(
+    faults: Sequence[Fault], frame: pd.DataFrame, private: bool, site: pd.Series | None = None, patient: str = ""
+) -> None:
+    """Refuse all faults at once; `private`: note them. `site` names the site of each row, `patient` who it is."""
     if not private:
-        refuse(Refusal(fault.error(frame.index, site)) for fault in faults)
+        refuse(Refusal(fault.error(frame, site, patient)) for fault in faults)
     for fault in faults:
         fault.note(frame.index)
 
@@ -191,7 +195,7 @@ def apply(
             made |= _mapped(frame, name, feature, data, faults)
     if names is None and data.test_from:
         made[data.test] = _marks(frame, data, faults, private)
-    settle(faults, frame, private, site)
+    settle(faults, frame, private, site, data.patient)
     return frame.assign(**{name: column_of(values, frame) for name, values in made.items()}) if made else frame
 
 
@@ -219,7 +223,7 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
         return {name: _at(text_U, code_N)}
     text_U = recoded(text_U, feature.recode, absent)
     if feature.suffix:
-        text_U = [_without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
+        text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
         return {name: told(number_N, absent)}
@@ -233,7 +237,7 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
     return {name: _at(text_U, code_N)} | {column: _flags(side_U == side, code_N) for column, side in beside}
 
 
-def _without_suffix(text: str | None, suffixes: Sequence[str], decimal: str) -> str | None:
+def without_suffix(text: str | None, suffixes: Sequence[str], decimal: str = ".") -> str | None:
     """Return a cell without what stands behind its number: "12,5 %" is 12.5 where the table has decimal commas."""
     ending = next((one for one in suffixes if text and text.endswith(one)), None)
     if text is None or ending is None:

@@ -125,8 +125,8 @@ def _refuse_rounded(text: pd.Series, where: str, claimed: bool) -> None:
         logger.warning("%s: ids that were rounded, so that several patients may be one, in row %s", where, rows)
         return
     raise DataError(
-        f"{where}: ids that were rounded when they were written, as {text[rounded].iloc[0]!r} in row {rows}, so that "
-        "several patients may have become one. Export them as whole numbers or as text."
+        f"{where}: ids that were rounded when they were written, in row {rows}, so that several patients may "
+        "have become one. Export them as whole numbers or as text."
     )
 
 

@@ -20,7 +20,7 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.types import Task
-from medfed.data import doubts
+from medfed.data import doubts, scales
 from medfed.data.federated import Rows
 from medfed.data.tables import SiteTable, declared_labels, declared_range, features_of
 from medfed.study import RANGE, Data, Feature
@@ -210,6 +210,7 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "far": {n: _counted(rows) for n, rows in table.found.far.items()},
         "single": _single(table),
         "medians": _medians_of(table, data),
+        "spreads": _spreads_of(table, data),
         "doubts": [doubt.told() for doubt in table.found.doubts],
         **({"dropped": dict(table.found.dropped)} if table.found.dropped else {}),
     }
@@ -225,6 +226,15 @@ def _medians_of(table: SiteTable, data: Data) -> dict[str, float]:
         if name not in data.dictionary and doubts.may_be_in_several_units(name)
     }
     return {name: float(np.median(values)) for name, values in known.items() if len(values) >= doubts.FEW}
+
+
+def _spreads_of(table: SiteTable, data: Data) -> dict[str, list[float]]:
+    """Return quantiles of each number without a range, by which units show, at a site of more than a few records."""
+    if len(table) < doubts.FEW:
+        return {}
+    names = [name for name in table.numbers if name not in data.dictionary or not data.dictionary[name].range]
+    found = {name: scales.spread(table.numbers[name], doubts.FEW) for name in names}
+    return {name: told for name, told in found.items() if told}
 
 
 def _single(table: SiteTable) -> dict[str, float | str]:

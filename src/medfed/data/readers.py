@@ -36,12 +36,17 @@ SITE = "its file's name"
 class Reading:
     """A table as read: its rows; how its text files are written, by file; rows that a joined table lacks, by table.
 
-    How many these are tells of patients: under a claim it stays at the site.
+    Which these are tells of patients: under a claim it stays at the site.
     """
 
     frame: pd.DataFrame
     layouts: Mapping[str, Layout] = field(default_factory=dict)
-    unmatched: Mapping[str, int] = field(default_factory=dict)
+    unfound: Mapping[str, pd.Index] = field(default_factory=dict)
+
+    @property
+    def unmatched(self) -> dict[str, int]:
+        """How many rows each joined table lacks."""
+        return {table: len(rows) for table, rows in self.unfound.items()}
 
 
 def read(path: Path, data: Data, private: bool) -> Reading:
@@ -68,9 +73,9 @@ def _frames(
 ) -> tuple[list[pd.DataFrame], dict[str, Layout]]:
     """Return each file's rows, and how the text files are written: without a claim looked at together."""
     if private:
-        return [_read(file, data, private) for file in files], {
-            file.name: of_header(file, data.format, where)[0] for file in files if kind_of(file) in TEXTS
-        }
+        headers = {file: _written(file, data) for file in files if kind_of(file) in TEXTS}
+        frames = [_read(file, data, private, headers.get(file)) for file in files]
+        return frames, {file.name: layout for file, (layout, _) in headers.items()}
     written: dict[Path, Text] = {}
     for file in files:
         if kind_of(file) in TEXTS:
@@ -193,8 +198,15 @@ def _other_columns(names: Mapping[Path, Sequence[str]], known: Sequence[str], fi
 # one file -----------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path, data: Data, private: bool) -> pd.DataFrame:
-    """Return the rows of a file; of a text table, as under a claim."""
+def _written(file: Path, data: Data) -> lines.Header:
+    """Return how a text table is written, and its header, as under a claim."""
+    where = f"data.table={str(file)!r}"
+    with reading(where, private=True):
+        return of_header(file, data.format, where)
+
+
+def _read(file: Path, data: Data, private: bool, header: lines.Header | None = None) -> pd.DataFrame:
+    """Return the rows of a file; of a text table, whose `header` is read, as under a claim."""
     kind, where, format = kind_of(file), f"data.table={str(file)!r}", data.format
     with reading(where, private):
         if kind == ".parquet":
@@ -203,10 +215,10 @@ def _read(file: Path, data: Data, private: bool) -> pd.DataFrame:
             return workbooks.sheet(file, format, where, private, data.patient)
         if kind in workbooks.STATISTICS:
             return workbooks.statistics(file, format, where)
-        frame, broken = lines.read(file, format)
+        layout, _ = header = header or of_header(file, format, where)
+        frame, broken = lines.read(file, format, header)
         if broken:
             logger.warning("%s: no record, for its quotes or its fields: row %s", file, some(broken, 50))
-        layout, _ = of_header(file, format, where)
         return numerals.respelt(
             frame, lambda column: numerals.with_points(column, layout.decimal, layout.thousands), _kept(data)
         )

@@ -188,7 +188,7 @@ def apply(frame: pd.DataFrame, maps: Maps, data: Data, site: pd.Series | None, p
             frame = _put(frame, column, rows_N, _cells(frame.loc[rows_N, column], column, entry, data, rows_N, faults))
     for name, columns_ in data.absent.items():
         frame = _emptied(frame, columns_, (site == name).to_numpy(dtype=bool), data, faults)
-    mapping.settle(faults, frame, private, site)
+    mapping.settle(faults, frame, private, site, data.patient)
     return frame
 
 

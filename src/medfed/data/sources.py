@@ -31,10 +31,12 @@ from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, StudyError, closest, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import databases, doubts, joins, mapping, readers, site_maps
+from medfed.data import databases, doubts, footers, joins, mapping, readers, site_maps
+from medfed.data.doubts import Doubt
 from medfed.data.partition import site_of
 from medfed.data.readers import Reading
 from medfed.data.tables import Frames, named_patients, numbered, with_kinds
+from medfed.data.workbooks import SHEETS
 from medfed.study import Data, Feature, Study
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -52,18 +54,25 @@ class Source:
 
 
 def frames(
-    study: Study, folder: Path | None = None, progress: bool = False, private: bool = False
+    study: Study,
+    folder: Path | None = None,
+    progress: bool = False,
+    private: bool = False,
+    table: Reading | None = None,
 ) -> tuple[Frames, Data]:
     """Return each site's frame, and the study's data table completed with what the source knows.
 
     Sites come in the order of their declared names (`sites.names`; `private`: `privacy.sizes`), else sorted: never in
     the order of a table's rows. `private`: a declared site without a row has an empty frame, and a row of a site that
     is not declared is refused without being quoted. `folder` is where downloaded data is looked for first (`--data`,
-    or the environment's MEDFED_DATA). Raises DataError or StudyError before any training.
+    or the environment's MEDFED_DATA). `table` is the study's, where it is read already. Raises DataError or StudyError
+    before any training.
     """
     data = completed(study)
-    frame = reading(study, folder, progress, private).frame
+    read = reading(study, folder, progress, private, table)
+    frame = read.frame
     refuse(_misfits([str(name) for name in frame.columns], study, data, private))
+    frame, footed = (frame, []) if private else _without_footer(frame, study, data)
     frame, site, nowhere = _sited(frame, data)
     names = study.sites.names
     if site is not None:
@@ -103,7 +112,30 @@ def frames(
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
     if not private:
         data = with_kinds(frame, data)
-    return replace(Frames.split(frame, site.to_numpy(dtype=object), names), dropped=dropped), data
+    split = Frames.split(frame, site.to_numpy(dtype=object), names)
+    if private:
+        return replace(split, dropped=dropped), data
+    met = {name: [*joins.doubted(split[name], read.unfound, data)] for name in names} if read.unfound else {}
+    if footed:
+        met[names[0]] = [*footed, *met.get(names[0], ())]
+    return replace(split, dropped=dropped, doubts=met), data
+
+
+def _without_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.DataFrame, list[Doubt]]:
+    """Return a table without a footer that reads like records, and the doubt about it, which stops a run.
+
+    So all else is looked at without it. Devices have no doubts: there it is an error at once.
+    """
+    files = readers.files_of(study.folder / data.table, data) if data.table else []
+    if not files or any(readers.kind_of(file) not in (*readers.TEXTS, *SHEETS) for file in files):
+        return frame, []
+    footer = footers.found(frame, [name for name in (data.patient, data.site, data.target) if name])
+    doubt = footer.doubt(frame, data) if footer else None
+    if footer is None or doubt is None or doubts.accepted(doubt, data):
+        return frame, []
+    if study.sites.kind == "device":
+        refuse([Refusal(DataError(doubt.sentence()), dict(doubt.mend))])
+    return frame[~footer.which_N], [doubt]
 
 
 def _sited(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Series | None, int]:
@@ -232,20 +264,28 @@ def completed(study: Study) -> Data:
     return mapping.completed(site_maps.completed(data, study))
 
 
-def reading(study: Study, folder: Path | None = None, progress: bool = False, private: bool = False) -> Reading:
+def reading(
+    study: Study,
+    folder: Path | None = None,
+    progress: bool = False,
+    private: bool = False,
+    table: Reading | None = None,
+) -> Reading:
     """Return a study's rows as read, joined tables beside them, and how its files are written: see `readers`.
 
-    Raises DataError or StudyError for what cannot be read.
+    `table` is its table, where it is read already. Raises DataError or StudyError for what cannot be read.
     """
     data = completed(study)
-    if data.table:
+    if table is not None:
+        found = table
+    elif data.table:
         found = readers.read(study.folder / data.table, data, private)
     elif data.database:
         found = Reading(databases.read(data, study.folder, private))
     else:
         found = Reading(numbered(SOURCES[data.source].load(folder, progress)))
-    frame, unmatched = joins.joined(found.frame, data, study.folder, private)
-    return dataclasses.replace(found, frame=frame, unmatched=unmatched)
+    frame, unfound = joins.joined(found.frame, data, study.folder, private)
+    return dataclasses.replace(found, frame=frame, unfound=unfound)
 
 
 def _completed(asked: Data, known: Data) -> Data:

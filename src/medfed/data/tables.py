@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medfed.core import toml
+from medfed.core import quotes, toml
 from medfed.core.checks import DataError, MedfedError, PlanError, closest, nearest, some
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
@@ -179,6 +179,7 @@ class Frames(Mapping[str, pd.DataFrame]):
     names: tuple[str, ...]
     ends: np.ndarray  # int64 [K + 1]
     dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by site: rows left out, by what they lack
+    doubts: Mapping[str, Sequence[Doubt]] = field(default_factory=dict)  # by site: met before its cells are looked at
 
     @classmethod
     def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
@@ -223,7 +224,7 @@ class Frames(Mapping[str, pd.DataFrame]):
         """Return sites first .. last - 1."""
         start, end = self.ends[first], self.ends[last]
         own = self.frame.iloc[start:end]
-        return Frames(own, self.names[first:last], self.ends[first : last + 1] - start, self.dropped)
+        return replace(self, frame=own, names=self.names[first:last], ends=self.ends[first : last + 1] - start)
 
     def count(self, which_N: np.ndarray) -> np.ndarray:
         """Return how many marked rows each site has, int64 [K]."""
@@ -374,7 +375,8 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
             spellings=int(written_K[k]),
         )
         if not private:
-            doubted = tuple(doubts.of_site(table, frame.index[start:end].to_numpy(), data))
+            met = frames.doubts.get(frames.names[k], ())
+            doubted = (*met, *doubts.of_site(table, frame.iloc[start:end], data))
             table = replace(table, found=replace(table.found, doubts=doubted))
         tables.append(table)
     return tables
@@ -722,18 +724,20 @@ class _Column:
         """Say what stands against a column of numbers that holds text, and the way out: most of it, or some cells."""
         declared, rows = self.key("categories"), self.rows(which)
         if not (which & ~self._limit_like).any():
+            (example,) = quotes.examples(self.texts[which][:1]) or ("<0.3",)
             return (
-                f"results beyond a detection limit ({self.texts[which].iloc[0]}), row {rows}. Say what they become: "
+                f"results beyond a detection limit ({example}), row {rows}. Say what they become: "
                 f"{self.key('limits')} = 'limit', 'half' or 'indicator'"
             )
+        there = quotes.there(self.values[which]) if doubts.quotable(self.name) else ""
         if self.feature.range and which.sum() * 2 > (~self.missing).sum():
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
-                f"is text. Declare {declared} in place of the range."
+                f"is text. Declare {declared} in place of the range.{there}"
             )
         return (
             f"text in a numeric column, row {rows}. Correct the rows, add the "
-            f"text to data.missing_values, or declare {declared}."
+            f"text to data.missing_values, or declare {declared}.{there}"
         )
 
     def key(self, name: str) -> str:
@@ -802,7 +806,9 @@ def _label(frames: Frames, data: Data) -> np.ndarray:
             raise DataError(f"{where}: {most} different values; for a number set data.task='regression'")
         return text.to_numpy(dtype=object)
     number = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
-    _refuse(where, "not a finite number", ~np.isfinite(number), frame, "data.task='regression' needs numbers")
+    wrong = ~np.isfinite(number)
+    there = quotes.there(values[wrong])
+    _refuse(where, "not a finite number", wrong, frame, f"data.task='regression' needs numbers{there}")
     return number
 
 
@@ -857,7 +863,8 @@ def _marked(frames: Frames, data: Data, patient: np.ndarray, private: bool, note
         return alone
     where = f"site {frames.names[0]!r}, column {data.test!r}"
     say = "mark each row test or train (or 1/0, yes/no), or say by data.test_values which texts mean held out"
-    _refuse(where, "no mark" if data.test_values else "neither test nor train", ~known, frame, say)
+    what = "no mark" if data.test_values else "neither test nor train"
+    _refuse(where, what, ~known, frame, f"{say}{quotes.there(frame[data.test][~known])}")
     _refuse(where, "a patient with rows on both sides", both, frame, "put all rows of a patient on one side")
     return held
 
