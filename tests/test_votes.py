@@ -206,7 +206,7 @@ def test_under_a_claim_a_sites_own_model_is_trained_until_that_helps_no_more(tmp
     own = float(
         own_model.squared_error(target.task, own_model.outputs(one.model, own_P, one.test.x), one.test.y).mean()
     )
-    assert own < 1.05 * least
+    assert own < 1.1 * least
     few = one.train.at(torch.arange(2))
     assert torch.isfinite(own_model.train_own(one.name, few, one.encoding, one.study)).all()
 
