@@ -256,9 +256,10 @@ class Account:
     def _limits(self) -> Limits:
         p, g = self.study.privacy, self._enrolled()
         limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
+        planned = {label: one.times for label, one in g.queries.items()}
         if g.accountant != "pld":
-            return limits
-        planned = {ROUND: g.uses, TEST: 1, **dict.fromkeys(g.queries, 1)}
+            return replace(limits, planned=planned)
+        planned |= {ROUND: g.uses, TEST: 1}
         return replace(limits, epsilon=math.inf, planned=planned)  # PLD is no filter; its plan is fixed instead
 
 
