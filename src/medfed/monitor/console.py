@@ -311,7 +311,7 @@ def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
     return [
         f"ranges: of {len(columns)} column{'s' * (len(columns) > 1)} ({escape(some(columns, 5))}) they are found from "
         f"counts of training patients, which cost epsilon {ranges['epsilon']:g} alone; noise of sd "
-        f"{ranges['noise_sd']:.3g} patients lies on each, where {patients:,} are declared and {ranges['least']:,.0f} needed."
+        f"{ranges['noise_sd']:.3g} patients lies on each, {patients:,} are declared, {ranges['least']:,.0f} needed."
     ]
 
 

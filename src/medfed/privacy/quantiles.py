@@ -16,6 +16,7 @@ import numpy as np
 
 _DECADES = 10.0 ** np.arange(-9, 13)
 _FIRST_EDGES = np.concatenate([-_DECADES[::-1], _DECADES])
+_FIRST_ENDS = np.concatenate([[-10 * _DECADES[-1]], _FIRST_EDGES, [10 * _DECADES[-1]]])  # the outer two have no end
 
 INNER = 8
 """Equal cells of what was found so far; there is one more at each end, for what lies beyond."""
@@ -94,8 +95,7 @@ def _decades(count_C: np.ndarray, sd: float, bar: float) -> Range:
     few = _level(known, sd) / 2
     low = int(np.argmax(share_C > few))
     high = int(np.argmax(share_C >= 1 - few))
-    last = len(_FIRST_EDGES) - 1
-    return Range(float(_FIRST_EDGES[max(low - 1, 0)]), float(_FIRST_EDGES[min(high, last)]), told=False, known=known)
+    return Range(float(_FIRST_ENDS[low]), float(_FIRST_ENDS[high + 1]), told=False, known=known)
 
 
 def _narrowed(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, last: bool) -> Range:
