@@ -62,6 +62,15 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     return replace(plan, bytes_up=up, bytes_down=down), told
 
 
+def refuse_unfound(plan: Plan) -> None:
+    """Raise PlanError where a plan's ranges are still to be found, and nobody will look for them."""
+    if found := plan.encoding.found():
+        raise PlanError(
+            f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
+            "[data.dictionary], or read the records without a claim"
+        )
+
+
 def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.ndarray, list[SiteExcluded]]:
     """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
     payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})

@@ -722,11 +722,7 @@ def load_and_prepare_medical_data(study: str | Study = "breast-cancer", data: Pa
     """
     sites = open_sites(study if isinstance(study, Study) else studies.load(study), data)
     plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
-    if found := plan.encoding.found():
-        raise PlanError(
-            f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
-            "[data.dictionary], or read the records without a claim"
-        )
+    ranges.refuse_unfound(plan)
     return PreparedData(
         features=plan.encoding.names(),
         labels=plan.encoding.target.labels,
