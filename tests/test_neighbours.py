@@ -380,7 +380,7 @@ def test_a_planted_leak_is_seen(tmp_path: Path, fixed: pytest.MonkeyPatch, leak:
     place, name, planted, patient = LEAKS[leak]
     fixed.setattr(place, name, planted)
     if leak == "columns by their cells":
-        fixed.setattr(tables._Column, "is_text", lambda self: self.frames.count(self.not_number) > 0)
+        fixed.setattr(tables._Column, "is_declared_text", lambda self: self.frames.count(self.not_number) > 0)
     whole = released(tmp_path / "s", lines(), {}, fixed)
     assert differences(whole, released(tmp_path / "s", lines(patient), {}, fixed))
 

@@ -105,6 +105,8 @@ def _not_audited(study: Study) -> Iterator[str]:
     """Yield the noised releases of a study that no part here looks at."""
     if study.privacy.evaluation_epsilon and not study.data.test_is_public:
         yield "Not audited: the noise on the counts of held-out patients' scores (privacy.evaluation_epsilon)."
+    if study.privacy.ranges_epsilon:
+        yield "Not audited: the noise on the counts by which ranges are found (privacy.ranges_epsilon)."
     if study.rule().chosen:
         yield f"Not audited: the noise on the counts for data.threshold={study.data.threshold!r}."
     if study.privacy.vote_epsilon:

@@ -32,6 +32,7 @@ from medfed.prepare import prepare
 from medfed.privacy.accounting import Gaussian, PrivacyAccountingEntry, RenyiDPAccountant
 from medfed.privacy.guarantee import GRID, discrete_gaussian
 from medfed.privacy.mechanisms import grid_sensitivity, round_to_grid
+from medfed.ranges import refuse_unfound
 from medfed.robust import detection, reputation, rules
 from medfed.robust.reputation import ThreatLevel
 from medfed.runs import Result, load_and_prepare_medical_data, verify_model_integrity
@@ -87,6 +88,7 @@ class EnhancedMedicalIoMTDevice:
             )
         fleet = InProcess(sites)
         plan = prepare(sites[0].study, fleet, names)
+        refuse_unfound(plan)
         payload = codec.encode({"round": 1}, {"w": plan.first_weights()})
         reply = gather(fleet, [self.name], "work", payload, self.study.training.deadline)[self.name]
         if reply.error:

@@ -13,12 +13,23 @@ from typing import Any
 from medfed.core import files
 from medfed.core.checks import PlanError, RunError
 from medfed.core.types import JSON
+from medfed.features import open_columns
 from medfed.monitor import reports
 from medfed.plan import Plan, excess, holders
 from medfed.privacy import accounting
 from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
-from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, counted_together, replaced, resolve
+from medfed.privacy.guarantee import (
+    COUNT_NOISE,
+    GRID,
+    SLACK,
+    Guarantee,
+    counted_together,
+    ranges_sensitivity,
+    replaced,
+    resolve,
+)
+from medfed.privacy.quantiles import LEAST
 
 _TRUST = {
     "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",
@@ -77,6 +88,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "sampling": _sampling(g),
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
         "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
+        "ranges": _ranges(plan, asked.get("ranges", 0)),
         "threshold": _threshold(plan, asked.get("threshold", 0)),
         "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
@@ -160,6 +172,27 @@ def _second(g: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
 
 
+def _ranges(plan: Plan, times: int) -> JSON | None:
+    """Return what finding ranges has released of training patients; None where all are declared."""
+    g = plan.guarantee
+    assert g is not None
+    if "ranges" not in g.queries:
+        return None
+    query, columns = g.queries["ranges"], open_columns(plan.study)
+    return {
+        "unit": "patient: one known cell of each column, so that a patient moves one count of each by 1",
+        "mechanism": "discrete Gaussian noise on counts of training patients by value; of them follow ranges",
+        "columns": list(columns),
+        "found": {name: list(ends) for name, ends in plan.encoding.found().items()},
+        "sensitivity": ranges_sensitivity(len(columns)),
+        "noise_multiplier": query.noise_multiplier,
+        "epsilon_alone": query.epsilon,
+        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "times": query.times,
+        "released": times,
+    }
+
+
 def _threshold(plan: Plan, times: int) -> JSON | None:
     """Return what choosing the decision threshold on training patients has released; None where nothing."""
     g, rule = plan.guarantee, plan.study.rule()
@@ -169,7 +202,7 @@ def _threshold(plan: Plan, times: int) -> JSON | None:
     return {
         "rule": plan.study.data.threshold,
         "mechanism": "discrete Gaussian noise on counts of training patients by score, one record each",
-        "noise_multiplier": g.queries["threshold"],
+        "noise_multiplier": g.queries["threshold"].noise_multiplier,
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
         "released": times,
     }
@@ -185,7 +218,7 @@ def _vote(plan: Plan, times: int) -> JSON | None:
     return {
         "unit": "patient: a site's own model and its test move by any patient of the site, its vote by 1 at most",
         "mechanism": "discrete Gaussian noise on the sum of the sites' votes, each between 0 and 1",
-        "noise_multiplier": g.queries["vote"],
+        "noise_multiplier": g.queries["vote"].noise_multiplier,
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
         "paid_by": "training patients" if public else "training and held-out patients, these beside their test",
         "released": times,
@@ -287,8 +320,20 @@ def outlook(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "rounds": study.training.rounds,
         "accountant": _ACCOUNTANTS[g.accountant],
+        "ranges": _ranges_ahead(plan),
         "modes": modes,
     }
+
+
+def _ranges_ahead(plan: Plan) -> JSON | None:
+    """Return with how much noise ranges will be found: on each count of all sites, in patients; None where none are."""
+    g, columns = plan.guarantee, open_columns(plan.study)
+    assert g is not None
+    if not columns:
+        return None
+    noises = 1 if counted_together(plan.study) else len(plan.participants)
+    sd = g.query_sd("ranges", ranges_sensitivity(len(columns))) * math.sqrt(noises)
+    return {"columns": list(columns), "epsilon": plan.study.privacy.ranges_epsilon, "noise_sd": sd, "least": LEAST * sd}
 
 
 def _shown(g: Guarantee) -> list[str]:

@@ -209,7 +209,8 @@ def _preface(table: Path, blanks: Sequence[str]) -> list[str]:
     lines = [
         f"# A draft, from the header and the records of {table.name}: confirm each line that says why.",
         "# Ranges are those of the clinical dictionary, by the column's name; for a privacy claim describe every",
-        "# column by what is publicly known, never by these records: medfed study fix.",
+        "# column by what is publicly known, never by these records: medfed study fix. Ranges of numbers that nobody",
+        "# can say are found from noised counts: privacy.ranges_epsilon, at a quarter of epsilon about 4 % more noise.",
     ]
     if blanks:
         lines.append(f"# Still to be filled in: {', '.join(blanks)}.")

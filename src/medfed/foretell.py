@@ -93,15 +93,14 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
 
 def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
     """Return the study at another epsilon, what it leaves open chosen for that."""
-    written = study.as_written()
-    p, share = written.privacy, epsilon / written.privacy.epsilon
-    other = dataclasses.replace(
-        p,
-        epsilon=epsilon,
-        threshold_epsilon=p.threshold_epsilon * share,
-        vote_epsilon=p.vote_epsilon * share,
-    )
-    return recipe.settled(dataclasses.replace(written, privacy=other), sizes)
+    share, p = epsilon / study.privacy.epsilon, study.as_written().privacy
+    parts = {
+        "threshold_epsilon": p.threshold_epsilon,
+        "ranges_epsilon": p.ranges_epsilon,
+        "vote_epsilon": p.vote_epsilon,
+    }
+    kept = {f"privacy.{name}": value * share for name, value in parts.items() if value}
+    return recipe.settled(study.as_written()._with({**kept, "privacy.epsilon": epsilon}), sizes)
 
 
 def _longer(study: Study) -> Study:

@@ -31,6 +31,7 @@ from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
 from medfed.data import doubts, preprocess, sources, tables
 from medfed.data.preprocess import Encoding
+from medfed.features import features_of, listed
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
@@ -213,7 +214,9 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     check_groups(study, (POOLED,) if pooled else trainers)
     guarantee = None
     if guarantees.asked(study):
-        guarantee = guarantees.resolve(study, {name: sizes[name]["train"] for name in trainers}, parameters)
+        declared = {name: sizes[name]["train"] for name in trainers}
+        refuse(refusals.hidden_ranges(study, declared))
+        guarantee = guarantees.resolve(study, declared, parameters)
     joint = guarantee is not None and guarantee.joint
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
@@ -623,8 +626,11 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
-    if not data.features or any(map(is_pattern, data.features)):
-        yield from tables.undescribed(tables.features_of(columns, data), data)
+    if study.privacy.ranges_epsilon:
+        if study.sites.kind == "hospital" and study.privacy.delta < 1:
+            yield from refusals.hidden_ranges(listed(columns, study), sizes)
+    elif not data.features or any(map(is_pattern, data.features)):
+        yield from tables.undescribed(features_of(columns, data), data, refusals.unless_paid(study))
 
 
 def mended(study: Study, found: Sequence[Refusal]) -> Study:

@@ -15,6 +15,7 @@ from medfed.core.flat import fingerprint
 from medfed.data import doubts, preprocess
 from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
+from medfed.features import open_columns
 from medfed.models import fixed
 from medfed.plan import Plan, build_model, check, make, safe_rate
 from medfed.privacy.guarantee import asked
@@ -26,6 +27,8 @@ _PATIENCE = 600.0  # seconds; nothing is trained yet
 
 def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None) -> Plan:
     """Return the plan, every site having encoded its rows. A known `encoding` (a resumed run's) is not agreed anew.
+
+    Ranges that patients pay for are not known yet: `medfed.ranges` finds them once all are enrolled.
 
     Raises StudyError, DataError or PlanError; nothing has been trained then.
     """
@@ -42,19 +45,28 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
             return alike[1]["answer"].sum(0)
         return torch.stack([codec.decode(answer)[1]["answer"] for answer in answers.values()]).sum(0)
 
-    encoding = encoding or preprocess.agree(surveys, study.data, ask, public=asked(study))
+    if encoding is None:
+        later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN) if asked(study) else {}
+        encoding = preprocess.agree(surveys, study.data, ask, public=asked(study), found=later)
     plan = make(study, surveys, encoding)
-    declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
-    header = {
-        "encoding": encoding.to_json(),
-        "declared": declared,
-        "clients": list(plan.participants),
-        "fixed": fingerprint(fixed(build_model(study, encoding))),
-    }
-    answers = _ask_all(counted, sites, "prepare", codec.encode(header))
+    answers = send_encoding(plan, counted, sites)
     if rates.left_open(study):
         plan = replace(plan, chosen=_chosen(plan, {name: float(told["bend"]) for name, (told, _) in answers.items()}))
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
+
+
+def send_encoding(
+    plan: Plan, fleet: Fleet, sites: Sequence[str]
+) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Have every site encode its rows by the plan's encoding, and return what each answers."""
+    declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
+    header = {
+        "encoding": plan.encoding.to_json(),
+        "declared": declared,
+        "clients": list(plan.participants),
+        "fixed": fingerprint(fixed(build_model(plan.study, plan.encoding))),
+    }
+    return _ask_all(fleet, sites, "prepare", codec.encode(header))
 
 
 def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
-from medfed.data import preprocess, sources, tables
+from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
+from medfed.features import features_of, listed, open_columns
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, cohort, excess, standing
 from medfed.privacy import guarantee as guarantees
@@ -106,6 +107,8 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.completed(study))
+        if study.privacy.ranges_epsilon and guarantees.asked(study):
+            study = listed(sources.columns_of(study, private=True), study)
     try:
         study = settled(study, SOME_DEVICES)
     except Exception:  # of values that are refused below anyway, nothing follows
@@ -117,9 +120,10 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
 def declared_encoding(study: Study) -> Encoding:
     """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
     data = study.data
-    names = tables.features_of(sorted(data.dictionary), data)
+    names = features_of(sorted(data.dictionary), data)
     survey = preprocess.declared_survey(names, data, 0, 0)
-    return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True)
+    later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN)
+    return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True, found=later)
 
 
 def _unasked(*_: object) -> Tensor:
@@ -182,7 +186,7 @@ def _vote(study: Study) -> tuple[float, str] | None:
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
     if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
         return None
-    if p.threshold_epsilon > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
+    if max(p.threshold_epsilon, p.ranges_epsilon) > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
         return None
     voting = dataclasses.replace(study, privacy=dataclasses.replace(p, vote_epsilon=p.epsilon / 4))
     test = p.evaluation_epsilon or affordable(study)

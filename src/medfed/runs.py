@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medfed import aggregation as ways
-from medfed import checkpoints, claims, federation, models, rates, recipe
+from medfed import checkpoints, claims, federation, models, ranges, rates, recipe
 from medfed import study as studies
 from medfed.aggregation import Ring, bears, who_sees
 from medfed.algorithms import Server
@@ -62,6 +62,7 @@ from medfed.data.readers import Reading
 from medfed.data.tables import clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
+from medfed.features import open_columns
 from medfed.foretell import foretell, paid_test
 from medfed.gate import Gate
 from medfed.local import outputs
@@ -186,7 +187,9 @@ def run(
         keys = ways.ring(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
-        return _started(plan, fleet, sites, folder, name, keys, listeners)
+        with advising(ranges.PAID if open_columns(plan.study) else "Nothing was trained."):
+            plan, told = ranges.find(plan, fleet)
+            return _started(plan, fleet, sites, folder, name, keys, listeners, told)
 
 
 @contextmanager
@@ -257,12 +260,14 @@ def _started(
     name: str,
     keys: Ring | None,
     listeners: Sequence[Listener],
+    first: Sequence[events.Event] = (),
 ) -> Result:
     """Write down what a run is, and drive it from its first round."""
     place = str(plan.study.folder.resolve())
     frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
     frozen["chosen"] = dict(plan.study.chosen)
-    again = f"Nothing was trained, and {folder} holds no whole run: run the study again, with another --out."
+    spent = "; what patients have paid for ranges stays spent" if plan.encoding.found() else ""
+    again = f"Nothing was trained{spent}, and {folder} holds no whole run: run the study again, with another --out."
     with advising(again):
         own.write_to(folder / "sites" / OWN_LOG)
         files.write(folder / "study.toml", plan.study.toml())
@@ -277,7 +282,7 @@ def _started(
     with log:
         with advising(again):
             server = plan.begin()
-            _tell_start(plan, log)
+            _tell_start(plan, log, first)
             _tell_founding(sites, log)
             _checkpoint(folder, server, plan, fleet, log, sites[0].account)
         with advising(_way_on(plan, folder)):
@@ -370,8 +375,10 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     name = secrets.token_hex(8)
     rehearse(plan, fleet)
     enrol(plan, fleet, name)
+    with advising(ranges.PAID if open_columns(plan.study) else "Nothing was trained."):
+        plan, told = ranges.find(plan, fleet)
     with Log(None, listeners) as log:
-        _tell_start(plan, log)
+        _tell_start(plan, log, told)
         _tell_founding(sites, log)
         return _drive(plan, fleet, sites, plan.begin(), log, None, name)
 
@@ -742,6 +749,7 @@ def load_and_prepare_medical_data(study: str | Study = "breast-cancer", data: Pa
     """
     sites = open_sites(study if isinstance(study, Study) else studies.load(study), data)
     plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
+    ranges.refuse_unfound(plan)
     return PreparedData(
         features=plan.encoding.names(),
         labels=plan.encoding.target.labels,
@@ -795,6 +803,8 @@ def _drive(
     aggregation = ways.introduced(plan, sites, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
+    for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found() else 0):
+        budget.ask("ranges")  # before this; the ledger says how often, where one was charged
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.found(account.uses(), account.queries())
     name, reason = main_model(study.training.algorithm), ""
@@ -982,7 +992,8 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
         log.emit(events.Warned(f"baseline {name!r} was not measured: {error}"))
 
 
-def _tell_start(plan: Plan, log: Log) -> None:
+def _tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
+    """Tell what a run is, and what was `told` of its ranges before."""
     study, training = plan.study, plan.study.training
     machine: dict[str, str | int] = {
         "processor": platform.machine(),
@@ -1022,8 +1033,8 @@ def _tell_start(plan: Plan, log: Log) -> None:
             rate_chosen=plan.chosen.why() if plan.chosen else "",
         )
     )
-    for text in plan.warnings:
-        log.emit(events.Warned(text))
+    for event in (*told, *map(events.Warned, plan.warnings)):
+        log.emit(event)
 
 
 def _tell_founding(sites: Sequence[Site], log: Log) -> None:

@@ -29,6 +29,7 @@ from medfed.data import preprocess
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.data.preprocess import Encoding
 from medfed.data.tables import Frames, SiteTable, clean_all
+from medfed.features import open_columns
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.per_site import scores_each
@@ -42,14 +43,14 @@ from medfed.plan import (
     probed,
     robust_rule,
 )
-from medfed.privacy import guarantee
+from medfed.privacy import guarantee, quantiles
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.party import Party, Rehearser
-from medfed.study import LEAST_CLIP, Study
+from medfed.study import LARGEST, LEAST_CLIP, Study
 from medfed.wire import PLAIN, Link, finite, into_ball, send
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class Site:
     @classmethod
     def open_all(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
         """Return the nodes of several sites of this process, each as `open` returns it."""
-        tables = clean_all(frames, study.data, Streams(study.study.seed), guarantee.asked(study))
+        streams, private = Streams(study.study.seed), guarantee.asked(study)
+        tables = clean_all(frames, study.data, streams, private, open_columns(study))
         return [cls(name, table.ordered(), study, folder) for name, table in zip(frames, tables, strict=True)]
 
     @classmethod
@@ -102,9 +104,10 @@ class Site:
         """
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         nodes: list[Site] = []
-        for site, together in zip(frames, clean_all(frames, study.data, streams, private), strict=True):
-            tables = together.ordered().by_patient()
-            named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in tables}
+        tables = clean_all(frames, study.data, streams, private, open_columns(study))
+        for site, together in zip(frames, tables, strict=True):
+            of_each = together.ordered().by_patient()
+            named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in of_each}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes
 
@@ -278,9 +281,16 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
 def _check_encoding(site: Site, encoding: Encoding) -> None:
     """Refuse, under a claim, an encoding that is not the site's own dictionary's.
 
-    A coordinator that leaves out a label, or cuts a range, could else read from an error whether anybody has it.
+    A coordinator that leaves out a label, or cuts a range, could else read from an error whether anybody has it. For
+    a column that is open in the site's own study any range will do: whatever the values are, they are held to it.
     """
-    own = preprocess.agree({site.name: _told(site)}, site.study.data, _unasked, public=True)
+    given = {column.name: column.found for column in encoding.columns if column.found}
+    found = {name: given[name] for name in open_columns(site.study) if name in given}
+    if not all(map(_is_range, found.values())):
+        raise SiteError("the coordinator sends a range that is none; expected two numbers within 3e38, low below high")
+    if len(found) < len(open_columns(site.study)):
+        raise SiteError("the coordinator sends no range for some open columns; give every party the same study file")
+    own = preprocess.agree({site.name: _told(site)}, site.study.data, _unasked, public=True, found=found)
     columns = {column.name: column for column in own.columns}
     strange = [column.name for column in encoding.columns if column != columns.get(column.name, column)]
     if strange or encoding.target != own.target or not encoding.public:
@@ -288,6 +298,12 @@ def _check_encoding(site: Site, encoding: Encoding) -> None:
             f"the coordinator's encoding of {some(strange or [encoding.target.name])} is not that of the study's data "
             "dictionary; give every party the same study file"
         )
+
+
+def _is_range(ends: Sequence[object]) -> bool:
+    """Say whether a range that was found can be one that is declared."""
+    numbers = [end for end in ends if isinstance(end, float) and abs(end) <= LARGEST]
+    return len(ends) == len(numbers) == 2 and numbers[0] < numbers[1]
 
 
 def _unasked(*_: object) -> Tensor:
@@ -771,9 +787,64 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
     return replies
 
 
-def _query_noise(site: Site, promised: Guarantee, label: str, sensitivity: float, numbers: int) -> np.ndarray:
-    """Draw a site's own noise on its answer to a query."""
-    key = Streams(site.study.study.seed).key(label, site.name)
+def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Answer with how many training patients have each open column's value in which cell, paid and noised.
+
+    Of each patient the middle one of the known cells counts, so that it moves one count of each column by one; who has
+    none counts nowhere.
+    """
+    first, names = sites[0], [site.name for site in sites]
+    promised, columns = first.guarantee, open_columns(first.study)
+    if promised is None or "ranges" not in promised.queries:
+        raise SiteError("privacy.ranges_epsilon=0, or no column is open: nobody has paid for a range")
+    edges = _range_edges(header, tensors, len(columns))
+    account = None if promised.simulation_only else first.account
+    refused = account.pay_query("ranges", names) if account else {}
+    replies: list[Answer] = []
+    for site in sites:
+        if site.name in refused:
+            replies.append(SiteError(str(refused[site.name])))
+            continue
+        counts = quantiles.count([_one_cell_each(_table(site), name) for name in columns], edges).astype(np.float64)
+        if not guarantee.counted_together(first.study):
+            most, turn = guarantee.ranges_sensitivity(len(columns)), header["turn"]
+            counts = counts + _query_noise(site, promised, "ranges", most, counts.size, turn).reshape(counts.shape)
+        replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
+    if account:
+        account.answered_query("ranges", names)
+    return replies
+
+
+def _range_edges(header: Header, tensors: Mapping[str, Tensor], columns: int) -> np.ndarray:
+    """Return the coordinator's edges between cells [F, C - 1]; refuse what is not paid for, or not sound."""
+    turn: Any = header.get("turn")
+    edges = tensors["edges"].numpy() if "edges" in tensors else np.empty(0)
+    if type(turn) is not int or turn not in range(quantiles.TIMES):
+        raise SiteError(f"turn={turn!r} of counts for ranges; {quantiles.TIMES} are paid for, 0 the first")
+    if edges.shape != (columns, quantiles.CELLS[turn] - 1):
+        raise SiteError(
+            f"edges of {' x '.join(map(str, edges.shape))} numbers for ranges; {columns} columns are open, and "
+            f"{quantiles.CELLS[turn]} cells of each are paid for in turn {turn}"
+        )
+    if edges.dtype != np.float64 or not all(map(decision.sound, edges)):
+        raise SiteError("the coordinator sends no edges between cells of values; run the same medfed everywhere")
+    return edges
+
+
+def _one_cell_each(table: SiteTable, name: str) -> np.ndarray:
+    """Return a value of each training patient who has one: the middle one of the known, in the order of records."""
+    values = table.numbers.get(name, np.full(len(table), np.nan))
+    known = ~table.test & table.taking_part() & ~np.isnan(values)
+    _, first, count = np.unique(table.patient[known], return_index=True, return_counts=True)
+    found: np.ndarray = values[known][first + (count - 1) // 2]
+    return found
+
+
+def _query_noise(
+    site: Site, promised: Guarantee, label: str, sensitivity: float, numbers: int, *turn: int
+) -> np.ndarray:
+    """Draw a site's own noise on its answer to a query, in its turn where it is asked several times."""
+    key = Streams(site.study.study.seed).key(label, site.name, *turn)
     return guarantee.query_noise(promised, label, sensitivity, numbers, key)
 
 
@@ -835,6 +906,7 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "work": _work,
     "phase": _phase,
     "keep": _keep,
+    "ranges": _ranges,
     "count": _count,
     "evaluate": _evaluate,
     "compare": _compare,

@@ -31,6 +31,10 @@ LEAST_CLIP = 1e-6
 """Least clipping norm: a smaller one would weigh rounding as if it were a gradient."""
 
 
+LARGEST = 3e38
+"""Largest end of a range: about what float32 has."""
+
+
 def _key(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
@@ -411,6 +415,13 @@ class Privacy:
         0.0,
         "What choosing `data.threshold` on training rows would cost alone, as a part of `epsilon`, which the whole run "
         "stays within; 0: a quarter of it. Training then has about 4 % more noise.",
+    )
+    ranges_epsilon: float = _key(
+        0.0,
+        "Above 0: features that the dictionary does not describe are numbers, whose ranges are found before training "
+        "from noised counts of training patients, one known cell of each patient and column. It is what that would "
+        "cost alone, as a part of `epsilon`, which the whole run stays within; 0: such a feature is refused. At a "
+        "quarter of `epsilon` training has about 4 % more noise.",
     )
     vote_epsilon: float = _key(
         0.0,
@@ -842,6 +853,12 @@ def out_of_range(study: Study) -> list[Refusal]:
             "0 (a quarter of privacy.epsilon) or a number below it",
         ),
         (
+            "privacy.ranges_epsilon",
+            p.ranges_epsilon,
+            p.ranges_epsilon == 0 or 0 < p.ranges_epsilon < p.epsilon,
+            "0 (ranges are declared) or a number below privacy.epsilon",
+        ),
+        (
             "privacy.vote_epsilon",
             p.vote_epsilon,
             p.vote_epsilon == 0 or 0 < p.vote_epsilon < p.epsilon,
@@ -878,7 +895,8 @@ def out_of_range(study: Study) -> list[Refusal]:
         rules.append((where, low_high, len(low_high) in (0, 2), "[low, high]"))
         ordered = len(low_high) != 2 or -math.inf < low_high[0] < low_high[1] < math.inf
         rules.append((where, low_high, ordered, "low below high"))
-        rules.append((where, low_high, all(abs(end) <= 3e38 for end in low_high), "ends within 3e38, as float32 has"))
+        whole = all(abs(end) <= LARGEST for end in low_high)
+        rules.append((where, low_high, whole, "ends within 3e38, as float32 has"))
         if feature.log:
             rules.append(
                 (where, low_high, len(low_high) == 2 and low_high[0] >= 0, "[low, high] from 0 for log = true")
@@ -945,7 +963,7 @@ FEATURE = Ask(
     {"range": [], "categories": []},
     "one of the two for each feature: a number's public, plausible range = [low, high], or a text's categories = "
     '["a", "b"], from your data dictionary or a textbook, not from these patients. To leave columns out, list the '
-    "others in data.features.",
+    "others in data.features. Ranges of numbers that nobody can say: privacy.ranges_epsilon, at a price.",
 )
 EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")
 

@@ -15,6 +15,7 @@ from medfed.monitor.events import (
     Inspected,
     Log,
     Planned,
+    RangesFound,
     Resumed,
     RolledBack,
     RoundFinished,
@@ -49,6 +50,7 @@ SAMPLES: list[Event] = [
     RolledBack(1, 0.5, None),
     Compared(3, 4, Figure(0.01, 0.1 + 0.2, None), {"ä": [4, 0.01, None, None]}),
     Voted(3, 150, Figure(60.5, 0.1 + 0.2, 93.0), 15.4),
+    RangesFound(3, {"ä": [0.1 + 0.2, 1e12]}, 14.5),
     Resumed(1, 3, ""),
     RunFinished("complete", 3, 1.5, ""),
 ]

@@ -21,7 +21,8 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates
 from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical, features_of, limit_columns
+from medfed.data.tables import canonical
+from medfed.features import features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows

@@ -8,8 +8,9 @@ F features of the table, Q quantiles, M columns after encoding.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +23,17 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.core.types import Task
 from medfed.data import doubts, scales
 from medfed.data.federated import Rows
-from medfed.data.tables import SiteTable, declared_labels, declared_range, features_of
+from medfed.data.tables import SiteTable, declared_labels, declared_range
+from medfed.features import features_of
 from medfed.study import RANGE, Data, Feature
 
 Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]
 """Put a question to every site and return the sum of the answers."""
+
+NOTHING_FOUND: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+
+UNKNOWN = (-1.0, 1.0)
+"""Stands for a range until it is found."""
 
 _QUARTILES = (0.25, 0.5, 0.75)
 _OUTER = ((0.05, 0.95, 4.0), (0.01, 0.99, 7.0))
@@ -51,6 +58,7 @@ class Column:
     categories: tuple[str, ...] = ()
     indicator: bool = False  # one more column: 1 where the value is missing
     fill: float = 0.0  # what a public encoding puts into a gap, encoded
+    found: tuple[float, ...] = ()  # the range, where none is declared: from noised counts of training patients
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns."""
@@ -91,6 +99,10 @@ class Encoding:
         """Return the names of the encoded columns, M of them."""
         return [name for column in self.columns for name in column.names()]
 
+    def found(self) -> dict[str, tuple[float, ...]]:
+        """Return the ranges that were found for columns which declare none."""
+        return {column.name: column.found for column in self.columns if column.found}
+
     def invented(self, rows: int) -> Tensor:
         """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
         rng = np.random.default_rng(0)
@@ -112,7 +124,8 @@ class Encoding:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Encoding":
         """Read what `to_json` wrote."""
-        columns = tuple(Column(**{**c, "categories": tuple(c["categories"])}) for c in value["columns"])
+        listed = ("categories", "found")
+        columns = tuple(Column(**{**c, **{key: tuple(c.get(key, ())) for key in listed}}) for c in value["columns"])
         target = Target(**{**value["target"], "labels": tuple(value["target"]["labels"])})
         return cls(columns, target, value["public"])
 
@@ -372,13 +385,21 @@ def _logged(values: np.ndarray, name: str, logs: dict[str, float]) -> np.ndarray
     return np.log(np.maximum(values, logs[name])) if name in logs else values
 
 
-def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool = False) -> Encoding:
+def agree(
+    surveys: dict[str, dict[str, Any]],
+    data: Data,
+    ask: Ask,
+    public: bool = False,
+    found: Mapping[str, tuple[float, ...]] = NOTHING_FOUND,
+) -> Encoding:
     """Make the encoding that all sites will use, from their surveys and their answers to `ask`.
 
-    With `public` nothing may come from patients: preprocess is then dictionary or none, and `ask` is not used.
+    With `public` nothing may come from patients: preprocess is then dictionary or none, and `ask` is not used. `found`:
+    ranges of columns that declare none, which patients have paid for.
 
     Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
     """
+    data = _with_ranges(data, found)
     target = _target(surveys, data)
     texts = _text_columns(surveys, data)
     names = _feature_order(surveys, data)
@@ -422,8 +443,21 @@ def agree(surveys: dict[str, dict[str, Any]], data: Data, ask: Ask, public: bool
             centre, scale = scales[n]
             cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
             floor, fill = logs.get(n, 0.0), fills.get(n, 0.0)
-            columns.append(Column(n, "number", centre, scale, n in logs, floor, cap, (), n in indicators, fill))
+            range_ = tuple(found.get(n, ()))
+            columns.append(Column(n, "number", centre, scale, n in logs, floor, cap, (), n in indicators, fill, range_))
     return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
+
+
+def with_range(column: Column, ends: tuple[float, ...]) -> Column:
+    """Return a column with the range that was found for it."""
+    centre, scale = _public_scale(Feature(range=ends))
+    return dataclasses.replace(column, centre=centre, scale=scale, found=ends)
+
+
+def _with_ranges(data: Data, found: Mapping[str, tuple[float, ...]]) -> Data:
+    """Return the data table with the ranges that were found in its dictionary."""
+    entries = {n: dataclasses.replace(data.dictionary.get(n, Feature()), range=tuple(r)) for n, r in found.items()}
+    return dataclasses.replace(data, dictionary={**data.dictionary, **entries}) if entries else data
 
 
 def fit(
@@ -586,7 +620,8 @@ def _floor(feature: Feature) -> float:
 def _encode_number(column: Column, values: np.ndarray) -> np.ndarray:
     if column.log:
         values = np.log(np.maximum(values, column.floor))
-    encoded = (values - column.centre) / column.scale
+    with np.errstate(over="ignore"):  # a cap holds what is too large
+        encoded = (values - column.centre) / column.scale
     return np.clip(encoded, -column.cap, column.cap) if column.cap else encoded
 
 

@@ -12,7 +12,7 @@ met is in the site's own log. Only the header can stop a run.
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -32,6 +32,7 @@ from medfed.core.streams import Streams
 from medfed.data import cells, dates, doubts, readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
+from medfed.features import features_of, matching, no_features
 from medfed.study import KINDS, Data, Feature, describe, described, is_pattern
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -248,15 +249,18 @@ def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private:
     return clean_all(Frames.one(site, frame), data, streams, private)[0]
 
 
-def clean_all(frames: Frames, data: Data, streams: Streams, private: bool = False) -> list[SiteTable]:
+def clean_all(
+    frames: Frames, data: Data, streams: Streams, private: bool = False, open_: Collection[str] = ()
+) -> list[SiteTable]:
     """Clean the rows of several sites in one go: to each the table, or the error, that `clean` gives for it alone.
 
+    `open_`: numbers, under a claim, though the dictionary does not describe them (`features.open_columns`).
     Where something is wrong the sites are halved until it is one site's, named in its error; all of them are told.
     """
     notes: list[tuple[object, ...]] = []
     names = feature_names(frames.frame, data)
     if private:
-        _check_described(names, data)
+        _check_described([name for name in names if name not in open_], data)
     try:
         tables = _cleaned(frames, data, streams, private, notes)
     except MedfedError:
@@ -266,7 +270,7 @@ def clean_all(frames: Frames, data: Data, streams: Streams, private: bool = Fals
         tables, unclean = [], []
         for part in (frames.part(0, half), frames.part(half, len(frames))):
             try:
-                tables += clean_all(part, data, streams, private)
+                tables += clean_all(part, data, streams, private, open_)
             except MedfedError as error:
                 unclean += list(error.refusals) or [Refusal(error)]
         refuse(unclean)
@@ -307,7 +311,7 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
                     f"{column.where}: missing in row {column.rows(column.missing)}; fill them in or set "
                     "data.on_missing='impute'"
                 )
-            text_K = column.is_text()
+            text_K = column.is_declared_text() if private else column.is_text()
             if text_K.any():
                 texts[name] = column.text(text_K[site_N]), text_K
             if text_K.all():
@@ -325,7 +329,7 @@ def _cleaned(frames: Frames, data: Data, streams: Streams, private: bool, notes:
         numbers[name] = held, ~text_K
         for k, rows in frames.rows(beyond & ~text_K[site_N]):
             outside[k][name] = rows
-        if not feature.range:
+        if not feature.range and not private:
             for k, rows in frames.rows(cells.far_all(held, frames.ends) & ~text_K[site_N]):
                 far[k][name] = rows
     refuse(unclean)
@@ -437,8 +441,11 @@ def _check_described(names: Sequence[str], data: Data) -> None:
     refuse(undescribed(names, data))
 
 
-def undescribed(names: Sequence[str], data: Data) -> Iterator[Refusal]:
-    """Yield, as one, the features that a claim needs described and the dictionary does not describe."""
+def undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
+    """Yield, as one, the features that a claim needs described and the dictionary does not describe.
+
+    `otherwise` says, in a sentence, what else there is for numbers.
+    """
     absent = [name for name in names if not described(data.dictionary.get(name, Feature()))]
     if not absent:
         return
@@ -450,6 +457,7 @@ def undescribed(names: Sequence[str], data: Data) -> Iterator[Refusal]:
     text = (
         f"a privacy claim and {which} without a public range or categories do not compose: {what} "
         f"cells are would be counted from patients. Declare {one} or {other}{more} out of data.features."
+        f"{otherwise}"
     )
     yield Refusal(PlanError(text), describe(absent, data.dictionary))
 
@@ -459,51 +467,6 @@ def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
     columns = [str(name) for name in frame.columns]
     refuse(misnamed(columns, data))
     return features_of(columns, data)
-
-
-def features_of(columns: Sequence[str], data: Data) -> list[str]:
-    """Return the feature columns of a table: those that the study lists, else all that are nothing else.
-
-    A pattern takes what it matches; what is excluded is none, and what is made beside a feature is one with it.
-    """
-    known, none = set(columns), no_features(data)
-    chosen: list[str] = []
-    for asked in data.features or ("*",):
-        if asked in known or not is_pattern(asked):
-            chosen.append(asked)
-            made = limit_columns(asked, data.dictionary.get(asked, Feature()))
-            chosen += [name for name in made if name in known]
-        else:
-            chosen += [name for name in matching(asked, columns) if name not in none]
-    out = excluded(columns, data)
-    return [name for name in dict.fromkeys(chosen) if name not in out]
-
-
-def no_features(data: Data) -> set[str]:
-    """Return the columns that are something else: target, site, patient, test, and dates that become no number."""
-    roles = {data.target, data.site, data.patient, data.test, data.time}
-    roles |= {entry.reference for entry in data.dictionary.values() if entry.becomes}
-    roles |= {name for name, entry in data.dictionary.items() if entry.date}
-    numbers = {name for name, entry in data.dictionary.items() if entry.becomes}
-    return (roles - numbers) | {data.target, data.site, data.patient, data.test}
-
-
-def excluded(columns: Sequence[str], data: Data) -> set[str]:
-    """Return the columns that data.exclude names or matches."""
-    return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
-
-
-def matching(pattern: str, columns: Sequence[str]) -> list[str]:
-    """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may be any column."""
-    if pattern in KINDS:
-        return list(columns)
-    wild = re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in pattern), re.DOTALL)
-    return [name for name in columns if wild.fullmatch(name)]
-
-
-def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
-    """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
-    return (f"{name} below limit", f"{name} above limit") if feature.limits == "indicator" else ()
 
 
 def with_kinds(frame: pd.DataFrame, data: Data) -> Data:
@@ -688,10 +651,14 @@ class _Column:
         glance = number_N[:64]  # hardly any column of numbers begins so
         return len(number_N) > 1 and bool(dates.digits(glance).all() and dates.digits(number_N).all())
 
+    def is_declared_text(self) -> np.ndarray:
+        """Return the same of every site [K], whatever its cells are."""
+        return np.full(len(self.frames), bool(self.feature.categories))
+
     def is_text(self) -> np.ndarray:
         """Return at which sites it is text [K]: where the dictionary says so, or most cells are no numbers."""
         if self.feature.categories or self.feature.range:
-            return np.full(len(self.frames), bool(self.feature.categories))
+            return self.is_declared_text()
         if self._all_dates():
             raise DataError(f"{self.where}: {self._no_dates(['yyyymmdd'])}")
         worded_N = self.not_number

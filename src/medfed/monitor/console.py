@@ -10,10 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from medfed.core import decision
+from medfed.core.checks import some
 from medfed.monitor import reports, verdict
 from medfed.monitor.events import (
     Event,
     Planned,
+    RangesFound,
     Resumed,
     RoundFinished,
     RunFinished,
@@ -22,7 +24,7 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
-from medfed.monitor.lines import LeftOut
+from medfed.monitor.lines import LeftOut, sentence
 
 _SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
 _TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}
@@ -60,6 +62,8 @@ class Progressing:
                 self.bar.update(self.task, total=event.rounds)
             case Planned():
                 self._planned(event)
+            case RangesFound():
+                self.console.print(sentence(event), highlight=False, markup=False)
             case Warned():
                 self.console.print(f"[yellow]warning[/] {escape(event.text)}", highlight=False)
             case Resumed():
@@ -265,7 +269,8 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
     ]
     parts += chosen(found["chosen"])
     parts.append(_usefulness(found["foretold"]))
-    parts += [*_paid_test(found["paid_test"]), _charged(found["ledger"], found["epsilon"])]
+    parts += [*_ranges_ahead(found["ranges"], found["patients"]), *_paid_test(found["paid_test"])]
+    parts += [_charged(found["ledger"], found["epsilon"])]
     for mode, rows in found["modes"].items():
         table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
         for title in (
@@ -296,6 +301,18 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         "does."
     )
     return parts
+
+
+def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
+    """Say with how much noise ranges will be found."""
+    if ranges is None:
+        return []
+    columns = ranges["columns"]
+    return [
+        f"ranges: of {len(columns)} column{'s' * (len(columns) > 1)} ({escape(some(columns, 5))}) they are found from "
+        f"counts of training patients, which cost epsilon {ranges['epsilon']:g} alone; noise of sd "
+        f"{ranges['noise_sd']:.3g} patients lies on each, {patients:,} are declared, {ranges['least']:,.0f} needed."
+    ]
 
 
 def _paid_test(test: Mapping[str, Any] | None) -> list[str]:

@@ -71,6 +71,18 @@ class Planned(Event):
 
 
 @dataclass(frozen=True)
+class RangesFound(Event):
+    """The ranges of columns that declare none, from noised counts of the training patients of `sites` sites.
+
+    ranges: column -> [low, high]; noise_sd: standard deviation of the noise on each count, in patients.
+    """
+
+    sites: int
+    ranges: Mapping[str, Sequence[float]]
+    noise_sd: float
+
+
+@dataclass(frozen=True)
 class Warned(Event):
     """Something the user should know; the run goes on."""
 
@@ -244,8 +256,8 @@ def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteEx
 EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
-        RunStarted, Planned, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack, SecurityAudit,
-        Tested, Compared, Voted, Resumed, RunFinished,
+        RunStarted, Planned, RangesFound, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack,
+        SecurityAudit, Tested, Compared, Voted, Resumed, RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}

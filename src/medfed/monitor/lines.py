@@ -5,11 +5,12 @@ from typing import Any, Literal, TextIO
 
 import structlog
 
-from medfed.core.checks import those
+from medfed.core.checks import some, those
 from medfed.monitor.events import (
     Compared,
     Event,
     Planned,
+    RangesFound,
     Resumed,
     RolledBack,
     RoundFinished,
@@ -34,6 +35,10 @@ def sentence(event: Event, named: bool = True) -> str:
             return f"{event.study} began: {event.rounds} rounds"
         case Planned():
             return f"planned: {event.algorithm}, {event.model}, {len(event.sizes)} participants"
+        case RangesFound():
+            ends = [f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in event.ranges.items()]
+            noise = f"noise of sd {event.noise_sd:.3g} patients on each count"
+            return f"ranges found from noised counts of training patients ({noise}): {some(ends, 8)}"
         case Warned():
             return f"warning: {event.text}"
         case SiteExcluded():

@@ -42,6 +42,12 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{rounds['planned']} planned; payments: {rounds['paid']}, each for {claim['a_payment_covers']}; "
         f"noised steps in a round: {_per_site(claim['steps_per_round'])}",
     )
+    if ranges := claim.get("ranges"):
+        yield (
+            "ranges",
+            f"{ranges['mechanism']}; {ranges['times']} times for {len(ranges['columns'])} columns, noise multiplier "
+            f"{ranges['noise_multiplier']:.6g}, epsilon {ranges['epsilon_alone']:g} alone, within the whole",
+        )
     yield "accountant", f"{claim['accountant']['name']}; {claim['accountant']['version']}"
     if second:
         yield "second accountant", f"{second['name']}: epsilon {second['epsilon']:.6f}"

@@ -9,6 +9,7 @@ from medfed.monitor.events import (
     Compared,
     Event,
     Planned,
+    RangesFound,
     Resumed,
     RolledBack,
     RoundFinished,
@@ -53,6 +54,7 @@ class Tally:
         self.taken_back: list[RolledBack] = []
         self.compared: Compared | None = None
         self.voted: Voted | None = None
+        self.ranges: RangesFound | None = None
         self._earlier, self._up, self._down = 0.0, 0, 0
         self._summary: dict[str, Any] | None = None
 
@@ -64,6 +66,8 @@ class Tally:
                 self.started = event
             case Planned():
                 self.planned, self._up, self._down = event, event.bytes_up, event.bytes_down
+            case RangesFound():
+                self.ranges = event
             case Warned():
                 self.warnings.append(event.text)
             case Resumed(round=last):
@@ -142,6 +146,7 @@ class Tally:
             "learning_rate": _rate(planned),
             "compared": _compared(self.compared),
             "vote": _voted(self.voted),
+            "ranges": _ranges(self.ranges),
             "privacy": _privacy(planned, rounds, finished),
             "seconds": {
                 "total": round(self._earlier + finished.seconds, 3) if finished else None,
@@ -218,6 +223,12 @@ def _compared(told: Compared | None) -> dict[str, Any] | None:
         return None
     own = told.own_better
     return {"n": told.n, "own_better": own.value, "interval": [own.low, own.high], "sites": dict(told.sites)}
+
+
+def _ranges(told: RangesFound | None) -> dict[str, Any] | None:
+    if told is None:
+        return None
+    return {"found": {name: list(ends) for name, ends in told.ranges.items()}, "noise_sd": told.noise_sd}
 
 
 def _voted(told: Voted | None) -> dict[str, Any] | None:

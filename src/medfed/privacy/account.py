@@ -156,7 +156,7 @@ class Account:
         self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
     def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
-        """Charge the training patients of each site for a query, once a run; return who cannot pay.
+        """Charge the training patients of each site for a query; return who cannot pay, or has for all that is planned.
 
         Who has paid and was not yet `answered_query` does not pay twice. What a crash lost is not bought again: the
         room in the plan is another query's.
@@ -166,7 +166,7 @@ class Account:
         event = self._enrolled().query_event(label)
         owing = [site for site in sites if site not in self._paid[label]]
         charges = {site: replace(self._charge(site, 0, event), label=label) for site in owing}
-        refused = self._charged(charges, planned={label: 1})
+        refused = self._charged(charges)
         self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
@@ -178,7 +178,7 @@ class Account:
             if _held_out(site) not in self._paid[label]:
                 cohort = self.ledger.enrol(_held_out(site), ids)
                 charges[site] = Charge(self.study.study.name, self.run, cohort, 0, label, event)
-        refused = self._charged(charges, planned={label: 1})
+        refused = self._charged(charges)
         self._paid[label].update(_held_out(site) for site in charges if site not in refused)
         return refused
 
@@ -208,16 +208,9 @@ class Account:
         """Whether a patient of one site may pay at another: one noise for both, and one charge."""
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
-    def _charged(
-        self, charges: Mapping[str, Charge], planned: Mapping[str, int] | None = None
-    ) -> dict[str, BudgetError]:
-        """Charge sites all at once; where that is refused one by one, or nobody where they share patients.
-
-        `planned`: how often each label of these charges may be paid for in a run.
-        """
+    def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
+        """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
         limits = self._limits()
-        if planned and limits.planned is None:
-            limits = replace(limits, planned=planned)
         try:
             self.ledger.charge(list(charges.values()), limits)
             return {}
@@ -266,9 +259,10 @@ class Account:
     def _limits(self) -> Limits:
         p, g = self.study.privacy, self._enrolled()
         limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
+        planned = {label: one.times for label, one in g.queries.items()}
         if g.accountant != "pld":
-            return limits
-        planned = {ROUND: g.uses, TEST: 1, **dict.fromkeys(g.queries, 1)}
+            return replace(limits, planned=planned)
+        planned |= {ROUND: g.uses, TEST: 1}
         return replace(limits, epsilon=math.inf, planned=planned)  # PLD is no filter; its plan is fixed instead
 
 

@@ -22,7 +22,8 @@ from medfed.core.checks import PlanError, StudyError, closest, nearest, some
 from medfed.core.decision import CHOOSING_CELLS
 from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
-from medfed.privacy import accounting, factorisation
+from medfed.features import open_columns
+from medfed.privacy import accounting, factorisation, quantiles
 from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost, worst_total_variation
 from medfed.study import EPSILON, SIZE, Study
@@ -85,6 +86,16 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Query:
+    """What training patients are asked beside the gradient: numbers of each answer, and how often they answer."""
+
+    epsilon: float  # what all answers would cost alone
+    numbers: int
+    times: int = 1
+    noise_multiplier: float = math.nan  # of each answer
+
+
+@dataclass(frozen=True)
 class Guarantee:
     """A study's (epsilon, delta) for every training patient, and what keeps it."""
 
@@ -104,7 +115,7 @@ class Guarantee:
     strategy: tuple[float, ...] = ()  # of correlated noise: c_0 .. c_(b-1)
     rounds: int = 0
     separation: int = 1
-    queries: Mapping[str, float] = field(default_factory=dict)  # asked beside the gradient: label -> noise multiplier
+    queries: Mapping[str, Query] = field(default_factory=dict)  # by label
 
     @property
     def joint(self) -> bool:
@@ -140,15 +151,15 @@ class Guarantee:
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
     def query_event(self, label: str) -> Event:
-        """Return what one site's answer to a query costs its patients."""
-        return Gaussian(self.queries[label])
+        """Return what one answer of a site to a query costs its patients."""
+        return Gaussian(self.queries[label].noise_multiplier)
 
     def query_sd(self, label: str, sensitivity: float) -> float:
         """Return the standard deviation of the noise on each number of a query's answer: a site's own, or the sum's.
 
         A patient moves the answer by `sensitivity`, in L2 norm, at each of its sites; joint noise covers all of them.
         """
-        return self.queries[label] * sensitivity * (self.max_sites if self.joint else 1)
+        return self.queries[label].noise_multiplier * sensitivity * (self.max_sites if self.joint else 1)
 
     def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
         """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`.
@@ -162,8 +173,12 @@ class Guarantee:
     def whole(self, client: str) -> Event:
         """Return what the whole plan costs a patient of a client at that client."""
         rounds = replaced(self.releases[client].event(), self.uses)
-        beside = [self.query_event(label) for label in sorted(self.queries)]
+        beside = self._all_answers()
         return Composed((rounds, *beside)) if beside else rounds
+
+    def _all_answers(self) -> tuple[Event, ...]:
+        """Return what all answers to all queries cost a patient at one site."""
+        return tuple(replaced(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
 
     def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
         """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
@@ -208,6 +223,24 @@ def vote_multiplier(study: Study, epsilon: float) -> float:
     """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's sites."""
     copies = study.privacy.max_sites_per_patient if mode(study) == "site" else 1
     return _query_noise(copies, epsilon, study.privacy.delta)
+
+
+def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 0) -> float:
+    """Return the standard deviation of the noise on a cell, over all sites, by which ranges are found, in patients.
+
+    For so many open columns and at such a price; by default those of the study.
+    """
+    p, columns = study.privacy, columns or len(open_columns(study))
+    copies = p.max_sites_per_patient if mode(study) == "site" else 1
+    each = _query_noise(copies * quantiles.TIMES, epsilon or p.ranges_epsilon, p.delta) * ranges_sensitivity(columns)
+    if mode(study) != "site":
+        each *= p.max_sites_per_patient
+    return each if counted_together(study) else each * math.sqrt(sites)
+
+
+def ranges_sensitivity(columns: int) -> float:
+    """Return how far one patient moves the counts of so many columns: one count of each by one."""
+    return math.sqrt(columns)
 
 
 def vote_interval(sites: int, noise_sd: float) -> float:
@@ -354,7 +387,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     )
     steps = max(release.steps for release in blank.values())
     samples = found.numbers() * steps * planned * found.copies
-    samples += found.copies * sum(numbers for _, numbers in queries_of(study).values())
+    samples += found.copies * sum(one.numbers * one.times for one in queries_of(study).values())
     samples *= 1 if study.security.aggregation == "plain" else max(3, len(sizes))  # who holds a part of each noise
     if not p.simulation_only:
         worst = worst_total_variation(2.0**20 * found.sensitivity_units())
@@ -365,7 +398,10 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
             "of it; expected at most half. Lower training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
     delta = found.delta - found.delta_sampler
-    queries = {name: _query_noise(found.copies, alone, delta) for name, (alone, _) in queries_of(study).items()}
+    queries = {
+        label: replace(one, noise_multiplier=_query_noise(found.copies * one.times, one.epsilon, delta))
+        for label, one in queries_of(study).items()
+    }
     found = replace(found, queries=queries)
     noise = {name: _noise_for(found, release) for name, release in blank.items()}
     if found.joint:  # one noise for all: the client that needs most decides
@@ -390,7 +426,7 @@ def _noise_for(found: Guarantee, release: Release) -> float:
     return _calibrated(
         alike,
         found.uses * found.copies,
-        tuple(replaced(found.query_event(label), found.copies) for label in sorted(found.queries)),
+        tuple(replaced(event, found.copies) for event in found._all_answers()),
         found.epsilon,
         found.delta - found.delta_sampler,
         found.accountant,
@@ -416,13 +452,15 @@ def _calibrated(
         ) from error
 
 
-def queries_of(study: Study) -> dict[str, tuple[float, int]]:
-    """Return what training patients are asked beside the gradient: by label, epsilon if alone, and numbers."""
-    p, found = study.privacy, dict[str, tuple[float, int]]()
+def queries_of(study: Study) -> dict[str, Query]:
+    """Return what training patients are asked beside the gradient, by label; their noise is not known yet."""
+    p, found = study.privacy, dict[str, Query]()
+    if columns := len(open_columns(study)):
+        found["ranges"] = Query(p.ranges_epsilon, columns * max(quantiles.CELLS), quantiles.TIMES)
     if study.rule().chosen:
-        found["threshold"] = p.threshold_epsilon or p.epsilon / 4, 2 * CHOOSING_CELLS
+        found["threshold"] = Query(p.threshold_epsilon or p.epsilon / 4, 2 * CHOOSING_CELLS)
     if p.vote_epsilon:
-        found["vote"] = p.vote_epsilon, 1
+        found["vote"] = Query(p.vote_epsilon, 1)
     return found
 
 

@@ -37,7 +37,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -123,14 +123,14 @@ class Limits:
     """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
 
     The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise sampler takes. `planned`:
-    how many charges of each label a site may have in one run, where a fixed plan is what epsilon was worked out for.
+    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for.
     """
 
     epsilon: float
     delta: float
     lifetime_epsilon: float = math.inf
     sampler: float = 0.0
-    planned: Mapping[str, int] | None = None
+    planned: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -395,19 +395,17 @@ class Ledger:
         self._accounts.refuse_overspend(charges, limits, self.lifetime)
 
     def _refuse_unplanned(self, charges: Sequence[Charge], limits: Limits) -> None:
-        if limits.planned is None:
-            return
-        asked = Counter((c.run, c.cohort.site, c.label) for c in charges)
+        asked = Counter((c.run, c.cohort.site, c.label) for c in charges if c.label in limits.planned)
         for (run, site, label), more in asked.items():
             where = (run, site, label)
             (paid,) = self._sql.execute(
                 "SELECT COUNT(*) FROM charges WHERE run = ? AND site = ? AND label = ? AND cohort != ''", where
             ).fetchone()
-            if paid + more > limits.planned.get(label, 0):
+            if paid + more > limits.planned[label]:
                 raise BudgetError(
                     f"site {site!r}, {label}: refused, and nothing was charged. The run pays for a plan of "
-                    f"{limits.planned.get(label, 0)} ({label}), and {paid} are paid. Start a new run; for rounds that "
-                    "are lost, set privacy.spare_rounds before it."
+                    f"{limits.planned[label]} ({label}), and {paid} are paid. Start a new run; for rounds "
+                    "that are lost, set privacy.spare_rounds before it."
                 )
 
     def _append(self, charges: Sequence[Charge]) -> tuple[int, str]:

@@ -4,7 +4,7 @@ Every entry is a way in which a guarantee was printed somewhere and did not hold
 are checked from the study alone, before any record is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -12,15 +12,18 @@ from medfed.core import toml
 from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
+from medfed.features import open_columns
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import (
     counted_together,
     mode,
     queries_of,
+    ranges_noise,
     vote_interval,
     vote_multiplier,
     vote_noise,
 )
+from medfed.privacy.quantiles import LEAST
 from medfed.study import RANGE, Data, Feature, Study, describe, described, is_pattern
 
 
@@ -100,6 +103,14 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             data__on_outside="hold",
         )
     yield from _undeclared(study, claim)
+    if p.ranges_epsilon and data.preprocess == "none":
+        yield _refusal(
+            f"privacy.ranges_epsilon={p.ranges_epsilon:g}",
+            "data.preprocess='none'",
+            "numbers are taken as they are, so that a range that is found would serve nothing",
+            "Set data.preprocess='dictionary'.",
+            data__preprocess="dictionary",
+        )
     if not data.test_is_public and not p.evaluation_epsilon:
         yield _unpaid_test(study, claim)
     if t.algorithm in ("local", "pooled"):
@@ -179,7 +190,7 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     data = study.data
     named = [name for name in data.features if not is_pattern(name)]
     names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
-    if names:
+    if names and not study.privacy.ranges_epsilon:
         first, more = names[0], len(names) > 1
         whose = "their" if more else "its"
         side = f"{len(names)} of data.features ({some(map(repr, names))})" if more else f"data.features={first!r}"
@@ -187,7 +198,7 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
         action = f"Set {one} or {other}" + (", and so on, or leave them out." if more else ", or leave it out.")
         error = PlanError(
             f"{claim} and {side} without a public range or categories do not compose: what {whose} cells are, and how "
-            f"far they reach, would be taken from patients. {action}"
+            f"far they reach, would be taken from patients. {action}{unless_paid(study)}"
         )
         yield Refusal(error, describe(names, data.dictionary))
     if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
@@ -197,6 +208,38 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
             f"target says. Set {where} = [low, high]."
         )
         yield Refusal(error, {("data", "dictionary", data.target, "range"): RANGE})
+
+
+def unless_paid(study: Study) -> str:
+    """Say, in a sentence after others, how ranges that nobody knows are found, and at which price."""
+    quarter = study.privacy.epsilon / 4
+    return (
+        f" Ranges of numbers that nobody can say are found from noised counts of training patients by "
+        f"privacy.ranges_epsilon={quarter:g}: a quarter of epsilon costs training about 4 % more noise."
+    )
+
+
+def hidden_ranges(study: Study, sizes: Mapping[str, int]) -> Iterator[Refusal]:
+    """Yield why the noise would hide the ranges that are to be found, from declared sizes alone."""
+    columns, patients, p = len(open_columns(study)), sum(sizes.values()), study.privacy
+    if not columns or not patients:
+        return
+    sd = ranges_noise(study, len(sizes))
+    if patients >= LEAST * sd:
+        return
+    most = int(columns * (patients / (LEAST * sd)) ** 2)
+    ways = [f"declare the ranges of all but {most} of them" if most else "declare the ranges"]
+    dearer = [p.ranges_epsilon * n for n in (2, 3) if p.ranges_epsilon * n <= p.epsilon / 2]
+    if enough := [e for e in dearer if patients >= LEAST * ranges_noise(study, len(sizes), e)]:
+        ways.append(f"set privacy.ranges_epsilon={enough[0]:g}")
+    if not counted_together(study) and mode(study) == "site":
+        ways.append("take privacy.noise='shared', one noise for all sites")
+    yield _refusal(
+        f"privacy.ranges_epsilon={p.ranges_epsilon:g} for {columns} column{'s' * (columns > 1)} without a range",
+        f"{patients} declared patients",
+        f"on each count lies a noise of sd {sd:.3g} patients, which hides quantiles of fewer than {LEAST * sd:.0f}",
+        f"Nothing was charged. Either {', or '.join(ways)}.",
+    )
 
 
 def _lifetime(data: Data) -> Iterator[Refusal]:
@@ -298,9 +341,9 @@ def vote_tells(study: Study, epsilon: float, sites: int, part: int) -> bool:
 def _queries(study: Study) -> Iterator[Refusal]:
     """Refuse queries of training patients that leave nothing of epsilon to train with."""
     p, asked = study.privacy, queries_of(study)
-    spent = sum(accounting.budget_mu(epsilon, p.delta) ** 2 for epsilon, _ in asked.values())
+    spent = sum(accounting.budget_mu(one.epsilon, p.delta) ** 2 for one in asked.values())
     if len(asked) > 1 and spent >= accounting.budget_mu(p.epsilon, p.delta) ** 2:
-        told = " and ".join(f"privacy.{name}_epsilon={epsilon:g}" for name, (epsilon, _) in asked.items())
+        told = " and ".join(f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items())
         quarter = p.epsilon / 4
         yield _refusal(
             told,

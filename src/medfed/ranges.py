@@ -1,0 +1,130 @@
+"""Ranges that nobody could declare: found from noised counts of training patients, before the first round.
+
+Training patients pay for it. Counts are asked for as often as the plan pays for, and each time all of the study's open
+columns are counted; what follows from them is public, and becomes part of the run's encoding like a declared range.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+
+import numpy as np
+import torch
+
+from medfed.core import codec
+from medfed.core.checks import BudgetError, PlanError, reasons, some
+from medfed.data import preprocess
+from medfed.data.preprocess import Encoding
+from medfed.engine.port import Counted, Fleet, gather
+from medfed.features import open_columns
+from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned
+from medfed.plan import Plan
+from medfed.prepare import send_encoding
+from medfed.privacy import guarantee, quantiles
+from medfed.privacy.guarantee import ranges_sensitivity
+from medfed.privacy.quantiles import Range, Search
+
+PAID = (
+    "Nothing was trained. What training patients have paid for ranges stays spent: a run that asks anew charges anew. "
+    "Declare ranges in [data.dictionary], or have the operator raise the budget."
+)
+
+
+def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
+    """Return the plan with the ranges of its open columns, every site having encoded its rows anew, and what is told.
+
+    A plan whose ranges are all declared comes back as it is. Raises BudgetError where no site's patients can pay,
+    PlanError where the noise hides every feature; nothing has been trained then.
+    """
+    columns, g = open_columns(plan.study), plan.guarantee
+    if g is None or "ranges" not in g.queries:
+        return plan, []
+    counted, told = Counted(fleet), list[Event]()
+    noises = 1 if guarantee.counted_together(plan.study) else len(plan.participants)
+    search = Search(len(columns), g.query_sd("ranges", ranges_sensitivity(len(columns))) * math.sqrt(noises))
+    for turn in range(quantiles.TIMES):
+        counts_FC, excluded = _counts(plan, counted, turn, search.edges())
+        told += [event for event in excluded if event not in told]
+        search.take(counts_FC)
+
+    plan = replace(plan, encoding=_encoding(plan, dict(zip(columns, search.found, strict=True))))
+    if all(one.known == 0 for one in search.found) and len(columns) == len(plan.encoding.columns):
+        raise PlanError(
+            f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are values seen above the "
+            f"noise, so that there is nothing to learn from. {PAID}"
+        )
+    send_encoding(plan, counted, fleet.sites())
+    found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
+    told.append(RangesFound(len(plan.participants), found, search.sd))
+    told += _doubtful(columns, search.found)
+    up, down = plan.bytes_up + counted.bytes_up, plan.bytes_down + counted.bytes_down
+    return replace(plan, bytes_up=up, bytes_down=down), told
+
+
+def refuse_unfound(plan: Plan) -> None:
+    """Raise PlanError where a plan's ranges are still to be found, and nobody will look for them."""
+    if found := plan.encoding.found():
+        raise PlanError(
+            f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
+            "[data.dictionary], or read the records without a claim"
+        )
+
+
+def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.ndarray, list[SiteExcluded]]:
+    """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
+    payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})
+    replies = gather(fleet, plan.participants, "ranges", payload, plan.study.training.deadline)
+    shape = (len(edges), quantiles.CELLS[turn])
+    refused = {name: reply.error for name, reply in replies.items() if reply.error}
+    total, answered = np.zeros(shape), 0
+    for name, reply in replies.items():
+        if name in refused:
+            continue
+        counts = codec.decode(reply.payload)[1]["counts"].numpy()
+        if counts.shape != shape or not np.isfinite(counts).all():
+            refused[name] = "its counts are not finite, or not those that were asked for"
+            continue
+        total, answered = total + counts, answered + 1
+    if not answered:
+        raise BudgetError(f"no site counts for ranges. {reasons(refused)}. {PAID if turn else 'Nothing was charged.'}")
+
+    g = plan.guarantee
+    assert g is not None
+    if guarantee.counted_together(plan.study):
+        key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
+        total = total + guarantee.query_noise(g, "ranges", most, total.size, key).reshape(shape)
+    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in refused.items()]
+
+
+def _encoding(plan: Plan, found: dict[str, Range]) -> Encoding:
+    """Return the plan's encoding with the ranges that were found."""
+    columns = tuple(
+        preprocess.with_range(column, found[column.name].ends) if column.name in found else column
+        for column in plan.encoding.columns
+    )
+    return replace(plan.encoding, columns=columns)
+
+
+def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
+    """Warn of columns of which too little was seen."""
+    unseen = list(compress(columns, [one.known == 0 for one in found]))
+    few = list(compress(columns, [one.known > 0 and not one.told for one in found]))
+    told: list[Event] = []
+    if unseen:
+        low, high = quantiles.WIDEST
+        told.append(
+            Warned(
+                f"no value of {some(map(repr, unseen))} is seen above the noise, so the range is taken as "
+                f"[{low:g}, {high:g}], in which the model sees next to nothing of it. It may hold text, be empty or be "
+                "rare: declare its categories or its range, or leave it out"
+            )
+        )
+    if few:
+        told.append(
+            Warned(
+                f"of {some(map(repr, few))} too few values are seen above the noise for quantiles: the range is that "
+                "of whole decades. Declare it, or leave the column out"
+            )
+        )
+    return told
