@@ -3,6 +3,7 @@
 Two ask for it: the site itself (`medfed alone`), and a vote, in which each site tells one noised number.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,13 +20,12 @@ from medfed.privacy.guarantee import asked
 from medfed.rates import Pace, at, bend, left_open
 from medfed.study import Privacy, Robustness, Security, Study
 
-LENGTHS = (3, 10, 30, 100)
+LENGTHS = (10, 30, 100, 300)
 """Steps after which a site's own training may stop, under a claim."""
 
-TIE = 10
+TIE = 30
 """Steps where a site has too few patients to set some aside."""
 
-_MOMENTUM = 0.9
 _ASIDE = 5  # one patient in five says when to stop
 
 
@@ -71,21 +71,23 @@ def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: St
     """Train on all rows for as many steps as serve every fifth patient best when trained on the others."""
     model = build_model(study, encoding)
     path = probed(study, encoding, model).path
-    start_KP, key_K = vector(model)[None], Streams(study.study.seed).key_K("own", 0, [name])
+    key_K = Streams(study.study.seed).key_K("own", 0, [name])
 
-    def trained(on: Rows, steps: int) -> Tensor:
-        bends = {name: bend(on.x, 0)}
-        rate = 1 / safe_rate(study, encoding, bends, {name: len(on)}).curvature
-        plan = LocalPlan(encoding.target.task, steps=steps, batch_size=0, learning_rate=rate, momentum=_MOMENTUM)
-        return train(model, start_KP, Stack.of([on]), plan, key_K, path=path).theta_KP[0]
+    def trained(on: Rows, lengths: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the weights after each of these many steps of one descent."""
+        w_KP, done = vector(model)[None], 0
+        rate = 1 / safe_rate(study, encoding, {name: bend(on.x, 0)}, {name: len(on)}).curvature
+        for length in lengths:
+            plan = LocalPlan(encoding.target.task, steps=length - done, batch_size=0, learning_rate=rate)
+            w_KP, done = train(model, w_KP, Stack.of([on]), plan, key_K, path=path).theta_KP, length
+            yield w_KP[0]
 
     aside = rows.patient % _ASIDE == 0
-    kept, judges = rows.at(~aside), rows.at(aside)
-    if len(kept) == 0 or len(judges) == 0:
-        return trained(rows, TIE)
-    errors = [_mean_error(model, trained(kept, steps), judges, encoding.target) for steps in LENGTHS]
-    best = min(range(len(LENGTHS)), key=errors.__getitem__)
-    return trained(rows, LENGTHS[best])
+    kept, judges, best = rows.at(~aside), rows.at(aside), TIE
+    if len(kept) and len(judges):
+        errors = [_mean_error(model, w_P, judges, encoding.target) for w_P in trained(kept, LENGTHS)]
+        best = LENGTHS[min(range(len(LENGTHS)), key=errors.__getitem__)]
+    return next(trained(rows, [best]))
 
 
 def _mean_error(model: nn.Module, w_P: Tensor, rows: Rows, target: Target) -> float:
