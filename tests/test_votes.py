@@ -440,6 +440,7 @@ def test_the_recipe_takes_a_vote_where_it_tells(tmp_path: Path, privacy: dict[st
         assert (found is not None) == vote_tells(study, 2.0, sites, 4)
     assert recipe._vote(study._with({"monitor.baselines": True, "privacy.scope": "run"})) is None
     assert recipe._vote(study._with({"privacy.sizes": {}})) is None
+    assert recipe._vote(study._with({"privacy.sizes": {f"s{k}": 4 for k in range(5000)}})) is None  # wards of four
     assert recipe._vote(study._with({"sites.kind": "device"})) is None
 
 

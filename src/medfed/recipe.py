@@ -60,6 +60,9 @@ SHORTEST = 12.0
 
 MOST_MOMENTUM = 0.95
 
+WORTH_A_MODEL = 20
+"""Training patients of the mean site, below which a vote on models of their own is not taken unasked."""
+
 _ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
 
 
@@ -185,6 +188,8 @@ def _vote(study: Study) -> tuple[float, str] | None:
     p, sites = study.privacy, len(study.privacy.sizes)
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
     if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
+        return None
+    if sum(p.sizes.values()) < WORTH_A_MODEL * sites:
         return None
     if max(p.threshold_epsilon, p.ranges_epsilon) > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
         return None

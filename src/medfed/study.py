@@ -428,7 +428,8 @@ class Privacy:
         "Above 0: whether sites' own models do better than the federated one is told by a noised vote of the sites, "
         "after training. It is what the vote would cost alone, as a part of `epsilon`, which the whole run stays "
         "within; 0: no vote. Left out, a quarter of `epsilon` where so many sites vote that noise leaves an answer "
-        "(from about 130 at epsilon 1, 30 at epsilon 8, with plain aggregation); training has about 4 % more noise.",
+        "(from about 130 at epsilon 1, 30 at epsilon 8, with plain aggregation) and have 20 patients or more in the "
+        "mean; training has about 4 % more noise.",
     )
     simulation_only: bool = _key(
         False,
