@@ -228,7 +228,8 @@ def test_nothing_is_held_against_who_was_forgiven() -> None:
 def test_auto_takes_the_default_rule_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = study._with({"robustness.rule": "auto", "robustness.max_malicious": 0.34})
     assert planned(auto).bears() == "1 of 3 are borne by nnm+geometric-median"
-    monkeypatch.setattr("medfed.plan.MOST_ROWS", 2)
+    for room in ("plan", "resolved"):
+        monkeypatch.setattr(f"medfed.{room}.MOST_ROWS", 2)
     with pytest.raises(PlanError, match="without a bound"):
         planned(auto)
     assert "times robustness.bound=2" in planned(auto.set("robustness.bound", 2.0)).bears()

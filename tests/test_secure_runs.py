@@ -17,9 +17,9 @@ from medfed import aggregation, runs, site
 from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
 from medfed.engine.inprocess import InProcess
-from medfed.plan import holders, threshold
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import GRID, resolve
+from medfed.resolved import holders, threshold
 from medfed.study import Study
 from medfed.wire import NoiseShare, noise_share
 from tests.tables import PRIVATE, SITES, STUDY, invented, write_study

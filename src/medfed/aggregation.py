@@ -26,8 +26,9 @@ from medfed.core import codec
 from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError, naming, reasons
 from medfed.core.entropy import Entropy, Integers
 from medfed.engine.port import Fleet, Reply, gather
-from medfed.plan import Plan, cohort, threshold
+from medfed.plan import Plan
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
+from medfed.resolved import cohort, threshold
 from medfed.robust import rules
 from medfed.secure import keys, masking, three_party
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope

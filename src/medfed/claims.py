@@ -15,7 +15,7 @@ from medfed.core.checks import PlanError, RunError
 from medfed.core.types import JSON
 from medfed.features import open_columns
 from medfed.monitor import reports
-from medfed.plan import Plan, excess, holders
+from medfed.plan import Plan
 from medfed.privacy import accounting
 from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
@@ -30,6 +30,7 @@ from medfed.privacy.guarantee import (
     resolve,
 )
 from medfed.privacy.quantiles import LEAST
+from medfed.resolved import excess, holders
 
 _TRUST = {
     "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",

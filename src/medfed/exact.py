@@ -27,11 +27,12 @@ from medfed.core.types import JSON
 from medfed.core.types import Task as Kind
 from medfed.data.federated import Rows
 from medfed.local import outputs
-from medfed.plan import Plan, cohort, holders
+from medfed.plan import Plan
 from medfed.privacy import noise_tests, odd_patients
 from medfed.privacy.audit import Part
 from medfed.privacy.budget import NoClaim
 from medfed.privacy.guarantee import GRID, Guarantee, declared
+from medfed.resolved import cohort, holders
 from medfed.site import Site, handle_many
 from medfed.study import Study, Training
 from medfed.twin import Training as Trained

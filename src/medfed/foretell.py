@@ -28,9 +28,10 @@ from medfed.data.federated import Patients, Rows
 from medfed.data.preprocess import Encoding
 from medfed.local import outputs
 from medfed.monitor import noised
-from medfed.plan import Plan, algorithm_name, build_model, excess
+from medfed.plan import Plan, build_model
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee, Release
+from medfed.resolved import algorithm_name, excess
 from medfed.study import Study
 
 EPSILONS = (8.0, 3.0, 1.0, 0.5)

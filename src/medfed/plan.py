@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from medfed import models, rates
-from medfed.algorithms import ALGORITHMS, Algorithm, Server
+from medfed.algorithms import ALGORITHMS, Server
 from medfed.core import toml
 from medfed.core.checks import (
     DataError,
     MedfedError,
     PlanError,
-    QuorumError,
     StudyError,
     closest,
     nearest,
@@ -36,41 +35,35 @@ from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import refusals
-from medfed.privacy.budget import Budget, Metered, NoClaim
-from medfed.privacy.guarantee import Guarantee
 from medfed.probe import ROWS, Probed, probe
 from medfed.rates import Chosen
+from medfed.resolved import (
+    DEFAULT_RULE,
+    MOST_ROWS,
+    Resolved,
+    algorithm_name,
+    bounded,
+    cohort,
+    resolve,
+    robust_rule,
+)
 from medfed.robust import attacks
-from medfed.robust.rules import Rule, augment, rule_of
+from medfed.robust.rules import Rule
 from medfed.secure.field import check_headroom
 from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
-from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
-
-MOST_ROWS = 2000
-"""Clients of a round that a rule may compare two by two."""
-
-DEFAULT_RULE = "nnm+geometric-median"
-"""What rule = "auto" takes where clients can be compared."""
 
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything a round needs, resolved. Sizes are public: training and test rows of each site."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Resolved):
+    """Everything a round needs: what is resolved, how records become numbers, and what sites told of their tables."""
 
-    study: Study
     encoding: Encoding
-    sizes: Mapping[str, Mapping[str, int]]
-    participants: tuple[str, ...]  # who trains
     testers: tuple[str, ...]  # who holds test patients
-    parameters: int
-    message: int  # M, numbers in a row
     label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
     surveyed: str  # sha256 of what the sites told of their tables
-    guarantee: Guarantee | None = None
-    links: Sequence[Link] = PLAIN
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
@@ -78,89 +71,8 @@ class Plan:
     chosen: Chosen | None = None  # the learning rate, where the study leaves it open
 
     @property
-    def algorithm(self) -> Algorithm:
-        return ALGORITHMS[algorithm_name(self.study)]
-
-    @property
     def local(self) -> LocalPlan:
         return local_plan(self.study, self.encoding)
-
-    @property
-    def rule(self) -> Rule | None:
-        """What weighs rows where some may lie; None takes the clients' public weights."""
-        return robust_rule(self.study, cohort(self.study, self.participants))
-
-    def weigh(self, gram_KK: Tensor) -> Tensor:
-        """Return the rule's weights [K] of the rows with this Gram matrix; see `fitting`.
-
-        Bucketing's pairs follow from a hash of the matrix, so that parties who compute them apart agree.
-        """
-        rule = self.fitting(len(gram_KK))
-        key = int.from_bytes(hashlib.sha256(gram_KK.contiguous().numpy().tobytes()).digest()[:7])
-        if rule.needs != "reference":
-            return rule(gram_KK, key)
-        return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
-
-    def fitting(self, rows: int) -> Rule:
-        """Return the rule for as many rows as came: who did not come counts as malicious where it needs that.
-
-        Raises QuorumError where even so they are too few.
-        """
-        rule, n = self.rule, cohort(self.study, self.participants)
-        assert rule is not None
-        least = max(0, rule.f - (n - rows))
-        f = next((f for f in range(rule.f, least - 1, -1) if rule.smallest_n(f) <= rows), None)
-        if f is None:
-            raise QuorumError(
-                f"robustness.rule={rule.name!r} bears {least} malicious rows among {rule.smallest_n(least)} or more; "
-                f"{rows} came. Run the round again, or lower robustness.max_malicious."
-            )
-        return replace(rule, f=f)
-
-    def quorum(self, clients: int) -> int:
-        """Return how many rows of so many clients must count; malicious ones may stay out, or be left out."""
-        return max(1, math.ceil(self.study.training.quorum * clients - 1e-9) - self.malicious)
-
-    @property
-    def malicious(self) -> int:
-        """How many of the smallest round's clients may be malicious."""
-        return _count(self.study.robustness.max_malicious, cohort(self.study, self.participants))
-
-    def bears(self) -> str:
-        """Say what malicious clients can do to the model, in one line."""
-        n, f, robust = cohort(self.study, self.participants), self.malicious, self.study.robustness
-        if self.rule:
-            return f"{f} of {n} are borne by {self.rule.name}"
-        if not _bounded(self.study):
-            return f"one of {n} moves the model at will"
-        f = max(f, 1)
-        sizes = {
-            name: float(self.sizes[name]["train"]) if self.joint else self.weight(name) for name in self.participants
-        }
-        weights = sorted(sizes.values(), reverse=True)
-        share = 2 * sum(weights[:f]) / sum(weights[:f] + weights[f - n :])  # the largest lie, the smallest are honest
-        what = f"robustness.bound={robust.bound:g}" if robust.bound else "the clipping norm of a patient's gradient"
-        return f"{f} of {n} move a round's mean by at most {share:.3g} times {what}"
-
-    @property
-    def streams(self) -> Streams:
-        return Streams(self.study.study.seed)
-
-    def budget(self) -> Budget:
-        """Return a fresh count of what the run spends."""
-        return Metered(self.guarantee, self.study.privacy.scope) if self.guarantee else NoClaim()
-
-    @property
-    def joint(self) -> bool:
-        """Whether rows are sums that get one noise together."""
-        return self.guarantee is not None and self.guarantee.joint
-
-    def on_turn(self, round: int) -> Sequence[str]:
-        """Return who may take part in a round: all, or the group whose turn it is."""
-        fleet = self.study.fleet
-        if fleet.schedule == "random":
-            return self.participants
-        return selection.turn(self.participants, round, fleet.groups, self.streams)
 
     def begin(self) -> Server:
         """Return the state before the first round."""
@@ -171,11 +83,6 @@ class Plan:
             rate = torch.tensor([self.chosen.rate], dtype=torch.float64)
             server = replace(server, slots={**server.slots, "rate": rate})
         return server
-
-    def weight(self, site: str) -> float:
-        """Return a site's public weight, not normalised."""
-        uniform = self.study.training.weighting == "uniform"
-        return 1.0 if uniform else float(self.sizes[site]["train"])
 
     def first_weights(self) -> Tensor:
         """Return the model's weights [P] before the first round: a function of the seed."""
@@ -211,27 +118,18 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     taken = probed(study, encoding, model)
     parameters = models.count(model)
     pooled = study.training.algorithm == "pooled"
-    check_groups(study, (POOLED,) if pooled else trainers)
-    guarantee = None
-    if guarantees.asked(study):
-        declared = {name: sizes[name]["train"] for name in trainers}
-        refuse(refusals.hidden_ranges(study, declared))
-        guarantee = guarantees.resolve(study, declared, parameters)
-    joint = guarantee is not None and guarantee.joint
-    _check_security(study, trainers, sizes)
-    _check_robustness(study, trainers)
     if pooled:
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
+    check_groups(study, (POOLED,) if pooled else trainers)
+    if guarantees.asked(study):
+        refuse(refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
+    facts = resolve(study, sizes, (POOLED,) if pooled else trainers, parameters)
+    _check_security(study, trainers, sizes)
+    _check_robustness(study, trainers)
     return Plan(
-        study=study,
+        **vars(facts),
         encoding=encoding,
-        sizes=sizes,
-        participants=(POOLED,) if pooled else trainers,
         testers=_testers(study, sizes),
-        parameters=parameters,
-        message=guarantee.numbers() if guarantee and joint else ALGORITHMS[algorithm_name(study)].length(parameters),
-        guarantee=guarantee,
-        links=links_of(study, guarantee, trainers),
         surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
         label_counts={name: s["labels"] for name, s in surveys.items()},
         warnings=tuple([*_slowly(study, taken), *_warnings(surveys, encoding, study)]),
@@ -305,56 +203,6 @@ def check_groups(study: Study, clients: Sequence[str]) -> None:
         )
 
 
-def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:
-    """Return the links between clients and whoever combines their rows."""
-    security, key = study.security, Streams(study.study.seed).key("noise")
-    if guarantee and guarantee.joint:
-        return joint_links(guarantee, key, security.aggregation, holders(study, clients))
-    robust = study.robustness
-    cut: tuple[Link, ...] = (Bounded(robust.bound),) if robust.bound else ()
-    if security.aggregation == "plain":
-        return (*cut, *PLAIN)
-    whole = robust.rule != "mean" or robust.bound > 0
-    return (*cut, FixedPoint(security.fraction_bits, robust.bound * (1 + 1e-6) or security.bound, whole=whole))
-
-
-def cohort(study: Study, clients: Sequence[str]) -> int:
-    """Return how many clients the smallest round draws."""
-    fleet = study.fleet
-    if fleet.schedule == "cyclic":
-        groups = (selection.turn(clients, n + 1, fleet.groups, Streams(study.study.seed)) for n in range(fleet.groups))
-        return min(len(group) for group in groups)
-    return fleet.clients_per_round or len(clients)
-
-
-def holders(study: Study, clients: Sequence[str]) -> int:
-    """Return how many parties' parts make the joint noise: those that must answer and do not work with the server.
-
-    masked: threshold t of n clients, 2t > n + f, f = floor(colluding n) of them with the server: t - f.
-    three-party: two.
-    """
-    security, n = study.security, cohort(study, clients)
-    if security.aggregation != "masked":
-        return 2 if security.aggregation == "three-party" else 1
-    return threshold(study, n) - math.floor(security.colluding * n)
-
-
-def excess(study: Study, clients: Sequence[str]) -> float:
-    """Return how many times one release's standard deviation a round's sum carries: every site's, or every holder's."""
-    drawn, mode = cohort(study, clients), guarantees.mode(study)
-    if mode == "site":
-        return math.sqrt(drawn)
-    if mode == "central" or study.security.aggregation == "plain":
-        return 1.0
-    parts = 3 if study.security.aggregation == "three-party" else drawn
-    return math.sqrt(parts / holders(study, clients))
-
-
-def threshold(study: Study, n: int) -> int:
-    """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n + f."""
-    return (n + math.floor(study.security.colluding * n)) // 2 + 1
-
-
 def _check_security(study: Study, clients: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> None:
     """Refuse sums that would be of too few rows, or that could wrap."""
     security = study.security
@@ -412,32 +260,11 @@ def _refusal(error: MedfedError, **mend: object) -> Refusal:
     return Refusal(error, {tuple(key.split("__")): value for key, value in mend.items()})
 
 
-def robust_rule(study: Study, clients: int) -> Rule | None:
-    """Return a study's rule for a round of so many clients; None for the mean."""
-    robust = study.robustness
-    name = (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule
-    if name == "mean":
-        return None
-    smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
-    noised = smoothing if name.endswith("geometric-median") else None
-    return rule_of(name, _count(robust.max_malicious, clients), radius=noised)
-
-
-def _count(share: float, clients: int) -> int:
-    return math.floor(share * clients + 1e-9)  # .3 x 10 is below 3 in floats
-
-
-def _bounded(study: Study) -> bool:
-    """Say whether somebody holds every row to a norm: the study's own bound, or that of clipped sums, in secret."""
-    joint = guarantees.asked(study) and guarantees.mode(study) != "site"
-    return study.robustness.bound > 0 or (joint and study.security.aggregation == "three-party")
-
-
 def _check_robustness(study: Study, clients: Sequence[str]) -> None:
     """Refuse a rule with fewer clients than it needs."""
     n = cohort(study, clients)
     if (rule := robust_rule(study, n)) is None:
-        if study.robustness.max_malicious and not _bounded(study):
+        if study.robustness.max_malicious and not bounded(study):
             raise PlanError(
                 f"robustness.rule='auto' and {n:,} clients a round do not compose without a bound: more than "
                 f"{MOST_ROWS:,} are not compared. Set robustness.bound, or fleet.clients_per_round."
@@ -473,7 +300,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
     rule = None if unknown else robust_rule(study, 1)
     if rule is not None:
         yield from _rule_refusals(study, rule, way)
-    elif not unknown and robust.max_malicious and not _bounded(study):
+    elif not unknown and robust.max_malicious and not bounded(study):
         text = (
             f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
             "bears nobody. Set rule='nnm+geometric-median', or robustness.bound for a fleet too large for it."
@@ -716,13 +543,6 @@ def build_model(study: Study, encoding: Encoding) -> nn.Module:
     seed = Streams(study.study.seed).key("weights")
     outputs = encoding.target.outputs
     return models.build(study.model.name, len(encoding.names()), outputs, study.model.options, seed)
-
-
-def algorithm_name(study: Study) -> str:
-    """Return the algorithm that runs: where a round is one joint step, some are FedAvg."""
-    name = study.training.algorithm
-    joint = guarantees.mode(study) in ("shared", "central")
-    return "fedavg" if joint and ALGORITHMS[name].joint == "coincides" else name
 
 
 def _baseline(study: Study) -> bool:

@@ -40,10 +40,11 @@ from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
 from medfed.features import features_of, listed, open_columns
 from medfed.local import CURVATURE
-from medfed.plan import build_model, check_groups, cohort, excess, standing
+from medfed.plan import build_model, check_groups, standing
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.refusals import affordable, bears, is_binary, vote_tells
 from medfed.rates import output_gradients
+from medfed.resolved import cohort, excess
 from medfed.study import Study, out_of_range
 
 ROUNDS = 100

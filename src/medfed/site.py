@@ -34,19 +34,12 @@ from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.per_site import scores_each
 from medfed.own_model import errs_less, train_own
-from medfed.plan import (
-    POOLED,
-    algorithm_name,
-    build_model,
-    links_of,
-    local_plan,
-    probed,
-    robust_rule,
-)
+from medfed.plan import POOLED, build_model, local_plan, probed
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.resolved import algorithm_name, links_of, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.party import Party, Rehearser
