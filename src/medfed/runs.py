@@ -416,6 +416,16 @@ def open_sites(
         return _open_sites(study, data, folder, progress, table)
 
 
+def planned(study: Study) -> Study:
+    """Return a study as its sites have it, from its file alone: what it leaves open chosen, its data completed.
+
+    What a party that holds no record needs: the coordinator, an aggregator. Raises what stands against the study.
+    """
+    study, refusals = recipe.refused(study)
+    refuse(refusals)
+    return rates.settled(study)
+
+
 def open_site(study: Study, name: str, data: Path | None = None, folder: Path | None = None) -> Site:
     """Return the node of one site, with its own records and ledger alone; raise RunError where it has no record."""
     with quotes.withheld(study.privacy.meant):
@@ -425,9 +435,7 @@ def open_site(study: Study, name: str, data: Path | None = None, folder: Path | 
 def _open_sites(
     study: Study, data: Path | None, folder: Path | None, progress: bool, table: Reading | None, only: str = ""
 ) -> list[Site]:
-    study, refusals = recipe.refused(study)
-    refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
-    study = rates.settled(study)
+    study = planned(study)  # what needs no record is refused before one is read, and before a ledger is founded
     private = guarantee.asked(study)
     if private:
         study = _identified(study, folder)

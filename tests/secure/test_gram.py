@@ -151,9 +151,9 @@ def test_a_part_of_the_gram_matrix_says_nothing(monkeypatch: pytest.MonkeyPatch)
     low = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
     assert stats.binomtest(int(low.sum()), 150).pvalue > 1e-4
     monkeypatch.setattr(three_party._Line, "zero", lambda self, count: np.zeros(count, np.uint64))
-    bare = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
-    assert stats.binomtest(int(bare.sum()), 150, 3 / 8).pvalue > 1e-4  # a a' + a b' + b a' is odd 3 times of 8
-    assert stats.binomtest(int(bare.sum()), 150).pvalue < 0.05
+    bare = parts(monkeypatch, 600)[:, 1] & np.uint64(1)  # so many that odd coins pass for even ones once in 100,000
+    assert stats.binomtest(int(bare.sum()), 600, 3 / 8).pvalue > 1e-4  # a a' + a b' + b a' is odd 3 times of 8
+    assert stats.binomtest(int(bare.sum()), 600).pvalue < 0.05
 
 
 def test_an_aggregator_that_tells_two_grams_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ def serve(handle: Callable[[str, bytes], bytes], pipe: Connection) -> None:
     while True:
         try:
             op, _, payload = pipe.recv_bytes().partition(b"\n")
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             pipe.send_bytes(b"+" + handle(op.decode(), payload))
@@ -61,7 +61,7 @@ class Pipes:
             ticket, began = self._asked.pop(name)
             try:
                 answer = pipe.recv_bytes()
-            except EOFError:
+            except (EOFError, OSError):
                 answer = f"-site {name!r} has stopped".encode()
             seconds, good = time.monotonic() - began, answer[:1] == b"+"
             error = "" if good else answer[1:].decode()
