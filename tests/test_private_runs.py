@@ -712,8 +712,7 @@ def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: 
         for node in sites:
             node.account = account
     encoding = _prepared(study)[0].encoding.to_json()
-    declared = {"north": 96, "south": 58, "east": 38}
-    prepared = codec.encode({"encoding": encoding, "declared": declared, "clients": list(declared), "fixed": FIXED})
+    prepared = codec.encode({"encoding": encoding, **_public(north=96, south=58, east=38), "fixed": FIXED})
     enrolled = codec.encode({"run": "r", "fresh": True})
     for op, payload in (("survey", codec.encode({})), ("prepare", prepared), ("enrol", enrolled)):
         assert [n.handle(op, payload) for n in with_all] == [n.handle(op, payload) for n in changed], op
@@ -756,10 +755,15 @@ def test_a_row_comes_with_nothing_but_public_numbers(study: Study, noise: str) -
 def test_sizes_other_than_the_declared_ones_are_refused_by_the_site(study: Study) -> None:
     """Noise and divisor follow from them, so a coordinator that says more patients would buy less noise."""
     (north, *_) = _prepared(study)
-    declared = {"north": 9600, "south": 58, "east": 38}
-    told = codec.encode({"encoding": north.encoding.to_json(), "declared": declared, "fixed": FIXED})
+    public = _public(north=9600, south=58, east=38)
+    told = codec.encode({"encoding": north.encoding.to_json(), **public, "fixed": FIXED})
     with pytest.raises(SiteError, match="9600 patients for site 'north'"):
         north.handle("prepare", told)
+
+
+def _public(**sizes: int) -> dict[str, Any]:
+    """Return what a coordinator says of who takes part."""
+    return {"sizes": {name: {"train": size} for name, size in sizes.items()}, "clients": list(sizes)}
 
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -777,8 +781,7 @@ def test_an_encoding_that_is_not_the_dictionarys_is_refused_whoever_is_in_the_ta
     (north, *_) = _prepared(study)
     told = north.encoding.to_json()
     LIES[lie](told)
-    declared = {"north": 96, "south": 58, "east": 38}
-    payload = codec.encode({"encoding": told, "declared": declared, "clients": [], "fixed": FIXED})
+    payload = codec.encode({"encoding": told, **_public(north=96, south=58, east=38), "fixed": FIXED})
     tables = [frame for how in (lambda f: f, lambda f: f[:0]) for frame in [_frames(how)["north"]]]
     for frame in tables:
         with pytest.raises(SiteError, match="is not that of the study's data dictionary"):

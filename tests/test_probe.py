@@ -250,7 +250,7 @@ def test_a_site_whose_frozen_part_is_another_refuses(tmp_path: Path) -> None:
     study = _study(tmp_path, "frozen", private=False)
     site = open_sites(study, None)[0]
     encoding = medfed.simulate(study).encoding
-    header = {"encoding": encoding.to_json(), "declared": {}, "clients": [], "fixed": "0" * 64}
+    header = {"encoding": encoding.to_json(), "sizes": {}, "clients": [], "fixed": "0" * 64}
     with pytest.raises(Exception, match="frozen parts or buffers are not the coordinator's"):
         site.handle("prepare", codec.encode(header))
 

@@ -279,9 +279,9 @@ def _answer(node: site.Site, payload: bytes) -> bytes | str:
 
 
 def _prepared(encoding: dict[str, Any], plan: Any) -> bytes:
-    declared = {name: plan.sizes[name]["train"] for name in plan.participants}
+    sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
     fixed = site.fingerprint({})
-    return codec.encode({"encoding": encoding, "declared": declared, "clients": list(declared), "fixed": fixed})
+    return codec.encode({"encoding": encoding, "sizes": sizes, "clients": list(sizes), "fixed": fixed})
 
 
 # the liar ------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Played:
         fleet, plan = runs._ready(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
         held = {name: Site(node.train, dict(node.memory)) for name, node in nodes.items()}
-        return cls(plan, fleet, ways.introduced(plan, list(nodes.values()), "run"), held, plan.begin(), plan.begin())
+        return cls(plan, fleet, ways.introduced(plan, fleet, "run"), held, plan.begin(), plan.begin())
 
     def step(self, same_rows: bool = False) -> None:
         """With `same_rows` the reference's sites send what the engine's have computed."""

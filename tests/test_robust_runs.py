@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import aggregation
+from medfed import terms as agreed
 from medfed.core.checks import MedfedError, PlanError, StudyError
 from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare
@@ -90,7 +90,7 @@ def test_the_budget_is_split_between_both_openings(private: Study) -> None:
     """Both noises together cost what the one of a plain sum does: 1/z^2 = 1/z_G^2 + 1/z_A^2."""
     g = resolve(private, dict(private.privacy.sizes), 50)
     terms = Terms(50, 1e6, ("p", "q", "r"))
-    gram, total = aggregation.gram_split(g, terms)
+    gram, total = agreed.gram_split(g, terms)
     s = g.sensitivity_units()
     for K in (3, 10):
         z_G, z_A = gram(K) / (s * terms.bound * (K + 3) ** 0.5), total / s
@@ -101,10 +101,10 @@ def test_noise_of_the_right_size_lies_on_both(private: Study, tmp_path: Path) ->
     study = private._with({"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0})
     sites = open_sites(study, None)
     plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
-    terms = aggregation.terms_of(plan)
-    chosen, g = aggregation.selection(plan, terms), plan.guarantee
+    terms = agreed.terms_of(plan)
+    chosen, g = agreed.selection(plan, terms), plan.guarantee
     assert chosen is not None and chosen.gram_noise and chosen.sum_noise and g is not None
-    gram, total = aggregation.gram_split(g, terms)
+    gram, total = agreed.gram_split(g, terms)
     for drawn, sigma in (
         (np.concatenate([chosen.gram_noise(9) for _ in range(40)]), gram(9)),
         (chosen.sum_noise(2000, 2**19), total * 2**19),

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import aggregation, runs, site
+from medfed import runs, site, terms
 from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
 from medfed.engine.inprocess import InProcess
@@ -200,7 +200,7 @@ def test_a_crowded_site_sends_a_row_within_the_bound_that_one_patient_moves_by_t
         header = {"round": 1, **({"clip": study.privacy.clip} if clipping == "adaptive" else {})}
         reply = sites[0].handle("work", codec.encode(header, {"w": plan.first_weights()}))
         rows.append(codec.decode(reply)[1]["row"].double())
-    g, bound = plan.guarantee, aggregation.terms_of(plan.__class__(**{**plan.__dict__, "study": _secret(study)})).bound
+    g, bound = plan.guarantee, terms.terms_of(plan.__class__(**{**plan.__dict__, "study": _secret(study)})).bound
     assert g is not None and max(float(row.norm()) for row in rows) <= bound
     for one, other in ((rows[0], rows[1]), (rows[2], rows[3]), (rows[3], rows[4])):
         assert float((one - other)[: g.parameters].norm()) <= g.sensitivity_units()

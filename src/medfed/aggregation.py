@@ -7,35 +7,32 @@ K clients, M numbers in a row.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medfed import federation
+from medfed.aggregator import Aggregator
 from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import CodecError, PlanError, QuorumError, SignatureError, SiteError, naming, reasons
-from medfed.core.entropy import Entropy, Integers
+from medfed.core.entropy import Integers
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.plan import Plan
-from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
-from medfed.resolved import cohort, threshold
+from medfed.privacy.guarantee import GRID
+from medfed.resolved import cohort
 from medfed.robust import rules
-from medfed.secure import keys, masking, three_party
+from medfed.secure import masking, three_party
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
-from medfed.secure.models import Follower, Publisher
-from medfed.secure.party import Masker, Sharer
-from medfed.site import Site
-from medfed.wire import combine, finite, noise_share
+from medfed.secure.models import Publisher
+from medfed.terms import gram_split, masking_terms, scales, terms_of
+from medfed.wire import combine, finite
 
 
 @dataclass(frozen=True)
@@ -283,183 +280,130 @@ def _combined(total_M: Integers, plan: Plan, names: Sequence[str], number: int) 
     return combined_M
 
 
+Handler = Callable[[str, bytes], bytes]
+"""A party as others reach it: (op, payload) -> answer."""
+
+
 @dataclass(frozen=True)
-class Ring:
-    """The keys of a run whose parties all live in this process, and the roster that they are on."""
+class Keys:
+    """The coordinator's own keys, and the consortium's list where the study names one."""
 
-    keys: Mapping[str, Identity]
-    roster: Roster
-    consortium: str = ""  # the fingerprint of the key that approved them; empty: keys made for this run
-
-    def post(self, name: str) -> Post:
-        """Return a party's way to send and to receive."""
-        return Post(self.keys[name], self.roster)
+    coordinator: Identity
+    members: federation.Consortium | None = None
 
 
-def ring(plan: Plan) -> Ring | None:
-    """Return the keys of a run's parties: of the consortium's members, or made for this run; None for plain rows.
+def own_keys(plan: Plan) -> Keys | None:
+    """Return the coordinator's keys; None for plain rows. In this engine every party's key file is looked at, too.
 
-    Raises SignatureError, RevokedError, KeyFileError or TrailError where a party's key file is not what the consortium
-    approved.
+    Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the consortium approved.
     """
-    security = plan.study.security
-    if security.aggregation == "plain":
+    study = plan.study
+    if study.security.aggregation == "plain":
         return None
-    roles = {"coordinator": "coordinator"} | dict.fromkeys(plan.participants, "site")
-    if security.aggregation == "three-party":
-        roles |= dict.fromkeys(security.aggregators, "aggregator")
-    if not security.federation:
-        made = {name: Identity.new(name, role) for name, role in roles.items()}
-        return Ring(made, Roster.of(*(one.public for one in made.values())))
-    place, passphrase = plan.study.folder / security.keys, os.environ.get("MEDFED_PASSPHRASE", "")
-    members = federation.read(plan.study.folder / security.federation, fingerprint=security.fingerprint)
-    held = {name: keys.load(place / f"{quote(name, safe=' ')}.key", passphrase) for name in roles}
-    for name, role in roles.items():
-        if members.roster[name] != held[name].public or held[name].role != role:
-            raise SignatureError(
-                f"{name!r}: the key file is not what the consortium approved as {role} "
-                f"({members.roster[name].role}, {members.roster[name].fingerprint}); request a rotation, or restore it"
-            )
-    return Ring(held, members.roster, members.authority.fingerprint)
+    members = federation.members_of(study)
+    roles = {COORDINATOR: "coordinator"} | dict.fromkeys(plan.participants, "site")
+    if study.security.aggregation == "three-party":
+        roles |= dict.fromkeys(study.security.aggregators, "aggregator")
+    held = {name: federation.own_keys(study, name, role) for name, role in roles.items() if members}
+    for name, identity in held.items():
+        assert members is not None
+        federation.refuse_unapproved(members, identity.public, roles[name])
+    return Keys(held.get(COORDINATOR) or Identity.new(COORDINATOR, "coordinator"), members)
+
+
+COORDINATOR = "coordinator"
+"""The coordinator's name on every roster."""
 
 
 def introduced(
-    plan: Plan, sites: Sequence[Site], run: str, folder: Path | None = None, keys: Ring | None = None
+    plan: Plan,
+    fleet: Fleet,
+    run: str,
+    folder: Path | None = None,
+    keys: Keys | None = None,
+    aggregators: Mapping[str, Handler] | None = None,
 ) -> Aggregation:
-    """Return how rows come together in a run whose parties all live in this process; `folder` gets their trail.
+    """Have all parties tell their public keys and join the run; return how rows come together. `folder` gets the trail.
 
-    Every site signs the study as it has it; one that has another is refused here. The aggregators take the weights and
-    the noise from the plan, never from a message.
+    Every site signs the study as it has it; one that has another is refused here. Each party works out bounds, weights
+    and noise for itself. `aggregators` are the three, where they live elsewhere; else they are made in this process.
     """
-    keys = keys or ring(plan)
+    keys = keys or own_keys(plan)
     if keys is None:
         return PLAIN
-    study, coordinator = plan.study.digest(), keys.keys["coordinator"]
-    sites = [site for site in sites if site.name in set(plan.participants)]  # who is only tested sends no row
-    publisher = Publisher(keys.post("coordinator"), study, run)
-    follow = {site.name: Follower(keys.post(site.name), site.study.digest(), run, coordinator.name) for site in sites}
-    signed = _agreed(publisher, follow, keys.roster)
+    study, security, me = plan.study.digest(), plan.study.security, keys.coordinator
+    three = security.aggregators if security.aggregation == "three-party" else ()
+    handlers = aggregators or {name: Aggregator(name, plan.study).handle for name in three}
+    roster = _roster(plan, fleet, keys, handlers)
+    publisher = Publisher(Post(me, roster), study, run)
+    joining: dict[str, Any] = {"run": run, "coordinator": me.name}
+    joining["roster"] = [federation.to_json(roster[name]) for name in roster]
+    signed = _joined(publisher, fleet, plan.participants, codec.encode(joining), roster)
     trail = None
     if folder:
         path = folder / "trail" / "trail.jsonl"
-        trail = Trail.open(path, coordinator.name, coordinator.public.signing, coordinator.sign)
-        trail.append("study", {"digest": study, "run": run, "consortium": keys.consortium, "signed": signed})
-    if plan.study.security.aggregation == "masked":
-        return _masked(plan, sites, publisher, follow, trail)
+        trail = Trail.open(path, me.name, me.public.signing, me.sign)
+        consortium = keys.members.authority.fingerprint if keys.members else ""
+        trail.append("study", {"digest": study, "run": run, "consortium": consortium, "signed": signed})
+    if security.aggregation == "masked":
+        return Masked(publisher, masking_terms(plan, run), trail)
     terms = terms_of(plan)
     terms.check(gram=plan.rule is not None)
-    for site in sites:
-        site.party = Sharer(follow[site.name], terms)
-    g = plan.guarantee
-    noise = noise_share(g, 2) if g is not None and plan.joint and not g.simulation_only else None
-    weights = None if plan.joint else {name: int(plan.weight(name)) for name in plan.participants}
-    chosen, names = selection(plan, terms), plan.study.security.aggregators
-    parties = {name: three_party.Aggregator(keys.post(name), terms, noise, weights, chosen) for name in names}
-    ask = three_party.in_turn(parties)
-    if g is None or not noise:
+    sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
+    joining |= {"participants": list(plan.participants), "sizes": sizes, "parameters": plan.parameters}
+    for handle in handlers.values():
+        handle("join", codec.encode(joining))
+    ask, g = three_party.asking(handlers, terms.length), plan.guarantee
+    if g is None or not plan.joint or g.simulation_only:
         return ThreeParty(ask, publisher, terms, trail)
     spread = math.sqrt(1.5) * max(g.sigma_units(), g.count_sigma() / GRID)
-    if not chosen:
+    if plan.rule is None:
         return ThreeParty(ask, publisher, terms, trail, spread)
     gram, total = gram_split(g, terms)
     return ThreeParty(ask, publisher, terms, trail, total * math.sqrt(1.5), lambda K: gram(K) * math.sqrt(1.5))
 
 
-def _agreed(publisher: Publisher, follow: Mapping[str, Follower], roster: Roster) -> dict[str, dict[str, str]]:
-    """Return each site's signature under the study, with the key that it holds under; refuse where one has another."""
+def _roster(plan: Plan, fleet: Fleet, keys: Keys, handlers: Mapping[str, Handler]) -> Roster:
+    """Return the public keys of all parties: those that they tell or, with a list of members, those on it."""
+    replies = gather(fleet, plan.participants, "identify", codec.encode({}), _PATIENCE)
+    if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
+        raise SignatureError(reasons(failed))
+    told = {name: reply.payload for name, reply in replies.items()}
+    told |= {name: handle("identify", codec.encode({})) for name, handle in handlers.items()}
+    publics = [federation.from_json(codec.decode(payload)[0]["public"]) for payload in told.values()]
+    for name, public in zip(told, publics, strict=True):
+        role = "aggregator" if name in handlers else "site"
+        if (public.name, public.role) != (name, role):
+            raise SignatureError(f"{name!r} tells keys of {public.name!r}, {public.role}; expected its own, as {role}")
+        if keys.members:
+            federation.refuse_unapproved(keys.members, public, role)
+    return keys.members.roster if keys.members else Roster.of(keys.coordinator.public, *publics)
+
+
+_PATIENCE = 600.0  # seconds; nothing is trained yet
+
+
+def _joined(
+    publisher: Publisher, fleet: Fleet, sites: Sequence[str], payload: bytes, roster: Roster
+) -> dict[str, dict[str, str]]:
+    """Have the sites join; return each one's signature under the study, and the key that it holds under.
+
+    Raises PlanError where one has another study.
+    """
     signed: dict[str, dict[str, str]] = {}
-    for name, site in follow.items():
-        envelope = site.agree()
+    for name, reply in gather(fleet, sites, "join", payload, _PATIENCE).items():
         try:
+            if reply.error:
+                raise SiteError(reply.error)
+            envelope = codec.as_bytes(codec.decode(reply.payload)[1]["signed"])
             publisher.post.unwrap(envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY)
-        except CodecError as error:
+        except (CodecError, KeyError, SiteError) as error:
             raise PlanError(
                 f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): {error} "
                 "Give every site the same study file."
             ) from error
         signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
     return signed
-
-
-def _masked(
-    plan: Plan, sites: Sequence[Site], publisher: Publisher, follow: Mapping[str, Follower], trail: Trail | None
-) -> Masked:
-    def choose(clients: Sequence[str], round: int) -> masking.Terms:
-        n, stay = len(clients), threshold(plan.study, len(clients))
-        liars = math.floor(plan.study.security.colluding * n)
-        return masking.Terms.choose(clients, plan.message, (n - stay) / n, liars, f"{publisher.run} {round}".encode())
-
-    for site in sites:
-        site.party = Masker(follow[site.name], choose, 1 if plan.joint else int(plan.weight(site.name)))
-    return Masked(publisher, choose, trail)
-
-
-GRAM_SHARE = 0.5
-"""The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
-
-
-def gram_split(g: Guarantee, terms: three_party.Terms) -> tuple[Callable[[int], float], float]:
-    """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a sum of weight 1.
-
-    The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1 / z_A^2.
-    """
-    s_z = g.sigma_units()  # z times what one patient moves a row by
-    return (
-        lambda K: s_z * terms.bound * math.sqrt(K + 3) / math.sqrt(GRAM_SHARE),
-        s_z / math.sqrt(1 - GRAM_SHARE),
-    )
-
-
-def scales(plan: Plan) -> dict[str, float]:
-    """Return what makes each site's row a mean where it is a sum over its declared patients; else nothing."""
-    g = plan.guarantee
-    if g is None or not plan.joint:
-        return {}
-    return {name: 1 / (release.size * release.probability) for name, release in g.releases.items()}
-
-
-def selection(plan: Plan, terms: three_party.Terms) -> three_party.Selection | None:
-    """Return how three aggregators weigh rows under the study's rule, with their noise; None without a rule."""
-    g = plan.guarantee
-    if plan.rule is None:
-        return None
-
-    def weigh(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = plan.weigh(torch.from_numpy(gram_KK)).numpy()
-        return found
-
-    if g is None or not plan.joint:
-        return three_party.Selection(weigh)
-    gram, total = gram_split(g, terms)
-    entropy = Entropy()
-
-    def on_gram(K: int) -> Integers:
-        return discrete_gaussian(gram(K) / math.sqrt(2)).sample(K * (K + 1) // 2, entropy)
-
-    def on_sum(length: int, most: int) -> Integers:
-        return discrete_gaussian(total * most / math.sqrt(2)).sample(length, entropy)
-
-    return three_party.Selection(weigh, scales(plan), on_gram, on_sum)
-
-
-def terms_of(plan: Plan) -> three_party.Terms:
-    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum.
-
-    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond, whoever is in it.
-    """
-    g, security = plan.guarantee, plan.study.security
-    if g is not None and plan.joint:
-        largest = max(release.size for release in g.releases.values())
-        count = 0.5 if g.clipping == "adaptive" else 0.0
-        bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(plan.message)
-    else:  # under a rule the bound is on the norm, else on each number
-        norm = plan.study.robustness.bound
-        numbers = 1 if plan.rule or norm else plan.message
-        steps = (norm * (1 + 1e-6) or security.bound) * 2.0**security.fraction_bits
-        bound = steps * math.sqrt(numbers) + math.sqrt(plan.message)
-    first, second, third = security.aggregators
-    fewest = max(security.min_group, plan.quorum(cohort(plan.study, plan.participants)))
-    return three_party.Terms(plan.message, bound, (first, second, third), fewest, security.min_group)
 
 
 Reports = dict[str, dict[str, Any]]

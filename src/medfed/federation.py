@@ -6,16 +6,20 @@ their own.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from medfed.compliance import trail
 from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import SignatureError, TrailError
+from medfed.secure import keys
 from medfed.secure.identity import Identity, Public, Roster, holds
+from medfed.study import Study
 
 ROLES = ("site", "aggregator", "coordinator", "consortium")
 """What a key is for. The consortium's signs the list of members and takes no part in runs."""
@@ -33,7 +37,7 @@ class Consortium:
 
 def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
     """Return an enrolment request: the party's public keys, signed with them and, to replace `old`, with those too."""
-    facts = _facts(identity.public)
+    facts = to_json(identity.public)
     asked = {**facts, "signature": identity.sign(_signed(facts)).hex()}
     return asked | ({"replaces": old.sign(_signed(facts)).hex()} if old else {})
 
@@ -42,7 +46,7 @@ def begin(folder: Path, authority: Identity) -> None:
     """Begin a consortium's list in a folder. Raises TrailError where it has one."""
     if (folder / "members.jsonl").exists():
         raise TrailError(f"{folder} holds members.jsonl already; give another folder, or approve members into this one")
-    _append(folder, authority, "founded", _facts(authority.public))
+    _append(folder, authority, "founded", to_json(authority.public))
 
 
 def approve(folder: Path, authority: Identity, asked: Mapping[str, Any], fingerprint: str = "") -> Public:
@@ -52,9 +56,9 @@ def approve(folder: Path, authority: Identity, asked: Mapping[str, Any], fingerp
     not signed by its own keys, or comes for a member in good standing and is
     not signed by that member's present keys too.
     """
-    member = _public(asked)
+    member = from_json(asked)
     now = read(folder, authority.public)
-    data, name = _signed(_facts(member)), member.name
+    data, name = _signed(to_json(member)), member.name
     if fingerprint and not _same(fingerprint, member):
         raise SignatureError(
             f"the request of {name!r} has fingerprint {member.fingerprint}, told was {fingerprint}; ask the party again"
@@ -66,7 +70,7 @@ def approve(folder: Path, authority: Identity, asked: Mapping[str, Any], fingerp
             f"{name!r} is a member with other keys; expected a request signed by those too (`medfed key request "
             "--replaces`), or revoke it first"
         )
-    _append(folder, authority, "approved", _facts(member))
+    _append(folder, authority, "approved", to_json(member))
     return member
 
 
@@ -93,11 +97,11 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
             case "opened" if founder is None or facts.get("public") == founder.signing.hex():
                 continue
             case "founded" if founder is None and number == 2:
-                founder = _public(facts)
+                founder = from_json(facts)
                 if verified.entries[0]["facts"].get("public") == founder.signing.hex():
                     continue
             case "approved":
-                member = _public(facts)
+                member = from_json(facts)
                 members[member.name] = member
                 revoked.discard(member.name)
                 continue
@@ -127,15 +131,45 @@ def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, An
         Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)
 
 
+def own_keys(study: Study, name: str, role: str) -> Identity:
+    """Return a party's own keys: made now, or from its key file where the study names a list of members.
+
+    The passphrase is MEDFED_PASSPHRASE. Raises KeyFileError where there is none, or it cannot be opened.
+    """
+    security = study.security
+    if not security.federation:
+        return Identity.new(name, role)
+    file = study.folder / security.keys / f"{quote(name, safe=' ')}.key"
+    return keys.load(file, os.environ.get("MEDFED_PASSPHRASE", ""))
+
+
+def members_of(study: Study) -> Consortium | None:
+    """Return the list of members that a study names, checked; None where keys are made for a run."""
+    security = study.security
+    return read(study.folder / security.federation, fingerprint=security.fingerprint) if security.federation else None
+
+
+def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:
+    """Raise SignatureError unless these are the keys that the consortium approved, in this role; RevokedError too."""
+    approved = members.roster[public.name]
+    if approved != public or public.role != role:
+        raise SignatureError(
+            f"{public.name!r}: the key file is not what the consortium approved as {role} "
+            f"({approved.role}, {approved.fingerprint}); request a rotation, or restore it"
+        )
+
+
 def _same(fingerprint: str, public: Public) -> bool:
     return fingerprint.replace(" ", "").lower() == public.fingerprint.replace(" ", "")
 
 
-def _facts(public: Public) -> dict[str, Any]:
+def to_json(public: Public) -> dict[str, Any]:
+    """Return public keys as plain values."""
     return {"name": public.name, "role": public.role, "signing": public.signing.hex(), "sealing": public.sealing.hex()}
 
 
-def _public(facts: Mapping[str, Any]) -> Public:
+def from_json(facts: Mapping[str, Any]) -> Public:
+    """Return public keys that somebody tells; raise SignatureError where they are none."""
     name, role = facts.get("name"), facts.get("role")
     signing, sealing = _bytes(facts.get("signing")), _bytes(facts.get("sealing"))
     if not isinstance(name, str) or not name or role not in ROLES or len(signing) != 32 or len(sealing) != 32:

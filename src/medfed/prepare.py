@@ -59,10 +59,10 @@ def send_encoding(
     plan: Plan, fleet: Fleet, sites: Sequence[str]
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Have every site encode its rows by the plan's encoding, and return what each answers."""
-    declared = {name: plan.sizes[name]["train"] for name in plan.guarantee.releases} if plan.guarantee else {}
+    sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
     header = {
         "encoding": plan.encoding.to_json(),
-        "declared": declared,
+        "sizes": sizes,
         "clients": list(plan.participants),
         "fixed": fingerprint(fixed(build_model(plan.study, plan.encoding))),
     }

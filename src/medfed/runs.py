@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from medfed import aggregation as ways
 from medfed import checkpoints, claims, federation, models, ranges, rates, recipe
 from medfed import study as studies
-from medfed.aggregation import Ring, bears, who_sees
+from medfed.aggregation import Keys, bears, who_sees
 from medfed.algorithms import Server
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
@@ -51,6 +51,7 @@ from medfed.core.checks import (
     TrailError,
     WriteError,
     advising,
+    nearest,
     some,
 )
 from medfed.core.flat import Layout, fill, trained
@@ -59,7 +60,7 @@ from medfed.core.streams import Streams
 from medfed.data import mapping, partition, schema, site_maps, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.readers import Reading
-from medfed.data.tables import clean, numbered
+from medfed.data.tables import Frames, clean, numbered
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
@@ -184,7 +185,7 @@ def run(
     with advising("Nothing was trained."), _fresh(Path(out) if out else None, study.study.name) as folder:
         sites = open_sites(study, data, folder / "sites", progress)
         fleet, plan = _ready(sites[0].study, sites)
-        keys = ways.ring(plan)
+        keys = ways.own_keys(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
         with advising(ranges.PAID if open_columns(plan.study) else "Nothing was trained."):
@@ -258,7 +259,7 @@ def _started(
     sites: Sequence[Site],
     folder: Path,
     name: str,
-    keys: Ring | None,
+    keys: Keys | None,
     listeners: Sequence[Listener],
     first: Sequence[events.Event] = (),
 ) -> Result:
@@ -415,8 +416,14 @@ def open_sites(
         return _open_sites(study, data, folder, progress, table)
 
 
+def open_site(study: Study, name: str, data: Path | None = None, folder: Path | None = None) -> Site:
+    """Return the node of one site, with its own records and ledger alone; raise RunError where it has no record."""
+    with quotes.withheld(study.privacy.meant):
+        return _open_sites(study, data, folder, False, None, only=name)[0]
+
+
 def _open_sites(
-    study: Study, data: Path | None, folder: Path | None, progress: bool, table: Reading | None
+    study: Study, data: Path | None, folder: Path | None, progress: bool, table: Reading | None, only: str = ""
 ) -> list[Site]:
     study, refusals = recipe.refused(study)
     refuse(refusals)  # what needs no record is refused before one is read, and before a ledger is founded
@@ -426,6 +433,10 @@ def _open_sites(
         study = _identified(study, folder)
     frames, completed = sources.frames(study, data, progress, private, table)
     study = dataclasses.replace(study, data=completed)
+    if only:
+        if only not in frames:
+            raise RunError(f"site {only!r} has no record in this table; {nearest(only, frames)}")
+        frames = Frames.one(only, frames[only])
     account = Account(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
     sites = (Site.devices if devices else Site.open_all)(frames, study, folder)
@@ -792,7 +803,7 @@ def _drive(
     log: Log,
     folder: Path | None,
     run: str,
-    keys: Ring | None = None,
+    keys: Keys | None = None,
     known: Collection[type[events.Event]] = (),
 ) -> Result:
     """Run the rounds that are left, then test, vote, measure the baselines, and write down what came of it.
@@ -800,7 +811,7 @@ def _drive(
     `known`: what the log already tells of the last model, paid for by patients.
     """
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
-    aggregation = ways.introduced(plan, sites, run, folder, keys)
+    aggregation = ways.introduced(plan, fleet, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found() else 0):

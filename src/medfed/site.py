@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from medfed import dpsgd, models, rates, rehearsal
+from medfed import dpsgd, federation, models, rates, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
 from medfed.core import codec, decision, files
 from medfed.core.checks import MedfedError, PlanError, SiteError, some
@@ -39,11 +39,14 @@ from medfed.privacy import guarantee, quantiles
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
-from medfed.resolved import algorithm_name, links_of, robust_rule
+from medfed.resolved import Resolved, algorithm_name, resolve, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
+from medfed.secure.identity import Identity, Post, Roster
+from medfed.secure.models import Follower
 from medfed.secure.party import Party, Rehearser
 from medfed.study import LARGEST, LEAST_CLIP, Study
+from medfed.terms import party_of
 from medfed.wire import PLAIN, Link, finite, into_ball, send
 
 logger = logging.getLogger(__name__)
@@ -63,7 +66,9 @@ class Site:
         self.guarantee: Guarantee | None = None
         self.account: Account | None = None
         self.links: Sequence[Link] = PLAIN
-        self.party: Party | None = None  # its keys and what it keeps of a secure round
+        self.identity: Identity | None = None  # its keys, once it was asked who it is
+        self.facts: Resolved  # what follows from its study and public facts
+        self.party: Party | None = None  # what it keeps of a run's secure rounds, once it has joined
         self.liars = Liars()  # in a simulated attack: who lies, and how
         self.memory: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
@@ -240,27 +245,30 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     if fingerprint(models.fixed(model)) != header["fixed"]:
         raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
     path = probed(sites[0].study, encoding, model).path
-    promised = None
     if guarantee.asked(sites[0].study):
         _check_encoding(sites[0], encoding)
-        for name, size in header[
-            "declared"
-        ].items():  # noise and divisor follow from them: not the coordinator's to say
+        for name in header["clients"]:  # noise and divisor follow from them: not the coordinator's to say
+            size = header["sizes"][name]["train"]
             if size != guarantee.declared(sites[0].study, name):
                 raise SiteError(
                     f"the coordinator says {size} patients for site {name!r}; the study declares another number"
                 )
-        promised = guarantee.resolve(sites[0].study, header["declared"], models.count(model))
+    facts = resolve(sites[0].study, header["sizes"], header["clients"], models.count(model))
+    promised = facts.guarantee
     tables = [_table(site) for site in sites]
     for table in tables:
         table.sorted_words.clear()  # nothing more is asked
-    links = links_of(sites[0].study, promised, list(header["declared"]))
     for site, table, rows in zip(sites, tables, _encoded(tables, encoding), strict=True):
         site.encoding, site.model, site.path, site.guarantee = encoding, model, path, promised
-        site.links = links
+        site.facts, site.links = facts, facts.links
         held, counts = torch.tensor(table.test), torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if promised else rows
         site.train, site.test = keyed.at(~held & counts), rows.at(held & counts)
+        told = header["sizes"].get(site.name)
+        if promised is None and told and told["train"] != len(site.train):
+            raise SiteError(
+                f"the coordinator says {told['train']} training rows for site {site.name!r}, which has others"
+            )
         site.forget()
         site.liars = Liars.of(site.study, header["clients"])
         if site.name in site.liars.names:
@@ -269,6 +277,35 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         return _done(sites)
     batch = sites[0].study.training.batch_size
     return [codec.encode({"bend": rates.bend(site.train.x, batch)}) for site in sites]
+
+
+def _identify(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Tell each site's public keys."""
+    return [codec.encode({"public": federation.to_json(_own(site).public)}) for site in sites]
+
+
+def _own(site: Site) -> Identity:
+    if site.identity is None:
+        site.identity = federation.own_keys(site.study, site.name, "site")
+    return site.identity
+
+
+def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Join a run: sign the study as the site has it, and work out for itself what its rounds agree on.
+
+    Whose keys count is the consortium's list to say, where the site's own study names one, and else the coordinator.
+    """
+    members = federation.members_of(sites[0].study)
+    roster = members.roster if members else Roster.of(*map(federation.from_json, header["roster"]))
+    coordinator = header["coordinator"]
+    if roster[coordinator].role != "coordinator":
+        raise SiteError(f"{coordinator!r} is no coordinator on the list of members, and may not run this study")
+    answers: list[Answer] = []
+    for site in sites:
+        follower = Follower(Post(_own(site), roster), site.study.digest(), header["run"], coordinator)
+        site.party = party_of(site.facts, follower)
+        answers.append(codec.encode({}, {"signed": codec.as_tensor(follower.agree())}))
+    return answers
 
 
 def _check_encoding(site: Site, encoding: Encoding) -> None:
@@ -916,6 +953,8 @@ OPS: dict[str, Callable[[Sequence[Site], Header, Mapping[str, Tensor]], list[Ans
     "survey": _survey,
     "answer": _answer,
     "prepare": _prepare,
+    "identify": _identify,
+    "join": _join,
     "rehearse": _rehearse,
     "enrol": _enrol,
     "work": _work,

@@ -88,7 +88,7 @@ class Twin:
         else:
             rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
             rows = {name: _invented(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
-        together = ways.introduced(plan, list(sites.values()), "audit") if secure else ways.PLAIN
+        together = ways.introduced(plan, fleet, "audit") if secure else ways.PLAIN
         return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
 
 

@@ -729,12 +729,18 @@ def run_protocol(
 
 
 def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
-    """Return a way to ask aggregators that live in this process: in turn, or for long rows a thread each."""
-    long = any(one.terms.length > _LONG for one in aggregators.values())
+    """Return a way to ask aggregators that live in this process."""
+    handles = {name: one.handle for name, one in aggregators.items()}
+    return asking(handles, max(one.terms.length for one in aggregators.values()))
+
+
+def asking(handles: Mapping[str, Callable[[str, bytes], bytes]], length: int) -> Ask:
+    """Return a way to ask aggregators by their `handle`: in turn, or for rows of a great `length` a thread each."""
+    long = length > _LONG
 
     def one(name: str, op: str, payload: bytes) -> bytes:
         try:
-            return aggregators[name].handle(op, payload)
+            return handles[name](op, payload)
         except OSError as error:
             raise AbortError(f"{name!r} stopped ({error}); the round ends. Resume the run when it is back.") from error
 
