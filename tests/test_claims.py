@@ -192,6 +192,7 @@ def test_what_is_told_follows_the_study(study: Study, run_of: Runs, tmp_path: Pa
     assert found["site, steps"]["steps_per_round"] == dict.fromkeys(SITES, 3)
     assert found["shared"]["steps_per_round"] == 1
     assert all("public test data" in " ".join(claim["unprotected"]) for claim in found.values())
+    assert all("how long they took" in " ".join(claim["unprotected"]) for claim in found.values())
     assert not any("baselines" in " ".join(claim["unprotected"]) for claim in found.values())
     measured = _run(study, tmp_path / "measured", {"monitor.baselines": True})
     assert any(text.startswith("baselines") for text in measured["unprotected"])

@@ -370,6 +370,13 @@ def test_a_patient_that_is_not_finite_is_as_good_as_absent(name: str, path: Path
     assert torch.equal(one, other)  # whatever it holds, to the last bit
 
 
+def test_automatic_clipping_gives_sure_and_unsure_patients_one_weight() -> None:
+    norm_AI = torch.tensor([[0.2, 1.0, 50.0]])
+    automatic_AI, fixed_AI = (norm_AI * dpsgd.clip_factor(kind, 1.0)(norm_AI) for kind in ("automatic", "fixed"))
+    assert (automatic_AI > 0.95).all() and (automatic_AI <= 1).all()
+    assert _agree(fixed_AI, torch.tensor([[0.2, 1.0, 1.0]]))
+
+
 def test_the_count_is_of_those_below_the_norm_less_half_of_all() -> None:
     model, clients = _model("mlp"), _cohort()
     for clip in (1e-6, 1.0, 1e6):

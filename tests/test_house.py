@@ -1,14 +1,20 @@
-"""The house's own rules: what is pinned, and that a test which cannot run never passes for one that did."""
+"""The house's own rules: what is pinned, what a guarantee names, and that a test which cannot run passes for none."""
 
 import ast
+import pkgutil
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import guarantees  # noqa: E402
 
 
 def _name(requirement: str) -> str:
@@ -130,3 +136,68 @@ def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
     lines = [*right, *wrong]
     (tmp_path / "code.py").write_text("\n".join(lines))
     assert list(_in_the_locale_s_encoding(tmp_path / "code.py")) == [6, 7, 8, 9, 10]
+
+
+# the registry of guarantees -------------------------------------------------------------------------------------------
+
+ROW = guarantees.Guarantee(
+    sentence="A row may be long.",
+    handled="It is cut.",
+    severity="high",
+    symbol="medfed.wire.into_ball",
+    tests=("tests/test_wire.py::test_a_projection_never_moves_two_rows_apart",),
+)
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no such test": ({"tests": ("tests/test_wire.py::test_a_row_is_cut",)}, "does not exist"),
+    "no such file": ({"tests": ("tests/test_ball.py::test_a_row_is_cut",)}, "does not exist"),
+    "no test's name": ({"tests": ("tests/test_wire.py::finite",)}, "is no test id"),
+    "a file alone": ({"tests": ("tests/test_wire.py",)}, "is no test id"),
+    "a test twice": ({"tests": ROW.tests * 2}, "a test stands there twice"),
+    "no test and no reason": ({"tests": ()}, "expected `tests`, or `untested`"),
+    "a test and a reason for none": ({"untested": "hard"}, "not both"),
+    "no such function": ({"symbol": "medfed.wire.into_cube"}, "is nothing in src/"),
+    "no such method": ({"symbol": "medfed.wire.JointNoise.clients"}, "is nothing in src/"),
+    "no such module": ({"symbol": "medfed.wires.into_ball"}, "is nothing in src/"),
+    "nobody's symbol": ({"symbol": ""}, "expected `symbol`"),
+    "no severity": ({"severity": "severe"}, "expected one of critical, high"),
+    "half a row": ({"handled": ""}, "expected `sentence` and `handled`"),
+    "two kinds of row": ({"party": "a site", "learns": "nothing"}, "expected `sentence` and `handled`"),
+}
+
+
+def _faults(*rows: guarantees.Guarantee, introduction: str = "") -> list[str]:
+    section = guarantees.Section("Trust", introduction, rows=rows)
+    return list(guarantees.faults([guarantees.Page("page.md", "Page", "", (section,))]))
+
+
+def test_every_guarantee_names_code_and_tests_that_are_there() -> None:
+    assert list(guarantees.faults(guarantees.read())) == []
+
+
+def test_every_symbol_of_a_guarantee_imports() -> None:
+    rows = [row for page in guarantees.read() for section in page.sections for row in section.rows]
+    assert len(rows) > 150
+    for row in rows:
+        if row.symbol:
+            pkgutil.resolve_name(row.symbol)
+
+
+def test_pages_of_guarantees_are_as_the_registry_has_them() -> None:
+    import make_docs
+
+    for path, text in make_docs.registered_pages().items():
+        assert path.read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_hold_of_a_guarantee_is_found(name: str) -> None:
+    changes, said = WRONG[name]
+    assert _faults(ROW) == []
+    assert any(said in fault for fault in _faults(replace(ROW, **changes)))
+
+
+def test_a_guarantee_that_stands_twice_and_a_page_that_names_no_file_are_found() -> None:
+    again = replace(ROW, sentence=ROW.sentence.upper(), handled="It is not.")
+    assert [fault.split(": ")[-1] for fault in _faults(ROW, again)] == ["stands there twice"]
+    assert "is no file" in _faults(introduction="Shown by `tests/test_ball.py`.")[0]

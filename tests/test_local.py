@@ -202,6 +202,18 @@ def test_auto_takes_rules_where_there_are_any(name: str) -> None:
     assert torch.equal(auto.theta_KP, chosen.theta_KP)
 
 
+def test_adams_moments_start_afresh_with_each_call() -> None:
+    """Its first step is as long as the rate, whatever came before: of one step a round its moments never settle."""
+    plan = replace(OPTIMISERS["adam"], steps=1, batch_size=0, epsilon=0.0)
+    model, data = _model("logistic", "binary"), _stack("binary")
+    theta_KP = _starts(model, len(data))
+    for _ in range(2):
+        after_KP = train(model, theta_KP, data, plan, _key_K(len(data)), NOTHING, "rules").theta_KP
+        moved_KP = (after_KP - theta_KP)[data.size_K > 0].abs()
+        assert torch.allclose(moved_KP[moved_KP > 0], torch.tensor(0.01, dtype=moved_KP.dtype))
+        theta_KP = after_KP
+
+
 def test_what_is_frozen_stays() -> None:
     model = _model("half frozen", "binary")
     before = [p.clone() for p in model[0].parameters()]  # type: ignore[index]

@@ -73,6 +73,16 @@ def test_a_mlp_has_no_layer_that_does_nothing() -> None:
     assert [type(layer) for layer in models.mlp(3, hidden=())] == [nn.Linear]
 
 
+def test_he_keeps_a_deep_networks_last_bias_from_taking_all_of_a_gradient() -> None:
+    share = {}
+    for init in ("torch", "he"):
+        model = build("mlp", 20, 1, {"hidden": [64] * 6, "norm": "none", "dropout": 0.0, "init": init}, 3)
+        model(torch.randn(1, 20, generator=torch.Generator().manual_seed(1))).sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        share[init] = float(gradients[-1].norm() / torch.cat([g.flatten() for g in gradients]).norm())
+    assert 2 * share["he"] < share["torch"] and share["torch"] > 0.8
+
+
 def test_logistic_starts_at_zero() -> None:
     assert not vector(build("logistic", 5, 2, {}, 3)).any()
 

@@ -265,6 +265,19 @@ def interrupted(folder: Path, study: Study, monkeypatch: pytest.MonkeyPatch, rou
     return folder / "checkpoints" / f"round-{rounds:06d}.checkpoint"
 
 
+def test_a_run_whose_table_is_gone_loads_and_is_not_resumed(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder that moved to another machine."""
+    medfed.run(study, tmp_path / "whole")
+    interrupted(tmp_path / "run", study, monkeypatch, rounds=2)
+    (tmp_path / "cohort.csv").unlink()
+    rows = invented(5, seed=9).drop(columns=["died", "hospital", "subject"])
+    assert len(medfed.load(tmp_path / "whole").predict(rows)) == 5
+    with pytest.raises(medfed.DataError, match="cohort"):
+        medfed.resume(tmp_path / "run")
+
+
 def test_changed_study_or_data_is_refused(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tmp_path / "run", study, monkeypatch, rounds=2)
     invented(241).to_csv(tmp_path / "cohort.csv", index=False)

@@ -79,7 +79,13 @@ class Sums:
 def clip_factor(kind: str, clip: float) -> Factor:
     """Return the clipping factor: automatic 1 / (|g| + 0.01) (Bu et al. 2022, 2206.07136), else min(1/|g|, 1/C).
 
-    Sensitivity of the sum: 1, in units of C (add/remove one patient).
+    Guarantee: a gradient times the factor of its norm is at most 1 long, so that one patient more or less moves a sum
+    of them by at most 1, in units of C. Rounding comes on top (`guarantee.SLACK`).
+
+    Edge cases:
+    - a norm of 0: the factor is finite, and 0 times it is 0;
+    - a norm that is not finite has no product; whoever sums leaves that patient out (`sums`);
+    - "automatic" has no C: every gradient well above 0.01 comes to about 1, a sure patient's like an unsure one's.
     """
     if kind == "automatic":
         return lambda norm_AI: 1 / (norm_AI + _AUTOMATIC)
@@ -110,7 +116,19 @@ def sums(
     key_K: Tensor,
     path: Path = "auto",
 ) -> Sums:
-    """Return each client's clipped sum at the common weights w_P: what it sends under joint noise."""
+    """Return each client's clipped sum at the common weights w_P: what it sends under joint noise.
+
+    Guarantee: one patient more or less, with however many records, moves its client's sum by at most 1 + SLACK in units
+    of C and the count below C by half, moves no other client's, and changes nobody else's part by a bit: no mask, coin
+    or order of additions hangs on who is there.
+
+    Edge cases:
+    - a gradient that is not finite, of any of a patient's records: the patient counts as absent, and is in `dropped`;
+    - several records: they are summed before the norm is taken;
+    - more patients drawn than the cap: a random subset stays, so that one patient puts another out and moves the sum by
+      twice as much; `accounting.capped` counts it so;
+    - nobody there, or nobody drawn: a sum of zeros.
+    """
     factor, chosen = clip_factor(guarantee.clipping, clip), _path(model, path)
     total_KP = torch.empty(len(patients), len(w_P), dtype=torch.float64)
     below_K, dropped = torch.empty(len(patients), dtype=torch.float64), 0

@@ -745,7 +745,14 @@ def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
 def _ballot(site: Site, w_P: Tensor) -> float:
     """Return a site's vote in [0, 1]: 1 where its own model's mean squared error is less by FULL_VOTE or more.
 
-    0 where it is more by as much, between them in proportion. Told to nobody as it is: any patient may move it wholly.
+    0 where it is more by as much, between them in proportion.
+
+    Guarantee: within [0, 1] whatever the records are, so that one patient moves it by VOTE_SENSITIVITY at most. It is
+    told to nobody as it is, as any patient may move it wholly: the noise is paid for (`Account.pay_query`).
+
+    Edge cases:
+    - training or testing the own model fails, or does not stay finite: 0.5, and the reason in the site's own log;
+    - no held-out record: 0.5.
     """
     try:
         own_P = train_own(site.name, site.train, site.encoding, site.study)
@@ -763,6 +770,15 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
     """Test the model on patients who are not public: their histogram of scores, paid for.
 
     Noised here, unless whoever combines rows is trusted with sums without noise, and noises the sum of all sites.
+
+    Guarantee: each held-out patient counts in one cell, with the first record alone, so that two-sided geometric noise
+    of scale 1 / epsilon makes the histogram epsilon-private; every patient has paid before it is made.
+
+    Edge cases:
+    - edges that are none, or not in order, are refused whoever is in the table;
+    - who cannot pay keeps one site's histogram back, and no number of patients is told;
+    - nobody is held out at a site: it answers all the same, with counts of zero under whatever noise there is;
+    - `simulation_only`: nobody pays, and nothing is claimed.
     """
     study, edges = sites[0].study, _edges(tensors)
     together = guarantee.counted_together(study)
@@ -790,7 +806,13 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
 def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Answer with what the study's rule needs of training rows to choose the threshold; under a claim paid and noised.
 
-    Under a claim one record of each patient counts, so that a patient moves the vector by the rule's sensitivity.
+    Guarantee: under a claim one record of each patient counts, so that a patient moves the vector by the rule's
+    sensitivity; it carries the noise that is paid for, here or on the sum of all sites, and is paid before it is made.
+
+    Edge cases:
+    - other than the cells that are paid for, or a rule that needs no rows: refused, and nobody is charged;
+    - asked again after an answer: paid anew, until the plan holds no more;
+    - without a claim every record counts, and nothing is noised.
     """
     first, edges = sites[0], _edges(tensors)
     rule, promised = first.study.rule(), first.guarantee

@@ -97,8 +97,14 @@ class Bounded:
 def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
     """Return each row projected onto the ball of its own radius; rows that lie in it stay as they are, bit for bit.
 
-    A projection onto a convex set never moves two rows apart, so that the sensitivity stays. In floats two rows of
-    radius r may move apart by r 2^-46: squares are added pairwise, of up to 2^40 numbers. SLACK counts it.
+    Guarantee: no row is longer than its radius, and a projection onto a convex set never moves two rows apart: one
+    patient moves what is returned by no more than the row itself, however many patients a site has.
+
+    Edge cases:
+    - in floats two rows of radius r may move apart by r 2^-46: squares are added pairwise, of up to 2^40 numbers. SLACK
+      counts it;
+    - more patients than declared: the row is cut, in silence, as to say so would tell of the one too many;
+    - a row that is not finite has no place in a ball: `dpsgd.sums` makes none, `finite` refuses others'.
     """
     held_KM = row_KM
     for k, radius in enumerate(radius_K):
@@ -113,9 +119,14 @@ def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
 class NoiseShare:
     """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.
 
-    Variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up to a total variation of
-    `_smoothing` (privacy.mechanisms) that is below 2^-1000 at the grid's widths; what others add beyond it is
-    post-processing. Whoever knows some parts can take away those alone.
+    Guarantee: variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up to a total
+    variation of `_smoothing` (privacy.mechanisms) that is below 2^-1000 at the grid's widths; what others add beyond it
+    is post-processing.
+
+    Edge cases:
+    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.Terms`);
+    - more parts than `holders` make more than is asked for, by a factor that the claim states;
+    - whoever knows some parts can take away those alone, so `holders` are those who tell nobody theirs.
     """
 
     guarantee: Guarantee
@@ -149,6 +160,15 @@ class JointNoise:
     """Noise on the sum of all rows, as the guarantee asks; with a strategy, correlated over rounds.
 
     Whoever combines the rows draws it. `key` seeds it in a simulation only.
+
+    Guarantee: to all but that party a round tells of any patient no more than its release, one Gaussian of the
+    guarantee's multiplier: `sigma_units()` grid steps on each number, and noise of its own on the count below C.
+
+    Edge cases:
+    - whoever combines the rows sees them bare: the claim's trust model says so;
+    - each instance takes a key from the operating system, so a resumed run draws afresh and never again what it drew;
+    - a strategy's noise leans on the past, which is in memory alone: such a run is one release, and is not resumed;
+    - `simulation_only`: the noise follows from the study's seed, and nothing is claimed.
     """
 
     guarantee: Guarantee

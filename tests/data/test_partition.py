@@ -117,6 +117,14 @@ def test_a_stratified_split_does_not_depend_on_row_order() -> None:
     assert _held_exactly(labels, 0.25) == _held_exactly(turned, 0.25)
 
 
+def test_a_patient_of_two_sites_may_fall_apart_under_exact_shares_alone() -> None:
+    companions = [[f"{site} {i}" for i in range(5)] for site in range(10)]
+    patients = [f"p{i}" for i in range(20)]
+    exact = [{_held_exactly(dict.fromkeys([name, *ids], "a"), 0.5)[name] for ids in companions} for name in patients]
+    hashed = [{_held([name, *ids], 0.5)[name] for ids in companions} for name in patients]
+    assert any(len(sides) == 2 for sides in exact) and all(len(sides) == 1 for sides in hashed)
+
+
 def test_those_of_lowest_hash_are_held_out() -> None:
     key, ids = STREAMS.key("split"), [f"p{i}" for i in range(50)]
     lowest = sorted(ids, key=lambda name: patient_fraction(key, name))[:10]

@@ -191,6 +191,17 @@ def test_public_ranges_map_to_two_and_are_clipped() -> None:
     torch.testing.assert_close(rows.x, expected, atol=1e-6, rtol=0)
 
 
+def test_a_wide_range_squeezes_patients_unless_it_is_logarithmic() -> None:
+    cells = {"a": [0.5, 1.0, 2.0, 4.0]}
+    spread = []
+    for log in (False, True):
+        data = replace(DICTIONARY, dictionary={"a": Feature(range=(0.1, 1000), log=log)})
+        table = _table(cells)
+        x = agree({"s": survey(table, data)}, data, _unasked).encode(table, _every(table), _every(table)).x
+        spread.append(float(x.max() - x.min()))
+    assert spread[0] < 0.02 and spread[1] > 0.7  # of the 4 between the range's ends
+
+
 def test_a_number_without_a_public_range_is_refused() -> None:
     table = _table({"a": [1.0, 2.0]})
     with pytest.raises(PlanError, match="no public range for 'a'"):

@@ -61,6 +61,12 @@ def test_many_categories_never_met_are_missing_too(result: Result) -> None:
     assert len(result.predict(batch)) == 200
 
 
+def test_a_row_is_predicted_from_itself_alone(result: Result, batch: pd.DataFrame) -> None:
+    gaps = batch.assign(lactate=[np.nan, *batch["lactate"][1:]], ward=[None, *batch["ward"][1:]])
+    alone = pd.concat([result.predict(gaps.iloc[[i]]) for i in range(len(gaps))])
+    pd.testing.assert_frame_equal(result.predict(gaps), alone, check_index_type=False, rtol=1e-5)
+
+
 def test_all_that_is_wrong_is_told_at_once(result: Result, batch: pd.DataFrame) -> None:
     told = refusal(result, batch.assign(age="old", ward="ICU"))
     assert "2 things" in told and "'age'" in told and "'ward'" in told

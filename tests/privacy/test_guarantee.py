@@ -312,6 +312,13 @@ def test_the_cost_is_that_of_the_patients_who_paid_most() -> None:
     assert g.cost({"a": 20}) <= 1 < g.cost({"a": 21})
 
 
+def test_a_draw_of_sites_buys_no_noise() -> None:
+    """Who is drawn is seen, so every patient is counted in every round, as if all sites took part."""
+    everybody, drawn = _resolved(), _resolved(fleet__clients_per_round=1)
+    assert _multiplier(drawn) == _multiplier(everybody)
+    assert drawn.cost({"a": 12}) == everybody.cost({"a": 12})
+
+
 @pytest.mark.parametrize("noise", ["shared", "site"])
 def test_the_signal_is_all_patients_pulling_one_way(noise: str) -> None:
     g = _resolved(privacy__noise=noise, parameters=100)

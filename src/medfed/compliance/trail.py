@@ -51,7 +51,16 @@ class Trail:
         return trail
 
     def append(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """Write a line; it is on disk when this returns."""
+        """Write a line; it is on disk when this returns.
+
+        Guarantee: the line holds the hash of the one before and the writer's signature of all of it, so that none
+        before it can be changed, removed or moved without a break that `verify` finds.
+
+        Edge cases:
+        - a crash may leave half a line: `open` cuts it off, and says so in the next one;
+        - a number that is not finite is a ValueError, and nothing is written;
+        - a full disk is a WriteError, and the head stays where it was.
+        """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = {"number": self.number, "time": time, "writer": self.writer, "kind": kind, "facts": facts}
         entry["previous"] = self.head
@@ -75,6 +84,14 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
     """Return a trail's entries where every line follows the one before and is signed; `head` is known elsewhere.
 
     `check(public, signature, data)` says whether a signature holds. Raises TrailError naming the first line that fails.
+
+    Guarantee: no line was changed, added, removed or moved since it was written, by anybody without the writer's key.
+
+    Edge cases:
+    - a trail that was cut at its end, or written anew as a whole, holds in itself: `head` finds it, where it was kept
+      elsewhere;
+    - a writer's key is the one that its opening line tells: whose it is, a list of the consortium says;
+    - a torn last line is refused: resuming the run cuts it off.
     """
     try:
         data = path.read_bytes()

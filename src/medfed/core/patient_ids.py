@@ -24,7 +24,17 @@ _PLAIN = 64  # digits; a number of more is told with an exponent
 
 
 def named(text: str, rule: Rule) -> str:
-    """Return the one name of a patient whose id is written `text`; naming a name again changes nothing."""
+    """Return the one name of a patient whose id is written `text`.
+
+    Guarantee: naming a name again changes nothing; under "canonical" two numbers have one name exactly where they are
+    equal, of any length, and a text has one whatever its case, width, blanks and invisible characters.
+
+    Edge cases:
+    - "canonical" takes `1E5` and `100000`, `007` and `7` for one patient: where those are two, the ledger is founded
+      with "exact", which cuts off blanks alone;
+    - letters of other alphabets that look alike, and typing errors, are two patients;
+    - an exponent of more than 6 digits makes a text, and no number.
+    """
     return text.strip() if rule == "exact" else _canonical(text)
 
 

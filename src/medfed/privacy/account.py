@@ -103,7 +103,16 @@ class Account:
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.
 
-        Who has paid and was not `answered` (the work failed, and is tried again) does not pay twice.
+        Guarantee: when this returns, every enrolled patient of every site that is not in the answer has paid for the
+        round, on disk. What it costs is worked out here, from the study and declared sizes, and by nobody's word.
+
+        Edge cases:
+        - who has paid and was not `answered` (the work failed, and is tried again) does not pay twice;
+        - a crash after it leaves the charge, and the round is paid anew;
+        - where patients of several sites pay at one of them, all sites that were asked pay or none;
+        - a correlated run is paid in full by its first round;
+        - a refusal tells how much is left to the one who has least, and never how many patients there are;
+        - nobody has been enrolled: BudgetError, whoever asks.
         """
         g = self._enrolled()
         if refused := self._apart(sites):

@@ -358,6 +358,16 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     """Return the guarantee of a study whose clients have declared `sizes`, the noise calibrated to its target.
 
     Raises PlanError where the target cannot be met.
+
+    Guarantee: whoever is there and however many, a patient who takes part in every round of the plan, spare ones too,
+    and in every query pays at most epsilon at delta, the noise sampler's distance from its ideal included. Adding or
+    removing one patient with all records is what is hidden.
+
+    Edge cases:
+    - `sizes` are declared, never counted: where they are wrong the learning rate is off, and the guarantee holds;
+    - a delta of 1/n or more is refused, as is one that the sampler's share would half use up;
+    - a draw of sites gains nothing, as it is seen; only coins of patients do;
+    - `simulation_only`: the same numbers, and nothing is claimed.
     """
     p, t, where = study.privacy, study.training, mode(study)
     assert where != "none"

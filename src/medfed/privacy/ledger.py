@@ -369,8 +369,21 @@ class Ledger:
     def charge(self, charges: Sequence[Charge], limits: Limits) -> None:
         """Pay for all of `charges` or for none; when this returns they are on disk.
 
-        Raises BudgetError, naming what is left, where a patient would exceed a limit, counting what other processes
-        have charged by now; LedgerError where the ledger cannot be trusted or written.
+        Raises BudgetError, naming what is left, where a patient would exceed a limit; LedgerError where the ledger
+        cannot be trusted or written.
+
+        Guarantee: no charge is written with which a patient's charges, of all studies, runs and processes since the
+        founding, would compose to more than the ledger's lifetime budget at its delta, or those of one study to more
+        than `limits`. What is written is never changed or taken back.
+
+        Edge cases:
+        - killed at any time, a charge stands whole or not at all; where the caller has not heard, it may stand;
+        - other processes' charges are counted within the same transaction;
+        - a patient of two cohorts in `charges` pays for both;
+        - the ledger of one run has no lifetime budget: `limits` alone hold;
+        - a full or failing disk refuses, and what stood stands;
+        - an older copy, a changed row or a missing key refuses everything (`open`); a whole folder put back does not
+          show here (`refuse_without`).
         """
         with self._transaction("IMMEDIATE"):
             self._refuse_overspend(charges, limits)
@@ -379,7 +392,14 @@ class Ledger:
         self._tell_head(*written)
 
     def check(self, charges: Sequence[Charge], limits: Limits) -> None:
-        """Raise what `charge` would raise now; charge nothing."""
+        """Raise what `charge` would raise now for want of budget; charge nothing.
+
+        Guarantee: the same composition as `charge`, over the charges together.
+
+        Edge cases:
+        - it promises nothing: until the charge itself, others may spend;
+        - whether a run's plan still holds them (`Limits.planned`) is asked by `charge` alone.
+        """
         with self._transaction("DEFERRED"):
             self._refuse_overspend(charges, limits)
 

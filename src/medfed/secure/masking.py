@@ -270,8 +270,14 @@ class Client:
     def unmask(self, broadcast: bytes) -> bytes:
         """Take the signatures of the others; where a quorum signed what this client signed, return its shares.
 
-        For each client that shared: of its self seed where it survived, of its key where it dropped out. Which one
-        follows from the list that was signed, and this happens once; there is nothing a server could ask for.
+        Guarantee: of each client that shared, a share of one seed alone: of its self seed where it survived, of its key
+        where it dropped out. Which one follows from the list that was signed, and this happens once, so that a server
+        learns the sum of all honest survivors or nothing; there is nothing that it could ask for.
+
+        Edge cases:
+        - another list of survivors, or another model, at any that is needed for the quorum: AbortError, no share;
+        - asked twice, or out of turn: EnvelopeError, and the round is over for this client;
+        - a client that dropped out before it shared has no seed to give back.
         """
         self._enter("unmask")
         envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)

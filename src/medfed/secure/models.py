@@ -52,6 +52,15 @@ class Follower:
 
         Raises EnvelopeError where it is of another study, run or round, of a round before, a second one of this round,
         or does not follow the message before; SignatureError where the coordinator did not sign it.
+
+        Guarantee: this site takes one model a round, and of two rounds in a row none that does not follow the other. So
+        a coordinator that shows sites different models has signed both, and they can show it.
+
+        Edge cases:
+        - the same envelope again gives the same message, as a repeated question needs;
+        - a site that missed rounds takes the next that it sees, as it cannot tell what lay between;
+        - the first message, of a run or of a resumed one, follows nothing that this site knows;
+        - two sites that are shown different models do not see it by themselves: under masks they compare.
         """
         digest = sha256(envelope).digest()
         if digest != self._envelope:
