@@ -625,6 +625,15 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     assert set(charges(own_ledger(tmp_path / "run"), "test").values()) == {1}
 
 
+def test_a_test_that_will_tell_nothing_is_warned_of_before_anybody_pays(tmp_path: Path, noised: Study) -> None:
+    """The newcomer's: `privacy plan` knew, `run` spent the lifetime budget, and the figures were dashes."""
+    result = medfed.run(noised.set("privacy.evaluation_epsilon", 0.05), tmp_path / "run")
+    told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Warned | RoundFinished)]
+    first = next(e for e in told if isinstance(e, events.Warned) and "will hardly tell anything" in e.text)
+    assert told.index(first) < next(i for i, e in enumerate(told) if isinstance(e, RoundFinished))
+    assert result.summary["warnings"]
+
+
 def test_the_plan_says_what_a_paid_test_can_tell_and_where_a_run_is_charged(
     noised: Study, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,17 +126,19 @@ def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_no
     alike = alike.set("privacy.sizes", dict.fromkeys(alike.privacy.sizes, 12))
     summary = medfed.run(alike, tmp_path / "alike").summary
     assert summary["vote"]["interval"][1] < MANY / 2
-    assert not {one["code"] for one in summary["findings"]} & {"own-better-by-vote", "vote-open", "not-compared"}
+    told = {one["code"] for one in summary["findings"]}
+    assert "federated-better-by-vote" in told and not told & {"own-better-by-vote", "vote-open", "not-compared"}
 
 
 @pytest.mark.parametrize(
-    ("interval", "code"), [([60, 90], "own-better-by-vote"), ([40, 70], "vote-open"), ([10, 49], None)]
+    ("interval", "code"),
+    [([60, 90], "own-better-by-vote"), ([40, 70], "vote-open"), ([10, 49], "federated-better-by-vote")],
 )
-def test_a_vote_is_told_by_its_interval(tmp_path: Path, interval: list[float], code: str | None) -> None:
+def test_a_vote_is_told_by_its_interval(tmp_path: Path, interval: list[float], code: str) -> None:
     summary = dict(medfed.run(load(tmp_path), tmp_path / "run").summary)
     summary["vote"] = {"sites": 100, "own_better": sum(interval) / 2, "interval": interval}
     told = {one["code"] for one in verdict.findings(summary)}
-    assert (told & {"own-better-by-vote", "vote-open", "not-compared"}) == ({code} if code else set())
+    assert told & {"own-better-by-vote", "federated-better-by-vote", "vote-open", "not-compared"} == {code}
 
 
 def test_the_noise_of_a_vote_has_the_spread_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,10 @@ def _vote(study: Study) -> tuple[float, str] | None:
     if not study.data.test_is_public and not bears(voting, test):
         return None  # held-out patients pay for both, and the test comes first
     half = guarantees.vote_interval(sites, guarantees.vote_noise(study, p.epsilon / 4, sites))
-    return p.epsilon / 4, f"{sites} sites say whether their own models do better, known to +- {half:.0f}"
+    return (
+        p.epsilon / 4,
+        f"{sites} sites say whether their own models do better, known to +- {half:.0f} of {sites} votes",
+    )
 
 
 def _delta(patients: int) -> float:

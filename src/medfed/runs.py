@@ -1052,8 +1052,20 @@ def _tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
             rate_chosen=plan.chosen.why() if plan.chosen else "",
         )
     )
-    for event in (*told, *map(events.Warned, plan.warnings)):
+    for event in (*told, *map(events.Warned, [*plan.warnings, *_void_test(plan)])):
         log.emit(event)
+
+
+def _void_test(plan: Plan) -> Iterator[str]:
+    """Yield that the test that held-out patients pay for will tell hardly anything, before anybody has paid."""
+    paid = paid_test(plan)
+    void = [f"{float(share):.0%}" for share, told in paid.intervals.items() if told is None] if paid else []
+    if paid and void:
+        yield (
+            f"the test that about {paid.held_out} held-out patients pay for (privacy.evaluation_epsilon="
+            f"{paid.epsilon:g}) will hardly tell anything where {some(void)} are positive: too much noise. Hold out "
+            "more, raise it, or test on public patients (data.test_is_public)"
+        )
 
 
 def _tell_founding(sites: Sequence[Site], log: Log) -> None:

@@ -195,3 +195,32 @@ def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
     assert "sensitivity-missed" in _codes(missed)
     kept = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.7, 0.86]})
     assert "sensitivity-missed" not in _codes(kept)
+
+
+def test_a_loss_that_is_high_and_falling_wants_more_rounds_not_a_lower_rate() -> None:
+    """The newcomer's: 3 in a hundred positive, ten rounds, .652 to .259; a lower rate made it worse."""
+    rare = {"confusion": [[196, 0], [4, 0]], "loss": {"first": 0.652, "last": 0.259, "test": 0.26}, "rounds": 10}
+    (high, *_) = findings(_summary(**rare))
+    assert high["code"] == "loss-high" and "still falling" in high["text"]
+    assert high["next"] == "Train for more rounds (it had 10)."
+    exploded = {**rare, "loss": {"first": 70.0, "last": 65.0, "test": 0.44}}
+    assert "Lower training.learning_rate" in findings(_summary(**exploded))[0]["next"]
+
+
+def test_a_model_that_ranks_backwards_is_not_said_to_be_chance() -> None:
+    (found, *_) = findings(_summary(intervals={"auroc": [0.291, 0.479]}, test={**BINARY, "auroc": 0.384, "n": 200}))
+    assert found["code"] == "not-better-than-chance" and "the wrong way round" in found["text"]
+
+
+def test_counts_that_are_noise_say_nothing_of_a_class() -> None:
+    """The newcomer's: a good private model was told to miss all of 25 where the test's noise hid everything."""
+    noised = {
+        "test_noised": True,
+        "privacy": PRIVATE,
+        "confusion": [[75, 0], [23, 2]],
+        "loss": {"first": None, "last": None, "test": None},
+    }
+    void = _summary(**noised, test={**BINARY, "auroc": None, "n": 100}, intervals={"auroc": None})
+    assert "one-class" not in _codes(void) and "not-better-than-chance" in _codes(void)
+    sure = _summary(**noised, intervals={"auroc": [0.81, 0.89]})
+    assert "one-class" in _codes(sure)

@@ -326,7 +326,7 @@ def _devices(story: Story) -> str:
         [
             name,
             sizes[name]["train"],
-            sizes[name]["test"],
+            "not told" if s["test_noised"] else sizes[name]["test"],
             s["participation"].get(name, 0),
             left_out[name],
             _told(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),

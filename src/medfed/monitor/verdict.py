@@ -25,6 +25,7 @@ CODES = {
     "own-better": "each site's own model errs less than the federated one, over all sites",
     "own-better-at-some": "so at some sites",
     "own-better-by-vote": "by a noised vote of the sites, own models err less",
+    "federated-better-by-vote": "by a noised vote of the sites, the federated model errs less",
     "vote-open": "a noised vote of the sites does not tell whether own models err less",
     "not-compared": "whether sites' own models would do better is not known",
 }
@@ -92,7 +93,16 @@ def _loss(summary: Summary) -> Iterator[dict[str, str]]:
     constant = _entropy(_shares(summary))
     if last is not None and constant and last > 2 * constant:
         text = f"The training loss ended at {last:.4g}; one chance for everybody has {constant:.3g}."
-        yield _finding("loss-high", text, lower)
+        if first is not None and last < _FALLING * first < _FALLING * _KNOWS_NOTHING * math.log(len(summary["labels"])):
+            rounds = f" (it had {summary['rounds']})" if summary.get("rounds") else ""
+            text = f"{text[:-1]}, and it was still falling, from {first:.4g}."
+            yield _finding("loss-high", text, f"Train for more rounds{rounds}.")
+        else:
+            yield _finding("loss-high", text, lower)
+
+
+_FALLING, _KNOWS_NOTHING = 0.98, 1.5
+"""Where the first loss is about that of equal chances, and the last is less by this share: it learns, slowly."""
 
 
 # Against a constant predictor
@@ -118,7 +128,7 @@ def _classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, 
         text = f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
         following = "Use its ranking, not its chances; train for more rounds, or with smaller steps."
         yield _finding("chances-worse-than-constant", text, following)
-    if one := _one_class(summary):
+    if (one := _one_class(summary)) and not (chance and _too_noisy(summary, intervals)):  # counts are noise, too
         at = (summary.get("decision") or {}).get("threshold", 0.5)
         following = (
             f"Its AUROC says whether it ranks patients; the decision threshold is {at:.3g}: declare another, such as "
@@ -138,6 +148,10 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
         low, high = intervals.get("auroc") or _hanley(auroc, *_counts(summary))
         if low > 0.5:
             return ""
+        if high < 0.5:
+            return (
+                f"The model ranks the wrong way round: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
+            )
         return f"The model cannot be told from chance: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
     most, low = max(shares), (intervals.get("accuracy") or [test["accuracy"]])[0]
     if low > most or not _worse_chances(summary, test, shares):
@@ -253,21 +267,21 @@ def _own(summary: Summary) -> Iterator[dict[str, str]]:
 
 
 def _voted(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Say what a vote of sites comes to; nothing where it speaks for the federated model."""
+    """Say what a vote of sites comes to."""
     sites, (low, high) = vote["sites"], vote["interval"]
     if low > sites or high < 0:
         text = f"The vote on own models came out beyond all its {sites} sites: it tells nothing."
         yield _finding("vote-open", text, _AT_HOME, "note")
         return
-    told = (
-        f"{max(0.0, low):.0f} to {min(sites, high):.0f} of {sites} votes are for own models, half being a draw and a "
-        "squared error that is less by .02 a whole vote"
-    )
+    told = f"{max(0.0, low):.0f} to {min(sites, high):.0f} of {sites} votes are for own models, where half is a draw"
     if low > sites / 2:
         yield _finding("own-better-by-vote", f"Sites' own models are better than the federated one: {told}.", _DIFFER)
     elif high >= sites / 2:
         text = f"Whether sites' own models are better cannot be told by their noised vote: {told}."
         yield _finding("vote-open", text, _AT_HOME, "note")
+    else:
+        text = f"The federated model is better than sites' own, by their noised vote: {told}."
+        yield _finding("federated-better-by-vote", text, _AT_HOME, "note")
 
 
 def _better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:
