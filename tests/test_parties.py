@@ -145,7 +145,7 @@ def test_a_killed_site_is_left_out_by_name(tmp_path: Path, started: Any) -> None
         server = run_round(plan.begin(), plan, parties.fleet, plan.budget(), log)
     assert server.round == 1
     left = runs.summarise(log.events())["excluded"]
-    assert [one["site"] for one in left] == [SITES[1]] and "has stopped" in left[0]["reason"]
+    assert [one["site"] for one in left] == [SITES[1]] and "process has ended" in left[0]["reason"]
 
 
 @pytest.mark.long

@@ -62,7 +62,7 @@ class Pipes:
             try:
                 answer = pipe.recv_bytes()
             except (EOFError, OSError):
-                answer = f"-site {name!r} has stopped".encode()
+                answer = b"-the site's process has ended"
             seconds, good = time.monotonic() - began, answer[:1] == b"+"
             error = "" if good else answer[1:].decode()
             replies.append(Reply(ticket, name, answer[1:] if good else b"", seconds, error))
