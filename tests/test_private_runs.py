@@ -26,6 +26,7 @@ from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import console, events
+from medfed.monitor.dashboards import create_interactive_dashboards
 from medfed.monitor.events import Event, RoundFinished
 from medfed.plan import Plan
 from medfed.prepare import prepare
@@ -623,6 +624,22 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     assert before == after and len(after) == 1
     assert again.summary["test"]["accuracy"] == after[0].all_sites["accuracy"].value
     assert set(charges(own_ledger(tmp_path / "run"), "test").values()) == {1}
+
+
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_a_run_may_test_nothing_and_says_so(tmp_path: Path, study: Study, task: str) -> None:
+    """The newcomer's: a regression on one's own patients asked for a declaration that nobody could make."""
+    silent = study._with({"data.test_is_public": False, "monitor.evaluate_every": 0, "monitor.baselines": True})
+    if task == "regression":
+        silent = silent._with({"data.target": "age", "data.task": "regression", "data.features": ["lactate", "ward"]})
+    result = medfed.run(silent, tmp_path / "run")
+    assert result.complete and result.summary["test"] is None and not result.summary["baselines"]
+    assert [one["code"] for one in result.summary["findings"]][-1] == "untested"
+    assert charges(own_ledger(tmp_path / "run"), "test") == {}
+    assert len(result.predict(invented().head(3))) == 3
+    assert all(path.stat().st_size for path in create_interactive_dashboards(tmp_path / "run").values())
+    with pytest.raises(PlanError, match=r"monitor.evaluate_every=0 do not compose"):
+        medfed.run(study._with({"monitor.evaluate_every": 0, "data.threshold": "youden"}), tmp_path / "other")
 
 
 def test_a_test_that_will_tell_nothing_is_warned_of_before_anybody_pays(tmp_path: Path, noised: Study) -> None:

@@ -172,7 +172,7 @@ VIOLATIONS: list[tuple[str, Any]] = [
     ("privacy.evaluation_epsilon", INF),
     ("fleet.groups", 0),
     ("fleet.clients_per_round", -1),
-    ("monitor.evaluate_every", 0),
+    ("monitor.evaluate_every", -1),
     ("monitor.checkpoints", 1),
     ("data.dictionary.age.range", [1.0]),
     ("data.dictionary.age.range", [1.0, 2.0, 3.0]),

@@ -105,13 +105,18 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         raise PlanError(f"fleet.clients_per_round={study.fleet.clients_per_round}, but there are {few}; lower it")
     if not guarantees.asked(study):
         refuse(_renamed(surveys, study))
+    if not study.monitor.evaluate_every and study.rule().chosen:
+        raise PlanError(
+            f"data.threshold={study.data.threshold!r} and monitor.evaluate_every=0 do not compose: a threshold is "
+            "chosen for a test. Declare a number, or test at the end."
+        )
     if encoding.target.task != "binary" and study.data.threshold != "0.5":
         raise PlanError(
             f"data.threshold={study.data.threshold!r} and data.task={encoding.target.task!r} do not compose: a "
             "threshold is one of two labels. Leave data.threshold out."
         )
     told = study.data.test_is_public or not guarantees.asked(study)  # else nobody says how many are held out
-    if told and not any(size["test"] for size in sizes.values()):
+    if told and study.monitor.evaluate_every and not any(size["test"] for size in sizes.values()):
         raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
     model = build_model(study, encoding)
     models.check_repeats(study.model.name, partial(build_model, study, encoding))

@@ -179,7 +179,7 @@ def _basics(study: Study, patients: int) -> Choices:
     if study.left_open("privacy.vote_epsilon") and (vote := _vote(with_delta)):
         found["privacy.vote_epsilon"] = vote
         with_delta = with_delta.set("privacy.vote_epsilon", vote[0])
-    if not study.data.test_is_public and is_binary(study.data):
+    if not study.data.test_is_public and is_binary(study.data) and study.monitor.evaluate_every:
         found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"
     return found
 

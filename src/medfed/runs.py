@@ -826,7 +826,7 @@ def _drive(
         budget.ask("ranges")  # before this; the ledger says how often, where one was charged
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.found(account.uses(), account.queries())
-    name, reason = main_model(study.training.algorithm), ""
+    name, reason, every = main_model(study.training.algorithm), "", study.monitor.evaluate_every
     watch, gate = _watched(plan, log), Gate.of(plan)
     pace = _paced(log.events(), plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
@@ -840,18 +840,18 @@ def _drive(
             if gate:
                 server = _gated(gate, before, server, log)
             server, pace = _eased(server, pace, plan, log)
-            if server.round % study.monitor.evaluate_every == 0 and server.round < study.training.rounds:
+            if every and server.round % every == 0 and server.round < study.training.rounds:
                 test(server, plan, fleet, log, name)
             if folder:
                 _checkpoint(folder, server, plan, fleet, log, account)
-        if events.Tested not in known:
+        if every and events.Tested not in known:
             decision = decide(server, plan, fleet, budget, log)
             test(server, plan, fleet, log, name, intervals=True, decision=decision)
         if events.Voted not in known:
             vote(server, plan, fleet, budget, log)
         if account and not study.privacy.simulation_only:
             budget.found(account.uses(), account.queries())  # who was refused has not paid
-        if study.monitor.baselines and name == "federated" and not private:
+        if study.monitor.baselines and every and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)
     except (QuorumError, BudgetError) as error:

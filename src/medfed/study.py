@@ -517,7 +517,9 @@ class Fleet:
 class Monitor:
     """What is measured and kept."""
 
-    evaluate_every: int = _key(1, "Test the global model after every so many rounds, and after the last.")
+    evaluate_every: int = _key(
+        1, "Test the global model after every so many rounds, and after the last; 0 tests nothing, and the run says so."
+    )
     baselines: bool = _key(
         True,
         "Also train each site alone, and one model on pooled rows (a simulation only, without noise; left out under a "
@@ -876,7 +878,12 @@ def out_of_range(study: Study) -> list[Refusal]:
         ("security.fraction_bits", security.fraction_bits, 1 <= security.fraction_bits <= 40, "1 to 40"),
         ("security.bound", security.bound, 0 < security.bound < 1e9, "above 0"),
         ("fleet.groups", study.fleet.groups, study.fleet.groups >= 1, "1 or more"),
-        ("monitor.evaluate_every", study.monitor.evaluate_every, study.monitor.evaluate_every >= 1, "1 or more"),
+        (
+            "monitor.evaluate_every",
+            study.monitor.evaluate_every,
+            study.monitor.evaluate_every >= 0,
+            "0 (no test) or more",
+        ),
         ("monitor.checkpoints", study.monitor.checkpoints, study.monitor.checkpoints >= 2, "2 or more"),
         ("sites.names", sites.names, len(set(sites.names)) == len(sites.names), "each name once"),
         ("sites.names", sites.names, all(sites.names), "no empty name"),

@@ -27,6 +27,7 @@ CODES = {
     "own-better-by-vote": "by a noised vote of the sites, own models err less",
     "federated-better-by-vote": "by a noised vote of the sites, the federated model errs less",
     "vote-open": "a noised vote of the sites does not tell whether own models err less",
+    "untested": "nothing is known of the model, as it was not tested",
     "not-compared": "whether sites' own models would do better is not known",
 }
 """What a finding says, by its code."""
@@ -39,6 +40,10 @@ def findings(summary: Summary) -> list[dict[str, str]]:
     if test:
         found += _regression(summary, test) if "r2" in test else _classes(summary, test, intervals)
         found += _own(summary)
+    elif summary.get("status") == "complete":
+        text = "The model was not tested: nothing is known of how good it is."
+        following = "Test it on patients who are declared public, or at each site (`medfed alone RUN SITE`)."
+        found.append(_finding("untested", text, following, "note"))
     return found
 
 

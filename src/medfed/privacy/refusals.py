@@ -111,7 +111,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
             "Set data.preprocess='dictionary'.",
             data__preprocess="dictionary",
         )
-    if not data.test_is_public and not p.evaluation_epsilon:
+    if not data.test_is_public and not p.evaluation_epsilon and study.monitor.evaluate_every:
         yield _unpaid_test(study, claim)
     if t.algorithm in ("local", "pooled"):
         yield _refusal(
@@ -171,7 +171,8 @@ def _unpaid_test(study: Study, claim: str) -> Refusal:
         claim,
         "test figures without noise",
         "held-out patients are patients too, and each round's figures are released",
-        f"Set data.test_is_public=true if they are declared public test data{price}.",
+        f"Set data.test_is_public=true if they are declared public test data{price}, or monitor.evaluate_every=0 to "
+        "test nothing.",
         **mend,
     )
 
