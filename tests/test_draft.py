@@ -183,6 +183,18 @@ def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pyt
     assert columns["geburtsdatum"].kind == "number"
 
 
+def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
+    """80 kg here and 176 lbs there: a draft takes no unit for another."""
+    frame = invented()
+    weights = np.random.default_rng(0).integers(50, 99, len(frame))
+    pounds = [f"{weight * 2.2046:.1f} lbs" for weight in weights]
+    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{weight} kg" for weight in weights])
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
+    assert made.blanks == ("data.dictionary.weight.suffix",)
+    assert "'kg'" in made.text and "'lbs'" in made.text
+
+
 def test_whether_day_or_month_stands_first_is_asked_for(tmp_path: Path) -> None:
     """No birthday after the twelfth of a month: both forms read all of them."""
     frame = invented()

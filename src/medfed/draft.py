@@ -23,6 +23,7 @@ from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
 from medfed.data import clinical, dates, doubts, footers, mapping, readers, sources, workbooks
+from medfed.data import units as measures
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
@@ -350,7 +351,13 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
 def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
     """Describe a feature: what stands beside its numbers, and its range where the dictionary knows its name."""
     path = ("data", "dictionary", shape.name)
-    if shape.suffixes:
+    if len(apart := measures.apart(shape.suffixes)) > 1:
+        told = " and ".join(" or ".join(map(repr, spellings)) for spellings in apart)
+        what = "" if quotes.are_withheld() else f", {told}"
+        ask = f"several units{what}: the one of the range; in the map of a site with another, suffix and factor."
+        data = asked["data"]
+        data.setdefault("dictionary", {}).setdefault(shape.name, {}).setdefault("suffix", Ask([], ask))
+    elif shape.suffixes:
         put(asked, (*path, "suffix"), list(shape.suffixes))
         notes[(*path, "suffix")] = "its unit stands in the cells, and is taken off"
     if shape.limits:

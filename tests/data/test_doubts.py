@@ -15,6 +15,7 @@ import medfed
 from medfed.core import quotes
 from medfed.core.checks import DataError
 from medfed.data import doubts
+from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
 from medfed.prepare import ask_surveys
 from medfed.study import Data, Study
@@ -74,6 +75,18 @@ def units_in_cells(frame: pd.DataFrame) -> None:
 def units_at_one_site(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).integers(50, 99, len(frame)).astype(str).astype(object)
     frame["weight"] = np.where(frame["hospital"] == "east", values + " kg", values)
+
+
+def two_units(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).integers(50, 99, len(frame))
+    pounds = [f"{value * 2.2046:.1f} lbs" for value in values]
+    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{value} kg" for value in values])
+
+
+def degrees(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(37, 0.5, len(frame)).round(1)
+    hot = [f"{value * 1.8 + 32:.1f} °F" for value in values]
+    frame["temperature"] = np.where(frame["hospital"] == "east", hot, [f"{value} °C" for value in values])
 
 
 def words_at_one_site(frame: pd.DataFrame) -> None:
@@ -149,6 +162,8 @@ CASES: list[tuple[Change, str, str, str]] = [
     (a_discharge, "target-copy", "discharge", 'data.exclude = ["discharge"]'),
     (units_in_cells, "units-in-cells", "ef", 'data.dictionary.ef.suffix = ["%"]'),
     (units_at_one_site, "units-in-cells", "weight", 'data.dictionary.weight.suffix = ["kg"]'),
+    (two_units, "units-mixed", "weight", "a site's map has suffix and factor"),
+    (degrees, "units-mixed", "temperature", "a site's map has suffix and factor"),
     (words_at_one_site, "kinds", "flag", 'data.exclude = ["flag"]'),
     (sexes, "spelling", "sex", "data.dictionary.sex.recode = {"),
     (labels_by_case, "label-spelling", "died", "data.dictionary.died.recode = {"),
@@ -245,6 +260,24 @@ def test_units_are_taken_off_where_that_is_declared(tmp_path: Path) -> None:
     weights = medfed.simulate(study).w_P
     plain = frame.assign(ef=frame["ef"].str.removesuffix(" %"), weight=frame["weight"].str.removesuffix(" kg"))
     assert weights.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P)
+
+
+@pytest.mark.parametrize("suffix", [["kg", "lbs"], ["kg"], ["lbs"]])
+def test_several_units_are_no_one_suffix(tmp_path: Path, suffix: list[str]) -> None:
+    """Also where the study takes them off: 80 kg and 176 lbs would be one column of numbers."""
+    study = changed(tmp_path, two_units).set("data.dictionary.weight.suffix", suffix)
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column, doubt.mend) == ("units-mixed", "weight", {})
+    with pytest.raises(DataError, match="several units"):
+        medfed.simulate(study)
+    if len(suffix) == 2:
+        assert found(study.set("data.accept", ["units-mixed:weight"])) == []
+
+
+def test_one_unit_in_several_spellings_is_one() -> None:
+    assert len(measures.apart(["µg/l", "ug/L", "ng/ml", "mcg/l"])) == 1
+    assert len(measures.apart(["Punkte", "punkte", "Punkte."])) == 1
+    assert [*map(len, measures.apart(["kg", "lbs", "kg.", "Stone", "mg/l", "mg/dl"]))] == [2, 1, 1, 1, 1]
 
 
 def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import cells, clinical, scales
+from medfed.data import units as measures
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ HARMS: dict[str, Harm] = {
     "label-numbers": "error",
     "missing-code": "error",
     "kinds": "error",
+    "units-mixed": "error",
     "units-in-cells": "error",
     "spelling": "error",
     "outside-most": "error",
@@ -323,7 +325,7 @@ def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool =
     Under a claim, which is for who holds the table alone, no cell is quoted.
     """
     with quotes.withheld(claimed):
-        found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
+        found = [*_together(surveys), *_labels(surveys, data), *_mixed(surveys, data), *_kinds(surveys, data)]
         found += [*_texts(surveys, data), *_units(surveys, data), *_scales(surveys), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
@@ -385,7 +387,7 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
 
 _MOST_LABELS = 10
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-_WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|[^\W\d_][\w/%²³°.-]{0,11})")
+_WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|°?[^\W\d_][\w/%²³°.-]{0,11})")
 
 
 def units_of(texts: Iterable[str]) -> list[str]:
@@ -402,7 +404,15 @@ def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
             continue
         texts = {site: survey["texts"][name] for site, survey in surveys.items() if survey.get("texts", {}).get(name)}
         every = [text for found in texts.values() for text in found]
-        if units := units_of(every):
+        declared = data.dictionary.get(name, Feature()).suffix
+        if (units := units_of(every)) and len(measures.apart([*declared, *units])) > 1:
+            if len(measures.apart(declared)) < 2:  # else it is told already
+                one_each = [next(text for text in every if text.endswith(unit)) for unit in units]
+                doubt = _several_units(name, "" if quotes.are_withheld() else some(map(repr, [*declared, *units])))
+                yield replace(doubt, examples=_examples(name, one_each))
+            continue
+        if units:
+            units = [*declared, *units]
             text, mend = _of_cells("holds numbers with their unit in the cell", name, "suffix", units)
             yield Doubt("units-in-cells", name, text, mend=mend, examples=_examples(name, every))
             continue
@@ -411,6 +421,19 @@ def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
         if numbers and texts:
             text = f"is a number at {those(numbers)} and text at {those(list(texts))}"
             yield Doubt("kinds", name, text, mend=_leave_out(name), examples=_examples(name, every))
+
+
+def _mixed(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield the columns of which a study takes off several units as if they were one."""
+    used = {data.target, *(name for survey in surveys.values() for name in survey.get("missing", ()))}
+    for name, feature in data.dictionary.items():
+        if name in used and len(measures.apart(feature.suffix)) > 1:
+            yield _several_units(name, some(map(repr, feature.suffix)))
+
+
+def _several_units(name: str, told: str) -> Doubt:
+    text = f"holds numbers in several units{f' ({told})' if told else ''}, which would be taken for one"
+    return Doubt("units-mixed", name, f"{text}: a site's map has suffix and factor")
 
 
 def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
