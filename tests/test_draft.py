@@ -183,6 +183,25 @@ def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pyt
     assert columns["geburtsdatum"].kind == "number"
 
 
+def test_decimal_commas_of_a_workbook_are_numbers_and_what_is_left_out_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    frame["Potassium"] = [
+        f"{value:.1f}".replace(".", ",") for value in np.random.default_rng(0).normal(4, 0.4, len(frame))
+    ]
+    frame["ASA"] = np.where(
+        frame["hospital"] == "east", "3", np.random.default_rng(1).choice(["II", "III"], len(frame))
+    )
+    frame.to_excel(tmp_path / "table.xlsx", index=False)
+    out = tmp_path / "study.toml"
+    assert command("data", "show", tmp_path / "table.xlsx", "--write", out) == 0
+    entry = medfed.load_study(out).data.dictionary["Potassium"]
+    assert entry.numbers == "1,5" and entry.unit == "mmol/L" and len(entry.range) == 2
+    told = capsys.readouterr().out
+    assert "left out: ASA: is a number at east and text at north, south" in told and "of them text: ward" in told
+
+
 def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
     """80 kg here and 176 lbs there: a draft takes no unit for another."""
     frame = invented()

@@ -22,7 +22,7 @@ from medfed import study as studies
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, mapping, readers, sources, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, numerals, readers, sources, workbooks
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
@@ -62,12 +62,14 @@ _PASSES = 6
 class Draft:
     """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can.
 
-    `surveys` is what its sites tell of the table, where that has been asked (`runs.survey`).
+    `left_out` says which columns it excludes, and why; `surveys` is
+    what its sites tell of the table, where that has been asked (`runs.survey`).
     """
 
     text: str
     blanks: tuple[str, ...]
     unread: str
+    left_out: str = ""
     surveys: Mapping[str, Mapping[str, Any]] | None = None
 
 
@@ -84,6 +86,7 @@ class _Shape:
     limits: tuple[str, ...]  # results beyond a detection limit, where all else are numbers
     labels: tuple[str, ...]  # the different cells, where they are few
     suffixes: tuple[str, ...]  # what stands behind the numbers, where most have something
+    spelt: str  # how most of it spells numbers, where that is none that is read
     gaps: tuple[str, ...]  # words for what is missing that a study does not take for it by itself
 
     @property
@@ -136,7 +139,7 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     asked["data"]["table"] = Path(os.path.relpath(table.resolve(), out.parent.resolve())).as_posix()
     blanks = [toml.key(*path) for path in sorted(_asks(asked), key=lambda path: path != ("data", "target"))]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
-    return Draft("\n".join(lines), tuple(blanks), unread, surveys)
+    return Draft("\n".join(lines), tuple(blanks), unread, notes.get(("data", "exclude"), ""), surveys)
 
 
 def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
@@ -231,6 +234,9 @@ def _shape(values: pd.Series) -> _Shape:
     share = float(number_N.mean()) if len(texts) else 0.0
     different = [str(text) for text in texts.unique()]
     suffixes = tuple(doubts.units_of(different))
+    if spelt := "" if suffixes or share >= 0.5 else numerals.form_of(different) or "":
+        texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
+        share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
     return _Shape(
         name=str(values.name),
         known=len(texts),
@@ -241,6 +247,7 @@ def _shape(values: pd.Series) -> _Shape:
         limits=_limits(different, suffixes) if share < 1 else (),
         labels=tuple(sorted(different)) if len(different) <= _MOST_LABELS else (),
         suffixes=suffixes,
+        spelt=spelt,
         gaps=gaps,
     )
 
@@ -360,6 +367,9 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _
     elif shape.suffixes:
         put(asked, (*path, "suffix"), list(shape.suffixes))
         notes[(*path, "suffix")] = "its unit stands in the cells, and is taken off"
+    if shape.spelt:
+        put(asked, (*path, "numbers"), shape.spelt)
+        notes[(*path, "numbers")] = "its cells are numbers, spelt so as texts"
     if shape.limits:
         put(asked, (*path, "limits"), "limit")
         what = f"a result beyond a detection limit{quotes.quoted(quotes.examples(shape.limits))}, becomes that limit"

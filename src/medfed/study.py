@@ -77,6 +77,9 @@ class Feature:
     suffix: tuple[str, ...] = _key(
         (), "What stands behind the numbers of this column, and is taken off: suffix = ['%', 'mg/l']."
     )
+    numbers: Literal["", "1,5", "1.234,5", "1 234,5", "1'234,5", "1,234.5", "1 234.5", "1'234.5"] = _key(
+        "", "How this column's texts spell numbers, where the table spells them otherwise: '1,5' for 4,2 in a workbook."
+    )
     boolean: bool = _key(
         False,
         "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells "

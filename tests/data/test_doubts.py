@@ -14,7 +14,7 @@ from tests.test_cli import medfed as command
 import medfed
 from medfed.core import quotes
 from medfed.core.checks import DataError
-from medfed.data import doubts
+from medfed.data import doubts, numerals
 from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
 from medfed.prepare import ask_surveys
@@ -87,6 +87,24 @@ def degrees(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).normal(37, 0.5, len(frame)).round(1)
     hot = [f"{value * 1.8 + 32:.1f} °F" for value in values]
     frame["temperature"] = np.where(frame["hospital"] == "east", hot, [f"{value} °C" for value in values])
+
+
+def decimal_commas(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(4, 0.5, len(frame))
+    frame["potassium"] = [f"{value:.1f}".replace(".", ",") for value in values]
+    frame["ratio"] = np.random.default_rng(1).normal(4, 0.5, len(frame)).round(1)  # the table's own decimals
+
+
+def thousands(frame: pd.DataFrame) -> None:
+    frame["platelets"] = [f"{value}'000" for value in np.random.default_rng(0).integers(90, 140, len(frame))]
+
+
+def commas_at_one_site(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(4, 0.3, len(frame)).round(1).astype(str)
+    frame["potassium"] = [
+        value.replace(".", ",") if site == "east" else value
+        for value, site in zip(values, frame["hospital"], strict=True)
+    ]
 
 
 def words_at_one_site(frame: pd.DataFrame) -> None:
@@ -260,6 +278,59 @@ def test_units_are_taken_off_where_that_is_declared(tmp_path: Path) -> None:
     weights = medfed.simulate(study).w_P
     plain = frame.assign(ef=frame["ef"].str.removesuffix(" %"), weight=frame["weight"].str.removesuffix(" kg"))
     assert weights.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P)
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "form"),
+    [
+        (decimal_commas, "potassium", "1,5"),
+        (commas_at_one_site, "potassium", "1,5"),
+        (thousands, "platelets", "1'234.5"),
+    ],
+)
+def test_numbers_as_texts_of_a_workbook_are_no_categories(
+    tmp_path: Path, change: Change, column: str, form: str
+) -> None:
+    frame = invented()
+    change(frame)
+    study = medfed.load_study(write_study(tmp_path, STUDY.replace("cohort.csv", "cohort.xlsx"), frame))
+    frame.to_excel(tmp_path / "cohort.xlsx", index=False)
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column) == ("numbers-as-text", column)
+    assert doubt.mend == {("data", "dictionary", column, "numbers"): form}
+    with pytest.raises(DataError, match="spelt as texts"):
+        medfed.simulate(study)
+
+    ranged = study.set(f"data.dictionary.{column}.range", [0, 1e6])
+    with pytest.raises(DataError, match=f"numbers = .{form}."):
+        medfed.simulate(ranged)
+    settled = medfed.simulate(study.set(f"data.dictionary.{column}.numbers", form))
+    pointed = frame[column].str.replace(",", ".").str.replace("'", "").astype(float)
+    frame.assign(**{column: pointed}).to_excel(tmp_path / "cohort.xlsx", index=False)
+    assert settled.w_P.equal(medfed.simulate(study).w_P)
+
+
+def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:
+    def stays(frame: pd.DataFrame) -> None:
+        frame["age"] = frame["age"].astype(int)
+        frame["lactate"] = 2
+        frame["died"] = [
+            f"{days / 2:.1f}".replace(".", ",") for days in np.random.default_rng(0).integers(0, 30, len(frame))
+        ]
+
+    study = changed(tmp_path, stays).set("data.format.decimal", ".").set("data.accept", ["constant"])
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column) == ("numbers-as-text", "died")
+    study = study.set("data.dictionary.died.numbers", "1,5")
+    assert [doubt.code for doubt in found(study)] == ["label-numbers"]
+    assert medfed.simulate(study.set("data.task", "regression")).complete
+
+
+@pytest.mark.parametrize(
+    "words", [["1+", "2+", "3+"], ["I", "II", "1"], ["2-3", "4-5"], ["1,2,3", "1,2"], ["1", "2", "1,2"], ["A,1", "B,2"]]
+)
+def test_codes_are_no_numbers(words: list[str]) -> None:
+    assert numerals.form_of(words) is None
 
 
 @pytest.mark.parametrize("suffix", [["kg", "lbs"], ["kg"], ["lbs"]])

@@ -105,6 +105,8 @@ def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Con
     if write:
         draft.write(made, write)
         shown.print(f"study: {write}", highlight=False, soft_wrap=True)
+    if made.left_out:
+        shown.print(f"left out: {made.left_out}", highlight=False, markup=False, soft_wrap=True)
     if made.blanks:
         shown.print(f"still to be filled in: {', '.join(made.blanks)}", highlight=False, markup=False)
         for line in () if write else made.text.splitlines():

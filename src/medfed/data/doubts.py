@@ -15,7 +15,7 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,7 @@ from medfed.core import quotes, toml
 from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import cells, clinical, scales
+from medfed.data import cells, clinical, numerals, scales
 from medfed.data import units as measures
 from medfed.study import Data, Feature, described
 
@@ -50,6 +50,7 @@ HARMS: dict[str, Harm] = {
     "kinds": "error",
     "units-mixed": "error",
     "units-in-cells": "error",
+    "numbers-as-text": "error",
     "spelling": "error",
     "outside-most": "error",
     "units-differ": "error",
@@ -374,6 +375,9 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
     if data.dictionary.get(data.target) and data.dictionary[data.target].categories:
         return
     yield from _header(counts, data)
+    if len(counts) > _MOST_LABELS and (respelt := _respelt(data.target, counts)):
+        yield respelt
+        return
     if data.task == "auto" and len(counts) > _MOST_LABELS and all(_NUMBER.fullmatch(label) for label in counts):
         text = f"has {len(counts)} different numbers, which would be as many classes without an order"
         mend: Mend = {("data", "task"): "regression"}
@@ -416,11 +420,25 @@ def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
             text, mend = _of_cells("holds numbers with their unit in the cell", name, "suffix", units)
             yield Doubt("units-in-cells", name, text, mend=mend, examples=_examples(name, every))
             continue
+        if respelt := _respelt(name, every):
+            yield respelt
+            continue
         rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items()}
         numbers = [s for s, one in surveys.items() if name in one["numbers"] and one["missing"][name] < rows[s]]
         if numbers and texts:
             text = f"is a number at {those(numbers)} and text at {those(list(texts))}"
             yield Doubt("kinds", name, text, mend=_leave_out(name), examples=_examples(name, every))
+
+
+def _respelt(name: str, texts: Collection[str]) -> Doubt | None:
+    """Return that most texts of a column are numbers, once their decimal signs or thousands are taken as such."""
+    if (form := numerals.form_of(texts)) is None:
+        return None
+    path = ("data", "dictionary", name, "numbers")
+    either = "" if form else f"; decimals or thousands, no cell says: {toml.key(*path)} = '1,5' or '1,234.5'"
+    text = f"holds numbers spelt as texts, which would be categories{either}"
+    mend: Mend = {path: form} if form else {}
+    return Doubt("numbers-as-text", name, text, mend=mend, examples=_examples(name, texts))
 
 
 def _mixed(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:

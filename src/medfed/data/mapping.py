@@ -18,7 +18,7 @@ import pandas as pd
 from medfed.core import patient_ids, quotes, toml
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, those
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import dates
+from medfed.data import dates, numerals
 from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical
@@ -132,7 +132,7 @@ def _moment(text: str) -> np.datetime64 | None:
 
 def maps(feature: Feature) -> bool:
     """Say whether an entry changes what stands in a cell."""
-    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes, feature.suffix)
+    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes, feature.suffix, feature.numbers)
     return any(kinds) or (feature.factor, feature.offset) != (1.0, 0.0)
 
 
@@ -225,6 +225,8 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
     text_U = recoded(text_U, feature.recode, absent)
     if feature.suffix:
         text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
+    if feature.numbers:
+        text_U = numerals.pointed(text_U, feature.numbers)
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
         return {name: told(number_N, absent)}

@@ -86,7 +86,7 @@ def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) ->
         many = pc.sum(which_N).as_py() or 0
         if many:
             at = pc.index(which_N, True).as_py()
-            place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}"
+            place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}" if file else ""
             found.append(Evidence(decimal, thousands, place, either))
         numbers += many
     filled = len(text_N) - (pc.sum(pc.equal(text_N, "")).as_py() or 0) - text_N.null_count
@@ -184,6 +184,40 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     marks = "".join(m for m in (decimal if decimal != "." else "", thousands if thousands != "none" else ""))
     chunks = [_respelt(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks]
     return pa.chunked_array(chunks, column.type)
+
+
+FORMS = {
+    f"1{'' if thousands == 'none' else thousands + '234'}{decimal}5": (decimal, thousands)
+    for decimal, marks in ((",", ("none", ".", " ", "'")), (".", (",", " ", "'")))
+    for thousands in marks
+}
+"""How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts thousands."""
+
+
+def pointed(texts: Sequence[str | None], form: str) -> list[str | None]:
+    """Return texts, of which those that are numbers in a form of FORMS have a decimal point."""
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    found: list[str | None] = with_points(column, *FORMS[form]).to_pylist()
+    return found
+
+
+def form_of(texts: Iterable[str]) -> str | None:
+    """Return the form of FORMS in which most texts are numbers, though they are none as they stand.
+
+    None where they are not; "" where they may be read in two ways.
+    """
+    given = list(texts)
+    found = _of_column(pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(0), "")
+    if not any(e.thousands or "," in (e.decimal, e.either) for e in found):
+        return None
+    both = {e.decimal for e in found} >= {",", "."} and not any(e.thousands or e.either for e in found)
+    try:
+        signs = (",", "none") if both else decide(found, Format(), ";", "")[:2]  # a workbook's number cells have points
+    except DataError:
+        return ""
+    form = next(form for form, known in FORMS.items() if known == signs)
+    changed = sum(new != old for new, old in zip(pointed(given, form), given, strict=True))
+    return form if changed * 2 > len(given) else None
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:

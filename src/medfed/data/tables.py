@@ -29,7 +29,7 @@ from medfed.core.checks import DataError, MedfedError, PlanError, closest, neare
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import cells, dates, doubts, readers
+from medfed.data import cells, dates, doubts, numerals, readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
 from medfed.features import features_of, matching, no_features
@@ -698,6 +698,8 @@ class _Column:
             )
         there = quotes.there(self.values[which]) if doubts.quotable(self.name) else ""
         if self.feature.range and which.sum() * 2 > (~self.missing).sum():
+            if form := numerals.form_of(self.texts[which].unique()):
+                return f"numbers spelt as texts, row {rows}: set {self.key('numbers')} = {toml.literal(form)}.{there}"
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
                 f"is text. Declare {declared} in place of the range.{there}"
