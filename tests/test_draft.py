@@ -202,6 +202,15 @@ def test_decimal_commas_of_a_workbook_are_numbers_and_what_is_left_out_is_told(
     assert "left out: ASA: is a number at east and text at north, south" in told and "of them text: ward" in told
 
 
+def test_a_draft_takes_two_spellings_of_a_hospital_for_one(tmp_path: Path) -> None:
+    frame = invented()
+    frame.loc[np.arange(len(frame)) % 3 == 0, "hospital"] = frame["hospital"].str.upper()
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
+    assert made.surveys is not None and sorted(made.surveys) == ["east", "north", "south"]
+    assert 'site = "hospital"  # 3 sites' in made.text and "[data.dictionary.hospital.recode]" in made.text
+
+
 def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
     """80 kg here and 176 lbs there: a draft takes no unit for another."""
     frame = invented()

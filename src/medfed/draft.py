@@ -482,6 +482,8 @@ def _settle(
             return str(error), None
         found = doubts.of_all(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
+            if ("data", "site") in notes:
+                notes["data", "site"] = f"{len(surveys)} sites"  # one may have been two by its spelling
             return "", surveys
         if any(doubt.code == "footer" for doubt in found):
             reading = None  # what is declared of the file's lines

@@ -170,6 +170,10 @@ def a_code(frame: pd.DataFrame) -> None:
     frame.loc[np.arange(len(frame)) % 9 == 0, "sodium"] = -999
 
 
+def hospitals_by_case(frame: pd.DataFrame) -> None:
+    frame.loc[np.arange(len(frame)) % 3 == 0, "hospital"] = frame["hospital"].str.upper()
+
+
 CASES: list[tuple[Change, str, str, str]] = [
     (an_index, "row-number", "Unnamed: 0", 'data.exclude = ["Unnamed: 0"]'),
     (a_shuffled_index, "row-number", "index", 'data.exclude = ["index"]'),
@@ -186,6 +190,7 @@ CASES: list[tuple[Change, str, str, str]] = [
     (sexes, "spelling", "sex", "data.dictionary.sex.recode = {"),
     (labels_by_case, "label-spelling", "died", "data.dictionary.died.recode = {"),
     (labels_in_numbers, "label-spelling", "died", "data.dictionary.died.recode = {"),
+    (hospitals_by_case, "site-spelling", "hospital", "data.dictionary.hospital.recode = {"),
     (a_null_label, "label-missing", "died", '"NULL"'),
     (a_second_header, "label-header", "died", "Delete that row"),
     (words_by_case, "spelling", "ward", "data.dictionary.ward.recode = {"),
@@ -379,6 +384,26 @@ def test_numbers_among_words_for_no_value_are_no_categories(tmp_path: Path) -> N
         medfed.simulate(changed(tmp_path, gaps))
 
 
+def test_one_hospital_in_two_spellings_is_one_as_its_line_says(tmp_path: Path) -> None:
+    plain = found(changed(tmp_path, lambda frame: None)), medfed.simulate(changed(tmp_path, lambda frame: None))
+
+    def spelt(frame: pd.DataFrame) -> None:
+        hospitals_by_case(frame)
+        frame.loc[np.arange(len(frame)) % 5 == 0, "hospital"] += " "
+
+    study = changed(tmp_path, spelt)
+    (doubt,) = found(study)
+    (recode,) = doubt.mend.values()
+    assert recode == {name.upper(): name for name in SITES}
+    study = study.set("data.dictionary.hospital.recode", recode)
+    assert found(study) == plain[0] == [] and medfed.simulate(study).w_P.equal(plain[1].w_P)
+
+
+def test_under_a_claim_the_declared_hospitals_decide(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows that do not name one of privacy\.sizes"):
+        medfed.simulate(changed(tmp_path, hospitals_by_case, PRIVATE))
+
+
 @pytest.mark.parametrize("gap", ["NA", "NULL", "-", "k.A.", ""])
 def test_a_word_for_no_value_is_no_hospital(tmp_path: Path, gap: str) -> None:
     def unnamed(frame: pd.DataFrame) -> None:
@@ -460,7 +485,16 @@ def test_two_slips_or_few_records_are_no_code(tmp_path: Path) -> None:
 
 # Examples -------------------------------------------------------------------------------------------------------------
 
-NO_CELLS = {"row-number", "identifier", "empty", "label-header", "label-missing", "label-spelling", "spelling"}
+NO_CELLS = {
+    "row-number",
+    "site-spelling",
+    "identifier",
+    "empty",
+    "label-header",
+    "label-missing",
+    "label-spelling",
+    "spelling",
+}
 """Doubts without a cell beside them: it may name a patient, there is none, or the text and its line name it already."""
 
 CLAIM = ("--set", "privacy.epsilon=1")  # meant, though nothing is claimed without a delta

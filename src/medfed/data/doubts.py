@@ -41,6 +41,7 @@ HARMS: dict[str, Harm] = {
     "identifier": "error",
     "target-copy": "error",
     "gaps-copy-target": "error",
+    "site-spelling": "error",
     "label-spelling": "error",
     "label-missing": "error",
     "label-header": "error",
@@ -326,7 +327,13 @@ def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool =
     Under a claim, which is for who holds the table alone, no cell is quoted.
     """
     with quotes.withheld(claimed):
-        found = [*_together(surveys), *_labels(surveys, data), *_mixed(surveys, data), *_kinds(surveys, data)]
+        found = [
+            *_together(surveys),
+            *_sites(surveys, data),
+            *_labels(surveys, data),
+            *_mixed(surveys, data),
+            *_kinds(surveys, data),
+        ]
         found += [*_texts(surveys, data), *_units(surveys, data), *_scales(surveys), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
@@ -366,6 +373,13 @@ def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
             several = isinstance(value, list) and path in mend  # sites may have codes of their own
             mend[path] = [*dict.fromkeys([*mend[path], *value])] if several else mend.get(path, value)
         yield replace(doubts[0], sites=sites, count=sum(doubt.count for doubt in doubts), mend=mend)
+
+
+def _sites(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield that one site is two by the spelling of its name."""
+    if data.site:
+        rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items()}
+        yield from _spelt("site-spelling", data.site, {site: rows[site] for site in rows if fold(site) not in YES | NO})
 
 
 def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
