@@ -105,6 +105,19 @@ def apart(texts: Iterable[str]) -> list[list[str]]:
     return [spellings for _, spellings in found]
 
 
+def differ(one: str, other: str) -> bool:
+    """Say whether two names of columns end in different units: Kreatinin (µmol/l), kreatinin_mg_dl."""
+    ends = _end(one), _end(other)
+    return all(ends) and len(apart(ends)) > 1
+
+
+def _end(name: str) -> str:
+    """Return the unit that a name ends in; "" for none."""
+    parts = words(name)
+    ends = ("".join(parts[start:]) for start in range(1, len(parts)))
+    return next((end for end in ends if end in spelt()), "")
+
+
 def words(text: str) -> list[str]:
     """Return the words of a name, whatever its case, accents, separators and camel case: HeartRate_max, Größe [cm].
 
