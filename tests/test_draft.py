@@ -211,6 +211,28 @@ def test_a_draft_takes_two_spellings_of_a_hospital_for_one(tmp_path: Path) -> No
     assert 'site = "hospital"  # 3 sites' in made.text and "[data.dictionary.hospital.recode]" in made.text
 
 
+def test_a_target_of_decimals_is_a_regression(tmp_path: Path) -> None:
+    frame = invented()
+    frame["stay"] = np.random.default_rng(0).gamma(2, 3, len(frame)).round(2)
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    out = tmp_path / "study.toml"
+    assert command("data", "show", tmp_path / "table.csv", "--set", "data.target=stay", "--write", out) == 0
+    assert 'task = "regression"' in out.read_text(encoding="utf-8")
+    assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
+
+
+def test_a_draft_that_cannot_run_ends_with_1_and_says_what_all_sites_lack_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    frame["note"] = [f"text {i}" for i in range(len(frame))]
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    sets = ("--set", "data.target=note", "--set", "data.task=multiclass")
+    assert command("data", "show", tmp_path / "table.csv", *sets, "--write", tmp_path / "study.toml") == 1
+    told = capsys.readouterr().out
+    assert told.count("different values") == 1 and "sites 'north', 'south'" in told and ", target 'note': " in told
+
+
 def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
     """80 kg here and 176 lbs there: a draft takes no unit for another."""
     frame = invented()

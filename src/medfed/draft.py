@@ -127,6 +127,7 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
+    _propose_task(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
     unread, surveys = "", None
     if _complete(asked):
@@ -324,6 +325,21 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
         else:
             names = [shape.name for shape in labels] or [shape.name for shape in free]
             data["target"] = Ask("", f"the column to predict, such as {some(map(repr, names), 8)}.")
+
+
+def _propose_task(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[_Shape]) -> None:
+    """Predict a number where the target's cells are so many numbers that they are no labels."""
+    data = asked["data"]
+    for shape in shapes:
+        if shape.name != data["target"] or shape.distinct <= _MOST_CATEGORIES or shape.numbers < 1:
+            continue
+        if shape.spelt and "numbers" not in data.get("dictionary", {}).get(shape.name, {}):
+            path = ("data", "dictionary", shape.name, "numbers")
+            put(asked, path, shape.spelt)
+            notes[path] = "its cells are numbers, spelt so as texts"
+        if "task" not in data:
+            data["task"] = "regression"
+            notes["data", "task"] = f"{shape.distinct} different numbers"
 
 
 def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target: _Shape) -> None:

@@ -273,10 +273,33 @@ def clean_all(
                 tables += clean_all(part, data, streams, private, open_)
             except MedfedError as error:
                 unclean += list(error.refusals) or [Refusal(error)]
-        refuse(unclean)
+        refuse(_once(unclean))
         return tables
     _log(notes)
     return tables
+
+
+_OF_SITES = re.compile(r"sites? ((?:(?:'[^']*'|\"[^\"]*\")(?:, (?=['\"]))?)+), (.*)", re.DOTALL)
+_DIFFERENT = re.compile(r"(\d+)(?: to (\d+))? different")
+
+
+def _once(found: Sequence[Refusal]) -> list[Refusal]:
+    """Return what stands against sites, once where they share it: with all of them, and how many values of how many."""
+    alike: dict[str, list[Refusal]] = {}
+    for refusal in found:
+        match = _OF_SITES.fullmatch(str(refusal.error))
+        alike.setdefault(_DIFFERENT.sub("different", match[2]) if match else str(refusal.error), []).append(refusal)
+    told = []
+    for group in alike.values():
+        matches = [match for one in group if (match := _OF_SITES.fullmatch(str(one.error)))]
+        if len(matches) < 2:
+            told += group
+            continue
+        counts = sorted(int(n) for match in matches for part in _DIFFERENT.findall(match[2]) for n in part if n)
+        range_ = f"{counts[0]} to {counts[-1]} different" if counts and counts[0] < counts[-1] else r"\g<0>"
+        text = f"sites {', '.join(match[1] for match in matches)}, {_DIFFERENT.sub(range_, matches[0][2])}"
+        told.append(replace(group[0], error=type(group[0].error)(text)))
+    return told
 
 
 def _log(notes: Sequence[tuple[object, ...]]) -> None:
