@@ -233,6 +233,15 @@ def test_a_draft_that_cannot_run_ends_with_1_and_says_what_all_sites_lack_once(
     assert told.count("different values") == 1 and "sites 'north', 'south'" in told and ", target 'note': " in told
 
 
+def test_the_word_that_shows_a_footer_is_said(tmp_path: Path) -> None:
+    frame = invented().astype(object)
+    frame.insert(0, "case", [f"c{i}" for i in range(len(frame))])
+    frame.loc[len(frame)] = ["Total", *[""] * (frame.shape[1] - 1)]
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    text = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml").text
+    assert "footer = 1  # row 242: 'Total' in 'case' shows that it is no record" in text
+
+
 def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
     """80 kg here and 176 lbs there: a draft takes no unit for another."""
     frame = invented()
@@ -325,3 +334,12 @@ def _written(text: str, folder: Path) -> Path:
     path = folder / "draft.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_regression_is_told_as_a_linear_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = invented()
+    frame["died"] = frame["age"] * 0.1 + np.random.default_rng(0).normal(0, 1, len(frame))
+    path = write_study(tmp_path, STUDY.replace('"died"', '"died"\ntask = "regression"'), frame)
+    assert command("run", path, "--out", tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert "model linear: " in told and "model logistic" not in told

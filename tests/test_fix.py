@@ -390,3 +390,11 @@ def test_a_column_in_another_unit_is_not_described_as_the_one_that_is_missing(tm
         runs.simulate(medfed.load_study(write_study(tmp_path, text, frame)))
     assert all(not refusal.mend for refusal in caught.value.refusals)
     assert "study fix" not in str(caught.value)
+
+
+def test_a_target_that_is_not_set_is_no_site_and_no_patient(tmp_path: Path) -> None:
+    path = write_study(tmp_path, STUDY.replace('target = "died"', 'target = ""'))
+    with pytest.raises(DataError, match=r"data\.target is not set; expected .* one of: ") as caught:
+        runs.simulate(medfed.load_study(path))
+    listed = str(caught.value).split("one of: ")[1]
+    assert "died" in listed and "hospital" not in listed and "subject" not in listed

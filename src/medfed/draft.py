@@ -157,7 +157,9 @@ def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading:
     path = ("data", "format", "footer")
     already = max([0, *(layout.footer for layout in reading.layouts.values())])
     put(asked, path, already + footer.lines)
-    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {footer.column!r} shows that it is no record"
+    words = footer.words(reading.frame)
+    what = f"{' and '.join(map(repr, words))} in {footer.column!r}" if words else f"what {footer.column!r} holds"
+    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {what} shows that it is no record"
     return replace(reading, frame=reading.frame[~footer.which_N])
 
 

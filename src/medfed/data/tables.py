@@ -273,33 +273,10 @@ def clean_all(
                 tables += clean_all(part, data, streams, private, open_)
             except MedfedError as error:
                 unclean += list(error.refusals) or [Refusal(error)]
-        refuse(_once(unclean))
+        refuse(unclean)
         return tables
     _log(notes)
     return tables
-
-
-_OF_SITES = re.compile(r"sites? ((?:(?:'[^']*'|\"[^\"]*\")(?:, (?=['\"]))?)+), (.*)", re.DOTALL)
-_DIFFERENT = re.compile(r"(\d+)(?: to (\d+))? different")
-
-
-def _once(found: Sequence[Refusal]) -> list[Refusal]:
-    """Return what stands against sites, once where they share it: with all of them, and how many values of how many."""
-    alike: dict[str, list[Refusal]] = {}
-    for refusal in found:
-        match = _OF_SITES.fullmatch(str(refusal.error))
-        alike.setdefault(_DIFFERENT.sub("different", match[2]) if match else str(refusal.error), []).append(refusal)
-    told = []
-    for group in alike.values():
-        matches = [match for one in group if (match := _OF_SITES.fullmatch(str(one.error)))]
-        if len(matches) < 2:
-            told += group
-            continue
-        counts = sorted(int(n) for match in matches for part in _DIFFERENT.findall(match[2]) for n in part if n)
-        range_ = f"{counts[0]} to {counts[-1]} different" if counts and counts[0] < counts[-1] else r"\g<0>"
-        text = f"sites {', '.join(match[1] for match in matches)}, {_DIFFERENT.sub(range_, matches[0][2])}"
-        told.append(replace(group[0], error=type(group[0].error)(text)))
-    return told
 
 
 def _log(notes: Sequence[tuple[object, ...]]) -> None:
@@ -515,7 +492,8 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
     """Yield what a study says of a table's columns that its header does not bear out."""
     roles = {"target": data.target, "site": data.site, "patient": data.patient, "test": data.test}
     if not data.target:
-        text = f"data.target is not set; expected the column to predict, one of: {some(columns, 20)}"
+        left = [name for name in columns if name not in (data.site, data.patient, data.test)]
+        text = f"data.target is not set; expected the column to predict, one of: {some(left, 20)}"
         yield Refusal(DataError(text), {("data", "target"): toml.Ask("", "the column to predict")})
     for key, name in roles.items():
         if name and name not in columns:
