@@ -14,11 +14,11 @@ from tests.test_cli import medfed as command
 import medfed
 from medfed.core import quotes
 from medfed.core.checks import DataError
-from medfed.data import doubts, numerals
+from medfed.data import doubts, mapping, numerals
 from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
 from medfed.prepare import ask_surveys
-from medfed.study import Data, Study
+from medfed.study import Data, Feature, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,6 +313,35 @@ def test_numbers_as_texts_of_a_workbook_are_no_categories(
     pointed = frame[column].str.replace(",", ".").str.replace("'", "").astype(float)
     frame.assign(**{column: pointed}).to_excel(tmp_path / "cohort.xlsx", index=False)
     assert settled.w_P.equal(medfed.simulate(study).w_P)
+
+
+def test_numbers_that_are_no_texts_are_not_spelt_anew(tmp_path: Path) -> None:
+    """1.234 in a column of numbers is no thousand, also where the study says that texts would spell it so."""
+    frame = pd.DataFrame({"x": [1.234, 5.5], "y": ["1.234", "5,5"]})
+    entry = Feature(numbers="1.234,5")
+    told = mapping.apply(frame, Data(target="t", dictionary={"x": entry, "y": entry}))
+    assert told["x"].astype(float).tolist() == [1.234, 5.5] and told["y"].tolist() == ["1234", "5.5"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "form"),
+    [
+        (["4,5", "6,7", "8,9", "1.234"], ""),  # a number cell of three decimals, or a thousand
+        (["1,234", "2,345", "4.5"], ""),
+        (["104,000", "99,000"], ""),
+        (["1.234,5", "1.234", "1.500"], "1.234,5"),
+        (["4,5", "1,234", "2,345"], "1,5"),
+        (["4,5", "4,6", "4.7"], "1,5"),
+        (["1 234", "12 345", "7"], "1 234.5"),
+    ],
+)
+def test_a_spelling_that_no_cell_decides_is_asked_for(texts: list[str], form: str) -> None:
+    assert numerals.form_of(texts) == form
+
+
+def test_hospitals_named_by_letters_are_not_sexes() -> None:
+    told = {name: {"train": 9, "test": 3} for name in ("f", "m", "w", "1", "y", "n")}
+    assert [*doubts._sites(told, Data(site="s"))] == []
 
 
 def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
     text_U = recoded(text_U, feature.recode, absent)
     if feature.suffix:
         text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
-    if feature.numbers:
+    if feature.numbers and not pd.api.types.is_numeric_dtype(frame[name].dtype):
         text_U = numerals.pointed(text_U, feature.numbers)
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)

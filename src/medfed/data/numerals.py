@@ -86,7 +86,7 @@ def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) ->
         many = pc.sum(which_N).as_py() or 0
         if many:
             at = pc.index(which_N, True).as_py()
-            place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}" if file else ""
+            place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}"
             found.append(Evidence(decimal, thousands, place, either))
         numbers += many
     filled = len(text_N) - (pc.sum(pc.equal(text_N, "")).as_py() or 0) - text_N.null_count
@@ -207,10 +207,13 @@ def form_of(texts: Iterable[str]) -> str | None:
     None where they are not; "" where they may be read in two ways.
     """
     given = list(texts)
-    found = _of_column(pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(0), "")
+    found = _of_column(pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(len(given)), "")
     if not any(e.thousands or "," in (e.decimal, e.either) for e in found):
         return None
-    both = {e.decimal for e in found} >= {",", "."} and not any(e.thousands or e.either for e in found)
+    decimals, parted = {e.decimal for e in found} - {""}, {e.thousands for e in found} - {""}
+    if {e.either for e in found} - {""} - (decimals if len(decimals) == 1 else set()) - parted:
+        return ""  # beside 4,5 a workbook's cell of the number 1.234 is no thousand
+    both = len(decimals) > 1 and not parted
     try:
         signs = (",", "none") if both else decide(found, Format(), ";", "")[:2]  # a workbook's number cells have points
     except DataError:
