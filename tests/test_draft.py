@@ -183,6 +183,77 @@ def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pyt
     assert columns["geburtsdatum"].kind == "number"
 
 
+def test_decimal_commas_of_a_workbook_are_numbers_and_what_is_left_out_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    frame["Potassium"] = [
+        f"{value:.1f}".replace(".", ",") for value in np.random.default_rng(0).normal(4, 0.4, len(frame))
+    ]
+    frame["ASA"] = np.where(
+        frame["hospital"] == "east", "3", np.random.default_rng(1).choice(["II", "III"], len(frame))
+    )
+    frame.to_excel(tmp_path / "table.xlsx", index=False)
+    out = tmp_path / "study.toml"
+    assert command("data", "show", tmp_path / "table.xlsx", "--write", out) == 0
+    entry = medfed.load_study(out).data.dictionary["Potassium"]
+    assert entry.numbers == "1,5" and entry.unit == "mmol/L" and len(entry.range) == 2
+    told = capsys.readouterr().out
+    assert "left out: ASA: is a number at east and text at north, south" in told and "of them text: ward" in told
+
+
+def test_a_draft_takes_two_spellings_of_a_hospital_for_one(tmp_path: Path) -> None:
+    frame = invented()
+    frame.loc[np.arange(len(frame)) % 3 == 0, "hospital"] = frame["hospital"].str.upper()
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
+    assert made.surveys is not None and sorted(made.surveys) == ["east", "north", "south"]
+    assert 'site = "hospital"  # 3 sites' in made.text and "[data.dictionary.hospital.recode]" in made.text
+
+
+def test_a_target_of_decimals_is_a_regression(tmp_path: Path) -> None:
+    frame = invented()
+    frame["stay"] = np.random.default_rng(0).gamma(2, 3, len(frame)).round(2)
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    out = tmp_path / "study.toml"
+    assert command("data", "show", tmp_path / "table.csv", "--set", "data.target=stay", "--write", out) == 0
+    assert 'task = "regression"' in out.read_text(encoding="utf-8")
+    assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
+
+
+def test_a_draft_that_cannot_run_ends_with_1_and_says_what_all_sites_lack_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    frame["note"] = [f"text {i}" for i in range(len(frame))]
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    sets = ("--set", "data.target=note", "--set", "data.task=multiclass")
+    assert command("data", "show", tmp_path / "table.csv", *sets, "--write", tmp_path / "study.toml") == 1
+    told = capsys.readouterr().out
+    assert told.count("different values") == 1 and "sites 'north', 'south'" in told and ", target 'note': " in told
+
+
+def test_the_word_that_shows_a_footer_is_said(tmp_path: Path) -> None:
+    frame = invented().astype(object)
+    frame.insert(0, "case", [f"c{i}" for i in range(len(frame))])
+    frame.loc[len(frame)] = ["Total", *[""] * (frame.shape[1] - 1)]
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    text = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml").text
+    assert "footer = 1  # row 242: 'Total' in 'case' shows that it is no record" in text
+
+
+def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> None:
+    """80 kg here and 176 lbs there: a draft takes no unit for another."""
+    frame = invented()
+    weights = np.random.default_rng(0).integers(50, 99, len(frame))
+    pounds = [f"{weight * 2.2046:.1f} lbs" for weight in weights]
+    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{weight} kg" for weight in weights])
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
+    assert made.blanks == ("data.dictionary.weight.suffix",)
+    assert "'kg'" in made.text and "'lbs'" in made.text
+
+
 def test_whether_day_or_month_stands_first_is_asked_for(tmp_path: Path) -> None:
     """No birthday after the twelfth of a month: both forms read all of them."""
     frame = invented()
@@ -263,3 +334,12 @@ def _written(text: str, folder: Path) -> Path:
     path = folder / "draft.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_regression_is_told_as_a_linear_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = invented()
+    frame["died"] = frame["age"] * 0.1 + np.random.default_rng(0).normal(0, 1, len(frame))
+    path = write_study(tmp_path, STUDY.replace('"died"', '"died"\ntask = "regression"'), frame)
+    assert command("run", path, "--out", tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert "model linear: " in told and "model logistic" not in told

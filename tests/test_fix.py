@@ -381,3 +381,20 @@ def test_check_says_that_nothing_stands_against_a_study_or_all_that_does(
     assert "2 things stand against this study" in capsys.readouterr().err
     with pytest.raises(StudyError, match="is no file and no bundled study"):
         fix.fix(tmp_path / "no.toml")
+
+
+def test_a_column_in_another_unit_is_not_described_as_the_one_that_is_missing(tmp_path: Path) -> None:
+    frame = invented().rename(columns={"lactate": "lactate (mg/dl)"})
+    text = STUDY + '[data.dictionary."lactate (mmol/l)"]\nrange = [0.1, 30]\nunit = "mmol/L"\n'
+    with pytest.raises(DataError, match="It is in another unit") as caught:
+        runs.simulate(medfed.load_study(write_study(tmp_path, text, frame)))
+    assert all(not refusal.mend for refusal in caught.value.refusals)
+    assert "study fix" not in str(caught.value)
+
+
+def test_a_target_that_is_not_set_is_no_site_and_no_patient(tmp_path: Path) -> None:
+    path = write_study(tmp_path, STUDY.replace('target = "died"', 'target = ""'))
+    with pytest.raises(DataError, match=r"data\.target is not set; expected .* one of: ") as caught:
+        runs.simulate(medfed.load_study(path))
+    listed = str(caught.value).split("one of: ")[1]
+    assert "died" in listed and "hospital" not in listed and "subject" not in listed

@@ -1,5 +1,6 @@
 """The study file: what is written is read, what is misspelt is named, what cannot be is refused."""
 
+import re
 import tomllib
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -301,6 +302,24 @@ def test_toml_round_trip(
 def test_bundled_studies_survive_toml(name: str) -> None:
     study = load(name)
     assert from_tables(tomllib.loads(study.toml())) == replace(study, folder=Path())
+
+
+@pytest.mark.parametrize("line", ["Höhenklinik = 110", "Nord West = 1", "Süd= 3", "[data.dictionary.Größe]"])
+def test_a_name_that_needs_quotes_is_told_with_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "study.toml").write_text(f"[privacy.sizes]\n{line}\n", encoding="utf-8")
+    with pytest.raises(StudyError) as caught:
+        load(tmp_path / "study.toml")
+    name = line.split("=")[0].strip("[] ").split(".")[-1]
+    assert "line 2" in str(caught.value) and line in str(caught.value)
+    assert f'needs quotes: "{name}"' in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["north = ", 'north = "x', "= 3", "north 110", "[data"])
+def test_a_line_that_is_no_toml_is_shown(tmp_path: Path, line: str) -> None:
+    (tmp_path / "study.toml").write_text(f"[privacy.sizes]\n{line}\n", encoding="utf-8")
+    with pytest.raises(StudyError, match=re.escape(line.strip())) as caught:
+        load(tmp_path / "study.toml")
+    assert "quotes:" not in str(caught.value)
 
 
 def _changed(key: str, value: Any) -> Any:

@@ -22,7 +22,8 @@ from medfed import study as studies
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, mapping, readers, sources, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, numerals, readers, sources, workbooks
+from medfed.data import units as measures
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
 from medfed.plan import NEGATIVE
@@ -61,12 +62,14 @@ _PASSES = 6
 class Draft:
     """A study as TOML, what it still asks for, and why its table cannot be looked at as it is; empty where it can.
 
-    `surveys` is what its sites tell of the table, where that has been asked (`runs.survey`).
+    `left_out` says which columns it excludes, and why; `surveys` is
+    what its sites tell of the table, where that has been asked (`runs.survey`).
     """
 
     text: str
     blanks: tuple[str, ...]
     unread: str
+    left_out: str = ""
     surveys: Mapping[str, Mapping[str, Any]] | None = None
 
 
@@ -83,6 +86,7 @@ class _Shape:
     limits: tuple[str, ...]  # results beyond a detection limit, where all else are numbers
     labels: tuple[str, ...]  # the different cells, where they are few
     suffixes: tuple[str, ...]  # what stands behind the numbers, where most have something
+    spelt: str  # how most of it spells numbers, where that is none that is read
     gaps: tuple[str, ...]  # words for what is missing that a study does not take for it by itself
 
     @property
@@ -123,6 +127,7 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
+    _propose_task(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
     unread, surveys = "", None
     if _complete(asked):
@@ -135,7 +140,7 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     asked["data"]["table"] = Path(os.path.relpath(table.resolve(), out.parent.resolve())).as_posix()
     blanks = [toml.key(*path) for path in sorted(_asks(asked), key=lambda path: path != ("data", "target"))]
     lines = [*_preface(table, blanks), *toml.document(asked, notes), ""]
-    return Draft("\n".join(lines), tuple(blanks), unread, surveys)
+    return Draft("\n".join(lines), tuple(blanks), unread, notes.get(("data", "exclude"), ""), surveys)
 
 
 def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
@@ -152,7 +157,9 @@ def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading:
     path = ("data", "format", "footer")
     already = max([0, *(layout.footer for layout in reading.layouts.values())])
     put(asked, path, already + footer.lines)
-    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {footer.column!r} shows that it is no record"
+    words = footer.words(reading.frame)
+    what = f"{' and '.join(map(repr, words))} in {footer.column!r}" if words else f"what {footer.column!r} holds"
+    notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {what} shows that it is no record"
     return replace(reading, frame=reading.frame[~footer.which_N])
 
 
@@ -230,6 +237,9 @@ def _shape(values: pd.Series) -> _Shape:
     share = float(number_N.mean()) if len(texts) else 0.0
     different = [str(text) for text in texts.unique()]
     suffixes = tuple(doubts.units_of(different))
+    if spelt := "" if suffixes or share >= 0.5 else numerals.form_of(different) or "":
+        texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
+        share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
     return _Shape(
         name=str(values.name),
         known=len(texts),
@@ -240,6 +250,7 @@ def _shape(values: pd.Series) -> _Shape:
         limits=_limits(different, suffixes) if share < 1 else (),
         labels=tuple(sorted(different)) if len(different) <= _MOST_LABELS else (),
         suffixes=suffixes,
+        spelt=spelt,
         gaps=gaps,
     )
 
@@ -318,6 +329,21 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
             data["target"] = Ask("", f"the column to predict, such as {some(map(repr, names), 8)}.")
 
 
+def _propose_task(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[_Shape]) -> None:
+    """Predict a number where the target's cells are so many numbers that they are no labels."""
+    data = asked["data"]
+    for shape in shapes:
+        if shape.name != data["target"] or shape.distinct <= _MOST_CATEGORIES or shape.numbers < 1:
+            continue
+        if shape.spelt and "numbers" not in data.get("dictionary", {}).get(shape.name, {}):
+            path = ("data", "dictionary", shape.name, "numbers")
+            put(asked, path, shape.spelt)
+            notes[path] = "its cells are numbers, spelt so as texts"
+        if "task" not in data:
+            data["task"] = "regression"
+            notes["data", "task"] = f"{shape.distinct} different numbers"
+
+
 def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target: _Shape) -> None:
     """Say which of two labels is meant by positive, where one of them says that it is not."""
     if len(target.labels) != 2 or "positive" in data:
@@ -350,9 +376,18 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
 def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
     """Describe a feature: what stands beside its numbers, and its range where the dictionary knows its name."""
     path = ("data", "dictionary", shape.name)
-    if shape.suffixes:
+    if len(apart := measures.apart(shape.suffixes)) > 1:
+        told = " and ".join(" or ".join(map(repr, spellings)) for spellings in apart)
+        what = "" if quotes.are_withheld() else f", {told}"
+        ask = f"several units{what}: the one of the range; in the map of a site with another, suffix and factor."
+        data = asked["data"]
+        data.setdefault("dictionary", {}).setdefault(shape.name, {}).setdefault("suffix", Ask([], ask))
+    elif shape.suffixes:
         put(asked, (*path, "suffix"), list(shape.suffixes))
         notes[(*path, "suffix")] = "its unit stands in the cells, and is taken off"
+    if shape.spelt:
+        put(asked, (*path, "numbers"), shape.spelt)
+        notes[(*path, "numbers")] = "its cells are numbers, spelt so as texts"
     if shape.limits:
         put(asked, (*path, "limits"), "limit")
         what = f"a result beyond a detection limit{quotes.quoted(quotes.examples(shape.limits))}, becomes that limit"
@@ -465,6 +500,8 @@ def _settle(
             return str(error), None
         found = doubts.of_all(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
+            if ("data", "site") in notes:
+                notes["data", "site"] = f"{len(surveys)} sites"  # one may have been two by its spelling
             return "", surveys
         if any(doubt.code == "footer" for doubt in found):
             reading = None  # what is declared of the file's lines

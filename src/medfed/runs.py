@@ -60,7 +60,7 @@ from medfed.core.streams import Streams
 from medfed.data import mapping, partition, schema, site_maps, sources
 from medfed.data.preprocess import Encoding
 from medfed.data.readers import Reading
-from medfed.data.tables import Frames, clean, numbered
+from medfed.data.tables import Frames, clean, numbered, read
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
@@ -123,26 +123,26 @@ class Result:
                 own[name].copy_(value)
         return module.eval()
 
-    def predict(self, frame: pd.DataFrame, unseen: schema.Unseen = "missing") -> pd.DataFrame:
+    def predict(self, table: pd.DataFrame | str | Path, unseen: schema.Unseen = "missing") -> pd.DataFrame:
         """Return the model's prediction for each row of a table with the study's feature columns.
+
+        A path is read as the study reads its table; rows are then named as in the file.
 
         Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing, and
         with `unseen` = "missing" a category that no site had, is set to the centre of all sites, so that a row's
-        prediction does not depend on the other rows. Raises DataError for what was otherwise in training.
+        prediction does not depend on the other rows. Raises DataError for what was otherwise in training; also for a
+        column of which most categories are such.
         """
-        data, target = self.study.data, self.encoding.target
+        target = self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
-        features = tuple(c.name for c in self.encoding.columns)
-        known = {**data.dictionary, **schema.categories(self.encoding)}
-        named = dataclasses.replace(
-            data, site="", patient="", test="", time="", test_from="", features=features, exclude=()
-        )
-        filled = mapping.apply(frame, named).assign(**{data.target: filler})
+        frame, named = schema.fitted(self._frame(table), self.encoding, self.study.data)
+        filled = mapping.apply(frame, named).assign(**{named.target: filler})
+        known = {**named.dictionary, **schema.categories(self.encoding)}
         named = dataclasses.replace(named, dictionary=known)
         framed = numbered(schema.hold(filled, self.encoding, named, unseen))
-        table = clean("prediction", framed, named, Streams(0))
-        every = np.ones(len(table), dtype=bool)
-        rows = self.encoding.encode(table, every, ~every)
+        cleaned = clean("prediction", framed, named, Streams(0))
+        every = np.ones(len(cleaned), dtype=bool)
+        rows = self.encoding.encode(cleaned, every, ~every)
         z = outputs(self.model, self.w_P, rows.x)
         if target.task == "regression":
             return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
@@ -150,12 +150,20 @@ class Result:
             return pd.DataFrame({target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index)
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
 
-    def decide(self, frame: pd.DataFrame) -> pd.Series:
+    def _frame(self, table: pd.DataFrame | str | Path) -> pd.DataFrame:
+        """Return the table to predict; one of a path is read as the study's, without what is joined to that."""
+        if isinstance(table, pd.DataFrame):
+            return table
+        if not isinstance(table, (str, Path)):
+            raise DataError(f"predict takes a DataFrame, or the path of a table; got {type(table).__name__}")
+        return read(Path(table), data=dataclasses.replace(self.study.data, site_is_file=False))
+
+    def decide(self, table: pd.DataFrame | str | Path) -> pd.Series:
         """Return the label that is called for each row: the positive one from the run's threshold on.
 
         Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
         """
-        target, told = self.encoding.target, self.predict(frame)
+        target, told = self.encoding.target, self.predict(table)
         if target.task == "regression":
             raise RunError(f"data.task='regression' of {target.name!r} has no labels to call; use predict")
         if target.task == "multiclass":
@@ -164,7 +172,7 @@ class Result:
         if decision is None:
             raise RunError("the run ended before its model was tested, so no threshold is known; resume it")
         called = (told[target.labels[1]] >= decision["threshold"]).to_numpy().astype(int)
-        return pd.Series(np.array(target.labels)[called], index=frame.index, name=target.name)
+        return pd.Series(np.array(target.labels)[called], index=told.index, name=target.name)
 
 
 @own.kept()

@@ -77,6 +77,9 @@ class Feature:
     suffix: tuple[str, ...] = _key(
         (), "What stands behind the numbers of this column, and is taken off: suffix = ['%', 'mg/l']."
     )
+    numbers: Literal["", "1,5", "1.234,5", "1 234,5", "1'234,5", "1,234.5", "1 234.5", "1'234.5"] = _key(
+        "", "How this column's texts spell numbers, where the table spells them otherwise: '1,5' for 4,2 in a workbook."
+    )
     boolean: bool = _key(
         False,
         "Yes or no in any spelling (y/n, true/false, t/f, 1/0, ja/nein, oui/non, sí/no, +/-, pos/neg): the cells "
@@ -635,9 +638,10 @@ def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[
 
 def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
     """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
-    path = bundled().get(str(study), Path(study))
+    path, text = bundled().get(str(study), Path(study)), ""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        tables = tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         raise StudyError(
             f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
@@ -646,7 +650,9 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
         raise StudyError(
             f"study={str(path)!r} cannot be read as TOML: not in UTF-8 ({error}); save it as UTF-8"
         ) from error
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {toml.unreadable(text, error)}") from error
+    except OSError as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
     for setting in settings:
         key, equals, text = toml.setting(setting)

@@ -14,10 +14,11 @@ from tests.test_cli import medfed as command
 import medfed
 from medfed.core import quotes
 from medfed.core.checks import DataError
-from medfed.data import doubts
+from medfed.data import doubts, mapping, numerals
+from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
 from medfed.prepare import ask_surveys
-from medfed.study import Data, Study
+from medfed.study import Data, Feature, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,36 @@ def units_in_cells(frame: pd.DataFrame) -> None:
 def units_at_one_site(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).integers(50, 99, len(frame)).astype(str).astype(object)
     frame["weight"] = np.where(frame["hospital"] == "east", values + " kg", values)
+
+
+def two_units(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).integers(50, 99, len(frame))
+    pounds = [f"{value * 2.2046:.1f} lbs" for value in values]
+    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{value} kg" for value in values])
+
+
+def degrees(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(37, 0.5, len(frame)).round(1)
+    hot = [f"{value * 1.8 + 32:.1f} °F" for value in values]
+    frame["temperature"] = np.where(frame["hospital"] == "east", hot, [f"{value} °C" for value in values])
+
+
+def decimal_commas(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(4, 0.5, len(frame))
+    frame["potassium"] = [f"{value:.1f}".replace(".", ",") for value in values]
+    frame["ratio"] = np.random.default_rng(1).normal(4, 0.5, len(frame)).round(1)  # the table's own decimals
+
+
+def thousands(frame: pd.DataFrame) -> None:
+    frame["platelets"] = [f"{value}'000" for value in np.random.default_rng(0).integers(90, 140, len(frame))]
+
+
+def commas_at_one_site(frame: pd.DataFrame) -> None:
+    values = np.random.default_rng(0).normal(4, 0.3, len(frame)).round(1).astype(str)
+    frame["potassium"] = [
+        value.replace(".", ",") if site == "east" else value
+        for value, site in zip(values, frame["hospital"], strict=True)
+    ]
 
 
 def words_at_one_site(frame: pd.DataFrame) -> None:
@@ -139,6 +170,10 @@ def a_code(frame: pd.DataFrame) -> None:
     frame.loc[np.arange(len(frame)) % 9 == 0, "sodium"] = -999
 
 
+def hospitals_by_case(frame: pd.DataFrame) -> None:
+    frame.loc[np.arange(len(frame)) % 3 == 0, "hospital"] = frame["hospital"].str.upper()
+
+
 CASES: list[tuple[Change, str, str, str]] = [
     (an_index, "row-number", "Unnamed: 0", 'data.exclude = ["Unnamed: 0"]'),
     (a_shuffled_index, "row-number", "index", 'data.exclude = ["index"]'),
@@ -149,10 +184,13 @@ CASES: list[tuple[Change, str, str, str]] = [
     (a_discharge, "target-copy", "discharge", 'data.exclude = ["discharge"]'),
     (units_in_cells, "units-in-cells", "ef", 'data.dictionary.ef.suffix = ["%"]'),
     (units_at_one_site, "units-in-cells", "weight", 'data.dictionary.weight.suffix = ["kg"]'),
+    (two_units, "units-mixed", "weight", "a site's map has suffix and factor"),
+    (degrees, "units-mixed", "temperature", "a site's map has suffix and factor"),
     (words_at_one_site, "kinds", "flag", 'data.exclude = ["flag"]'),
     (sexes, "spelling", "sex", "data.dictionary.sex.recode = {"),
     (labels_by_case, "label-spelling", "died", "data.dictionary.died.recode = {"),
     (labels_in_numbers, "label-spelling", "died", "data.dictionary.died.recode = {"),
+    (hospitals_by_case, "site-spelling", "hospital", "data.dictionary.hospital.recode = {"),
     (a_null_label, "label-missing", "died", '"NULL"'),
     (a_second_header, "label-header", "died", "Delete that row"),
     (words_by_case, "spelling", "ward", "data.dictionary.ward.recode = {"),
@@ -247,6 +285,106 @@ def test_units_are_taken_off_where_that_is_declared(tmp_path: Path) -> None:
     assert weights.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P)
 
 
+@pytest.mark.parametrize(
+    ("change", "column", "form"),
+    [
+        (decimal_commas, "potassium", "1,5"),
+        (commas_at_one_site, "potassium", "1,5"),
+        (thousands, "platelets", "1'234.5"),
+    ],
+)
+def test_numbers_as_texts_of_a_workbook_are_no_categories(
+    tmp_path: Path, change: Change, column: str, form: str
+) -> None:
+    frame = invented()
+    change(frame)
+    study = medfed.load_study(write_study(tmp_path, STUDY.replace("cohort.csv", "cohort.xlsx"), frame))
+    frame.to_excel(tmp_path / "cohort.xlsx", index=False)
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column) == ("numbers-as-text", column)
+    assert doubt.mend == {("data", "dictionary", column, "numbers"): form}
+    with pytest.raises(DataError, match="spelt as texts"):
+        medfed.simulate(study)
+
+    ranged = study.set(f"data.dictionary.{column}.range", [0, 1e6])
+    with pytest.raises(DataError, match=f"numbers = .{form}."):
+        medfed.simulate(ranged)
+    settled = medfed.simulate(study.set(f"data.dictionary.{column}.numbers", form))
+    pointed = frame[column].str.replace(",", ".").str.replace("'", "").astype(float)
+    frame.assign(**{column: pointed}).to_excel(tmp_path / "cohort.xlsx", index=False)
+    assert settled.w_P.equal(medfed.simulate(study).w_P)
+
+
+def test_numbers_that_are_no_texts_are_not_spelt_anew(tmp_path: Path) -> None:
+    """1.234 in a column of numbers is no thousand, also where the study says that texts would spell it so."""
+    frame = pd.DataFrame({"x": [1.234, 5.5], "y": ["1.234", "5,5"]})
+    entry = Feature(numbers="1.234,5")
+    told = mapping.apply(frame, Data(target="t", dictionary={"x": entry, "y": entry}))
+    assert told["x"].astype(float).tolist() == [1.234, 5.5] and told["y"].tolist() == ["1234", "5.5"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "form"),
+    [
+        (["4,5", "6,7", "8,9", "1.234"], ""),  # a number cell of three decimals, or a thousand
+        (["1,234", "2,345", "4.5"], ""),
+        (["104,000", "99,000"], ""),
+        (["1.234,5", "1.234", "1.500"], "1.234,5"),
+        (["4,5", "1,234", "2,345"], "1,5"),
+        (["4,5", "4,6", "4.7"], "1,5"),
+        (["1 234", "12 345", "7"], "1 234.5"),
+    ],
+)
+def test_a_spelling_that_no_cell_decides_is_asked_for(texts: list[str], form: str) -> None:
+    assert numerals.form_of(texts) == form
+
+
+def test_hospitals_named_by_letters_are_not_sexes() -> None:
+    told = {name: {"train": 9, "test": 3} for name in ("f", "m", "w", "1", "y", "n")}
+    assert [*doubts._sites(told, Data(site="s"))] == []
+
+
+def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:
+    def stays(frame: pd.DataFrame) -> None:
+        frame["age"] = frame["age"].astype(int)
+        frame["lactate"] = 2
+        frame["died"] = [
+            f"{days / 2:.1f}".replace(".", ",") for days in np.random.default_rng(0).integers(0, 30, len(frame))
+        ]
+
+    study = changed(tmp_path, stays).set("data.format.decimal", ".").set("data.accept", ["constant"])
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column) == ("numbers-as-text", "died")
+    study = study.set("data.dictionary.died.numbers", "1,5")
+    assert [doubt.code for doubt in found(study)] == ["label-numbers"]
+    assert medfed.simulate(study.set("data.task", "regression")).complete
+
+
+@pytest.mark.parametrize(
+    "words", [["1+", "2+", "3+"], ["I", "II", "1"], ["2-3", "4-5"], ["1,2,3", "1,2"], ["1", "2", "1,2"], ["A,1", "B,2"]]
+)
+def test_codes_are_no_numbers(words: list[str]) -> None:
+    assert numerals.form_of(words) is None
+
+
+@pytest.mark.parametrize("suffix", [["kg", "lbs"], ["kg"], ["lbs"]])
+def test_several_units_are_no_one_suffix(tmp_path: Path, suffix: list[str]) -> None:
+    """Also where the study takes them off: 80 kg and 176 lbs would be one column of numbers."""
+    study = changed(tmp_path, two_units).set("data.dictionary.weight.suffix", suffix)
+    (doubt,) = found(study)
+    assert (doubt.code, doubt.column, doubt.mend) == ("units-mixed", "weight", {})
+    with pytest.raises(DataError, match="several units"):
+        medfed.simulate(study)
+    if len(suffix) == 2:
+        assert found(study.set("data.accept", ["units-mixed:weight"])) == []
+
+
+def test_one_unit_in_several_spellings_is_one() -> None:
+    assert len(measures.apart(["µg/l", "ug/L", "ng/ml", "mcg/l"])) == 1
+    assert len(measures.apart(["Punkte", "punkte", "Punkte."])) == 1
+    assert [*map(len, measures.apart(["kg", "lbs", "kg.", "Stone", "mg/l", "mg/dl"]))] == [2, 1, 1, 1, 1]
+
+
 def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:
     def several(frame: pd.DataFrame) -> None:
         an_index(frame)
@@ -273,6 +411,26 @@ def test_numbers_among_words_for_no_value_are_no_categories(tmp_path: Path) -> N
         DataError, match=r"column 'lactate': numbers, and more often 'k.A.', row .*missing = \[\"k.A.\"\]"
     ):
         medfed.simulate(changed(tmp_path, gaps))
+
+
+def test_one_hospital_in_two_spellings_is_one_as_its_line_says(tmp_path: Path) -> None:
+    plain = found(changed(tmp_path, lambda frame: None)), medfed.simulate(changed(tmp_path, lambda frame: None))
+
+    def spelt(frame: pd.DataFrame) -> None:
+        hospitals_by_case(frame)
+        frame.loc[np.arange(len(frame)) % 5 == 0, "hospital"] += " "
+
+    study = changed(tmp_path, spelt)
+    (doubt,) = found(study)
+    (recode,) = doubt.mend.values()
+    assert recode == {name.upper(): name for name in SITES}
+    study = study.set("data.dictionary.hospital.recode", recode)
+    assert found(study) == plain[0] == [] and medfed.simulate(study).w_P.equal(plain[1].w_P)
+
+
+def test_under_a_claim_the_declared_hospitals_decide(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows that do not name one of privacy\.sizes"):
+        medfed.simulate(changed(tmp_path, hospitals_by_case, PRIVATE))
 
 
 @pytest.mark.parametrize("gap", ["NA", "NULL", "-", "k.A.", ""])
@@ -356,7 +514,16 @@ def test_two_slips_or_few_records_are_no_code(tmp_path: Path) -> None:
 
 # Examples -------------------------------------------------------------------------------------------------------------
 
-NO_CELLS = {"row-number", "identifier", "empty", "label-header", "label-missing", "label-spelling", "spelling"}
+NO_CELLS = {
+    "row-number",
+    "site-spelling",
+    "identifier",
+    "empty",
+    "label-header",
+    "label-missing",
+    "label-spelling",
+    "spelling",
+}
 """Doubts without a cell beside them: it may name a patient, there is none, or the text and its line name it already."""
 
 CLAIM = ("--set", "privacy.epsilon=1")  # meant, though nothing is claimed without a delta

@@ -12,7 +12,7 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
-from medfed.data import site_maps, sources
+from medfed.data import doubts, site_maps, sources
 from medfed.data.site_maps import pointed
 from medfed.study import Data, Study, load
 
@@ -55,6 +55,19 @@ def _study(folder: Path, frame: pd.DataFrame, text: str = MAP, study: str = STUD
 
 def _frame(study: Study, private: bool = False) -> pd.DataFrame:
     return sources.frames(study, private=private)[0].frame.sort_index()
+
+
+@pytest.mark.parametrize("sign", [".", ","])
+def test_a_site_takes_its_own_unit_off_and_converts(tmp_path: Path, sign: str) -> None:
+    clean = invented(60)
+    clean["weight"] = np.arange(60) + 50.5
+    table, south = clean.copy(), clean["hospital"] == "south"
+    pounds = [f"{value / 0.45359237:.9f} lbs".replace(".", sign) for value in clean["weight"]]
+    table["weight"] = np.where(south, pounds, [f"{value} kg" for value in clean["weight"]])
+    text = f'[columns.weight]\ndecimal = "{sign}"\nsuffix = ["lbs"]\nfactor = 0.45359237\n'
+    study = _study(tmp_path, table, text, STUDY + '[data.dictionary.weight]\nsuffix = ["kg"]\n')
+    np.testing.assert_allclose(_frame(study)["weight"].astype(float), clean["weight"], rtol=1e-9)
+    assert doubts.of_all(runs.survey(study), study.data) == []
 
 
 def test_a_mapped_site_is_the_site_that_the_study_expects(tmp_path: Path) -> None:

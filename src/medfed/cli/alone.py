@@ -36,7 +36,11 @@ def alone(
 
 
 def _table(found: "Alone") -> Table:
-    table = Table(title=escape(f"{found.site}: {found.records} held-out records"), title_justify="left", box=None)
+    table = Table(
+        title=escape(f"{found.site}: {found.records} held-out record{'s' * (found.records != 1)}"),
+        title_justify="left",
+        box=None,
+    )
     for title in ("figure", "own model", "this run's"):
         table.add_column(title, justify="left" if title == "figure" else "right")
     for name, own in found.own.items():

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from medfed.cli.common import AsJson, DataFolder, Settings, console
+from medfed.cli.ending import INCOMPLETE
 
 if TYPE_CHECKING:
     from medfed.data.doubts import Doubt
@@ -62,7 +63,10 @@ def data_show(
     everything: Annotated[bool, typer.Option("--all", help="Every site's gaps, however many sites there are.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without training."""
+    """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without training.
+
+    Exit code 1 where the study that is written cannot run as it is, but for its blanks.
+    """
     from medfed import draft, runs
     from medfed import study as studies
     from medfed.core import files
@@ -73,7 +77,9 @@ def data_show(
     if draft.is_table(study):
         made = _drafted(study, set, write, console(as_json))
         if made is None:
-            return
+            return  # blanks are for a person
+        if made.unread:
+            raise typer.Exit(INCOMPLETE)
         loaded, surveys = studies.from_text(made.text, write or Path("study.toml")), made.surveys
     elif write:
         raise StudyError(f"--write {str(write)!r} with the study {study!r}; expected a table. Take `medfed study fix`.")
@@ -87,13 +93,22 @@ def data_show(
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
         print(json.dumps({**found, "doubts": [_plain(doubt) for doubt in doubted]}, indent=2))
-        return
+    else:
+        _show(loaded, found, doubted, everything)
+        if figure:
+            console().print(f"figure: {figure}", highlight=False)
+    if write and any(doubt.harm == "error" for doubt in doubted):
+        raise typer.Exit(INCOMPLETE)  # the study that was written cannot run
+
+
+def _show(loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", everything: bool) -> None:
+    """Print what lies in a table, and what is doubtful about it."""
+    from medfed.data import describe
+
     console().print(_roles(loaded), highlight=False, markup=False)
     for table in describe.tables(found, everything):
         console().print(table)
     _tell(doubted, console())
-    if figure:
-        console().print(f"figure: {figure}", highlight=False)
 
 
 def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
@@ -105,6 +120,8 @@ def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Con
     if write:
         draft.write(made, write)
         shown.print(f"study: {write}", highlight=False, soft_wrap=True)
+    if made.left_out:
+        shown.print(f"left out: {made.left_out}", highlight=False, markup=False, soft_wrap=True)
     if made.blanks:
         shown.print(f"still to be filled in: {', '.join(made.blanks)}", highlight=False, markup=False)
         for line in () if write else made.text.splitlines():
@@ -114,7 +131,7 @@ def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Con
         shown.print(f"not yet: {made.unread}", highlight=False, markup=False, soft_wrap=True)
     then = f"medfed run {write}" if write else f"medfed data show {table} --write study.toml"
     shown.print(f"then: {then}", highlight=False, markup=False, soft_wrap=True)
-    return None if made.unread else made
+    return made
 
 
 def _roles(study: "Study") -> str:

@@ -1,11 +1,12 @@
 """What stands against a study: told all at once, each with what would mend it."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from medfed.core import toml
-from medfed.core.checks import MedfedError
+from medfed.core.checks import MedfedError, some
 from medfed.core.toml import Path
 
 MOST_LINES = 24
@@ -16,6 +17,9 @@ MOST_CHARACTERS = 1000
 
 MOST_TOLD = 40
 """More things than these are counted in an error, not told."""
+
+_MOST_SITES = 20
+"""Of more sites that share what stands against them the others are counted."""
 
 LEAVE_OUT = toml.Ask(None, "")
 """In a refusal's `mend`: the key goes."""
@@ -39,12 +43,35 @@ def refuse(found: Iterable[Refusal]) -> None:
         return
     error = refusals[0].error
     if len(refusals) > 1:
-        lines = [f"{len(refusals)} things stand against this study:"]
-        lines += [f" {number}. {refusal.error}" for number, refusal in enumerate(refusals[:MOST_TOLD], 1)]
-        lines += [f" and {len(refusals) - MOST_TOLD} more"] if len(refusals) > MOST_TOLD else []
+        told = _once([str(refusal.error) for refusal in refusals])
+        lines = [f"{len(told)} things stand against this study:"] if len(told) > 1 else told
+        lines += [f" {number}. {text}" for number, text in enumerate(told[:MOST_TOLD], 1)] if len(told) > 1 else []
+        lines += [f" and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
         error = type(error)("\n".join([*lines, *_way_out(refusals)]))
     error.refusals = refusals
     raise error
+
+
+_OF_A_SITE = re.compile(r"site ('[^']*'|\"[^\"]*\"), (.*)", re.DOTALL)
+_DIFFERENT = re.compile(r"(\d+) different")
+
+
+def _once(told: Sequence[str]) -> list[str]:
+    """Return what stands against sites once where they share it: with all of them, and how many values from to."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for text in told:
+        match = _OF_A_SITE.fullmatch(text)
+        site, what = (match[1], match[2]) if match else ("", text)
+        alike.setdefault(_DIFFERENT.sub("", what) if site else f"site {text}", []).append((site, what))
+    lines = []
+    for group in alike.values():
+        site, what = group[0]
+        counts = [int(count) for _, what in group for count in _DIFFERENT.findall(what)]
+        if counts and min(counts) < max(counts) and len(counts) == len(group):
+            what = _DIFFERENT.sub(f"{min(counts)} to {max(counts)} different", what)
+        sites = some((site for site, _ in group), _MOST_SITES)
+        lines.append(f"site{'s' * (len(group) > 1)} {sites}, {what}" if site else what)
+    return lines
 
 
 def gathered(check: Callable[[], object]) -> list[Refusal]:

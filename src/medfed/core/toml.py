@@ -1,5 +1,6 @@
 """TOML as people paste it: keys quoted where a name needs it, values on one line, blanks with what they ask for."""
 
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,20 @@ def _is_key(text: str) -> bool:
     except tomllib.TOMLDecodeError:
         return not {'"', "'"} & set(text)
     return True
+
+
+def unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is why."""
+    place = re.search(r"at line (\d+)", str(error))
+    lines = text.splitlines()
+    if place is None or not 0 < int(place[1]) <= len(lines):
+        return str(error)
+    line = lines[int(place[1]) - 1].strip()
+    name = re.match(r"([^\s=\"'\[\]#.][^=\"'\[\]#]*?)\s*=", line) or re.match(r"\[+\s*([^\"']+?)\s*\]", line)
+    names = [part.strip() for part in name[1].split(".")] if name else []
+    wrong = next((part for part in names if part and not re.fullmatch(r"[A-Za-z0-9_-]+", part)), None)
+    hint = f". A name with other letters than A-Z needs quotes: {key(wrong)}" if wrong else ""
+    return f"{error}: {line}{hint}"
 
 
 def literal(value: Any) -> str:

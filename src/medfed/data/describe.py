@@ -116,7 +116,7 @@ def _summed(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Tabl
     share = {f: sum(s["missing"].get(f, 1) * s["rows"] for s in sites.values()) / rows for f in gaps}
     worst = sorted(gaps, key=lambda f: -share[f])
     table = Table(box=None, title="missing values, the worst first", title_justify="left")
-    for title in ("feature", "of all rows", "sites without any", "most at"):
+    for title in ("feature", "of all rows", "sites with no value", "most at"):
         table.add_column(title, justify="left" if title in ("feature", "most at") else "right")
     for feature in worst[:MOST_LINES]:
         lack = {name: s["missing"].get(feature, 1) for name, s in sites.items()}

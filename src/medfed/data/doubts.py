@@ -15,7 +15,7 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,8 @@ from medfed.core import quotes, toml
 from medfed.core.checks import DataError, rows_of, some, those
 from medfed.core.patient_ids import NOBODY
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import cells, clinical, scales
+from medfed.data import cells, clinical, numerals, scales
+from medfed.data import units as measures
 from medfed.study import Data, Feature, described
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ HARMS: dict[str, Harm] = {
     "identifier": "error",
     "target-copy": "error",
     "gaps-copy-target": "error",
+    "site-spelling": "error",
     "label-spelling": "error",
     "label-missing": "error",
     "label-header": "error",
@@ -47,7 +49,9 @@ HARMS: dict[str, Harm] = {
     "label-numbers": "error",
     "missing-code": "error",
     "kinds": "error",
+    "units-mixed": "error",
     "units-in-cells": "error",
+    "numbers-as-text": "error",
     "spelling": "error",
     "outside-most": "error",
     "units-differ": "error",
@@ -323,7 +327,13 @@ def of_all(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool =
     Under a claim, which is for who holds the table alone, no cell is quoted.
     """
     with quotes.withheld(claimed):
-        found = [*_together(surveys), *_labels(surveys, data), *_kinds(surveys, data)]
+        found = [
+            *_together(surveys),
+            *_sites(surveys, data),
+            *_labels(surveys, data),
+            *_mixed(surveys, data),
+            *_kinds(surveys, data),
+        ]
         found += [*_texts(surveys, data), *_units(surveys, data), *_scales(surveys), *_columns(surveys)]
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
@@ -365,6 +375,14 @@ def _together(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
         yield replace(doubts[0], sites=sites, count=sum(doubt.count for doubt in doubts), mend=mend)
 
 
+def _sites(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield that one site is two by the spelling of its name."""
+    if data.site:
+        words = YES | NO | FEMALE | MALE  # of which several mean one, but not as names
+        rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items() if fold(site) not in words}
+        yield from _spelt("site-spelling", data.site, rows)
+
+
 def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
     counts = Counter[str]()
     for survey in surveys.values():
@@ -372,6 +390,9 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
     if data.dictionary.get(data.target) and data.dictionary[data.target].categories:
         return
     yield from _header(counts, data)
+    if len(counts) > _MOST_LABELS and (respelt := _respelt(data.target, counts)):
+        yield respelt
+        return
     if data.task == "auto" and len(counts) > _MOST_LABELS and all(_NUMBER.fullmatch(label) for label in counts):
         text = f"has {len(counts)} different numbers, which would be as many classes without an order"
         mend: Mend = {("data", "task"): "regression"}
@@ -385,7 +406,7 @@ def _labels(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Do
 
 _MOST_LABELS = 10
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-_WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|[^\W\d_][\w/%²³°.-]{0,11})")
+_WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|°?[^\W\d_][\w/%²³°.-]{0,11})")
 
 
 def units_of(texts: Iterable[str]) -> list[str]:
@@ -402,15 +423,50 @@ def _kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Dou
             continue
         texts = {site: survey["texts"][name] for site, survey in surveys.items() if survey.get("texts", {}).get(name)}
         every = [text for found in texts.values() for text in found]
-        if units := units_of(every):
+        declared = data.dictionary.get(name, Feature()).suffix
+        if (units := units_of(every)) and len(measures.apart([*declared, *units])) > 1:
+            if len(measures.apart(declared)) < 2:  # else it is told already
+                one_each = [next(text for text in every if text.endswith(unit)) for unit in units]
+                doubt = _several_units(name, "" if quotes.are_withheld() else some(map(repr, [*declared, *units])))
+                yield replace(doubt, examples=_examples(name, one_each))
+            continue
+        if units:
+            units = [*declared, *units]
             text, mend = _of_cells("holds numbers with their unit in the cell", name, "suffix", units)
             yield Doubt("units-in-cells", name, text, mend=mend, examples=_examples(name, every))
+            continue
+        if respelt := _respelt(name, every):
+            yield respelt
             continue
         rows = {site: survey["train"] + survey["test"] for site, survey in surveys.items()}
         numbers = [s for s, one in surveys.items() if name in one["numbers"] and one["missing"][name] < rows[s]]
         if numbers and texts:
             text = f"is a number at {those(numbers)} and text at {those(list(texts))}"
             yield Doubt("kinds", name, text, mend=_leave_out(name), examples=_examples(name, every))
+
+
+def _respelt(name: str, texts: Collection[str]) -> Doubt | None:
+    """Return that most texts of a column are numbers, once their decimal signs or thousands are taken as such."""
+    if (form := numerals.form_of(texts)) is None:
+        return None
+    path = ("data", "dictionary", name, "numbers")
+    either = "" if form else f"; decimals or thousands, no cell says: {toml.key(*path)} = '1,5' or '1,234.5'"
+    text = f"holds numbers spelt as texts, which would be categories{either}"
+    mend: Mend = {path: form} if form else {}
+    return Doubt("numbers-as-text", name, text, mend=mend, examples=_examples(name, texts))
+
+
+def _mixed(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
+    """Yield the columns of which a study takes off several units as if they were one."""
+    used = {data.target, *(name for survey in surveys.values() for name in survey.get("missing", ()))}
+    for name, feature in data.dictionary.items():
+        if name in used and len(measures.apart(feature.suffix)) > 1:
+            yield _several_units(name, some(map(repr, feature.suffix)))
+
+
+def _several_units(name: str, told: str) -> Doubt:
+    text = f"holds numbers in several units{f' ({told})' if told else ''}, which would be taken for one"
+    return Doubt("units-mixed", name, f"{text}: a site's map has suffix and factor")
 
 
 def _header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:

@@ -36,15 +36,19 @@ class Footer:
     lines: int
     column: str
 
+    def words(self, frame: pd.DataFrame) -> tuple[str, ...]:
+        """Return the words in its column that show it, as examples."""
+        cells = frame[self.column][self.which_N].astype(str)
+        return quotes.examples(cell for cell in cells if _WORD.fullmatch(fold(cell)))
+
     def doubt(self, frame: pd.DataFrame, data: Data) -> Doubt:
         """Say it, with the line that leaves them out."""
         rows = frame.index[self.which_N]
-        cells = [cell for cell in frame[self.column][self.which_N].astype(str) if _WORD.fullmatch(fold(cell))]
         already = max(0, data.format.footer)
         mend: Mend = {("data", "format", "footer"): already + self.lines} if self.lines else {}
         text = "shows that the last rows are a footer and no records: what all are together, or hardly a cell"
-        examples = quotes.examples(cells)
-        return Doubt("footer", self.column, text, tuple(rows[:_MOST].tolist()), len(rows), mend, examples=examples)
+        first = tuple(rows[:_MOST].tolist())
+        return Doubt("footer", self.column, text, first, len(rows), mend, examples=self.words(frame))
 
 
 def found(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:

@@ -18,7 +18,7 @@ import pandas as pd
 from medfed.core import patient_ids, quotes, toml
 from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, those
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import dates
+from medfed.data import dates, numerals
 from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
 from medfed.data.tables import canonical
@@ -81,7 +81,7 @@ def misfits(header: Sequence[str], data: Data) -> Iterator[Refusal]:
     for name in features_of(header, data):
         feature = _entry(data, name)
         other = feature.reference
-        if feature.becomes and other and _moment(other) is None and other not in known:
+        if feature.becomes and other and moment(other) is None and other not in known:
             where = toml.key("data", "dictionary", name, "reference")
             text = f"{where}={other!r} is no date (2024-12-31) and no column of the table; {nearest(other, header)}"
             yield Refusal(DataError(text))
@@ -125,14 +125,15 @@ def _entry(data: Data, name: str) -> Feature:
     return data.dictionary.get(name, Feature())
 
 
-def _moment(text: str) -> np.datetime64 | None:
-    (moment,) = dates.read([text], "iso")
-    return None if np.isnat(moment) else moment
+def moment(text: str) -> np.datetime64 | None:
+    """Return the day that a `reference` names; None where it names a column."""
+    (day,) = dates.read([text], "iso")
+    return None if np.isnat(day) else day
 
 
 def maps(feature: Feature) -> bool:
     """Say whether an entry changes what stands in a cell."""
-    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes, feature.suffix)
+    kinds = (feature.recode, feature.boolean, feature.limits, feature.becomes, feature.suffix, feature.numbers)
     return any(kinds) or (feature.factor, feature.offset) != (1.0, 0.0)
 
 
@@ -225,6 +226,8 @@ def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults
     text_U = recoded(text_U, feature.recode, absent)
     if feature.suffix:
         text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
+    if feature.numbers and not pd.api.types.is_numeric_dtype(frame[name].dtype):
+        text_U = numerals.pointed(text_U, feature.numbers)
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
         return {name: told(number_N, absent)}
@@ -370,7 +373,7 @@ def _date_numbers(
     moment_N = _moments(frame, name, text_U, code_N, feature.date, faults)
     reference_N = None
     if feature.reference and feature.becomes in ("age", "days since", "days until"):
-        fixed = _moment(feature.reference)
+        fixed = moment(feature.reference)
         reference_N = (
             np.full(len(frame), fixed) if fixed is not None else _dates_of(frame, feature.reference, data, faults)
         )
@@ -421,7 +424,7 @@ def _marks(frame: pd.DataFrame, data: Data, faults: list[Fault], private: bool) 
     if gone.any() and not any(fault.column == data.time for fault in faults):
         action = "Data are tested by time: correct the cells, or set data.drop = ['rows without time']"
         faults.append(Fault(data.time, gone, "no date", action))
-    later = moment_N >= _moment(data.test_from)
+    later = moment_N >= moment(data.test_from)
     marks: np.ndarray = np.where(later, "test", "train").astype(object)
     return marks
 

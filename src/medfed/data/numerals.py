@@ -186,6 +186,43 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     return pa.chunked_array(chunks, column.type)
 
 
+FORMS = {
+    f"1{'' if thousands == 'none' else thousands + '234'}{decimal}5": (decimal, thousands)
+    for decimal, marks in ((",", ("none", ".", " ", "'")), (".", (",", " ", "'")))
+    for thousands in marks
+}
+"""How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts thousands."""
+
+
+def pointed(texts: Sequence[str | None], form: str) -> list[str | None]:
+    """Return texts, of which those that are numbers in a form of FORMS have a decimal point."""
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    found: list[str | None] = with_points(column, *FORMS[form]).to_pylist()
+    return found
+
+
+def form_of(texts: Iterable[str]) -> str | None:
+    """Return the form of FORMS in which most texts are numbers, though they are none as they stand.
+
+    None where they are not; "" where they may be read in two ways.
+    """
+    given = list(texts)
+    found = _of_column(pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(len(given)), "")
+    if not any(e.thousands or "," in (e.decimal, e.either) for e in found):
+        return None
+    decimals, parted = {e.decimal for e in found} - {""}, {e.thousands for e in found} - {""}
+    if {e.either for e in found} - {""} - (decimals if len(decimals) == 1 else set()) - parted:
+        return ""  # beside 4,5 a workbook's cell of the number 1.234 is no thousand
+    both = len(decimals) > 1 and not parted
+    try:
+        signs = (",", "none") if both else decide(found, Format(), ";", "")[:2]  # a workbook's number cells have points
+    except DataError:
+        return ""
+    form = next(form for form, known in FORMS.items() if known == signs)
+    changed = sum(new != old for new, old in zip(pointed(given, form), given, strict=True))
+    return form if changed * 2 > len(given) else None
+
+
 def _any(chunk: pa.Array, marks: str) -> bool:
     """Say whether a chunk holds any of the marks; a blank and an apostrophe may be of several bytes."""
     bytes_N = characters(chunk)

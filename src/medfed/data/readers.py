@@ -253,8 +253,9 @@ def reading(where: str, private: bool) -> Iterator[None]:
 
 
 def _kept(data: Data) -> set[str]:
-    """Return the columns whose cells are names, not numbers."""
-    return {data.patient, data.site, data.test} - {""}
+    """Return the columns whose cells are names, or numbers in a spelling of their own."""
+    own = {name for name, feature in data.dictionary.items() if feature.numbers}
+    return {data.patient, data.site, data.test, *own} - {""}
 
 
 def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> Layout:

@@ -36,6 +36,7 @@ class SiteColumn:
     decimal: Literal[".", ","] = "."  # ",": 1,5 is one and a half and 1.234,5 has a thousand
     recode: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()  # what stands behind the numbers here, and is taken off
     date: str = ""  # the form of this site's dates; they are written as the study's
     factor: float = 1.0
     offset: float = 0.0
@@ -110,7 +111,9 @@ def parse(text: str, name: str) -> tuple[SiteMap, list[Refusal]]:
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        return SiteMap(), [Refusal(StudyError(f"site map {name!r} cannot be read as TOML: {error}"))]
+        return SiteMap(), [
+            Refusal(StudyError(f"site map {name!r} cannot be read as TOML: {toml.unreadable(text, error)}"))
+        ]
     read, refusals = read_as(SiteMap, tables)
     told = [Refusal(StudyError(f"site map {name!r}: {refusal.error}")) for refusal in refusals]
     for column, entry in read.columns.items():
@@ -258,6 +261,9 @@ def _cells(
     if entry.decimal == ",":
         text_U = [pointed(text) for text in text_U]
     text_U = mapping.recoded(text_U, entry.recode, set(entry.missing))
+    if entry.suffix:
+        sign = "," if "," in (entry.decimal, data.format.decimal) else "."
+        text_U = [mapping.without_suffix(text, entry.suffix, sign) for text in text_U]
     if entry.date:
         text_U, bad_U = _dates(text_U, entry.date, feature.date or "iso", absent)
         which_N = np.zeros(len(rows_N), dtype=bool)

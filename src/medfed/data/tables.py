@@ -29,7 +29,7 @@ from medfed.core.checks import DataError, MedfedError, PlanError, closest, neare
 from medfed.core.patient_ids import Rule
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import cells, dates, doubts, readers
+from medfed.data import cells, dates, doubts, numerals, readers, units
 from medfed.data.doubts import Doubt
 from medfed.data.partition import is_test, patients, spelled
 from medfed.features import features_of, matching, no_features
@@ -492,7 +492,8 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
     """Yield what a study says of a table's columns that its header does not bear out."""
     roles = {"target": data.target, "site": data.site, "patient": data.patient, "test": data.test}
     if not data.target:
-        text = f"data.target is not set; expected the column to predict, one of: {some(columns, 20)}"
+        left = [name for name in columns if name not in (data.site, data.patient, data.test)]
+        text = f"data.target is not set; expected the column to predict, one of: {some(left, 20)}"
         yield Refusal(DataError(text), {("data", "target"): toml.Ask("", "the column to predict")})
     for key, name in roles.items():
         if name and name not in columns:
@@ -512,15 +513,27 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
         yield Refusal(DataError(text))
     for name in strange[:_MOST_MISNAMED]:
         if name not in columns:
-            where, close = toml.key("data", "dictionary", name), closest(name, columns)
+            where, close = toml.key("data", "dictionary", name), _meant(name, columns)
             mend: dict[toml.Path, object] = {}
             if close and close not in data.dictionary:
                 mend = {("data", "dictionary", close): asdict(data.dictionary[name])}
             if mend or data.dictionary[name] == Feature():
                 mend[("data", "dictionary", name)] = LEAVE_OUT
-            yield Refusal(DataError(f"{where}: no such column; {nearest(name, columns)}"), mend)
+            yield Refusal(DataError(f"{where}: no such column; {_nearest(name, columns)}"), mend)
     if not features_of(columns, data):
         yield Refusal(DataError("the table has no feature column; it needs one beside target, site and patient"))
+
+
+def _meant(name: str, columns: Sequence[str]) -> str | None:
+    """Return the column that a misspelt name means: none that names another unit, which a range would be wrong for."""
+    close = closest(name, columns)
+    return None if close and units.differ(name, close) else close
+
+
+def _nearest(name: str, columns: Sequence[str]) -> str:
+    close = closest(name, columns)
+    other = " It is in another unit: set range and factor anew." if close and close != _meant(name, columns) else ""
+    return f"{nearest(name, columns)}{other}"
 
 
 def _misnamed_features(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
@@ -529,12 +542,12 @@ def _misnamed_features(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
     strange = [
         name for name in data.features if name not in known and not (is_pattern(name) and matching(name, columns))
     ]
-    close = {name: closest(name, columns) for name in strange[:_MOST_MISNAMED]}
+    close = {name: _meant(name, columns) for name in strange[:_MOST_MISNAMED]}
     features = [close.get(name) or name for name in data.features]
     for number, name in enumerate(data.features):
         if name in close:
             what = "matches no column of the table" if is_pattern(name) else "is no column of the table"
-            text = f"data.features[{number}]={name!r} {what}; {nearest(name, columns)}"
+            text = f"data.features[{number}]={name!r} {what}; {_nearest(name, columns)}"
             yield Refusal(DataError(text), {("data", "features"): features} if close[name] else {})
     if len(strange) > _MOST_MISNAMED:
         text = f"data.features names {len(strange)} columns that the table lacks: {some(map(repr, strange))}"
@@ -698,6 +711,8 @@ class _Column:
             )
         there = quotes.there(self.values[which]) if doubts.quotable(self.name) else ""
         if self.feature.range and which.sum() * 2 > (~self.missing).sum():
+            if form := numerals.form_of(self.texts[which].unique()):
+                return f"numbers spelt as texts, row {rows}: set {self.key('numbers')} = {toml.literal(form)}.{there}"
             return (
                 f"text in a numeric column, row {rows}: it is declared a number by {self.key('range')}, and most of it "
                 f"is text. Declare {declared} in place of the range.{there}"

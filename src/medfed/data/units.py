@@ -3,7 +3,7 @@
 import re
 import tomllib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -86,6 +86,36 @@ def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conv
     if molar_mass and (source.kind, target.kind) == ("substance_per_volume", "mass_per_volume"):
         return Conversion(ratio * molar_mass)
     raise StudyError(f"unit={unit!r} into {into!r}; expected units of one kind, not {source.kind} and {target.kind}")
+
+
+def apart(texts: Iterable[str]) -> list[list[str]]:
+    """Return what stands behind numbers, parted by what it means: units of one size are one.
+
+    What is no known unit is another than all else; case, dots and blanks make no other.
+    """
+    found: list[tuple[set[object], list[str]]] = []
+    for text in texts:
+        meant: set[object] = {(unit.kind, unit.scale) for unit in spelt().get(key(text), ())} or {key(text) or text}
+        both = next((pair for pair in found if pair[0] & meant), None)
+        if both is None:
+            found.append((meant, [text]))
+        else:
+            both[0].intersection_update(meant)
+            both[1].append(text)
+    return [spellings for _, spellings in found]
+
+
+def differ(one: str, other: str) -> bool:
+    """Say whether two names of columns end in different units: Kreatinin (µmol/l), kreatinin_mg_dl."""
+    ends = _end(one), _end(other)
+    return all(ends) and len(apart(ends)) > 1
+
+
+def _end(name: str) -> str:
+    """Return the unit that a name ends in; "" for none."""
+    parts = words(name)
+    ends = ("".join(parts[start:]) for start in range(1, len(parts)))
+    return next((end for end in ends if end in spelt()), "")
 
 
 def words(text: str) -> list[str]:

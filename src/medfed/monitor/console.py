@@ -92,8 +92,10 @@ class Progressing:
         shown = list(event.sizes.items())[:8]
         sizes = ", ".join(f"{site} {size['train']}" + f"+{size['test']}" * tested for site, size in shown)
         more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
+        numbers = event.model == "logistic" and not any(event.labels.values())
+        model = "linear" if numbers else event.model  # the same layer, of a regression
         self.console.print(
-            f"{event.algorithm}, model {event.model}: {event.parameters:,} parameters, {event.features} inputs\n"
+            f"{event.algorithm}, model {model}: {event.parameters:,} parameters, {event.features} inputs\n"
             f"sites (training{' + test' * tested} rows): {sizes}{more}",
             highlight=False,
             markup=False,

@@ -218,7 +218,8 @@ def _outcome(story: Story) -> str:
     bounds = story.summary.get("intervals") or {}
     told = [f"{name} {test[name]:.3f}{_between(bounds.get(name))}" for name in HEADLINE if test.get(name) is not None]
     noised = story.summary.get("test_noised")
-    many = f"about {test['n']:,} held-out records (a noised count)" if noised else f"{test['n']:,} held-out records"
+    records = f"{test['n']:,} held-out record{'s' * (test['n'] != 1)}"
+    many = f"about {records} (a noised count)" if noised else records
     return f"On {many} of all sites: {', '.join(told)}."
 
 
