@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from typer.testing import CliRunner
 
 import medfed
 from medfed import fix, ranges, recipe, runs, site
+from medfed.cli import app
 from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.data import preprocess
@@ -456,6 +458,30 @@ def test_without_a_price_an_undescribed_column_is_refused_and_the_price_is_named
     path = study.folder / "study.toml"
     path.write_text(path.read_text().replace("ranges_epsilon = 0.5\n", ""))
     assert "privacy.ranges_epsilon=0.5" in fix.fix(path).text
+
+
+LEFT_OPEN = {
+    "nothing": "",
+    "delta": "delta = 1e-5\n",
+    "the encoding": 'delta = 1e-5\n|preprocess = "dictionary"\n',
+    "all": 'delta = 1e-5\n|preprocess = "dictionary"\n|rounds = 4\n|learning_rate = 1.0\n|batch_size = 0\n'
+    "|evaluate_every = 4\n",
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OPEN)
+def test_beside_the_recipe_a_study_needs_the_two_epsilons_alone(tmp_path: Path, kind: str) -> None:
+    """As docs/privacy.md shows it: `check`, `plan` and `run` agree, whatever else is left to the recipe."""
+    words = text()
+    for line in LEFT_OPEN[kind].split("|"):
+        assert line in words
+        words = words.replace(line, "")
+    open_study = medfed.load_study(write_study(tmp_path, words, table()))
+    path, folder = str(open_study.folder / "study.toml"), tmp_path / "run"
+    assert open_columns(_listed(open_study)) == OPEN and not recipe.refused(open_study)[1]
+    for command in (["study", "check", path], ["privacy", "plan", path], ["run", path, "--out", str(folder)]):
+        assert CliRunner().invoke(app, command).exit_code == 0
+    assert set(found_in(folder)) == set(OPEN)
 
 
 def test_features_by_name_and_by_pattern_may_be_open(study: Study) -> None:
