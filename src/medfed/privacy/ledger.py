@@ -123,7 +123,9 @@ class Limits:
     """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
 
     The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise sampler takes. `planned`:
-    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for.
+    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for;
+    `alone`: in all runs of the study together, as nothing but the plan limits what is asked, and a run's name is the
+    coordinator's to say.
     """
 
     epsilon: float
@@ -131,6 +133,7 @@ class Limits:
     lifetime_epsilon: float = math.inf
     sampler: float = 0.0
     planned: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -395,11 +398,12 @@ class Ledger:
         self._accounts.refuse_overspend(charges, limits, self.lifetime)
 
     def _refuse_unplanned(self, charges: Sequence[Charge], limits: Limits) -> None:
-        asked = Counter((c.run, c.cohort.site, c.label) for c in charges if c.label in limits.planned)
-        for (run, site, label), more in asked.items():
-            where = (run, site, label)
+        column = "study" if limits.alone else "run"
+        asked = Counter((getattr(c, column), c.cohort.site, c.label) for c in charges if c.label in limits.planned)
+        for (name, site, label), more in asked.items():
+            where = (name, site, label)
             (paid,) = self._sql.execute(
-                "SELECT COUNT(*) FROM charges WHERE run = ? AND site = ? AND label = ? AND cohort != ''", where
+                f"SELECT COUNT(*) FROM charges WHERE {column} = ? AND site = ? AND label = ? AND cohort != ''", where
             ).fetchone()
             if paid + more > limits.planned[label]:
                 raise BudgetError(
