@@ -385,17 +385,68 @@ def test_an_open_column_is_the_dictionarys_but_for_its_range(study: Study, lie: 
         nodes["north"].handle("prepare", _prepared(told, plan))
 
 
-def test_a_site_whose_counts_are_no_counts_is_left_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def _counts(change: Any) -> Any:
+    """Return a lie: counts of which `change` makes others."""
+
+    def lie(honest: bytes) -> bytes:
+        counts = codec.decode(honest)[1]["counts"].clone()
+        return codec.encode({}, {"counts": change(counts)})
+
+    return lie
+
+
+def _one_cell(value: float) -> Any:
+    def change(counts: torch.Tensor) -> torch.Tensor:
+        counts[0, -1] = value
+        return counts
+
+    return _counts(change)
+
+
+LYING_COUNTS: dict[str, Any] = {
+    "no numbers": _counts(lambda counts: torch.full_like(counts, math.nan)),
+    "another shape": _counts(lambda counts: counts[:, :-1].clone()),
+    "without counts": lambda honest: codec.encode({}, {}),
+    "garbage": lambda honest: b"garbage",
+    "nothing": lambda honest: b"",
+    "1e308 in each cell": _counts(lambda counts: torch.full_like(counts, 1e308)),
+    "a million beyond all": _one_cell(1e6),
+    "fewer than none": _one_cell(-1e4),
+    "an error": lambda honest: SiteError("the disk is full"),
+}
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+@pytest.mark.parametrize("lie", LYING_COUNTS)
+def test_a_site_whose_counts_are_no_counts_is_left_out_by_name_and_moves_nothing(
+    study: Study, lie: str, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = site.OPS["ranges"]
 
     def lying(nodes: Any, *rest: Any) -> Any:
-        broken = codec.encode({}, {"counts": torch.full((2, 45), math.nan, dtype=torch.float64)})
-        return [broken if n.name == "east" else a for n, a in zip(nodes, real(nodes, *rest), strict=True)]
+        answers = real(nodes, *rest)
+        return [LYING_COUNTS[lie](a) if n.name == "east" else a for n, a in zip(nodes, answers, strict=True)]
 
     monkeypatch.setitem(site.OPS, "ranges", lying)
-    summary = medfed.simulate(study).summary
-    assert summary["ranges"] is not None and summary["status"] == "incomplete"
-    assert {one["site"] for one in summary["excluded"]} == {"east"}
+    told: list[Event] = []
+    tried = study._with({"training.quorum": 0.5, "training.rounds": 1, "monitor.evaluate_every": 1})
+    summary = medfed.simulate(tried.set("privacy.noise", noise), listeners=[told.append]).summary
+    assert summary["status"] == "incomplete" and {one["site"] for one in summary["excluded"]} == {"east"}
+    assert [event.sites for event in told if isinstance(event, events.RangesFound)] == [2]
+    for name in OPEN:
+        low, high = summary["ranges"]["found"][name]
+        assert low < table()[name].median() < high < 500
+
+
+def test_no_patient_decides_whether_its_site_is_left_out(study: Study) -> None:
+    """Of a site far larger than declared no cell holds more than the declared size, so that it is never left out."""
+    frame = table().assign(age=60.0)
+    small = study._with({"privacy.sizes.north": 900, "privacy.sizes.east": 130})
+    nodes, plan = _enrolled(small, frame)
+    counts = [_told(nodes["east"])]
+    assert counts[0].max() == 130 and counts[0].min() == 0
+    _, excluded = ranges._counts(plan, InProcess(list(nodes.values())), 0, quantiles.Search(2, 1.0).edges())
+    assert not excluded
 
 
 # crashes and further runs --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, reasons, some
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
-from medfed.engine.port import Counted, Fleet, gather
+from medfed.engine.port import Counted, Fleet, gather, heard, numbers
 from medfed.features import open_columns
 from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned
 from medfed.plan import Plan
@@ -56,7 +56,8 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
         )
     send_encoding(plan, counted, fleet.sites())
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
-    told.append(RangesFound(len(plan.participants), found, search.sd))
+    out = {event.site for event in told if isinstance(event, SiteExcluded)}
+    told.append(RangesFound(len(plan.participants) - len(out), found, search.sd))
     told += _doubtful(columns, search.found)
     up, down = plan.bytes_up + counted.bytes_up, plan.bytes_down + counted.bytes_down
     return replace(plan, bytes_up=up, bytes_down=down), told
@@ -73,28 +74,31 @@ def refuse_unfound(plan: Plan) -> None:
 
 def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.ndarray, list[SiteExcluded]]:
     """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
+    g, shape = plan.guarantee, (len(edges), quantiles.CELLS[turn])
+    assert g is not None
+    key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
     payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "ranges", payload, plan.study.training.deadline)
-    shape = (len(edges), quantiles.CELLS[turn])
-    refused = {name: reply.error for name, reply in replies.items() if reply.error}
-    total, answered = np.zeros(shape), 0
-    for name, reply in replies.items():
-        if name in refused:
-            continue
-        counts = codec.decode(reply.payload)[1]["counts"].numpy()
-        if counts.shape != shape or not np.isfinite(counts).all():
-            refused[name] = "its counts are not finite, or not those that were asked for"
-            continue
-        total, answered = total + counts, answered + 1
-    if not answered:
-        raise BudgetError(f"no site counts for ranges. {reasons(refused)}. {PAID if turn else 'Nothing was charged.'}")
+    told, untold = heard(replies, lambda answer: numbers(answer["counts"], *shape))
 
-    g = plan.guarantee
-    assert g is not None
-    if guarantee.counted_together(plan.study):
-        key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
+    together = guarantee.counted_together(plan.study)
+    noise = 0.0 if together else _FAR * g.query_sd("ranges", most)
+    for name, counts in list(told.items()):
+        bound = g.releases[name].size
+        if counts.min() < -noise or counts.max() > bound + noise:
+            untold[name] = f"it counts fewer than none or more than its {bound} declared patients in a cell"
+            del told[name]
+    if not told:
+        raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {PAID if turn else 'Nothing was charged.'}")
+
+    total = np.sum([*told.values()], 0)
+    if together:
         total = total + guarantee.query_noise(g, "ranges", most, total.size, key).reshape(shape)
-    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in refused.items()]
+    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in untold.items()]
+
+
+_FAR = 8.0
+"""Standard deviations of a site's own noise, which none of any run's counts exceeds by chance."""
 
 
 def _encoding(plan: Plan, found: dict[str, Range]) -> Encoding:
