@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,18 @@ def test_a_column_of_texts_is_no_number_and_it_is_said(study: Study) -> None:
     summary = medfed.simulate(study, listeners=[told.append]).summary
     assert summary["ranges"]["found"]["age"] == list(quantiles.WIDEST)
     assert any("no value of 'age' is seen above the noise" in text for text in summary["warnings"])
+
+
+def test_a_code_and_values_far_from_0_are_warned_of(study: Study) -> None:
+    frame = table()
+    second = 1.7e9 + 100 * frame["age"]
+    frame = frame.assign(age=np.where(np.arange(2400) % 8, frame["age"], -999), lactate=second)
+    frame.to_csv(study.folder / "cohort.csv", index=False)
+    code, cell = medfed.simulate(study).summary["warnings"]
+    assert re.search(r"of 'age' some values are of \[-1000, -100\].*data\.dictionary\.age\.missing = ", code)
+    assert re.search(r"nearly all values of 'lactate' lie in one cell.*about \[\d+.*subtract an offset", cell)
+    coded = study._with({"data.dictionary.age.missing": ["-999"], "data.exclude": ["lactate"]})
+    assert not medfed.simulate(coded).summary["warnings"]
 
 
 def test_a_run_with_nothing_to_learn_from_ends_before_it_trains(tmp_path: Path, study: Study) -> None:

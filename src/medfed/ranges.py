@@ -12,7 +12,7 @@ from itertools import compress
 import numpy as np
 import torch
 
-from medfed.core import codec
+from medfed.core import codec, toml
 from medfed.core.checks import BudgetError, PlanError, reasons, some
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
@@ -111,7 +111,7 @@ def _encoding(plan: Plan, found: dict[str, Range]) -> Encoding:
 
 
 def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
-    """Warn of columns of which too little was seen."""
+    """Warn of columns of which too little was seen, or not what the model needs."""
     unseen = list(compress(columns, [one.known == 0 for one in found]))
     few = list(compress(columns, [one.known > 0 and not one.told for one in found]))
     told: list[Event] = []
@@ -129,6 +129,26 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
             Warned(
                 f"of {some(map(repr, few))} too few values are seen above the noise for quantiles: the range is that "
                 "of whole decades. Declare it, or leave the column out"
+            )
+        )
+    for name, one in zip(columns, found, strict=True):
+        if one.told and one.apart and one.low < one.apart[1] and one.high > one.apart[0]:
+            low, high = one.apart
+            entry = toml.key("data", "dictionary", name, "missing")
+            told.append(
+                Warned(
+                    f"of {name!r} some values are of [{low:g}, {high:g}], apart from all others, and the range reaches "
+                    f'there. If a code such as -999 stands for what is missing, name it: {entry} = ["-999"]'
+                )
+            )
+    if narrow := [name for name, one in zip(columns, found, strict=True) if one.told and not one.resolved]:
+        low, high = found[list(columns).index(narrow[0])].ends
+        told.append(
+            Warned(
+                f"nearly all values of {some(map(repr, narrow))} lie in one cell, which is counted no finer (that of "
+                f"{narrow[0]!r} is about [{low:.10g}, {high:.10g}]), so the model may see next to nothing of how they "
+                "differ. Declare the range; where values lie far from 0 subtract an offset, or take another unit; or "
+                "leave the column out"
             )
         )
     return told
