@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import medfed
-from medfed import fix, ranges, recipe, runs, site
+from medfed import checkpoints, fix, ranges, recipe, runs, site
 from medfed.cli import app
 from medfed.core import codec
-from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
+from medfed.core.checks import BudgetError, MedfedError, PlanError, RunError, SiteError
 from medfed.data import preprocess
 from medfed.engine.inprocess import InProcess
 from medfed.features import open_columns
@@ -453,19 +454,58 @@ def test_no_patient_decides_whether_its_site_is_left_out(study: Study) -> None:
 # crashes and further runs --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_after_it_paid_for_ranges_has_paid(
+def test_a_run_that_is_killed_between_its_counts_has_paid_and_only_another_study_runs(
     tmp_path: Path, study: Study, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lasting = study.set("privacy.scope", "study")
+    """What the note says is what works, and nothing else does."""
+    Ledger.open(home, founding=Lifetime(6.0, 1e-5, operator="Ada")).close()
+    lasting, real = study.set("privacy.scope", "study"), ranges._counts
     with monkeypatch.context() as patch:
-        patch.setattr(ranges, "send_encoding", lambda *_: (_ for _ in ()).throw(Crash()))
+        patch.setattr(ranges, "_counts", lambda *rest: (real(*rest), (_ for _ in ()).throw(Crash()))[0])
         with pytest.raises(Crash) as crash:
             medfed.run(lasting, tmp_path / "run")
-    assert "paid for ranges stays spent" in " ".join(crash.value.__notes__)
-    assert charges(home, "ranges") == dict.fromkeys(SITES, quantiles.TIMES) and charges(home) == {}
-    with pytest.raises(BudgetError, match=r"spent up to epsilon=0\.5 of 2 .*left for one release"):
-        medfed.run(lasting, tmp_path / "again")
+    (note,) = crash.value.__notes__
+    assert "stays spent of this study's epsilon" in note and "Under another study.name" in note
+    assert charges(home, "ranges") == dict.fromkeys(SITES, 1) and charges(home) == {}
     with pytest.raises(MedfedError, match="is not a run folder"):
+        medfed.resume(tmp_path / "run")
+    with pytest.raises(BudgetError, match=r"of 2 .*left for one release"):
+        medfed.run(lasting, tmp_path / "again")
+    assert medfed.run(lasting.set("study.name", "another"), tmp_path / "other").complete
+
+
+@pytest.mark.parametrize("scope", ["run", "study"])
+@pytest.mark.parametrize("at", ["the encoding", "the log", "the checkpoint"])
+def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
+    tmp_path: Path, study: Study, home: Path, scope: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = study.set("privacy.scope", scope)
+    where = {"the encoding": (ranges, "send_encoding"), "the log": (runs, "_tell_start")}
+    with monkeypatch.context() as patch:
+        patch.setattr(*where.get(at, (checkpoints, "write")), lambda *_: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash) as crash:
+            medfed.run(asked, tmp_path / "run")
+    assert "resume" in " ".join(crash.value.__notes__)
+    book = home if scope == "study" else own_ledger(tmp_path / "run")
+    found = found_in(tmp_path / "run")
+    assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES) and charges(book) == {}
+
+    result = medfed.resume(tmp_path / "run")
+    assert result.complete and result.summary["ranges"]["found"] == found == found_in(tmp_path / "run")
+    assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES)
+    assert charges(book) == dict.fromkeys(SITES, 4) and 0.99 * 2 < claim_of(tmp_path / "run")["epsilon"] <= 2
+    started = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunStarted)]
+    assert len(started) == 1
+    founded = [text for text in result.summary["warnings"] if "ledger was founded" in text]
+    assert len(founded) == (scope == "study")
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run", study, monkeypatch, 2, saved=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match="patients have paid for rounds"):
         medfed.resume(tmp_path / "run")
 
 

@@ -24,15 +24,22 @@ from medfed.prepare import send_encoding
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.guarantee import ranges_sensitivity
 from medfed.privacy.quantiles import Range, Search
+from medfed.study import Study
 
-PAID = (
-    "Nothing was trained. What training patients have paid for ranges stays spent: a run that asks anew charges anew. "
-    "Declare ranges in [data.dictionary], or have the operator raise the budget."
-)
+
+def paid(study: Study) -> str:
+    """Say what becomes of what training patients have paid for ranges, where no run comes of it, and what works."""
+    spent = "Nothing was trained. What training patients have paid for ranges stays spent"
+    if study.privacy.scope == "run":
+        return f"{spent}: a run that asks anew charges anew."
+    return (
+        f"{spent} of this study's epsilon, so that no other run of it fits. Under another study.name a run charges "
+        "anew, where the lifetime budget has room for both."
+    )
 
 
 def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
-    """Return the plan with the ranges of its open columns, every site having encoded its rows anew, and what is told.
+    """Return the plan with the ranges of its open columns, and what is told; the sites do not know them yet: `encode`.
 
     A plan whose ranges are all declared comes back as it is. Raises BudgetError where no site's patients can pay,
     PlanError where the noise hides every feature; nothing has been trained then.
@@ -52,15 +59,27 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     if all(one.known == 0 for one in search.found) and len(columns) == len(plan.encoding.columns):
         raise PlanError(
             f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are values seen above the "
-            f"noise, so that there is nothing to learn from. {PAID}"
+            f"noise, so that there is nothing to learn from. {paid(plan.study)}"
         )
-    send_encoding(plan, counted, fleet.sites())
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
     out = {event.site for event in told if isinstance(event, SiteExcluded)}
     told.append(RangesFound(len(plan.participants) - len(out), found, search.sd))
     told += _doubtful(columns, search.found)
-    up, down = plan.bytes_up + counted.bytes_up, plan.bytes_down + counted.bytes_down
-    return replace(plan, bytes_up=up, bytes_down=down), told
+    return _after(plan, counted), told
+
+
+def encode(plan: Plan, fleet: Fleet) -> Plan:
+    """Have every site encode its rows anew, where ranges were found."""
+    if not plan.encoding.found():
+        return plan
+    counted = Counted(fleet)
+    send_encoding(plan, counted, fleet.sites())
+    return _after(plan, counted)
+
+
+def _after(plan: Plan, fleet: Counted) -> Plan:
+    """Return the plan with the bytes that have passed."""
+    return replace(plan, bytes_up=plan.bytes_up + fleet.bytes_up, bytes_down=plan.bytes_down + fleet.bytes_down)
 
 
 def refuse_unfound(plan: Plan) -> None:
@@ -89,7 +108,8 @@ def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.
             untold[name] = f"it counts fewer than none or more than its {bound} declared patients in a cell"
             del told[name]
     if not told:
-        raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {PAID if turn else 'Nothing was charged.'}")
+        then = paid(plan.study) if turn else "Nothing was charged."
+        raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {then}")
 
     total = np.sum([*told.values()], 0)
     if together:
