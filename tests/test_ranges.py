@@ -16,7 +16,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import medfed
-from medfed import checkpoints, fix, ranges, recipe, runs, site
+from medfed import checkpoints, compare, fix, ranges, recipe, runs, site
 from medfed.cli import app
 from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, RunError, SiteError
@@ -596,6 +596,32 @@ def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(tmp_path: Path,
         medfed.run(study._with({f"privacy.sizes.{name}": 75 for name in SITES}), tmp_path / "run")
     with pytest.raises(PlanError, match=r"data\.preprocess='none'"):
         medfed.run(study.set("data.preprocess", "none"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("setting", ["ranges_epsilon", "threshold_epsilon"])
+def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(study: Study, setting: str) -> None:
+    dear = study
+    if setting == "threshold_epsilon":
+        ranges = {f"data.dictionary.{name}.range": [0, 100] for name in OPEN}
+        dear = study._with(ranges | {"data.threshold": "youden"})
+    assert not recipe.refused(dear.set(f"privacy.{setting}", 1.5))[1]
+    dear = dear.set(f"privacy.{setting}", 1.9999)
+    words = (
+        rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"
+    )
+    with pytest.raises(PlanError, match=words):
+        runs.open_sites(dear, None)
+
+
+def test_of_one_way_out_there_is_no_either(study: Study) -> None:
+    small = study._with({f"privacy.sizes.{name}": 40 for name in SITES} | {"privacy.ranges_epsilon": 0.9})
+    with pytest.raises(PlanError, match=r"Nothing was charged\. Declare the ranges of all but 1 of them\.$"):
+        runs.open_sites(small, None)
+
+
+def test_algorithms_are_compared_without_noise_where_ranges_are_open(study: Study) -> None:
+    short = study._with({"training.rounds": 2, "monitor.evaluate_every": 2})
+    assert compare.compare(short, ["fedavg", "fedprox"], 2, "none").table()[0]["score"] == "auroc"
 
 
 def test_the_plan_says_how_much_noise_lies_on_which_counts(study: Study) -> None:
