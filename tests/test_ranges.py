@@ -37,6 +37,7 @@ __all__ = ["home"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPEN = ("age", "lactate")
+DECLARED = {f"data.dictionary.{name}.range": [0, 100] for name in OPEN}
 SIZES = {"north": 960, "south": 580, "east": 380}
 
 
@@ -469,8 +470,9 @@ def test_a_run_that_is_killed_between_its_counts_has_paid_and_only_another_study
     assert charges(home, "ranges") == dict.fromkeys(SITES, 1) and charges(home) == {}
     with pytest.raises(MedfedError, match="is not a run folder"):
         medfed.resume(tmp_path / "run")
-    with pytest.raises(BudgetError, match=r"of 2 .*left for one release"):
-        medfed.run(lasting, tmp_path / "again")
+    for kind in ({}, {"privacy.epsilon": 3.0}, {"privacy.ranges_epsilon": 0.0} | DECLARED):
+        with pytest.raises(BudgetError, match=r"In this study .*left for one release.*another study\.name"):
+            medfed.run(lasting._with(kind), tmp_path / "again")
     assert medfed.run(lasting.set("study.name", "another"), tmp_path / "other").complete
 
 
@@ -602,8 +604,7 @@ def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(tmp_path: Path,
 def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(study: Study, setting: str) -> None:
     dear = study
     if setting == "threshold_epsilon":
-        ranges = {f"data.dictionary.{name}.range": [0, 100] for name in OPEN}
-        dear = study._with(ranges | {"data.threshold": "youden"})
+        dear = study._with(DECLARED | {"data.threshold": "youden"})
     assert not recipe.refused(dear.set(f"privacy.{setting}", 1.5))[1]
     dear = dear.set(f"privacy.{setting}", 1.9999)
     words = (
@@ -649,7 +650,7 @@ def test_a_code_and_values_far_from_0_are_warned_of(study: Study) -> None:
     frame = frame.assign(age=np.where(np.arange(2400) % 8, frame["age"], -999), lactate=second)
     frame.to_csv(study.folder / "cohort.csv", index=False)
     code, cell = medfed.simulate(study).summary["warnings"]
-    assert re.search(r"of 'age' some values are of \[-1000, -100\].*data\.dictionary\.age\.missing = ", code)
+    assert re.search(r"of 'age' some values stand apart.*\[-1000, -100\].*data\.dictionary\.age\.missing = ", code)
     assert re.search(r"nearly all values of 'lactate' lie in one cell.*about \[\d+.*subtract an offset", cell)
     coded = study._with({"data.dictionary.age.missing": ["-999"], "data.exclude": ["lactate"]})
     assert not medfed.simulate(coded).summary["warnings"]

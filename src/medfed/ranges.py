@@ -151,16 +151,19 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
                 "of whole decades. Declare it, or leave the column out"
             )
         )
-    for name, one in zip(columns, found, strict=True):
-        if one.told and one.apart and one.low < one.apart[1] and one.high > one.apart[0]:
-            low, high = one.apart
-            entry = toml.key("data", "dictionary", name, "missing")
-            told.append(
-                Warned(
-                    f"of {name!r} some values are of [{low:g}, {high:g}], apart from all others, and the range reaches "
-                    f'there. If a code such as -999 stands for what is missing, name it: {entry} = ["-999"]'
-                )
+    apart = {
+        name: one.apart for name, one in zip(columns, found, strict=True) if one.apart and _reaches(one, one.apart)
+    }
+    if apart:
+        first, (low, high) = next(iter(apart.items()))
+        entry = toml.key("data", "dictionary", first, "missing")
+        told.append(
+            Warned(
+                f"of {some(map(repr, apart))} some values stand apart from all others (of {first!r} in [{low:g}, "
+                f"{high:g}]), and the range reaches there. If a code such as -999 stands for what is missing, name it: "
+                f'{entry} = ["-999"]'
             )
+        )
     if narrow := [name for name, one in zip(columns, found, strict=True) if one.told and not one.resolved]:
         low, high = found[list(columns).index(narrow[0])].ends
         told.append(
@@ -172,3 +175,8 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
             )
         )
     return told
+
+
+def _reaches(one: Range, apart: tuple[float, float]) -> bool:
+    """Say whether a range that quantiles told reaches a decade."""
+    return one.told and one.low < apart[1] and one.high > apart[0]

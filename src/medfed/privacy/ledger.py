@@ -686,15 +686,19 @@ class _Accounts:
         asked = _charged()
         for c in charges:
             asked[c.cohort.id][c.study][_text(c.event)] += 1
+        another = (
+            "A study's runs share privacy.epsilon, all of which a whole one takes: resume it, or set another study.name"
+        )
+        less = "Lower privacy.epsilon, all of which a whole run takes, or have"
         for c in {(c.study, c.cohort.id): c for c in reversed(charges)}.values():  # told by the first of its kind
-            for study, epsilon, key in (
-                (c.study, limits.epsilon, "privacy.epsilon"),
-                (None, limits.lifetime_epsilon, "privacy.lifetime_epsilon"),
+            for study, epsilon, way in (
+                (c.study, limits.epsilon, another),
+                (None, limits.lifetime_epsilon, f"{less} privacy.lifetime_epsilon raised"),
             ):
                 if epsilon != math.inf:  # NaN is refused below
-                    self._refuse_over(c, asked, study, epsilon, limits.delta, f"have {key} raised")
+                    self._refuse_over(c, asked, study, epsilon, limits.delta, way)
             if lifetime:
-                delta, way = lifetime.delta - limits.sampler, f"have the site's operator raise it: {_SAY}"
+                delta, way = lifetime.delta - limits.sampler, f"{less} the site's operator raise it: {_SAY}"
                 self._refuse_over(c, asked, None, lifetime.epsilon, delta, way)
 
     def _refuse_over(
@@ -713,8 +717,7 @@ class _Accounts:
             f"study {c.study!r}, site {c.cohort.site!r}, round {c.round}: refused, and nothing was charged. In {where} "
             f"{sum(self._patients[group] for group in over)} of {c.cohort.patients} patients have spent up to epsilon="
             f"{_epsilon(before, delta):.4g} of {epsilon:g} (delta={delta:g}); left for one release: "
-            f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. Ask for less (fewer rounds, "
-            f"more noise), or {way}."
+            f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. {way}."
         )
 
     def worst(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> float:
