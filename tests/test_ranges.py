@@ -19,7 +19,7 @@ import medfed
 from medfed import checkpoints, compare, fix, ranges, recipe, runs, site
 from medfed.cli import app
 from medfed.core import codec
-from medfed.core.checks import BudgetError, MedfedError, PlanError, RunError, SiteError
+from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, RunError, SiteError
 from medfed.data import preprocess
 from medfed.engine.inprocess import InProcess
 from medfed.features import open_columns
@@ -500,6 +500,18 @@ def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
     assert len(started) == 1
     founded = [text for text in result.summary["warnings"] if "ledger was founded" in text]
     assert len(founded) == (scope == "study")
+
+
+def test_a_run_that_is_not_charged_for_its_ranges_does_not_begin(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_tell_start", lambda *_: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            medfed.run(study, tmp_path / "run")
+    shutil.rmtree(own_ledger(tmp_path / "run").parent)
+    with pytest.raises(LedgerError, match="lacks what patients have paid for ranges"):
+        medfed.resume(tmp_path / "run")
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

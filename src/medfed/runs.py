@@ -191,7 +191,7 @@ def run(
         with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
             plan, told = ranges.find(plan, fleet)
             told += _founding(sites)
-            _freeze(plan, told, sites[0].account, folder, name)
+            _freeze(plan, told, folder, name)
         with advising(f"Nothing was trained; `medfed resume {folder}` begins."):
             plan = ranges.encode(plan, fleet)
             return _begun(plan, fleet, sites, folder, name, keys, listeners, told)
@@ -257,7 +257,7 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
         raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
 
 
-def _freeze(plan: Plan, told: Sequence[events.Event], account: Account | None, folder: Path, name: str) -> None:
+def _freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can be resumed."""
     spent = ranges.paid(plan.study) if plan.encoding.found() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
@@ -276,7 +276,7 @@ def _freeze(plan: Plan, told: Sequence[events.Event], account: Account | None, f
             "run": name,
             "chosen": dict(plan.study.chosen),
             "told": first,
-            **_state(plan, account),
+            "surveyed": plan.surveyed,
         }
         files.write(folder / "study.toml", plan.study.toml())
         files.write(folder / "plan.json", json.dumps(frozen))
@@ -299,6 +299,17 @@ def _begun(
         _checkpoint(folder, server, plan, fleet, log, sites[0].account)
         with advising(_way_on(plan, folder)):
             return _drive(plan, fleet, sites, server, log, folder, name, keys)
+
+
+def _refuse_begun(plan: Plan, account: Account | None, folder: Path) -> None:
+    """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are not charged."""
+    g = plan.guarantee
+    if account is None or g is None or g.simulation_only:
+        return
+    if account.uses():
+        raise RunError(f"{folder}: its checkpoints are gone, and patients have paid for rounds; start the study again")
+    if "ranges" in g.queries and account.queries().get("ranges", 0) < g.queries["ranges"].times:
+        raise LedgerError(f"{folder}: the ledger lacks what patients have paid for ranges. Restore it from a copy.")
 
 
 def _way_on(plan: Plan, folder: Path) -> str:
@@ -351,10 +362,7 @@ def _resumed(
     rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
     if unbegun:
-        if account and account.uses():
-            raise RunError(
-                f"{folder}: its checkpoints are gone, and patients have paid for rounds; start the study again"
-            )
+        _refuse_begun(plan, account, folder)
         with files.explained(folder):
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
@@ -1095,16 +1103,10 @@ def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log:
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:
                 raise WriteError(f"site {reply.site!r} cannot save its state: {reply.error}")
-    header = {"events": log.offset(), **_state(plan, account)}
-    checkpoints.write(folder / "checkpoints", server, header, keep)
-
-
-def _state(plan: Plan, account: Account | None) -> dict[str, Any]:
-    """Return what a run that goes on must find again: what was surveyed, and the ledger that was charged."""
-    found = {"surveyed": plan.surveyed}
+    header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
     if account and plan.guarantee and not plan.guarantee.simulation_only:
-        found["ledger"] = account.ledger.head()
-    return found
+        header["ledger"] = account.ledger.head()
+    checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
 def _write_model(
