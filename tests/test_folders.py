@@ -55,7 +55,7 @@ def meanwhile(patch: pytest.MonkeyPatch, name: str, act: Any) -> None:
 # one folder, one run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "_started", "_drive"])
+@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "_freeze", "_drive"])
 def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     monkeypatch.setattr(runs, "datetime", Noon)
     others: list[Path | None] = []
@@ -71,7 +71,7 @@ def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest
         assert runs.load(folder).complete and not (folder / ".lock").exists()
 
 
-@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "enrol", "_started", "_drive"])
+@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "enrol", "_freeze", "_drive"])
 @pytest.mark.parametrize("text", [STUDY, PRIVATE], ids=["open", "private"])
 def test_a_second_run_into_one_folder_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, text: str

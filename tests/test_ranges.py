@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from typer.testing import CliRunner
 
 import medfed
-from medfed import fix, ranges, recipe, runs, site
+from medfed import checkpoints, compare, fix, ranges, recipe, runs, site
+from medfed.cli import app
 from medfed.core import codec
-from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
+from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, RunError, SiteError
 from medfed.data import preprocess
 from medfed.engine.inprocess import InProcess
 from medfed.features import open_columns
@@ -33,6 +37,7 @@ __all__ = ["home"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPEN = ("age", "lactate")
+DECLARED = {f"data.dictionary.{name}.range": [0, 100] for name in OPEN}
 SIZES = {"north": 960, "south": 580, "east": 380}
 
 
@@ -383,35 +388,138 @@ def test_an_open_column_is_the_dictionarys_but_for_its_range(study: Study, lie: 
         nodes["north"].handle("prepare", _prepared(told, plan))
 
 
-def test_a_site_whose_counts_are_no_counts_is_left_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def _counts(change: Any) -> Any:
+    """Return a lie: counts of which `change` makes others."""
+
+    def lie(honest: bytes) -> bytes:
+        counts = codec.decode(honest)[1]["counts"].clone()
+        return codec.encode({}, {"counts": change(counts)})
+
+    return lie
+
+
+def _one_cell(value: float) -> Any:
+    def change(counts: torch.Tensor) -> torch.Tensor:
+        counts[0, -1] = value
+        return counts
+
+    return _counts(change)
+
+
+LYING_COUNTS: dict[str, Any] = {
+    "no numbers": _counts(lambda counts: torch.full_like(counts, math.nan)),
+    "another shape": _counts(lambda counts: counts[:, :-1].clone()),
+    "without counts": lambda honest: codec.encode({}, {}),
+    "garbage": lambda honest: b"garbage",
+    "nothing": lambda honest: b"",
+    "1e308 in each cell": _counts(lambda counts: torch.full_like(counts, 1e308)),
+    "a million beyond all": _one_cell(1e6),
+    "fewer than none": _one_cell(-1e4),
+    "an error": lambda honest: SiteError("the disk is full"),
+}
+
+
+@pytest.mark.parametrize("noise", ["shared", "site"])
+@pytest.mark.parametrize("lie", LYING_COUNTS)
+def test_a_site_whose_counts_are_no_counts_is_left_out_by_name_and_moves_nothing(
+    study: Study, lie: str, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = site.OPS["ranges"]
 
     def lying(nodes: Any, *rest: Any) -> Any:
-        broken = codec.encode({}, {"counts": torch.full((2, 45), math.nan, dtype=torch.float64)})
-        return [broken if n.name == "east" else a for n, a in zip(nodes, real(nodes, *rest), strict=True)]
+        answers = real(nodes, *rest)
+        return [LYING_COUNTS[lie](a) if n.name == "east" else a for n, a in zip(nodes, answers, strict=True)]
 
     monkeypatch.setitem(site.OPS, "ranges", lying)
-    summary = medfed.simulate(study).summary
-    assert summary["ranges"] is not None and summary["status"] == "incomplete"
-    assert {one["site"] for one in summary["excluded"]} == {"east"}
+    told: list[Event] = []
+    tried = study._with({"training.quorum": 0.5, "training.rounds": 1, "monitor.evaluate_every": 1})
+    summary = medfed.simulate(tried.set("privacy.noise", noise), listeners=[told.append]).summary
+    assert summary["status"] == "incomplete" and {one["site"] for one in summary["excluded"]} == {"east"}
+    assert [event.sites for event in told if isinstance(event, events.RangesFound)] == [2]
+    for name in OPEN:
+        low, high = summary["ranges"]["found"][name]
+        assert low < table()[name].median() < high < 500
+
+
+def test_no_patient_decides_whether_its_site_is_left_out(study: Study) -> None:
+    """Of a site far larger than declared no cell holds more than the declared size, so that it is never left out."""
+    frame = table().assign(age=60.0)
+    small = study._with({"privacy.sizes.north": 900, "privacy.sizes.east": 130})
+    nodes, plan = _enrolled(small, frame)
+    counts = [_told(nodes["east"])]
+    assert counts[0].max() == 130 and counts[0].min() == 0
+    _, excluded = ranges._counts(plan, InProcess(list(nodes.values())), 0, quantiles.Search(2, 1.0).edges())
+    assert not excluded
 
 
 # crashes and further runs --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_after_it_paid_for_ranges_has_paid(
+def test_a_run_that_is_killed_between_its_counts_has_paid_and_only_another_study_runs(
     tmp_path: Path, study: Study, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lasting = study.set("privacy.scope", "study")
+    """What the note says is what works, and nothing else does."""
+    Ledger.open(home, founding=Lifetime(6.0, 1e-5, operator="Ada")).close()
+    lasting, real = study.set("privacy.scope", "study"), ranges._counts
     with monkeypatch.context() as patch:
-        patch.setattr(ranges, "send_encoding", lambda *_: (_ for _ in ()).throw(Crash()))
+        patch.setattr(ranges, "_counts", lambda *rest: (real(*rest), (_ for _ in ()).throw(Crash()))[0])
         with pytest.raises(Crash) as crash:
             medfed.run(lasting, tmp_path / "run")
-    assert "paid for ranges stays spent" in " ".join(crash.value.__notes__)
-    assert charges(home, "ranges") == dict.fromkeys(SITES, quantiles.TIMES) and charges(home) == {}
-    with pytest.raises(BudgetError, match=r"spent up to epsilon=0\.5 of 2 .*left for one release"):
-        medfed.run(lasting, tmp_path / "again")
+    (note,) = crash.value.__notes__
+    assert "stays spent of this study's epsilon" in note and "Under another study.name" in note
+    assert charges(home, "ranges") == dict.fromkeys(SITES, 1) and charges(home) == {}
     with pytest.raises(MedfedError, match="is not a run folder"):
+        medfed.resume(tmp_path / "run")
+    for kind in ({}, {"privacy.epsilon": 3.0}, {"privacy.ranges_epsilon": 0.0} | DECLARED):
+        with pytest.raises(BudgetError, match=r"In this study .*left for one release.*another study\.name"):
+            medfed.run(lasting._with(kind), tmp_path / "again")
+    assert medfed.run(lasting.set("study.name", "another"), tmp_path / "other").complete
+
+
+@pytest.mark.parametrize("scope", ["run", "study"])
+@pytest.mark.parametrize("at", ["the encoding", "the log", "the checkpoint"])
+def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
+    tmp_path: Path, study: Study, home: Path, scope: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = study.set("privacy.scope", scope)
+    where = {"the encoding": (ranges, "send_encoding"), "the log": (runs, "_tell_start")}
+    with monkeypatch.context() as patch:
+        patch.setattr(*where.get(at, (checkpoints, "write")), lambda *_: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash) as crash:
+            medfed.run(asked, tmp_path / "run")
+    assert "resume" in " ".join(crash.value.__notes__)
+    book = home if scope == "study" else own_ledger(tmp_path / "run")
+    found = found_in(tmp_path / "run")
+    assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES) and charges(book) == {}
+
+    result = medfed.resume(tmp_path / "run")
+    assert result.complete and result.summary["ranges"]["found"] == found == found_in(tmp_path / "run")
+    assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES)
+    assert charges(book) == dict.fromkeys(SITES, 4) and 0.99 * 2 < claim_of(tmp_path / "run")["epsilon"] <= 2
+    started = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunStarted)]
+    assert len(started) == 1
+    founded = [text for text in result.summary["warnings"] if "ledger was founded" in text]
+    assert len(founded) == (scope == "study")
+
+
+def test_a_run_that_is_not_charged_for_its_ranges_does_not_begin(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_tell_start", lambda *_: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            medfed.run(study, tmp_path / "run")
+    shutil.rmtree(own_ledger(tmp_path / "run").parent)
+    with pytest.raises(LedgerError, match="lacks what patients have paid for ranges"):
+        medfed.resume(tmp_path / "run")
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run", study, monkeypatch, 2, saved=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match="patients have paid for rounds"):
         medfed.resume(tmp_path / "run")
 
 
@@ -458,6 +566,30 @@ def test_without_a_price_an_undescribed_column_is_refused_and_the_price_is_named
     assert "privacy.ranges_epsilon=0.5" in fix.fix(path).text
 
 
+LEFT_OPEN = {
+    "nothing": "",
+    "delta": "delta = 1e-5\n",
+    "the encoding": 'delta = 1e-5\n|preprocess = "dictionary"\n',
+    "all": 'delta = 1e-5\n|preprocess = "dictionary"\n|rounds = 4\n|learning_rate = 1.0\n|batch_size = 0\n'
+    "|evaluate_every = 4\n",
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OPEN)
+def test_beside_the_recipe_a_study_needs_the_two_epsilons_alone(tmp_path: Path, kind: str) -> None:
+    """As docs/privacy.md shows it: `check`, `plan` and `run` agree, whatever else is left to the recipe."""
+    words = text()
+    for line in LEFT_OPEN[kind].split("|"):
+        assert line in words
+        words = words.replace(line, "")
+    open_study = medfed.load_study(write_study(tmp_path, words, table()))
+    path, folder = str(open_study.folder / "study.toml"), tmp_path / "run"
+    assert open_columns(_listed(open_study)) == OPEN and not recipe.refused(open_study)[1]
+    for command in (["study", "check", path], ["privacy", "plan", path], ["run", path, "--out", str(folder)]):
+        assert CliRunner().invoke(app, command).exit_code == 0
+    assert set(found_in(folder)) == set(OPEN)
+
+
 def test_features_by_name_and_by_pattern_may_be_open(study: Study) -> None:
     for features in (["age", "ward"], ["a*", "ward"], []):
         named = runs.open_sites(study.set("data.features", features), None)[0].study
@@ -480,6 +612,31 @@ def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(tmp_path: Path,
         medfed.run(study.set("data.preprocess", "none"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("setting", ["ranges_epsilon", "threshold_epsilon"])
+def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(study: Study, setting: str) -> None:
+    dear = study
+    if setting == "threshold_epsilon":
+        dear = study._with(DECLARED | {"data.threshold": "youden"})
+    assert not recipe.refused(dear.set(f"privacy.{setting}", 1.5))[1]
+    dear = dear.set(f"privacy.{setting}", 1.9999)
+    words = (
+        rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"
+    )
+    with pytest.raises(PlanError, match=words):
+        runs.open_sites(dear, None)
+
+
+def test_of_one_way_out_there_is_no_either(study: Study) -> None:
+    small = study._with({f"privacy.sizes.{name}": 40 for name in SITES} | {"privacy.ranges_epsilon": 0.9})
+    with pytest.raises(PlanError, match=r"Nothing was charged\. Declare the ranges of all but 1 of them\.$"):
+        runs.open_sites(small, None)
+
+
+def test_algorithms_are_compared_without_noise_where_ranges_are_open(study: Study) -> None:
+    short = study._with({"training.rounds": 2, "monitor.evaluate_every": 2})
+    assert compare.compare(short, ["fedavg", "fedprox"], 2, "none").table()[0]["score"] == "auroc"
+
+
 def test_the_plan_says_how_much_noise_lies_on_which_counts(study: Study) -> None:
     found = runs.privacy_outlook(study)
     told = found["ranges"]
@@ -497,6 +654,18 @@ def test_a_column_of_texts_is_no_number_and_it_is_said(study: Study) -> None:
     summary = medfed.simulate(study, listeners=[told.append]).summary
     assert summary["ranges"]["found"]["age"] == list(quantiles.WIDEST)
     assert any("no value of 'age' is seen above the noise" in text for text in summary["warnings"])
+
+
+def test_a_code_and_values_far_from_0_are_warned_of(study: Study) -> None:
+    frame = table()
+    second = 1.7e9 + 100 * frame["age"]
+    frame = frame.assign(age=np.where(np.arange(2400) % 8, frame["age"], -999), lactate=second)
+    frame.to_csv(study.folder / "cohort.csv", index=False)
+    code, cell = medfed.simulate(study).summary["warnings"]
+    assert re.search(r"of 'age' some values stand apart.*\[-1000, -100\].*data\.dictionary\.age\.missing = ", code)
+    assert re.search(r"nearly all values of 'lactate' lie in one cell.*about \[\d+.*subtract an offset", cell)
+    coded = study._with({"data.dictionary.age.missing": ["-999"], "data.exclude": ["lactate"]})
+    assert not medfed.simulate(coded).summary["warnings"]
 
 
 def test_a_run_with_nothing_to_learn_from_ends_before_it_trains(tmp_path: Path, study: Study) -> None:

@@ -221,9 +221,14 @@ def _check(study: Study, algorithms: Sequence[str], seeds: int, noise: str) -> N
 
 
 def variant(study: Study, noise: str, algorithm: str, seed: int) -> Study:
-    """Return the study that one run trains: tested after each round, without secrecy, which changes no algorithm."""
+    """Return the study that one run trains: tested after each round, without secrecy, which changes no algorithm.
+
+    Without noise nobody pays for ranges: those that a claim would find from noised counts are fitted.
+    """
     changed = dataclasses.replace(study, security=Security())
     if noise == "none":
+        if study.privacy.ranges_epsilon and study.data.preprocess == "dictionary":
+            changed = changed.set("data.preprocess", "robust")
         changed = dataclasses.replace(changed, privacy=Privacy())
     elif noise != "study":
         changed = changed.set("privacy.noise", noise)

@@ -12,11 +12,11 @@ from itertools import compress
 import numpy as np
 import torch
 
-from medfed.core import codec
+from medfed.core import codec, toml
 from medfed.core.checks import BudgetError, PlanError, reasons, some
 from medfed.data import preprocess
 from medfed.data.preprocess import Encoding
-from medfed.engine.port import Counted, Fleet, gather
+from medfed.engine.port import Counted, Fleet, gather, heard, numbers
 from medfed.features import open_columns
 from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned
 from medfed.plan import Plan
@@ -24,15 +24,22 @@ from medfed.prepare import send_encoding
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.guarantee import ranges_sensitivity
 from medfed.privacy.quantiles import Range, Search
+from medfed.study import Study
 
-PAID = (
-    "Nothing was trained. What training patients have paid for ranges stays spent: a run that asks anew charges anew. "
-    "Declare ranges in [data.dictionary], or have the operator raise the budget."
-)
+
+def paid(study: Study) -> str:
+    """Say what becomes of what training patients have paid for ranges, where no run comes of it, and what works."""
+    spent = "Nothing was trained. What training patients have paid for ranges stays spent"
+    if study.privacy.scope == "run":
+        return f"{spent}: a run that asks anew charges anew."
+    return (
+        f"{spent} of this study's epsilon, so that no other run of it fits. Under another study.name a run charges "
+        "anew, where the lifetime budget has room for both."
+    )
 
 
 def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
-    """Return the plan with the ranges of its open columns, every site having encoded its rows anew, and what is told.
+    """Return the plan with the ranges of its open columns, and what is told; the sites do not know them yet: `encode`.
 
     A plan whose ranges are all declared comes back as it is. Raises BudgetError where no site's patients can pay,
     PlanError where the noise hides every feature; nothing has been trained then.
@@ -52,14 +59,27 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     if all(one.known == 0 for one in search.found) and len(columns) == len(plan.encoding.columns):
         raise PlanError(
             f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are values seen above the "
-            f"noise, so that there is nothing to learn from. {PAID}"
+            f"noise, so that there is nothing to learn from. {paid(plan.study)}"
         )
-    send_encoding(plan, counted, fleet.sites())
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
-    told.append(RangesFound(len(plan.participants), found, search.sd))
+    out = {event.site for event in told if isinstance(event, SiteExcluded)}
+    told.append(RangesFound(len(plan.participants) - len(out), found, search.sd))
     told += _doubtful(columns, search.found)
-    up, down = plan.bytes_up + counted.bytes_up, plan.bytes_down + counted.bytes_down
-    return replace(plan, bytes_up=up, bytes_down=down), told
+    return _after(plan, counted), told
+
+
+def encode(plan: Plan, fleet: Fleet) -> Plan:
+    """Have every site encode its rows anew, where ranges were found."""
+    if not plan.encoding.found():
+        return plan
+    counted = Counted(fleet)
+    send_encoding(plan, counted, fleet.sites())
+    return _after(plan, counted)
+
+
+def _after(plan: Plan, fleet: Counted) -> Plan:
+    """Return the plan with the bytes that have passed."""
+    return replace(plan, bytes_up=plan.bytes_up + fleet.bytes_up, bytes_down=plan.bytes_down + fleet.bytes_down)
 
 
 def refuse_unfound(plan: Plan) -> None:
@@ -73,28 +93,32 @@ def refuse_unfound(plan: Plan) -> None:
 
 def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.ndarray, list[SiteExcluded]]:
     """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
+    g, shape = plan.guarantee, (len(edges), quantiles.CELLS[turn])
+    assert g is not None
+    key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
     payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "ranges", payload, plan.study.training.deadline)
-    shape = (len(edges), quantiles.CELLS[turn])
-    refused = {name: reply.error for name, reply in replies.items() if reply.error}
-    total, answered = np.zeros(shape), 0
-    for name, reply in replies.items():
-        if name in refused:
-            continue
-        counts = codec.decode(reply.payload)[1]["counts"].numpy()
-        if counts.shape != shape or not np.isfinite(counts).all():
-            refused[name] = "its counts are not finite, or not those that were asked for"
-            continue
-        total, answered = total + counts, answered + 1
-    if not answered:
-        raise BudgetError(f"no site counts for ranges. {reasons(refused)}. {PAID if turn else 'Nothing was charged.'}")
+    told, untold = heard(replies, lambda answer: numbers(answer["counts"], *shape))
 
-    g = plan.guarantee
-    assert g is not None
-    if guarantee.counted_together(plan.study):
-        key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
+    together = guarantee.counted_together(plan.study)
+    noise = 0.0 if together else _FAR * g.query_sd("ranges", most)
+    for name, counts in list(told.items()):
+        bound = g.releases[name].size
+        if counts.min() < -noise or counts.max() > bound + noise:
+            untold[name] = f"it counts fewer than none or more than its {bound} declared patients in a cell"
+            del told[name]
+    if not told:
+        then = paid(plan.study) if turn else "Nothing was charged."
+        raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {then}")
+
+    total = np.sum([*told.values()], 0)
+    if together:
         total = total + guarantee.query_noise(g, "ranges", most, total.size, key).reshape(shape)
-    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in refused.items()]
+    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in untold.items()]
+
+
+_FAR = 8.0
+"""Standard deviations of a site's own noise, which none of any run's counts exceeds by chance."""
 
 
 def _encoding(plan: Plan, found: dict[str, Range]) -> Encoding:
@@ -107,7 +131,7 @@ def _encoding(plan: Plan, found: dict[str, Range]) -> Encoding:
 
 
 def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
-    """Warn of columns of which too little was seen."""
+    """Warn of columns of which too little was seen, or not what the model needs."""
     unseen = list(compress(columns, [one.known == 0 for one in found]))
     few = list(compress(columns, [one.known > 0 and not one.told for one in found]))
     told: list[Event] = []
@@ -127,4 +151,32 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
                 "of whole decades. Declare it, or leave the column out"
             )
         )
+    apart = {
+        name: one.apart for name, one in zip(columns, found, strict=True) if one.apart and _reaches(one, one.apart)
+    }
+    if apart:
+        first, (low, high) = next(iter(apart.items()))
+        entry = toml.key("data", "dictionary", first, "missing")
+        told.append(
+            Warned(
+                f"of {some(map(repr, apart))} some values stand apart from all others (of {first!r} in [{low:g}, "
+                f"{high:g}]), and the range reaches there. If a code such as -999 stands for what is missing, name it: "
+                f'{entry} = ["-999"]'
+            )
+        )
+    if narrow := [name for name, one in zip(columns, found, strict=True) if one.told and not one.resolved]:
+        low, high = found[list(columns).index(narrow[0])].ends
+        told.append(
+            Warned(
+                f"nearly all values of {some(map(repr, narrow))} lie in one cell, which is counted no finer (that of "
+                f"{narrow[0]!r} is about [{low:.10g}, {high:.10g}]), so the model may see next to nothing of how they "
+                "differ. Declare the range; where values lie far from 0 subtract an offset, or take another unit; or "
+                "leave the column out"
+            )
+        )
     return told
+
+
+def _reaches(one: Range, apart: tuple[float, float]) -> bool:
+    """Say whether a range that quantiles told reaches a decade."""
+    return one.told and one.low < apart[1] and one.high > apart[0]

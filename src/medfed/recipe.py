@@ -111,7 +111,7 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.completed(study))
-        if study.privacy.ranges_epsilon and guarantees.asked(study):
+        if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
             study = listed(sources.columns_of(study, private=True), study)
     try:
         study = settled(study, SOME_DEVICES)

@@ -5,9 +5,9 @@ K clients drawn, M numbers in a row.
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from medfed import dpsgd
 from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.core import codec
-from medfed.core.checks import CodecError, QuorumError, SiteError, reasons
+from medfed.core.checks import QuorumError, reasons
 from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
 from medfed.core.entropy import Entropy
-from medfed.engine.port import Fleet, Reply, gather
+from medfed.engine.port import Fleet, gather, heard, numbers
 from medfed.fleet import selection
 from medfed.local import outputs
 from medfed.monitor import metrics, noised
@@ -164,10 +164,10 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
     edges = _edges(server, plan, CHOOSING_CELLS) if g else EXACT_EDGES
     payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
-    numbers = len(rule.vector(np.zeros((len(edges) + 1, 2))))
-    told, untold = _heard(replies, lambda answer: _numbers(answer["counts"], numbers))
+    length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
+    told, untold = heard(replies, lambda answer: numbers(answer["counts"], length))
     _left_out(log, server.round, "not counted for data.threshold", untold)
-    counts, noises = np.sum([*told.values()], 0) if told else np.zeros(numbers), len(told)
+    counts, noises = np.sum([*told.values()], 0) if told else np.zeros(length), len(told)
     if g and guarantee.counted_together(study):
         counts, noises = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts)), 1
     sd = g.query_sd("threshold", rule.sensitivity()) * math.sqrt(noises) if g else 0.0
@@ -223,9 +223,9 @@ def test(
     per_site: Mapping[str, Scored]
     if private:
         edges = asked["edges"].numpy()
-        counts, untold = _heard(replies, lambda answer: _numbers(answer["counts"], len(edges) + 1, 2))
+        counts, untold = heard(replies, lambda answer: numbers(answer["counts"], len(edges) + 1, 2))
     else:
-        scores, untold = _heard(replies, lambda answer: Scores.told(task, answer, plan.encoding.target.outputs))
+        scores, untold = heard(replies, lambda answer: Scores.told(task, answer, plan.encoding.target.outputs))
     _left_out(log, server.round, "not tested", untold)
     if len(untold) == len(replies):
         raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untold)}", untold)
@@ -264,7 +264,7 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     """Hold each site's own model against the federated one on the same held-out records, and tell the outcome."""
     payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
     replies = gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline)
-    told, untold = _heard(replies, lambda answer: _numbers(answer["paired"], 3))
+    told, untold = heard(replies, lambda answer: numbers(answer["paired"], 3))
     for name, why in untold.items():
         log.emit(Warned(f"the federated model was not compared with that of site {name!r}: {why}"))
     sums = {name: paired.tolist() for name, paired in told.items()}
@@ -276,37 +276,9 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     log.emit(Compared(federated.round, int(n), metrics.paired(n, total, square), sites))
 
 
-T = TypeVar("T")
-
-
-def _heard(
-    replies: Mapping[str, Reply], read: Callable[[Mapping[str, torch.Tensor]], T]
-) -> tuple[dict[str, T], dict[str, str]]:
-    """Return what each site told, as `read` takes it, and of the others why it cannot be taken."""
-    told: dict[str, T] = {}
-    untold: dict[str, str] = {}
-    for name, reply in replies.items():
-        try:
-            if reply.error:
-                raise SiteError(reply.error)
-            told[name] = read(codec.decode(reply.payload)[1])
-        except (SiteError, CodecError) as error:
-            untold[name] = str(error)
-        except KeyError as error:
-            untold[name] = f"its answer lacks {error}"
-    return told, untold
-
-
 def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> None:
     for name, why in untold.items():
         log.emit(SiteExcluded(round, name, f"{what}: {why}"))
-
-
-def _numbers(told: torch.Tensor, *shape: int) -> np.ndarray:
-    """Return a site's numbers as float64; raise SiteError unless they have this shape and are finite."""
-    if tuple(told.shape) != shape or not torch.isfinite(told.double()).all():
-        raise SiteError(f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite numbers")
-    return told.double().numpy()
 
 
 def _noised_scores(
@@ -335,7 +307,7 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> 
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
     patience = plan.study.training.deadline * plan.study.training.rounds  # a site trains a whole model
     replies = gather(fleet, plan.participants, "vote", payload, patience)
-    told, untold = _heard(replies, lambda answer: _numbers(answer["vote"], 1))
+    told, untold = heard(replies, lambda answer: numbers(answer["vote"], 1))
     _left_out(log, server.round, "did not vote on own models", untold)
     if not told:
         log.emit(Warned("privacy.vote_epsilon was paid, and no site has voted on own models: nothing is known of them"))

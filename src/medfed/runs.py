@@ -196,9 +196,13 @@ def run(
         keys = ways.own_keys(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
-        with advising(ranges.PAID if open_columns(plan.study) else "Nothing was trained."):
+        with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
             plan, told = ranges.find(plan, fleet)
-            return _started(plan, fleet, sites, folder, name, keys, listeners, told)
+            told += _founding(sites)
+            _freeze(plan, told, folder, name)
+        with advising(f"Nothing was trained; `medfed resume {folder}` begins."):
+            plan = ranges.encode(plan, fleet)
+            return _begun(plan, fleet, sites, folder, name, keys, listeners, told)
 
 
 @contextmanager
@@ -261,41 +265,59 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
         raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
 
 
-def _started(
+def _freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
+    """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can be resumed."""
+    spent = ranges.paid(plan.study) if plan.encoding.found() else "Nothing was trained."
+    with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
+        own.write_to(folder / "sites" / OWN_LOG)
+        if maps := site_maps.texts(plan.study):
+            files_of = {
+                name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
+                for name, text in maps.items()
+            }
+            files.write(folder / "sites" / SITE_MAPS, json.dumps(files_of, indent=2, ensure_ascii=False))
+        first = [json.loads(events.line(events.screened(event))) for event in told]
+        frozen = {
+            "digest": plan.study.digest(),
+            "folder": str(plan.study.folder.resolve()),
+            "encoding": plan.encoding.to_json(),
+            "run": name,
+            "chosen": dict(plan.study.chosen),
+            "told": first,
+            "surveyed": plan.surveyed,
+        }
+        files.write(folder / "study.toml", plan.study.toml())
+        files.write(folder / "plan.json", json.dumps(frozen))
+
+
+def _begun(
     plan: Plan,
     fleet: InProcess,
     sites: Sequence[Site],
     folder: Path,
     name: str,
-    keys: Keys | None,
-    listeners: Sequence[Listener],
-    first: Sequence[events.Event] = (),
+    keys: Keys | None = None,
+    listeners: Sequence[Listener] = (),
+    told: Sequence[events.Event] = (),
 ) -> Result:
-    """Write down what a run is, and drive it from its first round."""
-    place = str(plan.study.folder.resolve())
-    frozen = {"digest": plan.study.digest(), "folder": place, "encoding": plan.encoding.to_json(), "run": name}
-    frozen["chosen"] = dict(plan.study.chosen)
-    spent = "; what patients have paid for ranges stays spent" if plan.encoding.found() else ""
-    again = f"Nothing was trained{spent}, and {folder} holds no whole run: run the study again, with another --out."
-    with advising(again):
-        own.write_to(folder / "sites" / OWN_LOG)
-        files.write(folder / "study.toml", plan.study.toml())
-        files.write(folder / "plan.json", json.dumps(frozen))
-        if maps := site_maps.texts(plan.study):
-            told = {
-                name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
-                for name, text in maps.items()
-            }
-            files.write(folder / "sites" / SITE_MAPS, json.dumps(told, indent=2, ensure_ascii=False))
-        log = Log(folder / "events.jsonl", listeners)
-    with log:
-        with advising(again):
-            server = plan.begin()
-            _tell_start(plan, log, first)
-            _tell_founding(sites, log)
-            _checkpoint(folder, server, plan, fleet, log, sites[0].account)
+    """Drive a run that is written down from its first round."""
+    with Log(folder / "events.jsonl", listeners) as log:
+        server = plan.begin()
+        _tell_start(plan, log, told)
+        _checkpoint(folder, server, plan, fleet, log, sites[0].account)
         with advising(_way_on(plan, folder)):
             return _drive(plan, fleet, sites, server, log, folder, name, keys)
+
+
+def _refuse_begun(plan: Plan, account: Account | None, folder: Path) -> None:
+    """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are not charged."""
+    g = plan.guarantee
+    if account is None or g is None or g.simulation_only:
+        return
+    if account.uses():
+        raise RunError(f"{folder}: its checkpoints are gone, and patients have paid for rounds; start the study again")
+    if "ranges" in g.queries and account.queries().get("ranges", 0) < g.queries["ranges"].times:
+        raise LedgerError(f"{folder}: the ledger lacks what patients have paid for ranges. Restore it from a copy.")
 
 
 def _way_on(plan: Plan, folder: Path) -> str:
@@ -327,22 +349,32 @@ def _resumed(
     folder: Path, study: Study, encoding: Encoding, data: Path | None, listeners: Sequence[Listener]
 ) -> Result:
     """Drive a run from its last whole checkpoint."""
-    server, header, note = checkpoints.read_last(folder / "checkpoints")
+    frozen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    unbegun = "told" in frozen and not any((folder / "checkpoints").glob("*"))
+    if not unbegun:
+        server, header, note = checkpoints.read_last(folder / "checkpoints")
     own.write_to(folder / "sites" / OWN_LOG)
     sites = open_sites(study, data, folder / "sites")
     fleet, plan = _ready(sites[0].study, sites, encoding)
-    if plan.surveyed != header["surveyed"]:
+    before = frozen if unbegun else header
+    if plan.surveyed != before["surveyed"]:
         raise RunError(f"{folder}: the data has changed since the run began; start the study again")
-    if plan.guarantee and plan.guarantee.strategy:
+    if plan.guarantee and plan.guarantee.strategy and not unbegun:
         raise RunError(
             f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept nowhere on purpose; "
             "start the study again"
         )
-    name = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["run"]
-    if (account := sites[0].account) and (head := header.get("ledger")):
+    name = frozen["run"]
+    if (account := sites[0].account) and (head := before.get("ledger")):
         account.refuse_without(head)
     rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
+    if unbegun:
+        _refuse_begun(plan, account, folder)
+        with files.explained(folder):
+            (folder / "events.jsonl").unlink(missing_ok=True)
+        told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
+        return _begun(plan, fleet, sites, folder, name, listeners=listeners, told=told)
     if plan.algorithm.kept:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
@@ -384,11 +416,11 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     name = secrets.token_hex(8)
     rehearse(plan, fleet)
     enrol(plan, fleet, name)
-    with advising(ranges.PAID if open_columns(plan.study) else "Nothing was trained."):
+    with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
         plan, told = ranges.find(plan, fleet)
+    plan = ranges.encode(plan, fleet)
     with Log(None, listeners) as log:
-        _tell_start(plan, log, told)
-        _tell_founding(sites, log)
+        _tell_start(plan, log, [*told, *_founding(sites)])
         return _drive(plan, fleet, sites, plan.begin(), log, None, name)
 
 
@@ -1020,7 +1052,7 @@ def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding
 
 
 def _tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
-    """Tell what a run is, and what was `told` of its ranges before."""
+    """Tell what a run is, and what was `told` of its ranges and ledger before."""
     study, training = plan.study, plan.study.training
     machine: dict[str, str | int] = {
         "processor": platform.machine(),
@@ -1076,17 +1108,19 @@ def _void_test(plan: Plan) -> Iterator[str]:
         )
 
 
-def _tell_founding(sites: Sequence[Site], log: Log) -> None:
+def _founding(sites: Sequence[Site]) -> list[events.Event]:
     """Say with which budget a ledger was founded by this run, as nobody has been asked."""
     account = sites[0].account
-    if account and (bound := account.founded()):
-        log.emit(
-            events.Warned(
-                f"the site's budget ledger was founded: no patient may spend more than epsilon {bound.epsilon:g} at "
-                f"delta {bound.delta:g} over all studies, ever. Its operator changes that: medfed privacy budget "
-                "--lifetime-epsilon E --operator NAME --reason TEXT"
-            )
+    bound = account.founded() if account else None
+    if not bound:
+        return []
+    return [
+        events.Warned(
+            f"the site's budget ledger was founded: no patient may spend more than epsilon {bound.epsilon:g} at "
+            f"delta {bound.delta:g} over all studies, ever. Its operator changes that: medfed privacy budget "
+            "--lifetime-epsilon E --operator NAME --reason TEXT"
         )
+    ]
 
 
 def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: Account | None) -> None:

@@ -843,7 +843,7 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
     """Answer with how many training patients have each open column's value in which cell, paid and noised.
 
     Of each patient the middle one of the known cells counts, so that it moves one count of each column by one; who has
-    none counts nowhere.
+    none counts nowhere. No count is above the declared size: so no patient decides whether the site is left out.
     """
     first, names = sites[0], [site.name for site in sites]
     promised, columns = first.guarantee, open_columns(first.study)
@@ -858,6 +858,7 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             replies.append(SiteError(str(refused[site.name])))
             continue
         counts = quantiles.count([_one_cell_each(_table(site), name) for name in columns], edges).astype(np.float64)
+        counts = np.minimum(counts, guarantee.declared(first.study, site.name))  # as the coordinator holds it to
         if not guarantee.counted_together(first.study):
             most, turn = guarantee.ranges_sensitivity(len(columns)), header["turn"]
             counts = counts + _query_noise(site, promised, "ranges", most, counts.size, turn).reshape(counts.shape)

@@ -257,6 +257,22 @@ def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
     assert len(one.ledger.rows()) == 8
 
 
+def test_a_pld_run_of_another_name_is_none_and_shares_the_plan(tmp_path: Path) -> None:
+    """The name is the coordinator's to say. What it enrolled before anybody paid is counted together; no more enrol."""
+    path, values = tmp_path / "ledger.sqlite", {**PLD, "training__batch_size": 0, "data__threshold": "youden"}
+    one, two = _account(path, **values), _account(path, "r2", fresh=False, **values)
+    assert _pays(one, 1) == _pays(two, 1) == _pays(one, 2) == _pays(two, 2) == {}
+    assert one.pay_query("threshold", ["north", "south"]) == {}
+    for account in (one, two):
+        assert set(_pays(account, 3)) == {"north", "south"}
+    assert set(two.pay_query("threshold", ["north", "south"])) == {"north", "south"}
+    for again in (one, Account(path, one.study)):  # in this process, and in a fresh one
+        for fresh in (False, True):
+            with pytest.raises(BudgetError, match="second run of study 's' on one ledger"):
+                again.enrol("r3", ROSTERS, resolve(one.study, SIZES, 10), fresh)
+    assert len(one.ledger.rows()) == 10
+
+
 @pytest.mark.slow
 def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)

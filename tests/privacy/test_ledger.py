@@ -1277,4 +1277,6 @@ def test_a_plan_is_counted_inside_the_transaction(tmp_path: Path) -> None:
                 book.charge([charge(cohort)], limits)
         with pytest.raises(BudgetError, match=r"plan of 2 \(round\), and 0 are paid"):
             one.charge([replace(charge(cohort), run="another")] * 3, limits)
+        with pytest.raises(BudgetError, match=r"plan of 2 \(round\), and 2 are paid"):
+            one.charge([replace(charge(cohort), run="another")], replace(limits, alone=True))
         assert len(two.rows()) == 2

@@ -1,12 +1,19 @@
 """The port: all that round logic knows of an engine. Payloads are bytes.
 
-Errors and missed deadlines are replies too.
+Errors and missed deadlines are replies too, and so is what cannot be read.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfed.core import codec
+from medfed.core.checks import CodecError, SiteError
 
 
 @dataclass(frozen=True)
@@ -92,3 +99,31 @@ def gather(fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline
     for ticket, site in open_tickets.items():
         replies[site] = Reply(ticket, site, b"", deadline, f"no answer within {deadline:g} s")
     return {site: replies[site] for site in sites}
+
+
+T = TypeVar("T")
+
+
+def heard(
+    replies: Mapping[str, Reply], read: Callable[[Mapping[str, Tensor]], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Return what each site told, as `read` takes it, and of the others why it cannot be taken."""
+    told: dict[str, T] = {}
+    untold: dict[str, str] = {}
+    for name, reply in replies.items():
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            told[name] = read(codec.decode(reply.payload)[1])
+        except (SiteError, CodecError) as error:
+            untold[name] = str(error)
+        except KeyError as error:
+            untold[name] = f"its answer lacks {error}"
+    return told, untold
+
+
+def numbers(told: Tensor, *shape: int) -> np.ndarray:
+    """Return a site's numbers as float64; raise SiteError unless they have this shape and are finite."""
+    if tuple(told.shape) != shape or not torch.isfinite(told.double()).all():
+        raise SiteError(f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite numbers")
+    return told.double().numpy()

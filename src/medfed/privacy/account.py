@@ -92,6 +92,8 @@ class Account:
                 site: [name for name in roster if self._payer.setdefault(name, site) == site]
                 for site, roster in rosters.items()
             }
+        if guarantee.accountant == "pld":
+            self._refuse_another_run()
         self.cohorts |= self.ledger.enrol_all(rosters)
         if fresh:
             whole = {site: guarantee.whole(site) for site in rosters}
@@ -99,6 +101,15 @@ class Account:
                 self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
             except BudgetError as error:
                 raise _discreet(error) from error
+
+    def _refuse_another_run(self) -> None:
+        """Raise BudgetError where this ledger holds another run of the study: PLD composes one fixed plan, no two."""
+        study = self.study.study.name
+        if any(row["study"] == study and row["run"] != self.run for row in self.ledger.rows()):
+            raise BudgetError(
+                f"privacy.accountant='pld' and a second run of study {study!r} on one ledger do not compose: PLD holds "
+                "for one plan that is fixed. Nothing was charged. Resume the first, or start anew with another --out."
+            )
 
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.
@@ -272,7 +283,8 @@ class Account:
         if g.accountant != "pld":
             return replace(limits, planned=planned)
         planned |= {ROUND: g.uses, TEST: 1}
-        return replace(limits, epsilon=math.inf, planned=planned)  # PLD is no filter; its plan is fixed instead
+        # PLD is no filter; its plan is fixed instead, whatever the coordinator calls the run
+        return replace(limits, epsilon=math.inf, planned=planned, alone=True)
 
 
 def _held_out(site: str) -> str:

@@ -457,8 +457,8 @@ def _calibrated(
         if not beside:
             raise
         raise PlanError(
-            f"{error} What training patients are asked beside it (privacy.threshold_epsilon, vote_epsilon) leaves too "
-            "little to train with: lower it, to a quarter of privacy.epsilon, say."
+            f"{error} What training patients are asked beside it (privacy.ranges_epsilon, threshold_epsilon, "
+            "vote_epsilon) leaves too little to train with: lower it, to a quarter of privacy.epsilon, say."
         ) from error
 
 

@@ -123,7 +123,9 @@ class Limits:
     """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
 
     The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise sampler takes. `planned`:
-    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for.
+    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for;
+    `alone`: in all runs of the study together, as nothing but the plan limits what is asked, and a run's name is the
+    coordinator's to say.
     """
 
     epsilon: float
@@ -131,6 +133,7 @@ class Limits:
     lifetime_epsilon: float = math.inf
     sampler: float = 0.0
     planned: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -415,11 +418,12 @@ class Ledger:
         self._accounts.refuse_overspend(charges, limits, self.lifetime)
 
     def _refuse_unplanned(self, charges: Sequence[Charge], limits: Limits) -> None:
-        asked = Counter((c.run, c.cohort.site, c.label) for c in charges if c.label in limits.planned)
-        for (run, site, label), more in asked.items():
-            where = (run, site, label)
+        column = "study" if limits.alone else "run"
+        asked = Counter((getattr(c, column), c.cohort.site, c.label) for c in charges if c.label in limits.planned)
+        for (name, site, label), more in asked.items():
+            where = (name, site, label)
             (paid,) = self._sql.execute(
-                "SELECT COUNT(*) FROM charges WHERE run = ? AND site = ? AND label = ? AND cohort != ''", where
+                f"SELECT COUNT(*) FROM charges WHERE {column} = ? AND site = ? AND label = ? AND cohort != ''", where
             ).fetchone()
             if paid + more > limits.planned[label]:
                 raise BudgetError(
@@ -702,15 +706,19 @@ class _Accounts:
         asked = _charged()
         for c in charges:
             asked[c.cohort.id][c.study][_text(c.event)] += 1
+        another = (
+            "A study's runs share privacy.epsilon, all of which a whole one takes: resume it, or set another study.name"
+        )
+        less = "Lower privacy.epsilon, all of which a whole run takes, or have"
         for c in {(c.study, c.cohort.id): c for c in reversed(charges)}.values():  # told by the first of its kind
-            for study, epsilon, key in (
-                (c.study, limits.epsilon, "privacy.epsilon"),
-                (None, limits.lifetime_epsilon, "privacy.lifetime_epsilon"),
+            for study, epsilon, way in (
+                (c.study, limits.epsilon, another),
+                (None, limits.lifetime_epsilon, f"{less} privacy.lifetime_epsilon raised"),
             ):
                 if epsilon != math.inf:  # NaN is refused below
-                    self._refuse_over(c, asked, study, epsilon, limits.delta, f"have {key} raised")
+                    self._refuse_over(c, asked, study, epsilon, limits.delta, way)
             if lifetime:
-                delta, way = lifetime.delta - limits.sampler, f"have the site's operator raise it: {_SAY}"
+                delta, way = lifetime.delta - limits.sampler, f"{less} the site's operator raise it: {_SAY}"
                 self._refuse_over(c, asked, None, lifetime.epsilon, delta, way)
 
     def _refuse_over(
@@ -729,8 +737,7 @@ class _Accounts:
             f"study {c.study!r}, site {c.cohort.site!r}, round {c.round}: refused, and nothing was charged. In {where} "
             f"{sum(self._patients[group] for group in over)} of {c.cohort.patients} patients have spent up to epsilon="
             f"{_epsilon(before, delta):.4g} of {epsilon:g} (delta={delta:g}); left for one release: "
-            f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. Ask for less (fewer rounds, "
-            f"more noise), or {way}."
+            f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. {way}."
         )
 
     def worst(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> float:

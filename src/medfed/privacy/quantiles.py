@@ -9,7 +9,7 @@ Everything here follows from noised counts and public numbers. F columns, C cell
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 _DECADES = 10.0 ** np.arange(-9, 13)
 _FIRST_EDGES = np.concatenate([-_DECADES[::-1], _DECADES])
 _FIRST_ENDS = np.concatenate([[-10 * _DECADES[-1]], _FIRST_EDGES, [10 * _DECADES[-1]]])  # the outer two have no end
+_SIZE = np.abs(np.arange(len(_FIRST_EDGES) + 1) - len(_DECADES))  # of a first cell, in decades: 0 is that which holds 0
 
 INNER = 8
 """Equal cells of what was found so far; there is one more at each end, for what lies beyond."""
@@ -40,6 +41,9 @@ _OUTER, _INMOST = 0.05, 0.25
 _CHANCE = 0.02
 """The chance that noise alone makes any of all columns' first cells look filled."""
 
+_CHANCE_FAR = 1e-4
+"""The same of cells decades larger than those of other values: what they widen, later cells cannot narrow again."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -49,6 +53,8 @@ class Range:
     high: float
     told: bool
     known: float  # about how many patients have a value: noised
+    apart: tuple[float, float] | None = None  # a decade that holds values and stands apart from all others
+    resolved: bool = True  # False where nearly all are in one cell of the last turn, or some beyond all decades
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -75,32 +81,67 @@ class Search:
         edges, first, last = self.edges(), self.turn == 0, self.turn == TIMES - 1
         for place, (one, count_C) in enumerate(zip(self.found, counts_FC, strict=True)):
             if first:
-                self.found[place] = _decades(count_C, self.sd, self._bar())
+                self.found[place] = _decades(count_C, self.sd, self._bar(_CHANCE), self._bar(_CHANCE_FAR))
             elif one.known > _ENOUGH * self.sd:
                 self.found[place] = _narrowed(one, count_C, edges[place], self.sd, last)
         self.turn += 1
 
-    def _bar(self) -> float:
-        """Return how many patients a first cell must hold to be seen above the noise."""
-        return self.sd * NormalDist().inv_cdf(1 - _CHANCE / (len(self.found) * CELLS[0]))
+    def _bar(self, chance: float) -> float:
+        """Return how many patients a first cell must hold to be seen above the noise, but for such a chance."""
+        return self.sd * NormalDist().inv_cdf(1 - chance / (len(self.found) * CELLS[0]))
 
 
-def _decades(count_C: np.ndarray, sd: float, bar: float) -> Range:
-    """Return the decades that hold all but a few of the values, among cells that stand out of the noise."""
-    seen_C = np.where(count_C > bar, count_C, 0.0)
-    known = float(seen_C.sum())
+def _decades(count_C: np.ndarray, sd: float, near: float, far: float) -> Range:
+    """Return the decades that hold all but a few of the values, among cells that stand out of the noise.
+
+    Those out to one decade more than is seen must hold `near`, larger ones `far`.
+    """
+    seen_C = count_C > near
+    most = int(np.argmax(count_C))
+    reach = int(_SIZE[most]) + 1
+    while seen_C[reach == _SIZE].any():
+        reach += 1
+    count_C = np.where(seen_C & ((reach >= _SIZE) | (count_C > far)), count_C, 0.0)
+    known = float(count_C.sum())
     if known <= 0:
         return Range(*WIDEST, told=False, known=0.0)
-    share_C = np.cumsum(seen_C) / known
-    few = _level(known, sd) / 2
-    low = int(np.argmax(share_C > few))
-    high = int(np.argmax(share_C >= 1 - few))
-    return Range(float(_FIRST_ENDS[low]), float(_FIRST_ENDS[high + 1]), told=False, known=known)
+
+    share_C, few = count_C / known, _level(known, sd) / 2
+    sum_C = np.cumsum(share_C)
+    low, high = int(np.argmax(sum_C > few)), int(np.argmax(sum_C >= 1 - few))
+    apart = next((_ends(cell) for cell in (low, high) if _stands_apart(cell, most, share_C > 0.01)), None)
+    bounded = low > 0 and high < len(count_C) - 1
+    return Range(_ends(low)[0], _ends(high)[1], told=False, known=known, apart=apart, resolved=bounded)
+
+
+def _ends(cell: int) -> tuple[float, float]:
+    """Return the ends of a first cell."""
+    return float(_FIRST_ENDS[cell]), float(_FIRST_ENDS[cell + 1])
+
+
+def _stands_apart(cell: int, most: int, seen_C: np.ndarray) -> bool:
+    """Say whether a cell is larger than all that is joined to the fullest by filled neighbours, of either sign.
+
+    A column of which most is 0 has none: a flag is no code.
+    """
+    joined: set[int] = set()
+    more = {most}
+    while more:
+        joined |= more
+        more = {other for one in joined for other in _beside(one) if seen_C[other]} - joined
+    alone = joined.isdisjoint({cell, *_beside(cell)})
+    return bool(_SIZE[most] > 0 and alone and _SIZE[cell] > max(_SIZE[list(joined)]))
+
+
+def _beside(cell: int) -> list[int]:
+    """Return the first cells that are next to one: a decade more, one less, and of the other sign."""
+    last = CELLS[0] - 1
+    return [other for other in (cell - 1, cell + 1, last - cell) if 0 <= other <= last]
 
 
 def _narrowed(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, last: bool) -> Range:
     """Return what is left of a range: between the cells of its outer quantiles, the last time between these."""
-    level, cell = _level(one.known, sd), float(edges[1] - edges[0])
+    level, width = _level(one.known, sd), float(edges[1] - edges[0])
     total = max(float(count_C.sum()), one.known / 2)
     low_cell, low = _crossing(count_C, edges, level * total)
     high_cell, high = _crossing(count_C[::-1], edges[::-1], level * total)
@@ -108,11 +149,18 @@ def _narrowed(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, las
         wider = (high - low) * (_bell(level) - 1) / 2
         low, high = low - wider, high + wider
     else:
-        low, high = max(one.low, low_cell - cell / 2), min(one.high, high_cell + cell / 2)
-    if high - low < cell:
+        low, high = max(one.low, low_cell - width / 2), min(one.high, high_cell + width / 2)
+    if high - low < width:
         middle = (low + high) / 2
-        low, high = middle - cell / 2, middle + cell / 2
-    return Range(low, high, told=True, known=one.known)
+        low, high = middle - width / 2, middle + width / 2
+    in_one = last and _in_one_cell(count_C, one.known, sd)
+    return replace(one, low=low, high=high, told=True, resolved=one.resolved and not in_one)
+
+
+def _in_one_cell(count_C: np.ndarray, known: float, sd: float) -> bool:
+    """Say whether nearly all values are in one cell, and no other stands out of the noise."""
+    second, most = np.sort(count_C)[-2:]
+    return bool(most > 0.8 * known and second < max(4 * sd, 0.05 * known))
 
 
 def _crossing(count_C: np.ndarray, edges: np.ndarray, wanted: float) -> tuple[float, float]:

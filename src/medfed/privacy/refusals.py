@@ -239,7 +239,7 @@ def hidden_ranges(study: Study, sizes: Mapping[str, int]) -> Iterator[Refusal]:
         f"privacy.ranges_epsilon={p.ranges_epsilon:g} for {columns} column{'s' * (columns > 1)} without a range",
         f"{patients} declared patients",
         f"on each count lies a noise of sd {sd:.3g} patients, which hides quantiles of fewer than {LEAST * sd:.0f}",
-        f"Nothing was charged. Either {', or '.join(ways)}.",
+        f"Nothing was charged. {'Either ' + ', or '.join(ways) if len(ways) > 1 else ways[0].capitalize()}.",
     )
 
 
@@ -339,18 +339,26 @@ def vote_tells(study: Study, epsilon: float, sites: int, part: int) -> bool:
     return vote_interval(sites, vote_noise(study, epsilon, sites)) * part <= sites
 
 
+_MOST_ASKED = 0.75
+"""The part of a budget that queries may take, as squares of mu: training then has twice the noise that it had alone."""
+
+
 def _queries(study: Study) -> Iterator[Refusal]:
-    """Refuse queries of training patients that leave nothing of epsilon to train with."""
+    """Refuse queries of training patients that leave next to nothing of epsilon to train with."""
     p, asked = study.privacy, queries_of(study)
     spent = sum(accounting.budget_mu(one.epsilon, p.delta) ** 2 for one in asked.values())
-    if len(asked) > 1 and spent >= accounting.budget_mu(p.epsilon, p.delta) ** 2:
+    part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
+    if asked and part > _MOST_ASKED:
         told = " and ".join(f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items())
-        quarter = p.epsilon / 4
+        quarter, many = p.epsilon / 4, len(asked) > 1
+        left = "nothing to train with"
+        if part < 1:
+            left = f"too little to train with, {(1 - part) ** -0.5:.3g} times the noise"
         yield _refusal(
             told,
             f"privacy.epsilon={p.epsilon:g}",
-            "together they leave nothing to train with",
-            f"Set each to {quarter:g}, a quarter.",
+            f"{'together they leave' if many else 'it leaves'} {left}",
+            f"Set {'each' if many else 'it'} to {quarter:g}, a quarter.",
             **{f"privacy__{name}_epsilon": quarter for name in asked},
         )
 
