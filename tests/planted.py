@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfed import aggregation, dpsgd, site, wire
+from medfed import dpsgd, site, terms, wire
 from medfed.core.entropy import Entropy, Integers, expand
 from medfed.core.types import Task
 from medfed.data.federated import Patients
@@ -75,7 +75,7 @@ def one_holder_of_many(patch: Patch) -> None:
         return share
 
     patch.setattr(wire, "noise_share", lazy(4))
-    patch.setattr(aggregation, "noise_share", lazy(3))
+    patch.setattr(terms, "noise_share", lazy(3))
 
 
 # What kind of noise
