@@ -221,7 +221,8 @@ def released(
 
     secret = settings.get("security.aggregation", "plain") != "plain"
     for number, (place, op, payload) in enumerate(Tap.heard):
-        said[f"message {number}: {place}"] = _blank(payload, "wire") if secret and op in ("work", "phase", "identify", "join") else payload
+        random = secret and op in ("work", "phase", "identify", "join")
+        said[f"message {number}: {place}"] = _blank(_blank(payload, "wire"), "keys") if random else payload
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
         if file.is_file() and not name.startswith("sites/"):
