@@ -21,7 +21,7 @@ from medfed.plan import Plan
 from medfed.prepare import enrol, prepare, rehearse
 from medfed.privacy.ledger import Ledger
 from medfed.round import decide, run_round, vote
-from medfed.round import test as tested
+from medfed.round import test as evaluate
 from medfed.study import Study
 from tests.tables import PRIVATE, invented, write_study
 
@@ -68,7 +68,7 @@ def coordinate(study: Study, parties: Parties, folder: Path | None = None) -> tu
     server, budget, log = plan.begin(), plan.budget(), Log()
     while server.round < study.training.rounds:
         server = run_round(server, plan, fleet, budget, log, together)
-    tested(server, plan, fleet, log, intervals=True, decision=decide(server, plan, fleet, budget, log))
+    evaluate(server, plan, fleet, log, intervals=True, decision=decide(server, plan, fleet, budget, log))
     vote(server, plan, fleet, budget, log)
     return plan, server, log
 
