@@ -46,7 +46,7 @@ class Alone:
 def compare(folder: str | Path, site: str, data: Path | None = None) -> Alone:
     """Train `site`'s own model on its own records, without noise, and hold it against a finished run's.
 
-    It gets the run's encoding and model; where a claim chose rounds and rates, those that the study has without one.
+    It gets the run's encoding and model, and is trained by `own_model.train_own`: under a claim to its own end.
     Nothing is written and no budget is touched: the answer is for the site alone. Raises RunError for a run that has
     not finished or does not know the site; PlanError where clients are single devices, or models the sites' own.
     """

@@ -189,7 +189,7 @@ def train(
         def run(members: Tensor) -> Tensor:
             part, steps = patients.of_clients(members), int(steps_K[members[0]])
             releases = [guarantee.releases[names[k]] for k in members.tolist()]
-            scale_A = [guarantee.clip / (r.size * r.probability) for r in releases]
+            scale_A = [guarantee.clip / r.expected for r in releases]
             scale_A1 = torch.tensor(scale_A, dtype=torch.float64)[:, None]
             theta_AP = start_KP[members].clone(memory_format=torch.contiguous_format)  # params are views of it
             params = [piece for _, piece in layout.pieces(theta_AP)]

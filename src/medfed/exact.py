@@ -162,7 +162,7 @@ def _drawn_by_sites(twin: Twin) -> _Drawn:
         _empty_round(training, number)
         for name, payload in training.tap.reply.items():
             release = g.releases[name]
-            step = rate * g.clip / (release.size * release.probability) * GRID
+            step = rate * g.clip / release.expected * GRID
             vectors.append(-codec.decode(payload)[1]["row"].double().numpy() / step)
             names.append(name)
         rounds += 1

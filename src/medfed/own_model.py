@@ -23,7 +23,7 @@ from medfed.study import Privacy, Robustness, Security, Study
 LENGTHS = (10, 30, 100, 300)
 """Steps after which a site's own training may stop, under a claim."""
 
-TIE = 30
+STEPS_OF_FEW = 30
 """Steps where a site has too few patients to set some aside."""
 
 _ASIDE = 5  # one patient in five says when to stop
@@ -83,7 +83,7 @@ def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: St
             yield w_KP[0]
 
     aside = rows.patient % _ASIDE == 0
-    kept, judges, best = rows.at(~aside), rows.at(aside), TIE
+    kept, judges, best = rows.at(~aside), rows.at(aside), STEPS_OF_FEW
     if len(kept) and len(judges):
         errors = [_mean_error(model, w_P, judges, encoding.target) for w_P in trained(kept, LENGTHS)]
         best = LENGTHS[min(range(len(LENGTHS)), key=errors.__getitem__)]

@@ -135,5 +135,4 @@ def _patients(plan: Plan, name: str) -> float:
     """Return how many declared patients a site's row sums over; where rows are means nothing hangs on it."""
     if plan.guarantee is None or not plan.joint:
         return 1.0
-    release = plan.guarantee.releases[name]
-    return release.size * release.probability
+    return plan.guarantee.releases[name].expected

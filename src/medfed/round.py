@@ -119,7 +119,7 @@ def _descended(
     g, training = plan.guarantee, plan.study.training
     assert g is not None
     clip = float(server.slots["clip"]) if "clip" in server.slots else g.clip
-    expected = sum(g.releases[name].size * g.releases[name].probability for name in clients)
+    expected = sum(g.releases[name].expected for name in clients)
     gradient_P = total_M[: g.parameters] * (clip / expected) + training.weight_decay * server.w_P
     if "clip" in server.slots:
         following = dpsgd.next_clip(clip, float(total_M[-1]), round(expected), plan.study.privacy.quantile)

@@ -68,7 +68,7 @@ def scales(facts: Resolved) -> dict[str, float]:
     g = facts.guarantee
     if g is None or not facts.joint:
         return {}
-    return {name: 1 / (release.size * release.probability) for name, release in g.releases.items()}
+    return {name: 1 / release.expected for name, release in g.releases.items()}
 
 
 def selection(facts: Resolved, terms: three_party.Terms) -> three_party.Selection | None:

@@ -299,7 +299,7 @@ def unexplained(
     """
     g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
     clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
-    share = clip / sum(g.releases[name].size * g.releases[name].probability for name in names)
+    share = clip / sum(g.releases[name].expected for name in names)
     weight = {name: share * g.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)

@@ -73,6 +73,11 @@ class Release:
     noise_multiplier: float
     cap: int = 0
 
+    @property
+    def expected(self) -> float:
+        """How many declared patients a step sums over: what its sum is divided by."""
+        return self.size * self.probability
+
     def event(self) -> Event:
         """Return what a round costs each patient of the client, as data for the accountant.
 
@@ -200,7 +205,7 @@ class Guarantee:
         """
         release = self.releases[client]
         counted = self.releases.values() if self.joint else (release,)
-        patients = sum(r.size * r.probability for r in counted) / (self.max_sites if self.joint else 1)
+        patients = sum(r.expected for r in counted) / (self.max_sites if self.joint else 1)
         return patients / (release.noise_multiplier * math.sqrt(self.parameters))
 
 
