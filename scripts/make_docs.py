@@ -295,8 +295,18 @@ def _told(hint: Any) -> str:
 
 def _section(table: str, kind: Any) -> str:
     hints = get_type_hints(kind)
-    rows = [(f"`{f.name}`", _kind(hints[f.name]), _default(f), f.metadata["doc"]) for f in dataclasses.fields(kind)]
-    return f"## `[{table}]`\n\n{kind.__doc__}\n\n" + _table(("key", "type", "default", "meaning"), rows)
+    rows = [
+        (f"`{f.name}`", _values(f, hints[f.name]), _default(f), f.metadata["doc"]) for f in dataclasses.fields(kind)
+    ]
+    return f"## `[{table}]`\n\n{kind.__doc__}\n\n" + _table(("key", "values", "default", "meaning"), rows)
+
+
+def _values(field: "dataclasses.Field[Any]", hint: Any) -> str:
+    """Say which values a key may have: its type, and the range that is declared beside it."""
+    domains = [domain.words for domain in field.metadata.get("domains", ()) if domain.told]
+    if each := field.metadata.get("each"):
+        domains.append(f"each {each.words}")
+    return ", ".join([_kind(hint), *domains]).replace(", in ", " in ")
 
 
 def _kind(hint: Any) -> str:

@@ -222,7 +222,7 @@ def test_sites_without_a_size_are_one_refusal_and_a_line_each(tmp_path: Path) ->
     fixed = fix.fix(path)
     assert len(fixed.blanks) == 48 and '"St. 1 \\"H\\"" = 0' in fixed.text and '"St. 3 \\"H\\"" = 4' in fixed.text
     (tmp_path / "blank.toml").write_text(fixed.text)
-    assert "of 48 sites below 1" in str(told(lambda: studies.load(tmp_path / "blank.toml")))
+    assert "privacy.sizes of 48 sites" in str(told(lambda: studies.load(tmp_path / "blank.toml")))
 
 
 # told at once -------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_study_without_a_claim_is_told_at_once_too(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     for part in (
         "unknown key 'training.round'; did you mean 'rounds'?",
-        "training.learning_rate=-1.0; expected 0 (chosen) or more",
+        "training.learning_rate=-1.0; expected in [0, 1e6) (0: chosen)",
         "unknown key 'data.targt'",
         "training.optimizer='addam'; expected one of",
         "training.algorithm='fedavgg' is unknown; did you mean 'fedavg'?",

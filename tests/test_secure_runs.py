@@ -75,7 +75,7 @@ def test_a_private_run_keeps_its_promise_and_says_who_is_trusted(
     excess = (
         {"masked": math.sqrt(3 / 2), "three-party": math.sqrt(3 / 2)}[way] if not settings.get("privacy.noise") else 1
     )
-    assert claim["noise"]["standard_deviations_of_need"] == pytest.approx(excess)
+    assert claim["noise"]["noise_sd_ratio"] == pytest.approx(excess)
 
 
 def test_a_lost_loss_is_not_told(open_study: Study) -> None:

@@ -171,6 +171,18 @@ VIOLATIONS: list[tuple[str, Any]] = [
     ("privacy.spare_rounds", -1),
     ("privacy.evaluation_epsilon", -0.1),
     ("privacy.evaluation_epsilon", INF),
+    ("robustness.max_malicious", 0.5),
+    ("robustness.malicious", -0.1),
+    ("robustness.bound", -1.0),
+    ("robustness.bound", INF),
+    ("robustness.tolerance", -0.1),
+    ("robustness.tolerance", NAN),
+    ("security.min_group", 1),
+    ("security.colluding", 0.5),
+    ("security.fraction_bits", 41),
+    ("security.bound", 0.0),
+    ("data.dictionary.age.factor", 0.0),
+    ("data.dictionary.age.offset", NAN),
     ("fleet.groups", 0),
     ("fleet.clients_per_round", -1),
     ("monitor.evaluate_every", -1),
@@ -338,6 +350,7 @@ def _changed(key: str, value: Any) -> Any:
     known |= {"data.format.thousands": "'", "data.format.encoding": "cp1252", "data.format.labels": "labels"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
     known |= {"data.drop": ("rows without target",), "data.absent": {"a": ("x",)}, "data.test_from": "2024-01-01"}
+    known |= {"robustness.max_malicious": 0.25, "robustness.malicious": 0.25}
     known |= {"data.site_maps": {"a": "a.toml"}, "data.site_maps_sha256": {"a": "00"}}
     if key in known:
         return known[key]

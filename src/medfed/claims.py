@@ -65,7 +65,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
     patients = sum(release.size for release in g.releases.values())
     charged = account.charged() if account and not g.simulation_only else None
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "study": study.study.name,
         "digest": study.digest(),
         "claimed": not g.simulation_only,
@@ -82,7 +82,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
             "multiplier": first.noise_multiplier if g.joint else {n: r.noise_multiplier for n, r in g.releases.items()},
             "grid": f"C x {GRID:g}",
             "sd_in_grid_steps": g.sigma_units() if g.joint else {n: g.sigma_units(n) for n in g.releases},
-            "standard_deviations_of_need": _noise_excess(plan),
+            "noise_sd_ratio": _noise_excess(plan),
             "count_noise": COUNT_NOISE if g.clipping == "adaptive" else None,
             "strategy": list(g.strategy) or None,
         },
@@ -93,7 +93,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "threshold": _threshold(plan, asked.get("threshold", 0)),
         "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
-        "a_payment_covers": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
+        "charge_scope": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
         "patients": {
             "declared": patients,
             "one_over_n": 1 / patients,
@@ -120,6 +120,9 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "audit": None,
     }
 
+
+SCHEMA = 2
+"""Of `privacy.json`. In 1 `noise_sd_ratio` was `standard_deviations_of_need`, `charge_scope` was `a_payment_covers`."""
 
 _ACCOUNTANTS = {
     "gdp": "Gaussian differential privacy, exact for Gaussian steps on all patients (Dong et al. 2022)",

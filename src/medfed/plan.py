@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +49,7 @@ from medfed.resolved import (
 from medfed.robust import attacks
 from medfed.robust.rules import Rule
 from medfed.secure.field import check_headroom
-from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
+from medfed.study import EPSILON, Data, Feature, Security, Study, beyond, is_pattern, out_of_range, parse, put
 
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
@@ -286,11 +285,8 @@ def _check_robustness(study: Study, clients: Sequence[str]) -> None:
 def _robust_refusals(study: Study) -> Iterator[Refusal]:
     """Yield what a rule, or an attack, does not compose with, from the study alone."""
     robust, way = study.robustness, f"security.aggregation={study.security.aggregation!r}"
-    for name, share in (("max_malicious", robust.max_malicious), ("malicious", robust.malicious)):
-        if not 0 <= share < 0.5:
-            text = f"robustness.{name}={share}; expected a share in [0, 0.5): no rule bears a half"
-            yield _refusal(StudyError(text))
-            return
+    if any(beyond(robust, ("robustness",))):
+        return  # from a value out of its range nothing follows
     yield from _bound_refusals(study)
     if bool(robust.attack) != bool(robust.malicious):
         text = (
@@ -368,11 +364,6 @@ def _rule_refusals(study: Study, rule: Rule, way: str) -> Iterator[Refusal]:
 def _bound_refusals(study: Study) -> Iterator[Refusal]:
     """Yield a bound on rows, or a reference, where it cannot do what it is for."""
     robust = study.robustness
-    if not (math.isfinite(robust.bound) and robust.bound >= 0):
-        yield _refusal(StudyError(f"robustness.bound={robust.bound}; expected a norm of 0 or more"))
-    if not (math.isfinite(robust.tolerance) and robust.tolerance >= 0):
-        text = f"robustness.tolerance={robust.tolerance}; expected a share of the loss, 0 or more"
-        yield _refusal(StudyError(text), robustness__tolerance=Robustness().tolerance)
     where = f"robustness.bound={robust.bound:g}"
     if robust.bound and study.security.aggregation == "masked":
         text = (

@@ -23,7 +23,7 @@ CLAIM: dict[str, Any] = {
     "sampling": "everybody",
     "steps_per_round": {"a": 3, "b": 5},
     "rounds": {"planned": 10, "spare": 1, "paid": 9},
-    "a_payment_covers": "a round",
+    "charge_scope": "a round",
     "patients": {"declared": 1234, "one_over_n": 1 / 1234, "delta_below_one_over_n": True},
     "accountant": {"name": "exact", "version": "dp-accounting 0.6.0"},
     "second_accountant": {"name": "another", "epsilon": 1.0123},

@@ -30,16 +30,18 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "clipping", f"{clip['kind']}, norm C = {clip['norm']:g}, rounding slack {clip['slack']:.2g} counted"
     yield "noise multiplier", _per_site(noise["multiplier"])
     yield "grid", f"step {noise['grid']}; noise sd in steps: {_per_site(noise['sd_in_grid_steps'])}"
-    if (excess := noise.get("standard_deviations_of_need", 1.0)) > 1:
+    excess = noise.get("noise_sd_ratio", noise.get("standard_deviations_of_need", 1.0))  # schema 1 calls it so
+    if excess > 1:
         yield (
             "joint noise",
             f"{excess:.2f} times the standard deviation needed: more parties add a part than must be honest",
         )
     yield "sampling", claim["sampling"]
     rounds = claim["rounds"]
+    covered = claim.get("charge_scope") or claim["a_payment_covers"]  # schema 1 calls it so
     yield (
         "rounds",
-        f"{rounds['planned']} planned; payments: {rounds['paid']}, each for {claim['a_payment_covers']}; "
+        f"{rounds['planned']} planned; payments: {rounds['paid']}, each for {covered}; "
         f"noised steps in a round: {_per_site(claim['steps_per_round'])}",
     )
     if ranges := claim.get("ranges"):
