@@ -28,11 +28,11 @@ from peers.torch_loop import make_data, make_mlp
 
 import medfed
 from medfed.algorithms import Server
+from medfed.building import build_model
 from medfed.core.flat import vector
 from medfed.data.federated import Rows, Stack
 from medfed.local import train
 from medfed.monitor.events import Log
-from medfed.plan import build_model
 from medfed.round import run_round
 
 HERE = Path(__file__).parent

@@ -102,7 +102,7 @@ def rows(
         row[f"{epsilon:g}"] = {"mean": round(statistics.mean(values), 4), "sd": round(spread, 4)}
     row["foretold"] = foretold(tables, sizes, [e for e in epsilons if math.isfinite(e)])
     if hand and sizes:  # devices declare no sizes
-        base = recipe.settled(_completed(asked(tables, sizes, 1.0, 0)))
+        base = recipe.settle(_completed(asked(tables, sizes, 1.0, 0)))
         rate, clip = base.training.learning_rate, base.privacy.clip
         chosen = {key: base.value(key) for key in base.chosen}
         best = []

@@ -21,10 +21,10 @@ from peers.torch_loop import make_data
 import medfed
 from medfed import dpsgd
 from medfed.algorithms import Server
+from medfed.building import build_model
 from medfed.core.flat import vector
 from medfed.data.federated import Rows
 from medfed.monitor.events import Log
-from medfed.plan import build_model
 from medfed.round import run_round
 
 CLIENTS, PATIENTS, FEATURES = 1000, 100, 30

@@ -23,7 +23,8 @@ from medfed.core.types import Task
 from medfed.data.federated import Rows, Stack
 from medfed.data.preprocess import Column, Encoding, Target
 from medfed.local import train
-from medfed.plan import Plan, check, make
+from medfed.objections import check
+from medfed.plan import Plan, make
 from medfed.reference import Site, play
 from medfed.study import Model, Study, Training
 from medfed.wire import PLAIN

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import medfed
-from medfed import fix, plan, runs
+from medfed import fix, objections, runs
 from medfed import study as studies
 from medfed.core import toml
 from medfed.core.checks import DataError, MedfedError, PlanError, StudyError
@@ -230,9 +230,9 @@ def test_sites_without_a_size_are_one_refusal_and_a_line_each(tmp_path: Path) ->
 
 def test_one_thing_is_told_as_it_is_and_several_with_settings_that_mend_them(tmp_path: Path) -> None:
     study = medfed.load_study(write_study(tmp_path, PRIVATE))
-    one = told(lambda: plan.check(study.set("data.preprocess", "robust")))
+    one = told(lambda: objections.check(study.set("data.preprocess", "robust")))
     assert str(one).startswith("privacy.epsilon=1 and data.preprocess='robust'") and "\n" not in str(one)
-    both = told(lambda: plan.check(study.set("data.preprocess", "robust").set("data.split", "stratified")))
+    both = told(lambda: objections.check(study.set("data.preprocess", "robust").set("data.split", "stratified")))
     assert type(both) is PlanError and str(both.refusals[0].error) == str(one)
     assert '\n[data]\npreprocess = "dictionary"\nsplit = "patient"\n' in str(both)
 
@@ -341,7 +341,7 @@ def test_what_is_read_from_records_is_marked_and_the_claim_says_so(tmp_path: Pat
     assert "read off them (data.read_from_records=true)" in " ".join(claim["assumptions"])
     assert "not taken from these patients" not in " ".join(claim["assumptions"])
     with pytest.raises(PlanError, match=r"data\.read_from_records=true with privacy\.scope='study' do not compose"):
-        plan.check(study.set("privacy.scope", "study"))
+        objections.check(study.set("privacy.scope", "study"))
 
 
 def test_what_cannot_be_told_from_cells_stays_a_blank(tmp_path: Path) -> None:

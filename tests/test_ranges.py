@@ -169,7 +169,7 @@ def test_counts_carry_the_noise_that_is_paid_for(study: Study, noise: str, monke
 
 def _listed(study: Study) -> Study:
     """Return the study with its open columns in its dictionary."""
-    return recipe.refused(study)[0]
+    return recipe.examine(study)[0]
 
 
 def _enrolled(study: Study, frame: pd.DataFrame | None = None) -> tuple[dict[str, site.Site], Any]:
@@ -584,7 +584,7 @@ def test_beside_the_recipe_a_study_needs_the_two_epsilons_alone(tmp_path: Path, 
         words = words.replace(line, "")
     open_study = medfed.load_study(write_study(tmp_path, words, table()))
     path, folder = str(open_study.folder / "study.toml"), tmp_path / "run"
-    assert open_columns(_listed(open_study)) == OPEN and not recipe.refused(open_study)[1]
+    assert open_columns(_listed(open_study)) == OPEN and not recipe.examine(open_study)[1]
     for command in (["study", "check", path], ["privacy", "plan", path], ["run", path, "--out", str(folder)]):
         assert CliRunner().invoke(app, command).exit_code == 0
     assert set(found_in(folder)) == set(OPEN)
@@ -617,7 +617,7 @@ def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(study: Stu
     dear = study
     if setting == "threshold_epsilon":
         dear = study._with(DECLARED | {"data.threshold": "youden"})
-    assert not recipe.refused(dear.set(f"privacy.{setting}", 1.5))[1]
+    assert not recipe.examine(dear.set(f"privacy.{setting}", 1.5))[1]
     dear = dear.set(f"privacy.{setting}", 1.9999)
     words = (
         rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"

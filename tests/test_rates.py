@@ -109,7 +109,7 @@ def test_growth_is_told_from_wavering() -> None:
 
 def test_halving_keeps_the_rest_of_the_state() -> None:
     slots = {"rate": torch.tensor([0.1], dtype=torch.float64), "control": torch.ones(3)}
-    after = rates.halved(Server(4, torch.ones(3), slots))
+    after = rates.halve(Server(4, torch.ones(3), slots))
     assert float(after.slots["rate"]) == 0.05 and after.slots["control"] is slots["control"] and after.round == 4
 
 
@@ -144,7 +144,7 @@ def test_under_a_claim_no_input_is_asked(tmp_path: Path) -> None:
     planned = next(event for event in told if isinstance(event, events.Planned))
     told_rate = result.study.training.learning_rate  # the recipe's, from the study alone
     assert (planned.learning_rate, planned.rate_chosen) == (told_rate, "")
-    assert told_rate == recipe.settled(study.set("training.rounds", 1)).training.learning_rate
+    assert told_rate == recipe.settle(study.set("training.rounds", 1)).training.learning_rate
 
 
 GRADED = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm")

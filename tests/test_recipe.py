@@ -39,7 +39,7 @@ OPEN = {
 
 def test_epsilon_alone_chooses_every_key_and_says_why() -> None:
     """No record is at hand: the table does not exist."""
-    study = recipe.settled(declared())
+    study = recipe.settle(declared())
     assert set(study.chosen) == OPEN
     assert all(len(why) > 10 for why in study.chosen.values())
     assert study.privacy.delta == 1e-6 and study.data.preprocess == "dictionary"
@@ -64,7 +64,7 @@ def test_epsilon_alone_chooses_every_key_and_says_why() -> None:
     ],
 )
 def test_what_is_written_down_stays(key: str, value: object) -> None:
-    study = recipe.settled(declared().set(key, value))
+    study = recipe.settle(declared().set(key, value))
     assert study.value(key) == value and key not in study.chosen
 
 
@@ -73,24 +73,24 @@ def test_a_test_that_nothing_can_pay_for_is_chosen_by_nobody() -> None:
     labels = {"categories": ["a", "b", "c"]}
     dictionary = {"x0": {"range": [0, 1]}, "y": labels}
     study = declared(data={"test_is_public": False, "dictionary": dictionary})
-    assert "privacy.evaluation_epsilon" not in recipe.settled(study).chosen
+    assert "privacy.evaluation_epsilon" not in recipe.settle(study).chosen
     two = declared(data={"test_is_public": False, "dictionary": {**dictionary, "y": {"categories": ["a", "b"]}}})
-    assert "privacy.evaluation_epsilon" in recipe.settled(two).chosen
+    assert "privacy.evaluation_epsilon" in recipe.settle(two).chosen
 
 
 def test_settling_is_idempotent_and_survives_the_frozen_file() -> None:
-    once = recipe.settled(declared())
-    assert recipe.settled(once) == once
+    once = recipe.settle(declared())
+    assert recipe.settle(once) == once
     frozen = from_tables(once.tables())
-    assert recipe.settled(frozen) == once and frozen.digest() == once.digest()
+    assert recipe.settle(frozen) == once and frozen.digest() == once.digest()
     assert once.as_written() == declared()
-    assert recipe.settled(once.as_written().set("privacy.epsilon", 3.0)) == recipe.settled(declared(epsilon=3.0))
+    assert recipe.settle(once.as_written().set("privacy.epsilon", 3.0)) == recipe.settle(declared(epsilon=3.0))
 
 
 def test_without_a_claim_nothing_is_chosen() -> None:
     study = from_tables({"data": {"table": "nowhere.csv", "target": "y"}})
-    assert recipe.settled(study) is study
-    assert recipe.settled(Study()) == Study()
+    assert recipe.settle(study) is study
+    assert recipe.settle(Study()) == Study()
 
 
 def path(study: Study) -> float:
@@ -103,11 +103,11 @@ def path(study: Study) -> float:
 
 def test_more_signal_trains_longer_and_more_noise_shorter() -> None:
     base, more = declared(sizes=(300, 200)), declared(sizes=(3000, 2000))
-    paths = [path(recipe.settled(study)) for study in (declared(epsilon=0.1), base, declared(epsilon=3.0), more)]
+    paths = [path(recipe.settle(study)) for study in (declared(epsilon=0.1), base, declared(epsilon=3.0), more)]
     assert paths == sorted(paths) and paths[0] < paths[-1] / 10
-    assert path(recipe.settled(declared(inputs=80))) < path(recipe.settled(base))
-    assert path(recipe.settled(declared(epsilon=0.001))) >= recipe.SHORTEST * 0.98
-    assert path(recipe.settled(declared(sizes=(10**6, 10**6)))) <= recipe.LONGEST * 1.02
+    assert path(recipe.settle(declared(inputs=80))) < path(recipe.settle(base))
+    assert path(recipe.settle(declared(epsilon=0.001))) >= recipe.SHORTEST * 0.98
+    assert path(recipe.settle(declared(sizes=(10**6, 10**6)))) <= recipe.LONGEST * 1.02
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 189])
@@ -115,7 +115,7 @@ def test_more_signal_trains_longer_and_more_noise_shorter() -> None:
 @pytest.mark.parametrize("n", [30, 1000, 100_000])
 def test_the_rate_is_never_above_what_the_curvature_bears(inputs: int, epsilon: float, n: int) -> None:
     """Momentum's own bound, eta L < 2 (1 + beta), is not touched: L <= h R^2 on such rows."""
-    study = recipe.settled(declared(inputs, (n, n), epsilon))
+    study = recipe.settle(declared(inputs, (n, n), epsilon))
     R = recipe.reach(nn.Linear(inputs, 1), recipe.declared_encoding(study))
     assert 0 < study.training.learning_rate <= 1.01 / (0.25 * R**2)
     assert 0 <= study.training.server_momentum <= recipe.MOST_MOMENTUM
@@ -123,7 +123,7 @@ def test_the_rate_is_never_above_what_the_curvature_bears(inputs: int, epsilon: 
 
 
 def test_reach_of_a_linear_model_is_the_norm_of_its_input() -> None:
-    encoding = recipe.declared_encoding(recipe.settled(declared()))
+    encoding = recipe.declared_encoding(recipe.settle(declared()))
     rows = encoding.invented(64)
     expected = math.sqrt(float((rows.square().sum(1) + 1).mean()))
     assert recipe.reach(nn.Linear(8, 1), encoding) == pytest.approx(expected, rel=1e-6)
@@ -131,7 +131,7 @@ def test_reach_of_a_linear_model_is_the_norm_of_its_input() -> None:
 
 
 def test_rho_is_the_signal_of_the_whole_runs_budget_in_one_sum() -> None:
-    study = recipe.settled(declared())
+    study = recipe.settle(declared())
     facts = recipe.facts(study, recipe.declared_encoding(study), dict(study.privacy.sizes))
     one = study.set("training.rounds", 1)
     g = guarantees.resolve(one, study.privacy.sizes, 9)
@@ -144,7 +144,7 @@ def test_rho_is_the_signal_of_the_whole_runs_budget_in_one_sum() -> None:
 def test_a_small_site_sets_no_other_sites_noise() -> None:
     """Under joint noise a batch is drawn with one probability everywhere: three patients more cost nothing."""
     study = declared(sizes=(1000, 1000)).set("training.batch_size", 32).set("training.learning_rate", 0.1)
-    study = recipe.settled(study)
+    study = recipe.settle(study)
     alone = guarantees.resolve(study, {"a": 1000, "b": 1000}, 9)
     beside = guarantees.resolve(study, {"a": 1000, "b": 1000, "tiny": 3}, 9)
     assert beside.signal_to_noise("a") >= alone.signal_to_noise("a")
@@ -159,7 +159,7 @@ def test_a_group_without_sites_is_told_and_nothing_reckoned_for_it(noise: str, a
     """Four sites in ten groups: a round of an empty one would have no noise to divide by."""
     fleet, own = {"schedule": "cyclic", "groups": 10}, {"noise": noise}
     study = declared(sizes=(50, 60, 70, 80), fleet=fleet, privacy=own, security={"aggregation": aggregation})
-    study = recipe.settled(study)
+    study = recipe.settle(study)
     assert "training.learning_rate" not in study.chosen
     with pytest.raises(medfed.PlanError, match="nobody falls into group"):
         recipe.facts(study, recipe.declared_encoding(study), dict(study.privacy.sizes))
@@ -205,6 +205,6 @@ def test_a_regression_and_a_small_table_get_a_plan_too() -> None:
     study = declared(data={"task": "regression"})
     entries = {**study.data.dictionary, "y": Feature(range=(0.0, 30.0))}
     study = dataclasses.replace(study, data=dataclasses.replace(study.data, dictionary=entries))
-    settled = recipe.settled(study)
-    assert settled.training.learning_rate < recipe.settled(declared()).training.learning_rate / 4  # h is 8 times larger
+    settled = recipe.settle(study)
+    assert settled.training.learning_rate < recipe.settle(declared()).training.learning_rate / 4  # h is 8 times larger
     assert torch.isfinite(torch.tensor(settled.privacy.clip))

@@ -136,7 +136,7 @@ MODELS: dict[str, str] = {
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe at planning: the rehearsal is a second look, at what sites run."""
-    monkeypatch.setattr("medfed.plan.probed", lambda *_: Probed("func"))
+    monkeypatch.setattr("medfed.plan.find_path", lambda *_: Probed("func"))
     monkeypatch.setattr("medfed.site.probed", lambda *_: Probed("func"))
 
 
@@ -401,12 +401,12 @@ def test_made_up_rows_lie_at_the_ends_of_what_the_encoding_allows() -> None:
         Column("three", "category", categories=("a", "b", "c")),
     )
     encoding = Encoding(columns, Target("y", "multiclass", ("p", "q", "r")), public=True)
-    rows = rehearsal.made_up(encoding, {"ranged": Feature(range=(3.0, 9.0))}, 12)
+    rows = rehearsal.make_up(encoding, {"ranged": Feature(range=(3.0, 9.0))}, 12)
     assert rows.x.shape == (12, len(encoding.names())) and rows.x.dtype == torch.float32
     seen = [sorted(set(column.tolist())) for column in rows.x.T]
     assert seen == [[-2, 0, 2], [0, 1], [0, 1, 4], [0, 1], [0, 1], [0, 1], [0, 1], [0, 1]]
     assert torch.equal(rows.x[:, 5:].sum(1), torch.ones(12)) and set(rows.y.tolist()) == {0, 1, 2}
-    shared = rehearsal.shared_out(rows, (3, 1, 2))
+    shared = rehearsal.share_out(rows, (3, 1, 2))
     assert shared.patient.tolist() == [0, 0, 0, 1, 2, 2] and torch.equal(shared.x, rows.x[:6])
 
 

@@ -26,8 +26,8 @@ from medfed.data import clinical, dates, doubts, footers, mapping, numerals, rea
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
 from medfed.data.tables import canonical
-from medfed.plan import NEGATIVE
 from medfed.study import Data, Feature, Format, Study, put
+from medfed.surveys import NEGATIVE
 
 _TARGETS = """
 target label outcome class died death dead mortality mort exitus deceased expired verstorben tod décès deces decesso
@@ -107,10 +107,10 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
         key, _, value = toml.setting(setting)
         put(asked, toml.path(key), studies.parse_value(value))
     with quotes.withheld(_study(asked).privacy.meant):
-        return _drafted(table, out, asked)
+        return _draft(table, out, asked)
 
 
-def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
+def _draft(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     held = readers.files_of(table, Data())
     several = len(held) > 1
     if several and "site" not in asked["data"] and "site_is_file" not in asked["data"]:
@@ -123,15 +123,15 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
         put(asked, ("data", "format", "labels"), "labels")
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)
-    reading = _without_footer(asked, notes, reading)
+    reading = _drop_footer(asked, notes, reading)
     shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_task(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
     unread, surveys = "", None
-    if _complete(asked):
-        unread, surveys = _settle(asked, notes, reading if _plain(reading, held) else None)
+    if _is_complete(asked):
+        unread, surveys = _settle(asked, notes, reading if _is_plain(reading, held) else None)
     for shape in shapes:
         if shape.name == asked["data"]["target"]:
             recode = asked["data"].get("dictionary", {}).get(shape.name, {}).get("recode", {})
@@ -143,13 +143,13 @@ def _drafted(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     return Draft("\n".join(lines), tuple(blanks), unread, notes.get(("data", "exclude"), ""), surveys)
 
 
-def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
+def _is_plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
     """Say whether a table reads alike once it is known who is patient and site: no number of it was respelt."""
     layouts = [reading.layouts.get(file.name) for file in held]
     return all(layout is not None and (layout.decimal, layout.thousands) == (".", "none") for layout in layouts)
 
 
-def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
+def _drop_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
     """Return a table without the last rows that are no records, and declare them."""
     footer = footers.found(reading.frame, ())
     if footer is None or not footer.lines:
@@ -245,7 +245,7 @@ def _shape(values: pd.Series) -> _Shape:
         known=len(texts),
         distinct=len(different),
         numbers=share,
-        forms=tuple(dates.forms(different)) if (dated := _dated(texts)) else (),
+        forms=tuple(dates.forms(different)) if (dated := _is_dated(texts)) else (),
         dated=dated,
         limits=_limits(different, suffixes) if share < 1 else (),
         labels=tuple(sorted(different)) if len(different) <= _MOST_LABELS else (),
@@ -255,7 +255,7 @@ def _shape(values: pd.Series) -> _Shape:
     )
 
 
-def _dated(texts: pd.Series) -> bool:
+def _is_dated(texts: pd.Series) -> bool:
     """Say whether all texts look like dates; of eight digits several have to be days."""
     if not len(texts) or not texts.iloc[0][:1].isdigit():
         return False
@@ -272,7 +272,7 @@ def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...
     return tuple(sorted(beyond)) if len(others) > 1 and bool(others.notna().all()) else ()
 
 
-def _named(shapes: Sequence[_Shape], words: str) -> list[_Shape]:
+def _find_named(shapes: Sequence[_Shape], words: str) -> list[_Shape]:
     """Return the columns one of whose words is asked for, in the order of what is asked."""
     order = words.split()
     rank = {word: place for place, word in enumerate(order)}
@@ -302,14 +302,14 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
     data = asked["data"]
     free = [shape for shape in shapes if shape.name not in data.values() and shape.name != readers.SITE]
     if "patient" not in data:
-        for shape in _named(free, _PATIENTS):
+        for shape in _find_named(free, _PATIENTS):
             if shape.distinct > _MOST_CATEGORIES or shape.distinct > 0.5 * shape.known:
                 data["patient"] = shape.name
                 notes["data", "patient"] = f"{shape.distinct} different ids in {shape.known} rows"
                 break
     free = [shape for shape in free if shape.name not in data.values()]
     if "site" not in data and not data.get("site_is_file") and "sites" not in asked:
-        found = [s for s in _named(free, _SITES) if 2 <= s.distinct <= min(_MOST_SITES, s.known / 4)]
+        found = [s for s in _find_named(free, _SITES) if 2 <= s.distinct <= min(_MOST_SITES, s.known / 4)]
         if found:
             data["site"] = found[0].name
             notes["data", "site"] = f"{found[0].distinct} sites"
@@ -318,7 +318,7 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
     free = [shape for shape in free if shape.name not in data.values()]
     if "target" not in data:
         labels = [shape for shape in free if 2 <= shape.distinct <= _MOST_LABELS]
-        found = _named(labels, _TARGETS) or [shape for shape in labels if shape is free[-1]]
+        found = _find_named(labels, _TARGETS) or [shape for shape in labels if shape is free[-1]]
         if found:
             data["target"] = found[0].name
             others = [shape.name for shape in found[1:4]]
@@ -412,9 +412,9 @@ def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features:
     data = asked["data"]
     entries = data.get("dictionary", {})
     dated = [shape for shape in features if shape.forms and shape.forms != (dates.SHORT,)]
-    births = [shape for shape in _named(dated, _BIRTHS) if not entries.get(shape.name, {}).get("becomes")]
+    births = [shape for shape in _find_named(dated, _BIRTHS) if not entries.get(shape.name, {}).get("becomes")]
     others = [shape for shape in dated if shape not in births]
-    reference = next(iter(_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
+    reference = next(iter(_find_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
     used = set(entries) & {shape.name for shape in dated}
     for shape in births:
         path = ("data", "dictionary", shape.name)
@@ -450,11 +450,11 @@ def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape)
 
 
 def _put_range(asked: dict[str, Any], name: str, entry: Feature) -> None:
-    for key, value in _described(entry).items():
+    for key, value in _describe(entry).items():
         put(asked, ("data", "dictionary", name, key), value)
 
 
-def _described(entry: Feature) -> dict[str, Any]:
+def _describe(entry: Feature) -> dict[str, Any]:
     ends = [int(end) if end == int(end) else end for end in entry.range]
     kept = {"range": ends, "log": entry.log, "unit": entry.unit}
     return {key: value for key, value in kept.items() if value}
@@ -477,7 +477,7 @@ def _no_feature(shape: _Shape) -> str:
 # What the table itself objects to -------------------------------------------------------------------------------------
 
 
-def _complete(asked: Mapping[str, Any]) -> bool:
+def _is_complete(asked: Mapping[str, Any]) -> bool:
     return not any(_asks(asked))
 
 

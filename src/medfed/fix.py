@@ -54,13 +54,13 @@ def _beside(unread: Sequence[Refusal], study: Study) -> Iterator[Refusal]:
     """Yield what else stands against a study that could not be wholly read, but what follows from that alone."""
     keys = [str(refusal.error).split("=")[0] for refusal in unread]
     if unread:
-        yield from (one for one in recipe.refused(study)[1] if not any(key in str(one.error) for key in keys))
+        yield from (one for one in recipe.examine(study)[1] if not any(key in str(one.error) for key in keys))
 
 
 def check(study: str | Path, settings: Sequence[str] = ()) -> Study:
     """Return a study that nothing stands against, as far as its file and its table's header tell; else raise it all."""
     loaded = load(study, settings)
-    refuse(recipe.refused(loaded)[1])
+    refuse(recipe.examine(loaded)[1])
     return loaded
 
 
@@ -78,19 +78,19 @@ def fix(
     """
     asked, path = studies.read_tables(study, settings)
     if from_records:
-        _refuse_patients(_parsed(asked, path))
+        _refuse_patients(_parse(asked, path))
         put(asked, ("data", "read_from_records"), True)
-    stood = _told(_standing(asked, path))
+    stood = _tell(_find_refusals(asked, path))
     settled, mended = _mend(asked, path)
 
     read: dict[toml.Path, Any] = {}
     if from_records:
-        read = _read_from_records(_parsed(settled, path), _blanks(settled, path), data)
+        read = _read_from_records(_parse(settled, path), _blanks(settled, path), data)
         for key, value in read.items():
             put(settled, key, value)
 
     blanks = _blanks(settled, path)
-    left = _told(refusal for refusal in _standing(settled, path) if not refusal.mend)
+    left = _tell(refusal for refusal in _find_refusals(settled, path) if not refusal.mend)
     notes = {key: _note(key, asked) for key in mended if key not in blanks} | dict.fromkeys(read, READ)
     for key, blank in blanks.items():
         _set_blank(settled, key, blank)
@@ -103,7 +103,7 @@ def _mend(asked: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[to
     """Return the tables with what mends them put in, blanks among it, and what that was."""
     settled, mended = deepcopy(dict(asked)), dict[toml.Path, Any]()
     for _ in range(MOST_PASSES):
-        found = mends(_standing(settled, path)).items()
+        found = mends(_find_refusals(settled, path)).items()
         new = {key: value for key, value in found if mended.get(key) != value and not _is_so(settled, key, value)}
         for key, value in new.items():
             put(settled, key, value)
@@ -121,13 +121,13 @@ def write(fixed: Fixed, out: Path) -> None:
     files.write(out, fixed.text)
 
 
-def _parsed(settings: Mapping[str, Any], path: Path) -> Study:
+def _parse(settings: Mapping[str, Any], path: Path) -> Study:
     return replace(studies.parse(settings)[0], folder=path.parent.resolve())
 
 
-def _standing(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
+def _find_refusals(settings: Mapping[str, Any], path: Path) -> list[Refusal]:
     unread = studies.parse(settings)[1]
-    return [*unread, *recipe.refused(_parsed(settings, path))[1]]
+    return [*unread, *recipe.examine(_parse(settings, path))[1]]
 
 
 def _is_so(settings: Mapping[str, Any], key: toml.Path, value: Any) -> bool:
@@ -145,13 +145,13 @@ def _is_so(settings: Mapping[str, Any], key: toml.Path, value: Any) -> bool:
     return False
 
 
-def _told(refusals: Iterable[Refusal]) -> list[str]:
+def _tell(refusals: Iterable[Refusal]) -> list[str]:
     return list(dict.fromkeys(str(refusal.error) for refusal in refusals))
 
 
 def _blanks(settings: Mapping[str, Any], path: Path) -> dict[toml.Path, Ask]:
     """Return the blanks that a study is still refused for, by key."""
-    asked = {key: value for key, value in mends(_standing(settings, path)).items() if isinstance(value, Ask)}
+    asked = {key: value for key, value in mends(_find_refusals(settings, path)).items() if isinstance(value, Ask)}
     return {key: blank for key, blank in asked.items() if _at(settings, key) == blank.blank is not None}
 
 
@@ -190,18 +190,18 @@ def _move(settings: dict[str, Any], folder: Path, out: Path | None) -> None:
         table, name = key.split(".")
         value = settings[table].get(name) if isinstance(settings.get(table), dict) else None
         if isinstance(value, str):
-            settings[table][name] = _moved(value, folder, out)
+            settings[table][name] = _move_path(value, folder, out)
     data = settings.get("data")
     joins = data.get("join", ()) if isinstance(data, dict) else ()
     for join in joins if isinstance(joins, (list, tuple)) else ():
         if isinstance(join, dict) and isinstance(join.get("table"), str):
-            join["table"] = _moved(join["table"], folder, out)
+            join["table"] = _move_path(join["table"], folder, out)
     maps = data.get("site_maps") if isinstance(data, dict) else None
     if isinstance(maps, dict):
-        maps.update({site: _moved(str(value), folder, out) for site, value in maps.items()})
+        maps.update({site: _move_path(str(value), folder, out) for site, value in maps.items()})
 
 
-def _moved(value: str, folder: Path, out: Path) -> str:
+def _move_path(value: str, folder: Path, out: Path) -> str:
     """Return a path as it is from where the study is written to."""
     if not value or Path(value).expanduser().is_absolute():
         return value
@@ -258,11 +258,11 @@ def _read_from_records(study: Study, blanks: Mapping[toml.Path, Ask], folder: Pa
     if any(key[:2] == ("privacy", "sizes") for key in blanks):
         for name, rows in frames.items():
             patients = tables.named_patients(rows, data, private=False).nunique()
-            found["privacy", "sizes", name] = rounded_down(patients * (1 - data.test_fraction))
+            found["privacy", "sizes", name] = round_down(patients * (1 - data.test_fraction))
     return found
 
 
-def rounded_down(number: float) -> int:
+def round_down(number: float) -> int:
     """Return a number rounded down to two digits, 1 at least."""
     whole = int(number)
     step = 10 ** max(0, len(str(whole)) - 2)

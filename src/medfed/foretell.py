@@ -21,6 +21,7 @@ from torch import Tensor
 
 from medfed import dpsgd, recipe
 from medfed.algorithms import ALGORITHMS
+from medfed.building import build_model
 from medfed.core import decision
 from medfed.core.checks import PlanError
 from medfed.core.flat import vector
@@ -28,7 +29,7 @@ from medfed.data.federated import Patients, Rows
 from medfed.data.preprocess import Encoding
 from medfed.local import outputs
 from medfed.monitor import noised
-from medfed.plan import Plan, build_model
+from medfed.plan import Plan
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee, Release
 from medfed.resolved import algorithm_name, excess
@@ -101,7 +102,7 @@ def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
         "vote_epsilon": p.vote_epsilon,
     }
     kept = {f"privacy.{name}": value * share for name, value in parts.items() if value}
-    return recipe.settled(study.as_written()._with({**kept, "privacy.epsilon": epsilon}), sizes)
+    return recipe.settle(study.as_written()._with({**kept, "privacy.epsilon": epsilon}), sizes)
 
 
 def _longer(study: Study) -> Study:
@@ -121,13 +122,13 @@ class _Game:
         self.patients, self.number = patients, number
         rows = int(min(patients, max(400, min(most, 4000))))
         rng = np.random.default_rng(number)
-        x_NF = made_up(plan.encoding, rows + 2000, teacher.together, rng)
-        y_N = self._taught(x_NF, teacher, rng)
+        x_NF = make_up(plan.encoding, rows + 2000, teacher.together, rng)
+        y_N = self._teach(x_NF, teacher, rng)
         self.x_test, self.y_test = x_NF[rows:], y_N[rows:]
         self.rows = rows
         self.patients_of = Patients.of([Rows(x_NF[:rows], y_N[:rows], torch.arange(rows))])
 
-    def _taught(self, x_NF: Tensor, teacher: Teacher, rng: np.random.Generator) -> Tensor:
+    def _teach(self, x_NF: Tensor, teacher: Teacher, rng: np.random.Generator) -> Tensor:
         """Return outcomes [N]: labels, or numbers about the middle of their range."""
         classes = max(2, len(self.plan.encoding.target.labels))
         x = x_NF.double().numpy()
@@ -172,7 +173,7 @@ def _noise(study: Study, g: Guarantee, clients: Sequence[str]) -> float:
     return each * excess(study, clients) / release.probability / math.sqrt(release.steps)
 
 
-def made_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
+def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
     """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five common causes."""
     x_NF = encoding.invented(rows).numpy().copy()
     shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))

@@ -12,13 +12,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from medfed.algorithms import Server
+from medfed.building import build_model
 from medfed.core.checks import DataError
 from medfed.core.streams import Streams
 from medfed.core.types import Task
 from medfed.data.federated import Rows
 from medfed.data.tables import clean, numbered, read
 from medfed.local import outputs, sample_loss
-from medfed.plan import Plan, build_model
+from medfed.plan import Plan
 
 
 @dataclass(frozen=True)

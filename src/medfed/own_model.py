@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from medfed.building import build_model, find_path, local_plan, safe_rate
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.federated import Rows, Stack
 from medfed.data.preprocess import Encoding, Target
 from medfed.local import LocalPlan, outputs, train
 from medfed.monitor.metrics import squared_error
-from medfed.plan import build_model, local_plan, probed, safe_rate
 from medfed.privacy.guarantee import asked
 from medfed.rates import Pace, at, bend, left_open
 from medfed.study import Privacy, Robustness, Security, Study
@@ -48,7 +48,7 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
         return _until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
     study = without_protection(study, "local")
     model, chosen = build_model(study, encoding), left_open(study)
-    path = probed(study, encoding, model).path
+    path = find_path(study, encoding, model).path
     if chosen:
         bends = {name: bend(rows.x, study.training.batch_size)}
         study = at(study, safe_rate(study, encoding, bends, {name: len(rows)}).rate)
@@ -70,7 +70,7 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
 def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
     """Train on all rows for as many steps as serve every fifth patient best when trained on the others."""
     model = build_model(study, encoding)
-    path = probed(study, encoding, model).path
+    path = find_path(study, encoding, model).path
     key_K = Streams(study.study.seed).key_K("own", 0, [name])
 
     def trained(on: Rows, lengths: Sequence[int]) -> Iterator[Tensor]:

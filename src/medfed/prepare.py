@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medfed import rates
+from medfed.building import build_model, safe_rate
 from medfed.core import codec
 from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
 from medfed.core.flat import fingerprint
@@ -17,7 +18,8 @@ from medfed.data.preprocess import Encoding
 from medfed.engine.port import Counted, Fleet, gather
 from medfed.features import open_columns
 from medfed.models import fixed
-from medfed.plan import Plan, build_model, check, make, safe_rate
+from medfed.objections import check
+from medfed.plan import Plan, make
 from medfed.privacy.guarantee import asked
 from medfed.rates import Chosen
 from medfed.study import Study

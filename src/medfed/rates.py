@@ -73,7 +73,7 @@ class Pace:
         return Pace(self.first, min(self.lowest, loss)), grew
 
 
-def halved(server: Server) -> Server:
+def halve(server: Server) -> Server:
     """Return the state with its chosen rate halved.
 
     What is remembered between rounds bears it: control variates and momenta are of gradients or of whole rounds.
@@ -86,7 +86,7 @@ def left_open(study: Study) -> bool:
     return study.training.learning_rate == 0 and not asked(study)
 
 
-def settled(study: Study) -> Study:
+def settle(study: Study) -> Study:
     """Return the study with the rate `MOST` where it claims privacy and neither it nor the recipe has set one."""
     return at(study, MOST) if asked(study) else study
 

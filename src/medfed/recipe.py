@@ -34,13 +34,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from medfed import models
+from medfed.building import build_model
 from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
 from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
 from medfed.features import features_of, listed, open_columns
 from medfed.local import CURVATURE
-from medfed.plan import build_model, check_groups, standing
+from medfed.objections import find_with_header
+from medfed.plan import check_groups
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.refusals import affordable, bears, is_binary, vote_tells
 from medfed.rates import output_gradients
@@ -79,7 +81,7 @@ class Facts:
     rho: float
 
 
-def settled(study: Study, devices: Collection[str] = ()) -> Study:
+def settle(study: Study, devices: Collection[str] = ()) -> Study:
     """Return the study with every key that it leaves open chosen, and why in `study.chosen`; without a claim, itself.
 
     `devices`: those that train, where every patient is a client. A study whose facts are not all declared comes back
@@ -88,37 +90,37 @@ def settled(study: Study, devices: Collection[str] = ()) -> Study:
     if study.given is None or not math.isfinite(study.privacy.epsilon):
         return study
     sizes = _sizes(study, devices)
-    study = _chosen(study, _basics(study, sum(sizes.values())))
+    study = _choose(study, _basics(study, sum(sizes.values())))
     try:
         if not guarantees.asked(study):
             return study
-        study = _chosen(study, _schedule(study))
+        study = _choose(study, _schedule(study))
         if not sizes:
-            return _chosen(study, _tests(study))
+            return _choose(study, _tests(study))
         encoding = declared_encoding(study)
         found = facts(study, encoding, sizes)
-        study = _chosen(study, _steps(study, found))
-        return _chosen(study, _tests(study))
+        study = _choose(study, _steps(study, found))
+        return _choose(study, _tests(study))
     except MedfedError:
-        return _chosen(study, _tests(study))
+        return _choose(study, _tests(study))
 
 
 SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
 """Devices that there may be, before any record is read: to see whether the study composes."""
 
 
-def refused(study: Study) -> tuple[Study, list[Refusal]]:
+def examine(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.completed(study))
         if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
             study = listed(sources.columns_of(study, private=True), study)
     try:
-        study = settled(study, SOME_DEVICES)
+        study = settle(study, SOME_DEVICES)
     except Exception:  # of values that are refused below anyway, nothing follows
         if not out_of_range(study):
             raise
-    return study, standing(study)
+    return study, find_with_header(study)
 
 
 def declared_encoding(study: Study) -> Encoding:
@@ -127,10 +129,10 @@ def declared_encoding(study: Study) -> Encoding:
     names = features_of(sorted(data.dictionary), data)
     survey = preprocess.declared_survey(names, data, 0, 0)
     later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN)
-    return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True, found=later)
+    return preprocess.agree({"the dictionary": survey}, data, _refuse_to_ask, public=True, found=later)
 
 
-def _unasked(*_: object) -> Tensor:
+def _refuse_to_ask(*_: object) -> Tensor:
     raise PlanError("a public encoding asks nothing of patients; set data.preprocess='dictionary'")
 
 
@@ -269,7 +271,7 @@ def _tests(study: Study) -> Choices:
     return {"monitor.evaluate_every": (max(1, rounds // 10), "ten tests in all")}
 
 
-def _chosen(study: Study, choices: Choices) -> Study:
+def _choose(study: Study, choices: Choices) -> Study:
     """Return the study with those choices whose keys it leaves open."""
     open_ = {key: choice for key, choice in choices.items() if study.left_open(key)}
     if not open_:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from medfed import dpsgd, rates
 from medfed.algorithms import Server
+from medfed.building import local_plan
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.fleet import selection
 from medfed.local import train
-from medfed.plan import Plan, local_plan
+from medfed.plan import Plan
 from medfed.robust import rules
 from medfed.wire import finite, into_ball, send
 

@@ -73,7 +73,7 @@ def module_of(error: BaseException, model: nn.Module | None) -> str:
         owner = frame.f_locals.get("self")
         for module in (owner, getattr(owner, "__dict__", {}).get("layer")):  # a layer's rule stands for its layer
             if isinstance(module, nn.Module) and id(module) in names:
-                return _said(names[id(module)], module)
+                return _say(names[id(module)], module)
     return ""
 
 
@@ -89,7 +89,7 @@ def _frames(error: BaseException) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb((cause or error).__traceback__)]
 
 
-def _said(name: str, module: nn.Module) -> str:
+def _say(name: str, module: nn.Module) -> str:
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
 
@@ -143,14 +143,14 @@ def check_loss(task: Task, z_NC: Tensor, y_N: Tensor) -> Tensor:
 # Made-up rows ---------------------------------------------------------------------------------------------------------
 
 
-def made_up(encoding: Encoding, dictionary: Mapping[str, Feature], count: int) -> Rows:
+def make_up(encoding: Encoding, dictionary: Mapping[str, Feature], count: int) -> Rows:
     """Return invented patients with a record each, from the ends of what the encoding allows."""
     blocks = [_column(column, dictionary.get(column.name), count, at) for at, column in enumerate(encoding.columns)]
     x = torch.cat(blocks, 1) if blocks else torch.zeros(count, 0)
     return Rows(x, _labels(encoding, count), torch.arange(count), torch.arange(count))
 
 
-def shared_out(rows: Rows, records: Sequence[int]) -> Rows:
+def share_out(rows: Rows, records: Sequence[int]) -> Rows:
     """Return the rows, in turns, as those of patients with so many records each."""
     at = torch.arange(sum(records)) % len(rows)
     patient = torch.repeat_interleave(torch.arange(len(records)), torch.tensor(records))

@@ -15,6 +15,7 @@ import torch
 from medfed import dpsgd
 from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
+from medfed.building import build_model
 from medfed.core import codec
 from medfed.core.checks import QuorumError, reasons
 from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
@@ -37,7 +38,7 @@ from medfed.monitor.events import (
 from medfed.monitor.metrics import Scored, Scores
 from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
-from medfed.plan import Plan, build_model
+from medfed.plan import Plan
 from medfed.privacy import guarantee
 from medfed.privacy.budget import Budget
 from medfed.privacy.mechanisms import geometric_noise

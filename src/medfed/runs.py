@@ -37,6 +37,7 @@ from medfed import checkpoints, claims, federation, models, ranges, rates, recip
 from medfed import study as studies
 from medfed.aggregation import Keys, bears, who_sees
 from medfed.algorithms import Server
+from medfed.building import build_model
 from medfed.compliance import trail
 from medfed.compliance.trail import Verified
 from medfed.core import codec, files, own, quotes
@@ -71,7 +72,7 @@ from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.own_model import without_protection
-from medfed.plan import POOLED, Plan, build_model
+from medfed.plan import POOLED, Plan
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
 from medfed.privacy import guarantee
 from medfed.privacy import ledger as ledgers
@@ -461,9 +462,9 @@ def planned(study: Study) -> Study:
 
     What a party that holds no record needs: the coordinator, an aggregator. Raises what stands against the study.
     """
-    study, refusals = recipe.refused(study)
+    study, refusals = recipe.examine(study)
     refuse(refusals)
-    return rates.settled(study)
+    return rates.settle(study)
 
 
 def open_site(study: Study, name: str, data: Path | None = None, folder: Path | None = None) -> Site:
@@ -491,7 +492,7 @@ def _open_sites(
     del frames
     pa.default_memory_pool().release_unused()  # a large table's texts, which else stay resident while rows are encoded
     if devices:
-        study = recipe.settled(study, [site.name for site in sites if site.table and not site.table.test.all()])
+        study = recipe.settle(study, [site.name for site in sites if site.table and not site.table.test.all()])
         for site in sites:
             site.study = study
     if private:
@@ -986,7 +987,7 @@ def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pa
     if pace.lowest is not None:
         what += f", from {pace.lowest:.3g} at its lowest"
     if plan.chosen:
-        server = rates.halved(server)
+        server = rates.halve(server)
         log.emit(events.Warned(f"{what}; the learning rate is halved to {float(server.slots['rate']):.3g}"))
     else:
         rate = plan.study.training.learning_rate

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from medfed import dpsgd, federation, models, rates, rehearsal
 from medfed.algorithms import ALGORITHMS, Task
+from medfed.building import build_model, find_path, local_plan
 from medfed.core import codec, decision, files
 from medfed.core.checks import MedfedError, PlanError, SiteError, some
 from medfed.core.entropy import Entropy
@@ -34,7 +35,7 @@ from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.per_site import scores_each
 from medfed.own_model import errs_less, train_own
-from medfed.plan import POOLED, build_model, local_plan, probed
+from medfed.plan import POOLED
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
@@ -244,7 +245,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     model = build_model(sites[0].study, encoding)
     if fingerprint(models.fixed(model)) != header["fixed"]:
         raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
-    path = probed(sites[0].study, encoding, model).path
+    path = find_path(sites[0].study, encoding, model).path
     if guarantee.asked(sites[0].study):
         _check_encoding(sites[0], encoding)
         for name in header["clients"]:  # noise and divisor follow from them: not the coordinator's to say
@@ -403,7 +404,7 @@ def _length(site: Site, promised: Guarantee) -> int:
 def _play(double: Site, promised: Guarantee) -> None:
     """Play stage by stage, in the order in which a run would come to them."""
     model, target, study = double.model, double.encoding.target, double.study
-    drawn = rehearsal.made_up(double.encoding, study.data.dictionary, 12)
+    drawn = rehearsal.make_up(double.encoding, study.data.dictionary, 12)
     w_P = vector(model)
 
     with rehearsal.stage("model", model, drawn.x):
@@ -416,7 +417,7 @@ def _play(double: Site, promised: Guarantee) -> None:
     whole = replace(promised, releases={double.name: everybody})
     key_K = torch.zeros(1, dtype=torch.int64)
     for records in rehearsal.TABLES:
-        rows = rehearsal.shared_out(drawn, records)
+        rows = rehearsal.share_out(drawn, records)
         with rehearsal.stage("gradient", model, drawn.x):
             patients = Patients.of([rows])
             found = dpsgd.sums(
@@ -429,7 +430,7 @@ def _play(double: Site, promised: Guarantee) -> None:
             if not float(found.total_KP.norm()) <= longest:
                 raise PlanError(f"{len(records)} clipped gradients sum to more than {longest:g} times privacy.clip.")
 
-    double.train = double.test = rehearsal.shared_out(drawn, rehearsal.TABLES[-1])
+    double.train = double.test = rehearsal.share_out(drawn, rehearsal.TABLES[-1])
     server = ALGORITHMS[algorithm_name(study)].begin(w_P, study.training)
     task = ALGORITHMS[algorithm_name(study)].task(server)
     sent = {"w": task.w_P, **{f"slot.{name}": value for name, value in task.slots.items()}}
@@ -439,12 +440,12 @@ def _play(double: Site, promised: Guarantee) -> None:
         _check_answer(work[0], _length(double, promised))
     made_up_edges = torch.linspace(-4, 4, decision.CHOOSING_CELLS - 1, dtype=torch.float64)
     for records in rehearsal.TABLES:
-        double.test = rehearsal.shared_out(drawn, records)
+        double.test = rehearsal.share_out(drawn, records)
         with rehearsal.stage("evaluation", model, drawn.x):
             rehearsal.check_outputs(model.eval(), double.test.x, target.outputs)
             _check_answer(_evaluate([double], {}, {"w": w_P, "edges": made_up_edges})[0])
     if study.rule().chosen and target.task == "binary":
-        double.train = rehearsal.shared_out(drawn, rehearsal.TABLES[-1])
+        double.train = rehearsal.share_out(drawn, rehearsal.TABLES[-1])
         with rehearsal.stage("evaluation", model, drawn.x):
             _check_answer(_count([double], {}, {"w": w_P, "edges": made_up_edges})[0])
     if "vote" in promised.queries:

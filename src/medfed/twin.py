@@ -23,6 +23,7 @@ from medfed import aggregation as ways
 from medfed import runs
 from medfed.aggregation import Aggregation, Answer
 from medfed.algorithms import Server, Task
+from medfed.building import build_model
 from medfed.core import codec, streams
 from medfed.core.checks import PlanError
 from medfed.core.flat import Layout
@@ -33,7 +34,7 @@ from medfed.engine.port import Counted, Fleet, Reply
 from medfed.local import Correction, Descent, sample_loss
 from medfed.models import dropout_keys
 from medfed.monitor.events import Log
-from medfed.plan import Plan, build_model
+from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import Guarantee, asked
 from medfed.round import run_round

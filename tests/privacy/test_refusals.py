@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.core.checks import PlanError
-from medfed.plan import check
+from medfed.objections import check
 from medfed.privacy import refusals
 from medfed.study import Study, from_tables
 
