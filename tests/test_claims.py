@@ -218,7 +218,7 @@ def test_seeded_noise_claims_nothing(study: Study, tmp_path: Path) -> None:
     assert claim["claimed"] is False
     assert claim["epsilon"] is claim["delta"] is claim["second_accountant"] is claim["composition"]["ledger"] is None
     assert "nothing is claimed" in claim["random_generator"]
-    page = claims.generate_privacy_report(tmp_path / "run").read_text()
+    page = claims.write_page(tmp_path / "run").read_text()
     assert "Nothing is claimed" in page and "e<sup>" not in page
 
 
@@ -228,7 +228,7 @@ def test_a_run_without_a_guarantee_has_no_claim(study: Study, tmp_path: Path) ->
     with pytest.raises(RunError, match="holds no claim: no epsilon was asked for"):
         claims.read(tmp_path / "run")
     with pytest.raises(RunError, match="holds no claim"):
-        claims.generate_privacy_report(tmp_path / "nowhere")
+        claims.write_page(tmp_path / "nowhere")
 
 
 # The outlook ----------------------------------------------------------------------------------------------------------
@@ -331,6 +331,6 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert command("privacy", *words) == 0
         said = capsys.readouterr().out
         assert "<script>[x]" in said and all(name in said for name in names.values())
-    page = claims.generate_privacy_report(tmp_path / "run").read_text()
+    page = claims.write_page(tmp_path / "run").read_text()
     assert "<script" not in page and "<b>south" not in page
     assert "&lt;script&gt;[x]" in page and "&lt;b&gt;south&lt;/b&gt;" in page

@@ -33,7 +33,7 @@ RARE = 1e-9  # how often a statistical test may refuse what is right
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "logistic": models.logistic,
     "mlp": lambda f, o: models.mlp(f, o, (6, 5)),
-    "medical-mlp": lambda f, o: models.MedicalNeuralNetwork(f, o, (6, 5)),  # with layer norm and dropout
+    "medical-mlp": lambda f, o: models.medical_mlp(f, o, (6, 5)),  # with layer norm and dropout
     "group norm": lambda f, o: models.mlp(f, o, (8, 8), 0.2, "group"),
     "conv1d": lambda f, o: models.conv1d(f, o, 2, (4, 8), 3),
 }

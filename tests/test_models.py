@@ -13,7 +13,7 @@ from medfed import models
 from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError
 from medfed.core.flat import vector
-from medfed.models import Dropout, MedicalNeuralNetwork, build, count
+from medfed.models import Dropout, build, count, medical_mlp
 
 
 def _plant(monkeypatch: pytest.MonkeyPatch, factory: Callable[..., object]) -> str:
@@ -28,15 +28,15 @@ def _plant(monkeypatch: pytest.MonkeyPatch, factory: Callable[..., object]) -> s
 
 
 def test_the_briefs_network_has_193473_parameters() -> None:
-    assert count(MedicalNeuralNetwork(32)) == count(build("medical-mlp", 32, 1, {}, 0)) == 193_473
+    assert count(medical_mlp(32)) == count(build("medical-mlp", 32, 1, {}, 0)) == 193_473
 
 
 def test_the_briefs_network_is_the_briefs() -> None:
-    kinds = [type(layer) for layer in MedicalNeuralNetwork(32)]
+    kinds = [type(layer) for layer in medical_mlp(32)]
     assert kinds == [nn.Linear, nn.LayerNorm, nn.ReLU, Dropout] * 5 + [nn.Linear]
-    widths = [layer.out_features for layer in MedicalNeuralNetwork(32) if isinstance(layer, nn.Linear)]
+    widths = [layer.out_features for layer in medical_mlp(32) if isinstance(layer, nn.Linear)]
     assert widths == [512, 256, 128, 64, 32, 1]
-    assert {layer.p for layer in MedicalNeuralNetwork(32) if isinstance(layer, Dropout)} == {0.3}
+    assert {layer.p for layer in medical_mlp(32) if isinstance(layer, Dropout)} == {0.3}
 
 
 @pytest.mark.parametrize("features", [1, 7, 32])

@@ -50,7 +50,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": models.mlp,
     "wide": _wide,
     "no bias": lambda f, o: nn.Sequential(nn.Linear(f, 30, bias=False), nn.SiLU(), nn.Linear(30, o, bias=False)),
-    "layer norm": lambda f, o: models.MedicalNeuralNetwork(f, o, (24, 16)),
+    "layer norm": lambda f, o: models.medical_mlp(f, o, (24, 16)),
     "group norm": lambda f, o: models.mlp(f, o, (16, 16), 0.2, "group"),
     "conv1d": lambda f, o: models.conv1d(f, o, 2, (4, 8), 3),
     "tokens": _tokens,

@@ -26,7 +26,7 @@ from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import console, events
-from medfed.monitor.dashboards import create_interactive_dashboards
+from medfed.monitor.dashboards import write_dashboards
 from medfed.monitor.events import Event, RoundFinished
 from medfed.plan import Plan
 from medfed.prepare import prepare
@@ -637,7 +637,7 @@ def test_a_run_may_test_nothing_and_says_so(tmp_path: Path, study: Study, task: 
     assert [one["code"] for one in result.summary["findings"]][-1] == "untested"
     assert charges(own_ledger(tmp_path / "run"), "test") == {}
     assert len(result.predict(invented().head(3))) == 3
-    assert all(path.stat().st_size for path in create_interactive_dashboards(tmp_path / "run").values())
+    assert all(path.stat().st_size for path in write_dashboards(tmp_path / "run").values())
     with pytest.raises(PlanError, match=r"monitor.evaluate_every=0 do not compose"):
         medfed.run(study._with({"monitor.evaluate_every": 0, "data.threshold": "youden"}), tmp_path / "other")
 

@@ -13,8 +13,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medfed.claims import generate_privacy_report
-    from medfed.compare import compare_federated_algorithms
+    from medfed.brief import (
+        MedicalNeuralNetwork,
+        adaptive_gradient_clipping,
+        compare_federated_algorithms,
+        create_interactive_dashboards,
+        create_medical_device_names,
+        export_training_logs,
+        generate_comprehensive_report,
+        generate_privacy_report,
+        generate_security_report,
+        load_and_prepare_medical_data,
+        verify_model_integrity,
+    )
     from medfed.core.checks import (
         BudgetError,
         DataError,
@@ -26,36 +37,23 @@ if TYPE_CHECKING:
         SiteError,
         StudyError,
     )
-    from medfed.data.names import create_medical_device_names
-    from medfed.dpsgd import adaptive_gradient_clipping
-    from medfed.models import MedicalNeuralNetwork
-    from medfed.monitor.dashboards import (
-        create_interactive_dashboards,
-        export_training_logs,
-        generate_comprehensive_report,
-        generate_security_report,
-    )
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
     from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
-    from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate, verify_model_integrity
+    from medfed.runs import Result, load, resume, run, simulate
     from medfed.study import Study
     from medfed.study import load as load_study
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "medfed.claims": "generate_privacy_report",
-    "medfed.compare": "compare_federated_algorithms",
+    "medfed.brief": "MedicalNeuralNetwork adaptive_gradient_clipping compare_federated_algorithms "
+    "create_interactive_dashboards create_medical_device_names export_training_logs generate_comprehensive_report "
+    "generate_privacy_report generate_security_report load_and_prepare_medical_data verify_model_integrity",
     "medfed.core.checks": "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
     "StudyError",
-    "medfed.data.names": "create_medical_device_names",
-    "medfed.dpsgd": "adaptive_gradient_clipping",
-    "medfed.models": "MedicalNeuralNetwork",
-    "medfed.monitor.dashboards": "create_interactive_dashboards export_training_logs generate_comprehensive_report "
-    "generate_security_report",
     "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
     "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
-    "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate verify_model_integrity",
+    "medfed.runs": "Result load resume run simulate",
     "medfed.study": "Study",
 }
 

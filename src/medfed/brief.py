@@ -1,8 +1,9 @@
 """The names of the brief that asked for this system, each a thin entry over the part that does the work.
 
-For whoever comes with those names in hand; docs/from-the-brief.md maps all of them. The package itself knows nothing of
-this module. Names whose part is not built (consent, records, compliance frameworks, device selection, asynchronous
-rounds) are absent: they raise an ImportError rather than pretend.
+For whoever comes with those names in hand; docs/from-the-brief.md maps all of them. Of the package
+only `medfed` itself, which hands out some of these names, knows this module. Names whose part is not built (consent,
+records, compliance frameworks, device selection, asynchronous rounds) are absent: they raise an ImportError rather
+than pretend.
 """
 
 import dataclasses
@@ -17,15 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medfed import claims, runs, study
+from medfed import claims, compare, dpsgd, models, runs, study
 from medfed.core import codec
 from medfed.core.checks import PlanError, StudyError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.data.names import create_medical_device_names
-from medfed.dpsgd import adaptive_gradient_clipping
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
-from medfed.models import MedicalNeuralNetwork
 from medfed.monitor import dashboards, events
 from medfed.monitor.events import SecurityAudit
 from medfed.prepare import prepare
@@ -56,9 +55,26 @@ __all__ = [
     "SecurityAudit",
     "ThreatLevel",
     "adaptive_gradient_clipping",
+    "compare_federated_algorithms",
+    "create_interactive_dashboards",
     "create_medical_device_names",
+    "export_training_logs",
+    "generate_comprehensive_report",
+    "generate_privacy_report",
+    "generate_security_report",
     "load_and_prepare_medical_data",
+    "verify_model_integrity",
 ]
+
+# Functions that do under the brief's name what the house calls plainly.
+MedicalNeuralNetwork = models.medical_mlp
+adaptive_gradient_clipping = dpsgd.clip_factor
+compare_federated_algorithms = compare.compare
+create_interactive_dashboards = dashboards.write_dashboards
+export_training_logs = dashboards.export_tables
+generate_comprehensive_report = dashboards.write_report
+generate_privacy_report = claims.write_page
+generate_security_report = dashboards.write_security_page
 
 PARTIES = ("aggregator 1", "aggregator 2", "aggregator 3")
 
@@ -205,7 +221,7 @@ class EnhancedPrivacyPreserver:
 
     def generate_privacy_report(self, run: Path) -> Path:
         """Write a run's claim as a page and return where."""
-        return claims.generate_privacy_report(run)
+        return generate_privacy_report(run)
 
 
 class AdvancedSecurityManager:
@@ -240,7 +256,7 @@ class AdvancedSecurityManager:
 
     def generate_security_report(self, run: Path) -> Path:
         """Write a run's page on security and return where."""
-        return dashboards.generate_security_report(run)
+        return generate_security_report(run)
 
 
 @dataclass(frozen=True)
@@ -300,15 +316,15 @@ class ComprehensiveMonitor:
 
     def create_interactive_dashboards(self) -> dict[str, Path]:
         """Write the four pages; return where each is."""
-        return dashboards.create_interactive_dashboards(self.run)
+        return create_interactive_dashboards(self.run)
 
     def generate_comprehensive_report(self) -> Path:
         """Write one page of everything, an executive page first."""
-        return dashboards.generate_comprehensive_report(self.run)
+        return generate_comprehensive_report(self.run)
 
     def export_training_logs(self, formats: Sequence[str] = ("json", "csv", "parquet")) -> list[Path]:
         """Write the log as flat tables."""
-        return dashboards.export_training_logs(self.run, formats=formats)
+        return export_training_logs(self.run, formats=formats)
 
 
 def _open(source: Study) -> Study:

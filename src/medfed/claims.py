@@ -363,7 +363,7 @@ def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def generate_privacy_report(run: str | Path, out: str | Path | None = None) -> Path:
+def write_page(run: str | Path, out: str | Path | None = None) -> Path:
     """Write a run's claim as a page and return where: `out`, or reports/privacy.html in the run's folder."""
     run = Path(run)
     path = Path(out) if out else run / "reports" / "privacy.html"

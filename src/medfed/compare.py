@@ -199,10 +199,6 @@ def compare(
     return Comparison(study.study.name, noise, tuple(sorted(found, key=lambda run: (named[run.algorithm], run.seed))))
 
 
-compare_federated_algorithms = compare
-"""The brief's name."""
-
-
 def _check(study: Study, algorithms: Sequence[str], seeds: int, noise: str) -> None:
     for name in algorithms:
         if name not in ALGORITHMS:

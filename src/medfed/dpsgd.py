@@ -92,10 +92,6 @@ def clip_factor(kind: str, clip: float) -> Factor:
     return lambda norm_AI: 1 / norm_AI.clamp(min=clip)
 
 
-adaptive_gradient_clipping = clip_factor
-"""The brief's name."""
-
-
 def next_clip(clip: float, noised_below: float, patients: int, quantile: float, rate: float = 0.2) -> float:
     """Return the next clipping norm: C exp(-0.2 (b - quantile)), b the noised share below C (Andrew et al. 2021).
 

@@ -75,37 +75,49 @@ class Foretold:
 
 def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]:
     """Return what the study's claim, and others at other epsilons, will cost. Raises PlanError without a claim."""
-    g, study = plan.guarantee, plan.study
-    if g is None:
+    study = plan.study
+    if plan.guarantee is None:
         raise PlanError("the study asks for no guarantee, so there is nothing that it would cost")
-    sizes = {name: release.size for name, release in g.releases.items()}
-    asked = sorted({*epsilons, study.privacy.epsilon}, reverse=True)
+
+    # without privacy: what there is to be learnt
     games = [_Game(plan, teacher, k) for k, teacher in enumerate(TEACHERS)]
-    best = [max(game.play(study, None), game.play(_longer(study), None)) for game in games]
-    found = []
-    for epsilon in asked:
-        other = study if epsilon == study.privacy.epsilon else _at(study, epsilon, sizes)
-        promised = guarantees.resolve(other, sizes, plan.parameters)
-        lost = sorted(without - game.play(other, promised) for game, without in zip(games, best, strict=True))
-        told = [round(x, 4) for x in (statistics.median(lost), lost[0], lost[-1], statistics.median(best))]
-        name = "R2" if plan.encoding.target.task == "regression" else "AUROC"
-        found.append(Foretold(epsilon, name, loss=told[0], low=told[1], high=told[2], without=told[3]))
-    return found
+    best = [max(game.play(study, None), game.play(_lengthen(study), None)) for game in games]
+
+    # the same tables at each epsilon
+    sizes = {name: release.size for name, release in plan.guarantee.releases.items()}
+    name = "R2" if plan.encoding.target.task == "regression" else "AUROC"
+    foretold = []
+    for epsilon in sorted({*epsilons, study.privacy.epsilon}, reverse=True):
+        other = study
+        if epsilon != study.privacy.epsilon:
+            other = _set_epsilon(study, epsilon, sizes)
+        guarantee = guarantees.resolve(other, sizes, plan.parameters)
+        lost = sorted(without - game.play(other, guarantee) for game, without in zip(games, best, strict=True))
+        foretold.append(
+            Foretold(
+                epsilon,
+                name,
+                loss=round(statistics.median(lost), 4),
+                low=round(lost[0], 4),
+                high=round(lost[-1], 4),
+                without=round(statistics.median(best), 4),
+            )
+        )
+    return foretold
 
 
-def _at(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
-    """Return the study at another epsilon, what it leaves open chosen for that."""
-    share, p = epsilon / study.privacy.epsilon, study.as_written().privacy
-    parts = {
-        "threshold_epsilon": p.threshold_epsilon,
-        "ranges_epsilon": p.ranges_epsilon,
-        "vote_epsilon": p.vote_epsilon,
-    }
-    kept = {f"privacy.{name}": value * share for name, value in parts.items() if value}
-    return recipe.settle(study.as_written()._with({**kept, "privacy.epsilon": epsilon}), sizes)
+def _set_epsilon(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
+    """Return the study at another epsilon, its parts in proportion, what it leaves open chosen for that."""
+    share = epsilon / study.privacy.epsilon
+    written = study.as_written()
+    values = {"privacy.epsilon": epsilon}
+    for key in ("privacy.threshold_epsilon", "privacy.ranges_epsilon", "privacy.vote_epsilon"):
+        if part := written.value(key):
+            values[key] = part * share
+    return recipe.settle(written._with(values), sizes)
 
 
-def _longer(study: Study) -> Study:
+def _lengthen(study: Study) -> Study:
     """Return the study on the longest path of the recipe: what there is to be learnt."""
     values = {"training.algorithm": "fedavgm", "training.server_momentum": recipe.MOST_MOMENTUM}
     return study._with(values)
@@ -115,17 +127,21 @@ class _Game:
     """One made-up table, on which a study is played with and without its noise."""
 
     def __init__(self, plan: Plan, teacher: Teacher, number: int) -> None:
-        self.plan, self.model = plan, build_model(plan.study, plan.encoding)
+        self.plan = plan
+        self.number = number
+        self.model = build_model(plan.study, plan.encoding)
         self.task = plan.encoding.target.task
-        patients = sum(plan.sizes[name]["train"] for name in plan.participants)
+        self.patients = sum(plan.sizes[name]["train"] for name in plan.participants)
+
         most = MOST_NUMBERS / (plan.parameters * plan.study.training.rounds)
-        self.patients, self.number = patients, number
-        rows = int(min(patients, max(400, min(most, 4000))))
+        rows = int(min(self.patients, max(400, min(most, 4000))))
+        self.rows = rows
+
         rng = np.random.default_rng(number)
         x_NF = make_up(plan.encoding, rows + 2000, teacher.together, rng)
         y_N = self._teach(x_NF, teacher, rng)
-        self.x_test, self.y_test = x_NF[rows:], y_N[rows:]
-        self.rows = rows
+        self.x_test = x_NF[rows:]
+        self.y_test = y_N[rows:]
         self.patients_of = Patients.of([Rows(x_NF[:rows], y_N[:rows], torch.arange(rows))])
 
     def _teach(self, x_NF: Tensor, teacher: Teacher, rng: np.random.Generator) -> Tensor:
@@ -136,6 +152,7 @@ class _Game:
         weights = rng.normal(size=(x.shape[1], classes if classes > 2 else 1))
         z = x @ rng.permutation(weights / np.sqrt(np.arange(1, x.shape[1] + 1))[:, None])  # few inputs tell much
         z *= teacher.strength / np.maximum(z.std(0), 1e-9)
+
         if self.task == "regression":
             noise = rng.normal(size=len(z)) * 1.5
             return torch.tensor((z[:, 0] + noise) / (2 * math.hypot(teacher.strength, 1.5)), dtype=torch.float32)
@@ -144,32 +161,41 @@ class _Game:
         drawn = z[:, 0] + rng.logistic(size=len(z))
         return torch.tensor(drawn > np.quantile(drawn, 1 - teacher.prevalence), dtype=torch.float32)
 
-    def play(self, study: Study, promised: Guarantee | None) -> float:
-        """Return the figure on unseen made-up rows of a study's steps, with its noise or without noise and clip."""
-        t, task = study.training, self.task
-        first = promised or self.plan.guarantee
-        assert first is not None
-        clip = first.clip if promised else 1e6
+    def play(self, study: Study, guarantee: Guarantee | None) -> float:
+        """Return the figure on unseen made-up rows after a study's steps, under a guarantee's noise and clip or neither."""
+        t = study.training
         whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
-        g = dataclasses.replace(first, mode="shared", releases=whole, clipping=first.clipping if promised else "fixed")
-        noise = _noise(study, promised, self.plan.participants) * self.rows / self.patients if promised else 0.0
+
+        if guarantee is not None:
+            clip = guarantee.clip
+            noise = _noise(study, guarantee, self.plan.participants) * self.rows / self.patients
+            played = dataclasses.replace(guarantee, mode="shared", releases=whole)
+        else:
+            assert self.plan.guarantee is not None
+            clip = 1e6
+            noise = 0.0
+            played = dataclasses.replace(self.plan.guarantee, mode="shared", releases=whole, clipping="fixed")
+
         algorithm = ALGORITHMS[algorithm_name(study)]
         server = algorithm.begin(vector(self.model), t)
         rng = torch.Generator().manual_seed(self.number)
         key = torch.zeros(1, dtype=torch.int64)
         for _ in range(t.rounds):
-            summed = dpsgd.sums(self.model, server.w_P, self.patients_of, task, g, clip, ["rows"], key, self.plan.path)
+            summed = dpsgd.sums(
+                self.model, server.w_P, self.patients_of, self.task, played, clip, ["rows"], key, self.plan.path
+            )
             total_P = summed.total_KP[0] + noise * torch.randn(len(server.w_P), generator=rng, dtype=torch.float64)
             gradient_P = (total_P * (clip / self.rows)).to(server.w_P.dtype) + t.weight_decay * server.w_P
             server = algorithm.step(server, -t.learning_rate * gradient_P, 1.0, t)
+
         z_NC = outputs(self.model, server.released_P, self.x_test)
-        return figure(task, z_NC, self.y_test)
+        return figure(self.task, z_NC, self.y_test)
 
 
-def _noise(study: Study, g: Guarantee, clients: Sequence[str]) -> float:
+def _noise(study: Study, guarantee: Guarantee, clients: Sequence[str]) -> float:
     """Return the standard deviation of a step's noise on the sum of all patients, in units of the clip."""
-    release = max(g.releases.values(), key=lambda r: r.noise_multiplier)
-    each = release.noise_multiplier * (g.max_sites if g.joint else 1)
+    release = max(guarantee.releases.values(), key=lambda r: r.noise_multiplier)
+    each = release.noise_multiplier * (guarantee.max_sites if guarantee.joint else 1)
     return each * excess(study, clients) / release.probability / math.sqrt(release.steps)
 
 
@@ -187,7 +213,8 @@ def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Gener
 
 def figure(task: str, z_NC: Tensor, y_N: Tensor) -> float:
     """Return AUROC (of several classes: the mean of one against the rest), or R2 of numbers; 0.5 or 0 if not finite."""
-    z, y = z_NC.double().numpy(), y_N.double().numpy()
+    z = z_NC.double().numpy()
+    y = y_N.double().numpy()
     if not np.isfinite(z).all():
         return 0.0 if task == "regression" else 0.5
     if task == "regression":
@@ -220,9 +247,11 @@ def paid_test(plan: Plan) -> PaidTest | None:
     Where marks or dates say who is held out, how many those are is not public: then None, too.
     """
     study = plan.study
-    data, privacy = study.data, study.privacy
+    data = study.data
+    privacy = study.privacy
     if not privacy.evaluation_epsilon or data.test_is_public or data.test or plan.guarantee is None:
         return None
+
     trained = sum(release.size for release in plan.guarantee.releases.values())
     held_out = round(trained * data.test_fraction / (1 - data.test_fraction))
     if guarantees.counted_together(study):
@@ -238,7 +267,8 @@ def _interval(held_out: int, prevalence: float, variance: float) -> tuple[float,
     rng = np.random.default_rng(0)
     positives = round(held_out * prevalence)
     apart = math.sqrt(2) * statistics.NormalDist().inv_cdf(AUROC)
-    found: list[tuple[float, float]] = []
+
+    told: list[tuple[float, float]] = []
     for _ in range(_DRAWS):
         logits = rng.normal(size=held_out)
         logits[:positives] += apart
@@ -246,7 +276,8 @@ def _interval(held_out: int, prevalence: float, variance: float) -> tuple[float,
         counts = decision.tally(logits, np.arange(held_out) < positives, edges)
         figure = noised.Noised(edges, counts + rng.normal(0, math.sqrt(variance), counts.shape), variance)._auroc()
         if figure.low is not None and figure.high is not None:
-            found.append((figure.low, figure.high))
-    if len(found) * 2 <= _DRAWS:
+            told.append((figure.low, figure.high))
+
+    if len(told) * 2 <= _DRAWS:
         return None
-    return statistics.median(low for low, _ in found), statistics.median(high for _, high in found)
+    return statistics.median(low for low, _ in told), statistics.median(high for _, high in told)

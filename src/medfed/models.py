@@ -124,7 +124,7 @@ def logistic(features: int, outputs: int = 1) -> nn.Sequential:
     return nn.Sequential(layer)
 
 
-def MedicalNeuralNetwork(
+def medical_mlp(
     features: int = 32,
     outputs: int = 1,
     hidden: Sequence[int] = (512, 256, 128, 64, 32),
@@ -132,11 +132,11 @@ def MedicalNeuralNetwork(
     norm: Norm = "layer",
     init: Init = "torch",
 ) -> nn.Sequential:
-    """Return the brief's network: five hidden layers with dropout; its L2 penalty is `training.weight_decay`.
+    """Return five hidden layers with dropout; their L2 penalty is `training.weight_decay`.
 
-    The brief normalises over the batch (BatchNorm). That mixes patients, so it cannot carry a patient-level guarantee,
-    and its running statistics differ between hospitals: LayerNorm stands in its place. With 32 features it has
-    193,473 parameters; the brief says about 195,000.
+    The brief (docs/from-the-brief.md) normalises over the batch (BatchNorm). That mixes patients, so it cannot carry a
+    patient-level guarantee, and its running statistics differ between hospitals: LayerNorm stands in its place. With
+    32 features it has 193,473 parameters; the brief says about 195,000.
     """
     return mlp(features, outputs, hidden, dropout, norm, init)
 
@@ -169,7 +169,7 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "logistic": logistic,
     "mlp": mlp,
     "conv1d": conv1d,
-    "medical-mlp": MedicalNeuralNetwork,
+    "medical-mlp": medical_mlp,
 }
 
 

@@ -98,8 +98,7 @@ def settle(study: Study, devices: Collection[str] = ()) -> Study:
         if not sizes:
             return _choose(study, _tests(study))
         encoding = declared_encoding(study)
-        found = facts(study, encoding, sizes)
-        study = _choose(study, _steps(study, found))
+        study = _choose(study, _steps(study, facts(study, encoding, sizes)))
         return _choose(study, _tests(study))
     except MedfedError:
         return _choose(study, _tests(study))
@@ -139,19 +138,26 @@ def _refuse_to_ask(*_: object) -> Tensor:
 def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
     """Return the public facts of a study of these declared sizes, its schedule being chosen."""
     model = build_model(study, encoding)
-    parameters, clients = models.count(model), list(sizes)
+    parameters = models.count(model)
+    clients = list(sizes)
     check_groups(study, clients)
-    g = guarantees.resolve(study, sizes, parameters)
+
+    # the noise of the whole run, spent on one sum
+    guarantee = guarantees.resolve(study, sizes, parameters)
+    multiplier = max(release.noise_multiplier for release in guarantee.releases.values())
+    each = multiplier / math.sqrt(guarantee.uses) * excess(study, clients)
+    if guarantee.joint:
+        each *= guarantee.max_sites
+
+    # against what the sum can say
     patients = sum(sizes.values()) * cohort(study, clients) / len(clients)
-    multiplier = max(release.noise_multiplier for release in g.releases.values()) / math.sqrt(g.uses)
-    each = multiplier * excess(study, clients) * (g.max_sites if g.joint else 1)
     directions = min(parameters, encoding.target.outputs * (len(encoding.names()) + 1))
     rho = patients / (each * math.sqrt(directions))
     try:
-        found = reach(model, encoding)
+        R = reach(model, encoding)
     except Exception:  # a module of the user's own that cannot run: the plan's probe names the part
-        found = reach(nn.Linear(len(encoding.names()), 1), encoding)
-    return Facts(round(patients), len(clients), directions, found, CURVATURE[encoding.target.task], rho)
+        R = reach(nn.Linear(len(encoding.names()), 1), encoding)
+    return Facts(round(patients), len(clients), directions, R, CURVATURE[encoding.target.task], rho)
 
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
@@ -173,22 +179,26 @@ Choices = dict[str, tuple[Any, str]]
 
 def _basics(study: Study, patients: int) -> Choices:
     """Choose what a claim needs before there is any noise: delta, encoding, and who pays for test figures."""
-    p, found = study.privacy, Choices()
-    found["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
-    found["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
-    delta = p.delta if p.delta < 1 else _delta(patients)
-    with_delta = dataclasses.replace(study, privacy=dataclasses.replace(p, delta=delta))
-    if study.left_open("privacy.vote_epsilon") and (vote := _vote(with_delta)):
-        found["privacy.vote_epsilon"] = vote
-        with_delta = with_delta.set("privacy.vote_epsilon", vote[0])
+    choices = Choices()
+    choices["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
+    choices["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
+
+    # what the rest costs follows from delta
+    priced = study
+    if study.privacy.delta >= 1:
+        priced = dataclasses.replace(study, privacy=dataclasses.replace(study.privacy, delta=_delta(patients)))
+    if study.left_open("privacy.vote_epsilon") and (vote := _vote(priced)):
+        choices["privacy.vote_epsilon"] = vote
+        priced = priced.set("privacy.vote_epsilon", vote[0])
     if not study.data.test_is_public and is_binary(study.data) and study.monitor.evaluate_every:
-        found["privacy.evaluation_epsilon"] = affordable(with_delta), "what a held-out patient's own budget bears"
-    return found
+        choices["privacy.evaluation_epsilon"] = affordable(priced), "what a held-out patient's own budget bears"
+    return choices
 
 
 def _vote(study: Study) -> tuple[float, str] | None:
     """Choose a vote on sites' own models where its answer is known to a quarter of the sites; else none."""
-    p, sites = study.privacy, len(study.privacy.sizes)
+    p = study.privacy
+    sites = len(p.sizes)
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
     if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
         return None
@@ -196,10 +206,12 @@ def _vote(study: Study) -> tuple[float, str] | None:
         return None
     if max(p.threshold_epsilon, p.ranges_epsilon) > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
         return None
+
     voting = dataclasses.replace(study, privacy=dataclasses.replace(p, vote_epsilon=p.epsilon / 4))
     test = p.evaluation_epsilon or affordable(study)
     if not study.data.test_is_public and not bears(voting, test):
         return None  # held-out patients pay for both, and the test comes first
+
     half = guarantees.vote_interval(sites, guarantees.vote_noise(study, p.epsilon / 4, sites))
     return (
         p.epsilon / 4,
@@ -213,50 +225,63 @@ def _delta(patients: int) -> float:
 
 def _schedule(study: Study) -> Choices:
     """Choose how many noised sums there are, and of whom."""
-    found = Choices()
-    where = guarantees.mode(study)
-    found["privacy.noise"] = where, "one noise for all sites together: sqrt(sites) less than one for each"
+    choices = Choices()
+    mode = guarantees.mode(study)
+    choices["privacy.noise"] = mode, "one noise for all sites together: sqrt(sites) less than one for each"
     whole = "every patient in every step: the accountant is exact, and no site's size sets the noise of another"
-    found["training.batch_size"] = 0, whole
+    choices["training.batch_size"] = 0, whole
+
     alone = all(study.left_open(f"training.{key}") for key in ("local_epochs", "batch_size"))
-    if where == "site" and alone:
-        found["training.local_steps"] = 1, "each local step is noised by itself: one a round, averaged over sites"
-    plain = study.left_open("training.algorithm")
-    if plain and study.left_open("training.learning_rate"):
-        found["training.algorithm"] = "fedavgm", "fedavg with momentum, which is free: it only adds up noised sums"
-    found["training.rounds"] = ROUNDS, "the noise of many small steps averages; more rounds would only cost time"
-    found["training.average"] = 0.5, "the mean of the last half of the models, which costs no privacy"
-    return found
+    if mode == "site" and alone:
+        choices["training.local_steps"] = 1, "each local step is noised by itself: one a round, averaged over sites"
+
+    if study.left_open("training.algorithm") and study.left_open("training.learning_rate"):
+        choices["training.algorithm"] = "fedavgm", "fedavg with momentum, which is free: it only adds up noised sums"
+    choices["training.rounds"] = ROUNDS, "the noise of many small steps averages; more rounds would only cost time"
+    choices["training.average"] = 0.5, "the mean of the last half of the models, which costs no privacy"
+    return choices
 
 
-def _steps(study: Study, found: Facts) -> Choices:
+def _steps(study: Study, facts: Facts) -> Choices:
     """Choose clip, rate and momentum for rho; see the module."""
-    t, p, R, h = study.training, study.privacy, found.reach, found.curvature
+    t = study.training
+    p = study.privacy
+    R = facts.reach
     choices = Choices()
     if not study.left_open("training.learning_rate"):
         return choices  # rate and clip are one: who sets the rate has the plain clip, or sets that too
-    share = min(1.0, max(0.25, math.sqrt(found.rho / 400)))
-    clip = share * R if study.left_open("privacy.clip") else p.clip
+
+    # the clip
+    share = min(1.0, max(0.25, math.sqrt(facts.rho / 400)))
+    clip = p.clip
     kind = p.clipping
+    if study.left_open("privacy.clip"):
+        clip = share * R
     if study.left_open("privacy.clip") and study.left_open("privacy.clipping"):
         kind = "fixed"
         choices["privacy.clipping"] = kind, "the sum keeps who is sure and who is not"
     choices["privacy.clip"] = float(f"{clip:.3g}"), f"{share:.2g} of a made-up row's gradient, {R:.3g}"
-    path = min(LONGEST, max(SHORTEST, 4 * found.rho * R / clip))
+
+    # the path, and how momentum and rounds reach it
+    path = min(LONGEST, max(SHORTEST, 4 * facts.rho * R / clip))
     momentum = t.algorithm == "fedavgm"
     if not momentum and study.left_open("training.rounds"):
         rounds = min(MOST_ROUNDS, max(ROUNDS, math.ceil(path)))
         choices["training.rounds"] = rounds, "without momentum, more steps"
         t = dataclasses.replace(t, rounds=rounds)
     most = max(0.0, min(MOST_MOMENTUM, 1 - 5 / t.rounds))
-    beta = min(most, max(0.0, 1 - t.rounds / path)) if momentum else 0.0
-    if momentum and not study.left_open("training.server_momentum"):
+    beta = 0.0
+    if momentum and study.left_open("training.server_momentum"):
+        beta = min(most, max(0.0, 1 - t.rounds / path))
+    elif momentum:
         beta = t.server_momentum
+
+    # the rate
     steps = min(1.0, path * (1 - beta) / t.rounds)
-    rate = steps / (h * R**2)
+    rate = steps / (facts.curvature * R**2)
     if kind == "automatic":
         rate *= R / (2 * clip)  # every gradient has norm C, where a first one has about R / 2
-    why = f"signal to noise {found.rho:.3g} of {found.patients} patients in {found.directions} directions"
+    why = f"signal to noise {facts.rho:.3g} of {facts.patients} patients in {facts.directions} directions"
     if momentum:
         choices["training.server_momentum"] = float(f"{beta:.3g}"), f"{why}: a path of {path:.3g} steps"
     choices["training.learning_rate"] = float(f"{rate:.3g}"), f"{why}: {steps:.2g} of the largest safe step"
@@ -276,6 +301,8 @@ def _choose(study: Study, choices: Choices) -> Study:
     open_ = {key: choice for key, choice in choices.items() if study.left_open(key)}
     if not open_:
         return study
-    before, given = study.chosen, study.given
-    study = study._with({key: value for key, (value, _) in open_.items()})
-    return dataclasses.replace(study, chosen={**before, **{key: why for key, (_, why) in open_.items()}}, given=given)
+
+    values = {key: value for key, (value, _) in open_.items()}
+    reasons = {key: why for key, (_, why) in open_.items()}
+    with_values = study._with(values)
+    return dataclasses.replace(with_values, chosen={**study.chosen, **reasons}, given=study.given)

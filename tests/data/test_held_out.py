@@ -11,7 +11,7 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError
-from medfed.monitor.dashboards import generate_comprehensive_report
+from medfed.monitor.dashboards import write_report
 from medfed.study import Study, load
 
 
@@ -127,7 +127,7 @@ def test_a_site_of_test_rows_alone_is_tested_and_never_trained_on(tmp_path: Path
     assert set(summary["per_site"]) == {"north", "south", "east"}
     assert summary["participation"]["east"] == 0 and summary["per_site"]["east"]["accuracy"] is not None
     assert set(summary["compared"]["sites"]) == {"north", "south"}  # it has no model of its own
-    pages = generate_comprehensive_report(tmp_path / "with", tmp_path / "report.html")
+    pages = write_report(tmp_path / "with", tmp_path / "report.html")
     assert "east" in pages.read_text(encoding="utf-8")
     (tmp_path / "else").mkdir()
     other = _study(tmp_path / "else", _without_east(_marked()), **keys).set("monitor.baselines", False)

@@ -40,7 +40,7 @@ def lied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(folder: Path) -> dict[str, str]:
-    return {name: path.read_text() for name, path in dashboards.create_interactive_dashboards(folder).items()}
+    return {name: path.read_text() for name, path in dashboards.write_dashboards(folder).items()}
 
 
 def text(page: str) -> str:
@@ -131,12 +131,12 @@ def test_pages_are_whole_in_themselves(private: Path) -> None:
 
 
 def test_the_report_begins_with_what_was_asked(private: Path) -> None:
-    page = dashboards.generate_comprehensive_report(private).read_text()
+    page = dashboards.write_report(private).read_text()
     for item in ("what was asked", "what came out", "what protects patients", "what is not promised"):
         assert item in page
     assert all(f"<h1>{title}</h1>" in page for title in ("Training", "Sites and devices", "Privacy", "Security"))
     assert page.count("Plotly.newPlot") >= 4 and len(page) < 10e6
-    assert "Highest level of threat" in dashboards.generate_security_report(private).read_text()
+    assert "Highest level of threat" in dashboards.write_security_page(private).read_text()
 
 
 # bad input ---------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def written(folder: Path, told: list[Event]) -> Path:
 
 def test_what_looks_like_a_script_stays_text(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", invented(3, [f'"a" {EVIL}', "b"], EVIL))
-    for page in [*pages(folder).values(), dashboards.generate_comprehensive_report(folder).read_text()]:
+    for page in [*pages(folder).values(), dashboards.write_report(folder).read_text()]:
         assert EVIL not in page and "alert('x')</script>" not in page
         assert page.count("<script") == page.count("</script>")
 
@@ -227,7 +227,7 @@ def test_one_site_and_a_fleet_of_devices(tmp_path: Path) -> None:
 
 
 def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
-    written_to = dashboards.export_training_logs(private, tmp_path)
+    written_to = dashboards.export_tables(private, tmp_path)
     assert len(written_to) == 12
     reader: dict[str, Any] = {"json": pd.read_json, "csv": pd.read_csv, "parquet": pd.read_parquet}
     for name in ("rounds", "sites", "tests", "findings"):
@@ -237,7 +237,7 @@ def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
     finished = [e for e in events.read(private / "events.jsonl") if isinstance(e, RoundFinished)]
     assert rounds["bytes_up"].tolist() == [e.bytes_up for e in finished]
     with pytest.raises(PlanError, match="expected some of json, csv, parquet"):
-        dashboards.export_training_logs(private, tmp_path, ["xlsx"])
+        dashboards.export_tables(private, tmp_path, ["xlsx"])
 
 
 def test_the_command_writes_all(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

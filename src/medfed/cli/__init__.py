@@ -277,7 +277,7 @@ def privacy_claim(
 
     found = claims.read(run)
     if report:
-        claims.generate_privacy_report(run, report)
+        claims.write_page(run, report)
     if as_json:
         print(json.dumps(found, indent=2))
         return

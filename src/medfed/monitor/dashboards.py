@@ -46,8 +46,8 @@ FOUR = tuple(PAGES)[:4]
 # The pages
 
 
-def create_interactive_dashboards(folder: str | Path, out: str | Path | None = None) -> dict[str, Path]:
-    """Write the four pages of a run into its reports/, or into `out`; return where each is. The brief's name.
+def write_dashboards(folder: str | Path, out: str | Path | None = None) -> dict[str, Path]:
+    """Write the four pages of a run into its reports/, or into `out`; return where each is.
 
     Raises RunError where the folder holds no events, or events of a newer schema.
     """
@@ -65,13 +65,13 @@ def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[
     return {name: place / name for name in names}
 
 
-def generate_comprehensive_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write one page with everything, an executive page first, for printing; return where. The brief's name."""
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write one page with everything, an executive page first, for printing; return where."""
     return _written(Path(folder), "report.html", out)
 
 
-def generate_security_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page on security alone; return where. The brief's name."""
+def write_security_page(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page on security alone; return where."""
     return _written(Path(folder), "security_analysis.html", out)
 
 
@@ -87,10 +87,10 @@ def page(story: Story, name: str) -> str:
     return _page(PAGES[name], story, _BODIES[name](story))
 
 
-def export_training_logs(
+def export_tables(
     folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = ("json", "csv", "parquet")
 ) -> list[Path]:
-    """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format. The brief's name.
+    """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format.
 
     Raises PlanError for a format that is not one of json, csv, parquet.
     """
