@@ -18,8 +18,9 @@ from medfed.data.preprocess import Column, Encoding, Target
 from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare, rehearse
 from medfed.privacy.ledger import Ledger
-from medfed.probe import Probed, failing_part
+from medfed.probe import Probed
 from medfed.study import Feature, Study
+from medfed.watching import find_failing_part
 from tests.engine.pipes import Pipes
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
@@ -387,9 +388,9 @@ def test_stage_and_module_are_read_off_an_exception() -> None:
 
 def test_the_innermost_module_without_a_gradient_is_found() -> None:
     inner = nn.Sequential(nn.Linear(4, 4), When(lambda layer, x: True, _NoWayBack.apply))
-    assert failing_part(nn.Sequential(nn.Linear(3, 4), inner, nn.ReLU()), torch.ones(2, 3)) == "When '1.1'"
-    assert failing_part(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)) == ""
-    assert failing_part(nn.Linear(9, 4), torch.ones(2, 3)) == ""  # it cannot even compute them
+    assert find_failing_part(nn.Sequential(nn.Linear(3, 4), inner, nn.ReLU()), torch.ones(2, 3)) == "When '1.1'"
+    assert find_failing_part(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)) == ""
+    assert find_failing_part(nn.Linear(9, 4), torch.ones(2, 3)) == ""  # it cannot even compute them
 
 
 def test_made_up_rows_lie_at_the_ends_of_what_the_encoding_allows() -> None:

@@ -15,17 +15,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from medfed import runs
 from medfed import study as studies
+from medfed.column_shapes import MOST_LABELS, Shape, describe_shape, find_named
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, mapping, numerals, readers, sources, workbooks
+from medfed.data import clinical, dates, doubts, footers, readers, sources, workbooks
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
-from medfed.data.tables import canonical
 from medfed.study import Data, Feature, Format, Study, put
 from medfed.surveys import NEGATIVE
 
@@ -50,11 +48,8 @@ _ADMISSIONS = """
 admission admitted admit admissiondate aufnahme aufnahmedatum eintritt eintrittsdatum entrée entree dateentrée ricovero
 dataricovero ingreso fechaingreso encounter visit visitdate sampled collected date datum data fecha
 """
-_MOST_LABELS = 10
 _MOST_SITES = 500
 _MOST_CATEGORIES = 64
-_DATE_LIKE = r"\d{1,4}[./-]\d{1,2}[./-]\d{2,4}(?:\D.*)?"
-_EIGHT_DIGITS = r"\d{8}"
 _PASSES = 6
 
 
@@ -71,29 +66,6 @@ class Draft:
     unread: str
     left_out: str = ""
     surveys: Mapping[str, Mapping[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a column's cells look like."""
-
-    name: str
-    known: int
-    distinct: int
-    numbers: float  # share of the known cells
-    forms: tuple[str, ...]  # in which all cells are dates; several where day and month may stand either way
-    dated: bool  # all cells look like dates, whether or not one form reads them
-    limits: tuple[str, ...]  # results beyond a detection limit, where all else are numbers
-    labels: tuple[str, ...]  # the different cells, where they are few
-    suffixes: tuple[str, ...]  # what stands behind the numbers, where most have something
-    spelt: str  # how most of it spells numbers, where that is none that is read
-    gaps: tuple[str, ...]  # words for what is missing that a study does not take for it by itself
-
-    @property
-    def words(self) -> set[str]:
-        """The words of its name, and all of them as one."""
-        parts = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name).casefold())
-        return {*parts, "".join(parts)}
 
 
 def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
@@ -124,7 +96,7 @@ def _draft(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
         notes["data", "format", "labels"] = "the file names its codes: see which of them mean missing"
     reading = _read(table, _study(asked).data)
     reading = _drop_footer(asked, notes, reading)
-    shapes = [_shape(reading.frame[name]) for name in reading.frame.columns]
+    shapes = [describe_shape(reading.frame[name]) for name in reading.frame.columns]
     _propose_format(asked, notes, reading)
     _propose_roles(asked, notes, shapes)
     _propose_task(asked, notes, shapes)
@@ -224,62 +196,6 @@ def _preface(table: Path, blanks: Sequence[str]) -> list[str]:
     return lines
 
 
-# What columns look like -----------------------------------------------------------------------------------------------
-
-
-def _shape(values: pd.Series) -> _Shape:
-    texts = canonical(values)
-    known_N = ~(values.isna() | texts.isin(Data().missing_values)).to_numpy(dtype=bool)
-    texts = texts[known_N]
-    gaps = tuple(doubts.gap_words(texts.unique()))
-    texts = texts[~texts.isin(gaps)]
-    number_N = pd.to_numeric(texts, errors="coerce").notna()
-    share = float(number_N.mean()) if len(texts) else 0.0
-    different = [str(text) for text in texts.unique()]
-    suffixes = tuple(doubts.units_of(different))
-    if spelt := "" if suffixes or share >= 0.5 else numerals.form_of(different) or "":
-        texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
-        share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
-    return _Shape(
-        name=str(values.name),
-        known=len(texts),
-        distinct=len(different),
-        numbers=share,
-        forms=tuple(dates.forms(different)) if (dated := _is_dated(texts)) else (),
-        dated=dated,
-        limits=_limits(different, suffixes) if share < 1 else (),
-        labels=tuple(sorted(different)) if len(different) <= _MOST_LABELS else (),
-        suffixes=suffixes,
-        spelt=spelt,
-        gaps=gaps,
-    )
-
-
-def _is_dated(texts: pd.Series) -> bool:
-    """Say whether all texts look like dates; of eight digits several have to be days."""
-    if not len(texts) or not texts.iloc[0][:1].isdigit():
-        return False
-    if texts.str.fullmatch(_EIGHT_DIGITS).all():
-        return len(texts) > 1 and bool(dates.digits(texts.astype(float).to_numpy()).all())
-    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.dated(list(texts.unique())).all())
-
-
-def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
-    """Return the results beyond a detection limit among a column's texts, where the others are several numbers."""
-    bare = {mapping.without_suffix(text, suffixes) or "" for text in different}
-    beyond = {text for text in bare if mapping.is_limit(text)}
-    others = pd.to_numeric(pd.Series(sorted(bare - beyond), dtype=object), errors="coerce")
-    return tuple(sorted(beyond)) if len(others) > 1 and bool(others.notna().all()) else ()
-
-
-def _find_named(shapes: Sequence[_Shape], words: str) -> list[_Shape]:
-    """Return the columns one of whose words is asked for, in the order of what is asked."""
-    order = words.split()
-    rank = {word: place for place, word in enumerate(order)}
-    found = [(min(rank[w] for w in shape.words if w in rank), shape) for shape in shapes if shape.words & rank.keys()]
-    return [shape for _, shape in sorted(found, key=lambda pair: pair[0])]
-
-
 # What is proposed -----------------------------------------------------------------------------------------------------
 
 
@@ -298,18 +214,18 @@ def _propose_format(asked: dict[str, Any], notes: dict[toml.Path, str], reading:
                 notes["data", "format", key] = f"guessed: {why}"
 
 
-def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[_Shape]) -> None:
+def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]) -> None:
     data = asked["data"]
     free = [shape for shape in shapes if shape.name not in data.values() and shape.name != readers.SITE]
     if "patient" not in data:
-        for shape in _find_named(free, _PATIENTS):
+        for shape in find_named(free, _PATIENTS):
             if shape.distinct > _MOST_CATEGORIES or shape.distinct > 0.5 * shape.known:
                 data["patient"] = shape.name
                 notes["data", "patient"] = f"{shape.distinct} different ids in {shape.known} rows"
                 break
     free = [shape for shape in free if shape.name not in data.values()]
     if "site" not in data and not data.get("site_is_file") and "sites" not in asked:
-        found = [s for s in _find_named(free, _SITES) if 2 <= s.distinct <= min(_MOST_SITES, s.known / 4)]
+        found = [s for s in find_named(free, _SITES) if 2 <= s.distinct <= min(_MOST_SITES, s.known / 4)]
         if found:
             data["site"] = found[0].name
             notes["data", "site"] = f"{found[0].distinct} sites"
@@ -317,8 +233,8 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
             data["site"] = Ask("", "the column that names the hospital; or leave it out and name [sites].")
     free = [shape for shape in free if shape.name not in data.values()]
     if "target" not in data:
-        labels = [shape for shape in free if 2 <= shape.distinct <= _MOST_LABELS]
-        found = _find_named(labels, _TARGETS) or [shape for shape in labels if shape is free[-1]]
+        labels = [shape for shape in free if 2 <= shape.distinct <= MOST_LABELS]
+        found = find_named(labels, _TARGETS) or [shape for shape in labels if shape is free[-1]]
         if found:
             data["target"] = found[0].name
             others = [shape.name for shape in found[1:4]]
@@ -329,7 +245,7 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
             data["target"] = Ask("", f"the column to predict, such as {some(map(repr, names), 8)}.")
 
 
-def _propose_task(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[_Shape]) -> None:
+def _propose_task(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]) -> None:
     """Predict a number where the target's cells are so many numbers that they are no labels."""
     data = asked["data"]
     for shape in shapes:
@@ -344,7 +260,7 @@ def _propose_task(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Se
             notes["data", "task"] = f"{shape.distinct} different numbers"
 
 
-def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target: _Shape) -> None:
+def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target: Shape) -> None:
     """Say which of two labels is meant by positive, where one of them says that it is not."""
     if len(target.labels) != 2 or "positive" in data:
         return
@@ -354,7 +270,7 @@ def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target:
         notes["data", "positive"] = "precision and recall are of it"
 
 
-def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[_Shape]) -> None:
+def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]) -> None:
     """Leave out what is no feature, take gap words for gaps, and describe what the clinical dictionary knows."""
     data = asked["data"]
     roles = {data.get(key) for key in ("target", "site", "patient", "test") if isinstance(data.get(key), str)}
@@ -373,7 +289,7 @@ def _propose_columns(asked: dict[str, Any], notes: dict[toml.Path, str], shapes:
             _propose_column(asked, notes, shape)
 
 
-def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
+def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: Shape) -> None:
     """Describe a feature: what stands beside its numbers, and its range where the dictionary knows its name."""
     path = ("data", "dictionary", shape.name)
     if len(apart := measures.apart(shape.suffixes)) > 1:
@@ -404,7 +320,7 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _
         put(asked, (*path, "doc"), f"{entries[0].doc}: set range to {units}")
 
 
-def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[_Shape]) -> set[str]:
+def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[Shape]) -> set[str]:
     """Make ages of dates of birth, and say how the others are written; return the columns that are used so.
 
     What another date becomes is left to a person: days from it often tell what is to be predicted.
@@ -412,9 +328,9 @@ def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features:
     data = asked["data"]
     entries = data.get("dictionary", {})
     dated = [shape for shape in features if shape.forms and shape.forms != (dates.SHORT,)]
-    births = [shape for shape in _find_named(dated, _BIRTHS) if not entries.get(shape.name, {}).get("becomes")]
+    births = [shape for shape in find_named(dated, _BIRTHS) if not entries.get(shape.name, {}).get("becomes")]
     others = [shape for shape in dated if shape not in births]
-    reference = next(iter(_find_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
+    reference = next(iter(find_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
     used = set(entries) & {shape.name for shape in dated}
     for shape in births:
         path = ("data", "dictionary", shape.name)
@@ -436,7 +352,7 @@ def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features:
     return used
 
 
-def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: _Shape) -> None:
+def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: Shape) -> None:
     """Say in which form a column's dates are written, or ask whether day or month stands first."""
     path = ("data", "dictionary", shape.name, "date")
     if asked["data"].get("dictionary", {}).get(shape.name, {}).get("date"):
@@ -460,7 +376,7 @@ def _describe(entry: Feature) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value}
 
 
-def _no_feature(shape: _Shape) -> str:
+def _no_feature(shape: Shape) -> str:
     """Return why a column can be no feature as it is; empty where it may be one."""
     if not shape.known:
         return "empty"

@@ -162,7 +162,7 @@ class _Game:
         return torch.tensor(drawn > np.quantile(drawn, 1 - teacher.prevalence), dtype=torch.float32)
 
     def play(self, study: Study, guarantee: Guarantee | None) -> float:
-        """Return the figure on unseen made-up rows after a study's steps, under a guarantee's noise and clip or neither."""
+        """Return the figure on unseen made-up rows after a study's steps, noised and clipped as guaranteed."""
         t = study.training
         whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
 

@@ -10,16 +10,12 @@ B made-up rows, F inputs, C outputs, P parameters.
 
 import hashlib
 import pickle
-import random
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -32,6 +28,7 @@ from medfed.data.federated import Patients, Rows, Stack
 from medfed.layers import without_rule
 from medfed.local import LocalPlan, Path, drawing
 from medfed.models import Dropout, seeded
+from medfed.watching import Watch, find_failing_part
 
 PATHS: tuple[Path, ...] = ("rules", "func", "loop")
 """Fastest first."""
@@ -62,13 +59,13 @@ def probe(
     """
     _check_parameters(model, where)
     case = _Case(model, where, x_BF, task, outputs, private, vector(model), _attributes(model))
-    with _restored(model):
+    with _restore_after(model):
         case = case.with_rows_it_takes()
         case = case.with_draws()
         case.check_memory()
         case.check_rows()
         case.check_single_rows()
-        return _fastest(case, PATHS if asked == "auto" else (asked,))
+        return _find_fastest(case, PATHS if asked == "auto" else (asked,))
 
 
 def _check_parameters(model: nn.Module, where: str) -> None:
@@ -80,7 +77,7 @@ def _check_parameters(model: nn.Module, where: str) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def _restore_after(model: nn.Module) -> Iterator[None]:
     """Put everybody's generators, and the module's numbers and mode, back afterwards."""
     before, mode = _numbers(model), model.training
     try:
@@ -127,63 +124,6 @@ def _print_of(value: object) -> object:
         return type(value)
 
 
-class _Watch:
-    """What happens while a module is called: which part runs, which draw, what goes in and comes out of each."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.names = {id(part): name for name, part in model.named_modules()}
-        self.model = model
-        self.running: list[nn.Module] = []
-        self.calls: Counter[str] = Counter()
-        self.drew: str = ""  # the innermost part that moved a generator
-        self.drew_of_torch = True  # and no other one
-        self.seen: list[tuple[str, Tensor | None, Tensor]] = []  # (part, its first input, its output)
-        self._states: list[tuple[object, ...]] = []
-
-    @contextmanager
-    def looking(self) -> Iterator["_Watch"]:
-        """Watch every part of the module."""
-        handles = []
-        for part in self.model.modules():
-            handles += [part.register_forward_pre_hook(self._enter), part.register_forward_hook(self._leave)]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def told(self, part: nn.Module) -> str:
-        """Return a part's kind and name, for people."""
-        name = self.names.get(id(part), "")
-        return f"{type(part).__name__} {name!r}" if name else type(part).__name__
-
-    @property
-    def innermost(self) -> str:
-        """The part that was running when an error came."""
-        return self.told(self.running[-1] if self.running else self.model)
-
-    def _enter(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        self.running.append(part)
-        self.calls[self.names[id(part)]] += 1
-        self._states.append(_generators())
-
-    def _leave(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.running.pop()
-        before, after = self._states.pop(), _generators()
-        if before != after and not self.drew:
-            self.drew, self.drew_of_torch = self.told(part), before[1:] == after[1:]
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        output = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(output, Tensor):
-            self.seen.append((self.told(part), None if first is None else first.detach().clone(), output.detach()))
-
-
-def _generators() -> tuple[object, ...]:
-    """Return the states of torch's, numpy's and Python's generators."""
-    of_numpy: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), of_numpy[1].tobytes(), of_numpy[2], random.getstate()
-
-
 @dataclass(frozen=True)
 class _Case:
     """A module, made-up rows for it, and what a refusal begins with."""
@@ -213,13 +153,13 @@ class _Case:
     def refusal(self, what: str, action: str) -> PlanError:
         return PlanError(f"{self.where}: {what}. {action}")
 
-    def run(self, training: bool, x_BF: Tensor | None = None, watch: _Watch | None = None) -> Tensor:
+    def run(self, training: bool, x_BF: Tensor | None = None, watch: Watch | None = None) -> Tensor:
         """Return the module's outputs, all draws from one seed; raise PlanError where it fails, naming the part."""
         x_BF = self.x_BF if x_BF is None else x_BF
-        watch = watch or _Watch(self.model)
+        watch = watch or Watch(self.model)
         self.model.train(training)
         try:
-            with watch.looking(), seeded(1), drawing(self.model, torch.tensor(1)):
+            with watch.watch(), seeded(1), drawing(self.model, torch.tensor(1)):
                 z_BC = self.model(x_BF.clone())
         except Exception as error:  # rows are made up: its words quote no patient
             rows, mode = _rows(x_BF), "training" if training else "evaluation"
@@ -254,7 +194,7 @@ class _Case:
     def with_draws(self) -> "_Case":
         """Return the case with what draws in training; refuse draws that no prediction, or no seed, would repeat."""
         for training in (False, True):
-            watch = _Watch(self.model)
+            watch = Watch(self.model)
             self.run(training, watch=watch)
             if watch.drew and not training:
                 raise self.refusal(
@@ -284,21 +224,21 @@ class _Case:
                 kind = "parameter" if name in dict(self.model.named_parameters()) else "buffer"
                 owner = self.model.get_submodule(name.rpartition(".")[0])
                 raise self.refusal(
-                    f"{_Watch(self.model).told(owner)} changes its {kind} {name!r} when it is called: that is neither "
-                    "averaged nor under the clip",
+                    f"{Watch(self.model).name_of(owner)} changes its {kind} {name!r} when it is called: that is "
+                    "neither averaged nor under the clip",
                     "Take a layer that keeps nothing: nn.LayerNorm or nn.GroupNorm for a norm over the batch, "
                     "weight_norm for spectral_norm.",
                 )
         for name, value in _attributes(self.model).items():
             if self.attributes.get(name) != value:
                 part, _, attribute = name.rpartition(".")
-                told = _Watch(self.model).told(self.model.get_submodule(part))
+                told = Watch(self.model).name_of(self.model.get_submodule(part))
                 raise self.refusal(
                     f"{told} changes its attribute {attribute!r} when it is called: that "
                     "is not saved, and may hand on what it has seen of a patient",
                     "Keep nothing between calls; make what does not change in __init__, as a buffer.",
                 )
-        watches = [_Watch(self.model) for _ in range(2)]
+        watches = [Watch(self.model) for _ in range(2)]
         second = [self.run(training, watch=w) for training, w in zip((True, False), watches, strict=True)]
         if not all(_same(a, b) for a, b in zip(first, second, strict=True)):
             raise self.refusal(
@@ -309,16 +249,16 @@ class _Case:
     def check_rows(self) -> None:
         """Refuse a row whose outputs follow from the other rows, in training or in evaluation."""
         for training in (False, True):
-            watch = _Watch(self.model)
+            watch = Watch(self.model)
             z_BC = self.run(training, watch=watch)
             for other_BF in self._others():
-                changed = _Watch(self.model)
+                changed = Watch(self.model)
                 try:
                     z2_BC = self.run(training, other_BF, changed)
                 except PlanError:
                     continue  # a value that the module does not take
                 if not _near(z_BC[:-1], z2_BC[:-1]):
-                    raise self._mixing(_mixer(watch, changed, self.model))
+                    raise self._mixing(_find_mixer(watch, changed, self.model))
 
     def check_single_rows(self) -> None:
         """Refuse what a row alone is given otherwise than among others; draws apart, which are then others."""
@@ -328,7 +268,7 @@ class _Case:
             for n in (0, len(z_BC) - 1):
                 alone_1C = self.run(training, self.x_BF[n : n + 1])
                 if not _near(z_BC[n], alone_1C[0]) and not (training and (self.draws or random_masks)):
-                    raise self._mixing(_Watch(self.model).told(self.model))
+                    raise self._mixing(Watch(self.model).name_of(self.model))
 
     def _others(self) -> Iterator[Tensor]:
         """Yield the rows with the last one changed: into another's, into a large one, into one that is not finite."""
@@ -342,7 +282,7 @@ class _Case:
         )
 
 
-def _mixer(one: _Watch, other: _Watch, model: nn.Module) -> str:
+def _find_mixer(one: Watch, other: Watch, model: nn.Module) -> str:
     """Return the part in which rows that went in alike came out different."""
     for (told, before, y), (_, before2, y2) in zip(one.seen, other.seen, strict=False):
         rows = len(y) - 1 if y.dim() else 0
@@ -350,7 +290,7 @@ def _mixer(one: _Watch, other: _Watch, model: nn.Module) -> str:
             continue
         if before is None or before2 is None or len(before) != len(y) or _near(before[:rows], before2[:rows]):
             return told
-    return one.told(model)
+    return one.name_of(model)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
@@ -377,32 +317,32 @@ def _words(error: Exception) -> str:
 # Which path is right --------------------------------------------------------------------------------------------------
 
 
-def _fastest(case: _Case, paths: tuple[Path, ...]) -> Probed:
+def _find_fastest(case: _Case, paths: tuple[Path, ...]) -> Probed:
     """Return the first path that does what autograd does, one record at a time."""
     reasons: list[str] = []
     try:
         wanted = _gradients(case, "loop")
     except Exception as error:
-        part = failing_part(case.model, case.x_BF) or _Watch(case.model).told(case.model)
+        part = find_failing_part(case.model, case.x_BF) or Watch(case.model).name_of(case.model)
         told = f"the gradient of {part} cannot be taken: {_words(error)}"
         raise case.refusal(told, "Correct its backward pass.") from error
     if not wanted.isfinite().all():
         raise case.refusal("its gradient on made-up rows is not finite", "Scale its first weights.")
     for path in paths:
-        if why := _unfit(case, path, wanted):
+        if why := _say_why_unfit(case, path, wanted):
             reasons.append(why)
         else:
             return Probed(path, tuple(reasons))
     raise case.refusal(f"training.path={paths[0]!r} does not serve it: {reasons[0]}", "Set training.path='auto'.")
 
 
-def _unfit(case: _Case, path: Path, wanted: Tensor) -> str:
+def _say_why_unfit(case: _Case, path: Path, wanted: Tensor) -> str:
     """Return why a path does not train the module as it is; empty where it does."""
     if path == "rules" and (part := without_rule(case.model)):
         return f"no layer rule for {part}"
     if path != "loop" and case.draws:
         return f"{case.draws} draws from torch's generator"
-    if path == "func" and (part := _registered_twice(case.model)):
+    if path == "func" and (part := _find_registered_twice(case.model)):
         return f"torch.func cannot take {part}, which the module has under two names"
     try:
         with warnings.catch_warnings():
@@ -410,14 +350,14 @@ def _unfit(case: _Case, path: Path, wanted: Tensor) -> str:
             found = _gradients(case, path)
             moves = case.private and path != "loop" and _moves_with_company(case, path)
     except Exception as error:
-        return _why_not(path, error)
+        return _say_why(path, error)
     difference, size = float((found - wanted).norm()), float(wanted.norm())
     if not difference <= _GRADIENT * size + 1e-9:
         return f"its gradients by {path!r} are not those of autograd (off by {difference / (size + 1e-30):.1%})"
     return "its gradients hang on who else is in the batch, on this machine" if moves else ""
 
 
-def _why_not(path: Path, error: Exception) -> str:
+def _say_why(path: Path, error: Exception) -> str:
     """Return in a few words why a path failed."""
     if path != "func":
         return _words(error)
@@ -426,12 +366,12 @@ def _why_not(path: Path, error: Exception) -> str:
     return f"torch.func cannot take it ({_words(error)})"
 
 
-def _registered_twice(model: nn.Module) -> str:
+def _find_registered_twice(model: nn.Module) -> str:
     """Return a part with two names: torch.func.functional_call leaves its own tensors in such a part."""
     seen = set[int]()
     for _, part in model.named_modules(remove_duplicate=False):
         if id(part) in seen and any(True for _ in part.parameters()):
-            return _Watch(model).told(part)
+            return Watch(model).name_of(part)
         seen.add(id(part))
     return ""
 
@@ -479,43 +419,3 @@ def _moves_with_company(case: _Case, path: Path) -> bool:
 
 def _norms(case: _Case, path: Path, clients: list[list[int]]) -> Tensor:
     return dpsgd.gradients(case.model, case.w_P, _patients(case, clients), case.task, path)[1]
-
-
-def failing_part(model: nn.Module, x_BF: Tensor) -> str:
-    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each can.
-
-    A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what it was given.
-    """
-    watch = _Watch(model)
-    calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
-    handles = [part.register_forward_hook(lambda m, given, _: calls.append((m, given))) for part in model.modules()]
-    try:
-        with torch.no_grad():
-            model(x_BF.clone())
-    except Exception:
-        return ""
-    finally:
-        for handle in handles:
-            handle.remove()
-    for part, given in calls:  # those inside come first, as they end first
-        if not _goes_back(part, given):
-            return watch.told(part)
-    return ""
-
-
-def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
-    """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own passes."""
-    inputs = [
-        value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in given
-    ]
-    try:
-        with torch.enable_grad():
-            found = part(*inputs)
-            outputs = found if isinstance(found, tuple) else (found,)
-            total = sum(one.sum() for one in outputs if isinstance(one, Tensor) and one.requires_grad)
-            if isinstance(total, Tensor):
-                total.backward()  # type: ignore[no-untyped-call]
-    except Exception:
-        return False
-    return True

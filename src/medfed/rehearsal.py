@@ -22,8 +22,8 @@ from medfed.core.types import Task
 from medfed.data.federated import Rows
 from medfed.data.preprocess import Column, Encoding
 from medfed.local import sample_loss
-from medfed.probe import failing_part
 from medfed.study import Feature
+from medfed.watching import find_failing_part
 
 TABLES: tuple[tuple[int, ...], ...] = ((1,), (1, 1, 1, 1), (3, 1, 2, 1))
 """Made-up tables, as how many records each patient has: one patient alone, one record each, and several."""
@@ -106,7 +106,7 @@ def stage(name: str, model: nn.Module, x_NF: Tensor) -> Iterator[None]:
         yield
     except Exception as error:
         where = stage_of(error) if name == "training" else name
-        module = module_of(error, model) or (failing_part(model, x_NF) if where == "gradient" else "")
+        module = module_of(error, model) or (find_failing_part(model, x_NF) if where == "gradient" else "")
         told = _first_line(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {_first_line(error)}"
         raise SiteError(
             f"rehearsal on made-up rows, stage {where or name}{f', module {module}' if module else ''}: {told} "
