@@ -101,7 +101,8 @@ def _draft(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
     _propose_roles(asked, notes, shapes)
     _propose_task(asked, notes, shapes)
     _propose_columns(asked, notes, shapes)
-    unread, surveys = "", None
+    unread = ""
+    surveys = None
     if _is_complete(asked):
         unread, surveys = _settle(asked, notes, reading if _is_plain(reading, held) else None)
     for shape in shapes:
@@ -130,7 +131,9 @@ def _drop_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: re
     already = max([0, *(layout.footer for layout in reading.layouts.values())])
     put(asked, path, already + footer.lines)
     words = footer.words(reading.frame)
-    what = f"{' and '.join(map(repr, words))} in {footer.column!r}" if words else f"what {footer.column!r} holds"
+    what = f"what {footer.column!r} holds"
+    if words:
+        what = f"{' and '.join(map(repr, words))} in {footer.column!r}"
     notes[path] = f"row {some(reading.frame.index[footer.which_N])}: {what} shows that it is no record"
     return replace(reading, frame=reading.frame[~footer.which_N])
 
@@ -223,6 +226,7 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
                 data["patient"] = shape.name
                 notes["data", "patient"] = f"{shape.distinct} different ids in {shape.known} rows"
                 break
+
     free = [shape for shape in free if shape.name not in data.values()]
     if "site" not in data and not data.get("site_is_file") and "sites" not in asked:
         found = [s for s in find_named(free, _SITES) if 2 <= s.distinct <= min(_MOST_SITES, s.known / 4)]
@@ -231,6 +235,7 @@ def _propose_roles(asked: dict[str, Any], notes: dict[toml.Path, str], shapes: S
             notes["data", "site"] = f"{found[0].distinct} sites"
         else:
             data["site"] = Ask("", "the column that names the hospital; or leave it out and name [sites].")
+
     free = [shape for shape in free if shape.name not in data.values()]
     if "target" not in data:
         labels = [shape for shape in free if 2 <= shape.distinct <= MOST_LABELS]
@@ -301,6 +306,7 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: S
     elif shape.suffixes:
         put(asked, (*path, "suffix"), list(shape.suffixes))
         notes[(*path, "suffix")] = "its unit stands in the cells, and is taken off"
+
     if shape.spelt:
         put(asked, (*path, "numbers"), shape.spelt)
         notes[(*path, "numbers")] = "its cells are numbers, spelt so as texts"
@@ -310,11 +316,13 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: S
         notes[(*path, "limits")] = f"{what}; or 'half' of a lower one, or an 'indicator' beside it"
     if shape.suffixes or shape.distinct <= 2 or (shape.numbers < 0.9 and not shape.limits):
         return
+
     entries = clinical.proposal(shape.name)
     if len(entries) == 1:
         entry = entries[0]
         _put_range(asked, shape.name, entry)
-        notes[(*path, "range")] = f"{entry.doc}{f' in {entry.unit}' if entry.unit else ''}: confirm the unit"
+        told = f"{entry.doc} in {entry.unit}" if entry.unit else entry.doc
+        notes[(*path, "range")] = f"{told}: confirm the unit"
     elif entries:
         units = " or ".join(f"{list(entry.range)} in {entry.unit or 'no unit'}" for entry in entries[:4])
         put(asked, (*path, "doc"), f"{entries[0].doc}: set range to {units}")
@@ -332,6 +340,7 @@ def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features:
     others = [shape for shape in dated if shape not in births]
     reference = next(iter(find_named(others, _ADMISSIONS) or others[: len(others) == 1]), None)
     used = set(entries) & {shape.name for shape in dated}
+
     for shape in births:
         path = ("data", "dictionary", shape.name)
         _put_form(asked, notes, shape)
@@ -346,6 +355,7 @@ def _propose_dates(asked: dict[str, Any], notes: dict[toml.Path, str], features:
         put(asked, (*path, "reference"), reference.name)
         notes[(*path, "becomes")] = f"the age in years at {reference.name!r}, which is no feature itself"
         _put_range(asked, shape.name, *clinical.proposal("age"))
+
     for shape in dated:
         if shape.name not in used and len(shape.forms) == 1:
             _put_form(asked, notes, shape)
@@ -383,7 +393,9 @@ def _no_feature(shape: Shape) -> str:
     if shape.forms == (dates.SHORT,):
         return "dates with years of two digits: write out the century"
     if shape.dated:
-        which = f", {' or '.join(shape.forms)}" if len(shape.forms) > 1 else "" if shape.forms else " of several forms"
+        which = "" if shape.forms else " of several forms"
+        if len(shape.forms) > 1:
+            which = f", {' or '.join(shape.forms)}"
         return f"dates{which}; docs/cells.md makes an age or days of them"
     if shape.numbers < 0.5 and not shape.limits and shape.distinct > _MOST_CATEGORIES and not shape.suffixes:
         return f"{shape.distinct} different texts"
@@ -414,6 +426,7 @@ def _settle(
             surveys = runs.survey(study, table=reading)
         except MedfedError as error:
             return str(error), None
+
         found = doubts.of_all(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
             if ("data", "site") in notes:

@@ -82,15 +82,19 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     yield from sources.misread(study, private)
     if not private:
         return
+
+    # what a claim needs declared: sizes, labels, features
     if study.sites.kind == "hospital" and not data.site:
         yield from guarantees.unknown_sizes(study)  # a misspelt site's size counts before a blank for it
         yield from guarantees.unsized(study.sites.names, study)
     if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
+
     if data.target and data.task != "regression":
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
+
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
             yield from refusals.hidden_ranges(listed(columns, study), sizes)
@@ -149,6 +153,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
     if any(beyond(robust, ("robustness",))):
         return  # from a value out of its range nothing follows
     yield from _bound_refusals(study)
+
     if bool(robust.attack) != bool(robust.malicious):
         text = (
             f"robustness.attack={robust.attack!r} with robustness.malicious={robust.malicious:g}; expected both or "
@@ -157,6 +162,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
         yield _refusal(StudyError(text))
     elif robust.attack:
         yield from _attack_refusals(study)
+
     unknown = gathered(partial(robust_rule, study, 1))
     yield from unknown
     rule = None if unknown else robust_rule(study, 1)

@@ -167,6 +167,7 @@ class _Case:
                 f"{watch.innermost} fails on {rows} in {mode}: {_words(error)}",
                 "Correct the module, or what the study says of its inputs.",
             ) from error
+
         shape = (len(x_BF), self.outputs)
         if not isinstance(z_BC, Tensor) or z_BC.shape != shape or not z_BC.is_floating_point():
             told = f"outputs {tuple(z_BC.shape)}" if isinstance(z_BC, Tensor) else f"a {type(z_BC).__name__}"
@@ -201,11 +202,13 @@ class _Case:
                     f"{watch.drew} draws at random in evaluation, so that no prediction would repeat",
                     "Draw only where self.training is set (F.dropout takes training=self.training).",
                 )
+
         if watch.drew and not watch.drew_of_torch:
             raise self.refusal(
                 f"{watch.drew} draws from the generator of numpy or of Python, which no stream of a client reaches",
                 "Draw from torch's (torch.rand, nn.Dropout).",
             )
+
         for name, part in self.model.named_modules():
             if isinstance(part, Dropout) and watch.calls[name] > 1:
                 raise self.refusal(
@@ -216,6 +219,7 @@ class _Case:
 
     def check_memory(self) -> None:
         """Refuse what a call leaves behind: it would be neither averaged nor saved, and may tell of patients."""
+        # parameters and buffers
         before = _numbers(self.model)
         first = [self.run(training) for training in (True, False)]
         after = _numbers(self.model)
@@ -229,6 +233,8 @@ class _Case:
                     "Take a layer that keeps nothing: nn.LayerNorm or nn.GroupNorm for a norm over the batch, "
                     "weight_norm for spectral_norm.",
                 )
+
+        # what else its parts hold
         for name, value in _attributes(self.model).items():
             if self.attributes.get(name) != value:
                 part, _, attribute = name.rpartition(".")
@@ -238,6 +244,8 @@ class _Case:
                     "is not saved, and may hand on what it has seen of a patient",
                     "Keep nothing between calls; make what does not change in __init__, as a buffer.",
                 )
+
+        # what no look at it shows: another answer
         watches = [Watch(self.model) for _ in range(2)]
         second = [self.run(training, watch=w) for training, w in zip((True, False), watches, strict=True)]
         if not all(_same(a, b) for a, b in zip(first, second, strict=True)):
@@ -296,8 +304,10 @@ def _find_mixer(one: Watch, other: Watch, model: nn.Module) -> str:
 def _near(a: Tensor, b: Tensor) -> bool:
     if a.dtype in (torch.bfloat16, torch.float16):
         a, b = a.float(), b.float()
+    if not a.is_floating_point():
+        return bool((a == b).all())
     scale = float(a.abs().max()) if a.numel() else 0.0
-    return bool(((a - b).abs() <= _ROW * (scale + 1e-6)).all()) if a.is_floating_point() else bool((a == b).all())
+    return bool(((a - b).abs() <= _ROW * (scale + 1e-6)).all())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -410,7 +420,8 @@ def _of_patients(case: _Case, path: Path) -> Tensor:
 
 def _moves_with_company(case: _Case, path: Path) -> bool:
     """Say whether a patient's norm is another in a larger batch, at another place, in a stack of clients."""
-    few, many = [0, 1, 2, 3], [3, 2, 1, 0] + [1, 2, 3] * 24
+    few = [0, 1, 2, 3]
+    many = [3, 2, 1, 0] + [1, 2, 3] * 24
     alone_4 = _norms(case, path, [few])[0][:4]
     crowded_4 = _norms(case, path, [many])[0][:4].flip(0)
     stacked_4 = _norms(case, path, [many, few, [1]])[1][:4]

@@ -154,6 +154,7 @@ def choose(
     bends, sizes: by site, what `bend` told, and training rows. stretch: of the model, by the bend. A site of one step a
     round moves the model by its part of the mean step, so that the mean counts there; one of several steps walks alone.
     """
+    # whose curvature counts: the mean's, or that of the site that walks alone and bends most
     total = sum(sizes.values())
     steps = plan.steps_K(torch.tensor([sizes[name] for name in bends])).tolist()
     walking = [name for name, taken in zip(bends, steps, strict=True) if taken > 1]
@@ -161,9 +162,14 @@ def choose(
     mean = sum(bends[name] * sizes[name] for name in bends) / total
     if not site or bends[site] < mean:
         site = ""
-    pull = training.weight_decay + (training.mu if training.algorithm == "fedprox" else 0.0)
+
+    # how much the loss bends there
+    pull = training.weight_decay
+    if training.algorithm == "fedprox":
+        pull += training.mu
     most = bends[site] if site else mean
     curvature = CURVATURE[task] * stretch(most) * most + pull
+
     if training.optimizer == "adam":
         return Chosen(MOST_ADAM, curvature, site)
     margin = _MARGIN if task == "regression" and training.batch_size else 1.0

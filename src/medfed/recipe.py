@@ -89,6 +89,7 @@ def settle(study: Study, devices: Collection[str] = ()) -> Study:
     """
     if study.given is None or not math.isfinite(study.privacy.epsilon):
         return study
+
     sizes = _sizes(study, devices)
     study = _choose(study, _basics(study, sum(sizes.values())))
     try:

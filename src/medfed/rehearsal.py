@@ -79,8 +79,10 @@ def module_of(error: BaseException, model: nn.Module | None) -> str:
 
 def place_of(error: BaseException, model: nn.Module | None) -> str:
     """Return stage and module in words, of those that are known: " at stage gradient, in module 'gru' (GRU)"."""
-    stage, module = stage_of(error), module_of(error, model)
-    return (f" at stage {stage}" if stage else "") + (f", in module {module}" if module else "")
+    stage = stage_of(error)
+    module = module_of(error, model)
+    where = f" at stage {stage}" if stage else ""
+    return f"{where}, in module {module}" if module else where
 
 
 def _frames(error: BaseException) -> list[FrameType]:
@@ -106,11 +108,18 @@ def stage(name: str, model: nn.Module, x_NF: Tensor) -> Iterator[None]:
         yield
     except Exception as error:
         where = stage_of(error) if name == "training" else name
-        module = module_of(error, model) or (find_failing_part(model, x_NF) if where == "gradient" else "")
-        told = _first_line(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {_first_line(error)}"
+        module = module_of(error, model)
+        if not module and where == "gradient":
+            module = find_failing_part(model, x_NF)
+
+        place = f"stage {where or name}"
+        if module:
+            place = f"{place}, module {module}"
+        told = _first_line(error)
+        if not isinstance(error, MedfedError):
+            told = f"{type(error).__name__}: {told}"
         raise SiteError(
-            f"rehearsal on made-up rows, stage {where or name}{f', module {module}' if module else ''}: {told} "
-            f"{WAYS_OUT[where or name]} Nobody was charged."
+            f"rehearsal on made-up rows, {place}: {told} {WAYS_OUT[where or name]} Nobody was charged."
         ) from error
 
 

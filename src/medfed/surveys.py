@@ -102,6 +102,7 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
             f"robustness.malicious={robust.malicious:g} is more than the rule is set to bear "
             f"(max_malicious={robust.max_malicious:g})"
         )
+
     if algorithm_name(study) != study.training.algorithm:
         found.append(
             f"training.algorithm={study.training.algorithm!r} is FedAvg here: privacy.noise="
@@ -113,6 +114,7 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
             f"data.positive is left open: {positive!r} counts as positive, as it follows {other!r} in the alphabet, "
             "and precision, recall and F1 are of it. Write down which one is meant."
         )
+
     if guarantees.asked(study) and study.privacy.simulation_only:
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     return found

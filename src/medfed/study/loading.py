@@ -46,7 +46,8 @@ def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[
 
 def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
     """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
-    path, text = bundled().get(str(study), Path(study)), ""
+    path = bundled().get(str(study), Path(study))
+    text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
         tables = tomllib.loads(text)
@@ -62,6 +63,7 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {toml.unreadable(text, error)}") from error
     except OSError as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
+
     for setting in settings:
         key, equals, text = toml.setting(setting)
         if not equals:

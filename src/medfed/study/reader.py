@@ -80,7 +80,9 @@ class _Reader:
         """Return a TOML value in a field's type, or _UNREAD, with a refusal that names its key."""
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             return self._read_table(kind, value, path)
-        origin, arguments = get_origin(kind), get_args(kind)
+
+        origin = get_origin(kind)
+        arguments = get_args(kind)
         if origin is Literal:
             if value in arguments:
                 return value
@@ -112,10 +114,11 @@ class _Reader:
             if name in known:
                 continue
             meant = closest(name, known)
-            mend = {} if meant is None or meant in value else {(*path, name): LEAVE_OUT, (*path, meant): value[name]}
-            where = toml.key(*path, name)
-            self.refusals.append(Refusal(StudyError(f"unknown key {where!r}; {nearest(name, known)}"), mend))
-            if meant and meant not in value:
+            error = StudyError(f"unknown key {toml.key(*path, name)!r}; {nearest(name, known)}")
+            if meant is None or meant in value:
+                self.refusals.append(Refusal(error))
+            else:
+                self.refusals.append(Refusal(error, {(*path, name): LEAVE_OUT, (*path, meant): value[name]}))
                 fields[meant] = _Reader([]).read(hints[meant], value[name], (*path, meant))
         return kind(**{name: item for name, item in fields.items() if item is not _UNREAD})
 

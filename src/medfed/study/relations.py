@@ -106,7 +106,8 @@ def _unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
         if part and not part < study.privacy.epsilon:
             yield _at(("privacy", name), part, "a number below privacy.epsilon", getattr(Privacy(), name))
 
-    names, shares = study.sites.names, study.sites.shares
+    names = study.sites.names
+    shares = study.sites.shares
     if len(names) != len(shares):
         yield _at(("sites", "shares"), shares, f"{len(names)} shares, one a name", CHOOSE)
 

@@ -62,7 +62,10 @@ class Study:
         tables = self.tables()
         for key, value in values.items():
             put(tables, toml.path(key), value)
-        given = None if self.given is None else self.given | written(dict.fromkeys(values)) | written(values)
+
+        given = self.given
+        if given is not None:
+            given = given | written(dict.fromkeys(values)) | written(values)
         kept = {key: why for key, why in self.chosen.items() if key not in values}
         return dataclasses.replace(from_tables(tables), folder=self.folder, given=given, chosen=kept)
 
