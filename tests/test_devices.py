@@ -18,14 +18,15 @@ import medfed
 from medfed import runs, wire
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, RunError, SiteError
-from medfed.data.tables import SiteTable
+from medfed.data.site_table import SiteTable
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.plan import Plan
 from medfed.prepare import prepare
-from medfed.privacy.accounting import Gaussian, calibrate
+from medfed.privacy.accounting import calibrate
 from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
+from medfed.privacy.privacy_events import Gaussian
 from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.tables import PRIVATE, invented, plain, write_study

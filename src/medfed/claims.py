@@ -17,8 +17,6 @@ from medfed.features import open_columns
 from medfed.monitor import reports
 from medfed.plan import Plan
 from medfed.privacy import accounting
-from medfed.privacy.account import Account
-from medfed.privacy.budget import Budget
 from medfed.privacy.guarantee import (
     COUNT_NOISE,
     GRID,
@@ -30,6 +28,8 @@ from medfed.privacy.guarantee import (
     resolve,
 )
 from medfed.privacy.quantiles import LEAST
+from medfed.privacy.run_meter import RunMeter
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.resolved import excess, holders
 
 _TRUST = {
@@ -54,7 +54,7 @@ _MECHANISM = {
 }
 
 
-def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
+def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
     """Return the claim of a run that has spent what `budget` counts and the sites' ledger holds."""
     g, study = plan.guarantee, plan.study
     assert g is not None

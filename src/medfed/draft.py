@@ -22,10 +22,10 @@ from medfed import study as studies
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, mapping, numerals, readers, sources, workbooks
+from medfed.data import clinical, dates, doubts, footers, mapping, numerals, readers, sources, survey_doubts, workbooks
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
-from medfed.data.tables import canonical
+from medfed.data.raw_columns import canonical
 from medfed.plan import NEGATIVE
 from medfed.study import Data, Feature, Format, Study, put
 
@@ -236,7 +236,7 @@ def _shape(values: pd.Series) -> _Shape:
     number_N = pd.to_numeric(texts, errors="coerce").notna()
     share = float(number_N.mean()) if len(texts) else 0.0
     different = [str(text) for text in texts.unique()]
-    suffixes = tuple(doubts.units_of(different))
+    suffixes = tuple(survey_doubts.units_of(different))
     if spelt := "" if suffixes or share >= 0.5 else numerals.form_of(different) or "":
         texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
         share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
@@ -494,11 +494,11 @@ def _settle(
     for _ in range(_PASSES):
         try:
             study = _study(asked)
-            reading = reading or readers.read(study.folder / study.data.table, sources.completed(study), private=False)
+            reading = reading or readers.read(study.folder / study.data.table, sources.complete(study), private=False)
             surveys = runs.survey(study, table=reading)
         except MedfedError as error:
             return str(error), None
-        found = doubts.of_all(surveys, study.data, study.privacy.meant)
+        found = survey_doubts.find(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
             if ("data", "site") in notes:
                 notes["data", "site"] = f"{len(surveys)} sites"  # one may have been two by its spelling

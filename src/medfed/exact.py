@@ -29,9 +29,9 @@ from medfed.data.federated import Rows
 from medfed.local import outputs
 from medfed.plan import Plan
 from medfed.privacy import noise_tests, odd_patients
-from medfed.privacy.audit import Part
-from medfed.privacy.budget import NoClaim
+from medfed.privacy.attack_statistics import Part
 from medfed.privacy.guarantee import GRID, Guarantee, declared
+from medfed.privacy.run_meter import NoClaim
 from medfed.resolved import cohort, holders
 from medfed.site import Site, handle_many
 from medfed.study import Study, Training

@@ -24,8 +24,8 @@ from medfed.algorithms import ALGORITHMS
 from medfed.core import decision
 from medfed.core.checks import PlanError
 from medfed.core.flat import vector
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Patients, Rows
-from medfed.data.preprocess import Encoding
 from medfed.local import outputs
 from medfed.monitor import noised
 from medfed.plan import Plan, build_model

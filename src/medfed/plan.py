@@ -28,13 +28,13 @@ from medfed.core.checks import (
 from medfed.core.flat import vector
 from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
-from medfed.data import doubts, preprocess, sources, tables
-from medfed.data.preprocess import Encoding
+from medfed.data import declared, headers, preprocess, sources, survey_doubts
+from medfed.data.encoding import Encoding
 from medfed.features import features_of, listed
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
+from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy import refusals
 from medfed.probe import ROWS, Probed, probe
 from medfed.rates import Chosen
 from medfed.resolved import (
@@ -127,7 +127,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         sizes[POOLED] = {"train": sum(s["train"] for s in sizes.values()), "test": 0}
     check_groups(study, (POOLED,) if pooled else trainers)
     if guarantees.asked(study):
-        refuse(refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
+        refuse(claim_refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
     facts = resolve(study, sizes, (POOLED,) if pooled else trainers, parameters)
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
@@ -409,7 +409,7 @@ def objections(study: Study) -> list[Refusal]:
     study, found = _resolved(study)
     return [
         *found,
-        *refusals.found(study),
+        *claim_refusals.find(study),
         *_secure_refusals(study),
         *_robust_refusals(study),
         *_algorithm_refusals(study),
@@ -418,9 +418,9 @@ def objections(study: Study) -> list[Refusal]:
 
 def standing(study: Study) -> list[Refusal]:
     """Return all that stands against a study before a record is read: from itself, and from its table's header."""
-    sourceless = gathered(partial(sources.completed, study))
+    sourceless = gathered(partial(sources.complete, study))
     if not sourceless:
-        study = replace(study, data=sources.completed(study))
+        study = replace(study, data=sources.complete(study))
     found = [*objections(study), *sourceless]
     resolved = replace(_resolved(study)[0], data=study.data)
     private = guarantees.asked(resolved)
@@ -444,7 +444,7 @@ def _resolved(study: Study) -> tuple[Study, list[Refusal]]:
 def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Iterator[Refusal]:
     """Yield what stands against a study beside a table's header; `private`: also what a claim needs declared."""
     data, sizes = study.data, study.privacy.sizes
-    yield from tables.misnamed(columns, data)
+    yield from headers.misnamed(columns, data)
     yield from sources.misplaced(columns, study, data, private)
     yield from sources.misread(study, private)
     if not private:
@@ -455,14 +455,14 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
     if data.target and data.task != "regression":
-        yield from tables.unlabelled(data)
+        yield from declared.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
-            yield from refusals.hidden_ranges(listed(columns, study), sizes)
+            yield from claim_refusals.hidden_ranges(listed(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
-        yield from tables.undescribed(features_of(columns, data), data, refusals.unless_paid(study))
+        yield from declared.undescribed(features_of(columns, data), data, claim_refusals.unless_paid(study))
 
 
 def mended(study: Study, found: Sequence[Refusal]) -> Study:
@@ -607,7 +607,7 @@ def _warnings(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, stud
         found.append("privacy.simulation_only=true: noise is seeded, so nothing is claimed")
     if guarantees.asked(study):
         return found  # the rest would tell of training patients
-    doubtful = doubts.warnings(surveys, study.data)
+    doubtful = survey_doubts.warnings(surveys, study.data)
     return [
         *found,
         *_dropped(surveys),

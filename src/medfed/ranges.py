@@ -15,7 +15,7 @@ import torch
 from medfed.core import codec, toml
 from medfed.core.checks import BudgetError, PlanError, reasons, some
 from medfed.data import preprocess
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
 from medfed.engine.port import Counted, Fleet, gather, heard, numbers
 from medfed.features import open_columns
 from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
-from medfed.data import preprocess, sources
-from medfed.data.preprocess import Encoding
+from medfed.data import preprocess, sources, surveys
+from medfed.data.encoding import Encoding
 from medfed.features import features_of, listed, open_columns
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, standing
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.refusals import affordable, bears, is_binary, vote_tells
+from medfed.privacy.claim_refusals import affordable, bears, is_binary, vote_tells
 from medfed.rates import output_gradients
 from medfed.resolved import cohort, excess
 from medfed.study import Study, out_of_range
@@ -110,7 +110,7 @@ SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
 def refused(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     with suppress(MedfedError):  # `standing` tells it
-        study = dataclasses.replace(study, data=sources.completed(study))
+        study = dataclasses.replace(study, data=sources.complete(study))
         if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
             study = listed(sources.columns_of(study, private=True), study)
     try:
@@ -125,7 +125,7 @@ def declared_encoding(study: Study) -> Encoding:
     """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
     data = study.data
     names = features_of(sorted(data.dictionary), data)
-    survey = preprocess.declared_survey(names, data, 0, 0)
+    survey = surveys.declared_survey(names, data, 0, 0)
     later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN)
     return preprocess.agree({"the dictionary": survey}, data, _unasked, public=True, found=later)
 

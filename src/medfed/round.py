@@ -39,8 +39,8 @@ from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
 from medfed.plan import Plan, build_model
 from medfed.privacy import guarantee
-from medfed.privacy.budget import Budget
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
 
 
@@ -48,7 +48,7 @@ def run_round(
     server: Server,
     plan: Plan,
     fleet: Fleet,
-    budget: Budget,
+    budget: RunMeter,
     log: Log,
     aggregation: Aggregation = PLAIN,
     out: Collection[str] = (),
@@ -149,7 +149,7 @@ class Decision:
     decided: str = "until it is chosen"
 
 
-def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Decision:
+def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Decision:
     """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
@@ -298,7 +298,7 @@ def _noised_scores(
     return Noised(edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)), {}
 
 
-def vote(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> None:
+def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:
     """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the outcome."""
     g = plan.guarantee
     if g is None or "vote" not in g.queries:

@@ -58,9 +58,10 @@ from medfed.core.flat import Layout, fill, trained
 from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import mapping, partition, schema, site_maps, sources
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
+from medfed.data.frames import Frames, number_rows
 from medfed.data.readers import Reading
-from medfed.data.tables import Frames, clean, numbered, read
+from medfed.data.tables import clean, read
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
@@ -73,11 +74,11 @@ from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.own_model import without_protection
 from medfed.plan import POOLED, Plan, build_model
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
-from medfed.privacy import guarantee
-from medfed.privacy import ledger as ledgers
-from medfed.privacy.account import Account
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy import guarantee, ledger_file
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
@@ -139,7 +140,7 @@ class Result:
         filled = mapping.apply(frame, named).assign(**{named.target: filler})
         known = {**named.dictionary, **schema.categories(self.encoding)}
         named = dataclasses.replace(named, dictionary=known)
-        framed = numbered(schema.hold(filled, self.encoding, named, unseen))
+        framed = number_rows(schema.hold(filled, self.encoding, named, unseen))
         cleaned = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(cleaned), dtype=bool)
         rows = self.encoding.encode(cleaned, every, ~every)
@@ -309,7 +310,7 @@ def _begun(
             return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
-def _refuse_begun(plan: Plan, account: Account | None, folder: Path) -> None:
+def _refuse_begun(plan: Plan, account: SiteLedger | None, folder: Path) -> None:
     """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are not charged."""
     g = plan.guarantee
     if account is None or g is None or g.simulation_only:
@@ -485,7 +486,7 @@ def _open_sites(
         if only not in frames:
             raise RunError(f"site {only!r} has no record in this table; {nearest(only, frames)}")
         frames = Frames.one(only, frames[only])
-    account = Account(ledger_path(study, folder), study) if private else None
+    account = SiteLedger(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
     sites = (Site.devices if devices else Site.open_all)(frames, study, folder)
     del frames
@@ -511,7 +512,7 @@ def _identified(study: Study, folder: Path | None) -> Study:
         path = mine / LEDGER if mine else None
     else:
         path = ledger_path(study, folder)
-    rule = ledgers.rule_of(path) if path else None
+    rule = ledger_file.rule_of(path) if path else None
     if rule and asked not in ("auto", rule):
         raise PlanError(
             f"data.identity={asked!r} and the site's ledger, which goes by {rule!r}, do not compose: patients who have "
@@ -613,7 +614,7 @@ def ledger_accounts(place: Path | None, delta: float | None = None, heads: Seque
     if path is None and (folder / "plan.json").exists() and guarantee.asked(study := read_plan(folder)[0]):
         path = ledger_path(study, folder / "sites")
     if path is None:
-        ledgers.rule_of(folder / LEDGER)  # says where one is lost
+        ledger_file.rule_of(folder / LEDGER)  # says where one is lost
         raise LedgerError(f"{str(folder)!r} holds no {LEDGER}; give a run's folder, or the ledger's")
     with Ledger.open(path, read_only=True) as ledger:
         for head in (*heads, *_told_heads(folder)):
@@ -1123,7 +1124,9 @@ def _founding(sites: Sequence[Site]) -> list[events.Event]:
     ]
 
 
-def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: Account | None) -> None:
+def _checkpoint(
+    folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: SiteLedger | None
+) -> None:
     """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
     keep = plan.study.monitor.checkpoints
     if plan.algorithm.kept and server.round > 0:

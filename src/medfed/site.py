@@ -25,10 +25,12 @@ from medfed.core.checks import MedfedError, PlanError, SiteError, some
 from medfed.core.entropy import Entropy
 from medfed.core.flat import fingerprint, vector
 from medfed.core.streams import Streams
-from medfed.data import preprocess
+from medfed.data import answers, preprocess, surveys
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Patients, Rows, Stack
-from medfed.data.preprocess import Encoding
-from medfed.data.tables import Frames, SiteTable, clean_all
+from medfed.data.frames import Frames
+from medfed.data.site_table import SiteTable
+from medfed.data.tables import clean_all
 from medfed.features import open_columns
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
@@ -36,9 +38,9 @@ from medfed.monitor.per_site import scores_each
 from medfed.own_model import errs_less, train_own
 from medfed.plan import POOLED, build_model, local_plan, probed
 from medfed.privacy import guarantee, quantiles
-from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.resolved import Resolved, algorithm_name, resolve, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
@@ -64,7 +66,7 @@ class Site:
         self.model: nn.Module
         self.path: LocalPath = "auto"  # which local training serves the model, as the site itself has found
         self.guarantee: Guarantee | None = None
-        self.account: Account | None = None
+        self.account: SiteLedger | None = None
         self.links: Sequence[Link] = PLAIN
         self.identity: Identity | None = None  # its keys, once it was asked who it is
         self.facts: Resolved  # what follows from its study and public facts
@@ -223,10 +225,10 @@ def _told(site: Site) -> dict[str, Any]:
     """Return what a site tells of its table; under a privacy claim only what is public anyway."""
     table, study = _table(site), site.study
     if not guarantee.asked(study):
-        return preprocess.survey(table, study.data)
+        return surveys.survey(table, study.data)
     held_out = study.sites.kind == "device" and bool(table.test.all())
     test = int((table.test & table.taking_part()).sum()) if study.data.test_is_public else int(held_out)
-    return preprocess.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name), test)
+    return surveys.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name), test)
 
 
 def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -235,7 +237,7 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             "a question about records has no answer under a privacy claim; use data.preprocess='dictionary'"
         )
     tables, names, logs = [_table(site) for site in sites], header["names"], header["logs"]
-    answer_K = preprocess.answer_each(tables, header["question"], names, logs, dict(tensors))
+    answer_K = answers.answer_each(tables, header["question"], names, logs, dict(tensors))
     return list(codec.encode_each({}, "answer", answer_K))
 
 

@@ -18,7 +18,8 @@ from medfed.core.streams import Streams
 from medfed.data import readers
 from medfed.data.mapping import different
 from medfed.data.partition import row_patients
-from medfed.data.tables import canonical, clean
+from medfed.data.raw_columns import canonical
+from medfed.data.tables import clean
 from medfed.study import Data, Feature
 
 PLAIN = Data(target="y")

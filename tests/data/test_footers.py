@@ -12,7 +12,7 @@ import medfed
 from medfed import draft, runs
 from medfed import study as studies
 from medfed.core.checks import DataError
-from medfed.data import doubts, footers
+from medfed.data import footers, survey_doubts
 from medfed.data.doubts import Doubt
 from medfed.study import Study
 
@@ -45,7 +45,7 @@ def with_rows(rows: list[Row]) -> pd.DataFrame:
 
 
 def found(study: Study) -> list[Doubt]:
-    return doubts.of_all(runs.survey(study), study.data)
+    return survey_doubts.find(runs.survey(study), study.data)
 
 
 @pytest.mark.parametrize("name", FOOTERS)

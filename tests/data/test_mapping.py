@@ -15,7 +15,7 @@ from tests.tables import STUDY, invented, write_study
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, StudyError
 from medfed.data import describe, mapping, sources
-from medfed.data.tables import numbered
+from medfed.data.frames import number_rows
 from medfed.study import Data, Feature, Study, from_tables, load
 
 
@@ -23,7 +23,7 @@ def _map(dictionary: dict[str, Any], private: bool = False, **columns: Any) -> p
     """Map columns beside a target; rows are numbered from 2."""
     rows = len(next(iter(columns.values())))
     data = from_tables({"data": {"target": "y", "dictionary": dictionary}}).data
-    frame = numbered(pd.DataFrame({**columns, "y": ["0"] * rows}, dtype=str))
+    frame = number_rows(pd.DataFrame({**columns, "y": ["0"] * rows}, dtype=str))
     return mapping.apply(frame, mapping.completed(data), private)
 
 
@@ -59,7 +59,7 @@ def test_a_stay_is_days_since_and_a_date_column_of_its_type_needs_no_form() -> N
             },
         )
     )
-    frame = numbered(
+    frame = number_rows(
         pd.DataFrame({"in": ["2024-01-30 12:00"], "out": pd.to_datetime(["2024-02-01"]), "y": ["1"]}, dtype=None)
     )
     assert _cells(mapping.apply(frame, data), "out") == ["1.5"]
@@ -118,7 +118,7 @@ def test_yes_and_no_in_any_spelling(told: str) -> None:
 
 def test_minus_is_no_where_it_elsewhere_means_missing() -> None:
     data = Data(target="y", missing_values=("", "-"), dictionary={"b": Feature(boolean=True)})
-    frame = numbered(pd.DataFrame({"b": ["+", "-", ""], "y": ["0", "1", "0"]}, dtype=str))
+    frame = number_rows(pd.DataFrame({"b": ["+", "-", ""], "y": ["0", "1", "0"]}, dtype=str))
     assert _cells(mapping.apply(frame, mapping.completed(data)), "b") == ["yes", "no", None]
     own = Data(target="y", dictionary={"b": Feature(boolean=True, missing=("-",))})
     assert _cells(mapping.apply(frame, mapping.completed(own)), "b") == ["yes", None, None]
@@ -156,14 +156,14 @@ def test_a_converted_number_is_never_taken_for_a_code() -> None:
             }
         }
     )
-    frame = numbered(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
+    frame = number_rows(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
     table = runs.clean("a", mapping.apply(frame, study.data), study.data, runs.Streams(1))
     assert np.array_equal(table.numbers["t"], [0.0, np.nan, 4.0, 9.0], equal_nan=True)
 
 
 def test_faults_of_all_columns_are_told_at_once_with_their_sites() -> None:
     data = mapping.completed(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
-    frame = numbered(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
+    frame = number_rows(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
     with pytest.raises(DataError) as caught:
         mapping.apply(frame, data, site=pd.Series(["north", "south"], index=frame.index))
     assert "site 'south', column 'a': neither yes nor no in row 3" in str(caught.value)
@@ -222,7 +222,7 @@ def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
 
 def _mapped(data: Data, rows: list[tuple[str, str]], private: bool) -> list[list[str | None]]:
     """Return each row as it is mapped; one in doubt is empty."""
-    frame = numbered(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
+    frame = number_rows(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
     site = None if private else pd.Series([str(number) for number in frame.index], index=frame.index)
     try:
         mapped = mapping.apply(frame, data, private, site)

@@ -12,7 +12,7 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
-from medfed.data import doubts, site_maps, sources
+from medfed.data import site_maps, sources, survey_doubts
 from medfed.data.site_maps import pointed
 from medfed.study import Data, Study, load
 
@@ -67,7 +67,7 @@ def test_a_site_takes_its_own_unit_off_and_converts(tmp_path: Path, sign: str) -
     text = f'[columns.weight]\ndecimal = "{sign}"\nsuffix = ["lbs"]\nfactor = 0.45359237\n'
     study = _study(tmp_path, table, text, STUDY + '[data.dictionary.weight]\nsuffix = ["kg"]\n')
     np.testing.assert_allclose(_frame(study)["weight"].astype(float), clean["weight"], rtol=1e-9)
-    assert doubts.of_all(runs.survey(study), study.data) == []
+    assert survey_doubts.find(runs.survey(study), study.data) == []
 
 
 def test_a_mapped_site_is_the_site_that_the_study_expects(tmp_path: Path) -> None:

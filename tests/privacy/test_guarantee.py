@@ -18,7 +18,6 @@ from medfed.core.checks import PlanError, StudyError
 from medfed.core.streams import Streams
 from medfed.fleet.selection import turn
 from medfed.privacy import accounting
-from medfed.privacy.accounting import PoissonGaussian
 from medfed.privacy.guarantee import (
     GRID,
     SLACK,
@@ -32,6 +31,7 @@ from medfed.privacy.guarantee import (
     resolve,
 )
 from medfed.privacy.mechanisms import delta_cost
+from medfed.privacy.privacy_events import PoissonGaussian
 from medfed.study import Study, from_tables
 
 SIZES = {"a": 300, "b": 120}

@@ -8,13 +8,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from medfed.data import units
 from medfed.data.variables import LOINC_NOTICE, SOURCES, Variable, conversion, variables
 from medfed.study import Feature
 
-__all__ = ["LOINC_NOTICE", "SOURCES", "Match", "Variable", "conversion", "lookup", "proposal", "variables"]
+__all__ = [
+    "LOINC_NOTICE",
+    "SOURCES",
+    "Match",
+    "Variable",
+    "conversion",
+    "lookup",
+    "may_be_in_several_units",
+    "proposal",
+    "variables",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,12 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
         return tuple(entries.values())
     likely = [entry for entry in entries.values() if entry.range[0] <= median <= entry.range[1]]
     return tuple(sorted(likely, key=lambda entry: _strangeness(median, entry)))
+
+
+@lru_cache(maxsize=65536)
+def may_be_in_several_units(column: str) -> bool:
+    """Say whether a column is a variable of the clinical dictionary whose unit its name does not say."""
+    return len({entry.unit for entry in proposal(column)}) > 1
 
 
 def _strangeness(median: float, entry: Feature) -> float:

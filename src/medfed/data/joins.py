@@ -16,7 +16,7 @@ from medfed.core.checks import DataError, nearest, some
 from medfed.data import readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical
+from medfed.data.raw_columns import canonical
 from medfed.study import Data, Join
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows

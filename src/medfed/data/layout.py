@@ -45,7 +45,7 @@ _FOREIGN = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextLayout:
     """How one text table is written; `guessed` says why, key by key, where neither study nor file says it."""
 
     separator: str = ","
@@ -95,7 +95,9 @@ def _member(path: Path, name: str) -> IO[bytes]:
     return archive.open(name or names[0])
 
 
-def text_of(path: Path, format: Format, layout: Layout, errors: str = "strict", newline: str | None = "") -> IO[str]:
+def text_of(
+    path: Path, format: Format, layout: TextLayout, errors: str = "strict", newline: str | None = ""
+) -> IO[str]:
     """Open a text table as text."""
     return io.TextIOWrapper(opened(path, format), encoding=layout.codec, errors=errors, newline=newline)
 
@@ -164,7 +166,7 @@ def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
 # the whole layout -----------------------------------------------------------------------------------------------------
 
 
-def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[Layout, list[str]]:
+def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[TextLayout, list[str]]:
     """Return how a file is written, from its first rows, and the cells of its header; `encoding`: what is known.
 
     Raises DataError for a file without a header, and where two ways fit.
@@ -172,7 +174,7 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[L
     with opened(path, format) as file:
         start = file.read(BEGINNING)
     encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
-    text = _decoded(start, Layout(encoding=encoding).codec)
+    text = _decoded(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
         raise DataError(f"{where} cannot be read: it has no header; name its columns in the first line")
     guessed = {"encoding": why} if why else {}
@@ -186,10 +188,10 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[L
     way = ways[separator]
     if format.skip < 0 and way.skip:
         guessed["skip"] = f"line {way.skip + 1} is the first that names {len(way.header)} columns"
-    return Layout(separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed), way.header
+    return TextLayout(separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed), way.header
 
 
-def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]]:
+def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
     """Return how a file is written, from its mark and header line alone, and the cells of that line.
 
     What `format` leaves open: a decimal point, nothing between thousands, no title lines, no footer. Raises DataError
@@ -199,7 +201,9 @@ def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]
     with opened(path, format) as file:
         encoding = _marked(file.read(4), format)
     first = encoding or "utf-8"
-    with text_of(path, format, Layout(encoding=first), "surrogateescape" if not encoding else "replace", None) as text:
+    with text_of(
+        path, format, TextLayout(encoding=first), "surrogateescape" if not encoding else "replace", None
+    ) as text:
         for _ in range(skip):
             text.readline()
         line = text.readline()
@@ -223,7 +227,7 @@ def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]
         )
     decimal = "." if format.decimal == "auto" else format.decimal
     thousands = "none" if format.thousands == "auto" else format.thousands
-    layout = Layout(fits[0], decimal, thousands, encoding, skip, max(0, format.footer))
+    layout = TextLayout(fits[0], decimal, thousands, encoding, skip, max(0, format.footer))
     return layout, next(csv.reader([line.rstrip("\r\n")], delimiter=fits[0]), [])
 
 

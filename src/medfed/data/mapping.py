@@ -21,7 +21,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates, numerals
 from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical
+from medfed.data.raw_columns import canonical
 from medfed.features import features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
 

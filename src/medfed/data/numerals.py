@@ -54,7 +54,7 @@ _PLAIN = rf"^[+-]?\d+{_EXPONENT}$"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CellEvidence:
     """Where a kind of cell was met: the file, the column, the row and the cell, of which none leaves under a claim."""
 
     decimal: str
@@ -63,13 +63,13 @@ class Evidence:
     either: str = ""  # the sign of a cell that may be either
 
 
-def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[Evidence]:
+def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[CellEvidence]:
     """Return what the cells of a table say, the first of each kind in each column.
 
     A column counts where at least half of its cells that hold anything may be numbers. `points`: also look at columns
     in which nothing but a point is met.
     """
-    found: list[Evidence] = []
+    found: list[CellEvidence] = []
     for place, name in enumerate(names):
         column = table.column(place)
         if _marked(column, points):
@@ -77,8 +77,8 @@ def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, p
     return found
 
 
-def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[Evidence]:
-    found, numbers = list[Evidence](), _count(text_N, _PLAIN)
+def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[CellEvidence]:
+    found, numbers = list[CellEvidence](), _count(text_N, _PLAIN)
     kinds = [(s.pattern, s.decimal, s.thousands, "") for s in SPELLINGS]
     kinds += [(pattern, "", "", sign) for sign, pattern in _EITHER.items()]
     for pattern, decimal, thousands, either in kinds:
@@ -87,7 +87,7 @@ def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) ->
         if many:
             at = pc.index(which_N, True).as_py()
             place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}"
-            found.append(Evidence(decimal, thousands, place, either))
+            found.append(CellEvidence(decimal, thousands, place, either))
         numbers += many
     filled = len(text_N) - (pc.sum(pc.equal(text_N, "")).as_py() or 0) - text_N.null_count
     return found if 2 * numbers >= filled else []
@@ -118,7 +118,9 @@ def characters(chunk: pa.Array) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8)[ends[0] : ends[-1]]
 
 
-def decide(found: Sequence[Evidence], format: Format, separator: str, where: str) -> tuple[str, str, dict[str, str]]:
+def decide(
+    found: Sequence[CellEvidence], format: Format, separator: str, where: str
+) -> tuple[str, str, dict[str, str]]:
     """Return the decimal sign, what parts thousands, and why, by key, where the study does not say.
 
     Raises DataError where cells contradict each other, and where they may be read in two ways.
@@ -145,7 +147,7 @@ def decide(found: Sequence[Evidence], format: Format, separator: str, where: str
     return decimal, thousands, guessed
 
 
-def _decimal(found: Sequence[Evidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
+def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
     if format.decimal != "auto":
         return format.decimal
     signs = {e.decimal: e.place for e in reversed(found) if e.decimal}

@@ -20,7 +20,7 @@ import pyarrow as pa
 from medfed.core.checks import DataError, MedfedError, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import columnar, lines, numerals, texts, workbooks
-from medfed.data.layout import COMPRESSED, Layout, lines_to_choose, of_header
+from medfed.data.layout import COMPRESSED, TextLayout, lines_to_choose, of_header
 from medfed.data.texts import Text
 from medfed.study import Data
 
@@ -40,7 +40,7 @@ class Reading:
     """
 
     frame: pd.DataFrame
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, TextLayout] = field(default_factory=dict)
     unfound: Mapping[str, pd.Index] = field(default_factory=dict)
 
     @property
@@ -70,7 +70,7 @@ def read(path: Path, data: Data, private: bool) -> Reading:
 
 def _frames(
     files: Sequence[Path], data: Data, private: bool, where: str
-) -> tuple[list[pd.DataFrame], dict[str, Layout]]:
+) -> tuple[list[pd.DataFrame], dict[str, TextLayout]]:
     """Return each file's rows, and how the text files are written: without a claim looked at together."""
     if private:
         headers = {file: _written(file, data) for file in files if kind_of(file) in TEXTS}
@@ -81,7 +81,7 @@ def _frames(
         if kind_of(file) in TEXTS:
             with reading(f"data.table={str(file)!r}", private):
                 written[file] = texts.read(file, data.format, f"data.table={str(file)!r}")
-    spelling = _spelling(written, data, where) if written else Layout()
+    spelling = _spelling(written, data, where) if written else TextLayout()
     layouts = {
         file.name: replace(
             text.layout,
@@ -258,7 +258,7 @@ def _kept(data: Data) -> set[str]:
     return {data.patient, data.site, data.test, *own} - {""}
 
 
-def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> Layout:
+def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> TextLayout:
     """Return how numbers are spelt in all text files of a study, as a layout.
 
     Raises DataError where files differ in what is guessed, and where cells do not say, or contradict each other.
@@ -271,14 +271,14 @@ def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> Layout:
     if separator == "," and any("," in (e.decimal, e.either, e.thousands) for e in found):
         found = _evidence(written, data, points=True)
     decimal, thousands, guessed = numerals.decide(found, data.format, separator, where)
-    return Layout(decimal=decimal, thousands=thousands, guessed=guessed)
+    return TextLayout(decimal=decimal, thousands=thousands, guessed=guessed)
 
 
-def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[numerals.Evidence]:
+def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[numerals.CellEvidence]:
     if "auto" not in (data.format.decimal, data.format.thousands):
         return []
     words = {name for name, feature in data.dictionary.items() if feature.categories} | _kept(data)
-    found: list[numerals.Evidence] = []
+    found: list[numerals.CellEvidence] = []
     for file, text in written.items():
         used = {*data.features, data.target} if data.features else {*text.names}
         chosen = [name for name in text.names if name in used - words]
@@ -311,7 +311,7 @@ def _beyond_ascii(text: Text) -> bool:
     )
 
 
-def _spelt(text: Text, layout: Layout, data: Data) -> pd.DataFrame:
+def _spelt(text: Text, layout: TextLayout, data: Data) -> pd.DataFrame:
     """Return a text table's cells, numbers with decimal points."""
     columns = [
         column if name in _kept(data) else numerals.with_points(column, layout.decimal, layout.thousands)

@@ -16,8 +16,8 @@ from medfed.core.checks import DataError, closest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import mapping, units
 from medfed.data.doubts import fold, quotable
-from medfed.data.preprocess import Column, Encoding
-from medfed.data.tables import canonical
+from medfed.data.encoding import Column, Encoding
+from medfed.data.raw_columns import canonical
 from medfed.features import limit_columns
 from medfed.study import Data, Feature
 

@@ -24,7 +24,7 @@ import pyarrow.csv as pacsv
 from medfed.core.checks import DataError, some
 from medfed.data import layout as layouts
 from medfed.data import numerals
-from medfed.data.layout import Layout, names_of
+from medfed.data.layout import TextLayout, names_of
 from medfed.study import Format
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -40,7 +40,7 @@ class Text:
     table: pa.Table
     names: list[str]
     row_N: pd.Index
-    layout: Layout
+    layout: TextLayout
 
 
 def names(path: Path, format: Format, where: str) -> list[str]:
@@ -62,7 +62,7 @@ def read(path: Path, format: Format, where: str) -> Text:
     return _checked(table, header, layout, where)
 
 
-def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int = _BLOCK) -> pa.Table:
+def _parsed(path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK) -> pa.Table:
     """Return the columns below the header as texts; a blank line is a row of empty cells."""
     columns = [str(place) for place in range(width)]
     reading = pacsv.ReadOptions(
@@ -96,14 +96,14 @@ def _may_quote(path: Path) -> bool:
         return content.find(b'"') >= 0
 
 
-def _without_footer(path: Path, format: Format, layout: Layout) -> IO[bytes]:
+def _without_footer(path: Path, format: Format, layout: TextLayout) -> IO[bytes]:
     """Return the lines from the header to the last record, in UTF-8."""
     with layouts.text_of(path, format, layout) as text:
         kept = layouts.without_last(itertools.islice(text, layout.skip, None), layout.footer)
         return io.BytesIO("".join(kept).encode())
 
 
-def _foreign(path: Path, format: Format, where: str) -> tuple[Layout, list[str]]:
+def _foreign(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
     """Return the layout of a file whose first megabyte alone is UTF-8."""
     with layouts.opened(path, format) as file:
         strange = [line for line in _byte_lines(file) if not line.isascii()]
@@ -121,7 +121,7 @@ def _byte_lines(file: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def _with_footer(path: Path, format: Format, layout: Layout, width: int, where: str) -> Layout:
+def _with_footer(path: Path, format: Format, layout: TextLayout, width: int, where: str) -> TextLayout:
     """Return the layout with the lines that stand, after a blank one, below the last record: a footer.
 
     Raises DataError for other rows that have more or fewer fields than the header.
@@ -143,7 +143,7 @@ def _with_footer(path: Path, format: Format, layout: Layout, width: int, where: 
     raise DataError(_misfits(odd, fits, width, where))
 
 
-def _rows(path: Path, format: Format, layout: Layout) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, format: Format, layout: TextLayout) -> Iterator[tuple[int, list[str]]]:
     """Yield each row below the header with its number."""
     with layouts.text_of(path, format, layout, "replace") as text:
         reader = csv.reader(itertools.islice(text, layout.skip, None), delimiter=layout.separator)
@@ -175,7 +175,7 @@ def _misfits(odd: Mapping[int, int], fits: int, width: int, where: str) -> str:
 # what is no record -------------------------------------------------------------------------------------------------
 
 
-def _checked(table: pa.Table, header: Sequence[str], layout: Layout, where: str) -> Text:
+def _checked(table: pa.Table, header: Sequence[str], layout: TextLayout, where: str) -> Text:
     """Return a table without blank lines and unnamed last columns, in one Unicode form.
 
     Raises DataError for a filled cell without a name above it, a header that stands among the records, and a cell that

@@ -24,8 +24,8 @@ from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.features import open_columns
 from medfed.privacy import accounting, factorisation, quantiles
-from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost, worst_total_variation
+from medfed.privacy.privacy_events import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.study import EPSILON, SIZE, Study
 
 GRID = 2.0**-16

@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from medfed.core.checks import LedgerError
-from medfed.privacy.ledger import KEY, anchor_of
+from medfed.privacy.ledger_file import KEY, anchor_of
 from medfed.study import Study
 
 LEDGER = "ledger.sqlite"

@@ -14,9 +14,10 @@ from pathlib import Path
 from medfed.core.checks import BudgetError, LedgerError
 from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
-from medfed.privacy.accounting import Event, RandomisedResponse
 from medfed.privacy.guarantee import Guarantee, counted_together
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits
+from medfed.privacy.privacy_events import Event, RandomisedResponse
 from medfed.study import Study
 
 ROUND, TEST = "round", "test"
@@ -25,7 +26,7 @@ ROUND, TEST = "round", "test"
 logger = logging.getLogger(__name__)
 
 
-class Account:
+class SiteLedger:
     """The ledger of the sites in this process, opened when the first of them enrols its patients."""
 
     def __init__(self, path: Path | None, study: Study) -> None:

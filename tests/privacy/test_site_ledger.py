@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from medfed.core.checks import BudgetError, LedgerError
-from medfed.privacy.account import Account
-from medfed.privacy.accounting import Gaussian, PoissonGaussian, from_json
-from medfed.privacy.budget import Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee, resolve
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
+from medfed.privacy.privacy_events import Gaussian, PoissonGaussian, from_json
+from medfed.privacy.run_meter import Metered, NoClaim
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.study import Study, from_tables
 
 ROSTERS = {"north": [f"north-{i}" for i in range(90)], "south": [f"south-{i}" for i in range(40)]}
@@ -36,26 +37,26 @@ def _account(
     rosters: Mapping[str, list[str]] = ROSTERS,
     fresh: bool = True,
     **values: Any,
-) -> Account:
+) -> SiteLedger:
     """Return the account of a run that has enrolled its patients."""
     study = _study(**values)
-    account = Account(path, study)
+    account = SiteLedger(path, study)
     account.enrol(run, rosters, resolve(study, SIZES, 10), fresh)
     return account
 
 
-def _paid(account: Account) -> list[tuple[str, int]]:
+def _paid(account: SiteLedger) -> list[tuple[str, int]]:
     return [(str(row["site"]), int(str(row["round"]))) for row in account.ledger.rows() if row["label"] == "round"]
 
 
-def _pays(account: Account, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
+def _pays(account: SiteLedger, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
     """Pay for a round that goes well."""
     refused = account.pay(round, sites)
     account.answered(site for site in sites if site not in refused)
     return refused
 
 
-def _pays_test(account: Account, site: str, ids: list[str]) -> None:
+def _pays_test(account: SiteLedger, site: str, ids: list[str]) -> None:
     """Pay for a test that goes well; raise where that is refused."""
     refused = account.pay_tests({site: ids})
     account.tested([site])
@@ -63,7 +64,7 @@ def _pays_test(account: Account, site: str, ids: list[str]) -> None:
         raise refused[site]
 
 
-def _test_charges(account: Account, patient: str) -> int:
+def _test_charges(account: SiteLedger, patient: str) -> int:
     """Return how often a patient has paid for a test."""
     name = account.ledger.pseudonym(patient)
     rows = [row for row in account.ledger.rows() if row["label"] == "test"]
@@ -266,7 +267,7 @@ def test_a_pld_run_of_another_name_is_none_and_shares_the_plan(tmp_path: Path) -
     for account in (one, two):
         assert set(_pays(account, 3)) == {"north", "south"}
     assert set(two.pay_query("threshold", ["north", "south"])) == {"north", "south"}
-    for again in (one, Account(path, one.study)):  # in this process, and in a fresh one
+    for again in (one, SiteLedger(path, one.study)):  # in this process, and in a fresh one
         for fresh in (False, True):
             with pytest.raises(BudgetError, match="second run of study 's' on one ledger"):
                 again.enrol("r3", ROSTERS, resolve(one.study, SIZES, 10), fresh)
@@ -286,7 +287,7 @@ def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
 
 
 def test_nobody_pays_before_the_run_has_enrolled_them() -> None:
-    account = Account(None, _study())
+    account = SiteLedger(None, _study())
     for pay in (partial(account.pay, 1), partial(account.pay_query, "threshold")):
         with pytest.raises(BudgetError, match="nobody is enrolled"):
             pay(["north"])

@@ -190,7 +190,7 @@ def _check(guesses: int, canaries: int, delta: float, confidence: float) -> None
 # Linear reconstruction: which canaries are in a released sum
 
 
-class Evidence:
+class CoinEvidence:
     """What T releases tell of M coins b: the normal equations of residual_t = sum_i b_i gradient_ti + noise_t.
 
     A residual [P] is the released sum less the sum without canaries; gradients [M, P] are the clipped rows that the
@@ -249,7 +249,7 @@ def canary_scores(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.n
     """Return estimates [M] of b - 1/2, up to scale, from a residual [P] and gradients [M, P] of each round.
 
     Ridge regression of the residuals on the gradients: of linear estimates the nearest, where noise is white. See
-    `Evidence` for both arguments.
+    `CoinEvidence` for both arguments.
     """
     return _evidence(residual_TP, gradient_TMP).scores()
 
@@ -259,8 +259,8 @@ def canary_scores_common_noise(residual_TP: Iterable[np.ndarray], gradient_TMP: 
     return _evidence(residual_TP, gradient_TMP).scores_common_noise()
 
 
-def _evidence(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]) -> Evidence:
-    evidence = Evidence()
+def _evidence(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]) -> CoinEvidence:
+    evidence = CoinEvidence()
     for residual_P, gradient_MP in zip(residual_TP, gradient_TMP, strict=True):
         evidence.add(residual_P, gradient_MP)
     return evidence

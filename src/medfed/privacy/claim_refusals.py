@@ -13,7 +13,7 @@ from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
 from medfed.features import open_columns
-from medfed.privacy import accounting
+from medfed.privacy import accounting, privacy_events
 from medfed.privacy.guarantee import (
     counted_together,
     mode,
@@ -29,10 +29,10 @@ from medfed.study import RANGE, Data, Feature, Study, describe, described, is_pa
 
 def check(study: Study) -> None:
     """Raise PlanError for all in the study that breaks the guarantee it asks for."""
-    refuse(found(study))
+    refuse(find(study))
 
 
-def found(study: Study) -> Iterator[Refusal]:
+def find(study: Study) -> Iterator[Refusal]:
     """Yield what in the study breaks the guarantee it asks for."""
     where = mode(study)
     yield from _schedule(study, where)
@@ -370,10 +370,10 @@ def bears(study: Study, evaluation_epsilon: float) -> bool:
     """
     p = study.privacy
     times = 1 if counted_together(study) else p.max_sites_per_patient
-    cost = accounting.rdp(accounting.RandomisedResponse(2, evaluation_epsilon, times))
+    cost = accounting.rdp(privacy_events.RandomisedResponse(2, evaluation_epsilon, times))
     if p.vote_epsilon:
         noise = vote_multiplier(study, p.vote_epsilon)
-        cost = cost + accounting.rdp(accounting.Gaussian(noise, p.max_sites_per_patient))
+        cost = cost + accounting.rdp(privacy_events.Gaussian(noise, p.max_sites_per_patient))
     return accounting.fits(np.zeros(len(accounting.ORDERS)), cost, p.epsilon, p.delta)
 
 

@@ -13,7 +13,7 @@ from medfed.core.types import JSON
 from medfed.privacy.guarantee import NOTHING, Guarantee
 
 
-class Budget(Protocol):
+class RunMeter(Protocol):
     """Charged before each round; refuses by raising what the target cannot bear."""
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
