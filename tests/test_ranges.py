@@ -101,7 +101,7 @@ def test_training_has_the_more_noise_that_leaves_room_for_ranges(study: Study) -
     with_them, without = (guarantee.resolve(one, sizes, 10) for one in (_listed(study), declared))
     assert 1.02 < with_them.releases["north"].noise_multiplier / without.releases["north"].noise_multiplier < 1.06
     query = with_them.queries["ranges"]
-    alone = guarantee.replaced(with_them.query_event("ranges"), query.times)
+    alone = guarantee.repeat(with_them.query_event("ranges"), query.times)
     assert with_them.epsilon_of(alone) == pytest.approx(0.5, rel=1e-3)
     assert with_them.epsilon_of(with_them.whole("north")) == pytest.approx(2, rel=1e-3) and not without.queries
 

@@ -196,7 +196,7 @@ class _Seen:
             return None
         rest_TP = np.stack([rest_P for _, rest_P in self.rest]) / GRID
         if g.strategy:
-            rest_TP = noise_tests.whitened(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
+            rest_TP = noise_tests.whiten(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
         rest_TP /= np.array([g.sigma_units(name) for name, _ in self.rest])[:, None]
         square, numbers = float((rest_TP**2).sum()), rest_TP.size
         if not math.isfinite(square):

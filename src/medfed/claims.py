@@ -24,7 +24,7 @@ from medfed.privacy.guarantee import (
     Guarantee,
     counted_together,
     ranges_sensitivity,
-    replaced,
+    repeat,
     resolve,
 )
 from medfed.privacy.quantiles import LEAST
@@ -346,7 +346,7 @@ def _shown(g: Guarantee) -> list[str]:
 def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
     release = g.releases[name]
     snr = g.signal_to_noise(name)
-    whole = replaced(g.whole(name), g.copies)
+    whole = repeat(g.whole(name), g.copies)
     return {
         "site": name,
         "declared": release.size,

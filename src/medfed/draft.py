@@ -151,7 +151,7 @@ def _plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
 
 def _without_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
     """Return a table without the last rows that are no records, and declare them."""
-    footer = footers.found(reading.frame, ())
+    footer = footers.find(reading.frame, ())
     if footer is None or not footer.lines:
         return reading
     path = ("data", "format", "footer")
@@ -238,7 +238,7 @@ def _shape(values: pd.Series) -> _Shape:
     different = [str(text) for text in texts.unique()]
     suffixes = tuple(survey_doubts.units_of(different))
     if spelt := "" if suffixes or share >= 0.5 else numerals.form_of(different) or "":
-        texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
+        texts = pd.Series(numerals.set_points(list(texts), spelt), dtype=object)
         share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
     return _Shape(
         name=str(values.name),
@@ -261,7 +261,7 @@ def _dated(texts: pd.Series) -> bool:
         return False
     if texts.str.fullmatch(_EIGHT_DIGITS).all():
         return len(texts) > 1 and bool(dates.digits(texts.astype(float).to_numpy()).all())
-    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.dated(list(texts.unique())).all())
+    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.are_dates(list(texts.unique())).all())
 
 
 def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:

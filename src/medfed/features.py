@@ -64,7 +64,7 @@ def open_columns(study: Study) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not described(data.dictionary.get(name, Feature()))))
 
 
-def listed(columns: Sequence[str], study: Study) -> Study:
+def list_open(columns: Sequence[str], study: Study) -> Study:
     """Return the study with an entry in its dictionary for each feature of a table, where ranges are to be found."""
     data = study.data
     if not study.privacy.ranges_epsilon:

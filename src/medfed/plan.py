@@ -30,7 +30,7 @@ from medfed.core.refusals import Refusal, gathered, mends, refuse
 from medfed.core.streams import Streams
 from medfed.data import declared, headers, preprocess, sources, survey_doubts
 from medfed.data.encoding import Encoding
-from medfed.features import features_of, listed
+from medfed.features import features_of, list_open
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
 from medfed.privacy import claim_refusals
@@ -460,7 +460,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
-            yield from claim_refusals.hidden_ranges(listed(columns, study), sizes)
+            yield from claim_refusals.hidden_ranges(list_open(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
         yield from declared.undescribed(features_of(columns, data), data, claim_refusals.unless_paid(study))
 

@@ -136,7 +136,7 @@ class Result:
         """
         target = self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
-        frame, named = schema.fitted(self._frame(table), self.encoding, self.study.data)
+        frame, named = schema.fit(self._frame(table), self.encoding, self.study.data)
         filled = mapping.apply(frame, named).assign(**{named.target: filler})
         known = {**named.dictionary, **schema.categories(self.encoding)}
         named = dataclasses.replace(named, dictionary=known)

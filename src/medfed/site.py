@@ -228,7 +228,7 @@ def _told(site: Site) -> dict[str, Any]:
         return surveys.survey(table, study.data)
     held_out = study.sites.kind == "device" and bool(table.test.all())
     test = int((table.test & table.taking_part()).sum()) if study.data.test_is_public else int(held_out)
-    return surveys.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name), test)
+    return surveys.public_survey(table, study.data, 0 if held_out else guarantee.declared_size(study, site.name), test)
 
 
 def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -251,7 +251,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         _check_encoding(sites[0], encoding)
         for name in header["clients"]:  # noise and divisor follow from them: not the coordinator's to say
             size = header["sizes"][name]["train"]
-            if size != guarantee.declared(sites[0].study, name):
+            if size != guarantee.declared_size(sites[0].study, name):
                 raise SiteError(
                     f"the coordinator says {size} patients for site {name!r}; the study declares another number"
                 )
@@ -860,7 +860,7 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             replies.append(SiteError(str(refused[site.name])))
             continue
         counts = quantiles.count([_one_cell_each(_table(site), name) for name in columns], edges).astype(np.float64)
-        counts = np.minimum(counts, guarantee.declared(first.study, site.name))  # as the coordinator holds it to
+        counts = np.minimum(counts, guarantee.declared_size(first.study, site.name))  # as the coordinator holds it to
         if not guarantee.counted_together(first.study):
             most, turn = guarantee.ranges_sensitivity(len(columns)), header["turn"]
             counts = counts + _query_noise(site, promised, "ranges", most, counts.size, turn).reshape(counts.shape)

@@ -24,7 +24,7 @@ def _map(dictionary: dict[str, Any], private: bool = False, **columns: Any) -> p
     rows = len(next(iter(columns.values())))
     data = from_tables({"data": {"target": "y", "dictionary": dictionary}}).data
     frame = number_rows(pd.DataFrame({**columns, "y": ["0"] * rows}, dtype=str))
-    return mapping.apply(frame, mapping.completed(data), private)
+    return mapping.apply(frame, mapping.complete(data), private)
 
 
 def _refusal(dictionary: dict[str, Any], **columns: Any) -> str:
@@ -50,7 +50,7 @@ def test_an_age_is_counted_to_a_day_or_to_another_date() -> None:
 
 
 def test_a_stay_is_days_since_and_a_date_column_of_its_type_needs_no_form() -> None:
-    data = mapping.completed(
+    data = mapping.complete(
         Data(
             target="y",
             dictionary={
@@ -119,9 +119,9 @@ def test_yes_and_no_in_any_spelling(told: str) -> None:
 def test_minus_is_no_where_it_elsewhere_means_missing() -> None:
     data = Data(target="y", missing_values=("", "-"), dictionary={"b": Feature(boolean=True)})
     frame = number_rows(pd.DataFrame({"b": ["+", "-", ""], "y": ["0", "1", "0"]}, dtype=str))
-    assert _cells(mapping.apply(frame, mapping.completed(data)), "b") == ["yes", "no", None]
+    assert _cells(mapping.apply(frame, mapping.complete(data)), "b") == ["yes", "no", None]
     own = Data(target="y", dictionary={"b": Feature(boolean=True, missing=("-",))})
-    assert _cells(mapping.apply(frame, mapping.completed(own)), "b") == ["yes", None, None]
+    assert _cells(mapping.apply(frame, mapping.complete(own)), "b") == ["yes", None, None]
 
 
 def test_an_x_beside_empty_cells_is_no_boolean() -> None:
@@ -162,7 +162,7 @@ def test_a_converted_number_is_never_taken_for_a_code() -> None:
 
 
 def test_faults_of_all_columns_are_told_at_once_with_their_sites() -> None:
-    data = mapping.completed(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
+    data = mapping.complete(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
     frame = number_rows(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
     with pytest.raises(DataError) as caught:
         mapping.apply(frame, data, site=pd.Series(["north", "south"], index=frame.index))
@@ -203,7 +203,7 @@ def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     kind: str, private: bool, rows: list[tuple[str, str]], cut: int
 ) -> None:
     """Also what is in doubt: without a claim the rows that an error names are those of its parts."""
-    data = mapping.completed(Data(target="y", dictionary=ENTRIES[kind]))
+    data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
     whole = _mapped(data, rows, private)
     assert whole == [row for part in (rows[:cut], rows[cut:]) if part for row in _mapped(data, part, private)]
 
@@ -214,7 +214,7 @@ def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     texts=st.lists(st.one_of(st.text(max_size=12), CELLS, st.sampled_from(["1e308", "-1e308", "<1e999"])), min_size=1)
 )
 def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
-    data = mapping.completed(Data(target="y", dictionary=ENTRIES[kind]))
+    data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
     frame = pd.DataFrame({"a": texts, "other": texts}, dtype=object)
     found = mapping.apply(frame, data, private=True)
     assert len(found) == len(frame) and list(found) == mapping.columns(["a", "other"], data)
@@ -261,8 +261,8 @@ def test_columns_beside_a_target_would_give_it_away() -> None:
 
 def test_completing_again_changes_nothing() -> None:
     entries = {"a": Feature(limits="indicator"), "b": Feature(boolean=True)}
-    once = mapping.completed(Data(target="y", time="d", test_from="2024-01-01", dictionary=entries))
-    assert mapping.completed(once) == once
+    once = mapping.complete(Data(target="y", time="d", test_from="2024-01-01", dictionary=entries))
+    assert mapping.complete(once) == once
     assert once.dictionary["a below limit"].range == (0.0, 1.0) and once.dictionary["b"].categories == ("no", "yes")
 
 

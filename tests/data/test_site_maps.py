@@ -13,7 +13,7 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources, survey_doubts
-from medfed.data.site_maps import pointed
+from medfed.data.site_maps import set_point
 from medfed.study import Data, Study, load
 
 MAP = """
@@ -215,7 +215,7 @@ def test_a_mended_study_elsewhere_finds_its_maps(tmp_path: Path) -> None:
     [("1,5", "1.5"), ("1.234,5", "1234.5"), ("<0,3", "<0.3"), ("1.234", "1234"), ("12.34", "12.34"), ("a,b", "a,b")],
 )
 def test_a_decimal_comma_is_a_point(text: str, told: str) -> None:
-    assert pointed(text) == told
+    assert set_point(text) == told
 
 
 def test_a_file_of_a_mapped_site_has_names_of_its_own(tmp_path: Path) -> None:

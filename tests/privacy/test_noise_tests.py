@@ -34,7 +34,7 @@ def test_whitening_gives_back_the_draws() -> None:
     given = iter(drawn)
     c = factorisation.coefficients(20, 5)
     noise = factorisation.Correlated(c, 50, lambda count: next(given))
-    white = noise_tests.whitened(np.stack([noise.next() for _ in range(20)]).astype(float), c)
+    white = noise_tests.whiten(np.stack([noise.next() for _ in range(20)]).astype(float), c)
     assert np.abs(white - np.stack(drawn)).max() <= 0.5
 
 

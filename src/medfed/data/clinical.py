@@ -53,7 +53,7 @@ def lookup(column: str) -> Match | None:
         return _read(units.words(column), letters=2)
     outside = units.words(_BRACKETS.sub(" ", column))
     whole = [*outside, *units.words(inside[0])]
-    return _read(whole, letters=1) or _confirmed(_read(outside, letters=2), units.key(inside[0]))
+    return _read(whole, letters=1) or _confirm_abbreviation(_read(outside, letters=2), units.key(inside[0]))
 
 
 def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
@@ -97,7 +97,7 @@ def _strangeness(median: float, entry: Feature) -> float:
 
 
 @cache
-def _named() -> Mapping[str, tuple[Variable, ...]]:
+def _index_names() -> Mapping[str, tuple[Variable, ...]]:
     """Return the variables by the keys of the names that need no unit."""
     found: dict[str, tuple[Variable, ...]] = {}
     for variable in variables():
@@ -109,9 +109,9 @@ def _named() -> Mapping[str, tuple[Variable, ...]]:
 
 
 @cache
-def _named_with_unit() -> Mapping[str, tuple[Variable, ...]]:
+def _index_names_with_unit() -> Mapping[str, tuple[Variable, ...]]:
     """Return the variables by the keys of all names, which a unit beside them makes certain."""
-    found = dict(_named())
+    found = dict(_index_names())
     for variable in variables():
         for each in {each for name in variable.short for each in _keys(name)}:
             found[each] = (*found.get(each, ()), variable)
@@ -170,7 +170,7 @@ def _read(words: list[str], letters: int) -> Match | None:
     taken: list[str] = []
 
     while left:
-        found = _known("".join(left), measured, clear, taken)
+        found = _find_variables("".join(left), measured, clear, taken)
         if found:
             return found
 
@@ -190,22 +190,22 @@ def _read(words: list[str], letters: int) -> Match | None:
     return _read(words, letters=_NO_UNIT) if measured else None  # mean_hr: no hours
 
 
-def _confirmed(found: Match | None, abbreviation: str) -> Match | None:
+def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | None:
     """Return what was found where an abbreviation in brackets behind it says the same: Prothrombin time (PT)."""
     if found is None:
         return None
-    both = tuple(variable for variable in _named_with_unit().get(abbreviation, ()) if variable in found.variables)
+    both = tuple(variable for variable in _index_names_with_unit().get(abbreviation, ()) if variable in found.variables)
     return replace(found, variables=both) if both else None
 
 
-def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
+def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
     """Return the variables of a bare name that have the unit, and that the words taken off can be said of.
 
     A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin time, pt_days not.
     """
-    sure = _named().get(name, ())
+    sure = _index_names().get(name, ())
     certain = len(sure) == 1
-    meant = sure if certain or not measured else _named_with_unit().get(name, ())
+    meant = sure if certain or not measured else _index_names_with_unit().get(name, ())
     if taken and any(variable.whole for variable in meant):
         return None
     meant = tuple(variable for variable in meant if all(variable.group in _beside(word) for word in taken))
@@ -226,7 +226,7 @@ def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:
     """Return how many words at the end are a unit, and which it may be; the longest counts, and a name is left."""
     for cut in range(min(_LONGEST_UNIT, len(left) - 1), 0, -1):
-        meant = units.spelt().get("".join(left[-cut:]))
+        meant = units.units_by_spelling().get("".join(left[-cut:]))
         if meant:
             preposition = left[-cut - 1] == "in" and len(left) > cut + 1  # Größe in cm
             return cut + preposition, meant

@@ -129,7 +129,7 @@ def quotable(name: str) -> bool:
     return _IDENTIFIERS.isdisjoint((*words, "".join(words)))
 
 
-def accepted(doubt: Doubt, data: Data) -> bool:
+def is_accepted(doubt: Doubt, data: Data) -> bool:
     """Say whether the study says that it is right so: by the doubt's code, for all columns or for this one."""
     return doubt.code in data.accept or f"{doubt.code}:{doubt.column}" in data.accept
 

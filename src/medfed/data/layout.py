@@ -71,7 +71,7 @@ def lines_to_choose(what: str, values: Sequence[object]) -> str:
 # opening --------------------------------------------------------------------------------------------------------------
 
 
-def opened(path: Path, format: Format) -> IO[bytes]:
+def open_bytes(path: Path, format: Format) -> IO[bytes]:
     """Open a text table's bytes, whatever it is packed in.
 
     Raises DataError for a zip archive that does not say which file is meant.
@@ -99,7 +99,7 @@ def text_of(
     path: Path, format: Format, layout: TextLayout, errors: str = "strict", newline: str | None = ""
 ) -> IO[str]:
     """Open a text table as text."""
-    return io.TextIOWrapper(opened(path, format), encoding=layout.codec, errors=errors, newline=newline)
+    return io.TextIOWrapper(open_bytes(path, format), encoding=layout.codec, errors=errors, newline=newline)
 
 
 def without_last(lines: Iterable[str], footer: int) -> Iterator[str]:
@@ -125,7 +125,7 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
         if start.startswith(mark):
             return name, ""
     if format.encoding != "auto":
-        return _declared(format, start), ""
+        return _check_declared(format, start), ""
     if b"\0" in start[:4096]:
         raise DataError(
             f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
@@ -171,10 +171,10 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[T
 
     Raises DataError for a file without a header, and where two ways fit.
     """
-    with opened(path, format) as file:
+    with open_bytes(path, format) as file:
         start = file.read(BEGINNING)
     encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
-    text = _decoded(start, TextLayout(encoding=encoding).codec)
+    text = _decode(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
         raise DataError(f"{where} cannot be read: it has no header; name its columns in the first line")
     guessed = {"encoding": why} if why else {}
@@ -198,8 +198,8 @@ def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[
     as `guess` does.
     """
     skip = max(0, format.skip)
-    with opened(path, format) as file:
-        encoding = _marked(file.read(4), format)
+    with open_bytes(path, format) as file:
+        encoding = _read_mark(file.read(4), format)
     first = encoding or "utf-8"
     with text_of(
         path, format, TextLayout(encoding=first), "surrogateescape" if not encoding else "replace", None
@@ -231,20 +231,20 @@ def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[
     return layout, next(csv.reader([line.rstrip("\r\n")], delimiter=fits[0]), [])
 
 
-def _marked(start: bytes, format: Format) -> str:
+def _read_mark(start: bytes, format: Format) -> str:
     """Return the encoding that a file's mark or the study says, or nothing."""
     found = next((name for mark, name in _MARKS if start.startswith(mark)), "")
-    return found or ("" if format.encoding == "auto" else _declared(format, start))
+    return found or ("" if format.encoding == "auto" else _check_declared(format, start))
 
 
-def _declared(format: Format, start: bytes) -> str:
+def _check_declared(format: Format, start: bytes) -> str:
     """Return the declared encoding of a file without a mark; of UTF-16, with the order that its first sign has."""
     if format.encoding != "utf-16":
         return format.encoding
     return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
 
 
-def _decoded(start: bytes, codec: str) -> str:
+def _decode(start: bytes, codec: str) -> str:
     """Return the text of a file's beginning, without what its end has cut."""
     return codecs.getincrementaldecoder(codec)(errors="replace").decode(start)
 

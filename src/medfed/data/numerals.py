@@ -72,7 +72,7 @@ def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, p
     found: list[CellEvidence] = []
     for place, name in enumerate(names):
         column = table.column(place)
-        if _marked(column, points):
+        if _may_be_parted(column, points):
             found += _of_column(pc.utf8_trim_whitespace(column), name, rows, file)
     return found
 
@@ -97,7 +97,7 @@ def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
     return pc.sum(pc.match_substring_regex(text_N, pattern)).as_py() or 0
 
 
-def _marked(column: pa.ChunkedArray, points: bool) -> bool:
+def _may_be_parted(column: pa.ChunkedArray, points: bool) -> bool:
     """Say whether a column's bytes hold any sign that a number may be parted by, besides a point."""
     return any(_holds(chunk, points) for chunk in column.chunks)
 
@@ -184,7 +184,9 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     d = _MARK[decimal]
     number = rf"^[+-]?(?:(?:{groups}\d+)(?:{d}\d*)?|{d}\d+){_EXPONENT}$"
     marks = "".join(m for m in (decimal if decimal != "." else "", thousands if thousands != "none" else ""))
-    chunks = [_respelt(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks]
+    chunks = [
+        _respell_chunk(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks
+    ]
     return pa.chunked_array(chunks, column.type)
 
 
@@ -196,7 +198,7 @@ FORMS = {
 """How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts thousands."""
 
 
-def pointed(texts: Sequence[str | None], form: str) -> list[str | None]:
+def set_points(texts: Sequence[str | None], form: str) -> list[str | None]:
     """Return texts, of which those that are numbers in a form of FORMS have a decimal point."""
     column = pa.chunked_array([pa.array(texts, pa.string())])
     found: list[str | None] = with_points(column, *FORMS[form]).to_pylist()
@@ -221,7 +223,7 @@ def form_of(texts: Iterable[str]) -> str | None:
     except DataError:
         return ""
     form = next(form for form, known in FORMS.items() if known == signs)
-    changed = sum(new != old for new, old in zip(pointed(given, form), given, strict=True))
+    changed = sum(new != old for new, old in zip(set_points(given, form), given, strict=True))
     return form if changed * 2 > len(given) else None
 
 
@@ -232,7 +234,7 @@ def _any(chunk: pa.Array, marks: str) -> bool:
     return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (several and bool((bytes_N >= 0x80).any()))
 
 
-def _respelt(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.Array:
+def _respell_chunk(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.Array:
     text_N = pc.utf8_trim_whitespace(chunk)
     which_N = pc.match_substring_regex(text_N, number)
     if thousands != "none":
@@ -257,7 +259,7 @@ def _normal(chunk: pa.Array) -> pa.Array:
         return pa.array(texts, chunk.type)
 
 
-def respelt(
+def respell(
     frame: pd.DataFrame, spell: Callable[[pa.ChunkedArray], pa.ChunkedArray], keep: Collection[str] = ()
 ) -> pd.DataFrame:
     """Return a frame of texts whose columns but those to `keep` are spelt anew."""

@@ -215,7 +215,7 @@ class RawColumn:
         if not self.feature.categories and known.any():
             self._refuse_gap_words(known)
             code_N, found = pd.factorize(self.texts.to_numpy(dtype=object))
-            dated_U = dates.dated([str(text) for text in found])
+            dated_U = dates.are_dates([str(text) for text in found])
             of_K = self.frames.count(known)
             all_K = (self.frames.count(known & dated_U[code_N]) == of_K) & (of_K > 0)
             if all_K.any():

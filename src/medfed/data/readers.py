@@ -61,7 +61,7 @@ def read(path: Path, data: Data, private: bool) -> Reading:
         first, whose = alike[0]
         refuse(_other_columns({file: list(frame.columns) for frame, file in alike}, list(first.columns), whose))
     if len(files) > 1 or data.site_is_file:
-        frames = [_named_rows(frame, file, data) for frame, file in zip(frames, files, strict=True)]
+        frames = [_name_rows(frame, file, data) for frame, file in zip(frames, files, strict=True)]
     frame = frames[0] if len(frames) == 1 else pd.concat(frames)
     if frame.empty and not private:
         raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
@@ -73,7 +73,7 @@ def _frames(
 ) -> tuple[list[pd.DataFrame], dict[str, TextLayout]]:
     """Return each file's rows, and how the text files are written: without a claim looked at together."""
     if private:
-        headers = {file: _written(file, data) for file in files if kind_of(file) in TEXTS}
+        headers = {file: _read_layout(file, data) for file in files if kind_of(file) in TEXTS}
         frames = [_read(file, data, private, headers.get(file)) for file in files]
         return frames, {file.name: layout for file, (layout, _) in headers.items()}
     written: dict[Path, Text] = {}
@@ -92,7 +92,7 @@ def _frames(
         for file, text in written.items()
     }
     frames = [
-        _spelt(written.pop(file), spelling, data) if file in written else _read(file, data, private) for file in files
+        _respell(written.pop(file), spelling, data) if file in written else _read(file, data, private) for file in files
     ]
     return frames, layouts
 
@@ -128,7 +128,7 @@ def files_of(path: Path, data: Data) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and _is_table(file))
         if not files:
-            raise DataError(f"{where} cannot be read: the folder holds no table; expected {_expected()}")
+            raise DataError(f"{where} cannot be read: the folder holds no table; expected {_list_kinds()}")
     elif path.exists():
         files = [path]
     elif glob.has_magic(str(path)):
@@ -139,12 +139,12 @@ def files_of(path: Path, data: Data) -> list[Path]:
         raise DataError(f"{where} does not exist; a table's path is relative to its study file")
     for file in files:
         if not kind_of(file):
-            raise DataError(f"data.table={file.name!r}; expected a name that ends in {_expected()}")
+            raise DataError(f"data.table={file.name!r}; expected a name that ends in {_list_kinds()}")
     _refuse_twins(files, data)
     return files
 
 
-def _expected() -> str:
+def _list_kinds() -> str:
     return ".csv, .csv.gz or .parquet (or .tsv, .txt, .zst, .zip, .xlsx, .xls, .ods, .sav, .dta, .sas7bdat, .xpt)"
 
 
@@ -171,7 +171,7 @@ def site_of(file: Path) -> str:
     return normalize("NFC", name)
 
 
-def _named_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
+def _name_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
     """Put the file's name before the numbers of its rows, and into the site's column where it says the site."""
     rows = [f"{file.name}:{row}" for row in frame.index]
     named = frame.set_axis(pd.Index(rows, dtype=object), axis=0)
@@ -198,7 +198,7 @@ def _other_columns(names: Mapping[Path, Sequence[str]], known: Sequence[str], fi
 # one file -----------------------------------------------------------------------------------------------------------
 
 
-def _written(file: Path, data: Data) -> lines.Header:
+def _read_layout(file: Path, data: Data) -> lines.Header:
     """Return how a text table is written, and its header, as under a claim."""
     where = f"data.table={str(file)!r}"
     with reading(where, private=True):
@@ -219,8 +219,8 @@ def _read(file: Path, data: Data, private: bool, header: lines.Header | None = N
         frame, broken = lines.read(file, format, header)
         if broken:
             logger.warning("%s: no record, for its quotes or its fields: row %s", file, some(broken, 50))
-        return numerals.respelt(
-            frame, lambda column: numerals.with_points(column, layout.decimal, layout.thousands), _kept(data)
+        return numerals.respell(
+            frame, lambda column: numerals.with_points(column, layout.decimal, layout.thousands), _columns_to_keep(data)
         )
 
 
@@ -252,7 +252,7 @@ def reading(where: str, private: bool) -> Iterator[None]:
 # how numbers are spelt ----------------------------------------------------------------------------------------------
 
 
-def _kept(data: Data) -> set[str]:
+def _columns_to_keep(data: Data) -> set[str]:
     """Return the columns whose cells are names, or numbers in a spelling of their own."""
     own = {name for name, feature in data.dictionary.items() if feature.numbers}
     return {data.patient, data.site, data.test, *own} - {""}
@@ -277,7 +277,7 @@ def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> TextLayou
 def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[numerals.CellEvidence]:
     if "auto" not in (data.format.decimal, data.format.thousands):
         return []
-    words = {name for name, feature in data.dictionary.items() if feature.categories} | _kept(data)
+    words = {name for name, feature in data.dictionary.items() if feature.categories} | _columns_to_keep(data)
     found: list[numerals.CellEvidence] = []
     for file, text in written.items():
         used = {*data.features, data.target} if data.features else {*text.names}
@@ -311,10 +311,10 @@ def _beyond_ascii(text: Text) -> bool:
     )
 
 
-def _spelt(text: Text, layout: TextLayout, data: Data) -> pd.DataFrame:
+def _respell(text: Text, layout: TextLayout, data: Data) -> pd.DataFrame:
     """Return a text table's cells, numbers with decimal points."""
     columns = [
-        column if name in _kept(data) else numerals.with_points(column, layout.decimal, layout.thousands)
+        column if name in _columns_to_keep(data) else numerals.with_points(column, layout.decimal, layout.thousands)
         for name, column in zip(text.names, text.table.columns, strict=True)
     ]
     frame: pd.DataFrame = pa.table(columns, names=text.names).to_pandas(split_blocks=True, self_destruct=True)

@@ -92,7 +92,9 @@ def frames(
     split = Frames.split(frame, site.to_numpy(dtype=object), names)
     if private:
         return replace(split, dropped=dropped), data
-    met = {name: [*joins.doubted(split[name], reading.unfound, data)] for name in names} if reading.unfound else {}
+    met = (
+        {name: [*joins.doubt_unjoined(split[name], reading.unfound, data)] for name in names} if reading.unfound else {}
+    )
     if footed:
         met[names[0]] = [*footed, *met.get(names[0], ())]
     return replace(split, dropped=dropped, doubts=met), data
@@ -106,9 +108,9 @@ def _take_off_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.
     files = readers.files_of(study.folder / data.table, data) if data.table else []
     if not files or any(readers.kind_of(file) not in (*readers.TEXTS, *SHEETS) for file in files):
         return frame, []
-    footer = footers.found(frame, [name for name in (data.patient, data.site, data.target) if name])
+    footer = footers.find(frame, [name for name in (data.patient, data.site, data.target) if name])
     doubt = footer.doubt(frame, data) if footer else None
-    if footer is None or doubt is None or doubts.accepted(doubt, data):
+    if footer is None or doubt is None or doubts.is_accepted(doubt, data):
         return frame, []
     if study.sites.kind == "device":
         refuse([Refusal(DataError(doubt.sentence()), dict(doubt.mend))])
@@ -122,7 +124,7 @@ def _name_sites(frame: pd.DataFrame, data: Data) -> tuple[pd.DataFrame, pd.Serie
     frame = mapping.apply(frame, data, True, None, [data.site])
     frame, gone_N = mapping.drop(frame, "rows without site", data)
     absent = {"", *data.missing_values, *data.dictionary.get(data.site, Feature()).missing}
-    code_N, text_U = mapping.different(frame[data.site])
+    code_N, text_U = mapping.find_different(frame[data.site])
     name_U = np.array(["" if text is None or text in absent else text for text in text_U], dtype=object)
     return frame, pd.Series(name_U[code_N], index=frame.index, dtype=object), int(gone_N.sum())
 
@@ -238,7 +240,7 @@ def complete(study: Study) -> Data:
         raise StudyError(f"data.source={data.source!r} is unknown; {nearest(data.source, SOURCES)}")
     if data.source:
         data = _fill_in(data, SOURCES[data.source].data)
-    return mapping.completed(site_maps.completed(data, study))
+    return mapping.complete(site_maps.complete(data, study))
 
 
 def read(
@@ -261,7 +263,7 @@ def read(
         found = Reading(databases.read(data, study.folder, private))
     else:
         found = Reading(number_rows(SOURCES[data.source].load(folder, progress)))
-    frame, unfound = joins.joined(found.frame, data, study.folder, private)
+    frame, unfound = joins.join(found.frame, data, study.folder, private)
     return dataclasses.replace(found, frame=frame, unfound=unfound)
 
 

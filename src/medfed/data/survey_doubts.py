@@ -25,8 +25,8 @@ from medfed.data.doubts import (
     YES,
     Doubt,
     Mend,
-    accepted,
     fold,
+    is_accepted,
     leave_out_column,
     name_mend,
     quote_cells,
@@ -56,7 +56,7 @@ def find(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool = F
     order = list(HARMS)
     wrong = {doubt.column for doubt in found if doubt.harm == "error"}
     told = [doubt for doubt in found if doubt.harm == "error" or doubt.column not in wrong]
-    kept = [doubt for doubt in told if not accepted(doubt, data)]
+    kept = [doubt for doubt in told if not is_accepted(doubt, data)]
     return sorted(kept, key=lambda doubt: (order.index(doubt.code), doubt.column))
 
 

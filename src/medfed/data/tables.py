@@ -27,7 +27,7 @@ from medfed.data import cells, readers, site_doubts
 from medfed.data.declared import declared_labels, declared_range, undescribed
 from medfed.data.frames import Frames
 from medfed.data.headers import feature_names
-from medfed.data.partition import is_test, patients, spelled
+from medfed.data.partition import count_respelt, is_test, patients
 from medfed.data.raw_columns import Notes, RawColumn, canonical, count_distinct
 from medfed.data.site_table import Findings, SiteTable
 from medfed.study import Data, Feature
@@ -152,7 +152,9 @@ def _clean_sites(frames: Frames, data: Data, streams: Streams, private: bool, no
         label = held if private else label  # without a claim a target is told of, never changed
 
     patient = name_patients(frame, data, private, site_N)
-    written_K = spelled(frame[data.patient], site_N, len(frames)) if data.patient else np.zeros(len(frames), np.int64)
+    written_K = (
+        count_respelt(frame[data.patient], site_N, len(frames)) if data.patient else np.zeros(len(frames), np.int64)
+    )
     taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
     for k in np.flatnonzero(written_K).tolist():
         many = "site %r: %d patients are written in more than one way, %s"

@@ -52,17 +52,17 @@ def read(path: Path, format: Format, where: str) -> Text:
     """Read a text table; raise DataError, by row, for what is none."""
     layout, header = layouts.guess(path, format, where)
     try:
-        table = _parsed(path, format, layout, len(header))
+        table = _parse(path, format, layout, len(header))
     except pa.ArrowInvalid as error:
         if "UTF8" in str(error):
             layout, header = _foreign(path, format, where)
         elif layout.footer or not (layout := _with_footer(path, format, layout, len(header), where)).footer:
             raise
-        table = _parsed(path, format, layout, len(header))
-    return _checked(table, header, layout, where)
+        table = _parse(path, format, layout, len(header))
+    return _check(table, header, layout, where)
 
 
-def _parsed(path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK) -> pa.Table:
+def _parse(path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK) -> pa.Table:
     """Return the columns below the header as texts; a blank line is a row of empty cells."""
     columns = [str(place) for place in range(width)]
     reading = pacsv.ReadOptions(
@@ -76,7 +76,7 @@ def _parsed(path: Path, format: Format, layout: TextLayout, width: int, block: i
         delimiter=layout.separator, newlines_in_values=_may_quote(path), ignore_empty_lines=False
     )
     texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False)
-    file = _without_footer(path, format, layout) if layout.footer else layouts.opened(path, format)
+    file = _without_footer(path, format, layout) if layout.footer else layouts.open_bytes(path, format)
     with file:
         try:
             return pacsv.read_csv(file, reading, parsing, texts)
@@ -85,7 +85,7 @@ def _parsed(path: Path, format: Format, layout: TextLayout, width: int, block: i
                 return pa.table({name: pa.array([], pa.large_string()) for name in columns})
             if "straddling" not in str(error) or block >= _LARGEST_BLOCK:
                 raise
-    return _parsed(path, format, layout, width, block * 16)
+    return _parse(path, format, layout, width, block * 16)
 
 
 def _may_quote(path: Path) -> bool:
@@ -105,7 +105,7 @@ def _without_footer(path: Path, format: Format, layout: TextLayout) -> IO[bytes]
 
 def _foreign(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
     """Return the layout of a file whose first megabyte alone is UTF-8."""
-    with layouts.opened(path, format) as file:
+    with layouts.open_bytes(path, format) as file:
         strange = [line for line in _byte_lines(file) if not line.isascii()]
     encoding, why = layouts.western(strange, where)
     layout, header = layouts.guess(path, format, where, encoding)
@@ -175,7 +175,7 @@ def _misfits(odd: Mapping[int, int], fits: int, width: int, where: str) -> str:
 # what is no record -------------------------------------------------------------------------------------------------
 
 
-def _checked(table: pa.Table, header: Sequence[str], layout: TextLayout, where: str) -> Text:
+def _check(table: pa.Table, header: Sequence[str], layout: TextLayout, where: str) -> Text:
     """Return a table without blank lines and unnamed last columns, in one Unicode form.
 
     Raises DataError for a filled cell without a name above it, a header that stands among the records, and a cell that

@@ -79,7 +79,7 @@ def _once(leaf: Leaf, orders: tuple[float, ...]) -> Floats:
             event = dp.RandomizedResponseDpEvent(_blur(categories, epsilon), categories)
             return _engine(event, orders, adjacency="REPLACE_ONE")
         case PoissonGaussian(q, z):
-            return _sampled(q, z, orders)
+            return _price_sampled(q, z, orders)
         case TruncatedPoissonGaussian(_, q, _, z):
             return _once(capped(q, z), orders)
 
@@ -97,7 +97,7 @@ def _blur(categories: int, epsilon: float) -> float:
     return categories / (math.exp(epsilon) + categories - 1)
 
 
-def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
+def _price_sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
     """Return the divergences of one Poisson-sampled Gaussian (Mironov, Talwar and Zhang 2019)."""
     import dp_accounting as dp
 
@@ -113,7 +113,7 @@ def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """dp-accounting warns of every order whose series does not converge; `_sampled` needs none of them."""
+    """dp-accounting warns of every order whose series does not converge; `_price_sampled` needs none of them."""
     from absl import logging
 
     before = logging.get_verbosity()
@@ -280,7 +280,7 @@ def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
             return gaussian_epsilon(1 / _mu(event), delta)
         case "pld":
             return pld_epsilon(event, delta)
-    raise _unknown(accountant)
+    raise _refuse_accountant(accountant)
 
 
 def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp") -> float:
@@ -299,7 +299,7 @@ def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, 
     if accountant == "pld":  # from RDP's answer down in small steps: far too little noise would need a huge grid
         start = calibrate(event_of, epsilon, delta)
         return _smallest(lambda z: pld_epsilon(event_of(z), delta) <= epsilon, start, step=1.1)
-    raise _unknown(accountant)
+    raise _refuse_accountant(accountant)
 
 
 def _event_fits(spent_rdp: Floats, event: Event, epsilon: float, delta: float) -> bool:
@@ -325,7 +325,7 @@ def _mu(event: Event) -> float:
     return mu
 
 
-def _unknown(accountant: str) -> PlanError:
+def _refuse_accountant(accountant: str) -> PlanError:
     return PlanError(f"accountant={accountant!r}; {nearest(accountant, get_args(Accountant))}")
 
 

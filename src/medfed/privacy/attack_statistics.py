@@ -326,12 +326,12 @@ def lira_scores(
         raise ValueError("an example is in, or out of, fewer than 3 retrains; expected 3 of each. Retrain more often.")
     score_RM = score_RM - score_RM.mean(0)  # sums of squares stay small
     ratio_RM = _log_density(score_RM, member_RM, prior) - _log_density(score_RM, ~member_RM, prior)
-    return _pooled(ratio_RM, member_RM)
+    return _pool(ratio_RM, member_RM)
 
 
 def threshold_scores(score_RM: np.ndarray, in_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Score membership by the confidence alone (Yeom et al. 2018), pooled as by `lira_scores`."""
-    return _pooled(score_RM, np.asarray(in_RM, dtype=bool))
+    return _pool(score_RM, np.asarray(in_RM, dtype=bool))
 
 
 def tpr_at_fpr(
@@ -399,8 +399,8 @@ def epsilon_from_rate(
 def _log_density(score_RM: np.ndarray, member_RM: np.ndarray, prior: float) -> np.ndarray:
     """Return each score's log density, less a constant, under the Gaussian of the other retrains in `member_RM`."""
     n_RM = member_RM.sum(0) - member_RM
-    mean_RM = _others(score_RM, member_RM) / n_RM
-    squares_RM = np.maximum(_others(score_RM**2, member_RM) - n_RM * mean_RM**2, 0)
+    mean_RM = _sum_others(score_RM, member_RM) / n_RM
+    squares_RM = np.maximum(_sum_others(score_RM**2, member_RM) - n_RM * mean_RM**2, 0)
     all_examples = squares_RM.sum() / (n_RM - 1).sum()
     own_RM = (n_RM - 1) / (n_RM - 1 + prior)
     variance_RM = own_RM * squares_RM / (n_RM - 1) + (1 - own_RM) * all_examples + _TINY
@@ -408,14 +408,14 @@ def _log_density(score_RM: np.ndarray, member_RM: np.ndarray, prior: float) -> n
     return density_RM
 
 
-def _others(value_RM: np.ndarray, member_RM: np.ndarray) -> np.ndarray:
+def _sum_others(value_RM: np.ndarray, member_RM: np.ndarray) -> np.ndarray:
     """Sum over the retrains in `member_RM`, each without itself."""
     value_RM = np.where(member_RM, value_RM, 0)
     others: np.ndarray = value_RM.sum(0) - value_RM
     return others
 
 
-def _pooled(score_RM: np.ndarray, member_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pool(score_RM: np.ndarray, member_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     retrains, examples = score_RM.shape
     return score_RM.ravel(), member_RM.ravel(), np.indices((retrains, examples)).reshape(2, -1).T
 

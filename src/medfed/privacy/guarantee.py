@@ -171,19 +171,19 @@ class Guarantee:
 
         None where that is nothing.
         """
-        events = [replaced(release.event(), uses * self.copies)] if uses else []
-        events += [replaced(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
+        events = [repeat(release.event(), uses * self.copies)] if uses else []
+        events += [repeat(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
         return Composed(tuple(events)) if events else None
 
     def whole(self, client: str) -> Event:
         """Return what the whole plan costs a patient of a client at that client."""
-        rounds = replaced(self.releases[client].event(), self.uses)
+        rounds = repeat(self.releases[client].event(), self.uses)
         beside = self._all_answers()
         return Composed((rounds, *beside)) if beside else rounds
 
     def _all_answers(self) -> tuple[Event, ...]:
         """Return what all answers to all queries cost a patient at one site."""
-        return tuple(replaced(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
+        return tuple(repeat(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
 
     def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
         """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
@@ -209,10 +209,10 @@ class Guarantee:
         return patients / (release.noise_multiplier * math.sqrt(self.parameters))
 
 
-def replaced(event: Event, times: int) -> Event:
+def repeat(event: Event, times: int) -> Event:
     """Return an event that happens `times` as often."""
     if isinstance(event, Composed):
-        return Composed(tuple(replaced(e, times) for e in event.events))
+        return Composed(tuple(repeat(e, times) for e in event.events))
     return replace(event, count=event.count * times)
 
 
@@ -351,7 +351,7 @@ def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
     yield Refusal(PlanError(text), {("privacy", "delta"): small})
 
 
-def declared(study: Study, site: str) -> int:
+def declared_size(study: Study, site: str) -> int:
     """Return the declared number of training patients of a site; raise PlanError where there is none."""
     if study.sites.kind == "device":
         return 1
@@ -438,10 +438,10 @@ def _release(study: Study, size: int, where: str, mean: float) -> Release:
 
 def _noise_for(found: Guarantee, release: Release) -> float:
     alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)  # neither matters to what it costs
-    return _calibrated(
+    return _calibrate(
         alike,
         found.uses * found.copies,
-        tuple(replaced(event, found.copies) for event in found._all_answers()),
+        tuple(repeat(event, found.copies) for event in found._all_answers()),
         found.epsilon,
         found.delta - found.delta_sampler,
         found.accountant,
@@ -449,11 +449,11 @@ def _noise_for(found: Guarantee, release: Release) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _calibrated(
+def _calibrate(
     release: Release, times: int, beside: tuple[Event, ...], epsilon: float, delta: float, accountant: str
 ) -> float:
     def planned(noise_multiplier: float) -> Event:
-        rounds = replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
+        rounds = repeat(replace(release, noise_multiplier=noise_multiplier).event(), times)
         return Composed((rounds, *beside)) if beside else rounds
 
     try:

@@ -54,7 +54,7 @@ from medfed.privacy.ledger_file import (
     connect,
     create,
     digest_of,
-    explained,
+    explain_errors,
     fingerprint,
     link,
     now,
@@ -122,7 +122,7 @@ class Ledger:
             write_genesis(ledger._sql, key, founding)
             ledger.founded = True
         else:
-            with explained(path):
+            with explain_errors(path):
                 if missing := not path.exists():
                     refuse_lost(path)
                     if read_only:
@@ -205,7 +205,7 @@ class Ledger:
         operator has compared it with the last claim. Raises LedgerError where it is not, or the chain does not hold.
         """
         refuse_unsigned(operator, reason)
-        with explained(path):
+        with explain_errors(path):
             if not path.exists():
                 refuse_lost(path)
                 raise LedgerError(f"{path}: there is no ledger. {RESTORE}")
@@ -536,7 +536,7 @@ class Ledger:
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
         """Do all of what is inside or nothing, while other threads and processes wait."""
-        with self._lock, explained(self.path):
+        with self._lock, explain_errors(self.path):
             self._sql.execute(f"BEGIN {kind}")
             try:
                 yield

@@ -119,7 +119,7 @@ def rule_of(path: Path) -> Rule | None:
     if not path.exists():
         refuse_lost(path)
         return None
-    with explained(path), closing(connect(f"{path.absolute().as_uri()}?mode=ro")) as sql:
+    with explain_errors(path), closing(connect(f"{path.absolute().as_uri()}?mode=ro")) as sql:
         if sql.execute("PRAGMA application_id").fetchone() != (APPLICATION,):
             raise LedgerError(f"{path} is no ledger, or was emptied. Name another file. {RESTORE}")
         content, digest = sql.execute("SELECT content, hash FROM genesis").fetchone() or ("", "")
@@ -221,7 +221,7 @@ def read_key(path: Path, expected: str) -> bytes:
 
 
 @contextmanager
-def explained(path: Path | None) -> Iterator[None]:
+def explain_errors(path: Path | None) -> Iterator[None]:
     """Turn what SQLite and the system refuse into LedgerError."""
     try:
         yield
