@@ -131,7 +131,7 @@ def test_tables_end_to_end_keep_gaps_and_patients_apart() -> None:
     one = np.zeros(1, dtype=np.int64)
     first = SiteTable({"a": np.array([1.0])}, {}, np.array(["x"]), one, np.array([True]), np.array(["p"]))
     second = SiteTable({}, {"b": np.array(["u"])}, np.array(["y"]), one, np.array([False]), np.array(["q"]))
-    both = SiteTable.joined([first, second])
+    both = SiteTable.join([first, second])
     assert both.numbers["a"][0] == 1 and math.isnan(both.numbers["a"][1])
     assert both.texts["b"].tolist() == [None, "u"]
     assert [both.ids[code] for code in both.patient] == ["p", "q"]

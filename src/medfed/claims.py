@@ -63,7 +63,7 @@ def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
     asked: dict[str, int] = getattr(budget, "asked", {})
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
-    charged = account.charged() if account and not g.simulation_only else None
+    charged = account.report() if account and not g.simulation_only else None
     return {
         "schema": 1,
         "study": study.study.name,
@@ -184,7 +184,7 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
         "unit": "patient: one known cell of each column, so that a patient moves one count of each by 1",
         "mechanism": "discrete Gaussian noise on counts of training patients by value; of them follow ranges",
         "columns": list(columns),
-        "found": {name: list(ends) for name, ends in plan.encoding.found().items()},
+        "found": {name: list(ends) for name, ends in plan.encoding.found_ranges().items()},
         "sensitivity": ranges_sensitivity(len(columns)),
         "noise_multiplier": query.noise_multiplier,
         "epsilon_alone": query.epsilon,

@@ -174,7 +174,7 @@ def _noise(study: Study, g: Guarantee, clients: Sequence[str]) -> float:
 
 def made_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
     """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five common causes."""
-    x_NF = encoding.invented(rows).numpy().copy()
+    x_NF = encoding.invent_rows(rows).numpy().copy()
     shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))
     number = np.array([len(np.unique(column[:50])) > 2 for column in x_NF.T], dtype=bool)
     order = rng.permuted(np.tile(np.arange(rows)[:, None], (1, x_NF.shape[1])), axis=0)

@@ -525,7 +525,7 @@ def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
     key = (models.ZOO.get(study.model.name), options, inputs, target.task, target.outputs, private, asked)
     known = _PROBED.get(key) if study.model.name in models.ZOO else None
     if known is None:
-        where, x_BF = f"model.name={study.model.name!r}", encoding.invented(ROWS)
+        where, x_BF = f"model.name={study.model.name!r}", encoding.invent_rows(ROWS)
         known = probe(model, where, x_BF, target.task, target.outputs, private, asked)
         _PROBED[key] = known
     return known
@@ -575,7 +575,7 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
 
 def safe_rate(study: Study, encoding: Encoding, bends: Mapping[str, float], sizes: Mapping[str, int]) -> Chosen:
     """Return the learning rate that every site's rows bear, from what `rates.bend` says of each."""
-    stretch = partial(rates.stretch, build_model(study, encoding), encoding.invented(rates.ROWS))
+    stretch = partial(rates.stretch, build_model(study, encoding), encoding.invent_rows(rates.ROWS))
     return rates.choose(encoding.target.task, bends, sizes, local_plan(study, encoding), study.training, stretch)
 
 

@@ -70,7 +70,7 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
 
 def encode(plan: Plan, fleet: Fleet) -> Plan:
     """Have every site encode its rows anew, where ranges were found."""
-    if not plan.encoding.found():
+    if not plan.encoding.found_ranges():
         return plan
     counted = Counted(fleet)
     send_encoding(plan, counted, fleet.sites())
@@ -84,7 +84,7 @@ def _after(plan: Plan, fleet: Counted) -> Plan:
 
 def refuse_unfound(plan: Plan) -> None:
     """Raise PlanError where a plan's ranges are still to be found, and nobody will look for them."""
-    if found := plan.encoding.found():
+    if found := plan.encoding.found_ranges():
         raise PlanError(
             f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
             "[data.dictionary], or read the records without a claim"

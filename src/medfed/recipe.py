@@ -154,7 +154,7 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
     """Return R: the root mean square norm of an output's gradient in the weights, on made-up rows."""
-    rows = encoding.invented(_ROWS)
+    rows = encoding.invent_rows(_ROWS)
     squares = [float(g.square().sum()) for row in rows for g in output_gradients(model, row[None], _OUTPUTS)]
     mean = sum(squares) / len(squares)
     return math.sqrt(mean) if math.isfinite(mean) and mean > 0 else 1.0

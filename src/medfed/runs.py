@@ -268,7 +268,7 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
 
 def _freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can be resumed."""
-    spent = ranges.paid(plan.study) if plan.encoding.found() else "Nothing was trained."
+    spent = ranges.paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
         own.write_to(folder / "sites" / OWN_LOG)
         if maps := site_maps.texts(plan.study):
@@ -863,10 +863,10 @@ def _drive(
     aggregation = ways.introduced(plan, fleet, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
-    for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found() else 0):
+    for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found_ranges() else 0):
         budget.ask("ranges")  # before this; the ledger says how often, where one was charged
     if (account := sites[0].account) and not study.privacy.simulation_only:
-        budget.found(account.uses(), account.queries())
+        budget.take_over(account.uses(), account.queries())
     name, reason, every = main_model(study.training.algorithm), "", study.monitor.evaluate_every
     watch, gate = _watched(plan, log), Gate.of(plan)
     pace = _paced(log.events(), plan)
@@ -891,7 +891,7 @@ def _drive(
         if events.Voted not in known:
             vote(server, plan, fleet, budget, log)
         if account and not study.privacy.simulation_only:
-            budget.found(account.uses(), account.queries())  # who was refused has not paid
+            budget.take_over(account.uses(), account.queries())  # who was refused has not paid
         if study.monitor.baselines and every and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)

@@ -93,7 +93,7 @@ class Site:
         """Return the nodes of several sites of this process, each as `open` returns it."""
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         tables = clean_all(frames, study.data, streams, private, open_columns(study))
-        return [cls(name, table.ordered(), study, folder) for name, table in zip(frames, tables, strict=True)]
+        return [cls(name, table.sort_by_patient(), study, folder) for name, table in zip(frames, tables, strict=True)]
 
     @classmethod
     def devices(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
@@ -106,14 +106,14 @@ class Site:
         nodes: list[Site] = []
         tables = clean_all(frames, study.data, streams, private, open_columns(study))
         for site, together in zip(frames, tables, strict=True):
-            of_each = together.ordered().by_patient()
+            of_each = together.sort_by_patient().by_patient()
             named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in of_each}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
-        return Site(self.name, self.table.known() if self.table else None, study)
+        return Site(self.name, self.table.keep_taking_part() if self.table else None, study)
 
     @classmethod
     def pooled(cls, sites: Sequence["Site"]) -> "Site":
@@ -346,7 +346,7 @@ def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> Iterable[Rows]:
     """Encode all records of each table, gaps filled from its own training records; many small tables in one go."""
     if not encoding.public and sum(map(len, tables)) > _SMALL * len(tables):
         return (encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables)
-    every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
+    every, sizes = SiteTable.join(tables), [len(table) for table in tables]
     site_N = np.repeat(np.arange(len(tables)), sizes)
     rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test, site_N)
     parts = zip(torch.split(rows.x, sizes), torch.split(rows.y, sizes), tables, strict=True)
@@ -481,7 +481,7 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     willing = [site for site in sites if site.name not in refused]
     answers = iter(_worked(willing, header, tensors)) if willing else iter(())
     if sites[0].account:
-        sites[0].account.answered(site.name for site in willing)
+        sites[0].account.note_answered(site.name for site in willing)
     return [refused[site.name] if site.name in refused else next(answers) for site in sites]
 
 
@@ -740,7 +740,7 @@ def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
             vote = vote + _query_noise(site, promised, "vote", guarantee.VOTE_SENSITIVITY, 1)
         replies.append(codec.encode({}, {"vote": torch.from_numpy(vote)}))
     if account:
-        account.answered_query("vote", names)
+        account.note_query_answered("vote", names)
     return replies
 
 
@@ -801,7 +801,7 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
             counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     if account:
-        account.tested(site.name for site in sites)
+        account.note_tested(site.name for site in sites)
     return replies
 
 
@@ -837,7 +837,7 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
             vector = vector + _query_noise(site, promised, "threshold", rule.sensitivity(), len(vector))
         replies.append(codec.encode({}, {"counts": torch.from_numpy(vector)}))
     if first.account:
-        first.account.answered_query("threshold", [site.name for site in sites])
+        first.account.note_query_answered("threshold", [site.name for site in sites])
     return replies
 
 
@@ -866,7 +866,7 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             counts = counts + _query_noise(site, promised, "ranges", most, counts.size, turn).reshape(counts.shape)
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     if account:
-        account.answered_query("ranges", names)
+        account.note_query_answered("ranges", names)
     return replies
 
 

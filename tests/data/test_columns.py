@@ -16,7 +16,8 @@ from medfed.data import mapping, sources
 from medfed.data.frames import number_rows
 from medfed.data.headers import feature_names, misnamed
 from medfed.data.site_table import SiteTable
-from medfed.data.tables import clean, features_of
+from medfed.data.tables import clean
+from medfed.features import features_of
 from medfed.study import Data, Feature, load
 
 COLUMNS = ["lab_crp", "lab_k", "note", "sex", "age", "y", "site"]

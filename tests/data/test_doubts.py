@@ -475,7 +475,7 @@ def test_under_a_claim_nobody_is_told_of_any(tmp_path: Path) -> None:
 
 def test_what_a_site_tells_comes_back_as_it_was() -> None:
     doubt = Doubt("identifier", "a b", "text", (2, 3), 9, {("data", "dictionary", "a b", "recode"): {"x": "y"}})
-    heard = Doubt.heard(doubt.told(), "s")
+    heard = Doubt.from_json(doubt.to_json(), "s")
     assert heard == Doubt(**{**vars(doubt), "sites": ("s",)})
 
 

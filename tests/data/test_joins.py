@@ -117,7 +117,7 @@ def test_rows_that_a_table_lacks_are_counted_and_told(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("one_thread")
 def test_many_are_counted_and_a_row_that_is_left_out_is_not(tmp_path: Path) -> None:
     found = runs.survey(_joined(tmp_path, STUDY, 40))
-    (doubt,) = [Doubt.heard(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
+    (doubt,) = [Doubt.from_json(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
     assert doubt.count == 40 and len(doubt.rows) == 5 and "and 35 more" in doubt.sentence()
 
 

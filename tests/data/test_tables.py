@@ -172,7 +172,7 @@ def test_a_column_that_the_dictionary_does_not_describe_is_refused_by_name() -> 
 def test_records_without_a_declared_label_take_no_part() -> None:
     table = _private(a=["1"] * 5, w=["x"] * 5, y=["0", "perhaps", "", "1", None])
     assert table.taking_part().tolist() == [True, False, False, True, False]
-    assert table.known().label.tolist() == ["0", "1"] and set(table.label) == {"0", "1"}
+    assert table.keep_taking_part().label.tolist() == ["0", "1"] and set(table.label) == {"0", "1"}
 
 
 def test_numbers_that_are_predicted_are_held_in_training_and_in_tests() -> None:
@@ -475,7 +475,7 @@ def _told(table: SiteTable) -> dict[str, Any]:
     rows = [table.label, table.patient, table.test, table.ids, table.taking_part()]
     kinds = (sorted(table.numbers), sorted(table.texts), [values.dtype for values in rows])
     return {"columns": str(columns), "rows": str([values.tolist() for values in rows]), "kinds": kinds,
-            "found": (table.found, table.spellings, table.left_out is None)}  # fmt: skip
+            "found": (table.findings, table.spellings, table.left_out is None)}  # fmt: skip
 
 
 @pytest.mark.parametrize("clean_cells", [True, False])
@@ -539,7 +539,7 @@ def test_the_order_of_rows_of_a_file_means_nothing(patient: str, private: bool) 
     )
     described = {"a": Feature(range=(0, 9)), "b": Feature(categories=("x", "y")), "y": Feature(categories=("0", "1"))}
     data = replace(DATA, patient=patient, features=("a", "b"), dictionary=described)
-    one, other = (clean("s", number_rows(f), data, Streams(1), private).ordered() for f in (frame, frame[::-1]))
+    one, other = (clean("s", number_rows(f), data, Streams(1), private).sort_by_patient() for f in (frame, frame[::-1]))
     assert one.ids.tolist() == other.ids.tolist()
     for left, right in [(one.numbers["a"], other.numbers["a"]), (one.texts["b"], other.texts["b"])]:
         assert left.tolist() == right.tolist()

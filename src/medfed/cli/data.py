@@ -143,7 +143,7 @@ def _roles(study: "Study") -> str:
 
 
 def _plain(doubt: "Doubt") -> dict[str, object]:
-    return {**doubt.told(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
+    return {**doubt.to_json(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
 
 
 def _tell(doubted: "Sequence[Doubt]", shown: Console) -> None:

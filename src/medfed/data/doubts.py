@@ -102,13 +102,13 @@ class Doubt:
         accept = toml.literal([f"{self.code}:{self.column}"])
         return f"{mend}if it is right as it is, data.accept = {accept}."
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return what a site tells of it, as plain values."""
         mend = [[list(path), value] for path, value in self.mend.items()]
         return {**vars(self), "rows": list(self.rows), "mend": mend, "sites": [], "examples": list(self.examples)}
 
     @classmethod
-    def heard(cls, told: Mapping[str, Any], site: str) -> "Doubt":
+    def from_json(cls, told: Mapping[str, Any], site: str) -> "Doubt":
         """Return a doubt that a site told."""
         mend = {tuple(path): value for path, value in told["mend"]}
         rows, examples = tuple(told["rows"]), tuple(told["examples"])

@@ -75,11 +75,11 @@ class Encoding:
         """Return the names of the encoded columns, M of them."""
         return [name for column in self.columns for name in column.names()]
 
-    def found(self) -> dict[str, tuple[float, ...]]:
+    def found_ranges(self) -> dict[str, tuple[float, ...]]:
         """Return the ranges that were found for columns which declare none."""
         return {column.name: column.found for column in self.columns if column.found}
 
-    def invented(self, rows: int) -> Tensor:
+    def invent_rows(self, rows: int) -> Tensor:
         """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
         rng = np.random.default_rng(0)
         blocks = []

@@ -39,7 +39,7 @@ class SiteTable:
         """Return which records take part, bool [rows]."""
         return np.ones(len(self), dtype=bool) if self.left_out is None else ~self.left_out
 
-    def known(self) -> "SiteTable":
+    def keep_taking_part(self) -> "SiteTable":
         """Return the records that take part alone."""
         rows = self.taking_part()
         numbers = {name: values[rows] for name, values in self.numbers.items()}
@@ -58,7 +58,7 @@ class SiteTable:
         """Return the feature names, sorted."""
         return sorted([*self.numbers, *self.texts])
 
-    def ordered(self) -> "SiteTable":
+    def sort_by_patient(self) -> "SiteTable":
         """Return the records by patient, and of one patient by what they say: so that a file's order means nothing."""
         order = np.argsort(self.patient, kind="stable")
         patient = self.patient[order]
@@ -102,7 +102,7 @@ class SiteTable:
             yield SiteTable(numbers, texts, label[rows], one, test[rows], self.ids[code : code + 1], left_out)
 
     @classmethod
-    def joined(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
+    def join(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
         """Return several sites' records end to end; a column that a site lacks is missing there."""
         starts = np.cumsum([0, *(len(t.ids) for t in tables)])
         return cls(

@@ -76,7 +76,7 @@ def _merge_alike(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
     alike: dict[tuple[str, str, str], list[Doubt]] = {}
     for site, survey in surveys.items():
         for told in survey.get("doubts", ()):
-            doubt = Doubt.heard(told, site)
+            doubt = Doubt.from_json(told, site)
             which = doubt.text if doubt.code == "unjoined" else ""  # several tables are joined by one column
             alike.setdefault((doubt.code, doubt.column, which), []).append(doubt)
     for doubts in alike.values():

@@ -34,7 +34,7 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
         "single": _single_values(table),
         "medians": _medians(table, data),
         "spreads": _spreads(table, data),
-        "doubts": [doubt.told() for doubt in table.findings.doubts],
+        "doubts": [doubt.to_json() for doubt in table.findings.doubts],
         **({"dropped": dict(table.findings.dropped)} if table.findings.dropped else {}),
     }
 

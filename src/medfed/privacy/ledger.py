@@ -93,7 +93,7 @@ class Ledger:
         locked, not writable, older than its anchor, of a newer version or no ledger, where its pseudonym key is
         missing, or where it is missing itself though key or anchor are there.
         """
-        ledger = cls._connected(path, read_only, founding)
+        ledger = cls._connect(path, read_only, founding)
         try:
             if read_only:
                 anchor = ledger._read_anchor()  # before the rows: others may charge, and then tell theirs
@@ -115,7 +115,7 @@ class Ledger:
         return ledger
 
     @classmethod
-    def _connected(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
+    def _connect(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
         """Return the ledger at `path` before anything in it was read; found it where there is none."""
         if path is None:
             ledger = cls(connect(":memory:"), None, key := secrets.token_bytes(32))
@@ -209,7 +209,7 @@ class Ledger:
             if not path.exists():
                 refuse_lost(path)
                 raise LedgerError(f"{path}: there is no ledger. {RESTORE}")
-        with cls._connected(path, False, None) as ledger:
+        with cls._connect(path, False, None) as ledger:
             with ledger._transaction("IMMEDIATE"):
                 ledger._load()
                 ledger.pseudonym("")
@@ -393,7 +393,7 @@ class Ledger:
     def _refuse_without(self, head: str) -> None:
         known = "SELECT EXISTS (SELECT 1 FROM charges WHERE hash = ?) OR EXISTS (SELECT 1 FROM genesis WHERE hash = ?)"
         if not self._one(known, head, head):
-            raise self._damaged(f"head {head[:12]}... of an earlier claim is not in it: cut or replaced")
+            raise self._damage(f"head {head[:12]}... of an earlier claim is not in it: cut or replaced")
 
     # The chain --------------------------------------------------------------------------------------------------------
 
@@ -404,27 +404,27 @@ class Ledger:
         if (version := self._one("PRAGMA user_version")) > FORMAT:
             raise LedgerError(f"{self.path} has format={version}; expected at most {FORMAT}. Update medfed.")
         if (found := self._one("PRAGMA integrity_check(1)")) != "ok":
-            raise self._damaged(str(found))
+            raise self._damage(str(found))
         if not set(SCHEMA) <= {text for (text,) in self._sql.execute("SELECT sql FROM sqlite_master")}:
-            raise self._damaged("a table or a trigger is missing or was changed")
+            raise self._damage("a table or a trigger is missing or was changed")
         content, digest = self._sql.execute("SELECT content, hash FROM genesis").fetchone() or ("", "")
         if sha256(str(content)) != digest:
-            raise self._damaged("row 0, its genesis, is missing or was changed")
+            raise self._damage("row 0, its genesis, is missing or was changed")
         self._genesis, self._seq, self._head, self._balances = json.loads(content), 0, digest, Balances()
         self.columns = ()
         self.lifetime = Lifetime(**bound) if (bound := self._genesis.get("lifetime")) else None
         self._catch_up()
         if (last := self._one("SELECT max(seq) FROM sqlite_sequence") or 0) != self._seq:  # SQLite's own count
-            raise self._damaged(f"row {self._seq + 1} is missing, as {last} were written")
+            raise self._damage(f"row {self._seq + 1} is missing, as {last} were written")
 
     def _catch_up(self) -> None:
         """Read and verify the rows that were appended since the last time, by whichever process."""
         if self._seq and self._one(f"SELECT hash FROM charges WHERE seq = {self._seq}") != self._head:
-            raise self._damaged(f"row {self._seq} is missing or was changed while the ledger was open")
+            raise self._damage(f"row {self._seq} is missing or was changed while the ledger was open")
         for row in self._sql.execute(f"SELECT {ROW} FROM charges WHERE seq > {self._seq} ORDER BY seq"):
             seq, _, study, _, _, cohort, _, _, event, previous, digest = row
             if seq != self._seq + 1 or previous != self._head or row_hash(row[:-1]) != digest:
-                raise self._damaged(f"row {self._seq + 1} is missing or was changed")
+                raise self._damage(f"row {self._seq + 1} is missing or was changed")
             if cohort:
                 self._admit(cohort)
                 self._balances.charged[cohort][study][event] += 1
@@ -453,14 +453,14 @@ class Ledger:
         members = self._sql.execute("SELECT pseudonym FROM members WHERE cohort = ? ORDER BY pseudonym", (cohort,))
         names = [name for (name,) in members]
         if digest_of([site, names]) != cohort:
-            raise self._damaged(f"cohort {cohort[:12]}... is not enrolled, or its patients were changed")
+            raise self._damage(f"cohort {cohort[:12]}... is not enrolled, or its patients were changed")
         self._balances.admit(cohort, site, names)
 
     def _one(self, query: str, *values: object) -> Any:
         row = self._sql.execute(query, values).fetchone()
         return row[0] if row else None
 
-    def _damaged(self, what: str) -> LedgerError:
+    def _damage(self, what: str) -> LedgerError:
         return LedgerError(f"{self.path} is damaged: {what}. The run is refused. {RESTORE}")
 
     # The anchor -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class RunMeter(Protocol):
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
 
         And for how many queries of each label, as the ledgers have it.
@@ -46,7 +46,7 @@ class NoClaim:
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take nothing over."""
 
     def ask(self, label: str) -> None:
@@ -81,7 +81,7 @@ class Metered:
             )
         self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Count the rounds that were paid for, though a crash lost them, and the queries."""
         self.asked = dict(asked)
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}

@@ -119,22 +119,22 @@ class SiteLedger:
         round, on disk. What it costs is worked out here, from the study and declared sizes, and by nobody's word.
 
         Edge cases:
-        - who has paid and was not `answered` (the work failed, and is tried again) does not pay twice;
+        - who has paid does not pay twice before `note_answered` (the work failed, and is tried again);
         - a crash after it leaves the charge, and the round is paid anew;
         - where patients of several sites pay at one of them, all sites that were asked pay or none;
         - a correlated run is paid in full by its first round;
         - a refusal tells how much is left to the one who has least, and never how many patients there are;
         - nobody has been enrolled: BudgetError, whoever asks.
         """
-        g = self._enrolled()
-        if refused := self._apart(sites):
+        g = self._require_guarantee()
+        if refused := self._refuse_apart(sites):
             return refused
         releases, owing = g.releases, [site for site in sites if site not in self._paid[ROUND]]
-        refused = self._charged({site: self._charge(site, round, releases[site].event()) for site in owing})
+        refused = self._charge_all({site: self._charge(site, round, releases[site].event()) for site in owing})
         self._paid[ROUND].update(site for site in owing if site not in refused)
         return refused
 
-    def answered(self, sites: Iterable[str]) -> None:
+    def note_answered(self, sites: Iterable[str]) -> None:
         """Note that what these sites paid for has been computed: the next round is paid anew.
 
         A correlated run is one release: paid in full by its first round.
@@ -146,7 +146,7 @@ class SiteLedger:
         """Charge held-out patients, by site, for one noised histogram each; return the sites whose patients cannot pay.
 
         It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
-        all sites is noised once, a patient of several pays once. Who has paid and was not `tested` does not pay twice.
+        all sites is noised once, a patient of several pays once. Who has paid does not pay twice before `note_tested`.
         """
         self._test_ids |= asked
         owing = {site: ids for site, ids in asked.items() if site not in self._paid[TEST]}
@@ -160,61 +160,61 @@ class SiteLedger:
         for site, ids in owing.items():
             cohort = self.ledger.enrol(_held_out(site), ids)
             charges[site] = Charge(self.study.study.name, self.run, cohort, 0, TEST, event)
-        refused = self._charged(charges)
-        self._pays_no_longer(refused)
+        refused = self._charge_all(charges)
+        self._forget_payers(refused)
         self._paid[TEST].update(site for site in charges if site not in refused)
         return refused
 
-    def tested(self, sites: Iterable[str]) -> None:
+    def note_tested(self, sites: Iterable[str]) -> None:
         """Note that these sites' histograms have been made: the next ones are paid anew."""
         made = set(sites)
         self._paid[TEST] -= made
         there = {name for site in made for name in self._test_ids.pop(site, ())}
         self._test_payer = {name: site for name, site in self._test_payer.items() if name not in there}
 
-    def _pays_no_longer(self, sites: Collection[str]) -> None:
+    def _forget_payers(self, sites: Collection[str]) -> None:
         """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
         self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
     def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the training patients of each site for a query; return who cannot pay, or has for all that is planned.
 
-        Who has paid and was not yet `answered_query` does not pay twice. What a crash lost is not bought again: the
-        room in the plan is another query's.
+        Who has paid does not pay twice before `note_query_answered`. What a crash lost is not bought again: the room in
+        the plan is another query's.
         """
-        if refused := self._apart(sites):
+        if refused := self._refuse_apart(sites):
             return refused
-        event = self._enrolled().query_event(label)
+        event = self._require_guarantee().query_event(label)
         owing = [site for site in sites if site not in self._paid[label]]
         charges = {site: replace(self._charge(site, 0, event), label=label) for site in owing}
-        refused = self._charged(charges)
+        refused = self._charge_all(charges)
         self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
     def pay_query_held_out(self, label: str, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
         """Charge held-out patients, by site, for a query that follows from them too; each pays at each of its sites."""
-        event = self._enrolled().query_event(label)
+        event = self._require_guarantee().query_event(label)
         charges = {}
         for site, ids in asked.items():
             if _held_out(site) not in self._paid[label]:
                 cohort = self.ledger.enrol(_held_out(site), ids)
                 charges[site] = Charge(self.study.study.name, self.run, cohort, 0, label, event)
-        refused = self._charged(charges)
+        refused = self._charge_all(charges)
         self._paid[label].update(_held_out(site) for site in charges if site not in refused)
         return refused
 
-    def answered_query(self, label: str, sites: Iterable[str]) -> None:
+    def note_query_answered(self, label: str, sites: Iterable[str]) -> None:
         """Note that these sites have answered a query: the next one is paid anew."""
         self._paid[label].difference_update(party for site in sites for party in (site, _held_out(site)))
 
-    def _enrolled(self) -> Guarantee:
+    def _require_guarantee(self) -> Guarantee:
         if self.guarantee is None:
             raise BudgetError(
                 "nobody is enrolled for this run, so nobody can pay; the coordinator must enrol them first"
             )
         return self.guarantee
 
-    def _apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
+    def _refuse_apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
         """Return why nobody may answer where a patient may have to pay at a site that was not asked."""
         if not self._shares_patients or set(sites) >= set(self.cohorts):
             return {}
@@ -229,7 +229,7 @@ class SiteLedger:
         """Whether a patient of one site may pay at another: one noise for both, and one charge."""
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
-    def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
+    def _charge_all(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
         """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
         limits = self._limits()
         try:
@@ -263,7 +263,7 @@ class SiteLedger:
                 found[label] = max(found[label], n)
         return dict(found)
 
-    def charged(self) -> JSON:
+    def report(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
 
         Under scope = "study" the lifetime budget too, over all studies, and the rule of identity.
@@ -278,7 +278,7 @@ class SiteLedger:
         return Charge(self.study.study.name, self.run, self.cohorts[site], round, ROUND, event)
 
     def _limits(self) -> Limits:
-        p, g = self.study.privacy, self._enrolled()
+        p, g = self.study.privacy, self._require_guarantee()
         limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
         planned = {label: one.times for label, one in g.queries.items()}
         if g.accountant != "pld":
