@@ -108,7 +108,9 @@ def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.n
 
 
 def _take_log(values: np.ndarray, name: str, logs: dict[str, float]) -> np.ndarray:
-    return np.log(np.maximum(values, logs[name])) if name in logs else values
+    if name in logs:
+        values = np.log(np.maximum(values, logs[name]))
+    return values
 
 
 def to_word(value: np.ndarray) -> np.ndarray:

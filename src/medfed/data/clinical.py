@@ -38,7 +38,9 @@ class Match:
     @property
     def variable(self) -> Variable | None:
         """The variable, where the name leaves no choice."""
-        return self.variables[0] if len(self.variables) == 1 else None
+        if len(self.variables) == 1:
+            return self.variables[0]
+        return None
 
 
 def lookup(column: str) -> Match | None:
@@ -195,7 +197,9 @@ def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | Non
     if found is None:
         return None
     both = tuple(variable for variable in _index_names_with_unit().get(abbreviation, ()) if variable in found.variables)
-    return replace(found, variables=both) if both else None
+    if both:
+        return replace(found, variables=both)
+    return None
 
 
 def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
@@ -211,7 +215,9 @@ def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, ta
     meant = tuple(variable for variable in meant if all(variable.group in _beside(word) for word in taken))
 
     if not measured:
-        return Match(meant, "", tuple(taken)) if meant else None
+        if meant:
+            return Match(meant, "", tuple(taken))
+        return None
     if not certain and not clear:
         return None
     fits = [
@@ -220,7 +226,9 @@ def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, ta
         for unit in measured
         if (variable.measured_in(unit.name) if certain else variable.usual_in(unit.name))
     ]
-    return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken)) if fits else None
+    if fits:
+        return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken))
+    return None
 
 
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:

@@ -141,7 +141,9 @@ def _strange(sites: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             for feature, told in s[kind].items():
                 first = ", ".join(map(str, told["first"]))
                 table.add_row(escape(name), escape(feature), what, str(told["rows"]), first)
-    return [table] if table.row_count else []
+    if table.row_count:
+        return [table]
+    return []
 
 
 def figure(found: Mapping[str, Any], title: str) -> go.Figure:

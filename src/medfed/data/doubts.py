@@ -120,7 +120,9 @@ def leave_out_column(name: str) -> Mend:
 
 
 def quote_cells(name: str, cells: Iterable[object]) -> tuple[str, ...]:
-    return quotes.examples(cells) if quotable(name) else ()
+    if quotable(name):
+        return quotes.examples(cells)
+    return ()
 
 
 def quotable(name: str) -> bool:
@@ -137,7 +139,9 @@ def is_accepted(doubt: Doubt, data: Data) -> bool:
 def name_mend(text: str, column: str, key: str, value: Any) -> tuple[str, Mend]:
     """Return a doubt's text and its mend, which is made of cells; where they are withheld the key is named alone."""
     path = ("data", "dictionary", column, key)
-    return (f"{text} ({toml.key(*path)})", {}) if quotes.are_withheld() else (text, {path: value})
+    if quotes.are_withheld():
+        return (f"{text} ({toml.key(*path)})", {})
+    return (text, {path: value})
 
 
 def fold(text: str) -> str:

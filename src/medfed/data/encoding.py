@@ -44,7 +44,9 @@ class Column:
             values = [f"{self.name}={self.categories[1]}"]
         else:
             values = [f"{self.name}={category}" for category in self.categories]
-        return [*values, f"{self.name} missing"] if self.indicator else values
+        if self.indicator:
+            return [*values, f"{self.name} missing"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Target:
     @property
     def outputs(self) -> int:
         """C, the model's outputs."""
-        return len(self.labels) if self.task == "multiclass" else 1
+        if self.task == "multiclass":
+            return len(self.labels)
+        return 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ class Encoding:
                 blocks.append(hot[:, 1:] if len(column.categories) == 2 else hot)
             if column.indicator:
                 blocks.append(rng.integers(2, size=(rows, 1)).astype(np.float64))
-        return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32)) if blocks else torch.zeros(rows, 0)
+        if blocks:
+            return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32))
+        return torch.zeros(rows, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Return the encoding as plain JSON."""
@@ -158,7 +164,9 @@ class Encoding:
                 f"{toml.key('data', 'dictionary', self.target.name, 'categories')}, or correct the rows."
             )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
-        return codes.float() if self.target.task == "binary" else codes
+        if self.target.task == "binary":
+            return codes.float()
+        return codes
 
 
 def _site_medians(values: np.ndarray, site_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,11 +190,15 @@ def _encode_number(column: Column, values: np.ndarray) -> np.ndarray:
         values = np.log(np.maximum(values, column.floor))
     with np.errstate(over="ignore"):  # a cap holds what is too large
         encoded = (values - column.centre) / column.scale
-    return np.clip(encoded, -column.cap, column.cap) if column.cap else encoded
+    if column.cap:
+        return np.clip(encoded, -column.cap, column.cap)
+    return encoded
 
 
 def _encode_category(column: Column, values: np.ndarray) -> np.ndarray:
     """One column a category, or one for the second of two; a missing or unknown category is NaN."""
     hot = np.stack([values == category for category in column.categories], 1).astype(np.float64)
     hot[~hot.any(1)] = np.nan
-    return hot[:, 1:] if len(column.categories) == 2 else hot
+    if len(column.categories) == 2:
+        return hot[:, 1:]
+    return hot

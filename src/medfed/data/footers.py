@@ -105,7 +105,9 @@ def _last(frame: pd.DataFrame, roles: Sequence[str]) -> tuple[int, str]:
     if not (shown or bare) or count > _MOST or not len(above):
         return 0, ""
     usual = _repeats(above, footer, named) if shown else _nameless(above, roles)
-    return (0, "") if usual else (count, shown or bare)
+    if usual:
+        return (0, "")
+    return (count, shown or bare)
 
 
 def _repeats(above: pd.DataFrame, footer: pd.DataFrame, named: Sequence[str]) -> bool:

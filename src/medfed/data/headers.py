@@ -61,7 +61,9 @@ def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
 def _meant(name: str, columns: Sequence[str]) -> str | None:
     """Return the column that a misspelt name means: none that names another unit, which a range would be wrong for."""
     close = closest(name, columns)
-    return None if close and units.differ(name, close) else close
+    if close and units.differ(name, close):
+        return None
+    return close
 
 
 def _nearest(name: str, columns: Sequence[str]) -> str:

@@ -108,7 +108,9 @@ def _places(
 
 
 def _name_key(on: Sequence[str]) -> str:
-    return f"a value of {on[0]!r}" if len(on) == 1 else f"a pair of {', '.join(map(repr, on))}"
+    if len(on) == 1:
+        return f"a value of {on[0]!r}"
+    return f"a pair of {', '.join(map(repr, on))}"
 
 
 def _keys(frame: pd.DataFrame, on: Sequence[str], data: Data) -> pd.Series:

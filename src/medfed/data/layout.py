@@ -131,7 +131,9 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
             f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
             'encoding = "utf-16" under [data.format]'
         )
-    return ("utf-8", "") if is_utf8(start) else western(start.splitlines(), where)
+    if is_utf8(start):
+        return ("utf-8", "")
+    return western(start.splitlines(), where)
 
 
 def is_utf8(start: bytes) -> bool:
@@ -241,7 +243,9 @@ def _check_declared(format: Format, start: bytes) -> str:
     """Return the declared encoding of a file without a mark; of UTF-16, with the order that its first sign has."""
     if format.encoding != "utf-16":
         return format.encoding
-    return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    if start[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le"
 
 
 def _decode(start: bytes, codec: str) -> str:
@@ -294,7 +298,9 @@ def _header(filled: Sequence[tuple[int, list[str]]], width: int) -> tuple[int, l
     for line, cells in filled:
         several = sum(map(bool, cells))
         if len(cells) == width and 2 * several > width:
-            return filled[0] if line and any(map(_NUMBER.fullmatch, cells)) else (line, cells)
+            if line and any(map(_NUMBER.fullmatch, cells)):
+                return filled[0]
+            return (line, cells)
         if 2 * several >= width:
             break
     return filled[0]

@@ -61,7 +61,9 @@ def complete(data: Data) -> Data:
 
 def _mark(data: Data) -> str:
     """Return the name of the column that marks rows by their date; "" for none."""
-    return f"{data.time} from {data.test_from}" if data.time and data.test_from else ""
+    if data.time and data.test_from:
+        return f"{data.time} from {data.test_from}"
+    return ""
 
 
 def columns(header: Sequence[str], data: Data) -> list[str]:
@@ -127,8 +129,10 @@ def _entry(data: Data, name: str) -> Feature:
 
 def moment(text: str) -> np.datetime64 | None:
     """Return the day that a `reference` names; None where it names a column."""
-    (day,) = dates.read([text], "iso")
-    return None if np.isnat(day) else day
+    day: np.datetime64 = dates.read([text], "iso")[0]
+    if np.isnat(day):
+        return None
+    return day
 
 
 def maps(feature: Feature) -> bool:
@@ -198,7 +202,9 @@ def apply(
     if names is None and data.test_from:
         made[data.test] = _marks(frame, data, faults, private)
     settle(faults, frame, private, site, data.patient)
-    return frame.assign(**{name: column_of(values, frame) for name, values in made.items()}) if made else frame
+    if made:
+        return frame.assign(**{name: column_of(values, frame) for name, values in made.items()})
+    return frame
 
 
 def roles_of(data: Data) -> list[str]:
@@ -247,7 +253,9 @@ def without_suffix(text: str | None, suffixes: Sequence[str], decimal: str = "."
     if text is None or ending is None:
         return text
     number = text.removesuffix(ending).rstrip()
-    return number.replace(",", ".") if decimal == "," and re.fullmatch(r"[+-]?\d+,\d+", number) else number
+    if decimal == "," and re.fullmatch(r"[+-]?\d+,\d+", number):
+        return number.replace(",", ".")
+    return number
 
 
 def find_different(values: pd.Series) -> tuple[np.ndarray, Texts]:

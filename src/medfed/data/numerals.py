@@ -90,7 +90,9 @@ def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) ->
             found.append(CellEvidence(decimal, thousands, place, either))
         numbers += many
     filled = len(text_N) - (pc.sum(pc.equal(text_N, "")).as_py() or 0) - text_N.null_count
-    return found if 2 * numbers >= filled else []
+    if 2 * numbers >= filled:
+        return found
+    return []
 
 
 def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
@@ -163,10 +165,14 @@ def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, wher
     if len(parted) == 1:  # 1.234.567 leaves the comma
         ((mark, place),) = parted.items()
         guessed["decimal"] = place
-        return "," if mark == "." else "."
+        if mark == ".":
+            return ","
+        return "."
     either = {e.either: e.place for e in reversed(found) if e.either}
     if format.thousands in either:  # declared
-        return "," if format.thousands == "." else "."
+        if format.thousands == ".":
+            return ","
+        return "."
     asked = either.get(",") or ("" if separator == "," else either.get("."))
     if asked:
         raise DataError(
@@ -224,7 +230,9 @@ def form_of(texts: Iterable[str]) -> str | None:
         return ""
     form = next(form for form, known in FORMS.items() if known == signs)
     changed = sum(new != old for new, old in zip(set_points(given, form), given, strict=True))
-    return form if changed * 2 > len(given) else None
+    if changed * 2 > len(given):
+        return form
+    return None
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:
@@ -271,4 +279,6 @@ def respell(
         after = spell(before)
         if not after.equals(before):
             columns[name] = pd.Series(after.to_pylist(), frame.index, frame[name].dtype)
-    return frame.assign(**columns) if columns else frame
+    if columns:
+        return frame.assign(**columns)
+    return frame

@@ -56,53 +56,87 @@ def agree(
 
     Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
     """
+    # What there is: the target, the columns, and which of them get an indicator of gaps.
     data = _with_ranges(data, found)
     target = _agree_target(surveys, data)
     texts = _merge_categories(surveys, data)
     names = _order_features(surveys, data)
-    indicators = {n for s in surveys.values() for n, count in s["train_missing"].items() if count}
-    indicators |= {n for n in names if any(n not in s["missing"] for s in surveys.values())}
-    if public:
-        indicators = set()
-    indicators |= {n for n in names if n in data.dictionary and data.dictionary[n].indicator}
-    numbers = [n for n in names if n not in texts]
+    indicators = _choose_indicators(surveys, names, data, public)
+
+    # Centre and scale of each number: from the dictionary, none, or from what sites answer.
+    numbers = [name for name in names if name not in texts]
     logs = {n: _log_floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         refuse(_refuse_unranged(numbers, data))
-        scales = {n: _public_scale(data.dictionary[n]) for n in numbers}
+        scales = {name: _public_scale(data.dictionary[name]) for name in numbers}
         if target.task == "regression":
-            low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
-            if low == high:
-                where = toml.key("data", "dictionary", data.target, "range")
-                raise PlanError(f"data.preprocess='dictionary' needs {where} for the target")
-            target = dataclasses.replace(target, centre=(low + high) / 2, scale=(high - low) / 4)
+            target = _scale_by_dictionary(target, data)
+
     elif data.preprocess == "none":
         scales = dict.fromkeys(numbers, (0.0, 1.0))
         if public:
             refuse(_refuse_unranged(numbers, data))
-            fills = {n: _public_scale(data.dictionary[n])[0] for n in numbers}
+            fills = {name: _public_scale(data.dictionary[name])[0] for name in numbers}
+
     else:
         asked = [*numbers, ""] if target.task == "regression" else numbers
         robust = data.preprocess == "robust"
         fitted = fit_widely(asked, logs, ask) if robust else fit("standard", asked, logs, ask)
-        scales = {n: fitted[n] for n in numbers}
+        scales = {name: fitted[name] for name in numbers}
         if target.task == "regression":
-            target = dataclasses.replace(target, centre=fitted[""][0], scale=fitted[""][1])
+            centre, scale = fitted[""]
+            target = dataclasses.replace(target, centre=centre, scale=scale)
+
     if public and target.task == "regression":
         declared_range(data)
+
+    # The columns, in one order for everybody.
+    cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
     columns = []
-    for n in names:
-        if n in texts:
-            categories = data.dictionary.get(n, Feature()).categories or texts[n]
-            columns.append(Column(n, "category", categories=categories, indicator=n in indicators))
-        else:
-            centre, scale = scales[n]
-            cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
-            floor, fill = logs.get(n, 0.0), fills.get(n, 0.0)
-            range_ = tuple(found.get(n, ()))
-            columns.append(Column(n, "number", centre, scale, n in logs, floor, cap, (), n in indicators, fill, range_))
+    for name in names:
+        if name in texts:
+            categories = data.dictionary.get(name, Feature()).categories or texts[name]
+            columns.append(Column(name, "category", categories=categories, indicator=name in indicators))
+            continue
+        centre, scale = scales[name]
+        column = Column(
+            name,
+            "number",
+            centre,
+            scale,
+            log=name in logs,
+            floor=logs.get(name, 0.0),
+            cap=cap,
+            indicator=name in indicators,
+            fill=fills.get(name, 0.0),
+            found=tuple(found.get(name, ())),
+        )
+        columns.append(column)
     return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
+
+
+def _choose_indicators(surveys: dict[str, dict[str, Any]], names: Sequence[str], data: Data, public: bool) -> set[str]:
+    """Return the features that get a column of gaps: those that declare it, and with gaps in training rows.
+
+    `public`: the first alone, as gaps are patients'. A column that a site lacks is a gap in all of its rows.
+    """
+    indicators = {name for name in names if name in data.dictionary and data.dictionary[name].indicator}
+    if public:
+        return indicators
+    for survey in surveys.values():
+        indicators |= {name for name, count in survey["train_missing"].items() if count}
+        indicators |= {name for name in names if name not in survey["missing"]}
+    return indicators
+
+
+def _scale_by_dictionary(target: Target, data: Data) -> Target:
+    """Return a regression's target with the centre and scale of its declared range, which becomes [-2, 2]."""
+    low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
+    if low == high:
+        where = toml.key("data", "dictionary", data.target, "range")
+        raise PlanError(f"data.preprocess='dictionary' needs {where} for the target")
+    return dataclasses.replace(target, centre=(low + high) / 2, scale=(high - low) / 4)
 
 
 def with_range(column: Column, ends: tuple[float, ...]) -> Column:
@@ -114,7 +148,9 @@ def with_range(column: Column, ends: tuple[float, ...]) -> Column:
 def _with_ranges(data: Data, found: Mapping[str, tuple[float, ...]]) -> Data:
     """Return the data table with the ranges that were found in its dictionary."""
     entries = {n: dataclasses.replace(data.dictionary.get(n, Feature()), range=tuple(r)) for n, r in found.items()}
-    return dataclasses.replace(data, dictionary={**data.dictionary, **entries}) if entries else data
+    if entries:
+        return dataclasses.replace(data, dictionary={**data.dictionary, **entries})
+    return data
 
 
 def fit(
@@ -261,4 +297,6 @@ def _public_scale(feature: Feature) -> tuple[float, float]:
 
 def _log_floor(feature: Feature) -> float:
     low, high = feature.range
-    return low if low > 0 else high / 100
+    if low > 0:
+        return low
+    return high / 100

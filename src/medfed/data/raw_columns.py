@@ -262,9 +262,13 @@ def suggest_entry(values: pd.Series, data: Data) -> dict[str, list[Any]]:
     if not column.is_text().any():
         known = column.number(np.ones(len(values), dtype=bool))
         known = known[np.isfinite(known)]
-        return {"range": _round_outwards(float(known.min()), float(known.max()))} if len(known) else {}
+        if len(known):
+            return {"range": _round_outwards(float(known.min()), float(known.max()))}
+        return {}
     texts = sorted(column.texts[~column.missing].unique())
-    return {"categories": texts} if len(texts) <= _MOST_CATEGORIES else {}
+    if len(texts) <= _MOST_CATEGORIES:
+        return {"categories": texts}
+    return {}
 
 
 def _round_outwards(low: float, high: float) -> list[float]:

@@ -119,7 +119,9 @@ def kind_of(path: Path) -> str:
     kind = Path(name.removesuffix(packed)).suffix
     if packed == ".zip" and kind not in KINDS:
         return ".csv"
-    return kind if kind in (TEXTS if packed else KINDS) else ""
+    if kind in (TEXTS if packed else KINDS):
+        return kind
+    return ""
 
 
 def files_of(path: Path, data: Data) -> list[Path]:
@@ -175,7 +177,9 @@ def _name_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
     """Put the file's name before the numbers of its rows, and into the site's column where it says the site."""
     rows = [f"{file.name}:{row}" for row in frame.index]
     named = frame.set_axis(pd.Index(rows, dtype=object), axis=0)
-    return named.assign(**{SITE: site_of(file)}) if data.site_is_file else named
+    if data.site_is_file:
+        return named.assign(**{SITE: site_of(file)})
+    return named
 
 
 def _is_mapped(file: Path, data: Data) -> bool:
@@ -233,7 +237,9 @@ def _header(file: Path, data: Data, private: bool) -> list[str]:
             return [str(name) for name in workbooks.sheet(file, data.format, where, private, "").columns]
         if kind in workbooks.STATISTICS:
             return workbooks.names(file, data.format)
-        return lines.header(file, data.format) if private else texts.names(file, data.format, where)
+        if private:
+            return lines.header(file, data.format)
+        return texts.names(file, data.format, where)
 
 
 @contextmanager

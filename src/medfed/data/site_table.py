@@ -37,7 +37,9 @@ class SiteTable:
 
     def taking_part(self) -> np.ndarray:
         """Return which records take part, bool [rows]."""
-        return np.ones(len(self), dtype=bool) if self.left_out is None else ~self.left_out
+        if self.left_out is None:
+            return np.ones(len(self), dtype=bool)
+        return ~self.left_out
 
     def keep_taking_part(self) -> "SiteTable":
         """Return the records that take part alone."""

@@ -49,29 +49,24 @@ def frames(
     reading = read(study, folder, progress, private, table)
     frame = reading.frame
     refuse(_misfits([str(name) for name in frame.columns], study, data, private))
-    frame, footed = (frame, []) if private else _take_off_footer(frame, study, data)
+    footed: list[Doubt] = []
+    if not private:
+        frame, footed = _take_off_footer(frame, study, data)
+
+    # Which sites there are: those that rows name, or those that the study deals patients to.
     frame, site, nowhere = _name_sites(frame, data)
     names = study.sites.names
     if site is not None:
-        declared = private and study.sites.kind == "hospital"
-        names = tuple(study.privacy.sizes) if declared else ()
-        if private:
-            _refuse_undeclared(site, names, data.site)
-        elif len(unnamed := frame.index[nameless(site, data)]):
-            raise DataError(
-                f"column {data.site!r}: no site named in row {some(unnamed)}; name it, or leave the rows out: "
-                "data.drop = ['rows without site']"
-            )
-        names = names or tuple(sorted(set(site)))
-        if strange := [name for name in (*data.site_maps, *data.absent) if name not in names]:
-            text = (
-                f"data.site_maps and data.absent: {some(map(repr, strange))} is no site; {nearest(strange[0], names)}"
-            )
-            raise DataError(text)
+        names = _sites_of_rows(frame, site, study, data, private)
 
+    # Cells as the study expects them: by each site's map, then the columns by which rows are told apart.
     frame = site_maps.apply(frame, site_maps.load(study), data, site, private)
     frame = mapping.apply(frame, data, private, site, [name for name in mapping.roles_of(data) if name != data.site])
-    dropped: dict[str, dict[str, int]] = {name: {"rows without site": nowhere} if nowhere else {} for name in names}
+
+    # Rows that the study leaves out.
+    dropped: dict[str, dict[str, int]] = {name: {} for name in names}
+    if nowhere:
+        dropped = {name: {"rows without site": nowhere} for name in names}
     for what in ("rows without target", "rows without patient", "rows without time"):
         if private and what == "rows without target":
             continue  # they take no part, whatever the study says
@@ -82,8 +77,9 @@ def frames(
             site = site[~gone_N]
         elif gone_N.any():
             dropped |= {name: {**dropped.get(name, {}), what: int(gone_N.sum())} for name in study.sites.names}
-    frame = mapping.apply(frame, data, private, site)
 
+    # All other columns, and each row to its site.
+    frame = mapping.apply(frame, data, private, site)
     if site is None:
         named = name_patients(frame, data, private)
         site = site_of(named, names, study.sites.shares, Streams(study.study.seed))
@@ -92,12 +88,38 @@ def frames(
     split = Frames.split(frame, site.to_numpy(dtype=object), names)
     if private:
         return replace(split, dropped=dropped), data
-    met = (
-        {name: [*joins.doubt_unjoined(split[name], reading.unfound, data)] for name in names} if reading.unfound else {}
-    )
+
+    # What was met before cells are looked at.
+    met: dict[str, list[Doubt]] = {}
+    if reading.unfound:
+        met = {name: [*joins.doubt_unjoined(split[name], reading.unfound, data)] for name in names}
     if footed:
         met[names[0]] = [*footed, *met.get(names[0], ())]
     return replace(split, dropped=dropped, doubts=met), data
+
+
+def _sites_of_rows(frame: pd.DataFrame, site: pd.Series, study: Study, data: Data, private: bool) -> tuple[str, ...]:
+    """Return the names of the sites where rows say whose they are; `private`: those that the study declares.
+
+    Raises DataError for rows of no site, or of one that is not declared, and for settings of a site that is none.
+    """
+    names: tuple[str, ...] = ()
+    if private:
+        if study.sites.kind == "hospital":
+            names = tuple(study.privacy.sizes)
+        _refuse_undeclared(site, names, data.site)
+    elif len(unnamed := frame.index[nameless(site, data)]):
+        raise DataError(
+            f"column {data.site!r}: no site named in row {some(unnamed)}; name it, or leave the rows out: "
+            "data.drop = ['rows without site']"
+        )
+
+    names = names or tuple(sorted(set(site)))
+    if strange := [name for name in (*data.site_maps, *data.absent) if name not in names]:
+        raise DataError(
+            f"data.site_maps and data.absent: {some(map(repr, strange))} is no site; {nearest(strange[0], names)}"
+        )
+    return names
 
 
 def _take_off_footer(frame: pd.DataFrame, study: Study, data: Data) -> tuple[pd.DataFrame, list[Doubt]]:

@@ -126,7 +126,9 @@ def units_of(texts: Iterable[str]) -> list[str]:
     """Return what stands behind numbers, the longest first, where it does so in most texts; else nothing."""
     every = list(texts)
     units = Counter(match[1] for text in every if (match := _WITH_UNIT.fullmatch(str(text))))
-    return sorted(units, key=len, reverse=True) if units.total() * 2 > len(every) else []
+    if units.total() * 2 > len(every):
+        return sorted(units, key=len, reverse=True)
+    return []
 
 
 def _find_kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
@@ -241,7 +243,9 @@ def _find_scales(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
 
 def _write_digits(number: float) -> str:
     """Return a number with three digits, or all of a large one's before the point."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    if number >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.3g}"
 
 
 _APART = 5.0  # times, by which medians of sites in one unit hardly differ

@@ -11,7 +11,7 @@ met is in the site's own log. Only the header can stop a run.
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -94,21 +94,87 @@ def _write_log(notes: Sequence[tuple[object, ...]]) -> None:
         logger.warning(text, *words)
 
 
+@dataclass(frozen=True)
+class _Features:
+    """The feature columns of all sites, cleaned: values of all rows, and for which sites [K] they count."""
+
+    numbers: dict[str, tuple[np.ndarray, np.ndarray]]
+    texts: dict[str, tuple[np.ndarray, np.ndarray]]
+    outside: list[dict[str, list[int]]]  # by site: rows beyond the declared range, by column
+    far: list[dict[str, list[int]]]  # by site: rows far from all others where no range is declared
+
+
 def _clean_sites(frames: Frames, data: Data, streams: Streams, private: bool, notes: Notes) -> list[SiteTable]:
-    frame, site_N = frames.frame, frames.site_N
-    names = feature_names(frame, data)
+    """Return each site's table; raise what stands against any of them. `notes` gets what goes into their own log."""
     empty = [name for name, size in zip(frames, np.diff(frames.ends), strict=True) if size == 0]
     if empty and not private:
         raise DataError(
             f"site {empty[0]!r} has no row; give it patients (a larger share in sites.shares) or leave it out"
         )
-    numbers: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # values of all rows, and for which sites they count [K]
-    texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    outside: list[dict[str, list[int]]] = [{} for _ in frames]
-    far: list[dict[str, list[int]]] = [{} for _ in frames]
+
+    # What is known of each record, and what is to be predicted.
+    features = _clean_features(frames, data, private, notes)
+    left_out: np.ndarray | None = None
+    if private:
+        label, left_out = _read_declared_label(frames, data, notes)
+    else:
+        label = _read_label(frames, data)
+    if data.task == "regression":
+        held, beyond = cells.hold(label, data.dictionary.get(data.target, Feature()).range)
+        for k, rows in frames.rows(beyond):
+            features.outside[k][data.target] = rows
+        if private:  # without a claim a target is told of, never changed
+            label = held
+
+    # Who is who, and who is held out.
+    site_N = frames.site_N
+    patient = name_patients(frames.frame, data, private, site_N)
+    respelt_K = _note_respelt(frames, data, notes)
+    codes, ids, starts = _number_patients(patient, frames)
+    if data.test:
+        held_out = _read_marks(frames, data, codes + starts[site_N], private, notes)
+    else:
+        strata = None if data.task == "regression" else pd.Series(label, index=frames.frame.index)
+        exact = data.split == "stratified"
+        held_out = is_test(patient, strata, data.test_fraction, streams, exact, site_N).to_numpy()
+
+    if private:
+        for k, outside in enumerate(features.outside):
+            for name, rows in outside.items():
+                held_to = "site %r, column %r: held to its declared range in row %s"
+                notes.append((held_to, frames.names[k], name, some(rows, 50)))
+
+    # Each site's part.
+    tables = []
+    for k, (start, end) in enumerate(pairwise(frames.ends.tolist())):
+        own = slice(start, end)
+        site = frames.names[k]
+        table = SiteTable(
+            numbers={name: values[own] for name, (values, of_K) in features.numbers.items() if of_K[k]},
+            texts={name: values[own] for name, (values, of_K) in features.texts.items() if of_K[k]},
+            label=label[own],
+            patient=codes[own],
+            test=held_out[own],
+            ids=ids[starts[k] : starts[k + 1]],
+            left_out=None if left_out is None else left_out[own],
+            findings=Findings(features.outside[k], features.far[k], dropped=frames.dropped.get(site, {})),
+            spellings=int(respelt_K[k]),
+        )
+        if not private:
+            met = frames.doubts.get(site, ())
+            doubted = (*met, *site_doubts.find(table, frames.frame.iloc[start:end], data))
+            table = replace(table, findings=replace(table.findings, doubts=doubted))
+        tables.append(table)
+    return tables
+
+
+def _clean_features(frames: Frames, data: Data, private: bool, notes: Notes) -> _Features:
+    """Return all feature columns; raise DataError for all that stands against any of them, told together."""
+    site_N = frames.site_N
+    features = _Features({}, {}, [{} for _ in frames], [{} for _ in frames])
 
     unclean: list[Refusal] = []
-    for name in names:
+    for name in feature_names(frames.frame, data):
         feature = data.dictionary.get(name, Feature())
         try:
             column = RawColumn(frames, name, feature, data.missing_values, notes, private)
@@ -117,11 +183,14 @@ def _clean_sites(frames: Frames, data: Data, streams: Streams, private: bool, no
                     f"{column.where}: missing in row {column.rows(column.missing)}; fill them in or set "
                     "data.on_missing='impute'"
                 )
+
+            # A column may be text at some sites and a number at others.
             text_K = column.is_declared_text() if private else column.is_text()
             if text_K.any():
-                texts[name] = column.text(text_K[site_N]), text_K
+                features.texts[name] = column.text(text_K[site_N]), text_K
             if text_K.all():
                 continue
+
             held, beyond = cells.hold(column.number(~text_K[site_N]), feature.range)
             if data.on_outside == "refuse" and beyond.any() and not private:
                 low, high = feature.range
@@ -132,66 +201,29 @@ def _clean_sites(frames: Frames, data: Data, streams: Streams, private: bool, no
         except DataError as error:
             unclean.append(Refusal(error))
             continue
-        numbers[name] = held, ~text_K
+
+        features.numbers[name] = held, ~text_K
         for k, rows in frames.rows(beyond & ~text_K[site_N]):
-            outside[k][name] = rows
+            features.outside[k][name] = rows
         if not feature.range and not private:
             for k, rows in frames.rows(cells.far_all(held, frames.ends) & ~text_K[site_N]):
-                far[k][name] = rows
+                features.far[k][name] = rows
+
     refuse(unclean)
+    return features
 
-    left_out: np.ndarray | None = None
-    if private:
-        label, left_out = _read_declared_label(frames, data, notes)
-    else:
-        label = _read_label(frames, data)
-    if data.task == "regression":
-        held, beyond = cells.hold(label, data.dictionary.get(data.target, Feature()).range)
-        for k, rows in frames.rows(beyond):
-            outside[k][data.target] = rows
-        label = held if private else label  # without a claim a target is told of, never changed
 
-    patient = name_patients(frame, data, private, site_N)
-    written_K = (
-        count_respelt(frame[data.patient], site_N, len(frames)) if data.patient else np.zeros(len(frames), np.int64)
-    )
+def _note_respelt(frames: Frames, data: Data, notes: Notes) -> np.ndarray:
+    """Return how many patients of each site are written in several ways, int64 [K]; note it for the site's own log."""
+    if not data.patient:
+        return np.zeros(len(frames), dtype=np.int64)
+
+    respelt_K = count_respelt(frames.frame[data.patient], frames.site_N, len(frames))
     taken = "taken as several people each" if data.identity == "exact" else "taken as one person each"
-    for k in np.flatnonzero(written_K).tolist():
-        many = "site %r: %d patients are written in more than one way, %s"
-        notes.append((many, frames.names[k], written_K[k], taken))
-    strata = None if data.task == "regression" else pd.Series(label, index=frame.index)
-    codes, ids, starts = _number_patients(patient, frames)
-    if data.test:
-        held_out = _read_marks(frames, data, codes + starts[site_N], private, notes)
-    else:
-        exact = data.split == "stratified"
-        held_out = is_test(patient, strata, data.test_fraction, streams, exact, site_N).to_numpy()
-    if private:
-        for k, found in enumerate(outside):
-            for name, rows in found.items():
-                held_to = "site %r, column %r: held to its declared range in row %s"
-                notes.append((held_to, frames.names[k], name, some(rows, 50)))
-
-    tables = []
-    for k, (start, end) in enumerate(pairwise(frames.ends.tolist())):
-        own = slice(start, end)
-        table = SiteTable(
-            numbers={name: values[own] for name, (values, of_K) in numbers.items() if of_K[k]},
-            texts={name: values[own] for name, (values, of_K) in texts.items() if of_K[k]},
-            label=label[own],
-            patient=codes[own],
-            test=held_out[own],
-            ids=ids[starts[k] : starts[k + 1]],
-            left_out=None if left_out is None else left_out[own],
-            findings=Findings(outside[k], far[k], dropped=frames.dropped.get(frames.names[k], {})),
-            spellings=int(written_K[k]),
-        )
-        if not private:
-            met = frames.doubts.get(frames.names[k], ())
-            doubted = (*met, *site_doubts.find(table, frame.iloc[start:end], data))
-            table = replace(table, findings=replace(table.findings, doubts=doubted))
-        tables.append(table)
-    return tables
+    for k in np.flatnonzero(respelt_K).tolist():
+        text = "site %r: %d patients are written in more than one way, %s"
+        notes.append((text, frames.names[k], respelt_K[k], taken))
+    return respelt_K
 
 
 def _number_patients(patient: pd.Series, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

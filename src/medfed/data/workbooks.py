@@ -138,7 +138,9 @@ def _without_footer(records: list[Row], format: Format, private: bool, width: in
         return records[: len(records) - max(0, format.footer)]
     last = next((p for p in range(len(records) - 1, 0, -1) if records[p][0] > records[p - 1][0] + 1), 0)
     footer = last and width > 2 and all(_count_filled(cells) == 1 for _, cells in records[last:])
-    return records[:last] if footer else records
+    if footer:
+        return records[:last]
+    return records
 
 
 def _check(records: Sequence[Row], names: Sequence[str], texts: Sequence[Sequence[str]], where: str) -> None:
@@ -174,10 +176,14 @@ def _refuse_rounded(records: Sequence[Row], place: int, patient: str, where: str
 def _text(cell: Any) -> str:
     """Return what a csv of the sheet would hold."""
     if isinstance(cell, float):
-        return str(int(cell)) if cell.is_integer() and abs(cell) < _EXACT else repr(cell)
+        if cell.is_integer() and abs(cell) < _EXACT:
+            return str(int(cell))
+        return repr(cell)
     if isinstance(cell, datetime.datetime):
         midnight = cell.time() == datetime.time()
-        return cell.date().isoformat() if midnight else cell.isoformat(sep=" ")
+        if midnight:
+            return cell.date().isoformat()
+        return cell.isoformat(sep=" ")
     if isinstance(cell, datetime.date):
         return cell.isoformat()
     return str(cell)

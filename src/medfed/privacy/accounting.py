@@ -179,7 +179,9 @@ def left(spent_rdp: Floats, epsilon: float, delta: float) -> float:
     if epsilon == math.inf:
         return math.inf
     rho = float(np.max((budget_rdp(epsilon, delta) - spent_rdp) / _ORDERS))
-    return min(epsilon, epsilon_from_rdp(rho * _ORDERS, delta)) if rho > 0 else 0.0
+    if rho > 0:
+        return min(epsilon, epsilon_from_rdp(rho * _ORDERS, delta))
+    return 0.0
 
 
 # Gaussian differential privacy ----------------------------------------------------------------------------------------

@@ -120,7 +120,9 @@ def correct_to_refute(
     _check(guesses, canaries, delta, confidence)
     counts = range(guesses + 1)
     least = bisect_left(counts, True, key=lambda c: p_value(c, epsilon, guesses, canaries, delta) <= 1 - confidence)
-    return least if least in counts else None
+    if least in counts:
+        return least
+    return None
 
 
 def guess(scores_M: np.ndarray, in_M: np.ndarray, guesses: int) -> tuple[int, int]:
@@ -365,7 +367,9 @@ def tpr_at_fpr(
         members = np.cumsum(np.where(member_N, weight_N, 0))
         others = np.cumsum(np.where(member_N, 0, weight_N))
         passing = int(np.searchsorted(others[end_N], fpr * others[-1] * (1 + 1e-12), side="right"))
-        return float(members[end_N[passing - 1]] / members[-1]) if passing else 0.0
+        if passing:
+            return float(members[end_N[passing - 1]] / members[-1])
+        return 0.0
 
     rng = np.random.default_rng(seed)
     value = rate(np.ones(len(scores_N)))

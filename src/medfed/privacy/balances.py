@@ -160,7 +160,9 @@ def _left(history: History, epsilon: float, delta: float) -> float:
     if mu is None:
         return accounting.left(_rdp(history), epsilon, delta)
     rest = accounting.budget_mu(epsilon, delta) ** 2 - mu**2
-    return accounting.gaussian_epsilon(rest**-0.5, delta) if rest > 0 else 0.0
+    if rest > 0:
+        return accounting.gaussian_epsilon(rest**-0.5, delta)
+    return 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -169,7 +171,9 @@ def _epsilon(history: History, delta: float) -> float:
     mu = _mu(history)
     if mu is None:
         return accounting.epsilon_from_rdp(_rdp(history), delta)
-    return accounting.gaussian_epsilon(1 / mu, delta) if mu > 0 else 0.0
+    if mu > 0:
+        return accounting.gaussian_epsilon(1 / mu, delta)
+    return 0.0
 
 
 def _mu(history: History) -> float | None:

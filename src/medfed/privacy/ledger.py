@@ -458,7 +458,9 @@ class Ledger:
 
     def _one(self, query: str, *values: object) -> Any:
         row = self._sql.execute(query, values).fetchone()
-        return row[0] if row else None
+        if row:
+            return row[0]
+        return None
 
     def _damage(self, what: str) -> LedgerError:
         return LedgerError(f"{self.path} is damaged: {what}. The run is refused. {RESTORE}")

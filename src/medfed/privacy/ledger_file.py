@@ -128,7 +128,9 @@ def rule_of(path: Path) -> Rule | None:
             f"{path} is damaged: row 0, its genesis, is missing or was changed. The run is refused. {RESTORE}"
         )
     lifetime = json.loads(content).get("lifetime")
-    return Lifetime(**lifetime).identity if lifetime else "exact"
+    if lifetime:
+        return Lifetime(**lifetime).identity
+    return "exact"
 
 
 def refuse_lost(path: Path) -> None:

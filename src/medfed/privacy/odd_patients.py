@@ -65,7 +65,9 @@ def _magnitude(rng: np.random.Generator, shape: tuple[int, ...] = ()) -> NDArray
 
 def _size(rng: np.random.Generator) -> float:
     """Return 1, or any magnitude."""
-    return 1.0 if rng.random() < 0.5 else float(_magnitude(rng))
+    if rng.random() < 0.5:
+        return 1.0
+    return float(_magnitude(rng))
 
 
 def _several(rng: np.random.Generator, most: int) -> int:

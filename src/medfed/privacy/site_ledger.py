@@ -59,7 +59,9 @@ class SiteLedger:
 
     def founded(self) -> Lifetime | None:
         """Return the lifetime budget of a ledger that was founded just now, with what the study says."""
-        return self._ledger.lifetime if self._ledger and self._ledger.founded else None
+        if self._ledger and self._ledger.founded:
+            return self._ledger.lifetime
+        return None
 
     def _founding(self) -> Lifetime | None:
         """Return what a lifetime ledger is founded with where its operator has said nothing: no more than is asked."""
