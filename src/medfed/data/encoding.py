@@ -119,9 +119,12 @@ class Encoding:
         fills every gap with a constant, so that no patient moves another's row. A table of several sites says which
         owns each row (`site` [rows], ascending).
         """
-        site_N = np.zeros(len(table), dtype=np.int64) if site is None else site
-        blocks = [self._block(column, table, rows, fit_rows, site_N) for column in self.columns]
-        x = np.concatenate(blocks, 1) if blocks else np.zeros((int(rows.sum()), 0))
+        if site is None:
+            site = np.zeros(len(table), dtype=np.int64)
+        blocks = [np.zeros((int(rows.sum()), 0))]
+        blocks += [self._block(column, table, rows, fit_rows, site) for column in self.columns]
+        x = np.concatenate(blocks, 1)
+
         large = np.flatnonzero((np.abs(x) > np.finfo(np.float32).max).any(0))
         if len(large):
             names = [self.names()[column] for column in large]

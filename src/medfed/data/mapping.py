@@ -69,7 +69,9 @@ def _mark(data: Data) -> str:
 def columns(header: Sequence[str], data: Data) -> list[str]:
     """Return the columns of a table once it is mapped; `data` is completed."""
     made = [column for name in features_of(header, data) for column in limit_columns(name, _entry(data, name))]
-    marked = [data.test] if data.test_from else []
+    marked: list[str] = []
+    if data.test_from:
+        marked = [data.test]
     return [*header, *(name for name in (*made, *marked) if name not in set(header))]
 
 
