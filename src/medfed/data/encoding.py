@@ -86,18 +86,16 @@ class Encoding:
     def invent_rows(self, rows: int) -> Tensor:
         """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
         rng = np.random.default_rng(0)
-        blocks = []
+        blocks = [np.zeros((rows, 0))]
         for column in self.columns:
             if column.kind == "number":
                 blocks.append(np.clip(rng.standard_normal((rows, 1)), -2, 2))
             else:
                 hot = np.eye(len(column.categories))[rng.integers(len(column.categories), size=rows)]
-                blocks.append(hot[:, 1:] if len(column.categories) == 2 else hot)
+                blocks.append(_drop_first_of_two(hot))
             if column.indicator:
                 blocks.append(rng.integers(2, size=(rows, 1)).astype(np.float64))
-        if blocks:
-            return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32))
-        return torch.zeros(rows, 0)
+        return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32))
 
     def to_json(self) -> dict[str, Any]:
         """Return the encoding as plain JSON."""
@@ -138,17 +136,22 @@ class Encoding:
     def _block(
         self, column: Column, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray, site_N: np.ndarray
     ) -> np.ndarray:
+        """Return one feature's encoded columns, of the rows marked in `rows`; see `encode`."""
         if column.kind == "number":
             values = _encode_number(column, table.numbers.get(column.name, np.full(len(table), np.nan)))[:, None]
         else:
             values = _encode_category(column, table.texts.get(column.name, np.full(len(table), None)))
+
+        # What stands in a gap: the constant of the column, or what the site's own training values say.
         missing = np.isnan(values[:, 0])
-        sites, known = int(site_N[-1]) + 1 if len(site_N) else 1, fit_rows & ~missing
+        known = fit_rows & ~missing
+        sites = int(site_N.max(initial=0)) + 1
         fill_K = np.full((sites, values.shape[1]), column.fill)
         if known.any() and missing.any() and not self.public:
             centre = _site_medians if column.kind == "number" else _site_means
-            of, found = centre(values[known], site_N[known])
-            fill_K[of] = found
+            of, centres = centre(values[known], site_N[known])
+            fill_K[of] = centres
+
         filled: np.ndarray = np.where(missing[:, None], fill_K[site_N], values)
         if column.indicator:
             filled = np.concatenate([filled, missing[:, None]], 1)
@@ -202,6 +205,11 @@ def _encode_category(column: Column, values: np.ndarray) -> np.ndarray:
     """One column a category, or one for the second of two; a missing or unknown category is NaN."""
     hot = np.stack([values == category for category in column.categories], 1).astype(np.float64)
     hot[~hot.any(1)] = np.nan
-    if len(column.categories) == 2:
+    return _drop_first_of_two(hot)
+
+
+def _drop_first_of_two(hot: np.ndarray) -> np.ndarray:
+    """Return one column a category [N, C]; of two categories the second alone, as it says all."""
+    if hot.shape[1] == 2:
         return hot[:, 1:]
     return hot

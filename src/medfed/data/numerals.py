@@ -149,31 +149,39 @@ def decide(
     return decimal, thousands, guessed
 
 
+_OTHER = {",": ".", ".": ","}
+"""Which of comma and point is the decimal sign where the other parts thousands."""
+
+
 def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
+    """Return the decimal sign; why goes into `guessed` where it is a guess."""
     if format.decimal != "auto":
         return format.decimal
+
+    # Cells that say it: one decimal sign, or one mark of thousands, which leaves the other sign.
     signs = {e.decimal: e.place for e in reversed(found) if e.decimal}
     if len(signs) > 1:
         raise DataError(
             f"{where}: decimal commas and decimal points: {signs[',']}; {signs['.']}. "
             f"{lines_to_choose('decimal', ',.')}; cells of the other kind are then read as they stand."
         )
-    parted = {e.thousands: e.place for e in reversed(found) if e.thousands in (",", ".")}
-    for sign in signs:
-        guessed |= {"decimal": signs[sign]} if sign == "," else {}
+    for sign, place in signs.items():
+        if sign == ",":
+            guessed["decimal"] = place
         return sign
+    parted = {e.thousands: e.place for e in reversed(found) if e.thousands in (",", ".")}
     if len(parted) == 1:  # 1.234.567 leaves the comma
         ((mark, place),) = parted.items()
         guessed["decimal"] = place
-        if mark == ".":
-            return ","
-        return "."
+        return _OTHER[mark]
+
+    # Cells that may be read in two ways: by what is declared of thousands, else a person has to say.
     either = {e.either: e.place for e in reversed(found) if e.either}
-    if format.thousands in either:  # declared
-        if format.thousands == ".":
-            return ","
-        return "."
-    asked = either.get(",") or ("" if separator == "," else either.get("."))
+    if format.thousands in either:
+        return _OTHER.get(format.thousands, ".")
+    asked = either.get(",")
+    if not asked and separator != ",":
+        asked = either.get(".")
     if asked:
         raise DataError(
             f"{where}: {asked} may be a decimal or thousands, and no other cell says which. "
@@ -186,10 +194,16 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     """Return a column of texts whose cells that are numbers in this spelling have a decimal point, and nothing else."""
     if decimal == "." and thousands == "none":
         return column
-    groups = "" if thousands == "none" else rf"[1-9]\d{{0,2}}(?:{_MARK[thousands]}\d{{3}})+|"
+    groups = ""
+    if thousands != "none":
+        groups = rf"[1-9]\d{{0,2}}(?:{_MARK[thousands]}\d{{3}})+|"
     d = _MARK[decimal]
     number = rf"^[+-]?(?:(?:{groups}\d+)(?:{d}\d*)?|{d}\d+){_EXPONENT}$"
-    marks = "".join(m for m in (decimal if decimal != "." else "", thousands if thousands != "none" else ""))
+    marks = ""
+    if decimal != ".":
+        marks += decimal
+    if thousands != "none":
+        marks += thousands
     chunks = [
         _respell_chunk(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks
     ]

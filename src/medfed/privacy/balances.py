@@ -54,9 +54,12 @@ class Balances:
     def admit(self, cohort: str, site: str, names: Sequence[str]) -> None:
         """Put the patients of a new cohort into the groups that they form with it."""
         self.sites[cohort] = site
+
+        # Each of them leaves the group of its cohorts so far for the one with this cohort added.
         leaving = Counter(self._group.get(name, Group()) for name in names)
         joined = {group: group | {cohort} for group in leaving}
         self._group.update({name: joined[self._group.get(name, Group())] for name in names})
+
         for group, patients in leaving.items():
             self._patients[group] -= patients
             if self._patients[group] <= 0:  # nobody is left in it
@@ -70,24 +73,29 @@ class Balances:
     def refuse_overspend(self, charges: Sequence[Charge], limits: Limits, lifetime: Lifetime | None) -> None:
         """Raise BudgetError where `charges` together exceed a limit for any patient."""
         asked = _begin_tally()
-        for c in charges:
-            asked[c.cohort.id][c.study][write_event(c.event)] += 1
+        for charge in charges:
+            asked[charge.cohort.id][charge.study][write_event(charge.event)] += 1
         another = (
             "A study's runs share privacy.epsilon, all of which a whole one takes: resume it, or set another study.name"
         )
         less = "Lower privacy.epsilon, all of which a whole run takes, or have"
-        for c in {(c.study, c.cohort.id): c for c in reversed(charges)}.values():  # told by the first of its kind
+
+        # Of charges to one cohort in one study the first tells, as all of them are asked together.
+        kinds = {(charge.study, charge.cohort.id): charge for charge in reversed(charges)}
+        for charge in kinds.values():
             for study, epsilon, way in (
-                (c.study, limits.epsilon, another),
+                (charge.study, limits.epsilon, another),
                 (None, limits.lifetime_epsilon, f"{less} privacy.lifetime_epsilon raised"),
             ):
                 if epsilon != math.inf:  # NaN is refused below
-                    self._refuse_over(c, asked, study, epsilon, limits.delta, way)
+                    self._refuse_over(charge, asked, study, epsilon, limits.delta, way)
             if lifetime:
-                delta, way = lifetime.delta - limits.sampler, f"{less} the site's operator raise it: {SAY_LIFETIME}"
-                self._refuse_over(c, asked, None, lifetime.epsilon, delta, way)
+                delta = lifetime.delta - limits.sampler
+                way = f"{less} the site's operator raise it: {SAY_LIFETIME}"
+                self._refuse_over(charge, asked, None, lifetime.epsilon, delta, way)
 
     def _refuse_over(self, c: Charge, asked: Tally, study: str | None, epsilon: float, delta: float, way: str) -> None:
+        # Whom it would be too much for: by group, what they have paid and what is asked.
         over: dict[Group, tuple[History, History]] = {}
         for group in self._groups[c.cohort.id]:
             before, more = _history(self.charged, group, study), _history(asked, group, study)
@@ -95,6 +103,8 @@ class Balances:
                 over[group] = before, more
         if not over:
             return
+
+        # Told of those who have least left.
         before, more = min(over.values(), key=lambda case: _left(case[0], epsilon, delta))
         where = "this study" if study is not None else "all studies"
         raise BudgetError(

@@ -80,7 +80,8 @@ class Ledger:
         self._key = key
         self._lasting = False  # whether it may only be charged under a lifetime budget
         self._genesis: dict[str, Any] = {}
-        self._seq, self._head = 0, ""  # of the last row that was read and verified
+        self._seq = 0  # of the last row that was read and verified
+        self._head = ""  # its hash
         self._balances = Balances()
         self._lock = threading.Lock()  # the threads of a process take turns; SQLite sees to processes
 
@@ -95,11 +96,14 @@ class Ledger:
         """
         ledger = cls._connect(path, read_only, founding)
         try:
+            # To read: the anchor before the rows, as others may charge meanwhile, and then tell theirs.
             if read_only:
-                anchor = ledger._read_anchor()  # before the rows: others may charge, and then tell theirs
+                anchor = ledger._read_anchor()
                 with ledger._transaction("DEFERRED"):
                     ledger._load()
                     ledger._refuse_older_than(anchor)
+
+            # To charge: all of it under one lock, with a write that proves that charges can be written.
             else:
                 with ledger._transaction("IMMEDIATE"):
                     ledger._load()
@@ -118,19 +122,25 @@ class Ledger:
     def _connect(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
         """Return the ledger at `path` before anything in it was read; found it where there is none."""
         if path is None:
-            ledger = cls(connect(":memory:"), None, key := secrets.token_bytes(32))
+            key = secrets.token_bytes(32)
+            ledger = cls(connect(":memory:"), None, key)
             write_genesis(ledger._sql, key, founding)
             ledger.founded = True
-        else:
-            with explain_errors(path):
-                if missing := not path.exists():
-                    refuse_lost(path)
-                    if read_only:
-                        raise LedgerError(f"{path}: there is no ledger yet. The first run under a guarantee founds it.")
-                    create(path, founding)
-                mode, writable = ("ro", None) if read_only else ("rw", path.parent)
-                ledger = cls(connect(f"{path.absolute().as_uri()}?mode={mode}", writable), path, None)
-                ledger.founded = missing
+            ledger._lasting = founding is not None
+            return ledger
+
+        with explain_errors(path):
+            missing = not path.exists()
+            if missing:
+                refuse_lost(path)
+                if read_only:
+                    raise LedgerError(f"{path}: there is no ledger yet. The first run under a guarantee founds it.")
+                create(path, founding)
+
+            uri = path.absolute().as_uri()
+            sql = connect(f"{uri}?mode=ro") if read_only else connect(f"{uri}?mode=rw", path.parent)
+            ledger = cls(sql, path, None)
+        ledger.founded = missing
         ledger._lasting = founding is not None
         return ledger
 
@@ -410,9 +420,16 @@ class Ledger:
         content, digest = self._sql.execute("SELECT content, hash FROM genesis").fetchone() or ("", "")
         if sha256(str(content)) != digest:
             raise self._damage("row 0, its genesis, is missing or was changed")
-        self._genesis, self._seq, self._head, self._balances = json.loads(content), 0, digest, Balances()
+
+        # From the genesis on, row by row.
+        self._genesis = json.loads(content)
+        self._seq = 0
+        self._head = digest
+        self._balances = Balances()
         self.columns = ()
-        self.lifetime = Lifetime(**bound) if (bound := self._genesis.get("lifetime")) else None
+        self.lifetime = None
+        if bound := self._genesis.get("lifetime"):
+            self.lifetime = Lifetime(**bound)
         self._catch_up()
         if (last := self._one("SELECT max(seq) FROM sqlite_sequence") or 0) != self._seq:  # SQLite's own count
             raise self._damage(f"row {self._seq + 1} is missing, as {last} were written")

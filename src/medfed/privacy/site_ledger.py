@@ -31,7 +31,8 @@ class SiteLedger:
 
     def __init__(self, path: Path | None, study: Study) -> None:
         """`path` is the ledger's file; None keeps it in memory."""
-        self.path, self.study = path, study
+        self.path = path
+        self.study = study
         self.run = ""
         self.cohorts: dict[str, Cohort] = {}
         self.guarantee: Guarantee | None = None
@@ -68,13 +69,17 @@ class SiteLedger:
         p = self.study.privacy
         if p.scope == "run":
             return None
-        epsilon = p.lifetime_epsilon if p.lifetime_epsilon < math.inf else p.epsilon
+
+        epsilon = p.epsilon
+        if p.lifetime_epsilon < math.inf:
+            epsilon = p.lifetime_epsilon
         rule: Rule = "exact" if self.study.data.identity == "exact" else "canonical"
         return Lifetime(epsilon, p.delta, rule, reason=f"the first run, of study {self.study.study.name!r}")
 
     def _refuse_another_rule(self) -> None:
         """Raise LedgerError where patients were named under another rule than the ledger's, founded in between."""
-        asked, bound = self.study.data.identity, self._ledger.lifetime if self._ledger else None
+        asked = self.study.data.identity
+        bound = self._ledger.lifetime if self._ledger else None
         if bound and asked not in ("auto", bound.identity):
             raise LedgerError(
                 f"data.identity={asked!r}, and the site's ledger goes by {bound.identity!r}; expected the same. "
@@ -87,21 +92,26 @@ class SiteLedger:
         Under joint noise a patient of several sites is charged once a round: the noise covers all its sites.
         Raises BudgetError naming what is left; nothing is charged here.
         """
-        self.run, self.guarantee = run, guarantee
+        self.run = run
+        self.guarantee = guarantee
         if self.study.privacy.scope == "study":
             self.ledger.refuse_column(self.study.data.patient)
+        if guarantee.accountant == "pld":
+            self._refuse_another_run()
+
+        # Who pays where: under joint noise at the first of a patient's sites alone.
         if guarantee.joint:
             rosters = {
                 site: [name for name in roster if self._payer.setdefault(name, site) == site]
                 for site, roster in rosters.items()
             }
-        if guarantee.accountant == "pld":
-            self._refuse_another_run()
         self.cohorts |= self.ledger.enrol_all(rosters)
+
+        # Whether all that is planned still fits.
         if fresh:
-            whole = {site: guarantee.whole(site) for site in rosters}
+            whole = [self._charge(site, 0, guarantee.whole(site)) for site in rosters]
             try:
-                self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
+                self.ledger.check(whole, self._limits())
             except BudgetError as error:
                 raise _discreet(error) from error
 
@@ -128,11 +138,13 @@ class SiteLedger:
         - a refusal tells how much is left to the one who has least, and never how many patients there are;
         - nobody has been enrolled: BudgetError, whoever asks.
         """
-        g = self._require_guarantee()
+        guarantee = self._require_guarantee()
         if refused := self._refuse_apart(sites):
             return refused
-        releases, owing = g.releases, [site for site in sites if site not in self._paid[ROUND]]
-        refused = self._charge_all({site: self._charge(site, round, releases[site].event()) for site in owing})
+
+        owing = [site for site in sites if site not in self._paid[ROUND]]
+        charges = {site: self._charge(site, round, guarantee.releases[site].event()) for site in owing}
+        refused = self._charge_all(charges)
         self._paid[ROUND].update(site for site in owing if site not in refused)
         return refused
 
@@ -150,6 +162,7 @@ class SiteLedger:
         It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
         all sites is noised once, a patient of several pays once. Who has paid does not pay twice before `note_tested`.
         """
+        # Who has not paid yet, and where: at the first site that asks, if all are counted together.
         self._test_ids |= asked
         owing = {site: ids for site, ids in asked.items() if site not in self._paid[TEST]}
         if counted_together(self.study):
@@ -157,11 +170,13 @@ class SiteLedger:
                 site: [name for name in ids if self._test_payer.setdefault(name, site) == site]
                 for site, ids in owing.items()
             }
+
         event = RandomisedResponse(2, self.study.privacy.evaluation_epsilon)
         charges = {}
         for site, ids in owing.items():
             cohort = self.ledger.enrol(_held_out(site), ids)
             charges[site] = Charge(self.study.study.name, self.run, cohort, 0, TEST, event)
+
         refused = self._charge_all(charges)
         self._forget_payers(refused)
         self._paid[TEST].update(site for site in charges if site not in refused)
@@ -259,11 +274,11 @@ class SiteLedger:
 
     def queries(self) -> dict[str, int]:
         """Return how many queries of each label some site's patients have paid for in this run."""
-        found: Counter[str] = Counter()
-        for (_, label), n in self._paid_kinds().items():
+        most: Counter[str] = Counter()
+        for (_, label), answers in self._paid_kinds().items():
             if label not in (ROUND, TEST):
-                found[label] = max(found[label], n)
-        return dict(found)
+                most[label] = max(most[label], answers)
+        return dict(most)
 
     def report(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
@@ -280,12 +295,15 @@ class SiteLedger:
         return Charge(self.study.study.name, self.run, self.cohorts[site], round, ROUND, event)
 
     def _limits(self) -> Limits:
-        p, g = self.study.privacy, self._require_guarantee()
-        limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
-        planned = {label: one.times for label, one in g.queries.items()}
-        if g.accountant != "pld":
+        privacy = self.study.privacy
+        guarantee = self._require_guarantee()
+        sampler = guarantee.delta_sampler
+        limits = Limits(privacy.epsilon, privacy.delta - sampler, privacy.lifetime_epsilon, sampler)
+        planned = {label: one.times for label, one in guarantee.queries.items()}
+        if guarantee.accountant != "pld":
             return replace(limits, planned=planned)
-        planned |= {ROUND: g.uses, TEST: 1}
+
+        planned |= {ROUND: guarantee.uses, TEST: 1}
         # PLD is no filter; its plan is fixed instead, whatever the coordinator calls the run
         return replace(limits, epsilon=math.inf, planned=planned, alone=True)
 
