@@ -22,6 +22,16 @@ def answer(
 
     "known": how many values each feature has. "below": how many lie below thresholds [F, Q, 16]. "sum": their sum.
     "squares": the sum of squared distances from the centres [F].
+
+    Args:
+        table: the site's cleaned records.
+        question: one of the four.
+        names: the features asked for, F of them; "" is the target.
+        logs: features whose logarithm is meant, each with the floor that values are raised to before it.
+        ask: what the question brings: "threshold", words as int64, or "centre".
+
+    Raises:
+        DataError: the question is none that is known here.
     """
     values_F = [training_values(table, name, logs) for name in names]
     match question:
@@ -42,7 +52,10 @@ def answer(
 def answer_each(
     tables: Sequence[SiteTable], question: str, names: Sequence[str], logs: dict[str, float], ask: dict[str, Tensor]
 ) -> Tensor:
-    """Return `answer` of each table, [K, ...]. Counts of many sites come from one pass over all values of a feature."""
+    """Return `answer` of each of `tables`, [K, ...]; `question`, `names`, `logs` and `ask` as there.
+
+    Counts of many sites come from one pass over all values of a feature.
+    """
     if question == "below" and _is_worth_sorting(tables, names):
         asked = ask["threshold"]
         return torch.stack([_count_below([_sort_words(t, name, logs) for name in names], asked) for t in tables])
@@ -101,7 +114,10 @@ def _count_below_each(values: np.ndarray, site_N: np.ndarray, sites: int, thresh
 
 
 def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.ndarray:
-    """Return the known training values of a feature or (by "") of the target, after the logarithm if it has one."""
+    """Return the known training values [n] of a feature of `table` or (`name` "") of its target, float64.
+
+    Of a feature in `logs` it is the logarithm, of values raised to the floor that stands there.
+    """
     column = table.label if name == "" else table.numbers.get(name, np.zeros(0))
     values: np.ndarray = column[~table.test].astype(np.float64) if len(column) else column
     return _take_log(values[~np.isnan(values)], name, logs)

@@ -281,7 +281,10 @@ def _by_hand(subfolder: str, name: str) -> str:
 
 
 def get(name: str, folder: Path | None = None, progress: bool = True) -> int:
-    """Make sure that a built-in source is at hand, downloading it if need be; return its number of rows."""
+    """Make sure that the built-in source `name` is at hand, downloading it if need be; return its number of rows.
+
+    `folder` is looked into first; `progress` shows the download.
+    """
     if name not in SOURCES:
         raise StudyError(f"source={name!r} is unknown; {nearest(name, SOURCES)}")
     return len(SOURCES[name].load(folder, progress))

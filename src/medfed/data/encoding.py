@@ -114,8 +114,19 @@ class Encoding:
 
         A number is filled with the median of the site's own encoded training values, a category with the share of each
         category among them; a feature that the whole site lacks with zero, the centre of all sites. A public encoding
-        fills every gap with a constant, so that no patient moves another's row. A table of several sites says which
-        owns each row (`site` [rows], ascending).
+        fills every gap with a constant, so that no patient moves another's row.
+
+        Args:
+            table: cleaned records, of one site or of several end to end.
+            rows: bool [N], which are wanted.
+            fit_rows: bool [N], training rows.
+            site: int64 [N], ascending: which site owns each row; None where it is one site's.
+
+        Returns:
+            x float32 [n, M], labels and patients of the rows that are wanted.
+
+        Raises:
+            DataError: a label that is not declared, or a value beyond float32 after encoding.
         """
         if site is None:
             site = np.zeros(len(table), dtype=np.int64)

@@ -125,7 +125,14 @@ def decide(
 ) -> tuple[str, str, dict[str, str]]:
     """Return the decimal sign, what parts thousands, and why, by key, where the study does not say.
 
-    Raises DataError where cells contradict each other, and where they may be read in two ways.
+    Args:
+        found: what cells say, of all files.
+        format: what the study says; "auto" leaves it to the cells.
+        separator: between cells; a comma there is hardly a decimal sign.
+        where: the table, for errors.
+
+    Raises:
+        DataError: cells contradict each other, or may be read in two ways.
     """
     guessed: dict[str, str] = {}
     decimal = _decimal(found, format, separator, where, guessed)

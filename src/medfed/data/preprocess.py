@@ -158,8 +158,12 @@ def fit(
 ) -> dict[str, tuple[float, float]]:
     """Return each feature's (centre, scale) over all sites' training values; a constant feature has scale 1.
 
-    robust: median and interquartile range, equal to numpy.quantile of the pooled values to the last bit.
-    standard: mean and standard deviation (divided by n).
+    Args:
+        kind: robust is median and interquartile range, equal to numpy.quantile of the pooled values to the last bit;
+            standard is mean and standard deviation (divided by n).
+        names: the features, F of them; "" is the target.
+        logs: features whose logarithm is meant, with its floor.
+        ask: puts a question to every site and returns the sum of the answers.
     """
     if not names:
         return {}

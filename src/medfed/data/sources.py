@@ -274,7 +274,15 @@ def read(
 ) -> Reading:
     """Return a study's rows as read, joined tables beside them, and how its files are written: see `readers`.
 
-    `table` is its table, where it is read already. Raises DataError or StudyError for what cannot be read.
+    Args:
+        study: names the table, file, database or source.
+        folder: where downloaded data is looked for first.
+        progress: whether a download shows how far it is.
+        private: under a claim, where an error quotes nothing.
+        table: its table, where it is read already.
+
+    Raises:
+        DataError, StudyError: what cannot be read.
     """
     data = complete(study)
     if table is not None:

@@ -85,7 +85,10 @@ def public_survey(table: SiteTable, data: Data, declared: int, test: int) -> dic
 
 
 def declared_survey(names: Sequence[str], data: Data, declared: int, test: int) -> dict[str, Any]:
-    """Return a public survey of features of these names; see `public_survey`."""
+    """Return a public survey of features of these `names`: `declared` training records and `test` that are held out.
+
+    Categories and labels are those of `data`'s dictionary; see `public_survey`.
+    """
     categories = {n: data.dictionary[n].categories for n in names if n in data.dictionary}
     labels = {} if data.task == "regression" else dict.fromkeys(declared_labels(data))
     return {

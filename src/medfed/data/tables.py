@@ -52,9 +52,18 @@ def header(path: Path, private: bool = False, data: Data = Data()) -> list[str]:
 def clean(site: str, frame: pd.DataFrame, data: Data, streams: Streams, private: bool = False) -> SiteTable:
     """Clean the rows of one site; numbers are held to the ranges that the dictionary declares.
 
-    Raises DataError for a missing column, text in a numeric column, an infinite value, a target that is missing, and
-    (with on_missing = "refuse") any missing feature; each names site, column and rows, and columns are told together.
-    `private`: only for a missing column, and PlanError for those that the dictionary does not describe.
+    Args:
+        site: its name, for errors.
+        frame: its rows as read, numbered as in the file.
+        data: the study's data table, completed.
+        streams: where the draw of held-out patients comes from.
+        private: under a claim, where the dictionary alone decides what a cell is.
+
+    Raises:
+        DataError: a missing column, text in a numeric column, an infinite value, a target that is missing, and (with
+            on_missing = "refuse") any missing feature; each names site, column and rows, and columns are told together.
+            `private`: only for a missing column.
+        PlanError: `private`, columns that the dictionary does not describe.
     """
     return clean_all(Frames.one(site, frame), data, streams, private)[0]
 
@@ -239,7 +248,10 @@ def _number_patients(patient: pd.Series, frames: Frames) -> tuple[np.ndarray, np
 
 
 def name_patients(frame: pd.DataFrame, data: Data, private: bool, site_N: np.ndarray | None = None) -> pd.Series:
-    """Name the patient of each row as the study says; see `partition.patients`."""
+    """Name the patient of each row of `frame`, as `data` says; see `partition.patients`.
+
+    `private`: nobody's id is quoted. `site_N`: whose row it is, where several sites lie end to end.
+    """
     rule: Rule = "exact" if data.identity == "exact" else "canonical"
     return patients(frame, data.patient, rule, data.missing_values, data.missing_patient, private, site_N)
 

@@ -170,7 +170,13 @@ def budget_rdp(epsilon: float, delta: float) -> Floats:
 
 
 def fits(spent_rdp: Floats, event_rdp: Floats, epsilon: float, delta: float) -> bool:
-    """Say whether an event [O] may follow what was spent: [O] by one patient, or [N, O], where it must fit for all."""
+    """Say whether an event may follow what was spent, within (epsilon, delta) for ever.
+
+    Args:
+        spent_rdp: divergences at ORDERS of what was paid: [O] by one patient, or [N, O], where it must fit for all.
+        event_rdp: divergences [O] of the event.
+        epsilon, delta: the filter's target, which fixes its order.
+    """
     return bool((spent_rdp + event_rdp <= budget_rdp(epsilon, delta)).any(-1).all())
 
 
@@ -227,7 +233,10 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if gaussian_delta(sigma, middle) <= delta else (middle, high)
+        if gaussian_delta(sigma, middle) <= delta:
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -344,7 +353,10 @@ def _smallest(meets: Callable[[float], bool], start: float = 1.0, step: float = 
             raise PlanError("a noise multiplier of 1e-12 still meets the target; expected an event that depends on it.")
     while high > low * (1 + rtol):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if meets(middle) else (middle, high)
+        if meets(middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 

@@ -109,7 +109,10 @@ def refuting_epsilon(correct: int, guesses: int, canaries: int, delta: float, co
         low, high = high, 2 * high
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if refutes(middle) else (low, middle)
+        if refutes(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 

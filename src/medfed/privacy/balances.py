@@ -115,7 +115,10 @@ class Balances:
         )
 
     def worst(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> float:
-        """Return the epsilon of the patient who has paid most, over what is asked for."""
+        """Return the epsilon at `delta` of the patient who has paid most, over what is asked for.
+
+        `study`, `site`, `pseudonym`: one of these alone; None: all.
+        """
         groups = self._patients if pseudonym is None else [self._group.get(pseudonym, Group())]
         histories = {_history(self.charged, self._at(site, group), study) for group in groups}
         return max((_epsilon(history, delta) for history in histories), default=0.0)

@@ -76,7 +76,10 @@ def _by_loss_distribution(
         low, high = low / 1.5, low
     while high > low * 1.001:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+        if spent(middle) <= epsilon:
+            high = middle
+        else:
+            low = middle
     return high
 
 
