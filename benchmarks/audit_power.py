@@ -23,7 +23,7 @@ from common import table, write_result
 
 import medfed
 from medfed import audit, exact
-from medfed.privacy.audit import Part
+from medfed.privacy.attack_statistics import Part
 from medfed.twin import Twin
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -77,7 +77,7 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
 
     Rows come together in plain sight, as no keys are made for these sites.
     """
-    from medfed.data.preprocess import Column, Encoding, Target
+    from medfed.data.encoding import Column, Encoding, Target
     from medfed.engine.inprocess import InProcess
     from medfed.plan import build_model, make
     from medfed.site import Site

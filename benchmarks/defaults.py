@@ -28,7 +28,7 @@ from foreign import TEST, named
 
 import medfed
 from medfed import recipe, runs
-from medfed.data import sources
+from medfed.data import bundled, sources
 from medfed.study import Study, from_tables
 
 EPSILONS = (math.inf, 8.0, 3.0, 1.0)
@@ -69,7 +69,7 @@ def _bundled(name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _source(name: str, data: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    known = sources.SOURCES[name]
+    known = bundled.SOURCES[name]
     counts = known.load(data, False)[known.data.site].value_counts().sort_index()
     sizes = {str(site): max(1, round(n * (1 - TEST))) for site, n in counts.items()}
     return {"data": {"source": name, "test_is_public": True}}, sizes
@@ -136,7 +136,7 @@ def compared(results: Sequence[dict[str, Any]], epsilons: Sequence[float]) -> st
 
 
 def _completed(study: Study) -> Study:
-    return dataclasses.replace(study, data=sources.completed(study))
+    return dataclasses.replace(study, data=sources.complete(study))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,8 +20,9 @@ from statistics import median
 import common
 from common import table, write_result
 
-from medfed.privacy.accounting import Gaussian
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits
+from medfed.privacy.privacy_events import Gaussian
 
 DELTA = 1e-6
 LIMITS = Limits(1.0, DELTA)

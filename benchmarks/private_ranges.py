@@ -23,7 +23,7 @@ from common import table, write_result
 from defaults import asked, score, studies
 
 from medfed.core.checks import PlanError
-from medfed.data.sources import SOURCES
+from medfed.data.bundled import SOURCES
 
 EPSILONS = (3.0, 1.0)
 SHARES = (0.125, 0.25, 0.5)

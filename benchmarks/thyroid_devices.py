@@ -26,10 +26,10 @@ from common import table, write_result
 import medfed
 from medfed import Study, runs
 from medfed.core.streams import patient_fraction
-from medfed.data.sources import SOURCES
+from medfed.data.bundled import SOURCES
 from medfed.privacy import accounting, factorisation
-from medfed.privacy.accounting import Gaussian
 from medfed.privacy.guarantee import Guarantee, resolve
+from medfed.privacy.privacy_events import Gaussian
 from medfed.study import from_tables
 from medfed.wire import JointNoise
 

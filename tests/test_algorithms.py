@@ -20,8 +20,8 @@ from medfed.algorithms import ALGORITHMS, Memory, Server, control_average, local
 from medfed.core.checks import PlanError, StudyError
 from medfed.core.flat import fill, vector
 from medfed.core.types import Task
+from medfed.data.encoding import Column, Encoding, Target
 from medfed.data.federated import Rows, Stack
-from medfed.data.preprocess import Column, Encoding, Target
 from medfed.local import train
 from medfed.objections import check
 from medfed.plan import Plan, make

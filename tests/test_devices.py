@@ -18,14 +18,15 @@ import medfed
 from medfed import runs, wire
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, RunError, SiteError
-from medfed.data.tables import SiteTable
+from medfed.data.site_table import SiteTable
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.plan import Plan
 from medfed.prepare import prepare
-from medfed.privacy.accounting import Gaussian, calibrate
+from medfed.privacy.accounting import calibrate
 from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
+from medfed.privacy.privacy_events import Gaussian
 from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.tables import PRIVATE, invented, plain, write_study
@@ -130,7 +131,7 @@ def test_tables_end_to_end_keep_gaps_and_patients_apart() -> None:
     one = np.zeros(1, dtype=np.int64)
     first = SiteTable({"a": np.array([1.0])}, {}, np.array(["x"]), one, np.array([True]), np.array(["p"]))
     second = SiteTable({}, {"b": np.array(["u"])}, np.array(["y"]), one, np.array([False]), np.array(["q"]))
-    both = SiteTable.joined([first, second])
+    both = SiteTable.join([first, second])
     assert both.numbers["a"][0] == 1 and math.isnan(both.numbers["a"][1])
     assert both.texts["b"].tolist() == [None, "u"]
     assert [both.ids[code] for code in both.patient] == ["p", "q"]

@@ -15,7 +15,7 @@ from medfed import fix, objections, runs
 from medfed import study as studies
 from medfed.core import toml
 from medfed.core.checks import DataError, MedfedError, PlanError, StudyError
-from medfed.data import sources
+from medfed.data import bundled, sources
 from tests.tables import PRIVATE, STUDY, invented, write_study
 from tests.test_cli import medfed as command
 
@@ -124,11 +124,11 @@ def test_the_header_is_read_in_every_format(tmp_path: Path, suffix: str) -> None
     assert text == whole_text.replace('"cohort.csv"', f'"cohort.{suffix}"')
 
 
-@pytest.mark.parametrize("name", sources.SOURCES)
+@pytest.mark.parametrize("name", bundled.SOURCES)
 @pytest.mark.needs("data")
 def test_a_sources_columns_are_known_without_its_records(name: str) -> None:
     study = medfed.load_study("heart").set("data", {"source": name})
-    known = sources.SOURCES[name].load(None, False).columns
+    known = bundled.SOURCES[name].load(None, False).columns
     assert sorted(sources.columns_of(study, False)) == sorted(known)
 
 

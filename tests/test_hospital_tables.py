@@ -26,8 +26,8 @@ def test_exports_of_hospitals_train_the_model_of_the_clean_table(tmp_path: Path)
     (tmp_path / "exports.toml").write_text(SEMICOLONS.replace("rounds = 4", "rounds = 2"))
 
     study = studies.load(tmp_path / "exports.toml")
-    completed = sources.completed(study)
-    assert completed == sources.completed(study.set("data.site", completed.site))  # as a run keeps it
+    completed = sources.complete(study)
+    assert completed == sources.complete(study.set("data.site", completed.site))  # as a run keeps it
     weights = [
         runs.simulate(studies.load(tmp_path / name), tmp_path / f"{name}.run").w_P
         for name in ("clean.toml", "exports.toml")

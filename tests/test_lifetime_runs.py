@@ -13,7 +13,8 @@ import pytest
 import medfed
 from medfed import runs, site
 from medfed.core.checks import BudgetError, DataError, LedgerError, MedfedError, PlanError
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, write_study
 

@@ -14,9 +14,10 @@ from medfed import runs, site
 from medfed.core import codec
 from medfed.core.checks import DataError, SiteError
 from medfed.core.streams import Streams
-from medfed.data import preprocess
-from medfed.data.preprocess import Encoding
-from medfed.data.tables import Frames, clean_all
+from medfed.data import answers
+from medfed.data.encoding import Encoding
+from medfed.data.frames import Frames
+from medfed.data.tables import clean_all
 from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.site import Site, handle_many
@@ -95,10 +96,10 @@ def test_a_question_to_many_is_answered_as_by_each(tmp_path: Path, question: str
     sites = runs.open_sites(_study(tmp_path, "robust"), None)
     tables = [one.table for one in sites if one.table]
     names, logs = ["lactate", "age", "absent"], {"lactate": 0.5}
-    word = torch.from_numpy(preprocess._word(np.random.default_rng(0).normal(50, 30, (3, 6, 16))).view(np.int64))
+    word = torch.from_numpy(answers.to_word(np.random.default_rng(0).normal(50, 30, (3, 6, 16))).view(np.int64))
     ask = {"threshold": word, "centre": torch.tensor([1.0, 50.0, 0.0], dtype=torch.float64)}
-    each = torch.stack([preprocess.answer(table, question, names, logs, ask) for table in tables])
-    assert torch.equal(preprocess.answer_each(tables, question, names, logs, ask), each)
+    each = torch.stack([answers.answer(table, question, names, logs, ask) for table in tables])
+    assert torch.equal(answers.answer_each(tables, question, names, logs, ask), each)
 
 
 def test_large_tables_are_encoded_one_by_one_as_small_ones_together(
@@ -182,12 +183,12 @@ def test_few_large_sites_answer_from_values_in_order_as_the_plain_twin(
     }
     tables = clean_all(Frames.of(frames), Data(target="y"), Streams(0))
     names, logs = ["a", "b"], {"b": 0.01}
-    word = preprocess._word(rng.normal(0, 2, (2, 3, 16))).view(np.int64)
+    word = answers.to_word(rng.normal(0, 2, (2, 3, 16))).view(np.int64)
     ask = {"threshold": torch.from_numpy(word)}
-    each = torch.stack([preprocess.answer(table, question, names, logs, ask) for table in tables])
+    each = torch.stack([answers.answer(table, question, names, logs, ask) for table in tables])
     for large in (1, 10**6):
-        monkeypatch.setattr(preprocess, "_LARGE", large)
+        monkeypatch.setattr(answers, "_LARGE", large)
         for _ in range(2):  # the second time from what is kept
-            assert torch.equal(preprocess.answer_each(tables, question, names, logs, ask), each)
+            assert torch.equal(answers.answer_each(tables, question, names, logs, ask), each)
         assert bool(tables[0].sorted_words) == (question == "below")  # kept by the first
     assert not replace(tables[0], spellings=1).sorted_words  # another table's values are its own

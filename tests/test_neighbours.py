@@ -29,12 +29,12 @@ from medfed import site as sites
 from medfed.compliance import trail
 from medfed.core import codec, entropy
 from medfed.core.checks import MedfedError
-from medfed.data import preprocess, sources, tables
-from medfed.data.tables import Frames
+from medfed.data import raw_columns, sources, surveys, tables
+from medfed.data.frames import Frames
 from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
 from medfed.prepare import prepare
-from medfed.privacy import ledger
+from medfed.privacy import ledger_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,7 +169,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(dpsgd, "clip_factor", lambda kind, clip: torch.zeros_like)
     monkeypatch.setattr(secrets, "token_hex", lambda count=8: "5a" * count)
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
-    for module in (runs, events, ledger, trail):
+    for module in (runs, events, ledger_file, trail):
         monkeypatch.setattr(module, "datetime", Clock, raising=False)
     monkeypatch.setattr("tests.test_neighbours.RESTART", restart)
     yield monkeypatch
@@ -366,11 +366,11 @@ def _logged(where: str, *_: Any) -> None:
     logging.getLogger("other").warning("%s", where)
 
 
-REAL_FRAMES, REAL_SURVEY = sources.frames, preprocess.public_survey
+REAL_FRAMES, REAL_SURVEY = sources.frames, surveys.public_survey
 LEAKS: dict[str, tuple[object, str, Any, str]] = {
     "the order of rows": (sources, "frames", _first_appearance, "first of the file"),
     "a site that is gone": (sources, "frames", _sites_that_have_rows, "alone at its site"),
-    "a count in the survey": (preprocess, "public_survey", _counted, "plain"),
+    "a count in the survey": (surveys, "public_survey", _counted, "plain"),
     "an own log that is printed": (tables.logger, "warning", _logged, "an undeclared label"),
     "columns by their cells": (tables, "_check_described", lambda *_: None, "text in a number"),
 }
@@ -381,7 +381,7 @@ def test_a_planted_leak_is_seen(tmp_path: Path, fixed: pytest.MonkeyPatch, leak:
     place, name, planted, patient = LEAKS[leak]
     fixed.setattr(place, name, planted)
     if leak == "columns by their cells":
-        fixed.setattr(tables._Column, "is_declared_text", lambda self: self.frames.count(self.not_number) > 0)
+        fixed.setattr(raw_columns.RawColumn, "is_declared_text", lambda self: self.frames.count(self.not_number) > 0)
     whole = released(tmp_path / "s", lines(), {}, fixed)
     assert differences(whole, released(tmp_path / "s", lines(patient), {}, fixed))
 

@@ -30,9 +30,10 @@ from medfed.monitor.dashboards import write_dashboards
 from medfed.monitor.events import Event, RoundFinished
 from medfed.plan import Plan
 from medfed.prepare import prepare
-from medfed.privacy.account import Account
 from medfed.privacy.guarantee import GRID, SLACK
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
@@ -466,11 +467,11 @@ def test_a_sites_only_held_out_patient_is_who_pays(
 ) -> None:
     paid: dict[str, list[str]] = {}
 
-    def pay(self: Account, asked: dict[str, list[str]]) -> dict[str, BudgetError]:
+    def pay(self: SiteLedger, asked: dict[str, list[str]]) -> dict[str, BudgetError]:
         paid.update({name: list(ids) for name, ids in asked.items()})
         return {}
 
-    monkeypatch.setattr(Account, "pay_tests", pay)
+    monkeypatch.setattr(SiteLedger, "pay_tests", pay)
     frame = pd.read_csv(noised.folder / "cohort.csv")
     east = frame.index[frame["hospital"] == "east"]
     frame["part"] = np.where(frame.index % 5, "train", "test")
@@ -598,9 +599,9 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     tmp_path: Path, noised: Study, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attack: a tested run is resumed; its figures were cut from the log, and patients asked to pay again."""
-    real = Account.pay
+    real = SiteLedger.pay
 
-    def refuse_once(self: Account, round: int, asked: list[str]) -> dict[str, BudgetError]:
+    def refuse_once(self: SiteLedger, round: int, asked: list[str]) -> dict[str, BudgetError]:
         if round != 2 or ending == "killed":
             return real(self, round, asked)
         return real(self, round, [name for name in asked if name != "east"]) | {"east": BudgetError("for once")}
@@ -610,7 +611,7 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
 
     study = noised.set("training.quorum", 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Account, "pay", refuse_once)
+        patch.setattr(SiteLedger, "pay", refuse_once)
         if ending == "killed":
             patch.setattr(runs, "_write_model", kill)
             with pytest.raises(Crash):
@@ -734,7 +735,7 @@ def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: 
         for how in (lambda frame: frame, lambda frame: CHANGES[change](frame, frame["subject"] == name))
     )
     for sites in (with_all, changed):
-        account = Account(None, study)
+        account = SiteLedger(None, study)
         for node in sites:
             node.account = account
     encoding = _prepared(study)[0].encoding.to_json()

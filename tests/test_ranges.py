@@ -20,7 +20,7 @@ from medfed import checkpoints, compare, fix, ranges, recipe, runs, site
 from medfed.cli import app
 from medfed.core import codec
 from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, RunError, SiteError
-from medfed.data import preprocess
+from medfed.data import encoding, preprocess
 from medfed.engine.inprocess import InProcess
 from medfed.features import open_columns
 from medfed.monitor import events
@@ -28,7 +28,8 @@ from medfed.monitor.events import Event
 from medfed.prepare import enrol, prepare
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.guarantee import ranges_noise
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, write_study
 from tests.test_private_runs import Crash, charges, claim_of, home, interrupted, own_ledger
@@ -100,7 +101,7 @@ def test_training_has_the_more_noise_that_leaves_room_for_ranges(study: Study) -
     with_them, without = (guarantee.resolve(one, sizes, 10) for one in (_listed(study), declared))
     assert 1.02 < with_them.releases["north"].noise_multiplier / without.releases["north"].noise_multiplier < 1.06
     query = with_them.queries["ranges"]
-    alone = guarantee.replaced(with_them.query_event("ranges"), query.times)
+    alone = guarantee.repeat(with_them.query_event("ranges"), query.times)
     assert with_them.epsilon_of(alone) == pytest.approx(0.5, rel=1e-3)
     assert with_them.epsilon_of(with_them.whole("north")) == pytest.approx(2, rel=1e-3) and not without.queries
 
@@ -269,7 +270,7 @@ def test_preparing_a_column_tells_nothing_of_what_is_in_it(study: Study, ends: t
         nodes, plan = _enrolled(study, frame)
         told = plan.encoding.to_json()
         for column in told["columns"][:2]:
-            one = preprocess.with_range(preprocess.Column(column["name"], "number"), ends)
+            one = preprocess.with_range(encoding.Column(column["name"], "number"), ends)
             column.update(centre=one.centre, scale=one.scale, found=list(ends))
         answers.append([_answer(node, _prepared(told, plan)) for node in nodes.values()])
         assert all(torch.isfinite(node.train.x).all() for node in nodes.values())

@@ -124,7 +124,7 @@ def test_the_rate_is_never_above_what_the_curvature_bears(inputs: int, epsilon: 
 
 def test_reach_of_a_linear_model_is_the_norm_of_its_input() -> None:
     encoding = recipe.declared_encoding(recipe.settle(declared()))
-    rows = encoding.invented(64)
+    rows = encoding.invent_rows(64)
     expected = math.sqrt(float((rows.square().sum(1) + 1).mean()))
     assert recipe.reach(nn.Linear(8, 1), encoding) == pytest.approx(expected, rel=1e-6)
     assert recipe.reach(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)), encoding) > 0

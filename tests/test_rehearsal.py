@@ -14,7 +14,7 @@ import medfed
 from medfed import dpsgd, layers, rehearsal, runs, site
 from medfed.core import codec
 from medfed.core.checks import PlanError, QuorumError
-from medfed.data.preprocess import Column, Encoding, Target
+from medfed.data.encoding import Column, Encoding, Target
 from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare, rehearse
 from medfed.privacy.ledger import Ledger

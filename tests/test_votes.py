@@ -22,9 +22,9 @@ from medfed.core.flat import vector
 from medfed.monitor import events, verdict
 from medfed.monitor.metrics import Figure
 from medfed.privacy import guarantee
-from medfed.privacy.account import Account
+from medfed.privacy.claim_refusals import vote_tells
 from medfed.privacy.ledger import Ledger
-from medfed.privacy.refusals import vote_tells
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.tables import STUDY, write_study
@@ -325,7 +325,7 @@ def test_held_out_patients_who_cannot_pay_keep_their_site_from_voting(
 ) -> None:
     sites, w_P = opened(load(tmp_path, data__test_is_public=False, privacy__evaluation_epsilon=2.0))
     account = sites[0].account
-    assert isinstance(account, Account)
+    assert isinstance(account, SiteLedger)
     real = account.pay_query_held_out
     account.pay_query_held_out = lambda label, asked: (
         real(  # type: ignore[method-assign]
@@ -341,7 +341,7 @@ def test_a_coordinator_that_asks_again_is_refused(tmp_path: Path) -> None:
     """Each answer is a release, and each kind is planned once: the room of the rounds to come is not for more."""
     sites, w_P = opened(load(tmp_path))
     account = sites[0].account
-    assert isinstance(account, Account)
+    assert isinstance(account, SiteLedger)
     assert all(isinstance(vote, float) for vote in ask(sites, w_P))
     again = ask(sites, w_P)
     assert all("The run pays for a plan of 1 (vote), and 1 are paid" in str(told) for told in again)

@@ -2,7 +2,7 @@
 
 A finished run cannot be audited with canaries afterwards: their coins fall before training. So a run's audit is that of
 a twin (twin.py), which finds what is wrong with code and settings, not what went wrong on that day. The statistics, and
-what they can and cannot show, are in privacy/audit.py.
+what they can and cannot show, are in privacy/attack_statistics.py.
 
 M canaries or patients of a pool, I patients, R retrains, N records, P parameters.
 """
@@ -25,12 +25,12 @@ from medfed.core import codec, files
 from medfed.core.checks import PlanError, QuorumError
 from medfed.core.flat import Layout
 from medfed.core.types import JSON
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Rows
-from medfed.data.preprocess import Encoding
 from medfed.local import outputs, sample_loss
-from medfed.privacy import audit as attacks
+from medfed.privacy import attack_statistics as attacks
 from medfed.privacy import noise_tests
-from medfed.privacy.audit import Evidence, Part
+from medfed.privacy.attack_statistics import CoinEvidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.site import Site
 from medfed.study import Privacy, Study
@@ -196,7 +196,7 @@ class _Seen:
             return None
         rest_TP = np.stack([rest_P for _, rest_P in self.rest]) / GRID
         if g.strategy:
-            rest_TP = noise_tests.whitened(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
+            rest_TP = noise_tests.whiten(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
         rest_TP /= np.array([g.sigma_units(name) for name, _ in self.rest])[:, None]
         square, numbers = float((rest_TP**2).sum()), rest_TP.size
         if not math.isfinite(square):
@@ -211,7 +211,7 @@ def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
     count, plan = len(in_M), twin.plan
     homes = rng.permutation(list(twin.sites))[:count].tolist()
     place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
-    evidence: dict[str, Evidence] = defaultdict(Evidence)
+    evidence: dict[str, CoinEvidence] = defaultdict(CoinEvidence)
     training, ended = Training(twin), ""
     rest, straight = list[tuple[str, np.ndarray]](), _is_straight(twin)
     for _ in range(plan.study.training.rounds):

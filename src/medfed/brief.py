@@ -28,9 +28,10 @@ from medfed.engine.port import gather
 from medfed.monitor import dashboards, events
 from medfed.monitor.events import SecurityAudit
 from medfed.prepare import prepare
-from medfed.privacy.accounting import Gaussian, PrivacyAccountingEntry, RenyiDPAccountant
+from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
 from medfed.privacy.guarantee import GRID, discrete_gaussian
 from medfed.privacy.mechanisms import grid_sensitivity, round_to_grid
+from medfed.privacy.privacy_events import Gaussian
 from medfed.ranges import refuse_unfound
 from medfed.robust import detection, reputation, rules
 from medfed.robust.reputation import ThreatLevel

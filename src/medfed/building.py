@@ -8,7 +8,7 @@ from torch import nn
 
 from medfed import models, rates
 from medfed.core.streams import Streams
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
 from medfed.local import LocalPlan
 from medfed.privacy import guarantee as guarantees
 from medfed.probe import ROWS, Probed, probe
@@ -37,7 +37,7 @@ def find_path(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
     if name in models.ZOO and key in _PROBED:
         return _PROBED[key]
 
-    x_BF = encoding.invented(ROWS)
+    x_BF = encoding.invent_rows(ROWS)
     probed = probe(model, f"model.name={name!r}", x_BF, target.task, target.outputs, private, asked)
     if name in models.ZOO:
         _PROBED[key] = probed
@@ -67,5 +67,5 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
 
 def safe_rate(study: Study, encoding: Encoding, bends: Mapping[str, float], sizes: Mapping[str, int]) -> Chosen:
     """Return the learning rate that every site's rows bear, from what `rates.bend` says of each."""
-    stretch = partial(rates.stretch, build_model(study, encoding), encoding.invented(rates.ROWS))
+    stretch = partial(rates.stretch, build_model(study, encoding), encoding.invent_rows(rates.ROWS))
     return rates.choose(encoding.target.task, bends, sizes, local_plan(study, encoding), study.training, stretch)

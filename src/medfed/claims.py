@@ -17,8 +17,6 @@ from medfed.features import open_columns
 from medfed.monitor import reports
 from medfed.plan import Plan
 from medfed.privacy import accounting
-from medfed.privacy.account import Account
-from medfed.privacy.budget import Budget
 from medfed.privacy.guarantee import (
     COUNT_NOISE,
     GRID,
@@ -26,10 +24,12 @@ from medfed.privacy.guarantee import (
     Guarantee,
     counted_together,
     ranges_sensitivity,
-    replaced,
+    repeat,
     resolve,
 )
 from medfed.privacy.quantiles import LEAST
+from medfed.privacy.run_meter import RunMeter
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.resolved import excess, holders
 
 _TRUST = {
@@ -54,7 +54,7 @@ _MECHANISM = {
 }
 
 
-def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
+def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
     """Return the claim of a run that has spent what `budget` counts and the sites' ledger holds."""
     g, study = plan.guarantee, plan.study
     assert g is not None
@@ -63,7 +63,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
     asked: dict[str, int] = getattr(budget, "asked", {})
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
-    charged = account.charged() if account and not g.simulation_only else None
+    charged = account.report() if account and not g.simulation_only else None
     return {
         "schema": SCHEMA,
         "study": study.study.name,
@@ -187,7 +187,7 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
         "unit": "patient: one known cell of each column, so that a patient moves one count of each by 1",
         "mechanism": "discrete Gaussian noise on counts of training patients by value; of them follow ranges",
         "columns": list(columns),
-        "found": {name: list(ends) for name, ends in plan.encoding.found().items()},
+        "found": {name: list(ends) for name, ends in plan.encoding.found_ranges().items()},
         "sensitivity": ranges_sensitivity(len(columns)),
         "noise_multiplier": query.noise_multiplier,
         "epsilon_alone": query.epsilon,
@@ -349,7 +349,7 @@ def _shown(g: Guarantee) -> list[str]:
 def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
     release = g.releases[name]
     snr = g.signal_to_noise(name)
-    whole = replaced(g.whole(name), g.copies)
+    whole = repeat(g.whole(name), g.copies)
     return {
         "site": name,
         "declared": release.size,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from medfed.data import dates, doubts, mapping, numerals
-from medfed.data.tables import canonical
+from medfed.data import dates, doubts, mapping, numerals, survey_doubts
+from medfed.data.raw_columns import canonical
 from medfed.study import Data
 
 MOST_LABELS = 10
@@ -51,12 +51,12 @@ def describe_shape(values: pd.Series) -> Shape:
     number_N = pd.to_numeric(texts, errors="coerce").notna()
     share = float(number_N.mean()) if len(texts) else 0.0
     different = [str(text) for text in texts.unique()]
-    suffixes = tuple(doubts.units_of(different))
+    suffixes = tuple(survey_doubts.units_of(different))
     spelt = ""
     if not suffixes and share < 0.5:
         spelt = numerals.form_of(different) or ""
     if spelt:
-        texts = pd.Series(numerals.pointed(list(texts), spelt), dtype=object)
+        texts = pd.Series(numerals.set_points(list(texts), spelt), dtype=object)
         share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
 
     dated = _is_dated(texts)
@@ -81,7 +81,7 @@ def _is_dated(texts: pd.Series) -> bool:
         return False
     if texts.str.fullmatch(_EIGHT_DIGITS).all():
         return len(texts) > 1 and bool(dates.digits(texts.astype(float).to_numpy()).all())
-    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.dated(list(texts.unique())).all())
+    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.are_dates(list(texts.unique())).all())
 
 
 def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from medfed.column_shapes import MOST_LABELS, Shape, describe_shape, find_named
 from medfed.core import files, quotes, toml
 from medfed.core.checks import DataError, MedfedError, StudyError, some
 from medfed.core.toml import Ask
-from medfed.data import clinical, dates, doubts, footers, readers, sources, workbooks
+from medfed.data import clinical, dates, footers, readers, sources, survey_doubts, workbooks
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
 from medfed.study import Data, Feature, Format, Study, put
@@ -124,7 +124,7 @@ def _is_plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
 
 def _drop_footer(asked: dict[str, Any], notes: dict[toml.Path, str], reading: readers.Reading) -> readers.Reading:
     """Return a table without the last rows that are no records, and declare them."""
-    footer = footers.found(reading.frame, ())
+    footer = footers.find(reading.frame, ())
     if footer is None or not footer.lines:
         return reading
     path = ("data", "format", "footer")
@@ -422,12 +422,12 @@ def _settle(
     for _ in range(_PASSES):
         try:
             study = _study(asked)
-            reading = reading or readers.read(study.folder / study.data.table, sources.completed(study), private=False)
+            reading = reading or readers.read(study.folder / study.data.table, sources.complete(study), private=False)
             surveys = runs.survey(study, table=reading)
         except MedfedError as error:
             return str(error), None
 
-        found = doubts.of_all(surveys, study.data, study.privacy.meant)
+        found = survey_doubts.find(surveys, study.data, study.privacy.meant)
         if not any([_mend(asked, notes, doubt) for doubt in found]):
             if ("data", "site") in notes:
                 notes["data", "site"] = f"{len(surveys)} sites"  # one may have been two by its spelling

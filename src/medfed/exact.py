@@ -29,9 +29,9 @@ from medfed.data.federated import Rows
 from medfed.local import outputs
 from medfed.plan import Plan
 from medfed.privacy import noise_tests, odd_patients
-from medfed.privacy.audit import Part
-from medfed.privacy.budget import NoClaim
-from medfed.privacy.guarantee import GRID, Guarantee, declared
+from medfed.privacy.attack_statistics import Part
+from medfed.privacy.guarantee import GRID, Guarantee, declared_size
+from medfed.privacy.run_meter import NoClaim
 from medfed.resolved import cohort, holders
 from medfed.site import Site, handle_many
 from medfed.study import Study, Training
@@ -142,7 +142,7 @@ def _drawn_jointly(twin: Twin) -> _Drawn:
     whole = noise_tests.on_grid(noise_VP)
     if g.strategy:
         band = noise_tests.strategy_coefficients(g.rounds, g.separation)
-        noise_VP = noise_tests.whitened(noise_VP, band)
+        noise_VP = noise_tests.whiten(noise_VP, band)
     excess = _excess(plan)
     need = max(needed(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(g))
     told_V = np.full(len(noise_VP), g.sigma_units() * excess)
@@ -247,11 +247,11 @@ def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
     deviation told for the count is taken as it is, and the gradient's must make up for the rest.
     """
     p, t, fleet = study.privacy, study.training, study.fleet
-    size = declared(study, name)
+    size = declared_size(study, name)
     alone = p.noise == "site"
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    mean = sum(declared(study, each) for each in g.releases) / len(g.releases)  # under joint noise all draw alike
+    mean = sum(declared_size(study, each) for each in g.releases) / len(g.releases)  # under joint noise all draw alike
     probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
     steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
     once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)

@@ -49,7 +49,9 @@ def matching(pattern: str, columns: Sequence[str]) -> list[str]:
 
 def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
     """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
-    return (f"{name} below limit", f"{name} above limit") if feature.limits == "indicator" else ()
+    if feature.limits == "indicator":
+        return (f"{name} below limit", f"{name} above limit")
+    return ()
 
 
 def open_columns(study: Study) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ def open_columns(study: Study) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not described(data.dictionary.get(name, Feature()))))
 
 
-def listed(columns: Sequence[str], study: Study) -> Study:
+def list_open(columns: Sequence[str], study: Study) -> Study:
     """Return the study with an entry in its dictionary for each feature of a table, where ranges are to be found."""
     data = study.data
     if not study.privacy.ranges_epsilon:

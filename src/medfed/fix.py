@@ -21,7 +21,7 @@ from medfed.core import files, toml
 from medfed.core.checks import PlanError, StudyError
 from medfed.core.refusals import LEAVE_OUT, Refusal, mends, refuse
 from medfed.core.toml import Ask
-from medfed.data import sources, tables
+from medfed.data import raw_columns, sources, tables
 from medfed.study import Privacy, Study, put
 
 MOST_PASSES = 8
@@ -250,14 +250,14 @@ def _read_from_records(study: Study, blanks: Mapping[toml.Path, Ask], folder: Pa
     for key in blanks:
         if key[:2] != ("data", "dictionary") or key[2] not in frame.columns:
             continue
-        for name, value in tables.suggested(frame[key[2]], data).items():
+        for name, value in raw_columns.suggest_entry(frame[key[2]], data).items():
             if len(key) == 3:
                 found |= {(*key, other): LEAVE_OUT for other in ("range", "categories")} | {(*key, name): value}
             elif key[3] == name:
                 found[key] = value
     if any(key[:2] == ("privacy", "sizes") for key in blanks):
         for name, rows in frames.items():
-            patients = tables.named_patients(rows, data, private=False).nunique()
+            patients = tables.name_patients(rows, data, private=False).nunique()
             found["privacy", "sizes", name] = round_down(patients * (1 - data.test_fraction))
     return found
 

@@ -25,8 +25,8 @@ from medfed.building import build_model
 from medfed.core import decision
 from medfed.core.checks import PlanError
 from medfed.core.flat import vector
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Patients, Rows
-from medfed.data.preprocess import Encoding
 from medfed.local import outputs
 from medfed.monitor import noised
 from medfed.plan import Plan
@@ -201,7 +201,7 @@ def _noise(study: Study, guarantee: Guarantee, clients: Sequence[str]) -> float:
 
 def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
     """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five common causes."""
-    x_NF = encoding.invented(rows).numpy().copy()
+    x_NF = encoding.invent_rows(rows).numpy().copy()
     shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))
     number = np.array([len(np.unique(column[:50])) > 2 for column in x_NF.T], dtype=bool)
     order = rng.permuted(np.tile(np.arange(rows)[:, None], (1, x_NF.shape[1])), axis=0)

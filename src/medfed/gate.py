@@ -17,7 +17,8 @@ from medfed.core.checks import DataError
 from medfed.core.streams import Streams
 from medfed.core.types import Task
 from medfed.data.federated import Rows
-from medfed.data.tables import clean, numbered, read
+from medfed.data.frames import number_rows
+from medfed.data.tables import clean, read
 from medfed.local import outputs, sample_loss
 from medfed.plan import Plan
 
@@ -37,7 +38,7 @@ class Gate:
         robust, data = plan.study.robustness, plan.study.data
         if not robust.reference:
             return None
-        frame = numbered(read(plan.study.folder / robust.reference))
+        frame = number_rows(read(plan.study.folder / robust.reference))
         if not len(frame):
             raise DataError(f"robustness.reference={robust.reference!r} has no row; expected public records. Add some.")
         features = tuple(column.name for column in plan.encoding.columns)

@@ -7,10 +7,10 @@ from functools import partial
 from medfed.algorithms import ALGORITHMS
 from medfed.core.checks import MedfedError, PlanError, StudyError, closest, nearest
 from medfed.core.refusals import Refusal, gathered, mends, refuse
-from medfed.data import preprocess, sources, tables
-from medfed.features import features_of, listed
+from medfed.data import declared, headers, preprocess, sources
+from medfed.features import features_of, list_open
+from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy import refusals
 from medfed.resolved import DEFAULT_RULE, algorithm_name, bounded, robust_rule
 from medfed.robust import attacks
 from medfed.robust.rules import Rule
@@ -31,7 +31,7 @@ def find(study: Study) -> list[Refusal]:
     study, found = _repair(study)
     return [
         *found,
-        *refusals.found(study),
+        *claim_refusals.find(study),
         *_secure_refusals(study),
         *_robust_refusals(study),
         *_algorithm_refusals(study),
@@ -40,9 +40,9 @@ def find(study: Study) -> list[Refusal]:
 
 def find_with_header(study: Study) -> list[Refusal]:
     """Return all that stands against a study before a record is read: from itself, and from its table's header."""
-    sourceless = gathered(partial(sources.completed, study))
+    sourceless = gathered(partial(sources.complete, study))
     if not sourceless:
-        study = replace(study, data=sources.completed(study))
+        study = replace(study, data=sources.complete(study))
     found = [*find(study), *sourceless]
     resolved = replace(_repair(study)[0], data=study.data)
     private = guarantees.asked(resolved)
@@ -77,7 +77,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     """Yield what stands against a study beside a table's header; `private`: also what a claim needs declared."""
     data = study.data
     sizes = study.privacy.sizes
-    yield from tables.misnamed(columns, data)
+    yield from headers.misnamed(columns, data)
     yield from sources.misplaced(columns, study, data, private)
     yield from sources.misread(study, private)
     if not private:
@@ -91,15 +91,15 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         yield from guarantees.large_delta(sum(sizes.values()), study)
 
     if data.target and data.task != "regression":
-        yield from tables.unlabelled(data)
+        yield from declared.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gathered(partial(preprocess.classes, sorted(labels), data))
 
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
-            yield from refusals.hidden_ranges(listed(columns, study), sizes)
+            yield from claim_refusals.hidden_ranges(list_open(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
-        yield from tables.undescribed(features_of(columns, data), data, refusals.unless_paid(study))
+        yield from declared.undescribed(features_of(columns, data), data, claim_refusals.unless_paid(study))
 
 
 def _secure_refusals(study: Study) -> Iterator[Refusal]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from medfed.building import build_model, find_path, local_plan, safe_rate
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
+from medfed.data.encoding import Encoding, Target
 from medfed.data.federated import Rows, Stack
-from medfed.data.preprocess import Encoding, Target
 from medfed.local import LocalPlan, outputs, train
 from medfed.monitor.metrics import squared_error
 from medfed.privacy.guarantee import asked

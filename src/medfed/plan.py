@@ -17,12 +17,12 @@ from medfed.core.checks import DataError, PlanError, some
 from medfed.core.flat import vector
 from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
 from medfed.objections import check
+from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy import refusals
 from medfed.probe import Probed
 from medfed.rates import Chosen
 from medfed.resolved import MOST_ROWS, Resolved, bounded, cohort, resolve, robust_rule
@@ -103,7 +103,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         participants = (POOLED,)
     check_groups(study, participants)
     if private:
-        refuse(refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
+        refuse(claim_refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
     facts = resolve(study, sizes, participants, models.count(model))
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)

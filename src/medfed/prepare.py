@@ -13,8 +13,8 @@ from medfed.building import build_model, safe_rate
 from medfed.core import codec
 from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
 from medfed.core.flat import fingerprint
-from medfed.data import doubts, preprocess
-from medfed.data.preprocess import Encoding
+from medfed.data import preprocess, survey_doubts
+from medfed.data.encoding import Encoding
 from medfed.engine.port import Counted, Fleet, gather
 from medfed.features import open_columns
 from medfed.models import fixed
@@ -38,7 +38,7 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     counted = Counted(fleet)
     surveys = ask_surveys(counted, sites)
     if not asked(study):
-        doubts.check(surveys, study.data)
+        survey_doubts.check(surveys, study.data)
 
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         payload = codec.encode({"question": question, **header}, tensors)

@@ -15,7 +15,7 @@ import torch
 from medfed.core import codec, toml
 from medfed.core.checks import BudgetError, PlanError, reasons, some
 from medfed.data import preprocess
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
 from medfed.engine.port import Counted, Fleet, gather, heard, numbers
 from medfed.features import open_columns
 from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned
@@ -70,7 +70,7 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
 
 def encode(plan: Plan, fleet: Fleet) -> Plan:
     """Have every site encode its rows anew, where ranges were found."""
-    if not plan.encoding.found():
+    if not plan.encoding.found_ranges():
         return plan
     counted = Counted(fleet)
     send_encoding(plan, counted, fleet.sites())
@@ -84,7 +84,7 @@ def _after(plan: Plan, fleet: Counted) -> Plan:
 
 def refuse_unfound(plan: Plan) -> None:
     """Raise PlanError where a plan's ranges are still to be found, and nobody will look for them."""
-    if found := plan.encoding.found():
+    if found := plan.encoding.found_ranges():
         raise PlanError(
             f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
             "[data.dictionary], or read the records without a claim"

@@ -37,14 +37,14 @@ from medfed import models
 from medfed.building import build_model
 from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
-from medfed.data import preprocess, sources
-from medfed.data.preprocess import Encoding
-from medfed.features import features_of, listed, open_columns
+from medfed.data import preprocess, sources, surveys
+from medfed.data.encoding import Encoding
+from medfed.features import features_of, list_open, open_columns
 from medfed.local import CURVATURE
 from medfed.objections import find_with_header
 from medfed.plan import check_groups
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.refusals import affordable, bears, is_binary, vote_tells
+from medfed.privacy.claim_refusals import affordable, bears, is_binary, vote_tells
 from medfed.rates import output_gradients
 from medfed.resolved import cohort, excess
 from medfed.study import Study, out_of_range
@@ -112,9 +112,9 @@ SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
 def examine(study: Study) -> tuple[Study, list[Refusal]]:
     """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
     with suppress(MedfedError):  # `standing` tells it
-        study = dataclasses.replace(study, data=sources.completed(study))
+        study = dataclasses.replace(study, data=sources.complete(study))
         if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
-            study = listed(sources.columns_of(study, private=True), study)
+            study = list_open(sources.columns_of(study, private=True), study)
     try:
         study = settle(study, SOME_DEVICES)
     except Exception:  # of values that are refused below anyway, nothing follows
@@ -127,7 +127,7 @@ def declared_encoding(study: Study) -> Encoding:
     """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
     data = study.data
     names = features_of(sorted(data.dictionary), data)
-    survey = preprocess.declared_survey(names, data, 0, 0)
+    survey = surveys.declared_survey(names, data, 0, 0)
     later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN)
     return preprocess.agree({"the dictionary": survey}, data, _refuse_to_ask, public=True, found=later)
 
@@ -163,7 +163,7 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
     """Return R: the root mean square norm of an output's gradient in the weights, on made-up rows."""
-    rows = encoding.invented(_ROWS)
+    rows = encoding.invent_rows(_ROWS)
     squares = [float(g.square().sum()) for row in rows for g in output_gradients(model, row[None], _OUTPUTS)]
     mean = sum(squares) / len(squares)
     return math.sqrt(mean) if math.isfinite(mean) and mean > 0 else 1.0

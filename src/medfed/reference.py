@@ -43,8 +43,8 @@ def play(
         lottery = plan.streams.generator("selection", number)
         drawn = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
 
-    # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by itself, and passes it
-    # through the client's halves of the links: cut, rounded, noised. A row that is not finite does not count.
+    # Pay, work and send. Each site charges its patients (`privacy.site_ledger`), computes its row by itself, and passes
+    # it through the client's halves of the links: cut, rounded, noised. A row that is not finite does not count.
     sent: dict[str, Tensor] = {}
     remembered: dict[str, dict[str, Tensor]] = {}
     for name in drawn:

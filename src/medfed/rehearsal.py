@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from medfed import models
 from medfed.core.checks import MedfedError, PlanError, SiteError
 from medfed.core.types import Task
+from medfed.data.encoding import Column, Encoding
 from medfed.data.federated import Rows
-from medfed.data.preprocess import Column, Encoding
 from medfed.local import sample_loss
 from medfed.study import Feature
 from medfed.watching import find_failing_part

@@ -19,8 +19,8 @@ from medfed.core.checks import QuorumError
 from medfed.core.streams import Streams
 from medfed.fleet import selection
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.run_meter import Metered, NoClaim, RunMeter
 from medfed.robust.rules import Rule, augment, rule_of
 from medfed.study import Study
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
@@ -109,7 +109,7 @@ class Resolved:
     def streams(self) -> Streams:
         return Streams(self.study.study.seed)
 
-    def budget(self) -> Budget:
+    def budget(self) -> RunMeter:
         """Return a fresh count of what the run spends."""
         return Metered(self.guarantee, self.study.privacy.scope) if self.guarantee else NoClaim()
 

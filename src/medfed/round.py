@@ -40,8 +40,8 @@ from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
 from medfed.plan import Plan
 from medfed.privacy import guarantee
-from medfed.privacy.budget import Budget
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
 
 
@@ -49,7 +49,7 @@ def run_round(
     server: Server,
     plan: Plan,
     fleet: Fleet,
-    budget: Budget,
+    budget: RunMeter,
     log: Log,
     aggregation: Aggregation = PLAIN,
     out: Collection[str] = (),
@@ -150,7 +150,7 @@ class Decision:
     decided: str = "until it is chosen"
 
 
-def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Decision:
+def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Decision:
     """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
@@ -190,7 +190,7 @@ def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarr
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
     """Return edges between cells of scores from public facts: the released model, on made-up rows."""
     model = build_model(plan.study, plan.encoding).eval()
-    z_NC = outputs(model, server.released_P, plan.encoding.invented(MADE_UP))
+    z_NC = outputs(model, server.released_P, plan.encoding.invent_rows(MADE_UP))
     return noised.edges_for(z_NC[:, 0].double().numpy(), cells, threshold)
 
 
@@ -299,7 +299,7 @@ def _noised_scores(
     return Noised(edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)), {}
 
 
-def vote(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> None:
+def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:
     """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the outcome."""
     g = plan.guarantee
     if g is None or "vote" not in g.queries:

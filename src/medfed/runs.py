@@ -59,9 +59,10 @@ from medfed.core.flat import Layout, fill, trained
 from medfed.core.refusals import refuse
 from medfed.core.streams import Streams
 from medfed.data import mapping, partition, schema, site_maps, sources
-from medfed.data.preprocess import Encoding
+from medfed.data.encoding import Encoding
+from medfed.data.frames import Frames, number_rows
 from medfed.data.readers import Reading
-from medfed.data.tables import Frames, clean, numbered, read
+from medfed.data.tables import clean, read
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
@@ -74,11 +75,11 @@ from medfed.monitor.summary import BASELINES, main_model, summarise
 from medfed.own_model import without_protection
 from medfed.plan import POOLED, Plan
 from medfed.prepare import ask_surveys, enrol, prepare, rehearse
-from medfed.privacy import guarantee
-from medfed.privacy import ledger as ledgers
-from medfed.privacy.account import Account
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy import guarantee, ledger_file
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Decision, Watch
@@ -136,11 +137,11 @@ class Result:
         """
         target = self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
-        frame, named = schema.fitted(self._frame(table), self.encoding, self.study.data)
+        frame, named = schema.fit(self._frame(table), self.encoding, self.study.data)
         filled = mapping.apply(frame, named).assign(**{named.target: filler})
         known = {**named.dictionary, **schema.categories(self.encoding)}
         named = dataclasses.replace(named, dictionary=known)
-        framed = numbered(schema.hold(filled, self.encoding, named, unseen))
+        framed = number_rows(schema.hold(filled, self.encoding, named, unseen))
         cleaned = clean("prediction", framed, named, Streams(0))
         every = np.ones(len(cleaned), dtype=bool)
         rows = self.encoding.encode(cleaned, every, ~every)
@@ -268,7 +269,7 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
 
 def _freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can be resumed."""
-    spent = ranges.paid(plan.study) if plan.encoding.found() else "Nothing was trained."
+    spent = ranges.paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
         own.write_to(folder / "sites" / OWN_LOG)
         if maps := site_maps.texts(plan.study):
@@ -310,7 +311,7 @@ def _begun(
             return _drive(plan, fleet, sites, server, log, folder, name, keys)
 
 
-def _refuse_begun(plan: Plan, account: Account | None, folder: Path) -> None:
+def _refuse_begun(plan: Plan, account: SiteLedger | None, folder: Path) -> None:
     """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are not charged."""
     g = plan.guarantee
     if account is None or g is None or g.simulation_only:
@@ -486,7 +487,7 @@ def _open_sites(
         if only not in frames:
             raise RunError(f"site {only!r} has no record in this table; {nearest(only, frames)}")
         frames = Frames.one(only, frames[only])
-    account = Account(ledger_path(study, folder), study) if private else None
+    account = SiteLedger(ledger_path(study, folder), study) if private else None
     devices = study.sites.kind == "device"
     sites = (Site.devices if devices else Site.open_all)(frames, study, folder)
     del frames
@@ -512,7 +513,7 @@ def _identified(study: Study, folder: Path | None) -> Study:
         path = mine / LEDGER if mine else None
     else:
         path = ledger_path(study, folder)
-    rule = ledgers.rule_of(path) if path else None
+    rule = ledger_file.rule_of(path) if path else None
     if rule and asked not in ("auto", rule):
         raise PlanError(
             f"data.identity={asked!r} and the site's ledger, which goes by {rule!r}, do not compose: patients who have "
@@ -614,7 +615,7 @@ def ledger_accounts(place: Path | None, delta: float | None = None, heads: Seque
     if path is None and (folder / "plan.json").exists() and guarantee.asked(study := read_plan(folder)[0]):
         path = ledger_path(study, folder / "sites")
     if path is None:
-        ledgers.rule_of(folder / LEDGER)  # says where one is lost
+        ledger_file.rule_of(folder / LEDGER)  # says where one is lost
         raise LedgerError(f"{str(folder)!r} holds no {LEDGER}; give a run's folder, or the ledger's")
     with Ledger.open(path, read_only=True) as ledger:
         for head in (*heads, *_told_heads(folder)):
@@ -863,10 +864,10 @@ def _drive(
     aggregation = ways.introduced(plan, fleet, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
-    for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found() else 0):
+    for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found_ranges() else 0):
         budget.ask("ranges")  # before this; the ledger says how often, where one was charged
     if (account := sites[0].account) and not study.privacy.simulation_only:
-        budget.found(account.uses(), account.queries())
+        budget.take_over(account.uses(), account.queries())
     name, reason, every = main_model(study.training.algorithm), "", study.monitor.evaluate_every
     watch, gate = _watched(plan, log), Gate.of(plan)
     pace = _paced(log.events(), plan)
@@ -891,7 +892,7 @@ def _drive(
         if events.Voted not in known:
             vote(server, plan, fleet, budget, log)
         if account and not study.privacy.simulation_only:
-            budget.found(account.uses(), account.queries())  # who was refused has not paid
+            budget.take_over(account.uses(), account.queries())  # who was refused has not paid
         if study.monitor.baselines and every and name == "federated" and not private:
             for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
                 _baseline(baseline, study, sites, plan.encoding, log, server)
@@ -1124,7 +1125,9 @@ def _founding(sites: Sequence[Site]) -> list[events.Event]:
     ]
 
 
-def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: Account | None) -> None:
+def _checkpoint(
+    folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: SiteLedger | None
+) -> None:
     """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
     keep = plan.study.monitor.checkpoints
     if plan.algorithm.kept and server.round > 0:

@@ -26,10 +26,12 @@ from medfed.core.checks import MedfedError, PlanError, SiteError, some
 from medfed.core.entropy import Entropy
 from medfed.core.flat import fingerprint, vector
 from medfed.core.streams import Streams
-from medfed.data import preprocess
+from medfed.data import answers, preprocess, surveys
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Patients, Rows, Stack
-from medfed.data.preprocess import Encoding
-from medfed.data.tables import Frames, SiteTable, clean_all
+from medfed.data.frames import Frames
+from medfed.data.site_table import SiteTable
+from medfed.data.tables import clean_all
 from medfed.features import open_columns
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
@@ -37,9 +39,9 @@ from medfed.monitor.per_site import scores_each
 from medfed.own_model import errs_less, train_own
 from medfed.plan import POOLED
 from medfed.privacy import guarantee, quantiles
-from medfed.privacy.account import Account
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.resolved import Resolved, algorithm_name, resolve, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
@@ -65,7 +67,7 @@ class Site:
         self.model: nn.Module
         self.path: LocalPath = "auto"  # which local training serves the model, as the site itself has found
         self.guarantee: Guarantee | None = None
-        self.account: Account | None = None
+        self.account: SiteLedger | None = None
         self.links: Sequence[Link] = PLAIN
         self.identity: Identity | None = None  # its keys, once it was asked who it is
         self.facts: Resolved  # what follows from its study and public facts
@@ -92,7 +94,7 @@ class Site:
         """Return the nodes of several sites of this process, each as `open` returns it."""
         streams, private = Streams(study.study.seed), guarantee.asked(study)
         tables = clean_all(frames, study.data, streams, private, open_columns(study))
-        return [cls(name, table.ordered(), study, folder) for name, table in zip(frames, tables, strict=True)]
+        return [cls(name, table.sort_by_patient(), study, folder) for name, table in zip(frames, tables, strict=True)]
 
     @classmethod
     def devices(cls, frames: Frames, study: Study, folder: Path | None = None) -> "list[Site]":
@@ -105,14 +107,14 @@ class Site:
         nodes: list[Site] = []
         tables = clean_all(frames, study.data, streams, private, open_columns(study))
         for site, together in zip(frames, tables, strict=True):
-            of_each = together.ordered().by_patient()
+            of_each = together.sort_by_patient().by_patient()
             named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in of_each}
             nodes.extend(cls(name, named[name], study, folder) for name in sorted(named))
         return nodes
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
-        return Site(self.name, self.table.known() if self.table else None, study)
+        return Site(self.name, self.table.keep_taking_part() if self.table else None, study)
 
     @classmethod
     def pooled(cls, sites: Sequence["Site"]) -> "Site":
@@ -224,10 +226,10 @@ def _told(site: Site) -> dict[str, Any]:
     """Return what a site tells of its table; under a privacy claim only what is public anyway."""
     table, study = _table(site), site.study
     if not guarantee.asked(study):
-        return preprocess.survey(table, study.data)
+        return surveys.survey(table, study.data)
     held_out = study.sites.kind == "device" and bool(table.test.all())
     test = int((table.test & table.taking_part()).sum()) if study.data.test_is_public else int(held_out)
-    return preprocess.public_survey(table, study.data, 0 if held_out else guarantee.declared(study, site.name), test)
+    return surveys.public_survey(table, study.data, 0 if held_out else guarantee.declared_size(study, site.name), test)
 
 
 def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
@@ -236,7 +238,7 @@ def _answer(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             "a question about records has no answer under a privacy claim; use data.preprocess='dictionary'"
         )
     tables, names, logs = [_table(site) for site in sites], header["names"], header["logs"]
-    answer_K = preprocess.answer_each(tables, header["question"], names, logs, dict(tensors))
+    answer_K = answers.answer_each(tables, header["question"], names, logs, dict(tensors))
     return list(codec.encode_each({}, "answer", answer_K))
 
 
@@ -250,7 +252,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         _check_encoding(sites[0], encoding)
         for name in header["clients"]:  # noise and divisor follow from them: not the coordinator's to say
             size = header["sizes"][name]["train"]
-            if size != guarantee.declared(sites[0].study, name):
+            if size != guarantee.declared_size(sites[0].study, name):
                 raise SiteError(
                     f"the coordinator says {size} patients for site {name!r}; the study declares another number"
                 )
@@ -345,7 +347,7 @@ def _encoded(tables: Sequence[SiteTable], encoding: Encoding) -> Iterable[Rows]:
     """Encode all records of each table, gaps filled from its own training records; many small tables in one go."""
     if not encoding.public and sum(map(len, tables)) > _SMALL * len(tables):
         return (encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables)
-    every, sizes = SiteTable.joined(tables), [len(table) for table in tables]
+    every, sizes = SiteTable.join(tables), [len(table) for table in tables]
     site_N = np.repeat(np.arange(len(tables)), sizes)
     rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test, site_N)
     parts = zip(torch.split(rows.x, sizes), torch.split(rows.y, sizes), tables, strict=True)
@@ -480,7 +482,7 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     willing = [site for site in sites if site.name not in refused]
     answers = iter(_worked(willing, header, tensors)) if willing else iter(())
     if sites[0].account:
-        sites[0].account.answered(site.name for site in willing)
+        sites[0].account.note_answered(site.name for site in willing)
     return [refused[site.name] if site.name in refused else next(answers) for site in sites]
 
 
@@ -739,7 +741,7 @@ def _vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
             vote = vote + _query_noise(site, promised, "vote", guarantee.VOTE_SENSITIVITY, 1)
         replies.append(codec.encode({}, {"vote": torch.from_numpy(vote)}))
     if account:
-        account.answered_query("vote", names)
+        account.note_query_answered("vote", names)
     return replies
 
 
@@ -800,7 +802,7 @@ def _noised_evaluation(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> 
             counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     if account:
-        account.tested(site.name for site in sites)
+        account.note_tested(site.name for site in sites)
     return replies
 
 
@@ -836,7 +838,7 @@ def _count(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
             vector = vector + _query_noise(site, promised, "threshold", rule.sensitivity(), len(vector))
         replies.append(codec.encode({}, {"counts": torch.from_numpy(vector)}))
     if first.account:
-        first.account.answered_query("threshold", [site.name for site in sites])
+        first.account.note_query_answered("threshold", [site.name for site in sites])
     return replies
 
 
@@ -859,13 +861,13 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
             replies.append(SiteError(str(refused[site.name])))
             continue
         counts = quantiles.count([_one_cell_each(_table(site), name) for name in columns], edges).astype(np.float64)
-        counts = np.minimum(counts, guarantee.declared(first.study, site.name))  # as the coordinator holds it to
+        counts = np.minimum(counts, guarantee.declared_size(first.study, site.name))  # as the coordinator holds it to
         if not guarantee.counted_together(first.study):
             most, turn = guarantee.ranges_sensitivity(len(columns)), header["turn"]
             counts = counts + _query_noise(site, promised, "ranges", most, counts.size, turn).reshape(counts.shape)
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     if account:
-        account.answered_query("ranges", names)
+        account.note_query_answered("ranges", names)
     return replies
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from medfed.core import toml
 from medfed.core.checks import DataError, closest, rows_of, some, those
 from medfed.core.refusals import Refusal
-from medfed.data import doubts
-from medfed.data.preprocess import Encoding
+from medfed.data import survey_doubts
+from medfed.data.encoding import Encoding
 from medfed.privacy import guarantee as guarantees
 from medfed.resolved import algorithm_name
 from medfed.robust import attacks
@@ -82,7 +82,7 @@ def warn(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, study: St
     return [
         *warnings,
         *_warn_of_dropped(surveys),
-        *doubts.warnings(surveys, study.data),
+        *survey_doubts.warnings(surveys, study.data),
         *_warn_of_strange_values(surveys, study),
         *_warn_of_lacking(surveys, encoding, study.data),
     ]

@@ -27,8 +27,8 @@ from medfed.building import build_model
 from medfed.core import codec, streams
 from medfed.core.checks import PlanError
 from medfed.core.flat import Layout
+from medfed.data.encoding import Encoding
 from medfed.data.federated import Rows
-from medfed.data.preprocess import Encoding
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Counted, Fleet, Reply
 from medfed.local import Correction, Descent, sample_loss

@@ -14,7 +14,7 @@ from tests.data.awkward.forms import DATA, NUMBERS, clean, text
 from medfed.core.checks import MedfedError
 from medfed.core.streams import Streams
 from medfed.data import sources, tables
-from medfed.data.tables import SiteTable
+from medfed.data.site_table import SiteTable
 from medfed.study import Data, Feature, Format, Privacy, Study
 
 DICTIONARY = {

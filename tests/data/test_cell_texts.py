@@ -16,9 +16,10 @@ import pytest
 
 from medfed.core.streams import Streams
 from medfed.data import readers
-from medfed.data.mapping import different
+from medfed.data.mapping import find_different
 from medfed.data.partition import row_patients
-from medfed.data.tables import canonical, clean
+from medfed.data.raw_columns import canonical
+from medfed.data.tables import clean
 from medfed.study import Data, Feature
 
 PLAIN = Data(target="y")
@@ -65,7 +66,7 @@ def test_one_cell_more_changes_no_other(tmp_path: Path, kind: str, odd: str) -> 
     assert row_patients(after)[:many].tolist() == row_patients(before).tolist()
     texts = []
     for frame in (before, after):
-        code_N, text_U = different(frame["x"])
+        code_N, text_U = find_different(frame["x"])
         texts.append([text_U[code] for code in code_N[:many]])
     assert texts[0] == texts[1]
 
@@ -81,12 +82,12 @@ def test_a_gap_leaves_the_codes_of_all_others_declared(tmp_path: Path) -> None:
 def test_a_minus_before_zero_is_no_other_number(first: float) -> None:
     """The attack: the first cell's -0.0 had every other patient's 0 read as -0, which is no `no`."""
     for dtype in ("float64", "object"):
-        code_N, text_U = different(pd.Series([first, 0.0, 1.0, 0.0], dtype=dtype))
+        code_N, text_U = find_different(pd.Series([first, 0.0, 1.0, 0.0], dtype=dtype))
         assert [text_U[code] for code in code_N[1:]] == ["0", "1", "0"]
 
 
 def test_a_truth_and_a_one_are_read_as_each_says() -> None:
-    code_N, text_U = different(pd.Series([True, 1, 1.0, "1"], dtype=object))
+    code_N, text_U = find_different(pd.Series([True, 1, 1.0, "1"], dtype=object))
     assert [text_U[code] for code in code_N] == ["True", "1", "1", "1"]
 
 

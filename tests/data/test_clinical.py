@@ -661,7 +661,7 @@ def test_a_spelling_means_one_unit_of_a_variable() -> None:
     twice = {
         (variable.name, spelling)
         for variable in variables()
-        for spelling, meant in units.spelt().items()
+        for spelling, meant in units.units_by_spelling().items()
         if _scales(variable, meant) > 1
     }
     assert twice == set()

@@ -13,7 +13,11 @@ from medfed import fix, recipe, runs
 from medfed.core.checks import DataError, MedfedError, PlanError
 from medfed.core.streams import Streams
 from medfed.data import mapping, sources
-from medfed.data.tables import SiteTable, clean, feature_names, features_of, misnamed, numbered
+from medfed.data.frames import number_rows
+from medfed.data.headers import feature_names, misnamed
+from medfed.data.site_table import SiteTable
+from medfed.data.tables import clean
+from medfed.features import features_of
 from medfed.study import Data, Feature, load
 
 COLUMNS = ["lab_crp", "lab_k", "note", "sex", "age", "y", "site"]
@@ -22,7 +26,7 @@ DATA = Data(target="y", site="site")
 
 def _clean(data: Data, **columns: Any) -> SiteTable:
     rows = len(next(iter(columns.values())))
-    frame = numbered(pd.DataFrame({**columns, "y": ["0", "1"] * (rows // 2)}, dtype=str))
+    frame = number_rows(pd.DataFrame({**columns, "y": ["0", "1"] * (rows // 2)}, dtype=str))
     return clean("St. Mary", frame, data, Streams(1))
 
 

@@ -33,7 +33,7 @@ def _study(folder: Path, kind: str, query: str = "select * from stays order by i
 @pytest.mark.parametrize("private", [False, True])
 def test_an_answer_is_a_table(tmp_path: Path, kind: str, private: bool) -> None:
     study = _study(tmp_path, kind)
-    frame = sources.reading(study, private=private).frame
+    frame = sources.read(study, private=private).frame
     assert sources.columns_of(study, private) == list(frame) == ["id", "site", "lactate", "day", "y"]
     assert frame["id"].tolist() == [2**60 + 1, 2] and frame["site"].tolist() == ["Nörd", "Süd"]
     assert frame["day"].tolist()[0] == "2024-01-31" and frame["lactate"].isna().tolist() == [False, True]
@@ -57,13 +57,13 @@ def test_nothing_is_written(tmp_path: Path, kind: str, query: str) -> None:
     study = _study(tmp_path, kind, query)
     before = (tmp_path / "t.db").read_bytes()
     with pytest.raises(StudyError, match=r"data\.query"):
-        sources.reading(study)
+        sources.read(study)
     assert (tmp_path / "t.db").read_bytes() == before
 
 
 def test_words_in_quotes_are_no_statements(tmp_path: Path) -> None:
     query = "select id as \"delete\", 'drop; create' as text, y from stays -- update\n"
-    frame = sources.reading(_study(tmp_path, "sqlite", query, features=("delete",))).frame
+    frame = sources.read(_study(tmp_path, "sqlite", query, features=("delete",))).frame
     assert list(frame) == ["delete", "text", "y"]
 
 
@@ -86,7 +86,7 @@ def test_a_file_is_opened_read_only(tmp_path: Path) -> None:
 def test_an_error_of_the_database_is_an_error_of_data(tmp_path: Path, kind: str, private: bool) -> None:
     study = _study(tmp_path, kind, "select absent from stays")
     with pytest.raises(DataError, match="cannot be read") as caught:
-        sources.reading(study, private=private)
+        sources.read(study, private=private)
     assert ("absent" in str(caught.value)) != private
 
 
@@ -94,22 +94,22 @@ def test_a_password_is_taken_from_the_environment(tmp_path: Path, monkeypatch: p
     query = "select 1"
     for address in ("postgresql://me:secret@host/db", "mysql+pymysql://me:${A}b@host/db"):
         with pytest.raises(StudyError, match=r"holds a password.*\$\{NAME\}"):
-            sources.completed(Study(data=Data(database=address, query=query)))
+            sources.complete(Study(data=Data(database=address, query=query)))
     study = Study(data=Data(database="postgresql://me:${MEDFED_TEST}@host/db", query=query), folder=tmp_path)
     monkeypatch.delenv("MEDFED_TEST", raising=False)
     with pytest.raises(StudyError, match="the environment has no MEDFED_TEST"):
-        sources.reading(study)
+        sources.read(study)
     monkeypatch.setenv("MEDFED_TEST", "p@ss/word")
     with pytest.raises(DataError) as caught:
-        sources.reading(study)
+        sources.read(study)
     assert "p@ss" not in str(caught.value) and "p%40ss" not in str(caught.value)
 
 
 def test_bytes_are_refused_and_under_a_claim_missing(tmp_path: Path) -> None:
     study = _study(tmp_path, "sqlite", "select id, site, cast('x' as blob) as raw, y from stays")
     with pytest.raises(DataError, match=r"column 'raw', row 2 is no number and no text \(bytes\)"):
-        sources.reading(study)
-    assert sources.reading(study, private=True).frame["raw"].isna().all()
+        sources.read(study)
+    assert sources.read(study, private=True).frame["raw"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_one_place_for_records(tmp_path: Path, change: dict[str, Any]) -> None:
 
     study = _study(tmp_path, "sqlite")
     with pytest.raises(MedfedError, match=r"data\."):
-        sources.completed(replace(study, data=replace(study.data, **change)))
+        sources.complete(replace(study, data=replace(study.data, **change)))
 
 
 def test_no_such_file(tmp_path: Path) -> None:
     study = Study(data=Data(database="duckdb:///none.duckdb", query="select 1"), folder=tmp_path)
     with pytest.raises(DataError, match="no such file; three slashes"):
-        sources.reading(study)
+        sources.read(study)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ MODERN = st.dates(date(1900, 1, 1), date(2100, 1, 1))
 @given(DAYS, st.sampled_from(dates.FORMS))
 def test_what_is_written_is_read_back(day: date, form: str) -> None:
     moment = np.array([day], dtype="datetime64[s]")
-    (text,) = dates.written(moment, form)
+    (text,) = dates.write(moment, form)
     assert dates.read([text], form) == moment and form in dates.forms([text or ""])
 
 

@@ -14,7 +14,7 @@ from tests.test_cli import medfed as command
 import medfed
 from medfed.core import quotes
 from medfed.core.checks import DataError
-from medfed.data import doubts, mapping, numerals
+from medfed.data import mapping, numerals, site_doubts, survey_doubts
 from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
 from medfed.prepare import ask_surveys
@@ -34,7 +34,7 @@ def changed(folder: Path, change: Change, text: str = STUDY) -> Study:
 def found(study: Study) -> list[Doubt]:
     from medfed import runs
 
-    return doubts.of_all(runs.survey(study), study.data, study.privacy.meant)
+    return survey_doubts.find(runs.survey(study), study.data, study.privacy.meant)
 
 
 def an_index(frame: pd.DataFrame) -> None:
@@ -341,7 +341,7 @@ def test_a_spelling_that_no_cell_decides_is_asked_for(texts: list[str], form: st
 
 def test_hospitals_named_by_letters_are_not_sexes() -> None:
     told = {name: {"train": 9, "test": 3} for name in ("f", "m", "w", "1", "y", "n")}
-    assert [*doubts._sites(told, Data(site="s"))] == []
+    assert [*survey_doubts._find_site_spellings(told, Data(site="s"))] == []
 
 
 def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_few_records_look_like_anything_and_are_not_doubted() -> None:
     rng = np.random.default_rng(0)
     for size in (12, 19):
         label = rng.integers(0, 2, size)
-        assert not doubts._unlikely(label, 30)
+        assert not site_doubts._is_unlikely(label, 30)
 
 
 def test_features_that_know_nothing_are_doubted_nowhere(tmp_path: Path) -> None:
@@ -475,12 +475,12 @@ def test_under_a_claim_nobody_is_told_of_any(tmp_path: Path) -> None:
 
 def test_what_a_site_tells_comes_back_as_it_was() -> None:
     doubt = Doubt("identifier", "a b", "text", (2, 3), 9, {("data", "dictionary", "a b", "recode"): {"x": "y"}})
-    heard = Doubt.heard(doubt.told(), "s")
+    heard = Doubt.from_json(doubt.to_json(), "s")
     assert heard == Doubt(**{**vars(doubt), "sites": ("s",)})
 
 
 def test_a_table_of_one_site_can_be_doubted_too() -> None:
-    assert doubts.of_all({}, Data(target="y")) == []
+    assert survey_doubts.find({}, Data(target="y")) == []
     assert callable(ask_surveys)
 
 

@@ -12,7 +12,7 @@ import medfed
 from medfed import draft, runs
 from medfed import study as studies
 from medfed.core.checks import DataError
-from medfed.data import doubts, footers
+from medfed.data import footers, survey_doubts
 from medfed.data.doubts import Doubt
 from medfed.study import Study
 
@@ -45,7 +45,7 @@ def with_rows(rows: list[Row]) -> pd.DataFrame:
 
 
 def found(study: Study) -> list[Doubt]:
-    return doubts.of_all(runs.survey(study), study.data)
+    return survey_doubts.find(runs.survey(study), study.data)
 
 
 @pytest.mark.parametrize("name", FOOTERS)
@@ -112,14 +112,14 @@ RECORDS: dict[str, Row] = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_last_record_is_no_footer(name: str) -> None:
-    assert footers.found(with_rows([RECORDS[name]]), ("subject", "hospital", "died")) is None
+    assert footers.find(with_rows([RECORDS[name]]), ("subject", "hospital", "died")) is None
 
 
 @pytest.mark.parametrize("row", [{"hospital": "Total", "died": "no"}, {"age": "3"}])
 def test_what_records_above_look_like_is_no_footer(row: Row) -> None:
     frame = with_rows([row])
     frame.loc[7] = frame.loc[len(frame) - 1]
-    assert footers.found(frame, ("subject", "hospital", "died")) is None
+    assert footers.find(frame, ("subject", "hospital", "died")) is None
 
 
 def test_no_real_table_and_no_table_cut_short_has_one(data_dir: Path) -> None:
@@ -128,7 +128,7 @@ def test_no_real_table_and_no_table_cut_short_has_one(data_dir: Path) -> None:
         text = table.head(3000).astype(str).replace("nan", "").rename(columns=str)
         for roles in ((), (text.columns[0], text.columns[-1])):
             for end in (len(text), *rng.integers(1, len(text), 10).tolist()):
-                assert footers.found(text.head(end), roles) is None, name
+                assert footers.find(text.head(end), roles) is None, name
 
 
 def test_a_draft_declares_it_and_runs(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def _study(folder: Path, labs: str = LABS, stays: str = STAYS, **join: Any) -> S
 
 @pytest.mark.parametrize("private", [False, True])
 def test_rows_find_each_other_by_the_rule_of_identity(tmp_path: Path, private: bool) -> None:
-    found = sources.reading(_study(tmp_path), private=private)
+    found = sources.read(_study(tmp_path), private=private)
     assert list(found.frame) == ["subject", "hospital", "age", "y", "lactate", "n"]
     assert found.frame["lactate"].fillna("").tolist() == ["2.5", "1.5", "", ""]
     assert found.frame.index.tolist() == [2, 3, 4, 5] and found.unmatched == {"labs.csv": 2}
@@ -40,7 +40,7 @@ def test_whole_numbers_stay_whole_beside_gaps(tmp_path: Path) -> None:
     study = _study(tmp_path)
     labs = pd.DataFrame({"subject": ["p1", "17"], "n": [2**60 + 1, 2], "flag": [True, False]})
     labs.to_parquet(tmp_path / "labs.parquet")
-    frame = sources.reading(study.set("data.join", [{"table": "labs.parquet"}])).frame
+    frame = sources.read(study.set("data.join", [{"table": "labs.parquet"}])).frame
     assert frame["n"].tolist()[:2] == [2**60 + 1, 2] and frame["n"].isna().tolist() == [False, False, True, True]
     assert frame["flag"].tolist()[:2] == [True, False]
 
@@ -50,8 +50,8 @@ def test_a_row_that_stands_twice_is_named_and_under_a_claim_is_none(tmp_path: Pa
     with pytest.raises(
         DataError, match=r"join\[0\]\.table='labs\.csv': a value of 'subject' stands more than once in row 3, 5"
     ):
-        sources.reading(study)
-    frame = sources.reading(study, private=True).frame
+        sources.read(study)
+    frame = sources.read(study, private=True).frame
     assert frame["lactate"].fillna("").tolist() == ["", "1.5", "", ""]
 
 
@@ -71,12 +71,12 @@ def test_a_join_that_cannot_be_is_refused_by_its_headers(
         with pytest.raises(DataError, match=error):
             sources.columns_of(study, private)
         with pytest.raises(DataError, match=error):
-            sources.reading(study, private=private)
+            sources.read(study, private=private)
 
 
 def test_several_columns_join(tmp_path: Path) -> None:
     labs = "subject,hospital,lactate\np1,south,1\np1,north,2\np3,,3\n"
-    frame = sources.reading(_study(tmp_path, labs, on=("subject", "hospital"))).frame
+    frame = sources.read(_study(tmp_path, labs, on=("subject", "hospital"))).frame
     assert frame["lactate"].fillna("").tolist() == ["2", "", "", ""]
 
 
@@ -117,7 +117,7 @@ def test_rows_that_a_table_lacks_are_counted_and_told(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("one_thread")
 def test_many_are_counted_and_a_row_that_is_left_out_is_not(tmp_path: Path) -> None:
     found = runs.survey(_joined(tmp_path, STUDY, 40))
-    (doubt,) = [Doubt.heard(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
+    (doubt,) = [Doubt.from_json(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
     assert doubt.count == 40 and len(doubt.rows) == 5 and "and 35 more" in doubt.sentence()
 
 

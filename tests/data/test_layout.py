@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.data.awkward.forms import DATA, clean, packed, spelt, text
 
 from medfed.core.checks import DataError
-from medfed.data import lines, readers
-from medfed.data.layout import Layout, guess, of_header
+from medfed.data import line_reader, readers
+from medfed.data.layout import TextLayout, guess, of_header
 from medfed.data.readers import read
 from medfed.study import Data, Format
 
@@ -47,7 +47,7 @@ def test_one_table_is_one_in_every_form(right: pd.DataFrame, tmp_path: Path) -> 
         form = (separator, decimal, thousands, encoding, packing)
         assert found.frame.equals(right), form
         layout = found.layouts[path.name]
-        assert layout == Layout(
+        assert layout == TextLayout(
             separator, decimal, SIGNS.get(thousands, thousands), ENCODINGS[encoding], guessed=layout.guessed
         ), form
         assert (layout.guessed.keys() >= {"decimal"}) == (decimal == ","), form
@@ -60,14 +60,14 @@ def test_one_table_is_one_in_every_form(right: pd.DataFrame, tmp_path: Path) -> 
 # a guess is a value, and says why -----------------------------------------------------------------------------------
 
 
-def _guessed(folder: Path, content: str, name: str = "t.csv", **format: Any) -> Layout:
+def _guessed(folder: Path, content: str, name: str = "t.csv", **format: Any) -> TextLayout:
     (folder / name).write_bytes(content.encode("cp1252"))
     return read(folder / name, replace(DATA, format=Format(**format)), private=False).layouts[name]
 
 
 def test_what_is_guessed_is_told_and_what_is_said_is_not(tmp_path: Path) -> None:
     layout = _guessed(tmp_path, "Ward list\n\nid;größe;y\n1;1.234,5;0\n2;3,5;1\n\nTotal 2\n")
-    assert layout == Layout(";", ",", ".", "cp1252", 2, 1, layout.guessed)
+    assert layout == TextLayout(";", ",", ".", "cp1252", 2, 1, layout.guessed)
     assert set(layout.guessed) == {"separator", "decimal", "thousands", "encoding", "skip", "footer"}
     assert "'1.234,5' in t.csv, column 'größe', row 4" in layout.guessed["thousands"]
     said = {"separator": ";", "decimal": ",", "thousands": ".", "encoding": "cp1252", "skip": 2, "footer": 1}
@@ -201,7 +201,7 @@ def test_no_line_changes_another_in_any_form(
         rows.insert(place, line)
     path = tmp_path_factory.mktemp("t") / "t.csv"
     path.write_bytes("\n".join([separator.join(("größe", "place", "n")), *rows]).encode(encoding, "replace"))
-    frame, broken = lines.read(path, Format(decimal=","))
+    frame, broken = line_reader.read(path, Format(decimal=","))
     numbers = [2 + i for i, row in enumerate(rows) if row in sound]
     expected = [next(csv.reader([row], delimiter=separator)) for row in rows if row in sound]
     assert frame.loc[numbers].to_numpy().tolist() == expected

@@ -15,7 +15,7 @@ from tests.tables import STUDY, invented, write_study
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, StudyError
 from medfed.data import describe, mapping, sources
-from medfed.data.tables import numbered
+from medfed.data.frames import number_rows
 from medfed.study import Data, Feature, Study, from_tables, load
 
 
@@ -23,8 +23,8 @@ def _map(dictionary: dict[str, Any], private: bool = False, **columns: Any) -> p
     """Map columns beside a target; rows are numbered from 2."""
     rows = len(next(iter(columns.values())))
     data = from_tables({"data": {"target": "y", "dictionary": dictionary}}).data
-    frame = numbered(pd.DataFrame({**columns, "y": ["0"] * rows}, dtype=str))
-    return mapping.apply(frame, mapping.completed(data), private)
+    frame = number_rows(pd.DataFrame({**columns, "y": ["0"] * rows}, dtype=str))
+    return mapping.apply(frame, mapping.complete(data), private)
 
 
 def _refusal(dictionary: dict[str, Any], **columns: Any) -> str:
@@ -50,7 +50,7 @@ def test_an_age_is_counted_to_a_day_or_to_another_date() -> None:
 
 
 def test_a_stay_is_days_since_and_a_date_column_of_its_type_needs_no_form() -> None:
-    data = mapping.completed(
+    data = mapping.complete(
         Data(
             target="y",
             dictionary={
@@ -59,7 +59,7 @@ def test_a_stay_is_days_since_and_a_date_column_of_its_type_needs_no_form() -> N
             },
         )
     )
-    frame = numbered(
+    frame = number_rows(
         pd.DataFrame({"in": ["2024-01-30 12:00"], "out": pd.to_datetime(["2024-02-01"]), "y": ["1"]}, dtype=None)
     )
     assert _cells(mapping.apply(frame, data), "out") == ["1.5"]
@@ -118,10 +118,10 @@ def test_yes_and_no_in_any_spelling(told: str) -> None:
 
 def test_minus_is_no_where_it_elsewhere_means_missing() -> None:
     data = Data(target="y", missing_values=("", "-"), dictionary={"b": Feature(boolean=True)})
-    frame = numbered(pd.DataFrame({"b": ["+", "-", ""], "y": ["0", "1", "0"]}, dtype=str))
-    assert _cells(mapping.apply(frame, mapping.completed(data)), "b") == ["yes", "no", None]
+    frame = number_rows(pd.DataFrame({"b": ["+", "-", ""], "y": ["0", "1", "0"]}, dtype=str))
+    assert _cells(mapping.apply(frame, mapping.complete(data)), "b") == ["yes", "no", None]
     own = Data(target="y", dictionary={"b": Feature(boolean=True, missing=("-",))})
-    assert _cells(mapping.apply(frame, mapping.completed(own)), "b") == ["yes", None, None]
+    assert _cells(mapping.apply(frame, mapping.complete(own)), "b") == ["yes", None, None]
 
 
 def test_an_x_beside_empty_cells_is_no_boolean() -> None:
@@ -156,14 +156,14 @@ def test_a_converted_number_is_never_taken_for_a_code() -> None:
             }
         }
     )
-    frame = numbered(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
+    frame = number_rows(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
     table = runs.clean("a", mapping.apply(frame, study.data), study.data, runs.Streams(1))
     assert np.array_equal(table.numbers["t"], [0.0, np.nan, 4.0, 9.0], equal_nan=True)
 
 
 def test_faults_of_all_columns_are_told_at_once_with_their_sites() -> None:
-    data = mapping.completed(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
-    frame = numbered(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
+    data = mapping.complete(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
+    frame = number_rows(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
     with pytest.raises(DataError) as caught:
         mapping.apply(frame, data, site=pd.Series(["north", "south"], index=frame.index))
     assert "site 'south', column 'a': neither yes nor no in row 3" in str(caught.value)
@@ -203,7 +203,7 @@ def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     kind: str, private: bool, rows: list[tuple[str, str]], cut: int
 ) -> None:
     """Also what is in doubt: without a claim the rows that an error names are those of its parts."""
-    data = mapping.completed(Data(target="y", dictionary=ENTRIES[kind]))
+    data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
     whole = _mapped(data, rows, private)
     assert whole == [row for part in (rows[:cut], rows[cut:]) if part for row in _mapped(data, part, private)]
 
@@ -214,7 +214,7 @@ def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     texts=st.lists(st.one_of(st.text(max_size=12), CELLS, st.sampled_from(["1e308", "-1e308", "<1e999"])), min_size=1)
 )
 def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
-    data = mapping.completed(Data(target="y", dictionary=ENTRIES[kind]))
+    data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
     frame = pd.DataFrame({"a": texts, "other": texts}, dtype=object)
     found = mapping.apply(frame, data, private=True)
     assert len(found) == len(frame) and list(found) == mapping.columns(["a", "other"], data)
@@ -222,7 +222,7 @@ def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
 
 def _mapped(data: Data, rows: list[tuple[str, str]], private: bool) -> list[list[str | None]]:
     """Return each row as it is mapped; one in doubt is empty."""
-    frame = numbered(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
+    frame = number_rows(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
     site = None if private else pd.Series([str(number) for number in frame.index], index=frame.index)
     try:
         mapped = mapping.apply(frame, data, private, site)
@@ -261,8 +261,8 @@ def test_columns_beside_a_target_would_give_it_away() -> None:
 
 def test_completing_again_changes_nothing() -> None:
     entries = {"a": Feature(limits="indicator"), "b": Feature(boolean=True)}
-    once = mapping.completed(Data(target="y", time="d", test_from="2024-01-01", dictionary=entries))
-    assert mapping.completed(once) == once
+    once = mapping.complete(Data(target="y", time="d", test_from="2024-01-01", dictionary=entries))
+    assert mapping.complete(once) == once
     assert once.dictionary["a below limit"].range == (0.0, 1.0) and once.dictionary["b"].categories == ("no", "yes")
 
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from medfed.core.checks import DataError
 from medfed.core.streams import Streams, patient_fraction
+from medfed.data.frames import number_rows
 from medfed.data.partition import id_texts, is_test, patients, row_patients, site_of, spellings
-from medfed.data.tables import numbered
 
 STREAMS = Streams(7)
 IDS = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), min_size=1, max_size=30)
@@ -193,7 +193,7 @@ def test_a_row_that_names_no_patient_is_refused(gap: object) -> None:
 
 @pytest.mark.parametrize("gap", ["NA", " na", "?", "null", "<NA>", "unknown", "-", pd.NA, pd.NaT, "-9.0"])
 def test_a_text_that_means_missing_names_no_patient(gap: object) -> None:
-    frame = numbered(pd.DataFrame({"id": pd.Series(["p1", gap, "p2", gap], dtype=object)}))
+    frame = number_rows(pd.DataFrame({"id": pd.Series(["p1", gap, "p2", gap], dtype=object)}))
     with pytest.raises(DataError, match=r"no patient named in row 3, 5\..*missing_patient='own'"):
         patients(frame, "id", missing_values=("-9",))
     with pytest.raises(DataError, match=r"in some rows; at the site `medfed data show` says which") as told:

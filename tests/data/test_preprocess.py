@@ -15,9 +15,12 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 from torch import Tensor
 
 from medfed.core.checks import DataError, PlanError
-from medfed.data import preprocess
-from medfed.data.preprocess import Ask, Column, Encoding, agree, answer, survey
-from medfed.data.tables import SiteTable
+from medfed.data import encoding, preprocess
+from medfed.data.answers import answer
+from medfed.data.encoding import Column, Encoding
+from medfed.data.preprocess import Ask, agree
+from medfed.data.site_table import SiteTable
+from medfed.data.surveys import survey
 from medfed.study import Data, Feature
 
 Cells = dict[str, list[Any]]
@@ -325,7 +328,7 @@ def test_a_column_known_in_test_rows_only_is_missing() -> None:
 # targets ------------------------------------------------------------------------------------------------------------
 
 
-def _target(data: Data, *labels: list[str]) -> preprocess.Target:
+def _target(data: Data, *labels: list[str]) -> encoding.Target:
     tables = {str(i): _table({"a": [1.0] * len(each)}, each) for i, each in enumerate(labels)}
     return _agree(tables, data).target
 

@@ -10,7 +10,7 @@ from tests.tables import PRIVATE, STUDY, invented, real_tables, write_study
 
 import medfed
 from medfed import runs
-from medfed.data import doubts, scales
+from medfed.data import doubts, scales, survey_doubts
 from medfed.data.scales import FACTORS
 from medfed.study import Study
 
@@ -26,7 +26,7 @@ def units(folder: Path, south: float, text: str = STUDY, name: str = "marker x",
 
 
 def found(study: Study) -> list[doubts.Doubt]:
-    return doubts.of_all(runs.survey(study), study.data)
+    return survey_doubts.find(runs.survey(study), study.data)
 
 
 @pytest.mark.parametrize("factor", [*FACTORS, *(1 / factor for factor in FACTORS)])
@@ -101,12 +101,14 @@ def test_real_tables_split_by_site_raise_no_doubt_and_a_factor_is_found_in_most(
     for _ in range(12):
         for where, kind, values, site in columns(data_dir, rng):
             drawn += 1
-            assert [*doubts._scales(told(values, site))] == [], (where, kind)
+            assert [*survey_doubts._find_scales(told(values, site))] == [], (where, kind)
             plain = told(values, site)
             if kind == "chance" and len(plain) > 1 and "tails" not in where:
                 odd = int(next(iter(plain))[1:])
                 planted += 1
-                missed += not [*doubts._scales(told(np.where(site == odd, values * rng.choice(FACTORS), values), site))]
+                missed += not [
+                    *survey_doubts._find_scales(told(np.where(site == odd, values * rng.choice(FACTORS), values), site))
+                ]
     assert drawn > 1000 and planted > 200 and missed < 0.2 * planted
 
 
@@ -122,5 +124,9 @@ def test_the_hospitals_and_patients_of_real_tables_differ_by_no_unit(data_dir: P
             for column in table.columns.drop(key):
                 values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
                 looked += 1
-                assert [*doubts._scales(told(values, pd.factorize(table[key])[0]))] == [], (name, column, key)
+                assert [*survey_doubts._find_scales(told(values, pd.factorize(table[key])[0]))] == [], (
+                    name,
+                    column,
+                    key,
+                )
     assert looked >= 14

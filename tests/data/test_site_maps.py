@@ -12,8 +12,8 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import fix, runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
-from medfed.data import doubts, site_maps, sources
-from medfed.data.site_maps import pointed
+from medfed.data import site_maps, sources, survey_doubts
+from medfed.data.site_maps import set_point
 from medfed.study import Data, Study, load
 
 MAP = """
@@ -67,7 +67,7 @@ def test_a_site_takes_its_own_unit_off_and_converts(tmp_path: Path, sign: str) -
     text = f'[columns.weight]\ndecimal = "{sign}"\nsuffix = ["lbs"]\nfactor = 0.45359237\n'
     study = _study(tmp_path, table, text, STUDY + '[data.dictionary.weight]\nsuffix = ["kg"]\n')
     np.testing.assert_allclose(_frame(study)["weight"].astype(float), clean["weight"], rtol=1e-9)
-    assert doubts.of_all(runs.survey(study), study.data) == []
+    assert survey_doubts.find(runs.survey(study), study.data) == []
 
 
 def test_a_mapped_site_is_the_site_that_the_study_expects(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_mended_study_elsewhere_finds_its_maps(tmp_path: Path) -> None:
     [("1,5", "1.5"), ("1.234,5", "1234.5"), ("<0,3", "<0.3"), ("1.234", "1234"), ("12.34", "12.34"), ("a,b", "a,b")],
 )
 def test_a_decimal_comma_is_a_point(text: str, told: str) -> None:
-    assert pointed(text) == told
+    assert set_point(text) == told
 
 
 def test_a_file_of_a_mapped_site_has_names_of_its_own(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from medfed import load_and_prepare_medical_data
 from medfed.core.checks import DataError, PlanError, StudyError
-from medfed.data import sources
-from medfed.data.sources import AREA_X_CONCAVE, HEART_FILES, RADIUS_X_TEXTURE, SOURCES, THYROID_FILES, THYROID_TABLE
+from medfed.data import bundled, sources
+from medfed.data.bundled import AREA_X_CONCAVE, HEART_FILES, RADIUS_X_TEXTURE, SOURCES, THYROID_FILES, THYROID_TABLE
 from medfed.plan import make
 from medfed.runs import open_sites, survey
 from medfed.study import Study, from_tables, load
@@ -90,7 +90,7 @@ def test_a_damaged_file_in_the_data_folder_is_refused(data_dir: Path, tmp_path: 
     with open(folder / "processed.va.data", "ab") as file:
         file.write(b"\n")
     with pytest.raises(DataError, match=r"processed\.va\.data: sha256 is not e7c93d8d0d2a"):
-        sources.get("heart", tmp_path, progress=False)
+        bundled.get("heart", tmp_path, progress=False)
 
 
 # thyroid ------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_table_at_hand_is_the_publishers_file(thyroid: pd.DataFrame, data_di
     lines = [",".join(line) for line in zip(*values, letters + "[" + record + "]", strict=True)]
     (tmp_path / "thyroid_garavan").mkdir()
     (tmp_path / "thyroid_garavan" / name).write_bytes(("\n".join(lines) + "\n").encode())
-    assert sources.get("thyroid", tmp_path, progress=False) == 9172  # its checksum agrees
+    assert bundled.get("thyroid", tmp_path, progress=False) == 9172  # its checksum agrees
     published = SOURCES["thyroid"].load(tmp_path, False)
     assert list(published) == list(thyroid)
     for column in thyroid:
@@ -139,7 +139,7 @@ def test_a_damaged_thyroid_table_is_refused(data_dir: Path, tmp_path: Path) -> N
     (tmp_path / "thyroid_garavan").mkdir()
     (tmp_path / "thyroid_garavan" / table).write_bytes(content.replace(b"840801013", b"840801012"))
     with pytest.raises(DataError, match=r"thyroid0387\.csv: sha256 is not 63ecce1ca692"):
-        sources.get("thyroid", tmp_path, progress=False)
+        bundled.get("thyroid", tmp_path, progress=False)
 
 
 # public dictionaries ------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path,
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr(sources, "HEART_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(bundled, "HEART_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
     monkeypatch.delenv("MEDFED_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -222,42 +222,42 @@ def _kept(tmp_path: Path) -> list[str]:
 
 
 def test_a_download_is_kept_and_not_fetched_again(web: tuple[Path, list[str]], tmp_path: Path) -> None:
-    assert sources.get("heart", progress=False) == 8
+    assert bundled.get("heart", progress=False) == 8
     assert web[1] == [f"/{name}" for name in HEART_FILES]
     assert _kept(tmp_path) == sorted(HEART_FILES)
-    assert sources.get("heart", progress=False) == 8
+    assert bundled.get("heart", progress=False) == 8
     assert len(web[1]) == 4
 
 
 def test_a_corrupted_download_is_refused_and_not_kept(web: tuple[Path, list[str]], tmp_path: Path) -> None:
     (web[0] / "processed.hungarian.data").write_text(ROW.format(num=3))
     with pytest.raises(DataError, match=r"hungarian\.data: the download is damaged.*nothing was kept"):
-        sources.get("heart", progress=False)
+        bundled.get("heart", progress=False)
     assert _kept(tmp_path) == ["processed.cleveland.data"]
 
 
 def test_a_damaged_cache_is_fetched_again(web: tuple[Path, list[str]], tmp_path: Path) -> None:
-    sources.get("heart", progress=False)
+    bundled.get("heart", progress=False)
     kept = next((tmp_path / "cache").rglob("processed.va.data"))
     kept.write_text("damaged")
-    assert sources.get("heart", progress=False) == 8
+    assert bundled.get("heart", progress=False) == 8
     assert web[1].count("/processed.va.data") == 2
 
 
 def test_a_file_that_the_server_lacks_says_what_to_do(web: tuple[Path, list[str]]) -> None:
     (web[0] / "processed.cleveland.data").unlink()
     with pytest.raises(DataError, match=r"cannot be downloaded \(HTTPError\).*put processed\.cleveland\.data into"):
-        sources.get("heart", progress=False)
+        bundled.get("heart", progress=False)
 
 
 def test_no_connection_says_what_to_do(
     web: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "HEART_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(bundled, "HEART_URL", "http://127.0.0.1:9/")
     with pytest.raises(
         DataError, match=r"cannot be downloaded \(ConnectionError\)\. Try again, or put processed\.clev"
     ):
-        sources.get("heart", progress=False)
+        bundled.get("heart", progress=False)
     assert _kept(tmp_path) == []
 
 
@@ -269,13 +269,13 @@ def test_a_file_put_by_hand_is_not_downloaded(
     web[0].rename(tmp_path / "mine" / "fed_heart_disease")
     if by == "environment":
         monkeypatch.setenv("MEDFED_DATA", str(tmp_path / "mine"))
-    assert sources.get("heart", tmp_path / "mine" if by == "argument" else None, progress=False) == 8
+    assert bundled.get("heart", tmp_path / "mine" if by == "argument" else None, progress=False) == 8
     assert web[1] == []
 
 
 def test_an_unknown_source_offers_the_nearest() -> None:
     with pytest.raises(StudyError, match=r"source='hart' is unknown; did you mean 'heart'\?"):
-        sources.get("hart")
+        bundled.get("hart")
     with pytest.raises(StudyError, match=r"data\.source='hart' is unknown; did you mean 'heart'\?"):
         sources.frames(load("heart").set("data.source", "hart"))
 

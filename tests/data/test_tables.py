@@ -13,8 +13,12 @@ import pytest
 from medfed.core.checks import DataError, MedfedError, PlanError
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
-from medfed.data import tables
-from medfed.data.tables import Frames, SiteTable, canonical, clean, clean_all, feature_names, numbered, read
+from medfed.data import raw_columns
+from medfed.data.frames import Frames, number_rows
+from medfed.data.headers import feature_names
+from medfed.data.raw_columns import canonical
+from medfed.data.site_table import SiteTable
+from medfed.data.tables import clean, clean_all, read
 from medfed.study import Data, Feature
 
 DATA = Data(target="y")
@@ -22,7 +26,7 @@ DATA = Data(target="y")
 
 def _clean(data: Data = DATA, **columns: object) -> SiteTable:
     columns.setdefault("y", ["0", "1"] * (len(next(iter(columns.values()))) // 2))  # type: ignore[call-overload]
-    return clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1))
+    return clean("St. Mary", number_rows(pd.DataFrame(columns)), data, Streams(1))
 
 
 def _refusal(data: Data = DATA, **columns: object) -> str:
@@ -140,7 +144,7 @@ DECLARED = Data(
 
 
 def _private(data: Data = DECLARED, **columns: object) -> SiteTable:
-    return clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1), private=True)
+    return clean("St. Mary", number_rows(pd.DataFrame(columns)), data, Streams(1), private=True)
 
 
 def test_a_bad_cell_is_missing_and_the_own_log_names_its_row(caplog: pytest.LogCaptureFixture) -> None:
@@ -168,15 +172,15 @@ def test_a_column_that_the_dictionary_does_not_describe_is_refused_by_name() -> 
 def test_records_without_a_declared_label_take_no_part() -> None:
     table = _private(a=["1"] * 5, w=["x"] * 5, y=["0", "perhaps", "", "1", None])
     assert table.taking_part().tolist() == [True, False, False, True, False]
-    assert table.known().label.tolist() == ["0", "1"] and set(table.label) == {"0", "1"}
+    assert table.keep_taking_part().label.tolist() == ["0", "1"] and set(table.label) == {"0", "1"}
 
 
 def test_numbers_that_are_predicted_are_held_in_training_and_in_tests() -> None:
     data = replace(DECLARED, task="regression", dictionary={**DECLARED.dictionary, "y": Feature(range=(-1, 1))})
     table = _private(data, a=["1"] * 4, w=["x"] * 4, y=["1e30", "-7", "0.5", "tall"])
     assert table.label.tolist()[:3] == [1, -1, 0.5] and table.taking_part().tolist() == [True, True, True, False]
-    plain = clean("s", numbered(pd.DataFrame({"a": [1, 2], "w": ["x", "z"], "y": [1e30, 0]})), data, Streams(1))
-    assert plain.label.tolist() == [1e30, 0] and plain.found.outside == {"y": [2]}
+    plain = clean("s", number_rows(pd.DataFrame({"a": [1, 2], "w": ["x", "z"], "y": [1e30, 0]})), data, Streams(1))
+    assert plain.label.tolist() == [1e30, 0] and plain.findings.outside == {"y": [2]}
     with pytest.raises(PlanError, match=r"data\.task='regression' without data\.dictionary\.y\.range"):
         _private(
             replace(data, dictionary={k: v for k, v in data.dictionary.items() if k != "y"}), a=[1], w=["x"], y=[1]
@@ -386,11 +390,11 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, make: Callable[[Path], o
 def test_patients_in_several_spellings_are_counted_for_the_site_alone(caplog: pytest.LogCaptureFixture) -> None:
     data = Data(target="y", patient="id")
     columns = {"a": ["1", "2", "3", "4"], "id": ["017", "17", "p", "q"], "y": ["0", "1", "0", "1"]}
-    table = clean("St. Mary", numbered(pd.DataFrame(columns)), data, Streams(1))
+    table = clean("St. Mary", number_rows(pd.DataFrame(columns)), data, Streams(1))
     assert (table.spellings, len(table.ids)) == (1, 3)
     assert "'St. Mary': 1 patients are written in more than one way, taken as one person each" in caplog.text
     assert "017" not in caplog.text
-    exact = clean("St. Mary", numbered(pd.DataFrame(columns)), replace(data, identity="exact"), Streams(1))
+    exact = clean("St. Mary", number_rows(pd.DataFrame(columns)), replace(data, identity="exact"), Streams(1))
     assert (exact.spellings, len(exact.ids)) == (1, 4)
     assert "taken as several people each" in caplog.text
 
@@ -445,9 +449,9 @@ def test_plain_numbers_are_read_as_the_slow_way_reads_them(seed: int, monkeypatc
     cells = random.choice(PLAIN + ODD * (seed % 4 == 0), int(random.integers(1, 30)))
     frames = Frames.one("a", pd.DataFrame({"x": cells}, dtype=str))
     feature = Feature(missing=tuple(random.choice(["-9", "0", "9", "2.5"], 2)))
-    read = tables._Column(frames, "x", feature, ["", "NA"], [], private=True)
-    monkeypatch.setattr(tables, "_plain_numbers", lambda *_: None)
-    plain = tables._Column(frames, "x", feature, ["", "NA"], [], private=True)
+    read = raw_columns.RawColumn(frames, "x", feature, ["", "NA"], [], private=True)
+    monkeypatch.setattr(raw_columns, "_read_plain_numbers", lambda *_: None)
+    plain = raw_columns.RawColumn(frames, "x", feature, ["", "NA"], [], private=True)
     assert np.array_equal(read.numeric, plain.numeric, equal_nan=True) and list(read.texts) == list(plain.texts)
     assert np.array_equal(read.missing, plain.missing) and np.array_equal(read.not_number, plain.not_number)
 
@@ -462,7 +466,7 @@ def _sites(random: np.random.Generator, clean_cells: bool) -> Frames:
     columns["set"] = random.choice(["test", "train", "0"], n) if not clean_cells else np.repeat("train", n)
     columns["y"] = random.choice(["0", "1"] if clean_cells else ["0", "1", "2", ""], n, p=None)
     names = [f"s{k}" for k in range(sites)]
-    return Frames.split(numbered(pd.DataFrame(columns)), random.choice(names, n), names)
+    return Frames.split(number_rows(pd.DataFrame(columns)), random.choice(names, n), names)
 
 
 def _told(table: SiteTable) -> dict[str, Any]:
@@ -471,7 +475,7 @@ def _told(table: SiteTable) -> dict[str, Any]:
     rows = [table.label, table.patient, table.test, table.ids, table.taking_part()]
     kinds = (sorted(table.numbers), sorted(table.texts), [values.dtype for values in rows])
     return {"columns": str(columns), "rows": str([values.tolist() for values in rows]), "kinds": kinds,
-            "found": (table.found, table.spellings, table.left_out is None)}  # fmt: skip
+            "found": (table.findings, table.spellings, table.left_out is None)}  # fmt: skip
 
 
 @pytest.mark.parametrize("clean_cells", [True, False])
@@ -511,7 +515,7 @@ def test_sites_are_cleaned_together_as_each_alone(
 
 
 def test_the_first_of_many_sites_that_cannot_be_cleaned_is_named_with_its_rows() -> None:
-    frame = numbered(pd.DataFrame({"a": ["1"] * 4000, "y": ["0", "1"] * 2000}))
+    frame = number_rows(pd.DataFrame({"a": ["1"] * 4000, "y": ["0", "1"] * 2000}))
     frame.loc[[2500, 2501, 3900], "a"] = "oops"
     names = [f"clinic {k:04d}" for k in range(1000)]
     with pytest.raises(DataError, match=r"site 'clinic 0624', column 'a': text in a numeric column, row 2500, 2501\."):
@@ -535,7 +539,7 @@ def test_the_order_of_rows_of_a_file_means_nothing(patient: str, private: bool) 
     )
     described = {"a": Feature(range=(0, 9)), "b": Feature(categories=("x", "y")), "y": Feature(categories=("0", "1"))}
     data = replace(DATA, patient=patient, features=("a", "b"), dictionary=described)
-    one, other = (clean("s", numbered(f), data, Streams(1), private).ordered() for f in (frame, frame[::-1]))
+    one, other = (clean("s", number_rows(f), data, Streams(1), private).sort_by_patient() for f in (frame, frame[::-1]))
     assert one.ids.tolist() == other.ids.tolist()
     for left, right in [(one.numbers["a"], other.numbers["a"]), (one.texts["b"], other.texts["b"])]:
         assert left.tolist() == right.tolist()

@@ -21,7 +21,7 @@ from medfed.monitor.events import (
 from medfed.monitor.events import Tested as ModelTested
 from medfed.monitor.metrics import CLASS_METRICS, NUMBER_METRICS, Figure
 from medfed.monitor.summary import summarise
-from medfed.privacy.budget import NoClaim
+from medfed.privacy.run_meter import NoClaim
 
 UNCLAIMED = NoClaim().claim()
 NAMES = ["north", "[bold]x[/]", "[red]", "[/]", "[/bold]", "a\\", "[link=x]y[/link]"]

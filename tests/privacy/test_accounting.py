@@ -20,24 +20,14 @@ from medfed.core.checks import PlanError
 from medfed.privacy import accounting
 from medfed.privacy.accounting import (
     ORDERS,
-    Composed,
-    Event,
-    Gaussian,
-    Laplace,
-    Leaf,
-    PoissonGaussian,
-    RandomisedResponse,
     RenyiDPAccountant,
-    TruncatedPoissonGaussian,
     budget_mu,
     budget_rdp,
     calibrate,
-    capped,
     delta_from_rdp,
     epsilon_from_rdp,
     epsilon_of,
     fits,
-    from_json,
     gaussian_delta,
     gaussian_epsilon,
     gdp_mu,
@@ -45,6 +35,18 @@ from medfed.privacy.accounting import (
     left,
     pld_epsilon,
     rdp,
+)
+from medfed.privacy.privacy_events import (
+    Composed,
+    Event,
+    Gaussian,
+    Laplace,
+    Leaf,
+    PoissonGaussian,
+    RandomisedResponse,
+    TruncatedPoissonGaussian,
+    capped,
+    from_json,
     to_json,
 )
 

@@ -18,20 +18,20 @@ from medfed.core.checks import PlanError, StudyError
 from medfed.core.streams import Streams
 from medfed.fleet.selection import turn
 from medfed.privacy import accounting
-from medfed.privacy.accounting import PoissonGaussian
 from medfed.privacy.guarantee import (
     GRID,
     SLACK,
     Guarantee,
     Release,
     asked,
-    declared,
+    declared_size,
     discrete_gaussian,
     mode,
-    replaced,
+    repeat,
     resolve,
 )
 from medfed.privacy.mechanisms import delta_cost
+from medfed.privacy.privacy_events import PoissonGaussian
 from medfed.study import Study, from_tables
 
 SIZES = {"a": 300, "b": 120}
@@ -122,7 +122,7 @@ def test_noise_on_sampled_patients_meets_the_target(case: str) -> None:
     by_rdp = dp.rdp.RdpAccountant(accounting.ORDERS).compose(event).get_epsilon(delta)
     by_pld = pld.from_gaussian_mechanism(z, sampling_prob=0.1).self_compose(sums).get_epsilon_for_delta(delta)
     assert by_pld < by_rdp <= 1
-    less = replaced(replace(g.releases["a"], noise_multiplier=0.99 * z).event(), g.uses * g.copies)
+    less = repeat(replace(g.releases["a"], noise_multiplier=0.99 * z).event(), g.uses * g.copies)
     assert not accounting.fits(np.zeros(len(accounting.ORDERS)), accounting.rdp(less), 1.0, delta)
 
 
@@ -270,10 +270,10 @@ def test_noise_follows_the_target_where_the_study_leaves_it_open() -> None:
 
 def test_a_site_without_a_declared_size_is_refused() -> None:
     study = _study(privacy__sizes={"north": 12})
-    assert declared(study, "north") == 12
+    assert declared_size(study, "north") == 12
     with pytest.raises(PlanError, match=r"'south' has no declared size, .* Set privacy\.sizes\.\"south\" = N"):
-        declared(study, "south")
-    assert declared(_study(sites__kind="device"), "anyone") == 1
+        declared_size(study, "south")
+    assert declared_size(_study(sites__kind="device"), "anyone") == 1
 
 
 # the sampler --------------------------------------------------------------------------------------------------------

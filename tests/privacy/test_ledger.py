@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 
 from medfed.core import files
 from medfed.core.checks import BudgetError, LedgerError, PlanError
-from medfed.privacy import accounting, ledger
-from medfed.privacy.accounting import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits, Spent, rule_of
+from medfed.privacy import accounting, ledger_file, privacy_events
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits, Spent
+from medfed.privacy.ledger_file import rule_of
+from medfed.privacy.privacy_events import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
 
 DELTA = 1e-6
 FREE = Limits(math.inf, DELTA)
@@ -91,7 +93,7 @@ def test_on_a_share_without_hard_links_a_ledger_is_founded_once(
     with Ledger.open(path) as first:
         first.charge([charge(first.enrol("a", PATIENTS))], ONE)
         founded = first._genesis
-    ledger._create(path, None)  # of somebody who came second
+    ledger_file.create(path, None)  # of somebody who came second
     with Ledger.open(path) as second:
         assert second._genesis == founded and len(second.rows()) == 1
     told = {p.name for p in path.parent.iterdir() if not p.name.startswith(".")}  # who came second leaves its key
@@ -264,7 +266,7 @@ def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of
         book.charge([charge(book.enrol("b", ["another"]), half)], FREE)
     with Ledger.open(path) as book:
         assert book.worst(DELTA, site="a") == book.worst(DELTA, site="b") > 1
-        assert book.rows()[0]["event"] == {**accounting.to_json(old)}  # as it was written
+        assert book.rows()[0]["event"] == {**privacy_events.to_json(old)}  # as it was written
         with pytest.raises(BudgetError, match="left for one release: 0"):
             book.charge([charge(book.enrol("a", PATIENTS))], ONE)
 
@@ -358,10 +360,15 @@ def test_rows_tell_everything() -> None:
         first, second = book.rows()
         assert first == {
             **{"seq": 1, "study": "s", "run": "r9", "site": "a", "cohort": a.id, "round": 3, "label": "round"},
-            **{"event": accounting.to_json(STEP), "previous": genesis, "time": first["time"], "hash": first["hash"]},
+            **{
+                "event": privacy_events.to_json(STEP),
+                "previous": genesis,
+                "time": first["time"],
+                "hash": first["hash"],
+            },
         }
         assert second["previous"] == first["hash"]
-        assert second["event"] == accounting.to_json(Laplace(9.0))
+        assert second["event"] == privacy_events.to_json(Laplace(9.0))
         assert book.head() == second["hash"]
 
 
@@ -667,7 +674,7 @@ def test_a_changed_row_with_its_hash_made_good_is_found_at_the_next(written: Pat
     with raw(written) as sql:
         row = list(sql.execute("SELECT * FROM charges WHERE seq = 2").fetchone()[:-1])
     row[8] = row[8].replace("10.0", "99.0")  # a cheaper event
-    tamper(written, f"UPDATE charges SET event = '{row[8]}', hash = '{ledger._row_hash(row)}' WHERE seq = 2")
+    tamper(written, f"UPDATE charges SET event = '{row[8]}', hash = '{ledger_file.row_hash(row)}' WHERE seq = 2")
     with pytest.raises(LedgerError, match="row 3 "):
         Ledger.open(written)
 
@@ -778,14 +785,14 @@ def test_another_database_is_refused_and_stays(tmp_path: Path) -> None:
 
 def test_a_newer_ledger_is_refused(written: Path) -> None:
     with raw(written) as sql:
-        sql.execute(f"PRAGMA user_version = {ledger.FORMAT + 1}")
+        sql.execute(f"PRAGMA user_version = {ledger_file.FORMAT + 1}")
     with pytest.raises(LedgerError, match=r"format=3; expected at most 2\. Update medfed"):
         Ledger.open(written)
 
 
 def test_an_event_of_a_newer_medfed_is_refused(path: Path) -> None:
     with Ledger.open(path) as book, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "_text", lambda event: '{"kind":"of tomorrow"}')
+        patch.setattr("medfed.privacy.ledger.write_event", lambda event: '{"kind":"of tomorrow"}')
         a = book.enrol("a", PATIENTS)
         book.charge([charge(a)], FREE)
     with Ledger.open(path) as book:
@@ -816,7 +823,7 @@ def test_without_its_key_a_ledger_cannot_be_charged(written: Path) -> None:
 
 
 def test_a_locked_ledger_is_told(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
     with Ledger.open(written) as book, closing(sqlite3.connect(written, isolation_level=None)) as other:
         a = book.enrol("a", PATIENTS[:7])
         other.execute("BEGIN EXCLUSIVE")
@@ -836,7 +843,7 @@ def test_a_locked_ledger_is_told(written: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_it_waits_for_others_as_long_as_it_says() -> None:
-    assert ledger.BUSY_SECONDS == 5
+    assert ledger_file.BUSY_SECONDS == 5
     with Ledger.open(None) as book:
         assert book._sql.execute("PRAGMA busy_timeout").fetchone() == (5000,)
 
@@ -1006,12 +1013,12 @@ def old_ledger(path: Path, *patients: str) -> None:
     with raw(path) as sql:
         content = sql.execute("SELECT content FROM genesis").fetchone()[0].replace('"format":2', '"format":1')
         row = list(sql.execute("SELECT * FROM charges").fetchone()[:-1])
-        row[-1] = ledger._sha256(content)
+        row[-1] = ledger_file.sha256(content)
     assert len(rows) == 1
     tamper(
         path,
         f"UPDATE genesis SET content = '{content}', hash = '{row[-1]}'",
-        f"UPDATE charges SET previous = '{row[-1]}', hash = '{ledger._row_hash(row)}'",
+        f"UPDATE charges SET previous = '{row[-1]}', hash = '{ledger_file.row_hash(row)}'",
         "PRAGMA user_version = 1",
     )
     path.with_name("ledger.head").unlink()

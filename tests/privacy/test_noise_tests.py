@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from medfed.privacy import accounting, factorisation, noise_tests
+from medfed.privacy import accounting, factorisation, noise_tests, privacy_events
 
 
 def test_the_needed_multiplier_is_the_known_one() -> None:
@@ -15,8 +15,8 @@ def test_the_needed_multiplier_is_the_known_one() -> None:
 
 def test_with_sampling_it_is_what_the_other_accountants_ask_for() -> None:
     need = noise_tests.needed_multiplier(1.0, 1e-6, 60, 0.1)
-    assert accounting.pld_epsilon(accounting.PoissonGaussian(0.1, need, 60), 1e-6) == pytest.approx(1.0, rel=0.01)
-    told = accounting.calibrate(lambda z: accounting.PoissonGaussian(0.1, z, 60), 1.0, 1e-6, "rdp")
+    assert accounting.pld_epsilon(privacy_events.PoissonGaussian(0.1, need, 60), 1e-6) == pytest.approx(1.0, rel=0.01)
+    told = accounting.calibrate(lambda z: privacy_events.PoissonGaussian(0.1, z, 60), 1.0, 1e-6, "rdp")
     assert 0.999 * need < told < 1.35 * need
 
 
@@ -34,7 +34,7 @@ def test_whitening_gives_back_the_draws() -> None:
     given = iter(drawn)
     c = factorisation.coefficients(20, 5)
     noise = factorisation.Correlated(c, 50, lambda count: next(given))
-    white = noise_tests.whitened(np.stack([noise.next() for _ in range(20)]).astype(float), c)
+    white = noise_tests.whiten(np.stack([noise.next() for _ in range(20)]).astype(float), c)
     assert np.abs(white - np.stack(drawn)).max() <= 0.5
 
 

@@ -17,8 +17,9 @@ import medfed
 from medfed.core.checks import DataError, MedfedError, PlanError
 from medfed.core.entropy import Entropy
 from medfed.privacy import accounting, readings
-from medfed.privacy.accounting import Composed, Laplace, RandomisedResponse, epsilon_of
+from medfed.privacy.accounting import epsilon_of
 from medfed.privacy.mechanisms import discrete_laplace_variance
+from medfed.privacy.privacy_events import Composed, Laplace, RandomisedResponse
 from medfed.privacy.readings import Estimate, estimate_mean, estimate_shares, report_category, report_number
 
 STATES = ("low", "in range", "high")

@@ -31,7 +31,7 @@ def found(
 ) -> None:
     """Found a site's budget ledger: the lifetime budget of its patients, and who is one patient."""
     from medfed import runs
-    from medfed.privacy.ledger import Lifetime
+    from medfed.privacy.ledger_entries import Lifetime
 
     place = runs.found_ledger(folder, Lifetime(lifetime_epsilon, delta, identity, operator.strip(), reason.strip()))
     console().print(f"ledger: {place}", highlight=False, soft_wrap=True, markup=False)

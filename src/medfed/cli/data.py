@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; d
 @app.command("list")
 def data_list(as_json: AsJson = False) -> None:
     """List the built-in sources."""
-    from medfed.data.sources import SOURCES
+    from medfed.data.bundled import SOURCES
 
     if as_json:
         print(json.dumps({name: {"summary": s.summary, "licence": s.licence} for name, s in SOURCES.items()}, indent=2))
@@ -38,7 +38,7 @@ def data_list(as_json: AsJson = False) -> None:
 @app.command("get")
 def data_get(source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None) -> None:
     """Download a source, checked by sha256, into the cache; what is at hand is not downloaded again."""
-    from medfed.data.sources import SOURCES, get
+    from medfed.data.bundled import SOURCES, get
 
     rows = get(source, data)
     checked = "every file's sha256 agrees" if SOURCES[source].files else SOURCES[source].licence
@@ -71,7 +71,7 @@ def data_show(
     from medfed import study as studies
     from medfed.core import files
     from medfed.core.checks import StudyError
-    from medfed.data import describe, doubts
+    from medfed.data import describe, survey_doubts
 
     surveys = None
     if draft.is_table(study):
@@ -88,7 +88,7 @@ def data_show(
 
     surveys = surveys or runs.survey(loaded, data)
     found = describe.describe(surveys)
-    doubted = doubts.of_all(surveys, loaded.data, loaded.privacy.meant)
+    doubted = survey_doubts.find(surveys, loaded.data, loaded.privacy.meant)
     if figure:
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
@@ -143,7 +143,7 @@ def _roles(study: "Study") -> str:
 
 
 def _plain(doubt: "Doubt") -> dict[str, object]:
-    return {**doubt.told(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
+    return {**doubt.to_json(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
 
 
 def _tell(doubted: "Sequence[Doubt]", shown: Console) -> None:

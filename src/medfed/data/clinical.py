@@ -8,13 +8,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from medfed.data import units
 from medfed.data.variables import LOINC_NOTICE, SOURCES, Variable, conversion, variables
 from medfed.study import Feature
 
-__all__ = ["LOINC_NOTICE", "SOURCES", "Match", "Variable", "conversion", "lookup", "proposal", "variables"]
+__all__ = [
+    "LOINC_NOTICE",
+    "SOURCES",
+    "Match",
+    "Variable",
+    "conversion",
+    "lookup",
+    "may_be_in_several_units",
+    "proposal",
+    "variables",
+]
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,9 @@ class Match:
     @property
     def variable(self) -> Variable | None:
         """The variable, where the name leaves no choice."""
-        return self.variables[0] if len(self.variables) == 1 else None
+        if len(self.variables) == 1:
+            return self.variables[0]
+        return None
 
 
 def lookup(column: str) -> Match | None:
@@ -43,7 +55,7 @@ def lookup(column: str) -> Match | None:
         return _read(units.words(column), letters=2)
     outside = units.words(_BRACKETS.sub(" ", column))
     whole = [*outside, *units.words(inside[0])]
-    return _read(whole, letters=1) or _confirmed(_read(outside, letters=2), units.key(inside[0]))
+    return _read(whole, letters=1) or _confirm_abbreviation(_read(outside, letters=2), units.key(inside[0]))
 
 
 def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
@@ -69,6 +81,12 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
     return tuple(sorted(likely, key=lambda entry: _strangeness(median, entry)))
 
 
+@lru_cache(maxsize=65536)
+def may_be_in_several_units(column: str) -> bool:
+    """Say whether a column is a variable of the clinical dictionary whose unit its name does not say."""
+    return len({entry.unit for entry in proposal(column)}) > 1
+
+
 def _strangeness(median: float, entry: Feature) -> float:
     """Say how far a median lies from the middle of an entry's range: 0 in it, 1 at its ends."""
     low, high = entry.range
@@ -81,7 +99,7 @@ def _strangeness(median: float, entry: Feature) -> float:
 
 
 @cache
-def _named() -> Mapping[str, tuple[Variable, ...]]:
+def _index_names() -> Mapping[str, tuple[Variable, ...]]:
     """Return the variables by the keys of the names that need no unit."""
     found: dict[str, tuple[Variable, ...]] = {}
     for variable in variables():
@@ -93,9 +111,9 @@ def _named() -> Mapping[str, tuple[Variable, ...]]:
 
 
 @cache
-def _named_with_unit() -> Mapping[str, tuple[Variable, ...]]:
+def _index_names_with_unit() -> Mapping[str, tuple[Variable, ...]]:
     """Return the variables by the keys of all names, which a unit beside them makes certain."""
-    found = dict(_named())
+    found = dict(_index_names())
     for variable in variables():
         for each in {each for name in variable.short for each in _keys(name)}:
             found[each] = (*found.get(each, ()), variable)
@@ -154,7 +172,7 @@ def _read(words: list[str], letters: int) -> Match | None:
     taken: list[str] = []
 
     while left:
-        found = _known("".join(left), measured, clear, taken)
+        found = _find_variables("".join(left), measured, clear, taken)
         if found:
             return found
 
@@ -174,28 +192,32 @@ def _read(words: list[str], letters: int) -> Match | None:
     return _read(words, letters=_NO_UNIT) if measured else None  # mean_hr: no hours
 
 
-def _confirmed(found: Match | None, abbreviation: str) -> Match | None:
+def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | None:
     """Return what was found where an abbreviation in brackets behind it says the same: Prothrombin time (PT)."""
     if found is None:
         return None
-    both = tuple(variable for variable in _named_with_unit().get(abbreviation, ()) if variable in found.variables)
-    return replace(found, variables=both) if both else None
+    both = tuple(variable for variable in _index_names_with_unit().get(abbreviation, ()) if variable in found.variables)
+    if both:
+        return replace(found, variables=both)
+    return None
 
 
-def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
+def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
     """Return the variables of a bare name that have the unit, and that the words taken off can be said of.
 
     A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin time, pt_days not.
     """
-    sure = _named().get(name, ())
+    sure = _index_names().get(name, ())
     certain = len(sure) == 1
-    meant = sure if certain or not measured else _named_with_unit().get(name, ())
+    meant = sure if certain or not measured else _index_names_with_unit().get(name, ())
     if taken and any(variable.whole for variable in meant):
         return None
     meant = tuple(variable for variable in meant if all(variable.group in _beside(word) for word in taken))
 
     if not measured:
-        return Match(meant, "", tuple(taken)) if meant else None
+        if meant:
+            return Match(meant, "", tuple(taken))
+        return None
     if not certain and not clear:
         return None
     fits = [
@@ -204,13 +226,15 @@ def _known(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list
         for unit in measured
         if (variable.measured_in(unit.name) if certain else variable.usual_in(unit.name))
     ]
-    return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken)) if fits else None
+    if fits:
+        return Match(tuple(variable for variable, _ in fits), fits[0][1], tuple(taken))
+    return None
 
 
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:
     """Return how many words at the end are a unit, and which it may be; the longest counts, and a name is left."""
     for cut in range(min(_LONGEST_UNIT, len(left) - 1), 0, -1):
-        meant = units.spelt().get("".join(left[-cut:]))
+        meant = units.units_by_spelling().get("".join(left[-cut:]))
         if meant:
             preposition = left[-cut - 1] == "in" and len(left) > cut + 1  # Größe in cm
             return cut + preposition, meant

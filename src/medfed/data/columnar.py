@@ -45,7 +45,7 @@ def read(path: Path, data: Data, where: str) -> pd.DataFrame:
     Raises DataError for columns of a kind that is no feature, all by name, unless the study has no use for them.
     """
     file = pq.ParquetFile(path)
-    return framed(file.read(_chosen(file.schema_arrow, data)), data, where)
+    return to_frame(file.read(_chosen(file.schema_arrow, data)), data, where)
 
 
 def _chosen(schema: pa.Schema, data: Data) -> list[str]:
@@ -55,7 +55,7 @@ def _chosen(schema: pa.Schema, data: Data) -> list[str]:
     return [name for name in schema.names if name not in index or normalize("NFC", name) in named]
 
 
-def framed(table: pa.Table, data: Data, where: str) -> pd.DataFrame:
+def to_frame(table: pa.Table, data: Data, where: str) -> pd.DataFrame:
     """Return a table's columns as pandas has them, rows numbered from 2."""
     table = table.rename_columns(names_of(table.column_names, where))
     odd = dict(_no_features(table.schema, data))

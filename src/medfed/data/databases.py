@@ -97,9 +97,9 @@ def _file(place: str, folder: Path, where: str) -> Path:
 
 
 def _duckdb(path: Path, query: str, data: Data, where: str) -> pd.DataFrame:
-    duckdb = _imported("duckdb")
+    duckdb = _import_driver("duckdb")
     with duckdb.connect(str(path), read_only=True) as connection:
-        return columnar.framed(connection.sql(query).to_arrow_table(), data, where)
+        return columnar.to_frame(connection.sql(query).to_arrow_table(), data, where)
 
 
 def _sqlite(path: Path, query: str, data: Data, where: str, private: bool) -> pd.DataFrame:
@@ -107,33 +107,33 @@ def _sqlite(path: Path, query: str, data: Data, where: str, private: bool) -> pd
     connection.text_factory = lambda cell: cell.decode("utf-8", "replace")
     try:
         answer = connection.execute(query)
-        return _framed([column[0] for column in answer.description], answer.fetchall(), data, where, private)
+        return _to_frame([column[0] for column in answer.description], answer.fetchall(), data, where, private)
     finally:
         connection.close()
 
 
 def _sqlalchemy(address: str, query: str, data: Data, where: str, private: bool) -> pd.DataFrame:
-    sqlalchemy = _imported("sqlalchemy")
+    sqlalchemy = _import_driver("sqlalchemy")
     engine = sqlalchemy.create_engine(address)
     options = {"postgresql_readonly": True} if engine.dialect.name == "postgresql" else {}
     try:
         with engine.connect().execution_options(**options) as connection:
             answer = connection.execute(sqlalchemy.text(query.replace(":", r"\:")))
-            frame = _framed(list(answer.keys()), [tuple(row) for row in answer], data, where, private)
+            frame = _to_frame(list(answer.keys()), [tuple(row) for row in answer], data, where, private)
             connection.rollback()
             return frame
     finally:
         engine.dispose()
 
 
-def _imported(name: str) -> Any:
+def _import_driver(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError:
         raise DataError(f"data.database needs the package {name}; install medfed[sql]") from None
 
 
-def _framed(
+def _to_frame(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], data: Data, where: str, private: bool
 ) -> pd.DataFrame:
     """Return rows as pandas has them. A cell that is no number and no text is refused, under a claim missing."""

@@ -62,7 +62,7 @@ def _moments(
     return np.where(sound, moment_N, np.datetime64("NaT"))
 
 
-def written(moment_N: np.ndarray, form: str) -> list[str | None]:
+def write(moment_N: np.ndarray, form: str) -> list[str | None]:
     """Return moments [n] as texts of a form, None for NaT; `read` reads them back."""
     pattern = "%Y-%m-%d" if form == "iso" else form.replace("dd", "%d").replace("mm", "%m").replace("yyyy", "%Y")
     told = pd.Series(moment_N)
@@ -82,7 +82,7 @@ def forms(texts: Sequence[str]) -> list[str]:
     return found
 
 
-def dated(texts: Sequence[str]) -> np.ndarray:
+def are_dates(texts: Sequence[str]) -> np.ndarray:
     """Say of each text [n] whether some form reads it, or it is a date with a year of two digits, bool [n]."""
     found: np.ndarray = np.array([bool(re.fullmatch(_SHORT + _TIME, text)) for text in texts], dtype=bool)
     for form in FORMS:
@@ -155,7 +155,7 @@ def texts(values: pd.Series) -> pd.Series:
     """
     if not pd.api.types.is_datetime64_any_dtype(values):
         return values
-    return pd.Series(written(wall_clock(values), "iso"), index=values.index, dtype=object)
+    return pd.Series(write(wall_clock(values), "iso"), index=values.index, dtype=object)
 
 
 def wall_clock(values: pd.Series) -> np.ndarray:

@@ -80,7 +80,7 @@ def tables(found: Mapping[str, Any], everything: bool = False) -> list[Table]:
     if not gaps:
         return [first, *strange]
     wide = len(sites) > MOST_COLUMNS or len(gaps) > MOST_LINES
-    second = _summed(sites, gaps) if wide and not everything else _each(sites, gaps)
+    second = _sum_gaps(sites, gaps) if wide and not everything else _each(sites, gaps)
     return [first, second, *strange]
 
 
@@ -110,7 +110,7 @@ def _each(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
     return table
 
 
-def _summed(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
+def _sum_gaps(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
     """Return where values are missing most: over all rows, at how many sites wholly, and at which most of all."""
     rows = sum(s["rows"] for s in sites.values())
     share = {f: sum(s["missing"].get(f, 1) * s["rows"] for s in sites.values()) / rows for f in gaps}
@@ -141,7 +141,9 @@ def _strange(sites: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             for feature, told in s[kind].items():
                 first = ", ".join(map(str, told["first"]))
                 table.add_row(escape(name), escape(feature), what, str(told["rows"]), first)
-    return [table] if table.row_count else []
+    if table.row_count:
+        return [table]
+    return []
 
 
 def figure(found: Mapping[str, Any], title: str) -> go.Figure:

@@ -51,7 +51,7 @@ class Footer:
         return Doubt("footer", self.column, text, first, len(rows), mend, examples=self.words(frame))
 
 
-def found(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
+def find(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
     """Return the footer of a table, at the end of each of its files; `roles`: the columns that name a record.
 
     A row is one where the first column or one of the roles says a word such as Total, which stands there nowhere else;
@@ -104,11 +104,13 @@ def _last(frame: pd.DataFrame, roles: Sequence[str]) -> tuple[int, str]:
     above, footer = frame.iloc[: len(frame) - count], text.iloc[len(text) - count :]
     if not (shown or bare) or count > _MOST or not len(above):
         return 0, ""
-    usual = _said(above, footer, named) if shown else _nameless(above, roles)
-    return (0, "") if usual else (count, shown or bare)
+    usual = _repeats(above, footer, named) if shown else _nameless(above, roles)
+    if usual:
+        return (0, "")
+    return (count, shown or bare)
 
 
-def _said(above: pd.DataFrame, footer: pd.DataFrame, named: Sequence[str]) -> bool:
+def _repeats(above: pd.DataFrame, footer: pd.DataFrame, named: Sequence[str]) -> bool:
     """Say whether a record says what the footer says, in the same column."""
     for name in named:
         words = [word for word in footer[name] if _WORD.fullmatch(fold(word))]
@@ -119,10 +121,10 @@ def _said(above: pd.DataFrame, footer: pd.DataFrame, named: Sequence[str]) -> bo
 
 def _nameless(above: pd.DataFrame, roles: Sequence[str]) -> bool:
     """Say whether a record names nothing either."""
-    filled = np.column_stack([_filled(above[name]) for name in roles or above.columns])
+    filled = np.column_stack([_is_filled(above[name]) for name in roles or above.columns])
     return bool((filled.sum(1) <= (0 if roles else _SHARE * filled.shape[1])).any())
 
 
-def _filled(values: pd.Series) -> np.ndarray:
+def _is_filled(values: pd.Series) -> np.ndarray:
     filled: np.ndarray = (values.notna() & (values.astype(str).str.strip() != "")).to_numpy(dtype=bool)
     return filled

@@ -16,7 +16,7 @@ from medfed.core.checks import DataError, nearest, some
 from medfed.data import readers
 from medfed.data.doubts import Doubt
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical
+from medfed.data.raw_columns import canonical
 from medfed.study import Data, Join
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -29,12 +29,12 @@ def header(names: Sequence[str], data: Data, folder: Path, private: bool) -> lis
     """
     known = list(names)
     for number, join in enumerate(data.join):
-        more = readers.header(folder / join.table, _of_its_own(data), private)
+        more = readers.header(folder / join.table, _data_of_table(data), private)
         known += _new_columns(more, known, _on(join, data, number), number, join)
     return known
 
 
-def joined(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tuple[pd.DataFrame, dict[str, pd.Index]]:
+def join(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tuple[pd.DataFrame, dict[str, pd.Index]]:
     """Return rows with the columns of the joined tables, and the rows that each of these does not know.
 
     Raises DataError as `header` does, and without a claim for a value that stands twice in a joined table, by rows.
@@ -42,7 +42,7 @@ def joined(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tupl
     unfound: dict[str, pd.Index] = {}
     for number, join in enumerate(data.join):
         on = _on(join, data, number)
-        other = readers.read(folder / join.table, _of_its_own(data), private).frame
+        other = readers.read(folder / join.table, _data_of_table(data), private).frame
         columns = _new_columns(list(other.columns), list(frame.columns), on, number, join)
         place_N = _places(frame, other, on, data, f"data.join[{number}].table={join.table!r}", private)
         frame = frame.assign(**dict(_beside(other[columns], place_N, frame.index)))
@@ -52,7 +52,7 @@ def joined(frame: pd.DataFrame, data: Data, folder: Path, private: bool) -> tupl
     return frame, unfound
 
 
-def doubted(frame: pd.DataFrame, unfound: Mapping[str, pd.Index], data: Data) -> Iterator[Doubt]:
+def doubt_unjoined(frame: pd.DataFrame, unfound: Mapping[str, pd.Index], data: Data) -> Iterator[Doubt]:
     """Yield how many of a site's rows each joined table lacks, as a warning."""
     tables = [(join.table, _on(join, data, number)) for number, join in enumerate(data.join)]
     for table, on in tables:
@@ -61,7 +61,7 @@ def doubted(frame: pd.DataFrame, unfound: Mapping[str, pd.Index], data: Data) ->
             yield Doubt("unjoined", on[0], f"finds no row in {table}", tuple(rows[:5].tolist()), len(rows))
 
 
-def _of_its_own(data: Data) -> Data:
+def _data_of_table(data: Data) -> Data:
     """Return the data table as it holds for a joined table, which names no site by its file."""
     return Data(format=data.format, patient=data.patient, site=data.site, dictionary=data.dictionary)
 
@@ -100,15 +100,17 @@ def _places(
         logger.warning("%s: a value of %s stands twice, row %s", where, on, some(rows, 50))
         if not private:
             raise DataError(
-                f"{where}: {_named(on)} stands more than once in row {some(rows)}; a joined table has one row for "
+                f"{where}: {_name_key(on)} stands more than once in row {some(rows)}; a joined table has one row for "
                 "each. Keep one (the first, the mean), or make its rows the records of data.table."
             )
     place = pd.Series(np.arange(len(other)), index=key.to_numpy())[~twice_N & (key != "").to_numpy(dtype=bool)]
     return known.map(place).fillna(-1).to_numpy(dtype=np.int64)
 
 
-def _named(on: Sequence[str]) -> str:
-    return f"a value of {on[0]!r}" if len(on) == 1 else f"a pair of {', '.join(map(repr, on))}"
+def _name_key(on: Sequence[str]) -> str:
+    if len(on) == 1:
+        return f"a value of {on[0]!r}"
+    return f"a pair of {', '.join(map(repr, on))}"
 
 
 def _keys(frame: pd.DataFrame, on: Sequence[str], data: Data) -> pd.Series:

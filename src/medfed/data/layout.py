@@ -45,7 +45,7 @@ _FOREIGN = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextLayout:
     """How one text table is written; `guessed` says why, key by key, where neither study nor file says it."""
 
     separator: str = ","
@@ -71,7 +71,7 @@ def lines_to_choose(what: str, values: Sequence[object]) -> str:
 # opening --------------------------------------------------------------------------------------------------------------
 
 
-def opened(path: Path, format: Format) -> IO[bytes]:
+def open_bytes(path: Path, format: Format) -> IO[bytes]:
     """Open a text table's bytes, whatever it is packed in.
 
     Raises DataError for a zip archive that does not say which file is meant.
@@ -95,9 +95,11 @@ def _member(path: Path, name: str) -> IO[bytes]:
     return archive.open(name or names[0])
 
 
-def text_of(path: Path, format: Format, layout: Layout, errors: str = "strict", newline: str | None = "") -> IO[str]:
+def text_of(
+    path: Path, format: Format, layout: TextLayout, errors: str = "strict", newline: str | None = ""
+) -> IO[str]:
     """Open a text table as text."""
-    return io.TextIOWrapper(opened(path, format), encoding=layout.codec, errors=errors, newline=newline)
+    return io.TextIOWrapper(open_bytes(path, format), encoding=layout.codec, errors=errors, newline=newline)
 
 
 def without_last(lines: Iterable[str], footer: int) -> Iterator[str]:
@@ -123,13 +125,15 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
         if start.startswith(mark):
             return name, ""
     if format.encoding != "auto":
-        return _declared(format, start), ""
+        return _check_declared(format, start), ""
     if b"\0" in start[:4096]:
         raise DataError(
             f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
             'encoding = "utf-16" under [data.format]'
         )
-    return ("utf-8", "") if is_utf8(start) else western(start.splitlines(), where)
+    if is_utf8(start):
+        return ("utf-8", "")
+    return western(start.splitlines(), where)
 
 
 def is_utf8(start: bytes) -> bool:
@@ -164,15 +168,15 @@ def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
 # the whole layout -----------------------------------------------------------------------------------------------------
 
 
-def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[Layout, list[str]]:
+def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[TextLayout, list[str]]:
     """Return how a file is written, from its first rows, and the cells of its header; `encoding`: what is known.
 
     Raises DataError for a file without a header, and where two ways fit.
     """
-    with opened(path, format) as file:
+    with open_bytes(path, format) as file:
         start = file.read(BEGINNING)
     encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
-    text = _decoded(start, Layout(encoding=encoding).codec)
+    text = _decode(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
         raise DataError(f"{where} cannot be read: it has no header; name its columns in the first line")
     guessed = {"encoding": why} if why else {}
@@ -186,20 +190,22 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[L
     way = ways[separator]
     if format.skip < 0 and way.skip:
         guessed["skip"] = f"line {way.skip + 1} is the first that names {len(way.header)} columns"
-    return Layout(separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed), way.header
+    return TextLayout(separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed), way.header
 
 
-def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]]:
+def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
     """Return how a file is written, from its mark and header line alone, and the cells of that line.
 
     What `format` leaves open: a decimal point, nothing between thousands, no title lines, no footer. Raises DataError
     as `guess` does.
     """
     skip = max(0, format.skip)
-    with opened(path, format) as file:
-        encoding = _marked(file.read(4), format)
+    with open_bytes(path, format) as file:
+        encoding = _read_mark(file.read(4), format)
     first = encoding or "utf-8"
-    with text_of(path, format, Layout(encoding=first), "surrogateescape" if not encoding else "replace", None) as text:
+    with text_of(
+        path, format, TextLayout(encoding=first), "surrogateescape" if not encoding else "replace", None
+    ) as text:
         for _ in range(skip):
             text.readline()
         line = text.readline()
@@ -223,24 +229,26 @@ def of_header(path: Path, format: Format, where: str) -> tuple[Layout, list[str]
         )
     decimal = "." if format.decimal == "auto" else format.decimal
     thousands = "none" if format.thousands == "auto" else format.thousands
-    layout = Layout(fits[0], decimal, thousands, encoding, skip, max(0, format.footer))
+    layout = TextLayout(fits[0], decimal, thousands, encoding, skip, max(0, format.footer))
     return layout, next(csv.reader([line.rstrip("\r\n")], delimiter=fits[0]), [])
 
 
-def _marked(start: bytes, format: Format) -> str:
+def _read_mark(start: bytes, format: Format) -> str:
     """Return the encoding that a file's mark or the study says, or nothing."""
     found = next((name for mark, name in _MARKS if start.startswith(mark)), "")
-    return found or ("" if format.encoding == "auto" else _declared(format, start))
+    return found or ("" if format.encoding == "auto" else _check_declared(format, start))
 
 
-def _declared(format: Format, start: bytes) -> str:
+def _check_declared(format: Format, start: bytes) -> str:
     """Return the declared encoding of a file without a mark; of UTF-16, with the order that its first sign has."""
     if format.encoding != "utf-16":
         return format.encoding
-    return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    if start[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le"
 
 
-def _decoded(start: bytes, codec: str) -> str:
+def _decode(start: bytes, codec: str) -> str:
     """Return the text of a file's beginning, without what its end has cut."""
     return codecs.getincrementaldecoder(codec)(errors="replace").decode(start)
 
@@ -290,7 +298,9 @@ def _header(filled: Sequence[tuple[int, list[str]]], width: int) -> tuple[int, l
     for line, cells in filled:
         several = sum(map(bool, cells))
         if len(cells) == width and 2 * several > width:
-            return filled[0] if line and any(map(_NUMBER.fullmatch, cells)) else (line, cells)
+            if line and any(map(_NUMBER.fullmatch, cells)):
+                return filled[0]
+            return (line, cells)
         if 2 * several >= width:
             break
     return filled[0]

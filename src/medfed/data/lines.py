@@ -17,10 +17,10 @@ import pandas as pd
 
 from medfed.data import layout as layouts
 from medfed.data import numerals
-from medfed.data.layout import Layout, names_of, of_header
+from medfed.data.layout import TextLayout, names_of, of_header
 from medfed.study import Format
 
-Header = tuple[Layout, list[str]]
+Header = tuple[TextLayout, list[str]]
 """How a file is written, and the cells of its header, as `of_header` has them."""
 
 
@@ -37,11 +37,11 @@ def read(
     where = f"data.table={str(path)!r}"
     layout, cells = header or of_header(path, format, where)
     names = names_of(cells, where)
-    with _opened(path, format, layout) as file:
+    with _open(path, format, layout) as file:
         rows, numbers, broken = _records(file, layout, cells)
     frame = pd.DataFrame(rows, index=pd.Index(numbers, dtype="int64"), columns=range(len(cells)), dtype=object)
     frame = frame.iloc[:, : len(names)].set_axis(pd.Index(names), axis=1)
-    return numerals.respelt(frame, numerals.one_form), broken
+    return numerals.respell(frame, numerals.one_form), broken
 
 
 def header(path: Path, format: Format = Format()) -> list[str]:  # noqa: B008
@@ -50,9 +50,9 @@ def header(path: Path, format: Format = Format()) -> list[str]:  # noqa: B008
     return names_of(of_header(path, format, where)[1], where)
 
 
-def _opened(path: Path, format: Format, layout: Layout) -> IO[str]:
+def _open(path: Path, format: Format, layout: TextLayout) -> IO[str]:
     if layout.encoding == "utf-16":
-        with layouts.opened(path, format) as file:
+        with layouts.open_bytes(path, format) as file:
             return io.StringIO(_lines_of_pairs(file.read()))
     return layouts.text_of(path, format, layout, errors="replace", newline=None)
 
@@ -66,7 +66,7 @@ def _lines_of_pairs(content: bytes) -> str:
     return "\n".join(line.decode(codec, errors="replace").rstrip("\r") for line in lines)
 
 
-def _records(file: IO[str], layout: Layout, header: list[str]) -> tuple[list[list[str]], list[int], list[int]]:
+def _records(file: IO[str], layout: TextLayout, header: list[str]) -> tuple[list[list[str]], list[int], list[int]]:
     """Return the records below the header, their lines, and the lines that are none."""
     rows, numbers, broken = list[list[str]](), list[int](), list[int]()
     lines = layouts.without_last(itertools.islice(file, layout.skip + 1, None), layout.footer)

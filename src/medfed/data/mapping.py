@@ -21,7 +21,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates, numerals
 from medfed.data.doubts import NO, YES, quotable
 from medfed.data.partition import id_texts
-from medfed.data.tables import canonical
+from medfed.data.raw_columns import canonical
 from medfed.features import features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
 
@@ -42,7 +42,7 @@ Texts = list[str | None]
 # what is declared ---------------------------------------------------------------------------------------------------
 
 
-def completed(data: Data) -> Data:
+def complete(data: Data) -> Data:
     """Return a data table with what follows from what it declares; completing it again changes nothing.
 
     A boolean's categories, the entries of columns that are made, and the column that marks rows by their date.
@@ -61,13 +61,17 @@ def completed(data: Data) -> Data:
 
 def _mark(data: Data) -> str:
     """Return the name of the column that marks rows by their date; "" for none."""
-    return f"{data.time} from {data.test_from}" if data.time and data.test_from else ""
+    if data.time and data.test_from:
+        return f"{data.time} from {data.test_from}"
+    return ""
 
 
 def columns(header: Sequence[str], data: Data) -> list[str]:
     """Return the columns of a table once it is mapped; `data` is completed."""
     made = [column for name in features_of(header, data) for column in limit_columns(name, _entry(data, name))]
-    marked = [data.test] if data.test_from else []
+    marked: list[str] = []
+    if data.test_from:
+        marked = [data.test]
     return [*header, *(name for name in (*made, *marked) if name not in set(header))]
 
 
@@ -127,8 +131,10 @@ def _entry(data: Data, name: str) -> Feature:
 
 def moment(text: str) -> np.datetime64 | None:
     """Return the day that a `reference` names; None where it names a column."""
-    (day,) = dates.read([text], "iso")
-    return None if np.isnat(day) else day
+    day: np.datetime64 = dates.read([text], "iso")[0]
+    if np.isnat(day):
+        return None
+    return day
 
 
 def maps(feature: Feature) -> bool:
@@ -194,11 +200,13 @@ def apply(
     made: dict[str, object] = {}
     for name in chosen:
         if name in frame.columns and maps(feature := _entry(data, name)):
-            made |= _mapped(frame, name, feature, data, faults)
+            made |= _map_column(frame, name, feature, data, faults)
     if names is None and data.test_from:
         made[data.test] = _marks(frame, data, faults, private)
     settle(faults, frame, private, site, data.patient)
-    return frame.assign(**{name: column_of(values, frame) for name, values in made.items()}) if made else frame
+    if made:
+        return frame.assign(**{name: column_of(values, frame) for name, values in made.items()})
+    return frame
 
 
 def roles_of(data: Data) -> list[str]:
@@ -212,30 +220,30 @@ def column_of(values: object, frame: pd.DataFrame) -> pd.Series:
     return pd.Series(values, index=frame.index, dtype="str" if texts else object)
 
 
-def _mapped(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults: list[Fault]) -> dict[str, object]:
+def _map_column(frame: pd.DataFrame, name: str, feature: Feature, data: Data, faults: list[Fault]) -> dict[str, object]:
     """Return a column as it is declared, and those that are made beside it."""
     absent = {*data.missing_values, *feature.missing}
-    code_N, text_U = different(frame[name])
+    code_N, text_U = find_different(frame[name])
     if feature.boolean:  # "-" is no here, unless this column says otherwise
         spelt = {text for text in data.missing_values if text.casefold() not in BOOLEAN}
-        text_U, bad_U = _booleans(recoded(text_U, feature.recode, {*spelt, *feature.missing}))
+        text_U, bad_U = _booleans(recode(text_U, feature.recode, {*spelt, *feature.missing}))
         what = "neither yes nor no"
         action = f"Correct the cells, or say what they mean: {_key(name, 'recode')} = {{ TEXT = 'yes' }}"
         _tell(faults, name, bad_U, code_N, what, action)
         return {name: _at(text_U, code_N)}
-    text_U = recoded(text_U, feature.recode, absent)
+    text_U = recode(text_U, feature.recode, absent)
     if feature.suffix:
         text_U = [without_suffix(text, feature.suffix, data.format.decimal) for text in text_U]
     if feature.numbers and not pd.api.types.is_numeric_dtype(frame[name].dtype):
-        text_U = numerals.pointed(text_U, feature.numbers)
+        text_U = numerals.set_points(text_U, feature.numbers)
     if feature.becomes:
         number_N = _date_numbers(frame, name, feature, text_U, code_N, data, faults)
-        return {name: told(number_N, absent)}
+        return {name: write_numbers(number_N, absent)}
     side_U = np.zeros(len(text_U), dtype=np.int64)
     if feature.limits:
         text_U, side_U = _limits(text_U, feature.limits, absent)
     if (feature.factor, feature.offset) != (1.0, 0.0):
-        text_U = converted(text_U, feature.factor, feature.offset, absent)
+        text_U = convert(text_U, feature.factor, feature.offset, absent)
         side_U = side_U if feature.factor > 0 else -side_U
     beside = zip(limit_columns(name, feature), (-1, 1), strict=False)
     return {name: _at(text_U, code_N)} | {column: _flags(side_U == side, code_N) for column, side in beside}
@@ -247,10 +255,12 @@ def without_suffix(text: str | None, suffixes: Sequence[str], decimal: str = "."
     if text is None or ending is None:
         return text
     number = text.removesuffix(ending).rstrip()
-    return number.replace(",", ".") if decimal == "," and re.fullmatch(r"[+-]?\d+,\d+", number) else number
+    if decimal == "," and re.fullmatch(r"[+-]?\d+,\d+", number):
+        return number.replace(",", ".")
+    return number
 
 
-def different(values: pd.Series) -> tuple[np.ndarray, Texts]:
+def find_different(values: pd.Series) -> tuple[np.ndarray, Texts]:
     """Return which text each row holds [n], and the different texts [U] as `canonical` has them, None the last."""
     values = _apart(dates.texts(values))
     code_N, found = pd.factorize(values)
@@ -293,7 +303,7 @@ def _key(name: str, key: str) -> str:
 # cells --------------------------------------------------------------------------------------------------------------
 
 
-def recoded(text_U: Texts, recode: Mapping[str, str], absent: set[str]) -> Texts:
+def recode(text_U: Texts, recode: Mapping[str, str], absent: set[str]) -> Texts:
     """Return texts [U] as what they stand for; None for what is missing, before or after."""
     if recode:
         keys = canonical(pd.Series(list(recode), dtype=object))
@@ -331,20 +341,20 @@ def _limits(text_U: Texts, kind: str, absent: set[str]) -> tuple[Texts, np.ndarr
             continue
         side_U[u], limit = beyond
         half = kind == "half" and side_U[u] < 0
-        (found[u],) = told(np.array([limit / 2 if half else limit]), absent)
+        (found[u],) = write_numbers(np.array([limit / 2 if half else limit]), absent)
     return found, side_U
 
 
-def converted(text_U: Texts, factor: float, offset: float, absent: set[str]) -> Texts:
+def convert(text_U: Texts, factor: float, offset: float, absent: set[str]) -> Texts:
     """Return texts [U], of which those that are numbers are in another unit."""
     number_U = pd.to_numeric(pd.Series(text_U, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
     known_U = np.isfinite(number_U)
     with np.errstate(over="ignore"):
-        changed_U = told(np.where(known_U, number_U * factor + offset, np.nan), absent)
+        changed_U = write_numbers(np.where(known_U, number_U * factor + offset, np.nan), absent)
     return [new if known else text for new, known, text in zip(changed_U, known_U, text_U, strict=True)]
 
 
-def told(number_N: np.ndarray, absent: set[str]) -> np.ndarray:
+def write_numbers(number_N: np.ndarray, absent: set[str]) -> np.ndarray:
     """Return numbers [n] as texts that give them back bit for bit, None for NaN.
 
     One that is spelt as a text that means missing is written with an exponent: it is a number and no code.
@@ -383,8 +393,8 @@ def _date_numbers(
 def _dates_of(frame: pd.DataFrame, name: str, data: Data, faults: list[Fault]) -> np.ndarray:
     """Return a column's dates, datetime64[s] [n]; NaT where one is missing or cannot be read."""
     feature = _entry(data, name)
-    code_N, text_U = different(frame[name])
-    text_U = recoded(text_U, feature.recode, {*data.missing_values, *feature.missing})
+    code_N, text_U = find_different(frame[name])
+    text_U = recode(text_U, feature.recode, {*data.missing_values, *feature.missing})
     return _moments(frame, name, text_U, code_N, feature.date or "iso", faults)
 
 
@@ -447,8 +457,8 @@ def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
 
 def is_missing(values: pd.Series, absent: set[str]) -> np.ndarray:
     """Say of each cell [n] whether it is missing: empty, or one of the texts that mean so."""
-    code_N, text_U = different(values)
-    gone: np.ndarray = np.array([text is None for text in recoded(text_U, {}, absent)], dtype=bool)[code_N]
+    code_N, text_U = find_different(values)
+    gone: np.ndarray = np.array([text is None for text in recode(text_U, {}, absent)], dtype=bool)[code_N]
     return gone
 
 

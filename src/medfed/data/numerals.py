@@ -54,7 +54,7 @@ _PLAIN = rf"^[+-]?\d+{_EXPONENT}$"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CellEvidence:
     """Where a kind of cell was met: the file, the column, the row and the cell, of which none leaves under a claim."""
 
     decimal: str
@@ -63,22 +63,22 @@ class Evidence:
     either: str = ""  # the sign of a cell that may be either
 
 
-def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[Evidence]:
+def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[CellEvidence]:
     """Return what the cells of a table say, the first of each kind in each column.
 
     A column counts where at least half of its cells that hold anything may be numbers. `points`: also look at columns
     in which nothing but a point is met.
     """
-    found: list[Evidence] = []
+    found: list[CellEvidence] = []
     for place, name in enumerate(names):
         column = table.column(place)
-        if _marked(column, points):
+        if _may_be_parted(column, points):
             found += _of_column(pc.utf8_trim_whitespace(column), name, rows, file)
     return found
 
 
-def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[Evidence]:
-    found, numbers = list[Evidence](), _count(text_N, _PLAIN)
+def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[CellEvidence]:
+    found, numbers = list[CellEvidence](), _count(text_N, _PLAIN)
     kinds = [(s.pattern, s.decimal, s.thousands, "") for s in SPELLINGS]
     kinds += [(pattern, "", "", sign) for sign, pattern in _EITHER.items()]
     for pattern, decimal, thousands, either in kinds:
@@ -87,17 +87,19 @@ def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) ->
         if many:
             at = pc.index(which_N, True).as_py()
             place = f"{text_N[at].as_py()!r} in {file}, column {name!r}, row {rows[at]}"
-            found.append(Evidence(decimal, thousands, place, either))
+            found.append(CellEvidence(decimal, thousands, place, either))
         numbers += many
     filled = len(text_N) - (pc.sum(pc.equal(text_N, "")).as_py() or 0) - text_N.null_count
-    return found if 2 * numbers >= filled else []
+    if 2 * numbers >= filled:
+        return found
+    return []
 
 
 def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
     return pc.sum(pc.match_substring_regex(text_N, pattern)).as_py() or 0
 
 
-def _marked(column: pa.ChunkedArray, points: bool) -> bool:
+def _may_be_parted(column: pa.ChunkedArray, points: bool) -> bool:
     """Say whether a column's bytes hold any sign that a number may be parted by, besides a point."""
     return any(_holds(chunk, points) for chunk in column.chunks)
 
@@ -118,10 +120,19 @@ def characters(chunk: pa.Array) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8)[ends[0] : ends[-1]]
 
 
-def decide(found: Sequence[Evidence], format: Format, separator: str, where: str) -> tuple[str, str, dict[str, str]]:
+def decide(
+    found: Sequence[CellEvidence], format: Format, separator: str, where: str
+) -> tuple[str, str, dict[str, str]]:
     """Return the decimal sign, what parts thousands, and why, by key, where the study does not say.
 
-    Raises DataError where cells contradict each other, and where they may be read in two ways.
+    Args:
+        found: what cells say, of all files.
+        format: what the study says; "auto" leaves it to the cells.
+        separator: between cells; a comma there is hardly a decimal sign.
+        where: the table, for errors.
+
+    Raises:
+        DataError: cells contradict each other, or may be read in two ways.
     """
     guessed: dict[str, str] = {}
     decimal = _decimal(found, format, separator, where, guessed)
@@ -145,27 +156,39 @@ def decide(found: Sequence[Evidence], format: Format, separator: str, where: str
     return decimal, thousands, guessed
 
 
-def _decimal(found: Sequence[Evidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
+_OTHER = {",": ".", ".": ","}
+"""Which of comma and point is the decimal sign where the other parts thousands."""
+
+
+def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
+    """Return the decimal sign; why goes into `guessed` where it is a guess."""
     if format.decimal != "auto":
         return format.decimal
+
+    # Cells that say it: one decimal sign, or one mark of thousands, which leaves the other sign.
     signs = {e.decimal: e.place for e in reversed(found) if e.decimal}
     if len(signs) > 1:
         raise DataError(
             f"{where}: decimal commas and decimal points: {signs[',']}; {signs['.']}. "
             f"{lines_to_choose('decimal', ',.')}; cells of the other kind are then read as they stand."
         )
-    parted = {e.thousands: e.place for e in reversed(found) if e.thousands in (",", ".")}
-    for sign in signs:
-        guessed |= {"decimal": signs[sign]} if sign == "," else {}
+    for sign, place in signs.items():
+        if sign == ",":
+            guessed["decimal"] = place
         return sign
+    parted = {e.thousands: e.place for e in reversed(found) if e.thousands in (",", ".")}
     if len(parted) == 1:  # 1.234.567 leaves the comma
         ((mark, place),) = parted.items()
         guessed["decimal"] = place
-        return "," if mark == "." else "."
+        return _OTHER[mark]
+
+    # Cells that may be read in two ways: by what is declared of thousands, else a person has to say.
     either = {e.either: e.place for e in reversed(found) if e.either}
-    if format.thousands in either:  # declared
-        return "," if format.thousands == "." else "."
-    asked = either.get(",") or ("" if separator == "," else either.get("."))
+    if format.thousands in either:
+        return _OTHER.get(format.thousands, ".")
+    asked = either.get(",")
+    if not asked and separator != ",":
+        asked = either.get(".")
     if asked:
         raise DataError(
             f"{where}: {asked} may be a decimal or thousands, and no other cell says which. "
@@ -178,11 +201,19 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     """Return a column of texts whose cells that are numbers in this spelling have a decimal point, and nothing else."""
     if decimal == "." and thousands == "none":
         return column
-    groups = "" if thousands == "none" else rf"[1-9]\d{{0,2}}(?:{_MARK[thousands]}\d{{3}})+|"
+    groups = ""
+    if thousands != "none":
+        groups = rf"[1-9]\d{{0,2}}(?:{_MARK[thousands]}\d{{3}})+|"
     d = _MARK[decimal]
     number = rf"^[+-]?(?:(?:{groups}\d+)(?:{d}\d*)?|{d}\d+){_EXPONENT}$"
-    marks = "".join(m for m in (decimal if decimal != "." else "", thousands if thousands != "none" else ""))
-    chunks = [_respelt(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks]
+    marks = ""
+    if decimal != ".":
+        marks += decimal
+    if thousands != "none":
+        marks += thousands
+    chunks = [
+        _respell_chunk(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks
+    ]
     return pa.chunked_array(chunks, column.type)
 
 
@@ -194,7 +225,7 @@ FORMS = {
 """How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts thousands."""
 
 
-def pointed(texts: Sequence[str | None], form: str) -> list[str | None]:
+def set_points(texts: Sequence[str | None], form: str) -> list[str | None]:
     """Return texts, of which those that are numbers in a form of FORMS have a decimal point."""
     column = pa.chunked_array([pa.array(texts, pa.string())])
     found: list[str | None] = with_points(column, *FORMS[form]).to_pylist()
@@ -219,8 +250,10 @@ def form_of(texts: Iterable[str]) -> str | None:
     except DataError:
         return ""
     form = next(form for form, known in FORMS.items() if known == signs)
-    changed = sum(new != old for new, old in zip(pointed(given, form), given, strict=True))
-    return form if changed * 2 > len(given) else None
+    changed = sum(new != old for new, old in zip(set_points(given, form), given, strict=True))
+    if changed * 2 > len(given):
+        return form
+    return None
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:
@@ -230,7 +263,7 @@ def _any(chunk: pa.Array, marks: str) -> bool:
     return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (several and bool((bytes_N >= 0x80).any()))
 
 
-def _respelt(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.Array:
+def _respell_chunk(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.Array:
     text_N = pc.utf8_trim_whitespace(chunk)
     which_N = pc.match_substring_regex(text_N, number)
     if thousands != "none":
@@ -255,7 +288,7 @@ def _normal(chunk: pa.Array) -> pa.Array:
         return pa.array(texts, chunk.type)
 
 
-def respelt(
+def respell(
     frame: pd.DataFrame, spell: Callable[[pa.ChunkedArray], pa.ChunkedArray], keep: Collection[str] = ()
 ) -> pd.DataFrame:
     """Return a frame of texts whose columns but those to `keep` are spelt anew."""
@@ -267,4 +300,6 @@ def respelt(
         after = spell(before)
         if not after.equals(before):
             columns[name] = pd.Series(after.to_pylist(), frame.index, frame[name].dtype)
-    return frame.assign(**columns) if columns else frame
+    if columns:
+        return frame.assign(**columns)
+    return frame

@@ -169,10 +169,10 @@ def _id_text(value: object, where: str, largest: float) -> str:
 
 def spellings(column: pd.Series) -> int:
     """Return how many patients are written in more than one way: texts that differ and are one in canonical form."""
-    return int(spelled(column, np.zeros(len(column), dtype=np.int64), 1)[0])
+    return int(count_respelt(column, np.zeros(len(column), dtype=np.int64), 1)[0])
 
 
-def spelled(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarray:
+def count_respelt(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarray:
     """Return how many patients of each site are written in more than one way, int64 [K]."""
     code_N, texts = pd.factorize(id_texts(column, ""))
     name = pd.Series([patient_ids.named(one, "canonical") for one in texts], dtype=object)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from medfed.core.checks import DataError, MedfedError, nearest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import columnar, lines, numerals, texts, workbooks
-from medfed.data.layout import COMPRESSED, Layout, lines_to_choose, of_header
+from medfed.data.layout import COMPRESSED, TextLayout, lines_to_choose, of_header
 from medfed.data.texts import Text
 from medfed.study import Data
 
@@ -40,7 +40,7 @@ class Reading:
     """
 
     frame: pd.DataFrame
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, TextLayout] = field(default_factory=dict)
     unfound: Mapping[str, pd.Index] = field(default_factory=dict)
 
     @property
@@ -61,7 +61,7 @@ def read(path: Path, data: Data, private: bool) -> Reading:
         first, whose = alike[0]
         refuse(_other_columns({file: list(frame.columns) for frame, file in alike}, list(first.columns), whose))
     if len(files) > 1 or data.site_is_file:
-        frames = [_named_rows(frame, file, data) for frame, file in zip(frames, files, strict=True)]
+        frames = [_name_rows(frame, file, data) for frame, file in zip(frames, files, strict=True)]
     frame = frames[0] if len(frames) == 1 else pd.concat(frames)
     if frame.empty and not private:
         raise DataError(f"data.table={str(path)!r} has no row beside its header; give a table with records")
@@ -70,10 +70,10 @@ def read(path: Path, data: Data, private: bool) -> Reading:
 
 def _frames(
     files: Sequence[Path], data: Data, private: bool, where: str
-) -> tuple[list[pd.DataFrame], dict[str, Layout]]:
+) -> tuple[list[pd.DataFrame], dict[str, TextLayout]]:
     """Return each file's rows, and how the text files are written: without a claim looked at together."""
     if private:
-        headers = {file: _written(file, data) for file in files if kind_of(file) in TEXTS}
+        headers = {file: _read_layout(file, data) for file in files if kind_of(file) in TEXTS}
         frames = [_read(file, data, private, headers.get(file)) for file in files]
         return frames, {file.name: layout for file, (layout, _) in headers.items()}
     written: dict[Path, Text] = {}
@@ -81,7 +81,7 @@ def _frames(
         if kind_of(file) in TEXTS:
             with reading(f"data.table={str(file)!r}", private):
                 written[file] = texts.read(file, data.format, f"data.table={str(file)!r}")
-    spelling = _spelling(written, data, where) if written else Layout()
+    spelling = _spelling(written, data, where) if written else TextLayout()
     layouts = {
         file.name: replace(
             text.layout,
@@ -92,7 +92,7 @@ def _frames(
         for file, text in written.items()
     }
     frames = [
-        _spelt(written.pop(file), spelling, data) if file in written else _read(file, data, private) for file in files
+        _respell(written.pop(file), spelling, data) if file in written else _read(file, data, private) for file in files
     ]
     return frames, layouts
 
@@ -119,7 +119,9 @@ def kind_of(path: Path) -> str:
     kind = Path(name.removesuffix(packed)).suffix
     if packed == ".zip" and kind not in KINDS:
         return ".csv"
-    return kind if kind in (TEXTS if packed else KINDS) else ""
+    if kind in (TEXTS if packed else KINDS):
+        return kind
+    return ""
 
 
 def files_of(path: Path, data: Data) -> list[Path]:
@@ -128,7 +130,7 @@ def files_of(path: Path, data: Data) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and _is_table(file))
         if not files:
-            raise DataError(f"{where} cannot be read: the folder holds no table; expected {_expected()}")
+            raise DataError(f"{where} cannot be read: the folder holds no table; expected {_list_kinds()}")
     elif path.exists():
         files = [path]
     elif glob.has_magic(str(path)):
@@ -139,12 +141,12 @@ def files_of(path: Path, data: Data) -> list[Path]:
         raise DataError(f"{where} does not exist; a table's path is relative to its study file")
     for file in files:
         if not kind_of(file):
-            raise DataError(f"data.table={file.name!r}; expected a name that ends in {_expected()}")
+            raise DataError(f"data.table={file.name!r}; expected a name that ends in {_list_kinds()}")
     _refuse_twins(files, data)
     return files
 
 
-def _expected() -> str:
+def _list_kinds() -> str:
     return ".csv, .csv.gz or .parquet (or .tsv, .txt, .zst, .zip, .xlsx, .xls, .ods, .sav, .dta, .sas7bdat, .xpt)"
 
 
@@ -171,11 +173,13 @@ def site_of(file: Path) -> str:
     return normalize("NFC", name)
 
 
-def _named_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
+def _name_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
     """Put the file's name before the numbers of its rows, and into the site's column where it says the site."""
     rows = [f"{file.name}:{row}" for row in frame.index]
     named = frame.set_axis(pd.Index(rows, dtype=object), axis=0)
-    return named.assign(**{SITE: site_of(file)}) if data.site_is_file else named
+    if data.site_is_file:
+        return named.assign(**{SITE: site_of(file)})
+    return named
 
 
 def _is_mapped(file: Path, data: Data) -> bool:
@@ -198,7 +202,7 @@ def _other_columns(names: Mapping[Path, Sequence[str]], known: Sequence[str], fi
 # one file -----------------------------------------------------------------------------------------------------------
 
 
-def _written(file: Path, data: Data) -> lines.Header:
+def _read_layout(file: Path, data: Data) -> lines.Header:
     """Return how a text table is written, and its header, as under a claim."""
     where = f"data.table={str(file)!r}"
     with reading(where, private=True):
@@ -219,8 +223,8 @@ def _read(file: Path, data: Data, private: bool, header: lines.Header | None = N
         frame, broken = lines.read(file, format, header)
         if broken:
             logger.warning("%s: no record, for its quotes or its fields: row %s", file, some(broken, 50))
-        return numerals.respelt(
-            frame, lambda column: numerals.with_points(column, layout.decimal, layout.thousands), _kept(data)
+        return numerals.respell(
+            frame, lambda column: numerals.with_points(column, layout.decimal, layout.thousands), _columns_to_keep(data)
         )
 
 
@@ -233,7 +237,9 @@ def _header(file: Path, data: Data, private: bool) -> list[str]:
             return [str(name) for name in workbooks.sheet(file, data.format, where, private, "").columns]
         if kind in workbooks.STATISTICS:
             return workbooks.names(file, data.format)
-        return lines.header(file, data.format) if private else texts.names(file, data.format, where)
+        if private:
+            return lines.header(file, data.format)
+        return texts.names(file, data.format, where)
 
 
 @contextmanager
@@ -252,13 +258,13 @@ def reading(where: str, private: bool) -> Iterator[None]:
 # how numbers are spelt ----------------------------------------------------------------------------------------------
 
 
-def _kept(data: Data) -> set[str]:
+def _columns_to_keep(data: Data) -> set[str]:
     """Return the columns whose cells are names, or numbers in a spelling of their own."""
     own = {name for name, feature in data.dictionary.items() if feature.numbers}
     return {data.patient, data.site, data.test, *own} - {""}
 
 
-def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> Layout:
+def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> TextLayout:
     """Return how numbers are spelt in all text files of a study, as a layout.
 
     Raises DataError where files differ in what is guessed, and where cells do not say, or contradict each other.
@@ -271,14 +277,14 @@ def _spelling(written: Mapping[Path, Text], data: Data, where: str) -> Layout:
     if separator == "," and any("," in (e.decimal, e.either, e.thousands) for e in found):
         found = _evidence(written, data, points=True)
     decimal, thousands, guessed = numerals.decide(found, data.format, separator, where)
-    return Layout(decimal=decimal, thousands=thousands, guessed=guessed)
+    return TextLayout(decimal=decimal, thousands=thousands, guessed=guessed)
 
 
-def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[numerals.Evidence]:
+def _evidence(written: Mapping[Path, Text], data: Data, points: bool) -> list[numerals.CellEvidence]:
     if "auto" not in (data.format.decimal, data.format.thousands):
         return []
-    words = {name for name, feature in data.dictionary.items() if feature.categories} | _kept(data)
-    found: list[numerals.Evidence] = []
+    words = {name for name, feature in data.dictionary.items() if feature.categories} | _columns_to_keep(data)
+    found: list[numerals.CellEvidence] = []
     for file, text in written.items():
         used = {*data.features, data.target} if data.features else {*text.names}
         chosen = [name for name in text.names if name in used - words]
@@ -311,10 +317,10 @@ def _beyond_ascii(text: Text) -> bool:
     )
 
 
-def _spelt(text: Text, layout: Layout, data: Data) -> pd.DataFrame:
+def _respell(text: Text, layout: TextLayout, data: Data) -> pd.DataFrame:
     """Return a text table's cells, numbers with decimal points."""
     columns = [
-        column if name in _kept(data) else numerals.with_points(column, layout.decimal, layout.thousands)
+        column if name in _columns_to_keep(data) else numerals.with_points(column, layout.decimal, layout.thousands)
         for name, column in zip(text.names, text.table.columns, strict=True)
     ]
     frame: pd.DataFrame = pa.table(columns, names=text.names).to_pandas(split_blocks=True, self_destruct=True)

@@ -50,4 +50,6 @@ def factor(one: Sequence[float], other: Sequence[float]) -> float | None:
     sure = ratio >= _SURE * math.hypot(*errors)
     alike = max(halves) <= _QUARTILES * min(halves) and max(wide) <= _TENTHS * min(wide)
     straight = np.abs(high - low - ratio).max() <= _BENT * max(wide)
-    return best if sure and alike and straight else None
+    if sure and alike and straight:
+        return best
+    return None

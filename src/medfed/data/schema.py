@@ -16,8 +16,8 @@ from medfed.core.checks import DataError, closest, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import mapping, units
 from medfed.data.doubts import fold, quotable
-from medfed.data.preprocess import Column, Encoding
-from medfed.data.tables import canonical
+from medfed.data.encoding import Column, Encoding
+from medfed.data.raw_columns import canonical
 from medfed.features import limit_columns
 from medfed.study import Data, Feature
 
@@ -27,14 +27,14 @@ _MANY = 5
 """Unknown cells of a column, from which on most of it is a coding of its own and no single new category."""
 
 
-def fitted(frame: pd.DataFrame, encoding: Encoding, data: Data) -> tuple[pd.DataFrame, Data]:
+def fit(frame: pd.DataFrame, encoding: Encoding, data: Data) -> tuple[pd.DataFrame, Data]:
     """Return new records under the study's names, their texts in its Unicode form, and what the study says of them.
 
     Raises DataError for every column that the model needs and the table lacks.
     """
     if not len(frame):
         raise DataError("the table to predict has no row; give it one record or more")
-    needed = _needed(encoding, data)
+    needed = _needed_columns(encoding, data)
     here = {_one_form(str(name)): name for name in frame.columns}
     found = {name: name if name in frame.columns else here.get(_one_form(name)) for name in needed}
     others = [str(name) for name in frame.columns if name not in found.values()]
@@ -46,7 +46,7 @@ def fitted(frame: pd.DataFrame, encoding: Encoding, data: Data) -> tuple[pd.Data
     return taken, replace(alone, dictionary=entries)
 
 
-def _needed(encoding: Encoding, data: Data) -> dict[str, str]:
+def _needed_columns(encoding: Encoding, data: Data) -> dict[str, str]:
     """Return the columns that the model is given or is counted from, each with the one that it is for, or ""."""
     made = {column: name for name, entry in data.dictionary.items() for column in limit_columns(name, entry)}
     needed = {made.get(column.name, column.name): "" for column in encoding.columns}
@@ -99,7 +99,7 @@ def hold(frame: pd.DataFrame, encoding: Encoding, data: Data, unseen: Unseen = "
             spelt = {_one_form(category): category for category in column.categories}
             text = pd.Series([spelt.get(_one_form(str(cell)), cell) for cell in text], text.index, dtype=object)
             held[column.name] = values.astype(object).where(~known, text)
-            refused += _unknown(column, text, known, unseen)
+            refused += _refuse_unknown(column, text, known, unseen)
     refuse(refused)
     return held
 
@@ -114,7 +114,7 @@ def _no_numbers(column: Column, text: pd.Series, which: np.ndarray) -> Iterator[
     yield Refusal(DataError(f"{where}; {hint}"))
 
 
-def _unknown(column: Column, text: pd.Series, known: np.ndarray, unseen: Unseen) -> Iterator[Refusal]:
+def _refuse_unknown(column: Column, text: pd.Series, known: np.ndarray, unseen: Unseen) -> Iterator[Refusal]:
     strange = known & ~text.isin(column.categories).to_numpy(dtype=bool)
     if not strange.any():
         return

@@ -93,10 +93,10 @@ def sha256(text: str) -> str:
 
 def load(study: Study) -> dict[str, SiteMap]:
     """Return the map of each site that has one. Raises StudyError for all keys of all maps that cannot be used."""
-    return _parsed(texts(study), study)
+    return _parse_all(texts(study), study)
 
 
-def _parsed(read: Mapping[str, str], study: Study) -> dict[str, SiteMap]:
+def _parse_all(read: Mapping[str, str], study: Study) -> dict[str, SiteMap]:
     found: dict[str, SiteMap] = {}
     refusals: list[Refusal] = []
     for site, text in read.items():
@@ -127,12 +127,12 @@ def parse(text: str, name: str) -> tuple[SiteMap, list[Refusal]]:
     return read, told
 
 
-def completed(data: Data, study: Study) -> Data:
+def complete(data: Data, study: Study) -> Data:
     """Return a data table that says which maps it goes by, and what they declare absent."""
     if not data.site_maps:
         return data
     read, absent = texts(study), {**data.absent}
-    for site, one in _parsed(read, study).items():
+    for site, one in _parse_all(read, study).items():
         if one.absent:
             absent[site] = tuple(dict.fromkeys((*absent.get(site, ()), *one.absent)))
     digests = {site: sha256(text) for site, text in read.items()}
@@ -184,18 +184,18 @@ def apply(frame: pd.DataFrame, maps: Maps, data: Data, site: pd.Series | None, p
     if site is None or not (maps or data.absent):
         return frame
     faults: list[Fault] = []
-    frame = _renamed(frame, maps, site, faults)
+    frame = _rename_columns(frame, maps, site, faults)
     for name, one in maps.items():
         rows_N = (site == name).to_numpy(dtype=bool)
         for column, entry in one.columns.items():
             frame = _put(frame, column, rows_N, _cells(frame.loc[rows_N, column], column, entry, data, rows_N, faults))
     for name, columns_ in data.absent.items():
-        frame = _emptied(frame, columns_, (site == name).to_numpy(dtype=bool), data, faults)
+        frame = _empty_absent(frame, columns_, (site == name).to_numpy(dtype=bool), data, faults)
     mapping.settle(faults, frame, private, site, data.patient)
     return frame
 
 
-def _renamed(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Fault]) -> pd.DataFrame:
+def _rename_columns(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Fault]) -> pd.DataFrame:
     new = columns([str(name) for name in frame.columns], maps)
     moved: dict[str, np.ndarray] = {}
     claimed = {old: np.zeros(len(frame), dtype=bool) for one in maps.values() for old in one.rename}
@@ -211,11 +211,11 @@ def _renamed(frame: pd.DataFrame, maps: Maps, site: pd.Series, faults: list[Faul
             if values is None:
                 values = _objects(frame[to]) if to in frame.columns else np.full(len(frame), None, dtype=object)
             if to in frame.columns and to not in one.rename:
-                both = rows_N & _known(frame[to]) & _known(frame[old])
+                both = rows_N & _is_known(frame[to]) & _is_known(frame[old])
                 _fault(faults, to, both, f"a value, and one in {old!r} too, which the map renames to it", "Empty one")
             moved[to] = np.where(rows_N, _objects(frame[old]), values)
     for old, rows_N in claimed.items():
-        left_N = ~rows_N & _known(frame[old])
+        left_N = ~rows_N & _is_known(frame[old])
         if old not in new:  # else it is another site's name for something
             action = f'Rename it in that site\'s map too: [rename] {toml.key(old)} = "NAME", or "" to leave it out'
             _fault(faults, old, left_N, "a value in a column that another site's map renames", action)
@@ -234,7 +234,7 @@ def _objects(values: pd.Series) -> np.ndarray:
     return values.to_numpy(dtype=object)
 
 
-def _known(values: pd.Series) -> np.ndarray:
+def _is_known(values: pd.Series) -> np.ndarray:
     known: np.ndarray = (values.notna() & (values.astype(str).str.strip() != "")).to_numpy(dtype=bool)
     return known
 
@@ -257,10 +257,10 @@ def _cells(
     """Return a site's cells of a column as the study expects them [n of the site]."""
     feature = data.dictionary.get(name, Feature())
     absent = {*data.missing_values, *feature.missing}
-    code_N, text_U = mapping.different(values)
+    code_N, text_U = mapping.find_different(values)
     if entry.decimal == ",":
-        text_U = [pointed(text) for text in text_U]
-    text_U = mapping.recoded(text_U, entry.recode, set(entry.missing))
+        text_U = [set_point(text) for text in text_U]
+    text_U = mapping.recode(text_U, entry.recode, set(entry.missing))
     if entry.suffix:
         sign = "," if "," in (entry.decimal, data.format.decimal) else "."
         text_U = [mapping.without_suffix(text, entry.suffix, sign) for text in text_U]
@@ -271,13 +271,13 @@ def _cells(
         _fault(faults, name, which_N, f"no date of the form {entry.date}", "Correct the cells, or the map's date")
     if (entry.factor, entry.offset) != (1.0, 0.0):
         known = [None if text in absent else text for text in text_U]
-        changed = mapping.converted(known, entry.factor, entry.offset, absent)
+        changed = mapping.convert(known, entry.factor, entry.offset, absent)
         text_U = [text if new is None else new for text, new in zip(text_U, changed, strict=True)]
     found: np.ndarray = np.array([*text_U], dtype=object)[code_N]
     return found
 
 
-def pointed(text: str | None) -> str | None:
+def set_point(text: str | None) -> str | None:
     """Return a number with a decimal comma as one with a point: "1.234,5" as "1234.5"; any other text as it is."""
     if text is None:
         return None
@@ -299,10 +299,10 @@ def _dates(text_U: Texts, form: str, wanted: str, absent: set[str]) -> tuple[Tex
     known = [None if text in absent else text for text in text_U]
     moment_U = dates.read(known, form)
     bad_U = np.isnat(moment_U) & np.array([text is not None for text in known], dtype=bool)
-    return dates.written(moment_U, wanted), bad_U
+    return dates.write(moment_U, wanted), bad_U
 
 
-def _emptied(
+def _empty_absent(
     frame: pd.DataFrame, names: Sequence[str], rows_N: np.ndarray, data: Data, faults: list[Fault]
 ) -> pd.DataFrame:
     """Return a table in which a site lacks what it declares absent; a value there all the same is told."""

@@ -24,7 +24,7 @@ import pyarrow.csv as pacsv
 from medfed.core.checks import DataError, some
 from medfed.data import layout as layouts
 from medfed.data import numerals
-from medfed.data.layout import Layout, names_of
+from medfed.data.layout import TextLayout, names_of
 from medfed.study import Format
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows
@@ -40,7 +40,7 @@ class Text:
     table: pa.Table
     names: list[str]
     row_N: pd.Index
-    layout: Layout
+    layout: TextLayout
 
 
 def names(path: Path, format: Format, where: str) -> list[str]:
@@ -52,17 +52,17 @@ def read(path: Path, format: Format, where: str) -> Text:
     """Read a text table; raise DataError, by row, for what is none."""
     layout, header = layouts.guess(path, format, where)
     try:
-        table = _parsed(path, format, layout, len(header))
+        table = _parse(path, format, layout, len(header))
     except pa.ArrowInvalid as error:
         if "UTF8" in str(error):
             layout, header = _foreign(path, format, where)
         elif layout.footer or not (layout := _with_footer(path, format, layout, len(header), where)).footer:
             raise
-        table = _parsed(path, format, layout, len(header))
-    return _checked(table, header, layout, where)
+        table = _parse(path, format, layout, len(header))
+    return _check(table, header, layout, where)
 
 
-def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int = _BLOCK) -> pa.Table:
+def _parse(path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK) -> pa.Table:
     """Return the columns below the header as texts; a blank line is a row of empty cells."""
     columns = [str(place) for place in range(width)]
     reading = pacsv.ReadOptions(
@@ -76,7 +76,7 @@ def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int =
         delimiter=layout.separator, newlines_in_values=_may_quote(path), ignore_empty_lines=False
     )
     texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False)
-    file = _without_footer(path, format, layout) if layout.footer else layouts.opened(path, format)
+    file = _without_footer(path, format, layout) if layout.footer else layouts.open_bytes(path, format)
     with file:
         try:
             return pacsv.read_csv(file, reading, parsing, texts)
@@ -85,7 +85,7 @@ def _parsed(path: Path, format: Format, layout: Layout, width: int, block: int =
                 return pa.table({name: pa.array([], pa.large_string()) for name in columns})
             if "straddling" not in str(error) or block >= _LARGEST_BLOCK:
                 raise
-    return _parsed(path, format, layout, width, block * 16)
+    return _parse(path, format, layout, width, block * 16)
 
 
 def _may_quote(path: Path) -> bool:
@@ -96,16 +96,16 @@ def _may_quote(path: Path) -> bool:
         return content.find(b'"') >= 0
 
 
-def _without_footer(path: Path, format: Format, layout: Layout) -> IO[bytes]:
+def _without_footer(path: Path, format: Format, layout: TextLayout) -> IO[bytes]:
     """Return the lines from the header to the last record, in UTF-8."""
     with layouts.text_of(path, format, layout) as text:
         kept = layouts.without_last(itertools.islice(text, layout.skip, None), layout.footer)
         return io.BytesIO("".join(kept).encode())
 
 
-def _foreign(path: Path, format: Format, where: str) -> tuple[Layout, list[str]]:
+def _foreign(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
     """Return the layout of a file whose first megabyte alone is UTF-8."""
-    with layouts.opened(path, format) as file:
+    with layouts.open_bytes(path, format) as file:
         strange = [line for line in _byte_lines(file) if not line.isascii()]
     encoding, why = layouts.western(strange, where)
     layout, header = layouts.guess(path, format, where, encoding)
@@ -121,7 +121,7 @@ def _byte_lines(file: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def _with_footer(path: Path, format: Format, layout: Layout, width: int, where: str) -> Layout:
+def _with_footer(path: Path, format: Format, layout: TextLayout, width: int, where: str) -> TextLayout:
     """Return the layout with the lines that stand, after a blank one, below the last record: a footer.
 
     Raises DataError for other rows that have more or fewer fields than the header.
@@ -143,7 +143,7 @@ def _with_footer(path: Path, format: Format, layout: Layout, width: int, where: 
     raise DataError(_misfits(odd, fits, width, where))
 
 
-def _rows(path: Path, format: Format, layout: Layout) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, format: Format, layout: TextLayout) -> Iterator[tuple[int, list[str]]]:
     """Yield each row below the header with its number."""
     with layouts.text_of(path, format, layout, "replace") as text:
         reader = csv.reader(itertools.islice(text, layout.skip, None), delimiter=layout.separator)
@@ -175,7 +175,7 @@ def _misfits(odd: Mapping[int, int], fits: int, width: int, where: str) -> str:
 # what is no record -------------------------------------------------------------------------------------------------
 
 
-def _checked(table: pa.Table, header: Sequence[str], layout: Layout, where: str) -> Text:
+def _check(table: pa.Table, header: Sequence[str], layout: TextLayout, where: str) -> Text:
     """Return a table without blank lines and unnamed last columns, in one Unicode form.
 
     Raises DataError for a filled cell without a name above it, a header that stands among the records, and a cell that

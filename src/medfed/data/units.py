@@ -56,7 +56,7 @@ def units() -> Mapping[str, Unit]:
 
 
 @cache
-def spelt() -> Mapping[str, tuple[Unit, ...]]:
+def units_by_spelling() -> Mapping[str, tuple[Unit, ...]]:
     """Return the units that a spelling may mean, by its `key`: lpm is litres or beats a minute."""
     found: dict[str, tuple[Unit, ...]] = {}
     more = facts("units.toml")["spellings"]
@@ -95,7 +95,9 @@ def apart(texts: Iterable[str]) -> list[list[str]]:
     """
     found: list[tuple[set[object], list[str]]] = []
     for text in texts:
-        meant: set[object] = {(unit.kind, unit.scale) for unit in spelt().get(key(text), ())} or {key(text) or text}
+        meant: set[object] = {(unit.kind, unit.scale) for unit in units_by_spelling().get(key(text), ())} or {
+            key(text) or text
+        }
         both = next((pair for pair in found if pair[0] & meant), None)
         if both is None:
             found.append((meant, [text]))
@@ -115,7 +117,7 @@ def _end(name: str) -> str:
     """Return the unit that a name ends in; "" for none."""
     parts = words(name)
     ends = ("".join(parts[start:]) for start in range(1, len(parts)))
-    return next((end for end in ends if end in spelt()), "")
+    return next((end for end in ends if end in units_by_spelling()), "")
 
 
 def words(text: str) -> list[str]:

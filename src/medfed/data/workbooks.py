@@ -53,13 +53,13 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
     name = _sheet_name(book, format, where, private)
     rows = list(_rows(book.get_sheet_by_name(name), where, private))
     rows = rows[_above(rows, format, private) :]
-    if not rows or not _filled(rows[0][1]):
+    if not rows or not _count_filled(rows[0][1]):
         raise DataError(f"{where}, sheet {name!r} has no header; name its columns in the first row")
     if not private:
         rows = _without_empty_columns(rows)
     (_, header), *records = rows
     names = names_of([_text(cell) for cell in header], where)
-    records = _without_footer([row for row in records if _filled(row[1])], format, private, len(names))
+    records = _without_footer([row for row in records if _count_filled(row[1])], format, private, len(names))
     texts = [[_text(cell) for cell in cells] for _, cells in records]
     numbers = [number for number, _ in records]
     if not private:
@@ -74,7 +74,7 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
     )
     if patient in names:
         _refuse_rounded(records, names.index(patient), patient, where, private)
-    return numerals.respelt(frame, numerals.one_form)
+    return numerals.respell(frame, numerals.one_form)
 
 
 def has_labels(path: Path) -> bool:
@@ -113,7 +113,7 @@ def _rows(sheet: CalamineSheet, where: str, private: bool) -> Iterator[Row]:
                 raise DataError(f"{where}: a cell in row {number} cannot be read ({error}); correct it") from error
 
 
-def _filled(cells: Sequence[Any]) -> int:
+def _count_filled(cells: Sequence[Any]) -> int:
     return sum(cell != "" for cell in cells)
 
 
@@ -121,9 +121,9 @@ def _above(rows: Sequence[Row], format: Format, private: bool) -> int:
     """Return how many rows stand above the header: declared, or until one holds more than a title."""
     if format.skip >= 0 or private:
         return max(0, format.skip)
-    most = max((_filled(cells) for _, cells in rows), default=0)
+    most = max((_count_filled(cells) for _, cells in rows), default=0)
     least = 2 if most > 2 else 1
-    return next((place for place, (_, cells) in enumerate(rows) if _filled(cells) >= least), 0)
+    return next((place for place, (_, cells) in enumerate(rows) if _count_filled(cells) >= least), 0)
 
 
 def _without_empty_columns(rows: Sequence[Row]) -> list[Row]:
@@ -137,8 +137,10 @@ def _without_footer(records: list[Row], format: Format, private: bool, width: in
     if format.footer >= 0 or private:
         return records[: len(records) - max(0, format.footer)]
     last = next((p for p in range(len(records) - 1, 0, -1) if records[p][0] > records[p - 1][0] + 1), 0)
-    footer = last and width > 2 and all(_filled(cells) == 1 for _, cells in records[last:])
-    return records[:last] if footer else records
+    footer = last and width > 2 and all(_count_filled(cells) == 1 for _, cells in records[last:])
+    if footer:
+        return records[:last]
+    return records
 
 
 def _check(records: Sequence[Row], names: Sequence[str], texts: Sequence[Sequence[str]], where: str) -> None:
@@ -174,10 +176,14 @@ def _refuse_rounded(records: Sequence[Row], place: int, patient: str, where: str
 def _text(cell: Any) -> str:
     """Return what a csv of the sheet would hold."""
     if isinstance(cell, float):
-        return str(int(cell)) if cell.is_integer() and abs(cell) < _EXACT else repr(cell)
+        if cell.is_integer() and abs(cell) < _EXACT:
+            return str(int(cell))
+        return repr(cell)
     if isinstance(cell, datetime.datetime):
         midnight = cell.time() == datetime.time()
-        return cell.date().isoformat() if midnight else cell.isoformat(sep=" ")
+        if midnight:
+            return cell.date().isoformat()
+        return cell.isoformat(sep=" ")
     if isinstance(cell, datetime.date):
         return cell.isoformat()
     return str(cell)

@@ -13,17 +13,27 @@ O orders, N patients.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medfed.core.checks import PlanError, nearest
-from medfed.core.types import JSON
+from medfed.privacy.privacy_events import (
+    Event,
+    Gaussian,
+    Laplace,
+    Leaf,
+    PoissonGaussian,
+    RandomisedResponse,
+    TruncatedPoissonGaussian,
+    capped,
+    leaves_of,
+)
 
 Accountant = Literal["rdp", "gdp", "pld"]
 Floats: TypeAlias = NDArray[np.float64]
@@ -40,185 +50,6 @@ ORDERS_VERSION = 1
 
 _ORDERS = np.array(ORDERS)
 
-# Events ---------------------------------------------------------------------------------------------------------------
-
-_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "a finite number above 0")
-_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "noise_multiplier": _POSITIVE,
-    "scale_over_sensitivity": _POSITIVE,
-    "epsilon": _POSITIVE,
-    "probability": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
-    "count": (lambda x: x >= 1, "an integer of at least 1"),
-    "population": (lambda x: x >= 1, "an integer of at least 1"),
-    "cap": (lambda x: x >= 1, "an integer of at least 1"),
-    "categories": (lambda x: x >= 2, "an integer of at least 2"),
-}
-
-
-class _Checked:
-    """Refuses, by PlanError, a field that is no number, not finite or out of bounds."""
-
-    kind: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for field in fields(cast(Any, self)):
-            value, (inside, expected) = getattr(self, field.name), _BOUNDS[field.name]
-            numbers = (int, float) if field.type is float else (int,)
-            if isinstance(value, bool) or not isinstance(value, numbers) or not inside(value):
-                raise PlanError(f"{self.kind}: {field.name}={value!r}; expected {expected}. Correct the event.")
-
-
-@dataclass(frozen=True)
-class Gaussian(_Checked):
-    """`count` sums over all patients, each with noise of standard deviation noise_multiplier times sensitivity."""
-
-    kind = "gaussian"
-    noise_multiplier: float
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class PoissonGaussian(_Checked):
-    """`count` noised sums, each over patients who each took part by a coin of their own, unseen by the adversary."""
-
-    kind = "poisson_gaussian"
-    probability: float
-    noise_multiplier: float
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class TruncatedPoissonGaussian(_Checked):
-    """Poisson sampling from `population` patients where, above `cap`, a uniformly random subset of `cap` stays.
-
-    Ledgers of before hold it; nothing charges it any more. Ganesh 2025, arXiv:2508.15089, prices it by `population`,
-    which nobody can vouch for: with more patients than that it costs more. So it is counted as `capped` counts it, for
-    any population and any cap.
-    """
-
-    kind = "truncated_poisson_gaussian"
-    population: int
-    probability: float
-    cap: int
-    noise_multiplier: float
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class Laplace(_Checked):
-    """`count` numbers with Laplace noise of the given scale over their L1 sensitivity: epsilon = 1 / scale each."""
-
-    kind = "laplace"
-    scale_over_sensitivity: float
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class RandomisedResponse(_Checked):
-    """`count` answers, each true with probability e^epsilon / (e^epsilon + categories - 1), else any other alike.
-
-    Accounted between any two true answers, so it also covers a patient's absence where absence has an answer. With two
-    categories it costs at least as much as any other epsilon-DP release (Kairouz, Oh and Viswanath 2015).
-    """
-
-    kind = "randomised_response"
-    categories: int
-    epsilon: float
-    count: int = 1
-
-
-def capped(probability: float, noise_multiplier: float, count: int = 1) -> PoissonGaussian:
-    """Return the event of Poisson sampling with a cap, whatever the cap and however many patients there are.
-
-    Each patient is drawn by a coin below `probability`; of those drawn the `cap` lowest coins stay. Not Poisson: in a
-    full batch one patient's presence puts another out. Yet it costs no more than Poisson sampling with half the noise.
-    Proof, for neighbours with and without patient x, in units of the sensitivity:
-
-    1. Fix the other patients' coins. Without x the sum is some s, and the release N(s, z^2).
-    2. With x: unless x's coin is below q, the release is the same. If it is, then for each value of the coin x joins
-       (the sum moves by 1 at most), takes another's place (by 2), or stays out (by 0): N(s + d, z^2) with |d| <= 2.
-    3. The others' coins, and x's own where it is below q, have the same law on both sides, and hockey-stick and Rényi
-       divergences are quasi-convex: no mixture is further apart than its worst pair, N(0, z^2) and
-       (1 - q) N(0, z^2) + q N(d, z^2). A smaller |d| is that pair for |d| = 2, shrunk and with noise added.
-    4. That pair is Poisson sampling with sensitivity 2, so with noise multiplier z / 2. Both orders are covered.
-
-    Neither the cap nor the number of patients occurs in it. Where a cap never binds, plain Poisson sampling would do;
-    but that it never binds is a statement about the true number of patients, which no accountant may trust.
-    """
-    return PoissonGaussian(probability, noise_multiplier / 2, count)
-
-
-Leaf: TypeAlias = Gaussian | PoissonGaussian | TruncatedPoissonGaussian | Laplace | RandomisedResponse
-
-
-@dataclass(frozen=True)
-class Composed:
-    """Several events about the same patient, in any order; nested ones are flattened."""
-
-    kind: ClassVar[str] = "composed"
-    events: tuple["Event", ...]
-
-    def __post_init__(self) -> None:
-        leaves = tuple(leaf for event in self.events for leaf in _leaves(event))
-        if not leaves:
-            raise PlanError("composed: events=(); expected at least one event. Leave out what releases nothing.")
-        object.__setattr__(self, "events", leaves)
-
-
-Event: TypeAlias = Leaf | Composed
-
-_KINDS: dict[str, type[Leaf]] = {leaf.kind: leaf for leaf in get_args(Leaf)}
-_REFUSED = dict.fromkeys(
-    ("shuffled", "fixed_size"),
-    "no amplification by sampling is proved for the batches of this law under add/remove adjacency; accounted as "
-    "Poisson, one epoch at q=0.001, sigma=0.8 would read epsilon=0.468 where only 6.31 is safe (arXiv:2403.17673, "
-    "2411.04205). Draw Poisson batches, or account each step as gaussian",
-)
-
-
-def to_json(event: Event) -> JSON:
-    """Return an event as {"kind": ..., its fields}; `from_json` reads it back."""
-    if isinstance(event, Composed):
-        return {"kind": event.kind, "events": [to_json(leaf) for leaf in event.events]}
-    return {"kind": event.kind, **asdict(event)}
-
-
-def from_json(data: Mapping[str, object]) -> Event:
-    """Return the event that `data` describes; raise PlanError for an unknown kind, a field too many or out of bounds.
-
-    Shuffled and fixed-size batches are refused with the reason: they have no event here.
-    """
-    match data:
-        case {"kind": Composed.kind, "events": [*parts], **rest} if not rest:
-            return Composed(tuple(_leaf_from_json(part) for part in parts))
-        case {"kind": Composed.kind}:
-            raise PlanError(f"composed: fields {sorted(data)}; expected events, a list. Correct the event.")
-    return _leaf_from_json(data)
-
-
-def _leaf_from_json(data: object) -> Leaf:
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    if not isinstance(data, Mapping) or not isinstance(kind, str) or kind == Composed.kind:
-        raise PlanError(
-            f"event={data!r}; expected a table with a kind, none nested. Read it from where it was written."
-        )
-    if kind in _REFUSED:
-        raise PlanError(f"kind={kind!r}: {_REFUSED[kind]}.")
-    if kind not in _KINDS:
-        raise PlanError(f"kind={kind!r} is no event that can be accounted; {nearest(kind, _KINDS)}")
-    values, wanted = {k: v for k, v in data.items() if k != "kind"}, [field.name for field in fields(_KINDS[kind])]
-    if set(values) != set(wanted):
-        raise PlanError(f"{kind}: fields {sorted(map(str, values))}; expected {wanted}. Correct the event.")
-    return _KINDS[kind](**values)
-
-
-def _leaves(event: Event) -> tuple[Leaf, ...]:
-    if isinstance(event, Composed):
-        return cast(tuple[Leaf, ...], event.events)
-    if not isinstance(event, get_args(Leaf)):
-        raise PlanError(f"event={event!r} is unknown; expected one of {', '.join(_KINDS)}. Describe it by these.")
-    return (event,)
-
 
 # Rényi divergences ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +63,7 @@ def rdp(event: Event) -> Floats:
 
 
 def _rdp(event: Event, orders: tuple[float, ...]) -> Floats:
-    return sum((leaf.count * _once(replace(leaf, count=1), orders) for leaf in _leaves(event)), np.zeros(len(orders)))
+    return sum((leaf.count * _once(replace(leaf, count=1), orders) for leaf in leaves_of(event)), np.zeros(len(orders)))
 
 
 @lru_cache(maxsize=4096)
@@ -248,7 +79,7 @@ def _once(leaf: Leaf, orders: tuple[float, ...]) -> Floats:
             event = dp.RandomizedResponseDpEvent(_blur(categories, epsilon), categories)
             return _engine(event, orders, adjacency="REPLACE_ONE")
         case PoissonGaussian(q, z):
-            return _sampled(q, z, orders)
+            return _price_sampled(q, z, orders)
         case TruncatedPoissonGaussian(_, q, _, z):
             return _once(capped(q, z), orders)
 
@@ -266,7 +97,7 @@ def _blur(categories: int, epsilon: float) -> float:
     return categories / (math.exp(epsilon) + categories - 1)
 
 
-def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
+def _price_sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
     """Return the divergences of one Poisson-sampled Gaussian (Mironov, Talwar and Zhang 2019)."""
     import dp_accounting as dp
 
@@ -282,7 +113,7 @@ def _sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """dp-accounting warns of every order whose series does not converge; `_sampled` needs none of them."""
+    """dp-accounting warns of every order whose series does not converge; `_price_sampled` needs none of them."""
     from absl import logging
 
     before = logging.get_verbosity()
@@ -339,7 +170,13 @@ def budget_rdp(epsilon: float, delta: float) -> Floats:
 
 
 def fits(spent_rdp: Floats, event_rdp: Floats, epsilon: float, delta: float) -> bool:
-    """Say whether an event [O] may follow what was spent: [O] by one patient, or [N, O], where it must fit for all."""
+    """Say whether an event may follow what was spent, within (epsilon, delta) for ever.
+
+    Args:
+        spent_rdp: divergences at ORDERS of what was paid: [O] by one patient, or [N, O], where it must fit for all.
+        event_rdp: divergences [O] of the event.
+        epsilon, delta: the filter's target, which fixes its order.
+    """
     return bool((spent_rdp + event_rdp <= budget_rdp(epsilon, delta)).any(-1).all())
 
 
@@ -348,7 +185,9 @@ def left(spent_rdp: Floats, epsilon: float, delta: float) -> float:
     if epsilon == math.inf:
         return math.inf
     rho = float(np.max((budget_rdp(epsilon, delta) - spent_rdp) / _ORDERS))
-    return min(epsilon, epsilon_from_rdp(rho * _ORDERS, delta)) if rho > 0 else 0.0
+    if rho > 0:
+        return min(epsilon, epsilon_from_rdp(rho * _ORDERS, delta))
+    return 0.0
 
 
 # Gaussian differential privacy ----------------------------------------------------------------------------------------
@@ -361,7 +200,7 @@ def gdp_mu(event: Event) -> float | None:
     earlier answers: the sum against `budget_mu(...)**2` is a filter at no extra cost (Smith and Thakurta 2022,
     arXiv:2210.17520). That a filter is this one or `budget_rdp` must be settled before its first event.
     """
-    leaves = _leaves(event)
+    leaves = leaves_of(event)
     gaussians = [leaf for leaf in leaves if isinstance(leaf, Gaussian)]
     if len(gaussians) < len(leaves):
         return None
@@ -394,7 +233,10 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if gaussian_delta(sigma, middle) <= delta else (middle, high)
+        if gaussian_delta(sigma, middle) <= delta:
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -409,7 +251,7 @@ def pld_epsilon(event: Event, delta: float) -> float:
     Doroshenko et al. 2022 (connect the dots).
     """
     _check_target(delta=delta)
-    first, *rest = (_pld(leaf) for leaf in _leaves(event))
+    first, *rest = (_pld(leaf) for leaf in leaves_of(event))
     for other in rest:
         first = first.compose(other)
     return float(first.get_epsilon_for_delta(delta))
@@ -449,7 +291,7 @@ def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
             return gaussian_epsilon(1 / _mu(event), delta)
         case "pld":
             return pld_epsilon(event, delta)
-    raise _unknown(accountant)
+    raise _refuse_accountant(accountant)
 
 
 def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp") -> float:
@@ -468,7 +310,7 @@ def calibrate(event_of: Callable[[float], Event], epsilon: float, delta: float, 
     if accountant == "pld":  # from RDP's answer down in small steps: far too little noise would need a huge grid
         start = calibrate(event_of, epsilon, delta)
         return _smallest(lambda z: pld_epsilon(event_of(z), delta) <= epsilon, start, step=1.1)
-    raise _unknown(accountant)
+    raise _refuse_accountant(accountant)
 
 
 def _event_fits(spent_rdp: Floats, event: Event, epsilon: float, delta: float) -> bool:
@@ -494,7 +336,7 @@ def _mu(event: Event) -> float:
     return mu
 
 
-def _unknown(accountant: str) -> PlanError:
+def _refuse_accountant(accountant: str) -> PlanError:
     return PlanError(f"accountant={accountant!r}; {nearest(accountant, get_args(Accountant))}")
 
 
@@ -511,7 +353,10 @@ def _smallest(meets: Callable[[float], bool], start: float = 1.0, step: float = 
             raise PlanError("a noise multiplier of 1e-12 still meets the target; expected an event that depends on it.")
     while high > low * (1 + rtol):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if meets(middle) else (middle, high)
+        if meets(middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 

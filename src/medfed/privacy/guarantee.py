@@ -3,6 +3,9 @@
 A release is what one client's patients pay for: the noised sum of their clipped gradients, on an integer grid. Its
 sensitivity is asked here and nowhere else, so that noise, accountant and claim cannot disagree.
 
+Everywhere a value of `Guarantee` is called `guarantee`. Where that name would hide this module, what is needed of it
+is imported by name: `from medfed.privacy.guarantee import resolve`.
+
 P parameters, m declared training patients of a client, z noise multiplier (standard deviation over sensitivity).
 """
 
@@ -24,8 +27,8 @@ from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.features import open_columns
 from medfed.privacy import accounting, factorisation, quantiles
-from medfed.privacy.accounting import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost, worst_total_variation
+from medfed.privacy.privacy_events import Composed, Event, Gaussian, PoissonGaussian, capped
 from medfed.study import EPSILON, SIZE, Study
 
 GRID = 2.0**-16
@@ -127,6 +130,13 @@ class Guarantee:
         """Whether one noise is added to the sum of all sites."""
         return self.mode != "site"
 
+    @property
+    def covered_sites(self) -> int:
+        """At how many of a patient's sites one noise hides it: all of them if it is joint, else one."""
+        if self.joint:
+            return self.max_sites
+        return 1
+
     def numbers(self) -> int:
         """Return how many numbers a noised sum has: the gradient, and for adaptive clipping one count."""
         return self.parameters + (self.clipping == "adaptive")
@@ -134,7 +144,7 @@ class Guarantee:
     def sensitivity_units(self) -> float:
         """Return how far one patient can move the sum of a step, in grid units and L2 norm: clip, slack, rounding."""
         each = (1 + SLACK) / GRID + math.sqrt(self.parameters)
-        return each * (self.max_sites if self.joint else 1)
+        return each * self.covered_sites
 
     def run_sensitivity_units(self) -> float:
         """Return the same over a whole run of correlated noise; without correlation, of one step."""
@@ -145,8 +155,9 @@ class Guarantee:
 
     def sigma_units(self, client: str = "") -> float:
         """Return the standard deviation of the noise in grid units: of the joint noise, or of one site's."""
-        release = self.releases[client] if client else next(iter(self.releases.values()))
-        multiplier = release.noise_multiplier
+        if not client:
+            client = next(iter(self.releases))
+        multiplier = self.releases[client].noise_multiplier
         if self.clipping == "adaptive":  # part of the budget pays for the count
             multiplier /= math.sqrt(1 - 1 / (2 * COUNT_NOISE) ** 2)
         return multiplier * self.run_sensitivity_units()
@@ -164,26 +175,31 @@ class Guarantee:
 
         A patient moves the answer by `sensitivity`, in L2 norm, at each of its sites; joint noise covers all of them.
         """
-        return self.queries[label].noise_multiplier * sensitivity * (self.max_sites if self.joint else 1)
+        return self.queries[label].noise_multiplier * sensitivity * self.covered_sites
 
     def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
         """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`.
 
         None where that is nothing.
         """
-        events = [replaced(release.event(), uses * self.copies)] if uses else []
-        events += [replaced(self.query_event(label), n * self.copies) for label, n in sorted(asked.items()) if n]
-        return Composed(tuple(events)) if events else None
+        events: list[Event] = []
+        if uses:
+            events.append(repeat(release.event(), uses * self.copies))
+        for label, answers in sorted(asked.items()):
+            if answers:
+                events.append(repeat(self.query_event(label), answers * self.copies))
+        if not events:
+            return None
+        return Composed(tuple(events))
 
     def whole(self, client: str) -> Event:
         """Return what the whole plan costs a patient of a client at that client."""
-        rounds = replaced(self.releases[client].event(), self.uses)
-        beside = self._all_answers()
-        return Composed((rounds, *beside)) if beside else rounds
+        rounds = repeat(self.releases[client].event(), self.uses)
+        return _compose(rounds, self._all_answers())
 
     def _all_answers(self) -> tuple[Event, ...]:
         """Return what all answers to all queries cost a patient at one site."""
-        return tuple(replaced(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
+        return tuple(repeat(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
 
     def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
         """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
@@ -204,16 +220,26 @@ class Guarantee:
         It is n C / (sigma sqrt(P)): below 1 a single step is mostly noise, and only the mean over many steps learns.
         """
         release = self.releases[client]
-        counted = self.releases.values() if self.joint else (release,)
-        patients = sum(r.expected for r in counted) / (self.max_sites if self.joint else 1)
+        counted = [release]
+        if self.joint:
+            counted = list(self.releases.values())
+
+        patients = sum(one.expected for one in counted) / self.covered_sites
         return patients / (release.noise_multiplier * math.sqrt(self.parameters))
 
 
-def replaced(event: Event, times: int) -> Event:
+def repeat(event: Event, times: int) -> Event:
     """Return an event that happens `times` as often."""
     if isinstance(event, Composed):
-        return Composed(tuple(replaced(e, times) for e in event.events))
+        return Composed(tuple(repeat(e, times) for e in event.events))
     return replace(event, count=event.count * times)
+
+
+def _compose(rounds: Event, beside: tuple[Event, ...]) -> Event:
+    """Return what rounds cost, and what is asked beside them."""
+    if not beside:
+        return rounds
+    return Composed((rounds, *beside))
 
 
 def vote_noise(study: Study, epsilon: float, sites: int) -> float:
@@ -221,13 +247,26 @@ def vote_noise(study: Study, epsilon: float, sites: int) -> float:
     each = vote_multiplier(study, epsilon)
     if mode(study) != "site":
         each *= study.privacy.max_sites_per_patient
-    return each if counted_together(study) else each * math.sqrt(sites)
+    return _sum_over_sites(study, each, sites)
+
+
+def _sum_over_sites(study: Study, each: float, sites: int) -> float:
+    """Return the standard deviation of a sum's noise: `each` once if sites are counted together, else per site."""
+    if counted_together(study):
+        return each
+    return each * math.sqrt(sites)
+
+
+def _copies(study: Study) -> int:
+    """Return at how many sites a patient may pay separately."""
+    if mode(study) == "site":
+        return study.privacy.max_sites_per_patient
+    return 1
 
 
 def vote_multiplier(study: Study, epsilon: float) -> float:
     """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's sites."""
-    copies = study.privacy.max_sites_per_patient if mode(study) == "site" else 1
-    return _query_noise(copies, epsilon, study.privacy.delta)
+    return _query_noise(_copies(study), epsilon, study.privacy.delta)
 
 
 def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 0) -> float:
@@ -235,12 +274,14 @@ def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 
 
     For so many open columns and at such a price; by default those of the study.
     """
-    p, columns = study.privacy, columns or len(open_columns(study))
-    copies = p.max_sites_per_patient if mode(study) == "site" else 1
-    each = _query_noise(copies * quantiles.TIMES, epsilon or p.ranges_epsilon, p.delta) * ranges_sensitivity(columns)
+    privacy = study.privacy
+    columns = columns or len(open_columns(study))
+    price = epsilon or privacy.ranges_epsilon
+    multiplier = _query_noise(_copies(study) * quantiles.TIMES, price, privacy.delta)
+    each = multiplier * ranges_sensitivity(columns)
     if mode(study) != "site":
-        each *= p.max_sites_per_patient
-    return each if counted_together(study) else each * math.sqrt(sites)
+        each *= privacy.max_sites_per_patient
+    return _sum_over_sites(study, each, sites)
 
 
 def ranges_sensitivity(columns: int) -> float:
@@ -266,10 +307,13 @@ def counted_together(study: Study) -> bool:
     return mode(study) in ("shared", "central") and study.security.aggregation == "plain"
 
 
-def query_noise(found: Guarantee, label: str, sensitivity: float, numbers: int, key: int) -> np.ndarray:
-    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the stream `key`."""
-    sigma = found.query_sd(label, sensitivity)
-    if found.simulation_only:
+def query_noise(guarantee: Guarantee, label: str, sensitivity: float, numbers: int, key: int) -> np.ndarray:
+    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the stream `key`.
+
+    `label` names the query, whose answer one patient moves by `sensitivity` in L2 norm.
+    """
+    sigma = guarantee.query_sd(label, sensitivity)
+    if guarantee.simulation_only:
         return sigma * streams.normal(torch.tensor([key]), numbers)[0].numpy()
     return discrete_gaussian(sigma / GRID).sample(numbers, Entropy()) * GRID
 
@@ -277,32 +321,39 @@ def query_noise(found: Guarantee, label: str, sensitivity: float, numbers: int, 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
     """Return where noise is added; raise PlanError where epsilon, delta and noise do not go together."""
     refuse(unresolved(study))
-    p = study.privacy
-    if p.noise == "auto":
-        return "shared" if p.epsilon < math.inf else "none"
-    return p.noise
+    privacy = study.privacy
+    if privacy.noise != "auto":
+        return privacy.noise
+    if privacy.epsilon < math.inf:
+        return "shared"
+    return "none"
 
 
 def unresolved(study: Study) -> Iterator[Refusal]:
     """Yield why epsilon, delta and noise do not go together."""
-    p = study.privacy
-    bounded = p.epsilon < math.inf
-    if bounded != (p.delta < 1):
-        given, missing, example = ("epsilon", "delta", 1e-6) if bounded else ("delta", "epsilon", 1.0)
+    privacy = study.privacy
+    bounded = privacy.epsilon < math.inf
+    if bounded and privacy.delta >= 1:
         text = (
-            f"privacy.{given}={getattr(p, given):g} and no privacy.{missing}; a guarantee needs both. "
-            f"Set privacy.{missing}={example:g}."
+            f"privacy.epsilon={privacy.epsilon:g} and no privacy.delta; a guarantee needs both. "
+            "Set privacy.delta=1e-06."
         )
-        yield Refusal(PlanError(text), {("privacy", missing): example if bounded else EPSILON})
-    elif p.noise == "none" and bounded:
+        yield Refusal(PlanError(text), {("privacy", "delta"): 1e-6})
+
+    elif not bounded and privacy.delta < 1:
+        text = f"privacy.delta={privacy.delta:g} and no privacy.epsilon; a guarantee needs both. Set privacy.epsilon=1."
+        yield Refusal(PlanError(text), {("privacy", "epsilon"): EPSILON})
+
+    elif privacy.noise == "none" and bounded:
         text = (
-            f"privacy.noise='none' and privacy.epsilon={p.epsilon:g} do not compose: without noise no epsilon holds. "
-            "Set privacy.noise='shared', 'site' or 'central', or leave epsilon and delta out."
+            f"privacy.noise='none' and privacy.epsilon={privacy.epsilon:g} do not compose: without noise no epsilon "
+            "holds. Set privacy.noise='shared', 'site' or 'central', or leave epsilon and delta out."
         )
         yield Refusal(PlanError(text), {("privacy", "noise"): "shared"})
-    elif p.noise not in ("auto", "none") and not bounded:
+
+    elif privacy.noise not in ("auto", "none") and not bounded:
         text = (
-            f"privacy.noise={p.noise!r} and no privacy.epsilon; the noise follows from the target. "
+            f"privacy.noise={privacy.noise!r} and no privacy.epsilon; the noise follows from the target. "
             "Set privacy.epsilon=1.0 and privacy.delta=1e-6."
         )
         yield Refusal(PlanError(text), {("privacy", "epsilon"): EPSILON, ("privacy", "delta"): 1e-6})
@@ -351,7 +402,7 @@ def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
     yield Refusal(PlanError(text), {("privacy", "delta"): small})
 
 
-def declared(study: Study, site: str) -> int:
+def declared_size(study: Study, site: str) -> int:
     """Return the declared number of training patients of a site; raise PlanError where there is none."""
     if study.sites.kind == "device":
         return 1
@@ -374,54 +425,75 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     - a draw of sites gains nothing, as it is seen; only coins of patients do;
     - `simulation_only`: the same numbers, and nothing is claimed.
     """
-    p, t, where = study.privacy, study.training, mode(study)
+    privacy = study.privacy
+    where = mode(study)
     assert where != "none"
     refuse(large_delta(sum(sizes.values()), study))
+
+    # What is planned: how many rounds a client's patients pay for, and what each releases, its noise yet unknown.
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
-    planned = t.rounds + p.spare_rounds
+    planned = study.training.rounds + privacy.spare_rounds
     mean = sum(sizes.values()) / len(sizes)
     blank = {name: _release(study, size, where, mean) for name, size in sizes.items()}
-    strategy = tuple(factorisation.coefficients(planned, groups)) if p.correlated else ()
-    found = Guarantee(
+    strategy: tuple[float, ...] = ()
+    uses = -(-planned // groups)
+    if privacy.correlated:
+        strategy = tuple(factorisation.coefficients(planned, groups))
+        uses = 1  # a correlated run is one release
+    guarantee = Guarantee(
         mode=where,
-        epsilon=p.epsilon,
-        delta=p.delta,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
         delta_sampler=0.0,
         accountant=_accountant(study, blank),
         releases=blank,
-        uses=1 if strategy else -(-planned // groups),
-        copies=p.max_sites_per_patient if where == "site" else 1,
+        uses=uses,
+        copies=_copies(study),
         parameters=parameters,
-        clip=p.clip,
-        clipping=p.clipping,
-        max_sites=p.max_sites_per_patient,
-        simulation_only=p.simulation_only,
+        clip=privacy.clip,
+        clipping=privacy.clipping,
+        max_sites=privacy.max_sites_per_patient,
+        simulation_only=privacy.simulation_only,
         strategy=strategy,
         rounds=planned,
         separation=groups,
     )
-    steps = max(release.steps for release in blank.values())
-    samples = found.numbers() * steps * planned * found.copies
-    samples += found.copies * sum(one.numbers * one.times for one in queries_of(study).values())
-    samples *= 1 if study.security.aggregation == "plain" else max(3, len(sizes))  # who holds a part of each noise
-    if not p.simulation_only:
-        worst = worst_total_variation(2.0**20 * found.sensitivity_units())
-        found = replace(found, delta_sampler=delta_cost(worst, samples, p.epsilon))
-    if found.delta_sampler > p.delta / 2:
+
+    # The sampler's share: every number that is ever drawn may be a little off the ideal law.
+    samples = _count_samples(study, guarantee, clients=len(sizes))
+    if not privacy.simulation_only:
+        worst = worst_total_variation(2.0**20 * guarantee.sensitivity_units())
+        guarantee = replace(guarantee, delta_sampler=delta_cost(worst, samples, privacy.epsilon))
+    if guarantee.delta_sampler > privacy.delta / 2:
         raise PlanError(
-            f"privacy.delta={p.delta:g} with {samples:,} noise samples, whose sampler takes {found.delta_sampler:.2g} "
-            "of it; expected at most half. Lower training.rounds, the local steps or epsilon, or raise privacy.delta."
+            f"privacy.delta={privacy.delta:g} with {samples:,} noise samples, whose sampler takes "
+            f"{guarantee.delta_sampler:.2g} of it; expected at most half. Lower training.rounds, the local steps or "
+            "epsilon, or raise privacy.delta."
         )
-    delta = found.delta - found.delta_sampler
+
+    # Queries have their own price; the rounds get what these leave.
+    delta = guarantee.delta - guarantee.delta_sampler
     queries = {
-        label: replace(one, noise_multiplier=_query_noise(found.copies * one.times, one.epsilon, delta))
+        label: replace(one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta))
         for label, one in queries_of(study).items()
     }
-    found = replace(found, queries=queries)
-    noise = {name: _noise_for(found, release) for name, release in blank.items()}
-    if found.joint:  # one noise for all: the client that needs most decides
+    guarantee = replace(guarantee, queries=queries)
+    noise = {name: _noise_for(guarantee, release) for name, release in blank.items()}
+    if guarantee.joint:  # one noise for all: the client that needs most decides
         noise = dict.fromkeys(noise, max(noise.values()))
-    return replace(found, releases={n: replace(r, noise_multiplier=noise[n]) for n, r in blank.items()})
+    releases = {name: replace(release, noise_multiplier=noise[name]) for name, release in blank.items()}
+    return replace(guarantee, releases=releases)
+
+
+def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
+    """Return how many numbers the noise sampler draws for one patient over the whole plan, queries included."""
+    steps = max(release.steps for release in guarantee.releases.values())
+    samples = guarantee.numbers() * steps * guarantee.rounds * guarantee.copies
+    samples += guarantee.copies * sum(one.numbers * one.times for one in queries_of(study).values())
+
+    if study.security.aggregation != "plain":
+        samples *= max(3, clients)  # who holds a part of each noise
+    return samples
 
 
 def _release(study: Study, size: int, where: str, mean: float) -> Release:
@@ -430,31 +502,39 @@ def _release(study: Study, size: int, where: str, mean: float) -> Release:
     Under joint noise all patients are drawn alike, batch_size of them at a site of the mean size: where a small site
     drew more of its own, its patients would need more noise, and all sites would get it.
     """
-    t = study.training
-    probability = min(1.0, t.batch_size / (size if where == "site" else mean)) if t.batch_size else 1.0
-    steps = 1 if where != "site" else t.local_steps or t.local_epochs * max(1, round(1 / probability))
-    return Release(size, steps, probability, math.nan, study.privacy.batch_cap if probability < 1 else 0)
+    training = study.training
+    probability = 1.0
+    if training.batch_size:
+        drawn_from = size if where == "site" else mean
+        probability = min(1.0, training.batch_size / drawn_from)
+
+    steps = 1
+    if where == "site":
+        steps = training.local_steps or training.local_epochs * max(1, round(1 / probability))
+    cap = study.privacy.batch_cap if probability < 1 else 0
+    return Release(size, steps, probability, math.nan, cap)
 
 
-def _noise_for(found: Guarantee, release: Release) -> float:
+def _noise_for(guarantee: Guarantee, release: Release) -> float:
+    """Return the noise multiplier of a client's release at which its patients' whole plan meets the target."""
     alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)  # neither matters to what it costs
-    return _calibrated(
+    return _calibrate(
         alike,
-        found.uses * found.copies,
-        tuple(replaced(event, found.copies) for event in found._all_answers()),
-        found.epsilon,
-        found.delta - found.delta_sampler,
-        found.accountant,
+        guarantee.uses * guarantee.copies,
+        tuple(repeat(event, guarantee.copies) for event in guarantee._all_answers()),
+        guarantee.epsilon,
+        guarantee.delta - guarantee.delta_sampler,
+        guarantee.accountant,
     )
 
 
 @lru_cache(maxsize=4096)
-def _calibrated(
+def _calibrate(
     release: Release, times: int, beside: tuple[Event, ...], epsilon: float, delta: float, accountant: str
 ) -> float:
     def planned(noise_multiplier: float) -> Event:
-        rounds = replaced(replace(release, noise_multiplier=noise_multiplier).event(), times)
-        return Composed((rounds, *beside)) if beside else rounds
+        rounds = repeat(replace(release, noise_multiplier=noise_multiplier).event(), times)
+        return _compose(rounds, beside)
 
     try:
         return accounting.calibrate(planned, epsilon, delta, accountant)
@@ -469,14 +549,15 @@ def _calibrated(
 
 def queries_of(study: Study) -> dict[str, Query]:
     """Return what training patients are asked beside the gradient, by label; their noise is not known yet."""
-    p, found = study.privacy, dict[str, Query]()
+    privacy = study.privacy
+    queries: dict[str, Query] = {}
     if columns := len(open_columns(study)):
-        found["ranges"] = Query(p.ranges_epsilon, columns * max(quantiles.CELLS), quantiles.TIMES)
+        queries["ranges"] = Query(privacy.ranges_epsilon, columns * max(quantiles.CELLS), quantiles.TIMES)
     if study.rule().chosen:
-        found["threshold"] = Query(p.threshold_epsilon or p.epsilon / 4, 2 * CHOOSING_CELLS)
-    if p.vote_epsilon:
-        found["vote"] = Query(p.vote_epsilon, 1)
-    return found
+        queries["threshold"] = Query(privacy.threshold_epsilon or privacy.epsilon / 4, 2 * CHOOSING_CELLS)
+    if privacy.vote_epsilon:
+        queries["vote"] = Query(privacy.vote_epsilon, 1)
+    return queries
 
 
 @lru_cache(maxsize=256)
@@ -489,6 +570,9 @@ def _query_noise(copies: int, epsilon: float, delta: float) -> float:
 
 
 def _accountant(study: Study, releases: Mapping[str, Release]) -> str:
+    """Return the accountant that the study names; else the exact one where all that is released is Gaussian."""
     if study.privacy.accountant != "auto":
         return study.privacy.accountant
-    return "gdp" if all(release.probability == 1 for release in releases.values()) else "rdp"
+    if all(release.probability == 1 for release in releases.values()):
+        return "gdp"
+    return "rdp"

@@ -300,7 +300,9 @@ class _Coins:
                 v += 1
             magnitude, negative = (u + t * v) // s, self.below(2)
             if magnitude or not negative:  # else 0 would come twice
-                return -magnitude if negative else magnitude
+                if negative:
+                    return -magnitude
+                return magnitude
 
     def gaussian(self, variance: Fraction) -> int:
         """Return x with probability proportional to exp(-x^2 / 2 variance) (algorithm 3)."""

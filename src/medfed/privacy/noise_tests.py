@@ -76,7 +76,10 @@ def _by_loss_distribution(
         low, high = low / 1.5, low
     while high > low * 1.001:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+        if spent(middle) <= epsilon:
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -98,7 +101,7 @@ def strategy_norm(c_B: ArrayLike, rounds: int, separation: int) -> float:
     return math.sqrt(total)
 
 
-def whitened(noise_TP: Floats, c_B: ArrayLike) -> Floats:
+def whiten(noise_TP: Floats, c_B: ArrayLike) -> Floats:
     """Return what correlated noise was made from, C n: independent draws, up to a rounding of half a step."""
     fresh_TP = np.zeros_like(noise_TP)
     for lag, c in enumerate(np.asarray(c_B, np.float64)[: len(noise_TP)]):

@@ -65,7 +65,9 @@ def _magnitude(rng: np.random.Generator, shape: tuple[int, ...] = ()) -> NDArray
 
 def _size(rng: np.random.Generator) -> float:
     """Return 1, or any magnitude."""
-    return 1.0 if rng.random() < 0.5 else float(_magnitude(rng))
+    if rng.random() < 0.5:
+        return 1.0
+    return float(_magnitude(rng))
 
 
 def _several(rng: np.random.Generator, most: int) -> int:
@@ -80,10 +82,10 @@ def _neighbours(rng: np.random.Generator, features: int, most: int) -> Drawn:
     if rng.random() < 0.5:
         gap = gap * (np.arange(features) == rng.integers(features))
     x_F = np.where(rng.random(features) < 0.2, 0.0, x_F)
-    return np.stack([x_F, x_F + gap]), _opposed(rng, 2)
+    return np.stack([x_F, x_F + gap]), _oppose_targets(rng, 2)
 
 
-def _opposed(rng: np.random.Generator, records: int) -> NDArray[np.float64]:
+def _oppose_targets(rng: np.random.Generator, records: int) -> NDArray[np.float64]:
     """Targets that cancel: plus and minus one size."""
     size = _size(rng)
     signs: NDArray[np.float64] = np.where(np.arange(records) % 2, -size, size)
@@ -94,7 +96,7 @@ def _copies(rng: np.random.Generator, features: int, most: int) -> Drawn:
     """An even number of copies of one record, half with the opposite target."""
     records = 2 * int(rng.integers(1, most // 2 + 1))
     x_F = rng.standard_normal(features) * _size(rng)
-    return np.repeat(x_F[None], records, 0), _opposed(rng, records)
+    return np.repeat(x_F[None], records, 0), _oppose_targets(rng, records)
 
 
 def _one_size(rng: np.random.Generator, features: int, most: int) -> Drawn:
@@ -103,7 +105,7 @@ def _one_size(rng: np.random.Generator, features: int, most: int) -> Drawn:
     return rng.standard_normal((records, features)) * _magnitude(rng), rng.standard_normal(records) * _magnitude(rng)
 
 
-def _mixed(rng: np.random.Generator, features: int, most: int) -> Drawn:
+def _mix_magnitudes(rng: np.random.Generator, features: int, most: int) -> Drawn:
     """A magnitude of its own for every cell, or for every record."""
     records = _several(rng, most)
     shape = (records, features) if rng.random() < 0.5 else (records, 1)
@@ -123,6 +125,6 @@ _KINDS: dict[str, Callable[[np.random.Generator, int, int], Drawn]] = {
     "neighbours": _neighbours,
     "copies": _copies,
     "one size": _one_size,
-    "mixed": _mixed,
+    "mixed": _mix_magnitudes,
     "edges": _edges,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from medfed.core.checks import LedgerError
-from medfed.privacy.ledger import KEY, anchor_of
+from medfed.privacy.ledger_file import KEY, anchor_of
 from medfed.study import Study
 
 LEDGER = "ledger.sqlite"
@@ -22,7 +22,9 @@ def ledger_path(study: Study, folder: Path | None) -> Path | None:
     Raises LedgerError where the study names another folder than the operator, or one without a ledger.
     """
     if study.privacy.scope == "run":
-        return folder / LEDGER if folder else None
+        if folder:
+            return folder / LEDGER
+        return None
     mine = operators_folder()
     if not study.privacy.ledger:
         return (mine or _default()) / LEDGER
@@ -59,7 +61,9 @@ def operators_folder() -> Path | None:
     if (default := _data_folder()) is None:
         return None
     place = default / LEDGER
-    return default if any(p.exists() for p in (place, place.with_name(KEY), anchor_of(place))) else None
+    if any(p.exists() for p in (place, place.with_name(KEY), anchor_of(place))):
+        return default
+    return None
 
 
 def home() -> Path:
@@ -83,4 +87,6 @@ def _data_folder() -> Path | None:
         place = Path(platformdirs.user_data_dir("medfed"))
     except RuntimeError:
         return None
-    return place if place.is_absolute() else None
+    if place.is_absolute():
+        return place
+    return None

@@ -83,7 +83,7 @@ class Search:
             if first:
                 self.found[place] = _decades(count_C, self.sd, self._bar(_CHANCE), self._bar(_CHANCE_FAR))
             elif one.known > _ENOUGH * self.sd:
-                self.found[place] = _narrowed(one, count_C, edges[place], self.sd, last)
+                self.found[place] = _narrow(one, count_C, edges[place], self.sd, last)
         self.turn += 1
 
     def _bar(self, chance: float) -> float:
@@ -139,7 +139,7 @@ def _beside(cell: int) -> list[int]:
     return [other for other in (cell - 1, cell + 1, last - cell) if 0 <= other <= last]
 
 
-def _narrowed(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, last: bool) -> Range:
+def _narrow(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, last: bool) -> Range:
     """Return what is left of a range: between the cells of its outer quantiles, the last time between these."""
     level, width = _level(one.known, sd), float(edges[1] - edges[0])
     total = max(float(count_C.sum()), one.known / 2)

@@ -27,13 +27,13 @@ from numpy.typing import ArrayLike
 
 from medfed.core.checks import DataError, PlanError, nearest
 from medfed.core.entropy import Entropy
-from medfed.privacy.accounting import RandomisedResponse
 from medfed.privacy.mechanisms import (
     discrete_laplace,
     discrete_laplace_variance,
     randomised_response,
     randomised_response_frequencies,
 )
+from medfed.privacy.privacy_events import RandomisedResponse
 
 
 @dataclass(frozen=True)

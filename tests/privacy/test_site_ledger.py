@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from medfed.core.checks import BudgetError, LedgerError
-from medfed.privacy.account import Account
-from medfed.privacy.accounting import Gaussian, PoissonGaussian, from_json
-from medfed.privacy.budget import Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee, resolve
-from medfed.privacy.ledger import Ledger, Lifetime
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Lifetime
+from medfed.privacy.privacy_events import Gaussian, PoissonGaussian, from_json
+from medfed.privacy.run_meter import Metered, NoClaim
+from medfed.privacy.site_ledger import SiteLedger
 from medfed.study import Study, from_tables
 
 ROSTERS = {"north": [f"north-{i}" for i in range(90)], "south": [f"south-{i}" for i in range(40)]}
@@ -36,34 +37,34 @@ def _account(
     rosters: Mapping[str, list[str]] = ROSTERS,
     fresh: bool = True,
     **values: Any,
-) -> Account:
+) -> SiteLedger:
     """Return the account of a run that has enrolled its patients."""
     study = _study(**values)
-    account = Account(path, study)
+    account = SiteLedger(path, study)
     account.enrol(run, rosters, resolve(study, SIZES, 10), fresh)
     return account
 
 
-def _paid(account: Account) -> list[tuple[str, int]]:
+def _paid(account: SiteLedger) -> list[tuple[str, int]]:
     return [(str(row["site"]), int(str(row["round"]))) for row in account.ledger.rows() if row["label"] == "round"]
 
 
-def _pays(account: Account, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
+def _pays(account: SiteLedger, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
     """Pay for a round that goes well."""
     refused = account.pay(round, sites)
-    account.answered(site for site in sites if site not in refused)
+    account.note_answered(site for site in sites if site not in refused)
     return refused
 
 
-def _pays_test(account: Account, site: str, ids: list[str]) -> None:
+def _pays_test(account: SiteLedger, site: str, ids: list[str]) -> None:
     """Pay for a test that goes well; raise where that is refused."""
     refused = account.pay_tests({site: ids})
-    account.tested([site])
+    account.note_tested([site])
     if refused:
         raise refused[site]
 
 
-def _test_charges(account: Account, patient: str) -> int:
+def _test_charges(account: SiteLedger, patient: str) -> int:
     """Return how often a patient has paid for a test."""
     name = account.ledger.pseudonym(patient)
     rows = [row for row in account.ledger.rows() if row["label"] == "test"]
@@ -101,7 +102,7 @@ def test_the_whole_plan_is_paid_and_not_a_round_more() -> None:
     account = _account(privacy__spare_rounds=2)
     for number in range(1, 7):
         assert _pays(account, number) == {}
-    assert 0.999 < float(str(account.charged()["epsilon_all_runs"])) <= 1
+    assert 0.999 < float(str(account.report()["epsilon_all_runs"])) <= 1
     refused = _pays(account, 7)
     assert set(refused) == {"north", "south"}
     assert all("refused, and nothing was charged" in str(error) for error in refused.values())
@@ -122,10 +123,10 @@ def test_who_cannot_pay_is_refused_alone(tmp_path: Path) -> None:
 def test_what_failed_after_it_was_paid_is_not_paid_twice() -> None:
     account = _account()
     assert account.pay(1, ["north", "south"]) == {}
-    account.answered(["south"])  # north's work failed, and is tried again
+    account.note_answered(["south"])  # north's work failed, and is tried again
     assert account.pay(1, ["north"]) == {}
     assert _paid(account) == [("north", 1), ("south", 1)]
-    account.answered(["north"])
+    account.note_answered(["north"])
     assert _pays(account, 2) == {}
     assert _paid(account) == [("north", 1), ("south", 1), ("north", 2), ("south", 2)]
 
@@ -136,7 +137,7 @@ def test_a_correlated_run_is_paid_in_full_by_its_first_round() -> None:
     for number in range(1, 5):
         assert _pays(account, number) == {}
     assert _paid(account) == [("north", 1), ("south", 1)]
-    assert 0.999 < float(str(account.charged()["epsilon_all_runs"])) <= 1
+    assert 0.999 < float(str(account.report()["epsilon_all_runs"])) <= 1
 
 
 # patients of several sites ------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def test_a_pld_run_of_another_name_is_none_and_shares_the_plan(tmp_path: Path) -
     for account in (one, two):
         assert set(_pays(account, 3)) == {"north", "south"}
     assert set(two.pay_query("threshold", ["north", "south"])) == {"north", "south"}
-    for again in (one, Account(path, one.study)):  # in this process, and in a fresh one
+    for again in (one, SiteLedger(path, one.study)):  # in this process, and in a fresh one
         for fresh in (False, True):
             with pytest.raises(BudgetError, match="second run of study 's' on one ledger"):
                 again.enrol("r3", ROSTERS, resolve(one.study, SIZES, 10), fresh)
@@ -278,7 +279,7 @@ def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
     assert account.pay_query("threshold", ["north", "south"]) == {}
     assert account.pay_query("threshold", ["south"]) == {}  # its count failed, and is asked for again
-    account.answered_query("threshold", ["north", "south"])
+    account.note_query_answered("threshold", ["north", "south"])
     assert set(account.pay_query("threshold", ["north", "south"])) == {"north", "south"}
     _pays_test(account, "north", ["t1", "t2"])
     with pytest.raises(BudgetError, match=r"a plan of 1 \(test\)"):
@@ -286,7 +287,7 @@ def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
 
 
 def test_nobody_pays_before_the_run_has_enrolled_them() -> None:
-    account = Account(None, _study())
+    account = SiteLedger(None, _study())
     for pay in (partial(account.pay, 1), partial(account.pay_query, "threshold")):
         with pytest.raises(BudgetError, match="nobody is enrolled"):
             pay(["north"])
@@ -331,7 +332,7 @@ def test_a_first_study_may_leave_room_for_others(tmp_path: Path) -> None:
 def test_a_run_of_its_own_has_no_lifetime(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", privacy__scope="run")
     assert account.founded() is None and account.ledger.lifetime is None
-    assert account.charged()["lifetime"] is None
+    assert account.report()["lifetime"] is None
 
 
 def test_a_lifetime_is_not_charged_to_a_runs_ledger(tmp_path: Path) -> None:
@@ -390,7 +391,7 @@ def test_one_who_cannot_pay_stops_the_test_of_one_site(tmp_path: Path) -> None:
     Ledger.open(path, founding=Lifetime(0.7, 1e-5, operator="Ada")).close()
     spent = _account(path, fresh=False, privacy__evaluation_epsilon=0.3)
     while not spent.pay_tests({"south": ["s1"]}):
-        spent.tested(["south"])
+        spent.note_tested(["south"])
     account = _account(path, "r2", fresh=False, privacy__evaluation_epsilon=0.3, study__name="another")
     refused = account.pay_tests({"north": ["n1", "n2"], "south": ["s1", "s2", "s3"]})
     assert set(refused) == {"south"}
@@ -404,7 +405,7 @@ def test_who_has_paid_for_a_test_that_failed_does_not_pay_again() -> None:
     assert account.pay_tests(asked) == {}
     for site, ids in asked.items():  # the stack failed: the sites are asked one by one
         assert account.pay_tests({site: ids}) == {}
-        account.tested([site])
+        account.note_tested([site])
     assert len(account.ledger.rows()) == 2
     assert account.pay_tests(asked) == {}  # the next test
     assert len(account.ledger.rows()) == 4
@@ -424,7 +425,7 @@ def test_a_patient_of_a_site_whose_test_failed_pays_where_the_next_is_made() -> 
     asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
     for times in (1, 2, 3):
         assert account.pay_tests(asked) == {}
-        account.tested(["south"])  # north raised
+        account.note_tested(["south"])  # north raised
         assert _test_charges(account, "both") == times
 
 
@@ -432,7 +433,7 @@ def test_a_site_asked_alone_has_its_patient_of_two_sites_pay() -> None:
     account = _account(privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2)
     asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
     assert account.pay_tests(asked) == {}
-    account.tested(asked)
+    account.note_tested(asked)
     assert account.pay_tests({"south": asked["south"]}) == {}
     assert _test_charges(account, "both") == 2
 
@@ -451,9 +452,9 @@ def test_ids_are_never_in_the_file(tmp_path: Path) -> None:
 
 def test_the_head_that_is_told_is_the_ledgers(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite")
-    before = account.charged()["head"]
+    before = account.report()["head"]
     _pays(account, 1)
-    told = account.charged()
+    told = account.report()
     assert told["head"] != before
     with Ledger.open(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         assert ledger.head() == told["head"]
@@ -493,9 +494,9 @@ def test_the_claim_grows_to_the_target() -> None:
 def test_rounds_that_a_crash_lost_are_counted() -> None:
     budget, guarantee = _metered()
     budget.charge(1, ["north", "south"])
-    budget.found({"north": 3, "a stranger": 9})
+    budget.take_over({"north": 3, "a stranger": 9})
     assert budget.uses == {"north": 3, "south": 1}
-    budget.found({"north": 2})
+    budget.take_over({"north": 2})
     assert budget.uses["north"] == 3 and budget.claim()["epsilon"] == guarantee.cost({"north": 3})
     budget.charge(4, ["north"])
     with pytest.raises(BudgetError, match="round 5"):

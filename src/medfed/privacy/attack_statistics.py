@@ -109,7 +109,10 @@ def refuting_epsilon(correct: int, guesses: int, canaries: int, delta: float, co
         low, high = high, 2 * high
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if refutes(middle) else (low, middle)
+        if refutes(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
@@ -120,7 +123,9 @@ def correct_to_refute(
     _check(guesses, canaries, delta, confidence)
     counts = range(guesses + 1)
     least = bisect_left(counts, True, key=lambda c: p_value(c, epsilon, guesses, canaries, delta) <= 1 - confidence)
-    return least if least in counts else None
+    if least in counts:
+        return least
+    return None
 
 
 def guess(scores_M: np.ndarray, in_M: np.ndarray, guesses: int) -> tuple[int, int]:
@@ -190,7 +195,7 @@ def _check(guesses: int, canaries: int, delta: float, confidence: float) -> None
 # Linear reconstruction: which canaries are in a released sum
 
 
-class Evidence:
+class CoinEvidence:
     """What T releases tell of M coins b: the normal equations of residual_t = sum_i b_i gradient_ti + noise_t.
 
     A residual [P] is the released sum less the sum without canaries; gradients [M, P] are the clipped rows that the
@@ -249,7 +254,7 @@ def canary_scores(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.n
     """Return estimates [M] of b - 1/2, up to scale, from a residual [P] and gradients [M, P] of each round.
 
     Ridge regression of the residuals on the gradients: of linear estimates the nearest, where noise is white. See
-    `Evidence` for both arguments.
+    `CoinEvidence` for both arguments.
     """
     return _evidence(residual_TP, gradient_TMP).scores()
 
@@ -259,8 +264,8 @@ def canary_scores_common_noise(residual_TP: Iterable[np.ndarray], gradient_TMP: 
     return _evidence(residual_TP, gradient_TMP).scores_common_noise()
 
 
-def _evidence(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]) -> Evidence:
-    evidence = Evidence()
+def _evidence(residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]) -> CoinEvidence:
+    evidence = CoinEvidence()
     for residual_P, gradient_MP in zip(residual_TP, gradient_TMP, strict=True):
         evidence.add(residual_P, gradient_MP)
     return evidence
@@ -326,12 +331,12 @@ def lira_scores(
         raise ValueError("an example is in, or out of, fewer than 3 retrains; expected 3 of each. Retrain more often.")
     score_RM = score_RM - score_RM.mean(0)  # sums of squares stay small
     ratio_RM = _log_density(score_RM, member_RM, prior) - _log_density(score_RM, ~member_RM, prior)
-    return _pooled(ratio_RM, member_RM)
+    return _pool(ratio_RM, member_RM)
 
 
 def threshold_scores(score_RM: np.ndarray, in_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Score membership by the confidence alone (Yeom et al. 2018), pooled as by `lira_scores`."""
-    return _pooled(score_RM, np.asarray(in_RM, dtype=bool))
+    return _pool(score_RM, np.asarray(in_RM, dtype=bool))
 
 
 def tpr_at_fpr(
@@ -365,7 +370,9 @@ def tpr_at_fpr(
         members = np.cumsum(np.where(member_N, weight_N, 0))
         others = np.cumsum(np.where(member_N, 0, weight_N))
         passing = int(np.searchsorted(others[end_N], fpr * others[-1] * (1 + 1e-12), side="right"))
-        return float(members[end_N[passing - 1]] / members[-1]) if passing else 0.0
+        if passing:
+            return float(members[end_N[passing - 1]] / members[-1])
+        return 0.0
 
     rng = np.random.default_rng(seed)
     value = rate(np.ones(len(scores_N)))
@@ -399,8 +406,8 @@ def epsilon_from_rate(
 def _log_density(score_RM: np.ndarray, member_RM: np.ndarray, prior: float) -> np.ndarray:
     """Return each score's log density, less a constant, under the Gaussian of the other retrains in `member_RM`."""
     n_RM = member_RM.sum(0) - member_RM
-    mean_RM = _others(score_RM, member_RM) / n_RM
-    squares_RM = np.maximum(_others(score_RM**2, member_RM) - n_RM * mean_RM**2, 0)
+    mean_RM = _sum_others(score_RM, member_RM) / n_RM
+    squares_RM = np.maximum(_sum_others(score_RM**2, member_RM) - n_RM * mean_RM**2, 0)
     all_examples = squares_RM.sum() / (n_RM - 1).sum()
     own_RM = (n_RM - 1) / (n_RM - 1 + prior)
     variance_RM = own_RM * squares_RM / (n_RM - 1) + (1 - own_RM) * all_examples + _TINY
@@ -408,14 +415,14 @@ def _log_density(score_RM: np.ndarray, member_RM: np.ndarray, prior: float) -> n
     return density_RM
 
 
-def _others(value_RM: np.ndarray, member_RM: np.ndarray) -> np.ndarray:
+def _sum_others(value_RM: np.ndarray, member_RM: np.ndarray) -> np.ndarray:
     """Sum over the retrains in `member_RM`, each without itself."""
     value_RM = np.where(member_RM, value_RM, 0)
     others: np.ndarray = value_RM.sum(0) - value_RM
     return others
 
 
-def _pooled(score_RM: np.ndarray, member_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pool(score_RM: np.ndarray, member_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     retrains, examples = score_RM.shape
     return score_RM.ravel(), member_RM.ravel(), np.indices((retrains, examples)).reshape(2, -1).T
 

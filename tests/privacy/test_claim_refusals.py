@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medfed.core.checks import PlanError
 from medfed.objections import check
-from medfed.privacy import refusals
+from medfed.privacy import claim_refusals
 from medfed.study import Study, from_tables
 
 SOUND: dict[str, Any] = {
@@ -37,7 +37,7 @@ def _study(values: Mapping[str, Any]) -> Study:
 def _refusal(study: Study) -> str | None:
     """Return the text of the refusal, or None."""
     try:
-        refusals.check(study)
+        claim_refusals.check(study)
     except PlanError as error:
         return str(error)
     return None
@@ -331,12 +331,12 @@ def test_nobody_is_trained_on_here_and_tested_there(marks: dict[str, Any], accou
     both = {**marks, "privacy.max_sites_per_patient": 2, "privacy.accountant": accountant}
     with pytest.raises(PlanError, match=r"max_sites_per_patient=2 and data\.test"):
         check(_study(both))
-    told = [str(one.error) for one in refusals.found(_study({**both, "privacy.max_sites_per_patient": 1}))]
+    told = [str(one.error) for one in claim_refusals.find(_study({**both, "privacy.max_sites_per_patient": 1}))]
     assert not any("max_sites" in text for text in told)
 
 
 @pytest.mark.parametrize(("on", "refused"), [(["stay"], True), ([], False), (["id"], False), (["id", "stay"], False)])
 def test_tables_are_joined_by_the_patient(on: list[str], refused: bool) -> None:
     """The attack: one patient's row in the joined table bore another's number of stay, and emptied it."""
-    told = [str(one.error) for one in refusals.found(_study({"data.join": [{"table": "labs.csv", "on": on}]}))]
+    told = [str(one.error) for one in claim_refusals.find(_study({"data.join": [{"table": "labs.csv", "on": on}]}))]
     assert any("data.join[0].on" in text for text in told) == refused

@@ -13,7 +13,7 @@ from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
 from medfed.features import open_columns
-from medfed.privacy import accounting
+from medfed.privacy import accounting, privacy_events
 from medfed.privacy.guarantee import (
     counted_together,
     mode,
@@ -29,10 +29,10 @@ from medfed.study import RANGE, Data, Feature, Study, describe, described, is_pa
 
 def check(study: Study) -> None:
     """Raise PlanError for all in the study that breaks the guarantee it asks for."""
-    refuse(found(study))
+    refuse(find(study))
 
 
-def found(study: Study) -> Iterator[Refusal]:
+def find(study: Study) -> Iterator[Refusal]:
     """Yield what in the study breaks the guarantee it asks for."""
     where = mode(study)
     yield from _schedule(study, where)
@@ -50,96 +50,22 @@ PUBLIC_TEST = Ask(False, "true if held-out patients are declared public test dat
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
-    data, t, p = study.data, study.training, study.privacy
-    claim = f"privacy.epsilon={p.epsilon:g}"
-    if data.preprocess in ("robust", "standard"):
-        yield _refusal(
-            claim,
-            f"data.preprocess={data.preprocess!r}",
-            "centres and scales fitted on patients are released without noise",
-            "Set data.preprocess='dictionary' and declare public ranges in [data.dictionary].",
-            data__preprocess="dictionary",
-        )
-    if data.split == "stratified" and not data.test:
-        yield _refusal(
-            claim,
-            "data.split='stratified'",
-            "one patient's presence moves another between training and test",
-            "Set data.split='patient', or mark held-out rows in a column (data.test).",
-            data__split="patient",
-        )
-    if data.on_missing == "refuse":
-        yield _refusal(
-            claim,
-            "data.on_missing='refuse'",
-            "an error about a gap tells that some patient has one",
-            "Set data.on_missing='impute'.",
-            data__on_missing="impute",
-        )
-    if p.max_sites_per_patient > 1 and (data.test or data.test_from):
-        yield _refusal(
-            f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
-            f"data.test={data.test!r}" if data.test else f"data.test_from={data.test_from!r}",
-            "a patient may be trained on at one site and tested at another, outside what either pays for",
-            "Leave data.test and data.test_from out: by the hash a patient is on one side everywhere. Or attest "
-            "privacy.max_sites_per_patient=1.",
-            data__test="",
-            data__test_from="",
-        )
-    for number, join in enumerate(data.join):
-        if join.on and (not data.patient or data.patient not in join.on):
-            yield _refusal(
-                claim,
-                f"data.join[{number}].on={list(join.on)!r}",
-                "a row of one patient could be found by, or hide, another's",
-                f"Join by the patient: data.join[{number}].on = [{data.patient or 'PATIENT'!r}], and more beside.",
-            )
-    if data.on_outside == "refuse":
-        yield _refusal(
-            claim,
-            "data.on_outside='refuse'",
-            "an error about a value tells that some patient has it",
-            "Set data.on_outside='hold'.",
-            data__on_outside="hold",
-        )
+    """Yield what does not compose with the study's epsilon; `where` noise is added decides on some."""
+    data = study.data
+    privacy = study.privacy
+    claim = f"privacy.epsilon={privacy.epsilon:g}"
+
+    # What is read of patients, and what it may follow from.
+    yield from _reading(study, claim)
     yield from _undeclared(study, claim)
-    if p.ranges_epsilon and data.preprocess == "none":
-        yield _refusal(
-            f"privacy.ranges_epsilon={p.ranges_epsilon:g}",
-            "data.preprocess='none'",
-            "numbers are taken as they are, so that a range that is found would serve nothing",
-            "Set data.preprocess='dictionary'.",
-            data__preprocess="dictionary",
-        )
-    if not data.test_is_public and not p.evaluation_epsilon and study.monitor.evaluate_every:
-        yield _unpaid_test(study, claim)
-    if t.algorithm in ("local", "pooled"):
-        yield _refusal(
-            claim,
-            f"training.algorithm={t.algorithm!r}",
-            "it is a baseline, not a federation",
-            "Take fedavg, or leave the claim out.",
-            training__algorithm="fedavg",
-        )
-    if p.accountant == "pld" and p.scope == "study":
-        yield _refusal(
-            "privacy.accountant='pld'",
-            "privacy.scope='study'",
-            "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
-            "Set privacy.accountant='rdp', or scope='run' for public data.",
-            privacy__accountant="rdp",
-        )
-    if data.read_from_records and p.scope == "study":
-        yield _refusal(
-            claim,
-            "data.read_from_records=true with privacy.scope='study'",
-            "ranges, categories and sizes that were read off patients tell of them",
-            "Fill them in from what is publicly known and leave read_from_records out, or set privacy.scope='run' for "
-            "public data.",
-        )
-    if p.scope == "study" and not p.simulation_only:
+
+    # What is released of them besides training.
+    yield from _releases(study, claim)
+    if privacy.scope == "study" and not privacy.simulation_only:
         yield from _lifetime(data)
-    if p.clipping == "adaptive" and where == "site":
+
+    # Where noise is added, and whom it covers.
+    if privacy.clipping == "adaptive" and where == "site":
         yield _refusal(
             "privacy.clipping='adaptive'",
             "privacy.noise='site'",
@@ -150,11 +76,119 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
     if where != "site":
         yield from _places(study)
         yield from _one_step(study, where)
-    if p.evaluation_epsilon and not data.test_is_public:
+
+    # What held-out and training patients are asked beside it.
+    if privacy.evaluation_epsilon and not data.test_is_public:
         yield from _noised_test(study)
-    if p.vote_epsilon:
+    if privacy.vote_epsilon:
         yield from _vote(study)
     yield from _queries(study)
+
+
+def _reading(study: Study, claim: str) -> Iterator[Refusal]:
+    """Yield ways of reading a table that let one patient's rows show in others' rows, or in an error."""
+    data = study.data
+    p = study.privacy
+    if data.preprocess in ("robust", "standard"):
+        yield _refusal(
+            claim,
+            f"data.preprocess={data.preprocess!r}",
+            "centres and scales fitted on patients are released without noise",
+            "Set data.preprocess='dictionary' and declare public ranges in [data.dictionary].",
+            data__preprocess="dictionary",
+        )
+
+    if data.split == "stratified" and not data.test:
+        yield _refusal(
+            claim,
+            "data.split='stratified'",
+            "one patient's presence moves another between training and test",
+            "Set data.split='patient', or mark held-out rows in a column (data.test).",
+            data__split="patient",
+        )
+
+    if data.on_missing == "refuse":
+        yield _refusal(
+            claim,
+            "data.on_missing='refuse'",
+            "an error about a gap tells that some patient has one",
+            "Set data.on_missing='impute'.",
+            data__on_missing="impute",
+        )
+
+    if p.max_sites_per_patient > 1 and (data.test or data.test_from):
+        yield _refusal(
+            f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
+            f"data.test={data.test!r}" if data.test else f"data.test_from={data.test_from!r}",
+            "a patient may be trained on at one site and tested at another, outside what either pays for",
+            "Leave data.test and data.test_from out: by the hash a patient is on one side everywhere. Or attest "
+            "privacy.max_sites_per_patient=1.",
+            data__test="",
+            data__test_from="",
+        )
+
+    for number, join in enumerate(data.join):
+        if join.on and (not data.patient or data.patient not in join.on):
+            yield _refusal(
+                claim,
+                f"data.join[{number}].on={list(join.on)!r}",
+                "a row of one patient could be found by, or hide, another's",
+                f"Join by the patient: data.join[{number}].on = [{data.patient or 'PATIENT'!r}], and more beside.",
+            )
+
+    if data.on_outside == "refuse":
+        yield _refusal(
+            claim,
+            "data.on_outside='refuse'",
+            "an error about a value tells that some patient has it",
+            "Set data.on_outside='hold'.",
+            data__on_outside="hold",
+        )
+
+
+def _releases(study: Study, claim: str) -> Iterator[Refusal]:
+    """Yield what would be released without noise, or be composed by an accountant that does not hold for it."""
+    data = study.data
+    t = study.training
+    p = study.privacy
+    if p.ranges_epsilon and data.preprocess == "none":
+        yield _refusal(
+            f"privacy.ranges_epsilon={p.ranges_epsilon:g}",
+            "data.preprocess='none'",
+            "numbers are taken as they are, so that a range that is found would serve nothing",
+            "Set data.preprocess='dictionary'.",
+            data__preprocess="dictionary",
+        )
+
+    if not data.test_is_public and not p.evaluation_epsilon and study.monitor.evaluate_every:
+        yield _unpaid_test(study, claim)
+
+    if t.algorithm in ("local", "pooled"):
+        yield _refusal(
+            claim,
+            f"training.algorithm={t.algorithm!r}",
+            "it is a baseline, not a federation",
+            "Take fedavg, or leave the claim out.",
+            training__algorithm="fedavg",
+        )
+
+    if p.accountant == "pld" and p.scope == "study":
+        yield _refusal(
+            "privacy.accountant='pld'",
+            "privacy.scope='study'",
+            "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
+            "Set privacy.accountant='rdp', or scope='run' for public data.",
+            privacy__accountant="rdp",
+        )
+
+    if data.read_from_records and p.scope == "study":
+        yield _refusal(
+            claim,
+            "data.read_from_records=true with privacy.scope='study'",
+            "ranges, categories and sizes that were read off patients tell of them",
+            "Fill them in from what is publicly known and leave read_from_records out, or set privacy.scope='run' for "
+            "public data.",
+        )
 
 
 def _unpaid_test(study: Study, claim: str) -> Refusal:
@@ -370,10 +404,10 @@ def bears(study: Study, evaluation_epsilon: float) -> bool:
     """
     p = study.privacy
     times = 1 if counted_together(study) else p.max_sites_per_patient
-    cost = accounting.rdp(accounting.RandomisedResponse(2, evaluation_epsilon, times))
+    cost = accounting.rdp(privacy_events.RandomisedResponse(2, evaluation_epsilon, times))
     if p.vote_epsilon:
         noise = vote_multiplier(study, p.vote_epsilon)
-        cost = cost + accounting.rdp(accounting.Gaussian(noise, p.max_sites_per_patient))
+        cost = cost + accounting.rdp(privacy_events.Gaussian(noise, p.max_sites_per_patient))
     return accounting.fits(np.zeros(len(accounting.ORDERS)), cost, p.epsilon, p.delta)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from medfed.core.checks import BudgetError, LedgerError
 from medfed.core.patient_ids import Rule
 from medfed.core.types import JSON
-from medfed.privacy.accounting import Event, RandomisedResponse
 from medfed.privacy.guarantee import Guarantee, counted_together
-from medfed.privacy.ledger import Charge, Cohort, Ledger, Lifetime, Limits
+from medfed.privacy.ledger import Ledger
+from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits
+from medfed.privacy.privacy_events import Event, RandomisedResponse
 from medfed.study import Study
 
 ROUND, TEST = "round", "test"
@@ -25,12 +26,13 @@ ROUND, TEST = "round", "test"
 logger = logging.getLogger(__name__)
 
 
-class Account:
+class SiteLedger:
     """The ledger of the sites in this process, opened when the first of them enrols its patients."""
 
     def __init__(self, path: Path | None, study: Study) -> None:
         """`path` is the ledger's file; None keeps it in memory."""
-        self.path, self.study = path, study
+        self.path = path
+        self.study = study
         self.run = ""
         self.cohorts: dict[str, Cohort] = {}
         self.guarantee: Guarantee | None = None
@@ -58,20 +60,26 @@ class Account:
 
     def founded(self) -> Lifetime | None:
         """Return the lifetime budget of a ledger that was founded just now, with what the study says."""
-        return self._ledger.lifetime if self._ledger and self._ledger.founded else None
+        if self._ledger and self._ledger.founded:
+            return self._ledger.lifetime
+        return None
 
     def _founding(self) -> Lifetime | None:
         """Return what a lifetime ledger is founded with where its operator has said nothing: no more than is asked."""
         p = self.study.privacy
         if p.scope == "run":
             return None
-        epsilon = p.lifetime_epsilon if p.lifetime_epsilon < math.inf else p.epsilon
+
+        epsilon = p.epsilon
+        if p.lifetime_epsilon < math.inf:
+            epsilon = p.lifetime_epsilon
         rule: Rule = "exact" if self.study.data.identity == "exact" else "canonical"
         return Lifetime(epsilon, p.delta, rule, reason=f"the first run, of study {self.study.study.name!r}")
 
     def _refuse_another_rule(self) -> None:
         """Raise LedgerError where patients were named under another rule than the ledger's, founded in between."""
-        asked, bound = self.study.data.identity, self._ledger.lifetime if self._ledger else None
+        asked = self.study.data.identity
+        bound = self._ledger.lifetime if self._ledger else None
         if bound and asked not in ("auto", bound.identity):
             raise LedgerError(
                 f"data.identity={asked!r}, and the site's ledger goes by {bound.identity!r}; expected the same. "
@@ -84,21 +92,26 @@ class Account:
         Under joint noise a patient of several sites is charged once a round: the noise covers all its sites.
         Raises BudgetError naming what is left; nothing is charged here.
         """
-        self.run, self.guarantee = run, guarantee
+        self.run = run
+        self.guarantee = guarantee
         if self.study.privacy.scope == "study":
             self.ledger.refuse_column(self.study.data.patient)
+        if guarantee.accountant == "pld":
+            self._refuse_another_run()
+
+        # Who pays where: under joint noise at the first of a patient's sites alone.
         if guarantee.joint:
             rosters = {
                 site: [name for name in roster if self._payer.setdefault(name, site) == site]
                 for site, roster in rosters.items()
             }
-        if guarantee.accountant == "pld":
-            self._refuse_another_run()
         self.cohorts |= self.ledger.enrol_all(rosters)
+
+        # Whether all that is planned still fits.
         if fresh:
-            whole = {site: guarantee.whole(site) for site in rosters}
+            whole = [self._charge(site, 0, guarantee.whole(site)) for site in rosters]
             try:
-                self.ledger.check([self._charge(site, 0, event) for site, event in whole.items()], self._limits())
+                self.ledger.check(whole, self._limits())
             except BudgetError as error:
                 raise _discreet(error) from error
 
@@ -118,22 +131,24 @@ class Account:
         round, on disk. What it costs is worked out here, from the study and declared sizes, and by nobody's word.
 
         Edge cases:
-        - who has paid and was not `answered` (the work failed, and is tried again) does not pay twice;
+        - who has paid does not pay twice before `note_answered` (the work failed, and is tried again);
         - a crash after it leaves the charge, and the round is paid anew;
         - where patients of several sites pay at one of them, all sites that were asked pay or none;
         - a correlated run is paid in full by its first round;
         - a refusal tells how much is left to the one who has least, and never how many patients there are;
         - nobody has been enrolled: BudgetError, whoever asks.
         """
-        g = self._enrolled()
-        if refused := self._apart(sites):
+        guarantee = self._require_guarantee()
+        if refused := self._refuse_apart(sites):
             return refused
-        releases, owing = g.releases, [site for site in sites if site not in self._paid[ROUND]]
-        refused = self._charged({site: self._charge(site, round, releases[site].event()) for site in owing})
+
+        owing = [site for site in sites if site not in self._paid[ROUND]]
+        charges = {site: self._charge(site, round, guarantee.releases[site].event()) for site in owing}
+        refused = self._charge_all(charges)
         self._paid[ROUND].update(site for site in owing if site not in refused)
         return refused
 
-    def answered(self, sites: Iterable[str]) -> None:
+    def note_answered(self, sites: Iterable[str]) -> None:
         """Note that what these sites paid for has been computed: the next round is paid anew.
 
         A correlated run is one release: paid in full by its first round.
@@ -145,8 +160,9 @@ class Account:
         """Charge held-out patients, by site, for one noised histogram each; return the sites whose patients cannot pay.
 
         It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
-        all sites is noised once, a patient of several pays once. Who has paid and was not `tested` does not pay twice.
+        all sites is noised once, a patient of several pays once. Who has paid does not pay twice before `note_tested`.
         """
+        # Who has not paid yet, and where: at the first site that asks, if all are counted together.
         self._test_ids |= asked
         owing = {site: ids for site, ids in asked.items() if site not in self._paid[TEST]}
         if counted_together(self.study):
@@ -154,66 +170,68 @@ class Account:
                 site: [name for name in ids if self._test_payer.setdefault(name, site) == site]
                 for site, ids in owing.items()
             }
+
         event = RandomisedResponse(2, self.study.privacy.evaluation_epsilon)
         charges = {}
         for site, ids in owing.items():
             cohort = self.ledger.enrol(_held_out(site), ids)
             charges[site] = Charge(self.study.study.name, self.run, cohort, 0, TEST, event)
-        refused = self._charged(charges)
-        self._pays_no_longer(refused)
+
+        refused = self._charge_all(charges)
+        self._forget_payers(refused)
         self._paid[TEST].update(site for site in charges if site not in refused)
         return refused
 
-    def tested(self, sites: Iterable[str]) -> None:
+    def note_tested(self, sites: Iterable[str]) -> None:
         """Note that these sites' histograms have been made: the next ones are paid anew."""
         made = set(sites)
         self._paid[TEST] -= made
         there = {name for site in made for name in self._test_ids.pop(site, ())}
         self._test_payer = {name: site for name, site in self._test_payer.items() if name not in there}
 
-    def _pays_no_longer(self, sites: Collection[str]) -> None:
+    def _forget_payers(self, sites: Collection[str]) -> None:
         """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
         self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
 
     def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
         """Charge the training patients of each site for a query; return who cannot pay, or has for all that is planned.
 
-        Who has paid and was not yet `answered_query` does not pay twice. What a crash lost is not bought again: the
-        room in the plan is another query's.
+        Who has paid does not pay twice before `note_query_answered`. What a crash lost is not bought again: the room in
+        the plan is another query's.
         """
-        if refused := self._apart(sites):
+        if refused := self._refuse_apart(sites):
             return refused
-        event = self._enrolled().query_event(label)
+        event = self._require_guarantee().query_event(label)
         owing = [site for site in sites if site not in self._paid[label]]
         charges = {site: replace(self._charge(site, 0, event), label=label) for site in owing}
-        refused = self._charged(charges)
+        refused = self._charge_all(charges)
         self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
     def pay_query_held_out(self, label: str, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
         """Charge held-out patients, by site, for a query that follows from them too; each pays at each of its sites."""
-        event = self._enrolled().query_event(label)
+        event = self._require_guarantee().query_event(label)
         charges = {}
         for site, ids in asked.items():
             if _held_out(site) not in self._paid[label]:
                 cohort = self.ledger.enrol(_held_out(site), ids)
                 charges[site] = Charge(self.study.study.name, self.run, cohort, 0, label, event)
-        refused = self._charged(charges)
+        refused = self._charge_all(charges)
         self._paid[label].update(_held_out(site) for site in charges if site not in refused)
         return refused
 
-    def answered_query(self, label: str, sites: Iterable[str]) -> None:
+    def note_query_answered(self, label: str, sites: Iterable[str]) -> None:
         """Note that these sites have answered a query: the next one is paid anew."""
         self._paid[label].difference_update(party for site in sites for party in (site, _held_out(site)))
 
-    def _enrolled(self) -> Guarantee:
+    def _require_guarantee(self) -> Guarantee:
         if self.guarantee is None:
             raise BudgetError(
                 "nobody is enrolled for this run, so nobody can pay; the coordinator must enrol them first"
             )
         return self.guarantee
 
-    def _apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
+    def _refuse_apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
         """Return why nobody may answer where a patient may have to pay at a site that was not asked."""
         if not self._shares_patients or set(sites) >= set(self.cohorts):
             return {}
@@ -228,7 +246,7 @@ class Account:
         """Whether a patient of one site may pay at another: one noise for both, and one charge."""
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
-    def _charged(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
+    def _charge_all(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
         """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
         limits = self._limits()
         try:
@@ -256,13 +274,13 @@ class Account:
 
     def queries(self) -> dict[str, int]:
         """Return how many queries of each label some site's patients have paid for in this run."""
-        found: Counter[str] = Counter()
-        for (_, label), n in self._paid_kinds().items():
+        most: Counter[str] = Counter()
+        for (_, label), answers in self._paid_kinds().items():
             if label not in (ROUND, TEST):
-                found[label] = max(found[label], n)
-        return dict(found)
+                most[label] = max(most[label], answers)
+        return dict(most)
 
-    def charged(self) -> JSON:
+    def report(self) -> JSON:
         """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
 
         Under scope = "study" the lifetime budget too, over all studies, and the rule of identity.
@@ -277,12 +295,15 @@ class Account:
         return Charge(self.study.study.name, self.run, self.cohorts[site], round, ROUND, event)
 
     def _limits(self) -> Limits:
-        p, g = self.study.privacy, self._enrolled()
-        limits = Limits(p.epsilon, p.delta - g.delta_sampler, p.lifetime_epsilon, g.delta_sampler)
-        planned = {label: one.times for label, one in g.queries.items()}
-        if g.accountant != "pld":
+        privacy = self.study.privacy
+        guarantee = self._require_guarantee()
+        sampler = guarantee.delta_sampler
+        limits = Limits(privacy.epsilon, privacy.delta - sampler, privacy.lifetime_epsilon, sampler)
+        planned = {label: one.times for label, one in guarantee.queries.items()}
+        if guarantee.accountant != "pld":
             return replace(limits, planned=planned)
-        planned |= {ROUND: g.uses, TEST: 1}
+
+        planned |= {ROUND: guarantee.uses, TEST: 1}
         # PLD is no filter; its plan is fixed instead, whatever the coordinator calls the run
         return replace(limits, epsilon=math.inf, planned=planned, alone=True)
 

@@ -13,14 +13,14 @@ from medfed.core.types import JSON
 from medfed.privacy.guarantee import NOTHING, Guarantee
 
 
-class Budget(Protocol):
+class RunMeter(Protocol):
     """Charged before each round; refuses by raising what the target cannot bear."""
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Pay for one round of these clients, before they are asked to work."""
         ...
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
 
         And for how many queries of each label, as the ledgers have it.
@@ -46,7 +46,7 @@ class NoClaim:
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take nothing over."""
 
     def ask(self, label: str) -> None:
@@ -65,23 +65,29 @@ class Metered:
     """The budget of a run under a guarantee: counts each client's rounds against the calibrated plan."""
 
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
-        self.guarantee, self.scope = guarantee, scope
+        self.guarantee = guarantee
+        self.scope = scope
         self.uses = dict.fromkeys(guarantee.releases, 0)
         self.asked: Mapping[str, int] = {}  # how often each query was asked of patients who paid for it
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no planned round left."""
-        g = self.guarantee
+        guarantee = self.guarantee
+        if guarantee.strategy:  # a correlated run is paid once, in full
+            self.uses |= dict.fromkeys(clients, 1)
+            return
+
         after = {name: self.uses[name] + 1 for name in clients}
-        over = [name for name, uses in after.items() if not g.strategy and uses > g.uses]
+        over = [name for name, uses in after.items() if uses > guarantee.uses]
         if over:
             raise BudgetError(
-                f"round {round}: site {over[0]!r} has paid for {g.uses} rounds, which is all that privacy.epsilon="
-                f"{g.epsilon:g} bears; left: 0. Raise privacy.epsilon or plan with privacy.spare_rounds."
+                f"round {round}: site {over[0]!r} has paid for {guarantee.uses} rounds, which is all that "
+                f"privacy.epsilon={guarantee.epsilon:g} bears; left: 0. Raise privacy.epsilon or plan with "
+                "privacy.spare_rounds."
             )
-        self.uses |= after if not g.strategy else dict.fromkeys(clients, 1)  # a correlated run is paid once, in full
+        self.uses |= after
 
-    def found(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
+    def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Count the rounds that were paid for, though a crash lost them, and the queries."""
         self.asked = dict(asked)
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
@@ -92,16 +98,22 @@ class Metered:
 
     def claim(self) -> JSON:
         """Return the epsilon spent by the patients who have paid most."""
-        g = self.guarantee
+        guarantee = self.guarantee
+        epsilon: float | None = None
+        delta: float | None = None
+        if not guarantee.simulation_only:
+            epsilon = guarantee.cost(self.uses, self.asked)
+            delta = guarantee.delta
+
         return {
-            "epsilon": None if g.simulation_only else g.cost(self.uses, self.asked),
-            "delta": None if g.simulation_only else g.delta,
+            "epsilon": epsilon,
+            "delta": delta,
             "unit": "patient",
-            "noise": g.mode,
-            "target_epsilon": g.epsilon,
-            "noise_multiplier": max(release.noise_multiplier for release in g.releases.values()),
+            "noise": guarantee.mode,
+            "target_epsilon": guarantee.epsilon,
+            "noise_multiplier": max(release.noise_multiplier for release in guarantee.releases.values()),
             "scope": self.scope,
-            "simulation_only": g.simulation_only,
+            "simulation_only": guarantee.simulation_only,
         }
 
     def spread(self) -> list[tuple[float, int]]:
@@ -110,13 +122,16 @@ class Metered:
         All patients of a client pay alike, for the rounds that it took part in: sizes and rounds are public, so that
         nothing is told of anybody, and no noise is needed.
         """
-        g = self.guarantee
-        if g.simulation_only:
+        guarantee = self.guarantee
+        if guarantee.simulation_only:
             return []
-        alike: dict[tuple[object, int], list[str]] = {}
+
+        alike: dict[tuple[object, int], list[str]] = {}  # thousands of devices are of few kinds
         for name, uses in self.uses.items():
-            alike.setdefault((g.releases[name], uses), []).append(name)
+            alike.setdefault((guarantee.releases[name], uses), []).append(name)
+
         spent: Counter[float] = Counter()
         for (_, uses), names in alike.items():
-            spent[round(g.cost({names[0]: uses}, self.asked), 6)] += sum(g.releases[name].size for name in names)
+            epsilon = guarantee.cost({names[0]: uses}, self.asked)
+            spent[round(epsilon, 6)] += sum(guarantee.releases[name].size for name in names)
         return sorted(spent.items())
