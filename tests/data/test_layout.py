@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.data.awkward.forms import DATA, clean, packed, spelt, text
 
 from medfed.core.checks import DataError
-from medfed.data import lines, readers
+from medfed.data import line_reader, readers
 from medfed.data.layout import TextLayout, guess, of_header
 from medfed.data.readers import read
 from medfed.study import Data, Format
@@ -192,7 +192,7 @@ def test_no_record_changes_how_a_claimed_table_is_read(
 def test_no_line_changes_another_in_any_form(
     tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[int, str]], separator: str, encoding: str
 ) -> None:
-    """The law of `lines`, for every separator and encoding."""
+    """The law of `line_reader`, for every separator and encoding."""
     sound = [separator.join(cells) for cells in (("p1", "Süd", "1,5"), ("p2", "Süd", "2"), ("p3", "x", "1.000,5"))]
     if separator == ",":
         sound = [separator.join(cells) for cells in (("p1", "Süd", '"1,5"'), ("p2", "Süd", "2"), ("p3", "x", "7"))]
@@ -201,7 +201,7 @@ def test_no_line_changes_another_in_any_form(
         rows.insert(place, line)
     path = tmp_path_factory.mktemp("t") / "t.csv"
     path.write_bytes("\n".join([separator.join(("größe", "place", "n")), *rows]).encode(encoding, "replace"))
-    frame, broken = lines.read(path, Format(decimal=","))
+    frame, broken = line_reader.read(path, Format(decimal=","))
     numbers = [2 + i for i, row in enumerate(rows) if row in sound]
     expected = [next(csv.reader([row], delimiter=separator)) for row in rows if row in sound]
     assert frame.loc[numbers].to_numpy().tolist() == expected

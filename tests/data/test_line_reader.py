@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medfed.core.checks import DataError
-from medfed.data import lines, readers
+from medfed.data import line_reader, readers
 from medfed.data.layout import of_header
 from medfed.data.tables import read
 from medfed.study import Data
@@ -32,7 +32,7 @@ def _write(path: Path, rows: list[list[str]]) -> Path:
 @given(st.lists(st.lists(CELL, min_size=3, max_size=3), max_size=8))
 def test_a_sound_table_is_read_as_by_pandas(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
     path = _write(tmp_path_factory.mktemp("t") / "t.csv", [["a", "b", "c"], ["x", "y", "z"], *rows])
-    frame, broken = lines.read(path)
+    frame, broken = line_reader.read(path)
     pd.testing.assert_frame_equal(frame, read(path), check_index_type=False, check_column_type=False, check_dtype=False)
     assert broken == []
 
@@ -40,7 +40,7 @@ def test_a_sound_table_is_read_as_by_pandas(tmp_path_factory: pytest.TempPathFac
 def test_compressed_marked_and_foreign_line_ends(tmp_path: Path) -> None:
     text = "a,y\r\n1,0\r\n\r\n2,1\r\n"
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
-    frame, broken = lines.read(tmp_path / "t.csv.gz")
+    frame, broken = line_reader.read(tmp_path / "t.csv.gz")
     assert list(frame.columns) == ["a", "y"] and frame.index.tolist() == [2, 4] and broken == []
     assert frame["a"].tolist() == ["1", "2"]
 
@@ -60,7 +60,7 @@ def test_no_line_changes_another(tmp_path_factory: pytest.TempPathFactory, odd: 
         rows.insert(place, text)
     path = tmp_path_factory.mktemp("t") / "t.csv"
     path.write_bytes("\n".join(["id,place,n", *rows]).encode())
-    frame, broken = lines.read(path)
+    frame, broken = line_reader.read(path)
     numbers = [2 + i for i, row in enumerate(rows) if row in SOUND]
     assert frame.loc[numbers].to_numpy().tolist() == [next(csv.reader([row])) for row in SOUND]
     assert not set(broken) & set(numbers)
@@ -74,13 +74,13 @@ def test_a_csv_read_as_a_whole_does_change() -> None:
 
 def test_a_byte_that_is_no_text_stays_in_its_cell(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes("a,b\nü,1\n".encode() + b"\xff\xfe,2\n" + "ö,3\n".encode())
-    frame, broken = lines.read(tmp_path / "t.csv")
+    frame, broken = line_reader.read(tmp_path / "t.csv")
     assert frame["a"].tolist()[::2] == ["ü", "ö"] and frame["b"].tolist() == ["1", "2", "3"] and broken == []
 
 
 def test_a_cell_with_a_line_break_is_no_record_in_any_of_its_lines(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('id,note\np1,"one\ntwo"\np2,x\n')
-    frame, broken = lines.read(tmp_path / "t.csv")
+    frame, broken = line_reader.read(tmp_path / "t.csv")
     assert frame["id"].tolist() == ["p2"] and broken == [2, 3]
 
 
@@ -106,7 +106,7 @@ def test_a_stray_byte_of_utf_16_costs_its_own_line(tmp_path: Path, codec: str, b
     mark = codecs.BOM_UTF16_LE if codec == "utf-16-le" else codecs.BOM_UTF16_BE
     path = tmp_path / "t.csv"
     path.write_bytes(mark + rows[0] + rows[1][:3] + byte + rows[1][3:] + rows[2] + rows[3])
-    frame, _ = lines.read(path)
+    frame, _ = line_reader.read(path)
     assert frame["a"].tolist()[-2:] == ["2", "3"] and frame["b"].tolist()[-2:] == ["y", "z"]
 
 
@@ -119,7 +119,7 @@ def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(path)
         return of_header(path, *given)
 
-    for module in (lines, readers):
+    for module in (line_reader, readers):
         monkeypatch.setattr(module, "of_header", counted)
     found = readers.read(path, Data(), private=True)
     assert seen == [path] and found.layouts["t.csv"].separator == "," and found.frame["a"].tolist() == ["1"]
