@@ -192,7 +192,7 @@ def test_no_record_changes_how_a_claimed_table_is_read(
 def test_no_line_changes_another_in_any_form(
     tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[int, str]], separator: str, encoding: str
 ) -> None:
-    """The law of `lines`, for every separator and encoding."""
+    """The law of `line_reader`, for every separator and encoding."""
     sound = [separator.join(cells) for cells in (("p1", "Süd", "1,5"), ("p2", "Süd", "2"), ("p3", "x", "1.000,5"))]
     if separator == ",":
         sound = [separator.join(cells) for cells in (("p1", "Süd", '"1,5"'), ("p2", "Süd", "2"), ("p3", "x", "7"))]

@@ -1,9 +1,10 @@
 """Tables as hospitals have them: which reader takes a file, and one frame of whatever there is.
 
-Text tables (`texts`, under a claim `lines`), workbooks and the files of statistics packages (`workbooks`), parquet
-(`columnar`), folders of files, tables that are joined. Cells of text tables and workbooks stay texts, in one Unicode
-form and with decimal points. Row numbers are those of the file, its header being row 1; in a folder the file stands
-before them. How a file is written is guessed alike for all files of a study (`layout`, `numerals`), or asked for.
+Text tables (`texts`, under a claim `line_reader`), workbooks and the files of statistics packages (`workbooks`),
+parquet (`columnar`), folders of files, tables that are joined. Cells of text tables and workbooks stay texts, in one
+Unicode form and with decimal points. Row numbers are those of the file, its header being row 1; in a folder the file
+stands before them. How a file is written is guessed alike for all files of a study (`layout`, `numerals`), or asked
+for.
 """
 
 import glob
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from medfed.core.checks import DataError, MedfedError, nearest, some
 from medfed.core.refusals import Refusal, refuse
-from medfed.data import columnar, lines, numerals, texts, workbooks
+from medfed.data import columnar, line_reader, numerals, texts, workbooks
 from medfed.data.layout import COMPRESSED, TextLayout, lines_to_choose, of_header
 from medfed.data.texts import Text
 from medfed.study import Data
@@ -202,14 +203,14 @@ def _other_columns(names: Mapping[Path, Sequence[str]], known: Sequence[str], fi
 # one file -----------------------------------------------------------------------------------------------------------
 
 
-def _read_layout(file: Path, data: Data) -> lines.Header:
+def _read_layout(file: Path, data: Data) -> line_reader.Header:
     """Return how a text table is written, and its header, as under a claim."""
     where = f"data.table={str(file)!r}"
     with reading(where, private=True):
         return of_header(file, data.format, where)
 
 
-def _read(file: Path, data: Data, private: bool, header: lines.Header | None = None) -> pd.DataFrame:
+def _read(file: Path, data: Data, private: bool, header: line_reader.Header | None = None) -> pd.DataFrame:
     """Return the rows of a file; of a text table, whose `header` is read, as under a claim."""
     kind, where, format = kind_of(file), f"data.table={str(file)!r}", data.format
     with reading(where, private):
@@ -220,7 +221,7 @@ def _read(file: Path, data: Data, private: bool, header: lines.Header | None = N
         if kind in workbooks.STATISTICS:
             return workbooks.statistics(file, format, where)
         layout, _ = header = header or of_header(file, format, where)
-        frame, broken = lines.read(file, format, header)
+        frame, broken = line_reader.read(file, format, header)
         if broken:
             logger.warning("%s: no record, for its quotes or its fields: row %s", file, some(broken, 50))
         return numerals.respell(
@@ -238,7 +239,7 @@ def _header(file: Path, data: Data, private: bool) -> list[str]:
         if kind in workbooks.STATISTICS:
             return workbooks.names(file, data.format)
         if private:
-            return lines.header(file, data.format)
+            return line_reader.header(file, data.format)
         return texts.names(file, data.format, where)
 
 

@@ -39,7 +39,7 @@ _MOST_LABELS = 64
 def read(path: Path, private: bool = False, data: Data = Data()) -> pd.DataFrame:  # noqa: B008
     """Read a table of any kind that `readers` knows; the index holds each row's number in its file.
 
-    `private`: a text table is read line by line (`data.lines`), and no error quotes a cell.
+    `private`: a text table is read line by line (`data.line_reader`), and no error quotes a cell.
     """
     return readers.read(path, data, private).frame
 

@@ -3,7 +3,8 @@
 Each report comes with the event that it costs the device's patient, so that no report is made uncounted: gather the
 events of a patient and ask the accountant, or charge them to a ledger. Who estimates sees reports only.
 
-    >>> from medfed.privacy.accounting import Composed, epsilon_of
+    >>> from medfed.privacy.accounting import epsilon_of
+    >>> from medfed.privacy.privacy_events import Composed
     >>> states = ("low", "in range", "high")
     >>> report, event = report_category("high", states, epsilon=0.5)
     >>> report in states

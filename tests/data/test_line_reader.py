@@ -119,7 +119,7 @@ def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(path)
         return of_header(path, *given)
 
-    for module in (lines, readers):
+    for module in (line_reader, readers):
         monkeypatch.setattr(module, "of_header", counted)
     found = readers.read(path, Data(), private=True)
     assert seen == [path] and found.layouts["t.csv"].separator == "," and found.frame["a"].tolist() == ["1"]
