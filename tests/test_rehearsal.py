@@ -138,7 +138,7 @@ MODELS: dict[str, str] = {
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe at planning: the rehearsal is a second look, at what sites run."""
     monkeypatch.setattr("medfed.plan.find_path", lambda *_: Probed("func"))
-    monkeypatch.setattr("medfed.site.probed", lambda *_: Probed("func"))
+    monkeypatch.setattr("medfed.site.find_path", lambda *_: Probed("func"))
 
 
 @pytest.mark.parametrize("name", MODELS)
