@@ -97,11 +97,11 @@ def audit_study(
         "patients": "the study's own, which are public" if study.privacy.scope == "run" else "invented",
         "passed": all(part.passed is not False for part in parts),
         "parts": [part.to_json() for part in parts],
-        "limits": " ".join([LIMITS, *_not_audited(study)]),
+        "limits": " ".join([LIMITS, *_list_gaps(study)]),
     }
 
 
-def _not_audited(study: Study) -> Iterator[str]:
+def _list_gaps(study: Study) -> Iterator[str]:
     """Yield the noised releases of a study that no part here looks at."""
     if study.privacy.evaluation_epsilon and not study.data.test_is_public:
         yield "Not audited: the noise on the counts of held-out patients' scores (privacy.evaluation_epsilon)."
@@ -137,11 +137,11 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     """
     g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
     room = max(1, plan.study.training.rounds - 1) * plan.parameters * (1 if plan.joint else len(twin.sites))
-    count = canaries or min(_enough(g), room)
+    count = canaries or min(_choose_count(g), room)
     in_M = rng.random(count) < 0.5
-    if _needed(g, count) is None:
+    if _guesses_to_refute(g, count) is None:
         in_M = in_M[: min(count, FEW)]
-    seen = _scores(twin, in_M, rng)
+    seen = _score_canaries(twin, in_M, rng)
     residual = seen.residual(g)
     wrong = residual is not None and residual.p < RESIDUAL
     beside = ""
@@ -154,22 +154,22 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
         low, high = noise_tests.power(residual.numbers, RESIDUAL)
         strength += f"; in the training, an sd below {low / WIDE:.2f} or above {high * WIDE:.2f} of what is told"
 
-    if _needed(g, count) is None:
+    if _guesses_to_refute(g, count) is None:
         told = (
             f"no guesses: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
             f"{room} can be told apart in these rounds{beside}{seen.ended}"
         )
         found: JSON = {**figures, "canaries": len(in_M), "guesses": 0}
         return Part("canaries", claimed, "-", told, False if wrong else None, found, strength)
-    verdict = attacks.one_run(seen.scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
+    verdict = attacks.one_run(seen.scores, in_M, _guess_count(count), g.epsilon, g.delta, CONFIDENCE)
     told = (
         f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
         f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{seen.ended}{beside}"
     )
     passed = None if verdict.passed and seen.ended else verdict.passed
     measured = f"epsilon > {verdict.refuted:.2f}"
-    right = _needed(g, count)
-    strength = f"refutes the claim from {right} right guesses of {_guesses(count)}; {strength}"
+    right = _guesses_to_refute(g, count)
+    strength = f"refutes the claim from {right} right guesses of {_guess_count(count)}; {strength}"
     found = {**verdict.to_json(), **figures}
     return Part("canaries", claimed, measured, told, False if wrong else passed, found, strength)
 
@@ -206,7 +206,7 @@ class _Seen:
         return _Residual(numbers, math.sqrt(square / numbers), min(1.0, 2 * low, 2 * high))
 
 
-def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
+def _score_canaries(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
     """Train with the canaries that are in, and score each of them from what was released."""
     count, plan = len(in_M), twin.plan
     homes = rng.permutation(list(twin.sites))[:count].tolist()
@@ -215,8 +215,8 @@ def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
     training, ended = Training(twin), ""
     rest, straight = list[tuple[str, np.ndarray]](), _is_straight(twin)
     for _ in range(plan.study.training.rounds):
-        made = {name: _canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
-        added = {name: _added(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
+        made = {name: _make_canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
+        added = {name: _add_canaries(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
         try:
             seen = training.round({**twin.rows, **added})
         except QuorumError as error:  # judged by what was seen until then
@@ -246,21 +246,21 @@ def _is_straight(twin: Twin) -> bool:
     return plain and all(r.steps == 1 and r.probability == 1 for r in releases)
 
 
-def _guesses(canaries: int) -> int:
+def _guess_count(canaries: int) -> int:
     return canaries * 4 // 5
 
 
-def _needed(g: Guarantee, canaries: int) -> int | None:
-    return attacks.correct_to_refute(g.epsilon, _guesses(canaries), canaries, g.delta, EACH)
+def _guesses_to_refute(g: Guarantee, canaries: int) -> int | None:
+    return attacks.correct_to_refute(g.epsilon, _guess_count(canaries), canaries, g.delta, EACH)
 
 
-def _enough(g: Guarantee) -> int:
+def _choose_count(g: Guarantee) -> int:
     """Return how many canaries refute the claim even with three guesses wrong; 1000 at most."""
-    enough = (n for n in (100, 200, 500) if (_needed(g, n) or math.inf) <= _guesses(n) - 3)
+    enough = (n for n in (100, 200, 500) if (_guesses_to_refute(g, n) or math.inf) <= _guess_count(n) - 3)
     return next(enough, 1000)
 
 
-def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
+def _make_canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
     """Return patients with large features and the label that the present model finds least likely.
 
     Each tenth has a second record, nearly the same, whose gradient takes back most of the first's: a norm that is
@@ -283,21 +283,21 @@ def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> 
     patient = torch.arange(count)
     rows = Rows(x_MF, y_M, patient, keys(count, rng))
     again = Rows(x_MF * (1 + 2.0**-20), other_M, patient, rows.key).at(double_M)
-    return _together(rows, again)
+    return _join(rows, again)
 
 
-def _together(rows: Rows, more: Rows) -> Rows:
+def _join(rows: Rows, more: Rows) -> Rows:
     """Return the records of both, patients as they are numbered."""
     assert rows.key is not None and more.key is not None
     patient, key = torch.cat([rows.patient, more.patient]), torch.cat([rows.key, more.key])
     return Rows(torch.cat([rows.x, more.x]), torch.cat([rows.y, more.y]), patient, key)
 
 
-def _added(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
+def _add_canaries(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
     """Return the rows of a site's patients and of the canaries that are in."""
     mine = made.at(torch.from_numpy(in_M)[made.patient])
     after = int(rows.patient.max()) + 1 if len(rows) else 0
-    return _together(rows, replace(mine, patient=mine.patient + after))
+    return _join(rows, replace(mine, patient=mine.patient + after))
 
 
 # Membership over many trainings ---------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         for kind, site in (("without", open_), ("with", guarded)):
             site.train = record
             site.forget()
-            pieces = dict(Layout.of(twin.model).pieces(_released(twin, site)))
+            pieces = dict(Layout.of(twin.model).pieces(_release_first_round(twin, site)))
             weight_OI, bias_O = pieces[f"{name}weight"].numpy(), pieces[f"{name}bias"].numpy()
             x_I = attacks.invert_first_layer(weight_OI, bias_O) if bias_O.any() else np.zeros(weight_OI.shape[1])
             cosine[kind].append(attacks.similarity(x_I, record.x[0].numpy()).cosine)
@@ -396,7 +396,7 @@ def _first_layer(model: nn.Module) -> str | None:
     return f"{name}.".lstrip(".") if isinstance(first, nn.Linear) and first.bias is not None else None
 
 
-def _released(twin: Twin, site: Site) -> Tensor:
+def _release_first_round(twin: Twin, site: Site) -> Tensor:
     """Return what the first round releases of one site [P]: its row, or under joint noise the noised sum of it."""
     plan, server = twin.plan, twin.plan.begin()
     header = {"round": 1} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})

@@ -81,7 +81,7 @@ class _Drawn:
 
 def noise(twin: Twin) -> Part:
     """Draw the noise of many rounds through sites without patients, and hold it to its law and to the claim."""
-    drawn = _drawn_by_sites(twin) if not twin.plan.joint else _drawn_jointly(twin)
+    drawn = _draw_by_sites(twin) if not twin.plan.joint else _draw_jointly(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
     square = float(((drawn.noise_VP / (SHORT * drawn.needed_V[:, None])) ** 2).sum())
@@ -126,14 +126,14 @@ def noise(twin: Twin) -> Part:
     return Part("noise", claimed, f"sd {measured:.3f} of need", told, not wrong, figures, strength)
 
 
-def _drawn_jointly(twin: Twin) -> _Drawn:
+def _draw_jointly(twin: Twin) -> _Drawn:
     """Open sums of sites without patients, the way that the study opens them."""
     g, plan = twin.guarantee, twin.plan
-    training, began, opened = _idle(twin), time.monotonic(), []
-    for number in range(_rounds(plan.parameters)):
+    training, began, opened = _start_idle(twin), time.monotonic(), []
+    for number in range(_count_rounds(plan.parameters)):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
-        _empty_round(training, number)
+        _play_empty_round(training, number)
         opened.append(training.heard.opened_M.double().numpy() / GRID)
     noise_VM = np.stack(opened)
     noise_VP, counts = noise_VM[:, : plan.parameters], None
@@ -150,16 +150,16 @@ def _drawn_jointly(twin: Twin) -> _Drawn:
     return _Drawn(noise_VP, told_V, needed_V, counts, whole, len(noise_VP))
 
 
-def _drawn_by_sites(twin: Twin) -> _Drawn:
+def _draw_by_sites(twin: Twin) -> _Drawn:
     """Take the rows of sites without patients after one step from weights of 0: each is its noise, scaled."""
-    plan, still = twin.plan, _one_step(twin)
-    training, began = _idle(still), time.monotonic()
+    plan, still = twin.plan, _limit_to_one_step(twin)
+    training, began = _start_idle(still), time.monotonic()
     rate, g = still.plan.study.training.learning_rate, still.guarantee
     vectors, names, rounds = [], list[str](), 0
-    for number in range(_rounds(plan.parameters * cohort(plan.study, plan.participants))):
+    for number in range(_count_rounds(plan.parameters * cohort(plan.study, plan.participants))):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
-        _empty_round(training, number)
+        _play_empty_round(training, number)
         for name, payload in training.tap.reply.items():
             release = g.releases[name]
             step = rate * g.clip / release.expected * GRID
@@ -173,18 +173,18 @@ def _drawn_by_sites(twin: Twin) -> _Drawn:
     return _Drawn(noise_VP, told_V, needed_V, None, noise_tests.on_grid(noise_VP), rounds)
 
 
-def _rounds(numbers: int) -> int:
+def _count_rounds(numbers: int) -> int:
     return min(max(ROUNDS[0], -(-NUMBERS // numbers)), ROUNDS[1])
 
 
-def _idle(twin: Twin) -> Trained:
+def _start_idle(twin: Twin) -> Trained:
     """Return a training whose budget bears any number of rounds: nobody's patients are in them."""
     training = Trained(twin)
     training.budget = NoClaim()
     return training
 
 
-def _empty_round(training: Trained, number: int) -> None:
+def _play_empty_round(training: Trained, number: int) -> None:
     """Play round `number` + 1 from weights of 0, no site holding a patient."""
     plan = training.plan
     training.server = replace(plan.begin(), round=number, w_P=torch.zeros(plan.parameters))
@@ -193,20 +193,20 @@ def _empty_round(training: Trained, number: int) -> None:
     )
 
 
-def _one_step(twin: Twin, multiplier: float | None = None) -> Twin:
+def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     """Return the twin under the same guarantee, its sites taking one step of plain SGD; with another multiplier."""
     plan, g = twin.plan, twin.guarantee
     releases = {
         name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier) for name, r in g.releases.items()
     }
     g = replace(g, releases=releases)
-    study = replace(plan.study, training=_plain(plan.study.training))
-    sites = {name: _like(site, study, g) for name, site in twin.sites.items()}
+    study = replace(plan.study, training=_simplify(plan.study.training))
+    sites = {name: _copy_site(site, study, g) for name, site in twin.sites.items()}
     plan = replace(plan, study=study, guarantee=g, message=plan.parameters if not plan.joint else plan.message)
     return replace(twin, plan=plan, guarantee=g, sites=sites)
 
 
-def _plain(t: Training) -> Training:
+def _simplify(t: Training) -> Training:
     return replace(
         t,
         algorithm="fedavg",
@@ -217,7 +217,7 @@ def _plain(t: Training) -> Training:
     )
 
 
-def _like(site: Site, study: Study, g: Guarantee) -> Site:
+def _copy_site(site: Site, study: Study, g: Guarantee) -> Site:
     """Return a node that does what this one does, for another study and guarantee; it keeps nothing."""
     other = site.under(study)
     other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, g, site.links
@@ -345,7 +345,7 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     """Put odd patients into a site's rows, one at a time, and measure how far each moves what the site releases."""
-    bare = _one_step(twin, _QUIET)
+    bare = _limit_to_one_step(twin, _QUIET)
     plan, g = bare.plan, bare.guarantee
     name = max(bare.sites, key=lambda name: (g.releases[name].size, name))
     site = bare.sites[name]
@@ -356,7 +356,7 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         plan.study,
         training=replace(plan.study.training, learning_rate=rate, batch_size=0, path=twin.plan.study.training.path),
     )
-    site = _like(site, study, g)
+    site = _copy_site(site, study, g)
 
     target = plan.encoding.target
     patients = catalogue(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)
@@ -365,11 +365,11 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         torch.zeros(plan.parameters),
         torch.from_numpy(rng.standard_normal(plan.parameters)).float(),
     ]
-    crowd = twin.rows[name].at(torch.arange(len(twin.rows[name])) < _crowd(plan.parameters))
+    crowd = twin.rows[name].at(torch.arange(len(twin.rows[name])) < _crowd_size(plan.parameters))
     moved: dict[str, float] = {}
     for w_P in weights:
-        for company in (_nobody(twin.rows[name]), crowd):
-            for odd, far in _moved(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
+        for company in (_drop_everybody(twin.rows[name]), crowd):
+            for odd, far in _measure_moves(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
     if not moved:
         why = "not run: the site answers nothing, whoever is in its rows"
@@ -395,11 +395,11 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     )
 
 
-def _crowd(parameters: int) -> int:
+def _crowd_size(parameters: int) -> int:
     return min(40, max(4, (1 << 21) // parameters))
 
 
-def _nobody(rows: Rows) -> Rows:
+def _drop_everybody(rows: Rows) -> Rows:
     return rows.at(torch.zeros(len(rows), dtype=torch.bool))
 
 
@@ -415,7 +415,7 @@ def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]
     return [*patients, *(replace(odd, y_R=y[None]) for odd, y in zip(single, y_M, strict=True))]
 
 
-def _moved(
+def _measure_moves(
     twin: Twin, site: Site, w_P: Tensor, company: Rows, patients: Sequence[Odd], rng: np.random.Generator
 ) -> list[tuple[Odd, float]]:
     """Return by how many C each patient moves the site's row; a site that then refuses tells of the patient: inf.
@@ -426,11 +426,11 @@ def _moved(
     found: list[tuple[Odd, float]] = []
     for records in sorted({len(odd.y_R) for odd in patients}):
         alike = [odd for odd in patients if len(odd.y_R) == records]
-        held = [company, *(_with(company, odd, rng) for odd in alike)]
+        held = [company, *(_add_patient(company, odd, rng) for odd in alike)]
         size = max(2, (1 << 22) // twin.plan.parameters)
         rows: list[np.ndarray | None] = []
         for first in range(0, len(held), size):
-            rows += _answers(site, w_P, held[first : first + size], twin.plan.joint)
+            rows += _ask_site(site, w_P, held[first : first + size], twin.plan.joint)
         without = rows[0]
         if without is None:  # nothing to compare with
             continue
@@ -449,7 +449,7 @@ def _distance(row: np.ndarray | None, without: np.ndarray, twin: Twin) -> float:
     return far if math.isfinite(far) else math.inf
 
 
-def _with(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
+def _add_patient(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
     number = int(rows.patient.max()) + 1 if len(rows) else 0
     assert rows.key is not None
     patient = torch.cat([rows.patient, torch.full((len(odd.y_R),), number)])
@@ -459,7 +459,7 @@ def _with(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
 
 
 @contextmanager
-def _muted() -> Iterator[None]:
+def _mute() -> Iterator[None]:
     """Keep a site from warning of patients who were made to be left out."""
     log = logging.getLogger("medfed.site")
     before = log.disabled
@@ -470,17 +470,17 @@ def _muted() -> Iterator[None]:
         log.disabled = before
 
 
-def _answers(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
+def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
     """Return what the site would release [P] in units of C, holding each of these rows; None where it refuses."""
     assert site.guarantee is not None
-    nodes = [_like(site, site.study, site.guarantee) for _ in held]
+    nodes = [_copy_site(site, site.study, site.guarantee) for _ in held]
     for node, rows in zip(nodes, held, strict=True):
         node.train = rows
     header: Mapping[str, float] = {"round": 1}
     if site.guarantee.clipping == "adaptive":
         header = {**header, "clip": site.guarantee.clip}
     payload = codec.encode(header, {"w": w_P})
-    with _muted():
+    with _mute():
         replies = handle_many(nodes, "work", payload)
         if any(
             isinstance(reply, SiteError) for reply in replies

@@ -87,12 +87,12 @@ class Twin:
             rows = {name: site.train for name, site in sites.items()}
         else:
             rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
-            rows = {name: _invented(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
+            rows = {name: _invent(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
         together = ways.introduced(plan, fleet, "audit") if secure else ways.PLAIN
         return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
 
 
-def _invented(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
+def _invent(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
     """Return patients whose label follows a linear rule, with noise: something to learn."""
     x_NF, target = rng.standard_normal((size, len(rule_FC))), plan.encoding.target
     z_NC = torch.from_numpy(x_NF @ rule_FC / np.sqrt(len(rule_FC)) + rng.logistic(size=(size, rule_FC.shape[1])))

@@ -109,4 +109,4 @@ def test_nobody_is_nobody_in_any_spelling_and_the_study_adds_its_own() -> None:
 
 @given(st.text("0123456789", min_size=1, max_size=80))
 def test_plain_numbers_take_a_short_way_to_the_same_name(text: str) -> None:
-    assert patient_ids._canonical(text) == patient_ids._canonical_text(text)
+    assert patient_ids._canonicalise(text) == patient_ids._canonicalise_text(text)

@@ -17,7 +17,7 @@ from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Set
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
 from medfed.cli.data import app as data_app
-from medfed.cli.ending import DONE, Commands, flushed, replace_unprintable, tell
+from medfed.cli.ending import DONE, Commands, flush, replace_unprintable, tell
 from medfed.cli.export import export
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
@@ -68,7 +68,7 @@ def main() -> None:
         code = ended.code if isinstance(ended.code, int) else DONE
     except BaseException as error:
         code = tell(error, debug)
-    sys.exit(flushed(code))
+    sys.exit(flush(code))
 
 
 @app.callback()

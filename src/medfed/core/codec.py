@@ -66,7 +66,7 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
-    return _checked(header), tensors
+    return _check_version(header), tensors
 
 
 _JSON = json.JSONEncoder(allow_nan=False)  # `json.dumps` would make one for every message
@@ -76,7 +76,7 @@ def _text(header: Mapping[str, Any]) -> str:
     return _JSON.encode({"medfed": VERSION, **header})
 
 
-def _checked(header: Any) -> dict[str, Any]:
+def _check_version(header: Any) -> dict[str, Any]:
     """Return a header of this version; raise CodecError for any other."""
     version = header.get("medfed") if isinstance(header, dict) else None
     if type(version) is not int or version != VERSION:  # JSON's true and 1.0 are no version
@@ -117,7 +117,7 @@ class RowFormat:
             return None
         try:
             text = json.loads(head[len(self.before) : len(head) - len(self.behind)])
-            header = _checked(json.loads(text)) if isinstance(text, str) else None
+            header = _check_version(json.loads(text)) if isinstance(text, str) else None
         except (ValueError, RecursionError):
             return None
         if header is not None and self.bytes:

@@ -75,13 +75,13 @@ class Rule:
         """
         cells = len(edges) + 1
         if self.name == "prevalence":
-            called, positives = _above(vector[:cells]), float(vector[cells])
+            called, positives = _count_above(vector[:cells]), float(vector[cells])
             if not 3 * sd < positives < called[0] or called[0] <= 3 * sd * math.sqrt(cells):
                 return None
-            return _probability(float(np.interp(positives, called[:0:-1], edges[::-1])))
+            return _expit(float(np.interp(positives, called[:0:-1], edges[::-1])))
         count = vector.reshape(cells, -1)
         doubt = 3 * sd * math.sqrt(cells)
-        above = np.stack([_above(column) for column in count.T], 1)
+        above = np.stack([_count_above(column) for column in count.T], 1)
         if (above[0] <= doubt).any() or (above[0] == 0).any():
             return None
         share, margin = above / above[0], float(2 * doubt / 3 / above[0, -1])  # twice the sd of a share of positives
@@ -89,9 +89,9 @@ class Rule:
             if sd and self.level + margin >= 1:
                 return None
             enough = np.flatnonzero(share[1:, 0] >= self.level + margin)
-            return _probability(float(edges[enough[-1] if len(enough) else 0]))
+            return _expit(float(edges[enough[-1] if len(enough) else 0]))
         gain = share[1:, 1] - share[1:, 0]
-        return None if gain.max() < margin else _probability(float(edges[np.argmax(gain)]))
+        return None if gain.max() < margin else _expit(float(edges[np.argmax(gain)]))
 
 
 def parse(text: str) -> Rule | None:
@@ -108,10 +108,10 @@ def parse(text: str) -> Rule | None:
     return Rule("sensitivity" if bound else "fixed", level)
 
 
-def _above(count_C: np.ndarray) -> np.ndarray:
+def _count_above(count_C: np.ndarray) -> np.ndarray:
     """Return how many lie in each cell and above [C]; noise must not make it grow from one cell to the next."""
     return np.maximum.accumulate(np.maximum(np.cumsum(count_C[::-1]), 0))[::-1]
 
 
-def _probability(logit: float) -> float:
+def _expit(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))

@@ -43,7 +43,7 @@ def refuse(found: Iterable[Refusal]) -> None:
         return
     error = refusals[0].error
     if len(refusals) > 1:
-        told = _once([str(refusal.error) for refusal in refusals])
+        told = _merge_sites([str(refusal.error) for refusal in refusals])
         lines = [f"{len(told)} things stand against this study:"] if len(told) > 1 else told
         lines += [f" {number}. {text}" for number, text in enumerate(told[:MOST_TOLD], 1)] if len(told) > 1 else []
         lines += [f" and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
@@ -56,7 +56,7 @@ _OF_A_SITE = re.compile(r"site ('[^']*'|\"[^\"]*\"), (.*)", re.DOTALL)
 _DIFFERENT = re.compile(r"(\d+) different")
 
 
-def _once(told: Sequence[str]) -> list[str]:
+def _merge_sites(told: Sequence[str]) -> list[str]:
     """Return what stands against sites once where they share it: with all of them, and how many values from to."""
     alike: dict[str, list[tuple[str, str]]] = {}
     for text in told:

@@ -61,7 +61,7 @@ class Progressing:
                 self.console.print(f"[bold]{escape(event.study)}[/]  seed {event.seed}, {event.rounds} rounds")
                 self.bar.update(self.task, total=event.rounds)
             case Planned():
-                self._planned(event)
+                self._tell_plan(event)
             case RangesFound():
                 self.console.print(sentence(event), highlight=False, markup=False)
             case Warned():
@@ -73,12 +73,12 @@ class Progressing:
             case RoundFinished():
                 self.untold = event
             case Tested() if self.untold:
-                self._tested(event)
+                self._note_test(event)
                 self._tell_round()
             case RunFinished():
                 self.bar.stop()
                 if event.privacy.get("epsilon") is not None:
-                    self.console.print(_spent(event.privacy), highlight=False, markup=False)
+                    self.console.print(_describe_spending(event.privacy), highlight=False, markup=False)
                 if event.reason:
                     self.console.print(f"[red]{event.status}[/]: {escape(event.reason)}", highlight=False)
 
@@ -87,7 +87,7 @@ class Progressing:
         self._tell_round()
         self.bar.stop()
 
-    def _planned(self, event: Planned) -> None:
+    def _tell_plan(self, event: Planned) -> None:
         tested = any(size["test"] for size in event.sizes.values())  # else nobody says how many are held out
         shown = list(event.sizes.items())[:8]
         sizes = ", ".join(f"{site} {size['train']}" + f"+{size['test']}" * tested for site, size in shown)
@@ -105,9 +105,9 @@ class Progressing:
             self.console.print(why, highlight=False, markup=False)
         if event.positive:
             self.console.print(
-                f"positive: {event.positive!r}, {_called(event.threshold)}", highlight=False, markup=False
+                f"positive: {event.positive!r}, {_describe_threshold(event.threshold)}", highlight=False, markup=False
             )
-        self.console.print(_promise(event.privacy), highlight=False, markup=False)
+        self.console.print(_describe_guarantee(event.privacy), highlight=False, markup=False)
         for line in chosen(event.chosen):
             self.console.print(line, highlight=False, markup=False)
         for party, sight in event.sees.items():
@@ -129,13 +129,13 @@ class Progressing:
             self.console.print(f"round {event.round}/{self.rounds or '?'}  {text}", highlight=False, soft_wrap=True)
             self.last_test = ""  # a line tells of its own round; the bar keeps what was known last
 
-    def _tested(self, event: Tested) -> None:
+    def _note_test(self, event: Tested) -> None:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
         value = event.all_sites[name].value
         self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
 
 
-def _called(threshold: str) -> str:
+def _describe_threshold(threshold: str) -> str:
     """Say from where on a label is called, before training has shown it."""
     if (rule := decision.parse(threshold)) and rule.chosen:
         return f"called from a probability on that is chosen after training by {threshold!r}"
@@ -158,7 +158,7 @@ def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
     ]
 
 
-def _promise(privacy: Mapping[str, Any]) -> str:
+def _describe_guarantee(privacy: Mapping[str, Any]) -> str:
     """Say what is guaranteed, before the first round."""
     if privacy["noise"] == "none":
         return "privacy: none claimed (privacy.noise = 'none')"
@@ -170,7 +170,7 @@ def _promise(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _spent(privacy: Mapping[str, Any]) -> str:
+def _describe_spending(privacy: Mapping[str, Any]) -> str:
     scope = "this run alone (scope 'run')" if privacy["scope"] == "run" else "all runs of the study (scope 'study')"
     return (
         f"privacy spent: epsilon {privacy['epsilon']:.4f} of {privacy['target_epsilon']:g} at delta "
@@ -251,11 +251,11 @@ def _add(
     for name in names:
         value, interval = figures[name], intervals.get(name)
         cell = "-" if value is None else f"{value:.3f}"
-        cells.append(f"{cell}\n[dim]{_bare(interval[0])}-{_bare(interval[1])}[/]" if interval else cell)
+        cells.append(f"{cell}\n[dim]{_format_share(interval[0])}-{_format_share(interval[1])}[/]" if interval else cell)
     table.add_row(escape(where), model, str(figures["n"]), *cells)
 
 
-def _bare(value: float) -> str:
+def _format_share(value: float) -> str:
     """Write a share without its leading zero: .932."""
     text = f"{value:.3f}"
     return text[1:] if text.startswith("0.") else text
@@ -270,9 +270,9 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         f"accountant: {found['accountant']}"
     ]
     parts += chosen(found["chosen"])
-    parts.append(_usefulness(found["foretold"]))
-    parts += [*_ranges_ahead(found["ranges"], found["patients"]), *_paid_test(found["paid_test"])]
-    parts += [_charged(found["ledger"], found["epsilon"])]
+    parts.append(_table_of_losses(found["foretold"]))
+    parts += [*_describe_ranges(found["ranges"], found["patients"]), *_describe_test(found["paid_test"])]
+    parts += [_describe_ledger(found["ledger"], found["epsilon"])]
     for mode, rows in found["modes"].items():
         table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
         for title in (
@@ -305,7 +305,7 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
     return parts
 
 
-def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
+def _describe_ranges(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
     """Say with how much noise ranges will be found."""
     if ranges is None:
         return []
@@ -317,7 +317,7 @@ def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
     ]
 
 
-def _paid_test(test: Mapping[str, Any] | None) -> list[str]:
+def _describe_test(test: Mapping[str, Any] | None) -> list[str]:
     """Say what the test that held-out patients pay for will be able to tell."""
     if test is None:
         return []
@@ -332,7 +332,7 @@ def _paid_test(test: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _charged(ledger: Mapping[str, Any], epsilon: float) -> str:
+def _describe_ledger(ledger: Mapping[str, Any], epsilon: float) -> str:
     """Say where a run is charged, and what a trial would cost."""
     if ledger["path"] is None:
         return "ledger: a run is charged in its own folder alone (privacy.scope = 'run'): for public records."
@@ -345,7 +345,7 @@ def _charged(ledger: Mapping[str, Any], epsilon: float) -> str:
     )
 
 
-def _usefulness(foretold: Sequence[Mapping[str, Any]]) -> Table:
+def _table_of_losses(foretold: Sequence[Mapping[str, Any]]) -> Table:
     """Return what each epsilon will cost, as foretold on made-up tables of the declared shape."""
     name = foretold[0]["figure"]
     title = f"what it costs: loss of {name} against no privacy, foretold on made-up tables of this shape"

@@ -67,15 +67,15 @@ def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[
 
 def generate_comprehensive_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write one page with everything, an executive page first, for printing; return where. The brief's name."""
-    return _written(Path(folder), "report.html", out)
+    return _write_page(Path(folder), "report.html", out)
 
 
 def generate_security_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page on security alone; return where. The brief's name."""
-    return _written(Path(folder), "security_analysis.html", out)
+    return _write_page(Path(folder), "security_analysis.html", out)
 
 
-def _written(folder: Path, name: str, out: str | Path | None) -> Path:
+def _write_page(folder: Path, name: str, out: str | Path | None) -> Path:
     path = Path(out) if out else folder / "reports" / name
     files.make_folder(path.parent)
     files.write(path, page(Story.of(folder), name))
@@ -105,13 +105,15 @@ def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path
     files.make_folder(place)
     found = tables(story)
     with files.held(place):
-        written = {place / f"{name}.{kind}": _as(kind, frame) for name, frame in found.items() for kind in formats}
+        written = {
+            place / f"{name}.{kind}": _serialise(kind, frame) for name, frame in found.items() for kind in formats
+        }
         for path, content in written.items():
             files.write(path, content)
     return list(written)
 
 
-def _as(kind: str, frame: pd.DataFrame) -> bytes | str:
+def _serialise(kind: str, frame: pd.DataFrame) -> bytes | str:
     """Return a table as the content of a file."""
     if kind == "csv":
         return frame.to_csv(index=False)
@@ -234,9 +236,9 @@ def _training(story: Story) -> str:
     names = [name for name in HEADLINE if last and name in last.all_sites]
     body = _verdict(story) + _key_figures(
         {
-            **{name: _told((s["test"] or {}).get(name)) for name in names},
+            **{name: _format((s["test"] or {}).get(name)) for name in names},
             "rounds": f"{s['rounds']} of {s['rounds_asked']}",
-            "time a round": _told(s["seconds"]["per_round"], " s"),
+            "time a round": _format(s["seconds"]["per_round"], " s"),
             "sent": _size(s["bytes"]["up"] + s["bytes"]["down"]),
         }
     )
@@ -300,7 +302,7 @@ def _calibration(tested: Tested) -> str:
         "dashed line both are the same."
     )
     chart = _chart("Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said")
-    lines = [[int(count), _told(said), _told(truth)] for count, said, truth in tested.calibration]
+    lines = [[int(count), _format(said), _format(truth)] for count, said, truth in tested.calibration]
     return chart + _table(("records", "chance said", "share that was so"), lines)
 
 
@@ -330,7 +332,7 @@ def _devices(story: Story) -> str:
             "not told" if s["test_noised"] else sizes[name]["test"],
             s["participation"].get(name, 0),
             left_out[name],
-            _told(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),
+            _format(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),
             f"{weights[name]:.1%}" if name in weights else "-",
         ]
         for name in named
@@ -453,7 +455,7 @@ def _security(story: Story) -> str:
         left = together(story.excluded)[:SHOWN]
         body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
     if story.taken_back:
-        lines = [[o.round, _told(o.before), _told(o.after)] for o in story.taken_back]
+        lines = [[o.round, _format(o.before), _format(o.after)] for o in story.taken_back]
         body += "<h2>Rounds taken back</h2>" + _table(("round", "loss before", "loss after"), lines)
     if story.trail:
         body += "<p class=note>Check signatures and chain with <code>medfed trail verify RUN</code>.</p>"
@@ -513,7 +515,7 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | N
     rounds = sorted({t for points in lines.values() for t, _ in points})[-SHOWN:]
     by_round = {name: dict(points) for name, points in lines.items()}
     numbers = _table(
-        (across, *lines), [[t, *(_told(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
+        (across, *lines), [[t, *(_format(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
     )
     label = f"{escape(title)}; the numbers are in the table below"
     return (
@@ -524,7 +526,7 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | N
 
 
 @cache
-def _style() -> str:
+def _read_style() -> str:
     return STYLE.read_text(encoding="utf-8") + _STYLE
 
 
@@ -542,7 +544,7 @@ def _page(title: str, story: Story, body: str) -> str:
     warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>" if warned else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_style()}</style>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read_style()}</style>'
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
         f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}</main></body></html>\n"
     )
@@ -577,7 +579,7 @@ def _figure(figure: Any) -> str:
     return f"{figure.value:.3f}{interval}"
 
 
-def _told(value: float | None, unit: str = "", digits: int = 4) -> str:
+def _format(value: float | None, unit: str = "", digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}{unit}"
 
 

@@ -61,11 +61,11 @@ class Sample:
 def prometheus(found: Mapping[str, Sequence[Sample]]) -> str:
     """Return the samples of runs, by name, in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Told(found))
+    registry.register(_Families(found))
     return generate_latest(registry).decode()
 
 
-class _Told(Collector):
+class _Families(Collector):
     def __init__(self, found: Mapping[str, Sequence[Sample]]) -> None:
         self.found = found
 
@@ -149,13 +149,13 @@ def trace(folder: Path, exporter: Any) -> int:
     Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is an event of its
     round's span. Raises ExportError where the library is missing, or where the exporter does not take the spans.
     """
-    sdk, export = _needs("opentelemetry.sdk.trace", "otel"), _needs("opentelemetry.sdk.trace.export", "otel")
-    resources = _needs("opentelemetry.sdk.resources", "otel")
+    sdk, export = _import("opentelemetry.sdk.trace", "otel"), _import("opentelemetry.sdk.trace.export", "otel")
+    resources = _import("opentelemetry.sdk.resources", "otel")
     told, story = _read(folder)
     kept = _Kept(exporter, export.SpanExportResult.SUCCESS)
     provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": "medfed"}))
     provider.add_span_processor(export.BatchSpanProcessor(kept))
-    _spans(provider.get_tracer("medfed"), told, story, folder.resolve().name)
+    _send_spans(provider.get_tracer("medfed"), told, story, folder.resolve().name)
     provider.shutdown()
     if kept.failed:
         raise ExportError(
@@ -185,8 +185,8 @@ class _Kept:
         return bool(self.inner.force_flush(timeout_millis))
 
 
-def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None:
-    api = _needs("opentelemetry.trace", "otel")
+def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None:
+    api = _import("opentelemetry.trace", "otel")
     if not told:
         return
     named, root, current = set(story.sites), None, None
@@ -204,7 +204,7 @@ def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None
                 current = span, when
             case RoundFinished() if current:
                 span, began = current
-                span.set_attributes(_about(event))
+                span.set_attributes(_attributes(event))
                 for site, seconds in zip(event.clients, event.site_seconds, strict=True):
                     if site in named:
                         inside = api.set_span_in_context(span)
@@ -224,7 +224,7 @@ def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None
             open_span.end(_nanoseconds(told[-1].time))
 
 
-def _about(event: RoundFinished) -> dict[str, float | int]:
+def _attributes(event: RoundFinished) -> dict[str, float | int]:
     about = {
         "medfed.clients": len(event.clients),
         "medfed.seconds": event.seconds,
@@ -243,7 +243,9 @@ def _nanoseconds(when: datetime) -> int:
 
 def otlp(address: str) -> Any:
     """Return an exporter to an OpenTelemetry collector at an address, as in http://localhost:4318/v1/traces."""
-    return _needs("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(address, timeout=10)
+    return _import("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(
+        address, timeout=10
+    )
 
 
 # MLflow and TensorBoard
@@ -273,9 +275,9 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
 
 def to_tensorboard(folder: Path, out: Path) -> int:
     """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises ExportError."""
-    write = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    write = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
     told, count = _read(folder), 0
-    with files.explained(out), _silent_threads(), write(str(out / folder.resolve().name)) as writer:
+    with files.explained(out), _silence_threads(), write(str(out / folder.resolve().name)) as writer:
         for name, value, round, when in scalars(*told):
             writer.add_scalar(name, value, round, when.timestamp())
             count += 1
@@ -283,7 +285,7 @@ def to_tensorboard(folder: Path, out: Path) -> int:
 
 
 @contextmanager
-def _silent_threads() -> Iterator[None]:
+def _silence_threads() -> Iterator[None]:
     """Keep what a thread fails of from being printed: who gave it the work raises it again."""
     before = threading.excepthook
     threading.excepthook = lambda _: None
@@ -302,7 +304,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
     Raises ExportError where the library is missing, or where the tracking server refuses.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves but for where it was asked to go
-    mlflow, entities = _needs("mlflow", "mlflow"), _needs("mlflow.entities", "mlflow")
+    mlflow, entities = _import("mlflow", "mlflow"), _import("mlflow.entities", "mlflow")
     told, story = _read(folder)
     s = story.summary
     try:
@@ -314,7 +316,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         run = client.create_run(number, begun, {**tags, "mlflow.runName": folder.resolve().name})
         key = str(run.info.run_id)
         measured = [
-            entities.Metric(_plain(name), value, round(when.timestamp() * 1000), number_of_round)
+            entities.Metric(_restrict_name(name), value, round(when.timestamp() * 1000), number_of_round)
             for name, value, number_of_round, when in scalars(told, story)
         ]
         params = [entities.Param(name, str(value)) for name, value in _params(story).items()]
@@ -341,12 +343,12 @@ def _params(story: Story) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plain(name: str) -> str:
+def _restrict_name(name: str) -> str:
     """Return a name of the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
 
 
-def _needs(module: str, extra: str) -> ModuleType:
+def _import(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:

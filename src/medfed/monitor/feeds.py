@@ -108,7 +108,7 @@ class Runs:
 
     def _newest(self) -> dict[str, Path]:
         places = self._places()
-        return {name: places[name] for name in sorted(places, key=lambda name: -_touched(places[name]))}
+        return {name: places[name] for name in sorted(places, key=lambda name: -_written_at(places[name]))}
 
     def _places(self) -> dict[str, Path]:
         if (self.folder / "events.jsonl").is_file():
@@ -137,7 +137,7 @@ class Runs:
         """Return what each run came to: from summary.json where it has ended, else from its log."""
         found: dict[str, Mapping[str, Any]] = {}
         for name, place in self._newest().items():
-            if (summary := _ended(place)) is None:
+            if (summary := _read_summary(place)) is None:
                 feed = self.feed(name)
                 summary = feed.asked(lambda story: story.summary) if feed else None
             if summary and (not self.site or self.site in summary["sites"]):
@@ -145,15 +145,15 @@ class Runs:
         return found
 
 
-def _touched(place: Path) -> float:
+def _written_at(place: Path) -> float:
     return (place / "events.jsonl").stat().st_mtime
 
 
-def _ended(place: Path) -> Mapping[str, Any] | None:
+def _read_summary(place: Path) -> Mapping[str, Any] | None:
     """Return summary.json, unless the log was written to since."""
     path = place / "summary.json"
     try:
-        if path.stat().st_mtime < _touched(place):
+        if path.stat().st_mtime < _written_at(place):
             return None
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

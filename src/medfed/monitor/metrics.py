@@ -105,7 +105,7 @@ class Histogram:
         pulled = negative * part_01
         joint = (positive * part_10) @ (np.cumsum(pulled) - pulled / 2)
         third = positive @ part_10**3 / n**2 + negative @ part_01**3 / m**2 + 6 * joint / (n * m)
-        return _skewed(value, s10 / n + s01 / m + s11 / (n * m), third)
+        return _skewed_interval(value, s10 / n + s01 / m + s11 / (n * m), third)
 
     def brier(self) -> float:
         """Return the mean squared error of the probability."""
@@ -118,7 +118,7 @@ class Histogram:
             return None, None
         off = self._errors() - value
         variance, third = (float((off**power * self.count).sum() / n) for power in (2, 3))
-        return _skewed(value, variance / n, third / n**2)
+        return _skewed_interval(value, variance / n, third / n**2)
 
     def reliability(self) -> np.ndarray:
         """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that holds records."""
@@ -201,7 +201,7 @@ class Scores:
         bins, label, sums = tensors["bins"], tensors["label"], tensors["sums"]
         alike = bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
         shaped = bins.shape == (len(label), outputs) and label.ndim == 1 and sums.shape == (5,)
-        if not (alike and shaped and np.isfinite(sums.numpy()).all() and _within(bins, label, outputs)):
+        if not (alike and shaped and np.isfinite(sums.numpy()).all() and _are_in_range(bins, label, outputs)):
             raise SiteError("its answer is no test's scores; run the same medfed everywhere")
         return cls(task, bins, label, sums)
 
@@ -262,7 +262,7 @@ def names(task: Task) -> tuple[str, ...]:
     return NUMBER_METRICS if task == "regression" else CLASS_METRICS
 
 
-def _within(bins: Tensor, label: Tensor, outputs: int) -> bool:
+def _are_in_range(bins: Tensor, label: Tensor, outputs: int) -> bool:
     if len(label) == 0:
         return True
     steps, labels, most = bins.numpy(), label.numpy(), _LIMIT * _BINS_PER_LOGIT  # thousands of small sites
@@ -415,12 +415,12 @@ def f1_interval(true: float, wrong: float) -> Interval:
     if true == 0 or wrong == 0:
         return None, None
     j = true / of
-    low, high = _skewed(j, j * (1 - j) / of, j * (1 - j) * (1 - 2 * j) / of**2)
+    low, high = _skewed_interval(j, j * (1 - j) / of, j * (1 - j) * (1 - 2 * j) / of**2)
     assert low is not None and high is not None
     return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
-def _skewed(value: float, variance: float, third: float) -> Interval:
+def _skewed_interval(value: float, variance: float, third: float) -> Interval:
     """Return the central interval of a share's law from its first three cumulants (Cornish and Fisher 1938)."""
     if variance < 1e-15:
         return None, None

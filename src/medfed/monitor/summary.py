@@ -87,11 +87,11 @@ class Tally:
                 self.taken_back.append(event)
             case RoundFinished():
                 self.rounds[event.round] = event
-                self._sent(event)
+                self._count_bytes(event)
             case Tested():
                 self.latest[event.model] = event
                 if event.model == self.main:
-                    self._sent(event)
+                    self._count_bytes(event)
             case Compared():
                 self.compared = event
             case Voted():
@@ -99,7 +99,7 @@ class Tally:
             case RunFinished():
                 self.finished = event
 
-    def _sent(self, event: RoundFinished | Tested) -> None:
+    def _count_bytes(self, event: RoundFinished | Tested) -> None:
         self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
 
     @property
@@ -111,11 +111,11 @@ class Tally:
     def summary(self) -> dict[str, Any]:
         """What summary.json says, as far as events have been taken in."""
         if self._summary is None:
-            told = self._summarised()
+            told = self._summarise()
             self._summary = {"findings": verdict.findings(told), **told}
         return self._summary
 
-    def _summarised(self) -> dict[str, Any]:
+    def _summarise(self) -> dict[str, Any]:
         started, planned, finished, rounds = self.started, self.planned, self.finished, self.rounds
         sites = list(planned.sizes) if planned else []
         final, tested = self.latest.get("federated"), self.latest.get(self.main)
@@ -144,8 +144,8 @@ class Tally:
             "labels": list(tested.labels) if tested else [],
             "confusion": [list(row) for row in tested.confusion] if tested else [],
             "learning_rate": _rate(planned),
-            "compared": _compared(self.compared),
-            "vote": _voted(self.voted),
+            "compared": _comparison(self.compared),
+            "vote": _vote(self.voted),
             "ranges": _ranges(self.ranges),
             "privacy": _privacy(planned, rounds, finished),
             "seconds": {
@@ -218,7 +218,7 @@ def _rate(planned: Planned | None) -> dict[str, Any] | None:
     return {"first": planned.learning_rate or None, "chosen": bool(planned.rate_chosen)}
 
 
-def _compared(told: Compared | None) -> dict[str, Any] | None:
+def _comparison(told: Compared | None) -> dict[str, Any] | None:
     if told is None:
         return None
     own = told.own_better
@@ -231,7 +231,7 @@ def _ranges(told: RangesFound | None) -> dict[str, Any] | None:
     return {"found": {name: list(ends) for name, ends in told.ranges.items()}, "noise_sd": told.noise_sd}
 
 
-def _voted(told: Voted | None) -> dict[str, Any] | None:
+def _vote(told: Voted | None) -> dict[str, Any] | None:
     if told is None:
         return None
     own = told.own_better

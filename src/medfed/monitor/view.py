@@ -134,8 +134,8 @@ class Narrowing:
                 self.concerned = self.site in event.sizes
                 if others := [re.escape(name) for name in event.sizes if name != self.site]:
                     self._others = re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)")
-                sizes, labels = self._own(event.sizes), self._own(event.labels)
-                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._told(event.rate_chosen))
+                sizes, labels = self._keep_own(event.sizes), self._keep_own(event.labels)
+                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._withhold(event.rate_chosen))
             case RoundStarted():
                 return replace(event, clients=[name for name in event.clients if name == self.site])
             case RoundFinished():
@@ -149,24 +149,24 @@ class Narrowing:
                 )
             case Inspected():
                 findings = [one for one in event.findings if one["client"] == self.site]
-                kept = [one | {"evidence": self._told(str(one["evidence"]))} for one in map(dict, findings)]
-                return replace(event, weights=self._own(event.weights), findings=kept)
+                kept = [one | {"evidence": self._withhold(str(one["evidence"]))} for one in map(dict, findings)]
+                return replace(event, weights=self._keep_own(event.weights), findings=kept)
             case Tested():
-                return replace(event, per_site=self._own(event.per_site), site_n=self._own(event.site_n))
+                return replace(event, per_site=self._keep_own(event.per_site), site_n=self._keep_own(event.site_n))
             case Compared():
-                return replace(event, sites=self._own(event.sites))
+                return replace(event, sites=self._keep_own(event.sites))
             case SiteExcluded(site=name, reason=text):
-                return replace(event, reason=self._told(text)) if name == self.site else None
+                return replace(event, reason=self._withhold(text)) if name == self.site else None
             case SecurityAudit(client=name, evidence=evidence):
-                return replace(event, evidence=list(map(self._told, evidence))) if name == self.site else None
+                return replace(event, evidence=list(map(self._withhold, evidence))) if name == self.site else None
             case Warned(text=text):
-                return Warned(self._told(text))
+                return Warned(self._withhold(text))
             case RunFinished(reason=text):
-                return replace(event, reason=self._told(text))
+                return replace(event, reason=self._withhold(text))
         return event
 
-    def _own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:
+    def _keep_own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in by_site.items() if name == self.site}
 
-    def _told(self, text: str) -> str:
+    def _withhold(self, text: str) -> str:
         return OTHERS if self._others and self._others.search(text) else text
