@@ -17,7 +17,7 @@ from medfed import audit, cli
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import reports
 from medfed.study import Study
-from medfed.twin import Training, Twin, unexplained, updates
+from medfed.twin import Training, Twin, explain, updates
 from tests import planted
 from tests.planted import clipping_skipped, noise_off, noise_reused
 from tests.tables import PRIVATE, invented, write_study
@@ -91,7 +91,7 @@ def test_the_attacker_works_out_what_the_code_releases(settings: tuple[str, ...]
         made = {name: audit._make_canaries(target, training.server.w_P, 4, rng) for name in target.sites}
         seen = training.round({name: audit._add_canaries(target.rows[name], made[name], in_M) for name in made})
         for names, update_P in updates(seen, target.plan):
-            rest_P, add_MP = unexplained(target, seen, names, {name: made[name] for name in names}, update_P)
+            rest_P, add_MP = explain(target, seen, names, {name: made[name] for name in names}, update_P)
             in_P = torch.from_numpy(np.tile(in_M, len(names))).double() @ add_MP
             assert torch.linalg.vector_norm(add_MP[0]) == pytest.approx(1, rel=0.1)
             assert torch.linalg.vector_norm(rest_P - in_P) < 0.01 * torch.linalg.vector_norm(in_P)

@@ -34,7 +34,7 @@ from medfed.privacy.audit import Evidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.site import Site
 from medfed.study import Privacy, Study
-from medfed.twin import People, Training, Twin, keys, unexplained, updates
+from medfed.twin import People, Training, Twin, explain, keys, updates
 from medfed.wire import combine, joint_links
 
 CONFIDENCE = 0.95
@@ -119,7 +119,7 @@ def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[st
     `options` are those of `audit_study`. Raises RunError where the folder holds no claim.
     """
     claim, (study, encoding) = claims.read(folder), runs.read_plan(folder)
-    with files.held(folder):
+    with files.hold(folder):
         found = audit_study(study, data, encoding=encoding, **options)
         files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
         files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
@@ -224,7 +224,7 @@ def _score_canaries(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _
             break
         for names, update_P in updates(seen, plan):
             if there := [name for name in names if name in place]:
-                rest_P, add_MP = unexplained(twin, seen, names, {name: made[name] for name in there}, update_P)
+                rest_P, add_MP = explain(twin, seen, names, {name: made[name] for name in there}, update_P)
                 which = np.concatenate([place[name] for name in there])
                 gradient_MP = np.zeros((count, plan.parameters), np.float32)
                 gradient_MP[which] = add_MP.numpy()

@@ -144,7 +144,7 @@ def _draw_jointly(twin: Twin) -> _Drawn:
         band = noise_tests.strategy_coefficients(g.rounds, g.separation)
         noise_VP = noise_tests.whitened(noise_VP, band)
     excess = _excess(plan)
-    need = max(needed(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(g))
+    need = max(needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(g))
     told_V = np.full(len(noise_VP), g.sigma_units() * excess)
     needed_V = np.full(len(noise_VP), need * excess)
     return _Drawn(noise_VP, told_V, needed_V, counts, whole, len(noise_VP))
@@ -168,7 +168,7 @@ def _draw_by_sites(twin: Twin) -> _Drawn:
         rounds += 1
     noise_VP = np.stack(vectors)
     told_V = np.array([twin.guarantee.sigma_units(name) for name in names])
-    need = {name: needed(plan.study, name, plan.parameters, twin.guarantee) for name in set(names)}
+    need = {name: needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in set(names)}
     needed_V = np.array([need[name] for name in names])
     return _Drawn(noise_VP, told_V, needed_V, None, noise_tests.on_grid(noise_VP), rounds)
 
@@ -240,7 +240,7 @@ def _excess(plan: Plan) -> float:
     return math.sqrt(parts / holders(plan.study, plan.participants))
 
 
-def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
+def needed_deviation(study: Study, name: str, parameters: int, g: Guarantee) -> float:
     """Return the standard deviation in grid units that a client's claim needs, worked out from the study.
 
     The guarantee `g` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The

@@ -21,7 +21,7 @@ def features_of(columns: Sequence[str], data: Data) -> list[str]:
             chosen += [name for name in made if name in known]
         else:
             chosen += [name for name in matching(asked, columns) if name not in none]
-    out = excluded(columns, data)
+    out = excluded_columns(columns, data)
     return [name for name in dict.fromkeys(chosen) if name not in out]
 
 
@@ -34,7 +34,7 @@ def no_features(data: Data) -> set[str]:
     return (roles - numbers) | {data.target, data.site, data.patient, data.test}
 
 
-def excluded(columns: Sequence[str], data: Data) -> set[str]:
+def excluded_columns(columns: Sequence[str], data: Data) -> set[str]:
     """Return the columns that data.exclude names or matches."""
     return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
 
@@ -64,7 +64,7 @@ def open_columns(study: Study) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not described(data.dictionary.get(name, Feature()))))
 
 
-def listed(columns: Sequence[str], study: Study) -> Study:
+def list_features(columns: Sequence[str], study: Study) -> Study:
     """Return the study with an entry in its dictionary for each feature of a table, where ranges are to be found."""
     data = study.data
     if not study.privacy.ranges_epsilon:

@@ -125,7 +125,7 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
 def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, Any]) -> None:
     path = folder / "members.jsonl"
     files.make_folder(folder)
-    with files.held(folder):  # two lines at once would both follow the same one
+    with files.hold(folder):  # two lines at once would both follow the same one
         if kind == "founded" and path.exists():
             raise TrailError(f"{folder} was begun by somebody else just now; look at it by `medfed federation show`")
         Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)

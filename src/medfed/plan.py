@@ -26,11 +26,11 @@ from medfed.core.checks import (
     those,
 )
 from medfed.core.flat import vector
-from medfed.core.refusals import Refusal, gathered, mends, refuse
+from medfed.core.refusals import Refusal, gather, mends, refuse
 from medfed.core.streams import Streams
 from medfed.data import doubts, preprocess, sources, tables
 from medfed.data.preprocess import Encoding
-from medfed.features import features_of, listed
+from medfed.features import features_of, list_features
 from medfed.fleet import selection
 from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
@@ -300,7 +300,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
         yield _refusal(StudyError(text))
     elif robust.attack:
         yield from _attack_refusals(study)
-    unknown = gathered(partial(robust_rule, study, 1))
+    unknown = gather(partial(robust_rule, study, 1))
     yield from unknown
     rule = None if unknown else robust_rule(study, 1)
     if rule is not None:
@@ -316,7 +316,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
 def _attack_refusals(study: Study) -> Iterator[Refusal]:
     """Yield what a simulated attack asks for."""
     name = study.robustness.attack
-    unknown = gathered(partial(attacks.named, name))
+    unknown = gather(partial(attacks.named, name))
     yield from unknown
     if not unknown and attacks.named(name).stage == "wire" and study.security.aggregation != "three-party":
         text = f"robustness.attack={name!r} acts on shared words; set aggregation='three-party'."
@@ -418,7 +418,7 @@ def objections(study: Study) -> list[Refusal]:
 
 def standing(study: Study) -> list[Refusal]:
     """Return all that stands against a study before a record is read: from itself, and from its table's header."""
-    sourceless = gathered(partial(sources.completed, study))
+    sourceless = gather(partial(sources.completed, study))
     if not sourceless:
         study = replace(study, data=sources.completed(study))
     found = [*objections(study), *sourceless]
@@ -457,10 +457,10 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if data.target and data.task != "regression":
         yield from tables.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
-            yield from gathered(partial(preprocess.classes, sorted(labels), data))
+            yield from gather(partial(preprocess.classes, sorted(labels), data))
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
-            yield from refusals.hidden_ranges(listed(columns, study), sizes)
+            yield from refusals.hidden_ranges(list_features(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
         yield from tables.undescribed(features_of(columns, data), data, refusals.unless_paid(study))
 

@@ -38,7 +38,7 @@ from medfed.core.checks import MedfedError, PlanError
 from medfed.core.refusals import Refusal
 from medfed.data import preprocess, sources
 from medfed.data.preprocess import Encoding
-from medfed.features import features_of, listed, open_columns
+from medfed.features import features_of, list_features, open_columns
 from medfed.local import CURVATURE
 from medfed.plan import build_model, check_groups, standing
 from medfed.privacy import guarantee as guarantees
@@ -112,7 +112,7 @@ def refused(study: Study) -> tuple[Study, list[Refusal]]:
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.completed(study))
         if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
-            study = listed(sources.columns_of(study, private=True), study)
+            study = list_features(sources.columns_of(study, private=True), study)
     try:
         study = settled(study, SOME_DEVICES)
     except Exception:  # of values that are refused below anyway, nothing follows

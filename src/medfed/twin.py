@@ -246,7 +246,7 @@ class People:
             )
 
 
-def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
+def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
     """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the definition."""
     model, layout, task = twin.model, Layout.of(twin.model), twin.plan.encoding.target.task
     dropouts = dropout_keys(model)
@@ -288,7 +288,7 @@ def _gradient(loss: _Loss, weights: dict[str, Tensor], x_F: Tensor, y: Tensor, k
     return torch.cat([part.flatten() for part in parts])
 
 
-def unexplained(
+def explain(
     twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return how far a release differs from one without canaries [P], and what each of them would add [M, P].
@@ -311,8 +311,10 @@ def unexplained(
     descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
     for t in range(steps):
         at_P = w_P + update_P.to(w_P.dtype) * (t / (steps - (kept - 1) / 2))
-        add_MP = torch.cat([clipped(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
-        half_P = sum((clipped(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2)
+        add_MP = torch.cat([clip_gradients(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
+        half_P = sum(
+            (clip_gradients(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2
+        )
         descent.step([piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))])
         if t >= steps - kept:
             mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept

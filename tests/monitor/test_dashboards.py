@@ -14,7 +14,7 @@ import medfed
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import dashboards, events
 from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
-from medfed.monitor.story import Story, thinned
+from medfed.monitor.story import Story, thin
 from tests.tables import PRIVATE, STUDY, write_study
 from tests.test_cli import medfed as command
 
@@ -202,9 +202,9 @@ def test_a_newer_schema_or_no_log_is_refused(tmp_path: Path) -> None:
 def test_many_points_are_thinned_with_lowest_and_highest_kept() -> None:
     curve: dict[int, float | None] = {t: float((t * 7919) % 1000) for t in range(100_000)}
     curve[54_321], curve[7], curve[50] = 5000.0, -5000.0, None
-    kept = dict(thinned(curve))
+    kept = dict(thin(curve))
     assert len(kept) <= 1002 and kept[54_321] == 5000 and kept[7] == -5000 and 0 in kept and 99_999 in kept
-    assert thinned({1: 0.5, 2: None}) == [(1, 0.5)]
+    assert thin({1: 0.5, 2: None}) == [(1, 0.5)]
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_no_device_is_named_anywhere(tmp_path: Path) -> None:
 
 def test_a_strange_name_cannot_forge_a_line(tmp_path: Path) -> None:
     evil = f'a"}} 1\nmedfed_epsilon_spent{{run="x"}} 0 {EVIL}\\'
-    story = Story.told(invented(2, [evil, "b"], evil))
+    story = Story.from_events(invented(2, [evil, "b"], evil))
     found = read_metrics(exporters.prometheus({evil: exporters.samples(story)}))
     assert {dict(labels)["run"] for _, labels in found} == {evil}
 

@@ -114,7 +114,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     from medfed.core.checks import RunError
     from medfed.monitor import console as view
     from medfed.monitor import events, summary
-    from medfed.monitor.lines import together
+    from medfed.monitor.lines import merge_alike
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -130,13 +130,13 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     view.tell_findings(found, console)
     if found["test"] or found["baselines"]:
         console.print(view.results(found))
-    for line in view.decided(found):
+    for line in view.decision_lines(found):
         console.print(line, highlight=False, markup=False)
     for line in view.suspects(found):
         console.print(line, highlight=False, markup=False)
     if found["reason"]:
         console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
-    for one in together([events.SiteExcluded(**item) for item in found["excluded"]]):
+    for one in merge_alike([events.SiteExcluded(**item) for item in found["excluded"]]):
         console.print(f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False)
 
 
@@ -299,14 +299,14 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:
     """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
-    from medfed.monitor.console import decided, results, suspects, tell_findings
+    from medfed.monitor.console import decision_lines, results, suspects, tell_findings
 
     tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, indent=2))
     else:
         console.print(results(result.summary))
-        for line in decided(result.summary):
+        for line in decision_lines(result.summary):
             console.print(line, highlight=False, markup=False)
         for line in suspects(result.summary):
             console.print(line, highlight=False, markup=False)

@@ -160,11 +160,11 @@ def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
     often = Counter(plain.values())
     found: dict[str, list[str]] = {}
     for name, text in plain.items():
-        found.setdefault(text if often[text] > 1 else unnamed(name, text), []).append(name)
+        found.setdefault(text if often[text] > 1 else strip_name(name, text), []).append(name)
     return found
 
 
-def unnamed(name: str, reason: object) -> str:
+def strip_name(name: str, reason: object) -> str:
     """Return a reason without the name of the site that it is told of."""
     return str(reason).replace(f" at site {name!r}", "").replace(f"site {name!r}", "the site")
 

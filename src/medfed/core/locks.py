@@ -51,7 +51,7 @@ class Holder:
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return who it is, in words."""
         return f"process {self.pid} on {self.host}, since {self.since}"
 
@@ -72,7 +72,7 @@ class HeldError(Exception):
     """Another process holds the file; `removable` where only a person can tell that it is gone."""
 
     def __init__(self, holder: Holder | None, removable: bool) -> None:
-        super().__init__(holder.told() if holder else "another process")
+        super().__init__(holder.describe() if holder else "another process")
         self.removable = removable
 
 

@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,6}))?")
 _PLAIN = 64  # digits; a number of more is told with an exponent
 
 
-def named(text: str, rule: Rule) -> str:
+def identify(text: str, rule: Rule) -> str:
     """Return the one name of a patient whose id is written `text`.
 
     Guarantee: naming a name again changes nothing; under "canonical" two numbers have one name exactly where they are

@@ -74,7 +74,7 @@ def _merge_sites(told: Sequence[str]) -> list[str]:
     return lines
 
 
-def gathered(check: Callable[[], object]) -> list[Refusal]:
+def gather(check: Callable[[], object]) -> list[Refusal]:
     """Return what a check refuses, in place of raising it."""
     try:
         check()
@@ -97,7 +97,7 @@ def _way_out(refusals: Sequence[Refusal]) -> list[str]:
     settings = mends(refusals)
     if not settings:
         return []
-    block = list(toml.document(toml.nested({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
+    block = list(toml.document(toml.nest({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
     command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
     if not block or len(block) > MOST_LINES or max(map(len, block)) > MOST_CHARACTERS:
         return [command]

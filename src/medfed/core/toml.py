@@ -55,7 +55,7 @@ def _is_key(text: str) -> bool:
     return True
 
 
-def unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
+def explain_unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
     """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is why."""
     place = re.search(r"at line (\d+)", str(error))
     lines = text.splitlines()
@@ -79,7 +79,7 @@ def literal(value: Any) -> str:
     return tomli_w.dumps({"a": value}).removeprefix("a = ").removesuffix("\n")
 
 
-def nested(settings: Mapping[Path, Any]) -> dict[str, Any]:
+def nest(settings: Mapping[Path, Any]) -> dict[str, Any]:
     """Return settings by path as tables in tables."""
     tables: dict[str, Any] = {}
     for (*parents, last), value in settings.items():

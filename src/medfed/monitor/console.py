@@ -108,7 +108,7 @@ class Progressing:
                 f"positive: {event.positive!r}, {_describe_threshold(event.threshold)}", highlight=False, markup=False
             )
         self.console.print(_describe_guarantee(event.privacy), highlight=False, markup=False)
-        for line in chosen(event.chosen):
+        for line in choice_lines(event.chosen):
             self.console.print(line, highlight=False, markup=False)
         for party, sight in event.sees.items():
             self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
@@ -142,14 +142,14 @@ def _describe_threshold(threshold: str) -> str:
     return f"called from probability {threshold} on"
 
 
-def decided(summary: Mapping[str, Any]) -> list[str]:
+def decision_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the line that says from where on which label is called; none but of two labels."""
     if (one := summary.get("decision")) is None:
         return []
     return [f"{one['positive']!r} is called from probability {one['threshold']:.4g} on ({one['decided']})"]
 
 
-def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
+def choice_lines(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
     """Say what the recipe has chosen where the study left it open, and why."""
     if not choices:
         return []
@@ -269,7 +269,7 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         f"{found['rounds']} rounds\n"
         f"accountant: {found['accountant']}"
     ]
-    parts += chosen(found["chosen"])
+    parts += choice_lines(found["chosen"])
     parts.append(_table_of_losses(found["foretold"]))
     parts += [*_describe_ranges(found["ranges"], found["patients"]), *_describe_test(found["paid_test"])]
     parts += [_describe_ledger(found["ledger"], found["epsilon"])]

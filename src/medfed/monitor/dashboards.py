@@ -20,9 +20,9 @@ from medfed.core import files
 from medfed.core.checks import PlanError
 from medfed.monitor import reports
 from medfed.monitor.events import Tested
-from medfed.monitor.lines import together
+from medfed.monitor.lines import merge_alike
 from medfed.monitor.reports import COLOURS
-from medfed.monitor.story import LEVELS, SHOWN, Story, thinned
+from medfed.monitor.story import LEVELS, SHOWN, Story, thin
 
 HEADLINE = ("auroc", "accuracy", "r2", "mae")  # of a test's figures, those that a page begins with
 STYLE = Path(__file__).parent / "static" / "style.css"  # of the pages here and of the live ones
@@ -59,7 +59,7 @@ def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[
     """Write some of `PAGES` into a folder; return where each is."""
     written = {name: page(story, name) for name in names}
     files.make_folder(place)
-    with files.held(place):
+    with files.hold(place):
         for name, text in written.items():
             files.write(place / name, text)
     return {name: place / name for name in names}
@@ -104,7 +104,7 @@ def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path
     _check(formats)
     files.make_folder(place)
     found = tables(story)
-    with files.held(place):
+    with files.hold(place):
         written = {
             place / f"{name}.{kind}": _serialise(kind, frame) for name, frame in found.items() for kind in formats
         }
@@ -353,7 +353,7 @@ def _devices(story: Story) -> str:
         }
         body += _chart("Time at each site", "What local work took, by round.", times, "round")
     if story.excluded:
-        left = [[one.round, one.site, one.reason] for one in together(story.excluded)[:SHOWN]]
+        left = [[one.round, one.site, one.reason] for one in merge_alike(story.excluded)[:SHOWN]]
         body += "<h2>Left out, and why</h2>" + _table(("round", "site", "reason"), left)
     return body + "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not measured yet.</p>"
 
@@ -452,7 +452,7 @@ def _security(story: Story) -> str:
         body += _table(("round", "site", "level", "action", "evidence"), lines)
     if story.excluded:
         body += "<h2>Rows that did not count</h2>"
-        left = together(story.excluded)[:SHOWN]
+        left = merge_alike(story.excluded)[:SHOWN]
         body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
     if story.taken_back:
         lines = [[o.round, _format(o.before), _format(o.after)] for o in story.taken_back]
@@ -490,7 +490,7 @@ def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | N
     """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
     import plotly.graph_objects as go
 
-    lines = {name: points for name, curve in curves.items() if (points := thinned(curve))}
+    lines = {name: points for name, curve in curves.items() if (points := thin(curve))}
     if not lines:
         return ""
     figure = go.Figure()

@@ -43,7 +43,7 @@ PROMETHEUS_TYPE = CONTENT_TYPE_LATEST
 
 def _read(folder: Path) -> tuple[list[Stamped], Story]:
     told = list(read_stamped(folder / "events.jsonl"))
-    return told, Story.told(one.event for one in told)
+    return told, Story.from_events(one.event for one in told)
 
 
 # Prometheus

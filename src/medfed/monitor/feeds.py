@@ -36,7 +36,7 @@ class Feed:
         """Whether this server may show the run: a site's server shows the runs that know the site."""
         return self._narrow is None or self._narrow.concerned
 
-    def asked(self, question: Callable[[Story], T]) -> T:
+    def ask(self, question: Callable[[Story], T]) -> T:
         """Return what a function of the story gives, while nobody adds to it."""
         with self._lock:
             return question(self._live.story)
@@ -139,7 +139,7 @@ class Runs:
         for name, place in self._newest().items():
             if (summary := _read_summary(place)) is None:
                 feed = self.feed(name)
-                summary = feed.asked(lambda story: story.summary) if feed else None
+                summary = feed.ask(lambda story: story.summary) if feed else None
             if summary and (not self.site or self.site in summary["sites"]):
                 found[name] = summary
         return found

@@ -21,7 +21,7 @@ from medfed.monitor.events import (
     Tested,
     Voted,
     Warned,
-    alike,
+    group_alike,
     name_of,
 )
 
@@ -80,13 +80,13 @@ class LeftOut:
             self._held.append(event)
             return []
         held, self._held = self._held, []
-        return together(held)
+        return merge_alike(held)
 
 
-def together(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
+def merge_alike(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
     """Return the events, those of a round that share a reason as one whose site is all of them: "9 sites, a, ..."."""
     found: list[SiteExcluded] = []
-    for (round, reason), events in alike(held).items():
+    for (round, reason), events in group_alike(held).items():
         if len(events) < _MANY:
             found.extend(events)
         else:

@@ -191,12 +191,12 @@ class Scores:
             parts = [float(len(y)), error.abs().sum(), error.square().sum(), y.sum(), y.square().sum()]
             sums = torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
             return cls(task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums)
-        bins = rounded(task, outputs)
+        bins = round_outputs(task, outputs)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
-    def told(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
+    def from_tensors(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
         """Take what a site tells, of a model of so many outputs; raise SiteError where that is no test's scores."""
         bins, label, sums = tensors["bins"], tensors["label"], tensors["sums"]
         alike = bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
@@ -251,7 +251,7 @@ class Scores:
         return {"bins": self.bins, "label": self.label, "sums": self.sums}
 
 
-def rounded(task: Task, outputs: Tensor) -> Tensor:
+def round_outputs(task: Task, outputs: Tensor) -> Tensor:
     """Return a classifier's outputs [N, C] as whole steps of a logit, int16."""
     logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
     return (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
@@ -299,7 +299,7 @@ def macro(per_site: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
     return means
 
 
-def paired(n: float, total: float, square: float) -> Figure:
+def mean_difference(n: float, total: float, square: float) -> Figure:
     """Return the mean of n paired differences with its 95 % interval, from their sum and sum of squares."""
     if n == 0:
         return Figure(None)

@@ -151,7 +151,7 @@ def application(
         feed, name = found(request), request.path_params["page"]
         if feed is None or name not in dashboards.PAGES:
             return _answer_missing()
-        if not feed.asked(lambda story: story.started):
+        if not feed.ask(lambda story: story.started):
             return Response("the run tells nothing yet; try again when it has begun\n", 409)
         return HTMLResponse(feed.page(name), headers={"Content-Security-Policy": _REPORT})
 
@@ -161,7 +161,7 @@ def application(
             return _answer_missing()
         if feed.site and name == "summary.json":
             attached = {"Content-Disposition": f'attachment; filename="{name}"'}
-            return JSONResponse(feed.asked(lambda story: story.summary), headers=attached)
+            return JSONResponse(feed.ask(lambda story: story.summary), headers=attached)
         return FileResponse(feed.folder / name, filename=name)
 
     def static(request: Request) -> Response:
@@ -170,7 +170,7 @@ def application(
 
     def metrics(request: Request) -> Response:
         feeds = {name: feed for name in runs.names()[:KEPT] if (feed := runs.feed(name))}
-        text = exporters.prometheus({name: feed.asked(exporters.samples) for name, feed in feeds.items()})
+        text = exporters.prometheus({name: feed.ask(exporters.samples) for name, feed in feeds.items()})
         return Response(text, media_type=exporters.PROMETHEUS_TYPE)
 
     routes: list[tuple[str, Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]]] = [

@@ -20,7 +20,7 @@ from medfed.monitor.events import (
     Tested,
     Voted,
     Warned,
-    alike,
+    group_alike,
 )
 from medfed.monitor.metrics import Figure
 
@@ -179,7 +179,7 @@ def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
     """Return a round's equal reasons once: how many sites share each, and the first few of them."""
     return [
         {"round": round, "reason": reason, "sites": len(events), "first": [event.site for event in events[:5]]}
-        for (round, reason), events in alike(excluded).items()
+        for (round, reason), events in group_alike(excluded).items()
     ]
 
 

@@ -26,7 +26,7 @@ from medfed.monitor.events import (
     Warned,
 )
 from medfed.monitor.lines import SCORES, sentence
-from medfed.monitor.story import LEVELS, Story, thinned
+from medfed.monitor.story import LEVELS, Story, thin
 
 LINES = 100  # of the log that the page shows
 ROUNDS = 20  # in the table of rounds
@@ -70,9 +70,9 @@ class Live:
             "participants": len(s["sites"]),
             "sites": self._sites(),
             "curves": {
-                "score": thinned(score, POINTS),
-                "loss": thinned({one.round: one.loss for one in rounds}, POINTS),
-                "seconds": thinned({one.round: one.seconds for one in rounds}, POINTS),
+                "score": thin(score, POINTS),
+                "loss": thin({one.round: one.loss for one in rounds}, POINTS),
+                "seconds": thin({one.round: one.seconds for one in rounds}, POINTS),
             },
             "recent": [
                 {

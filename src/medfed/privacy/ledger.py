@@ -262,7 +262,7 @@ class Ledger:
             assert self.path is not None
             self._key = _read_key(self.path, self._genesis["key"])
         if self.lifetime:
-            patient = patient_ids.named(patient, self.lifetime.identity)
+            patient = patient_ids.identify(patient, self.lifetime.identity)
         return hmac.digest(self._key, patient.encode("utf-8", "surrogatepass"), "sha256").hex()
 
     def enrol(self, site: str, patients: Iterable[str]) -> Cohort:
@@ -957,7 +957,7 @@ def _link(beside: Path, place: Path) -> None:
     except OSError as error:
         if error.errno not in _UNLINKED:
             raise
-        with files.held(place.parent, ".founding.lock"):
+        with files.hold(place.parent, ".founding.lock"):
             if not place.exists():
                 os.replace(beside, place)
                 return
