@@ -17,7 +17,7 @@ from medfed import audit, cli
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import reports
 from medfed.study import Study
-from medfed.twin import Training, Twin, explain, updates
+from medfed.twin import Twin, TwinTraining, explain, updates
 from tests import planted
 from tests.planted import clipping_skipped, noise_off, noise_reused
 from tests.tables import PRIVATE, invented, write_study
@@ -86,7 +86,7 @@ def test_the_attacker_works_out_what_the_code_releases(settings: tuple[str, ...]
     """Without noise a release is what it is without canaries, plus the canaries that are in: two codes, one meaning."""
     noise_off(monkeypatch)
     target, rng = twin(*settings, "training.rounds=2"), np.random.default_rng(0)
-    training, in_M = Training(target), np.array([True, False, True, True])
+    training, in_M = TwinTraining(target), np.array([True, False, True, True])
     for _ in range(2):
         made = {name: audit._make_canaries(target, training.server.w_P, 4, rng) for name in target.sites}
         seen = training.round({name: audit._add_canaries(target.rows[name], made[name], in_M) for name in made})

@@ -34,7 +34,7 @@ from medfed.privacy.audit import Evidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.site import Site
 from medfed.study import Privacy, Study
-from medfed.twin import People, Training, Twin, explain, keys, updates
+from medfed.twin import People, Twin, TwinTraining, explain, keys, updates
 from medfed.wire import combine, joint_links
 
 CONFIDENCE = 0.95
@@ -135,14 +135,14 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     Canaries are more training rows at the sites; declared sizes stay. Their features are drawn anew in every round, so
     that noise used twice cancels and is found.
     """
-    g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
+    guarantee, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
     room = max(1, plan.study.training.rounds - 1) * plan.parameters * (1 if plan.joint else len(twin.sites))
-    count = canaries or min(_choose_count(g), room)
+    count = canaries or min(_choose_count(guarantee), room)
     in_M = rng.random(count) < 0.5
-    if _guesses_to_refute(g, count) is None:
+    if _guesses_to_refute(guarantee, count) is None:
         in_M = in_M[: min(count, FEW)]
     seen = _score_canaries(twin, in_M, rng)
-    residual = seen.residual(g)
+    residual = seen.residual(guarantee)
     wrong = residual is not None and residual.p < RESIDUAL
     beside = ""
     if residual:
@@ -154,21 +154,21 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
         low, high = noise_tests.power(residual.numbers, RESIDUAL)
         strength += f"; in the training, an sd below {low / WIDE:.2f} or above {high * WIDE:.2f} of what is told"
 
-    if _guesses_to_refute(g, count) is None:
+    if _guesses_to_refute(guarantee, count) is None:
         told = (
-            f"no guesses: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
-            f"{room} can be told apart in these rounds{beside}{seen.ended}"
+            f"no guesses: even if all guesses on {count} canaries were right, epsilon {guarantee.epsilon:g} would "
+            f"stand; about {room} can be told apart in these rounds{beside}{seen.ended}"
         )
         found: JSON = {**figures, "canaries": len(in_M), "guesses": 0}
         return Part("canaries", claimed, "-", told, False if wrong else None, found, strength)
-    verdict = attacks.one_run(seen.scores, in_M, _guess_count(count), g.epsilon, g.delta, CONFIDENCE)
+    verdict = attacks.one_run(seen.scores, in_M, _guess_count(count), guarantee.epsilon, guarantee.delta, CONFIDENCE)
     told = (
         f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
         f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{seen.ended}{beside}"
     )
     passed = None if verdict.passed and seen.ended else verdict.passed
     measured = f"epsilon > {verdict.refuted:.2f}"
-    right = _guesses_to_refute(g, count)
+    right = _guesses_to_refute(guarantee, count)
     strength = f"refutes the claim from {right} right guesses of {_guess_count(count)}; {strength}"
     found = {**verdict.to_json(), **figures}
     return Part("canaries", claimed, measured, told, False if wrong else passed, found, strength)
@@ -190,14 +190,16 @@ class _Seen:
     ended: str  # why the training ended early
     rest: list[tuple[str, np.ndarray]]  # site ("": all) and the release [P] less everybody in it, in units of C
 
-    def residual(self, g: Guarantee) -> "_Residual | None":
+    def residual(self, guarantee: Guarantee) -> "_Residual | None":
         """Test what is left of the releases as noise of the told deviation, within WIDE; None where nothing is left."""
         if not self.rest:
             return None
         rest_TP = np.stack([rest_P for _, rest_P in self.rest]) / GRID
-        if g.strategy:
-            rest_TP = noise_tests.whitened(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
-        rest_TP /= np.array([g.sigma_units(name) for name, _ in self.rest])[:, None]
+        if guarantee.strategy:
+            rest_TP = noise_tests.whitened(
+                rest_TP, noise_tests.strategy_coefficients(guarantee.rounds, guarantee.separation)
+            )
+        rest_TP /= np.array([guarantee.sigma_units(name) for name, _ in self.rest])[:, None]
         square, numbers = float((rest_TP**2).sum()), rest_TP.size
         if not math.isfinite(square):
             return None
@@ -212,7 +214,7 @@ def _score_canaries(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _
     homes = rng.permutation(list(twin.sites))[:count].tolist()
     place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
     evidence: dict[str, Evidence] = defaultdict(Evidence)
-    training, ended = Training(twin), ""
+    training, ended = TwinTraining(twin), ""
     rest, straight = list[tuple[str, np.ndarray]](), _is_straight(twin)
     for _ in range(plan.study.training.rounds):
         made = {name: _make_canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
@@ -250,13 +252,13 @@ def _guess_count(canaries: int) -> int:
     return canaries * 4 // 5
 
 
-def _guesses_to_refute(g: Guarantee, canaries: int) -> int | None:
-    return attacks.correct_to_refute(g.epsilon, _guess_count(canaries), canaries, g.delta, EACH)
+def _guesses_to_refute(guarantee: Guarantee, canaries: int) -> int | None:
+    return attacks.correct_to_refute(guarantee.epsilon, _guess_count(canaries), canaries, guarantee.delta, EACH)
 
 
-def _choose_count(g: Guarantee) -> int:
+def _choose_count(guarantee: Guarantee) -> int:
     """Return how many canaries refute the claim even with three guesses wrong; 1000 at most."""
-    enough = (n for n in (100, 200, 500) if (_guesses_to_refute(g, n) or math.inf) <= _guess_count(n) - 3)
+    enough = (n for n in (100, 200, 500) if (_guesses_to_refute(guarantee, n) or math.inf) <= _guess_count(n) - 3)
     return next(enough, 1000)
 
 
@@ -313,11 +315,11 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
         raise PlanError(f"fpr={fpr:g}; expected a rate in (0, 1). Set --fpr 0.05.")
     if retrains < 8:
         raise PlanError(f"retrains={retrains}; expected 8 or more, 64 for figures to quote. Set --retrains 64.")
-    g, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)
+    guarantee, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)
     everybody = People.of(twin.rows, zero, zero)
     people = len(everybody.weight_I)
     pool_M = rng.permutation(people)[: max(people // 2, min(people, round(3 / fpr)))]
-    allowed = min(1.0, math.exp(g.epsilon) * fpr + g.delta)
+    allowed = min(1.0, math.exp(guarantee.epsilon) * fpr + guarantee.delta)
     claimed = f"TPR <= {allowed:.1%} at FPR {fpr:.1%}"
     if fpr * (len(pool_M) // 2) < 1 or allowed == 1:
         why = "any rate is allowed" if allowed == 1 else f"{len(pool_M) // 2} non-members in a retrain are too few"
@@ -330,7 +332,7 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
         "loss threshold": attacks.tpr_at_fpr(*attacks.threshold_scores(score_RM, in_RM), fpr, EACH),
     }
     low = max(rate.low for rate in tpr.values())
-    refuted = math.log(max((low - g.delta) / fpr, 1.0))
+    refuted = math.log(max((low - guarantee.delta) / fpr, 1.0))
     rates = ", ".join(f"{name} finds {r.value:.1%} ({r.low:.1%} to {r.high:.1%})" for name, r in tpr.items())
     told = f"of the members among {len(pool_M)} patients, {rates} at FPR {fpr:.1%}, over {retrains} retrains"
     figures: JSON = {"retrains": retrains, "pool": len(pool_M), "fpr": fpr, "allowed": allowed, "refuted": refuted}
@@ -343,7 +345,7 @@ def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
     """Train on the patients that are in; return how sure the released model is of each patient's label [I]."""
     inside = torch.split(torch.from_numpy(in_I)[everybody.patient_N], [len(rows) for rows in twin.rows.values()])
     held = {name: rows.at(mine) for (name, rows), mine in zip(twin.rows.items(), inside, strict=True)}
-    training, task = Training(twin), twin.plan.encoding.target.task
+    training, task = TwinTraining(twin), twin.plan.encoding.target.task
     for _ in range(twin.plan.study.training.rounds):
         training.round(held)
     z_NC, y_N = outputs(twin.model, training.server.released_P, everybody.x_NF).double(), everybody.y_N

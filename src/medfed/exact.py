@@ -35,8 +35,7 @@ from medfed.privacy.guarantee import GRID, Guarantee, declared
 from medfed.resolved import cohort, holders
 from medfed.site import Site, handle_many
 from medfed.study import Study, Training
-from medfed.twin import Training as Trained
-from medfed.twin import Twin, keys
+from medfed.twin import Twin, TwinTraining, keys
 
 ALPHA = 5e-4
 """Chance that the tests of the noise together refuse noise that follows its law."""
@@ -128,7 +127,7 @@ def noise(twin: Twin) -> Part:
 
 def _draw_jointly(twin: Twin) -> _Drawn:
     """Open sums of sites without patients, the way that the study opens them."""
-    g, plan = twin.guarantee, twin.plan
+    guarantee, plan = twin.guarantee, twin.plan
     training, began, opened = _start_idle(twin), time.monotonic(), []
     for number in range(_count_rounds(plan.parameters)):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
@@ -137,15 +136,15 @@ def _draw_jointly(twin: Twin) -> _Drawn:
         opened.append(training.heard.opened_M.double().numpy() / GRID)
     noise_VM = np.stack(opened)
     noise_VP, counts = noise_VM[:, : plan.parameters], None
-    if g.clipping == "adaptive":
+    if guarantee.clipping == "adaptive":
         counts = noise_VM[:, -1]
     whole = noise_tests.on_grid(noise_VP)
-    if g.strategy:
-        band = noise_tests.strategy_coefficients(g.rounds, g.separation)
+    if guarantee.strategy:
+        band = noise_tests.strategy_coefficients(guarantee.rounds, guarantee.separation)
         noise_VP = noise_tests.whitened(noise_VP, band)
     excess = _excess(plan)
-    need = max(needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(g))
-    told_V = np.full(len(noise_VP), g.sigma_units() * excess)
+    need = max(needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(guarantee))
+    told_V = np.full(len(noise_VP), guarantee.sigma_units() * excess)
     needed_V = np.full(len(noise_VP), need * excess)
     return _Drawn(noise_VP, told_V, needed_V, counts, whole, len(noise_VP))
 
@@ -154,15 +153,15 @@ def _draw_by_sites(twin: Twin) -> _Drawn:
     """Take the rows of sites without patients after one step from weights of 0: each is its noise, scaled."""
     plan, still = twin.plan, _limit_to_one_step(twin)
     training, began = _start_idle(still), time.monotonic()
-    rate, g = still.plan.study.training.learning_rate, still.guarantee
+    rate, guarantee = still.plan.study.training.learning_rate, still.guarantee
     vectors, names, rounds = [], list[str](), 0
     for number in range(_count_rounds(plan.parameters * cohort(plan.study, plan.participants))):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
         _play_empty_round(training, number)
         for name, payload in training.tap.reply.items():
-            release = g.releases[name]
-            step = rate * g.clip / release.expected * GRID
+            release = guarantee.releases[name]
+            step = rate * guarantee.clip / release.expected * GRID
             vectors.append(-codec.decode(payload)[1]["row"].double().numpy() / step)
             names.append(name)
         rounds += 1
@@ -177,14 +176,14 @@ def _count_rounds(numbers: int) -> int:
     return min(max(ROUNDS[0], -(-NUMBERS // numbers)), ROUNDS[1])
 
 
-def _start_idle(twin: Twin) -> Trained:
+def _start_idle(twin: Twin) -> TwinTraining:
     """Return a training whose budget bears any number of rounds: nobody's patients are in them."""
-    training = Trained(twin)
+    training = TwinTraining(twin)
     training.budget = NoClaim()
     return training
 
 
-def _play_empty_round(training: Trained, number: int) -> None:
+def _play_empty_round(training: TwinTraining, number: int) -> None:
     """Play round `number` + 1 from weights of 0, no site holding a patient."""
     plan = training.plan
     training.server = replace(plan.begin(), round=number, w_P=torch.zeros(plan.parameters))
@@ -195,15 +194,16 @@ def _play_empty_round(training: Trained, number: int) -> None:
 
 def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     """Return the twin under the same guarantee, its sites taking one step of plain SGD; with another multiplier."""
-    plan, g = twin.plan, twin.guarantee
+    plan, guarantee = twin.plan, twin.guarantee
     releases = {
-        name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier) for name, r in g.releases.items()
+        name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier)
+        for name, r in guarantee.releases.items()
     }
-    g = replace(g, releases=releases)
+    guarantee = replace(guarantee, releases=releases)
     study = replace(plan.study, training=_simplify(plan.study.training))
-    sites = {name: _copy_site(site, study, g) for name, site in twin.sites.items()}
-    plan = replace(plan, study=study, guarantee=g, message=plan.parameters if not plan.joint else plan.message)
-    return replace(twin, plan=plan, guarantee=g, sites=sites)
+    sites = {name: _copy_site(site, study, guarantee) for name, site in twin.sites.items()}
+    plan = replace(plan, study=study, guarantee=guarantee, message=plan.parameters if not plan.joint else plan.message)
+    return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 
 
 def _simplify(t: Training) -> Training:
@@ -217,18 +217,18 @@ def _simplify(t: Training) -> Training:
     )
 
 
-def _copy_site(site: Site, study: Study, g: Guarantee) -> Site:
+def _copy_site(site: Site, study: Study, guarantee: Guarantee) -> Site:
     """Return a node that does what this one does, for another study and guarantee; it keeps nothing."""
     other = site.under(study)
-    other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, g, site.links
+    other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, guarantee, site.links
     other.train, other.path = site.train, site.path
     other.forget()
     return other
 
 
-def _kinds(g: Guarantee) -> list[str]:
+def _kinds(guarantee: Guarantee) -> list[str]:
     """Name one client of each kind: thousands of devices are of few."""
-    return list({(r.size, r.steps, r.probability, r.cap): name for name, r in g.releases.items()}.values())
+    return list({(r.size, r.steps, r.probability, r.cap): name for name, r in guarantee.releases.items()}.values())
 
 
 def _excess(plan: Plan) -> float:
@@ -240,10 +240,10 @@ def _excess(plan: Plan) -> float:
     return math.sqrt(parts / holders(plan.study, plan.participants))
 
 
-def needed_deviation(study: Study, name: str, parameters: int, g: Guarantee) -> float:
+def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guarantee) -> float:
     """Return the standard deviation in grid units that a client's claim needs, worked out from the study.
 
-    The guarantee `g` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The
+    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The
     deviation told for the count is taken as it is, and the gradient's must make up for the rest.
     """
     p, t, fleet = study.privacy, study.training, study.fleet
@@ -251,7 +251,8 @@ def needed_deviation(study: Study, name: str, parameters: int, g: Guarantee) -> 
     alone = p.noise == "site"
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    mean = sum(declared(study, each) for each in g.releases) / len(g.releases)  # under joint noise all draw alike
+    clients = list(guarantee.releases)
+    mean = sum(declared(study, each) for each in clients) / len(clients)  # under joint noise all draw alike
     probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
     steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
     once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
@@ -265,8 +266,8 @@ def needed_deviation(study: Study, name: str, parameters: int, g: Guarantee) -> 
     uses = -(-planned // groups) * steps * (p.max_sites_per_patient if alone else 1)
     capped = (p.batch_cap, size) if p.batch_cap and probability < 1 else (0, 0)
     multiplier = noise_tests.needed_multiplier(p.epsilon, p.delta, uses, probability, *capped)
-    if g.clipping == "adaptive":
-        count = 0.5 * p.max_sites_per_patient / g.count_sigma()
+    if guarantee.clipping == "adaptive":
+        count = 0.5 * p.max_sites_per_patient / guarantee.count_sigma()
         if multiplier * count >= 1:
             return math.inf
         multiplier /= math.sqrt(1 - (multiplier * count) ** 2)
@@ -346,17 +347,17 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     """Put odd patients into a site's rows, one at a time, and measure how far each moves what the site releases."""
     bare = _limit_to_one_step(twin, _QUIET)
-    plan, g = bare.plan, bare.guarantee
-    name = max(bare.sites, key=lambda name: (g.releases[name].size, name))
+    plan, guarantee = bare.plan, bare.guarantee
+    name = max(bare.sites, key=lambda name: (guarantee.releases[name].size, name))
     site = bare.sites[name]
-    release = replace(g.releases[name], probability=1.0, cap=0)
-    g = replace(g, releases={name: release})
-    rate = release.size / g.clip  # a row is the sum, turned round
+    release = replace(guarantee.releases[name], probability=1.0, cap=0)
+    guarantee = replace(guarantee, releases={name: release})
+    rate = release.size / guarantee.clip  # a row is the sum, turned round
     study = replace(
         plan.study,
         training=replace(plan.study.training, learning_rate=rate, batch_size=0, path=twin.plan.study.training.path),
     )
-    site = _copy_site(site, study, g)
+    site = _copy_site(site, study, guarantee)
 
     target = plan.encoding.target
     patients = catalogue(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)

@@ -121,7 +121,7 @@ class Seen:
     memory: Mapping[str, Mapping[str, Tensor]]
 
 
-class Training:
+class TwinTraining:
     """One training of a twin, round by round, through `run_round` and with noise of its own."""
 
     def __init__(self, twin: Twin) -> None:
@@ -297,14 +297,14 @@ def explain(
     half of the canaries being in. A local path of several steps stays inside the site: it is taken to be straight, from
     the round's weights to those released.
     """
-    g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
-    clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
-    share = clip / sum(g.releases[name].expected for name in names)
-    weight = {name: share * g.releases[name].probability for name in names}
+    guarantee, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
+    clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else guarantee.clip
+    share = clip / sum(guarantee.releases[name].expected for name in names)
+    weight = {name: share * guarantee.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
 
-    algorithm, steps = plan.algorithm, g.releases[names[0]].steps
+    algorithm, steps = plan.algorithm, guarantee.releases[names[0]].steps
     average = 0.0 if plan.joint or algorithm.plain_sgd or algorithm.any_sgd else h.average
     kept, layout = max(1, round(average * steps)), Layout.of(twin.model)
     params = [p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)]
