@@ -24,7 +24,7 @@ from medfed.core.checks import ExportError
 from medfed.monitor import events, exporters
 from medfed.monitor.events import Event, RoundFinished, RunFinished, SiteExcluded, Warned
 from medfed.monitor.events import Tested as ModelTested
-from medfed.monitor.lines import Structured
+from medfed.monitor.sentences import Structured
 from medfed.monitor.story import Story
 from tests.monitor.serving import TOKEN, serving
 from tests.monitor.test_dashboards import EVIL, invented, written

@@ -114,7 +114,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     from medfed.core.checks import RunError
     from medfed.monitor import console as view
     from medfed.monitor import events, summary
-    from medfed.monitor.lines import merge_alike
+    from medfed.monitor.sentences import merge_alike
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -291,7 +291,7 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
     from medfed.monitor.console import Progressing, Warnings
 
     if log:
-        from medfed.monitor.lines import Structured
+        from medfed.monitor.sentences import Structured
 
         return [Structured(sys.stderr, log)]
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]

@@ -24,7 +24,7 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
-from medfed.monitor.lines import LeftOut, sentence
+from medfed.monitor.sentences import LeftOut, sentence
 
 _SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
 _TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}

@@ -20,7 +20,7 @@ from medfed.core import files
 from medfed.core.checks import PlanError
 from medfed.monitor import reports
 from medfed.monitor.events import Tested
-from medfed.monitor.lines import merge_alike
+from medfed.monitor.sentences import merge_alike
 from medfed.monitor.reports import COLOURS
 from medfed.monitor.story import LEVELS, SHOWN, Story, thin
 

@@ -35,7 +35,7 @@ from medfed.monitor.events import (
     Tested,
     read_stamped,
 )
-from medfed.monitor.lines import sentence
+from medfed.monitor.sentences import sentence
 from medfed.monitor.story import Story
 
 PROMETHEUS_TYPE = CONTENT_TYPE_LATEST

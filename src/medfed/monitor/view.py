@@ -25,7 +25,7 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
-from medfed.monitor.lines import SCORES, sentence
+from medfed.monitor.sentences import SCORES, sentence
 from medfed.monitor.story import LEVELS, Story, thin
 
 LINES = 100  # of the log that the page shows
