@@ -20,8 +20,8 @@ from medfed.core import files
 from medfed.core.checks import PlanError
 from medfed.monitor import reports
 from medfed.monitor.events import Tested
-from medfed.monitor.sentences import merge_alike
 from medfed.monitor.reports import COLOURS
+from medfed.monitor.sentences import merge_alike
 from medfed.monitor.story import LEVELS, SHOWN, Story, thin
 
 HEADLINE = ("auroc", "accuracy", "r2", "mae")  # of a test's figures, those that a page begins with

@@ -112,17 +112,19 @@ def samples(story: Story) -> list[Sample]:
 
 def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]]:
     """Yield (metric, labels after run and study, value) of one run."""
-    s, last = story.summary, story.rounds[max(story.rounds)] if story.rounds else None
-    yield "medfed_round", (), last.round if last else 0
+    s = story.summary
+    yield "medfed_round", (), max(story.rounds, default=0)
     yield "medfed_rounds_asked", (), s["rounds_asked"]
     yield "medfed_finished", (), story.finished is not None
     yield "medfed_complete", (), s["status"] == "complete"
-    if last:
+    if story.rounds:
+        last = story.rounds[max(story.rounds)]
         yield "medfed_round_seconds", (), last.seconds
         yield "medfed_training_loss", (), last.loss
-    tested = story.last_test()
-    for name, figure in tested.all_sites.items() if tested else ():
-        yield "medfed_test", (name,), figure.value
+
+    if tested := story.last_test():
+        for name, figure in tested.all_sites.items():
+            yield "medfed_test", (name,), figure.value
     privacy = s["privacy"] or {}
     yield "medfed_epsilon_spent", (), privacy.get("epsilon")
     yield "medfed_epsilon_target", (), privacy.get("target_epsilon")
@@ -131,12 +133,17 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
         yield "medfed_bytes", (direction,), count
     yield "medfed_rounds_taken_back", (), len(story.taken_back)
     yield "medfed_left_out", (), len(story.excluded)
-    seconds, suspicion = story.seconds() if story.sites else {}, story.suspicion() if story.sites else {}
-    newest, left_out = max(story.inspected, default=0), story.left_out()
+
+    if not story.sites:  # devices, of which none is named
+        return
+    seconds = story.seconds()
+    suspicion = story.suspicion()
+    newest = max(story.inspected, default=0)
+    left_out = story.left_out()
     for site in story.sites:
         yield "medfed_site_rounds", (site,), s["participation"].get(site, 0)
         yield "medfed_site_left_out", (site,), left_out[site]
-        yield "medfed_site_seconds", (site,), seconds[site][-1] if site in seconds else None
+        yield "medfed_site_seconds", (site,), next(reversed(seconds.get(site, [])), None)
         yield "medfed_site_suspicion", (site,), suspicion.get(site, {}).get(newest)
 
 
@@ -216,12 +223,15 @@ def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) ->
                 current = None
             case SiteExcluded() | SecurityAudit() | RolledBack() | Tested() | Resumed() if root:
                 if text := sentence(event, bool(named)):
-                    (current[0] if current else root).add_event(text, timestamp=_nanoseconds(when))
+                    inside_of = current[0] if current else root
+                    inside_of.add_event(text, timestamp=_nanoseconds(when))
             case RunFinished() if root:
                 root.set_attributes({"medfed.status": event.status, "medfed.rounds": event.rounds})
-    for open_span in (current[0] if current else None, root):
-        if open_span:
-            open_span.end(_nanoseconds(told[-1].time))
+    end = _nanoseconds(told[-1].time)
+    if current:
+        current[0].end(end)
+    if root:
+        root.end(end)
 
 
 def _attributes(event: RoundFinished) -> dict[str, float | int]:
@@ -263,7 +273,8 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
                 }  # fmt: skip
                 sites = zip(event.clients, event.losses, event.site_seconds, strict=True)
                 for site, loss, seconds in sites:
-                    values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds} if site in named else {}
+                    if site in named:
+                        values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds}
             case Tested():
                 values = {f"test/{event.model}/{name}": figure.value for name, figure in event.all_sites.items()}
             case _:
@@ -312,11 +323,11 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment)
         tags = {"medfed.digest": str(s["digest"]), "medfed.status": s["status"], "medfed.purpose": str(s["purpose"])}
-        begun = round(told[0].time.timestamp() * 1000) if told else round(time.time() * 1000)
+        begun = _milliseconds(told[0].time) if told else round(time.time() * 1000)
         run = client.create_run(number, begun, {**tags, "mlflow.runName": folder.resolve().name})
         key = str(run.info.run_id)
         measured = [
-            entities.Metric(_restrict_name(name), value, round(when.timestamp() * 1000), number_of_round)
+            entities.Metric(_restrict_name(name), value, _milliseconds(when), number_of_round)
             for name, value, number_of_round, when in scalars(told, story)
         ]
         params = [entities.Param(name, str(value)) for name, value in _params(story).items()]
@@ -326,11 +337,19 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         for name in ("summary.json", "privacy.json"):
             if (folder / name).is_file():
                 client.log_artifact(key, str(folder / name))
-        ended = "FINISHED" if s["status"] == "complete" else "FAILED" if story.finished else "RUNNING"
-        client.set_terminated(key, ended, round(told[-1].time.timestamp() * 1000) if told else None)
+        ended = "RUNNING"
+        if s["status"] == "complete":
+            ended = "FINISHED"
+        elif story.finished:
+            ended = "FAILED"
+        client.set_terminated(key, ended, _milliseconds(told[-1].time) if told else None)
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise ExportError(f"MLflow at {uri!r} does not take the run: {error}") from error
     return key
+
+
+def _milliseconds(when: datetime) -> int:
+    return round(when.timestamp() * 1000)
 
 
 def _params(story: Story) -> dict[str, Any]:

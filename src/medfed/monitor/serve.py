@@ -135,11 +135,15 @@ def application(
 
     def run(request: Request) -> Response:
         feed = found(request)
-        return HTMLResponse(live_page.run(request.path_params["run"], feed)) if feed else _answer_missing()
+        if feed is None:
+            return _answer_missing()
+        return HTMLResponse(live_page.run(request.path_params["run"], feed))
 
     def view(request: Request) -> Response:
         feed = found(request)
-        return Response(feed.data, media_type="application/json") if feed else _answer_missing()
+        if feed is None:
+            return _answer_missing()
+        return Response(feed.data, media_type="application/json")
 
     async def live(request: Request) -> Response:
         feed = await run_in_threadpool(found, request)
@@ -166,7 +170,9 @@ def application(
 
     def static(request: Request) -> Response:
         name = request.path_params["file"]
-        return FileResponse(STATIC / name) if name in ("live.js", "style.css") else _answer_missing()
+        if name not in ("live.js", "style.css"):
+            return _answer_missing()
+        return FileResponse(STATIC / name)
 
     def metrics(request: Request) -> Response:
         feeds = {name: feed for name in runs.names()[:KEPT] if (feed := runs.feed(name))}
@@ -240,7 +246,8 @@ def serve(
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
     with listener:
-        ready(f"{'https' if certificate else 'http'}://{shown}:{port}/?token={quote(token)}")
+        scheme = "https" if certificate else "http"
+        ready(f"{scheme}://{shown}:{port}/?token={quote(token)}")
         server.run(sockets=[listener])
 
 

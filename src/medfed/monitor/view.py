@@ -55,14 +55,19 @@ class Live:
         name = next((n for n in SCORES if last and n in last.all_sites), "")
         rounds = [story.rounds[t] for t in sorted(story.rounds)]
         score = {t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites}
+        suspects = [one["site"] for one in s["suspects"]]
+        warnings = s["warnings"][:20]
+        if story.finished:
+            warnings = [*verdict.lines(s), *warnings]
+
         return {
             "study": s["study"],
             "status": s["status"] if story.finished else "no end yet",
-            "reason": story.finished.reason if story.finished else "",
+            "reason": s["reason"] or "",
             "last": self.last.strftime("%Y-%m-%d %H:%M:%S UTC") if self.last else None,
             "rounds": s["rounds"],
             "rounds_asked": s["rounds_asked"],
-            "score": {"name": name, "value": score[max(score)] if score else None},
+            "score": {"name": name, "value": score.get(max(score, default=0))},
             "test": s["test"],
             "privacy": s["privacy"],
             "seconds_per_round": s["seconds"]["per_round"],
@@ -85,8 +90,8 @@ class Live:
                 }
                 for one in rounds[: -ROUNDS - 1 : -1]
             ],
-            "suspects": [one["site"] for one in s["suspects"]] if story.sites else len(s["suspects"]),
-            "warnings": [*(verdict.lines(s) if story.finished else []), *s["warnings"][:20]],
+            "suspects": suspects if story.sites else len(suspects),
+            "warnings": warnings,
             "log": list(self.lines),
         }
 
@@ -95,7 +100,7 @@ class Live:
         left_out = story.left_out()
         done = {one.client: one.action for one in story.audits}
         threat = {one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}" for one in s["suspects"]}
-        last: dict[str, tuple[float | None, float]] = {}
+        last: dict[str, tuple[float | None, float | None]] = {}
         if story.rounds:
             newest = story.rounds[max(story.rounds)]
             told = zip(newest.clients, newest.losses, newest.site_seconds, strict=True)
@@ -108,8 +113,8 @@ class Live:
                 "test": sizes[name]["test"],
                 "rounds": s["participation"].get(name, 0),
                 "left_out": left_out[name],
-                "loss": last[name][0] if name in last else None,
-                "seconds": last[name][1] if name in last else None,
+                "loss": last.get(name, (None, None))[0],
+                "seconds": last.get(name, (None, None))[1],
                 "threat": threat.get(name, LEVELS[0]),
             }
             for name in story.sites
@@ -155,10 +160,12 @@ class Narrowing:
                 return replace(event, per_site=self._keep_own(event.per_site), site_n=self._keep_own(event.site_n))
             case Compared():
                 return replace(event, sites=self._keep_own(event.sites))
-            case SiteExcluded(site=name, reason=text):
-                return replace(event, reason=self._withhold(text)) if name == self.site else None
-            case SecurityAudit(client=name, evidence=evidence):
-                return replace(event, evidence=list(map(self._withhold, evidence))) if name == self.site else None
+            case SiteExcluded(site=name) | SecurityAudit(client=name) if name != self.site:
+                return None
+            case SiteExcluded(reason=text):
+                return replace(event, reason=self._withhold(text))
+            case SecurityAudit(evidence=evidence):
+                return replace(event, evidence=list(map(self._withhold, evidence)))
             case Warned(text=text):
                 return Warned(self._withhold(text))
             case RunFinished(reason=text):
@@ -169,4 +176,6 @@ class Narrowing:
         return {name: value for name, value in by_site.items() if name == self.site}
 
     def _withhold(self, text: str) -> str:
-        return OTHERS if self._others and self._others.search(text) else text
+        if self._others and self._others.search(text):
+            return OTHERS
+        return text
