@@ -89,14 +89,13 @@ class Progressing:
 
     def _tell_plan(self, event: Planned) -> None:
         tested = any(size["test"] for size in event.sizes.values())  # else nobody says how many are held out
-        shown = list(event.sizes.items())[:8]
-        sizes = ", ".join(f"{site} {size['train']}" + f"+{size['test']}" * tested for site, size in shown)
-        more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
-        numbers = event.model == "logistic" and not any(event.labels.values())
-        model = "linear" if numbers else event.model  # the same layer, of a regression
+        sizes = some((f"{site} {n['train']}" + f"+{n['test']}" * tested for site, n in event.sizes.items()), 8)
+        model = event.model
+        if model == "logistic" and not any(event.labels.values()):
+            model = "linear"  # the same layer, of a regression
         self.console.print(
             f"{event.algorithm}, model {model}: {event.parameters:,} parameters, {event.features} inputs\n"
-            f"sites (training{' + test' * tested} rows): {sizes}{more}",
+            f"sites (training{' + test' * tested} rows): {sizes}",
             highlight=False,
             markup=False,
         )
@@ -121,7 +120,7 @@ class Progressing:
         event, self.untold = self.untold, None
         if event is None:
             return
-        loss = "-" if event.loss is None else f"{event.loss:.4f}"
+        loss = _format(event.loss, 4)
         parts = f"{len(event.clients)} sites", f"loss {loss}", self.last_test, f"{event.seconds:.3f} s"
         text = "  ".join(filter(None, parts))
         self.bar.update(self.task, completed=event.round, total=self.rounds or event.round, description=text)
@@ -131,8 +130,11 @@ class Progressing:
 
     def _note_test(self, event: Tested) -> None:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
-        value = event.all_sites[name].value
-        self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+        self.last_test = f"{_TITLES[name]} {_format(event.all_sites[name].value, 4)}"
+
+
+def _format(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _describe_threshold(threshold: str) -> str:
@@ -171,7 +173,9 @@ def _describe_guarantee(privacy: Mapping[str, Any]) -> str:
 
 
 def _describe_spending(privacy: Mapping[str, Any]) -> str:
-    scope = "this run alone (scope 'run')" if privacy["scope"] == "run" else "all runs of the study (scope 'study')"
+    scope = "all runs of the study (scope 'study')"
+    if privacy["scope"] == "run":
+        scope = "this run alone (scope 'run')"
     return (
         f"privacy spent: epsilon {privacy['epsilon']:.4f} of {privacy['target_epsilon']:g} at delta "
         f"{privacy['delta']:g}, patient level; budget of {scope}"
@@ -208,7 +212,7 @@ def tell_findings(summary: Mapping[str, Any], console: Console) -> None:
 def results(summary: Mapping[str, Any]) -> Table:
     """Return the table of a summary: federated, pooled and each site's own model, over all sites and per site."""
     test: Mapping[str, Any] = summary["test"] or next((b["test"] for b in summary["baselines"].values()), {})
-    names = _SHOWN["number"] if "mae" in test else _SHOWN["binary"]
+    names = _SHOWN["number" if "mae" in test else "binary"]
     table = Table(box=None, padding=(0, 1), title="Held-out patients (95 % interval below)", title_justify="left")
     for title in ("tested on", "model", "n"):
         table.add_column(title, justify="right" if title == "n" else "left")
@@ -219,7 +223,8 @@ def results(summary: Mapping[str, Any]) -> Table:
     for model, baseline in summary["baselines"].items():
         _add(table, "all sites", _MODELS[model], baseline["test"], baseline["intervals"], names)
     own = summary["baselines"].get("local", {}).get("per_site", {})
-    for site in list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else ():
+    several = list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else []
+    for site in several:
         _add(table, site, "federated", summary["per_site"][site], {}, names)
         if site in own:
             _add(table, "", "its own", own[site], {}, names)
@@ -233,9 +238,8 @@ def suspects(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for one in summary["suspects"]:
         first = one["actions"][0]
-        done = ", ".join(f"{action['action']} in round {action['round']}" for action in one["actions"][:3])
-        more = f" and {len(one['actions']) - 3} more" if len(one["actions"]) > 3 else ""
-        lines.append(f"suspect: {one['site']}: {done}{more} ({'; '.join(first['evidence'])})")
+        done = some((f"{action['action']} in round {action['round']}" for action in one["actions"]), 3)
+        lines.append(f"suspect: {one['site']}: {done} ({'; '.join(first['evidence'])})")
     return lines
 
 
@@ -249,16 +253,19 @@ def _add(
 ) -> None:
     cells = []
     for name in names:
-        value, interval = figures[name], intervals.get(name)
-        cell = "-" if value is None else f"{value:.3f}"
-        cells.append(f"{cell}\n[dim]{_format_share(interval[0])}-{_format_share(interval[1])}[/]" if interval else cell)
+        cell = _format(figures[name], 3)
+        if interval := intervals.get(name):
+            cell += f"\n[dim]{_format_share(interval[0])}-{_format_share(interval[1])}[/]"
+        cells.append(cell)
     table.add_row(escape(where), model, str(figures["n"]), *cells)
 
 
 def _format_share(value: float) -> str:
     """Write a share without its leading zero: .932."""
     text = f"{value:.3f}"
-    return text[1:] if text.startswith("0.") else text
+    if text.startswith("0."):
+        return text[1:]
+    return text
 
 
 def outlook(found: Mapping[str, Any]) -> list[Table | str]:
@@ -321,11 +328,12 @@ def _describe_test(test: Mapping[str, Any] | None) -> list[str]:
     """Say what the test that held-out patients pay for will be able to tell."""
     if test is None:
         return []
-    told = [
-        f"as {ends[0]:.2f} to {ends[1]:.2f} with {float(share):.0%} positive" if ends else
-        f"hardly ever with {float(share):.0%}"
-        for share, ends in test["intervals"].items()
-    ]  # fmt: skip
+    told = []
+    for share, ends in test["intervals"].items():
+        if ends:
+            told.append(f"as {ends[0]:.2f} to {ends[1]:.2f} with {float(share):.0%} positive")
+        else:
+            told.append(f"hardly ever with {float(share):.0%}")
     return [
         f"test: about {test['held_out']:,} held-out patients pay epsilon {test['epsilon']:g} for one; an AUROC of .80 "
         f"would be told {', '.join(told)}. More held-out patients, or public ones, tell more."
@@ -378,9 +386,9 @@ def lifetime(found: Mapping[str, Any]) -> list[str]:
         f"{bound['identity']!r}"
     ]
     for one in found["decisions"]:
-        what = (
-            f"epsilon {one['epsilon']:g} at delta {one['delta']:g}" if "epsilon" in one else "this copy is the newest"
-        )
+        what = "this copy is the newest"
+        if "epsilon" in one:
+            what = f"epsilon {one['epsilon']:g} at delta {one['delta']:g}"
         by = one.get("operator") or "nobody was asked"
         lines.append(f"{str(one['time'])[:10]} {one['kind']}: {what}; {by}: {one.get('reason', '')}".rstrip(": "))
     return lines
@@ -388,7 +396,9 @@ def lifetime(found: Mapping[str, Any]) -> list[str]:
 
 def claim(found: Mapping[str, Any]) -> Table:
     """Return what `medfed privacy claim` shows: one line an item of the claim."""
-    head = "Claim" if found["claimed"] else "NOT a claim: noise from a seed (privacy.simulation_only)"
+    head = "Claim"
+    if not found["claimed"]:
+        head = "NOT a claim: noise from a seed (privacy.simulation_only)"
     table = Table(
         title=f"{head}: {escape(found['study'])}", title_justify="left", box=None, padding=(0, 1), show_header=False
     )

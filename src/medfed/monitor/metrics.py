@@ -55,9 +55,9 @@ class Histogram:
         values = {
             "accuracy": float((n - false - missed) / n),
             "auroc": self.auroc(),
-            "precision": float(true / (true + false)) if true + false else None,
-            "recall": float(true / positives) if positives else None,
-            "f1": float(2 * true / (2 * true + false + missed)) if true + false + missed else None,
+            "precision": _divide(true, true + false),
+            "recall": _divide(true, positives),
+            "f1": _divide(2 * true, 2 * true + false + missed),
             "brier": self.brier(),
             "ece": self.calibration_error(),
         }
@@ -149,6 +149,10 @@ class Histogram:
         return np.stack([np.square(self.said), np.square(1 - self.said)], 1)
 
 
+def _divide(above: float, below: float) -> float | None:
+    return float(above / below) if below else None
+
+
 class Scored(Protocol):
     """What a test came to: of a site, of all, or of noised counts (`monitor.noised`)."""
 
@@ -219,8 +223,10 @@ class Scores:
 
     def probability(self) -> np.ndarray:
         """Return the rounded probabilities [N, C]; rows of several classes are brought back to sum 1."""
-        p = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
-        return p if self.task == "binary" else p / p.sum(1, keepdims=True)
+        p: np.ndarray = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
+        if self.task != "binary":
+            p = p / p.sum(1, keepdims=True)
+        return p
 
     def histogram(self) -> Histogram:
         """Return a binary test's records by probability and label."""
@@ -253,7 +259,9 @@ class Scores:
 
 def round_outputs(task: Task, outputs: Tensor) -> Tensor:
     """Return a classifier's outputs [N, C] as whole steps of a logit, int16."""
-    logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
+    logits = outputs.double()
+    if task != "binary":
+        logits = torch.logit(logits.softmax(-1), eps=1e-15)
     return (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
 
 
@@ -335,12 +343,14 @@ def log_loss(scores: Scores) -> float | None:
 
 def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
     hit, labels = p.argmax(1), np.arange(p.shape[1])
-    every = len(np.unique(y)) == p.shape[1]
-    ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
+    auroc = None
+    if len(np.unique(y)) == p.shape[1]:
+        ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
+        auroc = float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels))
     averages = sk.precision_recall_fscore_support(y, hit, labels=labels, average="macro", zero_division=0)
     return {
         "accuracy": float(sk.accuracy_score(y, hit)),
-        "auroc": float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels)) if every else None,
+        "auroc": auroc,
         "precision": float(averages[0]),
         "recall": float(averages[1]),
         "f1": float(averages[2]),
@@ -385,15 +395,14 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
     if n == 0:
         return {name: Figure(None) for name in NUMBER_METRICS}
     mae, spread = absolute / n, total_square - total * total / n
-    half = None
+    absolute_error, r2 = Figure(mae), Figure(None)
     if n > 1:
         variance = max(0.0, (square - n * mae * mae) / (n - 1))
         half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1)) * math.sqrt(variance / n)
-    return {
-        "mae": Figure(mae, None if half is None else mae - half, None if half is None else mae + half),
-        "rmse": Figure(math.sqrt(square / n)),
-        "r2": Figure(1 - square / spread if spread > max(1e-12 * total_square, 1e-300) else None),
-    }
+        absolute_error = Figure(mae, mae - half, mae + half)
+    if spread > max(1e-12 * total_square, 1e-300):
+        r2 = Figure(1 - square / spread)
+    return {"mae": absolute_error, "rmse": Figure(math.sqrt(square / n)), "r2": r2}
 
 
 def wilson(hits: float, of: float) -> Interval:
@@ -403,7 +412,12 @@ def wilson(hits: float, of: float) -> Interval:
     share, z = hits / of, _Z
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (0.0 if hits == 0 else float(middle - half)), (1.0 if hits == of else float(middle + half))
+    low, high = float(middle - half), float(middle + half)
+    if hits == 0:
+        low = 0.0
+    if hits == of:
+        high = 1.0
+    return low, high
 
 
 def f1_interval(true: float, wrong: float) -> Interval:

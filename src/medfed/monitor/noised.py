@@ -32,7 +32,9 @@ def edges_for(logits: np.ndarray, cells: int = CELLS, threshold: float = 0.5) ->
     Cells are narrow about the median and grow outwards. One edge is at the threshold, so that who is called is exact.
     """
     finite = logits[np.isfinite(logits)]
-    centre, spread = (float(np.median(finite)), float(np.std(finite))) if len(finite) else (0.0, 1.0)
+    centre, spread = 0.0, 1.0
+    if len(finite):
+        centre, spread = float(np.median(finite)), float(np.std(finite))
     steps = np.sinh(_GROWTH * np.linspace(-1, 1, cells - 1)) / math.sinh(_GROWTH)
     found = centre + max(spread, 0.05) * _REACH * steps
     found[np.argmin(np.abs(found - logit(threshold)))] = logit(threshold)
@@ -146,5 +148,6 @@ def _bounded(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figu
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]
     value = min(1.0, max(0.0, float(value)))
-    low, high = (float(likely[0]), float(likely[-1])) if len(likely) else (value, value)
-    return Figure(value, min(low, value), max(high, value))
+    if not len(likely):
+        return Figure(value, value, value)
+    return Figure(value, min(float(likely[0]), value), max(float(likely[-1]), value))

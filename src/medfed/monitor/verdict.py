@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 from medfed.core import decision
+from medfed.core.checks import some
 
 Summary = Mapping[str, Any]
 
@@ -62,7 +63,9 @@ def _main_test(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     if summary["test"]:
         return summary["test"], summary["intervals"]
     main = summary["baselines"].get(summary["algorithm"])
-    return (main["test"], main["intervals"]) if main else ({}, {})
+    if main is None:
+        return {}, {}
+    return main["test"], main["intervals"]
 
 
 def _is_private(summary: Summary) -> bool:
@@ -87,9 +90,13 @@ def _advise(summary: Summary) -> str:
 def _judge_loss(summary: Summary) -> Iterator[dict[str, str]]:
     first, last = summary["loss"]["first"], summary["loss"]["last"]
     rate = summary["learning_rate"] or {}
-    set_to = f" (it is {rate['first']:g})" if rate.get("first") else ""
-    lower = f"Lower training.learning_rate{set_to}"
-    lower += "." if rate.get("chosen") else ", or leave it out: one that cannot diverge is then chosen."
+    lower = "Lower training.learning_rate"
+    if rate.get("first"):
+        lower += f" (it is {rate['first']:g})"
+    if rate.get("chosen"):
+        lower += "."
+    else:
+        lower += ", or leave it out: one that cannot diverge is then chosen."
     if first is not None and (last is None or last > 1.1 * first):
         now = "no number" if last is None else f"{last:.4g}"
         text = f"The training loss grew from {first:.4g} in the first round to {now} in the last."
@@ -153,7 +160,9 @@ def _describe_chance(
     auroc = test.get("auroc")
     if len(shares) == 2:
         if auroc is None:
-            return "How well the model tells classes apart is not known: no AUROC." if _is_noised(summary) else ""
+            if _is_noised(summary):
+                return "How well the model tells classes apart is not known: no AUROC."
+            return ""
         low, high = intervals.get("auroc") or _hanley_interval(auroc, *_counts(summary))
         if low > 0.5:
             return ""
@@ -232,7 +241,8 @@ def _describe_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: 
     recall, high = test.get("recall"), (intervals.get("recall") or (None, None))[1]
     if rule is None or rule.name != "sensitivity" or recall is None:
         return ""
-    if (high if high is not None else recall) >= rule.level:
+    most = recall if high is None else high
+    if most >= rule.level:
         return ""
     return f"The threshold was to find {rule.level:.0%} of the positives, and finds {recall:.1%}."
 
@@ -260,16 +270,17 @@ def _judge_own_models(summary: Summary) -> Iterator[dict[str, str]]:
     low, high = compared["interval"]
     better = _sites_better_alone(compared["sites"])
     if low is not None and low > 0:
-        where = f" (clearly at {', '.join(better[:5])})" if better else ""
+        where = ""
+        if better:
+            where = f" (clearly at {', '.join(better[:5])})"
         text = (
             f"Sites' own models are better than the federated one: their squared error is less by "
             f"{compared['own_better']:.4g} a record, with 95 % between {low:.4g} and {high:.4g}{where}."
         )
         yield _finding("own-better", text, _DIFFER)
     elif better:
-        more = f" and {len(better) - 5} more" if len(better) > 5 else ""
         text = (
-            f"At {len(better)} of {len(compared['sites'])} sites ({', '.join(better[:5])}{more}) the own model is "
+            f"At {len(better)} of {len(compared['sites'])} sites ({some(better, 5)}) the own model is "
             "better than the federated one."
         )
         yield _finding("own-better-at-some", text, _DIFFER)
