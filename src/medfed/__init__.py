@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from medfed.models import MedicalNeuralNetwork
     from medfed.monitor.dashboards import (
         create_interactive_dashboards,
-        export_training_logs,
         generate_comprehensive_report,
         generate_security_report,
     )
+    from medfed.monitor.flat_logs import export_training_logs
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
     from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
     from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate, verify_model_integrity
@@ -51,8 +51,8 @@ _HOMES = {
     "medfed.data.names": "create_medical_device_names",
     "medfed.dpsgd": "adaptive_gradient_clipping",
     "medfed.models": "MedicalNeuralNetwork",
-    "medfed.monitor.dashboards": "create_interactive_dashboards export_training_logs generate_comprehensive_report "
-    "generate_security_report",
+    "medfed.monitor.dashboards": "create_interactive_dashboards generate_comprehensive_report generate_security_report",
+    "medfed.monitor.flat_logs": "export_training_logs",
     "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
     "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
     "medfed.runs": "Result load load_and_prepare_medical_data resume run simulate verify_model_integrity",

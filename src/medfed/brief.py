@@ -26,7 +26,7 @@ from medfed.dpsgd import adaptive_gradient_clipping
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.models import MedicalNeuralNetwork
-from medfed.monitor import dashboards, events
+from medfed.monitor import dashboards, events, flat_logs
 from medfed.monitor.events import SecurityAudit
 from medfed.prepare import prepare
 from medfed.privacy.accounting import Gaussian, PrivacyAccountingEntry, RenyiDPAccountant
@@ -308,7 +308,7 @@ class ComprehensiveMonitor:
 
     def export_training_logs(self, formats: Sequence[str] = ("json", "csv", "parquet")) -> list[Path]:
         """Write the log as flat tables."""
-        return dashboards.export_training_logs(self.run, formats=formats)
+        return flat_logs.export_training_logs(self.run, formats=formats)
 
 
 def _open(source: Study) -> Study:

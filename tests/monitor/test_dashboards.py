@@ -12,7 +12,7 @@ import pytest
 
 import medfed
 from medfed.core.checks import PlanError, RunError
-from medfed.monitor import dashboards, events
+from medfed.monitor import dashboards, events, flat_logs
 from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
 from medfed.monitor.story import Story, thin
 from tests.tables import PRIVATE, STUDY, write_study
@@ -227,7 +227,7 @@ def test_one_site_and_a_fleet_of_devices(tmp_path: Path) -> None:
 
 
 def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
-    written_to = dashboards.export_training_logs(private, tmp_path)
+    written_to = flat_logs.export_training_logs(private, tmp_path)
     assert len(written_to) == 12
     reader: dict[str, Any] = {"json": pd.read_json, "csv": pd.read_csv, "parquet": pd.read_parquet}
     for name in ("rounds", "sites", "tests", "findings"):
@@ -237,7 +237,7 @@ def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
     finished = [e for e in events.read(private / "events.jsonl") if isinstance(e, RoundFinished)]
     assert rounds["bytes_up"].tolist() == [e.bytes_up for e in finished]
     with pytest.raises(PlanError, match="expected some of json, csv, parquet"):
-        dashboards.export_training_logs(private, tmp_path, ["xlsx"])
+        flat_logs.export_training_logs(private, tmp_path, ["xlsx"])
 
 
 def test_the_command_writes_all(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
