@@ -64,7 +64,9 @@ class ThresholdRule:
         """
         if self.name == "prevalence":
             return np.append(count_C2.sum(1), count_C2[:, 1].sum())
-        return count_C2[:, 1].copy() if self.name == "sensitivity" else count_C2.ravel()
+        if self.name == "sensitivity":
+            return count_C2[:, 1].copy()
+        return count_C2.ravel()
 
     def choose(self, edges: np.ndarray, vector: np.ndarray, sd: float = 0.0) -> float | None:
         """Return the probability from which records are called positive; None where the noise `sd` hides it.
@@ -89,9 +91,12 @@ class ThresholdRule:
             if sd and self.level + margin >= 1:
                 return None
             enough = np.flatnonzero(share[1:, 0] >= self.level + margin)
-            return _expit(float(edges[enough[-1] if len(enough) else 0]))
+            highest = enough[-1] if len(enough) else 0
+            return _expit(float(edges[highest]))
         gain = share[1:, 1] - share[1:, 0]
-        return None if gain.max() < margin else _expit(float(edges[np.argmax(gain)]))
+        if gain.max() < margin:
+            return None
+        return _expit(float(edges[np.argmax(gain)]))
 
 
 def parse(text: str) -> ThresholdRule | None:

@@ -245,7 +245,9 @@ def _read_start(pid: int) -> str:
     except OSError:
         return ""
     state, *rest = stat[stat.rfind(b")") + 2 :].split()
-    return "" if state in (b"Z", b"X") else rest[18].decode()
+    if state in (b"Z", b"X"):
+        return ""
+    return rest[18].decode()
 
 
 def _lives(pid: int) -> bool:

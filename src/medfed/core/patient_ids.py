@@ -35,7 +35,9 @@ def identify(text: str, rule: Rule) -> str:
     - letters of other alphabets that look alike, and typing errors, are two patients;
     - an exponent of more than 6 digits makes a text, and no number.
     """
-    return text.strip() if rule == "exact" else _canonicalise(text)
+    if rule == "exact":
+        return text.strip()
+    return _canonicalise(text)
 
 
 def nobodies(missing_values: Iterable[str]) -> frozenset[str]:

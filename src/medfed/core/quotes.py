@@ -31,10 +31,14 @@ def are_withheld() -> bool:
 
 def examples(cells: Iterable[object]) -> tuple[str, ...]:
     """Return the first different cells as texts, cut short; nothing where they are withheld."""
+    if are_withheld():
+        return ()
     found: dict[str, None] = {}
-    for cell in () if are_withheld() else cells:
+    for cell in cells:
         text = str(cell)
-        found[text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."] = None
+        if len(text) > LONGEST:
+            text = text[: LONGEST - 3] + "..."
+        found[text] = None
         if len(found) == MOST:
             break
     return tuple(found)
