@@ -89,7 +89,8 @@ def audit_study(
     drawn = Twin.of(study, data, rng, twin.plan.encoding, secure=True) if hidden else twin
 
     parts = [exact.noise(drawn), exact.sensitivity(twin, rng), one_run(twin, rng, canaries), inversion(twin, rng)]
-    parts += [] if quick else [membership(twin, rng, retrains, fpr)]
+    if not quick:
+        parts.append(membership(twin, rng, retrains, fpr))
     return {
         "schema": 1,
         "study": study.study.name,

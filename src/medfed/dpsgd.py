@@ -99,7 +99,12 @@ adaptive_gradient_clipping = clip_factor
 def next_clip(clip: float, noised_below: float, patients: int, quantile: float, rate: float = 0.2) -> float:
     """Return the next clipping norm: C exp(-0.2 (b - quantile)), b the noised share below C (Andrew et al. 2021).
 
-    `noised_below` is the noised sum over patients of (1 if below C else 0) - 1/2; `patients` is declared.
+    Args:
+        clip: C, the norm of this round.
+        noised_below: the noised sum over patients of (1 if below C else 0) - 1/2.
+        patients: how many are declared.
+        quantile: the share of patients whose gradient shall lie below C, 0 to 1.
+        rate: how fast C follows.
     """
     share = min(1.0, max(0.0, noised_below / max(1, patients) + 0.5))
     return float(clip * np.exp(-rate * (share - quantile)))
@@ -117,6 +122,17 @@ def sums(
     path: Path = "auto",
 ) -> Sums:
     """Return each client's clipped sum at the common weights w_P: what it sends under joint noise.
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        w_P: the weights of the round.
+        patients: the clients' patients and their records, end to end.
+        task: what is predicted, which says the loss.
+        guarantee: how patients are drawn and clipped, by client.
+        clip: C, in the gradient's own unit; adaptive clipping moves it from round to round.
+        names: the clients', as `guarantee.releases` has them.
+        key_K: the clients' streams for this round, int64: what is dropped; who is drawn only in a simulation.
+        path: how gradients are taken; "auto" takes `rules` where every layer has one, else `func`.
 
     Guarantee: one patient more or less, with however many records, moves its client's sum by at most 1 + SLACK in units
     of C and the count below C by half, moves no other client's, and changes nobody else's part by a bit: no mask, coin
@@ -176,6 +192,18 @@ def train(
 
     Whatever is done with noised sums costs nothing more: corrections, momentum, averaging the last share `average` of
     the iterates. Losses are not told. Guarantee: that of `guarantee`, for each client by itself (Abadi et al. 2016).
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        start_KP: where each client starts.
+        patients: the clients' patients and their records, end to end.
+        plan: optimiser and rate; the steps are those of `guarantee`.
+        guarantee: steps, draws, clip and noise, by client.
+        names: the clients', as `guarantee.releases` has them.
+        key_K: the clients' streams for this round, int64: what is dropped; coins and noise only in a simulation.
+        correction: what the algorithm adds to every noised gradient.
+        average: the share of the last iterates whose mean is returned, 0 to 1; 0: the last one.
+        path: how gradients are taken; "auto" takes `rules` where every layer has one, else `func`.
     """
     chosen, layout = _resolve_path(model, path), Layout.of(model)
     random = _needs_streams(model, chosen)
@@ -222,7 +250,9 @@ def _needs_streams(model: nn.Module, path: Path) -> bool:
 
 
 def _resolve_path(model: nn.Module, path: Path) -> Path:
-    return ("rules" if has_rules(model) else "func") if path == "auto" else path
+    if path != "auto":
+        return path
+    return "rules" if has_rules(model) else "func"
 
 
 # Who takes part in a step -------------------------------------------------------------------------------------------

@@ -689,6 +689,13 @@ class RuledModel:
     ) -> Tensor:
         """Set each target [A, *shape] to the sum over patients of factor(norm) * gradient; return the norms [A, N].
 
+        Args:
+            dz: dL/dz [A, B, C] of every slot; zero where a slot is not filled.
+            params: [A, *shape] in `named_parameters()` order, those of `forward`.
+            targets: where the sums go; with several records in float64.
+            records: slots of a patient.
+            factor: maps norms to weights, float64 [A, N].
+
         Patient n of a client owns slots n * records .. (n + 1) * records - 1 of dz [A, B, C] and of `forward`'s x; its
         gradient is the sum over them. `factor` maps norms to weights, float64 [A, N]. A patient whose norm is above
         LARGEST, or not a number, adds nothing and is told as infinite. A norm is at least CANCELLATION of the sum of
