@@ -148,7 +148,9 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     beside = ""
     if residual:
         beside = f"; all that is known taken away, the noise of {residual.numbers:,} numbers is left with sd "
-        beside += f"{residual.ratio:.3f} of what is told" + (" and that is refused" if wrong else "")
+        beside += f"{residual.ratio:.3f} of what is told"
+        if wrong:
+            beside += " and that is refused"
     figures: JSON = {"residual": residual._asdict() if residual else None}
     strength = "finds noise that is off or in every round the same, and no clipping"
     if residual:
@@ -323,7 +325,9 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
     allowed = min(1.0, math.exp(guarantee.epsilon) * fpr + guarantee.delta)
     claimed = f"TPR <= {allowed:.1%} at FPR {fpr:.1%}"
     if fpr * (len(pool_M) // 2) < 1 or allowed == 1:
-        why = "any rate is allowed" if allowed == 1 else f"{len(pool_M) // 2} non-members in a retrain are too few"
+        why = f"{len(pool_M) // 2} non-members in a retrain are too few"
+        if allowed == 1:
+            why = "any rate is allowed"
         return Part("membership", claimed, "-", f"not run: {why} at FPR {fpr:.1%}", None, {"retrains": 0})
     in_RI = np.ones((retrains, people), dtype=bool)
     in_RI[:, pool_M] = np.stack([rng.permutation(retrains) < retrains // 2 for _ in pool_M], 1)
@@ -388,7 +392,9 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         f"{middle['with']:.3f}, best {max(cosine['with']):.3f})"
     )
     figures: JSON = {"records": len(cosine["with"]), "similarity": middle, "read": read, "best": max(cosine["with"])}
-    passed = middle["with"] <= READ if middle["without"] > READ else None
+    passed = None
+    if middle["without"] > READ:
+        passed = middle["with"] <= READ
     return Part("inversion", claimed, f"similarity {middle['with']:.3f}", told, passed, figures)
 
 
@@ -396,13 +402,17 @@ def _first_layer(model: nn.Module) -> str | None:
     """Return what the names of the first layer's parameters begin with, where it is Linear and has a bias."""
     layers = ((name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
     name, first = next(layers)
-    return f"{name}.".lstrip(".") if isinstance(first, nn.Linear) and first.bias is not None else None
+    if isinstance(first, nn.Linear) and first.bias is not None:
+        return f"{name}.".lstrip(".")
+    return None
 
 
 def _release_first_round(twin: Twin, site: Site) -> Tensor:
     """Return what the first round releases of one site [P]: its row, or under joint noise the noised sum of it."""
     plan, server = twin.plan, twin.plan.begin()
-    header = {"round": 1} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    header: dict[str, float] = {"round": 1}
+    if "clip" in server.slots:
+        header["clip"] = float(server.slots["clip"])
     slots = {f"slot.{name}": server.slots[name] for name in plan.algorithm.sent}
     row_M = codec.decode(site.handle("work", codec.encode(header, {"w": server.w_P, **slots})))[1]["row"]
     if site.guarantee and plan.joint:

@@ -80,7 +80,7 @@ class _Drawn:
 
 def noise(twin: Twin) -> Part:
     """Draw the noise of many rounds through sites without patients, and hold it to its law and to the claim."""
-    drawn = _draw_by_sites(twin) if not twin.plan.joint else _draw_jointly(twin)
+    drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
     square = float(((drawn.noise_VP / (SHORT * drawn.needed_V[:, None])) ** 2).sum())
@@ -105,8 +105,11 @@ def noise(twin: Twin) -> Part:
     told = (
         f"{law.numbers:,} numbers in {law.vectors:,} vectors over {drawn.rounds:,} rounds through sites without "
         f"patients; sd {law.ratio:.4f} of what is told, {measured:.4f} of what epsilon {twin.guarantee.epsilon:g} needs"
-        + (f"; refused: {'; '.join(wrong)}" if wrong else "; no test refuses it")
     )
+    if wrong:
+        told += f"; refused: {'; '.join(wrong)}"
+    else:
+        told += "; no test refuses it"
     figures: JSON = {
         "numbers": law.numbers,
         "vectors": law.vectors,
@@ -235,8 +238,9 @@ def _excess(plan: Plan) -> float:
     """Return the deviation of all parts of the joint noise together, over that of those that must suffice."""
     if not plan.joint or plan.study.security.aggregation == "plain":
         return 1.0
-    three = plan.study.security.aggregation == "three-party"
-    parts = 3 if three else cohort(plan.study, plan.participants)
+    parts = cohort(plan.study, plan.participants)
+    if plan.study.security.aggregation == "three-party":
+        parts = 3
     return math.sqrt(parts / holders(plan.study, plan.participants))
 
 
@@ -300,7 +304,9 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
     def alternating(records: int, size: float) -> Tensor:
         sign_R = 1.0 - 2.0 * (torch.arange(records) % 2)
-        return sign_R * size if kind == "regression" else (sign_R > 0).double() * (labels - 1)
+        if kind == "regression":
+            return sign_R * size
+        return (sign_R > 0).double() * (labels - 1)
 
     ones_F = torch.ones(width)
     ones_F[-1] = 0
@@ -331,7 +337,9 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
     for power in (-30, -20, -10, -3, 0, 3, 6, 10, 18, 25, 30, 38):
         for label in (0, 1):
             scale = 10.0**power
-            y = float(label * (labels - 1)) if kind != "regression" else scale * (1 - 2 * label)
+            y = float(label * (labels - 1))
+            if kind == "regression":
+                y = scale * (1 - 2 * label)
             add(f"a record of size 1e{power}", scale * plain_F[None], [y])
             one_F = torch.zeros(width)
             one_F[rng.integers(width)] = scale
@@ -381,8 +389,9 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     told = (
         f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} sets of weights; "
         f"{worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most {allowed:.4g} C is allowed)"
-        + (f"; {len(beyond)} of them move it further" if beyond else "")
     )
+    if beyond:
+        told += f"; {len(beyond)} of them move it further"
     figures: JSON = {
         "patients": len(moved),
         "worst": worst,
@@ -447,7 +456,9 @@ def _distance(row: np.ndarray | None, without: np.ndarray, twin: Twin) -> float:
     far = float(np.linalg.norm((row - without)[:numbers]))
     if len(row) > numbers and twin.plan.joint:  # adaptive clipping's count: a half at most, and half a step
         far = max(far, 2 * float(abs(row[-1] - without[-1])) - GRID)
-    return far if math.isfinite(far) else math.inf
+    if not math.isfinite(far):
+        return math.inf
+    return far
 
 
 def _add_patient(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:

@@ -49,7 +49,9 @@ def matching(pattern: str, columns: Sequence[str]) -> list[str]:
 
 def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
     """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
-    return (f"{name} below limit", f"{name} above limit") if feature.limits == "indicator" else ()
+    if feature.limits != "indicator":
+        return ()
+    return (f"{name} below limit", f"{name} above limit")
 
 
 def open_columns(study: Study) -> tuple[str, ...]:

@@ -39,7 +39,9 @@ def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
     """Return an enrolment request: the party's public keys, signed with them and, to replace `old`, with those too."""
     facts = to_json(identity.public)
     asked = {**facts, "signature": identity.sign(_signing_input(facts)).hex()}
-    return asked | ({"replaces": old.sign(_signing_input(facts)).hex()} if old else {})
+    if old:
+        asked["replaces"] = old.sign(_signing_input(facts)).hex()
+    return asked
 
 
 def begin(folder: Path, authority: Identity) -> None:
@@ -146,7 +148,9 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
 def members_of(study: Study) -> Consortium | None:
     """Return the list of members that a study names, checked; None where keys are made for a run."""
     security = study.security
-    return read(study.folder / security.federation, fingerprint=security.fingerprint) if security.federation else None
+    if not security.federation:
+        return None
+    return read(study.folder / security.federation, fingerprint=security.fingerprint)
 
 
 def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:

@@ -262,7 +262,9 @@ def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: flo
     g_IP = torch.zeros(len(people.weight_I), len(w_P), dtype=torch.float64)
     g_IP.index_add_(0, people.patient_N, g_NP.double())
     norm_I1 = g_IP.norm(dim=1, keepdim=True)
-    bound_I1 = norm_I1 + 0.01 if twin.guarantee.clipping == "automatic" else norm_I1.clamp(min=clip)
+    bound_I1 = norm_I1.clamp(min=clip)
+    if twin.guarantee.clipping == "automatic":
+        bound_I1 = norm_I1 + 0.01
     held_IP: Tensor = g_IP / bound_I1 * people.weight_I[:, None]
     return held_IP
 
@@ -298,14 +300,16 @@ def explain(
     the round's weights to those released.
     """
     guarantee, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
-    clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else guarantee.clip
+    clip = float(seen.before.slots.get("clip", guarantee.clip))
     share = clip / sum(guarantee.releases[name].expected for name in names)
     weight = {name: share * guarantee.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
 
     algorithm, steps = plan.algorithm, guarantee.releases[names[0]].steps
-    average = 0.0 if plan.joint or algorithm.plain_sgd or algorithm.any_sgd else h.average
+    average = h.average
+    if plan.joint or algorithm.plain_sgd or algorithm.any_sgd:
+        average = 0.0
     kept, layout = max(1, round(average * steps)), Layout.of(twin.model)
     params = [p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)]
     descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
