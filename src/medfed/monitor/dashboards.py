@@ -154,6 +154,8 @@ def _training(story: Story) -> str:
             "sent": elements.size(s["bytes"]["up"] + s["bytes"]["down"]),
         }
     )
+
+    # Curves by round: how good the model is, and what a round takes
     curves = {name: {t: one.all_sites[name].value for t, one in story.tests.items()} for name in names}
     body += elements.chart(
         "How well the model does, round by round",
@@ -176,6 +178,8 @@ def _training(story: Story) -> str:
             "to sites": {t: float(one.bytes_down) for t, one in story.rounds.items()},
         }, "round",
     )  # fmt: skip
+
+    # The last test: of all sites, of each, and of what the model is measured against
     if last:
         figures = list(last.all_sites)
         lines = [["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]]
@@ -232,10 +236,14 @@ def _devices(story: Story) -> str:
             "sent by all": elements.size(s["bytes"]["up"]),
         }
     )
+
+    # Devices are counted
     if not named:
         counts = {t: float(len(one.clients)) for t, one in story.rounds.items()}
         body += "<p class=note>Each device is one patient's: none is named, only how many took part.</p>"
         return body + elements.chart("Devices that took part", "By round.", {"devices": counts}, "round")
+
+    # Sites are named, each with what it brought
     weights = _mean_weights(story)
     counts_are_told = not s["test_noised"]
     lines = [
@@ -273,7 +281,8 @@ def _devices(story: Story) -> str:
 
 def _privacy(story: Story) -> str:
     s, claim = story.summary, story.claim
-    spent = {t: one.privacy.get("epsilon") for t, one in story.rounds.items()}
+
+    # What is guaranteed
     if claim is None or not claim["claimed"]:
         body = (
             '<p class="verdict bad">Nothing is claimed: no epsilon was asked for, noise came from a seed, or the run '
@@ -293,6 +302,9 @@ def _privacy(story: Story) -> str:
                 "declared patients": f"{claim['patients']['declared']:,}",
             }
         )
+
+    # What was spent, by round and by patients
+    spent = {t: one.privacy.get("epsilon") for t, one in story.rounds.items()}
     if any(value is not None for value in spent.values()):
         told = {t: float(str(value)) for t, value in spent.items() if value is not None}
         body += elements.chart(
@@ -309,6 +321,8 @@ def _privacy(story: Story) -> str:
         )
         lines = [[f"{epsilon:.4f}", int(count)] for epsilon, count in story.finished.spread]
         body += elements.table(("epsilon spent in this run", "declared patients"), lines)
+
+    # Who could see what, and the claim that a reviewer reads
     if story.planned:
         body += "<h2>Who could see what</h2>" + elements.table(("party", "could see"), list(story.planned.sees.items()))
     if claim:
@@ -323,6 +337,8 @@ def _privacy(story: Story) -> str:
 
 def _security(story: Story) -> str:
     s = story.summary
+
+    # The level of threat, in a sentence
     level = max((one.level for one in story.audits), default=0)
     named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
     looked = bool(story.inspected) or level > 0
@@ -350,6 +366,8 @@ def _security(story: Story) -> str:
             "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is known of how they lie "
         )
         body += "among each other. Rows that are not finite, out of bound or unsigned are refused all the same.</p>"
+
+    # Evidence, and what was done about it
     scores = story.suspicion()
     loud = sorted(scores, key=lambda name: -sum(scores[name].values()))[:10]
     body += elements.chart(
@@ -392,8 +410,11 @@ def _mean_weights(story: Story) -> dict[str, float]:
     total: Counter[str] = Counter()
     for number, one in story.rounds.items():
         inspected = story.inspected.get(number)
-        sizes = {name: float(story.planned.sizes[name]["train"]) for name in one.clients} if story.planned else {}
-        weights = dict(inspected.weights) if inspected else sizes
+        weights: dict[str, float] = {}
+        if inspected:
+            weights = dict(inspected.weights)
+        elif story.planned:
+            weights = {name: float(story.planned.sizes[name]["train"]) for name in one.clients}
         whole = sum(weights.values()) or 1.0
         total.update({name: weight / whole for name, weight in weights.items()})
     return {name: weight / len(story.rounds) for name, weight in total.items()}
