@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for _ in range(repeats + 1):  # the first warms up
         seconds["without privacy"].append(one(*federations["plain"]))
-        with patch.object(dpsgd, "_noiser", lambda *_: lambda total_AP, members, t: total_AP):
+        with patch.object(dpsgd, "_make_noise", lambda *_: lambda total_AP, members, t: total_AP):
             seconds["private, noise excluded"].append(one(*federations["private"]))
         seconds["private, release noise"].append(one(*federations["private"]))
     results = report({name: found[1:] for name, found in seconds.items()})

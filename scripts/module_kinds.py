@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from medfed.core.checks import PlanError
-from medfed.models import Embedding, Series, _keyed, seeded
+from medfed.models import Embedding, Series, _key_dropouts, seeded
 from medfed.probe import ROWS, probe
 
 FEATURES = 16
@@ -168,7 +168,7 @@ def table() -> Iterator[tuple[str, str, str, str]]:
         why = ""
         for private in (False, True):
             with seeded(0):
-                model = _keyed(make())
+                model = _key_dropouts(make())
             try:
                 probed = probe(model, "", x_BF, "binary", 1, private)
                 found.append(f"`{probed.path}`")

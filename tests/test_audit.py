@@ -17,7 +17,7 @@ from medfed import audit, cli
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import reports
 from medfed.study import Study
-from medfed.twin import Training, Twin, unexplained, updates
+from medfed.twin import Twin, TwinTraining, explain, updates
 from tests import planted
 from tests.planted import clipping_skipped, noise_off, noise_reused
 from tests.tables import PRIVATE, invented, write_study
@@ -86,12 +86,12 @@ def test_the_attacker_works_out_what_the_code_releases(settings: tuple[str, ...]
     """Without noise a release is what it is without canaries, plus the canaries that are in: two codes, one meaning."""
     noise_off(monkeypatch)
     target, rng = twin(*settings, "training.rounds=2"), np.random.default_rng(0)
-    training, in_M = Training(target), np.array([True, False, True, True])
+    training, in_M = TwinTraining(target), np.array([True, False, True, True])
     for _ in range(2):
-        made = {name: audit._canaries(target, training.server.w_P, 4, rng) for name in target.sites}
-        seen = training.round({name: audit._added(target.rows[name], made[name], in_M) for name in made})
+        made = {name: audit._make_canaries(target, training.server.w_P, 4, rng) for name in target.sites}
+        seen = training.round({name: audit._add_canaries(target.rows[name], made[name], in_M) for name in made})
         for names, update_P in updates(seen, target.plan):
-            rest_P, add_MP = unexplained(target, seen, names, {name: made[name] for name in names}, update_P)
+            rest_P, add_MP = explain(target, seen, names, {name: made[name] for name in names}, update_P)
             in_P = torch.from_numpy(np.tile(in_M, len(names))).double() @ add_MP
             assert torch.linalg.vector_norm(add_MP[0]) == pytest.approx(1, rel=0.1)
             assert torch.linalg.vector_norm(rest_P - in_P) < 0.01 * torch.linalg.vector_norm(in_P)
@@ -135,7 +135,7 @@ def test_where_no_guess_can_refute_the_rest_of_the_release_does(
 
 
 def test_one_canary_in_ten_has_two_records_that_cancel() -> None:
-    made = audit._canaries(twin(), twin().plan.begin().w_P, 40, np.random.default_rng(0))
+    made = audit._make_canaries(twin(), twin().plan.begin().w_P, 40, np.random.default_rng(0))
     counts = torch.bincount(made.patient)
     assert counts.tolist() == ([1] * 9 + [2]) * 4
     first, second = (made.x[made.patient == 9][k] for k in range(2))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import medfed
 from medfed import runs
 from medfed.core.checks import PlanError, StudyError
-from medfed.monitor.console import Progressing, decided
+from medfed.monitor.console import Progressing, decision_lines
 from medfed.monitor.events import Tested as ModelTested
 from medfed.study import Study
 from tests.tables import invented, write_study
@@ -88,7 +88,7 @@ def test_the_first_lines_say_which_label_is_positive(study: Study) -> None:
     said = told.getvalue()
     assert f"positive: {positive!r}, called from a probability on that is chosen after training by 'youden'" in said
     assert said.index("positive:") < said.index("round 1")
-    (line,) = decided(result.summary)
+    (line,) = decision_lines(result.summary)
     assert line.startswith(f"{positive!r} is called from probability ") and "youden" in line
 
 

@@ -18,7 +18,7 @@ from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.dpsgd import Sums, next_clip, sums, train
 from medfed.local import Correction, LocalPlan, Path, sample_loss
-from medfed.models import _keyed
+from medfed.models import _key_dropouts
 from medfed.privacy.guarantee import COUNT_NOISE, GRID, SLACK, Guarantee, Mode, Release
 from medfed.wire import combine, joint_links
 
@@ -42,7 +42,7 @@ CLIPPINGS = ("automatic", "fixed", "adaptive")
 
 def _model(name: str, task: Task = "binary", dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return _keyed(MODELS[name](FEATURES, 3 if task == "multiclass" else 1)).to(dtype)
+    return _key_dropouts(MODELS[name](FEATURES, 3 if task == "multiclass" else 1)).to(dtype)
 
 
 def _weights(model: nn.Module, scale: float = 0.5) -> Tensor:

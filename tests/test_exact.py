@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 import medfed
 from medfed import exact
 from medfed.privacy import factorisation, guarantee, mechanisms, noise_tests
-from medfed.twin import People, Twin, clipped
+from medfed.twin import People, Twin, clip_gradients
 from tests import planted
 from tests.planted import Bug, Patch
 from tests.tables import PRIVATE, write_study
@@ -177,7 +177,7 @@ def test_needed_noise_is_worked_out_without_the_guarantee(monkeypatch: Patch) ->
     name = next(iter(target.sites))
     honest = target.guarantee.sigma_units(name)
     planted.half_the_noise_in_sigma_units(monkeypatch)
-    need = exact.needed(target.plan.study, name, target.plan.parameters, target.guarantee)
+    need = exact.needed_deviation(target.plan.study, name, target.plan.parameters, target.guarantee)
     assert need < honest < 1.01 * need and math.isclose(target.guarantee.sigma_units(name), honest / 2)
 
 
@@ -213,7 +213,7 @@ def test_where_torch_func_cannot_the_attacker_goes_record_by_record() -> None:
     rows = replace(rows, patient=torch.arange(12) // 2)
     model = Branching(rows.x.shape[1])
     w_P = torch.cat([p.detach().flatten() for p in model.parameters()])
-    found = clipped(replace(target, model=model), w_P, People.of({"a": rows}, {"a": 1.0}, {"a": 0}), 0, 1.0)
+    found = clip_gradients(replace(target, model=model), w_P, People.of({"a": rows}, {"a": 1.0}, {"a": 0}), 0, 1.0)
     for patient in range(6):
         model.zero_grad()
         for n in (2 * patient, 2 * patient + 1):

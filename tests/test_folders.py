@@ -123,7 +123,7 @@ def test_who_resumes_what_another_has_just_finished_writes_nothing(
     with pytest.raises(KeyboardInterrupt):
         medfed.run(study, folder)
 
-    held, left = files.held, dict[str, bytes]()
+    held, left = files.hold, dict[str, bytes]()
 
     def first(place: Path, *name: str) -> Any:
         monkeypatch.setattr(files, "held", held)
@@ -219,5 +219,5 @@ def test_an_override_that_a_crash_tore_is_none(tmp_path: Path, study: Study, mon
 def test_pages_are_written_by_one_at_a_time(tmp_path: Path, study: Study) -> None:
     medfed.run(study, tmp_path / "run")
     (tmp_path / "run" / "reports").mkdir()
-    with files.held(tmp_path / "run" / "reports"), pytest.raises(RunError, match="in use by"):
+    with files.hold(tmp_path / "run" / "reports"), pytest.raises(RunError, match="in use by"):
         medfed.create_interactive_dashboards(tmp_path / "run")

@@ -112,7 +112,7 @@ def _rows(people: list[odd_patients.Records], task: Task, first: int) -> Rows:
 
 def _case(name: str, task: Task, seed: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(seed)
-    model = models._keyed(MODELS[name](FEATURES, 3 if task == "multiclass" else 1))
+    model = models._key_dropouts(MODELS[name](FEATURES, 3 if task == "multiclass" else 1))
     w_P = vector(model)
     return model, w_P + float(torch.rand(()) * 2) * torch.randn(len(w_P))
 
@@ -188,7 +188,7 @@ def test_a_site_has_the_same_bits_alone_and_in_a_stack(name: str) -> None:
     """Which sites share a chunk follows from true sizes, so it must not matter."""
     for features in (8, 30) if name != "tokens" else (8,):
         torch.manual_seed(1)
-        model = models._keyed(MODELS[name](features, 1))
+        model = models._key_dropouts(MODELS[name](features, 1))
         w_P = vector(model) + torch.randn(len(vector(model)))
         rng = np.random.default_rng(2)
         people = []

@@ -233,7 +233,7 @@ def test_a_planted_fault_is_seen(tmp_path: Path, fault: str, monkeypatch: pytest
         if fault == "weights":
             patch.setattr(Plan, "weight", lambda plan, name: weight(plan, name) + 5 * name.endswith("1"))
         if fault == "noise":
-            patch.setattr("medfed.dpsgd._noiser", lambda *_: lambda total_AP, members, t: total_AP)
+            patch.setattr("medfed.dpsgd._make_noise", lambda *_: lambda total_AP, members, t: total_AP)
         played.step()
         engine = played.engine
     model = played.fleet.site(played.plan.participants[0]).model

@@ -456,5 +456,5 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pyt
 
 
 def files_held(folder: Path) -> None:
-    with files.held(folder):
+    with files.hold(folder):
         raise AssertionError("held twice")

@@ -15,7 +15,7 @@ from medfed import runs
 from medfed.algorithms import ALGORITHMS
 from medfed.core.checks import PlanError, RunError, nearest
 from medfed.monitor.events import Event, Log, Tested
-from medfed.monitor.metrics import Figure, paired
+from medfed.monitor.metrics import Figure, mean_difference
 from medfed.own_model import errs_less, train_own
 from medfed.round import test
 
@@ -72,5 +72,5 @@ def compare(folder: str | Path, site: str, data: Path | None = None) -> Alone:
         raise RunError("a model's outputs are not finite, so the two cannot be compared")
 
     tested = {event.model: dict(event.all_sites) for event in told if isinstance(event, Tested)}
-    better = paired(len(less_N), float(less_N.sum()), float(less_N.square().sum()))
+    better = mean_difference(len(less_N), float(less_N.sum()), float(less_N.square().sum()))
     return Alone(site, len(less_N), tested["own"], tested["federated"], better)

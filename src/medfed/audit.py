@@ -34,7 +34,7 @@ from medfed.privacy.attack_statistics import CoinEvidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.site import Site
 from medfed.study import Privacy, Study
-from medfed.twin import People, Training, Twin, keys, unexplained, updates
+from medfed.twin import People, Twin, TwinTraining, explain, keys, updates
 from medfed.wire import combine, joint_links
 
 CONFIDENCE = 0.95
@@ -89,7 +89,8 @@ def audit_study(
     drawn = Twin.of(study, data, rng, twin.plan.encoding, secure=True) if hidden else twin
 
     parts = [exact.noise(drawn), exact.sensitivity(twin, rng), one_run(twin, rng, canaries), inversion(twin, rng)]
-    parts += [] if quick else [membership(twin, rng, retrains, fpr)]
+    if not quick:
+        parts.append(membership(twin, rng, retrains, fpr))
     return {
         "schema": 1,
         "study": study.study.name,
@@ -97,11 +98,11 @@ def audit_study(
         "patients": "the study's own, which are public" if study.privacy.scope == "run" else "invented",
         "passed": all(part.passed is not False for part in parts),
         "parts": [part.to_json() for part in parts],
-        "limits": " ".join([LIMITS, *_not_audited(study)]),
+        "limits": " ".join([LIMITS, *_list_gaps(study)]),
     }
 
 
-def _not_audited(study: Study) -> Iterator[str]:
+def _list_gaps(study: Study) -> Iterator[str]:
     """Yield the noised releases of a study that no part here looks at."""
     if study.privacy.evaluation_epsilon and not study.data.test_is_public:
         yield "Not audited: the noise on the counts of held-out patients' scores (privacy.evaluation_epsilon)."
@@ -119,7 +120,7 @@ def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[st
     `options` are those of `audit_study`. Raises RunError where the folder holds no claim.
     """
     claim, (study, encoding) = claims.read(folder), runs.read_plan(folder)
-    with files.held(folder):
+    with files.hold(folder):
         found = audit_study(study, data, encoding=encoding, **options)
         files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
         files.write(folder / "privacy.json", json.dumps({**claim, "audit": found}, indent=2, allow_nan=False))
@@ -135,41 +136,43 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     Canaries are more training rows at the sites; declared sizes stay. Their features are drawn anew in every round, so
     that noise used twice cancels and is found.
     """
-    g, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
+    guarantee, plan, claimed = twin.guarantee, twin.plan, f"epsilon {twin.guarantee.epsilon:g}"
     room = max(1, plan.study.training.rounds - 1) * plan.parameters * (1 if plan.joint else len(twin.sites))
-    count = canaries or min(_enough(g), room)
+    count = canaries or min(_choose_count(guarantee), room)
     in_M = rng.random(count) < 0.5
-    if _needed(g, count) is None:
+    if _guesses_to_refute(guarantee, count) is None:
         in_M = in_M[: min(count, FEW)]
-    seen = _scores(twin, in_M, rng)
-    residual = seen.residual(g)
+    seen = _score_canaries(twin, in_M, rng)
+    residual = seen.residual(guarantee)
     wrong = residual is not None and residual.p < RESIDUAL
     beside = ""
     if residual:
         beside = f"; all that is known taken away, the noise of {residual.numbers:,} numbers is left with sd "
-        beside += f"{residual.ratio:.3f} of what is told" + (" and that is refused" if wrong else "")
+        beside += f"{residual.ratio:.3f} of what is told"
+        if wrong:
+            beside += " and that is refused"
     figures: JSON = {"residual": residual._asdict() if residual else None}
     strength = "finds noise that is off or in every round the same, and no clipping"
     if residual:
         low, high = noise_tests.power(residual.numbers, RESIDUAL)
         strength += f"; in the training, an sd below {low / WIDE:.2f} or above {high * WIDE:.2f} of what is told"
 
-    if _needed(g, count) is None:
+    if _guesses_to_refute(guarantee, count) is None:
         told = (
-            f"no guesses: even if all guesses on {count} canaries were right, epsilon {g.epsilon:g} would stand; about "
-            f"{room} can be told apart in these rounds{beside}{seen.ended}"
+            f"no guesses: even if all guesses on {count} canaries were right, epsilon {guarantee.epsilon:g} would "
+            f"stand; about {room} can be told apart in these rounds{beside}{seen.ended}"
         )
         found: JSON = {**figures, "canaries": len(in_M), "guesses": 0}
         return Part("canaries", claimed, "-", told, False if wrong else None, found, strength)
-    verdict = attacks.one_run(seen.scores, in_M, _guesses(count), g.epsilon, g.delta, CONFIDENCE)
+    verdict = attacks.one_run(seen.scores, in_M, _guess_count(count), guarantee.epsilon, guarantee.delta, CONFIDENCE)
     told = (
         f"{verdict.correct} of {verdict.guesses} guesses right on {count} canaries in a twin run ({verdict.notes}); "
         f"at {CONFIDENCE:.0%} confidence this rules out epsilon up to {verdict.refuted:.2f}{seen.ended}{beside}"
     )
     passed = None if verdict.passed and seen.ended else verdict.passed
     measured = f"epsilon > {verdict.refuted:.2f}"
-    right = _needed(g, count)
-    strength = f"refutes the claim from {right} right guesses of {_guesses(count)}; {strength}"
+    right = _guesses_to_refute(guarantee, count)
+    strength = f"refutes the claim from {right} right guesses of {_guess_count(count)}; {strength}"
     found = {**verdict.to_json(), **figures}
     return Part("canaries", claimed, measured, told, False if wrong else passed, found, strength)
 
@@ -190,14 +193,16 @@ class _Seen:
     ended: str  # why the training ended early
     rest: list[tuple[str, np.ndarray]]  # site ("": all) and the release [P] less everybody in it, in units of C
 
-    def residual(self, g: Guarantee) -> "_Residual | None":
+    def residual(self, guarantee: Guarantee) -> "_Residual | None":
         """Test what is left of the releases as noise of the told deviation, within WIDE; None where nothing is left."""
         if not self.rest:
             return None
         rest_TP = np.stack([rest_P for _, rest_P in self.rest]) / GRID
-        if g.strategy:
-            rest_TP = noise_tests.whiten(rest_TP, noise_tests.strategy_coefficients(g.rounds, g.separation))
-        rest_TP /= np.array([g.sigma_units(name) for name, _ in self.rest])[:, None]
+        if guarantee.strategy:
+            rest_TP = noise_tests.whiten(
+                rest_TP, noise_tests.strategy_coefficients(guarantee.rounds, guarantee.separation)
+            )
+        rest_TP /= np.array([guarantee.sigma_units(name) for name, _ in self.rest])[:, None]
         square, numbers = float((rest_TP**2).sum()), rest_TP.size
         if not math.isfinite(square):
             return None
@@ -206,17 +211,17 @@ class _Seen:
         return _Residual(numbers, math.sqrt(square / numbers), min(1.0, 2 * low, 2 * high))
 
 
-def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
+def _score_canaries(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
     """Train with the canaries that are in, and score each of them from what was released."""
     count, plan = len(in_M), twin.plan
     homes = rng.permutation(list(twin.sites))[:count].tolist()
     place = {name: np.arange(k, count, len(homes)) for k, name in enumerate(homes)}
     evidence: dict[str, CoinEvidence] = defaultdict(CoinEvidence)
-    training, ended = Training(twin), ""
+    training, ended = TwinTraining(twin), ""
     rest, straight = list[tuple[str, np.ndarray]](), _is_straight(twin)
     for _ in range(plan.study.training.rounds):
-        made = {name: _canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
-        added = {name: _added(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
+        made = {name: _make_canaries(twin, training.server.w_P, len(mine), rng) for name, mine in place.items()}
+        added = {name: _add_canaries(twin.rows[name], made[name], in_M[mine]) for name, mine in place.items()}
         try:
             seen = training.round({**twin.rows, **added})
         except QuorumError as error:  # judged by what was seen until then
@@ -224,7 +229,7 @@ def _scores(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _Seen:
             break
         for names, update_P in updates(seen, plan):
             if there := [name for name in names if name in place]:
-                rest_P, add_MP = unexplained(twin, seen, names, {name: made[name] for name in there}, update_P)
+                rest_P, add_MP = explain(twin, seen, names, {name: made[name] for name in there}, update_P)
                 which = np.concatenate([place[name] for name in there])
                 gradient_MP = np.zeros((count, plan.parameters), np.float32)
                 gradient_MP[which] = add_MP.numpy()
@@ -246,21 +251,21 @@ def _is_straight(twin: Twin) -> bool:
     return plain and all(r.steps == 1 and r.probability == 1 for r in releases)
 
 
-def _guesses(canaries: int) -> int:
+def _guess_count(canaries: int) -> int:
     return canaries * 4 // 5
 
 
-def _needed(g: Guarantee, canaries: int) -> int | None:
-    return attacks.correct_to_refute(g.epsilon, _guesses(canaries), canaries, g.delta, EACH)
+def _guesses_to_refute(guarantee: Guarantee, canaries: int) -> int | None:
+    return attacks.correct_to_refute(guarantee.epsilon, _guess_count(canaries), canaries, guarantee.delta, EACH)
 
 
-def _enough(g: Guarantee) -> int:
+def _choose_count(guarantee: Guarantee) -> int:
     """Return how many canaries refute the claim even with three guesses wrong; 1000 at most."""
-    enough = (n for n in (100, 200, 500) if (_needed(g, n) or math.inf) <= _guesses(n) - 3)
+    enough = (n for n in (100, 200, 500) if (_guesses_to_refute(guarantee, n) or math.inf) <= _guess_count(n) - 3)
     return next(enough, 1000)
 
 
-def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
+def _make_canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> Rows:
     """Return patients with large features and the label that the present model finds least likely.
 
     Each tenth has a second record, nearly the same, whose gradient takes back most of the first's: a norm that is
@@ -283,21 +288,21 @@ def _canaries(twin: Twin, w_P: Tensor, count: int, rng: np.random.Generator) -> 
     patient = torch.arange(count)
     rows = Rows(x_MF, y_M, patient, keys(count, rng))
     again = Rows(x_MF * (1 + 2.0**-20), other_M, patient, rows.key).at(double_M)
-    return _together(rows, again)
+    return _join(rows, again)
 
 
-def _together(rows: Rows, more: Rows) -> Rows:
+def _join(rows: Rows, more: Rows) -> Rows:
     """Return the records of both, patients as they are numbered."""
     assert rows.key is not None and more.key is not None
     patient, key = torch.cat([rows.patient, more.patient]), torch.cat([rows.key, more.key])
     return Rows(torch.cat([rows.x, more.x]), torch.cat([rows.y, more.y]), patient, key)
 
 
-def _added(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
+def _add_canaries(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
     """Return the rows of a site's patients and of the canaries that are in."""
     mine = made.at(torch.from_numpy(in_M)[made.patient])
     after = int(rows.patient.max()) + 1 if len(rows) else 0
-    return _together(rows, replace(mine, patient=mine.patient + after))
+    return _join(rows, replace(mine, patient=mine.patient + after))
 
 
 # Membership over many trainings ---------------------------------------------------------------------------------------
@@ -313,14 +318,16 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
         raise PlanError(f"fpr={fpr:g}; expected a rate in (0, 1). Set --fpr 0.05.")
     if retrains < 8:
         raise PlanError(f"retrains={retrains}; expected 8 or more, 64 for figures to quote. Set --retrains 64.")
-    g, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)
+    guarantee, zero = twin.guarantee, dict.fromkeys(twin.rows, 0)
     everybody = People.of(twin.rows, zero, zero)
     people = len(everybody.weight_I)
     pool_M = rng.permutation(people)[: max(people // 2, min(people, round(3 / fpr)))]
-    allowed = min(1.0, math.exp(g.epsilon) * fpr + g.delta)
+    allowed = min(1.0, math.exp(guarantee.epsilon) * fpr + guarantee.delta)
     claimed = f"TPR <= {allowed:.1%} at FPR {fpr:.1%}"
     if fpr * (len(pool_M) // 2) < 1 or allowed == 1:
-        why = "any rate is allowed" if allowed == 1 else f"{len(pool_M) // 2} non-members in a retrain are too few"
+        why = f"{len(pool_M) // 2} non-members in a retrain are too few"
+        if allowed == 1:
+            why = "any rate is allowed"
         return Part("membership", claimed, "-", f"not run: {why} at FPR {fpr:.1%}", None, {"retrains": 0})
     in_RI = np.ones((retrains, people), dtype=bool)
     in_RI[:, pool_M] = np.stack([rng.permutation(retrains) < retrains // 2 for _ in pool_M], 1)
@@ -330,7 +337,7 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
         "loss threshold": attacks.tpr_at_fpr(*attacks.threshold_scores(score_RM, in_RM), fpr, EACH),
     }
     low = max(rate.low for rate in tpr.values())
-    refuted = math.log(max((low - g.delta) / fpr, 1.0))
+    refuted = math.log(max((low - guarantee.delta) / fpr, 1.0))
     rates = ", ".join(f"{name} finds {r.value:.1%} ({r.low:.1%} to {r.high:.1%})" for name, r in tpr.items())
     told = f"of the members among {len(pool_M)} patients, {rates} at FPR {fpr:.1%}, over {retrains} retrains"
     figures: JSON = {"retrains": retrains, "pool": len(pool_M), "fpr": fpr, "allowed": allowed, "refuted": refuted}
@@ -343,7 +350,7 @@ def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
     """Train on the patients that are in; return how sure the released model is of each patient's label [I]."""
     inside = torch.split(torch.from_numpy(in_I)[everybody.patient_N], [len(rows) for rows in twin.rows.values()])
     held = {name: rows.at(mine) for (name, rows), mine in zip(twin.rows.items(), inside, strict=True)}
-    training, task = Training(twin), twin.plan.encoding.target.task
+    training, task = TwinTraining(twin), twin.plan.encoding.target.task
     for _ in range(twin.plan.study.training.rounds):
         training.round(held)
     z_NC, y_N = outputs(twin.model, training.server.released_P, everybody.x_NF).double(), everybody.y_N
@@ -373,7 +380,7 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         for kind, site in (("without", open_), ("with", guarded)):
             site.train = record
             site.forget()
-            pieces = dict(Layout.of(twin.model).pieces(_released(twin, site)))
+            pieces = dict(Layout.of(twin.model).pieces(_release_first_round(twin, site)))
             weight_OI, bias_O = pieces[f"{name}weight"].numpy(), pieces[f"{name}bias"].numpy()
             x_I = attacks.invert_first_layer(weight_OI, bias_O) if bias_O.any() else np.zeros(weight_OI.shape[1])
             cosine[kind].append(attacks.similarity(x_I, record.x[0].numpy()).cosine)
@@ -385,7 +392,9 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         f"{middle['with']:.3f}, best {max(cosine['with']):.3f})"
     )
     figures: JSON = {"records": len(cosine["with"]), "similarity": middle, "read": read, "best": max(cosine["with"])}
-    passed = middle["with"] <= READ if middle["without"] > READ else None
+    passed = None
+    if middle["without"] > READ:
+        passed = middle["with"] <= READ
     return Part("inversion", claimed, f"similarity {middle['with']:.3f}", told, passed, figures)
 
 
@@ -393,13 +402,17 @@ def _first_layer(model: nn.Module) -> str | None:
     """Return what the names of the first layer's parameters begin with, where it is Linear and has a bias."""
     layers = ((name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
     name, first = next(layers)
-    return f"{name}.".lstrip(".") if isinstance(first, nn.Linear) and first.bias is not None else None
+    if isinstance(first, nn.Linear) and first.bias is not None:
+        return f"{name}.".lstrip(".")
+    return None
 
 
-def _released(twin: Twin, site: Site) -> Tensor:
+def _release_first_round(twin: Twin, site: Site) -> Tensor:
     """Return what the first round releases of one site [P]: its row, or under joint noise the noised sum of it."""
     plan, server = twin.plan, twin.plan.begin()
-    header = {"round": 1} | ({"clip": float(server.slots["clip"])} if "clip" in server.slots else {})
+    header: dict[str, float] = {"round": 1}
+    if "clip" in server.slots:
+        header["clip"] = float(server.slots["clip"])
     slots = {f"slot.{name}": server.slots[name] for name in plan.algorithm.sent}
     row_M = codec.decode(site.handle("work", codec.encode(header, {"w": server.w_P, **slots})))[1]["row"]
     if site.guarantee and plan.joint:

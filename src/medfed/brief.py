@@ -25,7 +25,7 @@ from medfed.core.entropy import Entropy, Integers
 from medfed.data.names import create_medical_device_names
 from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
-from medfed.monitor import dashboards, events
+from medfed.monitor import dashboards, events, flat_logs
 from medfed.monitor.events import SecurityAudit
 from medfed.prepare import prepare
 from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
@@ -72,7 +72,7 @@ MedicalNeuralNetwork = models.medical_mlp
 adaptive_gradient_clipping = dpsgd.clip_factor
 compare_federated_algorithms = compare.compare
 create_interactive_dashboards = dashboards.write_dashboards
-export_training_logs = dashboards.export_tables
+export_training_logs = flat_logs.export_tables
 generate_comprehensive_report = dashboards.write_report
 generate_privacy_report = claims.write_page
 generate_security_report = dashboards.write_security_page

@@ -95,7 +95,12 @@ def clip_factor(kind: str, clip: float) -> Factor:
 def next_clip(clip: float, noised_below: float, patients: int, quantile: float, rate: float = 0.2) -> float:
     """Return the next clipping norm: C exp(-0.2 (b - quantile)), b the noised share below C (Andrew et al. 2021).
 
-    `noised_below` is the noised sum over patients of (1 if below C else 0) - 1/2; `patients` is declared.
+    Args:
+        clip: C, the norm of this round.
+        noised_below: the noised sum over patients of (1 if below C else 0) - 1/2.
+        patients: how many are declared.
+        quantile: the share of patients whose gradient shall lie below C, 0 to 1.
+        rate: how fast C follows.
     """
     share = min(1.0, max(0.0, noised_below / max(1, patients) + 0.5))
     return float(clip * np.exp(-rate * (share - quantile)))
@@ -114,6 +119,17 @@ def sums(
 ) -> Sums:
     """Return each client's clipped sum at the common weights w_P: what it sends under joint noise.
 
+    Args:
+        model: any module; its own weights may be overwritten.
+        w_P: the weights of the round.
+        patients: the clients' patients and their records, end to end.
+        task: what is predicted, which says the loss.
+        guarantee: how patients are drawn and clipped, by client.
+        clip: C, in the gradient's own unit; adaptive clipping moves it from round to round.
+        names: the clients', as `guarantee.releases` has them.
+        key_K: the clients' streams for this round, int64: what is dropped; who is drawn only in a simulation.
+        path: how gradients are taken; "auto" takes `rules` where every layer has one, else `func`.
+
     Guarantee: one patient more or less, with however many records, moves its client's sum by at most 1 + SLACK in units
     of C and the count below C by half, moves no other client's, and changes nobody else's part by a bit: no mask, coin
     or order of additions hangs on who is there.
@@ -125,18 +141,18 @@ def sums(
       twice as much; `accounting.capped` counts it so;
     - nobody there, or nobody drawn: a sum of zeros.
     """
-    factor, chosen = clip_factor(guarantee.clipping, clip), _path(model, path)
+    factor, chosen = clip_factor(guarantee.clipping, clip), _resolve_path(model, path)
     total_KP = torch.empty(len(patients), len(w_P), dtype=torch.float64)
     below_K, dropped = torch.empty(len(patients), dtype=torch.float64), 0
     model.train()
-    summed, layout, random = _summer(model, chosen), Layout.of(model), _draws(model, chosen)
-    draw = _drawer(guarantee, key_K)
+    summed, layout, random = _choose_summer(model, chosen), Layout.of(model), _needs_streams(model, chosen)
+    draw = _make_draw(guarantee, key_K)
     for members in _chunks(patients, len(w_P), guarantee, names):
         releases = [guarantee.releases[names[k]] for k in members.tolist()]
         part = patients.of_clients(members)
-        step = _step(part, releases, draw, members, key_K[members], 0, random)
+        step = _lay_out_step(part, releases, draw, members, key_K[members], 0, random)
         weights = [p.expand(len(members), *p.shape) for _, p in layout.pieces(w_P)]
-        total_AP, norm_AI = _clipped(summed, weights, part, step, task, factor)
+        total_AP, norm_AI = _sum_clipped(summed, weights, part, step, task, factor)
         total_KP[members] = total_AP.double()
         there_AI = step.valid_AB.view(len(members), -1, step.records).any(2)
         counted_AI = there_AI & norm_AI.isfinite()
@@ -150,9 +166,9 @@ def gradients(model: nn.Module, w_P: Tensor, patients: Patients, task: Task, pat
     model.train()
     members = torch.arange(len(patients))
     releases = [Release(max(2, size), 1, 1.0, 1.0) for size in patients.size_K.tolist()]
-    step = _step(patients, releases, lambda of, t, width: torch.empty(0), members, torch.zeros_like(members), 0)
+    step = _lay_out_step(patients, releases, lambda of, t, width: torch.empty(0), members, torch.zeros_like(members), 0)
     weights = [piece.expand(len(members), *piece.shape) for _, piece in Layout.of(model).pieces(w_P)]
-    total_KP, norm_KI = _clipped(_summer(model, path), weights, patients, step, task, torch.ones_like)
+    total_KP, norm_KI = _sum_clipped(_choose_summer(model, path), weights, patients, step, task, torch.ones_like)
     return total_KP.double(), norm_KI
 
 
@@ -172,15 +188,27 @@ def train(
 
     Whatever is done with noised sums costs nothing more: corrections, momentum, averaging the last share `average` of
     the iterates. Losses are not told. Guarantee: that of `guarantee`, for each client by itself (Abadi et al. 2016).
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        start_KP: where each client starts.
+        patients: the clients' patients and their records, end to end.
+        plan: optimiser and rate; the steps are those of `guarantee`.
+        guarantee: steps, draws, clip and noise, by client.
+        names: the clients', as `guarantee.releases` has them.
+        key_K: the clients' streams for this round, int64: what is dropped; coins and noise only in a simulation.
+        correction: what the algorithm adds to every noised gradient.
+        average: the share of the last iterates whose mean is returned, 0 to 1; 0: the last one.
+        path: how gradients are taken; "auto" takes `rules` where every layer has one, else `func`.
     """
-    chosen, layout = _path(model, path), Layout.of(model)
-    random = _draws(model, chosen)
+    chosen, layout = _resolve_path(model, path), Layout.of(model)
+    random = _needs_streams(model, chosen)
     steps_K = torch.tensor([guarantee.releases[name].steps for name in names])
     factor = clip_factor(guarantee.clipping, guarantee.clip)
 
     def worker() -> Callable[[Tensor], Tensor]:
-        summed = _summer(model, chosen)
-        draw, noise = _drawer(guarantee, key_K), _noiser(guarantee, names, key_K)  # a cipher for each thread
+        summed = _choose_summer(model, chosen)
+        draw, noise = _make_draw(guarantee, key_K), _make_noise(guarantee, names, key_K)  # a cipher for each thread
 
         def run(members: Tensor) -> Tensor:
             part, steps = patients.of_clients(members), int(steps_K[members[0]])
@@ -194,8 +222,8 @@ def train(
             descent = Descent([theta_AP], plan, Correction(correction.mu, shift), whole)
             tail, kept = torch.zeros_like(theta_AP), max(1, round(average * steps))
             for t in range(steps):
-                step = _step(part, releases, draw, members, key_K[members], t, random)
-                total_AP, _ = _clipped(summed, params, part, step, plan.task, factor)
+                step = _lay_out_step(part, releases, draw, members, key_K[members], t, random)
+                total_AP, _ = _sum_clipped(summed, params, part, step, plan.task, factor)
                 noised_AP = noise(total_AP, members, t)
                 descent.step([noised_AP.mul_(scale_A1.to(noised_AP.dtype)).to(start_KP.dtype)])
                 if kept > 1 and t >= steps - kept:
@@ -212,13 +240,15 @@ def train(
     return LocalResult(theta_KP, torch.full((len(patients),), float("nan"), dtype=torch.float64), steps_K)
 
 
-def _draws(model: nn.Module, path: Path) -> bool:
+def _needs_streams(model: nn.Module, path: Path) -> bool:
     """Say whether records need streams: for dropout layers, and for whatever else a module called by the loop draws."""
     return path == "loop" or any(isinstance(layer, Dropout) for layer in model.modules())
 
 
-def _path(model: nn.Module, path: Path) -> Path:
-    return ("rules" if has_rules(model) else "func") if path == "auto" else path
+def _resolve_path(model: nn.Module, path: Path) -> Path:
+    if path != "auto":
+        return path
+    return "rules" if has_rules(model) else "func"
 
 
 # Who takes part in a step -------------------------------------------------------------------------------------------
@@ -227,7 +257,7 @@ _Draw = Callable[[Tensor, int, int], Tensor]
 """(members, step, width) -> uniform numbers [A, width]: each patient's secret coin."""
 
 
-def _drawer(guarantee: Guarantee, key_K: Tensor) -> _Draw:
+def _make_draw(guarantee: Guarantee, key_K: Tensor) -> _Draw:
     """Sampling that amplifies must be secret: the coins come from the operating system, not from the study's seed."""
     if guarantee.simulation_only:
         return lambda members, t, width: streams.uniform(streams.subkey(streams.subkey(key_K[members], t), 1), width)
@@ -237,7 +267,7 @@ def _drawer(guarantee: Guarantee, key_K: Tensor) -> _Draw:
     )
 
 
-def _step(
+def _lay_out_step(
     patients: Patients,
     releases: Sequence[Release],
     draw: _Draw,
@@ -316,7 +346,7 @@ _Summed = Callable[[list[Tensor], Tensor, Tensor, Step, Task, Factor], tuple[Ten
 """(weights, x [A, B, ...], y [A, B], step, task, factor) -> sums [A, P] and norms [A, I]."""
 
 
-def _summer(model: nn.Module, path: Path) -> _Summed:
+def _choose_summer(model: nn.Module, path: Path) -> _Summed:
     match path:
         case "rules":
             return _ByRules(model)
@@ -325,7 +355,7 @@ def _summer(model: nn.Module, path: Path) -> _Summed:
     return _ByLoop(model)
 
 
-def _clipped(
+def _sum_clipped(
     summed: _Summed, weights: list[Tensor], patients: Patients, step: Step, task: Task, factor: Factor
 ) -> tuple[Tensor, Tensor]:
     """Return the clipped sums, and each slot's norm; a patient whose gradient is not finite adds nothing to them."""
@@ -390,7 +420,7 @@ class _ByFunc:
                 found.append(torch.cat([g.flatten(1) for g in parts.values()], 1))
             return torch.cat(found)[: len(slots)]
 
-        return _each_patient(records, weights, step, factor, max(1, block // step.records))
+        return _sum_patients(records, weights, step, factor, max(1, block // step.records))
 
 
 class _ByLoop:
@@ -421,10 +451,10 @@ class _ByLoop:
                     parameter.copy_(w[a])
             return torch.stack([gradient(a, slot) for slot in slots.tolist()])
 
-        return _each_patient(records, weights, step, factor, 1)
+        return _sum_patients(records, weights, step, factor, 1)
 
 
-def _each_patient(
+def _sum_patients(
     records: Callable[[int, Tensor], Tensor], weights: list[Tensor], step: Step, factor: Factor, together: int
 ) -> tuple[Tensor, Tensor]:
     """Sum records' gradients to patients', hold these to the norm, sum them: in float64, so many patients `together`.
@@ -459,27 +489,27 @@ def _clip_each(g_SP: Tensor, own_S: Tensor, factor: Factor, norm_I: Tensor) -> T
 # Noise at the site --------------------------------------------------------------------------------------------------
 
 
-def _noiser(guarantee: Guarantee, names: Sequence[str], key_K: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _make_noise(guarantee: Guarantee, names: Sequence[str], key_K: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
     """Return what adds noise to clipped sums [A, P] in units of C: on the grid, or as seeded floats in a simulation."""
     sigma_K = [guarantee.sigma_units(name) for name in names]
     if guarantee.simulation_only:
 
-        def seeded(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
+        def add_seeded(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
             key_A = streams.subkey(streams.subkey(key_K[members], t), 2)
             sigma_A1 = torch.tensor([sigma_K[k] for k in members.tolist()], dtype=torch.float64)[:, None]
             return total_AP + GRID * sigma_A1 * streams.normal(key_A, total_AP.shape[1])
 
-        return seeded
+        return add_seeded
     entropy = Entropy()
 
-    def drawn(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
+    def add_drawn(total_AP: Tensor, members: Tensor, t: int) -> Tensor:
         noised_AP, first = torch.empty(total_AP.shape, dtype=torch.float64), 0
         for sigma, alike in groupby(sigma_K[k] for k in members.tolist()):
             rows = slice(first, first := first + len(list(alike)))
             _release(total_AP[rows].reshape(-1), discrete_gaussian(sigma), entropy, out=noised_AP[rows].view(-1))
         return noised_AP
 
-    return drawn
+    return add_drawn
 
 
 def _release(total_N: Tensor, noise: DiscreteGaussian, entropy: Entropy, out: Tensor) -> None:

@@ -78,7 +78,7 @@ def draft(table: Path, out: Path, settings: Sequence[str] = ()) -> Draft:
     for setting in settings:
         key, _, value = toml.setting(setting)
         put(asked, toml.path(key), studies.parse_value(value))
-    with quotes.withheld(_study(asked).privacy.meant):
+    with quotes.withhold(_study(asked).privacy.meant):
         return _draft(table, out, asked)
 
 
@@ -312,7 +312,7 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: S
         notes[(*path, "numbers")] = "its cells are numbers, spelt so as texts"
     if shape.limits:
         put(asked, (*path, "limits"), "limit")
-        what = f"a result beyond a detection limit{quotes.quoted(quotes.examples(shape.limits))}, becomes that limit"
+        what = f"a result beyond a detection limit{quotes.quote(quotes.examples(shape.limits))}, becomes that limit"
         notes[(*path, "limits")] = f"{what}; or 'half' of a lower one, or an 'indicator' beside it"
     if shape.suffixes or shape.distinct <= 2 or (shape.numbers < 0.9 and not shape.limits):
         return

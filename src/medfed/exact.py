@@ -35,8 +35,7 @@ from medfed.privacy.run_meter import NoClaim
 from medfed.resolved import cohort, holders
 from medfed.site import Site, handle_many
 from medfed.study import Study, Training
-from medfed.twin import Training as Trained
-from medfed.twin import Twin, keys
+from medfed.twin import Twin, TwinTraining, keys
 
 ALPHA = 5e-4
 """Chance that the tests of the noise together refuse noise that follows its law."""
@@ -81,7 +80,7 @@ class _Drawn:
 
 def noise(twin: Twin) -> Part:
     """Draw the noise of many rounds through sites without patients, and hold it to its law and to the claim."""
-    drawn = _drawn_by_sites(twin) if not twin.plan.joint else _drawn_jointly(twin)
+    drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
     square = float(((drawn.noise_VP / (SHORT * drawn.needed_V[:, None])) ** 2).sum())
@@ -106,8 +105,11 @@ def noise(twin: Twin) -> Part:
     told = (
         f"{law.numbers:,} numbers in {law.vectors:,} vectors over {drawn.rounds:,} rounds through sites without "
         f"patients; sd {law.ratio:.4f} of what is told, {measured:.4f} of what epsilon {twin.guarantee.epsilon:g} needs"
-        + (f"; refused: {'; '.join(wrong)}" if wrong else "; no test refuses it")
     )
+    if wrong:
+        told += f"; refused: {'; '.join(wrong)}"
+    else:
+        told += "; no test refuses it"
     figures: JSON = {
         "numbers": law.numbers,
         "vectors": law.vectors,
@@ -126,65 +128,65 @@ def noise(twin: Twin) -> Part:
     return Part("noise", claimed, f"sd {measured:.3f} of need", told, not wrong, figures, strength)
 
 
-def _drawn_jointly(twin: Twin) -> _Drawn:
+def _draw_jointly(twin: Twin) -> _Drawn:
     """Open sums of sites without patients, the way that the study opens them."""
-    g, plan = twin.guarantee, twin.plan
-    training, began, opened = _idle(twin), time.monotonic(), []
-    for number in range(_rounds(plan.parameters)):
+    guarantee, plan = twin.guarantee, twin.plan
+    training, began, opened = _start_idle(twin), time.monotonic(), []
+    for number in range(_count_rounds(plan.parameters)):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
-        _empty_round(training, number)
+        _play_empty_round(training, number)
         opened.append(training.heard.opened_M.double().numpy() / GRID)
     noise_VM = np.stack(opened)
     noise_VP, counts = noise_VM[:, : plan.parameters], None
-    if g.clipping == "adaptive":
+    if guarantee.clipping == "adaptive":
         counts = noise_VM[:, -1]
     whole = noise_tests.on_grid(noise_VP)
-    if g.strategy:
-        band = noise_tests.strategy_coefficients(g.rounds, g.separation)
+    if guarantee.strategy:
+        band = noise_tests.strategy_coefficients(guarantee.rounds, guarantee.separation)
         noise_VP = noise_tests.whiten(noise_VP, band)
     excess = _excess(plan)
-    need = max(needed(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(g))
-    told_V = np.full(len(noise_VP), g.sigma_units() * excess)
+    need = max(needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(guarantee))
+    told_V = np.full(len(noise_VP), guarantee.sigma_units() * excess)
     needed_V = np.full(len(noise_VP), need * excess)
     return _Drawn(noise_VP, told_V, needed_V, counts, whole, len(noise_VP))
 
 
-def _drawn_by_sites(twin: Twin) -> _Drawn:
+def _draw_by_sites(twin: Twin) -> _Drawn:
     """Take the rows of sites without patients after one step from weights of 0: each is its noise, scaled."""
-    plan, still = twin.plan, _one_step(twin)
-    training, began = _idle(still), time.monotonic()
-    rate, g = still.plan.study.training.learning_rate, still.guarantee
+    plan, still = twin.plan, _limit_to_one_step(twin)
+    training, began = _start_idle(still), time.monotonic()
+    rate, guarantee = still.plan.study.training.learning_rate, still.guarantee
     vectors, names, rounds = [], list[str](), 0
-    for number in range(_rounds(plan.parameters * cohort(plan.study, plan.participants))):
+    for number in range(_count_rounds(plan.parameters * cohort(plan.study, plan.participants))):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
-        _empty_round(training, number)
+        _play_empty_round(training, number)
         for name, payload in training.tap.reply.items():
-            release = g.releases[name]
-            step = rate * g.clip / release.expected * GRID
+            release = guarantee.releases[name]
+            step = rate * guarantee.clip / release.expected * GRID
             vectors.append(-codec.decode(payload)[1]["row"].double().numpy() / step)
             names.append(name)
         rounds += 1
     noise_VP = np.stack(vectors)
     told_V = np.array([twin.guarantee.sigma_units(name) for name in names])
-    need = {name: needed(plan.study, name, plan.parameters, twin.guarantee) for name in set(names)}
+    need = {name: needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in set(names)}
     needed_V = np.array([need[name] for name in names])
     return _Drawn(noise_VP, told_V, needed_V, None, noise_tests.on_grid(noise_VP), rounds)
 
 
-def _rounds(numbers: int) -> int:
+def _count_rounds(numbers: int) -> int:
     return min(max(ROUNDS[0], -(-NUMBERS // numbers)), ROUNDS[1])
 
 
-def _idle(twin: Twin) -> Trained:
+def _start_idle(twin: Twin) -> TwinTraining:
     """Return a training whose budget bears any number of rounds: nobody's patients are in them."""
-    training = Trained(twin)
+    training = TwinTraining(twin)
     training.budget = NoClaim()
     return training
 
 
-def _empty_round(training: Trained, number: int) -> None:
+def _play_empty_round(training: TwinTraining, number: int) -> None:
     """Play round `number` + 1 from weights of 0, no site holding a patient."""
     plan = training.plan
     training.server = replace(plan.begin(), round=number, w_P=torch.zeros(plan.parameters))
@@ -193,20 +195,21 @@ def _empty_round(training: Trained, number: int) -> None:
     )
 
 
-def _one_step(twin: Twin, multiplier: float | None = None) -> Twin:
+def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     """Return the twin under the same guarantee, its sites taking one step of plain SGD; with another multiplier."""
-    plan, g = twin.plan, twin.guarantee
+    plan, guarantee = twin.plan, twin.guarantee
     releases = {
-        name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier) for name, r in g.releases.items()
+        name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier)
+        for name, r in guarantee.releases.items()
     }
-    g = replace(g, releases=releases)
-    study = replace(plan.study, training=_plain(plan.study.training))
-    sites = {name: _like(site, study, g) for name, site in twin.sites.items()}
-    plan = replace(plan, study=study, guarantee=g, message=plan.parameters if not plan.joint else plan.message)
-    return replace(twin, plan=plan, guarantee=g, sites=sites)
+    guarantee = replace(guarantee, releases=releases)
+    study = replace(plan.study, training=_simplify(plan.study.training))
+    sites = {name: _copy_site(site, study, guarantee) for name, site in twin.sites.items()}
+    plan = replace(plan, study=study, guarantee=guarantee, message=plan.parameters if not plan.joint else plan.message)
+    return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 
 
-def _plain(t: Training) -> Training:
+def _simplify(t: Training) -> Training:
     return replace(
         t,
         algorithm="fedavg",
@@ -217,33 +220,34 @@ def _plain(t: Training) -> Training:
     )
 
 
-def _like(site: Site, study: Study, g: Guarantee) -> Site:
+def _copy_site(site: Site, study: Study, guarantee: Guarantee) -> Site:
     """Return a node that does what this one does, for another study and guarantee; it keeps nothing."""
     other = site.under(study)
-    other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, g, site.links
+    other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, guarantee, site.links
     other.train, other.path = site.train, site.path
     other.forget()
     return other
 
 
-def _kinds(g: Guarantee) -> list[str]:
+def _kinds(guarantee: Guarantee) -> list[str]:
     """Name one client of each kind: thousands of devices are of few."""
-    return list({(r.size, r.steps, r.probability, r.cap): name for name, r in g.releases.items()}.values())
+    return list({(r.size, r.steps, r.probability, r.cap): name for name, r in guarantee.releases.items()}.values())
 
 
 def _excess(plan: Plan) -> float:
     """Return the deviation of all parts of the joint noise together, over that of those that must suffice."""
     if not plan.joint or plan.study.security.aggregation == "plain":
         return 1.0
-    three = plan.study.security.aggregation == "three-party"
-    parts = 3 if three else cohort(plan.study, plan.participants)
+    parts = cohort(plan.study, plan.participants)
+    if plan.study.security.aggregation == "three-party":
+        parts = 3
     return math.sqrt(parts / holders(plan.study, plan.participants))
 
 
-def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
+def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guarantee) -> float:
     """Return the standard deviation in grid units that a client's claim needs, worked out from the study.
 
-    The guarantee `g` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The
+    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The
     deviation told for the count is taken as it is, and the gradient's must make up for the rest.
     """
     p, t, fleet = study.privacy, study.training, study.fleet
@@ -251,7 +255,8 @@ def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
     alone = p.noise == "site"
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    mean = sum(declared_size(study, each) for each in g.releases) / len(g.releases)  # under joint noise all draw alike
+    clients = list(guarantee.releases)
+    mean = sum(declared_size(study, each) for each in clients) / len(clients)  # under joint noise all draw alike
     probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
     steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
     once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
@@ -265,8 +270,8 @@ def needed(study: Study, name: str, parameters: int, g: Guarantee) -> float:
     uses = -(-planned // groups) * steps * (p.max_sites_per_patient if alone else 1)
     capped = (p.batch_cap, size) if p.batch_cap and probability < 1 else (0, 0)
     multiplier = noise_tests.needed_multiplier(p.epsilon, p.delta, uses, probability, *capped)
-    if g.clipping == "adaptive":
-        count = 0.5 * p.max_sites_per_patient / g.count_sigma()
+    if guarantee.clipping == "adaptive":
+        count = 0.5 * p.max_sites_per_patient / guarantee.count_sigma()
         if multiplier * count >= 1:
             return math.inf
         multiplier /= math.sqrt(1 - (multiplier * count) ** 2)
@@ -299,7 +304,9 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
     def alternating(records: int, size: float) -> Tensor:
         sign_R = 1.0 - 2.0 * (torch.arange(records) % 2)
-        return sign_R * size if kind == "regression" else (sign_R > 0).double() * (labels - 1)
+        if kind == "regression":
+            return sign_R * size
+        return (sign_R > 0).double() * (labels - 1)
 
     ones_F = torch.ones(width)
     ones_F[-1] = 0
@@ -330,7 +337,9 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
     for power in (-30, -20, -10, -3, 0, 3, 6, 10, 18, 25, 30, 38):
         for label in (0, 1):
             scale = 10.0**power
-            y = float(label * (labels - 1)) if kind != "regression" else scale * (1 - 2 * label)
+            y = float(label * (labels - 1))
+            if kind == "regression":
+                y = scale * (1 - 2 * label)
             add(f"a record of size 1e{power}", scale * plain_F[None], [y])
             one_F = torch.zeros(width)
             one_F[rng.integers(width)] = scale
@@ -345,18 +354,18 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     """Put odd patients into a site's rows, one at a time, and measure how far each moves what the site releases."""
-    bare = _one_step(twin, _QUIET)
-    plan, g = bare.plan, bare.guarantee
-    name = max(bare.sites, key=lambda name: (g.releases[name].size, name))
+    bare = _limit_to_one_step(twin, _QUIET)
+    plan, guarantee = bare.plan, bare.guarantee
+    name = max(bare.sites, key=lambda name: (guarantee.releases[name].size, name))
     site = bare.sites[name]
-    release = replace(g.releases[name], probability=1.0, cap=0)
-    g = replace(g, releases={name: release})
-    rate = release.size / g.clip  # a row is the sum, turned round
+    release = replace(guarantee.releases[name], probability=1.0, cap=0)
+    guarantee = replace(guarantee, releases={name: release})
+    rate = release.size / guarantee.clip  # a row is the sum, turned round
     study = replace(
         plan.study,
         training=replace(plan.study.training, learning_rate=rate, batch_size=0, path=twin.plan.study.training.path),
     )
-    site = _like(site, study, g)
+    site = _copy_site(site, study, guarantee)
 
     target = plan.encoding.target
     patients = catalogue(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)
@@ -365,11 +374,11 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         torch.zeros(plan.parameters),
         torch.from_numpy(rng.standard_normal(plan.parameters)).float(),
     ]
-    crowd = twin.rows[name].at(torch.arange(len(twin.rows[name])) < _crowd(plan.parameters))
+    crowd = twin.rows[name].at(torch.arange(len(twin.rows[name])) < _crowd_size(plan.parameters))
     moved: dict[str, float] = {}
     for w_P in weights:
-        for company in (_nobody(twin.rows[name]), crowd):
-            for odd, far in _moved(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
+        for company in (_drop_everybody(twin.rows[name]), crowd):
+            for odd, far in _measure_moves(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
     if not moved:
         why = "not run: the site answers nothing, whoever is in its rows"
@@ -380,8 +389,9 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     told = (
         f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} sets of weights; "
         f"{worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most {allowed:.4g} C is allowed)"
-        + (f"; {len(beyond)} of them move it further" if beyond else "")
     )
+    if beyond:
+        told += f"; {len(beyond)} of them move it further"
     figures: JSON = {
         "patients": len(moved),
         "worst": worst,
@@ -395,11 +405,11 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     )
 
 
-def _crowd(parameters: int) -> int:
+def _crowd_size(parameters: int) -> int:
     return min(40, max(4, (1 << 21) // parameters))
 
 
-def _nobody(rows: Rows) -> Rows:
+def _drop_everybody(rows: Rows) -> Rows:
     return rows.at(torch.zeros(len(rows), dtype=torch.bool))
 
 
@@ -415,7 +425,7 @@ def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]
     return [*patients, *(replace(odd, y_R=y[None]) for odd, y in zip(single, y_M, strict=True))]
 
 
-def _moved(
+def _measure_moves(
     twin: Twin, site: Site, w_P: Tensor, company: Rows, patients: Sequence[Odd], rng: np.random.Generator
 ) -> list[tuple[Odd, float]]:
     """Return by how many C each patient moves the site's row; a site that then refuses tells of the patient: inf.
@@ -426,11 +436,11 @@ def _moved(
     found: list[tuple[Odd, float]] = []
     for records in sorted({len(odd.y_R) for odd in patients}):
         alike = [odd for odd in patients if len(odd.y_R) == records]
-        held = [company, *(_with(company, odd, rng) for odd in alike)]
+        held = [company, *(_add_patient(company, odd, rng) for odd in alike)]
         size = max(2, (1 << 22) // twin.plan.parameters)
         rows: list[np.ndarray | None] = []
         for first in range(0, len(held), size):
-            rows += _answers(site, w_P, held[first : first + size], twin.plan.joint)
+            rows += _ask_site(site, w_P, held[first : first + size], twin.plan.joint)
         without = rows[0]
         if without is None:  # nothing to compare with
             continue
@@ -446,10 +456,12 @@ def _distance(row: np.ndarray | None, without: np.ndarray, twin: Twin) -> float:
     far = float(np.linalg.norm((row - without)[:numbers]))
     if len(row) > numbers and twin.plan.joint:  # adaptive clipping's count: a half at most, and half a step
         far = max(far, 2 * float(abs(row[-1] - without[-1])) - GRID)
-    return far if math.isfinite(far) else math.inf
+    if not math.isfinite(far):
+        return math.inf
+    return far
 
 
-def _with(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
+def _add_patient(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
     number = int(rows.patient.max()) + 1 if len(rows) else 0
     assert rows.key is not None
     patient = torch.cat([rows.patient, torch.full((len(odd.y_R),), number)])
@@ -459,7 +471,7 @@ def _with(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
 
 
 @contextmanager
-def _muted() -> Iterator[None]:
+def _mute() -> Iterator[None]:
     """Keep a site from warning of patients who were made to be left out."""
     log = logging.getLogger("medfed.site")
     before = log.disabled
@@ -470,17 +482,17 @@ def _muted() -> Iterator[None]:
         log.disabled = before
 
 
-def _answers(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
+def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
     """Return what the site would release [P] in units of C, holding each of these rows; None where it refuses."""
     assert site.guarantee is not None
-    nodes = [_like(site, site.study, site.guarantee) for _ in held]
+    nodes = [_copy_site(site, site.study, site.guarantee) for _ in held]
     for node, rows in zip(nodes, held, strict=True):
         node.train = rows
     header: Mapping[str, float] = {"round": 1}
     if site.guarantee.clipping == "adaptive":
         header = {**header, "clip": site.guarantee.clip}
     payload = codec.encode(header, {"w": w_P})
-    with _muted():
+    with _mute():
         replies = handle_many(nodes, "work", payload)
         if any(
             isinstance(reply, SiteError) for reply in replies

@@ -21,7 +21,7 @@ def features_of(columns: Sequence[str], data: Data) -> list[str]:
             chosen += [name for name in made if name in known]
         else:
             chosen += [name for name in matching(asked, columns) if name not in none]
-    out = excluded(columns, data)
+    out = excluded_columns(columns, data)
     return [name for name in dict.fromkeys(chosen) if name not in out]
 
 
@@ -34,7 +34,7 @@ def no_features(data: Data) -> set[str]:
     return (roles - numbers) | {data.target, data.site, data.patient, data.test}
 
 
-def excluded(columns: Sequence[str], data: Data) -> set[str]:
+def excluded_columns(columns: Sequence[str], data: Data) -> set[str]:
     """Return the columns that data.exclude names or matches."""
     return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
 
@@ -49,9 +49,9 @@ def matching(pattern: str, columns: Sequence[str]) -> list[str]:
 
 def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
     """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
-    if feature.limits == "indicator":
-        return (f"{name} below limit", f"{name} above limit")
-    return ()
+    if feature.limits != "indicator":
+        return ()
+    return (f"{name} below limit", f"{name} above limit")
 
 
 def open_columns(study: Study) -> tuple[str, ...]:

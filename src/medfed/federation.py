@@ -38,8 +38,10 @@ class Consortium:
 def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
     """Return an enrolment request: the party's public keys, signed with them and, to replace `old`, with those too."""
     facts = to_json(identity.public)
-    asked = {**facts, "signature": identity.sign(_signed(facts)).hex()}
-    return asked | ({"replaces": old.sign(_signed(facts)).hex()} if old else {})
+    asked = {**facts, "signature": identity.sign(_signing_input(facts)).hex()}
+    if old:
+        asked["replaces"] = old.sign(_signing_input(facts)).hex()
+    return asked
 
 
 def begin(folder: Path, authority: Identity) -> None:
@@ -58,14 +60,14 @@ def approve(folder: Path, authority: Identity, asked: Mapping[str, Any], fingerp
     """
     member = from_json(asked)
     now = read(folder, authority.public)
-    data, name = _signed(to_json(member)), member.name
-    if fingerprint and not _same(fingerprint, member):
+    data, name = _signing_input(to_json(member)), member.name
+    if fingerprint and not _matches(fingerprint, member):
         raise SignatureError(
             f"the request of {name!r} has fingerprint {member.fingerprint}, told was {fingerprint}; ask the party again"
         )
-    if not holds(member.signing, _bytes(asked.get("signature")), data):
+    if not holds(member.signing, _parse_hex(asked.get("signature")), data):
         raise SignatureError(f"the request of {name!r} is not signed by its own keys; have it made anew")
-    if name in list(now.roster) and not holds(now.roster[name].signing, _bytes(asked.get("replaces")), data):
+    if name in list(now.roster) and not holds(now.roster[name].signing, _parse_hex(asked.get("replaces")), data):
         raise SignatureError(
             f"{name!r} is a member with other keys; expected a request signed by those too (`medfed key request "
             "--replaces`), or revoke it first"
@@ -115,7 +117,7 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
         raise TrailError(f"{path} names no founder; make a list with `medfed federation new`")
     if authority and authority.signing != founder.signing:
         raise TrailError(f"{path} belongs to the key {founder.fingerprint}; {authority.fingerprint} may not write it")
-    if fingerprint and not _same(fingerprint, founder):
+    if fingerprint and not _matches(fingerprint, founder):
         raise TrailError(
             f"{path} has the fingerprint {founder.fingerprint}; expected {fingerprint}. Ask the consortium."
         )
@@ -125,7 +127,7 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
 def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, Any]) -> None:
     path = folder / "members.jsonl"
     files.make_folder(folder)
-    with files.held(folder):  # two lines at once would both follow the same one
+    with files.hold(folder):  # two lines at once would both follow the same one
         if kind == "founded" and path.exists():
             raise TrailError(f"{folder} was begun by somebody else just now; look at it by `medfed federation show`")
         Trail.open(path, authority.name, authority.public.signing, authority.sign).append(kind, facts)
@@ -146,7 +148,9 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
 def members_of(study: Study) -> Consortium | None:
     """Return the list of members that a study names, checked; None where keys are made for a run."""
     security = study.security
-    return read(study.folder / security.federation, fingerprint=security.fingerprint) if security.federation else None
+    if not security.federation:
+        return None
+    return read(study.folder / security.federation, fingerprint=security.fingerprint)
 
 
 def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:
@@ -159,7 +163,7 @@ def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:
         )
 
 
-def _same(fingerprint: str, public: Public) -> bool:
+def _matches(fingerprint: str, public: Public) -> bool:
     return fingerprint.replace(" ", "").lower() == public.fingerprint.replace(" ", "")
 
 
@@ -171,7 +175,7 @@ def to_json(public: Public) -> dict[str, Any]:
 def from_json(facts: Mapping[str, Any]) -> Public:
     """Return public keys that somebody tells; raise SignatureError where they are none."""
     name, role = facts.get("name"), facts.get("role")
-    signing, sealing = _bytes(facts.get("signing")), _bytes(facts.get("sealing"))
+    signing, sealing = _parse_hex(facts.get("signing")), _parse_hex(facts.get("sealing"))
     if not isinstance(name, str) or not name or role not in ROLES or len(signing) != 32 or len(sealing) != 32:
         raise SignatureError(
             f"name={name!r}, role={role!r} with keys of {len(signing)} and {len(sealing)} bytes is no "
@@ -180,11 +184,11 @@ def from_json(facts: Mapping[str, Any]) -> Public:
     return Public(name, str(role), signing, sealing)
 
 
-def _signed(facts: Mapping[str, Any]) -> bytes:
+def _signing_input(facts: Mapping[str, Any]) -> bytes:
     return json.dumps(["medfed enrolment 1", facts], sort_keys=True).encode()
 
 
-def _bytes(text: object) -> bytes:
+def _parse_hex(text: object) -> bytes:
     try:
         return bytes.fromhex(text) if isinstance(text, str) else b""
     except ValueError:

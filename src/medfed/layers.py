@@ -68,7 +68,7 @@ class Buffers:
         return view
 
 
-class Rule(ABC):
+class LayerRule(ABC):
     """A layer without parameters of its own; the base of all rules."""
 
     names: tuple[str, ...] = ()  # the parameters, in the order of `named_parameters()`
@@ -121,7 +121,7 @@ class Rule(ABC):
 
         Sums over records are taken in float64, as records may cancel.
         """
-        wide = [self._wide(f"gradient {i}", g, torch.float64) for i, g in enumerate(gradients)]
+        wide = [self._copy_wide(f"gradient {i}", g, torch.float64) for i, g in enumerate(gradients)]
         if records == 1:
             self.gradients = wide
             return _sum([_square(g.flatten(2)) for g in wide])
@@ -136,18 +136,18 @@ class Rule(ABC):
             weight_A1N = weight_AB[:, None, :: weight_AB.shape[1] // gradient.shape[1]].double()
             _blend(target, torch.bmm(weight_A1N, gradient.flatten(2)).view(target.shape), beta, alpha)
 
-    def _wide(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _copy_wide(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x as numbers of this type."""
         return x if x.dtype == dtype else self.buffers.take(name, x.shape, dtype).copy_(x)
 
-    def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
+    def _weigh(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
         """Return dy [A, B * positions, O] times each slot's weight, as numbers of the weight's type; overwrites dy."""
         positions = dy.shape[1] // weight_AB.shape[1]
         weight = (weight_AB if positions == 1 else weight_AB.repeat_interleave(positions, 1)).unsqueeze(-1)
-        return self._wide("dy wide", dy, weight.dtype).mul_(weight)
+        return self._copy_wide("dy wide", dy, weight.dtype).mul_(weight)
 
 
-class LinearRule(Rule):
+class LinearRule(LayerRule):
     """y = x W^T + b. The gradient of W is a sum of products dy_s x_s^T over slots and positions."""
 
     remembered = ("x", "dy")
@@ -180,7 +180,7 @@ class LinearRule(Rule):
         if outputs >= _COLUMNS:
             y = self.buffers.take(name, (x.shape[0], x.shape[1], outputs), x.dtype)
             return torch.bmm(x, right, out=y) if bias is None else torch.baddbmm(bias, x, right, out=y)
-        wide, one, y, cut = self._widened(name, x, right)
+        wide, one, y, cut = self._widen(name, x, right)
         if outputs == 1:  # the bias goes to every column
             torch.mul(right, one, out=wide)
             torch.bmm(x, wide, out=y) if bias is None else torch.baddbmm(bias, x, wide, out=y)
@@ -189,7 +189,7 @@ class LinearRule(Rule):
         torch.bmm(x, wide, out=y)
         return cut if bias is None else cut.add_(bias)
 
-    def _widened(self, name: str, x: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _widen(self, name: str, x: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what a narrow product is taken with, made once: room for `right`, a one, room for it and cut to size.
 
         Behind the columns of `right` and behind the one stand zeros.
@@ -259,7 +259,7 @@ class LinearRule(Rule):
                 return self._accumulate_basis(targets, beta, alpha, weight_AB)
             if self.gradients:
                 return self._accumulate_gradients(targets, beta, alpha, weight_AB)
-            x, dy = self._wide("x wide", x, weight_AB.dtype), self._weighted(dy, weight_AB)
+            x, dy = self._copy_wide("x wide", x, weight_AB.dtype), self._weigh(dy, weight_AB)
         self._add_product(targets[0], dy, x, beta, alpha)
         if len(targets) == 2:
             _blend(targets[1], self._total(dy, targets[1].shape[0]), beta, alpha)
@@ -302,7 +302,7 @@ class ConvRule(LinearRule):
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
         self.slots, self.shape = x.shape[:2], x.shape
-        padding: Any = self.layer.padding  # numbers: see `_plain`
+        padding: Any = self.layer.padding  # numbers: see `_is_plain`
         flat = x.reshape(-1, *x.shape[2:]).contiguous()
         if any(padding):
             flat = nn.functional.pad(flat, [cells for cells in reversed(padding) for _ in range(2)])
@@ -352,18 +352,18 @@ class ConvRule(LinearRule):
     def _add_product(self, target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float) -> None:
         _blend(target, self._product(dy, x, len(target)).view(target.shape), beta, alpha)
 
-    def _weighted(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
-        return super()._weighted(dy, weight_AB.view(-1, 1))
+    def _weigh(self, dy: Tensor, weight_AB: Tensor) -> Tensor:
+        return super()._weigh(dy, weight_AB.view(-1, 1))
 
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
         each = self.buffers.take("dw", (len(dy), dy.shape[-1], x.shape[-1]), dy.dtype)
-        return _gathered(torch.bmm(dy.mT, x, out=each), groups)
+        return _sum_runs(torch.bmm(dy.mT, x, out=each), groups)
 
     def _total(self, dy: Tensor, groups: int) -> Tensor:
-        return _gathered(dy.sum(1), groups)
+        return _sum_runs(dy.sum(1), groups)
 
 
-class EmbeddingRule(Rule):
+class EmbeddingRule(LayerRule):
     """Rows of a table by index. A patient's gradient sums the slots and positions that read the same row first."""
 
     remembered = ("dy",)
@@ -417,7 +417,7 @@ class EmbeddingRule(Rule):
         _blend(targets[0], total.view(targets[0].shape), beta, alpha)
 
 
-class NormRule(Rule):
+class NormRule(LayerRule):
     """y = (x - mean) / sd * g + b, with mean and sd of one patient's units: what LayerNorm and GroupNorm share."""
 
     remembered = ("n", "dy")
@@ -502,7 +502,7 @@ class LayerNormRule(NormRule):
         return param.reshape(len(param), *(1 for _ in range(x.dim() - param.dim())), *param.shape[1:])
 
     def _gather(self, dy: Tensor) -> Tensor:
-        return _over(dy.reshape(len(dy), -1, *self.layer.normalized_shape))
+        return _sum_slots(dy.reshape(len(dy), -1, *self.layer.normalized_shape))
 
 
 class GroupNormRule(NormRule):
@@ -529,10 +529,10 @@ class GroupNormRule(NormRule):
         return param.reshape(len(param), 1, -1, *(1 for _ in range(x.dim() - 3)))
 
     def _gather(self, dy: Tensor) -> Tensor:
-        return _over(dy.flatten(3).sum(3) if dy.dim() > 3 else dy)
+        return _sum_slots(dy.flatten(3).sum(3) if dy.dim() > 3 else dy)
 
 
-class DropoutRule(Rule):
+class DropoutRule(LayerRule):
     """The keyed dropout of `medfed.models`: each client's mask, or each slot's, comes from its own stream."""
 
     layer: Dropout
@@ -547,7 +547,7 @@ class DropoutRule(Rule):
         return dy.mul_(self.scale)
 
 
-class ShapeRule(Rule):
+class ShapeRule(LayerRule):
     """Flatten from a sample's first axis on, cut a sample into series or pictures, or do nothing (Identity)."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -562,7 +562,7 @@ class ShapeRule(Rule):
         return dy.reshape(self.shape)
 
 
-class PoolRule(Rule):
+class PoolRule(LayerRule):
     """Pooling: no parameters, sample by sample, so autograd may do this one layer for all samples of all clients."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -577,7 +577,7 @@ class PoolRule(Rule):
         return dx.contiguous().view(*self.slots, *self.x.shape[1:])
 
 
-class MeanRule(Rule):
+class MeanRule(LayerRule):
     """The mean of each channel."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -590,7 +590,7 @@ class MeanRule(Rule):
         return torch.div(dy.expand(self.shape), prod(self.shape[3:]), out=dx)
 
 
-class ActivationRule(Rule):
+class ActivationRule(LayerRule):
     """An elementwise function, by torch's own forward and backward kernels."""
 
     # layer type -> (forward of (layer, x), backward of (layer, dy, x, y))
@@ -623,7 +623,7 @@ class ActivationRule(Rule):
         return self.KERNELS[type(self.layer)][1](self.layer, dy, self.x, self.y)
 
 
-RULES: dict[type[nn.Module], type[Rule]] = {
+RULES: dict[type[nn.Module], type[LayerRule]] = {
     nn.Linear: LinearRule,
     nn.Conv1d: ConvRule,
     nn.Conv2d: ConvRule,
@@ -689,6 +689,13 @@ class RuledModel:
     ) -> Tensor:
         """Set each target [A, *shape] to the sum over patients of factor(norm) * gradient; return the norms [A, N].
 
+        Args:
+            dz: dL/dz [A, B, C] of every slot; zero where a slot is not filled.
+            params: [A, *shape] in `named_parameters()` order, those of `forward`.
+            targets: where the sums go; with several records in float64.
+            records: slots of a patient.
+            factor: maps norms to weights, float64 [A, N].
+
         Patient n of a client owns slots n * records .. (n + 1) * records - 1 of dz [A, B, C] and of `forward`'s x; its
         gradient is the sum over them. `factor` maps norms to weights, float64 [A, N]. A patient whose norm is above
         LARGEST, or not a number, adds nothing and is told as infinite. A norm is at least CANCELLATION of the sum of
@@ -729,18 +736,18 @@ def without_rule(module: nn.Module) -> str:
     """
     names = {id(part): name for name, part in module.named_modules()}
 
-    def told(part: nn.Module) -> str:
+    def describe(part: nn.Module) -> str:
         return f"{type(part).__name__} {names[id(part)]!r}" if names[id(part)] else type(part).__name__
 
-    if hooked := [part for part in module.modules() if _hooked(part)]:
-        return f"the hooks of {told(hooked[0])}"
+    if hooked := [part for part in module.modules() if _is_hooked(part)]:
+        return f"the hooks of {describe(hooked[0])}"
     try:
         layers = _leaves(module)
     except _NoSequenceError as error:
-        return told(error.args[0])
+        return describe(error.args[0])
     for layer in layers:
-        if type(layer) not in RULES or not _plain(layer):
-            return told(layer)
+        if type(layer) not in RULES or not _is_plain(layer):
+            return describe(layer)
     ruled = [getattr(layer, name) for layer in layers for name in RULES[type(layer)](layer).names]
     if not all(p.requires_grad for p in ruled):
         return "frozen parameters"
@@ -765,14 +772,14 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _hooked(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
     """Say whether calling the module does more, or something else, than its class says."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     on_parameters = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in own)
     return on_parameters or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
 
 
-def _plain(layer: nn.Module) -> bool:
+def _is_plain(layer: nn.Module) -> bool:
     """Say whether the layer is set up as its rule assumes."""
     match layer:
         case nn.Flatten():
@@ -810,14 +817,14 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _over(x: Tensor) -> Tensor:
+def _sum_slots(x: Tensor) -> Tensor:
     """Sum over axis 1."""
     return x[:, 0] if x.shape[1] == 1 else x.sum(1)
 
 
-def _gathered(x: Tensor, groups: int) -> Tensor:
+def _sum_runs(x: Tensor, groups: int) -> Tensor:
     """Sum x [slots, ...] over each of `groups` equal runs of slots."""
-    return _over(x.view(groups, -1, *x.shape[1:]))
+    return _sum_slots(x.view(groups, -1, *x.shape[1:]))
 
 
 def _blend(target: Tensor, value: Tensor, beta: float, alpha: float) -> None:

@@ -57,8 +57,9 @@ class LocalPlan:
 
     def steps_K(self, size_K: Tensor) -> Tensor:
         """Return how many steps each client takes [K]; a client without rows takes none."""
-        per_epoch = self.per_epoch_K(size_K)
-        steps = torch.full_like(size_K, self.steps) if self.steps else per_epoch * self.epochs
+        steps = self.per_epoch_K(size_K) * self.epochs
+        if self.steps:
+            steps = torch.full_like(size_K, self.steps)
         return torch.where(size_K > 0, steps, 0)
 
     def per_epoch_K(self, size_K: Tensor) -> Tensor:
@@ -68,7 +69,9 @@ class LocalPlan:
     def width(self, size_K: Tensor) -> int:
         """Return B, the padded batch."""
         longest = max(1, int(size_K.max()))
-        return min(self.batch_size, longest) if self.batch_size else longest
+        if self.batch_size:
+            return min(self.batch_size, longest)
+        return longest
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,17 @@ def train(
 ) -> LocalResult:
     """Train each client from its row of `start_KP` on its own rows of `data`.
 
-    key_K [K] int64 are the clients' streams for this round: they order the batches and drop units, so a client's
-    result does not depend on who else is in the stack. Paths agree within rounding (1e-4 relative in float32).
+    A client's result does not depend on who else is in the stack. Paths agree within rounding (1e-4 relative in
+    float32).
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        start_KP: where each client starts.
+        data: the clients' rows, end to end.
+        plan: steps, batches, optimiser and rate, the same for all clients.
+        key_K: the clients' streams for this round, int64: they order the batches and drop units.
+        correction: what the algorithm adds to every gradient.
+        path: how gradients are taken; "auto" takes `rules` where every layer has one, else `func`.
     """
     if path == "auto":
         path = "rules" if has_rules(model) else "func"
@@ -143,7 +155,7 @@ def train(
 
 
 def outputs(model: nn.Module, theta_P: Tensor, x_NF: Tensor, block: int = 8192) -> Tensor:
-    """Return the model's outputs [N, C] on rows x_NF in evaluation mode, with weights theta_P."""
+    """Return the model's outputs [N, C] on rows x_NF in evaluation mode, with weights theta_P; `block` rows at once."""
     fill(model, theta_P).eval()
     with torch.no_grad():  # clones: a module may write into its input
         return torch.cat([_wide(model(x.clone())) for x in torch.split(x_NF, block)])
@@ -155,11 +167,17 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
     A slot without a row (a short last batch) repeats the client's own last row and is marked not valid: what another
     client or padding holds can never reach it.
     """
-    size_K, steps_K = data.size_K, plan.steps_K(data.size_K)
-    per_epoch_K, width = plan.per_epoch_K(size_K), plan.width(size_K)
+    size_K = data.size_K
+    steps_K = plan.steps_K(size_K)
+    per_epoch_K = plan.per_epoch_K(size_K)
+    width = plan.width(size_K)
+
+    # In each epoch every client's rows in an order of its own
     T = int(steps_K.max())
     epochs = -(-T // int(per_epoch_K.min()))
     order_KES = torch.stack([streams.shuffles(streams.subkey(key_K, e), size_K) for e in range(epochs)], 1)
+
+    # The rows of each step: a batch of the epoch's order
     t_T1 = torch.arange(T)[:, None]
     epoch_TK, batch_TK = t_T1 // per_epoch_K, t_T1 % per_epoch_K
     place_TKB = (batch_TK * width)[..., None] + torch.arange(width)
@@ -237,7 +255,13 @@ def on_threads(
     alone: bool = False,
     products: float = math.inf,
 ) -> list[_Done]:
-    """Do every chunk's work on one thread each; every thread makes a worker of its own. `alone`: all on this thread.
+    """Do every chunk's work on one thread each; return what came of them, in their order.
+
+    Args:
+        chunks: what is to be done.
+        maker: makes a worker, once for each thread.
+        alone: do all on this thread.
+        products: products of two numbers that one step takes.
 
     Threads that each walk a chunk of their own do not wait for one another at every product, as threads inside a
     product do; on a busy machine that is the difference between slower and a hundred times slower. So one chunk whose
@@ -290,7 +314,11 @@ class Descent:
         self.params, self.plan = params, plan
         self.pull = plan.weight_decay + correction.mu
         self.constants = self._constants(correction, layout)
-        moments = 2 if plan.optimizer == "adam" else 1 if plan.momentum else 0
+        moments = 0
+        if plan.optimizer == "adam":
+            moments = 2
+        elif plan.momentum:
+            moments = 1
         self.moments = [[torch.zeros_like(p) for p in params] for _ in range(moments)]
         self.step_number = 0
 
@@ -340,7 +368,9 @@ class Descent:
             parts.append([p * -correction.mu for p in self.params])
         if correction.shift_KP is not None:
             parts.append([piece for _, piece in layout.pieces(correction.shift_KP)])
-        return [torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)] if parts else None
+        if not parts:
+            return None
+        return [torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)]
 
 
 def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,7 @@ def build(name: str, features: int, outputs: int, options: Mapping[str, Any], se
     Raises StudyError for an unknown name or options that the factory does not take, PlanError where nothing can be
     trained. What the module does is probe.py's to say.
     """
-    factory = ZOO[name] if name in ZOO else _imported(name)
+    factory = ZOO[name] if name in ZOO else _import_factory(name)
     with seeded(seed):
         try:
             inspect.signature(factory).bind(features, outputs, **options)
@@ -193,7 +193,7 @@ def build(name: str, features: int, outputs: int, options: Mapping[str, Any], se
         raise StudyError(f"model.name={name!r} made a {type(module).__name__}; expected a torch.nn.Module")
     if not any(p.requires_grad for p in module.parameters()):
         raise PlanError(f"model.name={name!r} has no trainable parameter. Set requires_grad on what shall be trained.")
-    return _keyed(module)
+    return _key_dropouts(module)
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _imported(name: str) -> Callable[..., nn.Module]:
+def _import_factory(name: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise StudyError(
@@ -261,7 +261,7 @@ def _imported(name: str) -> Callable[..., nn.Module]:
     return found  # type: ignore[no-any-return]
 
 
-def _keyed(module: nn.Module) -> nn.Module:
+def _key_dropouts(module: nn.Module) -> nn.Module:
     """Give every dropout layer of the module a mask of its own that comes from the client's stream."""
     salt = 0
     for parent in list(module.modules()):

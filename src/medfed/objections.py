@@ -6,7 +6,7 @@ from functools import partial
 
 from medfed.algorithms import ALGORITHMS
 from medfed.core.checks import MedfedError, PlanError, StudyError, closest, nearest
-from medfed.core.refusals import Refusal, gathered, mends, refuse
+from medfed.core.refusals import Refusal, gather, mends, refuse
 from medfed.data import declared, headers, preprocess, sources
 from medfed.features import features_of, list_open
 from medfed.privacy import claim_refusals
@@ -40,7 +40,7 @@ def find(study: Study) -> list[Refusal]:
 
 def find_with_header(study: Study) -> list[Refusal]:
     """Return all that stands against a study before a record is read: from itself, and from its table's header."""
-    sourceless = gathered(partial(sources.complete, study))
+    sourceless = gather(partial(sources.complete, study))
     if not sourceless:
         study = replace(study, data=sources.complete(study))
     found = [*find(study), *sourceless]
@@ -93,7 +93,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if data.target and data.task != "regression":
         yield from declared.unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
-            yield from gathered(partial(preprocess.classes, sorted(labels), data))
+            yield from gather(partial(preprocess.classes, sorted(labels), data))
 
     if study.privacy.ranges_epsilon:
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
@@ -163,7 +163,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
     elif robust.attack:
         yield from _attack_refusals(study)
 
-    unknown = gathered(partial(robust_rule, study, 1))
+    unknown = gather(partial(robust_rule, study, 1))
     yield from unknown
     rule = None if unknown else robust_rule(study, 1)
     if rule is not None:
@@ -179,7 +179,7 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
 def _attack_refusals(study: Study) -> Iterator[Refusal]:
     """Yield what a simulated attack asks for."""
     name = study.robustness.attack
-    unknown = gathered(partial(attacks.named, name))
+    unknown = gather(partial(attacks.named, name))
     yield from unknown
     if not unknown and attacks.named(name).stage == "wire" and study.security.aggregation != "three-party":
         text = f"robustness.attack={name!r} acts on shared words; set aggregation='three-party'."

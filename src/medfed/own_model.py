@@ -45,7 +45,7 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
     descends by full batches, at the largest step that is safe on these rows, for as long as helps patients set aside.
     """
     if asked(study):
-        return _until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
+        return _train_until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
     study = without_protection(study, "local")
     model, chosen = build_model(study, encoding), left_open(study)
     path = find_path(study, encoding, model).path
@@ -67,13 +67,13 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
     return w_KP[0]
 
 
-def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
+def _train_until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
     """Train on all rows for as many steps as serve every fifth patient best when trained on the others."""
     model = build_model(study, encoding)
     path = find_path(study, encoding, model).path
     key_K = Streams(study.study.seed).key_K("own", 0, [name])
 
-    def trained(on: Rows, lengths: Sequence[int]) -> Iterator[Tensor]:
+    def descend(on: Rows, lengths: Sequence[int]) -> Iterator[Tensor]:
         """Yield the weights after each of these many steps of one descent."""
         w_KP, done = vector(model)[None], 0
         rate = 1 / safe_rate(study, encoding, {name: bend(on.x, 0)}, {name: len(on)}).curvature
@@ -85,9 +85,9 @@ def _until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: St
     aside = rows.patient % _ASIDE == 0
     kept, judges, best = rows.at(~aside), rows.at(aside), STEPS_OF_FEW
     if len(kept) and len(judges):
-        errors = [_mean_error(model, w_P, judges, encoding.target) for w_P in trained(kept, LENGTHS)]
+        errors = [_mean_error(model, w_P, judges, encoding.target) for w_P in descend(kept, LENGTHS)]
         best = LENGTHS[min(range(len(LENGTHS)), key=errors.__getitem__)]
-    return next(trained(rows, [best]))
+    return next(descend(rows, [best]))
 
 
 def _mean_error(model: nn.Module, w_P: Tensor, rows: Rows, target: Target) -> float:

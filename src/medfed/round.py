@@ -226,7 +226,7 @@ def test(
         edges = asked["edges"].numpy()
         counts, untold = heard(replies, lambda answer: numbers(answer["counts"], len(edges) + 1, 2))
     else:
-        scores, untold = heard(replies, lambda answer: Scores.told(task, answer, plan.encoding.target.outputs))
+        scores, untold = heard(replies, lambda answer: Scores.from_tensors(task, answer, plan.encoding.target.outputs))
     _left_out(log, server.round, "not tested", untold)
     if len(untold) == len(replies):
         raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untold)}", untold)
@@ -271,10 +271,10 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     sums = {name: paired.tolist() for name, paired in told.items()}
     if not sums:
         return
-    paired = {name: metrics.paired(*told) for name, told in sums.items()}
+    paired = {name: metrics.mean_difference(*told) for name, told in sums.items()}
     n, total, square = (sum(told[i] for told in sums.values()) for i in range(3))
     sites = {name: [int(sums[name][0]), f.value, f.low, f.high] for name, f in paired.items()}
-    log.emit(Compared(federated.round, int(n), metrics.paired(n, total, square), sites))
+    log.emit(Compared(federated.round, int(n), metrics.mean_difference(n, total, square), sites))
 
 
 def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> None:

@@ -177,7 +177,7 @@ class Result:
         return pd.Series(np.array(target.labels)[called], index=told.index, name=target.name)
 
 
-@own.kept()
+@own.keep()
 def run(
     study: Study,
     out: str | Path | None = None,
@@ -218,7 +218,7 @@ def _fresh(out: Path | None, study: str) -> Iterator[Path]:
         _make_folder(folder, made)
     try:
         _refuse_used(folder)
-        with files.held(folder):
+        with files.hold(folder):
             _refuse_used(folder, mine=True)
             yield folder
     finally:
@@ -261,7 +261,7 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
             raise RunError(f"--out {str(folder)!r} is not an empty folder; give another")
         inside = {path.name for path in folder.iterdir()}
     if files.LOCK in inside and not mine:
-        with files.held(folder):  # raises where it is in use
+        with files.hold(folder):  # raises where it is in use
             pass
     if inside - {files.LOCK}:
         raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
@@ -278,7 +278,7 @@ def _freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -
                 for name, text in maps.items()
             }
             files.write(folder / "sites" / SITE_MAPS, json.dumps(files_of, indent=2, ensure_ascii=False))
-        first = [json.loads(events.line(events.screened(event))) for event in told]
+        first = [json.loads(events.line(events.screen(event))) for event in told]
         frozen = {
             "digest": plan.study.digest(),
             "folder": str(plan.study.folder.resolve()),
@@ -329,7 +329,7 @@ def _way_on(plan: Plan, folder: Path) -> str:
     return f"`medfed resume {folder}` goes on from its last whole round."
 
 
-@own.kept()
+@own.keep()
 def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:
     """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
 
@@ -340,7 +340,7 @@ def resume(folder: str | Path, data: Path | None = None, listeners: Sequence[Lis
     study, encoding = read_plan(folder)
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
-    with files.held(folder):
+    with files.hold(folder):
         if (folder / "summary.json").exists() and (finished := load(folder)).complete:  # by whoever held it before
             return finished
         with advising(f"`medfed resume {folder}` goes on from its last whole round."):
@@ -454,7 +454,7 @@ def open_sites(
 
     `table` is the study's, where it is read already.
     """
-    with quotes.withheld(study.privacy.meant):
+    with quotes.withhold(study.privacy.meant):
         return _open_sites(study, data, folder, progress, table)
 
 
@@ -470,7 +470,7 @@ def planned(study: Study) -> Study:
 
 def open_site(study: Study, name: str, data: Path | None = None, folder: Path | None = None) -> Site:
     """Return the node of one site, with its own records and ledger alone; raise RunError where it has no record."""
-    with quotes.withheld(study.privacy.meant):
+    with quotes.withhold(study.privacy.meant):
         return _open_sites(study, data, folder, False, None, only=name)[0]
 
 
@@ -571,7 +571,7 @@ def survey(
     where it is read already.
     """
     looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
-    with quotes.withheld(study.privacy.meant):
+    with quotes.withhold(study.privacy.meant):
         sites = open_sites(looked_at, data, None, progress, table)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())
@@ -740,7 +740,7 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
         raise RunError(f"{folder} is complete; there is no next round to take part in")
     asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
     line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
-    with files.held(folder, f"{OVERRIDES}.lock"):  # the run itself goes on meanwhile, and reads what is whole
+    with files.hold(folder, f"{OVERRIDES}.lock"):  # the run itself goes on meanwhile, and reads what is whole
         files.write(folder / OVERRIDES, "".join(_overrides(folder)) + line)
 
 

@@ -88,12 +88,12 @@ class Twin:
             rows = {name: site.train for name, site in sites.items()}
         else:
             rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
-            rows = {name: _invented(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
+            rows = {name: _invent(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
         together = ways.introduced(plan, fleet, "audit") if secure else ways.PLAIN
         return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
 
 
-def _invented(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
+def _invent(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
     """Return patients whose label follows a linear rule, with noise: something to learn."""
     x_NF, target = rng.standard_normal((size, len(rule_FC))), plan.encoding.target
     z_NC = torch.from_numpy(x_NF @ rule_FC / np.sqrt(len(rule_FC)) + rng.logistic(size=(size, rule_FC.shape[1])))
@@ -122,7 +122,7 @@ class Seen:
     memory: Mapping[str, Mapping[str, Tensor]]
 
 
-class Training:
+class TwinTraining:
     """One training of a twin, round by round, through `run_round` and with noise of its own."""
 
     def __init__(self, twin: Twin) -> None:
@@ -247,7 +247,7 @@ class People:
             )
 
 
-def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
+def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
     """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the definition."""
     model, layout, task = twin.model, Layout.of(twin.model), twin.plan.encoding.target.task
     dropouts = dropout_keys(model)
@@ -263,7 +263,9 @@ def clipped(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> 
     g_IP = torch.zeros(len(people.weight_I), len(w_P), dtype=torch.float64)
     g_IP.index_add_(0, people.patient_N, g_NP.double())
     norm_I1 = g_IP.norm(dim=1, keepdim=True)
-    bound_I1 = norm_I1 + 0.01 if twin.guarantee.clipping == "automatic" else norm_I1.clamp(min=clip)
+    bound_I1 = norm_I1.clamp(min=clip)
+    if twin.guarantee.clipping == "automatic":
+        bound_I1 = norm_I1 + 0.01
     held_IP: Tensor = g_IP / bound_I1 * people.weight_I[:, None]
     return held_IP
 
@@ -289,7 +291,7 @@ def _gradient(loss: _Loss, weights: dict[str, Tensor], x_F: Tensor, y: Tensor, k
     return torch.cat([part.flatten() for part in parts])
 
 
-def unexplained(
+def explain(
     twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return how far a release differs from one without canaries [P], and what each of them would add [M, P].
@@ -298,22 +300,26 @@ def unexplained(
     half of the canaries being in. A local path of several steps stays inside the site: it is taken to be straight, from
     the round's weights to those released.
     """
-    g, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
-    clip = float(seen.before.slots["clip"]) if "clip" in seen.before.slots else g.clip
-    share = clip / sum(g.releases[name].expected for name in names)
-    weight = {name: share * g.releases[name].probability for name in names}
+    guarantee, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
+    clip = float(seen.before.slots.get("clip", guarantee.clip))
+    share = clip / sum(guarantee.releases[name].expected for name in names)
+    weight = {name: share * guarantee.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
     base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
 
-    algorithm, steps = plan.algorithm, g.releases[names[0]].steps
-    average = 0.0 if plan.joint or algorithm.plain_sgd or algorithm.any_sgd else h.average
+    algorithm, steps = plan.algorithm, guarantee.releases[names[0]].steps
+    average = h.average
+    if plan.joint or algorithm.plain_sgd or algorithm.any_sgd:
+        average = 0.0
     kept, layout = max(1, round(average * steps)), Layout.of(twin.model)
     params = [p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)]
     descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
     for t in range(steps):
         at_P = w_P + update_P.to(w_P.dtype) * (t / (steps - (kept - 1) / 2))
-        add_MP = torch.cat([clipped(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
-        half_P = sum((clipped(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2)
+        add_MP = torch.cat([clip_gradients(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
+        half_P = sum(
+            (clip_gradients(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2
+        )
         descent.step([piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))])
         if t >= steps - kept:
             mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept

@@ -39,7 +39,7 @@ done, end = 0, time.monotonic() + 20
 while done < 60:
     assert time.monotonic() < end, done
     try:
-        with files.held(folder):
+        with files.hold(folder):
             os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails where somebody else is inside
             (folder / "inside").unlink()
             done += 1
@@ -48,7 +48,7 @@ while done < 60:
 """
 
 HOLDS = """
-with files.held(folder):
+with files.hold(folder):
     print("holds", flush=True)
     time.sleep(60)
 """
@@ -139,7 +139,7 @@ def test_a_clearing_that_died_is_cleared_too(tmp_path: Path, without: Callable[[
     dead = replace(Holder.here(), started="1")
     _leave(tmp_path, dead)
     (tmp_path / f"{files.LOCK}.clearing").write_text(json.dumps(asdict(dead)))
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -152,13 +152,13 @@ def test_the_second_is_told_who_holds_it_and_a_killed_holder_is_gone(
     child = _start(HOLDS, tmp_path, unknown)
     assert child.stdout and child.stdout.readline() == "holds\n"
     who = rf"process {child.pid} on {re.escape(platform.node())}, since \d{{4}}-\d\d-\d\dT"
-    with pytest.raises(RunError, match=who), files.held(tmp_path):
+    with pytest.raises(RunError, match=who), files.hold(tmp_path):
         pass
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     assert (tmp_path / files.LOCK).exists()
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         assert json.loads((tmp_path / files.LOCK).read_text())["pid"] == os.getpid()
     assert not (tmp_path / files.LOCK).exists()
 
@@ -171,7 +171,7 @@ def test_another_machine_s_lock_is_never_taken_over(
     _leave(tmp_path, replace(Holder.here(), host="elsewhere", boot="another"))
     before = (tmp_path / files.LOCK).read_bytes()
     with pytest.raises(RunError, match=rf"on elsewhere, since .*remove {re.escape(str(tmp_path / files.LOCK))}"):
-        files.held(tmp_path).__enter__()
+        files.hold(tmp_path).__enter__()
     assert (tmp_path / files.LOCK).read_bytes() == before
 
 
@@ -181,7 +181,7 @@ def test_what_was_left_before_a_restart_is_taken_over(
 ) -> None:
     without(unknown)
     _leave(tmp_path, replace(Holder.here(), boot="the one before"))
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         assert locks._read(tmp_path / files.LOCK) == replace(Holder.here(), since=_since(tmp_path))
 
 
@@ -197,24 +197,24 @@ def test_without_locks_a_pid_given_out_again_is_somebody_else(tmp_path: Path, wi
     if not here.started:
         pytest.skip("this system does not say when a process began")
     _leave(tmp_path, here)
-    with pytest.raises(RunError, match=f"process {here.pid} on"), files.held(tmp_path):
+    with pytest.raises(RunError, match=f"process {here.pid} on"), files.hold(tmp_path):
         pass
     _leave(tmp_path, replace(here, started="1"))
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         pass
 
 
 def test_without_locks_a_container_s_pid_says_nothing(tmp_path: Path, without: Callable[[int], None]) -> None:
     without(errno.ENOLCK)
     _leave(tmp_path, replace(Holder.here(), pids="pid:[1]", pid=2**22 + 1))
-    with pytest.raises(RunError, match="if that process runs nowhere any more, remove"), files.held(tmp_path):
+    with pytest.raises(RunError, match="if that process runs nowhere any more, remove"), files.hold(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 3}', "[]", "\0\0"])
 def test_a_torn_lock_file_is_nobody_s_where_the_kernel_decides(tmp_path: Path, content: str) -> None:
     (tmp_path / files.LOCK).write_text(content)
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         pass
 
 
@@ -225,11 +225,11 @@ def test_without_locks_a_torn_lock_file_is_left_to_a_person(
     monkeypatch.setattr(locks, "_PAUSE", 0.0)
     (tmp_path / files.LOCK).write_text("{")
     with pytest.raises(RunError, match=r"another process\. Wait for it; if that process runs nowhere any more, remove"):
-        files.held(tmp_path).__enter__()
+        files.hold(tmp_path).__enter__()
 
 
 def test_a_lock_that_a_person_removed_meanwhile_is_not_taken_from_the_next(tmp_path: Path) -> None:
-    with files.held(tmp_path):
+    with files.hold(tmp_path):
         (tmp_path / files.LOCK).unlink()
         other = locks.take(tmp_path / files.LOCK)
     assert (tmp_path / files.LOCK).exists()
@@ -238,5 +238,5 @@ def test_a_lock_that_a_person_removed_meanwhile_is_not_taken_from_the_next(tmp_p
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"absent.*cannot be written: No such file"), files.held(tmp_path / "absent"):
+    with pytest.raises(RunError, match=r"absent.*cannot be written: No such file"), files.hold(tmp_path / "absent"):
         pass

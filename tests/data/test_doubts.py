@@ -652,6 +652,6 @@ def test_what_may_name_a_patient_is_never_an_example(
 
 def test_an_example_is_cut_and_told_once() -> None:
     assert quotes.examples(["a", "a", "b" * 99, 3, 4]) == ("a", "b" * 21 + "...", "3")
-    with quotes.withheld(), quotes.withheld(False):
+    with quotes.withhold(), quotes.withhold(False):
         assert quotes.examples(["a"]) == () and quotes.there(["a"]) == ""
     assert quotes.there(["a\nb"]) == " (there: 'a\\nb')"

@@ -12,9 +12,9 @@ import pytest
 
 import medfed
 from medfed.core.checks import PlanError, RunError
-from medfed.monitor import dashboards, events
+from medfed.monitor import dashboards, events, flat_logs
 from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
-from medfed.monitor.story import Story, thinned
+from medfed.monitor.story import Story, thin
 from tests.tables import PRIVATE, STUDY, write_study
 from tests.test_cli import medfed as command
 
@@ -202,9 +202,9 @@ def test_a_newer_schema_or_no_log_is_refused(tmp_path: Path) -> None:
 def test_many_points_are_thinned_with_lowest_and_highest_kept() -> None:
     curve: dict[int, float | None] = {t: float((t * 7919) % 1000) for t in range(100_000)}
     curve[54_321], curve[7], curve[50] = 5000.0, -5000.0, None
-    kept = dict(thinned(curve))
+    kept = dict(thin(curve))
     assert len(kept) <= 1002 and kept[54_321] == 5000 and kept[7] == -5000 and 0 in kept and 99_999 in kept
-    assert thinned({1: 0.5, 2: None}) == [(1, 0.5)]
+    assert thin({1: 0.5, 2: None}) == [(1, 0.5)]
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_one_site_and_a_fleet_of_devices(tmp_path: Path) -> None:
 
 
 def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
-    written_to = dashboards.export_tables(private, tmp_path)
+    written_to = flat_logs.export_tables(private, tmp_path)
     assert len(written_to) == 12
     reader: dict[str, Any] = {"json": pd.read_json, "csv": pd.read_csv, "parquet": pd.read_parquet}
     for name in ("rounds", "sites", "tests", "findings"):
@@ -237,7 +237,7 @@ def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
     finished = [e for e in events.read(private / "events.jsonl") if isinstance(e, RoundFinished)]
     assert rounds["bytes_up"].tolist() == [e.bytes_up for e in finished]
     with pytest.raises(PlanError, match="expected some of json, csv, parquet"):
-        dashboards.export_tables(private, tmp_path, ["xlsx"])
+        flat_logs.export_tables(private, tmp_path, ["xlsx"])
 
 
 def test_the_command_writes_all(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

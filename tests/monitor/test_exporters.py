@@ -24,7 +24,7 @@ from medfed.core.checks import ExportError
 from medfed.monitor import events, exporters
 from medfed.monitor.events import Event, RoundFinished, RunFinished, SiteExcluded, Warned
 from medfed.monitor.events import Tested as ModelTested
-from medfed.monitor.lines import Structured
+from medfed.monitor.sentences import Structured
 from medfed.monitor.story import Story
 from tests.monitor.serving import TOKEN, serving
 from tests.monitor.test_dashboards import EVIL, invented, written
@@ -97,7 +97,7 @@ def test_no_device_is_named_anywhere(tmp_path: Path) -> None:
 
 def test_a_strange_name_cannot_forge_a_line(tmp_path: Path) -> None:
     evil = f'a"}} 1\nmedfed_epsilon_spent{{run="x"}} 0 {EVIL}\\'
-    story = Story.told(invented(2, [evil, "b"], evil))
+    story = Story.from_events(invented(2, [evil, "b"], evil))
     found = read_metrics(exporters.prometheus({evil: exporters.samples(story)}))
     assert {dict(labels)["run"] for _, labels in found} == {evil}
 

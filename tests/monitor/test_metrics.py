@@ -255,7 +255,7 @@ def test_the_variance_of_auroc_is_the_bootstraps_exactly(records: list[tuple[int
     third = (rows**3).mean() / n**2 + (columns**3).mean() / m**2
     third += 6 * (rows[:, None] * columns * pairs).mean() / (n * m)
     scores = Scores.of("binary", torch.from_numpy(score).double()[:, None], torch.from_numpy(y))
-    expected = metrics._skewed(float(pairs.mean()), variance, third)
+    expected = metrics._skewed_interval(float(pairs.mean()), variance, third)
     assert scores.histogram().auroc_interval() == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 

@@ -162,11 +162,11 @@ def test_a_resumed_run_is_told_anew(tmp_path: Path) -> None:
     told = invented(5, ["a", "b"])
     feed = Feed(written(tmp_path / "run", told[:6]))
     feed.refresh()
-    assert feed.asked(lambda story: max(story.rounds)) == 4
+    assert feed.ask(lambda story: max(story.rounds)) == 4
     written(tmp_path / "run", [*told[:4], events.Resumed(2, 5, "")])
     feed._next = 0.0
     feed.refresh()
-    assert feed.asked(lambda story: list(story.rounds)) == [1, 2] and feed.version == 2
+    assert feed.ask(lambda story: list(story.rounds)) == [1, 2] and feed.version == 2
 
 
 # what a site sees

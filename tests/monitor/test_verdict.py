@@ -154,7 +154,7 @@ def test_every_finding_is_listed_and_says_what_to_do_next() -> None:
 
 def test_the_interval_of_hanley_and_mcneil_is_their_own() -> None:
     """Their example: an area of .893 of 51 abnormal and 58 normal images has standard error .032."""
-    low, high = verdict._hanley(0.893, 58, 51)
+    low, high = verdict._hanley_interval(0.893, 58, 51)
     assert (high - low) / 2 / 1.96 == pytest.approx(0.032, abs=1e-3)
 
 

@@ -17,7 +17,7 @@ from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Set
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
 from medfed.cli.data import app as data_app
-from medfed.cli.ending import DONE, Commands, flushed, replace_unprintable, tell
+from medfed.cli.ending import DONE, Commands, flush, replace_unprintable, tell
 from medfed.cli.export import export
 from medfed.cli.keys import federation_app, key_app
 from medfed.cli.quarantine import app as quarantine_app
@@ -68,7 +68,7 @@ def main() -> None:
         code = ended.code if isinstance(ended.code, int) else DONE
     except BaseException as error:
         code = tell(error, debug)
-    sys.exit(flushed(code))
+    sys.exit(flush(code))
 
 
 @app.callback()
@@ -114,7 +114,7 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     from medfed.core.checks import RunError
     from medfed.monitor import console as view
     from medfed.monitor import events, summary
-    from medfed.monitor.lines import together
+    from medfed.monitor.sentences import merge_alike
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -130,13 +130,13 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     view.tell_findings(found, console)
     if found["test"] or found["baselines"]:
         console.print(view.results(found))
-    for line in view.decided(found):
+    for line in view.decision_lines(found):
         console.print(line, highlight=False, markup=False)
     for line in view.suspects(found):
         console.print(line, highlight=False, markup=False)
     if found["reason"]:
         console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
-    for one in together([events.SiteExcluded(**item) for item in found["excluded"]]):
+    for one in merge_alike([events.SiteExcluded(**item) for item in found["excluded"]]):
         console.print(f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False)
 
 
@@ -291,7 +291,7 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
     from medfed.monitor.console import Progressing, Warnings
 
     if log:
-        from medfed.monitor.lines import Structured
+        from medfed.monitor.sentences import Structured
 
         return [Structured(sys.stderr, log)]
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
@@ -299,14 +299,14 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:
     """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
-    from medfed.monitor.console import decided, results, suspects, tell_findings
+    from medfed.monitor.console import decision_lines, results, suspects, tell_findings
 
     tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, indent=2))
     else:
         console.print(results(result.summary))
-        for line in decided(result.summary):
+        for line in decision_lines(result.summary):
             console.print(line, highlight=False, markup=False)
         for line in suspects(result.summary):
             console.print(line, highlight=False, markup=False)

@@ -44,12 +44,12 @@ def _table(found: "Alone") -> Table:
     for title in ("figure", "own model", "this run's"):
         table.add_column(title, justify="left" if title == "figure" else "right")
     for name, own in found.own.items():
-        table.add_row(name, _told(own), _told(found.federated[name]))
-    table.add_row("squared error, own less by", _told(found.own_better), "")
+        table.add_row(name, _format(own), _format(found.federated[name]))
+    table.add_row("squared error, own less by", _format(found.own_better), "")
     return table
 
 
-def _told(figure: "Figure") -> str:
+def _format(figure: "Figure") -> str:
     if figure.value is None:
         return "-"
     if figure.low is None or figure.high is None:

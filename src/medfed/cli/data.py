@@ -75,7 +75,7 @@ def data_show(
 
     surveys = None
     if draft.is_table(study):
-        made = _drafted(study, set, write, console(as_json))
+        made = _draft(study, set, write, console(as_json))
         if made is None:
             return  # blanks are for a person
         if made.unread:
@@ -92,7 +92,7 @@ def data_show(
     if figure:
         files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
     if as_json:
-        print(json.dumps({**found, "doubts": [_plain(doubt) for doubt in doubted]}, indent=2))
+        print(json.dumps({**found, "doubts": [_to_json(doubt) for doubt in doubted]}, indent=2))
     else:
         _show(loaded, found, doubted, everything)
         if figure:
@@ -111,7 +111,7 @@ def _show(loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", ev
     _tell(doubted, console())
 
 
-def _drafted(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
+def _draft(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
     """Make a study of a table; return it, or None where something has to be said first."""
     from medfed import draft
 
@@ -142,7 +142,7 @@ def _roles(study: "Study") -> str:
     return ", ".join(f"{role}: {name}" for role, name in known.items() if name)
 
 
-def _plain(doubt: "Doubt") -> dict[str, object]:
+def _to_json(doubt: "Doubt") -> dict[str, object]:
     return {**doubt.to_json(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
 
 

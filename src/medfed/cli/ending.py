@@ -50,7 +50,7 @@ def tell(error: BaseException, debug: bool) -> int:
         return INCOMPLETE
     if debug:
         traceback.print_exception(error)
-    code, text = _worded(error)
+    code, text = _word(error)
     notes = " ".join(getattr(error, "__notes__", []))
     if text.rstrip()[-1:] not in (".", ":", "!", "?") and notes:
         text += "."
@@ -58,7 +58,7 @@ def tell(error: BaseException, debug: bool) -> int:
     return code
 
 
-def flushed(code: int) -> int:
+def flush(code: int) -> int:
     """Return the exit code once standard output is written out: quietly where nobody reads it any more."""
     if sys.stdout is None:
         return code
@@ -72,7 +72,7 @@ def flushed(code: int) -> int:
     return code
 
 
-def _worded(error: BaseException) -> tuple[int, str]:
+def _word(error: BaseException) -> tuple[int, str]:
     match error:
         case MedfedError():
             return REFUSED, str(error)

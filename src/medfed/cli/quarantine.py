@@ -40,12 +40,12 @@ def quarantine_lift(
     """Let a client take part from the next round on, with nothing held against it; the decision is an event."""
     from medfed import runs
 
-    who = operator or _logged_in()
+    who = operator or _find_operator()
     runs.lift_quarantine(run, client, reason, who)
     console().print(f"{client} takes part from the next round on; on record: {who}: {reason}", markup=False)
 
 
-def _logged_in() -> str:
+def _find_operator() -> str:
     """Return who is logged in. Raises RunError where the system does not know."""
     from medfed.core.checks import RunError
 

@@ -15,13 +15,13 @@ def report(
 ) -> None:
     """Write a run's four pages and a report of them all for printing; each opens in a browser without a network."""
     from medfed.core.checks import advising
-    from medfed.monitor import dashboards
+    from medfed.monitor import dashboards, flat_logs
     from medfed.monitor.story import Story
 
     story, place = Story.of(run), out or run / "reports"
     with advising("Nothing else was changed." if out else "Or name a folder of yours by --out."):
         written = list(dashboards.write_pages(story, place, tuple(dashboards.PAGES)).values())
         if export:
-            written += dashboards.write_tables(story, place / "export", export.split(","))
+            written += flat_logs.write_tables(story, place / "export", export.split(","))
     for path in written:
         console().print(str(path), highlight=False, markup=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def fix(
         print(json.dumps(asdict(fixed), indent=2))
         return
     if not out:
-        print(_sayable(fixed.text), end="")
+        print(_escape_unprintable(fixed.text), end="")
     said = Console(stderr=True)
     told = [f"stood against it: {len(fixed.stood)}; blanks to be filled in: {len(fixed.blanks)}"]
     told += [f"left for you to decide: {text}" for text in fixed.left]
@@ -65,7 +65,7 @@ def fix(
         said.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _sayable(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     """Return TOML that standard output can say: what its encoding lacks in TOML's own escapes, which read the same."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return "".join(c if c.encode(encoding, "ignore") else f"\\U{ord(c):08X}" for c in text)

@@ -64,7 +64,7 @@ class Trail:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = {"number": self.number, "time": time, "writer": self.writer, "kind": kind, "facts": facts}
         entry["previous"] = self.head
-        line = json.dumps({**entry, "signature": self.sign(_signed(entry)).hex()}, allow_nan=False).encode()
+        line = json.dumps({**entry, "signature": self.sign(_signing_input(entry)).hex()}, allow_nan=False).encode()
         with files.explained(self.path), open(self.path, "ab") as file:
             file.write(line + b"\n")
             file.flush()
@@ -100,11 +100,11 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
     entries: list[dict[str, Any]] = []
     previous, keys = _FIRST, dict[str, bytes]()
     for number, line in enumerate(data.split(b"\n")[:-1]):
-        entry = _entry(path, number, line, previous)
+        entry = _parse_entry(path, number, line, previous)
         if entry["kind"] == "opened":
-            keys[entry["writer"]] = _bytes(entry["facts"].get("public"))
-        signature = _bytes(entry.pop("signature"))
-        if entry["writer"] not in keys or not check(keys[entry["writer"]], signature, _signed(entry)):
+            keys[entry["writer"]] = _parse_hex(entry["facts"].get("public"))
+        signature = _parse_hex(entry.pop("signature"))
+        if entry["writer"] not in keys or not check(keys[entry["writer"]], signature, _signing_input(entry)):
             raise TrailError(
                 f"{path}, line {number + 1}: {entry['writer']!r} did not sign it; the trail was changed here"
             )
@@ -119,7 +119,7 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
     return Verified(entries, previous)
 
 
-def _entry(path: Path, number: int, line: bytes, previous: str) -> dict[str, Any]:
+def _parse_entry(path: Path, number: int, line: bytes, previous: str) -> dict[str, Any]:
     where = f"{path}, line {number + 1}"
     try:
         entry = json.loads(line)
@@ -135,11 +135,11 @@ def _entry(path: Path, number: int, line: bytes, previous: str) -> dict[str, Any
     return entry
 
 
-def _signed(entry: Mapping[str, Any]) -> bytes:
+def _signing_input(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(["medfed trail 1", entry], sort_keys=True, separators=(",", ":")).encode()
 
 
-def _bytes(text: object) -> bytes:
+def _parse_hex(text: object) -> bytes:
     try:
         return bytes.fromhex(text) if isinstance(text, str) else b""
     except ValueError:

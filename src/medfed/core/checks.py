@@ -126,14 +126,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for a misspelt `name`: "did you mean 'x'?" or the list of what is known."""
     choices = sorted(known)
     close = closest(name, choices)
-    return f"did you mean {close!r}?" if close else f"known: {some(choices, _MOST_KNOWN)}."
+    if close:
+        return f"did you mean {close!r}?"
+    return f"known: {some(choices, _MOST_KNOWN)}."
 
 
 def some(items: Iterable[object], most: int = 5) -> str:
     """Join the first `most` items for an error message: "3, 9, 12 and 40 more"."""
     listed = [str(item) for item in items]
     shown = ", ".join(listed[:most])
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
+    if len(listed) > most:
+        shown += f" and {len(listed) - most} more"
+    return shown
 
 
 _FEW = 5
@@ -147,8 +151,10 @@ def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
 
 def rows_of(first: Sequence[int], count: int) -> str:
     """List the first of `count` rows: "2, 3 and 5 more"."""
-    more = f" and {count - len(first)} more" if count > len(first) else ""
-    return ", ".join(map(str, first)) + more
+    shown = ", ".join(map(str, first))
+    if count > len(first):
+        shown += f" and {count - len(first)} more"
+    return shown
 
 
 def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
@@ -160,11 +166,12 @@ def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
     often = Counter(plain.values())
     found: dict[str, list[str]] = {}
     for name, text in plain.items():
-        found.setdefault(text if often[text] > 1 else unnamed(name, text), []).append(name)
+        reason = text if often[text] > 1 else strip_name(name, text)
+        found.setdefault(reason, []).append(name)
     return found
 
 
-def unnamed(name: str, reason: object) -> str:
+def strip_name(name: str, reason: object) -> str:
     """Return a reason without the name of the site that it is told of."""
     return str(reason).replace(f" at site {name!r}", "").replace(f"site {name!r}", "the site")
 

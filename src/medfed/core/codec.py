@@ -30,7 +30,9 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = Non
 
 def encode_each(header: Mapping[str, Any], name: str, tensor_K: Tensor) -> list[bytes]:
     """Return what `encode` makes of one header and each row of a tensor [K, ...], called `name`; K messages at once."""
-    return RowFormat(name, tensor_K[0]).encode([header] * len(tensor_K), tensor_K) if len(tensor_K) else []
+    if len(tensor_K) == 0:
+        return []
+    return RowFormat(name, tensor_K[0]).encode([header] * len(tensor_K), tensor_K)
 
 
 def decode_alike(payloads: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -66,7 +68,7 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
-    return _checked(header), tensors
+    return _check_version(header), tensors
 
 
 _JSON = json.JSONEncoder(allow_nan=False)  # `json.dumps` would make one for every message
@@ -76,7 +78,7 @@ def _text(header: Mapping[str, Any]) -> str:
     return _JSON.encode({"medfed": VERSION, **header})
 
 
-def _checked(header: Any) -> dict[str, Any]:
+def _check_version(header: Any) -> dict[str, Any]:
     """Return a header of this version; raise CodecError for any other."""
     version = header.get("medfed") if isinstance(header, dict) else None
     if type(version) is not int or version != VERSION:  # JSON's true and 1.0 are no version
@@ -117,10 +119,12 @@ class RowFormat:
             return None
         try:
             text = json.loads(head[len(self.before) : len(head) - len(self.behind)])
-            header = _checked(json.loads(text)) if isinstance(text, str) else None
+            if not isinstance(text, str):
+                return None
+            header = _check_version(json.loads(text))
         except (ValueError, RecursionError):
             return None
-        if header is not None and self.bytes:
+        if self.bytes:
             row_M.numpy().view(np.uint8)[:] = np.frombuffer(payload, np.uint8, offset=start)
         return header
 
@@ -135,7 +139,9 @@ def as_rows(tensors: list[Tensor]) -> Tensor:
 
 def as_tensor(data: bytes) -> Tensor:
     """Return bytes as a tensor [N] (uint8), to travel in a message."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def as_bytes(tensor: Tensor) -> bytes:

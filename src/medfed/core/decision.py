@@ -42,7 +42,7 @@ def logit(p: float) -> float:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ThresholdRule:
     """How the threshold is found. level: the probability itself, or the least share of positives to be called."""
 
     name: Literal["fixed", "prevalence", "sensitivity", "youden"]
@@ -64,7 +64,9 @@ class Rule:
         """
         if self.name == "prevalence":
             return np.append(count_C2.sum(1), count_C2[:, 1].sum())
-        return count_C2[:, 1].copy() if self.name == "sensitivity" else count_C2.ravel()
+        if self.name == "sensitivity":
+            return count_C2[:, 1].copy()
+        return count_C2.ravel()
 
     def choose(self, edges: np.ndarray, vector: np.ndarray, sd: float = 0.0) -> float | None:
         """Return the probability from which records are called positive; None where the noise `sd` hides it.
@@ -75,13 +77,13 @@ class Rule:
         """
         cells = len(edges) + 1
         if self.name == "prevalence":
-            called, positives = _above(vector[:cells]), float(vector[cells])
+            called, positives = _count_above(vector[:cells]), float(vector[cells])
             if not 3 * sd < positives < called[0] or called[0] <= 3 * sd * math.sqrt(cells):
                 return None
-            return _probability(float(np.interp(positives, called[:0:-1], edges[::-1])))
+            return _expit(float(np.interp(positives, called[:0:-1], edges[::-1])))
         count = vector.reshape(cells, -1)
         doubt = 3 * sd * math.sqrt(cells)
-        above = np.stack([_above(column) for column in count.T], 1)
+        above = np.stack([_count_above(column) for column in count.T], 1)
         if (above[0] <= doubt).any() or (above[0] == 0).any():
             return None
         share, margin = above / above[0], float(2 * doubt / 3 / above[0, -1])  # twice the sd of a share of positives
@@ -89,15 +91,18 @@ class Rule:
             if sd and self.level + margin >= 1:
                 return None
             enough = np.flatnonzero(share[1:, 0] >= self.level + margin)
-            return _probability(float(edges[enough[-1] if len(enough) else 0]))
+            highest = enough[-1] if len(enough) else 0
+            return _expit(float(edges[highest]))
         gain = share[1:, 1] - share[1:, 0]
-        return None if gain.max() < margin else _probability(float(edges[np.argmax(gain)]))
+        if gain.max() < margin:
+            return None
+        return _expit(float(edges[np.argmax(gain)]))
 
 
-def parse(text: str) -> Rule | None:
+def parse(text: str) -> ThresholdRule | None:
     """Read a rule: a probability in (0, 1), "prevalence", "sensitivity>=S" or "youden"; None for anything else."""
     if text in ("prevalence", "youden"):
-        return Rule(text)  # type: ignore[arg-type]
+        return ThresholdRule(text)  # type: ignore[arg-type]
     bound = re.fullmatch(r"sensitivity\s*>=\s*(\S+)", text)
     try:
         level = float(bound[1] if bound else text)
@@ -105,13 +110,13 @@ def parse(text: str) -> Rule | None:
         return None
     if not 0 < level < 1:
         return None
-    return Rule("sensitivity" if bound else "fixed", level)
+    return ThresholdRule("sensitivity" if bound else "fixed", level)
 
 
-def _above(count_C: np.ndarray) -> np.ndarray:
+def _count_above(count_C: np.ndarray) -> np.ndarray:
     """Return how many lie in each cell and above [C]; noise must not make it grow from one cell to the next."""
     return np.maximum.accumulate(np.maximum(np.cumsum(count_C[::-1]), 0))[::-1]
 
 
-def _probability(logit: float) -> float:
+def _expit(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))

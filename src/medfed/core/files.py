@@ -93,7 +93,7 @@ def flush_folder(folder: Path) -> bool:
 
 
 @contextmanager
-def held(folder: Path, name: str = LOCK) -> Iterator[None]:
+def hold(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold a folder until the block ends, or this process does.
 
     Raises RunError where another process holds it, which it names; WriteError where it cannot be written.

@@ -44,7 +44,8 @@ class Layout:
 def vector(module: nn.Module) -> Tensor:
     """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what they are for."""
     parameters = list(trained(module).values())
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    wide = any(p.dtype == torch.float64 for p in parameters)
+    dtype = torch.float64 if wide else torch.float32
     with torch.no_grad():
         return torch.cat([p.reshape(-1).to(dtype) for p in parameters])
 

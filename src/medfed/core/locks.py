@@ -43,40 +43,45 @@ class Holder:
         """Return this process."""
         pid = os.getpid()
         return cls(
-            platform.node(), _boot(), _pids(), pid, _started(pid), datetime.now(UTC).isoformat(timespec="seconds")
+            platform.node(),
+            _read_boot(),
+            _read_namespace(),
+            pid,
+            _read_start(pid),
+            datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return who it is, in words."""
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     def is_of_this_machine(self) -> bool:
         """Say whether it runs, or ran before a restart, on this machine."""
-        return self.boot == _boot() or self.host == platform.node()
+        return self.boot == _read_boot() or self.host == platform.node()
 
     def may_live(self) -> bool:
         """Say whether it may still run; of other machines and containers nobody here can tell."""
-        if self.boot != _boot():
+        if self.boot != _read_boot():
             return not self.is_of_this_machine()  # else the machine was restarted since
-        if self.pids != _pids():
+        if self.pids != _read_namespace():
             return True
-        return _lives(self.pid) and _started(self.pid) == self.started
+        return _lives(self.pid) and _read_start(self.pid) == self.started
 
 
 class HeldError(Exception):
     """Another process holds the file; `removable` where only a person can tell that it is gone."""
 
     def __init__(self, holder: Holder | None, removable: bool) -> None:
-        super().__init__(holder.told() if holder else "another process")
+        super().__init__(holder.describe() if holder else "another process")
         self.removable = removable
 
 
 def take(path: Path) -> int:
     """Return the open lock file, which this process now holds. Raises HeldError, or OSError where it cannot be made."""
     for _ in range(_TRIES):
-        handle, made = _opened(path)
+        handle, made = _open(path)
         try:
-            if _won(handle, made, path):
+            if _win(handle, made, path):
                 return handle
         except OSError:
             if made:  # and could not be signed: it would be in the way of the next
@@ -102,7 +107,7 @@ def let_go(path: Path, handle: int) -> None:
         os.close(handle)
 
 
-def _opened(path: Path) -> tuple[int, bool]:
+def _open(path: Path) -> tuple[int, bool]:
     """Return the lock file, open, and whether it was made just now."""
     while True:
         with suppress(FileExistsError):
@@ -111,11 +116,11 @@ def _opened(path: Path) -> tuple[int, bool]:
             return os.open(path, os.O_RDWR), False
 
 
-def _won(handle: int, made: bool, path: Path) -> bool:
+def _win(handle: int, made: bool, path: Path) -> bool:
     """Take an open lock file, or return False where it is no longer the one at `path`. Raises HeldError."""
     locked = _flock(handle)
     if locked is None:
-        return _won_by_name(handle, made, path)
+        return _win_by_name(handle, made, path)
     if not _is_at(handle, path):
         return False
 
@@ -135,7 +140,7 @@ def _won(handle: int, made: bool, path: Path) -> bool:
     return True
 
 
-def _won_by_name(handle: int, made: bool, path: Path) -> bool:
+def _win_by_name(handle: int, made: bool, path: Path) -> bool:
     """Take a lock file where there is no flock: whoever made it has it, unless that process is gone."""
     if made:
         _sign(handle)
@@ -217,7 +222,7 @@ def _read(path: Path) -> Holder | None:
 
 
 @cache
-def _boot() -> str:
+def _read_boot() -> str:
     """Return what tells this kernel's run from any other: containers of a machine share it, a restart changes it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -226,21 +231,23 @@ def _boot() -> str:
 
 
 @cache
-def _pids() -> str:
+def _read_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-def _started(pid: int) -> str:
+def _read_start(pid: int) -> str:
     """Return when a process began, in ticks since the machine did; empty where it has ended, or nobody says."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return ""
     state, *rest = stat[stat.rfind(b")") + 2 :].split()
-    return "" if state in (b"Z", b"X") else rest[18].decode()
+    if state in (b"Z", b"X"):
+        return ""
+    return rest[18].decode()
 
 
 def _lives(pid: int) -> bool:

@@ -23,7 +23,7 @@ _held: ContextVar[MemoryHandler] = ContextVar("held")
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def keep() -> Iterator[None]:
     """Hold what is logged in here until `write_to` says where it goes."""
     handler = MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     LOGGER.addHandler(handler)
@@ -53,7 +53,7 @@ class _OwnFile(logging.FileHandler):
 
 
 def write_to(path: Path) -> None:
-    """Append what `kept` holds to a file, and from now on what follows."""
+    """Append what `keep` holds to a file, and from now on what follows."""
     files.make_folder(path.parent)
     with files.explained(path):
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))

@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,6}))?")
 _PLAIN = 64  # digits; a number of more is told with an exponent
 
 
-def named(text: str, rule: Rule) -> str:
+def identify(text: str, rule: Rule) -> str:
     """Return the one name of a patient whose id is written `text`.
 
     Guarantee: naming a name again changes nothing; under "canonical" two numbers have one name exactly where they are
@@ -35,46 +35,48 @@ def named(text: str, rule: Rule) -> str:
     - letters of other alphabets that look alike, and typing errors, are two patients;
     - an exponent of more than 6 digits makes a text, and no number.
     """
-    return text.strip() if rule == "exact" else _canonical(text)
+    if rule == "exact":
+        return text.strip()
+    return _canonicalise(text)
 
 
 def nobodies(missing_values: Iterable[str]) -> frozenset[str]:
     """Return the canonical names that stand for no patient: NOBODY and the study's own."""
-    return frozenset(_canonical(text) for text in (*NOBODY, *missing_values))
+    return frozenset(_canonicalise(text) for text in (*NOBODY, *missing_values))
 
 
 def is_nobody(text: str, absent: frozenset[str]) -> bool:
     """Say whether a text names no patient; `absent` is from `nobodies`."""
-    return _canonical(text) in absent
+    return _canonicalise(text) in absent
 
 
-def _canonical(text: str) -> str:
+def _canonicalise(text: str) -> str:
     """Return the canonical name; a table of a million ids has mostly plain numbers, which need no folding."""
     if len(text) <= _PLAIN and text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"
-    return _canonical_text(text)
+    return _canonicalise_text(text)
 
 
 @lru_cache(maxsize=65536)
-def _canonical_text(text: str) -> str:
+def _canonicalise_text(text: str) -> str:
     """Fold width, case, digits of other scripts, blanks and what is invisible; a number is its value.
 
     Works on text alone: a float would make one of two ids above 2^53.
     """
-    folded = _folded(text)
+    folded = _fold(text)
     for _ in range(8):  # letters that fold once more after they were composed; two turns do for all that is assigned
-        if (again := _folded(folded)) == folded:
+        if (again := _fold(folded)) == folded:
             break
         folded = again
-    return _number(folded) or folded
+    return _spell_number(folded) or folded
 
 
-def _folded(text: str) -> str:
+def _fold(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join("".join(map(_character, text)).split())
+    return " ".join("".join(map(_fold_character, text)).split())
 
 
-def _character(letter: str) -> str:
+def _fold_character(letter: str) -> str:
     if letter.isascii():
         return letter
     if unicodedata.category(letter) == "Cf":  # soft hyphens, joiners, marks of order and of direction
@@ -83,7 +85,7 @@ def _character(letter: str) -> str:
     return letter if digit is None else str(digit)
 
 
-def _number(text: str) -> str:
+def _spell_number(text: str) -> str:
     """Return a decimal number's one spelling; empty where the text is none."""
     found = _NUMBER.fullmatch(text)
     if not found or not (found[2] or found[3]):

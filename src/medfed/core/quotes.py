@@ -1,6 +1,6 @@
 """Cells that errors and doubts quote as examples: up to three, as they were read, cut short; under a claim none.
 
-Every example is made here, so that one switch (`withheld`) keeps all of them back. The site's own log is another
+Every example is made here, so that one switch (`withhold`) keeps all of them back. The site's own log is another
 matter: it may quote rows. A patient's id is never an example: rows are told by their numbers.
 """
 
@@ -15,7 +15,7 @@ _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
 
 @contextmanager
-def withheld(claimed: bool = True) -> Iterator[None]:
+def withhold(claimed: bool = True) -> Iterator[None]:
     """Have no cell quoted in here where something is `claimed`; what an outer block keeps back stays back."""
     token = _withheld.set(claimed or _withheld.get())
     try:
@@ -31,16 +31,20 @@ def are_withheld() -> bool:
 
 def examples(cells: Iterable[object]) -> tuple[str, ...]:
     """Return the first different cells as texts, cut short; nothing where they are withheld."""
+    if are_withheld():
+        return ()
     found: dict[str, None] = {}
-    for cell in () if are_withheld() else cells:
+    for cell in cells:
         text = str(cell)
-        found[text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."] = None
+        if len(text) > LONGEST:
+            text = text[: LONGEST - 3] + "..."
+        found[text] = None
         if len(found) == MOST:
             break
     return tuple(found)
 
 
-def quoted(texts: Iterable[str]) -> str:
+def quote(texts: Iterable[str]) -> str:
     """Return examples as the end of a clause: ", as '<5', 'n.d.'"; nothing of none."""
     told = ", ".join(map(repr, texts))
     return f", as {told}" if told else ""

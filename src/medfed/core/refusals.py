@@ -43,10 +43,13 @@ def refuse(found: Iterable[Refusal]) -> None:
         return
     error = refusals[0].error
     if len(refusals) > 1:
-        told = _once([str(refusal.error) for refusal in refusals])
-        lines = [f"{len(told)} things stand against this study:"] if len(told) > 1 else told
-        lines += [f" {number}. {text}" for number, text in enumerate(told[:MOST_TOLD], 1)] if len(told) > 1 else []
-        lines += [f" and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+        told = _merge_sites([str(refusal.error) for refusal in refusals])
+        lines = told
+        if len(told) > 1:
+            lines = [f"{len(told)} things stand against this study:"]
+            lines += [f" {number}. {text}" for number, text in enumerate(told[:MOST_TOLD], 1)]
+        if len(told) > MOST_TOLD:
+            lines += [f" and {len(told) - MOST_TOLD} more"]
         error = type(error)("\n".join([*lines, *_way_out(refusals)]))
     error.refusals = refusals
     raise error
@@ -56,25 +59,30 @@ _OF_A_SITE = re.compile(r"site ('[^']*'|\"[^\"]*\"), (.*)", re.DOTALL)
 _DIFFERENT = re.compile(r"(\d+) different")
 
 
-def _once(told: Sequence[str]) -> list[str]:
+def _merge_sites(told: Sequence[str]) -> list[str]:
     """Return what stands against sites once where they share it: with all of them, and how many values from to."""
     alike: dict[str, list[tuple[str, str]]] = {}
     for text in told:
         match = _OF_A_SITE.fullmatch(text)
-        site, what = (match[1], match[2]) if match else ("", text)
-        alike.setdefault(_DIFFERENT.sub("", what) if site else f"site {text}", []).append((site, what))
+        if match:
+            site, what = match[1], match[2]
+            alike.setdefault(_DIFFERENT.sub("", what), []).append((site, what))
+        else:
+            alike.setdefault(f"site {text}", []).append(("", text))
     lines = []
     for group in alike.values():
         site, what = group[0]
         counts = [int(count) for _, what in group for count in _DIFFERENT.findall(what)]
         if counts and min(counts) < max(counts) and len(counts) == len(group):
             what = _DIFFERENT.sub(f"{min(counts)} to {max(counts)} different", what)
-        sites = some((site for site, _ in group), _MOST_SITES)
-        lines.append(f"site{'s' * (len(group) > 1)} {sites}, {what}" if site else what)
+        if site:
+            sites = some((site for site, _ in group), _MOST_SITES)
+            what = f"site{'s' * (len(group) > 1)} {sites}, {what}"
+        lines.append(what)
     return lines
 
 
-def gathered(check: Callable[[], object]) -> list[Refusal]:
+def gather(check: Callable[[], object]) -> list[Refusal]:
     """Return what a check refuses, in place of raising it."""
     try:
         check()
@@ -97,7 +105,7 @@ def _way_out(refusals: Sequence[Refusal]) -> list[str]:
     settings = mends(refusals)
     if not settings:
         return []
-    block = list(toml.document(toml.nested({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
+    block = list(toml.document(toml.nest({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
     command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
     if not block or len(block) > MOST_LINES or max(map(len, block)) > MOST_CHARACTERS:
         return [command]

@@ -30,19 +30,19 @@ class Streams:
 
     def key(self, name: str, *context: object) -> int:
         """Return the signed 64-bit key of the stream `name` in `context` (a round, a client, ...)."""
-        return _hashed(json.dumps([self.seed, name, *map(str, context)]))  # no two lists are written alike
+        return _hash(json.dumps([self.seed, name, *map(str, context)]))  # no two lists are written alike
 
     def key_K(self, name: str, round: int, clients: Sequence[str]) -> Tensor:
         """Return the keys [K] (int64) of one stream for each client of a cohort."""
         begun = json.dumps([self.seed, name, str(round)])[:-1]  # as `key` has it, the part that all share written once
-        return torch.tensor([_hashed(f"{begun}, {json.dumps(client)}]") for client in clients], dtype=torch.int64)
+        return torch.tensor([_hash(f"{begun}, {json.dumps(client)}]") for client in clients], dtype=torch.int64)
 
     def generator(self, name: str, *context: object) -> np.random.Generator:
         """Return a numpy generator for a draw that belongs to no client."""
         return np.random.Generator(np.random.Philox(key=self.key(name, *context) % (1 << 64)))
 
 
-def _hashed(text: str) -> int:
+def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -60,7 +60,7 @@ def words(key_K: Tensor, count: int, start: int = 0) -> Tensor:
 
 def subkey(key_K: Tensor, number: int) -> Tensor:
     """Return the keys [K] of the streams that branch off `key_K` under `number`."""
-    return _finalise(_finalise(key_K) + _signed((number + 1) * _GOLDEN))
+    return _finalise(_finalise(key_K) + _to_signed((number + 1) * _GOLDEN))
 
 
 def uniform(key_K: Tensor, count: int, start: int = 0) -> Tensor:
@@ -86,7 +86,7 @@ def shuffles(key_K: Tensor, size_K: Tensor) -> Tensor:
     return torch.from_numpy(np.argsort(torch.where(beyond_KS, 1 << 62, rank_KS).numpy(), axis=1))
 
 
-def _signed(word: int) -> int:
+def _to_signed(word: int) -> int:
     """Wrap a Python integer to a signed 64-bit word."""
     return (word + (1 << 63)) % (1 << 64) - (1 << 63)
 

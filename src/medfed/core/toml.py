@@ -43,7 +43,9 @@ def setting(text: str) -> tuple[str, str, str]:
     """Part "key=value" at the first equals sign that no quoted name of the key holds, as str.partition does."""
     places = (place for place, character in enumerate(text) if character == "=")
     place = next((place for place in places if _is_key(text[:place])), None)
-    return text.partition("=") if place is None else (text[:place], "=", text[place + 1 :])
+    if place is None:
+        return text.partition("=")
+    return text[:place], "=", text[place + 1 :]
 
 
 def _is_key(text: str) -> bool:
@@ -55,7 +57,7 @@ def _is_key(text: str) -> bool:
     return True
 
 
-def unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
+def explain_unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
     """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is why."""
     place = re.search(r"at line (\d+)", str(error))
     lines = text.splitlines()
@@ -73,13 +75,15 @@ def literal(value: Any) -> str:
     """Return a value on one line."""
     if isinstance(value, Mapping):
         inside = ", ".join(f"{key(name)} = {literal(item)}" for name, item in value.items())
-        return f"{{ {inside} }}" if inside else "{}"
+        if not inside:
+            return "{}"
+        return f"{{ {inside} }}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(literal, value))}]"
     return tomli_w.dumps({"a": value}).removeprefix("a = ").removesuffix("\n")
 
 
-def nested(settings: Mapping[Path, Any]) -> dict[str, Any]:
+def nest(settings: Mapping[Path, Any]) -> dict[str, Any]:
     """Return settings by path as tables in tables."""
     tables: dict[str, Any] = {}
     for (*parents, last), value in settings.items():
@@ -109,8 +113,10 @@ def document(tables: Mapping[str, Any], notes: Mapping[Path, str] | None = None,
             asked = value.what
             yield f"{key(name)} = {literal(value.blank)}"
             continue
-        note = (notes or {}).get((*at, name))
-        yield f"{key(name)} = {literal(value)}" + (f"  # {note}" if note else "")
+        line = f"{key(name)} = {literal(value)}"
+        if note := (notes or {}).get((*at, name)):
+            line += f"  # {note}"
+        yield line
 
     for name, value in inner.items():
         if isinstance(value, Ask):

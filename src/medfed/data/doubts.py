@@ -93,7 +93,7 @@ class Doubt:
         if self.sites:
             where = f"{those(self.sites)}, {where}" if len(self.sites) > 1 else f"site {self.sites[0]!r}, {where}"
         rows = f" (row {rows_of(self.rows, self.count)})" if self.rows else ""
-        return f"{where} {self.text}{quotes.quoted(self.examples)}{rows}. {self.way_out()}"
+        return f"{where} {self.text}{quotes.quote(self.examples)}{rows}. {self.way_out()}"
 
     def way_out(self) -> str:
         """Return what to write into the study: the mend, or that all is as it should be."""

@@ -123,7 +123,9 @@ def _keys(frame: pd.DataFrame, on: Sequence[str], data: Data) -> pd.Series:
         rule: patient_ids.Rule = "exact" if data.identity == "exact" else "canonical"
         absent = patient_ids.nobodies(data.missing_values)
         text = id_texts(frame[name], f"column {name!r}")
-        people = {one: "" if patient_ids.is_nobody(one, absent) else patient_ids.named(one, rule) for one in set(text)}
+        people = {
+            one: "" if patient_ids.is_nobody(one, absent) else patient_ids.identify(one, rule) for one in set(text)
+        }
         parts.append(text.map(people))
     key = parts[0]
     for part in parts[1:]:

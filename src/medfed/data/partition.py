@@ -85,7 +85,7 @@ def patients(
         return row_patients(frame, site)
     text = id_texts(frame[column], f"column {column!r}")
     _refuse_rounded(text, f"column {column!r}", claimed)
-    names = {one: patient_ids.named(one, identity) for one in text.unique()}
+    names = {one: patient_ids.identify(one, identity) for one in text.unique()}
     absent = patient_ids.nobodies(missing_values)
     named = text.map(names)
     if identity == "canonical":
@@ -175,7 +175,7 @@ def spellings(column: pd.Series) -> int:
 def count_respelt(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarray:
     """Return how many patients of each site are written in more than one way, int64 [K]."""
     code_N, texts = pd.factorize(id_texts(column, ""))
-    name = pd.Series([patient_ids.named(one, "canonical") for one in texts], dtype=object)
+    name = pd.Series([patient_ids.identify(one, "canonical") for one in texts], dtype=object)
     absent = name.isin(patient_ids.nobodies(())).to_numpy(dtype=bool)
     name_I, names = pd.factorize(name)
     pairs = np.unique(site_N * max(1, len(texts)) + code_N)  # one text of one site

@@ -112,7 +112,7 @@ def parse(text: str, name: str) -> tuple[SiteMap, list[Refusal]]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         return SiteMap(), [
-            Refusal(StudyError(f"site map {name!r} cannot be read as TOML: {toml.unreadable(text, error)}"))
+            Refusal(StudyError(f"site map {name!r} cannot be read as TOML: {toml.explain_unreadable(text, error)}"))
         ]
     read, refusals = read_as(SiteMap, tables)
     told = [Refusal(StudyError(f"site map {name!r}: {refusal.error}")) for refusal in refusals]

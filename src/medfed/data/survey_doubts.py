@@ -39,7 +39,7 @@ def find(surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool = F
 
     Under a claim, which is for who holds the table alone, no cell is quoted.
     """
-    with quotes.withheld(claimed):
+    with quotes.withhold(claimed):
         found = [
             *_merge_alike(surveys),
             *_find_site_spellings(surveys, data),

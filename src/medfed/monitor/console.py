@@ -24,7 +24,7 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
-from medfed.monitor.lines import LeftOut, sentence
+from medfed.monitor.sentences import LeftOut, sentence
 
 _SHOWN = {"binary": ("accuracy", "auroc", "precision", "recall", "f1"), "number": ("mae", "rmse", "r2")}
 _TITLES = {"accuracy": "Accuracy", "auroc": "AUROC", "precision": "Precision", "recall": "Recall", "f1": "F1"}
@@ -61,7 +61,7 @@ class Progressing:
                 self.console.print(f"[bold]{escape(event.study)}[/]  seed {event.seed}, {event.rounds} rounds")
                 self.bar.update(self.task, total=event.rounds)
             case Planned():
-                self._planned(event)
+                self._tell_plan(event)
             case RangesFound():
                 self.console.print(sentence(event), highlight=False, markup=False)
             case Warned():
@@ -73,12 +73,12 @@ class Progressing:
             case RoundFinished():
                 self.untold = event
             case Tested() if self.untold:
-                self._tested(event)
+                self._note_test(event)
                 self._tell_round()
             case RunFinished():
                 self.bar.stop()
                 if event.privacy.get("epsilon") is not None:
-                    self.console.print(_spent(event.privacy), highlight=False, markup=False)
+                    self.console.print(_describe_spending(event.privacy), highlight=False, markup=False)
                 if event.reason:
                     self.console.print(f"[red]{event.status}[/]: {escape(event.reason)}", highlight=False)
 
@@ -87,16 +87,15 @@ class Progressing:
         self._tell_round()
         self.bar.stop()
 
-    def _planned(self, event: Planned) -> None:
+    def _tell_plan(self, event: Planned) -> None:
         tested = any(size["test"] for size in event.sizes.values())  # else nobody says how many are held out
-        shown = list(event.sizes.items())[:8]
-        sizes = ", ".join(f"{site} {size['train']}" + f"+{size['test']}" * tested for site, size in shown)
-        more = f" and {len(event.sizes) - 8} more" if len(event.sizes) > 8 else ""
-        numbers = event.model == "logistic" and not any(event.labels.values())
-        model = "linear" if numbers else event.model  # the same layer, of a regression
+        sizes = some((f"{site} {n['train']}" + f"+{n['test']}" * tested for site, n in event.sizes.items()), 8)
+        model = event.model
+        if model == "logistic" and not any(event.labels.values()):
+            model = "linear"  # the same layer, of a regression
         self.console.print(
             f"{event.algorithm}, model {model}: {event.parameters:,} parameters, {event.features} inputs\n"
-            f"sites (training{' + test' * tested} rows): {sizes}{more}",
+            f"sites (training{' + test' * tested} rows): {sizes}",
             highlight=False,
             markup=False,
         )
@@ -105,10 +104,10 @@ class Progressing:
             self.console.print(why, highlight=False, markup=False)
         if event.positive:
             self.console.print(
-                f"positive: {event.positive!r}, {_called(event.threshold)}", highlight=False, markup=False
+                f"positive: {event.positive!r}, {_describe_threshold(event.threshold)}", highlight=False, markup=False
             )
-        self.console.print(_promise(event.privacy), highlight=False, markup=False)
-        for line in chosen(event.chosen):
+        self.console.print(_describe_guarantee(event.privacy), highlight=False, markup=False)
+        for line in choice_lines(event.chosen):
             self.console.print(line, highlight=False, markup=False)
         for party, sight in event.sees.items():
             self.console.print(f"{party} could see: {sight}", highlight=False, markup=False)
@@ -121,7 +120,7 @@ class Progressing:
         event, self.untold = self.untold, None
         if event is None:
             return
-        loss = "-" if event.loss is None else f"{event.loss:.4f}"
+        loss = _format(event.loss, 4)
         parts = f"{len(event.clients)} sites", f"loss {loss}", self.last_test, f"{event.seconds:.3f} s"
         text = "  ".join(filter(None, parts))
         self.bar.update(self.task, completed=event.round, total=self.rounds or event.round, description=text)
@@ -129,27 +128,30 @@ class Progressing:
             self.console.print(f"round {event.round}/{self.rounds or '?'}  {text}", highlight=False, soft_wrap=True)
             self.last_test = ""  # a line tells of its own round; the bar keeps what was known last
 
-    def _tested(self, event: Tested) -> None:
+    def _note_test(self, event: Tested) -> None:
         name = "auroc" if "auroc" in event.all_sites else "rmse"
-        value = event.all_sites[name].value
-        self.last_test = f"{_TITLES[name]} {'-' if value is None else f'{value:.4f}'}"
+        self.last_test = f"{_TITLES[name]} {_format(event.all_sites[name].value, 4)}"
 
 
-def _called(threshold: str) -> str:
+def _format(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _describe_threshold(threshold: str) -> str:
     """Say from where on a label is called, before training has shown it."""
     if (rule := decision.parse(threshold)) and rule.chosen:
         return f"called from a probability on that is chosen after training by {threshold!r}"
     return f"called from probability {threshold} on"
 
 
-def decided(summary: Mapping[str, Any]) -> list[str]:
+def decision_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the line that says from where on which label is called; none but of two labels."""
     if (one := summary.get("decision")) is None:
         return []
     return [f"{one['positive']!r} is called from probability {one['threshold']:.4g} on ({one['decided']})"]
 
 
-def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
+def choice_lines(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
     """Say what the recipe has chosen where the study left it open, and why."""
     if not choices:
         return []
@@ -158,7 +160,7 @@ def chosen(choices: Mapping[str, Mapping[str, object]]) -> list[str]:
     ]
 
 
-def _promise(privacy: Mapping[str, Any]) -> str:
+def _describe_guarantee(privacy: Mapping[str, Any]) -> str:
     """Say what is guaranteed, before the first round."""
     if privacy["noise"] == "none":
         return "privacy: none claimed (privacy.noise = 'none')"
@@ -170,8 +172,10 @@ def _promise(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _spent(privacy: Mapping[str, Any]) -> str:
-    scope = "this run alone (scope 'run')" if privacy["scope"] == "run" else "all runs of the study (scope 'study')"
+def _describe_spending(privacy: Mapping[str, Any]) -> str:
+    scope = "all runs of the study (scope 'study')"
+    if privacy["scope"] == "run":
+        scope = "this run alone (scope 'run')"
     return (
         f"privacy spent: epsilon {privacy['epsilon']:.4f} of {privacy['target_epsilon']:g} at delta "
         f"{privacy['delta']:g}, patient level; budget of {scope}"
@@ -208,7 +212,7 @@ def tell_findings(summary: Mapping[str, Any], console: Console) -> None:
 def results(summary: Mapping[str, Any]) -> Table:
     """Return the table of a summary: federated, pooled and each site's own model, over all sites and per site."""
     test: Mapping[str, Any] = summary["test"] or next((b["test"] for b in summary["baselines"].values()), {})
-    names = _SHOWN["number"] if "mae" in test else _SHOWN["binary"]
+    names = _SHOWN["number" if "mae" in test else "binary"]
     table = Table(box=None, padding=(0, 1), title="Held-out patients (95 % interval below)", title_justify="left")
     for title in ("tested on", "model", "n"):
         table.add_column(title, justify="right" if title == "n" else "left")
@@ -219,7 +223,8 @@ def results(summary: Mapping[str, Any]) -> Table:
     for model, baseline in summary["baselines"].items():
         _add(table, "all sites", _MODELS[model], baseline["test"], baseline["intervals"], names)
     own = summary["baselines"].get("local", {}).get("per_site", {})
-    for site in list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else ():
+    several = list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else []
+    for site in several:
         _add(table, site, "federated", summary["per_site"][site], {}, names)
         if site in own:
             _add(table, "", "its own", own[site], {}, names)
@@ -233,9 +238,8 @@ def suspects(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for one in summary["suspects"]:
         first = one["actions"][0]
-        done = ", ".join(f"{action['action']} in round {action['round']}" for action in one["actions"][:3])
-        more = f" and {len(one['actions']) - 3} more" if len(one["actions"]) > 3 else ""
-        lines.append(f"suspect: {one['site']}: {done}{more} ({'; '.join(first['evidence'])})")
+        done = some((f"{action['action']} in round {action['round']}" for action in one["actions"]), 3)
+        lines.append(f"suspect: {one['site']}: {done} ({'; '.join(first['evidence'])})")
     return lines
 
 
@@ -249,16 +253,19 @@ def _add(
 ) -> None:
     cells = []
     for name in names:
-        value, interval = figures[name], intervals.get(name)
-        cell = "-" if value is None else f"{value:.3f}"
-        cells.append(f"{cell}\n[dim]{_bare(interval[0])}-{_bare(interval[1])}[/]" if interval else cell)
+        cell = _format(figures[name], 3)
+        if interval := intervals.get(name):
+            cell += f"\n[dim]{_format_share(interval[0])}-{_format_share(interval[1])}[/]"
+        cells.append(cell)
     table.add_row(escape(where), model, str(figures["n"]), *cells)
 
 
-def _bare(value: float) -> str:
+def _format_share(value: float) -> str:
     """Write a share without its leading zero: .932."""
     text = f"{value:.3f}"
-    return text[1:] if text.startswith("0.") else text
+    if text.startswith("0."):
+        return text[1:]
+    return text
 
 
 def outlook(found: Mapping[str, Any]) -> list[Table | str]:
@@ -269,10 +276,10 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
         f"{found['rounds']} rounds\n"
         f"accountant: {found['accountant']}"
     ]
-    parts += chosen(found["chosen"])
-    parts.append(_usefulness(found["foretold"]))
-    parts += [*_ranges_ahead(found["ranges"], found["patients"]), *_paid_test(found["paid_test"])]
-    parts += [_charged(found["ledger"], found["epsilon"])]
+    parts += choice_lines(found["chosen"])
+    parts.append(_table_of_losses(found["foretold"]))
+    parts += [*_describe_ranges(found["ranges"], found["patients"]), *_describe_test(found["paid_test"])]
+    parts += [_describe_ledger(found["ledger"], found["epsilon"])]
     for mode, rows in found["modes"].items():
         table = Table(title=f"noise = '{mode}'", title_justify="left", box=None, padding=(0, 1))
         for title in (
@@ -305,7 +312,7 @@ def outlook(found: Mapping[str, Any]) -> list[Table | str]:
     return parts
 
 
-def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
+def _describe_ranges(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
     """Say with how much noise ranges will be found."""
     if ranges is None:
         return []
@@ -317,22 +324,23 @@ def _ranges_ahead(ranges: Mapping[str, Any] | None, patients: int) -> list[str]:
     ]
 
 
-def _paid_test(test: Mapping[str, Any] | None) -> list[str]:
+def _describe_test(test: Mapping[str, Any] | None) -> list[str]:
     """Say what the test that held-out patients pay for will be able to tell."""
     if test is None:
         return []
-    told = [
-        f"as {ends[0]:.2f} to {ends[1]:.2f} with {float(share):.0%} positive" if ends else
-        f"hardly ever with {float(share):.0%}"
-        for share, ends in test["intervals"].items()
-    ]  # fmt: skip
+    told = []
+    for share, ends in test["intervals"].items():
+        if ends:
+            told.append(f"as {ends[0]:.2f} to {ends[1]:.2f} with {float(share):.0%} positive")
+        else:
+            told.append(f"hardly ever with {float(share):.0%}")
     return [
         f"test: about {test['held_out']:,} held-out patients pay epsilon {test['epsilon']:g} for one; an AUROC of .80 "
         f"would be told {', '.join(told)}. More held-out patients, or public ones, tell more."
     ]
 
 
-def _charged(ledger: Mapping[str, Any], epsilon: float) -> str:
+def _describe_ledger(ledger: Mapping[str, Any], epsilon: float) -> str:
     """Say where a run is charged, and what a trial would cost."""
     if ledger["path"] is None:
         return "ledger: a run is charged in its own folder alone (privacy.scope = 'run'): for public records."
@@ -345,7 +353,7 @@ def _charged(ledger: Mapping[str, Any], epsilon: float) -> str:
     )
 
 
-def _usefulness(foretold: Sequence[Mapping[str, Any]]) -> Table:
+def _table_of_losses(foretold: Sequence[Mapping[str, Any]]) -> Table:
     """Return what each epsilon will cost, as foretold on made-up tables of the declared shape."""
     name = foretold[0]["figure"]
     title = f"what it costs: loss of {name} against no privacy, foretold on made-up tables of this shape"
@@ -378,9 +386,9 @@ def lifetime(found: Mapping[str, Any]) -> list[str]:
         f"{bound['identity']!r}"
     ]
     for one in found["decisions"]:
-        what = (
-            f"epsilon {one['epsilon']:g} at delta {one['delta']:g}" if "epsilon" in one else "this copy is the newest"
-        )
+        what = "this copy is the newest"
+        if "epsilon" in one:
+            what = f"epsilon {one['epsilon']:g} at delta {one['delta']:g}"
         by = one.get("operator") or "nobody was asked"
         lines.append(f"{str(one['time'])[:10]} {one['kind']}: {what}; {by}: {one.get('reason', '')}".rstrip(": "))
     return lines
@@ -388,7 +396,9 @@ def lifetime(found: Mapping[str, Any]) -> list[str]:
 
 def claim(found: Mapping[str, Any]) -> Table:
     """Return what `medfed privacy claim` shows: one line an item of the claim."""
-    head = "Claim" if found["claimed"] else "NOT a claim: noise from a seed (privacy.simulation_only)"
+    head = "Claim"
+    if not found["claimed"]:
+        head = "NOT a claim: noise from a seed (privacy.simulation_only)"
     table = Table(
         title=f"{head}: {escape(found['study'])}", title_justify="left", box=None, padding=(0, 1), show_header=False
     )

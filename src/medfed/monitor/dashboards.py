@@ -5,24 +5,19 @@ outside; the drawing library is inside each page. Nothing is of one patient: of 
 one patient's, only counts are shown.
 """
 
-import io
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from medfed.core import files
-from medfed.core.checks import PlanError
-from medfed.monitor import reports
+from medfed.monitor import elements, reports
 from medfed.monitor.events import Tested
-from medfed.monitor.lines import together
-from medfed.monitor.reports import COLOURS
-from medfed.monitor.story import LEVELS, SHOWN, Story, thinned
+from medfed.monitor.metrics import Figure
+from medfed.monitor.sentences import merge_alike
+from medfed.monitor.story import LEVELS, SHOWN, Story
 
 HEADLINE = ("auroc", "accuracy", "r2", "mae")  # of a test's figures, those that a page begins with
 STYLE = Path(__file__).parent / "static" / "style.css"  # of the pages here and of the live ones
@@ -41,6 +36,7 @@ PAGES = {
 }
 """The title of each page of a run."""
 FOUR = tuple(PAGES)[:4]
+_UNKNOWN = Figure(None)
 
 
 # The pages
@@ -59,7 +55,7 @@ def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[
     """Write some of `PAGES` into a folder; return where each is."""
     written = {name: page(story, name) for name in names}
     files.make_folder(place)
-    with files.held(place):
+    with files.hold(place):
         for name, text in written.items():
             files.write(place / name, text)
     return {name: place / name for name in names}
@@ -67,15 +63,15 @@ def write_pages(story: Story, place: Path, names: Sequence[str] = FOUR) -> dict[
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write one page with everything, an executive page first, for printing; return where."""
-    return _written(Path(folder), "report.html", out)
+    return _write_page(Path(folder), "report.html", out)
 
 
 def write_security_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page on security alone; return where."""
-    return _written(Path(folder), "security_analysis.html", out)
+    return _write_page(Path(folder), "security_analysis.html", out)
 
 
-def _written(folder: Path, name: str, out: str | Path | None) -> Path:
+def _write_page(folder: Path, name: str, out: str | Path | None) -> Path:
     path = Path(out) if out else folder / "reports" / name
     files.make_folder(path.parent)
     files.write(path, page(Story.of(folder), name))
@@ -85,88 +81,6 @@ def _written(folder: Path, name: str, out: str | Path | None) -> Path:
 def page(story: Story, name: str) -> str:
     """Return one of `PAGES` as HTML that is whole in itself."""
     return _page(PAGES[name], story, _BODIES[name](story))
-
-
-def export_tables(
-    folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = ("json", "csv", "parquet")
-) -> list[Path]:
-    """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format.
-
-    Raises PlanError for a format that is not one of json, csv, parquet.
-    """
-    _check(formats)
-    folder = Path(folder)
-    return write_tables(Story.of(folder), Path(out) if out else folder / "export", formats)
-
-
-def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path]:
-    """Write a run's tables into a folder, each in every format; return where. Raises PlanError for an unknown one."""
-    _check(formats)
-    files.make_folder(place)
-    found = tables(story)
-    with files.held(place):
-        written = {place / f"{name}.{kind}": _as(kind, frame) for name, frame in found.items() for kind in formats}
-        for path, content in written.items():
-            files.write(path, content)
-    return list(written)
-
-
-def _as(kind: str, frame: pd.DataFrame) -> bytes | str:
-    """Return a table as the content of a file."""
-    if kind == "csv":
-        return frame.to_csv(index=False)
-    if kind == "json":
-        return frame.to_json(orient="records", indent=1)
-    content = io.BytesIO()
-    frame.to_parquet(content, index=False)
-    return content.getvalue()
-
-
-def _check(formats: Sequence[str]) -> None:
-    if unknown := set(formats) - {"json", "csv", "parquet"}:
-        raise PlanError(f"formats={sorted(unknown)}; expected some of json, csv, parquet")
-
-
-def tables(story: Story) -> dict[str, pd.DataFrame]:
-    """Return a run's log as flat tables."""
-    named = set(story.sites)
-    rounds = [
-        {
-            "round": one.round,
-            "clients": len(one.clients),
-            "loss": one.loss,
-            "seconds": one.seconds,
-            "bytes_up": one.bytes_up,
-            "bytes_down": one.bytes_down,
-            "epsilon": one.privacy.get("epsilon"),
-        }
-        for one in story.rounds.values()
-    ]
-    sites = [
-        {"round": one.round, "site": name, "loss": loss, "seconds": seconds, "steps": steps}
-        for one in story.rounds.values()
-        for name, loss, seconds, steps in zip(one.clients, one.losses, one.site_seconds, one.steps, strict=True)
-        if name in named
-    ]
-    tests = [
-        {"round": one.round, "model": one.model, "site": site, "figure": name} | _interval(figure)
-        for one in [*story.tests.values(), *story.baselines.values()]
-        for site, figures in {"all": one.all_sites, **one.per_site}.items()
-        for name, figure in figures.items()
-    ]
-    findings = [{"round": one.round, **finding} for one in story.inspected.values() for finding in one.findings]
-    columns: dict[str, list[str]] = {
-        "rounds": ["round", "clients", "loss", "seconds", "bytes_up", "bytes_down", "epsilon"],
-        "sites": ["round", "site", "loss", "seconds", "steps"],
-        "tests": ["round", "model", "site", "figure", "value", "low", "high"],
-        "findings": ["round", "client", "score", "kind", "evidence"],
-    }
-    rows: dict[str, list[Any]] = {"rounds": rounds, "sites": sites, "tests": tests, "findings": findings}
-    return {name: pd.DataFrame(rows[name], columns=pd.Index(head)) for name, head in columns.items()}
-
-
-def _interval(figure: Any) -> dict[str, float | None]:
-    return {"value": figure.value, "low": figure.low, "high": figure.high}
 
 
 # What each page says
@@ -180,7 +94,8 @@ def _everything(story: Story) -> str:
 
 
 def _executive(story: Story) -> str:
-    s, planned = story.summary, story.planned
+    s = story.summary
+    sees = story.planned.sees if story.planned else {}
     protects = "Nothing is claimed of patients' privacy."
     if story.claim and story.claim["claimed"]:
         protects = (
@@ -192,7 +107,7 @@ def _executive(story: Story) -> str:
         ("what was asked", f"{s['algorithm']} with {s['model']}, {s['rounds_asked']} rounds, {len(s['sites'])} sites"),
         ("what came out", _outcome(story)),
         ("what protects patients", protects),
-        ("who could see what", "; ".join(f"{a}: {b}" for a, b in (planned.sees if planned else {}).items())),
+        ("who could see what", "; ".join(f"{party}: {sight}" for party, sight in sees.items())),
         ("who was suspected", suspects),
         ("what malicious sites could do", s["bears"] or "not told"),
         (
@@ -200,15 +115,15 @@ def _executive(story: Story) -> str:
             "a model for clinical use: that needs validation and approval which no training gives",
         ),
     ]
-    return _verdict(story) + _table(("", ""), lines)
+    return _verdict(story) + elements.table(("", ""), lines)
 
 
 def _verdict(story: Story) -> str:
     s = story.summary
-    good = s["status"] == "complete"
-    why = f": {story.finished.reason}" if story.finished and story.finished.reason else ""
+    why = f": {s['reason']}" if s["reason"] else ""
+    kind = "verdict" if s["status"] == "complete" else "verdict bad"
     words = f"The run is {s['status']} after {s['rounds']} of {s['rounds_asked']} rounds{why}. {_outcome(story)}"
-    return f'<p class="verdict{"" if good else " bad"}">{escape(words)}</p>'
+    return f'<p class="{kind}">{escape(words)}</p>'
 
 
 def _outcome(story: Story) -> str:
@@ -216,68 +131,71 @@ def _outcome(story: Story) -> str:
     if not test:
         return "No test of the federated model is on record."
     bounds = story.summary.get("intervals") or {}
-    told = [f"{name} {test[name]:.3f}{_between(bounds.get(name))}" for name in HEADLINE if test.get(name) is not None]
-    noised = story.summary.get("test_noised")
+    told = []
+    for name in HEADLINE:
+        if test.get(name) is not None:
+            low, high = bounds.get(name) or (None, None)
+            told.append(f"{name} {test[name]:.3f}{elements.between(low, high, '95 %: ')}")
     records = f"{test['n']:,} held-out record{'s' * (test['n'] != 1)}"
-    many = f"about {records} (a noised count)" if noised else records
-    return f"On {many} of all sites: {', '.join(told)}."
-
-
-def _between(bounds: Sequence[float | None] | None) -> str:
-    low, high = bounds or (None, None)
-    return "" if low is None or high is None else f" (95 %: {low:.3f} to {high:.3f})"
+    if story.summary.get("test_noised"):
+        records = f"about {records} (a noised count)"
+    return f"On {records} of all sites: {', '.join(told)}."
 
 
 def _training(story: Story) -> str:
     s = story.summary
     last = story.last_test()
     names = [name for name in HEADLINE if last and name in last.all_sites]
-    body = _verdict(story) + _key_figures(
+    body = _verdict(story) + elements.key_figures(
         {
-            **{name: _told((s["test"] or {}).get(name)) for name in names},
+            **{name: elements.number((s["test"] or {}).get(name)) for name in names},
             "rounds": f"{s['rounds']} of {s['rounds_asked']}",
-            "time a round": _told(s["seconds"]["per_round"], " s"),
-            "sent": _size(s["bytes"]["up"] + s["bytes"]["down"]),
+            "time a round": elements.number(s["seconds"]["per_round"], " s"),
+            "sent": elements.size(s["bytes"]["up"] + s["bytes"]["down"]),
         }
     )
+
+    # Curves by round: how good the model is, and what a round takes
     curves = {name: {t: one.all_sites[name].value for t, one in story.tests.items()} for name in names}
-    body += _chart(
+    body += elements.chart(
         "How well the model does, round by round",
         "Measured on held-out records of all sites together, of which nobody's trained the model.",
         curves,
         "round",
     )
     losses = {"training loss": {t: one.loss for t, one in story.rounds.items()}}
-    body += _chart(
+    body += elements.chart(
         "Training loss", "Weighted over the sites; under secure aggregation it is not told.", losses, "round"
     )
-    body += _chart(
+    body += elements.chart(
         "Time of a round", "From the question to the last answer.",
         {"seconds": {t: one.seconds for t, one in story.rounds.items()}}, "round",
     )  # fmt: skip
-    body += _chart(
+    body += elements.chart(
         "Bytes of a round", "What sites sent, and what they were sent.",
         {
             "from sites": {t: float(one.bytes_up) for t, one in story.rounds.items()},
             "to sites": {t: float(one.bytes_down) for t, one in story.rounds.items()},
         }, "round",
     )  # fmt: skip
+
+    # The last test: of all sites, of each, and of what the model is measured against
     if last:
         figures = list(last.all_sites)
-        lines = [["all sites", last.n, *(_figure(last.all_sites[name]) for name in figures)]]
+        lines = [["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]]
         lines += [
-            [site, last.site_n[site], *(_figure(mine[name]) if name in mine else "-" for name in figures)]
+            [site, last.site_n[site], *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures)]
             for site, mine in list(last.per_site.items())[:SHOWN]
         ]
         lines += [
-            [f"baseline: {name}", one.n, *(_figure(one.all_sites[f]) if f in one.all_sites else "-" for f in figures)]
+            [f"baseline: {name}", one.n, *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures)]
             for name, one in story.baselines.items()
         ]
         body += (
             "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. ece and brier say how "
             "well predicted chances are calibrated: 0 is best.</p>"
         )
-        body += _table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
+        body += elements.table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
     return body
 
 
@@ -288,7 +206,7 @@ def _confusion(tested: Tested) -> str:
     lines = [[f"is {name}", *row] for name, row in zip(names, tested.confusion, strict=False)]
     head = ("records", *(f"predicted {name}" for name in names))
     said = "Held-out records of all sites. A binary model predicts the second label from a chance of one half on."
-    return f"<h2>Right and wrong, counted</h2><p class=note>{said}</p>{_table(head, lines)}"
+    return f"<h2>Right and wrong, counted</h2><p class=note>{said}</p>{elements.table(head, lines)}"
 
 
 def _calibration(tested: Tested) -> str:
@@ -299,9 +217,9 @@ def _calibration(tested: Tested) -> str:
         "Records by the chance that the model gave them, in tenths: what it said, and how often it was so. On the "
         "dashed line both are the same."
     )
-    chart = _chart("Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said")
-    lines = [[int(count), _told(said), _told(truth)] for count, said, truth in tested.calibration]
-    return chart + _table(("records", "chance said", "share that was so"), lines)
+    chart = elements.chart("Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said")
+    lines = [[int(count), elements.number(said), elements.number(truth)] for count, said, truth in tested.calibration]
+    return chart + elements.table(("records", "chance said", "share that was so"), lines)
 
 
 def _devices(story: Story) -> str:
@@ -310,27 +228,32 @@ def _devices(story: Story) -> str:
     named, sizes = story.sites, story.planned.sizes if story.planned else {}
     asked = len(story.rounds) or 1
     share = sum(len(one.clients) for one in story.rounds.values()) / (asked * max(1, len(sizes)))
-    body = _verdict(story) + _key_figures(
+    body = _verdict(story) + elements.key_figures(
         {
             "sites": f"{len(sizes):,}",
             "took part, on average": f"{share:.0%}",
             "left out": f"{len(story.excluded)} times",
-            "sent by all": _size(s["bytes"]["up"]),
+            "sent by all": elements.size(s["bytes"]["up"]),
         }
     )
+
+    # Devices are counted
     if not named:
         counts = {t: float(len(one.clients)) for t, one in story.rounds.items()}
         body += "<p class=note>Each device is one patient's: none is named, only how many took part.</p>"
-        return body + _chart("Devices that took part", "By round.", {"devices": counts}, "round")
+        return body + elements.chart("Devices that took part", "By round.", {"devices": counts}, "round")
+
+    # Sites are named, each with what it brought
     weights = _mean_weights(story)
+    counts_are_told = not s["test_noised"]
     lines = [
         [
             name,
             sizes[name]["train"],
-            "not told" if s["test_noised"] else sizes[name]["test"],
+            sizes[name]["test"] if counts_are_told else "not told",
             s["participation"].get(name, 0),
             left_out[name],
-            _told(statistics.median(seconds[name]) if seconds.get(name) else None, " s"),
+            f"{statistics.median(seconds[name]):.4g} s" if seconds.get(name) else "-",
             f"{weights[name]:.1%}" if name in weights else "-",
         ]
         for name in named
@@ -339,7 +262,7 @@ def _devices(story: Story) -> str:
     body += (
         "<h2>The sites</h2><p class=note>Weight: the mean share of a site's row in the model's steps, by a rule where "
     )
-    body += "there is one, else by its records.</p>" + _table(head, lines)
+    body += "there is one, else by its records.</p>" + elements.table(head, lines)
     if len(named) <= 20:
         times = {
             name: {
@@ -349,16 +272,17 @@ def _devices(story: Story) -> str:
             }
             for name in named
         }
-        body += _chart("Time at each site", "What local work took, by round.", times, "round")
+        body += elements.chart("Time at each site", "What local work took, by round.", times, "round")
     if story.excluded:
-        left = [[one.round, one.site, one.reason] for one in together(story.excluded)[:SHOWN]]
-        body += "<h2>Left out, and why</h2>" + _table(("round", "site", "reason"), left)
+        left = [[one.round, one.site, one.reason] for one in merge_alike(story.excluded)[:SHOWN]]
+        body += "<h2>Left out, and why</h2>" + elements.table(("round", "site", "reason"), left)
     return body + "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not measured yet.</p>"
 
 
 def _privacy(story: Story) -> str:
     s, claim = story.summary, story.claim
-    spent = {t: one.privacy.get("epsilon") for t, one in story.rounds.items()}
+
+    # What is guaranteed
     if claim is None or not claim["claimed"]:
         body = (
             '<p class="verdict bad">Nothing is claimed: no epsilon was asked for, noise came from a seed, or the run '
@@ -370,7 +294,7 @@ def _privacy(story: Story) -> str:
             f"whatever this run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance "
             f"of {claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
         )
-        body += _key_figures(
+        body += elements.key_figures(
             {
                 "epsilon spent": f"{claim['epsilon']:.4f}",
                 "epsilon asked": f"{claim['target']['epsilon']:g}",
@@ -378,9 +302,12 @@ def _privacy(story: Story) -> str:
                 "declared patients": f"{claim['patients']['declared']:,}",
             }
         )
+
+    # What was spent, by round and by patients
+    spent = {t: one.privacy.get("epsilon") for t, one in story.rounds.items()}
     if any(value is not None for value in spent.values()):
         told = {t: float(str(value)) for t, value in spent.items() if value is not None}
-        body += _chart(
+        body += elements.chart(
             "Budget spent, round by round",
             "Epsilon of everything released so far, of the patients who have paid most.",
             {"epsilon": told},
@@ -393,32 +320,39 @@ def _privacy(story: Story) -> str:
             "need no noise.</p>"
         )
         lines = [[f"{epsilon:.4f}", int(count)] for epsilon, count in story.finished.spread]
-        body += _table(("epsilon spent in this run", "declared patients"), lines)
+        body += elements.table(("epsilon spent in this run", "declared patients"), lines)
+
+    # Who could see what, and the claim that a reviewer reads
     if story.planned:
-        body += "<h2>Who could see what</h2>" + _table(("party", "could see"), list(story.planned.sees.items()))
+        body += "<h2>Who could see what</h2>" + elements.table(("party", "could see"), list(story.planned.sees.items()))
     if claim:
         body += "<h2>The claim, item by item</h2><p class=note>In the order in which NIST SP 800-226 asks.</p>"
-        body += _table(("item", ""), list(reports.claim_lines(claim)))
+        body += elements.table(("item", ""), list(reports.claim_lines(claim)))
     by_phase = s["bytes_by_phase"]
     if by_phase:
         body += "<h2>Bytes of each phase of secure rounds</h2>"
-        body += _table(("phase", "bytes"), [[name, f"{count:,}"] for name, count in by_phase.items()])
+        body += elements.table(("phase", "bytes"), [[name, f"{count:,}"] for name, count in by_phase.items()])
     return body
 
 
 def _security(story: Story) -> str:
     s = story.summary
+
+    # The level of threat, in a sentence
     level = max((one.level for one in story.audits), default=0)
     named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
     looked = bool(story.inspected) or level > 0
-    words = f"Highest level of threat: {LEVELS[level] if looked else 'not known, as no rule compared rows'}. "
-    if looked:
+    kind = "note"
+    if not looked:
+        words = "Highest level of threat: not known, as no rule compared rows. "
+    else:
+        kind = "verdict bad" if level >= 2 else "verdict"
+        words = f"Highest level of threat: {LEVELS[level]}. "
         words += f"Suspected: {named}." if named else "Nobody was suspected."
     if story.planned and story.planned.bears:
         words += f" Malicious clients: {story.planned.bears}."
-    seen = "verdict bad" if level >= 2 else "verdict" if looked else "note"
-    body = f'<p class="{seen}">{escape(words)}</p>'
-    body += _key_figures(
+    body = f'<p class="{kind}">{escape(words)}</p>'
+    body += elements.key_figures(
         {
             "warned or left out": f"{len(s['suspects'])}",
             "rounds inspected": f"{len(story.inspected)}",
@@ -432,9 +366,11 @@ def _security(story: Story) -> str:
             "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is known of how they lie "
         )
         body += "among each other. Rows that are not finite, out of bound or unsigned are refused all the same.</p>"
+
+    # Evidence, and what was done about it
     scores = story.suspicion()
     loud = sorted(scores, key=lambda name: -sum(scores[name].values()))[:10]
-    body += _chart(
+    body += elements.chart(
         "Suspicion, round by round",
         "The strongest evidence against a site in a round, 0 to 10; an odd but honest hospital may stay at 2.5. The "
         "ten with most are shown. A score is evidence and no proof: a row may be odd because its patients are.",
@@ -447,14 +383,14 @@ def _security(story: Story) -> str:
             for one in story.audits[:SHOWN]
         ]
         body += "<h2>What was done about whom</h2>"
-        body += _table(("round", "site", "level", "action", "evidence"), lines)
+        body += elements.table(("round", "site", "level", "action", "evidence"), lines)
     if story.excluded:
         body += "<h2>Rows that did not count</h2>"
-        left = together(story.excluded)[:SHOWN]
-        body += _table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
+        left = merge_alike(story.excluded)[:SHOWN]
+        body += elements.table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
     if story.taken_back:
-        lines = [[o.round, _told(o.before), _told(o.after)] for o in story.taken_back]
-        body += "<h2>Rounds taken back</h2>" + _table(("round", "loss before", "loss after"), lines)
+        lines = [[o.round, elements.number(o.before), elements.number(o.after)] for o in story.taken_back]
+        body += "<h2>Rounds taken back</h2>" + elements.table(("round", "loss before", "loss after"), lines)
     if story.trail:
         body += "<p class=note>Check signatures and chain with <code>medfed trail verify RUN</code>.</p>"
     return body
@@ -474,8 +410,11 @@ def _mean_weights(story: Story) -> dict[str, float]:
     total: Counter[str] = Counter()
     for number, one in story.rounds.items():
         inspected = story.inspected.get(number)
-        sizes = {name: float(story.planned.sizes[name]["train"]) for name in one.clients} if story.planned else {}
-        weights = dict(inspected.weights) if inspected else sizes
+        weights: dict[str, float] = {}
+        if inspected:
+            weights = dict(inspected.weights)
+        elif story.planned:
+            weights = {name: float(story.planned.sizes[name]["train"]) for name in one.clients}
         whole = sum(weights.values()) or 1.0
         total.update({name: weight / whole for name, weight in weights.items()})
     return {name: weight / len(story.rounds) for name, weight in total.items()}
@@ -484,47 +423,8 @@ def _mean_weights(story: Story) -> dict[str, float]:
 # HTML
 
 
-def _chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str) -> str:
-    """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
-    import plotly.graph_objects as go
-
-    lines = {name: points for name, curve in curves.items() if (points := thinned(curve))}
-    if not lines:
-        return ""
-    figure = go.Figure()
-    for i, (name, points) in enumerate(lines.items()):
-        figure.add_scatter(
-            x=[t for t, _ in points],
-            y=[value for _, value in points],
-            name=name,
-            mode="lines+markers" if len(points) < 40 else "lines",
-            line={"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot")[i // len(COLOURS) % 3]},
-        )
-    figure.update_layout(
-        template="plotly_white", height=340, margin={"l": 60, "r": 20, "t": 10, "b": 50}, xaxis_title=across,
-        legend={"orientation": "h", "y": -0.25}, font={"size": 14, "color": "#1c2733"}, showlegend=len(lines) > 1,
-    )  # fmt: skip
-    drawn = figure.to_html(
-        div_id="chart-" + "".join(c if c.isalnum() else "-" for c in title.lower()),
-        full_html=False,
-        include_plotlyjs=False,
-        config={"displayModeBar": False, "responsive": True},
-    )
-    rounds = sorted({t for points in lines.values() for t, _ in points})[-SHOWN:]
-    by_round = {name: dict(points) for name, points in lines.items()}
-    numbers = _table(
-        (across, *lines), [[t, *(_told(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
-    )
-    label = f"{escape(title)}; the numbers are in the table below"
-    return (
-        f"<h2>{escape(title)}</h2><p class=note>{escape(caption)}</p>"
-        f'<div role="img" aria-label="{label}">{drawn}</div>'
-        f"<details><summary>The numbers</summary>{numbers}</details>"
-    )
-
-
 @cache
-def _style() -> str:
+def _read_style() -> str:
     return STYLE.read_text(encoding="utf-8") + _STYLE
 
 
@@ -533,16 +433,16 @@ def _page(title: str, story: Story, body: str) -> str:
 
     study = escape(str(story.summary["study"]))
     links = "".join(f'<a href="{name}">{escape(text)}</a>' for name, text in list(PAGES.items())[: len(FOUR)])
-    cut = (
-        "<p class=note>The event log ends within a line: this page shows what was written before.</p>"
-        if story.cut
-        else ""
-    )
+    cut = ""
+    if story.cut:
+        cut = "<p class=note>The event log ends within a line: this page shows what was written before.</p>"
     warned = "".join(f"<li>{escape(text)}</li>" for text in story.summary["warnings"][:20])
-    warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>" if warned else ""
+    warnings = ""
+    if warned:
+        warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_style()}</style>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read_style()}</style>'
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
         f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}</main></body></html>\n"
     )
@@ -553,35 +453,3 @@ def _findings(story: Story) -> str:
     kinds = {"warning": "verdict bad", "note": "note"}
     told = story.summary["findings"]
     return "".join(f'<p class="{kinds[one["level"]]}">{escape(one["text"])} {escape(one["next"])}</p>' for one in told)
-
-
-def _key_figures(figures: Mapping[str, str]) -> str:
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
-    return f"<dl>{cells}</dl>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(value: object) -> str:
-    return f"<td{' class=n' if isinstance(value, int | float) else ''}>{escape(str(value))}</td>"
-
-
-def _figure(figure: Any) -> str:
-    if figure.value is None:
-        return "-"
-    interval = f" ({figure.low:.3f} to {figure.high:.3f})" if figure.low is not None and figure.high is not None else ""
-    return f"{figure.value:.3f}{interval}"
-
-
-def _told(value: float | None, unit: str = "", digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}{unit}"
-
-
-def _size(count: float) -> str:
-    units = ("bytes", "kB", "MB", "GB")
-    power = next((i for i in range(4) if count < 1000 ** (i + 1)), 3)
-    return f"{count / 1000**power:.3g} {units[power]}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medfed.core import files
-from medfed.core.checks import RunError, unnamed
+from medfed.core.checks import RunError, strip_name
 from medfed.monitor.metrics import Figure
 
 SCHEMA = 1
@@ -238,7 +238,7 @@ class RunFinished(Event):
     spread: Sequence[Sequence[float]] = field(default_factory=list)
 
 
-def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
+def group_alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
     """Return by round and reason who was left out; a site's own name in its reason makes no other reason.
 
     A reason that several are told word for word may name one of them: who pays together is refused together.
@@ -248,7 +248,7 @@ def alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteEx
     found: dict[tuple[int, str], list[SiteExcluded]] = {}
     for event in told:
         shared = often[event.round, event.reason] > 1
-        reason = event.reason if shared else unnamed(event.site, event.reason)
+        reason = event.reason if shared else strip_name(event.site, event.reason)
         found.setdefault((event.round, reason), []).append(event)
     return found
 
@@ -282,7 +282,7 @@ class Log:
 
     def emit(self, event: Event) -> None:
         """Write the event, without what looks like an identifier, then tell every listener."""
-        event = screened(event)
+        event = screen(event)
         self.latest[type(event)] = event
         if self._file:
             with files.explained(Path(self._file.name)):
@@ -326,7 +326,7 @@ _IDENTIFIERS = re.compile(
 )
 
 
-def screened(event: Event) -> Event:
+def screen(event: Event) -> Event:
     """Return an event whose free texts hold no address, number or date that could be somebody's.
 
     Reasons and warnings can carry words of a site's own code. Names of people are not told from other words.

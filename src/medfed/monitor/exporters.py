@@ -35,7 +35,7 @@ from medfed.monitor.events import (
     Tested,
     read_stamped,
 )
-from medfed.monitor.lines import sentence
+from medfed.monitor.sentences import sentence
 from medfed.monitor.story import Story
 
 PROMETHEUS_TYPE = CONTENT_TYPE_LATEST
@@ -43,7 +43,7 @@ PROMETHEUS_TYPE = CONTENT_TYPE_LATEST
 
 def _read(folder: Path) -> tuple[list[Stamped], Story]:
     told = list(read_stamped(folder / "events.jsonl"))
-    return told, Story.told(one.event for one in told)
+    return told, Story.from_events(one.event for one in told)
 
 
 # Prometheus
@@ -61,11 +61,11 @@ class Sample:
 def prometheus(found: Mapping[str, Sequence[Sample]]) -> str:
     """Return the samples of runs, by name, in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Told(found))
+    registry.register(_Families(found))
     return generate_latest(registry).decode()
 
 
-class _Told(Collector):
+class _Families(Collector):
     def __init__(self, found: Mapping[str, Sequence[Sample]]) -> None:
         self.found = found
 
@@ -112,17 +112,19 @@ def samples(story: Story) -> list[Sample]:
 
 def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]]:
     """Yield (metric, labels after run and study, value) of one run."""
-    s, last = story.summary, story.rounds[max(story.rounds)] if story.rounds else None
-    yield "medfed_round", (), last.round if last else 0
+    s = story.summary
+    yield "medfed_round", (), max(story.rounds, default=0)
     yield "medfed_rounds_asked", (), s["rounds_asked"]
     yield "medfed_finished", (), story.finished is not None
     yield "medfed_complete", (), s["status"] == "complete"
-    if last:
+    if story.rounds:
+        last = story.rounds[max(story.rounds)]
         yield "medfed_round_seconds", (), last.seconds
         yield "medfed_training_loss", (), last.loss
-    tested = story.last_test()
-    for name, figure in tested.all_sites.items() if tested else ():
-        yield "medfed_test", (name,), figure.value
+
+    if tested := story.last_test():
+        for name, figure in tested.all_sites.items():
+            yield "medfed_test", (name,), figure.value
     privacy = s["privacy"] or {}
     yield "medfed_epsilon_spent", (), privacy.get("epsilon")
     yield "medfed_epsilon_target", (), privacy.get("target_epsilon")
@@ -131,12 +133,17 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
         yield "medfed_bytes", (direction,), count
     yield "medfed_rounds_taken_back", (), len(story.taken_back)
     yield "medfed_left_out", (), len(story.excluded)
-    seconds, suspicion = story.seconds() if story.sites else {}, story.suspicion() if story.sites else {}
-    newest, left_out = max(story.inspected, default=0), story.left_out()
+
+    if not story.sites:  # devices, of which none is named
+        return
+    seconds = story.seconds()
+    suspicion = story.suspicion()
+    newest = max(story.inspected, default=0)
+    left_out = story.left_out()
     for site in story.sites:
         yield "medfed_site_rounds", (site,), s["participation"].get(site, 0)
         yield "medfed_site_left_out", (site,), left_out[site]
-        yield "medfed_site_seconds", (site,), seconds[site][-1] if site in seconds else None
+        yield "medfed_site_seconds", (site,), next(reversed(seconds.get(site, [])), None)
         yield "medfed_site_suspicion", (site,), suspicion.get(site, {}).get(newest)
 
 
@@ -149,13 +156,13 @@ def trace(folder: Path, exporter: Any) -> int:
     Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is an event of its
     round's span. Raises ExportError where the library is missing, or where the exporter does not take the spans.
     """
-    sdk, export = _needs("opentelemetry.sdk.trace", "otel"), _needs("opentelemetry.sdk.trace.export", "otel")
-    resources = _needs("opentelemetry.sdk.resources", "otel")
+    sdk, export = _import("opentelemetry.sdk.trace", "otel"), _import("opentelemetry.sdk.trace.export", "otel")
+    resources = _import("opentelemetry.sdk.resources", "otel")
     told, story = _read(folder)
     kept = _Kept(exporter, export.SpanExportResult.SUCCESS)
     provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": "medfed"}))
     provider.add_span_processor(export.BatchSpanProcessor(kept))
-    _spans(provider.get_tracer("medfed"), told, story, folder.resolve().name)
+    _send_spans(provider.get_tracer("medfed"), told, story, folder.resolve().name)
     provider.shutdown()
     if kept.failed:
         raise ExportError(
@@ -185,8 +192,8 @@ class _Kept:
         return bool(self.inner.force_flush(timeout_millis))
 
 
-def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None:
-    api = _needs("opentelemetry.trace", "otel")
+def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None:
+    api = _import("opentelemetry.trace", "otel")
     if not told:
         return
     named, root, current = set(story.sites), None, None
@@ -204,7 +211,7 @@ def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None
                 current = span, when
             case RoundFinished() if current:
                 span, began = current
-                span.set_attributes(_about(event))
+                span.set_attributes(_attributes(event))
                 for site, seconds in zip(event.clients, event.site_seconds, strict=True):
                     if site in named:
                         inside = api.set_span_in_context(span)
@@ -216,15 +223,18 @@ def _spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) -> None
                 current = None
             case SiteExcluded() | SecurityAudit() | RolledBack() | Tested() | Resumed() if root:
                 if text := sentence(event, bool(named)):
-                    (current[0] if current else root).add_event(text, timestamp=_nanoseconds(when))
+                    inside_of = current[0] if current else root
+                    inside_of.add_event(text, timestamp=_nanoseconds(when))
             case RunFinished() if root:
                 root.set_attributes({"medfed.status": event.status, "medfed.rounds": event.rounds})
-    for open_span in (current[0] if current else None, root):
-        if open_span:
-            open_span.end(_nanoseconds(told[-1].time))
+    end = _nanoseconds(told[-1].time)
+    if current:
+        current[0].end(end)
+    if root:
+        root.end(end)
 
 
-def _about(event: RoundFinished) -> dict[str, float | int]:
+def _attributes(event: RoundFinished) -> dict[str, float | int]:
     about = {
         "medfed.clients": len(event.clients),
         "medfed.seconds": event.seconds,
@@ -243,7 +253,9 @@ def _nanoseconds(when: datetime) -> int:
 
 def otlp(address: str) -> Any:
     """Return an exporter to an OpenTelemetry collector at an address, as in http://localhost:4318/v1/traces."""
-    return _needs("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(address, timeout=10)
+    return _import("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(
+        address, timeout=10
+    )
 
 
 # MLflow and TensorBoard
@@ -261,7 +273,8 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
                 }  # fmt: skip
                 sites = zip(event.clients, event.losses, event.site_seconds, strict=True)
                 for site, loss, seconds in sites:
-                    values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds} if site in named else {}
+                    if site in named:
+                        values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds}
             case Tested():
                 values = {f"test/{event.model}/{name}": figure.value for name, figure in event.all_sites.items()}
             case _:
@@ -273,9 +286,9 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
 
 def to_tensorboard(folder: Path, out: Path) -> int:
     """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises ExportError."""
-    write = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    write = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
     told, count = _read(folder), 0
-    with files.explained(out), _silent_threads(), write(str(out / folder.resolve().name)) as writer:
+    with files.explained(out), _silence_threads(), write(str(out / folder.resolve().name)) as writer:
         for name, value, round, when in scalars(*told):
             writer.add_scalar(name, value, round, when.timestamp())
             count += 1
@@ -283,7 +296,7 @@ def to_tensorboard(folder: Path, out: Path) -> int:
 
 
 @contextmanager
-def _silent_threads() -> Iterator[None]:
+def _silence_threads() -> Iterator[None]:
     """Keep what a thread fails of from being printed: who gave it the work raises it again."""
     before = threading.excepthook
     threading.excepthook = lambda _: None
@@ -302,7 +315,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
     Raises ExportError where the library is missing, or where the tracking server refuses.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves but for where it was asked to go
-    mlflow, entities = _needs("mlflow", "mlflow"), _needs("mlflow.entities", "mlflow")
+    mlflow, entities = _import("mlflow", "mlflow"), _import("mlflow.entities", "mlflow")
     told, story = _read(folder)
     s = story.summary
     try:
@@ -310,11 +323,11 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment)
         tags = {"medfed.digest": str(s["digest"]), "medfed.status": s["status"], "medfed.purpose": str(s["purpose"])}
-        begun = round(told[0].time.timestamp() * 1000) if told else round(time.time() * 1000)
+        begun = _milliseconds(told[0].time) if told else round(time.time() * 1000)
         run = client.create_run(number, begun, {**tags, "mlflow.runName": folder.resolve().name})
         key = str(run.info.run_id)
         measured = [
-            entities.Metric(_plain(name), value, round(when.timestamp() * 1000), number_of_round)
+            entities.Metric(_restrict_name(name), value, _milliseconds(when), number_of_round)
             for name, value, number_of_round, when in scalars(told, story)
         ]
         params = [entities.Param(name, str(value)) for name, value in _params(story).items()]
@@ -324,11 +337,19 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         for name in ("summary.json", "privacy.json"):
             if (folder / name).is_file():
                 client.log_artifact(key, str(folder / name))
-        ended = "FINISHED" if s["status"] == "complete" else "FAILED" if story.finished else "RUNNING"
-        client.set_terminated(key, ended, round(told[-1].time.timestamp() * 1000) if told else None)
+        ended = "RUNNING"
+        if s["status"] == "complete":
+            ended = "FINISHED"
+        elif story.finished:
+            ended = "FAILED"
+        client.set_terminated(key, ended, _milliseconds(told[-1].time) if told else None)
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise ExportError(f"MLflow at {uri!r} does not take the run: {error}") from error
     return key
+
+
+def _milliseconds(when: datetime) -> int:
+    return round(when.timestamp() * 1000)
 
 
 def _params(story: Story) -> dict[str, Any]:
@@ -341,12 +362,12 @@ def _params(story: Story) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plain(name: str) -> str:
+def _restrict_name(name: str) -> str:
     """Return a name of the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
 
 
-def _needs(module: str, extra: str) -> ModuleType:
+def _import(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:

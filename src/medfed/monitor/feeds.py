@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from medfed.core.checks import RunError
 from medfed.monitor import dashboards
+from medfed.monitor.events import Event
 from medfed.monitor.live import Tail
 from medfed.monitor.story import Story
 from medfed.monitor.view import Live, Narrowing
@@ -28,7 +29,7 @@ class Feed:
         self.folder, self.site, self.version, self.data = folder, site, 0, ""
         self._lock, self._next, self._live = threading.Lock(), 0.0, Live()
         self._tail, self._trouble = Tail(folder / "events.jsonl"), ""
-        self._narrow = Narrowing(site) if site else None
+        self._narrow = self._make_narrow()
         self._pages: dict[str, tuple[int, bytes]] = {}
 
     @property
@@ -36,7 +37,11 @@ class Feed:
         """Whether this server may show the run: a site's server shows the runs that know the site."""
         return self._narrow is None or self._narrow.concerned
 
-    def asked(self, question: Callable[[Story], T]) -> T:
+    def _make_narrow(self) -> Narrowing | None:
+        """Return what leaves out other sites' parts; None where all may be seen."""
+        return Narrowing(self.site) if self.site else None
+
+    def ask(self, question: Callable[[Story], T]) -> T:
         """Return what a function of the story gives, while nobody adds to it."""
         with self._lock:
             return question(self._live.story)
@@ -68,11 +73,14 @@ class Feed:
             changed, self._trouble = self._trouble != str(error), str(error)
             return changed
         if restarted:
-            self._live, self._narrow = Live(), Narrowing(self.site) if self.site else None
+            self._live = Live()
+            self._narrow = self._make_narrow()
         if told or restarted:
             self._trouble = ""
         for one in told:
-            event = self._narrow(one.event) if self._narrow else one.event
+            event: Event | None = one.event
+            if self._narrow:
+                event = self._narrow(one.event)
             if event:
                 self._live.add(one._replace(event=event))
         return bool(told)
@@ -108,7 +116,7 @@ class Runs:
 
     def _newest(self) -> dict[str, Path]:
         places = self._places()
-        return {name: places[name] for name in sorted(places, key=lambda name: -_touched(places[name]))}
+        return {name: places[name] for name in sorted(places, key=lambda name: -_written_at(places[name]))}
 
     def _places(self) -> dict[str, Path]:
         if (self.folder / "events.jsonl").is_file():
@@ -137,25 +145,27 @@ class Runs:
         """Return what each run came to: from summary.json where it has ended, else from its log."""
         found: dict[str, Mapping[str, Any]] = {}
         for name, place in self._newest().items():
-            if (summary := _ended(place)) is None:
+            if (summary := _read_summary(place)) is None:
                 feed = self.feed(name)
-                summary = feed.asked(lambda story: story.summary) if feed else None
+                summary = feed.ask(lambda story: story.summary) if feed else None
             if summary and (not self.site or self.site in summary["sites"]):
                 found[name] = summary
         return found
 
 
-def _touched(place: Path) -> float:
+def _written_at(place: Path) -> float:
     return (place / "events.jsonl").stat().st_mtime
 
 
-def _ended(place: Path) -> Mapping[str, Any] | None:
+def _read_summary(place: Path) -> Mapping[str, Any] | None:
     """Return summary.json, unless the log was written to since."""
     path = place / "summary.json"
     try:
-        if path.stat().st_mtime < _touched(place):
+        if path.stat().st_mtime < _written_at(place):
             return None
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return summary if isinstance(summary, dict) and {"study", "status", "sites"} <= summary.keys() else None
+    if isinstance(summary, dict) and {"study", "status", "sites"} <= summary.keys():
+        return summary
+    return None

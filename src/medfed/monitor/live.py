@@ -44,14 +44,14 @@ class Tail:
         told: list[Stamped] = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
-                told.append(self._parsed(line))
+                told.append(self._parse(line))
             except RunError:
                 if told or restarted:  # first what was written before it; the next call raises
                     break
                 raise
         return told, restarted
 
-    def _parsed(self, line: bytes) -> Stamped:
+    def _parse(self, line: bytes) -> Stamped:
         try:
             told = parse(line.decode())
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from medfed.monitor import dashboards
 from medfed.monitor.feeds import Feed, Runs
-from medfed.monitor.lines import SCORES
+from medfed.monitor.sentences import SCORES
 
 FILES = ("summary.json", "events.jsonl", "privacy.json")
 """What of a run's folder can be downloaded: never checkpoints, sites' states, ledgers or keys."""

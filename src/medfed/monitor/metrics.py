@@ -55,9 +55,9 @@ class Histogram:
         values = {
             "accuracy": float((n - false - missed) / n),
             "auroc": self.auroc(),
-            "precision": float(true / (true + false)) if true + false else None,
-            "recall": float(true / positives) if positives else None,
-            "f1": float(2 * true / (2 * true + false + missed)) if true + false + missed else None,
+            "precision": _divide(true, true + false),
+            "recall": _divide(true, positives),
+            "f1": _divide(2 * true, 2 * true + false + missed),
             "brier": self.brier(),
             "ece": self.calibration_error(),
         }
@@ -105,7 +105,7 @@ class Histogram:
         pulled = negative * part_01
         joint = (positive * part_10) @ (np.cumsum(pulled) - pulled / 2)
         third = positive @ part_10**3 / n**2 + negative @ part_01**3 / m**2 + 6 * joint / (n * m)
-        return _skewed(value, s10 / n + s01 / m + s11 / (n * m), third)
+        return _skewed_interval(value, s10 / n + s01 / m + s11 / (n * m), third)
 
     def brier(self) -> float:
         """Return the mean squared error of the probability."""
@@ -118,7 +118,7 @@ class Histogram:
             return None, None
         off = self._errors() - value
         variance, third = (float((off**power * self.count).sum() / n) for power in (2, 3))
-        return _skewed(value, variance / n, third / n**2)
+        return _skewed_interval(value, variance / n, third / n**2)
 
     def reliability(self) -> np.ndarray:
         """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that holds records."""
@@ -147,6 +147,10 @@ class Histogram:
 
     def _errors(self) -> np.ndarray:
         return np.stack([np.square(self.said), np.square(1 - self.said)], 1)
+
+
+def _divide(above: float, below: float) -> float | None:
+    return float(above / below) if below else None
 
 
 class Scored(Protocol):
@@ -191,17 +195,17 @@ class Scores:
             parts = [float(len(y)), error.abs().sum(), error.square().sum(), y.sum(), y.square().sum()]
             sums = torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
             return cls(task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums)
-        bins = rounded(task, outputs)
+        bins = round_outputs(task, outputs)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
-    def told(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
+    def from_tensors(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
         """Take what a site tells, of a model of so many outputs; raise SiteError where that is no test's scores."""
         bins, label, sums = tensors["bins"], tensors["label"], tensors["sums"]
         alike = bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
         shaped = bins.shape == (len(label), outputs) and label.ndim == 1 and sums.shape == (5,)
-        if not (alike and shaped and np.isfinite(sums.numpy()).all() and _within(bins, label, outputs)):
+        if not (alike and shaped and np.isfinite(sums.numpy()).all() and _are_in_range(bins, label, outputs)):
             raise SiteError("its answer is no test's scores; run the same medfed everywhere")
         return cls(task, bins, label, sums)
 
@@ -219,8 +223,10 @@ class Scores:
 
     def probability(self) -> np.ndarray:
         """Return the rounded probabilities [N, C]; rows of several classes are brought back to sum 1."""
-        p = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
-        return p if self.task == "binary" else p / p.sum(1, keepdims=True)
+        p: np.ndarray = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
+        if self.task != "binary":
+            p = p / p.sum(1, keepdims=True)
+        return p
 
     def histogram(self) -> Histogram:
         """Return a binary test's records by probability and label."""
@@ -251,9 +257,11 @@ class Scores:
         return {"bins": self.bins, "label": self.label, "sums": self.sums}
 
 
-def rounded(task: Task, outputs: Tensor) -> Tensor:
+def round_outputs(task: Task, outputs: Tensor) -> Tensor:
     """Return a classifier's outputs [N, C] as whole steps of a logit, int16."""
-    logits = outputs.double() if task == "binary" else torch.logit(outputs.double().softmax(-1), eps=1e-15)
+    logits = outputs.double()
+    if task != "binary":
+        logits = torch.logit(logits.softmax(-1), eps=1e-15)
     return (logits.clamp(-_LIMIT, _LIMIT) * _BINS_PER_LOGIT).round().to(torch.int16)
 
 
@@ -262,7 +270,7 @@ def names(task: Task) -> tuple[str, ...]:
     return NUMBER_METRICS if task == "regression" else CLASS_METRICS
 
 
-def _within(bins: Tensor, label: Tensor, outputs: int) -> bool:
+def _are_in_range(bins: Tensor, label: Tensor, outputs: int) -> bool:
     if len(label) == 0:
         return True
     steps, labels, most = bins.numpy(), label.numpy(), _LIMIT * _BINS_PER_LOGIT  # thousands of small sites
@@ -299,7 +307,7 @@ def macro(per_site: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
     return means
 
 
-def paired(n: float, total: float, square: float) -> Figure:
+def mean_difference(n: float, total: float, square: float) -> Figure:
     """Return the mean of n paired differences with its 95 % interval, from their sum and sum of squares."""
     if n == 0:
         return Figure(None)
@@ -335,12 +343,14 @@ def log_loss(scores: Scores) -> float | None:
 
 def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
     hit, labels = p.argmax(1), np.arange(p.shape[1])
-    every = len(np.unique(y)) == p.shape[1]
-    ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
+    auroc = None
+    if len(np.unique(y)) == p.shape[1]:
+        ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
+        auroc = float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels))
     averages = sk.precision_recall_fscore_support(y, hit, labels=labels, average="macro", zero_division=0)
     return {
         "accuracy": float(sk.accuracy_score(y, hit)),
-        "auroc": float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels)) if every else None,
+        "auroc": auroc,
         "precision": float(averages[0]),
         "recall": float(averages[1]),
         "f1": float(averages[2]),
@@ -385,15 +395,14 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
     if n == 0:
         return {name: Figure(None) for name in NUMBER_METRICS}
     mae, spread = absolute / n, total_square - total * total / n
-    half = None
+    absolute_error, r2 = Figure(mae), Figure(None)
     if n > 1:
         variance = max(0.0, (square - n * mae * mae) / (n - 1))
         half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1)) * math.sqrt(variance / n)
-    return {
-        "mae": Figure(mae, None if half is None else mae - half, None if half is None else mae + half),
-        "rmse": Figure(math.sqrt(square / n)),
-        "r2": Figure(1 - square / spread if spread > max(1e-12 * total_square, 1e-300) else None),
-    }
+        absolute_error = Figure(mae, mae - half, mae + half)
+    if spread > max(1e-12 * total_square, 1e-300):
+        r2 = Figure(1 - square / spread)
+    return {"mae": absolute_error, "rmse": Figure(math.sqrt(square / n)), "r2": r2}
 
 
 def wilson(hits: float, of: float) -> Interval:
@@ -403,7 +412,12 @@ def wilson(hits: float, of: float) -> Interval:
     share, z = hits / of, _Z
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (0.0 if hits == 0 else float(middle - half)), (1.0 if hits == of else float(middle + half))
+    low, high = float(middle - half), float(middle + half)
+    if hits == 0:
+        low = 0.0
+    if hits == of:
+        high = 1.0
+    return low, high
 
 
 def f1_interval(true: float, wrong: float) -> Interval:
@@ -415,12 +429,12 @@ def f1_interval(true: float, wrong: float) -> Interval:
     if true == 0 or wrong == 0:
         return None, None
     j = true / of
-    low, high = _skewed(j, j * (1 - j) / of, j * (1 - j) * (1 - 2 * j) / of**2)
+    low, high = _skewed_interval(j, j * (1 - j) / of, j * (1 - j) * (1 - 2 * j) / of**2)
     assert low is not None and high is not None
     return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
-def _skewed(value: float, variance: float, third: float) -> Interval:
+def _skewed_interval(value: float, variance: float, third: float) -> Interval:
     """Return the central interval of a share's law from its first three cumulants (Cornish and Fisher 1938)."""
     if variance < 1e-15:
         return None, None

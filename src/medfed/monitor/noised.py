@@ -32,7 +32,9 @@ def edges_for(logits: np.ndarray, cells: int = CELLS, threshold: float = 0.5) ->
     Cells are narrow about the median and grow outwards. One edge is at the threshold, so that who is called is exact.
     """
     finite = logits[np.isfinite(logits)]
-    centre, spread = (float(np.median(finite)), float(np.std(finite))) if len(finite) else (0.0, 1.0)
+    centre, spread = 0.0, 1.0
+    if len(finite):
+        centre, spread = float(np.median(finite)), float(np.std(finite))
     steps = np.sinh(_GROWTH * np.linspace(-1, 1, cells - 1)) / math.sinh(_GROWTH)
     found = centre + max(spread, 0.05) * _REACH * steps
     found[np.argmin(np.abs(found - logit(threshold)))] = logit(threshold)
@@ -63,9 +65,9 @@ class Noised:
 
         No calibration error: it adds up sizes of differences, of which noise makes any number.
         """
-        called, positive = self._called(threshold)[:, None], np.array([0.0, 1.0])
+        called, positive = self._calls(threshold)[:, None], np.array([0.0, 1.0])
         every, right = np.ones((len(self.count), 2)), np.where(positive == 1, called, ~called)
-        squares = np.square(self._said()[:, None] - positive)
+        squares = np.square(self._probabilities()[:, None] - positive)
         figures = {
             "accuracy": self._ratio(right, every),
             "auroc": self._auroc(),
@@ -80,13 +82,13 @@ class Noised:
 
     def confusion(self, threshold: float) -> list[list[int]]:
         """Return about how many records of each label [row] are called each label [column]."""
-        called = self._called(threshold)
+        called = self._calls(threshold)
         counts = np.stack([self.count[~called].sum(0), self.count[called].sum(0)], 1)
         return np.maximum(counts, 0).tolist()  # type: ignore[no-any-return]
 
     def log_loss(self) -> float | None:
         """Return the mean cross-entropy; None where noise hides whether there are records."""
-        said = self._said()
+        said = self._probabilities()
         figure = self._quotient(-np.log(np.stack([1 - said, said], 1)), np.ones((len(said), 2)))
         return None if figure is None else max(0.0, figure)
 
@@ -113,7 +115,7 @@ class Noised:
         sampling = p @ np.square(by_positive) + n @ np.square(by_negative)
         off = ranked - _GRID * total
         certain = min(p.sum(), n.sum()) > _Z * math.sqrt(self.variance * len(p))
-        return _held(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
+        return _bounded(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
 
     def _ratio(self, above: np.ndarray, below: np.ndarray) -> Figure:
         """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's interval."""
@@ -121,18 +123,18 @@ class Noised:
         off = np.tensordot(self.count, weights, 2)
         noise = self.variance * np.square(weights).sum((0, 1))
         sampling = np.tensordot(self.count, np.square(weights), 2)
-        return _held(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
+        return _bounded(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
 
     def _quotient(self, above: np.ndarray, below: np.ndarray) -> float | None:
         whole = float((self.count * below).sum())
         certain = whole > _Z * math.sqrt(self.variance * float(np.square(below).sum()))
         return float((self.count * above).sum()) / whole if certain else None
 
-    def _called(self, threshold: float) -> np.ndarray:
+    def _calls(self, threshold: float) -> np.ndarray:
         """Return which cells are called positive [C]: those that begin at the threshold or above."""
         return np.append(-math.inf, self.edges) >= logit(threshold) - 1e-9
 
-    def _said(self) -> np.ndarray:
+    def _probabilities(self) -> np.ndarray:
         """Return the probability in each cell's middle [C]; open ones as wide as their neighbour."""
         e = self.edges
         middle = np.concatenate([[1.5 * e[0] - 0.5 * e[1]], (e[1:] + e[:-1]) / 2, [1.5 * e[-1] - 0.5 * e[-2]]])
@@ -140,11 +142,12 @@ class Noised:
         return said
 
 
-def _held(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
+def _bounded(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
     """Return a share with the interval of all values on the grid that the data do not speak against."""
     if value is None:
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]
     value = min(1.0, max(0.0, float(value)))
-    low, high = (float(likely[0]), float(likely[-1])) if len(likely) else (value, value)
-    return Figure(value, min(low, value), max(high, value))
+    if not len(likely):
+        return Figure(value, value, value)
+    return Figure(value, min(float(likely[0]), value), max(float(likely[-1]), value))

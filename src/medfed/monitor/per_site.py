@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medfed.core.types import Task
-from medfed.monitor.metrics import ECE_BINS, Figure, Scored, Scores, rounded
+from medfed.monitor.metrics import ECE_BINS, Figure, Scored, Scores, round_outputs
 
 
 def scores_each(task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int], scale: float = 1.0) -> list[Scores]:
@@ -18,7 +18,7 @@ def scores_each(task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int
     if task == "regression":
         parts = zip(torch.split(outputs, list(sizes)), torch.split(target, list(sizes)), strict=True)
         return [Scores.of(task, z, y, scale) for z, y in parts]
-    bins, none = rounded(task, outputs), torch.zeros(5, dtype=torch.float64)
+    bins, none = round_outputs(task, outputs), torch.zeros(5, dtype=torch.float64)
     site_N = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort([target.numpy(), *bins.numpy().T[::-1], site_N])
     bins_K = torch.split(bins[order], list(sizes))

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from medfed.core.checks import some
+
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"
     "h1{font-size:1.5rem}p.verdict{font-size:1.15rem;padding:1rem;border-left:5px solid #2a7f62;background:#eef6f2}"
@@ -97,9 +99,12 @@ def _page(title: str, body: str) -> str:
 
 def _per_site(value: float | Mapping[str, float]) -> str:
     if isinstance(value, Mapping):
-        listed = [f"{site} {number:.6g}" for site, number in list(value.items())[:8]]
-        return ", ".join(listed) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return some((f"{site} {number:.6g}" for site, number in value.items()), 8)
     return f"{value:.6g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _audit(audit: Mapping[str, Any] | None) -> str:
@@ -117,7 +122,7 @@ def comparison_page(found: Mapping[str, Any]) -> str:
     body = "".join(
         f"<tr><th scope=row>{escape(line['algorithm'])}</th>"
         + "".join(f"<td>{line[name]['mean']:.4g} &plusmn; {line[name]['sd']:.2g}</td>" for name in names)
-        + f"<td>{'-' if line['accuracy'] is None else format(line['accuracy'], '.3f')}</td>"
+        + f"<td>{_share(line['accuracy'])}</td>"
         f"<td>{line['seconds']:.2f}</td><td>{line['bytes_up'] / 1e6:.2f}</td></tr>"
         for line in found["table"]
     )

@@ -65,7 +65,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        async def told(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
@@ -76,24 +76,26 @@ class Guard:
         request = Request(scope, receive)
         path = request.url.path
         if path == "/login" and request.method == "POST":
-            given = parse_qs((await _body(request)).decode("utf-8", "replace")).get("token", [""])[0]
-            await self._enter(given)(scope, receive, told)
+            given = parse_qs((await _read_body(request)).decode("utf-8", "replace")).get("token", [""])[0]
+            await self._enter(given)(scope, receive, send_with_headers)
         elif "token" in request.query_params:
-            await self._enter(request.query_params["token"])(scope, receive, told)
-        elif path == "/static/style.css" or self._holds(_given(request.headers, request.cookies.get(self.cookie, ""))):
-            await self.app(scope, receive, told)
+            await self._enter(request.query_params["token"])(scope, receive, send_with_headers)
+        elif path == "/static/style.css" or self._holds(
+            _read_token(request.headers, request.cookies.get(self.cookie, ""))
+        ):
+            await self.app(scope, receive, send_with_headers)
         elif "text/html" in request.headers.get("accept", ""):
-            await _refused("")(scope, receive, told)
+            await _answer_refusal("")(scope, receive, send_with_headers)
         else:
             refused = Response("the token is missing or wrong\n", 401, {"WWW-Authenticate": "Bearer"})
-            await refused(scope, receive, told)
+            await refused(scope, receive, send_with_headers)
 
     def _holds(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token)
 
     def _enter(self, given: str) -> Response:
         if not self._holds(given):
-            return _refused("That is not the token that the server printed when it started.")
+            return _answer_refusal("That is not the token that the server printed when it started.")
         answer = RedirectResponse("/", 303)
         # lax and not strict: the sandboxed pages have no origin, and their links must lead back here. Nothing can be
         # changed here, and other origins get the cookie for a click on a link alone, whose answer they cannot read.
@@ -103,12 +105,12 @@ class Guard:
         return answer
 
 
-def _given(headers: Headers, cookie: str) -> str:
+def _read_token(headers: Headers, cookie: str) -> str:
     kind, _, value = headers.get("authorization", "").partition(" ")
     return value.strip() if kind.lower() == "bearer" else cookie
 
 
-async def _body(request: Request, most: int = 4096) -> bytes:
+async def _read_body(request: Request, most: int = 4096) -> bytes:
     found = b""
     async for part in request.stream():
         found += part
@@ -133,42 +135,48 @@ def application(
 
     def run(request: Request) -> Response:
         feed = found(request)
-        return HTMLResponse(live_page.run(request.path_params["run"], feed)) if feed else _missing()
+        if feed is None:
+            return _answer_missing()
+        return HTMLResponse(live_page.run(request.path_params["run"], feed))
 
     def view(request: Request) -> Response:
         feed = found(request)
-        return Response(feed.data, media_type="application/json") if feed else _missing()
+        if feed is None:
+            return _answer_missing()
+        return Response(feed.data, media_type="application/json")
 
     async def live(request: Request) -> Response:
         feed = await run_in_threadpool(found, request)
         if feed is None:
-            return _missing()
+            return _answer_missing()
         return StreamingResponse(_stream(feed, ending), media_type="text/event-stream")
 
     def report(request: Request) -> Response:
         feed, name = found(request), request.path_params["page"]
         if feed is None or name not in dashboards.PAGES:
-            return _missing()
-        if not feed.asked(lambda story: story.started):
+            return _answer_missing()
+        if not feed.ask(lambda story: story.started):
             return Response("the run tells nothing yet; try again when it has begun\n", 409)
         return HTMLResponse(feed.page(name), headers={"Content-Security-Policy": _REPORT})
 
     def file(request: Request) -> Response:
         feed, name = found(request), request.path_params["file"]
         if feed is None or name not in live_page.files(feed):
-            return _missing()
+            return _answer_missing()
         if feed.site and name == "summary.json":
             attached = {"Content-Disposition": f'attachment; filename="{name}"'}
-            return JSONResponse(feed.asked(lambda story: story.summary), headers=attached)
+            return JSONResponse(feed.ask(lambda story: story.summary), headers=attached)
         return FileResponse(feed.folder / name, filename=name)
 
     def static(request: Request) -> Response:
         name = request.path_params["file"]
-        return FileResponse(STATIC / name) if name in ("live.js", "style.css") else _missing()
+        if name not in ("live.js", "style.css"):
+            return _answer_missing()
+        return FileResponse(STATIC / name)
 
     def metrics(request: Request) -> Response:
         feeds = {name: feed for name in runs.names()[:KEPT] if (feed := runs.feed(name))}
-        text = exporters.prometheus({name: feed.asked(exporters.samples) for name, feed in feeds.items()})
+        text = exporters.prometheus({name: feed.ask(exporters.samples) for name, feed in feeds.items()})
         return Response(text, media_type=exporters.PROMETHEUS_TYPE)
 
     routes: list[tuple[str, Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]]] = [
@@ -182,23 +190,23 @@ def application(
 
 async def _stream(feed: Feed, ending: Callable[[], bool]) -> AsyncIterator[str]:
     """Send the view at once and at each change; a disconnected viewer's stream is cancelled by the server."""
-    seen, told = 0, time.monotonic()
+    seen, said = 0, time.monotonic()
     while not ending():
         await run_in_threadpool(feed.refresh)
         if feed.version != seen:
-            seen, told = feed.version, time.monotonic()
+            seen, said = feed.version, time.monotonic()
             yield f"id: {seen}\ndata: {feed.data}\n\n"
-        elif time.monotonic() - told > BEAT:
-            told = time.monotonic()
+        elif time.monotonic() - said > BEAT:
+            said = time.monotonic()
             yield ": still here\n\n"
         await asyncio.sleep(EVERY)
 
 
-def _missing() -> Response:
+def _answer_missing() -> Response:
     return HTMLResponse(live_page.missing(), 404)
 
 
-def _refused(why: str) -> Response:
+def _answer_refusal(why: str) -> Response:
     return HTMLResponse(live_page.login(why), 401)
 
 
@@ -220,8 +228,8 @@ def serve(
     `site` shows what that site may see. Raises ServeError, before anything listens, where the folder is missing, the
     token is short, the port is in use, or where a host other than this machine is asked for without TLS.
     """
-    token = _checked(folder, host, token, certificate, key)
-    listener = _listening(host, port)
+    token = _check_request(folder, host, token, certificate, key)
+    listener = _listen(host, port)
     port = listener.getsockname()[1]
     server: uvicorn.Server | None = None
     app = application(
@@ -238,11 +246,12 @@ def serve(
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
     with listener:
-        ready(f"{'https' if certificate else 'http'}://{shown}:{port}/?token={quote(token)}")
+        scheme = "https" if certificate else "http"
+        ready(f"{scheme}://{shown}:{port}/?token={quote(token)}")
         server.run(sockets=[listener])
 
 
-def _checked(folder: Path, host: str, token: str, certificate: Path | None, key: Path | None) -> str:
+def _check_request(folder: Path, host: str, token: str, certificate: Path | None, key: Path | None) -> str:
     if not folder.is_dir():
         raise ServeError(f"{str(folder)!r} is no folder; expected one that holds runs, or a run's folder")
     if token and len(token) < 20:
@@ -272,7 +281,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ServeError(f"--port {port}; expected 0 (any free one) to 65535")
     try:

@@ -39,7 +39,7 @@ class Story(Tally):
         recorded = list(events.read(log))
         if not recorded:
             raise RunError(f"{log} tells nothing yet; wait for the run to begin")
-        found = cls.told(recorded)
+        found = cls.from_events(recorded)
         with open(log, "rb") as file:
             file.seek(-1, os.SEEK_END)
             found.cut = file.read() != b"\n"
@@ -53,7 +53,7 @@ class Story(Tally):
         self.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
 
     @classmethod
-    def told(cls, recorded: Iterable[Event]) -> "Story":
+    def from_events(cls, recorded: Iterable[Event]) -> "Story":
         """Return the story that events tell."""
         story = cls()
         for event in recorded:
@@ -107,7 +107,7 @@ class Story(Tally):
         return found
 
 
-def thinned(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
+def thin(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
     """Return at most about `most` points of a curve: of each stretch the lowest and the highest, and both ends."""
     known = [(t, float(value)) for t, value in sorted(points.items()) if value is not None]
     if len(known) <= most:

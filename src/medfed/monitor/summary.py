@@ -20,7 +20,7 @@ from medfed.monitor.events import (
     Tested,
     Voted,
     Warned,
-    alike,
+    group_alike,
 )
 from medfed.monitor.metrics import Figure
 
@@ -87,11 +87,11 @@ class Tally:
                 self.taken_back.append(event)
             case RoundFinished():
                 self.rounds[event.round] = event
-                self._sent(event)
+                self._count_bytes(event)
             case Tested():
                 self.latest[event.model] = event
                 if event.model == self.main:
-                    self._sent(event)
+                    self._count_bytes(event)
             case Compared():
                 self.compared = event
             case Voted():
@@ -99,72 +99,82 @@ class Tally:
             case RunFinished():
                 self.finished = event
 
-    def _sent(self, event: RoundFinished | Tested) -> None:
+    def _count_bytes(self, event: RoundFinished | Tested) -> None:
         self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
 
     @property
     def main(self) -> str:
         """Under which name the model that the run is about is tested."""
-        return main_model(self.planned.algorithm if self.planned else "")
+        return main_model(_field(self.planned, "algorithm", ""))
 
     @property
     def summary(self) -> dict[str, Any]:
         """What summary.json says, as far as events have been taken in."""
         if self._summary is None:
-            told = self._summarised()
+            told = self._summarise()
             self._summary = {"findings": verdict.findings(told), **told}
         return self._summary
 
-    def _summarised(self) -> dict[str, Any]:
-        started, planned, finished, rounds = self.started, self.planned, self.finished, self.rounds
-        sites = list(planned.sizes) if planned else []
-        final, tested = self.latest.get("federated"), self.latest.get(self.main)
-        times = [r.seconds for r in rounds.values()]
-        took_part = Counter(client for r in rounds.values() for client in r.clients)
+    def _summarise(self) -> dict[str, Any]:
+        started, planned, finished = self.started, self.planned, self.finished
+        federated = self.latest.get("federated")
+        tested = self.latest.get(self.main)
+        sites = list(_field(planned, "sizes", ()))
+        took_part = Counter(client for r in self.rounds.values() for client in r.clients)
+        figures = _figures(federated) if federated else {"test": None, "intervals": None, "macro": None, "per_site": {}}
+
         return {
-            "study": started.study if started else None,
-            "purpose": started.purpose if started else None,
-            "digest": started.digest if started else None,
-            "status": finished.status if finished else "incomplete",
-            "reason": finished.reason if finished else None,
-            "algorithm": planned.algorithm if planned else None,
-            "model": planned.model if planned else None,
-            "parameters": planned.parameters if planned else None,
-            "rounds": len(rounds),
-            "rounds_asked": started.rounds if started else None,
+            # What was asked, and whether it came to its end
+            "study": _field(started, "study"),
+            "purpose": _field(started, "purpose"),
+            "digest": _field(started, "digest"),
+            "status": _field(finished, "status", "incomplete"),
+            "reason": _field(finished, "reason"),
+            "algorithm": _field(planned, "algorithm"),
+            "model": _field(planned, "model"),
+            "parameters": _field(planned, "parameters"),
+            "rounds": len(self.rounds),
+            "rounds_asked": _field(started, "rounds"),
             "sites": sites,
-            "decision": _decision(planned, final),
-            "test": _plain(final.all_sites, final.n) if final else None,
-            "test_noised": final.noised if final else False,
-            "intervals": _intervals(final.all_sites) if final else None,
-            "macro": _plain(final.macro, None) if final else None,
-            "per_site": _per_site(final) if final else {},
-            "baselines": {name: _baseline(test) for name, test in self.latest.items() if name != "federated"},
-            "loss": _losses(rounds, tested),
-            "labels": list(tested.labels) if tested else [],
-            "confusion": [list(row) for row in tested.confusion] if tested else [],
+            # What the model is worth
+            "decision": _decision(planned, federated),
+            "test": figures["test"],
+            "test_noised": _field(federated, "noised", False),
+            "intervals": figures["intervals"],
+            "macro": figures["macro"],
+            "per_site": figures["per_site"],
+            "baselines": {name: _figures(test) for name, test in self.latest.items() if name != "federated"},
+            "loss": _losses(self.rounds, tested),
+            "labels": list(_field(tested, "labels", ())),
+            "confusion": [list(row) for row in _field(tested, "confusion", ())],
             "learning_rate": _rate(planned),
-            "compared": _compared(self.compared),
-            "vote": _voted(self.voted),
+            "compared": _comparison(self.compared),
+            "vote": _vote(self.voted),
             "ranges": _ranges(self.ranges),
-            "privacy": _privacy(planned, rounds, finished),
-            "seconds": {
-                "total": round(self._earlier + finished.seconds, 3) if finished else None,
-                "per_round": round(sum(times) / len(times), 6) if times else None,
-            },
+            # What it cost
+            "privacy": _privacy(planned, self.rounds, finished),
+            "seconds": _seconds(self._earlier, self.rounds, finished),
             "bytes": {"up": self._up, "down": self._down},
-            "bytes_by_phase": dict(sum((Counter(r.phases) for r in rounds.values()), Counter())),
+            "bytes_by_phase": dict(sum((Counter(r.phases) for r in self.rounds.values()), Counter())),
+            # Who took part, who did not, and what else was told
             "participation": {site: took_part[site] for site in sites},
             "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
             "left_out": left_out(self.excluded),
             "suspects": _suspects(self.audits),
-            "bears": planned.bears if planned else None,
-            "chosen": {key: dict(one) for key, one in planned.chosen.items()} if planned else {},
+            "bears": _field(planned, "bears"),
+            "chosen": {key: dict(one) for key, one in _field(planned, "chosen", {}).items()},
             "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back],
             "warnings": list(self.warnings),
             "versions": dict(started.versions) if started else None,
             "machine": dict(started.machine) if started else None,
         }
+
+
+def _field(event: Event | None, name: str, default: Any = None) -> Any:
+    """Return a field of an event; the default where the event has not come."""
+    if event is None:
+        return default
+    return getattr(event, name)
 
 
 def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] | None:
@@ -179,7 +189,7 @@ def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
     """Return a round's equal reasons once: how many sites share each, and the first few of them."""
     return [
         {"round": round, "reason": reason, "sites": len(events), "first": [event.site for event in events[:5]]}
-        for (round, reason), events in alike(excluded).items()
+        for (round, reason), events in group_alike(excluded).items()
     ]
 
 
@@ -198,18 +208,29 @@ def _privacy(
     planned: Planned | None, rounds: Mapping[int, RoundFinished], finished: RunFinished | None
 ) -> dict[str, Any] | None:
     """Return what has been spent by the last event that tells."""
-    told = [finished.privacy if finished else {}, rounds[max(rounds)].privacy if rounds else {}]
-    return next((dict(p) for p in told if p), dict(planned.privacy) if planned else None)
+    if finished and finished.privacy:
+        return dict(finished.privacy)
+    if rounds and rounds[max(rounds)].privacy:
+        return dict(rounds[max(rounds)].privacy)
+    return dict(planned.privacy) if planned else None
+
+
+def _seconds(
+    earlier: float, rounds: Mapping[int, RoundFinished], finished: RunFinished | None
+) -> dict[str, float | None]:
+    """Return how long the run took, with the seconds before its last resumption, and a round of it on average."""
+    seconds: dict[str, float | None] = {"total": None, "per_round": None}
+    if finished:
+        seconds["total"] = round(earlier + finished.seconds, 3)
+    if rounds:
+        seconds["per_round"] = round(sum(r.seconds for r in rounds.values()) / len(rounds), 6)
+    return seconds
 
 
 def _losses(rounds: Mapping[int, RoundFinished], tested: Tested | None) -> dict[str, float | None]:
     """Return the training losses of the first and the last round that told one, and the loss on held-out records."""
-    known = [rounds[number].loss for number in sorted(rounds)]
-    return {
-        "first": known[0] if known else None,
-        "last": known[-1] if known else None,
-        "test": tested.loss if tested else None,
-    }
+    losses = [rounds[number].loss for number in sorted(rounds)] or [None]
+    return {"first": losses[0], "last": losses[-1], "test": _field(tested, "loss")}
 
 
 def _rate(planned: Planned | None) -> dict[str, Any] | None:
@@ -218,7 +239,7 @@ def _rate(planned: Planned | None) -> dict[str, Any] | None:
     return {"first": planned.learning_rate or None, "chosen": bool(planned.rate_chosen)}
 
 
-def _compared(told: Compared | None) -> dict[str, Any] | None:
+def _comparison(told: Compared | None) -> dict[str, Any] | None:
     if told is None:
         return None
     own = told.own_better
@@ -231,7 +252,7 @@ def _ranges(told: RangesFound | None) -> dict[str, Any] | None:
     return {"found": {name: list(ends) for name, ends in told.ranges.items()}, "noise_sd": told.noise_sd}
 
 
-def _voted(told: Voted | None) -> dict[str, Any] | None:
+def _vote(told: Voted | None) -> dict[str, Any] | None:
     if told is None:
         return None
     own = told.own_better
@@ -243,23 +264,23 @@ def main_model(algorithm: str) -> str:
     return algorithm if algorithm in BASELINES else "federated"
 
 
-def _plain(figures: Mapping[str, Figure], n: int | None) -> dict[str, float | int | None]:
-    values: dict[str, float | int | None] = {name: figure.value for name, figure in figures.items()}
-    return values if n is None else {**values, "n": n}
+def _values(figures: Mapping[str, Figure]) -> dict[str, float | None]:
+    return {name: figure.value for name, figure in figures.items()}
 
 
 def _intervals(figures: Mapping[str, Figure]) -> dict[str, list[float] | None]:
-    return {name: None if f.low is None or f.high is None else [f.low, f.high] for name, f in figures.items()}
+    intervals: dict[str, list[float] | None] = {}
+    for name, figure in figures.items():
+        low, high = figure.low, figure.high
+        intervals[name] = None if low is None or high is None else [low, high]
+    return intervals
 
 
-def _per_site(tested: Tested) -> dict[str, Any]:
-    return {site: _plain(figures, tested.site_n[site]) for site, figures in tested.per_site.items()}
-
-
-def _baseline(tested: Tested) -> dict[str, Any]:
+def _figures(tested: Tested) -> dict[str, Any]:
+    """Return what a test came to: of all sites with intervals, on average over sites, and of each."""
     return {
-        "test": _plain(tested.all_sites, tested.n),
+        "test": {**_values(tested.all_sites), "n": tested.n},
         "intervals": _intervals(tested.all_sites),
-        "macro": _plain(tested.macro, None),
-        "per_site": _per_site(tested),
+        "macro": _values(tested.macro),
+        "per_site": {site: {**_values(mine), "n": tested.site_n[site]} for site, mine in tested.per_site.items()},
     }

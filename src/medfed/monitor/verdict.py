@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 from medfed.core import decision
+from medfed.core.checks import some
 
 Summary = Mapping[str, Any]
 
@@ -35,11 +36,11 @@ CODES = {
 
 def findings(summary: Summary) -> list[dict[str, str]]:
     """Return what a run's figures mean, most important first; nothing of a run without a test."""
-    test, intervals = _tested(summary)
-    found = list(_loss(summary))
+    test, intervals = _main_test(summary)
+    found = list(_judge_loss(summary))
     if test:
-        found += _regression(summary, test) if "r2" in test else _classes(summary, test, intervals)
-        found += _own(summary)
+        found += _judge_regression(summary, test) if "r2" in test else _judge_classes(summary, test, intervals)
+        found += _judge_own_models(summary)
     elif summary.get("status") == "complete":
         text = "The model was not tested: nothing is known of how good it is."
         following = "Test it on patients who are declared public, or at each site (`medfed alone RUN SITE`)."
@@ -57,22 +58,24 @@ def _finding(code: str, text: str, following: str, level: str = "warning") -> di
     return {"code": code, "level": level, "text": text, "next": following}
 
 
-def _tested(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _main_test(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Return the figures and intervals of the model that the run is about."""
     if summary["test"]:
         return summary["test"], summary["intervals"]
     main = summary["baselines"].get(summary["algorithm"])
-    return (main["test"], main["intervals"]) if main else ({}, {})
+    if main is None:
+        return {}, {}
+    return main["test"], main["intervals"]
 
 
-def _private(summary: Summary) -> bool:
+def _is_private(summary: Summary) -> bool:
     return (summary["privacy"] or {}).get("epsilon") is not None
 
 
-def _more(summary: Summary) -> str:
+def _advise(summary: Summary) -> str:
     """Say what to try where too little was learned."""
     privacy = summary["privacy"] or {}
-    if _private(summary):
+    if _is_private(summary):
         return (
             f"At epsilon {privacy.get('target_epsilon', privacy['epsilon']):g} noise, or too few or too short steps, "
             "hide what there is to learn: see `medfed privacy plan`; more patients, more rounds or a larger "
@@ -84,12 +87,16 @@ def _more(summary: Summary) -> str:
 # Training
 
 
-def _loss(summary: Summary) -> Iterator[dict[str, str]]:
+def _judge_loss(summary: Summary) -> Iterator[dict[str, str]]:
     first, last = summary["loss"]["first"], summary["loss"]["last"]
     rate = summary["learning_rate"] or {}
-    set_to = f" (it is {rate['first']:g})" if rate.get("first") else ""
-    lower = f"Lower training.learning_rate{set_to}"
-    lower += "." if rate.get("chosen") else ", or leave it out: one that cannot diverge is then chosen."
+    lower = "Lower training.learning_rate"
+    if rate.get("first"):
+        lower += f" (it is {rate['first']:g})"
+    if rate.get("chosen"):
+        lower += "."
+    else:
+        lower += ", or leave it out: one that cannot diverge is then chosen."
     if first is not None and (last is None or last > 1.1 * first):
         now = "no number" if last is None else f"{last:.4g}"
         text = f"The training loss grew from {first:.4g} in the first round to {now} in the last."
@@ -113,44 +120,50 @@ _FALLING, _KNOWS_NOTHING = 0.98, 1.5
 # Against a constant predictor
 
 
-def _regression(summary: Summary, test: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _judge_regression(summary: Summary, test: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     if test["r2"] is not None and test["r2"] <= 0:
         text = f"The model predicts no better than the mean does for everybody: R2 {test['r2']:.3f}."
-        yield _finding("not-better-than-constant", text, _more(summary))
+        yield _finding("not-better-than-constant", text, _advise(summary))
 
 
-def _classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _judge_classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     shares = _shares(summary)
     if sum(share > 0 for share in shares) < 2:
         if summary["confusion"]:
             text = "All held-out records are of one class: how well the model tells classes apart is not known."
             yield _finding("one-class-tested", text, "Raise data.test_fraction, or hold out more patients.")
         return
-    chance = _chance(summary, test, intervals, shares)
+    chance = _describe_chance(summary, test, intervals, shares)
     if chance:
-        yield _finding("not-better-than-chance", chance, _too_noisy(summary, intervals) or _more(summary))
-    elif worse := _worse_chances(summary, test, shares):
+        yield _finding("not-better-than-chance", chance, _describe_noise(summary, intervals) or _advise(summary))
+    elif worse := _describe_worse_chances(summary, test, shares):
         text = f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
         following = "Use its ranking, not its chances; train for more rounds, or with smaller steps."
         yield _finding("chances-worse-than-constant", text, following)
-    if (one := _one_class(summary)) and not (chance and _too_noisy(summary, intervals)):  # counts are noise, too
+    one = _describe_one_class(summary)
+    counts_are_noise = chance and _describe_noise(summary, intervals)
+    if one and not counts_are_noise:
         at = (summary.get("decision") or {}).get("threshold", 0.5)
         following = (
             f"Its AUROC says whether it ranks patients; the decision threshold is {at:.3g}: declare another, such as "
             "the known share of positives, in data.threshold."
         )
-        yield _finding("one-class", one, _more(summary) if chance else following)
-    if short := _missed_sensitivity(summary, test, intervals):
+        yield _finding("one-class", one, _advise(summary) if chance else following)
+    if short := _describe_sensitivity(summary, test, intervals):
         yield _finding("sensitivity-missed", short, "Declare a lower number in data.threshold.")
 
 
-def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any], shares: Sequence[float]) -> str:
+def _describe_chance(
+    summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any], shares: Sequence[float]
+) -> str:
     """Say that a model tells classes apart no better than chance; empty where it does."""
     auroc = test.get("auroc")
     if len(shares) == 2:
         if auroc is None:
-            return "How well the model tells classes apart is not known: no AUROC." if _noised(summary) else ""
-        low, high = intervals.get("auroc") or _hanley(auroc, *_counts(summary))
+            if _is_noised(summary):
+                return "How well the model tells classes apart is not known: no AUROC."
+            return ""
+        low, high = intervals.get("auroc") or _hanley_interval(auroc, *_counts(summary))
         if low > 0.5:
             return ""
         if high < 0.5:
@@ -159,7 +172,7 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
             )
         return f"The model cannot be told from chance: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
     most, low = max(shares), (intervals.get("accuracy") or [test["accuracy"]])[0]
-    if low > most or not _worse_chances(summary, test, shares):
+    if low > most or not _describe_worse_chances(summary, test, shares):
         return ""
     return (
         f"The model tells {len(shares)} classes no better than by their shares: accuracy {test['accuracy']:.3f}, of "
@@ -167,10 +180,10 @@ def _chance(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, A
     )
 
 
-def _too_noisy(summary: Summary, intervals: Mapping[str, Any]) -> str:
+def _describe_noise(summary: Summary, intervals: Mapping[str, Any]) -> str:
     """Say that the test, not the model, is what says nothing; empty where it could."""
     low, high = intervals.get("auroc") or (None, None)
-    if not _noised(summary) or (low is not None and high is not None and high - low < 0.25):
+    if not _is_noised(summary) or (low is not None and high is not None and high - low < 0.25):
         return ""
     return (
         "The noise of the test alone does this: it says nothing of the model. Hold out more patients, raise "
@@ -178,12 +191,12 @@ def _too_noisy(summary: Summary, intervals: Mapping[str, Any]) -> str:
     )
 
 
-def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
+def _describe_worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
     """Say in figures that chances err more than the shares of the classes would; empty where they do not.
 
     A noised test rounds chances to few cells, and its shares are noised too: it does not tell.
     """
-    if _noised(summary):
+    if _is_noised(summary):
         return ""
     constant = 1 - sum(share**2 for share in shares)
     if len(shares) == 2:
@@ -196,12 +209,12 @@ def _worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[f
     return ""
 
 
-def _noised(summary: Summary) -> bool:
+def _is_noised(summary: Summary) -> bool:
     """Whether the test is a noised histogram of few cells, which rounds chances."""
     return bool(summary.get("test_noised"))
 
 
-def _one_class(summary: Summary) -> str:
+def _describe_one_class(summary: Summary) -> str:
     """Say that the model misses all or nearly all of a class; empty where it does not.
 
     Counts of a noised test may be off, so that a few found where many are say nothing: one in twenty is nobody.
@@ -222,13 +235,14 @@ def _one_class(summary: Summary) -> str:
     return f"The model finds hardly any of a class: {told}. It is no better than to leave that class out."
 
 
-def _missed_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+def _describe_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     """Say that less of the positives is found than the study's rule asks for, beyond chance; empty where not."""
     rule = decision.parse((summary.get("decision") or {}).get("rule", ""))
     recall, high = test.get("recall"), (intervals.get("recall") or (None, None))[1]
     if rule is None or rule.name != "sensitivity" or recall is None:
         return ""
-    if (high if high is not None else recall) >= rule.level:
+    most = recall if high is None else high
+    if most >= rule.level:
         return ""
     return f"The threshold was to find {rule.level:.0%} of the positives, and finds {recall:.1%}."
 
@@ -242,36 +256,37 @@ _DIFFER = (
 _AT_HOME = "Each site can see for itself, at home: `medfed alone RUN SITE`."
 
 
-def _own(summary: Summary) -> Iterator[dict[str, str]]:
+def _judge_own_models(summary: Summary) -> Iterator[dict[str, str]]:
     if summary["algorithm"] in summary["baselines"]:
         return
     compared, vote = summary["compared"], summary.get("vote")
     if compared is None:
         if vote:
-            yield from _voted(vote)
-        elif _private(summary) and "local" not in summary["baselines"]:
+            yield from _judge_vote(vote)
+        elif _is_private(summary) and "local" not in summary["baselines"]:
             text = "Not compared: whether sites' own models do better is not known; under a claim it takes a paid vote."
             yield _finding("not-compared", text, _AT_HOME, "note")
         return
     low, high = compared["interval"]
-    better = _better_alone(compared["sites"])
+    better = _sites_better_alone(compared["sites"])
     if low is not None and low > 0:
-        where = f" (clearly at {', '.join(better[:5])})" if better else ""
+        where = ""
+        if better:
+            where = f" (clearly at {', '.join(better[:5])})"
         text = (
             f"Sites' own models are better than the federated one: their squared error is less by "
             f"{compared['own_better']:.4g} a record, with 95 % between {low:.4g} and {high:.4g}{where}."
         )
         yield _finding("own-better", text, _DIFFER)
     elif better:
-        more = f" and {len(better) - 5} more" if len(better) > 5 else ""
         text = (
-            f"At {len(better)} of {len(compared['sites'])} sites ({', '.join(better[:5])}{more}) the own model is "
+            f"At {len(better)} of {len(compared['sites'])} sites ({some(better, 5)}) the own model is "
             "better than the federated one."
         )
         yield _finding("own-better-at-some", text, _DIFFER)
 
 
-def _voted(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _judge_vote(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Say what a vote of sites comes to."""
     sites, (low, high) = vote["sites"], vote["interval"]
     if low > sites or high < 0:
@@ -289,7 +304,7 @@ def _voted(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         yield _finding("federated-better-by-vote", text, _AT_HOME, "note")
 
 
-def _better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:
+def _sites_better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:
     """Return the sites whose own model is better at 95 % for all sites together (Bonferroni)."""
     tested = {name: told for name, told in sites.items() if told[2] is not None and told[3] is not None}
     wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(tested))) / NormalDist().inv_cdf(0.975)
@@ -319,7 +334,7 @@ def _entropy(shares: Sequence[float]) -> float:
     return -sum(share * math.log(share) for share in shares if share > 0)
 
 
-def _hanley(auroc: float, negative: int, positive: int) -> tuple[float, float]:
+def _hanley_interval(auroc: float, negative: int, positive: int) -> tuple[float, float]:
     """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil 1982)."""
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
     spread = auroc * (1 - auroc) + (positive - 1) * (q1 - auroc**2) + (negative - 1) * (q2 - auroc**2)

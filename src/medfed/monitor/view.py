@@ -25,8 +25,8 @@ from medfed.monitor.events import (
     Tested,
     Warned,
 )
-from medfed.monitor.lines import SCORES, sentence
-from medfed.monitor.story import LEVELS, Story, thinned
+from medfed.monitor.sentences import SCORES, sentence
+from medfed.monitor.story import LEVELS, Story, thin
 
 LINES = 100  # of the log that the page shows
 ROUNDS = 20  # in the table of rounds
@@ -55,14 +55,19 @@ class Live:
         name = next((n for n in SCORES if last and n in last.all_sites), "")
         rounds = [story.rounds[t] for t in sorted(story.rounds)]
         score = {t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites}
+        suspects = [one["site"] for one in s["suspects"]]
+        warnings = s["warnings"][:20]
+        if story.finished:
+            warnings = [*verdict.lines(s), *warnings]
+
         return {
             "study": s["study"],
             "status": s["status"] if story.finished else "no end yet",
-            "reason": story.finished.reason if story.finished else "",
+            "reason": s["reason"] or "",
             "last": self.last.strftime("%Y-%m-%d %H:%M:%S UTC") if self.last else None,
             "rounds": s["rounds"],
             "rounds_asked": s["rounds_asked"],
-            "score": {"name": name, "value": score[max(score)] if score else None},
+            "score": {"name": name, "value": score.get(max(score, default=0))},
             "test": s["test"],
             "privacy": s["privacy"],
             "seconds_per_round": s["seconds"]["per_round"],
@@ -70,9 +75,9 @@ class Live:
             "participants": len(s["sites"]),
             "sites": self._sites(),
             "curves": {
-                "score": thinned(score, POINTS),
-                "loss": thinned({one.round: one.loss for one in rounds}, POINTS),
-                "seconds": thinned({one.round: one.seconds for one in rounds}, POINTS),
+                "score": thin(score, POINTS),
+                "loss": thin({one.round: one.loss for one in rounds}, POINTS),
+                "seconds": thin({one.round: one.seconds for one in rounds}, POINTS),
             },
             "recent": [
                 {
@@ -85,8 +90,8 @@ class Live:
                 }
                 for one in rounds[: -ROUNDS - 1 : -1]
             ],
-            "suspects": [one["site"] for one in s["suspects"]] if story.sites else len(s["suspects"]),
-            "warnings": [*(verdict.lines(s) if story.finished else []), *s["warnings"][:20]],
+            "suspects": suspects if story.sites else len(suspects),
+            "warnings": warnings,
             "log": list(self.lines),
         }
 
@@ -95,7 +100,7 @@ class Live:
         left_out = story.left_out()
         done = {one.client: one.action for one in story.audits}
         threat = {one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}" for one in s["suspects"]}
-        last: dict[str, tuple[float | None, float]] = {}
+        last: dict[str, tuple[float | None, float | None]] = {}
         if story.rounds:
             newest = story.rounds[max(story.rounds)]
             told = zip(newest.clients, newest.losses, newest.site_seconds, strict=True)
@@ -108,8 +113,8 @@ class Live:
                 "test": sizes[name]["test"],
                 "rounds": s["participation"].get(name, 0),
                 "left_out": left_out[name],
-                "loss": last[name][0] if name in last else None,
-                "seconds": last[name][1] if name in last else None,
+                "loss": last.get(name, (None, None))[0],
+                "seconds": last.get(name, (None, None))[1],
                 "threat": threat.get(name, LEVELS[0]),
             }
             for name in story.sites
@@ -134,8 +139,8 @@ class Narrowing:
                 self.concerned = self.site in event.sizes
                 if others := [re.escape(name) for name in event.sizes if name != self.site]:
                     self._others = re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)")
-                sizes, labels = self._own(event.sizes), self._own(event.labels)
-                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._told(event.rate_chosen))
+                sizes, labels = self._keep_own(event.sizes), self._keep_own(event.labels)
+                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._withhold(event.rate_chosen))
             case RoundStarted():
                 return replace(event, clients=[name for name in event.clients if name == self.site])
             case RoundFinished():
@@ -149,24 +154,28 @@ class Narrowing:
                 )
             case Inspected():
                 findings = [one for one in event.findings if one["client"] == self.site]
-                kept = [one | {"evidence": self._told(str(one["evidence"]))} for one in map(dict, findings)]
-                return replace(event, weights=self._own(event.weights), findings=kept)
+                kept = [one | {"evidence": self._withhold(str(one["evidence"]))} for one in map(dict, findings)]
+                return replace(event, weights=self._keep_own(event.weights), findings=kept)
             case Tested():
-                return replace(event, per_site=self._own(event.per_site), site_n=self._own(event.site_n))
+                return replace(event, per_site=self._keep_own(event.per_site), site_n=self._keep_own(event.site_n))
             case Compared():
-                return replace(event, sites=self._own(event.sites))
-            case SiteExcluded(site=name, reason=text):
-                return replace(event, reason=self._told(text)) if name == self.site else None
-            case SecurityAudit(client=name, evidence=evidence):
-                return replace(event, evidence=list(map(self._told, evidence))) if name == self.site else None
+                return replace(event, sites=self._keep_own(event.sites))
+            case SiteExcluded(site=name) | SecurityAudit(client=name) if name != self.site:
+                return None
+            case SiteExcluded(reason=text):
+                return replace(event, reason=self._withhold(text))
+            case SecurityAudit(evidence=evidence):
+                return replace(event, evidence=list(map(self._withhold, evidence)))
             case Warned(text=text):
-                return Warned(self._told(text))
+                return Warned(self._withhold(text))
             case RunFinished(reason=text):
-                return replace(event, reason=self._told(text))
+                return replace(event, reason=self._withhold(text))
         return event
 
-    def _own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:
+    def _keep_own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in by_site.items() if name == self.site}
 
-    def _told(self, text: str) -> str:
-        return OTHERS if self._others and self._others.search(text) else text
+    def _withhold(self, text: str) -> str:
+        if self._others and self._others.search(text):
+            return OTHERS
+        return text

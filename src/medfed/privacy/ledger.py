@@ -162,7 +162,7 @@ class Ledger:
             assert self.path is not None
             self._key = read_key(self.path, self._genesis["key"])
         if self.lifetime:
-            patient = patient_ids.named(patient, self.lifetime.identity)
+            patient = patient_ids.identify(patient, self.lifetime.identity)
         return hmac.digest(self._key, patient.encode("utf-8", "surrogatepass"), "sha256").hex()
 
     def enrol(self, site: str, patients: Iterable[str]) -> Cohort:

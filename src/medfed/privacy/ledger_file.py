@@ -185,7 +185,7 @@ def link(beside: Path, place: Path) -> None:
     except OSError as error:
         if error.errno not in _UNLINKED:
             raise
-        with files.held(place.parent, ".founding.lock"):
+        with files.hold(place.parent, ".founding.lock"):
             if not place.exists():
                 os.replace(beside, place)
                 return

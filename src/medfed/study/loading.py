@@ -60,7 +60,7 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
             f"study={str(path)!r} cannot be read as TOML: not in UTF-8 ({error}); save it as UTF-8"
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {toml.unreadable(text, error)}") from error
+        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {toml.explain_unreadable(text, error)}") from error
     except OSError as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
 

@@ -21,7 +21,7 @@ from medfed.monitor.events import (
     Tested,
     Voted,
     Warned,
-    alike,
+    group_alike,
     name_of,
 )
 
@@ -42,7 +42,8 @@ def sentence(event: Event, named: bool = True) -> str:
         case Warned():
             return f"warning: {event.text}"
         case SiteExcluded():
-            return f"round {event.round}: without {event.site}: {event.reason}" if named else ""
+            if named:
+                return f"round {event.round}: without {event.site}: {event.reason}"
         case RoundFinished():
             return f"round {event.round}: {len(event.clients)} took part, {event.seconds:.3f} s"
         case RolledBack():
@@ -55,16 +56,18 @@ def sentence(event: Event, named: bool = True) -> str:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             return f"{event.model} model tested after round {event.round}: {figures}"
         case Compared():
-            own = event.own_better
-            return f"sites' own models err less by {own.value:.4g} a record" if own.value is not None else ""
+            if event.own_better.value is not None:
+                return f"sites' own models err less by {event.own_better.value:.4g} a record"
         case Voted():
             return (
                 f"{event.own_better.value:.1f} of {event.sites} votes of sites for models of their own (noise included)"
             )
         case Resumed():
-            return f"resumed after round {event.round}{f' ({event.note})' if event.note else ''}"
+            note = f" ({event.note})" if event.note else ""
+            return f"resumed after round {event.round}{note}"
         case RunFinished():
-            return f"{event.status} after {event.rounds} rounds{f': {event.reason}' if event.reason else ''}"
+            why = f": {event.reason}" if event.reason else ""
+            return f"{event.status} after {event.rounds} rounds{why}"
     return ""
 
 
@@ -80,13 +83,13 @@ class LeftOut:
             self._held.append(event)
             return []
         held, self._held = self._held, []
-        return together(held)
+        return merge_alike(held)
 
 
-def together(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
+def merge_alike(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
     """Return the events, those of a round that share a reason as one whose site is all of them: "9 sites, a, ..."."""
     found: list[SiteExcluded] = []
-    for (round, reason), events in alike(held).items():
+    for (round, reason), events in group_alike(held).items():
         if len(events) < _MANY:
             found.extend(events)
         else:
@@ -102,11 +105,14 @@ class Structured:
     """A listener that writes each event as one line of JSON or of key=value text, for whatever collects logs."""
 
     def __init__(self, stream: TextIO, form: Literal["json", "text"]) -> None:
-        last: Any = structlog.processors.JSONRenderer() if form == "json" else structlog.processors.KeyValueRenderer()
+        renderers: dict[str, Any] = {
+            "json": structlog.processors.JSONRenderer,
+            "text": structlog.processors.KeyValueRenderer,
+        }
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
         self._log = structlog.wrap_logger(
             structlog.PrintLogger(stream),
-            processors=[structlog.processors.add_log_level, stamp, last],
+            processors=[structlog.processors.add_log_level, stamp, renderers[form]()],
             wrapper_class=structlog.BoundLogger,
         )
         self._named, self._left_out = True, LeftOut()
@@ -121,8 +127,13 @@ class Structured:
             self._write(event)
 
     def _write(self, event: Event) -> None:
-        if text := sentence(event, self._named):
-            about = {"round": event.round} if hasattr(event, "round") else {}
-            wrong = isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit)
-            tell = self._log.warning if wrong else self._log.info
-            tell(text, kind=name_of(event), **about)
+        text = sentence(event, self._named)
+        if not text:
+            return
+        fields: dict[str, Any] = {"kind": name_of(event)}
+        if hasattr(event, "round"):
+            fields["round"] = event.round
+        if isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit):
+            self._log.warning(text, **fields)
+        else:
+            self._log.info(text, **fields)
