@@ -19,7 +19,7 @@ from medfed.core.checks import MedfedError, PlanError
 from medfed.engine.inprocess import InProcess
 from medfed.monitor.events import Log
 from medfed.plan import Plan
-from medfed.reference import Site
+from medfed.reference import SiteState
 from medfed.robust.rules import ALONE, MIXINGS
 from medfed.round import run_round
 from medfed.study import Privacy, Security, Study
@@ -78,7 +78,7 @@ class Played:
     plan: Plan
     fleet: InProcess
     aggregation: ways.Aggregation
-    held: dict[str, Site]
+    held: dict[str, SiteState]
     engine: Server
     reference: Server
 
@@ -87,7 +87,7 @@ class Played:
         sites = runs.open_sites(study, None)
         fleet, plan = runs._ready(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
-        held = {name: Site(node.train, dict(node.memory)) for name, node in nodes.items()}
+        held = {name: SiteState(node.train, dict(node.memory)) for name, node in nodes.items()}
         return cls(plan, fleet, ways.introduced(plan, fleet, "run"), held, plan.begin(), plan.begin())
 
     def step(self, same_rows: bool = False) -> None:

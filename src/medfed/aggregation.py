@@ -29,14 +29,14 @@ from medfed.privacy.guarantee import GRID
 from medfed.resolved import cohort
 from medfed.robust import rules
 from medfed.secure import masking, three_party
+from medfed.secure.chain import Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
-from medfed.secure.models import Publisher
 from medfed.terms import gram_split, masking_terms, scales, terms_of
 from medfed.wire import combine, finite
 
 
 @dataclass(frozen=True)
-class Answer:
+class RoundRows:
     """What a cohort's work came to."""
 
     names: list[str]  # whose rows count
@@ -55,7 +55,7 @@ class Answer:
 class Aggregation(Protocol):
     """One way for rows to come together."""
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
         """Have the clients work on `payload` in round `number`, and combine their rows.
 
         Raises QuorumError where fewer answer than training.quorum asks for.
@@ -66,7 +66,7 @@ class Aggregation(Protocol):
 class Plain:
     """The coordinator reads every row."""
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
         """Ask, check and combine."""
         replies = gather(fleet, clients, "work", payload, plan.study.training.deadline)
         reports, names, row_KM, excluded = _read_rows(replies, plan)
@@ -96,7 +96,7 @@ class Plain:
         reports: Mapping[str, dict[str, Any]],
         replies: Mapping[str, Reply],
         excluded: Mapping[str, str],
-    ) -> Answer:
+    ) -> RoundRows:
         rule = plan.rule
         if rule:
             gram_KK, weights = rules.gram(rules.blocks_of(row_KM)), dict.fromkeys(names, 1 / len(names))
@@ -106,10 +106,10 @@ class Plain:
                 w_K = plan.weigh(gram_KK)
                 combined_M = combine(row_KM, w_K, plan.links, number)
                 weights = dict(zip(names, w_K.tolist(), strict=True))
-            return Answer(names, reports, replies, combined_M, excluded, weights=weights, gram_KK=gram_KK)
+            return RoundRows(names, reports, replies, combined_M, excluded, weights=weights, gram_KK=gram_KK)
         weight_K = torch.tensor([plan.weight(name) for name in names], dtype=torch.float64)
         combined_M = combine(row_KM, None if plan.joint else weight_K / weight_K.sum(), plan.links, number)
-        return Answer(names, reports, replies, combined_M, excluded)
+        return RoundRows(names, reports, replies, combined_M, excluded)
 
 
 PLAIN = Plain()
@@ -122,12 +122,12 @@ class ThreeParty:
 
     ask: three_party.Ask
     publisher: Publisher
-    terms: three_party.Terms
+    terms: three_party.SharingTerms
     trail: Trail | None = None
     spread: float = 0.0  # standard deviation of the noise on a sum, in steps
     gram_spread: Callable[[int], float] = lambda K: 0.0  # and on an entry of K rows' Gram matrix, in steps squared
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
         """Gather the sites' shares, carry them to the aggregators, and combine what those open."""
         replies = gather(fleet, clients, "work", _signed(self.publisher, number, payload), plan.study.training.deadline)
         reports, uploads, excluded = read(replies, "upload")
@@ -137,7 +137,7 @@ class ThreeParty:
         with naming(excluded):
             opened = three_party.relay(self.ask, scope, sent, self.terms, self.spread)
         _record(self.trail, self.publisher, number, sent, opened.total_M, opened.accepted, excluded | opened.excluded)
-        return Answer(
+        return RoundRows(
             names=[name for name in clients if name in set(opened.accepted)],
             reports=reports,
             replies=replies,
@@ -165,20 +165,20 @@ class Masked:
     """Rows travel under masks that cancel; the coordinator is the server of `masking`."""
 
     publisher: Publisher
-    choose: Callable[[Sequence[str], int], masking.Terms]
+    choose: Callable[[Sequence[str], int], masking.MaskingTerms]
     trail: Trail | None = None
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
         """Play the five phases with the clients, and combine the rows of those who stayed."""
         talk = _Talk(plan, fleet, number)
         mine = self.publisher
-        server = masking.Server(mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number))
+        server = masking.MaskingServer(mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number))
         with naming(talk.lost), naming(server.refused):
             return self._played(plan, clients, payload, talk, server)
 
     def _played(
-        self, plan: Plan, clients: Sequence[str], payload: bytes, talk: "_Talk", server: masking.Server
-    ) -> Answer:
+        self, plan: Plan, clients: Sequence[str], payload: bytes, talk: "_Talk", server: masking.MaskingServer
+    ) -> RoundRows:
         number = talk.number
         keys = server.keys(talk.ask("keys", clients, told=clients))
         boxes = server.shares(talk.ask("shares", clients, keys))
@@ -197,7 +197,7 @@ class Masked:
         names = [name for name in clients if name in stayed]
         refusals = _said(server.refused)
         _record(self.trail, self.publisher, number, sent, total_M, names, talk.lost | refusals)
-        return Answer(
+        return RoundRows(
             names=names,
             reports=reports,
             replies=replies,
@@ -292,7 +292,7 @@ class Keys:
     members: federation.Consortium | None = None
 
 
-def own_keys(plan: Plan) -> Keys | None:
+def coordinator_keys(plan: Plan) -> Keys | None:
     """Return the coordinator's keys; None for plain rows. In this engine every party's key file is looked at, too.
 
     Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the consortium approved.
@@ -328,7 +328,7 @@ def introduced(
     Every site signs the study as it has it; one that has another is refused here. Each party works out bounds, weights
     and noise for itself. `aggregators` are the three, where they live elsewhere; else they are made in this process.
     """
-    keys = keys or own_keys(plan)
+    keys = keys or coordinator_keys(plan)
     if keys is None:
         return PLAIN
     study, security, me = plan.study.digest(), plan.study.security, keys.coordinator

@@ -68,7 +68,7 @@ class Buffers:
         return view
 
 
-class Rule(ABC):
+class LayerRule(ABC):
     """A layer without parameters of its own; the base of all rules."""
 
     names: tuple[str, ...] = ()  # the parameters, in the order of `named_parameters()`
@@ -147,7 +147,7 @@ class Rule(ABC):
         return self._wide("dy wide", dy, weight.dtype).mul_(weight)
 
 
-class LinearRule(Rule):
+class LinearRule(LayerRule):
     """y = x W^T + b. The gradient of W is a sum of products dy_s x_s^T over slots and positions."""
 
     remembered = ("x", "dy")
@@ -363,7 +363,7 @@ class ConvRule(LinearRule):
         return _gathered(dy.sum(1), groups)
 
 
-class EmbeddingRule(Rule):
+class EmbeddingRule(LayerRule):
     """Rows of a table by index. A patient's gradient sums the slots and positions that read the same row first."""
 
     remembered = ("dy",)
@@ -417,7 +417,7 @@ class EmbeddingRule(Rule):
         _blend(targets[0], total.view(targets[0].shape), beta, alpha)
 
 
-class NormRule(Rule):
+class NormRule(LayerRule):
     """y = (x - mean) / sd * g + b, with mean and sd of one patient's units: what LayerNorm and GroupNorm share."""
 
     remembered = ("n", "dy")
@@ -532,7 +532,7 @@ class GroupNormRule(NormRule):
         return _over(dy.flatten(3).sum(3) if dy.dim() > 3 else dy)
 
 
-class DropoutRule(Rule):
+class DropoutRule(LayerRule):
     """The keyed dropout of `medfed.models`: each client's mask, or each slot's, comes from its own stream."""
 
     layer: Dropout
@@ -547,7 +547,7 @@ class DropoutRule(Rule):
         return dy.mul_(self.scale)
 
 
-class ShapeRule(Rule):
+class ShapeRule(LayerRule):
     """Flatten from a sample's first axis on, cut a sample into series or pictures, or do nothing (Identity)."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -562,7 +562,7 @@ class ShapeRule(Rule):
         return dy.reshape(self.shape)
 
 
-class PoolRule(Rule):
+class PoolRule(LayerRule):
     """Pooling: no parameters, sample by sample, so autograd may do this one layer for all samples of all clients."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -577,7 +577,7 @@ class PoolRule(Rule):
         return dx.contiguous().view(*self.slots, *self.x.shape[1:])
 
 
-class MeanRule(Rule):
+class MeanRule(LayerRule):
     """The mean of each channel."""
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -590,7 +590,7 @@ class MeanRule(Rule):
         return torch.div(dy.expand(self.shape), prod(self.shape[3:]), out=dx)
 
 
-class ActivationRule(Rule):
+class ActivationRule(LayerRule):
     """An elementwise function, by torch's own forward and backward kernels."""
 
     # layer type -> (forward of (layer, x), backward of (layer, dy, x, y))
@@ -623,7 +623,7 @@ class ActivationRule(Rule):
         return self.KERNELS[type(self.layer)][1](self.layer, dy, self.x, self.y)
 
 
-RULES: dict[type[nn.Module], type[Rule]] = {
+RULES: dict[type[nn.Module], type[LayerRule]] = {
     nn.Linear: LinearRule,
     nn.Conv1d: ConvRule,
     nn.Conv2d: ConvRule,

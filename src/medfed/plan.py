@@ -48,7 +48,7 @@ from medfed.resolved import (
     robust_rule,
 )
 from medfed.robust import attacks
-from medfed.robust.rules import Rule
+from medfed.robust.rules import RobustRule
 from medfed.secure.field import check_headroom
 from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
 
@@ -323,7 +323,7 @@ def _attack_refusals(study: Study) -> Iterator[Refusal]:
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
 
-def _rule_refusals(study: Study, rule: Rule, way: str) -> Iterator[Refusal]:
+def _rule_refusals(study: Study, rule: RobustRule, way: str) -> Iterator[Refusal]:
     """Yield what a study's rule does not compose with; `way` tells the aggregation."""
     where, aggregation = f"robustness.rule={study.robustness.rule!r}", study.security.aggregation
     if aggregation == "masked":

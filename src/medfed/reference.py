@@ -24,7 +24,7 @@ from medfed.wire import finite, into_ball, send
 
 
 @dataclass
-class Site:
+class SiteState:
     """What one site holds: its training rows, and what its algorithm remembers of earlier rounds."""
 
     rows: Rows
@@ -32,7 +32,7 @@ class Site:
 
 
 def play(
-    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, Site], drawn: Sequence[str] | None = None
+    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, SiteState], drawn: Sequence[str] | None = None
 ) -> Server:
     """Return the server's state after one round; sites whose row counts remember it. `drawn` stands for the lottery."""
     number, g, training = server.round + 1, plan.guarantee, plan.study.training
@@ -89,7 +89,7 @@ def play(
     return after
 
 
-def work(server: Server, plan: Plan, model: nn.Module, name: str, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
+def work(server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the row [M] that a site's records come to, and what it will remember if the row counts.
 
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of the site's clipped

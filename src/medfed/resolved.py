@@ -21,7 +21,7 @@ from medfed.fleet import selection
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.budget import Budget, Metered, NoClaim
 from medfed.privacy.guarantee import Guarantee
-from medfed.robust.rules import Rule, augment, rule_of
+from medfed.robust.rules import RobustRule, augment, rule_of
 from medfed.study import Study
 from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
 
@@ -49,7 +49,7 @@ class Resolved:
         return ALGORITHMS[algorithm_name(self.study)]
 
     @property
-    def rule(self) -> Rule | None:
+    def rule(self) -> RobustRule | None:
         """What weighs rows where some may lie; None takes the clients' public weights."""
         return robust_rule(self.study, cohort(self.study, self.participants))
 
@@ -64,7 +64,7 @@ class Resolved:
             return rule(gram_KK, key)
         return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
 
-    def fitting(self, rows: int) -> Rule:
+    def fitting(self, rows: int) -> RobustRule:
         """Return the rule for as many rows as came: who did not come counts as malicious where it needs that.
 
         Raises QuorumError where even so they are too few.
@@ -211,7 +211,7 @@ def threshold(study: Study, n: int) -> int:
     return (n + math.floor(study.security.colluding * n)) // 2 + 1
 
 
-def robust_rule(study: Study, clients: int) -> Rule | None:
+def robust_rule(study: Study, clients: int) -> RobustRule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
     name = (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule

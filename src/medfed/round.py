@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from medfed import dpsgd
-from medfed.aggregation import PLAIN, Aggregation, Answer
+from medfed.aggregation import PLAIN, Aggregation, RoundRows
 from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError, reasons
@@ -127,7 +127,7 @@ def _descended(
     return server, -training.learning_rate * gradient_P
 
 
-def _inspect(answer: Answer, plan: Plan, number: int, log: Log) -> None:
+def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
     """Tell what the Gram matrix of a round's rows says against whom; a row that was refused for what it holds, too."""
     assert answer.gram_KK is not None and plan.rule is not None
     caught = {name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)}
@@ -142,14 +142,14 @@ MALICE = ("not finite", "out of bound", "different shares")
 
 
 @dataclass(frozen=True)
-class Decision:
+class Threshold:
     """From which probability the positive label is called, and from what that follows."""
 
     threshold: float = 0.5
     decided: str = "until it is chosen"
 
 
-def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Decision:
+def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -> Threshold:
     """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
@@ -157,7 +157,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
     """
     study, rule = plan.study, plan.study.rule()
     if not rule.chosen or plan.encoding.target.task != "binary":
-        return Decision(rule.level if not rule.chosen else 0.5, "declared")
+        return Threshold(rule.level if not rule.chosen else 0.5, "declared")
     g = plan.guarantee
     if g:
         budget.ask("threshold")
@@ -175,9 +175,9 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: Budget, log: Log) -
     if found is None:
         hidden = "the noise hides it" if g and told else "training rows do not tell"
         log.emit(Warned(f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"))
-        return Decision(0.5, f"{study.data.threshold} chose nothing")
+        return Threshold(0.5, f"{study.data.threshold} chose nothing")
     of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
-    return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
+    return Threshold(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
 
 
 def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
@@ -204,7 +204,7 @@ def test(
     log: Log,
     model: str = "federated",
     intervals: bool = False,
-    decision: Decision | None = None,
+    decision: Threshold | None = None,
 ) -> Tested:
     """Test the current model at every site; emit and return the figures. Without a `decision` as declared, or at 0.5.
 
@@ -212,7 +212,7 @@ def test(
     """
     began = time.perf_counter()
     study, task, rule = plan.study, plan.encoding.target.task, plan.study.rule()
-    decision = decision or (Decision() if rule.chosen else Decision(rule.level, "declared"))
+    decision = decision or (Threshold() if rule.chosen else Threshold(rule.level, "declared"))
     private = plan.guarantee is not None and not study.data.test_is_public
     asked = {"w": server.released_P}
     if private:

@@ -65,7 +65,6 @@ from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
 from medfed.foretell import foretell, paid_test
-from medfed.gate import Gate
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
@@ -80,11 +79,12 @@ from medfed.privacy.ledger import Ledger, Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
-from medfed.robust.reputation import Decision, Watch
+from medfed.robust.reputation import Ruling, Watch
+from medfed.rollback import Rollback
 from medfed.round import compare_own, decide, run_round, test, vote
+from medfed.secure.chain import FIRST
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
-from medfed.secure.models import FIRST
 from medfed.site import Site
 from medfed.study import Study
 
@@ -193,7 +193,7 @@ def run(
     with advising("Nothing was trained."), _fresh(Path(out) if out else None, study.study.name) as folder:
         sites = open_sites(study, data, folder / "sites", progress)
         fleet, plan = _ready(sites[0].study, sites)
-        keys = ways.own_keys(plan)
+        keys = ways.coordinator_keys(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
         with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
@@ -867,7 +867,7 @@ def _drive(
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.found(account.uses(), account.queries())
     name, reason, every = main_model(study.training.algorithm), "", study.monitor.evaluate_every
-    watch, gate = _watched(plan, log), Gate.of(plan)
+    watch, gate = _watched(plan, log), Rollback.of(plan)
     pace = _paced(log.events(), plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
@@ -994,7 +994,7 @@ def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pa
     return server, following
 
 
-def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
+def _gated(gate: Rollback, before: Server, after: Server, log: Log) -> Server:
     """Return the round's state, or the one before where the gate takes the round back."""
     stands, was, now = gate.passes(before, after)
     if stands:
@@ -1018,7 +1018,7 @@ def _judge(watch: Watch, log: Log) -> Watch:
     return watch
 
 
-def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]:
+def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Ruling]]:
     findings = [Finding(**one) for one in event.findings]  # type: ignore[arg-type]
     return watch.step(event.round, event.weights.keys(), findings)
 

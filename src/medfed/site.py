@@ -42,8 +42,8 @@ from medfed.privacy.mechanisms import geometric_noise
 from medfed.resolved import Resolved, algorithm_name, resolve, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
+from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity, Post, Roster
-from medfed.secure.models import Follower
 from medfed.secure.party import Party, Rehearser
 from medfed.study import LARGEST, LEAST_CLIP, Study
 from medfed.terms import party_of

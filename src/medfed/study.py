@@ -550,7 +550,7 @@ class Study:
     given: frozenset[str] | None = field(default=None, compare=False, metadata={"hidden": True})
     chosen: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"hidden": True})
 
-    def rule(self) -> decision.Rule:
+    def rule(self) -> decision.ThresholdRule:
         """Return how the threshold of a binary target is found."""
         found = decision.parse(self.data.threshold)
         assert found is not None  # `_check_ranges` has seen to it

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 from medfed import aggregation as ways
 from medfed import runs
-from medfed.aggregation import Aggregation, Answer
+from medfed.aggregation import Aggregation, RoundRows
 from medfed.algorithms import Server, Task
 from medfed.core import codec, streams
 from medfed.core.checks import PlanError
@@ -151,7 +151,7 @@ class _Heard:
         self.inner = inner
         self.opened_M = torch.empty(0)
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
+    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
         """Collect, and keep the combined row."""
         answer = self.inner.collect(plan, fleet, clients, number, payload)
         self.opened_M = answer.combined_M

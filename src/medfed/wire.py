@@ -124,7 +124,7 @@ class NoiseShare:
     is post-processing.
 
     Edge cases:
-    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.Terms`);
+    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.MaskingTerms`);
     - more parts than `holders` make more than is asked for, by a factor that the claim states;
     - whoever knows some parts can take away those alone, so `holders` are those who tell nobody theirs.
     """

@@ -8,23 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.core import decision
-from medfed.core.decision import EXACT_EDGES, Rule, parse, tally
+from medfed.core.decision import EXACT_EDGES, ThresholdRule, parse, tally
 
-RULES = [Rule("prevalence"), Rule("sensitivity", 0.9), Rule("youden")]
+RULES = [ThresholdRule("prevalence"), ThresholdRule("sensitivity", 0.9), ThresholdRule("youden")]
 
 
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("0.5", Rule("fixed", 0.5)),
-        ("0.02", Rule("fixed", 0.02)),
-        ("prevalence", Rule("prevalence")),
-        ("youden", Rule("youden")),
-        ("sensitivity>=0.9", Rule("sensitivity", 0.9)),
-        ("sensitivity >= .95", Rule("sensitivity", 0.95)),
+        ("0.5", ThresholdRule("fixed", 0.5)),
+        ("0.02", ThresholdRule("fixed", 0.02)),
+        ("prevalence", ThresholdRule("prevalence")),
+        ("youden", ThresholdRule("youden")),
+        ("sensitivity>=0.9", ThresholdRule("sensitivity", 0.9)),
+        ("sensitivity >= .95", ThresholdRule("sensitivity", 0.95)),
     ],
 )
-def test_rules_are_read(text: str, rule: Rule) -> None:
+def test_rules_are_read(text: str, rule: ThresholdRule) -> None:
     assert parse(text) == rule and rule.chosen == (rule.name != "fixed")
 
 
@@ -63,7 +63,7 @@ def test_rules_choose_what_they_say(cells: np.ndarray) -> None:
 )
 @settings(deadline=None)
 def test_a_patient_moves_the_vector_by_the_sensitivity_at_most(
-    rule: Rule, others: list[tuple[int, int]], more: tuple[int, int]
+    rule: ThresholdRule, others: list[tuple[int, int]], more: tuple[int, int]
 ) -> None:
     cells = np.linspace(-4, 4, 7)
     with_, without = (np.array(rows, dtype=float).reshape(-1, 2) for rows in ([*others, more], others))
@@ -72,7 +72,7 @@ def test_a_patient_moves_the_vector_by_the_sensitivity_at_most(
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
-def test_noise_that_hides_chooses_nothing_and_less_noise_chooses(rule: Rule) -> None:
+def test_noise_that_hides_chooses_nothing_and_less_noise_chooses(rule: ThresholdRule) -> None:
     z, y = _scores(50_000, 0.1)
     cells = np.linspace(-7, -1, 15)
     vector, random = rule.vector(tally(z, y, cells)).astype(float), np.random.default_rng(1)
@@ -86,7 +86,7 @@ def test_noise_that_hides_chooses_nothing_and_less_noise_chooses(rule: Rule) -> 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_chooses_nothing(rule: Rule, label: int) -> None:
+def test_one_class_chooses_nothing(rule: ThresholdRule, label: int) -> None:
     count = tally(np.linspace(-2, 2, 50), np.full(50, label), EXACT_EDGES)
     found = rule.choose(EXACT_EDGES, rule.vector(count))
     assert found is None or rule.name == "sensitivity"  # which reads positives alone

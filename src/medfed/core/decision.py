@@ -42,7 +42,7 @@ def logit(p: float) -> float:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ThresholdRule:
     """How the threshold is found. level: the probability itself, or the least share of positives to be called."""
 
     name: Literal["fixed", "prevalence", "sensitivity", "youden"]
@@ -94,10 +94,10 @@ class Rule:
         return None if gain.max() < margin else _probability(float(edges[np.argmax(gain)]))
 
 
-def parse(text: str) -> Rule | None:
+def parse(text: str) -> ThresholdRule | None:
     """Read a rule: a probability in (0, 1), "prevalence", "sensitivity>=S" or "youden"; None for anything else."""
     if text in ("prevalence", "youden"):
-        return Rule(text)  # type: ignore[arg-type]
+        return ThresholdRule(text)  # type: ignore[arg-type]
     bound = re.fullmatch(r"sensitivity\s*>=\s*(\S+)", text)
     try:
         level = float(bound[1] if bound else text)
@@ -105,7 +105,7 @@ def parse(text: str) -> Rule | None:
         return None
     if not 0 < level < 1:
         return None
-    return Rule("sensitivity" if bound else "fixed", level)
+    return ThresholdRule("sensitivity" if bound else "fixed", level)
 
 
 def _above(count_C: np.ndarray) -> np.ndarray:

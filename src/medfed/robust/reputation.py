@@ -45,7 +45,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Ruling:
     """What is done about a client after a round. action: warn, quarantine, probation, clear or none."""
 
     round: int
@@ -79,16 +79,16 @@ class Watch:
         """Return the next watch, with nothing held against a client: an operator's decision."""
         return replace(self, standings={**self.standings, client: Standing()})
 
-    def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Decision]]":
+    def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Ruling]]":
         """Take a round's findings on the clients that took part; return the next watch, and what changes."""
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}
         for finding in findings:
             by_client.setdefault(finding.client, []).append(finding)
-        standings, decisions = dict(self.standings), list[Decision]()
+        standings, decisions = dict(self.standings), list[Ruling]()
         for name, one in self.standings.items():
             if one.until and round == one.until:
                 standings[name] = Standing(WARN / 2)
-                decisions.append(Decision(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
+                decisions.append(Ruling(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
         for name, found in by_client.items():
             before = standings.get(name, Standing())
             score = max((f.score for f in found if f.kind not in INCONCLUSIVE), default=0.0)
@@ -107,7 +107,7 @@ class Watch:
             standings[name] = now
             if action != "none":
                 words = tuple(f"{f.kind}: {f.evidence}" for f in found)
-                decisions.append(Decision(round, name, _level(now.total), now.total, action, words))
+                decisions.append(Ruling(round, name, _level(now.total), now.total, action, words))
         return replace(self, standings=standings), decisions
 
 

@@ -464,7 +464,7 @@ ALONE: dict[str, GramRule | RowRule] = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class RobustRule:
     """A rule for f liars: G_KK -> w_K, so that the combined row is w X.
 
     The weights sum to 1, but for norm-clipping and fltrust, which shrink or stretch rows. Where `needs` is "reference"
@@ -574,7 +574,7 @@ class Rule:
         return t_JK, g_KK
 
 
-def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> Rule:
+def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> RobustRule:
     """Return the rule of a name such as "krum", "nnm+geometric-median" or "bucketing+krum", for f liars.
 
     `radius` is the clipping norm of centred-clipping and norm-clipping, without one a median (see there); of the
@@ -597,8 +597,8 @@ def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> Rule:
         raise PlanError(
             f"radius={radius}: expected a number above 0. Set it to a public bound on an honest row's norm."
         )
-    return Rule(name, f, tuple(MIXINGS[part] for part in before), ALONE[last], radius)
+    return RobustRule(name, f, tuple(MIXINGS[part] for part in before), ALONE[last], radius)
 
 
-RULES: dict[str, Rule | None] = {"mean": None}
+RULES: dict[str, RobustRule | None] = {"mean": None}
 """What a study's rule is without f. None takes the clients' public weights and needs no Gram matrix: breakdown 0."""

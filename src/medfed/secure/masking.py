@@ -68,7 +68,7 @@ _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
 
 
 @dataclass(frozen=True)
-class Terms:
+class MaskingTerms:
     """What all parties know of a masked sum: who takes part, the row's length, the graph and the thresholds.
 
     `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k) neighbours hold
@@ -96,13 +96,13 @@ class Terms:
         if not holds:
             raise PlanError(
                 f"members={some(self.members)}, length={self.length}, quorum={self.quorum}, "
-                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take Terms.choose."
+                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take MaskingTerms.choose."
             )
 
     @classmethod
     def choose(
         cls, members: Collection[str], length: int, dropout: float, malicious: int = 0, seed: bytes = b""
-    ) -> "Terms":
+    ) -> "MaskingTerms":
         """Return the terms under which a share `dropout` of the members may drop out and `malicious` may lie.
 
         The least even number of neighbours that meets the module's conditions, or all of them. Raises PlanError where
@@ -129,7 +129,7 @@ class Terms:
                 return cls(names, length, quorum, threshold, degree, seed)
         return cls(names, length, quorum, quorum, n - 1, seed)
 
-    def drawn(self, keys: bytes) -> "Terms":
+    def drawn(self, keys: bytes) -> "MaskingTerms":
         """Return the terms with the ring in the order that the keys of all decide, as the server broadcast them.
 
         So nobody picks it: the server does not know the keys of honest members before, and one that tells them
@@ -189,7 +189,7 @@ class Client:
     too few took part.
     """
 
-    def __init__(self, post: Post, terms: Terms, scope: Scope, server: str) -> None:
+    def __init__(self, post: Post, terms: MaskingTerms, scope: Scope, server: str) -> None:
         self._post, self._terms, self._scope, self._server = post, terms, scope, server
         self._ear, self._name = _ear(post), post.me.name
         self._phases: tuple[str, ...] = PHASES  # those to come; empty while one is under way, and after one that failed
@@ -332,7 +332,7 @@ class Client:
 
 
 @dataclass
-class Server:
+class MaskingServer:
     """The server's side of one round: it takes each phase's envelopes by name and returns what it sends next.
 
     Phases come once and in order. A message that cannot be read counts as a drop-out, and one false share of a seed is
@@ -341,7 +341,7 @@ class Server:
     """
 
     post: Post
-    terms: Terms
+    terms: MaskingTerms
     scope: Scope
     refused: dict[str, CodecError] = field(default_factory=dict)
 
@@ -463,7 +463,7 @@ class Server:
 
 
 def run_protocol(
-    rows: Mapping[str, Integers], terms: Terms, drops: Mapping[str, Collection[str]] | None = None
+    rows: Mapping[str, Integers], terms: MaskingTerms, drops: Mapping[str, Collection[str]] | None = None
 ) -> tuple[Integers, frozenset[str]]:
     """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that are in it.
 
@@ -474,7 +474,7 @@ def run_protocol(
     }
     roster = Roster.of(*(person.public for person in people.values()))
     scope, model = Scope("0" * 64, "run", 1), b"the global model"
-    server = Server(Post(people["server"], roster), terms, scope)
+    server = MaskingServer(Post(people["server"], roster), terms, scope)
     clients = {name: Client(Post(people[name], roster), terms, scope, "server") for name in rows}
 
     def alive(phase: str) -> dict[str, Client]:
@@ -516,12 +516,12 @@ def _public(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-def _derive(shared: bytes, scope: Scope, terms: Terms, *purpose: str) -> bytes:
+def _derive(shared: bytes, scope: Scope, terms: MaskingTerms, *purpose: str) -> bytes:
     info = json.dumps([scope.study, scope.run, scope.round, terms.digest.hex(), *purpose]).encode()
     return HKDF(SHA256(), 32, None, b"medfed masking 1 " + info).derive(shared)
 
 
-def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: Terms) -> bytes:
+def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: MaskingTerms) -> bytes:
     """Return the seed of the mask that two clients share, from either one's private key."""
     return _derive(_agree(key, public), scope, terms, "pair", *sorted((mine, other)))
 
@@ -530,13 +530,13 @@ def _add(total_M: Words, stream_M: Words, plus: bool) -> None:
     (np.add if plus else np.subtract)(total_M, stream_M, out=total_M)
 
 
-def _pack(parts: Mapping[str, bytes], terms: Terms) -> bytes:
+def _pack(parts: Mapping[str, bytes], terms: MaskingTerms) -> bytes:
     """Return parts by member as bytes: its number (2 bytes), the length (4) and the part, in the members' order."""
     records = ((terms.number[name], parts[name]) for name in sorted(parts))
     return b"".join(struct.pack("<HI", number, len(part)) + part for number, part in records)
 
 
-def _unpack(body: bytes, terms: Terms, size: int | None = None) -> dict[str, bytes]:
+def _unpack(body: bytes, terms: MaskingTerms, size: int | None = None) -> dict[str, bytes]:
     """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of `size` bytes."""
     parts: dict[str, bytes] = {}
     at, last = 0, 0

@@ -4,7 +4,7 @@ A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): a
 x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two that hold it. The coordinator relays
 everything and reads nothing.
 
-One round, as `Aggregator.rounds` plays it:
+One round, as `SharingAggregator.rounds` plays it:
 
 1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a fresh seed;
 2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
@@ -27,7 +27,7 @@ Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
 - Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1 - h)^2 / 3. At
   h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
 - Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.94 T, 16 B, is proven
-  (`Terms.exact` says which).
+  (`SharingTerms.exact` says which).
 
 Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three that follow the
 protocol, up to hashes, signatures and the bound of what is opened.
@@ -74,7 +74,7 @@ _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envel
 
 
 @dataclass(frozen=True)
-class Terms:
+class SharingTerms:
     """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds shares."""
 
     length: int
@@ -146,7 +146,7 @@ class Selection:
 # The client ---------------------------------------------------------------------------------------------------------
 
 
-def share(post: Post, scope: Scope, row_M: Integers, terms: Terms) -> bytes:
+def share(post: Post, scope: Scope, row_M: Integers, terms: SharingTerms) -> bytes:
     """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2 encrypted once.
 
     8 M bytes and about 1 kB. Raises PlanError for a row of another length.
@@ -225,11 +225,11 @@ Steps = Generator[Sends, Sends, bytes]
 
 
 @dataclass
-class Aggregator:
+class SharingAggregator:
     """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two parts must suffice."""
 
     post: Post
-    terms: Terms
+    terms: SharingTerms
     noise: Noise | None = None
     weights: Mapping[str, int] | None = None  # public; without, each row counts once
     selection: Selection | None = None  # in place of both
@@ -508,7 +508,7 @@ def _parity(words: Words, mask: Words) -> Words:
 class _Line:
     """The line between the three for one round: every message encrypted under the pair's key of the round, in order."""
 
-    def __init__(self, owner: Aggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
+    def __init__(self, owner: SharingAggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
         if len(from_left) != 32:
             raise AbortError(f"{owner.left!r} sent no seed; the round ends")
         self.left, self.right, self.place = owner.left, owner.right, owner.place
@@ -610,19 +610,19 @@ Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
 """(op, payload of each aggregator) -> answer of each; raises AbortError where one gives none."""
 
 
-def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, spread: float = 0.0) -> Opened:
+def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTerms, spread: float = 0.0) -> Opened:
     """Carry messages until each aggregator has handed in its part, and add the three.
 
     `spread` is the standard deviation of the noise on a sum in which no row counts more than once. Raises AbortError
     where one stops, disagrees with the others, or the sum is larger than accepted rows and noise can make it.
 
-    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `Terms.proven`, and the
+    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `SharingTerms.proven`, and the
     noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this party
     and to each aggregator.
 
     Edge cases:
     - a row that cannot be read, is out of bound or was shared unequally is left out, and named with the reason;
-    - fewer than `Terms.min_group` rows are left, or a rule keeps fewer than `Terms.min_kept`: nothing is opened;
+    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `SharingTerms.min_kept`: nothing is opened;
     - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
     - two aggregators that work together read every row: nothing here can keep it;
     - shares of a round that was aborted are never opened again: their nonces are known.
@@ -652,7 +652,7 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, sp
 _Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
-def _carried(ask: Ask, terms: Terms, phases: dict[str, int]) -> _Answers:
+def _carried(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
     """Carry the aggregators' messages to each other until they are done; return what each hands in."""
     answers = _decoded(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
@@ -677,7 +677,7 @@ def _decoded(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], di
     return found
 
 
-def _for_each(client: str, upload: bytes, terms: Terms) -> dict[str, bytes] | None:
+def _for_each(client: str, upload: bytes, terms: SharingTerms) -> dict[str, bytes] | None:
     """Return what each aggregator needs of a client's upload; None where it is none, or another client's."""
     try:
         name, _, hidden = _cut(upload)
@@ -688,7 +688,9 @@ def _for_each(client: str, upload: bytes, terms: Terms) -> dict[str, bytes] | No
 
 
 def _added(
-    answers: Mapping[str, tuple[dict[str, object], Mapping[str, torch.Tensor]]], terms: Terms, phases: dict[str, int]
+    answers: Mapping[str, tuple[dict[str, object], Mapping[str, torch.Tensor]]],
+    terms: SharingTerms,
+    phases: dict[str, int],
 ) -> Opened:
     total_M, said = np.zeros(terms.length, np.uint64), []
     for name in terms.aggregators:
@@ -716,7 +718,7 @@ def run_protocol(
     posts: Mapping[str, Post],
     scope: Scope,
     rows: Mapping[str, Integers],
-    terms: Terms,
+    terms: SharingTerms,
     noise: Noise | None = None,
     weights: Mapping[str, int] | None = None,
     selection: Selection | None = None,
@@ -724,11 +726,11 @@ def run_protocol(
 ) -> Opened:
     """Play every party in order, in one process: clients share, aggregators check and sum, the coordinator adds."""
     uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
-    aggregators = {name: Aggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
+    aggregators = {name: SharingAggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
     return relay(in_turn(aggregators), scope, uploads, terms, spread)
 
 
-def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
+def in_turn(aggregators: Mapping[str, SharingAggregator]) -> Ask:
     """Return a way to ask aggregators that live in this process."""
     handles = {name: one.handle for name, one in aggregators.items()}
     return asking(handles, max(one.terms.length for one in aggregators.values()))

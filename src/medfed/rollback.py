@@ -22,7 +22,7 @@ from medfed.plan import Plan, build_model
 
 
 @dataclass(frozen=True)
-class Gate:
+class Rollback:
     """The reference's encoded records, and how much of itself the loss on them may grow in a round."""
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Gate:
     tolerance: float
 
     @classmethod
-    def of(cls, plan: Plan) -> "Gate | None":
+    def of(cls, plan: Plan) -> "Rollback | None":
         """Return the gate that a study asks for; raise DataError where its table cannot be read or has no row."""
         robust, data = plan.study.robustness, plan.study.data
         if not robust.reference:
