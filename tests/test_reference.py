@@ -23,7 +23,8 @@ from medfed.reference import SiteState
 from medfed.robust.rules import ALONE, MIXINGS
 from medfed.round import run_round
 from medfed.study import Privacy, Security, Study
-from medfed.wire import send
+from medfed.ways.way import Way
+from medfed.wire import send, send_remembering
 from tests.tables import PRIVATE, invented, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,7 @@ class Played:
 
     plan: Plan
     fleet: InProcess
-    aggregation: ways.Aggregation
+    aggregation: Way
     held: dict[str, SiteState]
     engine: Server
     reference: Server
@@ -88,7 +89,7 @@ class Played:
         fleet, plan = runs._ready(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
         held = {name: SiteState(node.train, dict(node.memory)) for name, node in nodes.items()}
-        return cls(plan, fleet, ways.introduced(plan, fleet, "run"), held, plan.begin(), plan.begin())
+        return cls(plan, fleet, ways.introduce(plan, fleet, "run"), held, plan.begin(), plan.begin())
 
     def step(self, same_rows: bool = False) -> None:
         """With `same_rows` the reference's sites send what the engine's have computed."""
@@ -98,8 +99,13 @@ class Played:
             messages.extend(message_KM.clone())
             return send(message_KM, links)
 
+        def recorded_too(message_KM: torch.Tensor, links: Any, memory: Any) -> Any:
+            messages.extend(message_KM.clone())
+            return send_remembering(message_KM, links, memory)
+
         with pytest.MonkeyPatch.context() as patch, Log() as log:
             patch.setattr("medfed.site.send", recorded)
+            patch.setattr("medfed.site.send_remembering", recorded_too)
             self.engine = run_round(self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation)
             if same_rows:
                 computed = dict(zip(self.plan.participants, messages, strict=True))
@@ -118,7 +124,8 @@ class Played:
     def remember_alike(self) -> None:
         for name, site in self.held.items():
             known = self.fleet.site(name).memory
-            assert site.memory.keys() == known.keys() == set(self.plan.algorithm.kept)
+            of_links = {kept for link in self.plan.links for kept in link.kept}
+            assert site.memory.keys() == known.keys() == {*self.plan.algorithm.kept, *of_links}
             for kept, value in known.items():
                 torch.testing.assert_close(site.memory[kept], value, rtol=2e-3, atol=2e-4)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medfed import models, rates
 from medfed.algorithms import ALGORITHMS, Server
-from medfed.core import toml
+from medfed.core import extensions, toml
 from medfed.core.checks import (
     DataError,
     MedfedError,
@@ -32,6 +32,7 @@ from medfed.data import doubts, preprocess, sources, tables
 from medfed.data.preprocess import Encoding
 from medfed.features import features_of, listed
 from medfed.fleet import selection
+from medfed.learners import LEARNERS, Held, Shape
 from medfed.local import LocalPlan, Path
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import refusals
@@ -51,6 +52,7 @@ from medfed.robust import attacks
 from medfed.robust.rules import RobustRule
 from medfed.secure.field import check_headroom
 from medfed.study import EPSILON, Data, Feature, Robustness, Security, Study, is_pattern, out_of_range, parse, put
+from medfed.wire import LINKS
 
 POOLED = "pooled rows"
 """Name of the site that holds every row, in the simulation that the baseline `pooled` is."""
@@ -406,6 +408,7 @@ def objections(study: Study) -> list[Refusal]:
     Where a value cannot be used, or epsilon, delta and noise do not go together, the rest is looked at as if that were
     mended.
     """
+    extensions.load()
     study, found = _resolved(study)
     return [
         *found,
@@ -413,6 +416,7 @@ def objections(study: Study) -> list[Refusal]:
         *_secure_refusals(study),
         *_robust_refusals(study),
         *_algorithm_refusals(study),
+        *_added_refusals(study),
     ]
 
 
@@ -509,6 +513,46 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
         yield _refusal(PlanError(text), training__optimizer="sgd")
 
 
+def _added_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what a selector, links or a learner do not compose with; names come from their registries."""
+    schedule, links, model = study.fleet.schedule, study.training.links, study.model.name
+    if schedule not in selection.SELECTORS:
+        known = selection.SELECTORS
+        text = f"fleet.schedule={schedule!r}; expected one of {', '.join(map(repr, known))}"
+        close = closest(schedule, known)
+        yield _refusal(StudyError(text), **({"fleet__schedule": close} if close else {}))
+    for name in links:
+        if name not in LINKS:
+            yield _refusal(StudyError(f"training.links={name!r} is no link; {nearest(name, LINKS)}"))
+    where = f"training.links={list(links)}"
+    if links and study.security.aggregation != "plain":
+        text = (
+            f"{where} and security.aggregation={study.security.aggregation!r} do not compose: what such a link sends "
+            "is decoded row by row, and nobody sees a row there. Leave training.links out, or set aggregation='plain'."
+        )
+        yield _refusal(PlanError(text), training__links=())
+    elif links and _asked_jointly(study):
+        text = (
+            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: rows are whole steps of the noise's "
+            "grid, whose sum must be exact. Leave training.links out, or set privacy.noise='site'."
+        )
+        yield _refusal(PlanError(text), training__links=())
+    if model not in LEARNERS:
+        return
+    if study.training.algorithm not in ("fedavg", "pooled"):
+        text = (
+            f"model.name={model!r} and training.algorithm={study.training.algorithm!r} do not compose: no gradient "
+            "trains this learner, which says itself how its state follows. Leave training.algorithm out."
+        )
+        yield _refusal(PlanError(text), training__algorithm="fedavg")
+    if study.privacy.meant:
+        text = (
+            f"model.name={model!r} and a privacy claim do not compose: how far a patient moves what this learner sends "
+            "is not known. Take a model that gradients train, such as 'logistic', or claim nothing."
+        )
+        yield _refusal(PlanError(text), model__name="logistic")
+
+
 def _asked_jointly(study: Study) -> bool:
     """Say whether one noise is asked for the sum of all sites, of a study whose privacy keys may not go together."""
     return not any(guarantees.unresolved(study)) and guarantees.mode(study) in ("shared", "central")
@@ -519,6 +563,8 @@ def probed(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
 
     Raises PlanError for a module that cannot be trained or tested rightly, naming the part.
     """
+    if study.model.name in LEARNERS:
+        return Probed("auto")  # nothing of it is trained by gradients
     target, private = encoding.target, guarantees.asked(study)
     options = json.dumps(study.model.options, sort_keys=True, default=str)
     inputs, asked = len(encoding.names()), study.training.path
@@ -537,7 +583,7 @@ _PROBED: dict[tuple[object, ...], Probed] = {}
 
 def _slowly(study: Study, taken: Probed) -> list[str]:
     """Say why a model is not trained on the fastest path."""
-    if study.training.path != "auto" or taken.path == "rules":
+    if study.training.path != "auto" or taken.path in ("auto", "rules"):
         return []
     how = {"func": "by torch.func", "loop": "record by record" if guarantees.asked(study) else "client by client"}
     return [f"model.name={study.model.name!r} trains {how[taken.path]}, slower: {'; '.join(taken.reasons)}"]
@@ -545,9 +591,11 @@ def _slowly(study: Study, taken: Probed) -> list[str]:
 
 def build_model(study: Study, encoding: Encoding) -> nn.Module:
     """Build the study's model for the encoded columns."""
+    inputs, outputs = len(encoding.names()), encoding.target.outputs
+    if study.model.name in LEARNERS:
+        return Held(LEARNERS[study.model.name], Shape(inputs, outputs, encoding.target.task))
     seed = Streams(study.study.seed).key("weights")
-    outputs = encoding.target.outputs
-    return models.build(study.model.name, len(encoding.names()), outputs, study.model.options, seed)
+    return models.build(study.model.name, inputs, outputs, study.model.options, seed)
 
 
 def _baseline(study: Study) -> bool:

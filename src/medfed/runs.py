@@ -65,6 +65,7 @@ from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
 from medfed.foretell import foretell, paid_test
+from medfed.learners import LEARNERS
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
@@ -375,7 +376,7 @@ def _resumed(
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
         return _begun(plan, fleet, sites, folder, name, listeners=listeners, told=told)
-    if plan.algorithm.kept:
+    if plan.keeps:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
                 raise RunError(f"{folder}: site {reply.site!r} cannot go back to round {server.round}: {reply.error}")
@@ -859,7 +860,7 @@ def _drive(
     `known`: what the log already tells of the last model, paid for by patients.
     """
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
-    aggregation = ways.introduced(plan, fleet, run, folder, keys)
+    aggregation = ways.introduce(plan, fleet, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found() else 0):
@@ -892,7 +893,7 @@ def _drive(
         if account and not study.privacy.simulation_only:
             budget.found(account.uses(), account.queries())  # who was refused has not paid
         if study.monitor.baselines and every and name == "federated" and not private:
-            for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
+            for baseline in _baselines(study):
                 _baseline(baseline, study, sites, plan.encoding, log, server)
     except (QuorumError, BudgetError) as error:
         reason = str(error)
@@ -1038,6 +1039,13 @@ def _train_in_silence(plan: Plan, fleet: InProcess) -> Server:
     return server
 
 
+def _baselines(study: Study) -> tuple[str, ...]:
+    """Return what the federated model is measured against: no device trains alone, nor do learners without gradient."""
+    if study.sites.kind == "device" or study.model.name in LEARNERS:
+        return ("pooled",)
+    return BASELINES
+
+
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
     """Train a baseline and tell what it is worth; sites' own models also beside the federated one, by record."""
     try:
@@ -1126,7 +1134,7 @@ def _founding(sites: Sequence[Site]) -> list[events.Event]:
 def _checkpoint(folder: Path, server: Server, plan: Plan, fleet: InProcess, log: Log, account: Account | None) -> None:
     """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
     keep = plan.study.monitor.checkpoints
-    if plan.algorithm.kept and server.round > 0:
+    if plan.keeps and server.round > 0:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:

@@ -343,6 +343,11 @@ class Training:
     weighting: Literal["samples", "uniform"] = _key("samples", "Weight of a site in the mean: its training rows, or 1.")
     quorum: float = _key(1.0, "Share of the drawn sites that must answer for a round to count, in (0, 1].")
     deadline: float = _key(600.0, "Seconds after which a site that has not answered is left out of the round.")
+    links: tuple[str, ...] = _key(
+        (),
+        "Links that a site's row passes beside the study's own, by name, such as a compression; none comes with "
+        "medfed, they are added (CONTRIBUTING). With plain aggregation, and where no noise is added jointly.",
+    )
     path: Literal["auto", "rules", "func", "loop"] = _key(
         "auto",
         "Local training by layer rules, torch.func or the plain loop (under a privacy claim: record by record); auto "
@@ -508,10 +513,10 @@ class Fleet:
     """Who takes part in a round."""
 
     clients_per_round: int = _key(0, "Sites drawn at random each round; 0 takes all.")
-    schedule: Literal["random", "cyclic"] = _key(
+    schedule: str = _key(
         "random",
         "random: clients are drawn; cyclic: clients fall into `groups` by a keyed hash, and the groups take turns, so "
-        "that nobody is used twice within `groups` rounds.",
+        "that nobody is used twice within `groups` rounds; or another selector that was added (CONTRIBUTING).",
     )
     groups: int = _key(1, "How many groups take turns with schedule = 'cyclic'.")
 

@@ -221,6 +221,14 @@ def vote_noise(study: Study, epsilon: float, sites: int) -> float:
     each = vote_multiplier(study, epsilon)
     if mode(study) != "site":
         each *= study.privacy.max_sites_per_patient
+    return summed_sd(study, each, sites)
+
+
+def summed_sd(study: Study, each: float, sites: int) -> float:
+    """Return the standard deviation of the noise on the sum of so many sites' answers.
+
+    `each` is that of one answer (`Guarantee.query_sd`): of each site's, or of the one noise on their sum.
+    """
     return each if counted_together(study) else each * math.sqrt(sites)
 
 
@@ -240,7 +248,7 @@ def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 
     each = _query_noise(copies * quantiles.TIMES, epsilon or p.ranges_epsilon, p.delta) * ranges_sensitivity(columns)
     if mode(study) != "site":
         each *= p.max_sites_per_patient
-    return each if counted_together(study) else each * math.sqrt(sites)
+    return summed_sd(study, each, sites)
 
 
 def ranges_sensitivity(columns: int) -> float:

@@ -96,7 +96,8 @@ class MaskingTerms:
         if not holds:
             raise PlanError(
                 f"members={some(self.members)}, length={self.length}, quorum={self.quorum}, "
-                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take MaskingTerms.choose."
+                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take "
+                "MaskingTerms.choose."
             )
 
     @classmethod

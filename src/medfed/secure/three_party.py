@@ -616,13 +616,13 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTe
     `spread` is the standard deviation of the noise on a sum in which no row counts more than once. Raises AbortError
     where one stops, disagrees with the others, or the sum is larger than accepted rows and noise can make it.
 
-    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `SharingTerms.proven`, and the
-    noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this party
-    and to each aggregator.
+    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `SharingTerms.proven`,
+    and the noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this
+    party and to each aggregator.
 
     Edge cases:
     - a row that cannot be read, is out of bound or was shared unequally is left out, and named with the reason;
-    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `SharingTerms.min_kept`: nothing is opened;
+    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`: nothing is opened;
     - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
     - two aggregators that work together read every row: nothing here can keep it;
     - shares of a round that was aborted are never opened again: their nonces are known.
