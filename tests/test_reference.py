@@ -17,6 +17,8 @@ from medfed import reference, runs
 from medfed.algorithms import ALGORITHMS, Server
 from medfed.core.checks import MedfedError, PlanError
 from medfed.engine.inprocess import InProcess
+from medfed.fleet.selection import SELECTORS
+from medfed.learners import LEARNERS
 from medfed.monitor.events import Log
 from medfed.plan import Plan
 from medfed.reference import SiteState
@@ -24,7 +26,7 @@ from medfed.robust.rules import ALONE, MIXINGS
 from medfed.round import run_round
 from medfed.study import Privacy, Security, Study
 from medfed.ways.way import Way
-from medfed.wire import send, send_remembering
+from medfed.wire import LINKS, send, send_remembering
 from tests.tables import PRIVATE, invented, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,6 +185,24 @@ def _combine(folder: Path, combination: tuple[str, str, str]) -> None:
         for _ in range(2):
             played.step(same_rows=True)
             played.agree(2e-6, 2e-6)  # weights travel among three parties in steps of 2^-20
+
+
+ADDED = [
+    *(("fleet.schedule", name) for name in SELECTORS),
+    *(("training.links", name) for name in LINKS),
+    *(("model.name", name) for name in LEARNERS),
+]
+
+
+@pytest.mark.parametrize("added", ADDED, ids="=".join)
+def test_every_selector_link_and_learner_is_played_as_the_reference_does(
+    tmp_path: Path, added: tuple[str, str]
+) -> None:
+    key, name = added
+    study = study_of(tmp_path, "fedavg", "none", "plain", "mean")._with({key: name, "fleet.groups": 2})
+    if key == "fleet.schedule" and SELECTORS[name].law != "turns":
+        study = study.set("fleet.clients_per_round", 3)
+    agree(study, 4)
 
 
 def test_most_of_the_registry_is_played_and_not_refused(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def play(
         drawn = plan.draw(number)
 
     # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by itself, and passes it
-    # through the client's halves of the links: cut, rounded, noised. A row that is not finite does not count.
+    # through the client's halves of the links: cut, rounded, noised. The coordinator undoes what
+    # it can row by row. A row that is not finite does not count.
     sent: dict[str, Tensor] = {}
     remembered: dict[str, dict[str, Tensor]] = {}
     for name in drawn:
@@ -50,9 +51,7 @@ def play(
         if finite(message_M[None]).all():
             memory = {kept: value[None] for kept, value in sites[name].memory.items()}
             row_KM, kept = send_remembering(message_M[None], plan.links, memory)
-            sent[name] = decode(row_KM, plan.links, plan.message)[
-                0
-            ]  # what a link undoes row by row, the coordinator undoes first
+            sent[name] = decode(row_KM, plan.links, plan.message)[0]
             remembered[name] = {**later, **{one: value[0] for one, value in kept.items()}}
 
     # Combine. In plain sight, under masks that cancel or in shares that add up, what is opened is one weighted sum:
