@@ -164,7 +164,7 @@ def test_one_aggregators_shares_are_uniform(place: int) -> None:
     party = SharingAggregator(POSTS[PARTIES[place]], terms)
     parts = three_party._for_each("site 0", share(POSTS["site 0"], scope, row, terms), terms)
     assert parts is not None
-    held = party._opened_one(scope, "site 0", parts[PARTIES[place]])
+    held = party._open(scope, "site 0", parts[PARTIES[place]])
     views = [held.words(place, which, 0, 20_000) for which in (0, 1)]
     assert all(looks_uniform(view) for view in views) and looks_uniform(views[0] + views[1])
     assert not looks_uniform(row)  # the test sees a bare row,
@@ -343,7 +343,7 @@ def test_no_bytes_crash_a_decoder(data: bytes, prefixed: bool) -> None:
     data = b"mfs1" + data if prefixed else data
     party = SharingAggregator(POSTS["left"], terms_of(30))
     with pytest.raises(CodecError):
-        party._opened_one(Scope("study", "run", 1), "site 0", data)
+        party._open(Scope("study", "run", 1), "site 0", data)
     for op in ("begin", "upload", "step", "sing"):
         with pytest.raises(MedfedError):
             party.handle(op, data)
@@ -359,7 +359,7 @@ def test_a_changed_byte_never_passes(data: st.DataObject) -> None:
     refusals = 0
     for name in PARTIES:
         try:
-            SharingAggregator(POSTS[name], terms)._opened_one(scope, "site 0", bytes(upload))
+            SharingAggregator(POSTS[name], terms)._open(scope, "site 0", bytes(upload))
         except CodecError:
             refusals += 1
     assert refusals >= 1

@@ -81,14 +81,20 @@ class Watch:
 
     def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Ruling]]":
         """Take a round's findings on the clients that took part; return the next watch, and what changes."""
+        # What is said of whom.
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}
         for finding in findings:
             by_client.setdefault(finding.client, []).append(finding)
-        standings, decisions = dict(self.standings), list[Ruling]()
+        standings = dict(self.standings)
+        decisions: list[Ruling] = []
+
+        # Who has sat out comes back on probation.
         for name, one in self.standings.items():
             if one.until and round == one.until:
                 standings[name] = Standing(WARN / 2)
                 decisions.append(Ruling(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
+
+        # Each sum grows or falls; where it crosses a line, something is done.
         for name, found in by_client.items():
             before = standings.get(name, Standing())
             score = max((f.score for f in found if f.kind not in INCONCLUSIVE), default=0.0)
@@ -114,7 +120,9 @@ class Watch:
 def _level(total: float) -> ThreatLevel:
     if total >= QUARANTINE:
         return ThreatLevel.HIGH
-    return ThreatLevel.ELEVATED if total >= WARN else ThreatLevel.LOW if total > 0 else ThreatLevel.NONE
+    if total >= WARN:
+        return ThreatLevel.ELEVATED
+    return ThreatLevel.LOW if total > 0 else ThreatLevel.NONE
 
 
 def detect_byzantine_devices(rounds: Iterable[tuple[Sequence[str], Sequence[Finding]]], most: int) -> dict[str, float]:

@@ -109,7 +109,8 @@ class MaskingTerms:
         The least even number of neighbours that meets the module's conditions, or all of them. Raises PlanError where
         not even all are enough: 2 t > n + f with t = n - drop-outs.
         """
-        n, gone = len(members), math.floor(round(dropout * len(members), 9))
+        n = len(members)
+        gone = math.floor(round(dropout * n, 9))
         if n < 3 or len(set(members)) != n or EVERYBODY in members or n >= 2**16:
             raise PlanError(f"{n} members ({some(members)}); expected 3 to 65535 distinct names. Add a site.")
         if length < 1 or not 0 <= dropout < 1 or malicious < 0:
@@ -142,7 +143,9 @@ class MaskingTerms:
         """Return the k neighbours of a member, sorted."""
         if self.degree == len(self.members) - 1:
             return tuple(other for other in self.members if other != name)
-        at, n, half = self._ring.index(name), len(self.members), self.degree // 2
+        at = self._ring.index(name)
+        n = len(self.members)
+        half = self.degree // 2
         return tuple(sorted(self._ring[(at + step) % n] for step in range(-half, half + 1) if step))
 
     def holders(self, name: str) -> tuple[str, ...]:
@@ -192,9 +195,11 @@ class Client:
 
     def __init__(self, post: Post, terms: MaskingTerms, scope: Scope, server: str) -> None:
         self._post, self._terms, self._scope, self._server = post, terms, scope, server
-        self._ear, self._name = _ear(post), post.me.name
+        self._ear = _ear(post)
+        self._name = post.me.name
         self._phases: tuple[str, ...] = PHASES  # those to come; empty while one is under way, and after one that failed
-        self._sealing, self._pairing = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        self._sealing = X25519PrivateKey.generate()
+        self._pairing = X25519PrivateKey.generate()
         self._seed = os.urandom(32)
         self._keys: dict[str, bytes] = {}  # by neighbour: what it advertised
         self._held: dict[str, bytes] = {}  # by client: my shares of its self seed and of its key, one after the other
@@ -210,18 +215,25 @@ class Client:
     def share(self, broadcast: bytes) -> bytes:
         """Take the keys of all; return the shares of both seeds, sealed to each neighbour that advertised."""
         self._enter("shares")
+
+        # Whose keys came, in the order that they decide.
         body = self._hear(broadcast, "all-keys")
-        envelopes, self._terms = _unpack(body, self._terms), self._terms.drawn(body)
+        envelopes = _unpack(body, self._terms)
+        self._terms = self._terms.drawn(body)
         for name in self._terms.neighbours(self._name):
             if name in envelopes:  # a neighbour that signed nothing has no part
                 self._keys[name] = _keys(self._ear.unwrap(envelopes[name], self._scope, "keys", name))
         self._enough("shares", self._keys)
+
+        # Share both seeds among the neighbours and this client.
         holders = sorted([*self._keys, self._name])
         points = [self._terms.number[name] for name in holders]
         secrets = self._seed, self._pairing.private_bytes_raw()
         halves = (shares.split(secret, self._terms.threshold, points) for secret in secrets)
         parts = {name: own + pair for name, own, pair in zip(holders, *halves, strict=True)}
         self._held[self._name] = parts.pop(self._name)
+
+        # Seal each part for its holder.
         boxes = {
             name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None) for name, part in parts.items()
         }
@@ -230,14 +242,18 @@ class Client:
     def mask(self, payload: bytes, row_M: Integers) -> bytes:
         """Take the boxes for this client; return its row (int64 [M]) under the self mask and the pair masks."""
         self._enter("rows")
+
+        # Keep what the others have shared.
         boxes = _unpack(self._post.unwrap(payload, self._scope, "boxes", self._server), self._terms)
         for name, box in boxes.items():
-            self._held[name] = self._opened(name, box)
+            self._held[name] = self._open_box(name, box)
         self._enough("rows", self._held.keys() - {self._name})
         if row_M.dtype != np.int64 or row_M.shape != (self._terms.length,):
             raise PlanError(
                 f"a row {row_M.dtype} {list(row_M.shape)}; expected int64 [{self._terms.length}]. Encode it first."
             )
+
+        # Hide the row: under the self mask, and under one mask for each neighbour.
         masked_M = expand(self._seed, self._terms.length)
         masked_M += row_M.view(np.uint64)
         stream_M = np.empty_like(masked_M)
@@ -254,6 +270,8 @@ class Client:
         came: that neighbour's mask would be missing from this client's row.
         """
         self._enter("confirm")
+
+        # Look at the list.
         body = self._hear(broadcast, "survivors")
         self._survivors = tuple(_unpack(body, self._terms))
         self._terms.enough("confirm", len(self._survivors))
@@ -265,6 +283,8 @@ class Client:
                 + "; expected this client and those whose shares came. The server or the network is at fault; nothing "
                 "was opened."
             )
+
+        # Sign it, with the model.
         self._statement = self._terms.digest + sha256(body).digest() + sha256(model).digest()
         return self._say("confirm", EVERYBODY, self._statement)
 
@@ -281,11 +301,15 @@ class Client:
         - a client that dropped out before it shared has no seed to give back.
         """
         self._enter("unmask")
+
+        # See that a quorum signed the same.
         envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
         said = {name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name) for name in envelopes}
         others = [name for name in self._survivors if said.get(name, self._statement) != self._statement]
         why = f"{some(others)} signed another list of survivors or another model." if others else ""
         self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
+
+        # Give a share of one seed of each.
         size = shares.SIZE
         parts = {
             name: held[:size] if name in self._survivors else held[size:] for name, held in sorted(self._held.items())
@@ -320,7 +344,7 @@ class Client:
         other = self._keys[to if sender == self._name else sender][:32]
         return _derive(_agree(self._sealing, other), self._scope, self._terms, "seal", sender, to)
 
-    def _opened(self, sender: str, box: bytes) -> bytes:
+    def _open_box(self, sender: str, box: bytes) -> bytes:
         if sender not in self._keys:
             raise EnvelopeError(f"shares from {sender!r}, no neighbour with keys; expected {some(sorted(self._keys))}.")
         try:
@@ -391,10 +415,10 @@ class MaskingServer:
         stream_M = np.empty_like(self._total_M)
         for name in sorted(self._sharers):
             if name in self._survivors:
-                seed = self._rebuilt(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
+                seed = self._rebuild(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
                 _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
             elif linked := self._linked(name):
-                self._lift(name, linked, self._rebuilt(name, held[name], _public, slice(32, 64)), stream_M)
+                self._lift(name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M)
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
     def _linked(self, gone: str) -> list[str]:
@@ -407,7 +431,7 @@ class MaskingServer:
             seed = _pair_seed(key, gone, name, self._keys[name][32:64], self.scope, self.terms)
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
-    def _rebuilt(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
+    def _rebuild(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
         """Return a seed of `name` from its shares, checked against what it advertised; one of them may be false."""
         advertised, t = self._keys[name][where], self.terms.threshold
         for liar in (0, *(sorted(held)[:t] if len(held) > t else ())):  # 0 is nobody
