@@ -104,7 +104,7 @@ def peers() -> dict[str, Any]:
     if not python.exists():
         venv.create(folder, with_pip=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", "flwr==1.23.0", "tenseal==0.3.18"], check=True)
-    degree = masking.Terms.choose([f"{i:02d}" for i in range(50)], 200_000, 0.1, 15).degree
+    degree = masking.MaskingTerms.choose([f"{i:02d}" for i in range(50)], 200_000, 0.1, 15).degree
     command = [str(python), str(HERE / "peers/secure_peers.py"), f"--neighbours={degree}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -114,7 +114,7 @@ def three(clients: int, numbers: int, round: int, selection: Selection | None = 
     """Return seconds of a round, and bytes of an upload over a plain row's."""
     names = [f"site {i}" for i in range(clients)]
     rows, posts = rows_of(names, numbers), posts_of([*names, *PARTIES])
-    terms = three_party.Terms(numbers, 2.0**24, PARTIES)
+    terms = three_party.SharingTerms(numbers, 2.0**24, PARTIES)
     began = time.perf_counter()
     opened = three_party.run_protocol(posts, Scope("study", "run", round), rows, terms, selection=selection)
     seconds = time.perf_counter() - began
@@ -127,8 +127,8 @@ def masked(clients: int, numbers: int) -> tuple[float, float, float]:
     """Return seconds of one client's whole work, of the server's unmasking, and bytes of an upload over a row's."""
     names = sorted(f"site {i:02d}" for i in range(clients))
     rows, posts, scope = rows_of(names, numbers), posts_of([*names, "server"]), Scope("study", "run", 1)
-    terms = masking.Terms.choose(names, numbers, 0.1, clients * 3 // 10, b"round 1")
-    server = masking.Server(posts["server"], terms, scope)
+    terms = masking.MaskingTerms.choose(names, numbers, 0.1, clients * 3 // 10, b"round 1")
+    server = masking.MaskingServer(posts["server"], terms, scope)
     parties = {name: masking.Client(posts[name], terms, scope, "server") for name in names}
     spent, watched = 0.0, names[-1]
 

@@ -1,7 +1,11 @@
 """What CONTRIBUTING says about adding a part is done here, each in one place and without touching another."""
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -9,11 +13,27 @@ import torch
 from torch import Tensor
 
 import medfed
+from medfed import runs
 from medfed.algorithms import ALGORITHMS, Algorithm, Memory, Server, Task
-from medfed.core.checks import PlanError
+from medfed.core import codec, extensions
+from medfed.core.checks import MedfedError, PlanError, SiteError
+from medfed.data.federated import Rows
+from medfed.engine.inprocess import InProcess
+from medfed.engine.port import Fleet, Reply, gather
+from medfed.fleet.selection import SELECTORS, Profile, Selector
+from medfed.learners import LEARNERS, Learner, Shape, Work
 from medfed.local import Correction, LocalResult
+from medfed.monitor.events import Log, Planned, RoundFinished, RoundStarted, SiteExcluded, read
+from medfed.plan import Plan
+from medfed.privacy import guarantee
 from medfed.robust.rules import ALONE, GramRule, rule_of
-from medfed.study import Training
+from medfed.round import run_round
+from medfed.runs import Result
+from medfed.site import OPS, Site
+from medfed.study import Study, Training
+from medfed.ways.plain import Plain, read_rows
+from medfed.ways.way import RoundRows
+from medfed.wire import LINKS, PLAIN, Link, Remembered, combine, decode, send_remembering, sent_as
 from tests.tables import PRIVATE, STUDY, write_study
 from tests.test_algorithms import FULL_BATCH, SIZES, TABLES, Federation, _linear, _of, _optimum, _quadratic
 from tests.test_reference import agree, refused, study_of
@@ -115,3 +135,366 @@ def test_an_added_rule_runs_everywhere_and_is_not_let_open_single_rows(
     for name in ("nearest", "bucketing+nearest"):
         assert rule_of(name, 1).weighs_few_rows
         assert "opens single rows" in refused(study_of(tmp_path, "fedavg", "none", "three-party", name))
+
+
+# A link: the largest tenth of a row's numbers, each in its place; what stays behind is sent later (error feedback,
+# Stich et al. 2018, arXiv:1809.07599).
+
+
+class Largest(Link):
+    """Sends the places and values of the largest numbers of a row, [2 S], and remembers the rest of it."""
+
+    kept = ("unsent",)
+
+    def length(self, numbers: int) -> int:
+        return 2 * math.ceil(numbers / 10)
+
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        whole_KM = message_KM + memory["unsent"]
+        place_KS = whole_KM.abs().topk(math.ceil(whole_KM.shape[1] / 10)).indices
+        value_KS = whole_KM.gather(1, place_KS)
+        return torch.cat([place_KS.float(), value_KS], 1), {"unsent": whole_KM.scatter(1, place_KS, 0.0)}
+
+    def decode(self, row_KM: Tensor, numbers: int) -> Tensor:
+        place_KS, value_KS = row_KM.chunk(2, 1)
+        if not ((place_KS >= 0) & (place_KS < numbers) & (place_KS == place_KS.round())).all():
+            raise SiteError("its row names a place that is none")
+        return torch.zeros(len(row_KM), numbers).scatter(1, place_KS.long(), value_KS)
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LINKS, "largest", Largest())
+
+
+def run_twice(folder: Path, study: Study) -> Result:
+    """Run a study whole, and once more cut short after its second round and resumed: the bits must be the same."""
+    whole = medfed.run(study, folder / "whole")
+    assert whole.complete
+    with pytest.MonkeyPatch.context() as patch:
+        real = runs.run_round
+
+        def cut(server: Server, *rest: Any) -> Server:
+            if server.round == 2:
+                raise KeyboardInterrupt
+            return real(server, *rest)
+
+        patch.setattr(runs, "run_round", cut)
+        with pytest.raises(KeyboardInterrupt):
+            medfed.run(study, folder / "cut")
+    assert torch.equal(medfed.resume(folder / "cut").w_P, whole.w_P)
+    return whole
+
+
+@pytest.mark.usefixtures("largest")
+def test_an_added_link_is_row_wise_remembers_and_runs_a_whole_study(tmp_path: Path) -> None:
+    message_KM = torch.randn(3, 25, generator=torch.Generator().manual_seed(1))
+    memory = {"unsent": torch.randn(3, 25, generator=torch.Generator().manual_seed(2))}
+    links = (*PLAIN, LINKS["largest"])
+    assert sent_as(25, links) == (6, torch.float32)
+    row_KM, later = send_remembering(message_KM, links, memory)
+    for k in range(3):
+        one, left = send_remembering(message_KM[k : k + 1], links, {"unsent": memory["unsent"][k : k + 1]})
+        assert torch.equal(one[0], row_KM[k]) and torch.equal(left["unsent"][0], later["unsent"][k])
+    torch.testing.assert_close(decode(row_KM, links, 25) + later["unsent"], message_KM + memory["unsent"])
+
+    agree(study_of(tmp_path, "fedavg", "none", "plain", "mean", training__links=("largest",)), 3)
+    agree(study_of(tmp_path, "scaffold", "none", "plain", "mean", training__links=("largest",)), 2)
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set("training.links", "largest")
+    whole = run_twice(tmp_path, study)
+    assert whole.summary["test"]["auroc"] > 0.6
+
+
+@pytest.mark.usefixtures("largest")
+def test_an_added_link_is_refused_where_nobody_sees_a_row_or_sums_must_be_exact(tmp_path: Path) -> None:
+    for noise, way in (("none", "masked"), ("none", "three-party"), ("shared", "plain"), ("central", "plain")):
+        study = study_of(tmp_path, "fedavg", noise, way, "mean", training__links=("largest",))
+        assert "training.links=['largest'] and " in refused(study) and "do not compose" in refused(study)
+    with pytest.raises(MedfedError, match=r"training.links='larges' is no link; .*largest"):
+        medfed.run(study.set("privacy.noise", "site").set("training.links", "larges"), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("largest")
+def test_a_row_that_no_client_can_have_sent_is_left_out(tmp_path: Path) -> None:
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set("training.links", "largest")
+    real = Largest.client
+
+    def lying(self: Largest, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        row_KM, later = real(self, message_KM, memory)
+        row_KM[0, 0] = 1e6
+        return row_KM, later
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Largest, "client", lying)
+        told = list[Any]()
+        medfed.simulate(study.set("training.quorum", 0.5), listeners=[told.append])
+    left_out = [event for event in told if isinstance(event, SiteExcluded)]
+    assert left_out and all("names a place that is none" in event.reason for event in left_out)
+
+
+# A selector: the sites with the most training rows.
+
+
+def draw_largest(profiles: Mapping[str, Profile], count: int, rng: np.random.Generator) -> list[str]:
+    largest = sorted(profiles, key=lambda name: (-profiles[name].rows, name))
+    return largest[: count or len(largest)]
+
+
+def test_an_added_selector_draws_a_whole_study_and_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SELECTORS, "largest first", Selector(draw_largest))
+    study = medfed.load_study(write_study(tmp_path, STUDY))._with(
+        {"fleet.schedule": "largest first", "fleet.clients_per_round": 2}
+    )
+    whole = run_twice(tmp_path, study)
+    started = [e for e in read(tmp_path / "whole" / "events.jsonl") if isinstance(e, RoundStarted)]
+    sizes = next(e for e in read(tmp_path / "whole" / "events.jsonl") if isinstance(e, Planned)).sizes
+    most = sorted(sizes, key=lambda name: (-sizes[name]["train"], name))[:2]
+    assert len(started) == whole.study.training.rounds and all(event.clients == most for event in started)
+
+    agree(study_of(tmp_path, "fedavg", "none", "plain", "mean", fleet__schedule="largest first"))
+    assert SELECTORS["largest first"].law == "unknown"  # so a claim counts each site in every round
+    private = medfed.load_study(write_study(tmp_path, PRIVATE)).set("fleet.schedule", "largest first")
+    usual = medfed.load_study(write_study(tmp_path, PRIVATE))
+    assert planned(private).guarantee == planned(usual).guarantee
+    with pytest.raises(MedfedError, match=r"privacy.correlated=true and fleet.schedule='largest first'"):
+        planned(private.set("privacy.correlated", True))
+
+
+def planned(study: Study) -> Plan:
+    sites = runs.open_sites(study, None)
+    return runs._ready(sites[0].study, sites)[1]
+
+
+def test_a_selector_that_is_none_is_refused_by_the_registry(tmp_path: Path) -> None:
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set("fleet.schedule", "cyclical")
+    with pytest.raises(MedfedError, match=r"fleet.schedule='cyclical'; expected one of 'random', 'cyclic'"):
+        medfed.run(study, tmp_path / "run")
+
+
+# A learner that is no torch module: Gaussian naive Bayes. Its first phase finds each label's mean of each input, its
+# second how far values lie from that mean, squared.
+
+
+class NaiveBayes(Learner):
+    """State: log odds, means and variances of both labels [1 + 4 F]. A row: shares and sums of labels [2 + 2 F]."""
+
+    paper = "Maron 1961"
+    start: ClassVar = {"phase": 0.0}
+    sent = ("phase",)
+
+    def begin(self, shape: Shape) -> Tensor:
+        if shape.task != "binary":
+            raise PlanError(
+                f"model.name='naive-bayes' and data.task={shape.task!r} do not compose: it tells two apart."
+            )
+        return torch.cat([torch.zeros(1 + 2 * shape.inputs), torch.ones(2 * shape.inputs)])
+
+    def length(self, parameters: int) -> int:
+        return 2 + (parameters - 1) // 2
+
+    def work(self, task: Task, memory: Memory, clients: Sequence[Rows]) -> Work:
+        mean_2F = task.w_P[1:].reshape(2, 2, -1)[0]
+        rows = []
+        for site in clients:
+            member_N2 = torch.stack([site.y == 0, site.y == 1], 1).double() / len(site)
+            known_N2F = site.x.double()[:, None]
+            if task.slots["phase"].max() > 0:
+                known_N2F = (known_N2F - mean_2F).square()
+            rows.append(torch.cat([member_N2.sum(0), (member_N2[..., None] * known_N2F).sum(0).flatten()]))
+        K = len(clients)
+        return Work(torch.stack(rows), {}, torch.full((K,), math.nan), torch.ones(K, dtype=torch.int64))
+
+    def apply(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
+        share_2, sum_2F = mean_M[:2].clamp(min=1e-9), mean_M[2:].reshape(2, -1)
+        w_P, F = server.w_P.clone(), sum_2F.shape[1]
+        found = (sum_2F / share_2[:, None]).flatten()
+        w_P[0] = (share_2[1] / share_2[0]).log()
+        if server.slots["phase"].max() > 0:
+            w_P[1 + 2 * F :] = found.clamp(min=1e-3)
+        else:
+            w_P[1 : 1 + 2 * F] = found
+        return Server(server.round + 1, w_P, {"phase": torch.ones(1)})
+
+    def predict(self, w_P: Tensor, x_NF: Tensor) -> Tensor:
+        mean_2F, variance_2F = w_P[1:].reshape(2, 2, -1)
+        fit_N2 = -((x_NF[:, None] - mean_2F).square() / variance_2F + variance_2F.log()).sum(2) / 2
+        return (w_P[0] + fit_N2[:, 1] - fit_N2[:, 0])[:, None]
+
+
+@pytest.fixture
+def naive_bayes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEARNERS, "naive-bayes", NaiveBayes())
+
+
+@pytest.mark.usefixtures("naive_bayes")
+def test_an_added_learner_is_the_one_on_pooled_rows_and_runs_a_whole_study(tmp_path: Path) -> None:
+    study = medfed.load_study(write_study(tmp_path, STUDY))._with({"model.name": "naive-bayes", "training.rounds": 3})
+    whole = run_twice(tmp_path, study)
+    sites = runs.open_sites(study, None)
+    runs._ready(sites[0].study, sites)
+    x_NF = torch.cat([site.train.x for site in sites]).double()
+    y_N = torch.cat([site.train.y for site in sites])
+    state = [(y_N == 1).double().mean() / (y_N == 0).double().mean()]
+    means = [x_NF[y_N == k].mean(0) for k in (0, 1)]
+    variances = [x_NF[y_N == k].var(0, correction=0).clamp(min=1e-3) for k in (0, 1)]
+    exact_P = torch.cat([torch.stack(state).log(), *means, *variances])
+    torch.testing.assert_close(whole.w_P.double(), exact_P, rtol=1e-4, atol=1e-4)
+
+    assert whole.summary["test"]["auroc"] > 0.6
+    loaded = medfed.load(tmp_path / "whole")
+    table = tmp_path / "cohort.csv"
+    assert loaded.predict(table).equals(whole.predict(table)) and len(loaded.predict(table)) > 50
+
+
+@pytest.mark.usefixtures("naive_bayes")
+def test_an_added_learner_runs_in_every_way_and_as_the_reference_does(tmp_path: Path) -> None:
+    for way, rule in (("plain", "mean"), ("masked", "mean"), ("three-party", "mean"), ("plain", "krum")):
+        agree(study_of(tmp_path, "fedavg", "none", way, rule, model__name="naive-bayes"), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LINKS, "largest", Largest())
+        agree(
+            study_of(
+                tmp_path, "fedavg", "none", "plain", "mean", model__name="naive-bayes", training__links=("largest",)
+            )
+        )
+
+
+@pytest.mark.usefixtures("naive_bayes")
+def test_an_added_learner_is_refused_a_claim_and_other_algorithms(tmp_path: Path) -> None:
+    claimed = study_of(tmp_path, "fedavg", "shared", "plain", "mean", model__name="naive-bayes")
+    assert "and a privacy claim do not compose: how far a patient moves" in refused(claimed)
+    other = study_of(tmp_path, "scaffold", "none", "plain", "mean", model__name="naive-bayes")
+    assert "no gradient trains this learner" in refused(other)
+
+
+# An operation: how many training rows have a gap-free record, asked of every site after the last round.
+
+
+def count_rows(
+    sites: Sequence[Site], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[bytes | SiteError]:
+    if guarantee.asked(sites[0].study):
+        raise SiteError("rows are not counted under a privacy claim: nobody has paid for it")
+    least = header["least"]
+    return [codec.encode({"enough": len(site.train) >= least}) for site in sites]
+
+
+def test_an_added_operation_is_asked_in_a_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "count rows", count_rows)
+    told: dict[str, bool] = {}
+
+    class Asking(Plain):
+        """A way that asks it before each round."""
+
+        def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Any:
+            replies = gather(fleet, clients, "count rows", codec.encode({"least": 1}), 10)
+            told.update({name: codec.decode(reply.payload)[0]["enough"] for name, reply in replies.items()})
+            return super().open(plan, fleet, clients, number, payload)
+
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set("monitor.baselines", False)
+    monkeypatch.setattr("medfed.aggregation.PLAIN", Asking())
+    asked = medfed.simulate(study)
+    assert asked.complete and len(told) >= 3 and all(told.values())
+    monkeypatch.undo()
+    assert torch.equal(asked.w_P, medfed.simulate(study).w_P)  # asking changes nothing
+
+    monkeypatch.setitem(OPS, "count rows", count_rows)
+    sites = runs.open_sites(medfed.load_study(write_study(tmp_path, PRIVATE)), None)
+    with pytest.raises(SiteError, match="nobody has paid"):
+        sites[0].handle("count rows", codec.encode({"least": 1}))
+
+
+# A way: a buffer that waits for the first rows alone, and takes a late one into the next round.
+
+
+@dataclass
+class Buffer:
+    """An asynchronous buffer (Nguyen et al. 2022, arXiv:2106.06639): a round is what has come when `size` rows have."""
+
+    size: int
+    late: dict[int, str] = field(default_factory=dict)  # tickets of earlier rounds
+    trail = None
+
+    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "BufferRound":
+        busy = set(self.late.values())
+        free = [name for name in clients if name not in busy]
+        tickets = fleet.submit_many(free, "work", payload, plan.study.training.deadline)
+        self.late |= dict(zip(tickets, free, strict=True))
+        return BufferRound(self, plan, number)
+
+
+@dataclass
+class BufferRound:
+    buffer: Buffer
+    plan: Plan
+    number: int
+    came: dict[str, Reply] = field(default_factory=dict)
+
+    @property
+    def waits(self) -> bool:
+        return len(self.came) < self.buffer.size and bool(self.buffer.late)
+
+    def add(self, reply: Reply) -> None:
+        name = self.buffer.late.pop(reply.ticket, None)
+        if name is not None:
+            self.came[name] = reply
+
+    def close(self) -> RoundRows:
+        reports, names, row_KM, excluded = read_rows(self.came, self.plan)
+        weight_K = torch.tensor([self.plan.weight(name) for name in names], dtype=torch.float64)
+        combined_M = combine(row_KM, weight_K / weight_K.sum(), self.plan.links, self.number)
+        return RoundRows(names, reports, self.came, combined_M, excluded)
+
+
+class Slow(InProcess):
+    """A fleet of which one site's answers come a round late."""
+
+    def __init__(self, sites: Sequence[Site], slow: str) -> None:
+        super().__init__(sites)
+        self.slow, self.held = slow, list[Reply]()
+
+    def poll(self, wait: float) -> list[Reply]:
+        replies = super().poll(wait)
+        before, self.held = self.held, [reply for reply in replies if reply.site == self.slow]
+        return before + [reply for reply in replies if reply.site != self.slow]
+
+
+def test_an_added_way_takes_late_rows_into_the_next_round(tmp_path: Path) -> None:
+    study = medfed.load_study(write_study(tmp_path, STUDY))
+    sites = runs.open_sites(study, None)
+    _, plan = runs._ready(sites[0].study, sites)
+    fleet, way, server = Slow(sites, plan.participants[0]), Buffer(len(plan.participants) - 1), plan.begin()
+    with Log() as log:
+        for _ in range(4):
+            server = run_round(server, plan, fleet, plan.budget(), log, way)
+    finished = [event for event in log.events() if isinstance(event, RoundFinished)]
+    assert plan.participants[0] not in finished[0].clients and plan.participants[0] in finished[1].clients
+    assert server.round == 4 and bool(torch.isfinite(server.w_P).all())
+
+
+# A package that adds something, for studies that are run by command.
+
+
+def test_an_installed_package_adds_what_its_entry_point_imports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(LINKS, "there before", Largest())  # so that what is imported here goes away again
+    (tmp_path / "added_link.py").write_text("from medfed.wire import LINKS, Link\nLINKS['nothing'] = Link()\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("mine", "added_link", extensions.GROUP)
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [entry])
+    extensions.load.cache_clear()
+    try:
+        study = medfed.load_study(write_study(tmp_path, STUDY))._with(
+            {"training.links": "nothing", "training.rounds": 1, "monitor.baselines": False}
+        )
+        assert medfed.simulate(study).complete
+        monkeypatch.setattr(extensions, "entry_points", lambda group: [EntryPoint("bad", "no_such_module", group)])
+        extensions.load.cache_clear()
+        with pytest.raises(PlanError, match=r"the extension 'bad' \(no_such_module\) cannot be imported"):
+            medfed.simulate(study)
+    finally:
+        LINKS.pop("nothing", None)
+        extensions.load.cache_clear()

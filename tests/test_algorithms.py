@@ -25,23 +25,23 @@ from medfed.data.federated import Rows, Stack
 from medfed.local import train
 from medfed.objections import check
 from medfed.plan import Plan, make
-from medfed.reference import Site, play
+from medfed.reference import SiteState, play
 from medfed.study import Model, Study, Training
-from medfed.wire import PLAIN
+from medfed.wire import PLAIN, Link, Remembered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass
-class Recorder:
+class Recorder(Link):
     """A link that changes nothing and keeps what passes: each client's row, and what they came to."""
 
     rows: list[Tensor] = field(default_factory=list)
     combined_M: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         self.rows.append(message_KM[0])
-        return message_KM
+        return message_KM, memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         self.combined_M = mean_M
@@ -63,7 +63,9 @@ class Federation:
         self.server = self.algorithm.begin(vector(self.model), self.h)
         names = tuple(f"client {k}" for k in range(len(self.data)))
         rows = [self._rows(k) for k in range(len(self.data))]
-        self.sites = {n: Site(one, self.algorithm.blank(self.server.w_P)) for n, one in zip(names, rows, strict=True)}
+        self.sites = {
+            n: SiteState(one, self.algorithm.blank(self.server.w_P)) for n, one in zip(names, rows, strict=True)
+        }
         self.recorder = Recorder()
         parameters = len(self.server.w_P)
         self.plan = Plan(

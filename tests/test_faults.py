@@ -22,7 +22,7 @@ import typer.main
 import medfed
 from medfed import cli, federation, runs
 from medfed.core.checks import MedfedError
-from medfed.secure import keys
+from medfed.secure import key_files
 from tests.faults import FAULTS, Fault
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
@@ -147,7 +147,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             said[words] = out.getvalue()
         prints = {name: said[f"key new {name}"].split("fingerprint ")[1].strip() for name in ("west", "south")}
         federation.approve(
-            Path("members"), keys.load(Path(KEY)), json.loads(Path("asked-south.json").read_text()), prints["south"]
+            Path("members"),
+            key_files.load(Path(KEY)),
+            json.loads(Path("asked-south.json").read_text()),
+            prints["south"],
         )
     (place / "asked-west.json").rename(place / "asked-north.json")
     (place / "fingerprint").write_text(prints["west"].replace(" ", ""))

@@ -12,9 +12,9 @@ from medfed import federation, runs
 from medfed.cli import app
 from medfed.compliance.trail import Trail
 from medfed.core.checks import KeyFileError, MedfedError, PlanError, RevokedError, SignatureError, TrailError
-from medfed.secure import keys
+from medfed.secure import key_files
 from medfed.secure.identity import Identity
-from medfed.secure.three_party import Aggregator
+from medfed.secure.three_party import SharingAggregator
 from medfed.study import Study
 from tests.tables import STUDY, write_study
 
@@ -110,7 +110,7 @@ def study(tmp_path: Path, place: Path) -> Study:
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("security.aggregation", "three-party")
     roles = dict.fromkeys(runs.survey(study), "site") | dict.fromkeys(study.security.aggregators, "aggregator")
     for name, role in {**roles, "coordinator": "coordinator"}.items():
-        keys.save(enrolled(place, name, role), tmp_path / "keys" / f"{name}.key")
+        key_files.save(enrolled(place, name, role), tmp_path / "keys" / f"{name}.key")
     return study.set("security.federation", str(place)).set("security.keys", str(tmp_path / "keys"))
 
 
@@ -120,7 +120,7 @@ def test_a_run_under_the_consortiums_keys_is_checked_against_them(study: Study, 
     found = medfed.verify_model_integrity(tmp_path / "run", place)
     assert found["signed_by"] == "coordinator" and found["sites"] == sorted(runs.survey(study))
     assert found["rounds"] == study.training.rounds
-    secret = keys.load(tmp_path / "keys" / "coordinator.key").secret().hex()
+    secret = key_files.load(tmp_path / "keys" / "coordinator.key").secret().hex()
     assert not any(secret[:64] in path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*.*"))
     others = tmp_path / "others"
     federation.begin(others, BOSS)
@@ -140,7 +140,7 @@ def test_revoked_unknown_and_swapped_keys_are_refused_before_a_folder_is_made(
     file.rename(kept)
     with pytest.raises(KeyFileError, match="medfed key new"):
         medfed.run(study, tmp_path / "run")
-    keys.save(Identity.new(name, "site"), file)
+    key_files.save(Identity.new(name, "site"), file)
     with pytest.raises(SignatureError, match="not what the consortium approved"):
         medfed.run(study, tmp_path / "run")
     kept.replace(file)
@@ -189,9 +189,9 @@ def test_an_aggregator_that_stops_ends_the_round_and_the_run_goes_on_when_it_is_
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = medfed.run(study, tmp_path / "whole")
-    handle, calls = Aggregator.handle, 0
+    handle, calls = SharingAggregator.handle, 0
 
-    def stopping(self: Aggregator, *args: object) -> object:
+    def stopping(self: SharingAggregator, *args: object) -> object:
         nonlocal calls
         calls += args[0] == "begin"
         if calls > 3:  # the three began round 1
@@ -199,7 +199,7 @@ def test_an_aggregator_that_stops_ends_the_round_and_the_run_goes_on_when_it_is_
         return handle(self, *args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Aggregator, "handle", stopping)
+        patch.setattr(SharingAggregator, "handle", stopping)
         stopped = medfed.run(study, tmp_path / "run")
     assert not stopped.complete and 0 < stopped.summary["rounds"] < study.training.rounds
     resumed = medfed.resume(tmp_path / "run")

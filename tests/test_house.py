@@ -138,6 +138,14 @@ def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
     assert list(_in_the_locale_s_encoding(tmp_path / "code.py")) == [6, 7, 8, 9, 10]
 
 
+def test_what_contributing_shows_is_what_a_test_does() -> None:
+    done = (ROOT / "tests" / "test_adding.py").read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(shown) >= 6
+    for block in shown:
+        assert block in done
+
+
 # the registry of guarantees -------------------------------------------------------------------------------------------
 
 ROW = guarantees.Guarantee(

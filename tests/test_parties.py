@@ -64,7 +64,7 @@ def coordinate(study: Study, parties: Parties, folder: Path | None = None) -> tu
     plan = prepare(study, fleet, fleet.sites())
     rehearse(plan, fleet)
     enrol(plan, fleet, "run")
-    together = aggregation.introduced(plan, fleet, "run", folder, aggregators=parties.aggregators or None)
+    together = aggregation.introduce(plan, fleet, "run", folder, aggregators=parties.aggregators or None)
     server, budget, log = plan.begin(), plan.budget(), Log()
     while server.round < study.training.rounds:
         server = run_round(server, plan, fleet, budget, log, together)
@@ -175,7 +175,7 @@ def test_a_party_that_tells_anothers_keys_is_refused(tmp_path: Path, started: An
             return parties.fleet.submit_many(asked, op, payload, deadline)
 
     with pytest.raises(SignatureError, match=r"'clinic 1' tells keys of 'clinic 0', site; expected its own"):
-        aggregation.introduced(plan, Swapped(), "run")  # type: ignore[arg-type]
+        aggregation.introduce(plan, Swapped(), "run")  # type: ignore[arg-type]
 
 
 def test_a_lying_coordinator_is_told_no(tmp_path: Path, started: Any) -> None:

@@ -17,13 +17,16 @@ from medfed import reference, runs
 from medfed.algorithms import ALGORITHMS, Server
 from medfed.core.checks import MedfedError, PlanError
 from medfed.engine.inprocess import InProcess
+from medfed.fleet.selection import SELECTORS
+from medfed.learners import LEARNERS
 from medfed.monitor.events import Log
 from medfed.plan import Plan
-from medfed.reference import Site
+from medfed.reference import SiteState
 from medfed.robust.rules import ALONE, MIXINGS
 from medfed.round import run_round
 from medfed.study import Privacy, Security, Study
-from medfed.wire import send
+from medfed.ways.way import Way
+from medfed.wire import LINKS, send, send_remembering
 from tests.tables import PRIVATE, invented, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,8 +80,8 @@ class Played:
 
     plan: Plan
     fleet: InProcess
-    aggregation: ways.Aggregation
-    held: dict[str, Site]
+    aggregation: Way
+    held: dict[str, SiteState]
     engine: Server
     reference: Server
 
@@ -87,8 +90,8 @@ class Played:
         sites = runs.open_sites(study, None)
         fleet, plan = runs._ready(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
-        held = {name: Site(node.train, dict(node.memory)) for name, node in nodes.items()}
-        return cls(plan, fleet, ways.introduced(plan, fleet, "run"), held, plan.begin(), plan.begin())
+        held = {name: SiteState(node.train, dict(node.memory)) for name, node in nodes.items()}
+        return cls(plan, fleet, ways.introduce(plan, fleet, "run"), held, plan.begin(), plan.begin())
 
     def step(self, same_rows: bool = False) -> None:
         """With `same_rows` the reference's sites send what the engine's have computed."""
@@ -98,8 +101,13 @@ class Played:
             messages.extend(message_KM.clone())
             return send(message_KM, links)
 
+        def recorded_too(message_KM: torch.Tensor, links: Any, memory: Any) -> Any:
+            messages.extend(message_KM.clone())
+            return send_remembering(message_KM, links, memory)
+
         with pytest.MonkeyPatch.context() as patch, Log() as log:
             patch.setattr("medfed.site.send", recorded)
+            patch.setattr("medfed.site.send_remembering", recorded_too)
             self.engine = run_round(self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation)
             if same_rows:
                 computed = dict(zip(self.plan.participants, messages, strict=True))
@@ -118,7 +126,8 @@ class Played:
     def remember_alike(self) -> None:
         for name, site in self.held.items():
             known = self.fleet.site(name).memory
-            assert site.memory.keys() == known.keys() == set(self.plan.algorithm.kept)
+            of_links = {kept for link in self.plan.links for kept in link.kept}
+            assert site.memory.keys() == known.keys() == {*self.plan.algorithm.kept, *of_links}
             for kept, value in known.items():
                 torch.testing.assert_close(site.memory[kept], value, rtol=2e-3, atol=2e-4)
 
@@ -176,6 +185,24 @@ def _combine(folder: Path, combination: tuple[str, str, str]) -> None:
         for _ in range(2):
             played.step(same_rows=True)
             played.agree(2e-6, 2e-6)  # weights travel among three parties in steps of 2^-20
+
+
+ADDED = [
+    *(("fleet.schedule", name) for name in SELECTORS),
+    *(("training.links", name) for name in LINKS),
+    *(("model.name", name) for name in LEARNERS),
+]
+
+
+@pytest.mark.parametrize("added", ADDED, ids="=".join)
+def test_every_selector_link_and_learner_is_played_as_the_reference_does(
+    tmp_path: Path, added: tuple[str, str]
+) -> None:
+    key, name = added
+    study = study_of(tmp_path, "fedavg", "none", "plain", "mean")._with({key: name, "fleet.groups": 2})
+    if key == "fleet.schedule" and SELECTORS[name].law != "turns":
+        study = study.set("fleet.clients_per_round", 3)
+    agree(study, 4)
 
 
 def test_most_of_the_registry_is_played_and_not_refused(tmp_path: Path) -> None:

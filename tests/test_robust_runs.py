@@ -16,7 +16,7 @@ from medfed.engine.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import resolve
 from medfed.runs import open_sites
-from medfed.secure.three_party import Terms
+from medfed.secure.three_party import SharingTerms
 from medfed.study import Privacy, Study
 from tests.tables import PRIVATE, STUDY, write_study
 
@@ -89,7 +89,7 @@ def private(tmp_path: Path) -> Study:
 def test_the_budget_is_split_between_both_openings(private: Study) -> None:
     """Both noises together cost what the one of a plain sum does: 1/z^2 = 1/z_G^2 + 1/z_A^2."""
     g = resolve(private, dict(private.privacy.sizes), 50)
-    terms = Terms(50, 1e6, ("p", "q", "r"))
+    terms = SharingTerms(50, 1e6, ("p", "q", "r"))
     gram, total = agreed.gram_split(g, terms)
     s = g.sensitivity_units()
     for K in (3, 10):

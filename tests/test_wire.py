@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medfed.privacy.guarantee import GRID
-from medfed.wire import PLAIN, Float32, Grid, Link, combine, finite, into_ball, send
+from medfed.wire import PLAIN, Float32, Grid, Link, Remembered, combine, finite, into_ball, send
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
 
@@ -26,15 +26,15 @@ def _shares(K: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plus:
+class Plus(Link):
     """A link for tests: adds at the client, takes away at the server; tells when it is asked."""
 
     number: float
     told: list[str]
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         self.told.append(f"client +{self.number:g}")
-        return message_KM + self.number
+        return message_KM + self.number, memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         self.told.append(f"server -{self.number:g}, round {round}")
@@ -42,29 +42,26 @@ class Plus:
 
 
 @dataclass(frozen=True)
-class Times:
+class Times(Link):
     """A link for tests that does not commute with Plus."""
 
     number: float
     told: list[str]
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         self.told.append(f"client x{self.number:g}")
-        return message_KM * self.number
+        return message_KM * self.number, memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         self.told.append(f"server /{self.number:g}, round {round}")
         return mean_M / self.number
 
 
-class Centred:
+class Centred(Link):
     """A planted offender: each row depends on the others."""
 
-    def client(self, message_KM: Tensor) -> Tensor:
-        return message_KM - message_KM.mean(0)
-
-    def server(self, mean_M: Tensor, round: int) -> Tensor:
-        return mean_M
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        return message_KM - message_KM.mean(0), memory
 
 
 def _is_row_wise(links: tuple[Link, ...], message_KM: Tensor) -> bool:

@@ -23,7 +23,7 @@ class Aggregator:
         """Set up the node; its keys are loaded, or made, when it is first asked who it is."""
         self.name, self.study = name, study
         self._identity: Identity | None = None
-        self._side: three_party.Aggregator | None = None
+        self._side: three_party.SharingAggregator | None = None
 
     def handle(self, op: str, payload: bytes) -> bytes:
         """Do what is asked; raises AbortError or another MedfedError with the reason."""

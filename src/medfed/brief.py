@@ -118,7 +118,9 @@ class EnhancedMedicalIoMTDevice:
         keys = _keys([self.name])
         steps_M = torch.round(row_M.double() * 2.0**bits).to(torch.int64).numpy()
         bound = float(np.linalg.norm(steps_M.astype(float))) + 1
-        return three_party.share(keys[self.name], _scope(), steps_M, three_party.Terms(len(steps_M), bound, PARTIES))
+        return three_party.share(
+            keys[self.name], _scope(), steps_M, three_party.SharingTerms(len(steps_M), bound, PARTIES)
+        )
 
     def get_medical_privacy_report(self) -> dict[str, Any]:
         """Return what this site's patients will pay, before training: noise, epsilon of a round and of the run."""
@@ -247,7 +249,7 @@ class AdvancedSecurityManager:
         length = len(next(iter(steps.values())))
         bound = max(float(np.linalg.norm(row.astype(float))) for row in steps.values()) + 1
         keys = _keys(list(steps))
-        opened = three_party.run_protocol(keys, _scope(), steps, three_party.Terms(length, bound, PARTIES))
+        opened = three_party.run_protocol(keys, _scope(), steps, three_party.SharingTerms(length, bound, PARTIES))
         total_M: NDArray[np.int64] = opened.total_M
         return torch.from_numpy(total_M).double() * 2.0**-bits
 

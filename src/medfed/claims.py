@@ -26,6 +26,7 @@ from medfed.privacy.guarantee import (
     ranges_sensitivity,
     repeat,
     resolve,
+    summed_sd,
 )
 from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
@@ -335,8 +336,8 @@ def _ranges_ahead(plan: Plan) -> JSON | None:
     assert g is not None
     if not columns:
         return None
-    noises = 1 if counted_together(plan.study) else len(plan.participants)
-    sd = g.query_sd("ranges", ranges_sensitivity(len(columns))) * math.sqrt(noises)
+    each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
+    sd = summed_sd(plan.study, each, len(plan.participants))
     return {"columns": list(columns), "epsilon": plan.study.privacy.ranges_epsilon, "noise_sd": sd, "least": LEAST * sd}
 
 

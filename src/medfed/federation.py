@@ -17,7 +17,7 @@ from medfed.compliance import trail
 from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import SignatureError, TrailError
-from medfed.secure import keys
+from medfed.secure import key_files
 from medfed.secure.identity import Identity, Public, Roster, holds
 from medfed.study import Study
 
@@ -142,7 +142,7 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
     if not security.federation:
         return Identity.new(name, role)
     file = study.folder / security.keys / f"{quote(name, safe=' ')}.key"
-    return keys.load(file, os.environ.get("MEDFED_PASSPHRASE", ""))
+    return key_files.load(file, os.environ.get("MEDFED_PASSPHRASE", ""))
 
 
 def members_of(study: Study) -> Consortium | None:

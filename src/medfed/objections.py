@@ -5,16 +5,20 @@ from dataclasses import replace
 from functools import partial
 
 from medfed.algorithms import ALGORITHMS
+from medfed.core import extensions
 from medfed.core.checks import MedfedError, PlanError, StudyError, closest, nearest
 from medfed.core.refusals import Refusal, gather, mends, refuse
 from medfed.data import declared, headers, preprocess, sources
 from medfed.features import features_of, list_open
+from medfed.fleet import selection
+from medfed.learners import LEARNERS
 from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
 from medfed.resolved import DEFAULT_RULE, algorithm_name, bounded, robust_rule
 from medfed.robust import attacks
-from medfed.robust.rules import Rule
+from medfed.robust.rules import RobustRule
 from medfed.study import EPSILON, Data, Feature, Security, Study, beyond, is_pattern, out_of_range, parse, put
+from medfed.wire import LINKS
 
 
 def check(study: Study) -> None:
@@ -28,6 +32,7 @@ def find(study: Study) -> list[Refusal]:
     Where a value cannot be used, or epsilon, delta and noise do not go together, the rest is looked at as if that were
     mended.
     """
+    extensions.load()
     study, found = _repair(study)
     return [
         *found,
@@ -35,6 +40,7 @@ def find(study: Study) -> list[Refusal]:
         *_secure_refusals(study),
         *_robust_refusals(study),
         *_algorithm_refusals(study),
+        *_added_refusals(study),
     ]
 
 
@@ -186,7 +192,7 @@ def _attack_refusals(study: Study) -> Iterator[Refusal]:
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
 
-def _rule_refusals(study: Study, rule: Rule, way: str) -> Iterator[Refusal]:
+def _rule_refusals(study: Study, rule: RobustRule, way: str) -> Iterator[Refusal]:
     """Yield what a study's rule does not compose with; `way` tells the aggregation."""
     where = f"robustness.rule={study.robustness.rule!r}"
     aggregation = study.security.aggregation
@@ -299,6 +305,46 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
             "Set training.optimizer='sgd', or take fedavg."
         )
         yield _refusal(PlanError(text), training__optimizer="sgd")
+
+
+def _added_refusals(study: Study) -> Iterator[Refusal]:
+    """Yield what a selector, links or a learner do not compose with; names come from their registries."""
+    schedule, links, model = study.fleet.schedule, study.training.links, study.model.name
+    if schedule not in selection.SELECTORS:
+        known = selection.SELECTORS
+        text = f"fleet.schedule={schedule!r}; expected one of {', '.join(map(repr, known))}"
+        close = closest(schedule, known)
+        yield _refusal(StudyError(text), **({"fleet__schedule": close} if close else {}))
+    for name in links:
+        if name not in LINKS:
+            yield _refusal(StudyError(f"training.links={name!r} is no link; {nearest(name, LINKS)}"))
+    where = f"training.links={list(links)}"
+    if links and study.security.aggregation != "plain":
+        text = (
+            f"{where} and security.aggregation={study.security.aggregation!r} do not compose: what such a link sends "
+            "is decoded row by row, and nobody sees a row there. Leave training.links out, or set aggregation='plain'."
+        )
+        yield _refusal(PlanError(text), training__links=())
+    elif links and _asked_jointly(study):
+        text = (
+            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: rows are whole steps of the noise's "
+            "grid, whose sum must be exact. Leave training.links out, or set privacy.noise='site'."
+        )
+        yield _refusal(PlanError(text), training__links=())
+    if model not in LEARNERS:
+        return
+    if study.training.algorithm not in ("fedavg", "pooled"):
+        text = (
+            f"model.name={model!r} and training.algorithm={study.training.algorithm!r} do not compose: no gradient "
+            "trains this learner, which says itself how its state follows. Leave training.algorithm out."
+        )
+        yield _refusal(PlanError(text), training__algorithm="fedavg")
+    if study.privacy.meant:
+        text = (
+            f"model.name={model!r} and a privacy claim do not compose: how far a patient moves what this learner sends "
+            "is not known. Take a model that gradients train, such as 'logistic', or claim nothing."
+        )
+        yield _refusal(PlanError(text), model__name="logistic")
 
 
 def _asked_jointly(study: Study) -> bool:

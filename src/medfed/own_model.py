@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from medfed.building import build_model, find_path, local_plan, safe_rate
+from medfed.core.checks import PlanError
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.encoding import Encoding, Target
 from medfed.data.federated import Rows, Stack
+from medfed.learners import LEARNERS
 from medfed.local import LocalPlan, outputs, train
 from medfed.monitor.metrics import squared_error
 from medfed.privacy.guarantee import asked
@@ -44,6 +46,8 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
     study's own. Under a claim those are chosen for sums that are noised, and say nothing of a site's own training: it
     descends by full batches, at the largest step that is safe on these rows, for as long as helps patients set aside.
     """
+    if study.model.name in LEARNERS:
+        raise PlanError(f"model.name={study.model.name!r} has no training of a site alone; compare models of gradients")
     if asked(study):
         return _train_until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
     study = without_protection(study, "local")

@@ -215,7 +215,7 @@ def _check_robustness(study: Study, clients: Sequence[str]) -> None:
 
 def _warn_of_path(study: Study, taken: Probed) -> list[str]:
     """Say why a model is not trained on the fastest path."""
-    if study.training.path != "auto" or taken.path == "rules":
+    if study.training.path != "auto" or taken.path in ("auto", "rules"):
         return []
 
     unit = "record" if guarantees.asked(study) else "client"

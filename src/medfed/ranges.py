@@ -4,7 +4,6 @@ Training patients pay for it. Counts are asked for as often as the plan pays for
 columns are counted; what follows from them is public, and becomes part of the run's encoding like a declared range.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
@@ -48,8 +47,8 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     if g is None or "ranges" not in g.queries:
         return plan, []
     counted, told = Counted(fleet), list[Event]()
-    noises = 1 if guarantee.counted_together(plan.study) else len(plan.participants)
-    search = Search(len(columns), g.query_sd("ranges", ranges_sensitivity(len(columns))) * math.sqrt(noises))
+    each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
+    search = Search(len(columns), guarantee.summed_sd(plan.study, each, len(plan.participants)))
     for turn in range(quantiles.TIMES):
         counts_FC, excluded = _counts(plan, counted, turn, search.edges())
         told += [event for event in excluded if event not in told]

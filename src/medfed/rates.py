@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from medfed.algorithms import Server
 from medfed.core.flat import trained
 from medfed.core.types import Task
+from medfed.learners import LEARNERS
 from medfed.local import CURVATURE, LocalPlan
 from medfed.privacy.guarantee import asked
 from medfed.study import Study, Training
@@ -83,7 +84,7 @@ def halve(server: Server) -> Server:
 
 def left_open(study: Study) -> bool:
     """Say whether the rate is to be chosen from the sites' inputs: nobody has set one, and nothing is claimed."""
-    return study.training.learning_rate == 0 and not asked(study)
+    return study.training.learning_rate == 0 and not asked(study) and study.model.name not in LEARNERS
 
 
 def settle(study: Study) -> Study:

@@ -17,15 +17,15 @@ from medfed import dpsgd, rates
 from medfed.algorithms import Server
 from medfed.building import local_plan
 from medfed.data.federated import Patients, Rows, Stack
-from medfed.fleet import selection
+from medfed.learners import LEARNERS, work_of
 from medfed.local import train
 from medfed.plan import Plan
 from medfed.robust import rules
-from medfed.wire import finite, into_ball, send
+from medfed.wire import decode, finite, into_ball, send_remembering
 
 
 @dataclass
-class Site:
+class SiteState:
     """What one site holds: its training rows, and what its algorithm remembers of earlier rounds."""
 
     rows: Rows
@@ -33,24 +33,27 @@ class Site:
 
 
 def play(
-    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, Site], drawn: Sequence[str] | None = None
+    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, SiteState], drawn: Sequence[str] | None = None
 ) -> Server:
-    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands for the lottery."""
+    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands for the draw."""
     number, g, training = server.round + 1, plan.guarantee, plan.study.training
 
-    # Draw. The coordinator draws who takes part, by a public lottery, and sends them the model.
+    # Draw. The study's selector says who takes part, from public facts and a public stream; they receive the model.
     if drawn is None:
-        lottery = plan.streams.generator("selection", number)
-        drawn = selection.draw(plan.on_turn(number), plan.study.fleet.clients_per_round, lottery)
+        drawn = plan.draw(number)
 
-    # Pay, work and send. Each site charges its patients (`privacy.site_ledger`), computes its row by itself, and passes
-    # it through the client's halves of the links: cut, rounded, noised. A row that is not finite does not count.
+    # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by itself, and passes it
+    # through the client's halves of the links: cut, rounded, noised. The coordinator undoes what
+    # it can row by row. A row that is not finite does not count.
     sent: dict[str, Tensor] = {}
     remembered: dict[str, dict[str, Tensor]] = {}
     for name in drawn:
-        message_M, remembered[name] = work(server, plan, model, name, sites[name])
+        message_M, later = work(server, plan, model, name, sites[name])
         if finite(message_M[None]).all():
-            sent[name] = send(message_M[None], plan.links)[0]
+            memory = {kept: value[None] for kept, value in sites[name].memory.items()}
+            row_KM, kept = send_remembering(message_M[None], plan.links, memory)
+            sent[name] = decode(row_KM, plan.links, plan.message)[0]
+            remembered[name] = {**later, **{one: value[0] for one, value in kept.items()}}
 
     # Combine. In plain sight, under masks that cancel or in shares that add up, what is opened is one weighted sum:
     # a rule's weights where some may lie, else the sum that a noise is for, else the mean by public weights.
@@ -90,13 +93,18 @@ def play(
     return after
 
 
-def work(server: Server, plan: Plan, model: nn.Module, name: str, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
+def work(server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the row [M] that a site's records come to, and what it will remember if the row counts.
 
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of the site's clipped
     gradients, a patient each.
     """
     g, algorithm, task = plan.guarantee, plan.algorithm, plan.algorithm.task(server)
+    memory = {kept: site.memory[kept][None] for kept in algorithm.kept}
+    if plan.study.model.name in LEARNERS:
+        done = work_of(LEARNERS[plan.study.model.name], task, memory, [site.rows])
+        return done.message_KM[0], {kept: value[0] for kept, value in done.memory.items()}
+
     key_K = plan.streams.key_K("batches", server.round + 1, [name])
     if g and g.joint:
         patients, size = Patients.of([site.rows]), g.releases[name].size
@@ -105,10 +113,9 @@ def work(server: Server, plan: Plan, model: nn.Module, name: str, site: Site) ->
         message_KM = into_ball(summed.total_KP, [size])
         if g.clipping == "adaptive":
             message_KM = torch.cat([message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1)
-        return message_KM[0], site.memory
+        return message_KM[0], {}
 
     study = rates.at(plan.study, float(server.slots["rate"])) if "rate" in server.slots else plan.study
-    memory = {kept: site.memory[kept][None] for kept in algorithm.kept}
     start_KP, correction = algorithm.starts_KP(task, memory, 1), algorithm.correct(task, memory, study.training)
     steps = local_plan(study, plan.encoding)
     if g:

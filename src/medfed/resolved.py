@@ -8,22 +8,25 @@ K clients of a round, P parameters, M numbers in a row.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from medfed.algorithms import ALGORITHMS, Algorithm
+from medfed.core import extensions
 from medfed.core.checks import QuorumError
 from medfed.core.streams import Streams
 from medfed.fleet import selection
+from medfed.fleet.selection import Profile, Selector
+from medfed.learners import LEARNERS
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.run_meter import Metered, NoClaim, RunMeter
-from medfed.robust.rules import Rule, augment, rule_of
+from medfed.robust.rules import RobustRule, augment, rule_of
 from medfed.study import Study
-from medfed.wire import PLAIN, Bounded, FixedPoint, Link, joint_links
+from medfed.wire import LINKS, PLAIN, Bounded, FixedPoint, Link, joint_links
 
 MOST_ROWS = 2000
 """Clients of a round that a rule may compare two by two."""
@@ -46,10 +49,21 @@ class Resolved:
 
     @property
     def algorithm(self) -> Algorithm:
-        return ALGORITHMS[algorithm_name(self.study)]
+        """What the server does with the combined row: the study's algorithm, or its learner's."""
+        return algorithm_of(self.study)
 
     @property
-    def rule(self) -> Rule | None:
+    def selector(self) -> Selector:
+        """Who takes part in a round, and by which law."""
+        return selection.SELECTORS[self.study.fleet.schedule]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a site remembers anything from one round to the next."""
+        return bool(self.algorithm.kept or any(link.kept for link in self.links))
+
+    @property
+    def rule(self) -> RobustRule | None:
         """What weighs rows where some may lie; None takes the clients' public weights."""
         return robust_rule(self.study, cohort(self.study, self.participants))
 
@@ -64,7 +78,7 @@ class Resolved:
             return rule(gram_KK, key)
         return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
 
-    def fitting(self, rows: int) -> Rule:
+    def fitting(self, rows: int) -> RobustRule:
         """Return the rule for as many rows as came: who did not come counts as malicious where it needs that.
 
         Raises QuorumError where even so they are too few.
@@ -120,10 +134,13 @@ class Resolved:
 
     def on_turn(self, round: int) -> Sequence[str]:
         """Return who may take part in a round: all, or the group whose turn it is."""
-        fleet = self.study.fleet
-        if fleet.schedule == "random":
-            return self.participants
-        return selection.turn(self.participants, round, fleet.groups, self.streams)
+        return self.selector.eligible(self.participants, round, self.study.fleet.groups, self.streams)
+
+    def draw(self, round: int, out: Collection[str] = ()) -> list[str]:
+        """Return who takes part in a round, without those who are `out`: a function of the seed and public facts."""
+        rng = self.streams.generator("selection", round)
+        able = {name: Profile(self.sizes[name]["train"]) for name in self.on_turn(round) if name not in out}
+        return list(self.selector.pick(able, self.study.fleet.clients_per_round, rng))
 
     def weight(self, site: str) -> float:
         """Return a site's public weight, not normalised."""
@@ -138,6 +155,7 @@ def resolve(
 
     Raises PlanError where the study's target cannot be met.
     """
+    extensions.load()
     guarantee = None
     if guarantees.asked(study):
         declared = {name: sizes[name]["train"] for name in participants}
@@ -148,7 +166,7 @@ def resolve(
         sizes=sizes,
         participants=tuple(participants),
         parameters=parameters,
-        message=guarantee.numbers() if guarantee and joint else ALGORITHMS[algorithm_name(study)].length(parameters),
+        message=guarantee.numbers() if guarantee and joint else algorithm_of(study).length(parameters),
         guarantee=guarantee,
         links=links_of(study, guarantee, participants),
     )
@@ -161,6 +179,31 @@ def algorithm_name(study: Study) -> str:
     return "fedavg" if joint and ALGORITHMS[name].joint == "coincides" else name
 
 
+def algorithm_of(study: Study) -> Algorithm:
+    """Return what runs at the server: the study's algorithm or, of a model that no gradient trains, its learner's."""
+    learner = LEARNERS.get(study.model.name)
+    if learner is None:
+        return ALGORITHMS[algorithm_name(study)]
+    return Algorithm(
+        learner.paper,
+        learner.apply,
+        start=lambda h: learner.start,
+        sent=learner.sent,
+        kept=learner.kept,
+        length=learner.length,
+    )
+
+
+def blank(algorithm: Algorithm, links: Sequence[Link], w_P: Tensor) -> dict[str, Tensor]:
+    """Return what a site remembers before its first round, of its algorithm and of its links: name -> vector."""
+    memory = algorithm.blank(w_P)
+    numbers = algorithm.length(len(w_P))
+    for link in links:
+        memory |= {name: torch.zeros(numbers) for name in link.kept}
+        numbers = link.length(numbers)
+    return memory
+
+
 def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:
     """Return the links between clients and whoever combines their rows."""
     security, key = study.security, Streams(study.study.seed).key("noise")
@@ -169,18 +212,18 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
     robust = study.robustness
     cut: tuple[Link, ...] = (Bounded(robust.bound),) if robust.bound else ()
     if security.aggregation == "plain":
-        return (*cut, *PLAIN)
+        return (*cut, *PLAIN, *(LINKS[name] for name in study.training.links))
     whole = robust.rule != "mean" or robust.bound > 0
     return (*cut, FixedPoint(security.fraction_bits, robust.bound * (1 + 1e-6) or security.bound, whole=whole))
 
 
 def cohort(study: Study, clients: Sequence[str]) -> int:
     """Return how many clients the smallest round draws."""
-    fleet = study.fleet
-    if fleet.schedule == "cyclic":
-        groups = (selection.turn(clients, n + 1, fleet.groups, Streams(study.study.seed)) for n in range(fleet.groups))
-        return min(len(group) for group in groups)
-    return fleet.clients_per_round or len(clients)
+    fleet, selector = study.fleet, selection.SELECTORS[study.fleet.schedule]
+    if selector.law != "turns":
+        return fleet.clients_per_round or len(clients)
+    streams = Streams(study.study.seed)
+    return min(len(selector.eligible(clients, n + 1, fleet.groups, streams)) for n in range(fleet.groups))
 
 
 def holders(study: Study, clients: Sequence[str]) -> int:
@@ -211,7 +254,7 @@ def threshold(study: Study, n: int) -> int:
     return (n + math.floor(study.security.colluding * n)) // 2 + 1
 
 
-def robust_rule(study: Study, clients: int) -> Rule | None:
+def robust_rule(study: Study, clients: int) -> RobustRule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
     name = (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule

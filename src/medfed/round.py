@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from medfed import dpsgd
-from medfed.aggregation import PLAIN, Aggregation, Answer
 from medfed.algorithms import Server
 from medfed.building import build_model
 from medfed.core import codec
@@ -21,7 +20,6 @@ from medfed.core.checks import QuorumError, reasons
 from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
 from medfed.core.entropy import Entropy
 from medfed.engine.port import Fleet, gather, heard, numbers
-from medfed.fleet import selection
 from medfed.local import outputs
 from medfed.monitor import metrics, noised
 from medfed.monitor.events import (
@@ -43,6 +41,8 @@ from medfed.privacy import guarantee
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
+from medfed.ways.plain import PLAIN
+from medfed.ways.way import RoundRows, Way, collect
 
 
 def run_round(
@@ -51,68 +51,91 @@ def run_round(
     fleet: Fleet,
     budget: RunMeter,
     log: Log,
-    aggregation: Aggregation = PLAIN,
+    way: Way = PLAIN,
     out: Collection[str] = (),
 ) -> Server:
     """Run one round, without those who are `out`, and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is then unchanged.
     """
-    began, number = time.perf_counter(), server.round + 1
-    training = plan.study.training
-    lottery = plan.streams.generator("selection", number)
+    began = time.perf_counter()
+    number = server.round + 1
 
-    turn = [name for name in plan.on_turn(number) if name not in out]
-    clients = selection.draw(turn, plan.study.fleet.clients_per_round, lottery)
+    # Draw: who takes part, by the study's selector.
+    clients = plan.draw(number, out)
     log.emit(RoundStarted(number, clients))
+
+    # Charge: the coordinator counts; each site pays from its own ledger, before its data is touched.
     budget.charge(number, clients)
-    task = plan.algorithm.task(server)
-    header = {"round": number} | {n: float(server.slots[n]) for n in ("clip", "rate") if n in server.slots}
-    payload = codec.encode(header, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
+
+    # Work and combine: one row a client, which the study's way makes one.
+    question = ask_of(server, plan)
     try:
-        answer = aggregation.collect(plan, fleet, clients, number, payload)
+        answer = collect(way, plan, fleet, clients, number, question)
     except QuorumError as error:
-        for name, reason in error.excluded.items():
-            log.emit(SiteExcluded(number, name, reason))
+        _tell_excluded(log, number, error.excluded)
         raise
-    for name, reason in answer.excluded.items():
-        log.emit(SiteExcluded(number, name, reason))
+    _tell_excluded(log, number, answer.excluded)
     if answer.gram_KK is not None:
         _inspect(answer, plan, number, log)
-    rows, reports, replies, mean_M = answer.names, answer.reports, answer.replies, answer.combined_M
-    weight_K = torch.tensor([plan.weight(name) for name in rows], dtype=torch.float64)
-    share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
+
+    # Apply: a noised sum of gradients is a step of descent; the algorithm's server does the rest.
+    mean_M = answer.combined_M
     if plan.joint:
-        server, mean_M = _descended(server, mean_M, plan, rows)
-    following = plan.algorithm.step(server, mean_M.to(server.w_P.dtype), share, training)
-    if plan.algorithm.kept:  # only now do those sites remember the round
-        for name, reply in gather(fleet, rows, "keep", codec.encode({}), training.deadline).items():
+        server, mean_M = _descend(server, mean_M, plan, answer.names)
+    weight = sum(plan.weight(name) for name in answer.names)
+    share = weight / sum(plan.weight(name) for name in plan.participants)
+    following = plan.algorithm.step(server, mean_M.to(server.w_P.dtype), share, plan.study.training)
+
+    # Remember: only now do sites keep what the round left them, those whose row has counted.
+    if plan.keeps:
+        for name, reply in gather(fleet, answer.names, "keep", codec.encode({}), plan.study.training.deadline).items():
             if reply.error:
                 log.emit(Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}"))
 
-    losses = [_known(reports[name].get("loss")) for name in rows]
-    known = [(w, loss) for w, loss in zip(weight_K.tolist(), losses, strict=True) if loss is not None]
-    log.emit(
-        RoundFinished(
-            round=number,
-            clients=rows,
-            loss=sum(w * loss for w, loss in known) / sum(w for w, _ in known) if known else None,
-            losses=losses,
-            site_seconds=[round(replies[name].seconds, 6) for name in rows],
-            steps=[int(reports[name].get("steps", 0)) for name in rows],
-            seconds=round(time.perf_counter() - began, 6),
-            bytes_up=sum(len(reply.payload) for reply in replies.values()) + answer.more_up,
-            bytes_down=len(payload) * len(clients) + answer.more_down,
-            privacy=budget.claim(),
-            phases=answer.phases,
-        )
-    )
+    # Tell.
+    seconds = time.perf_counter() - began
+    log.emit(_finished(answer, plan, number, seconds, len(question) * len(clients), budget))
     return following
 
 
-def _descended(
-    server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]
-) -> tuple[Server, torch.Tensor]:
+def ask_of(server: Server, plan: Plan) -> bytes:
+    """Return what the clients of the next round are asked: the weights, and the slots that the algorithm sends."""
+    task = plan.algorithm.task(server)
+    header = {"round": server.round + 1}
+    chosen = {name: float(server.slots[name]) for name in ("clip", "rate") if name in server.slots}
+    return codec.encode(header | chosen, {"w": task.w_P, **{f"slot.{name}": v for name, v in task.slots.items()}})
+
+
+def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
+    for name, reason in excluded.items():
+        log.emit(SiteExcluded(number, name, reason))
+
+
+def _finished(answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter) -> RoundFinished:
+    """Return the event of a round that took so many seconds, and whose question was `asked` bytes."""
+    reports, replies = answer.reports, answer.replies
+    losses = [_known(reports[name].get("loss")) for name in answer.names]
+    known = [(plan.weight(n), loss) for n, loss in zip(answer.names, losses, strict=True) if loss is not None]
+    mean = None
+    if known:
+        mean = sum(w * loss for w, loss in known) / sum(w for w, _ in known)
+    return RoundFinished(
+        round=number,
+        clients=answer.names,
+        loss=mean,
+        losses=losses,
+        site_seconds=[round(replies[name].seconds, 6) for name in answer.names],
+        steps=[int(reports[name].get("steps", 0)) for name in answer.names],
+        seconds=round(seconds, 6),
+        bytes_up=sum(len(reply.payload) for reply in replies.values()) + answer.more_up,
+        bytes_down=asked + answer.more_down,
+        privacy=budget.claim(),
+        phases=answer.phases,
+    )
+
+
+def _descend(server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]) -> tuple[Server, torch.Tensor]:
     """Turn a noised sum of clipped gradients into the mean update of one local step; adapt the clipping norm.
 
     The sum is divided by the declared patients of those whose rows count: who took part is known.
@@ -128,7 +151,7 @@ def _descended(
     return server, -training.learning_rate * gradient_P
 
 
-def _inspect(answer: Answer, plan: Plan, number: int, log: Log) -> None:
+def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
     """Tell what the Gram matrix of a round's rows says against whom; a row that was refused for what it holds, too."""
     assert answer.gram_KK is not None and plan.rule is not None
     caught = {name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)}
@@ -143,42 +166,52 @@ MALICE = ("not finite", "out of bound", "different shares")
 
 
 @dataclass(frozen=True)
-class Decision:
+class Threshold:
     """From which probability the positive label is called, and from what that follows."""
 
     threshold: float = 0.5
     decided: str = "until it is chosen"
 
 
-def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Decision:
+def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Threshold:
     """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
     is 0.5, and the log warns.
     """
-    study, rule = plan.study, plan.study.rule()
-    if not rule.chosen or plan.encoding.target.task != "binary":
-        return Decision(rule.level if not rule.chosen else 0.5, "declared")
-    g = plan.guarantee
+    study, rule, g = plan.study, plan.study.rule(), plan.guarantee
+    if not rule.chosen:
+        return Threshold(rule.level, "declared")
+    if plan.encoding.target.task != "binary":
+        return Threshold(0.5, "declared")
+
+    # Ask: what the rule needs of training rows, by cells of scores.
+    edges = EXACT_EDGES
     if g:
         budget.ask("threshold")
-    edges = _edges(server, plan, CHOOSING_CELLS) if g else EXACT_EDGES
+        edges = _edges(server, plan, CHOOSING_CELLS)
     payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
     length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], length))
     _left_out(log, server.round, "not counted for data.threshold", untold)
-    counts, noises = np.sum([*told.values()], 0) if told else np.zeros(length), len(told)
+
+    # Sum, with the noise that is paid for.
+    counts = np.sum([*told.values()], 0) if told else np.zeros(length)
+    sd = 0.0
+    if g:
+        sd = guarantee.summed_sd(study, g.query_sd("threshold", rule.sensitivity()), len(told))
     if g and guarantee.counted_together(study):
-        counts, noises = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts)), 1
-    sd = g.query_sd("threshold", rule.sensitivity()) * math.sqrt(noises) if g else 0.0
+        counts = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts))
+
+    # Choose.
     found = rule.choose(edges, counts, sd) if told else None
     if found is None:
         hidden = "the noise hides it" if g and told else "training rows do not tell"
         log.emit(Warned(f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"))
-        return Decision(0.5, f"{study.data.threshold} chose nothing")
+        return Threshold(0.5, f"{study.data.threshold} chose nothing")
     of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
-    return Decision(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
+    return Threshold(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
 
 
 def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
@@ -205,7 +238,7 @@ def test(
     log: Log,
     model: str = "federated",
     intervals: bool = False,
-    decision: Decision | None = None,
+    decision: Threshold | None = None,
 ) -> Tested:
     """Test the current model at every site; emit and return the figures. Without a `decision` as declared, or at 0.5.
 
@@ -213,7 +246,7 @@ def test(
     """
     began = time.perf_counter()
     study, task, rule = plan.study, plan.encoding.target.task, plan.study.rule()
-    decision = decision or (Decision() if rule.chosen else Decision(rule.level, "declared"))
+    decision = decision or (Threshold() if rule.chosen else Threshold(rule.level, "declared"))
     private = plan.guarantee is not None and not study.data.test_is_public
     asked = {"w": server.released_P}
     if private:
@@ -313,14 +346,15 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
     if not told:
         log.emit(Warned("privacy.vote_epsilon was paid, and no site has voted on own models: nothing is known of them"))
         return
+
+    # Sum: no site counts for more than one, and for what its noise may add.
     together = guarantee.counted_together(plan.study)
     each = g.query_sd("vote", guarantee.VOTE_SENSITIVITY)
-    reach = 0.0 if together else _FAR * each  # no site counts for more than one, and for what its noise may add
+    reach = 0.0 if together else _FAR * each
     votes = float(np.clip([vote[0] for vote in told.values()], -reach, 1 + reach).sum())
     if together:
-        votes, sd = votes + float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0]), each
-    else:
-        sd = each * math.sqrt(len(told))
+        votes += float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0])
+    sd = guarantee.summed_sd(plan.study, each, len(told))
     half = guarantee.vote_interval(len(told), sd)
     log.emit(Voted(server.round, len(told), metrics.Figure(votes, votes - half, votes + half), sd))
 

@@ -67,7 +67,7 @@ from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.features import open_columns
 from medfed.foretell import foretell, paid_test
-from medfed.gate import Gate
+from medfed.learners import LEARNERS
 from medfed.local import outputs
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
@@ -82,11 +82,12 @@ from medfed.privacy.places import LEDGER, home, ledger_path, operators_folder
 from medfed.privacy.site_ledger import SiteLedger
 from medfed.rates import Pace
 from medfed.robust.detection import Finding
-from medfed.robust.reputation import Decision, Watch
+from medfed.robust.reputation import Ruling, Watch
+from medfed.rollback import Rollback
 from medfed.round import compare_own, decide, run_round, test, vote
+from medfed.secure.chain import FIRST
 from medfed.secure.identity import ANYBODY, Public, Scope, holds
 from medfed.secure.identity import check as check_envelope
-from medfed.secure.models import FIRST
 from medfed.site import Site
 from medfed.study import Study
 
@@ -195,7 +196,7 @@ def run(
     with advising("Nothing was trained."), _fresh(Path(out) if out else None, study.study.name) as folder:
         sites = open_sites(study, data, folder / "sites", progress)
         fleet, plan = _ready(sites[0].study, sites)
-        keys = ways.own_keys(plan)
+        keys = ways.coordinator_keys(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
         with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
@@ -377,7 +378,7 @@ def _resumed(
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
         return _begun(plan, fleet, sites, folder, name, listeners=listeners, told=told)
-    if plan.algorithm.kept:
+    if plan.keeps:
         for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
             if reply.error:
                 raise RunError(f"{folder}: site {reply.site!r} cannot go back to round {server.round}: {reply.error}")
@@ -861,7 +862,7 @@ def _drive(
     `known`: what the log already tells of the last model, paid for by patients.
     """
     began, budget, study = time.perf_counter(), plan.budget(), plan.study
-    aggregation = ways.introduced(plan, fleet, run, folder, keys)
+    aggregation = ways.introduce(plan, fleet, run, folder, keys)
     for number in range(1, server.round + 1):  # a resumed run has paid for these
         budget.charge(number, plan.on_turn(number))
     for _ in range(plan.guarantee.queries["ranges"].times if plan.guarantee and plan.encoding.found_ranges() else 0):
@@ -869,7 +870,7 @@ def _drive(
     if (account := sites[0].account) and not study.privacy.simulation_only:
         budget.take_over(account.uses(), account.queries())
     name, reason, every = main_model(study.training.algorithm), "", study.monitor.evaluate_every
-    watch, gate = _watched(plan, log), Gate.of(plan)
+    watch, gate = _watched(plan, log), Rollback.of(plan)
     pace = _paced(log.events(), plan)
     public = study.privacy.scope == "run" and study.data.test_is_public  # baselines train and are tested without noise
     private = plan.guarantee is not None and not public
@@ -894,7 +895,7 @@ def _drive(
         if account and not study.privacy.simulation_only:
             budget.take_over(account.uses(), account.queries())  # who was refused has not paid
         if study.monitor.baselines and every and name == "federated" and not private:
-            for baseline in BASELINES if study.sites.kind == "hospital" else ("pooled",):  # no device trains alone
+            for baseline in _baselines(study):
                 _baseline(baseline, study, sites, plan.encoding, log, server)
     except (QuorumError, BudgetError) as error:
         reason = str(error)
@@ -996,7 +997,7 @@ def _eased(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pa
     return server, following
 
 
-def _gated(gate: Gate, before: Server, after: Server, log: Log) -> Server:
+def _gated(gate: Rollback, before: Server, after: Server, log: Log) -> Server:
     """Return the round's state, or the one before where the gate takes the round back."""
     stands, was, now = gate.passes(before, after)
     if stands:
@@ -1020,7 +1021,7 @@ def _judge(watch: Watch, log: Log) -> Watch:
     return watch
 
 
-def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Decision]]:
+def _step(watch: Watch, event: events.Inspected) -> tuple[Watch, list[Ruling]]:
     findings = [Finding(**one) for one in event.findings]  # type: ignore[arg-type]
     return watch.step(event.round, event.weights.keys(), findings)
 
@@ -1038,6 +1039,13 @@ def _train_in_silence(plan: Plan, fleet: InProcess) -> Server:
         server = run_round(server, plan, fleet, plan.budget(), quiet)
         server, pace = _eased(server, pace, plan, quiet)
     return server
+
+
+def _baselines(study: Study) -> tuple[str, ...]:
+    """Return what the federated model is measured against: no device trains alone, nor do learners without gradient."""
+    if study.sites.kind == "device" or study.model.name in LEARNERS:
+        return ("pooled",)
+    return BASELINES
 
 
 def _baseline(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
@@ -1130,7 +1138,7 @@ def _checkpoint(
 ) -> None:
     """Let the sites write down what they remember, then commit the round: a crash between leaves the round before."""
     keep = plan.study.monitor.checkpoints
-    if plan.algorithm.kept and server.round > 0:
+    if plan.keeps and server.round > 0:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
         for reply in gather(fleet, plan.participants, "save", payload, 600).values():
             if reply.error:

@@ -33,6 +33,7 @@ from medfed.data.frames import Frames
 from medfed.data.site_table import SiteTable
 from medfed.data.tables import clean_all
 from medfed.features import open_columns
+from medfed.learners import LEARNERS, Work, work_of
 from medfed.local import Path as LocalPath
 from medfed.local import outputs, train
 from medfed.monitor.per_site import scores_each
@@ -42,15 +43,15 @@ from medfed.privacy import guarantee, quantiles
 from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.privacy.site_ledger import SiteLedger
-from medfed.resolved import Resolved, algorithm_name, resolve, robust_rule
+from medfed.resolved import Resolved, algorithm_name, algorithm_of, blank, resolve, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
+from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity, Post, Roster
-from medfed.secure.models import Follower
 from medfed.secure.party import Party, Rehearser
 from medfed.study import LARGEST, LEAST_CLIP, Study
 from medfed.terms import party_of
-from medfed.wire import PLAIN, Link, finite, into_ball, send
+from medfed.wire import PLAIN, Link, finite, into_ball, send, send_remembering
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Site:
         first = sites[0]
         pooled = cls(POOLED, None, first.study, first.folder)
         pooled.encoding, pooled.model, pooled.path = first.encoding, first.model, first.path
+        pooled.links = first.links
         pooled.train = _joined([site.train for site in sites])
         pooled.test = Rows(first.test.x[:0], first.test.y[:0], first.test.patient[:0])
         pooled.forget()
@@ -132,8 +134,9 @@ class Site:
 
     def forget(self) -> None:
         """Remember nothing of earlier rounds."""
-        algorithm = ALGORITHMS[algorithm_name(self.study)]
-        self.memory = algorithm.blank(vector(self.model)) if algorithm.kept else {}
+        algorithm = algorithm_of(self.study)
+        keeps = algorithm.kept or any(link.kept for link in self.links)
+        self.memory = blank(algorithm, self.links, vector(self.model)) if keeps else {}
 
 
 @dataclass(frozen=True)
@@ -399,7 +402,7 @@ def _double(site: Site, promised: Guarantee) -> Site:
 
 
 def _length(site: Site, promised: Guarantee) -> int:
-    length = ALGORITHMS[algorithm_name(site.study)].length
+    length = algorithm_of(site.study).length
     return promised.numbers() if promised.joint else length(promised.parameters)
 
 
@@ -560,14 +563,18 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     """Answer with what each site's local training came to."""
     first, promised = sites[0], sites[0].guarantee
     study = _at_rate(first.study, header)
-    algorithm, hyper = ALGORITHMS[study.training.algorithm], study.training
+    algorithm, hyper, learner = algorithm_of(study), study.training, LEARNERS.get(study.model.name)
     slots = {name: tensors[f"slot.{name}"] for name in algorithm.sent}
     task = Task(tensors["w"], slots)
     memory = {name: torch.stack([site.memory[name] for site in sites]) for name in algorithm.kept}
     names = [site.name for site in sites]
-    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(study, first.encoding)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
-    correction, rows = algorithm.correct(task, memory, hyper), [site.train for site in sites]
+    rows = [site.train for site in sites]
+    if learner:
+        work = work_of(learner, task, memory, rows)
+        return _report(sites, header, tensors["w"], work, finite(work.message_KM))
+    start_KP, plan = algorithm.starts_KP(task, memory, len(sites)), local_plan(study, first.encoding)
+    correction = algorithm.correct(task, memory, hyper)
     if promised is None:
         local = train(first.model, start_KP, Stack.of(rows), plan, key_K, correction, first.path)
     else:
@@ -576,18 +583,24 @@ def _trained(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         local = dpsgd.train(
             first.model, start_KP, patients, plan, promised, names, key_K, correction, average, first.path
         )
-    message_KM, memory_next = algorithm.message(task, memory, local, hyper)
-    losses, steps = local.loss_K.tolist(), local.steps_K.tolist()
-    open_losses = first.study.security.aggregation == "plain"  # else nothing of one site is told
+    message_KM, later = algorithm.message(task, memory, local, hyper)
+    work = Work(message_KM, later, local.loss_K, local.steps_K)
+    return _report(sites, header, tensors["w"], work, finite(local.theta_KP))
+
+
+def _report(sites: Sequence[Site], header: Header, w_P: Tensor, work: Work, good_K: Tensor) -> list[Answer]:
+    """Answer with the rows of those whose training stayed finite, and hold ready what each will remember."""
+    losses, steps = work.loss_K.tolist(), work.steps_K.tolist()
+    open_losses = sites[0].study.security.aggregation == "plain"  # else nothing of one site is told
     reports: list[Report] = []
-    for k, (site, good) in enumerate(zip(sites, finite(local.theta_KP).tolist(), strict=True)):
+    for k, (site, good) in enumerate(zip(sites, good_K.tolist(), strict=True)):
         if not good:
             reports.append(SiteError("training did not stay finite; lower training.learning_rate"))
             continue
-        site.pending = {name: memory_next[name][k].clone() for name in algorithm.kept}
+        site.pending = {name: value[k].clone() for name, value in work.memory.items()}
         loss = losses[k] if open_losses and math.isfinite(losses[k]) else None
         reports.append({"loss": loss, "steps": steps[k]})
-    return _sent(sites, header, tensors["w"], message_KM, reports)
+    return _sent(sites, header, w_P, work.message_KM, reports)
 
 
 def _at_rate(study: Study, header: Header) -> Study:
@@ -611,7 +624,11 @@ def _sent(
     first = sites[0]
     message_KM = first.liars.sent(sites, header["round"], message_KM)
     if first.study.security.aggregation == "plain":
-        row_KM = send(message_KM, first.links)
+        kept = [name for link in first.links for name in link.kept]
+        memory = {name: torch.stack([site.memory[name] for site in sites]) for name in kept}
+        row_KM, later = send_remembering(message_KM, first.links, memory)
+        for k, site in enumerate(sites):
+            site.pending |= {name: value[k].clone() for name, value in later.items()}
         told = [{} if isinstance(report, SiteError) else report for report in reports]
         messages = codec.RowFormat("row", row_KM[0]).encode(told, row_KM)
         pairs = zip(reports, messages, strict=True)

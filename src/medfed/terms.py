@@ -14,8 +14,8 @@ from medfed.core.entropy import Entropy, Integers
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.resolved import Resolved, cohort, threshold
 from medfed.secure import masking, three_party
+from medfed.secure.chain import Follower
 from medfed.secure.identity import Post
-from medfed.secure.models import Follower
 from medfed.secure.party import Masker, Party, Sharer
 from medfed.wire import noise_share
 
@@ -28,21 +28,21 @@ def party_of(facts: Resolved, follower: Follower) -> Party:
     return Sharer(follower, terms_of(facts))
 
 
-def aggregator_of(facts: Resolved, post: Post) -> three_party.Aggregator:
+def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
     """Return an aggregator's side: its noise and its weights are the study's, and never a message's."""
     g, terms = facts.guarantee, terms_of(facts)
     noise = noise_share(g, 2) if g is not None and facts.joint and not g.simulation_only else None
     weights = None if facts.joint else {name: int(facts.weight(name)) for name in facts.participants}
-    return three_party.Aggregator(post, terms, noise, weights, selection(facts, terms))
+    return three_party.SharingAggregator(post, terms, noise, weights, selection(facts, terms))
 
 
-def masking_terms(facts: Resolved, run: str) -> Callable[[Sequence[str], int], masking.Terms]:
+def masking_terms(facts: Resolved, run: str) -> Callable[[Sequence[str], int], masking.MaskingTerms]:
     """Return what a masked round of these clients agrees on, by its number."""
 
-    def choose(clients: Sequence[str], round: int) -> masking.Terms:
+    def choose(clients: Sequence[str], round: int) -> masking.MaskingTerms:
         n, stay = len(clients), threshold(facts.study, len(clients))
         liars = math.floor(facts.study.security.colluding * n)
-        return masking.Terms.choose(clients, facts.message, (n - stay) / n, liars, f"{run} {round}".encode())
+        return masking.MaskingTerms.choose(clients, facts.message, (n - stay) / n, liars, f"{run} {round}".encode())
 
     return choose
 
@@ -51,7 +51,7 @@ GRAM_SHARE = 0.5
 """The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
 
 
-def gram_split(g: Guarantee, terms: three_party.Terms) -> tuple[Callable[[int], float], float]:
+def gram_split(g: Guarantee, terms: three_party.SharingTerms) -> tuple[Callable[[int], float], float]:
     """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a sum of weight 1.
 
     The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1 / z_A^2.
@@ -71,7 +71,7 @@ def scales(facts: Resolved) -> dict[str, float]:
     return {name: 1 / release.expected for name, release in g.releases.items()}
 
 
-def selection(facts: Resolved, terms: three_party.Terms) -> three_party.Selection | None:
+def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.Selection | None:
     """Return how three aggregators weigh rows under the study's rule, with their noise; None without a rule."""
     g = facts.guarantee
     if facts.rule is None:
@@ -95,7 +95,7 @@ def selection(facts: Resolved, terms: three_party.Terms) -> three_party.Selectio
     return three_party.Selection(weigh, scales(facts), on_gram, on_sum)
 
 
-def terms_of(facts: Resolved) -> three_party.Terms:
+def terms_of(facts: Resolved) -> three_party.SharingTerms:
     """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum.
 
     Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond, whoever is in it.
@@ -112,4 +112,4 @@ def terms_of(facts: Resolved) -> three_party.Terms:
         bound = steps * math.sqrt(numbers) + math.sqrt(facts.message)
     first, second, third = security.aggregators
     fewest = max(security.min_group, facts.quorum(cohort(facts.study, facts.participants)))
-    return three_party.Terms(facts.message, bound, (first, second, third), fewest, security.min_group)
+    return three_party.SharingTerms(facts.message, bound, (first, second, third), fewest, security.min_group)

@@ -21,7 +21,6 @@ from torch.func import functional_call, grad, vmap
 
 from medfed import aggregation as ways
 from medfed import runs
-from medfed.aggregation import Aggregation, Answer
 from medfed.algorithms import Server, Task
 from medfed.building import build_model
 from medfed.core import codec, streams
@@ -40,6 +39,8 @@ from medfed.privacy.guarantee import Guarantee, asked
 from medfed.round import run_round
 from medfed.site import Site
 from medfed.study import Robustness, Study
+from medfed.ways.plain import PLAIN
+from medfed.ways.way import RoundRows, Way
 from medfed.wire import joint_links
 
 _BLOCK = 1 << 23  # numbers of per-patient gradients held at once
@@ -54,7 +55,7 @@ class Twin:
     sites: Mapping[str, Site]
     rows: Mapping[str, Rows]
     model: nn.Module  # the attacker's own copy
-    aggregation: Aggregation = ways.PLAIN
+    aggregation: Way = PLAIN
 
     @classmethod
     def of(
@@ -89,7 +90,7 @@ class Twin:
         else:
             rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
             rows = {name: _invent(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
-        together = ways.introduced(plan, fleet, "audit") if secure else ways.PLAIN
+        together = ways.introduce(plan, fleet, "audit") if secure else PLAIN
         return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
 
 
@@ -146,17 +147,33 @@ class TwinTraining:
 
 
 class _Heard:
-    """An aggregation that keeps what it opened last, in the links' own units."""
+    """A way, and each of its rounds, that keeps what it opened last, in the links' own units."""
 
-    def __init__(self, inner: Aggregation) -> None:
+    trail = None
+
+    def __init__(self, inner: Way) -> None:
         self.inner = inner
         self.opened_M = torch.empty(0)
 
-    def collect(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Answer:
-        """Collect, and keep the combined row."""
-        answer = self.inner.collect(plan, fleet, clients, number, payload)
-        self.opened_M = answer.combined_M
-        return answer
+    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "_Heard":
+        """Open a round of the way itself."""
+        self.exchange = self.inner.open(plan, fleet, clients, number, payload)
+        return self
+
+    @property
+    def waits(self) -> bool:
+        """Whether the round waits for replies."""
+        return self.exchange.waits
+
+    def add(self, reply: Reply) -> None:
+        """Hand a reply on."""
+        self.exchange.add(reply)
+
+    def close(self) -> RoundRows:
+        """Close the round, and keep the combined row."""
+        rows = self.exchange.close()
+        self.opened_M = rows.combined_M
+        return rows
 
 
 class _Tap(Counted):

@@ -1,16 +1,16 @@
 """What leaves a client, and how rows become one: links around one combine.
 
-A link changes rows one by one at the client (`client`) and undoes at the server what can be undone on the sum
-(`server`). Links are row-wise by law: a cohort sent as one stack equals its clients sent one by one, bit for bit.
+A link changes rows one by one at the client (`client`) and undoes at the server what it can: row by row before they are
+combined (`decode`), or on the sum (`server`). Links are row-wise by law: a cohort sent as one stack equals its clients
+sent one by one, bit for bit.
 
 K clients, M numbers in a row.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,41 +24,71 @@ from medfed.privacy.guarantee import GRID, Guarantee, discrete_gaussian
 from medfed.privacy.mechanisms import round_to_grid
 from medfed.secure.field import encode
 
+Remembered = Mapping[str, Tensor]
+"""What each client of a stack remembers between rounds: name -> [K, M]."""
 
-class Link(Protocol):
-    """One transformation of rows: clipping, fixed point, masks, shares, compression."""
 
-    def client(self, message_KM: Tensor) -> Tensor:
-        """Transform each row by itself, at its client."""
-        ...
+class Link:
+    """One transformation of rows: clipping, fixed point, masks, shares, compression. What stands here changes nothing.
+
+    Three places: at the client, which may remember something from round to round; at the server before rows are
+    combined, row by row; and on the combined row.
+
+    Guarantee: row-wise. What `client` and `decode` make of a row follows from that row and its own client's memory.
+    """
+
+    kept: tuple[str, ...] = ()
+    """What each client remembers: names of vectors as long as the link's input, that nobody else has."""
+
+    dtype: torch.dtype | None = None
+    """The kind of number that it sends; None: as it came."""
+
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        """Transform each row by itself, at its client; return the rows and what each client will remember, [K, M].
+
+        What is remembered counts only if the row does.
+        """
+        return message_KM, memory
+
+    def length(self, numbers: int) -> int:
+        """Return how many numbers a row of so many is sent as."""
+        return numbers
+
+    def decode(self, row_KM: Tensor, numbers: int) -> Tensor:
+        """Undo on each row what cannot be undone on their sum: return it as `numbers` numbers.
+
+        Raises SiteError for a row that no client can have sent.
+        """
+        return row_KM
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         """Undo on the combined row what `client` did to each."""
-        ...
-
-
-class Float32:
-    """Rows travel as float32, whatever they were computed in."""
-
-    def client(self, message_KM: Tensor) -> Tensor:
-        return message_KM.to(torch.float32)
-
-    def server(self, mean_M: Tensor, round: int) -> Tensor:
         return mean_M
 
 
-class Grid:
+class Float32(Link):
+    """Rows travel as float32, whatever they were computed in."""
+
+    dtype = torch.float32
+
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        return message_KM.to(torch.float32), memory
+
+
+class Grid(Link):
     """Rows are whole steps of the clipping norm's grid (int64), so that sums are exact; GRID steps make one norm."""
 
-    def client(self, message_KM: Tensor) -> Tensor:
-        return round_to_grid(message_KM, GRID)
+    dtype = torch.int64
+
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
+        return round_to_grid(message_KM, GRID), memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         return mean_M.double() * GRID
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Link):
     """Rows that carry no noise grid of their own, as whole steps of 2^-bits (int64), for sums that nobody looks into.
 
     Rounded to nearest: 2^-(bits+1) at most. The server's half expects the weighted mean in steps.
@@ -68,17 +98,17 @@ class FixedPoint:
     bound: float
     whole: bool = False  # whether the bound is on a row's norm, and not on each number
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         if self.whole and not (message_KM.double().norm(dim=1) <= self.bound).all():
             raise PlanError(f"a row is not finite or has a norm above security.bound={self.bound:g}; raise the bound")
-        return torch.from_numpy(encode(message_KM.double().numpy(), self.bits, self.bound))
+        return torch.from_numpy(encode(message_KM.double().numpy(), self.bits, self.bound)), memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
         return mean_M.double() * 2.0**-self.bits
 
 
 @dataclass(frozen=True)
-class Bounded:
+class Bounded(Link):
     """Rows longer than `norm` are cut to it, so that no client weighs more than that, whatever its records.
 
     The promise rests on whoever checks rows: the coordinator, or three aggregators in secret.
@@ -86,12 +116,9 @@ class Bounded:
 
     norm: float
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         cut = [row * min(1.0, self.norm / max(float(row.double().norm()), 1e-300)) for row in message_KM]
-        return torch.stack(cut) if cut else message_KM
-
-    def server(self, mean_M: Tensor, round: int) -> Tensor:
-        return mean_M
+        return (torch.stack(cut) if cut else message_KM), memory
 
 
 def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
@@ -116,7 +143,7 @@ def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NoiseShare:
+class NoiseShare(Link):
     """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.
 
     Guarantee: variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up to a total
@@ -124,7 +151,7 @@ class NoiseShare:
     is post-processing.
 
     Edge cases:
-    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.Terms`);
+    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.MaskingTerms`);
     - more parts than `holders` make more than is asked for, by a factor that the claim states;
     - whoever knows some parts can take away those alone, so `holders` are those who tell nobody theirs.
     """
@@ -132,17 +159,15 @@ class NoiseShare:
     guarantee: Guarantee
     holders: int
 
-    def client(self, message_KM: Tensor) -> Tensor:
+    def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         draw = noise_share(self.guarantee, self.holders)
-        return message_KM + torch.from_numpy(np.stack([draw(message_KM.shape[1]) for _ in message_KM]))
-
-    def server(self, mean_M: Tensor, round: int) -> Tensor:
-        return mean_M
+        return message_KM + torch.from_numpy(np.stack([draw(message_KM.shape[1]) for _ in message_KM])), memory
 
 
 def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
     """Return the sampler [M] of one holder's part of the joint noise on a row; see `NoiseShare`."""
-    entropy, part = Entropy(), math.sqrt(holders)
+    entropy = Entropy()
+    part = math.sqrt(holders)
 
     def draw(count: int) -> Integers:
         if count != guarantee.numbers():
@@ -156,7 +181,7 @@ def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]
 
 
 @dataclass(frozen=True)
-class JointNoise:
+class JointNoise(Link):
     """Noise on the sum of all rows, as the guarantee asks; with a strategy, correlated over rounds.
 
     Whoever combines the rows draws it. `key` seeds it in a simulation only.
@@ -174,13 +199,12 @@ class JointNoise:
     guarantee: Guarantee
     key: int
 
-    def client(self, message_KM: Tensor) -> Tensor:
-        return message_KM
-
     def server(self, mean_M: Tensor, round: int) -> Tensor:
-        return mean_M + (self._seeded(round) if self.guarantee.simulation_only else self._drawn(round))
+        if self.guarantee.simulation_only:
+            return mean_M + self._seed_noise(round)
+        return mean_M + self._draw_noise(round)
 
-    def _drawn(self, round: int) -> Tensor:
+    def _draw_noise(self, round: int) -> Tensor:
         g = self.guarantee
         noise = self._correlated.next(round - 1) if g.strategy else self._gradient_noise(g.parameters)
         if g.clipping != "adaptive":
@@ -188,7 +212,7 @@ class JointNoise:
         count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)
         return torch.cat([torch.from_numpy(noise), torch.from_numpy(count)])
 
-    def _seeded(self, round: int) -> Tensor:
+    def _seed_noise(self, round: int) -> Tensor:
         g = self.guarantee
         noise_M = streams.normal(streams.subkey(torch.tensor([self.key]), round), g.numbers())[0]
         noise_M[: g.parameters] *= g.sigma_units()
@@ -217,25 +241,66 @@ def joint_links(guarantee: Guarantee, key: int, aggregation: str = "plain", hold
     """
     if aggregation == "plain" or guarantee.simulation_only:
         return Grid(), JointNoise(guarantee, key)
-    return (Grid(), NoiseShare(guarantee, holders)) if aggregation == "masked" else (Grid(),)
+    if aggregation == "masked":
+        return Grid(), NoiseShare(guarantee, holders)
+    return (Grid(),)
 
 
 PLAIN: tuple[Link, ...] = (Float32(),)
 """The links of security.aggregation = "plain"."""
 
 
+LINKS: dict[str, Link] = {}
+"""Links that a study adds by name (`training.links`), after its own. One more is an entry, wherever it is written."""
+
+
 def send(message_KM: Tensor, links: Sequence[Link]) -> Tensor:
-    """Pass rows through the clients' halves of the links, first to last."""
+    """Pass rows through the clients' halves of links that remember nothing, first to last."""
+    return send_remembering(message_KM, links, {})[0]
+
+
+def send_remembering(message_KM: Tensor, links: Sequence[Link], memory: Remembered) -> tuple[Tensor, Remembered]:
+    """Pass rows through the clients' halves of the links, first to last.
+
+    Returns the rows as they leave, and what each client will remember of it: name -> [K, M].
+    """
+    later: dict[str, Tensor] = {}
     for link in links:
-        message_KM = link.client(message_KM)
-    return message_KM
+        message_KM, kept = link.client(message_KM, {name: memory[name] for name in link.kept})
+        later |= kept
+    return message_KM, later
+
+
+def sent_as(numbers: int, links: Sequence[Link]) -> tuple[int, torch.dtype]:
+    """Return how many numbers a row of so many is sent as, and of which kind."""
+    dtype = torch.float32
+    for link in links:
+        numbers = link.length(numbers)
+        dtype = link.dtype or dtype
+    return numbers, dtype
+
+
+def decodes(links: Sequence[Link]) -> bool:
+    """Say whether rows have to be decoded one by one before they are combined."""
+    return any(type(link).decode is not Link.decode for link in links)
+
+
+def decode(row_KM: Tensor, links: Sequence[Link], numbers: int) -> Tensor:
+    """Return the rows as they can be combined, of `numbers` numbers; raise SiteError for one that nobody can send."""
+    given = [numbers]
+    for link in links:
+        given.append(link.length(given[-1]))
+    for link, width in zip(reversed(links), reversed(given[:-1]), strict=True):
+        row_KM = link.decode(row_KM, width)
+    return row_KM
 
 
 def finite(row_KM: Tensor) -> Tensor:
     """Say of each row [K] whether all its numbers are finite, without a mask as large as the rows."""
     if row_KM.shape[1] == 0:
         return torch.ones(len(row_KM), dtype=torch.bool)
-    low_K, high_K = row_KM.amin(1), row_KM.amax(1)  # NaN wins both; ten times faster than `aminmax` along an axis
+    low_K = row_KM.amin(1)  # NaN wins both; ten times faster than `aminmax` along an axis
+    high_K = row_KM.amax(1)
     return torch.isfinite(low_K) & torch.isfinite(high_K)
 
 

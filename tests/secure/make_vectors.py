@@ -72,7 +72,7 @@ def three() -> dict[str, Any]:
         kept.append(one)
     roster = Roster.of(*(one.public for one in keys))
     rows = {name: np.array([i, -(10**i), 7, 0]) for i, name in enumerate("abc", 1)}
-    terms = three_party.Terms(4, 2000.0, ("p", "q", "r"))
+    terms = three_party.SharingTerms(4, 2000.0, ("p", "q", "r"))
     sent = {one.name: three_party.share(Post(one, roster), SCOPE, rows[one.name], terms) for one in keys[3:]}
     stacked = np.stack(list(rows.values()))
     return {
@@ -90,8 +90,8 @@ def masks() -> dict[str, Any]:
     names = ("a", "b", "c", "d")
     made = {name: party(name) for name in names} | {"server": party("server", "coordinator")}
     roster = Roster.of(*(one.public for one, _ in made.values()))
-    terms = masking.Terms.choose(names, 3, 0.25)
-    server = masking.Server(Post(made["server"][0], roster), terms, SCOPE)
+    terms = masking.MaskingTerms.choose(names, 3, 0.25)
+    server = masking.MaskingServer(Post(made["server"][0], roster), terms, SCOPE)
     clients = {name: masking.Client(Post(made[name][0], roster), terms, SCOPE, "server") for name in names}
     rows = {name: np.array([i, -i, 2**40]) for i, name in enumerate(names)}
     phases: dict[str, dict[str, bytes]] = {"keys": {name: one.keys() for name, one in clients.items()}}

@@ -16,7 +16,7 @@ from tests.secure import test_vectors as recorded
 
 SCOPE = Scope("5" * 64, "run", 3)
 POSTS = recorded.parties(recorded.SIGNED)
-TERMS = masking.Terms(("a", "b", "c"), 5, 2, 2, 2)
+TERMS = masking.MaskingTerms(("a", "b", "c"), 5, 2, 2, 2)
 
 
 def phase(name: str) -> Callable[[bytes], object]:

@@ -13,7 +13,17 @@ from medfed.core.checks import AbortError, PlanError
 from medfed.core.entropy import Integers
 from medfed.secure import field, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.three_party import WEIGHT, Aggregator, Opened, Selection, Terms, in_turn, relay, run_protocol, share
+from medfed.secure.three_party import (
+    WEIGHT,
+    Opened,
+    Selection,
+    SharingAggregator,
+    SharingTerms,
+    in_turn,
+    relay,
+    run_protocol,
+    share,
+)
 
 THREE = ("p", "q", "r")
 SCOPE = Scope("study", "run", 1)
@@ -33,7 +43,7 @@ def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
 def opened(x_KM: Integers, bound: float = 1e6, **more: object) -> Opened:
     selection = Selection(**{"rule": uniform, **more})  # type: ignore[arg-type]
     rows = dict(zip(CLIENTS, x_KM, strict=False))
-    return run_protocol(posts(), SCOPE, rows, Terms(x_KM.shape[1], bound, THREE), selection=selection)
+    return run_protocol(posts(), SCOPE, rows, SharingTerms(x_KM.shape[1], bound, THREE), selection=selection)
 
 
 @settings(max_examples=15, deadline=None)
@@ -182,25 +192,25 @@ def test_a_rule_that_keeps_too_few_rows_opens_nothing() -> None:
 
 
 def test_rows_whose_products_would_wrap_are_refused_when_planning() -> None:
-    Terms(10, 2.0**25, THREE).check(gram=True)
+    SharingTerms(10, 2.0**25, THREE).check(gram=True)
     with pytest.raises(PlanError, match="robust rule"):
-        Terms(10, 2.0**31, THREE).check(gram=True)
+        SharingTerms(10, 2.0**31, THREE).check(gram=True)
 
 
 def test_a_sum_that_no_rows_make_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    total = Aggregator._sum
+    total = SharingAggregator._sum
 
-    def adding(self: Aggregator, *args: object) -> object:
+    def adding(self: SharingAggregator, *args: object) -> object:
         return total(self, *args) + np.uint64(2**40 * (self.post.me.name == "p"))  # type: ignore[arg-type]
 
     mail = posts()
-    terms = Terms(4, 1000, THREE)
+    terms = SharingTerms(4, 1000, THREE)
     sites = {name: np.full(4, 7) for name in "abc"}
     uploads = {name: share(mail[name], SCOPE, row_M, terms) for name, row_M in sites.items()}
-    three = in_turn({name: Aggregator(mail[name], terms) for name in THREE})
+    three = in_turn({name: SharingAggregator(mail[name], terms) for name in THREE})
     assert relay(three, SCOPE, uploads, terms).total_M.tolist() == [21] * 4
-    monkeypatch.setattr(Aggregator, "_sum", adding)
+    monkeypatch.setattr(SharingAggregator, "_sum", adding)
     mail = posts()
-    three = in_turn({name: Aggregator(mail[name], terms) for name in THREE})
+    three = in_turn({name: SharingAggregator(mail[name], terms) for name in THREE})
     with pytest.raises(AbortError, match="did not follow the protocol"):
         relay(three, SCOPE, uploads, terms, spread=1000)

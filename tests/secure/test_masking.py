@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, RevokedError, SignatureError
 from medfed.secure import masking
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.masking import EVERYBODY, PHASES, Client, Server, Terms, _pack, _unpack, run_protocol
+from medfed.secure.masking import EVERYBODY, PHASES, Client, MaskingServer, MaskingTerms, _pack, _unpack, run_protocol
 
 SCOPE = Scope("0" * 64, "run", 1)
 
@@ -27,7 +27,7 @@ def names(n):
 
 def majority(n, length=5):
     t = n // 2 + 1
-    return Terms(names(n), length, t, t, n - 1)
+    return MaskingTerms(names(n), length, t, t, n - 1)
 
 
 def draw(terms, seed=0):
@@ -72,21 +72,21 @@ def test_every_dropout_pattern_of_four_to_six_but_for_the_order_of_names(n):
 @given(st.data())
 def test_sampled_patterns_up_to_forty(data):
     n = data.draw(st.integers(7, 40))
-    terms = Terms.choose(names(n), 9, 0.2, seed=b"public")
+    terms = MaskingTerms.choose(names(n), 9, 0.2, seed=b"public")
     gone = data.draw(st.dictionaries(st.integers(0, n - 1), st.integers(0, 4), max_size=n - terms.quorum))
     check(terms, [gone.get(i, 5) for i in range(n)])
 
 
 def test_terms():
-    assert Terms.choose(names(10), 5, 0.3).quorum == 7
-    ring = Terms.choose(names(60), 5, 0.1, 5, b"seed")
+    assert MaskingTerms.choose(names(10), 5, 0.3).quorum == 7
+    ring = MaskingTerms.choose(names(60), 5, 0.1, 5, b"seed")
     assert ring.degree < 59 and 2 * ring.threshold > ring.degree + 2
     for name in ring.members:
         assert len(ring.neighbours(name)) == ring.degree and name not in ring.neighbours(name)
         assert all(name in ring.neighbours(other) for other in ring.neighbours(name))
     for n, dropout, malicious in ((2, 0, 0), (10, 0.5, 0), (10, 0.3, 4), (4, 0, -1), (4, 1.0, 0)):
         with pytest.raises(PlanError, match="expected"):
-            Terms.choose(names(n), 5, dropout, malicious)
+            MaskingTerms.choose(names(n), 5, dropout, malicious)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def cast():
 def stage(terms):
     people = {n: Identity.new(n, "site") for n in terms.members} | {"server": Identity.new("server", "coordinator")}
     roster = Roster.of(*(p.public for p in people.values()))
-    server = Server(Post(people["server"], roster), terms, SCOPE)
+    server = MaskingServer(Post(people["server"], roster), terms, SCOPE)
     clients = {name: Client(Post(people[name], roster), terms, SCOPE, "server") for name in terms.members}
     rows = {name: np.zeros(terms.length, np.int64) for name in terms.members}
     return SimpleNamespace(terms=terms, people=people, roster=roster, server=server, clients=clients, rows=rows)
@@ -220,13 +220,13 @@ def test_tampered_keys_are_refused_by_client_and_server(cast, case):
 def test_replayed_and_revoked_and_swapped(cast):
     said = {n: c.keys() for n, c in cast.clients.items()}
     keys = cast.server.keys(said)
-    again = Server(cast.server.post, cast.terms, SCOPE)
+    again = MaskingServer(cast.server.post, cast.terms, SCOPE)
     again._ear = cast.server._ear  # which remembers
     with pytest.raises(AbortError, match="0 of 3"):
         again.keys(said)
     assert "came twice" in str(again.refused["site00"])
     revoked = Roster({p.name: p.public for p in cast.people.values()}, frozenset({"site00"}))
-    late = Server(Post(cast.people["server"], revoked), cast.terms, SCOPE)
+    late = MaskingServer(Post(cast.people["server"], revoked), cast.terms, SCOPE)
     late.keys(said)
     assert isinstance(late.refused["site00"], RevokedError)
     sent = {n: c.share(keys) for n, c in cast.clients.items()}
@@ -258,7 +258,7 @@ def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
 
 def test_one_false_share_is_found_and_named_where_there_are_others():
     """Five hold shares and three rebuild a seed: the sum is right, and the liar is known."""
-    terms = Terms(tuple(names(5)), 16, 3, 4, 4)
+    terms = MaskingTerms(tuple(names(5)), 16, 3, 4, 4)
     cast = stage(terms)
     cast.rows = {name: np.arange(16) * i for i, name in enumerate(terms.members)}
     survivors = cast.server.rows(to_rows(cast))
@@ -280,7 +280,7 @@ def test_the_servers_phases_come_once_and_in_order(cast):
 
 def test_the_ring_follows_from_everybodys_keys():
     """Neither the server nor a member picks it: other keys, another order; one broadcast, one order for all."""
-    terms = Terms.choose(names(60), 5, 0.1, 5, b"seed")
+    terms = MaskingTerms.choose(names(60), 5, 0.1, 5, b"seed")
     orders = set()
     for _ in range(2):
         cast = stage(terms)
@@ -320,9 +320,9 @@ def test_the_points_of_small_order_are_those_that_nobody_can_agree_with(u, top):
 )
 def test_terms_that_do_not_protect_are_refused(wrong):
     good = {"members": ("a", "b", "c"), "length": 5, "quorum": 3, "threshold": 3, "degree": 2}
-    Terms(**good)
+    MaskingTerms(**good)
     with pytest.raises(PlanError, match="no terms of a masked sum"):
-        Terms(**(good | wrong))
+        MaskingTerms(**(good | wrong))
 
 
 def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):

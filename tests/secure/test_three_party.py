@@ -15,7 +15,7 @@ from medfed.core.checks import AbortError, CodecError, MedfedError, PlanError
 from medfed.core.entropy import Integers, expand
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.three_party import Aggregator, Terms, in_turn, relay, run_protocol, share
+from medfed.secure.three_party import SharingAggregator, SharingTerms, in_turn, relay, run_protocol, share
 
 PARTIES = ("left", "middle", "right")
 B = 2.0**20
@@ -42,8 +42,8 @@ def rows_of(clients: int, length: int, seed: int = 0, norm: float = 0.999 * B) -
     return {f"site {i}": np.trunc(row).astype(np.int64) for i, row in enumerate(x)}
 
 
-def terms_of(length: int, bound: float = B, least: int = 2) -> Terms:
-    return Terms(length, bound, PARTIES, least)
+def terms_of(length: int, bound: float = B, least: int = 2) -> SharingTerms:
+    return SharingTerms(length, bound, PARTIES, least)
 
 
 # sums ---------------------------------------------------------------------------------------------------------------
@@ -119,11 +119,11 @@ def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str) -> No
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_without_the_check_the_same_rows_do_harm(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(self: Aggregator, line: Any, held: list[Any], public: bytes) -> Any:
+    def blind(self: SharingAggregator, line: Any, held: list[Any], public: bytes) -> Any:
         yield from line.swap({self.left: b"", self.right: b""})
         return np.ones(len(held), np.bool_)
 
-    monkeypatch.setattr(Aggregator, "_check", blind)
+    monkeypatch.setattr(SharingAggregator, "_check", blind)
     rows = rows_of(5, 200)
     bad = rows | {"site 2": ATTACKS[attack](rows["site 2"])}
     opened = run_protocol(POSTS, fresh(), bad, terms_of(200))
@@ -161,10 +161,10 @@ def looks_uniform(words: Any) -> bool:
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_aggregators_shares_are_uniform(place: int) -> None:
     row, terms, scope = np.arange(20_000, dtype=np.int64), terms_of(20_000, 2.0**40), fresh()
-    party = Aggregator(POSTS[PARTIES[place]], terms)
+    party = SharingAggregator(POSTS[PARTIES[place]], terms)
     parts = three_party._for_each("site 0", share(POSTS["site 0"], scope, row, terms), terms)
     assert parts is not None
-    held = party._opened_one(scope, "site 0", parts[PARTIES[place]])
+    held = party._open(scope, "site 0", parts[PARTIES[place]])
     views = [held.words(place, which, 0, 20_000) for which in (0, 1)]
     assert all(looks_uniform(view) for view in views) and looks_uniform(views[0] + views[1])
     assert not looks_uniform(row)  # the test sees a bare row,
@@ -179,7 +179,7 @@ def test_the_relay_sees_ciphertext() -> None:
 def test_an_aggregators_part_of_the_opening_is_uniform() -> None:
     rows, terms, scope = rows_of(3, 20_000), terms_of(20_000), fresh()
     heard: dict[str, bytes] = {}
-    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+    parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
     def listening(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         answers = parties(op, payloads)
@@ -201,7 +201,7 @@ def tampered(change: Callable[[bytes], bytes]) -> dict[str, str]:
     rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
     uploads["site 1"] = change(uploads["site 1"])
-    parties = {name: Aggregator(POSTS[name], terms) for name in PARTIES}
+    parties = {name: SharingAggregator(POSTS[name], terms) for name in PARTIES}
     opened = relay(in_turn(parties), scope, uploads, terms)
     assert (opened.total_M == sum(row for name, row in rows.items() if name not in opened.excluded)).all()
     return opened.excluded
@@ -229,7 +229,7 @@ def test_another_round_sender_or_time_is_refused() -> None:
     rows, terms, scope = rows_of(5, 50), terms_of(50, least=3), fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
     stale = share(POSTS["site 1"], Scope("study", "run", 10**6), rows["site 1"], terms)
-    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+    parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
     opened = relay(parties, scope, uploads | {"site 1": stale, "site 2": uploads["site 3"]}, terms)
     assert set(opened.excluded) == {"site 1", "site 2"} and "round=1000000" in opened.excluded["site 1"]
     with pytest.raises(AbortError, match="came twice"):  # the same shares are never opened again
@@ -248,7 +248,7 @@ def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(three_party, "seal", split)
     uploads["site 0"] = share(POSTS["site 0"], scope, rows["site 0"], terms)
     monkeypatch.undo()
-    opened = relay(in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES}), scope, uploads, terms)
+    opened = relay(in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES}), scope, uploads, terms)
     assert opened.excluded == {"site 0": "it gave two aggregators different shares"}
 
 
@@ -271,7 +271,7 @@ FAULTS: dict[str, Tamper] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_relay_that_meddles_ends_the_round_and_the_next_one_runs(fault: str) -> None:
     rows, terms, scope, steps = rows_of(3, 30), terms_of(30), fresh(), count()
-    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+    parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
     def meddling(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         return parties(op, FAULTS[fault](next(steps), dict(payloads)) if op == "step" else payloads)
@@ -287,7 +287,7 @@ def test_a_relay_that_meddles_ends_the_round_and_the_next_one_runs(fault: str) -
 
 def test_messages_of_an_earlier_attempt_do_not_count() -> None:
     rows, terms, scope, kept = rows_of(3, 30), terms_of(30), fresh(), dict[int, Mapping[str, bytes]]()
-    parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+    parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
     def attempt(replay: bool) -> None:
         steps = count()
@@ -322,7 +322,7 @@ def test_a_stopped_or_babbling_aggregator_ends_the_round() -> None:
     rows, terms = rows_of(3, 30), terms_of(30)
     for noise in (b"", b"garbage", codec.encode({"done": True})):
         scope = fresh()
-        parties = in_turn({name: Aggregator(POSTS[name], terms) for name in PARTIES})
+        parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
         def ill(op: str, payloads: Mapping[str, bytes], said: bytes = noise, ask: Any = parties) -> Mapping[str, bytes]:
             return {**ask(op, payloads), **({"middle": said} if op == "step" else {})}
@@ -341,9 +341,9 @@ def test_a_row_of_another_kind_is_refused_at_its_client() -> None:
 @settings(max_examples=150, deadline=None)
 def test_no_bytes_crash_a_decoder(data: bytes, prefixed: bool) -> None:
     data = b"mfs1" + data if prefixed else data
-    party = Aggregator(POSTS["left"], terms_of(30))
+    party = SharingAggregator(POSTS["left"], terms_of(30))
     with pytest.raises(CodecError):
-        party._opened_one(Scope("study", "run", 1), "site 0", data)
+        party._open(Scope("study", "run", 1), "site 0", data)
     for op in ("begin", "upload", "step", "sing"):
         with pytest.raises(MedfedError):
             party.handle(op, data)
@@ -359,7 +359,7 @@ def test_a_changed_byte_never_passes(data: st.DataObject) -> None:
     refusals = 0
     for name in PARTIES:
         try:
-            Aggregator(POSTS[name], terms)._opened_one(scope, "site 0", bytes(upload))
+            SharingAggregator(POSTS[name], terms)._open(scope, "site 0", bytes(upload))
         except CodecError:
             refusals += 1
     assert refusals >= 1

@@ -12,7 +12,7 @@ from medfed.core import checks
 from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError
 from medfed.secure import field, masking, shares
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.three_party import Aggregator, Opened, Selection, Terms, in_turn, relay
+from medfed.secure.three_party import Opened, Selection, SharingAggregator, SharingTerms, in_turn, relay
 
 SCOPE = Scope("5" * 64, "run", 3)
 
@@ -60,8 +60,8 @@ SHARED = vector("three_party")
 
 def opened(uploads: dict[str, bytes], scope: Scope = SCOPE, selection: Selection | None = None) -> Opened:
     posts = parties(SHARED)
-    terms = Terms(len(SHARED["sum"]), SHARED["bound"], ("p", "q", "r"))
-    three = {name: Aggregator(posts[name], terms, selection=selection) for name in terms.aggregators}
+    terms = SharingTerms(len(SHARED["sum"]), SHARED["bound"], ("p", "q", "r"))
+    three = {name: SharingAggregator(posts[name], terms, selection=selection) for name in terms.aggregators}
     return relay(in_turn(three), scope, uploads, terms)
 
 
@@ -117,14 +117,14 @@ def test_uploads_of_another_round_open_nothing() -> None:
 MASKED = vector("masking")
 
 
-def server() -> masking.Server:
+def server() -> masking.MaskingServer:
     posts = parties(MASKED)
     names = [name for name in posts if name != "server"]
-    terms = masking.Terms.choose(names, MASKED["length"], MASKED["dropout"])
-    return masking.Server(posts["server"], terms, SCOPE)
+    terms = masking.MaskingTerms.choose(names, MASKED["length"], MASKED["dropout"])
+    return masking.MaskingServer(posts["server"], terms, SCOPE)
 
 
-def played(changed: dict[str, dict[str, bytes]] | None = None) -> tuple[masking.Server, Any]:
+def played(changed: dict[str, dict[str, bytes]] | None = None) -> tuple[masking.MaskingServer, Any]:
     it, found = server(), None
     for phase, said in MASKED["phases"].items():
         messages = {name: bytes.fromhex(message) for name, message in said.items()}

@@ -27,22 +27,22 @@ def key_new(
 
     from medfed.core.checks import KeyFileError
     from medfed.federation import ROLES
-    from medfed.secure import keys
+    from medfed.secure import key_files
     from medfed.secure.identity import Identity
 
     if role not in ROLES:
         raise KeyFileError(f"--role {role!r}; expected one of {', '.join(ROLES)}")
     made, path = Identity.new(name, role), out or Path("keys") / f"{quote(name, safe=' ')}.key"
-    keys.save(made, path, passphrase(twice=True))
+    key_files.save(made, path, passphrase(twice=True))
     console().print(f"{path}  {role} {name}\nfingerprint {made.public.fingerprint}", highlight=False, markup=False)
 
 
 @key_app.command("show")
 def key_show(file: KeyFile, as_json: AsJson = False) -> None:
     """Show whose keys a file holds, and their fingerprint; never the keys."""
-    from medfed.secure import keys
+    from medfed.secure import key_files
 
-    public = keys.load(file, passphrase()).public
+    public = key_files.load(file, passphrase()).public
     if as_json:
         print(json.dumps({"name": public.name, "role": public.role, "fingerprint": public.fingerprint}))
         return
@@ -58,11 +58,11 @@ def key_request(
     """Write an enrolment request: public keys, signed. Send it to the consortium, and tell it the fingerprint."""
     from medfed import federation
     from medfed.core import files
-    from medfed.secure import keys
+    from medfed.secure import key_files
 
     word = passphrase()
-    party = keys.load(file, word)
-    asked = federation.request(party, keys.load(replaces, word) if replaces else None)
+    party = key_files.load(file, word)
+    asked = federation.request(party, key_files.load(replaces, word) if replaces else None)
     files.write(out, json.dumps(asked, indent=2) + "\n")
     console().print(f"{out}\nfingerprint {party.public.fingerprint}", highlight=False, markup=False)
 
@@ -71,9 +71,9 @@ def key_request(
 def federation_new(folder: Consortium, key: Signer) -> None:
     """Begin a consortium's list of members."""
     from medfed import federation
-    from medfed.secure import keys
+    from medfed.secure import key_files
 
-    authority = keys.load(key, passphrase())
+    authority = key_files.load(key, passphrase())
     federation.begin(folder, authority)
     console().print(
         f"{folder}: members must check this fingerprint over another channel\n{authority.public.fingerprint}",
@@ -92,7 +92,7 @@ def federation_approve(
     """Enrol a party whose fingerprint is what it told, or replace its keys."""
     from medfed import federation
     from medfed.core.checks import SignatureError
-    from medfed.secure import keys
+    from medfed.secure import key_files
 
     try:
         asked = json.loads(request.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def federation_approve(
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
         raise SignatureError(f"{request} is no enrolment request ({error}); ask for another") from error
-    member = federation.approve(folder, keys.load(key, passphrase()), asked, fingerprint)
+    member = federation.approve(folder, key_files.load(key, passphrase()), asked, fingerprint)
     console().print(f"enrolled {member.role} {member.name}  {member.fingerprint}", highlight=False, markup=False)
 
 
@@ -113,9 +113,9 @@ def federation_revoke(
 ) -> None:
     """Revoke a member: from now on its messages count nowhere."""
     from medfed import federation
-    from medfed.secure import keys
+    from medfed.secure import key_files
 
-    federation.revoke(folder, keys.load(key, passphrase()), name, reason)
+    federation.revoke(folder, key_files.load(key, passphrase()), name, reason)
     console().print(f"revoked {name}", highlight=False, markup=False)
 
 

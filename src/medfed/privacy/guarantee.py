@@ -247,11 +247,14 @@ def vote_noise(study: Study, epsilon: float, sites: int) -> float:
     each = vote_multiplier(study, epsilon)
     if mode(study) != "site":
         each *= study.privacy.max_sites_per_patient
-    return _sum_over_sites(study, each, sites)
+    return summed_sd(study, each, sites)
 
 
-def _sum_over_sites(study: Study, each: float, sites: int) -> float:
-    """Return the standard deviation of a sum's noise: `each` once if sites are counted together, else per site."""
+def summed_sd(study: Study, each: float, sites: int) -> float:
+    """Return the standard deviation of the noise on the sum of so many sites' answers.
+
+    `each` is that of one answer (`Guarantee.query_sd`): of each site's, or of the one noise on their sum.
+    """
     if counted_together(study):
         return each
     return each * math.sqrt(sites)
@@ -281,7 +284,7 @@ def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 
     each = multiplier * ranges_sensitivity(columns)
     if mode(study) != "site":
         each *= privacy.max_sites_per_patient
-    return _sum_over_sites(study, each, sites)
+    return summed_sd(study, each, sites)
 
 
 def ranges_sensitivity(columns: int) -> float:

@@ -173,9 +173,9 @@ def _densest(D_KK: Tensor, count: int) -> Tensor:
     """Say who [K] belongs to the `count` rows nearest to the row that has `count` rows nearest to it (itself among
     them): the centre that nearest-neighbour mixing (Allouah et al. 2023) and Krum (Blanchard et al. 2017) look for."""
     near_KC, index_KC = D_KK.sort(dim=1)
-    heart = int(near_KC[:, :count].sum(1).argmin())
+    medoid = int(near_KC[:, :count].sum(1).argmin())
     inside_K = torch.zeros(len(D_KK), dtype=torch.bool)
-    inside_K[index_KC[heart, :count]] = True
+    inside_K[index_KC[medoid, :count]] = True
     return inside_K
 
 

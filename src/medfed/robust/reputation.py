@@ -45,7 +45,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Ruling:
     """What is done about a client after a round. action: warn, quarantine, probation, clear or none."""
 
     round: int
@@ -79,16 +79,22 @@ class Watch:
         """Return the next watch, with nothing held against a client: an operator's decision."""
         return replace(self, standings={**self.standings, client: Standing()})
 
-    def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Decision]]":
+    def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Ruling]]":
         """Take a round's findings on the clients that took part; return the next watch, and what changes."""
+        # What is said of whom.
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}
         for finding in findings:
             by_client.setdefault(finding.client, []).append(finding)
-        standings, decisions = dict(self.standings), list[Decision]()
+        standings = dict(self.standings)
+        decisions: list[Ruling] = []
+
+        # Who has sat out comes back on probation.
         for name, one in self.standings.items():
             if one.until and round == one.until:
                 standings[name] = Standing(WARN / 2)
-                decisions.append(Decision(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
+                decisions.append(Ruling(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
+
+        # Each sum grows or falls; where it crosses a line, something is done.
         for name, found in by_client.items():
             before = standings.get(name, Standing())
             score = max((f.score for f in found if f.kind not in INCONCLUSIVE), default=0.0)
@@ -107,14 +113,16 @@ class Watch:
             standings[name] = now
             if action != "none":
                 words = tuple(f"{f.kind}: {f.evidence}" for f in found)
-                decisions.append(Decision(round, name, _level(now.total), now.total, action, words))
+                decisions.append(Ruling(round, name, _level(now.total), now.total, action, words))
         return replace(self, standings=standings), decisions
 
 
 def _level(total: float) -> ThreatLevel:
     if total >= QUARANTINE:
         return ThreatLevel.HIGH
-    return ThreatLevel.ELEVATED if total >= WARN else ThreatLevel.LOW if total > 0 else ThreatLevel.NONE
+    if total >= WARN:
+        return ThreatLevel.ELEVATED
+    return ThreatLevel.LOW if total > 0 else ThreatLevel.NONE
 
 
 def detect_byzantine_devices(rounds: Iterable[tuple[Sequence[str], Sequence[Finding]]], most: int) -> dict[str, float]:

@@ -211,7 +211,8 @@ def centred_clipping(g_KK: Tensor, f: int, radius: float | None, steps: int = 3)
 
     One liar moves each step by at most radius / K. Without a radius: the rows' median distance from the reference.
     """
-    b_KK, count = _around(g_KK, len(g_KK) - 1), len(g_KK) - 1
+    count = len(g_KK) - 1
+    b_KK = _around(g_KK, count)
     w_K = torch.zeros_like(g_KK[0])
     w_K[-1] = 1
     limit = float(_from_point(b_KK, w_K)[:count].median()) if radius is None else radius
@@ -350,7 +351,9 @@ def _middle(row_KM: Tensor, off: int) -> Tensor:
 
 def bulyan(row_KM: Tensor, f: int) -> Tensor:
     """Choose K - 2f rows by Krum, one after another; average each number's K - 4f values nearest to their median."""
-    d_KK, left, chosen = distances(gram(blocks_of(row_KM))), list(range(len(row_KM))), []
+    d_KK = distances(gram(blocks_of(row_KM)))
+    left = list(range(len(row_KM)))
+    chosen: list[int] = []
     for _ in range(len(row_KM) - 2 * f):
         best = int(_scores(d_KK[left][:, left], min(f, len(left) - 1)).argmin())
         chosen.append(left.pop(best))
@@ -464,7 +467,7 @@ ALONE: dict[str, GramRule | RowRule] = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class RobustRule:
     """A rule for f liars: G_KK -> w_K, so that the combined row is w X.
 
     The weights sum to 1, but for norm-clipping and fltrust, which shrink or stretch rows. Where `needs` is "reference"
@@ -533,8 +536,8 @@ class Rule:
                 f"robustness.rule={self.name!r} works coordinate by coordinate and needs every row in plain sight; "
                 "only the Gram matrix is at hand. Set robustness.rule='nnm+geometric-median'."
             )
-        g_KK = self._checked(gram_KK)
-        t_JK, g_JJ = self._mixed(g_KK, key)
+        g_KK = self._check_gram(gram_KK)
+        t_JK, g_JJ = self._mix(g_KK, key)
         return t_JK.T @ self.last.weigh(g_JJ, self.f, self.radius)
 
     def combine(self, row_KM: Tensor, key: int = 0) -> Tensor:
@@ -544,10 +547,10 @@ class Rule:
         self.check(len(row_KM))
         if not self.mixings:
             return self.last.fold(row_KM, self.f)
-        t_JK, _ = self._mixed(self._checked(gram(blocks_of(row_KM))), key)
+        t_JK, _ = self._mix(self._check_gram(gram(blocks_of(row_KM))), key)
         return self.last.fold(t_JK.to(row_KM.dtype) @ row_KM, self.f)
 
-    def _checked(self, gram_KK: Tensor) -> Tensor:
+    def _check_gram(self, gram_KK: Tensor) -> Tensor:
         if gram_KK.ndim != 2 or gram_KK.shape[0] != gram_KK.shape[1]:
             raise DataError(f"gram of shape {tuple(gram_KK.shape)}: expected [K, K]. Pass gram(blocks_of(rows)).")
         self.check(len(gram_KK) - (self.needs == "reference"))
@@ -560,7 +563,7 @@ class Rule:
             )
         return (g_KK + g_KK.T) / 2
 
-    def _mixed(self, g_KK: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    def _mix(self, g_KK: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """Return all mixings as one matrix T_JK, and the Gram matrix of T X; a reference stays itself."""
         t_JK = torch.eye(len(g_KK), dtype=torch.float64)
         kept = int(self.needs == "reference")
@@ -574,12 +577,13 @@ class Rule:
         return t_JK, g_KK
 
 
-def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> Rule:
+def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> RobustRule:
     """Return the rule of a name such as "krum", "nnm+geometric-median" or "bucketing+krum", for f liars.
 
     `radius` is the clipping norm of centred-clipping and norm-clipping, without one a median (see there); of the
-    geometric median its smoothing. Raises
-    PlanError for a name that is not known or does not compose, f < 0, or a radius that is no positive number.
+    geometric median its smoothing.
+
+    Raises PlanError for a name that is not known or does not compose, f < 0, or a radius that is no positive number.
     """
     *before, last = name.split("+")
     for part in before:
@@ -589,7 +593,9 @@ def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> Rule:
                 "Write nnm+geometric-median, say."
             )
     if last not in ALONE:
-        more = " A mixing needs a rule after it: write nnm+geometric-median, say." if last in MIXINGS else ""
+        more = ""
+        if last in MIXINGS:
+            more = " A mixing needs a rule after it: write nnm+geometric-median, say."
         raise PlanError(f"robustness.rule={name!r}: {last!r} is no rule; {nearest(last, ALONE)}{more}")
     if f < 0:
         raise PlanError(f"f={f}: expected 0 or more liars. Set robustness.max_malicious from 0 to below 0.5.")
@@ -597,8 +603,8 @@ def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> Rule:
         raise PlanError(
             f"radius={radius}: expected a number above 0. Set it to a public bound on an honest row's norm."
         )
-    return Rule(name, f, tuple(MIXINGS[part] for part in before), ALONE[last], radius)
+    return RobustRule(name, f, tuple(MIXINGS[part] for part in before), ALONE[last], radius)
 
 
-RULES: dict[str, Rule | None] = {"mean": None}
+RULES: dict[str, RobustRule | None] = {"mean": None}
 """What a study's rule is without f. None takes the clients' public weights and needs no Gram matrix: breakdown 0."""

@@ -67,7 +67,7 @@ class Identity:
         return cls(name, role, signing, X25519PrivateKey.from_private_bytes(secret[32:]))
 
     def secret(self) -> bytes:
-        """Return both private keys, 64 bytes, for a key file (`keys.save`) and nowhere else."""
+        """Return both private keys, 64 bytes, for a key file (`key_files.save`) and nowhere else."""
         return self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()
 
     @property

@@ -68,7 +68,7 @@ _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
 
 
 @dataclass(frozen=True)
-class Terms:
+class MaskingTerms:
     """What all parties know of a masked sum: who takes part, the row's length, the graph and the thresholds.
 
     `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k) neighbours hold
@@ -96,19 +96,21 @@ class Terms:
         if not holds:
             raise PlanError(
                 f"members={some(self.members)}, length={self.length}, quorum={self.quorum}, "
-                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take Terms.choose."
+                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take "
+                "MaskingTerms.choose."
             )
 
     @classmethod
     def choose(
         cls, members: Collection[str], length: int, dropout: float, malicious: int = 0, seed: bytes = b""
-    ) -> "Terms":
+    ) -> "MaskingTerms":
         """Return the terms under which a share `dropout` of the members may drop out and `malicious` may lie.
 
         The least even number of neighbours that meets the module's conditions, or all of them. Raises PlanError where
         not even all are enough: 2 t > n + f with t = n - drop-outs.
         """
-        n, gone = len(members), math.floor(round(dropout * len(members), 9))
+        n = len(members)
+        gone = math.floor(round(dropout * n, 9))
         if n < 3 or len(set(members)) != n or EVERYBODY in members or n >= 2**16:
             raise PlanError(f"{n} members ({some(members)}); expected 3 to 65535 distinct names. Add a site.")
         if length < 1 or not 0 <= dropout < 1 or malicious < 0:
@@ -129,7 +131,7 @@ class Terms:
                 return cls(names, length, quorum, threshold, degree, seed)
         return cls(names, length, quorum, quorum, n - 1, seed)
 
-    def drawn(self, keys: bytes) -> "Terms":
+    def drawn(self, keys: bytes) -> "MaskingTerms":
         """Return the terms with the ring in the order that the keys of all decide, as the server broadcast them.
 
         So nobody picks it: the server does not know the keys of honest members before, and one that tells them
@@ -141,7 +143,9 @@ class Terms:
         """Return the k neighbours of a member, sorted."""
         if self.degree == len(self.members) - 1:
             return tuple(other for other in self.members if other != name)
-        at, n, half = self._ring.index(name), len(self.members), self.degree // 2
+        at = self._ring.index(name)
+        n = len(self.members)
+        half = self.degree // 2
         return tuple(sorted(self._ring[(at + step) % n] for step in range(-half, half + 1) if step))
 
     def holders(self, name: str) -> tuple[str, ...]:
@@ -189,11 +193,13 @@ class Client:
     too few took part.
     """
 
-    def __init__(self, post: Post, terms: Terms, scope: Scope, server: str) -> None:
+    def __init__(self, post: Post, terms: MaskingTerms, scope: Scope, server: str) -> None:
         self._post, self._terms, self._scope, self._server = post, terms, scope, server
-        self._ear, self._name = _ear(post), post.me.name
+        self._ear = _ear(post)
+        self._name = post.me.name
         self._phases: tuple[str, ...] = PHASES  # those to come; empty while one is under way, and after one that failed
-        self._sealing, self._pairing = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        self._sealing = X25519PrivateKey.generate()
+        self._pairing = X25519PrivateKey.generate()
         self._seed = os.urandom(32)
         self._keys: dict[str, bytes] = {}  # by neighbour: what it advertised
         self._held: dict[str, bytes] = {}  # by client: my shares of its self seed and of its key, one after the other
@@ -209,18 +215,25 @@ class Client:
     def share(self, broadcast: bytes) -> bytes:
         """Take the keys of all; return the shares of both seeds, sealed to each neighbour that advertised."""
         self._enter("shares")
+
+        # Whose keys came, in the order that they decide.
         body = self._hear(broadcast, "all-keys")
-        envelopes, self._terms = _unpack(body, self._terms), self._terms.drawn(body)
+        envelopes = _unpack(body, self._terms)
+        self._terms = self._terms.drawn(body)
         for name in self._terms.neighbours(self._name):
             if name in envelopes:  # a neighbour that signed nothing has no part
                 self._keys[name] = _keys(self._ear.unwrap(envelopes[name], self._scope, "keys", name))
         self._enough("shares", self._keys)
+
+        # Share both seeds among the neighbours and this client.
         holders = sorted([*self._keys, self._name])
         points = [self._terms.number[name] for name in holders]
         secrets = self._seed, self._pairing.private_bytes_raw()
         halves = (shares.split(secret, self._terms.threshold, points) for secret in secrets)
         parts = {name: own + pair for name, own, pair in zip(holders, *halves, strict=True)}
         self._held[self._name] = parts.pop(self._name)
+
+        # Seal each part for its holder.
         boxes = {
             name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None) for name, part in parts.items()
         }
@@ -229,14 +242,18 @@ class Client:
     def mask(self, payload: bytes, row_M: Integers) -> bytes:
         """Take the boxes for this client; return its row (int64 [M]) under the self mask and the pair masks."""
         self._enter("rows")
+
+        # Keep what the others have shared.
         boxes = _unpack(self._post.unwrap(payload, self._scope, "boxes", self._server), self._terms)
         for name, box in boxes.items():
-            self._held[name] = self._opened(name, box)
+            self._held[name] = self._open_box(name, box)
         self._enough("rows", self._held.keys() - {self._name})
         if row_M.dtype != np.int64 or row_M.shape != (self._terms.length,):
             raise PlanError(
                 f"a row {row_M.dtype} {list(row_M.shape)}; expected int64 [{self._terms.length}]. Encode it first."
             )
+
+        # Hide the row: under the self mask, and under one mask for each neighbour.
         masked_M = expand(self._seed, self._terms.length)
         masked_M += row_M.view(np.uint64)
         stream_M = np.empty_like(masked_M)
@@ -253,6 +270,8 @@ class Client:
         came: that neighbour's mask would be missing from this client's row.
         """
         self._enter("confirm")
+
+        # Look at the list.
         body = self._hear(broadcast, "survivors")
         self._survivors = tuple(_unpack(body, self._terms))
         self._terms.enough("confirm", len(self._survivors))
@@ -264,6 +283,8 @@ class Client:
                 + "; expected this client and those whose shares came. The server or the network is at fault; nothing "
                 "was opened."
             )
+
+        # Sign it, with the model.
         self._statement = self._terms.digest + sha256(body).digest() + sha256(model).digest()
         return self._say("confirm", EVERYBODY, self._statement)
 
@@ -280,11 +301,15 @@ class Client:
         - a client that dropped out before it shared has no seed to give back.
         """
         self._enter("unmask")
+
+        # See that a quorum signed the same.
         envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
         said = {name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name) for name in envelopes}
         others = [name for name in self._survivors if said.get(name, self._statement) != self._statement]
         why = f"{some(others)} signed another list of survivors or another model." if others else ""
         self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
+
+        # Give a share of one seed of each.
         size = shares.SIZE
         parts = {
             name: held[:size] if name in self._survivors else held[size:] for name, held in sorted(self._held.items())
@@ -319,7 +344,7 @@ class Client:
         other = self._keys[to if sender == self._name else sender][:32]
         return _derive(_agree(self._sealing, other), self._scope, self._terms, "seal", sender, to)
 
-    def _opened(self, sender: str, box: bytes) -> bytes:
+    def _open_box(self, sender: str, box: bytes) -> bytes:
         if sender not in self._keys:
             raise EnvelopeError(f"shares from {sender!r}, no neighbour with keys; expected {some(sorted(self._keys))}.")
         try:
@@ -332,7 +357,7 @@ class Client:
 
 
 @dataclass
-class Server:
+class MaskingServer:
     """The server's side of one round: it takes each phase's envelopes by name and returns what it sends next.
 
     Phases come once and in order. A message that cannot be read counts as a drop-out, and one false share of a seed is
@@ -341,7 +366,7 @@ class Server:
     """
 
     post: Post
-    terms: Terms
+    terms: MaskingTerms
     scope: Scope
     refused: dict[str, CodecError] = field(default_factory=dict)
 
@@ -390,10 +415,10 @@ class Server:
         stream_M = np.empty_like(self._total_M)
         for name in sorted(self._sharers):
             if name in self._survivors:
-                seed = self._rebuilt(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
+                seed = self._rebuild(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
                 _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
             elif linked := self._linked(name):
-                self._lift(name, linked, self._rebuilt(name, held[name], _public, slice(32, 64)), stream_M)
+                self._lift(name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M)
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
     def _linked(self, gone: str) -> list[str]:
@@ -406,7 +431,7 @@ class Server:
             seed = _pair_seed(key, gone, name, self._keys[name][32:64], self.scope, self.terms)
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
-    def _rebuilt(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
+    def _rebuild(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
         """Return a seed of `name` from its shares, checked against what it advertised; one of them may be false."""
         advertised, t = self._keys[name][where], self.terms.threshold
         for liar in (0, *(sorted(held)[:t] if len(held) > t else ())):  # 0 is nobody
@@ -463,7 +488,7 @@ class Server:
 
 
 def run_protocol(
-    rows: Mapping[str, Integers], terms: Terms, drops: Mapping[str, Collection[str]] | None = None
+    rows: Mapping[str, Integers], terms: MaskingTerms, drops: Mapping[str, Collection[str]] | None = None
 ) -> tuple[Integers, frozenset[str]]:
     """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that are in it.
 
@@ -474,7 +499,7 @@ def run_protocol(
     }
     roster = Roster.of(*(person.public for person in people.values()))
     scope, model = Scope("0" * 64, "run", 1), b"the global model"
-    server = Server(Post(people["server"], roster), terms, scope)
+    server = MaskingServer(Post(people["server"], roster), terms, scope)
     clients = {name: Client(Post(people[name], roster), terms, scope, "server") for name in rows}
 
     def alive(phase: str) -> dict[str, Client]:
@@ -516,12 +541,12 @@ def _public(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-def _derive(shared: bytes, scope: Scope, terms: Terms, *purpose: str) -> bytes:
+def _derive(shared: bytes, scope: Scope, terms: MaskingTerms, *purpose: str) -> bytes:
     info = json.dumps([scope.study, scope.run, scope.round, terms.digest.hex(), *purpose]).encode()
     return HKDF(SHA256(), 32, None, b"medfed masking 1 " + info).derive(shared)
 
 
-def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: Terms) -> bytes:
+def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: MaskingTerms) -> bytes:
     """Return the seed of the mask that two clients share, from either one's private key."""
     return _derive(_agree(key, public), scope, terms, "pair", *sorted((mine, other)))
 
@@ -530,13 +555,13 @@ def _add(total_M: Words, stream_M: Words, plus: bool) -> None:
     (np.add if plus else np.subtract)(total_M, stream_M, out=total_M)
 
 
-def _pack(parts: Mapping[str, bytes], terms: Terms) -> bytes:
+def _pack(parts: Mapping[str, bytes], terms: MaskingTerms) -> bytes:
     """Return parts by member as bytes: its number (2 bytes), the length (4) and the part, in the members' order."""
     records = ((terms.number[name], parts[name]) for name in sorted(parts))
     return b"".join(struct.pack("<HI", number, len(part)) + part for number, part in records)
 
 
-def _unpack(body: bytes, terms: Terms, size: int | None = None) -> dict[str, bytes]:
+def _unpack(body: bytes, terms: MaskingTerms, size: int | None = None) -> dict[str, bytes]:
     """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of `size` bytes."""
     parts: dict[str, bytes] = {}
     at, last = 0, 0

@@ -9,9 +9,9 @@ import numpy as np
 from medfed.core.checks import AbortError, PlanError
 from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
+from medfed.secure.chain import Follower
 from medfed.secure.identity import Scope
-from medfed.secure.models import Follower
-from medfed.secure.three_party import Terms
+from medfed.secure.three_party import SharingTerms
 
 
 class Party(Protocol):
@@ -36,7 +36,7 @@ class Sharer:
     """A site that shares its rows among three aggregators."""
 
     follower: Follower
-    terms: Terms
+    terms: SharingTerms
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
         """Return the row's shares, sealed to each aggregator: see `three_party.share`."""
@@ -53,7 +53,7 @@ class Masker:
     """A site that masks its rows. Without joint noise its row counts `weight` times."""
 
     follower: Follower
-    choose: Callable[[Sequence[str], int], masking.Terms]
+    choose: Callable[[Sequence[str], int], masking.MaskingTerms]
     weight: int = 1
     _client: masking.Client | None = None
     _round: int = 0

@@ -4,7 +4,7 @@ A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): a
 x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two that hold it. The coordinator relays
 everything and reads nothing.
 
-One round, as `Aggregator.rounds` plays it:
+One round, as `SharingAggregator.rounds` plays it:
 
 1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a fresh seed;
 2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
@@ -27,7 +27,7 @@ Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
 - Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1 - h)^2 / 3. At
   h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
 - Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.94 T, 16 B, is proven
-  (`Terms.exact` says which).
+  (`SharingTerms.exact` says which).
 
 Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three that follow the
 protocol, up to hashes, signatures and the bound of what is opened.
@@ -74,7 +74,7 @@ _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envel
 
 
 @dataclass(frozen=True)
-class Terms:
+class SharingTerms:
     """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds shares."""
 
     length: int
@@ -146,7 +146,7 @@ class Selection:
 # The client ---------------------------------------------------------------------------------------------------------
 
 
-def share(post: Post, scope: Scope, row_M: Integers, terms: Terms) -> bytes:
+def share(post: Post, scope: Scope, row_M: Integers, terms: SharingTerms) -> bytes:
     """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2 encrypted once.
 
     8 M bytes and about 1 kB. Raises PlanError for a row of another length.
@@ -218,6 +218,15 @@ class _Held:
         return sha256(b"tag" + secret + self.digest).hexdigest()
 
 
+def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
+    """Return what draws one party's part of the noise on a sum in which rows count so much."""
+    draw = chosen.sum_noise
+    if draw is None:
+        return None
+    most = max(map(abs, weights.values()))
+    return lambda length: draw(length, most)
+
+
 Sends = Mapping[str, bytes]
 Noise = Callable[[int], Integers]
 Steps = Generator[Sends, Sends, bytes]
@@ -225,11 +234,11 @@ Steps = Generator[Sends, Sends, bytes]
 
 
 @dataclass
-class Aggregator:
+class SharingAggregator:
     """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two parts must suffice."""
 
     post: Post
-    terms: Terms
+    terms: SharingTerms
     noise: Noise | None = None
     weights: Mapping[str, int] | None = None  # public; without, each row counts once
     selection: Selection | None = None  # in place of both
@@ -271,28 +280,25 @@ class Aggregator:
 
     def rounds(self, scope: Scope, uploads: Mapping[str, bytes]) -> Steps:
         """Play one round; see the module's docstring."""
-        held, refused = self._opened(scope, uploads)
+        # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment to a coin, a seed.
+        held, refused = self._open_all(scope, uploads)
         names = sorted(held)
         tags = {name: [held[name].tag(0, self.place), held[name].tag(1, self.place)] for name in names}
-        coin, seed = os.urandom(32), os.urandom(32)
-        commitment = sha256(b"coin" + coin).hexdigest()
-        hello = {"tags": tags, "refused": refused, "coin": commitment}
-        sent = {
-            name: self._greeting(scope, name, {**hello, "seed": seed.hex() if name == self.right else ""})
+        coin = os.urandom(32)
+        seed = os.urandom(32)
+        hello = {"tags": tags, "refused": refused, "coin": sha256(b"coin" + coin).hexdigest()}
+        arrived = yield {
+            name: self._greet(scope, name, {**hello, "seed": seed.hex() if name == self.right else ""})
             for name in (self.left, self.right)
         }
-        arrived = yield sent
-        hellos = {name: self._greeted(scope, name, arrived) for name in (self.left, self.right)}
+        hellos = {name: self._read_greeting(scope, name, arrived) for name in (self.left, self.right)}
         line = _Line(self, scope, seed, bytes.fromhex(str(hellos[self.left]["seed"])))
         names, why = self._common(names, refused, tags, hellos)
 
-        coins = yield from line.swap({self.left: coin, self.right: coin})
-        for name in (self.left, self.right):
-            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name]["coin"]:
-                raise AbortError(f"{name!r} opened another coin than it committed to; the round ends")
-        tosses = {self.post.me.name: coin, **coins}
-        public = sha256(b"toss" + b"".join(tosses[name] for name in self.terms.aggregators)).digest()
+        # 2. Reveal the coins, now that every row is fixed.
+        public = yield from self._toss(line, coin, hellos)
 
+        # 3 and 4. Check each row in secret, and open one bit of each.
         if names:
             good = yield from self._check(line, [held[name] for name in names], public)
             why |= {n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok}
@@ -300,19 +306,18 @@ class Aggregator:
         if len(names) < self.terms.min_group:
             left = f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened."
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
-        rows, tensors = [held[name] for name in names], dict[str, torch.Tensor]()
-        weights, noise = self.weights or dict.fromkeys(names, 1), self.noise
-        if chosen := self.selection:
-            gram_KK = yield from self._gram(line, rows)
-            with naming(why):
-                weights = chosen.weigh(names, gram_KK)
-            yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
-            if (count := sum(w != 0 for w in weights.values())) < self.terms.min_kept:
-                kept = f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}"
-                raise AbortError(f"{kept}: their sum is not opened. {reasons(why)}".rstrip(), why)
-            most, drawn = max(map(abs, weights.values())), chosen.sum_noise
-            noise = (lambda length: drawn(length, most)) if drawn else None
+        rows = [held[name] for name in names]
+        tensors: dict[str, torch.Tensor] = {}
+
+        # 5. Under a rule: open the Gram matrix, and weigh the rows by it.
+        weights = self.weights or dict.fromkeys(names, 1)
+        noise = self.noise
+        if self.selection:
+            gram_KK, weights = yield from self._weigh(line, names, rows, self.selection, why)
+            noise = _noise_of(self.selection, weights)
             tensors["gram"] = torch.from_numpy(gram_KK)
+
+        # 6. Sum the accepted rows, with noise and a sharing of zero.
         part_M = self._sum(rows, [weights[name] for name in names])
         if noise is not None:
             part_M += noise(self.terms.length).view(np.uint64)
@@ -321,8 +326,33 @@ class Aggregator:
         told = {name: weights[name] for name in names}
         return codec.encode({"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors)
 
+    def _toss(self, line: "_Line", coin: bytes, hellos: Mapping[str, dict[str, Any]]) -> Generator[Sends, Sends, bytes]:
+        """Return what the three coins come to; raise AbortError where one is not the coin that was committed to."""
+        coins = yield from line.swap({self.left: coin, self.right: coin})
+        for name in (self.left, self.right):
+            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name]["coin"]:
+                raise AbortError(f"{name!r} opened another coin than it committed to; the round ends")
+        tosses = {self.post.me.name: coin, **coins}
+        return sha256(b"toss" + b"".join(tosses[name] for name in self.terms.aggregators)).digest()
+
+    def _weigh(
+        self, line: "_Line", names: Sequence[str], rows: "Sequence[_Held]", chosen: Selection, why: Mapping[str, str]
+    ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
+        """Return the opened Gram matrix and the rule's weights, the same for all three; see step 5."""
+        gram_KK = yield from self._gram(line, rows)
+        with naming(why):
+            weights = chosen.weigh(names, gram_KK)
+        yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
+
+        count = sum(w != 0 for w in weights.values())
+        if count < self.terms.min_kept:
+            kept = f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}"
+            raise AbortError(f"{kept}: their sum is not opened. {reasons(why)}".rstrip(), dict(why))
+        return gram_KK, weights
+
     def _gram(self, line: "_Line", held: Sequence[_Held]) -> Generator[Sends, Sends, Integers]:
         """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 5."""
+        # Each party's additive part, by local products.
         K = len(held)
         upper = np.triu_indices(K)
         mixed = np.zeros((K, 2 * K), np.uint64)
@@ -334,6 +364,8 @@ class Aggregator:
         if self.selection and self.selection.gram_noise:
             part += self.selection.gram_noise(K).view(np.uint64)
         part += line.zero(len(part))
+
+        # Open it to all three.
         found = yield from line.swap(dict.fromkeys((self.left, self.right), part.tobytes()))
         for name, other in found.items():
             if len(other) != part.nbytes:
@@ -351,17 +383,17 @@ class Aggregator:
             if other != digest:
                 raise AbortError(f"{name!r} has another Gram matrix or other weights; nothing more is opened")
 
-    def _opened(self, scope: Scope, uploads: Mapping[str, bytes]) -> tuple[dict[str, _Held], dict[str, str]]:
+    def _open_all(self, scope: Scope, uploads: Mapping[str, bytes]) -> tuple[dict[str, _Held], dict[str, str]]:
         held: dict[str, _Held] = {}
         refused: dict[str, str] = {}
         for client, upload in uploads.items():
             try:
-                held[client] = self._opened_one(scope, client, upload)
+                held[client] = self._open(scope, client, upload)
             except (CodecError, KeyError) as error:
                 refused[client] = f"its shares cannot be used: {error}"
         return held, refused
 
-    def _opened_one(self, scope: Scope, client: str, upload: bytes) -> _Held:
+    def _open(self, scope: Scope, client: str, upload: bytes) -> _Held:
         _, envelopes, hidden = _cut(upload)
         secret = self.post.me.unseal(
             self.post.unwrap(envelopes[self.place], scope, "shares", client), _purpose(scope, client)
@@ -375,11 +407,11 @@ class Aggregator:
             raise EnvelopeError("its shares were changed on the way")
         return _Held(secret[:32], secret[32:64], hidden, secret[64:])
 
-    def _greeting(self, scope: Scope, to: str, content: Mapping[str, object]) -> bytes:
+    def _greet(self, scope: Scope, to: str, content: Mapping[str, object]) -> bytes:
         body = seal(self.post.roster[to], codec.encode(content), _purpose(scope, self.post.me.name))
         return self.post.wrap(scope, "hello", to, body)
 
-    def _greeted(self, scope: Scope, sender: str, arrived: Sends) -> dict[str, Any]:
+    def _read_greeting(self, scope: Scope, sender: str, arrived: Sends) -> dict[str, Any]:
         try:
             body = self.post.unwrap(arrived[sender], scope, "hello", sender)
             header, _ = codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))
@@ -422,8 +454,10 @@ class Aggregator:
 
     def _check(self, line: "_Line", held: Sequence[_Held], public: bytes) -> Generator[Sends, Sends, NDArray[np.bool_]]:
         """Return whether each row is within its bound: step 3 and 4."""
+        # Project each row on J random vectors, and square it.
         K, T = len(held), self.terms.reach
-        p_KJ, square_K = np.zeros((K, J), np.uint64), np.zeros(K, np.uint64)
+        p_KJ = np.zeros((K, J), np.uint64)
+        square_K = np.zeros(K, np.uint64)
         draw = sha256(b"projections" + public).digest()
         for start in range(0, self.terms.length, _COLUMNS):
             count = min(_COLUMNS, self.terms.length - start)
@@ -435,17 +469,24 @@ class Aggregator:
         own = np.concatenate([p_KJ, square_K[:, None] + line.zero(K)[:, None]], 1)
         other = yield from line.from_right(own)  # the linear part its right neighbour could have computed for us
         pair = _Pair(own, other)
-        # what must not be negative, so that no top bit is set: T + p, T - p and B^2 - x.x
+
+        # Compare: what must not be negative, so that no top bit is set, is T + p, T - p and B^2 - x.x.
         limit = int(self.terms.bound**2) if self.terms.exact else 0
-        sign, base = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64), np.array([T] * 2 * J + [limit], np.uint64)
-        words = pair.columns([*range(J), *range(J + self.terms.exact)]).times(sign[: 2 * J + self.terms.exact])
-        bits = yield from line.to_bits(words.plus(base[: 2 * J + self.terms.exact], self.place))
-        bad_K = _parities(bits.masked(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
+        count = 2 * J + self.terms.exact
+        sign = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64)
+        base = np.array([T] * 2 * J + [limit], np.uint64)
+        words = pair.columns([*range(J), *range(J + self.terms.exact)]).times(sign[:count])
+        bits = yield from line.to_bits(words.plus(base[:count], self.place))
+
+        # Fold a row's top bits into one: 1 where any is set.
+        bad_K = _fold(bits.masked(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
         for d in (32, 16, 8, 4, 2, 1):
             lower = bad_K.shift(-d)
             both = yield from line.both(bad_K, lower)
             bad_K = bad_K.xor(lower).xor(both)
         bad_K = bad_K.masked(_ONE)
+
+        # Open that bit.
         opened = yield from line.open_bits(bad_K)
         good_K: NDArray[np.bool_] = opened == 0
         return good_K
@@ -488,7 +529,7 @@ def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
     return (ones[:, :J] - ones[:, J:]).T.astype(np.float64)
 
 
-def _parities(bits: _Pair, seed: bytes) -> _Pair:
+def _fold(bits: _Pair, seed: bytes) -> _Pair:
     """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0, else 0 once in 2^64."""
     width = bits.first.shape[1]
     mask = expand(seed, 64 * width).reshape(64, width)
@@ -508,7 +549,7 @@ def _parity(words: Words, mask: Words) -> Words:
 class _Line:
     """The line between the three for one round: every message encrypted under the pair's key of the round, in order."""
 
-    def __init__(self, owner: Aggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
+    def __init__(self, owner: SharingAggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
         if len(from_left) != 32:
             raise AbortError(f"{owner.left!r} sent no seed; the round ends")
         self.left, self.right, self.place = owner.left, owner.right, owner.place
@@ -610,25 +651,28 @@ Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
 """(op, payload of each aggregator) -> answer of each; raises AbortError where one gives none."""
 
 
-def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, spread: float = 0.0) -> Opened:
+def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTerms, spread: float = 0.0) -> Opened:
     """Carry messages until each aggregator has handed in its part, and add the three.
 
     `spread` is the standard deviation of the noise on a sum in which no row counts more than once. Raises AbortError
     where one stops, disagrees with the others, or the sum is larger than accepted rows and noise can make it.
 
-    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `Terms.proven`, and the
-    noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this party
-    and to each aggregator.
+    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `SharingTerms.proven`,
+    and the noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this
+    party and to each aggregator.
 
     Edge cases:
     - a row that cannot be read, is out of bound or was shared unequally is left out, and named with the reason;
-    - fewer than `Terms.min_group` rows are left, or a rule keeps fewer than `Terms.min_kept`: nothing is opened;
+    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`: nothing is opened;
     - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
     - two aggregators that work together read every row: nothing here can keep it;
     - shares of a round that was aborted are never opened again: their nonces are known.
     """
+    phases = {"shares": 0, "check": 0, "open": 0}
+
+    # Shares: to each aggregator its own.
+    unread: dict[str, str] = {}
     head = codec.encode({"study": scope.study, "run": scope.run, "round": scope.round})
-    phases, unread = {"shares": 0, "check": 0, "open": 0}, dict[str, str]()
     ask("begin", dict.fromkeys(terms.aggregators, head))
     for client, upload in uploads.items():
         if (parts := _for_each(client, upload, terms)) is None:
@@ -636,9 +680,13 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, sp
             continue
         phases["shares"] += sum(map(len, parts.values()))
         ask("upload", parts)
+
+    # Check and open: the three talk, and each hands in its part of the sum.
     with naming(unread):
-        answers = _carried(ask, terms, phases)
-    opened = _added(answers, terms, phases)
+        answers = _carry(ask, terms, phases)
+    opened = _add_parts(answers, terms, phases)
+
+    # What no accepted rows can come to is not used.
     weights = np.abs(list(opened.weights.values()))
     most = weights.sum() * terms.proven + field.HEADROOM * spread * weights.max(initial=0)
     if np.abs(opened.total_M.astype(np.float64)).max(initial=0) > most:
@@ -652,9 +700,9 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: Terms, sp
 _Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
-def _carried(ask: Ask, terms: Terms, phases: dict[str, int]) -> _Answers:
+def _carry(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
     """Carry the aggregators' messages to each other until they are done; return what each hands in."""
-    answers = _decoded(ask("start", dict.fromkeys(terms.aggregators, b"")))
+    answers = _decode(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}
         for sender, (_, tensors) in answers.items():
@@ -663,11 +711,11 @@ def _carried(ask: Ask, terms: Terms, phases: dict[str, int]) -> _Answers:
                     post[to][sender] = message
         carried = {name: codec.encode({}, mine) for name, mine in post.items()}
         phases["check"] += sum(map(len, carried.values()))
-        answers = _decoded(ask("step", carried))
+        answers = _decode(ask("step", carried))
     return answers
 
 
-def _decoded(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+def _decode(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     found = {}
     for name, answer in answers.items():
         try:
@@ -677,7 +725,7 @@ def _decoded(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], di
     return found
 
 
-def _for_each(client: str, upload: bytes, terms: Terms) -> dict[str, bytes] | None:
+def _for_each(client: str, upload: bytes, terms: SharingTerms) -> dict[str, bytes] | None:
     """Return what each aggregator needs of a client's upload; None where it is none, or another client's."""
     try:
         name, _, hidden = _cut(upload)
@@ -687,8 +735,10 @@ def _for_each(client: str, upload: bytes, terms: Terms) -> dict[str, bytes] | No
     return dict(zip(terms.aggregators, (short, whole, whole), strict=True)) if name == client else None
 
 
-def _added(
-    answers: Mapping[str, tuple[dict[str, object], Mapping[str, torch.Tensor]]], terms: Terms, phases: dict[str, int]
+def _add_parts(
+    answers: Mapping[str, tuple[dict[str, object], Mapping[str, torch.Tensor]]],
+    terms: SharingTerms,
+    phases: dict[str, int],
 ) -> Opened:
     total_M, said = np.zeros(terms.length, np.uint64), []
     for name in terms.aggregators:
@@ -716,7 +766,7 @@ def run_protocol(
     posts: Mapping[str, Post],
     scope: Scope,
     rows: Mapping[str, Integers],
-    terms: Terms,
+    terms: SharingTerms,
     noise: Noise | None = None,
     weights: Mapping[str, int] | None = None,
     selection: Selection | None = None,
@@ -724,11 +774,11 @@ def run_protocol(
 ) -> Opened:
     """Play every party in order, in one process: clients share, aggregators check and sum, the coordinator adds."""
     uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
-    aggregators = {name: Aggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
+    aggregators = {name: SharingAggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
     return relay(in_turn(aggregators), scope, uploads, terms, spread)
 
 
-def in_turn(aggregators: Mapping[str, Aggregator]) -> Ask:
+def in_turn(aggregators: Mapping[str, SharingAggregator]) -> Ask:
     """Return a way to ask aggregators that live in this process."""
     handles = {name: one.handle for name, one in aggregators.items()}
     return asking(handles, max(one.terms.length for one in aggregators.values()))

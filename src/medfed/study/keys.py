@@ -387,6 +387,11 @@ class Training:
         "Time after which a site that has not answered is left out of the round.",
         above(0, unit="seconds", infinite=True),
     )
+    links: tuple[str, ...] = key(
+        (),
+        "Links that a site's row passes beside the study's own, by name, such as a compression; none comes with "
+        "medfed, they are added (CONTRIBUTING). With plain aggregation, and where no noise is added jointly.",
+    )
     path: Literal["auto", "rules", "func", "loop"] = key(
         "auto",
         "Local training by layer rules, torch.func or the plain loop (under a privacy claim: record by record); auto "
@@ -590,10 +595,10 @@ class Fleet:
     """Who takes part in a round."""
 
     clients_per_round: int = key(0, "Sites drawn at random each round.", at_least(0, {0: "all"}))
-    schedule: Literal["random", "cyclic"] = key(
+    schedule: str = key(
         "random",
         "random: clients are drawn; cyclic: clients fall into `groups` by a keyed hash, and the groups take turns, so "
-        "that nobody is used twice within `groups` rounds.",
+        "that nobody is used twice within `groups` rounds; or another selector that was added (CONTRIBUTING).",
     )
     groups: int = key(1, "How many groups take turns with schedule = 'cyclic'.", at_least(1))
 

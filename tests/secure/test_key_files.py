@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from medfed.core.checks import KeyFileError
-from medfed.secure import keys
+from medfed.secure import key_files
 from medfed.secure.identity import Identity
 
 ANN = Identity.new("ann", "site")
@@ -15,8 +15,8 @@ ANN = Identity.new("ann", "site")
 @pytest.mark.parametrize("passphrase", ["", "three words here"])
 def test_what_is_saved_is_loaded_and_only_its_owner_can_read_it(tmp_path: Path, passphrase: str) -> None:
     path = tmp_path / "deep" / "ann.key"
-    keys.save(ANN, path, passphrase)
-    found = keys.load(path, passphrase)
+    key_files.save(ANN, path, passphrase)
+    found = key_files.load(path, passphrase)
     assert (found.name, found.role, found.secret()) == ("ann", "site", ANN.secret())
     assert path.stat().st_mode & 0o777 == 0o600
     assert (ANN.secret().hex() in path.read_text()) == (not passphrase)
@@ -27,28 +27,28 @@ def test_keys_are_never_printed() -> None:
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
-    keys.save(ANN, tmp_path / "a.key")
+    key_files.save(ANN, tmp_path / "a.key")
     with pytest.raises(KeyFileError, match="never overwritten"):
-        keys.save(Identity.new("ben", "site"), tmp_path / "a.key")
-    assert keys.load(tmp_path / "a.key").name == "ann"
+        key_files.save(Identity.new("ben", "site"), tmp_path / "a.key")
+    assert key_files.load(tmp_path / "a.key").name == "ann"
 
 
 def test_a_file_that_others_could_read_is_refused(tmp_path: Path) -> None:
-    keys.save(ANN, tmp_path / "a.key")
+    key_files.save(ANN, tmp_path / "a.key")
     (tmp_path / "a.key").chmod(0o640)
     with pytest.raises(KeyFileError, match="chmod 600"):
-        keys.load(tmp_path / "a.key")
+        key_files.load(tmp_path / "a.key")
 
 
 def test_a_wrong_passphrase_and_a_changed_name_do_not_open(tmp_path: Path) -> None:
     path = tmp_path / "a.key"
-    keys.save(ANN, path, "right")
+    key_files.save(ANN, path, "right")
     for passphrase, said in (("", "under a passphrase"), ("wrong", "passphrase is wrong")):
         with pytest.raises(KeyFileError, match=said):
-            keys.load(path, passphrase)
+            key_files.load(path, passphrase)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "eve"}))
     with pytest.raises(KeyFileError, match="file was changed"):
-        keys.load(path, "right")
+        key_files.load(path, "right")
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_what_is_no_key_file_is_said_to_be_none(tmp_path: Path, text: str) -> No
     path.write_text(text)
     path.chmod(0o600)
     with pytest.raises(KeyFileError, match="no key file"):
-        keys.load(path)
+        key_files.load(path)
 
 
 def test_a_missing_file_and_a_closed_folder_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="medfed key new"):
-        keys.load(tmp_path / "none.key")
+        key_files.load(tmp_path / "none.key")
     with pytest.raises(KeyFileError, match="folder that you may write"):
-        keys.save(ANN, Path("/proc") / "medfed" / "a.key")
+        key_files.save(ANN, Path("/proc") / "medfed" / "a.key")

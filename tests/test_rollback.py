@@ -13,10 +13,10 @@ from medfed import runs
 from medfed.aggregation import bears
 from medfed.core.checks import DataError, MedfedError, PlanError, RunError, StudyError
 from medfed.engine.inprocess import InProcess
-from medfed.gate import Gate
 from medfed.monitor import events
 from medfed.prepare import prepare
 from medfed.robust.reputation import Watch
+from medfed.rollback import Rollback
 from medfed.study import Study
 from medfed.wire import Bounded
 from tests.tables import PRIVATE, STUDY, invented, plain, write_study
@@ -92,7 +92,7 @@ def reference(study: Study, rows: int = 60) -> Study:
 
 def loss_of(result: medfed.Result) -> float:
     """The loss on the reference of a result's model."""
-    gate = Gate.of(planned(reference(result.study)))
+    gate = Rollback.of(planned(reference(result.study)))
     assert gate
     return gate.loss(result.w_P)
 

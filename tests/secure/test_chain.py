@@ -3,8 +3,8 @@
 import pytest
 
 from medfed.core.checks import EnvelopeError, SignatureError
+from medfed.secure.chain import Follower, Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
-from medfed.secure.models import Follower, Publisher
 
 BOSS, ANN, EVE = Identity.new("boss", "coordinator"), Identity.new("ann", "site"), Identity.new("eve", "site")
 ROSTER = Roster.of(BOSS.public, ANN.public, EVE.public)

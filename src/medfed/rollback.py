@@ -24,7 +24,7 @@ from medfed.plan import Plan
 
 
 @dataclass(frozen=True)
-class Gate:
+class Rollback:
     """The reference's encoded records, and how much of itself the loss on them may grow in a round."""
 
     model: nn.Module
@@ -33,7 +33,7 @@ class Gate:
     tolerance: float
 
     @classmethod
-    def of(cls, plan: Plan) -> "Gate | None":
+    def of(cls, plan: Plan) -> "Rollback | None":
         """Return the gate that a study asks for; raise DataError where its table cannot be read or has no row."""
         robust, data = plan.study.robustness, plan.study.data
         if not robust.reference:
