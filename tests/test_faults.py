@@ -22,6 +22,7 @@ import typer.main
 import medfed
 from medfed import cli, federation, runs
 from medfed.core.checks import MedfedError
+from medfed.runs import drive
 from medfed.secure import keys
 from tests.faults import FAULTS, Fault
 from tests.tables import PRIVATE, STUDY, invented, write_study
@@ -161,14 +162,14 @@ def _stop(study: str, name: str) -> None:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        real = runs._checkpoint
+        real = drive.write_checkpoint
 
         def write(folder: Path, server: object, *more: object) -> None:
             real(folder, server, *more)  # type: ignore[arg-type]
             if server.round == 1:  # type: ignore[attr-defined]
                 raise Crash
 
-        patch.setattr(runs, "_checkpoint", write)
+        patch.setattr(drive, "write_checkpoint", write)
         with pytest.raises(Crash):
             medfed.run(medfed.load_study(study), name)
 

@@ -12,9 +12,9 @@ import medfed
 from medfed import runs
 from medfed.aggregation import bears
 from medfed.core.checks import DataError, MedfedError, PlanError, RunError, StudyError
-from medfed.engine.inprocess import InProcess
 from medfed.gate import Gate
 from medfed.monitor import events
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.robust.reputation import Watch
 from medfed.study import Study

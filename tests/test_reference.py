@@ -16,8 +16,8 @@ from medfed import aggregation as ways
 from medfed import reference, runs
 from medfed.algorithms import ALGORITHMS, Server
 from medfed.core.checks import MedfedError, PlanError
-from medfed.engine.inprocess import InProcess
 from medfed.monitor.events import Log
+from medfed.node.inprocess import InProcess
 from medfed.plan import Plan
 from medfed.reference import Site
 from medfed.robust.rules import ALONE, MIXINGS
@@ -85,7 +85,7 @@ class Played:
     @classmethod
     def of(cls, study: Study) -> "Played":
         sites = runs.open_sites(study, None)
-        fleet, plan = runs._ready(sites[0].study, sites)
+        fleet, plan = runs.prepare_sites(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
         held = {name: Site(node.train, dict(node.memory)) for name, node in nodes.items()}
         return cls(plan, fleet, ways.introduced(plan, fleet, "run"), held, plan.begin(), plan.begin())
@@ -99,7 +99,7 @@ class Played:
             return send(message_KM, links)
 
         with pytest.MonkeyPatch.context() as patch, Log() as log:
-            patch.setattr("medfed.site.send", recorded)
+            patch.setattr("medfed.node.work.send", recorded)
             self.engine = run_round(self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation)
             if same_rows:
                 computed = dict(zip(self.plan.participants, messages, strict=True))
@@ -136,7 +136,7 @@ def refused(study: Study) -> str:
     """Return why a study does not compose; empty where it does."""
     try:
         sites = runs.open_sites(study, None)
-        runs._ready(sites[0].study, sites)
+        runs.prepare_sites(sites[0].study, sites)
     except MedfedError as error:
         assert isinstance(error, PlanError)
         return str(error)

@@ -13,7 +13,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medfed.claims import generate_privacy_report
     from medfed.compare import compare_federated_algorithms
     from medfed.core.checks import (
         BudgetError,
@@ -38,13 +37,14 @@ if TYPE_CHECKING:
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
     from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
     from medfed.runs import Result, load, load_and_prepare_medical_data, resume, run, simulate, verify_model_integrity
+    from medfed.runs.claims import generate_privacy_report
     from medfed.study import Study
     from medfed.study import load as load_study
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "medfed.claims": "generate_privacy_report",
+    "medfed.runs.claims": "generate_privacy_report",
     "medfed.compare": "compare_federated_algorithms",
     "medfed.core.checks": "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
     "StudyError",

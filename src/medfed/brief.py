@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medfed import claims, runs, study
+from medfed import runs, study
 from medfed.core import codec
 from medfed.core.checks import PlanError, StudyError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.data.names import create_medical_device_names
 from medfed.dpsgd import adaptive_gradient_clipping
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.models import MedicalNeuralNetwork
 from medfed.monitor import dashboards, events
@@ -35,7 +34,7 @@ from medfed.privacy.mechanisms import grid_sensitivity, round_to_grid
 from medfed.ranges import refuse_unfound
 from medfed.robust import detection, reputation, rules
 from medfed.robust.reputation import ThreatLevel
-from medfed.runs import Result, load_and_prepare_medical_data, verify_model_integrity
+from medfed.runs import Result, claims, load_and_prepare_medical_data, verify_model_integrity
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
 from medfed.study import Privacy, Robustness, Security, Study
@@ -81,13 +80,13 @@ class EnhancedMedicalIoMTDevice:
 
         It stays in this process. Raises StudyError for a site that the study does not have.
         """
-        sites = runs.open_sites(_open(self.study), self.data)
-        if self.name not in (names := [site.name for site in sites]):
+        simulation = runs.Simulation.open(_open(self.study), self.data)
+        fleet = simulation.fleet
+        if self.name not in (names := fleet.sites()):
             raise StudyError(
                 f"name={self.name!r} is no site of {self.study.study.name!r}; expected one of {some(names)}"
             )
-        fleet = InProcess(sites)
-        plan = prepare(sites[0].study, fleet, names)
+        plan = prepare(simulation.study, fleet, names)
         refuse_unfound(plan)
         payload = codec.encode({"round": 1}, {"w": plan.first_weights()})
         reply = gather(fleet, [self.name], "work", payload, self.study.training.deadline)[self.name]

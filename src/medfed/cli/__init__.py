@@ -272,8 +272,8 @@ def privacy_claim(
     as_json: AsJson = False,
 ) -> None:
     """Show what a finished run guarantees to a patient, in words and numbers a reviewer can check."""
-    from medfed import claims
     from medfed.monitor.console import claim
+    from medfed.runs import claims
 
     found = claims.read(run)
     if report:

@@ -6,6 +6,7 @@ Its fields are what NIST SP 800-226 asks a differential privacy guarantee to sta
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from medfed.features import open_columns
 from medfed.monitor import reports
 from medfed.plan import Plan
 from medfed.privacy import accounting
-from medfed.privacy.account import Account
 from medfed.privacy.budget import Budget
 from medfed.privacy.guarantee import (
     COUNT_NOISE,
@@ -30,6 +30,7 @@ from medfed.privacy.guarantee import (
     resolve,
 )
 from medfed.privacy.quantiles import LEAST
+from medfed.privacy.statement import Statement, charged
 from medfed.resolved import excess, holders
 
 _TRUST = {
@@ -54,8 +55,8 @@ _MECHANISM = {
 }
 
 
-def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
-    """Return the claim of a run that has spent what `budget` counts and the sites' ledger holds."""
+def claim(plan: Plan, budget: Budget, told: Mapping[str, Statement]) -> JSON:
+    """Return the claim of a run that has spent what `budget` counts and each site has `told` of its ledger."""
     g, study = plan.guarantee, plan.study
     assert g is not None
     spent = budget.claim()
@@ -63,7 +64,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
     asked: dict[str, int] = getattr(budget, "asked", {})
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
-    charged = account.charged() if account and not g.simulation_only else None
+    counted = 0.0 if spent["epsilon"] is None else float(str(spent["epsilon"]))
     return {
         "schema": 1,
         "study": study.study.name,
@@ -108,7 +109,7 @@ def claim(plan: Plan, budget: Budget, account: Account | None) -> JSON:
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
-            "ledger": charged,
+            "ledger": charged(told, counted),
         },
         "max_sites_per_patient": g.max_sites,
         "unprotected": _unprotected(plan),
