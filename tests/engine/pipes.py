@@ -6,7 +6,7 @@ from pathlib import Path
 
 from medfed import study as studies
 from medfed.data.tables import read
-from medfed.engine import pipes
+from medfed.node import pipes
 from medfed.node.site import Site
 
 

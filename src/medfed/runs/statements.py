@@ -3,16 +3,11 @@
 from collections.abc import Mapping
 
 from medfed.core import codec
-from medfed.core.checks import (
-    CodecError,
-    LedgerError,
-    SiteError,
-    sharing,
-    those,
-)
+from medfed.core.checks import CodecError, LedgerError, SiteError
 from medfed.engine.port import Fleet, gather
 from medfed.monitor import events
 from medfed.plan import Plan
+from medfed.prepare import explain_failures
 from medfed.privacy.statement import Statement
 
 
@@ -26,7 +21,7 @@ def ask_statements(
     """
     told, refused = hear_statements(plan, fleet, holds, whole)
     if refused:
-        raise LedgerError("; ".join(f"{those(names)}: {reason}" for reason, names in sharing(refused).items()))
+        raise LedgerError(explain_failures(refused))
     return told
 
 
@@ -42,14 +37,16 @@ def hear_statements(
 
     told: dict[str, Statement] = {}
     refused: dict[str, str] = {}
+    known: dict[bytes, Statement] = {}  # thousands may say the same
     for head, names in groups.items():
         payload = codec.encode({"holds": head, "whole": whole})
         for name, reply in gather(fleet, names, "statement", payload, _PATIENCE).items():
             try:
                 if reply.error:
                     raise SiteError(reply.error)
-                if statement := codec.decode(reply.payload)[0].get("statement"):
-                    told[name] = Statement.read(statement)
+                if reply.payload not in known:
+                    known[reply.payload] = Statement.read(codec.decode(reply.payload)[0].get("statement"))
+                told[name] = known[reply.payload]
             except (SiteError, CodecError) as error:
                 refused[name] = str(error)
     return told, refused
