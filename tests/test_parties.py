@@ -187,7 +187,7 @@ class Lying:
 LESS: dict[str, Any] = {"uses": 0, "queries": {}, "epsilon": 0.0}
 
 
-@pytest.mark.parametrize("lie", [LESS, {"uses": -4}, {"uses": 1.5}, {"epsilon": float("nan")}, {"head": 3}])
+@pytest.mark.parametrize("lie", [LESS, {"uses": -4}, {"uses": 1.5}, {"epsilon": -1.0}, {"head": 3}])
 def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(tmp_path: Path, lie: dict[str, Any]) -> None:
     study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
     honest = medfed.run(study, tmp_path / "honest")

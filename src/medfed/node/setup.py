@@ -88,7 +88,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         site.forget()
         site.liars = Liars.of(site.study, header["clients"])
         if site.name in site.liars.names:
-            site.train = site.liars.taught(site.name, site.train, encoding)
+            site.train = site.liars.teach(site.name, site.train, encoding)
     if not rates.left_open(sites[0].study):
         return tell_nothing(sites)
     batch = sites[0].study.training.batch_size

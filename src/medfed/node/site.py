@@ -94,7 +94,7 @@ class Site:
     @classmethod
     def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with them."""
-        return cls(name, open_tables(Frames.one(name, frame), study)[name], study, folder)
+        return cls(name, _clean_tables(Frames.one(name, frame), study)[name], study, folder)
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
@@ -184,16 +184,21 @@ def open_tables(frames: Frames, study: Study) -> dict[str, SiteTable]:
     the site's and a keyed hash of who the patient is: a number in order would let one patient's joining rename others.
     Who knows the seed can tell from names who has a device.
     """
-    streams, private = Streams(study.study.seed), guarantees.asked(study)
-    cleaned = clean_all(frames, study.data, streams, private, open_columns(study))
-    tables = {name: table.ordered() for name, table in zip(frames, cleaned, strict=True)}
+    tables = _clean_tables(frames, study)
     if study.sites.kind != "device":
         return tables
+    streams = Streams(study.study.seed)
     devices: dict[str, SiteTable] = {}
     for site, together in tables.items():
         named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in together.by_patient()}
         devices |= {name: named[name] for name in sorted(named)}
     return devices
+
+
+def _clean_tables(frames: Frames, study: Study) -> dict[str, SiteTable]:
+    streams, private = Streams(study.study.seed), guarantees.asked(study)
+    cleaned = clean_all(frames, study.data, streams, private, open_columns(study))
+    return {name: table.ordered() for name, table in zip(frames, cleaned, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -217,14 +222,14 @@ class Liars:
         known = rule if rule and rule.needs == "gram" else None
         return cls(found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known)
 
-    def taught(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
+    def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
         """Return the records that a liar trains on."""
         assert self.attack is not None
         labels = len(encoding.target.labels) if encoding.target.task != "regression" else 0
         found = self.attack.records(Records(rows.x, rows.y, labels, self.streams.key("attack", name)))
         return replace(rows, x=found.x_ND, y=found.y_N)
 
-    def sent(self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row") -> Tensor:
+    def replace_rows(self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row") -> Tensor:
         """Return the rows with the lies of those who lie in place of their own."""
         at = [k for k, site in enumerate(sites) if site.name in self.names]
         if not at or self.attack is None or self.attack.stage != stage:

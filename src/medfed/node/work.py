@@ -159,7 +159,7 @@ def _send_rows(
 ) -> list[Answer]:
     """Pass the rows through the clients' halves of the links and answer with them, in the study's aggregation."""
     first = sites[0]
-    message_KM = first.liars.sent(sites, header["round"], message_KM)
+    message_KM = first.liars.replace_rows(sites, header["round"], message_KM)
     if first.study.security.aggregation == "plain":
         row_KM = send(message_KM, first.links)
         told = [{} if isinstance(report, SiteError) else report for report in reports]
@@ -173,7 +173,7 @@ def _send_rows(
             answers.append(report)
             continue
         try:  # one by one: a row that is out of bound is its own site's fault
-            (row_M,) = site.liars.sent([site], header["round"], send(message_M[None], site.links), "wire")
+            (row_M,) = site.liars.replace_rows([site], header["round"], send(message_M[None], site.links), "wire")
             answers.append(
                 codec.encode(report, {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))})
             )

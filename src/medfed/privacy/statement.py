@@ -38,9 +38,7 @@ class Statement:
     def read(cls, told: Any) -> "Statement":
         """Return what a site tells; raise SiteError where it is no statement."""
         if not isinstance(told, dict):
-            raise SiteError(
-                "it tells nothing of a ledger; the study has a claim, so run the same medfed everywhere"
-            )
+            raise SiteError("it tells nothing of a ledger; the study has a claim, so run the same medfed everywhere")
         head, uses, queries, epsilon = (told.get(name) for name in ("head", "uses", "queries", "epsilon"))
         lifetime, founded = told.get("lifetime"), told.get("founded")
         sound = isinstance(head, str) and len(head) <= 64 and _count(uses)
