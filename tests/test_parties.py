@@ -16,7 +16,7 @@ from medfed import aggregation, checkpoints, runs
 from medfed.core import codec
 from medfed.core.checks import LedgerError, PlanError, SignatureError
 from medfed.engine.port import Reply, gather
-from medfed.monitor.events import Log, RoundFinished
+from medfed.monitor.events import Log, RoundStarted
 from medfed.monitor.summary import summarise
 from medfed.prepare import prepare
 from medfed.privacy.ledger import Ledger
@@ -115,14 +115,14 @@ def test_each_site_keeps_a_ledger_of_its_own(tmp_path: Path, started: Any) -> No
 
 
 class Killer:
-    """Ends a site's process by SIGKILL once a round is whole."""
+    """Ends a site's process by SIGKILL once a round is whole and kept."""
 
     def __init__(self, parties: Processes, round: int) -> None:
         self.parties, self.round = parties, round
 
     def __call__(self, event: Any) -> None:
         victim = self.parties.processes[1]
-        if isinstance(event, RoundFinished) and event.round == self.round and victim.pid is not None:
+        if isinstance(event, RoundStarted) and event.round == self.round + 1 and victim.pid is not None:
             os.kill(victim.pid, signal.SIGKILL)
             victim.join()
 
