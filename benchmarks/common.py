@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medfed import Study
     from medfed.data.federated import Rows
-    from medfed.engine.inprocess import InProcess
+    from medfed.node.inprocess import InProcess
     from medfed.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,10 +77,12 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
 
     Rows come together in plain sight, as no keys are made for these sites.
     """
+    
+
     from medfed.data.encoding import Column, Encoding, Target
-    from medfed.engine.inprocess import InProcess
+    from medfed.node.inprocess import InProcess
+    from medfed.node.site import Site
     from medfed.plan import build_model, make
-    from medfed.site import Site
 
     study = study.set("security.aggregation", "plain")
     width = next(iter(rows.values()))[0].x.shape[1]

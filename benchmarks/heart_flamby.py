@@ -28,11 +28,11 @@ from flamby_protocol import PUBLISHED_ACCURACY, SEEDS, load
 
 import medfed
 from medfed.data.federated import Rows
-from medfed.engine.inprocess import InProcess
 from medfed.monitor.events import Log
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site
 from medfed.plan import POOLED
 from medfed.round import run_round, test
-from medfed.site import Site
 
 NEEDS = ("data",)
 Settings = dict[str, Any]

@@ -23,14 +23,14 @@ import torch
 from common import table, write_result
 
 import medfed
-from medfed import runs
 from medfed.data import sources
-from medfed.engine.inprocess import InProcess
 from medfed.monitor.events import Event, Log, Planned, RoundFinished, Tested
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site
 from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.round import test
-from medfed.site import Site
+from medfed.runs import simulation
 from medfed.study import Study
 
 ROWS, ROUNDS, CONTROL = 4, 5, 100
@@ -156,18 +156,18 @@ def measured(study: Study) -> Mapping[str, float]:
 
     began, used = time.perf_counter(), time.process_time()
     opened = [began]
-    real = runs.open_sites
+    real = simulation.open_sites
 
-    def open_sites(*args: object, **more: object) -> list[runs.Site]:
+    def open_sites(*args: object, **more: object) -> list[Site]:
         sites = real(*args, **more)  # type: ignore[arg-type]
         opened.append(time.perf_counter())
         return sites
 
-    runs.open_sites = open_sites
+    simulation.open_sites = open_sites
     try:
         medfed.simulate(study, listeners=[listen])
     finally:
-        runs.open_sites = real
+        simulation.open_sites = real
     ended = time.perf_counter()
     return {
         "opening": opened[-1] - began,

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfed import dpsgd, site, terms, wire
+from medfed import dpsgd, terms, wire
 from medfed.core.entropy import Entropy, Integers, expand
 from medfed.core.types import Task
 from medfed.data.federated import Patients
 from medfed.local import loss_gradient
+from medfed.node import work
 from medfed.privacy import guarantee, mechanisms
 
 Patch = pytest.MonkeyPatch
@@ -188,7 +189,7 @@ def clipped_by_record(patch: Patch) -> None:
         def of(clients: Any) -> Patients:
             return Patients.of([replace(rows, patient=torch.arange(len(rows))) for rows in clients])
 
-    patch.setattr(site, "Patients", ByRecord)
+    patch.setattr(work, "Patients", ByRecord)
 
 
 def norm_by_cancellation(patch: Patch) -> None:

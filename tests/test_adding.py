@@ -18,18 +18,18 @@ from medfed.algorithms import ALGORITHMS, Algorithm, Memory, Server, Task
 from medfed.core import codec, extensions
 from medfed.core.checks import MedfedError, PlanError, SiteError
 from medfed.data.federated import Rows
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.fleet.selection import SELECTORS, Profile, Selector
 from medfed.learners import LEARNERS, Learner, Shape, Work
 from medfed.local import Correction, LocalResult
 from medfed.monitor.events import Log, Planned, RoundFinished, RoundStarted, SiteExcluded, read
+from medfed.node.inprocess import InProcess
+from medfed.node.site import OPS, Site
 from medfed.plan import Plan
 from medfed.privacy import guarantee
 from medfed.robust.rules import ALONE, GramRule, rule_of
 from medfed.round import run_round
 from medfed.runs import Result
-from medfed.site import OPS, Site
 from medfed.study import Study, Training
 from medfed.ways.plain import Plain, read_rows
 from medfed.ways.way import RoundRows
@@ -93,7 +93,7 @@ def test_an_added_algorithm_runs_as_the_reference_does_and_resumes(tmp_path: Pat
     study = medfed.load_study(write_study(tmp_path, STUDY.replace("batch_size", 'algorithm = "feddyn"\nbatch_size')))
     whole = medfed.run(study, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medfed.runs.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             medfed.run(study, tmp_path / "cut")
     assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)

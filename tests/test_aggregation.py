@@ -10,13 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 import medfed
-from medfed import cli, runs, site
+from medfed import cli
 from medfed.core import codec
 from medfed.core.checks import AbortError, DataError, QuorumError, SiteError, naming, reasons
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Reply
 from medfed.monitor import events
 from medfed.monitor.events import Event, SiteExcluded
+from medfed.node import site
+from medfed.node.inprocess import InProcess
+from medfed.runs import simulation
 from medfed.study import Study
 from tests.tables import STUDY, write_study
 
@@ -67,7 +69,7 @@ def _meddle(patch: pytest.MonkeyPatch, changes: dict[str, Change]) -> None:
                 told += [changed] if changed else []
             return told
 
-    patch.setattr(runs, "InProcess", Meddling)
+    patch.setattr(simulation, "InProcess", Meddling)
 
 
 def _study(folder: Path, way: str, **settings: Any) -> Study:
@@ -142,7 +144,7 @@ def test_a_site_without_fault_lets_the_run_say_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_that_nobody_can_test_is_told_with_the_causes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medfed.site.outputs", lambda model, w, x: torch.full((len(x), 1), float("nan")))
+    monkeypatch.setattr("medfed.node.evaluation.outputs", lambda model, w, x: torch.full((len(x), 1), float("nan")))
     summary = medfed.simulate(_study(tmp_path, "plain")).summary
     assert "no site could test the model. east, north, south: the model's outputs are not finite" in summary["reason"]
 

@@ -12,11 +12,11 @@ import pytest
 from scipy import optimize, stats
 
 import medfed
-from medfed import claims
 from medfed.core.checks import PlanError, RunError
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
+from medfed.runs import claims
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 from tests.test_cli import medfed as command

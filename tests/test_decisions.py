@@ -13,6 +13,7 @@ from safetensors import safe_open
 import medfed
 from medfed import runs
 from medfed.core.checks import PlanError, StudyError
+from medfed.monitor import events
 from medfed.monitor.console import Progressing, decision_lines
 from medfed.monitor.events import Tested as ModelTested
 from medfed.study import Study
@@ -43,7 +44,7 @@ def test_as_many_are_called_as_are_positive(study: Study) -> None:
 def test_every_figure_that_calls_uses_the_threshold(tmp_path: Path, study: Study, threshold: float) -> None:
     result = medfed.run(study.set("data.threshold", threshold), tmp_path / "run")
     assert result.folder
-    (tested,) = [e for e in runs._recorded(result.folder) if isinstance(e, ModelTested) and e.round == 3]
+    (tested,) = [e for e in events.read(result.folder / "events.jsonl") if isinstance(e, ModelTested) and e.round == 3]
     (absent, _), (missed, true) = tested.confusion
     found = result.summary["test"]
     assert found["recall"] == pytest.approx(true / (true + missed))

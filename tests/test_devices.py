@@ -19,15 +19,15 @@ from medfed import runs, wire
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, RunError, SiteError
 from medfed.data.site_table import SiteTable
-from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site, handle_many
 from medfed.plan import Plan
-from medfed.prepare import prepare
+from medfed.prepare import enrol, prepare
 from medfed.privacy.accounting import calibrate
 from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.privacy_events import Gaussian
-from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.tables import PRIVATE, invented, plain, write_study
 
@@ -266,7 +266,7 @@ def test_correlation_changes_the_noise_and_nothing_else(hospitals: Study, monkey
 def test_a_device_noises_its_own_row(hospitals: Study) -> None:
     study = hospitals._with({**DEVICES, "privacy.noise": "site", "privacy.scope": "run"})
     plan, sites = fleet_of(study)
-    runs.enrol(plan, InProcess(list(sites.values())), "r")
+    enrol(plan, InProcess(list(sites.values())), "r")
     group, w_P = [sites[name] for name in plan.participants], torch.zeros(plan.parameters)
     twice = [rows_of(group, w_P, number) for number in (1, 2)]
     noise_KP = (twice[0] - twice[1]).double() / math.sqrt(2)  # records cancel

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from medfed import cli, runs
+from medfed import cli
 from medfed.cli import ending
 from medfed.core.checks import DataError, RunError, WriteError, advising
+from medfed.runs import drive, execute
 from tests.faults import FAULTS, HOMES, Fault
 from tests.tables import STUDY, invented, write_study
 
@@ -247,7 +248,7 @@ def test_ctrl_c_says_whether_the_run_can_be_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, moment, interrupt)
+        patch.setattr(drive if moment == "decide" else execute, moment, interrupt)
         assert ended("run", place / "study.toml", "--out", tmp_path / "run", "--quiet") == 130
     assert re.search(rf"^error interrupted\. {way_on}", capsys.readouterr().err, re.M)
     assert ended("resume", tmp_path / "run", "--quiet") == (0 if moment == "decide" else 2)

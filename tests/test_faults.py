@@ -22,6 +22,7 @@ import typer.main
 import medfed
 from medfed import cli, federation, runs
 from medfed.core.checks import MedfedError
+from medfed.runs import drive
 from medfed.secure import key_files
 from tests.faults import FAULTS, Fault
 from tests.tables import PRIVATE, STUDY, invented, write_study
@@ -164,14 +165,14 @@ def _stop(study: str, name: str) -> None:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        real = runs._checkpoint
+        real = drive.write_checkpoint
 
         def write(folder: Path, server: object, *more: object) -> None:
             real(folder, server, *more)  # type: ignore[arg-type]
             if server.round == 1:  # type: ignore[attr-defined]
                 raise Crash
 
-        patch.setattr(runs, "_checkpoint", write)
+        patch.setattr(drive, "write_checkpoint", write)
         with pytest.raises(Crash):
             medfed.run(medfed.load_study(study), name)
 
@@ -217,7 +218,7 @@ def stay_whole(place: Path, whole: Path) -> None:
         for path in ("model.safetensors", "summary.json", "events.jsonl", "study.toml", "plan.json"):
             assert (place / name / path).read_bytes() == (whole / name / path).read_bytes(), (name, path)
     if not _same("run/trail", place, whole):
-        runs.verify_model_integrity(place / "run")
+        runs.verify_model(place / "run")
     for name in ("private", "private-stopped", "site"):
         if not _same(name, place, whole):
             runs.ledger_accounts(place / name)
@@ -227,7 +228,7 @@ def stay_whole(place: Path, whole: Path) -> None:
         assert medfed.resume(place / "stopped").complete
         model = (place / "stopped" / "model.safetensors").read_bytes()
         assert model == (whole / "run" / "model.safetensors").read_bytes()
-        runs.verify_model_integrity(place / "stopped")
+        runs.verify_model(place / "stopped")
     assert not [path for path in place.rglob(".lock*")]
 
 

@@ -12,6 +12,7 @@ from medfed import federation, runs
 from medfed.cli import app
 from medfed.compliance.trail import Trail
 from medfed.core.checks import KeyFileError, MedfedError, PlanError, RevokedError, SignatureError, TrailError
+from medfed.runs import simulation
 from medfed.secure import key_files
 from medfed.secure.identity import Identity
 from medfed.secure.three_party import SharingAggregator
@@ -160,7 +161,7 @@ def test_a_site_with_another_study_has_not_signed_this_one(study: Study, monkeyp
         sites[-1].study = sites[-1].study.set("training.learning_rate", 0.5)
         return list(sites)
 
-    monkeypatch.setattr(runs, "open_sites", changed)
+    monkeypatch.setattr(simulation, "open_sites", changed)
     with pytest.raises(PlanError, match="has not signed this study"):
         medfed.simulate(study)
 

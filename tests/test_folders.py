@@ -1,5 +1,6 @@
 """A run's folder is its own: made in one step, written by one process, and never outside the folder of runs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import medfed
 from medfed import runs
 from medfed.core import files
 from medfed.core.checks import MedfedError, PlanError, RunError, StudyError
+from medfed.runs import drive, execute, folders, simulation
 from medfed.study import Study
 from tests.tables import PRIVATE, STUDY, write_study
 
@@ -41,23 +43,24 @@ class Noon(datetime):
 
 
 def meanwhile(patch: pytest.MonkeyPatch, name: str, act: Any) -> None:
-    """Have something happen once, right before a run calls a function of `runs`."""
-    real = getattr(runs, name)
+    """Have something happen once, right before a run calls a function."""
+    where = {"open_sites": simulation, "decide": drive}.get(name, execute)
+    real = getattr(where, name)
 
     def first(*arguments: Any, **options: Any) -> Any:
-        patch.setattr(runs, name, real)
+        patch.setattr(where, name, real)
         act()
         return real(*arguments, **options)
 
-    patch.setattr(runs, name, first)
+    patch.setattr(where, name, first)
 
 
 # one folder, one run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "_freeze", "_drive"])
+@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "freeze", "Drive"])
 def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    monkeypatch.setattr(runs, "datetime", Noon)
+    monkeypatch.setattr(folders, "datetime", Noon)
     others: list[Path | None] = []
     meanwhile(monkeypatch, moment, lambda: others.append(medfed.run(study.set("study.seed", 9)).folder))
     first = medfed.run(study).folder
@@ -71,7 +74,7 @@ def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest
         assert runs.load(folder).complete and not (folder / ".lock").exists()
 
 
-@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "enrol", "_freeze", "_drive"])
+@pytest.mark.parametrize("moment", ["open_sites", "rehearse", "enrol", "freeze", "Drive"])
 @pytest.mark.parametrize("text", [STUDY, PRIVATE], ids=["open", "private"])
 def test_a_second_run_into_one_folder_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, text: str
@@ -86,7 +89,7 @@ def test_a_second_run_into_one_folder_is_refused_by_name(
     meanwhile(monkeypatch, moment, again)
     result = medfed.run(study, tmp_path / "run")
     assert result.complete
-    runs.verify_model_integrity(tmp_path / "run")
+    runs.verify_model(tmp_path / "run")
     if text == PRIVATE:
         claim = json.loads((tmp_path / "run" / "privacy.json").read_text())
         spent = runs.ledger_accounts(tmp_path / "run", claim["target"]["delta"])["accounts"]
@@ -135,7 +138,7 @@ def test_who_resumes_what_another_has_just_finished_writes_nothing(
     assert medfed.resume(folder).complete
     assert contents(folder) == left
     if way == "masked":
-        runs.verify_model_integrity(folder)
+        runs.verify_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_what_a_killed_start_left_is_an_empty_folder(tmp_path: Path, study: Stud
 def test_a_study_s_name_leads_nowhere(tmp_path: Path, study: Study, name: str) -> None:
     with pytest.raises(StudyError, match=r"study.name=.*; expected a printable name without slashes"):
         study.set("study.name", name)
-    unchecked = runs.dataclasses.replace(study, study=runs.dataclasses.replace(study.study, name=name))
+    unchecked = dataclasses.replace(study, study=dataclasses.replace(study.study, name=name))
     with pytest.raises(PlanError, match=r"study.name=.*; expected a printable name without slashes"):
         medfed.run(unchecked)
     assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "cohort.csv"}

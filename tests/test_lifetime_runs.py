@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 
 import medfed
-from medfed import runs, site
+from medfed import runs
 from medfed.core.checks import BudgetError, DataError, LedgerError, MedfedError, PlanError
+from medfed.node import work
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
+from medfed.runs import drive
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, write_study
 
@@ -213,7 +215,7 @@ def test_a_lifetime_budget_needs_names(tmp_path: Path, kind: str, home: Path) ->
 def refused(study: Study, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """See a run refused before it trains."""
     with monkeypatch.context() as patch:
-        patch.setattr(site, "_worked", lambda *_: pytest.fail("a record was read"))
+        patch.setattr(work, "_train_or_sum", lambda *_: pytest.fail("a record was read"))
         with pytest.raises(MedfedError, match=words):
             medfed.simulate(study)
 
@@ -281,7 +283,7 @@ def test_a_ledger_that_is_gone_is_not_founded_anew(
 def _run_until_its_last_round(study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave a run that was stopped before its end was written."""
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(drive, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             medfed.run(study, folder)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import medfed
-from medfed import runs, site
+from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import DataError, SiteError
 from medfed.core.streams import Streams
@@ -18,9 +18,10 @@ from medfed.data import answers
 from medfed.data.encoding import Encoding
 from medfed.data.frames import Frames
 from medfed.data.tables import clean_all
-from medfed.engine.inprocess import InProcess
+from medfed.node import setup
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site, handle_many
 from medfed.prepare import prepare
-from medfed.site import Site, handle_many
 from medfed.study import Data, Study
 from tests.tables import PRIVATE, STUDY, invented, plain, write_study
 
@@ -108,9 +109,9 @@ def test_large_tables_are_encoded_one_by_one_as_small_ones_together(
     sites = runs.open_sites(_study(tmp_path, "robust"), None)
     encoding = prepare(sites[0].study, InProcess(sites), [one.name for one in sites]).encoding
     tables = [one.table for one in sites if one.table]
-    together = site._encoded(tables, encoding)
-    monkeypatch.setattr(site, "_SMALL", 0)
-    for rows, alone in zip(together, site._encoded(tables, encoding), strict=True):
+    together = setup._encode(tables, encoding)
+    monkeypatch.setattr(setup, "_SMALL", 0)
+    for rows, alone in zip(together, setup._encode(tables, encoding), strict=True):
         assert torch.equal(rows.x, alone.x) and torch.equal(rows.y, alone.y)
         assert torch.equal(rows.patient, alone.patient)
 

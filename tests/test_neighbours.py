@@ -25,16 +25,17 @@ import torch
 
 import medfed
 from medfed import cli, dpsgd, runs
-from medfed import site as sites
 from medfed.compliance import trail
 from medfed.core import codec, entropy
 from medfed.core.checks import MedfedError
 from medfed.data import raw_columns, sources, surveys, tables
 from medfed.data.frames import Frames
-from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
+from medfed.node import evaluation
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.privacy import ledger_file
+from medfed.runs import simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,7 +205,7 @@ def released(
     """
     shutil.rmtree(folder, ignore_errors=True)
     path, out = write(folder, rows), folder / "run"
-    monkeypatch.setattr(runs, "InProcess", Tap)
+    monkeypatch.setattr(simulation, "InProcess", Tap)
     Tap.heard = []
     RESTART()
 
@@ -327,8 +328,8 @@ def test_no_way_of_noise_and_sums_tells_of_a_patient(
 
 def test_a_held_out_patient_who_is_not_public_is_not_counted_either(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
     """Its figures are a noised histogram; whose scores it counts, and how many, is told nowhere else."""
-    real = sites._tally
-    fixed.setattr(sites, "_tally", lambda *asked: np.ones_like(real(*asked)))
+    real = evaluation.tally
+    fixed.setattr(evaluation, "tally", lambda *asked: np.ones_like(real(*asked)))
     way = WAYS["a test that is paid for"]
     whole = released(tmp_path / "s", lines(), way, fixed)
     for gone in (PUBLIC[2:3], PUBLIC[4:]):  # one of two, and all of east's

@@ -20,20 +20,22 @@ from rich.console import Console
 from scipy import stats
 
 import medfed
-from medfed import checkpoints, dpsgd, models, runs, site
+from medfed import checkpoints, dpsgd, models, runs
 from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
-from medfed.engine.inprocess import InProcess
 from medfed.monitor import console, events
 from medfed.monitor.dashboards import write_dashboards
 from medfed.monitor.events import Event, RoundFinished
+from medfed.node import site, work
+from medfed.node.inprocess import InProcess
 from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import GRID, SLACK
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.site_ledger import SiteLedger
+from medfed.runs import drive, execute
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
@@ -167,8 +169,8 @@ def test_the_model_carries_the_noise_that_was_paid_for(
     wide = study.set("model.name", "mlp").set("model.options.hidden", [400]).set("training.rounds", 1)
     wide = wide.set("privacy.noise", noise).set("privacy.clip", 5.0).set("training.learning_rate", 0.5)
     plans: list[Plan] = []
-    real = runs.enrol
-    monkeypatch.setattr(runs, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest)))
+    real = execute.enrol
+    monkeypatch.setattr(execute, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest)))
     moved_P = medfed.simulate(wide).w_P - plans[0].first_weights()
     sizes = {"north": 96, "south": 58, "east": 38}
     guarantee = plans[0].guarantee
@@ -241,7 +243,7 @@ def test_a_crash_between_charge_and_training_leaves_the_charge(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(site, "_worked", crash)
+        patch.setattr(work, "_train_or_sum", crash)
         with pytest.raises(Crash):
             medfed.run(study, tmp_path / "run")
     assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 1)
@@ -250,8 +252,8 @@ def test_a_crash_between_charge_and_training_leaves_the_charge(
 KILL = """
 import os, signal, sys
 import medfed
-from medfed import site
-site._worked = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from medfed.node import site, work
+work._train_or_sum = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 medfed.run(medfed.load_study(sys.argv[1]), sys.argv[2])
 """
 
@@ -400,7 +402,7 @@ def test_where_nobody_names_patients_the_assumption_is_attested(tmp_path: Path) 
 
 def _refused(study: Study, folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """See a run refused before it trains."""
-    monkeypatch.setattr(site, "_worked", lambda *_: pytest.fail("a record was read"))
+    monkeypatch.setattr(work, "_train_or_sum", lambda *_: pytest.fail("a record was read"))
     with pytest.raises(MedfedError, match=words):
         medfed.run(study, folder)
     assert not folder.exists()
@@ -555,7 +557,7 @@ def test_a_threshold_that_a_crash_lost_is_not_bought_beyond_the_budget(
 ) -> None:
     """It was paid for and nobody knows what had left: the resumed run has no room for another, and says so."""
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(drive, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             medfed.run(study.set("data.threshold", "youden"), tmp_path / "run")
     result = medfed.resume(tmp_path / "run")
@@ -613,7 +615,7 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiteLedger, "pay", refuse_once)
         if ending == "killed":
-            patch.setattr(runs, "_write_model", kill)
+            patch.setattr(drive, "write_model", kill)
             with pytest.raises(Crash):
                 medfed.run(study, tmp_path / "run")
         else:
@@ -851,7 +853,7 @@ def test_patients_are_named_nowhere_on_disk(tmp_path: Path, lasting: Study, home
 
 def test_a_quorum_that_fails_releases_no_sum(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """One site of three cannot work: nobody sees the sum of the other two, and what was paid stays paid."""
-    real = site._summed
+    real = work.sum_gradients
 
     def summed(sites: Any, *rest: Any) -> Any:
         answers = real(sites, *rest)
@@ -859,7 +861,7 @@ def test_a_quorum_that_fails_releases_no_sum(study: Study, monkeypatch: pytest.M
             SiteError("its disk is full") if node.name == "east" else a for node, a in zip(sites, answers, strict=True)
         ]
 
-    monkeypatch.setattr(site, "_summed", summed)
+    monkeypatch.setattr(work, "sum_gradients", summed)
     told: list[Event] = []
     result = medfed.simulate(study, listeners=[told.append])
     assert result.summary["rounds"] == 0 and result.summary["test"] is None

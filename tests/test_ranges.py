@@ -16,20 +16,23 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import medfed
-from medfed import checkpoints, compare, fix, ranges, recipe, runs, site
+from medfed import checkpoints, compare, fix, ranges, recipe, runs
 from medfed.cli import app
 from medfed.core import codec
 from medfed.core.checks import BudgetError, LedgerError, MedfedError, PlanError, RunError, SiteError
+from medfed.core.flat import fingerprint
 from medfed.data import encoding, preprocess
-from medfed.engine.inprocess import InProcess
 from medfed.features import open_columns
 from medfed.monitor import events
 from medfed.monitor.events import Event
+from medfed.node import queries, site
+from medfed.node.inprocess import InProcess
 from medfed.prepare import enrol, prepare
 from medfed.privacy import guarantee, quantiles
 from medfed.privacy.guarantee import ranges_noise
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
+from medfed.runs import execute
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, write_study
 from tests.test_private_runs import Crash, charges, claim_of, home, interrupted, own_ledger
@@ -138,7 +141,7 @@ def test_without_noise_they_are_the_quantiles_of_one_cell_a_patient(
     (event,) = (e for e in told if isinstance(e, events.RangesFound))
     tables = [node.table for node in runs.open_sites(study, None)]
     for place, name in enumerate(OPEN):
-        values = np.concatenate([site._one_cell_each(one, name) for one in tables if one])
+        values = np.concatenate([queries._one_cell_each(one, name) for one in tables if one])
         cell = asked[-1][place, 1] - asked[-1][place, 0]
         assert event.ranges[name] == pytest.approx(np.quantile(values, [0.05, 0.95]).tolist(), abs=cell)
         assert cell < 0.2 * (event.ranges[name][1] - event.ranges[name][0])
@@ -147,7 +150,7 @@ def test_without_noise_they_are_the_quantiles_of_one_cell_a_patient(
 @pytest.mark.parametrize("noise", ["shared", "site"])
 def test_counts_carry_the_noise_that_is_paid_for(study: Study, noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of patients without a value the sum is noise alone, of the variance that is claimed."""
-    monkeypatch.setattr(site, "_one_cell_each", lambda *_: np.empty(0))
+    monkeypatch.setattr(queries, "_one_cell_each", lambda *_: np.empty(0))
     nodes, plan = _enrolled(study.set("privacy.noise", noise))
     for node in nodes.values():
         node.account = None  # nobody pays here
@@ -241,7 +244,7 @@ def test_of_each_patient_its_own_records_alone_choose_the_cell(study: Study) -> 
         assert own is not None
         me = list(own.ids).index("p0000")
         held_out = replace(own, test=own.patient != me)
-        assert [site._one_cell_each(held_out, name).tolist() for name in OPEN] == [[50.0], [14.0]]
+        assert [queries._one_cell_each(held_out, name).tolist() for name in OPEN] == [[50.0], [14.0]]
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
@@ -286,7 +289,7 @@ def _answer(node: site.Site, payload: bytes) -> bytes | str:
 
 def _prepared(encoding: dict[str, Any], plan: Any) -> bytes:
     sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
-    fixed = site.fingerprint({})
+    fixed = fingerprint({})
     return codec.encode({"encoding": encoding, "sizes": sizes, "clients": list(sizes), "fixed": fixed})
 
 
@@ -507,7 +510,7 @@ def test_a_run_that_is_not_charged_for_its_ranges_does_not_begin(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_tell_start", lambda *_: (_ for _ in ()).throw(Crash()))
+        patch.setattr(execute, "tell_start", lambda *_: (_ for _ in ()).throw(Crash()))
         with pytest.raises(Crash):
             medfed.run(study, tmp_path / "run")
     shutil.rmtree(own_ledger(tmp_path / "run").parent)

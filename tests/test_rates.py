@@ -15,11 +15,12 @@ from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import DataError, SiteError
 from medfed.core.flat import vector
-from medfed.engine.inprocess import InProcess
 from medfed.local import LocalPlan
 from medfed.monitor import events
+from medfed.node.inprocess import InProcess
 from medfed.prepare import _chosen, prepare
 from medfed.rates import Chosen, Pace, bend, choose, stretch
+from medfed.runs import pacing
 from medfed.study import Study, Training
 from tests.tables import PRIVATE, STUDY, invented
 from tests.wide_tables import write
@@ -211,7 +212,7 @@ def test_no_liar_can_stop_all_learning(study: Study) -> None:
     lies = {"north": 1e12, "south": 3.0, "east": 2.0}
     assert _chosen(told, lies).rate == 0.1 and _chosen(told, lies).curvature < 1
     event = events.RoundFinished(2, ["north", "south", "east"], 9e9, [3e10, 0.5, 0.4], [], [], 0.0, 0, 0)
-    assert runs._common_loss(event, told) == 0.5
+    assert pacing._common_loss(event, told) == 0.5
 
 
 def test_rows_without_a_finite_bend_are_named(study: Study) -> None:

@@ -192,7 +192,7 @@ def test_foretold_losses_grow_as_epsilon_falls_and_hold_a_table_of_that_shape(tm
     claim = {"epsilon": 1.0, "scope": "run", "sizes": foreign.sizes()}
     study = from_tables({**foreign.tables(tmp_path / "own.csv"), "privacy": claim, "monitor": {"baselines": False}})
     sites = runs.open_sites(study, None)
-    _, plan = runs._ready(sites[0].study, sites)
+    _, plan = runs.prepare_sites(sites[0].study, sites)
     told = foretell(plan, (8.0, 0.1))
     assert [one.epsilon for one in told] == [8.0, 1.0, 0.1]
     assert told[0].loss < told[1].loss < told[2].loss and all(one.low <= one.loss <= one.high for one in told)

@@ -16,10 +16,10 @@ from medfed import aggregation as ways
 from medfed import reference, runs
 from medfed.algorithms import ALGORITHMS, Server
 from medfed.core.checks import MedfedError, PlanError
-from medfed.engine.inprocess import InProcess
 from medfed.fleet.selection import SELECTORS
 from medfed.learners import LEARNERS
 from medfed.monitor.events import Log
+from medfed.node.inprocess import InProcess
 from medfed.plan import Plan
 from medfed.reference import SiteState
 from medfed.robust.rules import ALONE, MIXINGS
@@ -88,7 +88,7 @@ class Played:
     @classmethod
     def of(cls, study: Study) -> "Played":
         sites = runs.open_sites(study, None)
-        fleet, plan = runs._ready(sites[0].study, sites)
+        fleet, plan = runs.prepare_sites(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
         held = {name: SiteState(node.train, dict(node.memory)) for name, node in nodes.items()}
         return cls(plan, fleet, ways.introduce(plan, fleet, "run"), held, plan.begin(), plan.begin())
@@ -106,8 +106,8 @@ class Played:
             return send_remembering(message_KM, links, memory)
 
         with pytest.MonkeyPatch.context() as patch, Log() as log:
-            patch.setattr("medfed.site.send", recorded)
-            patch.setattr("medfed.site.send_remembering", recorded_too)
+            patch.setattr("medfed.node.work.send", recorded)
+            patch.setattr("medfed.node.work.send_remembering", recorded_too)
             self.engine = run_round(self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation)
             if same_rows:
                 computed = dict(zip(self.plan.participants, messages, strict=True))
@@ -145,7 +145,7 @@ def refused(study: Study) -> str:
     """Return why a study does not compose; empty where it does."""
     try:
         sites = runs.open_sites(study, None)
-        runs._ready(sites[0].study, sites)
+        runs.prepare_sites(sites[0].study, sites)
     except MedfedError as error:
         assert isinstance(error, PlanError)
         return str(error)

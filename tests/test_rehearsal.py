@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import medfed
-from medfed import dpsgd, layers, rehearsal, runs, site
+from medfed import dpsgd, layers, rehearsal, runs
 from medfed.core import codec
 from medfed.core.checks import PlanError, QuorumError
 from medfed.data.encoding import Column, Encoding, Target
-from medfed.engine.inprocess import InProcess
+from medfed.node import rehearse as rehearse_
+from medfed.node import site, work
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare, rehearse
 from medfed.privacy.ledger import Ledger
 from medfed.probe import Probed
+from medfed.runs import execute, simulation
 from medfed.study import Feature, Study
 from medfed.watching import find_failing_part
 from tests.engine.pipes import Pipes
@@ -138,7 +141,7 @@ MODELS: dict[str, str] = {
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe at planning: the rehearsal is a second look, at what sites run."""
     monkeypatch.setattr("medfed.plan.find_path", lambda *_: Probed("func"))
-    monkeypatch.setattr("medfed.site.find_path", lambda *_: Probed("func"))
+    monkeypatch.setattr("medfed.node.setup.find_path", lambda *_: Probed("func"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -199,7 +202,7 @@ def test_one_site_that_cannot_is_enough(tmp_path: Path, study: Study, monkeypatc
             raise NotImplementedError("this processor has no such instruction")
         return real(model, w_P, patients, task, guarantee, clip, names, *rest)
 
-    monkeypatch.setattr(runs, "InProcess", OneByOne)
+    monkeypatch.setattr(simulation, "InProcess", OneByOne)
     monkeypatch.setattr(dpsgd, "sums", sums)
     with pytest.raises(PlanError, match=r"^south: rehearsal .*stage gradient: NotImplementedError: this processor"):
         medfed.simulate(study)
@@ -283,11 +286,11 @@ def test_a_resumed_run_is_rehearsed_before_it_pays_again(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the two the machine may have got another torch."""
-    monkeypatch.setattr(site, "_summed", lambda *_: [medfed.SiteError("its disk is full")])
-    monkeypatch.setattr(runs, "rehearse", lambda *_: None)
+    monkeypatch.setattr(work, "sum_gradients", lambda *_: [medfed.SiteError("its disk is full")])
+    monkeypatch.setattr(execute, "rehearse", lambda *_: None)
     assert not medfed.run(study.set("privacy.spare_rounds", 2), tmp_path / "run").complete
     before = charges(tmp_path)
-    monkeypatch.setattr(runs, "rehearse", rehearse)
+    monkeypatch.setattr(execute, "rehearse", rehearse)
     with pytest.raises(PlanError, match="stage training: its disk is full"):
         medfed.resume(tmp_path / "run")
     assert before and charges(tmp_path) == before
@@ -359,7 +362,7 @@ def test_a_round_that_failed_after_it_was_paid_is_not_paid_again(
             raise RuntimeError("out of memory")
         return real(model, w_P, patients, task, guarantee, clip, names, *rest)
 
-    monkeypatch.setattr(runs, "rehearse", lambda *_: None)
+    monkeypatch.setattr(execute, "rehearse", lambda *_: None)
     monkeypatch.setattr(dpsgd, "sums", sums)
     result = medfed.run(study.set("training.quorum", 0.6), tmp_path / "run")
     assert len(failed) == 2 and result.summary["participation"] == {"north": 3, "south": 4, "east": 4}
@@ -416,4 +419,4 @@ def test_coordinator_and_rehearsal_agree_on_the_length_of_a_row(study: Study) ->
     for settings in SETTINGS.values():
         sites, plan = _prepared(study._with(settings))
         assert sites[0].guarantee is not None
-        assert site._length(sites[0], sites[0].guarantee) == plan.message
+        assert rehearse_._length(sites[0], sites[0].guarantee) == plan.message

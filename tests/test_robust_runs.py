@@ -12,7 +12,7 @@ from scipy import stats
 import medfed
 from medfed import terms as agreed
 from medfed.core.checks import MedfedError, PlanError, StudyError
-from medfed.engine.inprocess import InProcess
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import resolve
 from medfed.runs import open_sites

@@ -12,8 +12,8 @@ import medfed
 from medfed import runs
 from medfed.aggregation import bears
 from medfed.core.checks import DataError, MedfedError, PlanError, RunError, StudyError
-from medfed.engine.inprocess import InProcess
 from medfed.monitor import events
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.robust.reputation import Watch
 from medfed.rollback import Rollback

@@ -24,6 +24,7 @@ from medfed.core import checks, files
 from medfed.monitor import events
 from medfed.monitor.events import Event, Resumed
 from medfed.monitor.summary import summarise
+from medfed.runs import execute
 from medfed.study import Study
 from tests.tables import SITES, STUDY, invented, plain, write_study
 
@@ -441,16 +442,16 @@ def test_open_sites_gives_each_site_its_rows_only(study: Study) -> None:
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both found it empty; the second to come is told, and leaves the first one's files alone."""
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("training.rounds", 2)
-    begun = runs._freeze
+    begun = execute.freeze
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(runs, "_freeze", begun)
+        monkeypatch.setattr(execute, "freeze", begun)
         for again in (lambda: medfed.run(study, tmp_path / "run"), lambda: files_held(tmp_path / "run")):
             with pytest.raises(checks.RunError, match=r"in use by another run|not an empty folder"):
                 again()
         return begun(*arguments)
 
-    monkeypatch.setattr(runs, "_freeze", meanwhile)
+    monkeypatch.setattr(execute, "freeze", meanwhile)
     assert medfed.run(study, tmp_path / "run").complete
     assert not (tmp_path / "run" / ".lock").exists()
 

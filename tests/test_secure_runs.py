@@ -13,10 +13,11 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import runs, site, terms
+from medfed import runs, terms
 from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
-from medfed.engine.inprocess import InProcess
+from medfed.node import site
+from medfed.node.inprocess import InProcess
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import GRID, resolve
 from medfed.resolved import holders, threshold

@@ -15,17 +15,20 @@ from sklearn.linear_model import LogisticRegression
 
 import medfed
 from medfed import own_model, recipe, runs
-from medfed import site as sites_
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, SiteError, StudyError
 from medfed.core.flat import vector
 from medfed.monitor import events, verdict
 from medfed.monitor.metrics import Figure
+from medfed.node import queries
+from medfed.node import site as sites_
+from medfed.node.site import Site, handle_many
+from medfed.prepare import enrol
 from medfed.privacy import guarantee
 from medfed.privacy.claim_refusals import vote_tells
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.site_ledger import SiteLedger
-from medfed.site import Site, handle_many
+from medfed.runs import drive, simulation
 from medfed.study import Study
 from tests.tables import STUDY, write_study
 from tests.test_private_runs import Crash, charges, claim_of, own_ledger
@@ -100,8 +103,8 @@ def load(folder: Path, opposed: bool = False, patients: int = 30, **changes: Any
 def opened(study: Study) -> tuple[list[Site], Any]:
     """Return the sites of a study, their patients enrolled, and a model to vote on."""
     sites = runs.open_sites(study, None)
-    fleet, plan = runs._ready(sites[0].study, sites)
-    runs.enrol(plan, fleet, "run")
+    fleet, plan = runs.prepare_sites(sites[0].study, sites)
+    enrol(plan, fleet, "run")
     return sites, vector(sites[0].model)
 
 
@@ -184,10 +187,10 @@ def test_a_sites_own_model_is_the_baseline_of_a_federation_of_that_site_alone(
     """The plain twin: rounds of the algorithm `local` through the engine."""
     study = medfed.load_study(write_study(tmp_path, STUDY))._with({"training.rounds": 5, **changes})
     sites = runs.open_sites(study, None)
-    _, plan = runs._ready(study, sites)
+    _, plan = runs.prepare_sites(study, sites)
     for one in sites:
         fleet, alone = runs.baseline_plan("local", study, [one], plan.encoding)
-        server = runs._train_in_silence(alone, fleet)
+        server = simulation._train_in_silence(alone, fleet)
         node = fleet.site(one.name)
         own_P = own_model.train_own(one.name, node.train, node.encoding, study)
         torch.testing.assert_close(own_P, server.w_P + node.memory["offset"], rtol=1e-5, atol=1e-6)
@@ -219,8 +222,8 @@ def test_many_small_gains_do_not_outvote_few_large_losses(tmp_path: Path, monkey
     less = dict.fromkeys([one.name for one in sites], 0.002) | dict.fromkeys([one.name for one in sites[::5]], -0.1)
     ballots = {}
     for one in sites:
-        monkeypatch.setattr(sites_, "train_own", lambda *_: w_P)
-        monkeypatch.setattr(sites_, "errs_less", lambda *_, name=one.name: torch.full((3,), less[name]))
+        monkeypatch.setattr(queries, "train_own", lambda *_: w_P)
+        monkeypatch.setattr(queries, "errs_less", lambda *_, name=one.name: torch.full((3,), less[name]))
         ballots[one.name] = ask([one], w_P)[0]
     assert sum(vote > 0.5 for vote in ballots.values()) == 32  # type: ignore[operator,misc]
     assert sum(ballots.values()) < MANY / 2  # type: ignore[arg-type]
@@ -231,7 +234,7 @@ def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
     tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attack: a million votes, no number, two, none; the run ended without its claim, though all had paid."""
-    real = sites_._vote
+    real = queries.vote
 
     def lie(sites: Any, header: Any, tensors: Any) -> list[Any]:
         answers = real(sites, header, tensors)
@@ -268,9 +271,9 @@ def test_a_site_that_cannot_tell_votes_neither_way_and_says_nothing(
     """An error would tell of the patient who causes it."""
     sites, w_P = opened(load(tmp_path))
     if fault == "raises":
-        monkeypatch.setattr(sites_, "train_own", lambda *_: (_ for _ in ()).throw(ValueError("patient p7")))
+        monkeypatch.setattr(queries, "train_own", lambda *_: (_ for _ in ()).throw(ValueError("patient p7")))
     if fault == "diverges":
-        monkeypatch.setattr(sites_, "train_own", lambda *_: torch.full_like(w_P, math.nan))
+        monkeypatch.setattr(queries, "train_own", lambda *_: torch.full_like(w_P, math.nan))
     if fault == "no test":
         for one in sites:
             one.test = one.test.at(torch.zeros(0, dtype=torch.int64))
@@ -283,7 +286,7 @@ def test_a_module_that_trains_only_with_noise_is_found_before_anybody_pays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All sites would vote no, and their patients would have paid for it."""
-    monkeypatch.setattr(sites_, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass")))
+    monkeypatch.setattr(queries, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass")))
     with pytest.raises(PlanError, match=r"(?s)stage own model.*no backward pass.*leave privacy.vote_epsilon out"):
         medfed.run(load(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -364,7 +367,7 @@ def test_a_simulation_votes_without_paying_and_alike(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_does_not_vote_twice(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_write_model", lambda *_: (_ for _ in ()).throw(Crash))
+        patch.setattr(drive, "write_model", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             medfed.run(load(tmp_path), tmp_path / "run")
     told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Voted)]

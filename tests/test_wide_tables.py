@@ -71,7 +71,7 @@ def test_encodings_of_the_bundled_studies_keep_their_bits(name: str) -> None:
     asked = replace(study.load(name), privacy=Privacy())
     if asked.sites.kind == "device":
         asked = replace(asked.set("sites.kind", "hospital"), fleet=Fleet())
-    prepared = runs.load_and_prepare_medical_data(asked)
+    prepared = runs.prepare_data(asked)
     digest = hashlib.sha256()
     for part in (prepared.train, prepared.test):
         for x, y in part.values():

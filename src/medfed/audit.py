@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medfed import claims, exact, runs
+from medfed import exact, runs
 from medfed.core import codec, files
 from medfed.core.checks import PlanError, QuorumError
 from medfed.core.flat import Layout
@@ -28,11 +28,12 @@ from medfed.core.types import JSON
 from medfed.data.encoding import Encoding
 from medfed.data.federated import Rows
 from medfed.local import outputs, sample_loss
+from medfed.node.site import Site
 from medfed.privacy import attack_statistics as attacks
 from medfed.privacy import noise_tests
 from medfed.privacy.attack_statistics import CoinEvidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
-from medfed.site import Site
+from medfed.runs import claims
 from medfed.study import Privacy, Study
 from medfed.twin import People, Twin, TwinTraining, explain, keys, updates
 from medfed.wire import combine, joint_links
@@ -375,10 +376,9 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
     cosine: dict[str, list[float]] = {"without": [], "with": []}
     for k in rng.permutation(len(everyone))[:records]:
         guarded, n = twin.sites[everyone[k][0]], everyone[k][1]
-        record, open_ = twin.rows[guarded.name].at(torch.tensor([n])), guarded.under(bare)
-        open_.encoding, open_.model, open_.path = guarded.encoding, guarded.model, "loop"  # right for any module
+        record, open_ = twin.rows[guarded.name].at(torch.tensor([n])), guarded.bare(bare)
         for kind, site in (("without", open_), ("with", guarded)):
-            site.train = record
+            site.hold(record)
             site.forget()
             pieces = dict(Layout.of(twin.model).pieces(_release_first_round(twin, site)))
             weight_OI, bias_O = pieces[f"{name}weight"].numpy(), pieces[f"{name}bias"].numpy()

@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medfed import claims, compare, dpsgd, models, runs, study
+from medfed import compare, dpsgd, models, runs, study
 from medfed.core import codec
 from medfed.core.checks import PlanError, StudyError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.data.names import create_medical_device_names
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import gather
 from medfed.monitor import dashboards, events, flat_logs
 from medfed.monitor.events import SecurityAudit
@@ -35,7 +34,7 @@ from medfed.privacy.privacy_events import Gaussian
 from medfed.ranges import refuse_unfound
 from medfed.robust import detection, reputation, rules
 from medfed.robust.reputation import ThreatLevel
-from medfed.runs import Result, load_and_prepare_medical_data, verify_model_integrity
+from medfed.runs import Result, claims
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
 from medfed.study import Privacy, Robustness, Security, Study
@@ -76,6 +75,8 @@ export_training_logs = flat_logs.export_tables
 generate_comprehensive_report = dashboards.write_report
 generate_privacy_report = claims.write_page
 generate_security_report = dashboards.write_security_page
+load_and_prepare_medical_data = runs.prepare_data
+verify_model_integrity = runs.verify_model
 
 PARTIES = ("aggregator 1", "aggregator 2", "aggregator 3")
 
@@ -98,13 +99,13 @@ class EnhancedMedicalIoMTDevice:
 
         It stays in this process. Raises StudyError for a site that the study does not have.
         """
-        sites = runs.open_sites(_open(self.study), self.data)
-        if self.name not in (names := [site.name for site in sites]):
+        simulation = runs.Simulation.open(_open(self.study), self.data)
+        fleet = simulation.fleet
+        if self.name not in (names := fleet.sites()):
             raise StudyError(
                 f"name={self.name!r} is no site of {self.study.study.name!r}; expected one of {some(names)}"
             )
-        fleet = InProcess(sites)
-        plan = prepare(sites[0].study, fleet, names)
+        plan = prepare(simulation.study, fleet, names)
         refuse_unfound(plan)
         payload = codec.encode({"round": 1}, {"w": plan.first_weights()})
         reply = gather(fleet, [self.name], "work", payload, self.study.training.deadline)[self.name]
@@ -255,7 +256,7 @@ class AdvancedSecurityManager:
 
     def verify_model_integrity(self, run: Path) -> dict[str, Any]:
         """Check a run's signed, chained models; see `medfed.verify_model_integrity`."""
-        return verify_model_integrity(run)
+        return runs.verify_model(run)
 
     def generate_security_report(self, run: Path) -> Path:
         """Write a run's page on security and return where."""

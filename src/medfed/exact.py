@@ -27,13 +27,13 @@ from medfed.core.types import JSON
 from medfed.core.types import Task as Kind
 from medfed.data.federated import Rows
 from medfed.local import outputs
+from medfed.node.site import Site, handle_many
 from medfed.plan import Plan
 from medfed.privacy import noise_tests, odd_patients
 from medfed.privacy.attack_statistics import Part
 from medfed.privacy.guarantee import GRID, Guarantee, declared_size
 from medfed.privacy.run_meter import NoClaim
 from medfed.resolved import cohort, holders
-from medfed.site import Site, handle_many
 from medfed.study import Study, Training
 from medfed.twin import Twin, TwinTraining, keys
 
@@ -204,7 +204,7 @@ def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     }
     guarantee = replace(guarantee, releases=releases)
     study = replace(plan.study, training=_simplify(plan.study.training))
-    sites = {name: _copy_site(site, study, guarantee) for name, site in twin.sites.items()}
+    sites = {name: site.like(study, guarantee) for name, site in twin.sites.items()}
     plan = replace(plan, study=study, guarantee=guarantee, message=plan.parameters if not plan.joint else plan.message)
     return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 
@@ -218,15 +218,6 @@ def _simplify(t: Training) -> Training:
         momentum=0.0,
         weight_decay=0.0,
     )
-
-
-def _copy_site(site: Site, study: Study, guarantee: Guarantee) -> Site:
-    """Return a node that does what this one does, for another study and guarantee; it keeps nothing."""
-    other = site.under(study)
-    other.encoding, other.model, other.guarantee, other.links = site.encoding, site.model, guarantee, site.links
-    other.train, other.path = site.train, site.path
-    other.forget()
-    return other
 
 
 def _kinds(guarantee: Guarantee) -> list[str]:
@@ -365,7 +356,7 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         plan.study,
         training=replace(plan.study.training, learning_rate=rate, batch_size=0, path=twin.plan.study.training.path),
     )
-    site = _copy_site(site, study, guarantee)
+    site = site.like(study, guarantee)
 
     target = plan.encoding.target
     patients = catalogue(len(plan.encoding.names()), target.task, max(2, target.outputs), rng)
@@ -473,7 +464,7 @@ def _add_patient(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
 @contextmanager
 def _mute() -> Iterator[None]:
     """Keep a site from warning of patients who were made to be left out."""
-    log = logging.getLogger("medfed.site")
+    log = logging.getLogger("medfed.node.work")
     before = log.disabled
     log.disabled = True
     try:
@@ -485,9 +476,9 @@ def _mute() -> Iterator[None]:
 def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
     """Return what the site would release [P] in units of C, holding each of these rows; None where it refuses."""
     assert site.guarantee is not None
-    nodes = [_copy_site(site, site.study, site.guarantee) for _ in held]
+    nodes = [site.like(site.study, site.guarantee) for _ in held]
     for node, rows in zip(nodes, held, strict=True):
-        node.train = rows
+        node.hold(rows)
     header: Mapping[str, float] = {"round": 1}
     if site.guarantee.clipping == "adaptive":
         header = {**header, "clip": site.guarantee.clip}

@@ -127,11 +127,11 @@ def _replies(
     """Ask every site; raise `refusal` where some cannot answer, a reason that they share once."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
-        raise refusal(_told(failed))
+        raise refusal(explain_failures(failed))
     return {name: reply.payload for name, reply in replies.items()}
 
 
-def _told(failed: Mapping[str, str]) -> str:
+def explain_failures(failed: Mapping[str, str]) -> str:
     """Say which sites cannot, and why: one by its own words, several that share a reason together."""
     parts = []
     for reason, names in sharing(failed).items():

@@ -28,16 +28,16 @@ from medfed.core.checks import PlanError
 from medfed.core.flat import Layout
 from medfed.data.encoding import Encoding
 from medfed.data.federated import Rows
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Counted, Fleet, Reply
 from medfed.local import Correction, Descent, sample_loss
 from medfed.models import dropout_keys
 from medfed.monitor.events import Log
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site
 from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.privacy.guarantee import Guarantee, asked
 from medfed.round import run_round
-from medfed.site import Site
 from medfed.study import Robustness, Study
 from medfed.ways.plain import PLAIN
 from medfed.ways.way import RoundRows, Way
@@ -78,13 +78,11 @@ class Twin:
         study = replace(study, robustness=Robustness()).set("security.federation", "")
         if not secure:
             study = study.set("security.aggregation", "plain")  # what is opened has no less noise than the twin's sum
-        opened = runs.open_sites(study, data)
-        fleet = InProcess(opened)
-        plan = prepare(opened[0].study, fleet, fleet.sites(), encoding)
+        simulation = runs.Simulation.open(study, data, pays=False)
+        fleet = simulation.fleet
+        plan = prepare(simulation.study, fleet, fleet.sites(), encoding)
         assert plan.guarantee is not None
         sites = {name: fleet.site(name) for name in plan.participants}
-        for site in sites.values():
-            site.account = None
         if study.privacy.scope == "run":  # declared public
             rows = {name: site.train for name, site in sites.items()}
         else:
@@ -140,7 +138,7 @@ class TwinTraining:
     def round(self, held: Mapping[str, Rows]) -> Seen:
         """Run one round in which the sites hold these training rows."""
         for name, site in self.twin.sites.items():
-            site.train = held[name]
+            site.hold(held[name])
         before, memory = self.server, {name: site.memory for name, site in self.twin.sites.items()}
         self.server = run_round(before, self.plan, self.tap, self.budget, Log(), self.heard)
         return Seen(before, self.server, self.tap.reply, memory)

@@ -14,8 +14,10 @@ from tests.tables import STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError, MedfedError, StudyError
+from medfed.core.streams import Streams
 from medfed.data import describe, mapping, sources
 from medfed.data.frames import number_rows
+from medfed.data.tables import clean
 from medfed.study import Data, Feature, Study, from_tables, load
 
 
@@ -157,7 +159,7 @@ def test_a_converted_number_is_never_taken_for_a_code() -> None:
         }
     )
     frame = number_rows(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
-    table = runs.clean("a", mapping.apply(frame, study.data), study.data, runs.Streams(1))
+    table = clean("a", mapping.apply(frame, study.data), study.data, Streams(1))
     assert np.array_equal(table.numbers["t"], [0.0, np.nan, 4.0, 9.0], equal_nan=True)
 
 

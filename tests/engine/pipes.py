@@ -6,8 +6,8 @@ from pathlib import Path
 
 from medfed import study as studies
 from medfed.data.tables import read
-from medfed.engine import pipes
-from medfed.site import Site
+from medfed.node import pipes
+from medfed.node.site import Site
 
 
 def _serve(pipe: Connection, study: Path, name: str, table: Path) -> None:

@@ -13,15 +13,15 @@ import medfed
 from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError
-from medfed.engine.inprocess import InProcess
 from medfed.engine.port import Fleet, Reply
 from medfed.monitor.events import Log, RoundFinished, SiteExcluded
+from medfed.node.inprocess import InProcess
+from medfed.node.site import Site, handle_many
 from medfed.plan import Plan
 from medfed.prepare import prepare
 from medfed.round import run_round
 from medfed.round import test as run_test
 from medfed.runs import open_sites
-from medfed.site import Site, handle_many
 from medfed.study import Study
 from tests.engine.pipes import Pipes
 from tests.tables import SITES, invented, write_study
@@ -163,7 +163,7 @@ def test_the_words_of_an_unforeseen_error_stay_at_the_site(study: Study, monkeyp
     def fail(*_: object) -> None:
         raise ValueError("patient Jane Doe, born 1950")
 
-    monkeypatch.setattr("medfed.site.train", fail)
+    monkeypatch.setattr("medfed.node.work.train", fail)
     sites = open_sites(study, None)
     fleet = InProcess(sites)
     plan = prepare(sites[0].study, fleet, list(SITES))

@@ -214,7 +214,7 @@ def trail_verify(
 
     found = runs.verify_trail(run, federation)
     if found.entries[-1]["kind"] == "finished":
-        runs.verify_model_integrity(run, federation)
+        runs.verify_model(run, federation)
     if as_json:
         print(json.dumps({"entries": found.entries, "head": found.head}))
         return
@@ -272,8 +272,8 @@ def privacy_claim(
     as_json: AsJson = False,
 ) -> None:
     """Show what a finished run guarantees to a patient, in words and numbers a reviewer can check."""
-    from medfed import claims
     from medfed.monitor.console import claim
+    from medfed.runs import claims
 
     found = claims.read(run)
     if report:

@@ -59,7 +59,10 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "composition", scope["meaning"]
     if scope["ledger"]:
         ledger = scope["ledger"]
-        yield "ledger", f"epsilon over all runs of the study {ledger['epsilon_all_runs']:.6f}; head {ledger['head']}"
+        head = ledger["head"]
+        if not isinstance(head, str):  # each site has a ledger of its own
+            head = ", ".join(f"{one} ({site})" for site, one in head.items())
+        yield "ledger", f"epsilon over all runs of the study {ledger['epsilon_all_runs']:.6f}; head {head}"
         if bound := ledger.get("lifetime"):
             yield (
                 "lifetime budget",

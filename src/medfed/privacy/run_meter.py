@@ -88,8 +88,8 @@ class Metered:
         self.uses |= after
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
-        """Count the rounds that were paid for, though a crash lost them, and the queries."""
-        self.asked = dict(asked)
+        """Count the rounds that were paid for, though a crash lost them, and the queries; nothing counts for less."""
+        self.asked = {label: max(asked.get(label, 0), self.asked.get(label, 0)) for label in {**self.asked, **asked}}
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
     def ask(self, label: str) -> None:

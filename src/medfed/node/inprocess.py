@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from medfed.core.checks import SiteError
 from medfed.engine.port import Reply
-from medfed.site import Site, handle_many
+from medfed.node.site import Site, handle_many
+from medfed.plan import POOLED
 
 
 class InProcess:
@@ -34,7 +35,12 @@ class InProcess:
         return self.submit_many([site], op, payload, deadline)[0]
 
     def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
-        """Ask several sites the same; they will be served as one stack."""
+        """Ask several sites the same; they will be served as one stack.
+
+        The baseline `pooled` is a site that holds the rows of all, made when it is first asked.
+        """
+        if POOLED in sites and POOLED not in self._sites:
+            self._sites[POOLED] = Site.pooled(list(self._sites.values()))
         tickets = list(range(self._tickets, self._tickets + len(sites)))
         self._tickets += len(sites)
         self._waiting.append((tickets, list(sites), op, payload, deadline))

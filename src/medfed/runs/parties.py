@@ -1,7 +1,7 @@
 """What runs at a party on its own: a site with its own records, keys and ledger; an aggregator with its own keys.
 
-Each has the study as a file of its own and resolves it for itself. `Parties` starts them as processes of this machine,
-for tests and demonstrations; between hospitals an engine does.
+Each has the study as a file of its own and resolves it for itself. `Processes` starts them on this machine, for tests
+and demonstrations; between hospitals an engine does.
 """
 
 import multiprocessing
@@ -15,16 +15,17 @@ from typing import Self
 
 import torch
 
-from medfed import runs
 from medfed import study as studies
 from medfed.aggregator import Aggregator
-from medfed.engine.pipes import Pipes, handler, serve
+from medfed.node.pipes import Pipes, handler, serve
+from medfed.runs.opening import open_site, planned
+from medfed.study import Study
 
 
 def serve_site(pipe: Connection, study: Path, name: str, folder: Path, data: Path | None = None) -> None:
     """Run the node of one site until its pipe is closed; `folder` is where it keeps its state, its ledger too."""
     torch.set_num_threads(1)
-    serve(runs.open_site(studies.load(study), name, data, folder).handle, pipe)
+    serve(open_site(studies.load(study), name, data, folder).handle, pipe)
 
 
 def serve_aggregator(pipe: Connection, study: Path, name: str) -> None:
@@ -33,13 +34,21 @@ def serve_aggregator(pipe: Connection, study: Path, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Parties:
+class Processes:
     """Sites and aggregators, each in a process of its own; closing ends them."""
 
     fleet: Pipes
     aggregators: Mapping[str, Callable[[str, bytes], bytes]]
     processes: Sequence[BaseProcess]
     pipes: Sequence[Connection]
+
+    @property
+    def baselines(self) -> None:
+        """Nobody trains baselines: no process has the records of all."""
+
+    def resolve(self, study: Study) -> Study:
+        """Return the study as each party works it out, from its file alone."""
+        return planned(study)
 
     @classmethod
     def start(cls, study: Path, sites: Sequence[str], folder: Path, data: Path | None = None) -> Self:

@@ -6,6 +6,7 @@ Its fields are what NIST SP 800-226 asks a differential privacy guarantee to sta
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from medfed.privacy.guarantee import (
 )
 from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
-from medfed.privacy.site_ledger import SiteLedger
+from medfed.privacy.statement import Statement, charged
 from medfed.resolved import excess, holders
 
 _TRUST = {
@@ -55,8 +56,8 @@ _MECHANISM = {
 }
 
 
-def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
-    """Return the claim of a run that has spent what `budget` counts and the sites' ledger holds."""
+def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
+    """Return the claim of a run that has spent what `budget` counts and each site has `told` of its ledger."""
     g, study = plan.guarantee, plan.study
     assert g is not None
     spent = budget.claim()
@@ -64,7 +65,7 @@ def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
     asked: dict[str, int] = getattr(budget, "asked", {})
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
-    charged = account.report() if account and not g.simulation_only else None
+    counted = 0.0 if spent["epsilon"] is None else float(str(spent["epsilon"]))
     return {
         "schema": SCHEMA,
         "study": study.study.name,
@@ -109,7 +110,7 @@ def claim(plan: Plan, budget: RunMeter, account: SiteLedger | None) -> JSON:
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
-            "ledger": charged,
+            "ledger": charged(told, counted),
         },
         "max_sites_per_patient": g.max_sites,
         "unprotected": _unprotected(plan),

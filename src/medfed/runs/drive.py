@@ -1,0 +1,254 @@
+"""A run driven from its first round to its summary, by messages alone."""
+
+import dataclasses
+import json
+import logging
+import math
+import platform
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from medfed import aggregation as ways
+from medfed import models
+from medfed.aggregation import Keys, bears, who_sees
+from medfed.algorithms import Server
+from medfed.building import build_model
+from medfed.core import files
+from medfed.core.checks import (
+    BudgetError,
+    QuorumError,
+    some,
+)
+from medfed.foretell import paid_test
+from medfed.monitor import events
+from medfed.monitor.events import Log
+from medfed.monitor.summary import main_model, summarise
+from medfed.plan import Plan
+from medfed.privacy.statement import Statement
+from medfed.rollback import Rollback
+from medfed.round import decide, run_round, test, vote
+from medfed.runs import claims
+from medfed.runs.folders import versions, write_checkpoint, write_model
+from medfed.runs.pacing import ease, replay_pace
+from medfed.runs.quarantine import judge, replay_watch, take_overrides
+from medfed.runs.results import Result
+from medfed.runs.simulation import Parties
+from medfed.runs.statements import hear_statements
+from medfed.ways.plain import PLAIN
+from medfed.ways.way import Way
+
+logger = logging.getLogger(__name__)
+
+
+class Drive:
+    """A coordinator driving one run to its end. It knows the other parties by their messages alone."""
+
+    def __init__(
+        self, plan: Plan, parties: Parties, server: Server, log: Log, run: str, folder: Path | None = None
+    ) -> None:
+        """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps nothing."""
+        self.plan, self.study, self.parties, self.fleet = plan, plan.study, parties, parties.fleet
+        self.server, self.log, self.run, self.folder = server, log, run, folder
+        self.budget = plan.budget()
+        self.model = main_model(plan.study.training.algorithm)
+        self.told: dict[str, Statement] = {}  # by site: the last that it told of its ledger
+        self.aggregation: Way = PLAIN
+        self.watch, self.gate, self.pace = replay_watch(plan, log), Rollback.of(plan), replay_pace(log.events(), plan)
+
+    def to_the_end(self, keys: Keys | None = None, known: Collection[type[events.Event]] = ()) -> Result:
+        """Run the rounds that are left, test, vote, measure the baselines, and write down what came of it.
+
+        `known`: what the log already tells of the last model, paid for by patients.
+        """
+        began, reason = time.perf_counter(), ""
+        self.introduce(keys)
+        self.count_the_paid(known)
+        try:
+            while self.server.round < self.study.training.rounds:
+                self.play_round()
+            self.ask_for_figures(known)
+            self.measure_baselines()
+        except (QuorumError, BudgetError) as error:
+            reason = str(error)
+        self.finish(reason, time.perf_counter() - began)
+        return self.write()
+
+    def introduce(self, keys: Keys | None) -> None:
+        """Have all parties join the run, each by its own study."""
+        aggregators = self.parties.aggregators or None
+        self.aggregation = ways.introduce(self.plan, self.fleet, self.run, self.folder, keys, aggregators)
+
+    def count_the_paid(self, known: Collection[type[events.Event]]) -> None:
+        """Count what patients have paid for before: by the rounds behind, by what is `known`, and by their ledgers."""
+        for number in range(1, self.server.round + 1):
+            self.budget.charge(number, self.plan.on_turn(number))
+        queries = self.plan.guarantee.queries if self.plan.guarantee else {}
+        if "ranges" in queries and self.plan.encoding.found_ranges():
+            for _ in range(queries["ranges"].times):
+                self.budget.ask("ranges")
+        for event, label in ((events.Tested, "threshold"), (events.Voted, "vote")):
+            if event in known and label in queries:
+                self.budget.ask(label)
+        self.hear_ledgers()
+
+    def hear_ledgers(self, whole: bool = True) -> None:
+        """Have sites tell of their ledgers, and count what was paid for; the last word of a silent one stands."""
+        told, refused = hear_statements(self.plan, self.fleet, None, whole)
+        for name, why in refused.items():
+            logger.warning("site %r tells nothing of its ledger: %s", name, why)
+        if not whole:
+            told = {name: replace(self.told.get(name, one), head=one.head) for name, one in told.items()}
+        self.told |= told
+        if not whole or not self.told:
+            return
+        asked: Counter[str] = Counter()
+        for one in self.told.values():
+            asked |= Counter(one.queries)
+        self.budget.take_over({name: one.uses for name, one in self.told.items()}, asked)
+
+    def play_round(self) -> None:
+        """Run one round, judge what its rows say, and keep its state."""
+        study, log = self.study, self.log
+        self.watch = take_overrides(self.watch, self.folder, self.server.round, log)
+        before = self.server
+        out = self.watch.out(before.round + 1)
+        self.server = run_round(before, self.plan, self.fleet, self.budget, log, self.aggregation, out)
+        self.watch = judge(self.watch, log)
+        if self.gate:
+            self.server = _roll_back(self.gate, before, self.server, log)
+        self.server, self.pace = ease(self.server, self.pace, self.plan, log)
+        every = study.monitor.evaluate_every
+        if every and self.server.round % every == 0 and self.server.round < study.training.rounds:
+            test(self.server, self.plan, self.fleet, log, self.model)
+        self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Let the sites write down what they remember, then commit: a crash between leaves the round before."""
+        if self.folder is None:
+            return
+        self.hear_ledgers(whole=False)
+        write_checkpoint(self.folder, self.server, self.plan, self.fleet, self.log, self.told)
+
+    def ask_for_figures(self, known: Collection[type[events.Event]]) -> None:
+        """Have the last model tested and voted on, where the log does not tell of it yet."""
+        if self.study.monitor.evaluate_every and events.Tested not in known:
+            decision = decide(self.server, self.plan, self.fleet, self.budget, self.log)
+            test(self.server, self.plan, self.fleet, self.log, self.model, intervals=True, decision=decision)
+        if events.Voted not in known:
+            vote(self.server, self.plan, self.fleet, self.budget, self.log)
+        self.hear_ledgers()
+
+    def measure_baselines(self) -> None:
+        """Measure what the federation is held against, where somebody can and no claim forbids it."""
+        study = self.study
+        public = study.privacy.scope == "run" and study.data.test_is_public  # trained and tested without noise
+        if self.plan.guarantee is not None and not public:
+            return
+        asked = study.monitor.baselines and study.monitor.evaluate_every and self.model == "federated"
+        if asked and self.parties.baselines:
+            self.parties.baselines.measure(self.plan, self.server, self.log)
+
+    def finish(self, reason: str, seconds: float) -> None:
+        """Tell how the run ended."""
+        recorded = self.log.events()
+        if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
+            reason = "some sites were left out of some rounds"
+        self.log.emit(
+            events.RunFinished(
+                status="incomplete" if reason else "complete",
+                rounds=self.server.round,
+                seconds=round(seconds, 3),
+                reason=reason,
+                privacy=self.budget.claim(),
+                spread=self.budget.spread(),
+            )
+        )
+
+    def write(self) -> Result:
+        """Write model, trail, claim and summary, and return what the run came to."""
+        summary, plan, folder = summarise(self.log.events()), self.plan, self.folder
+        kept = models.fixed(build_model(plan.study, plan.encoding))
+        if folder:
+            write_model(folder, self.server, plan, kept, summary["decision"])
+            if written := getattr(self.aggregation, "trail", None):
+                model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+                facts = {"rounds": self.server.round, "status": summary["status"], "model": model}
+                written.append("finished", facts)
+                summary["trail"] = {"entries": written.number, "head": written.head}
+            if plan.guarantee:
+                claim = claims.claim(plan, self.budget, self.told)
+                files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
+            files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
+        return Result(summary, self.study, plan.encoding, self.server.released_P, folder, kept)
+
+
+def _roll_back(gate: Rollback, before: Server, after: Server, log: Log) -> Server:
+    """Return the round's state, or the one before where the gate takes the round back."""
+    stands, was, now = gate.passes(before, after)
+    if stands:
+        return after
+    log.emit(events.RolledBack(after.round, was, now if math.isfinite(now) else None))
+    return dataclasses.replace(before, round=after.round)
+
+
+def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
+    """Tell what a run is, and what was `told` of its ranges and ledger before."""
+    study, training = plan.study, plan.study.training
+    machine: dict[str, str | int] = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+    log.emit(
+        events.RunStarted(
+            study=study.study.name,
+            purpose=study.study.purpose,
+            digest=study.digest(),
+            seed=study.study.seed,
+            rounds=training.rounds,
+            versions=versions(),
+            machine=machine,
+        )
+    )
+    log.emit(
+        events.Planned(
+            algorithm=training.algorithm,
+            model=study.model.name,
+            parameters=plan.parameters,
+            features=len(plan.encoding.names()),
+            message=plan.message,
+            path=plan.path,
+            sizes=plan.sizes,
+            labels=plan.label_counts,
+            privacy=plan.budget().claim(),
+            bytes_up=plan.bytes_up,
+            bytes_down=plan.bytes_down,
+            sees=who_sees(plan),
+            bears=bears(plan),
+            positive=plan.encoding.target.labels[1] if plan.encoding.target.task == "binary" else "",
+            threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
+            chosen=study.choices(),
+            learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
+            rate_chosen=plan.chosen.why() if plan.chosen else "",
+        )
+    )
+    for event in (*told, *map(events.Warned, [*plan.warnings, *_void_test(plan)])):
+        log.emit(event)
+
+
+def _void_test(plan: Plan) -> Iterator[str]:
+    """Yield that the test that held-out patients pay for will tell hardly anything, before anybody has paid."""
+    paid = paid_test(plan)
+    void = [f"{float(share):.0%}" for share, told in paid.intervals.items() if told is None] if paid else []
+    if paid and void:
+        yield (
+            f"the test that about {paid.held_out} held-out patients pay for (privacy.evaluation_epsilon="
+            f"{paid.epsilon:g}) will hardly tell anything where {some(void)} are positive: too much noise. Hold out "
+            "more, raise it, or test on public patients (data.test_is_public)"
+        )

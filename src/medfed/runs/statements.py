@@ -1,0 +1,68 @@
+"""What the sites tell of their ledgers, asked by the coordinator."""
+
+from collections.abc import Mapping
+
+from medfed.core import codec
+from medfed.core.checks import CodecError, LedgerError, SiteError
+from medfed.engine.port import Fleet, gather
+from medfed.monitor import events
+from medfed.plan import Plan
+from medfed.prepare import explain_failures
+from medfed.privacy.statement import Statement
+
+
+def ask_statements(
+    plan: Plan, fleet: Fleet, holds: str | Mapping[str, str] | None = None, whole: bool = True
+) -> dict[str, Statement]:
+    """Return what each site tells of its ledger; nothing of a site that pays from none.
+
+    `holds` are the heads that sites told before: each looks for its own in its ledger, and refuses where it is gone.
+    `whole` False asks for the head alone. Raises LedgerError with the reasons of those who refuse.
+    """
+    told, refused = hear_statements(plan, fleet, holds, whole)
+    if refused:
+        raise LedgerError(explain_failures(refused))
+    return told
+
+
+def hear_statements(
+    plan: Plan, fleet: Fleet, holds: str | Mapping[str, str] | None, whole: bool
+) -> tuple[dict[str, Statement], dict[str, str]]:
+    """Return the statements of those who give one, and of the others why not."""
+    if plan.guarantee is None or plan.guarantee.simulation_only:
+        return {}, {}
+    groups: dict[str | None, list[str]] = {}
+    for name in plan.participants:
+        groups.setdefault(holds.get(name) if isinstance(holds, Mapping) else holds, []).append(name)
+
+    told: dict[str, Statement] = {}
+    refused: dict[str, str] = {}
+    known: dict[bytes, Statement] = {}  # thousands may say the same
+    for head, names in groups.items():
+        payload = codec.encode({"holds": head, "whole": whole})
+        for name, reply in gather(fleet, names, "statement", payload, _PATIENCE).items():
+            try:
+                if reply.error:
+                    raise SiteError(reply.error)
+                if reply.payload not in known:
+                    known[reply.payload] = Statement.read(codec.decode(reply.payload)[0].get("statement"))
+                told[name] = known[reply.payload]
+            except (SiteError, CodecError) as error:
+                refused[name] = str(error)
+    return told, refused
+
+
+_PATIENCE = 600.0  # seconds; nothing is trained meanwhile
+
+
+def tell_founding(told: Mapping[str, Statement]) -> list[events.Event]:
+    """Say with which budget ledgers were founded by this run, as nobody has been asked."""
+    bounds = dict.fromkeys(one.founded for one in told.values() if one.founded)
+    return [
+        events.Warned(
+            f"the site's budget ledger was founded: no patient may spend more than epsilon {bound.epsilon:g} at "
+            f"delta {bound.delta:g} over all studies, ever. Its operator changes that: medfed privacy budget "
+            "--lifetime-epsilon E --operator NAME --reason TEXT"
+        )
+        for bound in bounds
+    ]
