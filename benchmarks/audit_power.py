@@ -5,7 +5,7 @@
 The control is the code as it is, which must stand. Each bug is then planted in the code that runs
 (tests/planted.py), a twin of breast-cancer of 10 rounds is prepared under it, and the exact parts and canaries judge
 it: told are the verdict of each, the least p-value among the tests of the noise, how far one patient moves the sum, and
-the seconds all three took. `one_holder_of_many` needs secure aggregation and is a test (tests/test_exact.py).
+the seconds all three took. `one_holder_of_many` needs secure aggregation and is a test (tests/evidence/test_exact.py).
 """
 
 import sys
@@ -22,9 +22,9 @@ import torch
 from common import table, write_result
 
 import medfed
-from medfed import audit, exact
+from medfed.evidence import audit, exact
+from medfed.evidence.twin import Twin
 from medfed.privacy.attack_statistics import Part
-from medfed.twin import Twin
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tests import planted

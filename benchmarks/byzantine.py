@@ -33,10 +33,10 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import medfed
-from medfed.building import build_model
 from medfed.data import sources
-from medfed.local import outputs
+from medfed.learn.local import outputs
 from medfed.monitor.events import Event, Inspected, RoundStarted
+from medfed.planning.building import build_model
 from medfed.robust.attacks import TRIGGER, liars
 from medfed.runs import PreparedData
 from medfed.study import Privacy, Robustness, Study

@@ -27,13 +27,13 @@ from peers import torch_loop
 from peers.torch_loop import make_data, make_mlp
 
 import medfed
-from medfed.algorithms import Server
-from medfed.building import build_model
 from medfed.core.flat import vector
 from medfed.data.federated import Rows, Stack
-from medfed.local import train
+from medfed.learn.algorithms import Server
+from medfed.learn.local import train
 from medfed.monitor.events import Log
-from medfed.round import run_round
+from medfed.planning.building import build_model
+from medfed.rounds.round import run_round
 
 HERE = Path(__file__).parent
 PFL = ("torch==2.13.0", "pfl==0.6.0")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from medfed import Study
     from medfed.data.federated import Rows
     from medfed.node.inprocess import InProcess
-    from medfed.plan import Plan
+    from medfed.planning.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,7 +82,7 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
     from medfed.data.encoding import Column, Encoding, Target
     from medfed.node.inprocess import InProcess
     from medfed.node.site import Site
-    from medfed.plan import build_model, make
+    from medfed.planning.plan import build_model, make
 
     study = study.set("security.aggregation", "plain")
     width = next(iter(rows.values()))[0].x.shape[1]

@@ -3,7 +3,7 @@
     MEDFED_DATA=... python benchmarks/defaults.py [--tables heart,rare-2] [--seeds 5] [--tiny]
 
 Every data set of MEDFED_DATA, the bundled studies and made-up tables (foreign.py), each at epsilon 8, 3, 1 and without
-privacy, all else left open: what the recipe (medfed.recipe) and the defaults without a claim choose. A seed changes
+privacy, all else left open: what the recipe (medfed.planning.recipe) and the defaults without a claim choose. A seed changes
 split, sites' shares, batches and noise. Beside it, at epsilon 1, the best of nine hand-set steps (rate and clip a
 quarter to four times the recipe's), which may look at the test figures: what tuning could gain at most.
 
@@ -27,8 +27,9 @@ from common import table, write_result
 from foreign import TEST, named
 
 import medfed
-from medfed import recipe, runs
+from medfed import runs
 from medfed.data import bundled, sources
+from medfed.planning import recipe
 from medfed.study import Study, from_tables
 
 EPSILONS = (math.inf, 8.0, 3.0, 1.0)

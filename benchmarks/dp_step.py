@@ -27,13 +27,13 @@ from common import absent, table, write_result
 from peers.opacus_step import CLIP, NOISE, RATE, SHAPES, make_batch, make_model, timed
 from torch import Tensor, nn
 
-from medfed import dpsgd
 from medfed.core.entropy import Entropy
 from medfed.core.flat import Layout, vector
-from medfed.dpsgd import Step, clip_factor
-from medfed.layers import RuledModel
-from medfed.local import loss_gradient
-from medfed.models import Series
+from medfed.learn import dpsgd
+from medfed.learn.dpsgd import Step, clip_factor
+from medfed.learn.layers import RuledModel
+from medfed.learn.local import loss_gradient
+from medfed.learn.zoo import Series
 from medfed.privacy.guarantee import GRID, discrete_gaussian
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ class ByRulesInFloat64(dpsgd._ByRules):
 def private(
     model: nn.Module, summed: dpsgd._Summed, x: Tensor, y: Tensor, noised: Callable[[Tensor], Tensor]
 ) -> Callable[[], object]:
-    """Our DP step, of the parts that `medfed.dpsgd.train` takes its steps with; sums are in units of the clip."""
+    """Our DP step, of the parts that `medfed.learn.dpsgd.train` takes its steps with; sums are in units of the clip."""
     w_1P = vector(model)[None].clone()
     weights = [piece for _, piece in Layout.of(model).pieces(w_1P)]
     slots = x.shape[:2]

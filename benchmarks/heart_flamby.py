@@ -31,8 +31,8 @@ from medfed.data.federated import Rows
 from medfed.monitor.events import Log
 from medfed.node.inprocess import InProcess
 from medfed.node.site import Site
-from medfed.plan import POOLED
-from medfed.round import run_round, test
+from medfed.planning.plan import POOLED
+from medfed.rounds.round import run_round, test
 
 NEEDS = ("data",)
 Settings = dict[str, Any]

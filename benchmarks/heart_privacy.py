@@ -21,7 +21,7 @@ from flamby_protocol import load
 import medfed
 from medfed.data.federated import Rows
 from medfed.monitor.events import Log
-from medfed.round import run_round, test
+from medfed.rounds.round import run_round, test
 from medfed.study import Study
 
 NEEDS = ("data",)

@@ -27,9 +27,9 @@ from medfed.data import sources
 from medfed.monitor.events import Event, Log, Planned, RoundFinished, Tested
 from medfed.node.inprocess import InProcess
 from medfed.node.site import Site
-from medfed.plan import Plan
-from medfed.prepare import prepare
-from medfed.round import test
+from medfed.planning.plan import Plan
+from medfed.rounds.prepare import prepare
+from medfed.rounds.round import test
 from medfed.runs import simulation
 from medfed.study import Study
 

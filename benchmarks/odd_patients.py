@@ -22,7 +22,7 @@ from common import table, write_result
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.test_odd_patients import CLIPPINGS, MODELS, TASKS, _case, moved
 
-from medfed.local import Path as LocalPath
+from medfed.learn.local import Path as LocalPath
 from medfed.privacy.guarantee import SLACK
 
 SHARES: dict[LocalPath, int] = {"rules": 240, "func": 12, "loop": 4}

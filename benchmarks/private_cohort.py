@@ -19,13 +19,13 @@ from common import bare_federation, table, without_privacy, write_result
 from peers.torch_loop import make_data
 
 import medfed
-from medfed import dpsgd
-from medfed.algorithms import Server
-from medfed.building import build_model
 from medfed.core.flat import vector
 from medfed.data.federated import Rows
+from medfed.learn import dpsgd
+from medfed.learn.algorithms import Server
 from medfed.monitor.events import Log
-from medfed.round import run_round
+from medfed.planning.building import build_model
+from medfed.rounds.round import run_round
 
 CLIENTS, PATIENTS, FEATURES = 1000, 100, 30
 COMMON: dict[str, Any] = {"model.name": "mlp", "model.options.hidden": [64, 32]}

@@ -14,8 +14,8 @@ import common
 import torch
 from common import table, write_result
 
-from medfed import models
-from medfed.probe import ROWS, probe
+from medfed.learn import zoo
+from medfed.learn.probe import ROWS, probe
 
 ASKED = 2.0
 SHAPES: dict[str, tuple[str, int, dict[str, object]]] = {
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, features, options = SHAPES[shape]
         x_BF = torch.randn(ROWS, features, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
         for private in (False, True):
-            model = models.build(name, features, 1, options, 0)
+            model = zoo.build(name, features, 1, options, 0)
             seconds = []
             for _ in range(repeats):
                 began = time.perf_counter()

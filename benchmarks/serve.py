@@ -23,8 +23,8 @@ from pathlib import Path
 import common
 import httpx
 
-from medfed.monitor import dashboards
 from medfed.monitor.events import Event, Planned, RoundFinished, RoundStarted, RunFinished, RunStarted, line
+from medfed.screens import dashboards
 
 TOKEN = "a-token-for-this-benchmark"
 SITES = [f"site {i:03d}" for i in range(100)]

@@ -27,11 +27,11 @@ import medfed
 from medfed import Study, runs
 from medfed.core.streams import patient_fraction
 from medfed.data.bundled import SOURCES
+from medfed.links.wire import JointNoise
 from medfed.privacy import accounting, factorisation
 from medfed.privacy.guarantee import Guarantee, resolve
 from medfed.privacy.privacy_events import Gaussian
 from medfed.study import from_tables
-from medfed.wire import JointNoise
 
 NEEDS = ("data",)
 DEVELOPMENT, KEY = 0.25, 20261123

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from medfed.core.checks import PlanError
-from medfed.models import Embedding, Series, _key_dropouts, seeded
-from medfed.probe import ROWS, probe
+from medfed.learn.probe import ROWS, probe
+from medfed.learn.zoo import Embedding, Series, _key_dropouts, seeded
 
 FEATURES = 16
 
@@ -107,7 +107,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "nn.Dropout": _between(nn.Dropout(0.3)),
     "Conv1d, pooling, Flatten": _signal(nn.Conv1d(2, 4, 3), nn.MaxPool1d(2), nn.AvgPool1d(1), width=12),
     "Unflatten, Conv2d, AdaptiveAvgPool2d(1)": _picture(nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), width=4),
-    "medfed.models.Embedding": lambda: nn.Sequential(Embedding(5, 2), nn.Flatten(), nn.Linear(32, 1)),
+    "medfed.learn.zoo.Embedding": lambda: nn.Sequential(Embedding(5, 2), nn.Flatten(), nn.Linear(32, 1)),
     "other activations (Softplus, PReLU, Softmax ...)": _between(nn.Softplus(), nn.PReLU(), nn.Softmax(-1)),
     "InstanceNorm1d without running statistics": _signal(nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), width=24),
     "grouped, dilated or transposed convolutions": _signal(nn.Conv1d(2, 4, 3, groups=2), width=24),

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from medfed import dpsgd, terms, wire
 from medfed.core.entropy import Entropy, Integers, expand
 from medfed.core.types import Task
 from medfed.data.federated import Patients
-from medfed.local import loss_gradient
+from medfed.learn import dpsgd
+from medfed.learn.local import loss_gradient
+from medfed.links import wire
 from medfed.node import work
+from medfed.planning import terms
 from medfed.privacy import guarantee, mechanisms
 
 Patch = pytest.MonkeyPatch

@@ -14,29 +14,29 @@ from torch import Tensor
 
 import medfed
 from medfed import runs
-from medfed.algorithms import ALGORITHMS, Algorithm, Memory, Server, Task
 from medfed.core import codec, extensions
 from medfed.core.checks import MedfedError, PlanError, SiteError
 from medfed.data.federated import Rows
 from medfed.engine.port import Fleet, Reply, gather
 from medfed.fleet.selection import SELECTORS, Profile, Selector
-from medfed.learners import LEARNERS, Learner, Shape, Work
-from medfed.local import Correction, LocalResult
+from medfed.learn.algorithms import ALGORITHMS, Algorithm, Memory, Server, Task
+from medfed.learn.learners import LEARNERS, Learner, Shape, Work
+from medfed.learn.local import Correction, LocalResult
+from medfed.links.wire import LINKS, PLAIN, Link, Remembered, combine, decode, send_remembering, sent_as
 from medfed.monitor.events import Log, Planned, RoundFinished, RoundStarted, SiteExcluded, read
 from medfed.node.inprocess import InProcess
 from medfed.node.site import OPS, Site
-from medfed.plan import Plan
+from medfed.planning.plan import Plan
 from medfed.privacy import guarantee
 from medfed.robust.rules import ALONE, GramRule, rule_of
-from medfed.round import run_round
+from medfed.rounds.plain import Plain, read_rows
+from medfed.rounds.round import run_round
+from medfed.rounds.way import RoundRows
 from medfed.runs import Result
 from medfed.study import Study, Training
-from medfed.ways.plain import Plain, read_rows
-from medfed.ways.way import RoundRows
-from medfed.wire import LINKS, PLAIN, Link, Remembered, combine, decode, send_remembering, sent_as
+from tests.learn.test_algorithms import FULL_BATCH, SIZES, TABLES, Federation, _linear, _of, _optimum, _quadratic
+from tests.rounds.test_reference import agree, refused, study_of
 from tests.tables import PRIVATE, STUDY, write_study
-from tests.test_algorithms import FULL_BATCH, SIZES, TABLES, Federation, _linear, _of, _optimum, _quadratic
-from tests.test_reference import agree, refused, study_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -394,7 +394,7 @@ def test_an_added_operation_is_asked_in_a_whole_study(tmp_path: Path, monkeypatc
             return super().open(plan, fleet, clients, number, payload)
 
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("monitor.baselines", False)
-    monkeypatch.setattr("medfed.aggregation.PLAIN", Asking())
+    monkeypatch.setattr("medfed.rounds.aggregation.PLAIN", Asking())
     asked = medfed.simulate(study)
     assert asked.complete and len(told) >= 3 and all(told.values())
     monkeypatch.undo()
@@ -481,7 +481,7 @@ def test_an_installed_package_adds_what_its_entry_point_imports(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(LINKS, "there before", Largest())  # so that what is imported here goes away again
-    (tmp_path / "added_link.py").write_text("from medfed.wire import LINKS, Link\nLINKS['nothing'] = Link()\n", "utf-8")
+    (tmp_path / "added_link.py").write_text("from medfed.links.wire import LINKS, Link\nLINKS['nothing'] = Link()\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     entry = EntryPoint("mine", "added_link", extensions.GROUP)
     monkeypatch.setattr(extensions, "entry_points", lambda group: [entry])

@@ -13,7 +13,7 @@ from tests.conftest import _need
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-ELSEWHERE = {"audit_power": "tests/test_exact.py::test_the_benchmark_of_power_runs"}
+ELSEWHERE = {"audit_power": "tests/evidence/test_exact.py::test_the_benchmark_of_power_runs"}
 """Benchmarks whose tiny run another test holds to what it must find."""
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(" in path.read_text())

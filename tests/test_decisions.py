@@ -14,8 +14,8 @@ import medfed
 from medfed import runs
 from medfed.core.checks import PlanError, StudyError
 from medfed.monitor import events
-from medfed.monitor.console import Progressing, decision_lines
 from medfed.monitor.events import Tested as ModelTested
+from medfed.screens.console import Progressing, decision_lines
 from medfed.study import Study
 from tests.tables import invented, write_study
 

@@ -15,19 +15,20 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import runs, wire
+from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, RunError, SiteError
 from medfed.data.site_table import SiteTable
+from medfed.links import wire
 from medfed.monitor import events
 from medfed.node.inprocess import InProcess
 from medfed.node.site import Site, handle_many
-from medfed.plan import Plan
-from medfed.prepare import enrol, prepare
+from medfed.planning.plan import Plan
 from medfed.privacy.accounting import calibrate
 from medfed.privacy.guarantee import GRID
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.privacy_events import Gaussian
+from medfed.rounds.prepare import enrol, prepare
 from medfed.study import Study
 from tests.tables import PRIVATE, invented, plain, write_study
 

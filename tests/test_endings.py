@@ -285,7 +285,7 @@ def test_without_a_home_nothing_is_downloaded_into_a_folder_called_tilde(
 
 BE_NOBODY = """
 import getpass, os, pwd, sys
-import medfed.monitor.console, medfed.runs  # where Python itself is closed to others, nothing can be imported later
+import medfed.screens.console, medfed.runs  # where Python itself is closed to others, nothing can be imported later
 from medfed import cli
 os.setgroups([])
 os.setgid(54321)

@@ -20,7 +20,8 @@ import pytest
 import typer.main
 
 import medfed
-from medfed import cli, federation, runs
+from medfed import cli, runs
+from medfed.compliance import consortium
 from medfed.core.checks import MedfedError
 from medfed.runs import drive
 from medfed.secure import key_files
@@ -147,7 +148,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 cli.main()
             said[words] = out.getvalue()
         prints = {name: said[f"key new {name}"].split("fingerprint ")[1].strip() for name in ("west", "south")}
-        federation.approve(
+        consortium.approve(
             Path("members"),
             key_files.load(Path(KEY)),
             json.loads(Path("asked-south.json").read_text()),
@@ -223,7 +224,7 @@ def stay_whole(place: Path, whole: Path) -> None:
         if not _same(name, place, whole):
             runs.ledger_accounts(place / name)
     if not _same("members", place, whole):
-        federation.read(place / "members")
+        consortium.read(place / "members")
     if not _same("stopped", place, whole):
         assert medfed.resume(place / "stopped").complete
         model = (place / "stopped" / "model.safetensors").read_bytes()

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import medfed
 from medfed.cli import app
-from medfed.monitor.dashboards import PAGES, write_pages
-from medfed.monitor.story import Story
+from medfed.screens.dashboards import PAGES, write_pages
+from medfed.screens.story import Story
 from medfed.study import Study
 from tests.tables import PRIVATE, invented
 from tests.wide_tables import write

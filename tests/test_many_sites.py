@@ -21,7 +21,7 @@ from medfed.data.tables import clean_all
 from medfed.node import setup
 from medfed.node.inprocess import InProcess
 from medfed.node.site import Site, handle_many
-from medfed.prepare import prepare
+from medfed.rounds.prepare import prepare
 from medfed.study import Data, Study
 from tests.tables import PRIVATE, STUDY, invented, plain, write_study
 

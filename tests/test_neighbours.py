@@ -24,17 +24,18 @@ import pytest
 import torch
 
 import medfed
-from medfed import cli, dpsgd, runs
+from medfed import cli, runs
 from medfed.compliance import trail
 from medfed.core import codec, entropy
 from medfed.core.checks import MedfedError
 from medfed.data import raw_columns, sources, surveys, tables
 from medfed.data.frames import Frames
+from medfed.learn import dpsgd
 from medfed.monitor import events
 from medfed.node import evaluation
 from medfed.node.inprocess import InProcess
-from medfed.prepare import prepare
 from medfed.privacy import ledger_file
+from medfed.rounds.prepare import prepare
 from medfed.runs import simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medfed import dpsgd, models
 from medfed.core.flat import vector
 from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows
-from medfed.local import Path
-from medfed.models import Dropout, Embedding, Series
+from medfed.learn import dpsgd, zoo
+from medfed.learn.local import Path
+from medfed.learn.zoo import Dropout, Embedding, Series
 from medfed.privacy import odd_patients
 from medfed.privacy.guarantee import SLACK, Guarantee, Release
 
@@ -27,7 +27,7 @@ TASKS: tuple[Task, ...] = ("binary", "multiclass", "regression")
 
 
 def _wide(f: int, o: int) -> nn.Module:
-    return models.mlp(f, o, (48, 40))
+    return zoo.mlp(f, o, (48, 40))
 
 
 def _tokens(f: int, o: int) -> nn.Module:
@@ -46,13 +46,13 @@ def _words(f: int, o: int) -> nn.Module:
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "logistic": models.logistic,
-    "mlp": models.mlp,
+    "logistic": zoo.logistic,
+    "mlp": zoo.mlp,
     "wide": _wide,
     "no bias": lambda f, o: nn.Sequential(nn.Linear(f, 30, bias=False), nn.SiLU(), nn.Linear(30, o, bias=False)),
-    "layer norm": lambda f, o: models.medical_mlp(f, o, (24, 16)),
-    "group norm": lambda f, o: models.mlp(f, o, (16, 16), 0.2, "group"),
-    "conv1d": lambda f, o: models.conv1d(f, o, 2, (4, 8), 3),
+    "layer norm": lambda f, o: zoo.medical_mlp(f, o, (24, 16)),
+    "group norm": lambda f, o: zoo.mlp(f, o, (16, 16), 0.2, "group"),
+    "conv1d": lambda f, o: zoo.conv1d(f, o, 2, (4, 8), 3),
     "tokens": _tokens,
     "images": _images,
     "words": _words,
@@ -112,7 +112,7 @@ def _rows(people: list[odd_patients.Records], task: Task, first: int) -> Rows:
 
 def _case(name: str, task: Task, seed: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(seed)
-    model = models._key_dropouts(MODELS[name](FEATURES, 3 if task == "multiclass" else 1))
+    model = zoo._key_dropouts(MODELS[name](FEATURES, 3 if task == "multiclass" else 1))
     w_P = vector(model)
     return model, w_P + float(torch.rand(()) * 2) * torch.randn(len(w_P))
 
@@ -188,7 +188,7 @@ def test_a_site_has_the_same_bits_alone_and_in_a_stack(name: str) -> None:
     """Which sites share a chunk follows from true sizes, so it must not matter."""
     for features in (8, 30) if name != "tokens" else (8,):
         torch.manual_seed(1)
-        model = models._key_dropouts(MODELS[name](features, 1))
+        model = zoo._key_dropouts(MODELS[name](features, 1))
         w_P = vector(model) + torch.randn(len(vector(model)))
         rng = np.random.default_rng(2)
         people = []

@@ -20,22 +20,25 @@ from rich.console import Console
 from scipy import stats
 
 import medfed
-from medfed import checkpoints, dpsgd, models, runs
+from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import BudgetError, MedfedError, PlanError, SiteError
 from medfed.core.flat import fingerprint
-from medfed.monitor import console, events
-from medfed.monitor.dashboards import write_dashboards
+from medfed.learn import dpsgd, zoo
+from medfed.monitor import events
 from medfed.monitor.events import Event, RoundFinished
 from medfed.node import site, work
 from medfed.node.inprocess import InProcess
-from medfed.plan import Plan
-from medfed.prepare import prepare
+from medfed.planning.plan import Plan
 from medfed.privacy.guarantee import GRID, SLACK
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.site_ledger import SiteLedger
+from medfed.rounds import checkpoints
+from medfed.rounds.prepare import prepare
 from medfed.runs import drive, execute
+from medfed.screens import console
+from medfed.screens.dashboards import write_dashboards
 from medfed.study import Study
 from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
@@ -699,7 +702,7 @@ def test_the_coordinator_does_not_choose_the_clip(study: Study, clip: float | No
     def answer(kind: str, header: dict[str, Any]) -> dict[str, torch.Tensor]:
         node = _prepared(study.set("privacy.clipping", kind))[0]
         node.account = None
-        w_P = {"w": torch.zeros(models.count(node.model))}
+        w_P = {"w": torch.zeros(zoo.count(node.model))}
         return codec.decode(node.handle("work", codec.encode({"round": 1, **header}, w_P)))[1]
 
     for kind in ("fixed", "automatic"):

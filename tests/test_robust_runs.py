@@ -10,11 +10,11 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import terms as agreed
 from medfed.core.checks import MedfedError, PlanError, StudyError
 from medfed.node.inprocess import InProcess
-from medfed.prepare import prepare
+from medfed.planning import terms as agreed
 from medfed.privacy.guarantee import resolve
+from medfed.rounds.prepare import prepare
 from medfed.runs import open_sites
 from medfed.secure.three_party import SharingTerms
 from medfed.study import Privacy, Study

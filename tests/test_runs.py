@@ -19,11 +19,12 @@ import safetensors.torch
 import torch
 
 import medfed
-from medfed import checkpoints, runs
+from medfed import runs
 from medfed.core import checks, files
 from medfed.monitor import events
 from medfed.monitor.events import Event, Resumed
 from medfed.monitor.summary import summarise
+from medfed.rounds import checkpoints
 from medfed.runs import execute
 from medfed.study import Study
 from tests.tables import SITES, STUDY, invented, plain, write_study

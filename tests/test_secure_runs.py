@@ -13,16 +13,17 @@ import torch
 from scipy import stats
 
 import medfed
-from medfed import runs, terms
+from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
+from medfed.links.wire import NoiseShare, noise_share
 from medfed.node import site
 from medfed.node.inprocess import InProcess
-from medfed.prepare import prepare
+from medfed.planning import terms
+from medfed.planning.resolved import holders, threshold
 from medfed.privacy.guarantee import GRID, resolve
-from medfed.resolved import holders, threshold
+from medfed.rounds.prepare import prepare
 from medfed.study import Study
-from medfed.wire import NoiseShare, noise_share
 from tests.tables import PRIVATE, SITES, STUDY, invented, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")

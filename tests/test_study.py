@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.core.checks import StudyError
-from medfed.objections import check
+from medfed.planning.objections import check
 from medfed.study import Feature, Study, bundled, from_tables, load, names_a_folder, parse_value
 
 

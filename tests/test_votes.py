@@ -14,20 +14,21 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import medfed
-from medfed import own_model, recipe, runs
+from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import BudgetError, PlanError, SiteError, StudyError
 from medfed.core.flat import vector
 from medfed.monitor import events, verdict
 from medfed.monitor.metrics import Figure
-from medfed.node import queries
+from medfed.node import own_model, queries
 from medfed.node import site as sites_
 from medfed.node.site import Site, handle_many
-from medfed.prepare import enrol
+from medfed.planning import recipe
 from medfed.privacy import guarantee
 from medfed.privacy.claim_refusals import vote_tells
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.site_ledger import SiteLedger
+from medfed.rounds.prepare import enrol
 from medfed.runs import drive, simulation
 from medfed.study import Study
 from tests.tables import STUDY, write_study

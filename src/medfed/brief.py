@@ -18,23 +18,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medfed import compare, dpsgd, models, runs, study
+from medfed import runs, study
 from medfed.core import codec
 from medfed.core.checks import PlanError, StudyError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.data.names import create_medical_device_names
 from medfed.engine.port import gather
-from medfed.monitor import dashboards, events, flat_logs
+from medfed.evidence import compare
+from medfed.learn import dpsgd, zoo
+from medfed.monitor import events
 from medfed.monitor.events import SecurityAudit
-from medfed.prepare import prepare
 from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
 from medfed.privacy.guarantee import GRID, discrete_gaussian
 from medfed.privacy.mechanisms import grid_sensitivity, round_to_grid
 from medfed.privacy.privacy_events import Gaussian
-from medfed.ranges import refuse_unfound
 from medfed.robust import detection, reputation, rules
 from medfed.robust.reputation import ThreatLevel
+from medfed.rounds.prepare import prepare
+from medfed.rounds.ranges import refuse_unfound
 from medfed.runs import Result, claims
+from medfed.screens import dashboards, flat_logs
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
 from medfed.study import Privacy, Robustness, Security, Study
@@ -67,7 +70,7 @@ __all__ = [
 ]
 
 # Functions that do under the brief's name what the house calls plainly.
-MedicalNeuralNetwork = models.medical_mlp
+MedicalNeuralNetwork = zoo.medical_mlp
 adaptive_gradient_clipping = dpsgd.clip_factor
 compare_federated_algorithms = compare.compare
 create_interactive_dashboards = dashboards.write_dashboards

@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
-from medfed import fix, recipe, runs
+from medfed import runs
 from medfed.core.checks import DataError, MedfedError, PlanError
 from medfed.core.streams import Streams
 from medfed.data import mapping, sources
+from medfed.data.features import features_of
 from medfed.data.frames import number_rows
 from medfed.data.headers import feature_names, misnamed
 from medfed.data.site_table import SiteTable
 from medfed.data.tables import clean
-from medfed.features import features_of
+from medfed.planning import fix, recipe
 from medfed.study import Data, Feature, load
 
 COLUMNS = ["lab_crp", "lab_k", "note", "sex", "age", "y", "site"]

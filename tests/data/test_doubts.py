@@ -17,7 +17,7 @@ from medfed.core.checks import DataError
 from medfed.data import mapping, numerals, site_doubts, survey_doubts
 from medfed.data import units as measures
 from medfed.data.doubts import HARMS, Doubt
-from medfed.prepare import ask_surveys
+from medfed.rounds.prepare import ask_surveys
 from medfed.study import Data, Feature, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")

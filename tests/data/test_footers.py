@@ -9,11 +9,12 @@ from tests.tables import PRIVATE, STUDY, invented, real_tables, write_study
 from tests.test_cli import medfed as command
 
 import medfed
-from medfed import draft, runs
+from medfed import runs
 from medfed import study as studies
 from medfed.core.checks import DataError
 from medfed.data import footers, survey_doubts
 from medfed.data.doubts import Doubt
+from medfed.evidence import draft
 from medfed.study import Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")

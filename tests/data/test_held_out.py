@@ -11,7 +11,7 @@ from tests.tables import PRIVATE, STUDY, invented, write_study
 
 from medfed import runs
 from medfed.core.checks import DataError
-from medfed.monitor.dashboards import write_report
+from medfed.screens.dashboards import write_report
 from medfed.study import Study, load
 
 

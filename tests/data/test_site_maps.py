@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tables import PRIVATE, STUDY, invented, write_study
 
-from medfed import fix, runs
+from medfed import runs
 from medfed.core.checks import DataError, MedfedError, RunError, StudyError
 from medfed.data import site_maps, sources, survey_doubts
 from medfed.data.site_maps import set_point
+from medfed.planning import fix
 from medfed.study import Data, Study, load
 
 MAP = """

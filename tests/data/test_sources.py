@@ -16,7 +16,7 @@ from medfed import load_and_prepare_medical_data
 from medfed.core.checks import DataError, PlanError, StudyError
 from medfed.data import bundled, sources
 from medfed.data.bundled import AREA_X_CONCAVE, HEART_FILES, RADIUS_X_TEXTURE, SOURCES, THYROID_FILES, THYROID_TABLE
-from medfed.plan import make
+from medfed.planning.plan import make
 from medfed.runs import open_sites, survey
 from medfed.study import Study, from_tables, load
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import medfed
-from medfed.algorithms import Server
 from medfed.core import codec
 from medfed.core.checks import QuorumError
 from medfed.engine.port import Fleet, Reply
+from medfed.learn.algorithms import Server
 from medfed.monitor.events import Log, RoundFinished, SiteExcluded
 from medfed.node.inprocess import InProcess
 from medfed.node.site import Site, handle_many
-from medfed.plan import Plan
-from medfed.prepare import prepare
-from medfed.round import run_round
-from medfed.round import test as run_test
+from medfed.planning.plan import Plan
+from medfed.rounds.prepare import prepare
+from medfed.rounds.round import run_round
+from medfed.rounds.round import test as run_test
 from medfed.runs import open_sites
 from medfed.study import Study
 from tests.engine.pipes import Pipes

@@ -22,7 +22,7 @@ from medfed.core.types import Task
 from medfed.monitor import metrics
 from medfed.monitor.metrics import CLASS_METRICS, NUMBER_METRICS, Figure, Scores, macro, measure
 from medfed.study import Fleet, Privacy
-from tests.monitor import bootstrap
+from tests.screens import bootstrap
 
 
 def _binary(n: int, seed: int = 0, gap: float = 1.0) -> tuple[Tensor, Tensor]:

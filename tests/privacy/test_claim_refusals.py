@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.core.checks import PlanError
-from medfed.objections import check
+from medfed.planning.objections import check
 from medfed.privacy import claim_refusals
 from medfed.study import Study, from_tables
 

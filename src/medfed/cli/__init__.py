@@ -89,7 +89,8 @@ def run(
     log: LogForm = None,
 ) -> None:
     """Run a study: train, test, and leave a run folder."""
-    from medfed import fix, runs
+    from medfed import runs
+    from medfed.planning import fix
 
     console = _console(quiet or as_json)
     loaded = fix.load(study, set)
@@ -112,9 +113,9 @@ def resume(
 def show(run: RunFolder, as_json: AsJson = False) -> None:
     """Show what a run came to, finished or not, from its events."""
     from medfed.core.checks import RunError
-    from medfed.monitor import console as view
     from medfed.monitor import events, summary
-    from medfed.monitor.sentences import merge_alike
+    from medfed.screens import console as view
+    from medfed.screens.sentences import merge_alike
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -153,9 +154,9 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds that it is broken."""
-    from medfed import audit as audits
-    from medfed import fix
     from medfed.core.checks import RunError
+    from medfed.evidence import audit as audits
+    from medfed.planning import fix
 
     console = _console(as_json)
     if Path(target).is_dir() and set:
@@ -225,8 +226,9 @@ def trail_verify(
 @privacy_app.command("plan")
 def privacy_plan(study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False) -> None:  # noqa: B006
     """Say before training what noise the target asks for, and what signal can be left."""
-    from medfed import fix, runs
-    from medfed.monitor.console import outlook
+    from medfed import runs
+    from medfed.planning import fix
+    from medfed.screens.console import outlook
 
     found = runs.privacy_outlook(fix.load(study, set), data)
     if as_json:
@@ -254,7 +256,7 @@ def privacy_ledger(
     whose heads the run was told.
     """
     from medfed import runs
-    from medfed.monitor.console import accounts, lifetime
+    from medfed.screens.console import accounts, lifetime
 
     found = runs.ledger_accounts(ledger, delta, check_head)
     if as_json:
@@ -272,8 +274,8 @@ def privacy_claim(
     as_json: AsJson = False,
 ) -> None:
     """Show what a finished run guarantees to a patient, in words and numbers a reviewer can check."""
-    from medfed.monitor.console import claim
     from medfed.runs import claims
+    from medfed.screens.console import claim
 
     found = claims.read(run)
     if report:
@@ -288,10 +290,10 @@ def privacy_claim(
 
 def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], None]]:
     """Show progress, or lines for a collector of logs; else only what went wrong. The latter two on standard error."""
-    from medfed.monitor.console import Progressing, Warnings
+    from medfed.screens.console import Progressing, Warnings
 
     if log:
-        from medfed.monitor.sentences import Structured
+        from medfed.screens.sentences import Structured
 
         return [Structured(sys.stderr, log)]
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
@@ -299,7 +301,7 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
 
 def _finish(result: Any, console: Console, as_json: bool) -> None:
     """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
-    from medfed.monitor.console import decision_lines, results, suspects, tell_findings
+    from medfed.screens.console import decision_lines, results, suspects, tell_findings
 
     tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
     if as_json:

@@ -10,7 +10,7 @@ from rich.table import Table
 from medfed.cli.common import AsJson, DataFolder, RunFolder, console
 
 if TYPE_CHECKING:
-    from medfed.alone import Alone
+    from medfed.evidence.alone import Alone
     from medfed.monitor.metrics import Figure
 
 
@@ -24,7 +24,7 @@ def alone(
 
     No claim covers what is printed: it follows from the site's records without noise. Nothing is written or sent.
     """
-    from medfed.alone import compare
+    from medfed.evidence.alone import compare
 
     found = compare(run, site, data)
     if as_json:

@@ -12,7 +12,7 @@ from rich.table import Table
 from medfed.cli.common import AsJson, DataFolder, Settings, StudyName, console
 
 if TYPE_CHECKING:
-    from medfed.compare import Comparison
+    from medfed.evidence.compare import Comparison
 
 
 def compare(
@@ -29,10 +29,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train algorithms on the same splits and first weights, seed by seed, and say which differences are not chance."""
-    from medfed import fix
-    from medfed.compare import compare as compared
     from medfed.core import files
-    from medfed.monitor.reports import comparison_page
+    from medfed.evidence.compare import compare as compared
+    from medfed.planning import fix
+    from medfed.screens.reports import comparison_page
 
     asked = fix.load(study, settings)
     found = compared(asked, algorithms.split(","), seeds, noise, data, workers or os.cpu_count() or 1)

@@ -15,7 +15,7 @@ from medfed.cli.ending import INCOMPLETE
 
 if TYPE_CHECKING:
     from medfed.data.doubts import Doubt
-    from medfed.draft import Draft
+    from medfed.evidence.draft import Draft
     from medfed.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
@@ -67,11 +67,12 @@ def data_show(
 
     Exit code 1 where the study that is written cannot run as it is, but for its blanks.
     """
-    from medfed import draft, runs
+    from medfed import runs
     from medfed import study as studies
     from medfed.core import files
     from medfed.core.checks import StudyError
     from medfed.data import describe, survey_doubts
+    from medfed.evidence import draft
 
     surveys = None
     if draft.is_table(study):
@@ -113,7 +114,7 @@ def _show(loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", ev
 
 def _draft(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
     """Make a study of a table; return it, or None where something has to be said first."""
-    from medfed import draft
+    from medfed.evidence import draft
 
     out = write or Path("study.toml")
     made = draft.draft(Path(table), out, settings)

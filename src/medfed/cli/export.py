@@ -21,7 +21,7 @@ def export(
     Prometheus reads /metrics of `medfed serve`. No device and no patient is named anywhere.
     """
     from medfed.core.checks import ExportError
-    from medfed.monitor import exporters
+    from medfed.screens import exporters
 
     if not (tensorboard or mlflow or otlp):
         raise ExportError("nothing to export to; give --tensorboard FOLDER, --mlflow URI or --otlp URL")

@@ -25,8 +25,8 @@ def key_new(
     """Make a party's keys, at the party, under MEDFED_PASSPHRASE or what is typed; the file never leaves it."""
     from urllib.parse import quote
 
+    from medfed.compliance.consortium import ROLES
     from medfed.core.checks import KeyFileError
-    from medfed.federation import ROLES
     from medfed.secure import key_files
     from medfed.secure.identity import Identity
 
@@ -56,13 +56,13 @@ def key_request(
     replaces: Annotated[Path | None, typer.Option(help="The key file that this one takes the place of.")] = None,
 ) -> None:
     """Write an enrolment request: public keys, signed. Send it to the consortium, and tell it the fingerprint."""
-    from medfed import federation
+    from medfed.compliance import consortium
     from medfed.core import files
     from medfed.secure import key_files
 
     word = passphrase()
     party = key_files.load(file, word)
-    asked = federation.request(party, key_files.load(replaces, word) if replaces else None)
+    asked = consortium.request(party, key_files.load(replaces, word) if replaces else None)
     files.write(out, json.dumps(asked, indent=2) + "\n")
     console().print(f"{out}\nfingerprint {party.public.fingerprint}", highlight=False, markup=False)
 
@@ -70,11 +70,11 @@ def key_request(
 @federation_app.command("new")
 def federation_new(folder: Consortium, key: Signer) -> None:
     """Begin a consortium's list of members."""
-    from medfed import federation
+    from medfed.compliance import consortium
     from medfed.secure import key_files
 
     authority = key_files.load(key, passphrase())
-    federation.begin(folder, authority)
+    consortium.begin(folder, authority)
     console().print(
         f"{folder}: members must check this fingerprint over another channel\n{authority.public.fingerprint}",
         highlight=False,
@@ -90,7 +90,7 @@ def federation_approve(
     fingerprint: Annotated[str, typer.Option(help="What the party told as its fingerprint.")],
 ) -> None:
     """Enrol a party whose fingerprint is what it told, or replace its keys."""
-    from medfed import federation
+    from medfed.compliance import consortium
     from medfed.core.checks import SignatureError
     from medfed.secure import key_files
 
@@ -100,7 +100,7 @@ def federation_approve(
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
         raise SignatureError(f"{request} is no enrolment request ({error}); ask for another") from error
-    member = federation.approve(folder, key_files.load(key, passphrase()), asked, fingerprint)
+    member = consortium.approve(folder, key_files.load(key, passphrase()), asked, fingerprint)
     console().print(f"enrolled {member.role} {member.name}  {member.fingerprint}", highlight=False, markup=False)
 
 
@@ -112,10 +112,10 @@ def federation_revoke(
     reason: Annotated[str, typer.Option(help="Why; it stays on the list.")],
 ) -> None:
     """Revoke a member: from now on its messages count nowhere."""
-    from medfed import federation
+    from medfed.compliance import consortium
     from medfed.secure import key_files
 
-    federation.revoke(folder, key_files.load(key, passphrase()), name, reason)
+    consortium.revoke(folder, key_files.load(key, passphrase()), name, reason)
     console().print(f"revoked {name}", highlight=False, markup=False)
 
 
@@ -125,9 +125,9 @@ def federation_show(folder: Consortium, as_json: AsJson = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from medfed import federation
+    from medfed.compliance import consortium
 
-    found = federation.read(folder)
+    found = consortium.read(folder)
     if as_json:
         members = {name: {"role": one.role, "fingerprint": one.fingerprint} for name, one in found.roster.items()}
         revoked = sorted(found.roster.revoked)

@@ -15,8 +15,8 @@ def report(
 ) -> None:
     """Write a run's four pages and a report of them all for printing; each opens in a browser without a network."""
     from medfed.core.checks import advising
-    from medfed.monitor import dashboards, flat_logs
-    from medfed.monitor.story import Story
+    from medfed.screens import dashboards, flat_logs
+    from medfed.screens.story import Story
 
     story, place = Story.of(run), out or run / "reports"
     with advising("Nothing else was changed." if out else "Or name a folder of yours by --out."):

@@ -24,7 +24,7 @@ def serve(
     The address that is printed holds a token; without it nothing is shown. MEDFED_TOKEN sets it (20 characters or
     more), as a scraper of /metrics needs.
     """
-    from medfed.monitor import serve as server
+    from medfed.screens import serve as server
 
     def ready(address: str) -> None:
         console().print(f"open {address}", highlight=False, markup=False, soft_wrap=True)

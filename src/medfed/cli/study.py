@@ -20,7 +20,7 @@ def check(study: StudyName, set: Settings = []) -> None:  # noqa: B006
 
     Sites and cells are looked at by `medfed data show`, and by a run before it trains.
     """
-    from medfed import fix as fixes
+    from medfed.planning import fix as fixes
 
     name = fixes.check(study, set).study.name
     console().print(f"{name}: nothing stands against it", highlight=False, markup=False)
@@ -47,7 +47,7 @@ def fix(
     A blank (range = [], categories = [], a size of 0) is refused until it is filled in. Columns are named from the
     table's header; no record is read but by --from-data. Comments of the file are not kept.
     """
-    from medfed import fix as fixes
+    from medfed.planning import fix as fixes
 
     fixed = fixes.fix(study, set, data, from_data, out)
     if out:

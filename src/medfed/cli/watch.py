@@ -13,8 +13,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show what is there, and end.")] = False,
 ) -> None:
     """Show a run's rounds as they happen, until it ends; Ctrl-C ends the watching, not the run."""
-    from medfed.monitor.console import Progressing
-    from medfed.monitor.live import follow
+    from medfed.screens.console import Progressing
+    from medfed.screens.live import follow
 
     shown = Progressing(console())
     try:

@@ -9,7 +9,7 @@ from medfed.core import toml
 from medfed.core.checks import DataError, closest, nearest, some
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
 from medfed.data import units
-from medfed.features import features_of, matching, no_features
+from medfed.data.features import features_of, matching, no_features
 from medfed.study import KINDS, Data, Feature, is_pattern
 
 _MOST_MISNAMED = 10  # columns that are looked up one by one for a name that they may mean

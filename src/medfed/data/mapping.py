@@ -20,9 +20,9 @@ from medfed.core.checks import DataError, PlanError, StudyError, nearest, some, 
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates, numerals
 from medfed.data.doubts import NO, YES, quotable
+from medfed.data.features import features_of, limit_columns
 from medfed.data.partition import id_texts
 from medfed.data.raw_columns import canonical
-from medfed.features import features_of, limit_columns
 from medfed.study import KINDS, Data, Feature
 
 logger = logging.getLogger(__name__)  # a site's own log: it may quote rows

@@ -22,7 +22,7 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data.answers import from_word
 from medfed.data.declared import declared_range
 from medfed.data.encoding import Column, Encoding, Target
-from medfed.features import features_of
+from medfed.data.features import features_of
 from medfed.study import RANGE, Data, Feature
 
 Ask = Callable[[str, dict[str, Any], dict[str, Tensor]], Tensor]

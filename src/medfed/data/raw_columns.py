@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from medfed.core import quotes, toml
 from medfed.core.checks import DataError, some
 from medfed.data import dates, doubts, numerals
+from medfed.data.features import features_of
 from medfed.data.frames import Frames
-from medfed.features import features_of
 from medfed.study import KINDS, Data, Feature
 
 _MOST_CATEGORIES = 64  # a text column with more is taken for free text or an identifier

@@ -17,8 +17,8 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.data import mapping, units
 from medfed.data.doubts import fold, quotable
 from medfed.data.encoding import Column, Encoding
+from medfed.data.features import limit_columns
 from medfed.data.raw_columns import canonical
-from medfed.features import limit_columns
 from medfed.study import Data, Feature
 
 Unseen = Literal["missing", "refuse"]

@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from medfed.algorithms import ALGORITHMS
 from medfed.core import codec
 from medfed.core.checks import SiteError
 from medfed.core.entropy import Entropy
-from medfed.local import outputs
+from medfed.learn.algorithms import ALGORITHMS
+from medfed.learn.local import outputs
 from medfed.monitor.per_site import scores_each
+from medfed.node.own_model import errs_less
 from medfed.node.queries import one_each, read_edges, tally
 from medfed.node.site import Answer, Header, Site, operation, table_of
-from medfed.own_model import errs_less
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.mechanisms import geometric_noise
 

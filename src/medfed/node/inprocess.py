@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from medfed.core.checks import SiteError
 from medfed.engine.port import Reply
 from medfed.node.site import Site, handle_many
-from medfed.plan import POOLED
+from medfed.planning.plan import POOLED
 
 
 class InProcess:

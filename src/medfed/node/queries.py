@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfed.algorithms import ALGORITHMS
 from medfed.core import codec, decision
 from medfed.core.checks import SiteError
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
+from medfed.data.features import open_columns
 from medfed.data.federated import Rows
 from medfed.data.site_table import SiteTable
-from medfed.features import open_columns
-from medfed.local import outputs
+from medfed.learn.algorithms import ALGORITHMS
+from medfed.learn.local import outputs
+from medfed.node.own_model import errs_less, train_own
 from medfed.node.site import Answer, Header, Site, operation, table_of
-from medfed.own_model import errs_less, train_own
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import quantiles
 from medfed.privacy.guarantee import Guarantee

@@ -6,19 +6,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from medfed import dpsgd, rehearsal
-from medfed.building import build_model
 from medfed.core import codec, decision
 from medfed.core.checks import PlanError, SiteError
 from medfed.core.flat import vector
 from medfed.data.federated import Patients
+from medfed.learn import dpsgd
 from medfed.node import work
 from medfed.node.evaluation import evaluate
+from medfed.node.own_model import errs_less, train_own
 from medfed.node.queries import count_scores
 from medfed.node.site import Answer, Header, Site, operation, tell_nothing
-from medfed.own_model import errs_less, train_own
+from medfed.planning import rehearsal
+from medfed.planning.building import build_model
+from medfed.planning.resolved import algorithm_of
 from medfed.privacy.guarantee import SLACK, Guarantee
-from medfed.resolved import algorithm_of
 from medfed.secure.party import Rehearser
 
 

@@ -8,24 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medfed import federation, models, rates
-from medfed.building import build_model, find_path
+from medfed.compliance import consortium
 from medfed.core import codec
 from medfed.core.checks import SiteError, some
 from medfed.core.flat import fingerprint
 from medfed.core.streams import Streams
 from medfed.data import answers, preprocess, surveys
 from medfed.data.encoding import Encoding
+from medfed.data.features import open_columns
 from medfed.data.federated import Rows
 from medfed.data.site_table import SiteTable
-from medfed.features import open_columns
+from medfed.learn import zoo
 from medfed.node.site import Answer, Header, Liars, Site, operation, table_of, tell_nothing
+from medfed.planning import rates
+from medfed.planning.building import build_model, find_path
+from medfed.planning.resolved import resolve
+from medfed.planning.terms import party_of
 from medfed.privacy import guarantee as guarantees
-from medfed.resolved import resolve
 from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity, Post, Roster
 from medfed.study import LARGEST
-from medfed.terms import party_of
 
 
 @operation("survey", reads=True)
@@ -58,7 +60,7 @@ def _answer_question(sites: Sequence[Site], header: Header, tensors: Mapping[str
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     encoding = Encoding.from_json(header["encoding"])
     model = build_model(sites[0].study, encoding)
-    if fingerprint(models.fixed(model)) != header["fixed"]:
+    if fingerprint(zoo.fixed(model)) != header["fixed"]:
         raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
     path = find_path(sites[0].study, encoding, model).path
     if guarantees.asked(sites[0].study):
@@ -69,7 +71,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
                 raise SiteError(
                     f"the coordinator says {size} patients for site {name!r}; the study declares another number"
                 )
-    facts = resolve(sites[0].study, header["sizes"], header["clients"], models.count(model))
+    facts = resolve(sites[0].study, header["sizes"], header["clients"], zoo.count(model))
     guarantee = facts.guarantee
     tables = [table_of(site) for site in sites]
     for table in tables:
@@ -98,12 +100,12 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
 @operation("identify")
 def _identify(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Tell each site's public keys."""
-    return [codec.encode({"public": federation.to_json(_own_keys(site).public)}) for site in sites]
+    return [codec.encode({"public": consortium.to_json(_own_keys(site).public)}) for site in sites]
 
 
 def _own_keys(site: Site) -> Identity:
     if site.identity is None:
-        site.identity = federation.own_keys(site.study, site.name, "site")
+        site.identity = consortium.own_keys(site.study, site.name, "site")
     return site.identity
 
 
@@ -113,8 +115,8 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
 
     Whose keys count is the consortium's list to say, where the site's own study names one, and else the coordinator.
     """
-    members = federation.members_of(sites[0].study)
-    roster = members.roster if members else Roster.of(*map(federation.from_json, header["roster"]))
+    members = consortium.members_of(sites[0].study)
+    roster = members.roster if members else Roster.of(*map(consortium.from_json, header["roster"]))
     coordinator = header["coordinator"]
     if roster[coordinator].role != "coordinator":
         raise SiteError(f"{coordinator!r} is no coordinator on the list of members, and may not run this study")

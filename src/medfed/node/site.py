@@ -18,30 +18,30 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from medfed import rehearsal
 from medfed.core import codec
 from medfed.core.checks import MedfedError, SiteError
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.encoding import Encoding
+from medfed.data.features import open_columns
 from medfed.data.federated import Rows
 from medfed.data.frames import Frames
 from medfed.data.site_table import SiteTable
 from medfed.data.tables import clean_all
-from medfed.features import open_columns
-from medfed.local import Path as LocalPath
+from medfed.learn.local import Path as LocalPath
+from medfed.links.wire import PLAIN, Link
 from medfed.node.consent import Consent, everybody
-from medfed.plan import POOLED
+from medfed.planning import rehearsal
+from medfed.planning.plan import POOLED
+from medfed.planning.resolved import Resolved, algorithm_of, blank, robust_rule
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.site_ledger import SiteLedger
-from medfed.resolved import Resolved, algorithm_of, blank, robust_rule
 from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.identity import Identity
 from medfed.secure.party import Party
 from medfed.study import Study
-from medfed.wire import PLAIN, Link
 
 logger = logging.getLogger(__name__)
 

@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medfed import dpsgd, rates
-from medfed.algorithms import Task
-from medfed.building import local_plan
 from medfed.core import codec
 from medfed.core.checks import MedfedError, SiteError
 from medfed.core.streams import Streams
 from medfed.data.federated import Patients, Stack
-from medfed.learners import LEARNERS, Work, work_of
-from medfed.local import train
+from medfed.learn import dpsgd
+from medfed.learn.algorithms import Task
+from medfed.learn.learners import LEARNERS, Work, work_of
+from medfed.learn.local import train
+from medfed.links.wire import finite, into_ball, send, send_remembering
 from medfed.node.paying import charge
 from medfed.node.site import Answer, Header, Site, operation
+from medfed.planning import rates
+from medfed.planning.building import local_plan
+from medfed.planning.resolved import algorithm_of
 from medfed.privacy.guarantee import Guarantee
-from medfed.resolved import algorithm_of
 from medfed.secure.party import Party
 from medfed.study import LEAST_CLIP, Study
-from medfed.wire import finite, into_ball, send, send_remembering
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from medfed.core import toml
 from medfed.core.checks import PlanError, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.toml import Ask
-from medfed.features import open_columns
+from medfed.data.features import open_columns
 from medfed.privacy import accounting, privacy_events
 from medfed.privacy.guarantee import (
     counted_together,

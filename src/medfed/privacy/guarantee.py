@@ -25,7 +25,7 @@ from medfed.core.checks import PlanError, StudyError, closest, nearest, some
 from medfed.core.decision import CHOOSING_CELLS
 from medfed.core.entropy import Entropy
 from medfed.core.refusals import LEAVE_OUT, Refusal, refuse
-from medfed.features import open_columns
+from medfed.data.features import open_columns
 from medfed.privacy import accounting, factorisation, quantiles
 from medfed.privacy.mechanisms import DiscreteGaussian, delta_cost, worst_total_variation
 from medfed.privacy.privacy_events import Composed, Event, Gaussian, PoissonGaussian, capped

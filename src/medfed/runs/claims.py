@@ -14,9 +14,9 @@ from typing import Any
 from medfed.core import files
 from medfed.core.checks import PlanError, RunError
 from medfed.core.types import JSON
-from medfed.features import open_columns
-from medfed.monitor import reports
-from medfed.plan import Plan
+from medfed.data.features import open_columns
+from medfed.planning.plan import Plan
+from medfed.planning.resolved import excess, holders
 from medfed.privacy import accounting
 from medfed.privacy.guarantee import (
     COUNT_NOISE,
@@ -32,7 +32,7 @@ from medfed.privacy.guarantee import (
 from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
 from medfed.privacy.statement import Statement, charged
-from medfed.resolved import excess, holders
+from medfed.screens import reports
 
 _TRUST = {
     "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",

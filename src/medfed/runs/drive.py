@@ -14,25 +14,27 @@ from pathlib import Path
 
 import torch
 
-from medfed import aggregation as ways
-from medfed import models
-from medfed.aggregation import Keys, bears, who_sees
-from medfed.algorithms import Server
-from medfed.building import build_model
 from medfed.core import files
 from medfed.core.checks import (
     BudgetError,
     QuorumError,
     some,
 )
-from medfed.foretell import paid_test
+from medfed.learn import zoo
+from medfed.learn.algorithms import Server
 from medfed.monitor import events
 from medfed.monitor.events import Log
 from medfed.monitor.summary import main_model, summarise
-from medfed.plan import Plan
+from medfed.planning.building import build_model
+from medfed.planning.foretell import paid_test
+from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement
-from medfed.rollback import Rollback
-from medfed.round import decide, run_round, test, vote
+from medfed.rounds import aggregation as ways
+from medfed.rounds.aggregation import Keys, bears, who_sees
+from medfed.rounds.plain import PLAIN
+from medfed.rounds.rollback import Rollback
+from medfed.rounds.round import decide, run_round, test, vote
+from medfed.rounds.way import Way
 from medfed.runs import claims
 from medfed.runs.folders import versions, write_checkpoint, write_model
 from medfed.runs.pacing import ease, replay_pace
@@ -40,8 +42,6 @@ from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
 from medfed.runs.simulation import Parties
 from medfed.runs.statements import hear_statements
-from medfed.ways.plain import PLAIN
-from medfed.ways.way import Way
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Drive:
     def write(self) -> Result:
         """Write model, trail, claim and summary, and return what the run came to."""
         summary, plan, folder = summarise(self.log.events()), self.plan, self.folder
-        kept = models.fixed(build_model(plan.study, plan.encoding))
+        kept = zoo.fixed(build_model(plan.study, plan.encoding))
         if folder:
             write_model(folder, self.server, plan, kept, summary["decision"])
             if written := getattr(self.aggregation, "trail", None):

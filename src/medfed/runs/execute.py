@@ -6,9 +6,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medfed import aggregation as ways
-from medfed import checkpoints, ranges
-from medfed.aggregation import Keys
 from medfed.core import codec, files, own
 from medfed.core.checks import (
     LedgerError,
@@ -16,14 +13,17 @@ from medfed.core.checks import (
     advising,
 )
 from medfed.data.encoding import Encoding
+from medfed.data.features import open_columns
 from medfed.engine.port import gather
-from medfed.features import open_columns
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import main_model
-from medfed.plan import Plan
-from medfed.prepare import enrol, prepare, rehearse
+from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement
+from medfed.rounds import aggregation as ways
+from medfed.rounds import checkpoints, ranges
+from medfed.rounds.aggregation import Keys
+from medfed.rounds.prepare import enrol, prepare, rehearse
 from medfed.runs.drive import Drive, tell_start
 from medfed.runs.folders import OWN_LOG, freeze, hold_fresh, read_plan
 from medfed.runs.results import Result, load

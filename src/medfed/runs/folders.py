@@ -18,10 +18,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from medfed import checkpoints, ranges
 from medfed import study as studies
-from medfed.algorithms import Server
-from medfed.building import build_model
 from medfed.core import codec, files, own
 from medfed.core.checks import (
     MedfedError,
@@ -34,10 +31,13 @@ from medfed.core.flat import Layout
 from medfed.data import site_maps
 from medfed.data.encoding import Encoding
 from medfed.engine.port import Fleet, gather
+from medfed.learn.algorithms import Server
 from medfed.monitor import events
 from medfed.monitor.events import Log
-from medfed.plan import Plan
+from medfed.planning.building import build_model
+from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement, compact
+from medfed.rounds import checkpoints, ranges
 from medfed.study import Study
 
 OWN_LOG = "own.log"

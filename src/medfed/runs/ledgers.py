@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medfed import checkpoints
 from medfed.core.checks import (
     LedgerError,
     PlanError,
@@ -15,6 +14,7 @@ from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path
 from medfed.privacy.statement import every
+from medfed.rounds import checkpoints
 from medfed.runs import claims
 from medfed.runs.folders import read_plan
 

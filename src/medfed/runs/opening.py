@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from medfed import rates, recipe
 from medfed.core import quotes
 from medfed.core.checks import (
     PlanError,
@@ -22,6 +21,7 @@ from medfed.data.readers import Reading
 from medfed.data.site_table import SiteTable
 from medfed.node.consent import Consent, everybody
 from medfed.node.site import Site, open_tables
+from medfed.planning import rates, recipe
 from medfed.privacy import guarantee, ledger_file
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.places import LEDGER, ledger_path, operators_folder

@@ -6,10 +6,10 @@ from typing import Any
 
 from medfed.core import quotes
 from medfed.data.readers import Reading
-from medfed.foretell import foretell, paid_test
 from medfed.node.inprocess import InProcess
-from medfed.prepare import ask_surveys, prepare
+from medfed.planning.foretell import foretell, paid_test
 from medfed.privacy.places import ledger_path
+from medfed.rounds.prepare import ask_surveys, prepare
 from medfed.runs import claims
 from medfed.runs.opening import open_sites
 from medfed.runs.simulation import Simulation

@@ -3,12 +3,12 @@
 import statistics
 from collections.abc import Iterable
 
-from medfed import rates
-from medfed.algorithms import Server
+from medfed.learn.algorithms import Server
 from medfed.monitor import events
 from medfed.monitor.events import Log
-from medfed.plan import Plan
-from medfed.rates import Pace
+from medfed.planning import rates
+from medfed.planning.plan import Plan
+from medfed.planning.rates import Pace
 
 
 def replay_pace(recorded: Iterable[events.Event], plan: Plan) -> Pace:

@@ -16,8 +16,8 @@ from typing import Self
 import torch
 
 from medfed import study as studies
-from medfed.aggregator import Aggregator
 from medfed.node.pipes import Pipes, handler, serve
+from medfed.rounds.aggregator import Aggregator
 from medfed.runs.opening import open_site, planned
 from medfed.study import Study
 

@@ -13,7 +13,7 @@ from medfed.core.checks import (
 )
 from medfed.monitor import events
 from medfed.monitor.events import Log
-from medfed.plan import Plan
+from medfed.planning.plan import Plan
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
 

@@ -13,8 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from medfed import models
-from medfed.building import build_model
 from medfed.core.checks import (
     DataError,
     RunError,
@@ -26,9 +24,11 @@ from medfed.data import mapping, schema
 from medfed.data.encoding import Encoding
 from medfed.data.frames import number_rows
 from medfed.data.tables import clean, read
-from medfed.local import outputs
+from medfed.learn import zoo
+from medfed.learn.local import outputs
 from medfed.monitor import events
 from medfed.monitor.summary import summarise
+from medfed.planning.building import build_model
 from medfed.runs.folders import read_plan
 from medfed.study import Study
 
@@ -53,7 +53,7 @@ class Result:
     def model(self) -> nn.Module:
         """The model as it was tested, in evaluation mode."""
         module = fill(build_model(self.study, self.encoding), self.w_P)
-        own = models.fixed(module)
+        own = zoo.fixed(module)
         with torch.no_grad():
             for name, value in self.fixed.items():
                 own[name].copy_(value)
@@ -120,9 +120,9 @@ def load(folder: str | Path) -> Result:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run") from error
     module = build_model(study, encoding)
-    wanted = {**trained(module), **models.fixed(module)}
+    wanted = {**trained(module), **zoo.fixed(module)}
     if absent := [name for name in wanted if name not in tensors]:
         raise RunError(f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study")
     w_P = torch.cat([tensors[name].reshape(-1) for name in Layout.of(module).shapes])
-    kept = {name: tensors[name] for name in models.fixed(module)}
+    kept = {name: tensors[name] for name in zoo.fixed(module)}
     return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept)

@@ -7,28 +7,28 @@ from typing import Protocol
 
 import numpy as np
 
-from medfed import ranges
 from medfed import study as studies
-from medfed.aggregation import Handler
-from medfed.algorithms import Server
 from medfed.core.checks import (
     DataError,
     QuorumError,
 )
 from medfed.data.encoding import Encoding
 from medfed.engine.port import Fleet
-from medfed.learners import LEARNERS
+from medfed.learn.algorithms import Server
+from medfed.learn.learners import LEARNERS
 from medfed.monitor import events
 from medfed.monitor.events import Log
 from medfed.monitor.summary import BASELINES
 from medfed.node.consent import Consent, everybody
 from medfed.node.inprocess import InProcess
+from medfed.node.own_model import without_protection
 from medfed.node.site import Site
-from medfed.own_model import without_protection
-from medfed.plan import Plan
-from medfed.prepare import prepare
-from medfed.rates import Pace
-from medfed.round import compare_own, decide, run_round, test
+from medfed.planning.plan import Plan
+from medfed.planning.rates import Pace
+from medfed.rounds import ranges
+from medfed.rounds.aggregation import Handler
+from medfed.rounds.prepare import prepare
+from medfed.rounds.round import compare_own, decide, run_round, test
 from medfed.runs.opening import open_sites
 from medfed.runs.pacing import ease
 from medfed.study import Study

@@ -6,9 +6,9 @@ from medfed.core import codec
 from medfed.core.checks import CodecError, LedgerError, SiteError
 from medfed.engine.port import Fleet, gather
 from medfed.monitor import events
-from medfed.plan import Plan
-from medfed.prepare import explain_failures
+from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement
+from medfed.rounds.prepare import explain_failures
 
 
 def ask_statements(

@@ -5,8 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from medfed import federation
-from medfed.compliance import trail
+from medfed.compliance import consortium, trail
 from medfed.compliance.trail import Verified
 from medfed.core.checks import (
     TrailError,
@@ -27,7 +26,7 @@ def verify_trail(folder: Path, members: Path | None = None) -> Verified:
     head = json.loads(summary.read_text(encoding="utf-8")).get("trail", {}).get("head", "") if summary.exists() else ""
     found = trail.verify(folder / "trail" / "trail.jsonl", holds, head)
     if members:
-        history = federation.read(members).history
+        history = consortium.read(members).history
         approved = {(e["facts"]["name"], e["facts"]["signing"]) for e in history if e["kind"] == "approved"}
         used = [(e["writer"], e["facts"]["public"]) for e in found.entries if e["kind"] == "opened"]
         signed = [e["facts"]["signed"] for e in found.entries if e["kind"] == "study"]

@@ -1,0 +1,1 @@
+"""What stands for or against a claim: twins, exact tests, attacks, comparisons."""

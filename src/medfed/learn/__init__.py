@@ -1,0 +1,1 @@
+"""Training of one client: layers, local steps, private steps, and the algorithms."""

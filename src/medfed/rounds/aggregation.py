@@ -1,0 +1,211 @@
+"""Which way a study's rows come together, and how the parties join a run of it: keys, roster, signatures, terms.
+
+The ways themselves are in `medfed.ways`. What each party could see of rows, and what malicious sites can do, is said
+here.
+
+K clients of a round.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medfed.compliance import consortium
+from medfed.compliance.trail import Trail
+from medfed.core import codec
+from medfed.core.checks import CodecError, PlanError, SignatureError, SiteError, reasons
+from medfed.engine.port import Fleet, gather
+from medfed.planning.plan import Plan
+from medfed.planning.resolved import cohort
+from medfed.planning.terms import gram_split, masking_terms, terms_of
+from medfed.privacy.guarantee import GRID
+from medfed.rounds.aggregator import Aggregator
+from medfed.rounds.masked import Masked
+from medfed.rounds.plain import PLAIN
+from medfed.rounds.shared import Shared
+from medfed.rounds.way import Way
+from medfed.secure import three_party
+from medfed.secure.chain import Publisher
+from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
+
+Handler = Callable[[str, bytes], bytes]
+"""A party as others reach it: (op, payload) -> answer."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The coordinator's own keys, and the consortium's list where the study names one."""
+
+    coordinator: Identity
+    members: consortium.Consortium | None = None
+
+
+def coordinator_keys(plan: Plan) -> Keys | None:
+    """Return the coordinator's keys; None for plain rows. In this engine every party's key file is looked at, too.
+
+    Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the consortium approved.
+    """
+    study = plan.study
+    if study.security.aggregation == "plain":
+        return None
+    members = consortium.members_of(study)
+    roles = {COORDINATOR: "coordinator"} | dict.fromkeys(plan.participants, "site")
+    if study.security.aggregation == "three-party":
+        roles |= dict.fromkeys(study.security.aggregators, "aggregator")
+    held = {name: consortium.own_keys(study, name, role) for name, role in roles.items() if members}
+    for name, identity in held.items():
+        assert members is not None
+        consortium.refuse_unapproved(members, identity.public, roles[name])
+    return Keys(held.get(COORDINATOR) or Identity.new(COORDINATOR, "coordinator"), members)
+
+
+COORDINATOR = "coordinator"
+"""The coordinator's name on every roster."""
+
+
+def introduce(
+    plan: Plan,
+    fleet: Fleet,
+    run: str,
+    folder: Path | None = None,
+    keys: Keys | None = None,
+    aggregators: Mapping[str, Handler] | None = None,
+) -> Way:
+    """Have all parties tell their public keys and join the run; return how rows come together. `folder` gets the trail.
+
+    Every site signs the study as it has it; one that has another is refused here. Each party works out bounds, weights
+    and noise for itself. `aggregators` are the three, where they live elsewhere; else they are made in this process.
+    """
+    keys = keys or coordinator_keys(plan)
+    if keys is None:
+        return PLAIN
+    study, security, me = plan.study.digest(), plan.study.security, keys.coordinator
+
+    # Identify: who takes part, under which keys.
+    three = security.aggregators if security.aggregation == "three-party" else ()
+    handlers = aggregators or {name: Aggregator(name, plan.study).handle for name in three}
+    roster = _roster(plan, fleet, keys, handlers)
+    publisher = Publisher(Post(me, roster), study, run)
+
+    # Join: every site signs the study.
+    joining: dict[str, Any] = {"run": run, "coordinator": me.name}
+    joining["roster"] = [consortium.to_json(roster[name]) for name in roster]
+    signed = _join_sites(publisher, fleet, plan.participants, codec.encode(joining), roster)
+
+    # Record: the trail begins with what they signed.
+    trail = None
+    if folder:
+        path = folder / "trail" / "trail.jsonl"
+        trail = Trail.open(path, me.name, me.public.signing, me.sign)
+        consortium = keys.members.authority.fingerprint if keys.members else ""
+        trail.append("study", {"digest": study, "run": run, "consortium": consortium, "signed": signed})
+    if security.aggregation == "masked":
+        return Masked(publisher, masking_terms(plan, run), trail)
+
+    # The three join too, and work out their terms by themselves.
+    terms = terms_of(plan)
+    terms.check(gram=plan.rule is not None)
+    sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
+    joining |= {"participants": list(plan.participants), "sizes": sizes, "parameters": plan.parameters}
+    for handle in handlers.values():
+        handle("join", codec.encode(joining))
+    return _share(plan, three_party.asking(handlers, terms.length), publisher, terms, trail)
+
+
+def _share(
+    plan: Plan, ask: three_party.Ask, publisher: Publisher, terms: three_party.SharingTerms, trail: Trail | None
+) -> Shared:
+    """Return the way among three aggregators, with how far their noise may move what they open."""
+    g = plan.guarantee
+    if g is None or not plan.joint or g.simulation_only:
+        return Shared(ask, publisher, terms, trail)
+    parts = math.sqrt(1.5)  # three add noise, any two parts of which suffice
+    if plan.rule is None:
+        return Shared(ask, publisher, terms, trail, parts * max(g.sigma_units(), g.count_sigma() / GRID))
+    gram, total = gram_split(g, terms)
+    return Shared(ask, publisher, terms, trail, total * parts, lambda K: gram(K) * parts)
+
+
+def _roster(plan: Plan, fleet: Fleet, keys: Keys, handlers: Mapping[str, Handler]) -> Roster:
+    """Return the public keys of all parties: those that they tell or, with a list of members, those on it."""
+    replies = gather(fleet, plan.participants, "identify", codec.encode({}), _PATIENCE)
+    if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
+        raise SignatureError(reasons(failed))
+    told = {name: reply.payload for name, reply in replies.items()}
+    told |= {name: handle("identify", codec.encode({})) for name, handle in handlers.items()}
+    publics = [consortium.from_json(codec.decode(payload)[0]["public"]) for payload in told.values()]
+    for name, public in zip(told, publics, strict=True):
+        role = "aggregator" if name in handlers else "site"
+        if (public.name, public.role) != (name, role):
+            raise SignatureError(f"{name!r} tells keys of {public.name!r}, {public.role}; expected its own, as {role}")
+        if keys.members:
+            consortium.refuse_unapproved(keys.members, public, role)
+    return keys.members.roster if keys.members else Roster.of(keys.coordinator.public, *publics)
+
+
+_PATIENCE = 600.0  # seconds; nothing is trained yet
+
+
+def _join_sites(
+    publisher: Publisher, fleet: Fleet, sites: Sequence[str], payload: bytes, roster: Roster
+) -> dict[str, dict[str, str]]:
+    """Have the sites join; return each one's signature under the study, and the key that it holds under.
+
+    Raises PlanError where one has another study.
+    """
+    signed: dict[str, dict[str, str]] = {}
+    for name, reply in gather(fleet, sites, "join", payload, _PATIENCE).items():
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            envelope = codec.as_bytes(codec.decode(reply.payload)[1]["signed"])
+            publisher.post.unwrap(envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY)
+        except (CodecError, KeyError, SiteError) as error:
+            raise PlanError(
+                f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): {error} "
+                "Give every site the same study file."
+            ) from error
+        signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
+    return signed
+
+
+def bears(plan: Plan) -> str:
+    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell them apart."""
+    if plan.rule is None or plan.guarantee is None or not plan.joint:
+        return plan.bears()
+    terms, K = terms_of(plan), cohort(plan.study, plan.participants)
+    gram, _ = gram_split(plan.guarantee, terms)
+    ratio = gram(K) * math.sqrt(1.5) / terms.bound**2
+    how = "good"
+    if ratio > 0.1:
+        how = "possible"
+    if ratio > 0.5:
+        how = "weak: liars and honest sites look alike"
+    return (
+        f"{plan.bears()}; noise on how rows compare is {ratio:.2g} of the longest row's square, so selection is {how}"
+    )
+
+
+def who_sees(plan: Plan) -> dict[str, str]:
+    """Return what each party could see of the rows, one line each: see docs/threat-model.md."""
+    noised = plan.guarantee is not None and not plan.guarantee.simulation_only
+    joint = "the bare sum"
+    if noised:
+        joint = "the noised sum" if plan.joint else "the sum of noised rows"
+    match plan.study.security.aggregation:
+        case "masked":
+            return {
+                "the coordinator": f"masked rows, and {joint} of those who stayed",
+                "a site": "its own row",
+            }
+        case "three-party":
+            return {
+                "the coordinator": f"ciphertext, and {joint} of the accepted rows",
+                "one aggregator": "random shares, and whether a row is within its bound",
+                "two aggregators together": "every row: two of the three must be honest",
+                "a site": "its own row",
+            }
+    row = "every site's row, which is noised" if noised and not plan.joint else "every site's row"
+    return {"the coordinator": row, "a site": "its own row"}

@@ -1,0 +1,52 @@
+"""Checkpoints: the server's state after a round, on disk, with a checksum. A damaged one is passed over, and told."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from medfed.core import codec, files
+from medfed.core.checks import CodecError, RunError
+from medfed.learn.algorithms import Server
+
+_DIGEST = 32
+
+
+def write(folder: Path, server: Server, header: dict[str, Any], keep: int) -> None:
+    """Write the state after a round beside the earlier ones, of which the last `keep` stay."""
+    files.make_folder(folder)
+    tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
+    payload = codec.encode({**header, "round": server.round}, tensors)
+    files.write(_path(folder, server.round), hashlib.sha256(payload).digest() + payload)
+    for old in sorted(folder.glob("round-*.checkpoint"))[:-keep]:
+        with files.explained(old):
+            old.unlink()
+
+
+def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
+    """Return the newest whole checkpoint: state, header, and a note on those that were damaged.
+
+    Raises RunError where none is whole.
+    """
+    damaged: list[str] = []
+    for path in sorted(folder.glob("round-*.checkpoint"), reverse=True):
+        try:
+            server, header = _read(path)
+        except (CodecError, OSError) as error:
+            damaged.append(f"{path.name} is damaged ({error})")
+            continue
+        return server, header, "; ".join(damaged)
+    raise RunError(f"{folder}: no whole checkpoint. {'; '.join(damaged) or 'None was written'}. Start the study again.")
+
+
+def _read(path: Path) -> tuple[Server, dict[str, Any]]:
+    content = path.read_bytes()
+    digest, payload = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.sha256(payload).digest() != digest:
+        raise CodecError("its checksum does not agree")
+    header, tensors = codec.decode(payload)
+    slots = {name.removeprefix("slot."): value for name, value in tensors.items() if name.startswith("slot.")}
+    return Server(header["round"], tensors["w"], slots), header
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:06d}.checkpoint"

@@ -1,0 +1,191 @@
+"""A way for rows to come together: open a round, add each reply as it arrives, close with what they came to.
+
+A round asks its way and knows no more of it. Whatever arrives is handed on, also what was asked for earlier: a way may
+take it or leave it, so one that does not wait for all of a round's clients is one more file beside these.
+
+K clients, M numbers in a row.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from medfed.compliance.trail import Trail
+from medfed.core import codec
+from medfed.core.checks import CodecError, QuorumError, SiteError, reasons
+from medfed.core.entropy import Integers
+from medfed.engine.port import Fleet, Reply
+from medfed.planning.plan import Plan
+from medfed.planning.terms import scales
+from medfed.secure import three_party
+from medfed.secure.chain import Publisher
+
+
+@dataclass(frozen=True)
+class RoundRows:
+    """What a cohort's work came to."""
+
+    names: list[str]  # whose rows count
+    reports: Mapping[str, Mapping[str, Any]]
+    replies: Mapping[str, Reply]
+    combined_M: Tensor  # through the servers' halves of the links
+    excluded: Mapping[str, str]  # why the others' rows do not
+    more_up: int = 0  # bytes beyond the question and the replies
+    more_down: int = 0
+    phases: Mapping[str, int] = field(default_factory=dict)  # bytes of each phase
+    weights: Mapping[str, float] = field(default_factory=dict)  # that a rule gave, by name
+    gram_KK: Tensor | None = None  # that it read, in the order of `names`
+    gram_noise: float = 0.0  # standard deviation of the noise on each entry
+
+
+class Exchange(Protocol):
+    """One round of a way, while it is open."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether replies are still waited for."""
+        ...
+
+    def add(self, reply: Reply) -> None:
+        """Take in a reply; one that this round did not ask for is left."""
+        ...
+
+    def close(self) -> RoundRows:
+        """Combine the rows that count; who has not replied has sent none.
+
+        Raises QuorumError where they are fewer than training.quorum asks for, AbortError where a protocol ends.
+        """
+        ...
+
+
+class Way(Protocol):
+    """One way for rows to come together; it may remember what it likes from round to round."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it records what it opens; None where nothing is."""
+        ...
+
+    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Exchange:
+        """Begin round `number`: have the clients work on `payload`."""
+        ...
+
+
+def collect(way: Way, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
+    """Play a whole round of a way: what arrives within training.deadline is added, then the round is closed.
+
+    Raises what opening and closing raise.
+    """
+    exchange = way.open(plan, fleet, clients, number, payload)
+    end = time.monotonic() + plan.study.training.deadline
+    while exchange.waits and (left := end - time.monotonic()) > 0:
+        for reply in fleet.poll(left):
+            exchange.add(reply)
+    return exchange.close()
+
+
+@dataclass
+class Questions:
+    """A question to several clients, and the replies that have come."""
+
+    clients: Sequence[str]
+    deadline: float
+    tickets: dict[int, str]
+    came: dict[str, Reply] = field(default_factory=dict)
+
+    @classmethod
+    def ask(cls, fleet: Fleet, clients: Sequence[str], payload: bytes, deadline: float) -> "Questions":
+        """Ask all clients for their work."""
+        tickets = fleet.submit_many(clients, "work", payload, deadline)
+        return cls(clients, deadline, dict(zip(tickets, clients, strict=True)))
+
+    def add(self, reply: Reply) -> None:
+        """Take in a reply to this question."""
+        name = self.tickets.pop(reply.ticket, None)
+        if name is not None:
+            self.came[name] = reply
+
+    def replies(self) -> dict[str, Reply]:
+        """Return all replies in the order of the clients; an error for who is late."""
+        late = f"no answer within {self.deadline:g} s"
+        missing = {name: Reply(ticket, name, b"", self.deadline, late) for ticket, name in self.tickets.items()}
+        return {name: self.came[name] if name in self.came else missing[name] for name in self.clients}
+
+
+Reports = dict[str, dict[str, Any]]
+"""What each site tells beside its row."""
+
+
+def read(replies: Mapping[str, Reply], tensor: str) -> tuple[Reports, dict[str, Tensor], dict[str, str]]:
+    """Return reports, the named tensor of each reply, and the reasons of those that sent none; all by site."""
+    reports: Reports = {}
+    tensors: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for name, reply in replies.items():
+        try:
+            if reply.error:
+                raise SiteError(reply.error)
+            reports[name], found = codec.decode(reply.payload)
+            tensors[name] = found[tensor]
+        except SiteError as error:
+            reasons[name] = str(error)
+        except (CodecError, KeyError) as error:
+            reasons[name] = f"its reply cannot be read: {error}"
+    return reports, tensors, reasons
+
+
+def enough(
+    plan: Plan, number: int, rows: Sequence[str] | Mapping[str, object], clients: Sequence[str], why: Mapping[str, str]
+) -> None:
+    """Raise QuorumError unless rows of enough of the drawn clients count."""
+    if len(rows) < plan.quorum(len(clients)):
+        quorum = plan.study.training.quorum
+        answered = f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}."
+        raise QuorumError(f"{answered} {reasons(why)}", why)
+
+
+def sign(publisher: Publisher, number: int, payload: bytes) -> bytes:
+    """Return a round's question as the coordinator signs it."""
+    return codec.encode({"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))})
+
+
+def combine_opened(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
+    """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is of."""
+    combined_M = torch.from_numpy(total_M)
+    if plan.rule and plan.joint:  # a mean of means, as the sum that `round` expects
+        size = scales(plan)
+        largest = max(size[name] for name in names)
+        combined_M = combined_M.double() * (largest / three_party.WEIGHT * sum(1 / size[name] for name in names))
+    elif plan.rule:
+        combined_M = combined_M.double() / three_party.WEIGHT
+    elif not plan.joint:
+        combined_M = combined_M.double() / sum(plan.weight(name) for name in names)
+
+    for link in reversed(plan.links):
+        combined_M = link.server(combined_M, number)
+    return combined_M
+
+
+def record(
+    trail: Trail | None,
+    publisher: Publisher,
+    number: int,
+    sent: Mapping[str, bytes],
+    total_M: Integers,
+    names: Sequence[str],
+    excluded: Mapping[str, str],
+) -> None:
+    """Write into the trail what was opened: hashes of the model that was sent and the one before it, of all uploads and
+    of the sum; who is in it, who is not and why.
+    """
+    if not trail:
+        return
+    uploads = {name: sha256(upload).hexdigest() for name, upload in sent.items()}
+    facts = {"round": number, "accepted": list(names), "excluded": dict(excluded), "uploads": uploads}
+    facts |= {"model": publisher.model.hex(), "previous": publisher.previous.hex()}
+    trail.append("opened sum", {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})

@@ -1,1 +1,0 @@
-"""How the rows of a round come together: one file a way, and what all of them share."""
