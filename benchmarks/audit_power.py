@@ -3,9 +3,10 @@
     python benchmarks/audit_power.py [--numbers 20000] [--bugs NAME ...] [--tiny]
 
 The control is the code as it is, which must stand. Each bug is then planted in the code that runs
-(tests/planted.py), a twin of breast-cancer of 10 rounds is prepared under it, and the exact parts and canaries judge
-it: told are the verdict of each, the least p-value among the tests of the noise, how far one patient moves the sum, and
-the seconds all three took. `one_holder_of_many` needs secure aggregation and is a test (tests/evidence/test_exact.py).
+(tests/planted.py), a twin of breast-cancer of 10 rounds is prepared under it, and the exact parts
+and canaries judge it: told are the verdict of each, the least p-value among the tests of the noise,
+how far one patient moves the sum, and the seconds all three took. `one_holder_of_many` needs secure
+aggregation and is a test (tests/evidence/test_exact.py).
 """
 
 import sys
@@ -37,12 +38,17 @@ def nothing(patch: pytest.MonkeyPatch) -> None:
     """The control: plant nothing."""
 
 
-BUGS = {bug.__name__: bug for bug in (nothing, *planted.NOISE, planted.one_noise_for_all_sites, *planted.SENSITIVITY)}
+BUGS = {
+    bug.__name__: bug
+    for bug in (nothing, *planted.NOISE, planted.one_noise_for_all_sites, *planted.SENSITIVITY)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--numbers", type=int, default=exact.NUMBERS, help="numbers of noise that are drawn")
+    parser.add_argument(
+        "--numbers", type=int, default=exact.NUMBERS, help="numbers of noise that are drawn"
+    )
     parser.add_argument("--bugs", nargs="*", default=list(BUGS), help=f"some of {', '.join(BUGS)}")
     args = parser.parse_args(argv)
 
@@ -52,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     epsilons = (1.0,) if args.tiny else (1.0, 8.0)
 
     with patch.object(exact, "NUMBERS", numbers):
-        results = [judge(bug, epsilon, mode) for bug in bugs for epsilon in epsilons for mode in ("site", "shared")]
+        results = [
+            judge(bug, epsilon, mode)
+            for bug in bugs
+            for epsilon in epsilons
+            for mode in ("site", "shared")
+        ]
     print(table(HEAD, [row(result) for result in results]))
     if not args.tiny:
         write_result("audit-power", {"numbers": numbers, "study": list(STUDY), "results": results})
@@ -61,13 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def judge(name: str, epsilon: float, mode: str) -> dict[str, Any]:
     """Plant one bug, judge a twin under it, and take the bug out again."""
     rng = np.random.default_rng(1)
-    study = medfed.load_study("breast-cancer", (*STUDY, f"privacy.epsilon={epsilon}", f"privacy.noise={mode!r}"))
+    study = medfed.load_study(
+        "breast-cancer", (*STUDY, f"privacy.epsilon={epsilon}", f"privacy.noise={mode!r}")
+    )
     with pytest.MonkeyPatch.context() as patch:
         BUGS[name](patch)
         twin = Twin.of(study, None, rng)
         began = time.perf_counter()
         parts = [exact.noise(twin), exact.sensitivity(twin, rng), audit.one_run(twin, rng)]
         seconds = time.perf_counter() - began
+
     return {
         "bug": name,
         "epsilon": epsilon,

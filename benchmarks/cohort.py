@@ -1,11 +1,13 @@
-"""One round of many small clients: layer rules and torch.func against a plain PyTorch loop and pfl-research.
+"""One round of many small clients: layer rules and torch.func against a plain PyTorch loop and
+pfl-research.
 
     python benchmarks/cohort.py [--shape cohort|brief-4|brief-100] [--repeats 5]
 
-All do the same work on the same data from the same weights: `cohort` is 1,000 clients x 100 samples x 5 local epochs,
-batch 20, MLP 30-64-32-1. Ours is timed twice: local training alone, and the whole round (bytes out, training, bytes
-back, combine, event). Peers run in processes of their own between our repetitions, pfl in its own pinned environment
-(benchmarks/.venvs/pfl, made on first use), each at its better thread setting; pfl also with two worker processes.
+All do the same work on the same data from the same weights: `cohort` is 1,000 clients x 100 samples
+x 5 local epochs, batch 20, MLP 30-64-32-1. Ours is timed twice: local training alone, and the whole
+round (bytes out, training, bytes back, combine, event). Peers run in processes of their own between
+our repetitions, pfl in its own pinned environment (benchmarks/.venvs/pfl, made on first use), each
+at its better thread setting; pfl also with two worker processes.
 """
 
 import json
@@ -37,7 +39,13 @@ from medfed.rounds.round import run_round
 
 HERE = Path(__file__).parent
 PFL = ("torch==2.13.0", "pfl==0.6.0")
-BRIEF = {"samples": 115, "epochs": 5, "batch": 32, "hidden": [512, 256, 128, 64, 32], "features": 32}
+BRIEF = {
+    "samples": 115,
+    "epochs": 5,
+    "batch": 32,
+    "hidden": [512, 256, 128, 64, 32],
+    "features": 32,
+}
 SHAPES = {
     "cohort": {"clients": 1000, "samples": 100, "epochs": 5, "batch": 20, "hidden": [64, 32], "features": 30},
     "brief-4": {**BRIEF, "clients": 4},
@@ -49,11 +57,14 @@ TINY = {"clients": 4, "samples": 12, "epochs": 1, "batch": 5, "hidden": [8, 4], 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="cohort")
-    parser.add_argument("--repeats", type=int, default=5, help="of ours; peers run half as often, twice at least")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of ours; peers run half as often, twice at least"
+    )
     args = parser.parse_args(argv)
     shape, repeats = (TINY, 1) if args.tiny else (SHAPES[args.shape], args.repeats)
     ours = Ours(shape)
     seconds: dict[str, list[float]] = {}
+
     for repeat in range(repeats):
         if args.tiny:
             seconds["plain PyTorch loop"] = [loop_once(shape)]
@@ -64,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, once in ours.jobs().items():
             once()  # warm, as a run's later rounds are; peers warm up by themselves
             seconds.setdefault(name, []).append(once())
+
     rate = gemm_rate(64 if args.tiny else 1536)
     report(args.shape, shape, seconds, ours.flops(), rate)
     if not args.tiny:
@@ -79,8 +91,11 @@ class Ours:
         self.shape = shape
         xs, ys = make_data(shape["clients"], shape["samples"], shape["features"], seed=0)
         patient = torch.arange(shape["samples"])
-        rows = {f"c{k}": Rows(x, y[:, 0], patient) for k, (x, y) in enumerate(zip(xs, ys, strict=True))}
+        rows = {
+            f"c{k}": Rows(x, y[:, 0], patient) for k, (x, y) in enumerate(zip(xs, ys, strict=True))
+        }
         self.federations = {}
+
         for path in ("rules", "func"):
             study = without_privacy(medfed.load_study("breast-cancer"))
             for key, value in {
@@ -93,8 +108,12 @@ class Ours:
                 "training.learning_rate": 0.1,
             }.items():
                 study = study.set(key, value)
+
             few = Rows(xs[0][:1], ys[0][:1, 0], patient[:1])
-            self.federations[path] = bare_federation(study, {name: (r, few) for name, r in rows.items()})
+            self.federations[path] = bare_federation(
+                study, {name: (r, few) for name, r in rows.items()}
+            )
+
         self.stack = Stack.of(list(rows.values()))
         plan, _ = self.federations["rules"]
         self.model = build_model(plan.study, plan.encoding)
@@ -104,7 +123,10 @@ class Ours:
     def jobs(self) -> dict[str, Any]:
         """Return what is timed, by name; each returns its seconds."""
         found: dict[str, Any] = {}
-        for path, title in (("rules", "medfed, layer rules"), ("func", "medfed, torch.func fallback")):
+        for path, title in (
+            ("rules", "medfed, layer rules"),
+            ("func", "medfed, torch.func fallback"),
+        ):
             found[f"{title}: whole round"] = lambda path=path: self.round(path)
             found[f"{title}: local training"] = lambda path=path: self.local(path)
         return found
@@ -123,7 +145,9 @@ class Ours:
         return time.perf_counter() - began
 
     def flops(self) -> float:
-        """Multiply-adds counted twice: forward, weight gradient, and input gradient but for the first layer."""
+        """Multiply-adds counted twice: forward, weight gradient, and input gradient but for the
+        first layer.
+        """
         widths = [self.shape["features"], *self.shape["hidden"], 1]
         products = [a * b for a, b in pairwise(widths)]
         samples = self.shape["clients"] * self.shape["samples"] * self.shape["epochs"]
@@ -132,7 +156,9 @@ class Ours:
 
 def peers(shape: dict[str, Any]) -> list[tuple[str, list[str], dict[str, str]]]:
     """Return the peers: name, command, environment."""
-    sizes = [f"--{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in shape.items()]
+    sizes = [
+        f"--{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in shape.items()
+    ]
     common = [*sizes, "--repeats=1", "--threads=1"]
     pfl = [str(pfl_python()), str(HERE / "peers/pfl_cohort.py"), *common]
     workers = {"PFL_WORKER_ADDRESSES": "localhost:18765,localhost:18766"}
@@ -158,14 +184,21 @@ def run_peer(command: list[str], env: dict[str, str]) -> list[float]:
     second = None
     if env:
         second = subprocess.Popen(
-            command, env={**base, "PFL_WORKER_RANK": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            env={**base, "PFL_WORKER_RANK": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         base["PFL_WORKER_RANK"] = "0"
+
     try:
-        done = subprocess.run(command, env=base, check=True, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, env=base, check=True, capture_output=True, text=True, timeout=600
+        )
     finally:
         if second:
             second.wait(timeout=120)
+
     return list(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
 
 
@@ -191,20 +224,44 @@ def gemm_rate(width: int) -> float:
     return best
 
 
-def report(name: str, shape: dict[str, Any], seconds: dict[str, list[float]], flops: float, rate: float) -> None:
+def report(
+    name: str, shape: dict[str, Any], seconds: dict[str, list[float]], flops: float, rate: float
+) -> None:
     """Print the table, slowest first; a peer that is not there is a dash."""
     middle = {who: median(times) for who, times in seconds.items()}
-    bases = [middle.get(who) for who in ("plain PyTorch loop", "pfl-research 0.6", "pfl-research 0.6, 2 processes")]
+    bases = [
+        middle.get(who)
+        for who in ("plain PyTorch loop", "pfl-research 0.6", "pfl-research 0.6, 2 processes")
+    ]
     lines = []
+
     for who, times in sorted(seconds.items(), key=lambda item: -median(item[1])):
         m = middle[who]
         spread = f"{min(times):.3f} - {max(times):.3f}"
         share = f"{flops / m / rate:.0%}"
         times_faster = [f"{base / m:.1f}" if base else "-" for base in bases]
         lines.append([who, f"{m:.3f}", spread, str(len(times)), *times_faster, share])
+
     print(f"{name}: {shape}")
-    print(f"large float32 products on two threads: {rate / 1e9:.0f} GFLOP/s; the round needs {flops / 1e9:.1f} GFLOP")
-    print(table(["who", "median s", "min - max", "n", "x loop", "x pfl", "x pfl 2 proc", "of GEMM rate"], lines))
+    print(
+        f"large float32 products on two threads: {rate / 1e9:.0f} GFLOP/s; the round needs "
+        f"{flops / 1e9:.1f} GFLOP"
+    )
+    print(
+        table(
+            [
+                "who",
+                "median s",
+                "min - max",
+                "n",
+                "x loop",
+                "x pfl",
+                "x pfl 2 proc",
+                "of GEMM rate",
+            ],
+            lines,
+        )
+    )
 
 
 if __name__ == "__main__":

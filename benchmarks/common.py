@@ -20,9 +20,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a benchmark's parser with `--tiny`, by which the tests see that each one still runs."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--tiny", action="store_true", help="as small as can be, and no file: that it still runs")
+    """Return a benchmark's parser with `--tiny`, by which the tests see that each one
+    still runs.
+    """
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument(
+        "--tiny", action="store_true", help="as small as can be, and no file: that it still runs"
+    )
     return found
 
 
@@ -35,7 +41,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a plain table, columns aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
     ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
@@ -44,7 +51,12 @@ def machine() -> dict[str, Any]:
     """Return what decides a timing: processor, cores, versions."""
     from medfed.runs import versions
 
-    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(), "versions": versions()}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "versions": versions(),
+    }
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
@@ -65,19 +77,25 @@ def _processor() -> str:
 
 
 def without_privacy(study: "Study", **training: Any) -> "Study":
-    """Return a bundled study with no guarantee, plain rows and robust scaling, to time and compare training."""
+    """Return a bundled study with no guarantee, plain rows and robust scaling, to time and compare
+    training.
+    """
     from medfed.study import Privacy, Security, Training
 
-    plain = dataclasses.replace(study, privacy=Privacy(), training=Training(**training), security=Security())
+    plain = dataclasses.replace(
+        study, privacy=Privacy(), training=Training(**training), security=Security()
+    )
     return plain.set("data.preprocess", "robust")
 
 
-def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tuple[Plan, InProcess]":
-    """Return plan and fleet for rows that are numbers already: site -> (training rows, test rows); binary target.
+def bare_federation(
+    study: "Study", rows: "dict[str, tuple[Rows, Rows]]"
+) -> "tuple[Plan, InProcess]":
+    """Return plan and fleet for rows that are numbers already: site -> (training rows, test rows);
+    binary target.
 
     Rows come together in plain sight, as no keys are made for these sites.
     """
-    
 
     from medfed.data.encoding import Column, Encoding, Target
     from medfed.node.inprocess import InProcess
@@ -87,13 +105,19 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
     study = study.set("security.aggregation", "plain")
     width = next(iter(rows.values()))[0].x.shape[1]
     encoding = Encoding(
-        tuple(Column(f"x{i}", "number") for i in range(width)), Target("y", "binary", ("0", "1")), public=True
+        tuple(Column(f"x{i}", "number") for i in range(width)),
+        Target("y", "binary", ("0", "1")),
+        public=True,
     )
     model = build_model(study, encoding)
-    sites, surveys = [], {}
+    sites = []
+    surveys = {}
     for name, (train, test) in rows.items():
         site = Site(name, None, study)
-        site.encoding, site.model, site.train, site.test = encoding, model, train, test
+        site.encoding = encoding
+        site.model = model
+        site.train = train
+        site.test = test
         site.forget()
         sites.append(site)
         labels = {str(k): int((train.y == k).sum()) for k in (0, 1)}
@@ -106,5 +130,6 @@ def bare_federation(study: "Study", rows: "dict[str, tuple[Rows, Rows]]") -> "tu
         }
     plan = make(study, surveys, encoding)
     for site in sites:
-        site.guarantee, site.links = plan.guarantee, plan.links
+        site.guarantee = plan.guarantee
+        site.links = plan.links
     return plan, InProcess(sites)

@@ -1,15 +1,18 @@
-"""One DP-SGD step of one hospital: layer rules against Opacus (hooks and ghost clipping), on one thread.
+"""One DP-SGD step of one hospital: layer rules against Opacus (hooks and ghost clipping), on one
+thread.
 
     python benchmarks/dp_step.py [--repeats 7] [--shape mlp|195k|195k-layer-norm|conv1d]
 
-Same network, weights, batch and order of magnitude of noise for all: forward, backward, clip each patient, sum, noise,
-SGD. `mlp` is 30-64-32-1, batch 128; `195k` the brief's network 32-512-256-128-64-32-1, batch 115, no dropout; `conv1d`
-two strided convolutions with GroupNorm on series of 200, batch 64. Every contestant has one thread. Opacus runs in a
-process and a pinned environment of its own (benchmarks/.venvs/opacus, made on first use) between our repetitions.
+Same network, weights, batch and order of magnitude of noise for all: forward, backward, clip each
+patient, sum, noise, SGD. `mlp` is 30-64-32-1, batch 128; `195k` the brief's network
+32-512-256-128-64-32-1, batch 115, no dropout; `conv1d` two strided convolutions with GroupNorm on
+series of 200, batch 64. Every contestant has one thread. Opacus runs in a process and a pinned
+environment of its own (benchmarks/.venvs/opacus, made on first use) between our repetitions.
 
-Float noise is torch's normal, as Opacus' is. Release-grade noise is the discrete Gaussian from AES-CTR on the grid.
-The step without privacy is ours (fused SGD); plain PyTorch's (autograd, torch.optim) stands beside it. Sums are float32
-up to NARROW slots of a network without positions, as in training; a row shows them in float64.
+Float noise is torch's normal, as Opacus' is. Release-grade noise is the discrete Gaussian from
+AES-CTR on the grid. The step without privacy is ours (fused SGD); plain PyTorch's (autograd,
+torch.optim) stands beside it. Sums are float32 up to NARROW slots of a network without positions,
+as in training; a row shows them in float64.
 """
 
 import json
@@ -38,11 +41,16 @@ from medfed.privacy.guarantee import GRID, discrete_gaussian
 
 HERE = Path(__file__).parent
 OPACUS = ("torch==2.13.0", "opacus==1.6.0")
-HOOKS, GHOST = "Opacus 1.6, hooks", "Opacus 1.6, ghost clipping"
-BASE, TORCH = "medfed, without privacy", "plain PyTorch, without privacy"
-DP, RELEASE, FUNC = "medfed, float noise", "medfed, release-grade noise", "medfed, float noise, vmap(grad)"
+HOOKS = "Opacus 1.6, hooks"
+GHOST = "Opacus 1.6, ghost clipping"
+BASE = "medfed, without privacy"
+TORCH = "plain PyTorch, without privacy"
+DP = "medfed, float noise"
+RELEASE = "medfed, release-grade noise"
+FUNC = "medfed, float noise, vmap(grad)"
 WIDE = "medfed, float noise, float64 sums"
-TARGETS = {  # shape -> (times faster than hooks, than ghost, at most times the step without privacy)
+# shape -> (times faster than hooks, than ghost, at most times the step without privacy)
+TARGETS = {
     "mlp": (6, 6, 1.3),
     "195k": (20, 2, 1.8),
     "195k-layer-norm": (20, 2, 1.8),
@@ -56,13 +64,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    shapes, repeats, peers = args.shape or list(SHAPES), args.repeats, {HOOKS: "hooks", GHOST: "ghost"}
+    shapes = args.shape or list(SHAPES)
+    repeats = args.repeats
+    peers = {HOOKS: "hooks", GHOST: "ghost"}
+
     if args.tiny:
-        shapes, repeats, peers = ["mlp"], 1, {}
+        shapes = ["mlp"]
+        repeats = 1
+        peers = {}
         absent("Opacus", "a tiny run installs nothing")
+
     result = {}
     for name in shapes:
-        jobs = {who: (step, 1 if args.tiny else _steps(step)) for who, step in contestants(name).items()}
+        jobs = {
+            who: (step, 1 if args.tiny else _steps(step)) for who, step in contestants(name).items()
+        }
         seconds: dict[str, list[float]] = {who: [] for who in [*jobs, *peers]}
         for _ in range(repeats):
             for who, (step, steps) in jobs.items():
@@ -71,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seconds[who].append(run_peer(name, mode))
         report(name, seconds)
         result[name] = seconds
+
     if not args.tiny:
-        write_result("dp-step", {"threads": 1, "opacus": OPACUS, "shapes": SHAPES, "seconds": result})
+        write_result(
+            "dp-step", {"threads": 1, "opacus": OPACUS, "shapes": SHAPES, "seconds": result}
+        )
 
 
 def contestants(name: str) -> dict[str, Callable[[], object]]:
@@ -80,7 +99,8 @@ def contestants(name: str) -> dict[str, Callable[[], object]]:
     x, y = make_batch(name)
     own = [Series(x.shape[1])] if x.dim() == 3 else []
     make = partial(_model, name, own)
-    row, y_1B = x.reshape(1, len(x), -1), y.view(1, -1)
+    row = x.reshape(1, len(x), -1)
+    y_1B = y.view(1, -1)
     return {
         TORCH: plain_torch(make_model(name), x, y),
         BASE: without_privacy(make(), row, y_1B),
@@ -97,7 +117,8 @@ def _model(name: str, own: list[nn.Module]) -> nn.Sequential:
 
 def plain_torch(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
     """The step without privacy as a textbook writes it."""
-    optimizer, loss = torch.optim.SGD(model.parameters(), lr=RATE), nn.BCEWithLogitsLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    loss = nn.BCEWithLogitsLoss()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -109,7 +130,8 @@ def plain_torch(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
 
 def without_privacy(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
     """Our step without privacy: every layer's gradient goes straight into its weights."""
-    ruled, key = RuledModel(model), torch.zeros(1, dtype=torch.int64)
+    ruled = RuledModel(model)
+    key = torch.zeros(1, dtype=torch.int64)
     weights = [p.detach()[None].clone() for p in model.parameters()]
 
     def step() -> None:
@@ -128,14 +150,23 @@ class ByRulesInFloat64(dpsgd._ByRules):
 
 
 def private(
-    model: nn.Module, summed: dpsgd._Summed, x: Tensor, y: Tensor, noised: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    summed: dpsgd._Summed,
+    x: Tensor,
+    y: Tensor,
+    noised: Callable[[Tensor], Tensor],
 ) -> Callable[[], object]:
-    """Our DP step, of the parts that `medfed.learn.dpsgd.train` takes its steps with; sums are in units of the clip."""
+    """Our DP step, of the parts that `medfed.learn.dpsgd.train` takes its steps with; sums are in
+    units of the clip.
+    """
     w_1P = vector(model)[None].clone()
     weights = [piece for _, piece in Layout.of(model).pieces(w_1P)]
     slots = x.shape[:2]
-    everyone = Step(torch.zeros(slots).long(), torch.ones(slots).bool(), torch.zeros(slots).long(), 1)
-    factor, scale = clip_factor("automatic", CLIP), RATE * CLIP / x.shape[1]
+    everyone = Step(
+        torch.zeros(slots).long(), torch.ones(slots).bool(), torch.zeros(slots).long(), 1
+    )
+    factor = clip_factor("automatic", CLIP)
+    scale = RATE * CLIP / x.shape[1]
 
     def step() -> None:
         total_1P, _ = summed(weights, x, y, everyone, "binary", factor)
@@ -149,7 +180,8 @@ def float_noise(total: Tensor) -> Tensor:
 
 
 def release_noise() -> Callable[[Tensor], Tensor]:
-    noise, entropy = discrete_gaussian(NOISE / GRID), Entropy()
+    noise = discrete_gaussian(NOISE / GRID)
+    entropy = Entropy()
 
     def noised(total: Tensor) -> Tensor:
         released = torch.empty(total.shape, dtype=torch.float64)
@@ -168,10 +200,22 @@ def run_peer(name: str, mode: str) -> float:
     """Return the seconds of a step of Opacus."""
     steps = 4 if (name.startswith("195k") and mode == "hooks") else 40
     script = HERE / "peers/opacus_step.py"
-    command = [str(opacus_python()), "-W", "ignore", str(script), f"--shape={name}", f"--mode={mode}"]
+    command = [
+        str(opacus_python()),
+        "-W",
+        "ignore",
+        str(script),
+        f"--shape={name}",
+        f"--mode={mode}",
+    ]
     done = subprocess.run(
-        [*command, f"--steps={steps}", "--repeats=1"], check=True, capture_output=True, text=True, timeout=600
+        [*command, f"--steps={steps}", "--repeats=1"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"][0])
 
 
@@ -196,21 +240,39 @@ def report(name: str, seconds: dict[str, list[float]]) -> None:
         ratios = [f"{middle[peer] / m:.1f}" if peer in middle else "-" for peer in (HOOKS, GHOST)]
         ratios += [f"{m / middle[b]:.2f}" for b in (BASE, TORCH)]
         lines.append([who, f"{m * 1e3:.3f}", spread, str(len(times)), *ratios])
+
     batch, shape = SHAPES[name]
     print(f"\n{name}: batch {batch} of {'x'.join(map(str, shape))}, one thread")
-    head = ["who", "median ms", "min - max", "n", "faster than hooks", "than ghost", "of ours w/o", "of PyTorch w/o"]
+    head = [
+        "who",
+        "median ms",
+        "min - max",
+        "n",
+        "faster than hooks",
+        "than ghost",
+        "of ours w/o",
+        "of PyTorch w/o",
+    ]
     print(table(head, lines))
     hooks, ghost, most = TARGETS[name]
     checks = []
+
     for peer, words, least in ((HOOKS, "hooks", hooks), (GHOST, "ghost", ghost)):
         if peer in middle:
             times = middle[peer] / middle[DP]
-            checks.append((f"{times:.1f} times faster than {words} (at least {least})", times >= least))
+            checks.append(
+                (f"{times:.1f} times faster than {words} (at least {least})", times >= least)
+            )
+
     if most:
         for base in (BASE, TORCH):
             checks.append(
-                (f"{middle[DP] / middle[base]:.2f} of {base} (at most {most})", middle[DP] / middle[base] <= most)
+                (
+                    f"{middle[DP] / middle[base]:.2f} of {base} (at most {most})",
+                    middle[DP] / middle[base] <= most,
+                )
             )
+
     for words, reached in checks:
         print(f"  {'reached' if reached else 'MISSED '}  {words}")
     print(f"  release-grade noise adds {(middle[RELEASE] - middle[DP]) * 1e3:.3f} ms a step")

@@ -1,18 +1,22 @@
-"""Fed-Heart-Disease exactly as FLamby prepares it: 4 hospitals, 13 features, 486 training and 254 test patients.
+"""Fed-Heart-Disease exactly as FLamby prepares it: 4 hospitals, 13 features, 486 training and 254
+test patients.
 
-Source: owkin/FLamby at commit f1e05644c94ee26bdd1d2b9fc3431f4a5e6b2a34, flamby/datasets/fed_heart_disease/dataset.py
-(split, features, normalisation) and common.py (batch of 4, 50 pooled epochs); flamby/config_heart_disease.json at
-commit 88fbe60c (learning rates). Paper: du Terrail et al., NeurIPS 2022, arXiv:2210.04620. The code here is our own.
+Source: owkin/FLamby at commit f1e05644c94ee26bdd1d2b9fc3431f4a5e6b2a34,
+flamby/datasets/fed_heart_disease/dataset.py (split, features, normalisation) and common.py (batch
+of 4, 50 pooled epochs); flamby/config_heart_disease.json at commit 88fbe60c (learning rates).
+Paper: du Terrail et al., NeurIPS 2022, arXiv:2210.04620. The code here is our own.
 
-The steps: drop slope, ca and thal (columns 10 to 12), then drop every patient with a missing value; disease is num > 0;
-split each hospital 66/34 with `random_state=43`, stratified on the label if each class has more than 2 patients; chest
-pain (column 2) and resting ECG (column 6) become dummies without their first level; subtract the mean and divide by the
-sample standard deviation of training rows, either those of the hospital ("site", FLamby's federated default) or those
-of all hospitals ("pooled", FLamby's for its pooled training).
+The steps: drop slope, ca and thal (columns 10 to 12), then drop every patient with a missing value;
+disease is num > 0; split each hospital 66/34 with `random_state=43`, stratified on the label if
+each class has more than 2 patients; chest pain (column 2) and resting ECG (column 6) become dummies
+without their first level; subtract the mean and divide by the sample standard deviation of training
+rows, either those of the hospital ("site", FLamby's federated default) or those of all hospitals
+("pooled", FLamby's for its pooled training).
 
-FLamby's "Pooled Training" is trained on "pooled" features but tested per hospital on "site" features: that mismatch
-scores .735, and "pooled" throughout scores .806. Swiss training rows are all positive (30 of 30), so an answer of each
-hospital's majority scores .721, above FLamby's FedAvg. Legend: S patients, F features.
+FLamby's "Pooled Training" is trained on "pooled" features but tested per hospital on "site"
+features: that mismatch scores .735, and "pooled" throughout scores .806. Swiss training rows are
+all positive (30 of 30), so an answer of each hospital's majority scores .721, above FLamby's
+FedAvg. Legend: S patients, F features.
 """
 
 from pathlib import Path
@@ -29,8 +33,9 @@ Normalise = Literal["site", "pooled", "none"]
 # Hospital -> patients in (train, test), as in FLamby's README.
 COUNTS = {"cleveland": (199, 104), "hungarian": (172, 89), "switzerland": (30, 16), "va": (85, 45)}
 
-# Accuracy, mean over the hospitals' test sets and over the seeds 42 to 46, computed from the per-seed tables in
-# flamby/results/results_benchmark_fed_heart_disease (commits a422b61c and f553c7ac).
+# Accuracy, mean over the hospitals' test sets and over the seeds 42 to 46, computed from the
+# per-seed tables in flamby/results/results_benchmark_fed_heart_disease (commits a422b61c and
+# f553c7ac).
 PUBLISHED_ACCURACY = {
     "FedAvg": 0.685,
     "FedProx": 0.685,
@@ -42,7 +47,10 @@ PUBLISHED_ACCURACY = {
     "Pooled": 0.735,
 }
 SEEDS = (42, 43, 44, 45, 46)
-BATCH_SIZE, LOCAL_STEPS, ROUNDS = 4, 100, 15  # rounds = (486 // 4 hospitals // batch) * 50 epochs // local steps
+# rounds = (486 // 4 hospitals // batch) * 50 epochs // local steps
+BATCH_SIZE = 4
+LOCAL_STEPS = 100
+ROUNDS = 15
 
 _DROPPED = [10, 11, 12]  # slope, ca, thal
 _CONTINUOUS = [0, 1, 3, 4, 5, 7, 8, 9]  # age, sex, trestbps, chol, fbs, thalach, exang, oldpeak
@@ -50,15 +58,18 @@ _LEVELS = {2: (2, 3, 4), 6: (1, 2)}  # chest pain 1..4 and resting ECG 0..2, fir
 
 
 def load(folder: Path, normalise: Normalise = "site") -> dict[str, Site]:
-    """Hospital -> (x_train_SF, y_train_S, x_test_SF, y_test_S), from the files `processed.<hospital>.data`.
+    """Hospital -> (x_train_SF, y_train_S, x_test_SF, y_test_S), from the files
+    `processed.<hospital>.data`.
 
-    "site" is FLamby's federated setting; "pooled" needs only the hospitals' summed counts, sums and squares; "none"
-    leaves the UCI units.
+    "site" is FLamby's federated setting; "pooled" needs only the hospitals' summed counts, sums and
+    squares; "none" leaves the UCI units.
     """
     raw = {name: _split(*_read(folder / f"processed.{name}.data")) for name in COUNTS}
     for name, (x_train, _, x_test, _) in raw.items():
         found = (len(x_train), len(x_test))
-        assert found == COUNTS[name], f"{name}: train/test={found}, expected {COUNTS[name]}; check {folder}"
+        assert found == COUNTS[name], (
+            f"{name}: train/test={found}, expected {COUNTS[name]}; check {folder}"
+        )
     everyone = np.concatenate([x_train for x_train, *_ in raw.values()])
     sites = {}
     for name, (x_train, y_train, x_test, y_test) in raw.items():
@@ -86,18 +97,27 @@ def _split(x_SF: NDArray[np.float32], y_S: NDArray[np.int64]) -> Site:
         random_state=43,
         stratify=y_S if classes.min() > 2 else None,
     )
-    train, test = np.sort(train), np.sort(test)
+    train = np.sort(train)
+    test = np.sort(test)
     return x_SF[train], y_S[train], x_SF[test], y_S[test]
 
 
-def _scale(x_SF: NDArray[np.float32], reference_SF: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Standardise by the reference rows; a constant column (cholesterol in Switzerland, all 0) becomes 0."""
+def _scale(
+    x_SF: NDArray[np.float32], reference_SF: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Standardise by the reference rows; a constant column (cholesterol in Switzerland, all 0)
+    becomes 0.
+    """
     if reference_SF is None:
         return x_SF
-    scaled_SF: NDArray[np.float32] = (x_SF - reference_SF.mean(axis=0)) / (reference_SF.std(axis=0, ddof=1) + 1e-9)
+    scaled_SF: NDArray[np.float32] = (x_SF - reference_SF.mean(axis=0)) / (
+        reference_SF.std(axis=0, ddof=1) + 1e-9
+    )
     return scaled_SF
 
 
 def baseline(features: int, outputs: int) -> nn.Module:
-    """FLamby's logistic model as it starts: torch's own random first weights, not zero as medfed's `logistic` does."""
+    """FLamby's logistic model as it starts: torch's own random first weights, not zero as medfed's
+    `logistic` does.
+    """
     return nn.Sequential(nn.Linear(features, outputs))

@@ -2,8 +2,8 @@
 
     MEDFED_DATA=... python benchmarks/heart_flamby.py
 
-Four hospitals, train/test 199/104, 172/89, 30/16, 85/45; logistic model on 13 features; mean of the hospitals' test
-accuracies; 5 seeds (42 to 46). Three settings:
+Four hospitals, train/test 199/104, 172/89, 30/16, 85/45; logistic model on 13 features; mean of the
+hospitals' test accuracies; 5 seeds (42 to 46). Three settings:
 
     FLamby's      its normalisation (each hospital by itself), weights by size, random first weights, batch 4, 100 steps
                   a round, 15 rounds, its learning rates
@@ -11,8 +11,9 @@ accuracies; 5 seeds (42 to 46). Three settings:
                   rates by cross-validation on training rows
     federated     the same but one normalisation for all hospitals, as medfed's `standard` makes it; weights by size
 
-The learning rates of the last two were picked by 5-fold cross-validation, three times repeated, on training rows alone
-(see docs/log.md). The test metric's own standard error is about .036: ranks within .02 mean nothing.
+The learning rates of the last two were picked by 5-fold cross-validation, three times repeated, on
+training rows alone (see docs/log.md). The test metric's own standard error is about .036: ranks
+within .02 mean nothing.
 """
 
 import os
@@ -91,22 +92,33 @@ COLUMNS: dict[str, tuple[str, str, Settings, dict[str, Settings]]] = {
 }
 
 
-def accuracy(algorithm: str, column: str, seed: int, rows: dict[str, tuple[Rows, Rows]], less: Settings) -> float:
+def accuracy(
+    algorithm: str, column: str, seed: int, rows: dict[str, tuple[Rows, Rows]], less: Settings
+) -> float:
     """Train one federation and return the mean of its hospitals' test accuracies."""
     _, model, shared, settings = COLUMNS[column]
     study = medfed.load_study("heart").set("study.seed", seed).set("model.name", model)
-    for key, value in {"algorithm": algorithm, "weight_decay": 0.0, **shared, **settings[algorithm], **less}.items():
+    for key, value in {
+        "algorithm": algorithm,
+        "weight_decay": 0.0,
+        **shared,
+        **settings[algorithm],
+        **less,
+    }.items():
         study = study.set(f"training.{key}", value)
+
     plan, fleet = bare_federation(study, rows)
     if algorithm == "pooled":
         sites = [fleet.site(name) for name in plan.testers]
         fleet = InProcess([*sites, Site.pooled(sites)])
         assert plan.participants == (POOLED,)
+
     server = plan.algorithm.begin(plan.first_weights(), study.training)
     for _ in range(study.training.rounds):
         server = run_round(server, plan, fleet, plan.budget(), Log())
     value = test(server, plan, fleet, Log()).macro["accuracy"].value
     assert value is not None
+
     return value
 
 
@@ -116,24 +128,37 @@ def as_rows(x: np.ndarray, y: np.ndarray) -> Rows:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parser(__doc__).parse_args(argv)
-    algorithms, seeds, less = (("scaffold", "pooled"), SEEDS[:2], TINY) if args.tiny else (ALGORITHMS, SEEDS, {})
+    algorithms, seeds, less = (
+        (("scaffold", "pooled"), SEEDS[:2], TINY) if args.tiny else (ALGORITHMS, SEEDS, {})
+    )
     folder = Path(os.environ["MEDFED_DATA"]) / "fed_heart_disease"
     rows = {
-        kind: {name: (as_rows(a, b), as_rows(c, d)) for name, (a, b, c, d) in load(folder, kind).items()}
+        kind: {
+            name: (as_rows(a, b), as_rows(c, d))
+            for name, (a, b, c, d) in load(folder, kind).items()
+        }
         for kind in ("site", "pooled")
     }
     found: dict[str, dict[str, list[float]]] = {}
+
     for algorithm in algorithms:
         found[algorithm] = {
-            column: [accuracy(algorithm, column, seed, rows[COLUMNS[column][0]], less) for seed in seeds]
+            column: [
+                accuracy(algorithm, column, seed, rows[COLUMNS[column][0]], less) for seed in seeds
+            ]
             for column in COLUMNS
         }
+
     lines = []
     for algorithm, columns in found.items():
         published = {k.lower(): v for k, v in PUBLISHED_ACCURACY.items()}.get(algorithm)
         cells = [f"{np.mean(v):.3f} +- {np.std(v, ddof=1):.3f}" for v in columns.values()]
         lines.append([algorithm, "-" if published is None else f"{published:.3f}", *cells])
-    print(f"heart, FLamby's protocol: mean of 4 hospitals' test accuracies, {len(seeds)} seeds, mean +- sd over seeds")
+
+    print(
+        f"heart, FLamby's protocol: mean of 4 hospitals' test accuracies, {len(seeds)} seeds, "
+        "mean +- sd over seeds"
+    )
     print(table(["algorithm", "FLamby published", *COLUMNS], lines))
     if not args.tiny:
         write_result("heart-flamby", {"seeds": list(seeds), "accuracy": found})

@@ -2,11 +2,12 @@
 
     python benchmarks/many_sites.py [--sites 5000] [--repeats 3] [--devices]
 
-5,000 sites of 4 rows (six numbers, a category, gaps), 500 drawn a round, 5 rounds, each tested at every site. One
-study without privacy (robust scaling, which sites agree on) and one under a claim with joint noise, in which every
-site takes part; `--devices` runs 9,172 thyroid records besides, each on a device of its own (MEDFED_DATA names the data
-folder). The control opens each site by itself, and asks, encodes and tests each by itself, on a part of the sites: told
-for all of them, in the same run.
+5,000 sites of 4 rows (six numbers, a category, gaps), 500 drawn a round, 5 rounds, each tested at
+every site. One study without privacy (robust scaling, which sites agree on) and one under a claim
+with joint noise, in which every site takes part; `--devices` runs 9,172 thyroid records besides,
+each on a device of its own (MEDFED_DATA names the data folder). The control opens each site by
+itself, and asks, encodes and tests each by itself, on a part of the sites: told for all of them, in
+the same run.
 """
 
 import dataclasses
@@ -33,7 +34,9 @@ from medfed.rounds.round import test
 from medfed.runs import simulation
 from medfed.study import Study
 
-ROWS, ROUNDS, CONTROL = 4, 5, 100
+ROWS = 4
+ROUNDS = 5
+CONTROL = 100
 STAGES = ("opening", "preparing", "a round", "a test", "all", "all, of the processor")
 
 STUDY = """
@@ -79,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--sites", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--devices", action="store_true", help="9,172 thyroid records, each a device, besides")
+    parser.add_argument(
+        "--devices", action="store_true", help="9,172 thyroid records, each a device, besides"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(2)
     sites, repeats = (40, 1) if args.tiny else (args.sites, args.repeats)
+
     with tempfile.TemporaryDirectory() as folder:
         studies = {
             "without privacy": written(Path(folder), sites, False),
@@ -98,12 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "privacy.correlated": False,
                 }
             )
-        seconds: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in STAGES} for name in studies}
+
+        seconds: dict[str, dict[str, list[float]]] = {
+            name: {stage: [] for stage in STAGES} for name in studies
+        }
         for _ in range(repeats):
             for name, study in studies.items():
                 for stage, took in measured(study).items():
                     seconds[name][stage].append(took)
+
         alone = one_by_one(studies["without privacy"], sites, 5 if args.tiny else CONTROL)
+
     report(sites, seconds, alone)
     if not args.tiny:
         found = {"seconds": seconds, "one by one, told for all": alone}
@@ -130,13 +141,16 @@ def written(folder: Path, sites: int, private: bool) -> Study:
         split='test = "fold"'
         if private
         else 'split = "stratified"\nfeatures = ["x0", "x1", "x2", "x3", "x4", "x5", "ward"]',
-        ranges="\n".join(f"[data.dictionary.x{i}]\nrange = [-5.0, 5.0]" for i in range(6)) if private else "",
+        ranges="\n".join(f"[data.dictionary.x{i}]\nrange = [-5.0, 5.0]" for i in range(6))
+        if private
+        else "",
         rounds=ROUNDS,
         drawn=0 if private else max(1, sites // 10),
         privacy=PRIVACY.format(sizes=sizes) if private else "",
     )
     path = folder / f"{'private' if private else 'plain'}.toml"
     path.write_text(text)
+
     return medfed.load_study(path)
 
 
@@ -154,7 +168,8 @@ def measured(study: Study) -> Mapping[str, float]:
         if isinstance(event, Tested):
             tests.append(event.seconds)
 
-    began, used = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    used = time.process_time()
     opened = [began]
     real = simulation.open_sites
 
@@ -180,7 +195,9 @@ def measured(study: Study) -> Mapping[str, float]:
 
 
 def one_by_one(study: Study, sites: int, part: int) -> dict[str, float]:
-    """Return the seconds of stages in which each site is served by itself, of `part` sites, as of all."""
+    """Return the seconds of stages in which each site is served by itself, of `part` sites, as of
+    all.
+    """
     frames, data = sources.frames(study)
     study = dataclasses.replace(study, data=data)
     took = {}
@@ -191,7 +208,10 @@ def one_by_one(study: Study, sites: int, part: int) -> dict[str, float]:
         took[stage] = (time.perf_counter() - began) * sites / part
 
     opened: list[Site] = []
-    timed("opening", lambda: opened.extend(Site.open(name, frames[name], study) for name in list(frames)[:part]))
+    timed(
+        "opening",
+        lambda: opened.extend(Site.open(name, frames[name], study) for name in list(frames)[:part]),
+    )
     fleet = OneByOne(opened)
     few = study.set("fleet.clients_per_round", 0)
     plans: list[Plan] = []
@@ -203,7 +223,9 @@ def one_by_one(study: Study, sites: int, part: int) -> dict[str, float]:
 class OneByOne(InProcess):
     """Sites that are asked one after the other, as if each were a stack of one."""
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         """Ask each site by itself."""
         tickets: list[int] = []
         for site in sites:
@@ -211,10 +233,20 @@ class OneByOne(InProcess):
         return tickets
 
 
-def report(sites: int, seconds: Mapping[str, Mapping[str, Sequence[float]]], alone: Mapping[str, float]) -> None:
+def report(
+    sites: int, seconds: Mapping[str, Mapping[str, Sequence[float]]], alone: Mapping[str, float]
+) -> None:
     """Print a line a study: the median seconds of each stage; below it the control."""
-    rows = [[name, *(f"{median(stages[stage]):.2f}" for stage in STAGES)] for name, stages in seconds.items()]
-    rows.append(["control: one by one", *(f"{alone[stage]:.2f}" if stage in alone else "-" for stage in STAGES)])
+    rows = [
+        [name, *(f"{median(stages[stage]):.2f}" for stage in STAGES)]
+        for name, stages in seconds.items()
+    ]
+    rows.append(
+        [
+            "control: one by one",
+            *(f"{alone[stage]:.2f}" if stage in alone else "-" for stage in STAGES),
+        ]
+    )
     print(f"{sites:,} sites of {ROWS} rows, {ROUNDS} rounds, median seconds")
     print(table(["study", *STAGES], rows))
 

@@ -2,8 +2,9 @@
 
     python benchmarks/odd_patients.py [--patients 1000000] [--seed 0]
 
-Every model of tests/test_odd_patients.py, every task, clipping and path in turn, clipping norms drawn at random: K sums
-of one to five odd patients each, once more with one odd patient more. The bound is 1 + SLACK clipping norms.
+Every model of tests/test_odd_patients.py, every task, clipping and path in turn, clipping norms
+drawn at random: K sums of one to five odd patients each, once more with one odd patient more. The
+bound is 1 + SLACK clipping norms.
 """
 
 import sys
@@ -35,10 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
+
     if args.tiny:
         asked, furthest = ask(3 * SHARES["rules"], args.seed)
         report(asked, furthest)
         return
+
     began = time.perf_counter()
     seeds = range(args.seed, args.seed + args.processes)
     with ProcessPoolExecutor(args.processes) as pool:
@@ -48,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     furthest = {path: max(far.get(path, 0.0) for _, far in found) for path in asked}
     report(asked, furthest)
     print(f"allowed: {1 + SLACK:.6f}; {seconds:.0f} s, {args.processes} processes of one thread")
-    write_result("odd-patients", {"asked": asked, "furthest": furthest, "allowed": 1 + SLACK, "seconds": seconds})
+    write_result(
+        "odd-patients",
+        {"asked": asked, "furthest": furthest, "allowed": 1 + SLACK, "seconds": seconds},
+    )
 
 
 def report(asked: Counter[LocalPath], furthest: dict[LocalPath, float]) -> None:
@@ -64,6 +70,7 @@ def ask(patients: int, seed: int) -> tuple[Counter[LocalPath], dict[LocalPath, f
     asked = Counter[LocalPath]()
     cases = list(product(MODELS, TASKS, CLIPPINGS))
     call = 0
+
     while asked.total() < patients:
         name, task, clipping = cases[call % len(cases)]
         path: LocalPath = "rules" if call % 100 < 97 else "func" if call % 100 < 99 else "loop"
@@ -74,7 +81,11 @@ def ask(patients: int, seed: int) -> tuple[Counter[LocalPath], dict[LocalPath, f
         asked[path] += len(found)
         call += 1
         if found.max() > 1 + SLACK:
-            print(f"BROKEN: {name}, {task}, {clipping}, clip {clip:g}, {path}, call {call}: {float(found.max()):.6g}")
+            print(
+                f"BROKEN: {name}, {task}, {clipping}, clip {clip:g}, {path}, call {call}: "
+                f"{float(found.max()):.6g}"
+            )
+
     return asked, furthest
 
 

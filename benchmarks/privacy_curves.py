@@ -3,9 +3,9 @@
     python benchmarks/privacy_curves.py             20 seeds, epsilon .1 to 8, noise shared and site
     python benchmarks/privacy_curves.py --choose    how rounds and learning rates were chosen, on another data set
 
-Settings were chosen on the original Wisconsin set (1992: nine cytological grades, 699 records), whose patients and
-measurements are others; no test patient of the diagnostic set was looked at. One draw of patients, sites, first
-weights and noise each seed; noise is release-grade.
+Settings were chosen on the original Wisconsin set (1992: nine cytological grades, 699 records),
+whose patients and measurements are others; no test patient of the diagnostic set was looked at. One
+draw of patients, sites, first weights and noise each seed; noise is release-grade.
 """
 
 import csv
@@ -37,12 +37,15 @@ GRID = {  # rounds, local steps, learning rate
     "brief": [(3, steps, lr) for steps in (3, 5, 10) for lr in (0.025, 0.04, 0.05, 0.075)],
 }
 TINY: dict[str, Any] = {"training.rounds": 1, "training.local_steps": 1}
-SITE_RATE = 2.0  # the learning rate chosen for the logistic model where each site adds its own noise
+# the learning rate chosen for the logistic model where each site adds its own noise
+SITE_RATE = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--choose", action="store_true", help="choose settings on the original Wisconsin set")
+    parser.add_argument(
+        "--choose", action="store_true", help="choose settings on the original Wisconsin set"
+    )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", default="", help="logistic, network or brief")
     args = parser.parse_args(argv)
@@ -60,7 +63,11 @@ def studies() -> dict[str, Study]:
     logistic = quiet(medfed.load_study("breast-cancer"))
     brief = quiet(medfed.load_study("brief"))
     network = logistic._with(
-        {"model.name": brief.model.name, "model.options": brief.model.options, "training.learning_rate": 0.2}
+        {
+            "model.name": brief.model.name,
+            "model.options": brief.model.options,
+            "training.learning_rate": 0.2,
+        }
     )
     return {"logistic": logistic, "network": network, "brief": brief}
 
@@ -91,8 +98,18 @@ def choose(seeds: Sequence[int], only: str) -> None:
                         "training.learning_rate": lr,
                     }
                     found = accuracy(other._with(values), seeds).mean(0)
-                    rows.append([name, noise, str(rounds), str(steps), f"{lr:g}", *(f"{v:.4f}" for v in found)])
+                    rows.append(
+                        [
+                            name,
+                            noise,
+                            str(rounds),
+                            str(steps),
+                            f"{lr:g}",
+                            *(f"{v:.4f}" for v in found),
+                        ]
+                    )
                     print(" ".join(rows[-1]), flush=True)
+
         print(table(["study", "noise", "rounds", "steps", "lr", "accuracy", "auroc"], rows))
 
 
@@ -108,6 +125,7 @@ def elsewhere(study: Study, folder: Path) -> Study:
             if row[0] not in seen:
                 seen.add(row[0])
                 writer.writerow([*row[1:10], {"2": "benign", "4": "malignant"}[row[10]]])
+
     known: dict[str, Any] = {grade: {"range": [1.0, 10.0]} for grade in GRADES}
     known["class"] = {"categories": ["benign", "malignant"]}
     data = {
@@ -118,6 +136,7 @@ def elsewhere(study: Study, folder: Path) -> Study:
         "test_is_public": True,
     }
     tables = study.tables() | {"data": data}
+
     return dataclasses.replace(from_tables(tables), folder=folder)
 
 
@@ -128,8 +147,11 @@ def measure(
     less: Mapping[str, Any] = MappingProxyType({}),
     keep: bool = True,
 ) -> None:
-    """Print and, to `keep` them, write accuracy and AUROC over epsilon; `less`: settings of a smaller run."""
-    rows, results = [], []
+    """Print and, to `keep` them, write accuracy and AUROC over epsilon; `less`: settings of a
+    smaller run.
+    """
+    rows = []
+    results = []
     for name, study in chosen(studies(), only):
         modes = ("site",) if name == "brief" else ("shared", "site")
         for noise in modes:
@@ -137,9 +159,19 @@ def measure(
                 asked = study._with({"privacy.noise": noise, "privacy.epsilon": epsilon})
                 if (name, noise) == ("logistic", "site"):
                     asked = asked.set("training.learning_rate", SITE_RATE)
-                rows.append(_row(name, noise, f"{epsilon:g}", accuracy(_smaller(asked, less), seeds), results))
+                rows.append(
+                    _row(
+                        name, noise, f"{epsilon:g}", accuracy(_smaller(asked, less), seeds), results
+                    )
+                )
+
         if name == "logistic":
-            rows.append(_row(name, "none", "inf", accuracy(study._with({**NO_NOISE, **less}), seeds), results))
+            rows.append(
+                _row(
+                    name, "none", "inf", accuracy(study._with({**NO_NOISE, **less}), seeds), results
+                )
+            )
+
     print(table(["study", "noise", "epsilon", "accuracy", "sd", "auroc", "sd"], rows))
     if keep and not only:
         write_result("privacy-curves", {"seeds": len(seeds), "delta": 1e-6, "rows": results})
@@ -165,8 +197,11 @@ def chosen(found: dict[str, Study], only: str) -> Iterator[tuple[str, Study]]:
     return ((name, study) for name, study in found.items() if only in ("", name))
 
 
-def _row(name: str, noise: str, epsilon: str, found: np.ndarray, results: list[dict[str, Any]]) -> list[str]:
-    mean, sd = found.mean(0), found.std(0, ddof=1)
+def _row(
+    name: str, noise: str, epsilon: str, found: np.ndarray, results: list[dict[str, Any]]
+) -> list[str]:
+    mean = found.mean(0)
+    sd = found.std(0, ddof=1)
     results.append(
         {
             "study": name, "noise": noise, "epsilon": float(epsilon),

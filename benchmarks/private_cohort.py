@@ -2,9 +2,10 @@
 
     python benchmarks/private_cohort.py [--repeats 7]
 
-1,000 clients x 100 patients x 5 local epochs, expected batch 20 by secret coins, MLP 30-64-32-1, noise = "site". The
-private round is timed without noise generation, and with release-grade noise (discrete Gaussian from AES-CTR) beside.
-Interleaved in one process; whole rounds, medians; the ratio is to the round without privacy.
+1,000 clients x 100 patients x 5 local epochs, expected batch 20 by secret coins, MLP 30-64-32-1,
+noise = "site". The private round is timed without noise generation, and with release-grade noise
+(discrete Gaussian from AES-CTR) beside. Interleaved in one process; whole rounds, medians; the
+ratio is to the round without privacy.
 """
 
 import time
@@ -27,7 +28,9 @@ from medfed.monitor.events import Log
 from medfed.planning.building import build_model
 from medfed.rounds.round import run_round
 
-CLIENTS, PATIENTS, FEATURES = 1000, 100, 30
+CLIENTS = 1000
+PATIENTS = 100
+FEATURES = 30
 COMMON: dict[str, Any] = {"model.name": "mlp", "model.options.hidden": [64, 32]}
 TRAINING = {"rounds": 1, "local_epochs": 5, "batch_size": 20, "learning_rate": 0.1}
 
@@ -62,14 +65,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "private, noise excluded": [],
         "private, release noise": [],
     }
+
     for _ in range(repeats + 1):  # the first warms up
         seconds["without privacy"].append(one(*federations["plain"]))
         with patch.object(dpsgd, "_make_noise", lambda *_: lambda total_AP, members, t: total_AP):
             seconds["private, noise excluded"].append(one(*federations["private"]))
         seconds["private, release noise"].append(one(*federations["private"]))
+
     results = report({name: found[1:] for name, found in seconds.items()})
     if not args.tiny:
-        write_result("private-cohort", {"clients": clients, "patients": patients, "threads": 2, "rows": results})
+        write_result(
+            "private-cohort",
+            {"clients": clients, "patients": patients, "threads": 2, "rows": results},
+        )
 
 
 def one(plan: Any, fleet: Any) -> float:
@@ -82,11 +90,20 @@ def one(plan: Any, fleet: Any) -> float:
 def report(seconds: dict[str, list[float]]) -> list[dict[str, object]]:
     """Print the table; return its rows."""
     base = median(seconds["without privacy"])
-    lines, results = [], []
+    lines = []
+    results = []
     for name, found in seconds.items():
         middle = median(found)
-        lines.append([name, f"{middle:.3f}", f"{min(found):.3f}-{max(found):.3f}", f"{middle / base:.2f}"])
-        results.append({"what": name, "seconds": [round(s, 4) for s in found], "ratio": round(middle / base, 3)})
+        lines.append(
+            [name, f"{middle:.3f}", f"{min(found):.3f}-{max(found):.3f}", f"{middle / base:.2f}"]
+        )
+        results.append(
+            {
+                "what": name,
+                "seconds": [round(s, 4) for s in found],
+                "ratio": round(middle / base, 3),
+            }
+        )
     print(table(["round", "median s", "range", "ratio"], lines))
     return results
 

@@ -1,13 +1,16 @@
-"""Reading a large table: pandas, pyarrow and polars as they come, and what this project makes of the file.
+"""Reading a large table: pandas, pyarrow and polars as they come, and what this project makes of
+the file.
 
     python benchmarks/reading.py [--tiny] [--rows N] [--repeats N] [--folder FOLDER]
 
-One file of 10 million rows: an id with zeros in front, a site, eight numbers, a category, a label; as csv and as
-parquet. Each reader runs in a process of its own. `texts`: every cell as a text, which keeps ids and what is written;
-`types`: columns as the reader takes them. `memory` is the peak above the interpreter with its libraries, `x numbers`
-how many times the numbers of the file at 8 bytes each. `exact`: the id is still its text, and the numbers are those
-that were written. `processor`: seconds of all cores, which other processes hardly lengthen. `faults`: what becomes of a
-line with a field too few, one too many, an open quote, a byte that is no UTF-8.
+One file of 10 million rows: an id with zeros in front, a site, eight numbers, a category, a label;
+as csv and as parquet. Each reader runs in a process of its own. `texts`: every cell as a text,
+which keeps ids and what is written;
+`types`: columns as the reader takes them. `memory` is the peak above the interpreter with its
+libraries, `x numbers` how many times the numbers of the file at 8 bytes each. `exact`: the id is
+still its text, and the numbers are those that were written. `processor`: seconds of all cores,
+which other processes hardly lengthen. `faults`: what becomes of a line with a field too few, one
+too many, an open quote, a byte that is no UTF-8.
 """
 
 import argparse
@@ -27,11 +30,12 @@ import numpy as np
 import pyarrow as pa
 from common import table, write_result
 
-ROWS, TINY_ROWS = 10_000_000, 2_000
+ROWS = 10_000_000
+TINY_ROWS = 2_000
 NUMBERS = [f"x{i}" for i in range(8)]
 
 
-# readers ------------------------------------------------------------------------------------------------------------
+# readers ------------------------------------------------------------------------------------------
 
 
 def pandas_texts(path: Path) -> Any:
@@ -51,8 +55,12 @@ def arrow_texts(path: Path) -> Any:
 
     with path.open() as file:
         names = next(csv.reader(file))
-    kinds = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-    return pacsv.read_csv(path, convert_options=kinds, parse_options=pacsv.ParseOptions(newlines_in_values=True))
+    kinds = pacsv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+    )
+    return pacsv.read_csv(
+        path, convert_options=kinds, parse_options=pacsv.ParseOptions(newlines_in_values=True)
+    )
 
 
 def arrow_pandas(path: Path) -> Any:
@@ -126,21 +134,33 @@ FAULTS = {
 }
 
 
-# one reader in a process of its own ---------------------------------------------------------------------------------
+# one reader in a process of its own ---------------------------------------------------------------
 
 
 def measured(reader: Reader, path: Path) -> dict[str, Any]:
-    """Return seconds, the peak of memory above that of the libraries, and whether cells are as written."""
+    """Return seconds, the peak of memory above that of the libraries, and whether cells are as
+    written.
+    """
     small = path.with_name(f"small{path.suffix}")
     reader(small)  # the libraries
-    before, began, busy = _peak(), time.perf_counter(), time.process_time()
+    before = _peak()
+    began = time.perf_counter()
+    busy = time.process_time()
     found = reader(path)
-    seconds, processor = time.perf_counter() - began, time.process_time() - busy
-    return {"seconds": seconds, "processor": processor, "memory": _peak() - before, "exact": _exact(found)}
+    seconds = time.perf_counter() - began
+    processor = time.process_time() - busy
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "memory": _peak() - before,
+        "exact": _exact(found),
+    }
 
 
 def _peak() -> int:
-    """Return this process's peak of memory in bytes; `ru_maxrss` may be that of the process that began it."""
+    """Return this process's peak of memory in bytes; `ru_maxrss` may be that of the process that
+    began it.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -153,7 +173,9 @@ def _exact(found: Any) -> bool:
     head = found.slice(0, 100) if hasattr(found, "slice") else found.head(100)
     ids = [str(cell) for cell in _column(head, "id")]
     numbers = np.array([float(cell) for cell in _column(head, "x0")])
-    return ids == [f"{i:08d}" for i in range(len(ids))] and bool((numbers == _numbers(len(ids))).all())
+    return ids == [f"{i:08d}" for i in range(len(ids))] and bool(
+        (numbers == _numbers(len(ids))).all()
+    )
 
 
 def _column(found: Any, name: str) -> list[Any]:
@@ -168,7 +190,9 @@ def _numbers(rows: int) -> np.ndarray:
 
 
 def faulty(reader: Reader, folder: Path) -> dict[str, str]:
-    """Return what a reader does with each faulty line: how many records it gives, or that it refuses."""
+    """Return what a reader does with each faulty line: how many records it gives, or that it
+    refuses.
+    """
     found = {}
     for name, content in FAULTS.items():
         path = folder / "faulty.csv"
@@ -183,7 +207,7 @@ def faulty(reader: Reader, folder: Path) -> dict[str, str]:
     return found
 
 
-# the file -----------------------------------------------------------------------------------------------------------
+# the file -----------------------------------------------------------------------------------------
 
 
 def write(folder: Path, rows: int) -> None:
@@ -191,11 +215,17 @@ def write(folder: Path, rows: int) -> None:
     import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
-    random, part = np.random.default_rng(0), 500_000
+    random = np.random.default_rng(0)
+    part = 500_000
     first = random.normal(100, 20, 100).round(3)
-    schema = pa.schema([("id", pa.string()), ("site", pa.string()), *((n, pa.float64()) for n in NUMBERS)])
+    schema = pa.schema(
+        [("id", pa.string()), ("site", pa.string()), *((n, pa.float64()) for n in NUMBERS)]
+    )
     schema = schema.append(pa.field("ward", pa.string())).append(pa.field("y", pa.int64()))
-    with pacsv.CSVWriter(folder / "t.csv", schema) as text, pq.ParquetWriter(folder / "t.parquet", schema) as parquet:
+    with (
+        pacsv.CSVWriter(folder / "t.csv", schema) as text,
+        pq.ParquetWriter(folder / "t.parquet", schema) as parquet,
+    ):
         for start in range(0, rows, part):
             many = min(part, rows - start)
             columns: dict[str, Any] = {"id": [f"{i:08d}" for i in range(start, start + many)]}
@@ -217,36 +247,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where tables are written; default: the system's temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where tables are written; default: the system's temporary one"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+
     if args.child:
         name, path = args.child
         print(json.dumps(measured({**CSV, **PARQUET}[name], Path(path))))
         return
+
     rows = TINY_ROWS if args.tiny else args.rows
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         folder = Path(place)
         write(folder, rows)
         readers = {"medfed": ours} if args.tiny else {**CSV, **PARQUET}
         found = run(folder, rows, readers, 1 if args.tiny else args.repeats)
-        faults = {name: faulty(reader, folder) for name, reader in CSV.items() if "types" not in name}
+        faults = {
+            name: faulty(reader, folder) for name, reader in CSV.items() if "types" not in name
+        }
+
     head = ["reader", "s", "processor s", "memory GiB", "x numbers", "exact"]
     print(table(head, [_line(name, one) for name, one in found.items()]), end="\n\n")
-    print(table(["reader", *FAULTS], [[name, *(one[f] for f in FAULTS)] for name, one in faults.items()]))
+    print(
+        table(
+            ["reader", *FAULTS], [[name, *(one[f] for f in FAULTS)] for name, one in faults.items()]
+        )
+    )
     if not args.tiny:
         write_result("reading", {"rows": rows, "readers": found, "faults": faults})
 
 
-def run(folder: Path, rows: int, readers: dict[str, Reader], repeats: int) -> dict[str, dict[str, Any]]:
+def run(
+    folder: Path, rows: int, readers: dict[str, Reader], repeats: int
+) -> dict[str, dict[str, Any]]:
     """Return each reader's figures, of its fastest run."""
     found = {}
     for name in readers:
         path = folder / ("t.parquet" if "parquet" in name else "t.csv")
         command = [sys.executable, __file__, "--child", name, str(path)]
-        told = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(repeats)]
-        one = min((json.loads(lines.splitlines()[-1]) for lines in told), key=lambda one: float(one["seconds"]))
-        found[name] = {**one, "ratio": one["memory"] / (rows * (len(NUMBERS) + 1) * 8), "bytes": path.stat().st_size}
+        told = [
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for _ in range(repeats)
+        ]
+        one = min(
+            (json.loads(lines.splitlines()[-1]) for lines in told),
+            key=lambda one: float(one["seconds"]),
+        )
+        found[name] = {
+            **one,
+            "ratio": one["memory"] / (rows * (len(NUMBERS) + 1) * 8),
+            "bytes": path.stat().st_size,
+        }
+
     return found
 
 

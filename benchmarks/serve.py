@@ -1,10 +1,11 @@
-"""What `medfed serve` costs and bears: viewers of one run, and pages of a very long one in a real browser.
+"""What `medfed serve` costs and bears: viewers of one run, and pages of a very long one in a real
+browser.
 
     python benchmarks/serve.py [--viewers 50] [--seconds 20] [--million]
 
-A server of its own; a run of 100 sites whose log grows four times a second; viewers that stream it. Told are the time
-from a line's writing to its arrival at each viewer, and of a plain request meanwhile. `--million`: a log of a million
-events, its pages made and opened in headless Chromium.
+A server of its own; a run of 100 sites whose log grows four times a second; viewers that stream it.
+Told are the time from a line's writing to its arrival at each viewer, and of a plain request
+meanwhile. `--million`: a log of a million events, its pages made and opened in headless Chromium.
 """
 
 import asyncio
@@ -23,7 +24,15 @@ from pathlib import Path
 import common
 import httpx
 
-from medfed.monitor.events import Event, Planned, RoundFinished, RoundStarted, RunFinished, RunStarted, line
+from medfed.monitor.events import (
+    Event,
+    Planned,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    line,
+)
 from medfed.screens import dashboards
 
 TOKEN = "a-token-for-this-benchmark"
@@ -34,20 +43,39 @@ def begun(sites: list[str], rounds: int) -> list[Event]:
     sizes = {name: {"train": 100, "test": 25} for name in sites}
     return [
         RunStarted("benchmark", "HRESCH", "0", 1, rounds, {}, {}),
-        Planned("fedavg", "logistic", 33, 32, 33, "rules", sizes, {}, {"epsilon": None, "noise": "none"}, 1, 1),
+        Planned(
+            "fedavg",
+            "logistic",
+            33,
+            32,
+            33,
+            "rules",
+            sizes,
+            {},
+            {"epsilon": None, "noise": "none"},
+            1,
+            1,
+        ),
     ]
 
 
 def finished(number: int, sites: list[str]) -> RoundFinished:
     n = len(sites)
-    return RoundFinished(number, sites, 1 / number, [0.5] * n, [0.1] * n, [1] * n, 0.2 + number % 7, 1000, 2000)
+    return RoundFinished(
+        number, sites, 1 / number, [0.5] * n, [0.1] * n, [1] * n, 0.2 + number % 7, 1000, 2000
+    )
 
 
 async def viewers(folder: Path, address: str, count: int, seconds: float) -> dict[str, list[float]]:
-    log, written, arrived, asked = folder / "run" / "events.jsonl", {}, [], []
+    log = folder / "run" / "events.jsonl"
+    written = {}
+    arrived = []
+    asked = []
     headers = {"Authorization": f"Bearer {TOKEN}"}
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, headers=headers, timeout=60, limits=limits) as browser:
+    async with httpx.AsyncClient(
+        base_url=address, headers=headers, timeout=60, limits=limits
+    ) as browser:
 
         async def view() -> None:
             async with browser.stream("GET", "/runs/run/live") as stream:
@@ -77,7 +105,12 @@ async def viewers(folder: Path, address: str, count: int, seconds: float) -> dic
 
 def quantiles(values: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(values, n=100)
-    return {"n": len(values), "median_ms": 1e3 * cuts[49], "p95_ms": 1e3 * cuts[94], "max_ms": 1e3 * max(values)}
+    return {
+        "n": len(values),
+        "median_ms": 1e3 * cuts[49],
+        "p95_ms": 1e3 * cuts[94],
+        "max_ms": 1e3 * max(values),
+    }
 
 
 def million(folder: Path) -> dict[str, float]:
@@ -88,14 +121,24 @@ def million(folder: Path) -> dict[str, float]:
         for event in told:
             log.write(line(event) + "\n")
         for number in range(1, 500_000):
-            log.write(line(RoundStarted(number, ["a", "b"])) + "\n" + line(finished(number, ["a", "b"])) + "\n")
+            log.write(
+                line(RoundStarted(number, ["a", "b"]))
+                + "\n"
+                + line(finished(number, ["a", "b"]))
+                + "\n"
+            )
         log.write(line(RunFinished("complete", 499_999, 1.0, "")) + "\n")
     began = time.perf_counter()
     pages = dashboards.write_dashboards(folder)
     made = time.perf_counter() - began
-    found = {"make_s": made, "largest_mb": max(path.stat().st_size for path in pages.values()) / 1e6}
+    found = {
+        "make_s": made,
+        "largest_mb": max(path.stat().st_size for path in pages.values()) / 1e6,
+    }
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = play.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         for name, path in pages.items():
             page = browser.new_page()
             began = time.perf_counter()
@@ -115,13 +158,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(argv)
     if asked.tiny:
-        asked.viewers, asked.seconds = 2, 0.5
-    found: dict[str, object] = {"viewers": asked.viewers, "sites": len(SITES), "machine": platform.machine()}
+        asked.viewers = 2
+        asked.seconds = 0.5
+
+    found: dict[str, object] = {
+        "viewers": asked.viewers,
+        "sites": len(SITES),
+        "machine": platform.machine(),
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "run").mkdir()
-        (folder / "run" / "events.jsonl").write_text("".join(line(event) + "\n" for event in begun(SITES, 1000)))
+        (folder / "run" / "events.jsonl").write_text(
+            "".join(line(event) + "\n" for event in begun(SITES, 1000))
+        )
         command = [sys.executable, "-m", "medfed", "serve", str(folder), "--port", "0"]
+
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | {"MEDFED_TOKEN": TOKEN}
         ) as server:
@@ -129,10 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             address = server.stdout.readline().removeprefix("open ").split("/?")[0]
             told = asyncio.run(viewers(folder, address, asked.viewers, asked.seconds))
             server.terminate()
+
         found |= {name: quantiles(values) for name, values in told.items()}
         if asked.million:
             (folder / "long").mkdir()
             found["million"] = million(folder / "long")
+
     text = json.dumps(found, indent=1)
     print(text)
     if asked.out and not asked.tiny:

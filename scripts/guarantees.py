@@ -1,8 +1,10 @@
-"""The registry of guarantees, docs/guarantees.toml: read, and held to code and tests. make_docs.py makes pages of it.
+"""The registry of guarantees, docs/guarantees.toml: read, and held to code and tests. make_docs.py
+makes pages of it.
 
-A row says what is promised or can go wrong, what in the code keeps it, and which tests attack it. `faults` yields what
-does not hold of a row: a symbol or a test that is not there, a severity that is none, the same told twice. Nothing is
-imported and nothing collected, so that the check takes a second; `tests/test_house.py` imports every symbol as well.
+A row says what is promised or can go wrong, what in the code keeps it, and which tests attack it.
+`faults` yields what does not hold of a row: a symbol or a test that is not there, a severity that
+is none, the same told twice. Nothing is imported and nothing collected, so that the check takes a
+second; `tests/test_house.py` imports every symbol as well.
 """
 
 import ast
@@ -23,7 +25,9 @@ SEVERITIES = ("critical", "high", "medium", "low", "refused")
 
 @dataclass(frozen=True)
 class Guarantee:
-    """One row: a sentence and how it is handled, or a party and what it learns; what keeps it and what attacks it."""
+    """One row: a sentence and how it is handled, or a party and what it learns; what keeps it and
+    what attacks it.
+    """
 
     sentence: str = ""
     handled: str = ""
@@ -44,7 +48,8 @@ class Guarantee:
 class Section:
     """A heading, prose, a table (none where the section is prose alone), more prose.
 
-    `head` names the columns of party, learns and, where a row says more, `handled`; without it rows are sentences.
+    `head` names the columns of party, learns and, where a row says more, `handled`; without it rows
+    are sentences.
     """
 
     title: str
@@ -72,12 +77,15 @@ def read(path: Path = REGISTRY) -> tuple[Page, ...]:
     """
     pages = tomllib.loads(path.read_text(encoding="utf-8"))["page"]
     return tuple(
-        Page(**page | {"sections": tuple(_section(section) for section in page["sections"])}) for page in pages
+        Page(**page | {"sections": tuple(_section(section) for section in page["sections"])})
+        for page in pages
     )
 
 
 def _section(values: Mapping[str, Any]) -> Section:
-    rows = tuple(Guarantee(**row | {"tests": tuple(row.get("tests", ()))}) for row in values.get("rows", ()))
+    rows = tuple(
+        Guarantee(**row | {"tests": tuple(row.get("tests", ()))}) for row in values.get("rows", ())
+    )
     return Section(**values | {"head": tuple(values.get("head", ())), "rows": rows})
 
 
@@ -141,7 +149,9 @@ def _is_defined(symbol: str) -> bool:
 
 @functools.cache
 def names_in(file: Path) -> frozenset[str]:
-    """Return the functions and classes that a file defines, those of a class as Class.name; none without the file."""
+    """Return the functions and classes that a file defines, those of a class as Class.name; none
+    without the file.
+    """
     if not file.is_file():
         return frozenset()
     return frozenset(_names(ast.parse(file.read_text(encoding="utf-8")).body, ""))

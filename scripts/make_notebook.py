@@ -10,7 +10,8 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-TOUR, NOTEBOOK = ROOT / "docs" / "tour.md", ROOT / "notebooks" / "main.ipynb"
+TOUR = ROOT / "docs" / "tour.md"
+NOTEBOOK = ROOT / "notebooks" / "main.ipynb"
 
 
 def made(text: str) -> nbformat.NotebookNode:

@@ -1,4 +1,6 @@
-"""The kinds of modules whose path docs/privacy.md tells, each probed as a plan would: see make_docs.py."""
+"""The kinds of modules whose path docs/privacy.md tells, each probed as a plan would: see
+make_docs.py.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -23,7 +25,9 @@ class Own(nn.Module):
 
     def __init__(self, between: Callable[..., Tensor], **parts: nn.Module) -> None:
         super().__init__()
-        self.first, self.last, self.between = nn.Linear(FEATURES, 16), nn.Linear(16, 1), between
+        self.first = nn.Linear(FEATURES, 16)
+        self.last = nn.Linear(16, 1)
+        self.between = between
         for name, part in parts.items():
             self.add_module(name, part)
 
@@ -44,7 +48,11 @@ def _attention(**options: float) -> Callable[[], nn.Module]:
         return module.attention(tokens, tokens, tokens)[0].mean(1)  # type: ignore[no-any-return, operator]
 
     def make() -> nn.Module:
-        return Own(step, embed=nn.Linear(1, 16), attention=nn.MultiheadAttention(16, 2, batch_first=True, **options))
+        return Own(
+            step,
+            embed=nn.Linear(1, 16),
+            attention=nn.MultiheadAttention(16, 2, batch_first=True, **options),
+        )
 
     return make
 
@@ -73,7 +81,9 @@ def _changed(change: Callable[[nn.Sequential], object]) -> Callable[[], nn.Modul
 
 
 def _tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(FEATURES, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1))
+    model = nn.Sequential(
+        nn.Linear(FEATURES, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)
+    )
     model[3].weight = model[1].weight
     return model
 
@@ -88,7 +98,9 @@ def _signal(*layers: nn.Module, width: int) -> Callable[[], nn.Module]:
 
 
 def _picture(*layers: nn.Module, width: int) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(width, 1))
+    return lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(width, 1)
+    )
 
 
 def _half() -> nn.Module:
@@ -105,19 +117,33 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     ),
     "LayerNorm, GroupNorm": _between(nn.LayerNorm(16), nn.GroupNorm(4, 16)),
     "nn.Dropout": _between(nn.Dropout(0.3)),
-    "Conv1d, pooling, Flatten": _signal(nn.Conv1d(2, 4, 3), nn.MaxPool1d(2), nn.AvgPool1d(1), width=12),
-    "Unflatten, Conv2d, AdaptiveAvgPool2d(1)": _picture(nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), width=4),
-    "medfed.learn.zoo.Embedding": lambda: nn.Sequential(Embedding(5, 2), nn.Flatten(), nn.Linear(32, 1)),
-    "other activations (Softplus, PReLU, Softmax ...)": _between(nn.Softplus(), nn.PReLU(), nn.Softmax(-1)),
-    "InstanceNorm1d without running statistics": _signal(nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), width=24),
+    "Conv1d, pooling, Flatten": _signal(
+        nn.Conv1d(2, 4, 3), nn.MaxPool1d(2), nn.AvgPool1d(1), width=12
+    ),
+    "Unflatten, Conv2d, AdaptiveAvgPool2d(1)": _picture(
+        nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), width=4
+    ),
+    "medfed.learn.zoo.Embedding": lambda: nn.Sequential(
+        Embedding(5, 2), nn.Flatten(), nn.Linear(32, 1)
+    ),
+    "other activations (Softplus, PReLU, Softmax ...)": _between(
+        nn.Softplus(), nn.PReLU(), nn.Softmax(-1)
+    ),
+    "InstanceNorm1d without running statistics": _signal(
+        nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), width=24
+    ),
     "grouped, dilated or transposed convolutions": _signal(nn.Conv1d(2, 4, 3, groups=2), width=24),
-    "a container of one's own (residual, branches)": lambda: Own(lambda module, h: h + torch.tanh(h)),
+    "a container of one's own (residual, branches)": lambda: Own(
+        lambda module, h: h + torch.tanh(h)
+    ),
     "tied parameters": _tied,
     "one module used twice": _used_twice,
     "frozen parameters": _changed(lambda model: model[0].requires_grad_(False)),
     "constant buffers": lambda: Own(lambda module, h: h * module.scale, scale=_constant()),
     "weight_norm": _changed(lambda model: nn.utils.parametrizations.weight_norm(model[0])),
-    "a forward hook": _changed(lambda model: model[0].register_forward_hook(lambda layer, args, y: 2 * y)),
+    "a forward hook": _changed(
+        lambda model: model[0].register_forward_hook(lambda layer, args, y: 2 * y)
+    ),
     "a hook on gradients": _changed(lambda model: model[0].weight.register_hook(lambda g: g / 2)),
     "bfloat16 inside": _half,
     "float64 throughout": lambda: nn.Sequential(_Cast(), nn.Linear(FEATURES, 1).double()),
@@ -129,10 +155,14 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "MultiheadAttention with dropout": _attention(dropout=0.3),
     "TransformerEncoderLayer": _encoder(0.0),
     "TransformerEncoderLayer with dropout": _encoder(0.3),
-    "F.dropout(training=self.training)": lambda: Own(lambda module, h: F.dropout(h, 0.3, module.training)),
+    "F.dropout(training=self.training)": lambda: Own(
+        lambda module, h: F.dropout(h, 0.3, module.training)
+    ),
     "AlphaDropout, Dropout1d": _between(nn.AlphaDropout(0.3), nn.Dropout1d(0.3)),
     "a way that follows from the row (`if x.sum() > 0`)": lambda: Own(
-        lambda module, h: torch.stack([2 * row if float(row.detach().sum()) > 0 else row for row in h])
+        lambda module, h: torch.stack(
+            [2 * row if float(row.detach().sum()) > 0 else row for row in h]
+        )
     ),
     "BatchNorm, running means": _between(nn.BatchNorm1d(16)),
     "spectral_norm": _changed(lambda model: nn.utils.parametrizations.spectral_norm(model[0])),

@@ -1,8 +1,9 @@
 """What every test shares: how a test says what it needs, and as many threads for everybody.
 
-A test that needs something not every machine has says so: `@pytest.mark.needs("data")`, or by the fixture `data_dir`.
-Where it is absent the test is skipped with the reason, unless the environment's MEDFED_REQUIRE (a comma list of kinds)
-names the kind: then it fails. CI sets MEDFED_REQUIRE, so that nothing is skipped there unseen.
+A test that needs something not every machine has says so: `@pytest.mark.needs("data")`, or by the
+fixture `data_dir`. Where it is absent the test is skipped with the reason, unless the environment's
+MEDFED_REQUIRE (a comma list of kinds) names the kind: then it fails. CI sets MEDFED_REQUIRE, so
+that nothing is skipped there unseen.
 """
 
 import os
@@ -16,8 +17,8 @@ from hypothesis import settings
 
 pytest_plugins = ["pytester"]
 
-# The same split of sums on every machine, and no fight for cores: two threads, or one where two workers share the
-# machine (pytest-xdist). Commands that a test starts inherit it.
+# The same split of sums on every machine, and no fight for cores: two threads, or one where two
+# workers share the machine (pytest-xdist). Commands that a test starts inherit it.
 THREADS = 1 if os.environ.get("PYTEST_XDIST_WORKER") else 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 # No ledger of whoever runs the tests is read, and none is left behind.
@@ -38,7 +39,9 @@ def _no_data() -> str | None:
 
 def _absent(*programs: str) -> Callable[[], str | None]:
     return lambda: (
-        None if any(map(shutil.which, programs)) else f"no {programs[0]} on the PATH; apt install {programs[0]}"
+        None
+        if any(map(shutil.which, programs))
+        else f"no {programs[0]} on the PATH; apt install {programs[0]}"
     )
 
 
@@ -57,7 +60,9 @@ def _required() -> set[str]:
 def _need(kind: str) -> None:
     """Skip where `kind` is absent; fail where it is absent and required."""
     if kind not in KINDS:
-        pytest.fail(f"needs({kind!r}): unknown kind; expected one of {sorted(KINDS)}", pytrace=False)
+        pytest.fail(
+            f"needs({kind!r}): unknown kind; expected one of {sorted(KINDS)}", pytrace=False
+        )
     reason = KINDS[kind]()
     if reason is None:
         return
@@ -68,7 +73,9 @@ def _need(kind: str) -> None:
 
 def pytest_configure() -> None:
     if unknown := _required() - KINDS.keys():
-        raise pytest.UsageError(f"MEDFED_REQUIRE={sorted(unknown)}: unknown kind; expected of {sorted(KINDS)}")
+        raise pytest.UsageError(
+            f"MEDFED_REQUIRE={sorted(unknown)}: unknown kind; expected of {sorted(KINDS)}"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture looks for what is absent

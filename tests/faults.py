@@ -1,7 +1,9 @@
-"""What machines do to files, homes, clocks and output, put under a command on purpose: the faults of `test_faults`.
+"""What machines do to files, homes, clocks and output, put under a command on purpose: the faults
+of `test_faults`.
 
-A fault is put in by `put(target, name, value)`: `monkeypatch.setattr` in this process, `setattr` in a real one, where
-`shim/sitecustomize.py` does it before the command begins. Only files below `root` are touched by it.
+A fault is put in by `put(target, name, value)`: `monkeypatch.setattr` in this process, `setattr` in
+a real one, where `shim/sitecustomize.py` does it before the command begins. Only files below `root`
+are touched by it.
 """
 
 import builtins
@@ -20,13 +22,24 @@ from typing import Any
 
 Put = Callable[[Any, str, Any], None]
 
-HOMES = ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "MEDFED_HOME")
+HOMES = (
+    "HOME",
+    "XDG_DATA_HOME",
+    "XDG_CACHE_HOME",
+    "USER",
+    "LOGNAME",
+    "LNAME",
+    "USERNAME",
+    "MEDFED_HOME",
+)
 """What tells a user's home or name."""
 
 
 @dataclass
 class Fault:
-    """A fault that strikes at the `at`-th chance, or at each where `at` is 0; `hits` counts those that struck."""
+    """A fault that strikes at the `at`-th chance, or at each where `at` is 0; `hits` counts those
+    that struck.
+    """
 
     root: Path
     put: Put
@@ -59,7 +72,7 @@ def _refused(number: int, place: Any = None) -> OSError:
     return OSError(number, os.strerror(number), name)
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def full(fault: Fault, number: int = errno.ENOSPC) -> None:
@@ -71,7 +84,8 @@ def full(fault: Fault, number: int = errno.ENOSPC) -> None:
                 raise _refused(number)
             return super().write(data)
 
-    opened, written = io.open, os.write
+    opened = io.open
+    written = os.write
 
     def open_(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
               newline: Any = None, closefd: bool = True, opener: Any = None) -> Any:  # fmt: skip
@@ -81,7 +95,9 @@ def full(fault: Fault, number: int = errno.ENOSPC) -> None:
         if buffering == 0:
             return raw
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
+        if "b" in mode:
+            return buffered
+        return io.TextIOWrapper(buffered, encoding, errors, newline)
 
     def write(handle: int, data: bytes) -> int:
         if fault.strikes(handle):
@@ -144,7 +160,9 @@ def unmoved(fault: Fault, number: int = errno.EXDEV) -> None:
 
 def read_only(fault: Fault, number: int = errno.EROFS) -> None:
     """Let nothing be opened for writing, made, moved or removed."""
-    opened, low, made = io.open, os.open, os.mkdir
+    opened = io.open
+    low = os.open
+    made = os.mkdir
 
     def open_(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
         if set(mode) & set("wax+") and not isinstance(file, int) and fault.strikes(file):
@@ -179,7 +197,7 @@ def unlocked(fault: Fault, number: int = errno.ENOLCK) -> None:
     fault.put(fcntl, "flock", flock)
 
 
-# Users, clocks, languages ---------------------------------------------------------------------------------------------
+# Users, clocks, languages -------------------------------------------------------------------------
 
 
 def homeless(fault: Fault) -> None:
@@ -196,13 +214,20 @@ def homeless(fault: Fault) -> None:
 
 def _without(environ: Any) -> Any:
     """Return an environment like this one that tells no home."""
-    mine = {os.fsencode(name): os.fsencode(value) for name, value in environ.items() if name not in HOMES}
-    return type(environ)(mine, environ.encodekey, environ.decodekey, environ.encodevalue, environ.decodevalue)
+    mine = {
+        os.fsencode(name): os.fsencode(value)
+        for name, value in environ.items()
+        if name not in HOMES
+    }
+    return type(environ)(
+        mine, environ.encodekey, environ.decodekey, environ.encodevalue, environ.decodevalue
+    )
 
 
 def backwards(fault: Fault) -> None:
     """Have the clock go back by a year, after its second reading."""
-    real, year = time.time, timedelta(days=365).total_seconds()
+    real = time.time
+    year = timedelta(days=365).total_seconds()
 
     def late() -> bool:
         fault.chances += 1

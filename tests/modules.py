@@ -1,4 +1,6 @@
-"""Modules as users bring them: factories for `model.name = "tests.modules:NAME"`. Some are right, some cannot be."""
+"""Modules as users bring them: factories for `model.name = "tests.modules:NAME"`. Some are right,
+some cannot be.
+"""
 
 import random
 
@@ -16,7 +18,8 @@ class _Net(nn.Module):
 
     def __init__(self, features: int, outputs: int = 1) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(features, WIDTH), nn.Linear(WIDTH, outputs)
+        self.first = nn.Linear(features, WIDTH)
+        self.last = nn.Linear(WIDTH, outputs)
 
     def between(self, h: Tensor) -> Tensor:
         return h
@@ -46,7 +49,8 @@ def own_container(f: int, o: int = 1) -> nn.Module:
 class Tied(_Net):
     def __init__(self, f: int, o: int = 1) -> None:
         super().__init__(f, o)
-        self.inner, self.outer = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.inner = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.outer = nn.Linear(WIDTH, WIDTH, bias=False)
         self.outer.weight = self.inner.weight
 
     def between(self, h: Tensor) -> Tensor:
@@ -80,7 +84,9 @@ def frozen_at_random(f: int, o: int = 1) -> nn.Module:
     """The frozen part comes from numpy's generator."""
     model = frozen(f, o)
     with torch.no_grad():
-        model[0].weight.copy_(torch.from_numpy(np.random.standard_normal(tuple(model[0].weight.shape))))
+        model[0].weight.copy_(
+            torch.from_numpy(np.random.standard_normal(tuple(model[0].weight.shape)))
+        )
     return model
 
 
@@ -201,7 +207,9 @@ class Encoder(nn.Module):
     def __init__(self, f: int, o: int = 1) -> None:
         super().__init__()
         self.embed = nn.Linear(1, WIDTH)
-        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=self.dropout, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            WIDTH, 2, 16, dropout=self.dropout, batch_first=True
+        )
         self.last = nn.Linear(WIDTH, o)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -338,7 +346,9 @@ class AlwaysDropping(_Net):
 
 class NumpyNoise(_Net):
     def between(self, h: Tensor) -> Tensor:
-        return h + float(np.random.standard_normal()) if self.training else h
+        if self.training:
+            return h + float(np.random.standard_normal())
+        return h
 
 
 class PythonNoise(_Net):
@@ -352,7 +362,9 @@ class OwnGenerator(_Net):
         self.generator = torch.Generator().manual_seed(1)
 
     def between(self, h: Tensor) -> Tensor:
-        return h + torch.rand(WIDTH, generator=self.generator) if self.training else h
+        if self.training:
+            return h + torch.rand(WIDTH, generator=self.generator)
+        return h
 
 
 class Counting(_Net):
@@ -387,7 +399,9 @@ class LaterMeans(_Net):
 
     def between(self, h: Tensor) -> Tensor:
         self.seen.append(h.detach().mean(0))
-        return h - torch.stack(self.seen).mean(0) if len(self.seen) > 500 else h
+        if len(self.seen) > 500:
+            return h - torch.stack(self.seen).mean(0)
+        return h
 
 
 def lazy(f: int, o: int = 1) -> nn.Module:
@@ -442,7 +456,9 @@ def another_each_time(f: int, o: int = 1) -> nn.Module:
     """Weights that no seed repeats."""
     model = plain(f, o)
     with torch.no_grad():
-        model[0].weight.copy_(torch.from_numpy(np.random.default_rng().standard_normal(tuple(model[0].weight.shape))))
+        model[0].weight.copy_(
+            torch.from_numpy(np.random.default_rng().standard_normal(tuple(model[0].weight.shape)))
+        )
     return model
 
 

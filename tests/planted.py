@@ -1,4 +1,5 @@
-"""Bugs to plant in the code that runs, each by patching it where the real one would sit: for tests and benchmarks.
+"""Bugs to plant in the code that runs, each by patching it where the real one would sit: for tests
+and benchmarks.
 
 A bug is a function of a pytest.MonkeyPatch; undo it and the code is whole again.
 """
@@ -40,12 +41,19 @@ def noise_off(patch: Patch) -> None:
 
 
 def half_the_noise_in_the_sampler(patch: Patch) -> None:
-    _sampler(patch, lambda self, count, entropy: _sample(mechanisms.DiscreteGaussian(self.sigma / 2), count, entropy))
+    _sampler(
+        patch,
+        lambda self, count, entropy: _sample(
+            mechanisms.DiscreteGaussian(self.sigma / 2), count, entropy
+        ),
+    )
 
 
 def half_the_noise_in_sigma_units(patch: Patch) -> None:
     whole = guarantee.Guarantee.sigma_units
-    patch.setattr(guarantee.Guarantee, "sigma_units", lambda self, client="": whole(self, client) / 2)
+    patch.setattr(
+        guarantee.Guarantee, "sigma_units", lambda self, client="": whole(self, client) / 2
+    )
 
 
 def half_the_noise_in_resolve(patch: Patch) -> None:
@@ -55,7 +63,12 @@ def half_the_noise_in_resolve(patch: Patch) -> None:
 
 
 def twice_the_noise(patch: Patch) -> None:
-    _sampler(patch, lambda self, count, entropy: _sample(mechanisms.DiscreteGaussian(self.sigma * 2), count, entropy))
+    _sampler(
+        patch,
+        lambda self, count, entropy: _sample(
+            mechanisms.DiscreteGaussian(self.sigma * 2), count, entropy
+        ),
+    )
 
 
 def one_holder_of_many(patch: Patch) -> None:
@@ -71,7 +84,9 @@ def one_holder_of_many(patch: Patch) -> None:
             def some(count: int) -> Integers:
                 calls[0] += 1
                 drawn = draw(count)
-                return drawn if calls[0] % every == 0 else np.zeros_like(drawn)
+                if calls[0] % every == 0:
+                    return drawn
+                return np.zeros_like(drawn)
 
             return some
 
@@ -102,7 +117,10 @@ def laplace_for_noise(patch: Patch) -> None:
     """The right variance, another law."""
     rng = np.random.default_rng()
     _sampler(
-        patch, lambda self, count, entropy: np.rint(rng.laplace(0, self.sigma / np.sqrt(2), count)).astype(np.int64)
+        patch,
+        lambda self, count, entropy: np.rint(rng.laplace(0, self.sigma / np.sqrt(2), count)).astype(
+            np.int64
+        ),
     )
 
 
@@ -135,7 +153,9 @@ def noise_reused_with_signs(patch: Patch) -> None:
 
 
 def noise_reused_scaled(patch: Patch) -> None:
-    """The first vector times a new number in each round: the variance of each coordinate over rounds looks right."""
+    """The first vector times a new number in each round: the variance of each coordinate over
+    rounds looks right.
+    """
     rng = np.random.default_rng(0)
     _reused(patch, lambda call: float(rng.standard_normal()))
 
@@ -195,7 +215,9 @@ def clipped_by_record(patch: Patch) -> None:
 
 
 def norm_by_cancellation(patch: Patch) -> None:
-    """Take a linear model's norms from products of pairs of records, in float32: near-duplicates cancel to 0."""
+    """Take a linear model's norms from products of pairs of records, in float32: near-duplicates
+    cancel to 0.
+    """
 
     def by_pairs(
         weights: list[Tensor], x: Tensor, y: Tensor, step: Any, task: Task, factor: Any
@@ -207,7 +229,9 @@ def norm_by_cancellation(patch: Patch) -> None:
 
         pairs_AIRR = (dz_AIRC @ dz_AIRC.mT) * (x_AIRF @ x_AIRF.mT + 1)
         norm_AI = pairs_AIRR.sum((2, 3)).clamp(min=0).sqrt().double()
-        g_AIP = torch.cat([(dz_AIRC.mT.double() @ x_AIRF.double()).flatten(2), dz_AIRC.sum(2).double()], 2)
+        g_AIP = torch.cat(
+            [(dz_AIRC.mT.double() @ x_AIRF.double()).flatten(2), dz_AIRC.sum(2).double()], 2
+        )
         weight_AI = torch.where(norm_AI.isfinite(), factor(norm_AI), 0)
         g_AIP = torch.where(norm_AI.isfinite()[..., None], g_AIP, 0)
         return (weight_AI[:, None] @ g_AIP)[:, 0], norm_AI
@@ -233,5 +257,10 @@ NOISE: tuple[Bug, ...] = (
 )
 """What is wrong with the noise itself."""
 
-SENSITIVITY: tuple[Bug, ...] = (clipping_skipped, clipped_at_five_times, clipped_by_record, norm_by_cancellation)
+SENSITIVITY: tuple[Bug, ...] = (
+    clipping_skipped,
+    clipped_at_five_times,
+    clipped_by_record,
+    norm_by_cancellation,
+)
 """What lets one patient move more than the noise is for."""

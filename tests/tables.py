@@ -1,4 +1,6 @@
-"""Small invented tables for tests: three hospitals, a column of every kind, gaps. STUDY is plain, PRIVATE claims."""
+"""Small invented tables for tests: three hospitals, a column of every kind, gaps. STUDY is plain,
+PRIVATE claims.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,21 +68,29 @@ baselines = false
 
 
 def real_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the tables of a data folder by their file's name, as they are read without being told anything."""
+    """Return the tables of a data folder by their file's name, as they are read without being told
+    anything.
+    """
     found = {}
-    for path in sorted(path for end in ("*.data", "*.csv", "*.csv.gz") for path in folder.rglob(end)):
+    for path in sorted(
+        path for end in ("*.data", "*.csv", "*.csv.gz") for path in folder.rglob(end)
+    ):
         header = 0 if "csv" in path.name or "updrs" in path.name else None
         found[path.name] = pd.read_csv(path, header=header, low_memory=False)
     for path in sorted(folder.rglob("*.npz")):
         arrays = np.load(path)
         for name in arrays.files:
             if arrays[name].ndim in (1, 2) and arrays[name].dtype.kind in "if":
-                found[f"{path.name} {name}"] = pd.DataFrame(arrays[name].reshape(len(arrays[name]), -1))
+                found[f"{path.name} {name}"] = pd.DataFrame(
+                    arrays[name].reshape(len(arrays[name]), -1)
+                )
     return found
 
 
 def invented(rows: int = 240, seed: int = 0) -> pd.DataFrame:
-    """Return patients whose outcome depends on age and lactate; lactate is missing at times, and ward is text."""
+    """Return patients whose outcome depends on age and lactate; lactate is missing at times, and
+    ward is text.
+    """
     random = np.random.default_rng(seed)
     age = random.normal(60, 12, rows).round(1)
     lactate = random.gamma(2, 1, rows).round(2)
@@ -96,11 +106,14 @@ def invented(rows: int = 240, seed: int = 0) -> pd.DataFrame:
         }
     )
     frame.loc[random.random(rows) < 0.1, "lactate"] = np.nan
+
     return frame
 
 
 def plain(study: Study) -> Study:
-    """Return a study without its guarantee: no noise, and robust scaling; bits then follow from the seed alone."""
+    """Return a study without its guarantee: no noise, and robust scaling; bits then follow from the
+    seed alone.
+    """
     return replace(study, privacy=Privacy(), data=replace(study.data, preprocess="robust"))
 
 

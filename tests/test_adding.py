@@ -1,4 +1,6 @@
-"""What CONTRIBUTING says about adding a part is done here, each in one place and without touching another."""
+"""What CONTRIBUTING says about adding a part is done here, each in one place and without touching
+another.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,16 @@ from medfed.fleet.selection import SELECTORS, Profile, Selector
 from medfed.learn.algorithms import ALGORITHMS, Algorithm, Memory, Server, Task
 from medfed.learn.learners import LEARNERS, Learner, Shape, Work
 from medfed.learn.local import Correction, LocalResult
-from medfed.links.wire import LINKS, PLAIN, Link, Remembered, combine, decode, send_remembering, sent_as
+from medfed.links.wire import (
+    LINKS,
+    PLAIN,
+    Link,
+    Remembered,
+    combine,
+    decode,
+    send_remembering,
+    sent_as,
+)
 from medfed.monitor.events import Log, Planned, RoundFinished, RoundStarted, SiteExcluded, read
 from medfed.node.inprocess import InProcess
 from medfed.node.site import OPS, Site
@@ -34,14 +45,24 @@ from medfed.rounds.round import run_round
 from medfed.rounds.way import RoundRows
 from medfed.runs import Result
 from medfed.study import Study, Training
-from tests.learn.test_algorithms import FULL_BATCH, SIZES, TABLES, Federation, _linear, _of, _optimum, _quadratic
+from tests.learn.test_algorithms import (
+    FULL_BATCH,
+    SIZES,
+    TABLES,
+    Federation,
+    _linear,
+    _of,
+    _optimum,
+    _quadratic,
+)
 from tests.rounds.test_reference import agree, refused, study_of
 from tests.tables import PRIVATE, STUDY, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # An algorithm: FedDyn (Acar et al. 2021, arXiv:2111.04263, algorithm 1). Client k descends on
-# f_k(w) - <lag_k, w> + mu/2 |w - w_server|^2; lag_k moves by -mu (w_k - w_server), and the server's own by the mean.
+# f_k(w) - <lag_k, w> + mu/2 |w - w_server|^2; lag_k moves by -mu (w_k - w_server), and the server's
+# own by the mean.
 
 
 def pulled(task: Task, memory: Memory, h: Training) -> Correction:
@@ -75,7 +96,9 @@ def feddyn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("feddyn")
 def test_an_added_algorithm_finds_the_optimum_that_fedavg_misses() -> None:
-    """FedDyn's law: where local steps run to their own end, its fixed point is the common optimum."""
+    """FedDyn's law: where local steps run to their own end, its fixed point is the
+    common optimum.
+    """
     h = replace(FULL_BATCH, algorithm="feddyn", mu=0.5, local_steps=200, learning_rate=0.05)
     equal = [1.0] * len(SIZES)
     best = _optimum([_quadratic(x, y) for x, y in TABLES], [1 / 3] * 3)
@@ -90,10 +113,14 @@ def test_an_added_algorithm_runs_as_the_reference_does_and_resumes(tmp_path: Pat
     for way in ("plain", "masked", "three-party"):
         agree(study_of(tmp_path, "feddyn", "none", way, "mean"), 3)
     agree(study_of(tmp_path, "feddyn", "site", "plain", "mean"), 3)
-    study = medfed.load_study(write_study(tmp_path, STUDY.replace("batch_size", 'algorithm = "feddyn"\nbatch_size')))
+    study = medfed.load_study(
+        write_study(tmp_path, STUDY.replace("batch_size", 'algorithm = "feddyn"\nbatch_size'))
+    )
     whole = medfed.run(study, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             medfed.run(study, tmp_path / "cut")
     assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)
@@ -101,19 +128,29 @@ def test_an_added_algorithm_runs_as_the_reference_does_and_resumes(tmp_path: Pat
 
 @pytest.mark.usefixtures("feddyn")
 @pytest.mark.parametrize("noise", ["shared", "central"])
-def test_an_added_algorithm_is_refused_where_a_round_is_one_joint_step(tmp_path: Path, noise: str) -> None:
+def test_an_added_algorithm_is_refused_where_a_round_is_one_joint_step(
+    tmp_path: Path, noise: str
+) -> None:
     """The attack: `apply` ran, `correct` and `message` never did, and nobody was told."""
     study = medfed.load_study(write_study(tmp_path, PRIVATE)).set("privacy.noise", noise)
-    with pytest.raises(PlanError, match=r"training.algorithm=.feddyn. and privacy.noise=.* do not compose"):
+    with pytest.raises(
+        PlanError, match=r"training.algorithm=.feddyn. and privacy.noise=.* do not compose"
+    ):
         medfed.run(study.set("training.algorithm", "feddyn"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_every_algorithm_says_what_a_joint_step_makes_of_it() -> None:
-    """By a default that refuses: those whose clients do more than FedAvg's must coincide with it, or not be allowed."""
+    """By a default that refuses: those whose clients do more than FedAvg's must coincide with it,
+    or not be allowed.
+    """
     plain = ALGORITHMS["fedavg"]
     for name, algorithm in ALGORITHMS.items():
-        same = (algorithm.correct, algorithm.message, algorithm.kept) == (plain.correct, plain.message, plain.kept)
+        same = (algorithm.correct, algorithm.message, algorithm.kept) == (
+            plain.correct,
+            plain.message,
+            plain.kept,
+        )
         assert same or algorithm.joint != "server step", name
 
 
@@ -134,15 +171,19 @@ def test_an_added_rule_runs_everywhere_and_is_not_let_open_single_rows(
     agree(study_of(tmp_path, "fedavg", "none", "three-party", "nnm+nearest"))
     for name in ("nearest", "bucketing+nearest"):
         assert rule_of(name, 1).weighs_few_rows
-        assert "opens single rows" in refused(study_of(tmp_path, "fedavg", "none", "three-party", name))
+        assert "opens single rows" in refused(
+            study_of(tmp_path, "fedavg", "none", "three-party", name)
+        )
 
 
-# A link: the largest tenth of a row's numbers, each in its place; what stays behind is sent later (error feedback,
-# Stich et al. 2018, arXiv:1809.07599).
+# A link: the largest tenth of a row's numbers, each in its place; what stays behind is sent later
+# (error feedback, Stich et al. 2018, arXiv:1809.07599).
 
 
 class Largest(Link):
-    """Sends the places and values of the largest numbers of a row, [2 S], and remembers the rest of it."""
+    """Sends the places and values of the largest numbers of a row, [2 S], and remembers the rest of
+    it.
+    """
 
     kept = ("unsent",)
 
@@ -153,7 +194,9 @@ class Largest(Link):
         whole_KM = message_KM + memory["unsent"]
         place_KS = whole_KM.abs().topk(math.ceil(whole_KM.shape[1] / 10)).indices
         value_KS = whole_KM.gather(1, place_KS)
-        return torch.cat([place_KS.float(), value_KS], 1), {"unsent": whole_KM.scatter(1, place_KS, 0.0)}
+        return torch.cat([place_KS.float(), value_KS], 1), {
+            "unsent": whole_KM.scatter(1, place_KS, 0.0)
+        }
 
     def decode(self, row_KM: Tensor, numbers: int) -> Tensor:
         place_KS, value_KS = row_KM.chunk(2, 1)
@@ -168,7 +211,9 @@ def largest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_twice(folder: Path, study: Study) -> Result:
-    """Run a study whole, and once more cut short after its second round and resumed: the bits must be the same."""
+    """Run a study whole, and once more cut short after its second round and resumed: the bits must
+    be the same.
+    """
     whole = medfed.run(study, folder / "whole")
     assert whole.complete
     with pytest.MonkeyPatch.context() as patch:
@@ -194,9 +239,13 @@ def test_an_added_link_is_row_wise_remembers_and_runs_a_whole_study(tmp_path: Pa
     assert sent_as(25, links) == (6, torch.float32)
     row_KM, later = send_remembering(message_KM, links, memory)
     for k in range(3):
-        one, left = send_remembering(message_KM[k : k + 1], links, {"unsent": memory["unsent"][k : k + 1]})
+        one, left = send_remembering(
+            message_KM[k : k + 1], links, {"unsent": memory["unsent"][k : k + 1]}
+        )
         assert torch.equal(one[0], row_KM[k]) and torch.equal(left["unsent"][0], later["unsent"][k])
-    torch.testing.assert_close(decode(row_KM, links, 25) + later["unsent"], message_KM + memory["unsent"])
+    torch.testing.assert_close(
+        decode(row_KM, links, 25) + later["unsent"], message_KM + memory["unsent"]
+    )
 
     agree(study_of(tmp_path, "fedavg", "none", "plain", "mean", training__links=("largest",)), 3)
     agree(study_of(tmp_path, "scaffold", "none", "plain", "mean", training__links=("largest",)), 2)
@@ -206,12 +255,23 @@ def test_an_added_link_is_row_wise_remembers_and_runs_a_whole_study(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("largest")
-def test_an_added_link_is_refused_where_nobody_sees_a_row_or_sums_must_be_exact(tmp_path: Path) -> None:
-    for noise, way in (("none", "masked"), ("none", "three-party"), ("shared", "plain"), ("central", "plain")):
+def test_an_added_link_is_refused_where_nobody_sees_a_row_or_sums_must_be_exact(
+    tmp_path: Path,
+) -> None:
+    for noise, way in (
+        ("none", "masked"),
+        ("none", "three-party"),
+        ("shared", "plain"),
+        ("central", "plain"),
+    ):
         study = study_of(tmp_path, "fedavg", noise, way, "mean", training__links=("largest",))
-        assert "training.links=['largest'] and " in refused(study) and "do not compose" in refused(study)
+        assert "training.links=['largest'] and " in refused(study) and "do not compose" in refused(
+            study
+        )
     with pytest.raises(MedfedError, match=r"training.links='larges' is no link; .*largest"):
-        medfed.run(study.set("privacy.noise", "site").set("training.links", "larges"), tmp_path / "run")
+        medfed.run(
+            study.set("privacy.noise", "site").set("training.links", "larges"), tmp_path / "run"
+        )
 
 
 @pytest.mark.usefixtures("largest")
@@ -235,7 +295,9 @@ def test_a_row_that_no_client_can_have_sent_is_left_out(tmp_path: Path) -> None:
 # A selector: the sites with the most training rows.
 
 
-def draw_largest(profiles: Mapping[str, Profile], count: int, rng: np.random.Generator) -> list[str]:
+def draw_largest(
+    profiles: Mapping[str, Profile], count: int, rng: np.random.Generator
+) -> list[str]:
     largest = sorted(profiles, key=lambda name: (-profiles[name].rows, name))
     return largest[: count or len(largest)]
 
@@ -249,16 +311,24 @@ def test_an_added_selector_draws_a_whole_study_and_promises_nothing(
     )
     whole = run_twice(tmp_path, study)
     started = [e for e in read(tmp_path / "whole" / "events.jsonl") if isinstance(e, RoundStarted)]
-    sizes = next(e for e in read(tmp_path / "whole" / "events.jsonl") if isinstance(e, Planned)).sizes
+    sizes = next(
+        e for e in read(tmp_path / "whole" / "events.jsonl") if isinstance(e, Planned)
+    ).sizes
     most = sorted(sizes, key=lambda name: (-sizes[name]["train"], name))[:2]
-    assert len(started) == whole.study.training.rounds and all(event.clients == most for event in started)
+    assert len(started) == whole.study.training.rounds and all(
+        event.clients == most for event in started
+    )
 
     agree(study_of(tmp_path, "fedavg", "none", "plain", "mean", fleet__schedule="largest first"))
     assert SELECTORS["largest first"].law == "unknown"  # so a claim counts each site in every round
-    private = medfed.load_study(write_study(tmp_path, PRIVATE)).set("fleet.schedule", "largest first")
+    private = medfed.load_study(write_study(tmp_path, PRIVATE)).set(
+        "fleet.schedule", "largest first"
+    )
     usual = medfed.load_study(write_study(tmp_path, PRIVATE))
     assert planned(private).guarantee == planned(usual).guarantee
-    with pytest.raises(MedfedError, match=r"privacy.correlated=true and fleet.schedule='largest first'"):
+    with pytest.raises(
+        MedfedError, match=r"privacy.correlated=true and fleet.schedule='largest first'"
+    ):
         planned(private.set("privacy.correlated", True))
 
 
@@ -269,16 +339,20 @@ def planned(study: Study) -> Plan:
 
 def test_a_selector_that_is_none_is_refused_by_the_registry(tmp_path: Path) -> None:
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("fleet.schedule", "cyclical")
-    with pytest.raises(MedfedError, match=r"fleet.schedule='cyclical'; expected one of 'random', 'cyclic'"):
+    with pytest.raises(
+        MedfedError, match=r"fleet.schedule='cyclical'; expected one of 'random', 'cyclic'"
+    ):
         medfed.run(study, tmp_path / "run")
 
 
-# A learner that is no torch module: Gaussian naive Bayes. Its first phase finds each label's mean of each input, its
-# second how far values lie from that mean, squared.
+# A learner that is no torch module: Gaussian naive Bayes. Its first phase finds each label's mean
+# of each input, its second how far values lie from that mean, squared.
 
 
 class NaiveBayes(Learner):
-    """State: log odds, means and variances of both labels [1 + 4 F]. A row: shares and sums of labels [2 + 2 F]."""
+    """State: log odds, means and variances of both labels [1 + 4 F]. A row: shares and sums of
+    labels [2 + 2 F].
+    """
 
     paper = "Maron 1961"
     start: ClassVar = {"phase": 0.0}
@@ -287,7 +361,8 @@ class NaiveBayes(Learner):
     def begin(self, shape: Shape) -> Tensor:
         if shape.task != "binary":
             raise PlanError(
-                f"model.name='naive-bayes' and data.task={shape.task!r} do not compose: it tells two apart."
+                f"model.name='naive-bayes' and data.task={shape.task!r} do not compose: it tells "
+                "two apart."
             )
         return torch.cat([torch.zeros(1 + 2 * shape.inputs), torch.ones(2 * shape.inputs)])
 
@@ -302,13 +377,19 @@ class NaiveBayes(Learner):
             known_N2F = site.x.double()[:, None]
             if task.slots["phase"].max() > 0:
                 known_N2F = (known_N2F - mean_2F).square()
-            rows.append(torch.cat([member_N2.sum(0), (member_N2[..., None] * known_N2F).sum(0).flatten()]))
+            rows.append(
+                torch.cat([member_N2.sum(0), (member_N2[..., None] * known_N2F).sum(0).flatten()])
+            )
         K = len(clients)
-        return Work(torch.stack(rows), {}, torch.full((K,), math.nan), torch.ones(K, dtype=torch.int64))
+        return Work(
+            torch.stack(rows), {}, torch.full((K,), math.nan), torch.ones(K, dtype=torch.int64)
+        )
 
     def apply(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        share_2, sum_2F = mean_M[:2].clamp(min=1e-9), mean_M[2:].reshape(2, -1)
-        w_P, F = server.w_P.clone(), sum_2F.shape[1]
+        share_2 = mean_M[:2].clamp(min=1e-9)
+        sum_2F = mean_M[2:].reshape(2, -1)
+        w_P = server.w_P.clone()
+        F = sum_2F.shape[1]
         found = (sum_2F / share_2[:, None]).flatten()
         w_P[0] = (share_2[1] / share_2[0]).log()
         if server.slots["phase"].max() > 0:
@@ -330,7 +411,9 @@ def naive_bayes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("naive_bayes")
 def test_an_added_learner_is_the_one_on_pooled_rows_and_runs_a_whole_study(tmp_path: Path) -> None:
-    study = medfed.load_study(write_study(tmp_path, STUDY))._with({"model.name": "naive-bayes", "training.rounds": 3})
+    study = medfed.load_study(write_study(tmp_path, STUDY))._with(
+        {"model.name": "naive-bayes", "training.rounds": 3}
+    )
     whole = run_twice(tmp_path, study)
     sites = runs.open_sites(study, None)
     runs._ready(sites[0].study, sites)
@@ -350,13 +433,25 @@ def test_an_added_learner_is_the_one_on_pooled_rows_and_runs_a_whole_study(tmp_p
 
 @pytest.mark.usefixtures("naive_bayes")
 def test_an_added_learner_runs_in_every_way_and_as_the_reference_does(tmp_path: Path) -> None:
-    for way, rule in (("plain", "mean"), ("masked", "mean"), ("three-party", "mean"), ("plain", "krum")):
+    for way, rule in (
+        ("plain", "mean"),
+        ("masked", "mean"),
+        ("three-party", "mean"),
+        ("plain", "krum"),
+    ):
         agree(study_of(tmp_path, "fedavg", "none", way, rule, model__name="naive-bayes"), 3)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LINKS, "largest", Largest())
         agree(
             study_of(
-                tmp_path, "fedavg", "none", "plain", "mean", model__name="naive-bayes", training__links=("largest",)
+                tmp_path,
+                "fedavg",
+                "none",
+                "plain",
+                "mean",
+                model__name="naive-bayes",
+                training__links=("largest",),
             )
         )
 
@@ -369,7 +464,8 @@ def test_an_added_learner_is_refused_a_claim_and_other_algorithms(tmp_path: Path
     assert "no gradient trains this learner" in refused(other)
 
 
-# An operation: how many training rows have a gap-free record, asked of every site after the last round.
+# An operation: how many training rows have a gap-free record, asked of every site after the last
+# round.
 
 
 def count_rows(
@@ -381,16 +477,22 @@ def count_rows(
     return [codec.encode({"enough": len(site.train) >= least}) for site in sites]
 
 
-def test_an_added_operation_is_asked_in_a_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_added_operation_is_asked_in_a_whole_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(OPS, "count rows", count_rows)
     told: dict[str, bool] = {}
 
     class Asking(Plain):
         """A way that asks it before each round."""
 
-        def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Any:
+        def open(
+            self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+        ) -> Any:
             replies = gather(fleet, clients, "count rows", codec.encode({"least": 1}), 10)
-            told.update({name: codec.decode(reply.payload)[0]["enough"] for name, reply in replies.items()})
+            told.update(
+                {name: codec.decode(reply.payload)[0]["enough"] for name, reply in replies.items()}
+            )
             return super().open(plan, fleet, clients, number, payload)
 
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("monitor.baselines", False)
@@ -411,13 +513,17 @@ def test_an_added_operation_is_asked_in_a_whole_study(tmp_path: Path, monkeypatc
 
 @dataclass
 class Buffer:
-    """An asynchronous buffer (Nguyen et al. 2022, arXiv:2106.06639): a round is what has come when `size` rows have."""
+    """An asynchronous buffer (Nguyen et al. 2022, arXiv:2106.06639): a round is what has come when
+    `size` rows have.
+    """
 
     size: int
     late: dict[int, str] = field(default_factory=dict)  # tickets of earlier rounds
     trail = None
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "BufferRound":
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> "BufferRound":
         busy = set(self.late.values())
         free = [name for name in clients if name not in busy]
         tickets = fleet.submit_many(free, "work", payload, plan.study.training.deadline)
@@ -453,11 +559,13 @@ class Slow(InProcess):
 
     def __init__(self, sites: Sequence[Site], slow: str) -> None:
         super().__init__(sites)
-        self.slow, self.held = slow, list[Reply]()
+        self.slow = slow
+        self.held = list[Reply]()
 
     def poll(self, wait: float) -> list[Reply]:
         replies = super().poll(wait)
-        before, self.held = self.held, [reply for reply in replies if reply.site == self.slow]
+        before = self.held
+        self.held = [reply for reply in replies if reply.site == self.slow]
         return before + [reply for reply in replies if reply.site != self.slow]
 
 
@@ -465,12 +573,17 @@ def test_an_added_way_takes_late_rows_into_the_next_round(tmp_path: Path) -> Non
     study = medfed.load_study(write_study(tmp_path, STUDY))
     sites = runs.open_sites(study, None)
     _, plan = runs._ready(sites[0].study, sites)
-    fleet, way, server = Slow(sites, plan.participants[0]), Buffer(len(plan.participants) - 1), plan.begin()
+    fleet = Slow(sites, plan.participants[0])
+    way = Buffer(len(plan.participants) - 1)
+    server = plan.begin()
     with Log() as log:
         for _ in range(4):
             server = run_round(server, plan, fleet, plan.budget(), log, way)
     finished = [event for event in log.events() if isinstance(event, RoundFinished)]
-    assert plan.participants[0] not in finished[0].clients and plan.participants[0] in finished[1].clients
+    assert (
+        plan.participants[0] not in finished[0].clients
+        and plan.participants[0] in finished[1].clients
+    )
     assert server.round == 4 and bool(torch.isfinite(server.w_P).all())
 
 
@@ -480,20 +593,28 @@ def test_an_added_way_takes_late_rows_into_the_next_round(tmp_path: Path) -> Non
 def test_an_installed_package_adds_what_its_entry_point_imports(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(LINKS, "there before", Largest())  # so that what is imported here goes away again
-    (tmp_path / "added_link.py").write_text("from medfed.links.wire import LINKS, Link\nLINKS['nothing'] = Link()\n", "utf-8")
+    # so that what is imported here goes away again
+    monkeypatch.setitem(LINKS, "there before", Largest())
+    (tmp_path / "added_link.py").write_text(
+        "from medfed.links.wire import LINKS, Link\nLINKS['nothing'] = Link()\n", "utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     entry = EntryPoint("mine", "added_link", extensions.GROUP)
     monkeypatch.setattr(extensions, "entry_points", lambda group: [entry])
     extensions.load.cache_clear()
+
     try:
         study = medfed.load_study(write_study(tmp_path, STUDY))._with(
             {"training.links": "nothing", "training.rounds": 1, "monitor.baselines": False}
         )
         assert medfed.simulate(study).complete
-        monkeypatch.setattr(extensions, "entry_points", lambda group: [EntryPoint("bad", "no_such_module", group)])
+        monkeypatch.setattr(
+            extensions, "entry_points", lambda group: [EntryPoint("bad", "no_such_module", group)]
+        )
         extensions.load.cache_clear()
-        with pytest.raises(PlanError, match=r"the extension 'bad' \(no_such_module\) cannot be imported"):
+        with pytest.raises(
+            PlanError, match=r"the extension 'bad' \(no_such_module\) cannot be imported"
+        ):
             medfed.simulate(study)
     finally:
         LINKS.pop("nothing", None)

@@ -1,4 +1,6 @@
-"""Every benchmark runs, at a tiny size, and leaves no file: what no test runs is broken at the next change."""
+"""Every benchmark runs, at a tiny size, and leaves no file: what no test runs is broken at the next
+change.
+"""
 
 import importlib.util
 import inspect
@@ -17,14 +19,21 @@ ELSEWHERE = {"audit_power": "tests/evidence/test_exact.py::test_the_benchmark_of
 """Benchmarks whose tiny run another test holds to what it must find."""
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(" in path.read_text())
-HOW = "give it main(argv) with common.parser, whose --tiny makes it as small as can be and writes nothing"
+HOW = (
+    "give it main(argv) with common.parser, whose --tiny makes it as small as can be and writes "
+    "nothing"
+)
 
 
 @pytest.fixture
 def benchmark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A benchmark's module, found beside what all share; peers run from a folder of their own and are not imported."""
+    """A benchmark's module, found beside what all share; peers run from a folder of their own and
+    are not imported.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
-    place = importlib.util.spec_from_file_location(f"benchmark_{request.param}", FOLDER / f"{request.param}.py")
+    place = importlib.util.spec_from_file_location(
+        f"benchmark_{request.param}", FOLDER / f"{request.param}.py"
+    )
     assert place and place.loader
     module = importlib.util.module_from_spec(place)
     monkeypatch.setitem(sys.modules, place.name, module)
@@ -54,9 +63,13 @@ def test_there_are_benchmarks() -> None:
         assert f"def {function}(" in text and f"{name}.py" in text and "--tiny" in text
 
 
-@pytest.mark.parametrize("benchmark", [name for name in NAMES if name not in ELSEWHERE], indirect=True)
+@pytest.mark.parametrize(
+    "benchmark", [name for name in NAMES if name not in ELSEWHERE], indirect=True
+)
 @pytest.mark.usefixtures("one_thread", "kept")
-def test_a_benchmark_runs_at_a_tiny_size(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_runs_at_a_tiny_size(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = benchmark.__name__.removeprefix("benchmark_")
     for kind in getattr(benchmark, "NEEDS", ()):
         _need(kind)

@@ -1,4 +1,6 @@
-"""Every name of the brief that is built does the real work, and what it returns is in the events; others are absent."""
+"""Every name of the brief that is built does the real work, and what it returns is in the events;
+others are absent.
+"""
 
 import inspect
 import math
@@ -36,7 +38,9 @@ NOT_BUILT = (
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return medfed.load_study("breast-cancer")._with({"training.rounds": 3, "monitor.baselines": False})
+    return medfed.load_study("breast-cancer")._with(
+        {"training.rounds": 3, "monitor.baselines": False}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,11 @@ def test_a_device_trains_seals_and_reports(study: Study) -> None:
     assert 8 * len(row_M) < len(sealed) < 8 * len(row_M) + 3000
     assert sealed != device.encrypt_model_updates(row_M)
     report = device.get_medical_privacy_report()
-    assert report["site"] == device.name and 0 < report["epsilon"] <= 1.0001 and report["noise_multiplier"] > 1
+    assert (
+        report["site"] == device.name
+        and 0 < report["epsilon"] <= 1.0001
+        and report["noise_multiplier"] > 1
+    )
     with pytest.raises(StudyError, match="is no site"):
         EnhancedMedicalIoMTDevice("nowhere", study).train_local_model()
 
@@ -115,8 +123,12 @@ def test_the_security_manager_sums_in_secret_and_names_liars(result: medfed.Resu
     rows = {name: 1 + 0.1 * torch.randn(30, generator=random) for name in "abcdefghij"}
     manager = AdvancedSecurityManager(0.3)
     total_M = manager.secure_aggregation(rows)
-    torch.testing.assert_close(total_M, sum(rows.values(), torch.zeros(30)).double(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(EnhancedFederatedServer().secure_aggregation(rows), total_M, atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        total_M, sum(rows.values(), torch.zeros(30)).double(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        EnhancedFederatedServer().secure_aggregation(rows), total_M, atol=1e-9, rtol=0
+    )
     lied = {name: -4 * row if name in "abc" else row for name, row in rows.items()}
     assert set(manager.detect_byzantine_devices([lied] * 4)) == {"a", "b", "c"}
     assert manager.detect_byzantine_devices([rows] * 4) == {}
@@ -136,8 +148,18 @@ def test_the_monitor_writes_what_the_brief_names(result: medfed.Result) -> None:
 
 def test_figures_are_those_of_the_events(result: medfed.Result) -> None:
     found = PerformanceOptimizer().performance_monitoring(folder(result))
-    assert found.rounds == result.summary["rounds"] and dict(found.participation) == result.summary["participation"]
+    assert (
+        found.rounds == result.summary["rounds"]
+        and dict(found.participation) == result.summary["participation"]
+    )
     assert sum(found.seconds) / 2 == pytest.approx(result.summary["seconds"]["per_round"], abs=1e-6)
     audit = PrivacyAudit.of(folder(result))
-    assert audit.epsilon == pytest.approx(result.summary["privacy"]["epsilon"]) and audit.delta == 1e-6
-    assert EnhancedPrivacyPreserver().generate_privacy_report(folder(result)).read_text().startswith("<!doctype html>")
+    assert (
+        audit.epsilon == pytest.approx(result.summary["privacy"]["epsilon"]) and audit.delta == 1e-6
+    )
+    assert (
+        EnhancedPrivacyPreserver()
+        .generate_privacy_report(folder(result))
+        .read_text()
+        .startswith("<!doctype html>")
+    )

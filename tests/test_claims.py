@@ -1,4 +1,6 @@
-"""The claim: every item that a reviewer asks for, and numbers that the ledger's events give again."""
+"""The claim: every item that a reviewer asks for, and numbers that the ledger's events
+give again.
+"""
 
 import json
 import math
@@ -36,7 +38,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = ("sampled", "sampled at sites", "capped")  # the second accountant takes seconds where patients are sampled
+# the second accountant takes seconds where patients are sampled
+SLOW = ("sampled", "sampled at sites", "capped")
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS]
 
 
@@ -74,14 +77,18 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         return book.rows()
 
 
-# Epsilon from the ledger's events, without the accountant that made the claim -----------------------------------------
+# Epsilon from the ledger's events, without the accountant that made the claim ---------------------
 
 
 def _gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Return the epsilon at which one Gaussian has delta (Balle and Wang 2018, theorem 8), by root finding."""
+    """Return the epsilon at which one Gaussian has delta (Balle and Wang 2018, theorem 8), by root
+    finding.
+    """
 
     def excess(epsilon: float) -> float:
-        high, low = stats.norm.logcdf([0.5 / sigma - epsilon * sigma, -0.5 / sigma - epsilon * sigma])
+        high, low = stats.norm.logcdf(
+            [0.5 / sigma - epsilon * sigma, -0.5 / sigma - epsilon * sigma]
+        )
         return float(math.exp(high) - math.exp(epsilon + low)) - delta
 
     return float(optimize.brentq(excess, 0, 50, xtol=1e-14, rtol=1e-14))
@@ -95,7 +102,9 @@ def _epsilon(events: list[dict[str, Any]], delta: float) -> float:
     accountant = dp.rdp.RdpAccountant(accounting.ORDERS)
     for event in events:
         assert event["kind"] == "poisson_gaussian"
-        once = dp.PoissonSampledDpEvent(event["probability"], dp.GaussianDpEvent(event["noise_multiplier"]))
+        once = dp.PoissonSampledDpEvent(
+            event["probability"], dp.GaussianDpEvent(event["noise_multiplier"])
+        )
         accountant.compose(once, event["count"])
     return float(accountant.get_epsilon(delta))
 
@@ -117,13 +126,18 @@ def test_epsilon_follows_from_the_ledgers_events(run_of: Runs, name: str) -> Non
     assert claim["rounds"] == (rounds if name != "in turns" else {**rounds, "paid": 1})
 
 
-@pytest.mark.parametrize("name", [case for case in EVERY if case.values[0] not in ("in turns", "adaptive")])
+@pytest.mark.parametrize(
+    "name", [case for case in EVERY if case.values[0] not in ("in turns", "adaptive")]
+)
 def test_the_noise_that_is_told_is_that_of_the_events(run_of: Runs, name: str) -> None:
     claim = claims.read(run_of(name))
-    moved = 2 if name == "capped" else 1  # a full batch: one patient in, another out; its event has half the noise
+    # a full batch: one patient in, another out; its event has half the noise
+    moved = 2 if name == "capped" else 1
     told = {row["site"]: moved * row["event"]["noise_multiplier"] for row in _rows(run_of(name))}
     multiplier = claim["noise"]["multiplier"]
-    assert (multiplier if isinstance(multiplier, dict) else dict.fromkeys(SITES, multiplier)) == told
+    assert (
+        multiplier if isinstance(multiplier, dict) else dict.fromkeys(SITES, multiplier)
+    ) == told
     norm = (1 + claim["clipping"]["slack"]) * (1 / GRID) + math.sqrt(
         6
     )  # six weights, each rounded by half a step at most
@@ -132,7 +146,7 @@ def test_the_noise_that_is_told_is_that_of_the_events(run_of: Runs, name: str) -
         assert (sd[site] if isinstance(sd, dict) else sd) == pytest.approx(each * norm)
 
 
-# What a reviewer asks -------------------------------------------------------------------------------------------------
+# What a reviewer asks -----------------------------------------------------------------------------
 
 ASKED = {
     # NIST SP 800-226 and what the house adds -> where it stands
@@ -173,8 +187,14 @@ def test_the_claim_holds_every_item_that_is_asked(run_of: Runs, name: str) -> No
         assert _at(claim, place) not in (None, "", [], {}), item
     assert "audit" in claim and claim["audit"] is None
     assert claim["claimed"] is True and 0.7 < claim["epsilon"] <= 1 and claim["delta"] == 1e-4
-    assert claim["patients"] == {"declared": 192, "one_over_n": 1 / 192, "delta_below_one_over_n": True}
-    assert claim["adjacency"] == "add or remove one patient" and claim["unit"].startswith("patient: all records")
+    assert claim["patients"] == {
+        "declared": 192,
+        "one_over_n": 1 / 192,
+        "delta_below_one_over_n": True,
+    }
+    assert claim["adjacency"] == "add or remove one patient" and claim["unit"].startswith(
+        "patient: all records"
+    )
     assert claim["accountant"]["version"] == f"dp-accounting {version('dp-accounting')}"
     assert claim["second_accountant"]["name"] != claim["accountant"]["name"]
     assert 0.5 * claim["epsilon"] < claim["second_accountant"]["epsilon"] < 1.2 * claim["epsilon"]
@@ -187,8 +207,15 @@ def test_what_is_told_follows_the_study(study: Study, run_of: Runs, tmp_path: Pa
     assert "security.aggregation='plain'" in found["shared"]["trust_model"]
     assert "coordinator" in found["central, spare rounds"]["trust_model"]
     assert "no amplification" in found["shared"]["sampling"]
-    assert found["in turns"]["mechanism"].startswith("Matrix mechanism") and found["in turns"]["noise"]["strategy"]
-    assert found["adaptive"]["noise"]["count_noise"] and found["shared"]["noise"]["count_noise"] is None
+
+    assert (
+        found["in turns"]["mechanism"].startswith("Matrix mechanism")
+        and found["in turns"]["noise"]["strategy"]
+    )
+    assert (
+        found["adaptive"]["noise"]["count_noise"]
+        and found["shared"]["noise"]["count_noise"] is None
+    )
     assert found["site, steps"]["steps_per_round"] == dict.fromkeys(SITES, 3)
     assert found["shared"]["steps_per_round"] == 1
     assert all("public test data" in " ".join(claim["unprotected"]) for claim in found.values())
@@ -207,7 +234,9 @@ def test_what_is_told_follows_how_patients_are_sampled(run_of: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_sites_that_take_all_their_patients_are_told_beside_those_that_sample(study: Study, tmp_path: Path) -> None:
+def test_sites_that_take_all_their_patients_are_told_beside_those_that_sample(
+    study: Study, tmp_path: Path
+) -> None:
     alone = {"training.batch_size": 50, "privacy.noise": "site"}
     sampling = _run(study, tmp_path / "run", alone)["sampling"]  # east has 38
     assert "50 expected" in sampling and "sites of no more patients take all of them" in sampling
@@ -216,7 +245,13 @@ def test_sites_that_take_all_their_patients_are_told_beside_those_that_sample(st
 def test_seeded_noise_claims_nothing(study: Study, tmp_path: Path) -> None:
     claim = _run(study, tmp_path / "run", {"privacy.simulation_only": True})
     assert claim["claimed"] is False
-    assert claim["epsilon"] is claim["delta"] is claim["second_accountant"] is claim["composition"]["ledger"] is None
+    assert (
+        claim["epsilon"]
+        is claim["delta"]
+        is claim["second_accountant"]
+        is claim["composition"]["ledger"]
+        is None
+    )
     assert "nothing is claimed" in claim["random_generator"]
     page = claims.write_page(tmp_path / "run").read_text()
     assert "Nothing is claimed" in page and "e<sup>" not in page
@@ -231,15 +266,21 @@ def test_a_run_without_a_guarantee_has_no_claim(study: Study, tmp_path: Path) ->
         claims.write_page(tmp_path / "nowhere")
 
 
-# The outlook ----------------------------------------------------------------------------------------------------------
+# The outlook --------------------------------------------------------------------------------------
 
 
 def test_the_outlook_tells_noise_and_signal_before_training(study: Study, run_of: Runs) -> None:
     claim = claims.read(run_of("shared"))
     found = medfed.runs.privacy_outlook(study)
-    assert (found["epsilon"], found["delta"], found["patients"], found["parameters"]) == (1, 1e-4, 192, 6)
+    assert (found["epsilon"], found["delta"], found["patients"], found["parameters"]) == (
+        1,
+        1e-4,
+        192,
+        6,
+    )
     assert set(found["modes"]) == {"shared", "site"}
-    (shared, *_), (site, *_) = found["modes"]["shared"], found["modes"]["site"]
+    (shared, *_) = found["modes"]["shared"]
+    (site, *_) = found["modes"]["site"]
     assert shared["noise_multiplier"] == claim["noise"]["multiplier"] == site["noise_multiplier"]
     assert shared["epsilon_of_a_round"] < shared["epsilon"] == pytest.approx(claim["epsilon"])
     assert shared["snr_step"] == pytest.approx(192 / (claim["noise"]["multiplier"] * math.sqrt(6)))
@@ -249,7 +290,10 @@ def test_the_outlook_tells_noise_and_signal_before_training(study: Study, run_of
 
 def test_the_other_mode_of_a_correlated_study_is_one_without_correlation(study: Study) -> None:
     turns = study.set("fleet.schedule", "cyclic").set("fleet.groups", 2)
-    one, other = (medfed.runs.privacy_outlook(turns.set("privacy.correlated", c))["modes"] for c in (True, False))
+    one, other = (
+        medfed.runs.privacy_outlook(turns.set("privacy.correlated", c))["modes"]
+        for c in (True, False)
+    )
     assert one["site"] == other["site"] and one["shared"] != other["shared"]
 
 
@@ -258,7 +302,7 @@ def test_a_study_without_a_target_has_no_outlook(study: Study) -> None:
         medfed.runs.privacy_outlook(plain(study))
 
 
-# The command line -----------------------------------------------------------------------------------------------------
+# The command line ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,17 +315,29 @@ def test_privacy_plan(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("privacy", "plan", path) == 0
     said = capsys.readouterr().out
     assert "epsilon 1 at delta 0.0001 for each of 192 declared training patients" in said
-    assert "noise = 'shared'" in said and "noise = 'site'" in said and "snr" in said and "north" in said
+    assert (
+        "noise = 'shared'" in said
+        and "noise = 'site'" in said
+        and "snr" in said
+        and "north" in said
+    )
     assert command("privacy", "plan", path, "--json", "--set", "privacy.epsilon=3") == 0
     assert json.loads(capsys.readouterr().out)["epsilon"] == 3
     assert command("privacy", "plan", path, "--set", "privacy.delta=0.5") == 2
     assert "privacy.delta=0.5 with 192 patients" in capsys.readouterr().err
 
 
-def test_privacy_ledger(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_privacy_ledger(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert command("privacy", "ledger", finished, "--delta", "1e-4") == 0
     said = capsys.readouterr().out
-    assert "12 charges, chain intact" in said and all(name in said for name in SITES) and "invented private" in said
+
+    assert (
+        "12 charges, chain intact" in said
+        and all(name in said for name in SITES)
+        and "invented private" in said
+    )
     assert command("privacy", "ledger", finished, "--delta", "1e-4", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["site"]: row["charges"] for row in found["accounts"]} == dict.fromkeys(SITES, 4)
@@ -297,7 +353,17 @@ def test_privacy_ledger(finished: Path, capsys: pytest.CaptureFixture[str], monk
 def test_privacy_claim(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("privacy", "claim", finished) == 0
     said = capsys.readouterr().out
-    items = ("unit", "adjacency", "trust model", "mechanism", "accountant", "not protected", "assumptions", "audit")
+
+    items = (
+        "unit",
+        "adjacency",
+        "trust model",
+        "mechanism",
+        "accountant",
+        "not protected",
+        "assumptions",
+        "audit",
+    )
     assert all(item in said for item in items) and "0.99" in said
     assert command("privacy", "claim", finished, "--json") == 0
     assert json.loads(capsys.readouterr().out) == claims.read(finished)
@@ -313,9 +379,15 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(
     assert command("run", study.folder / "study.toml", "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert "privacy: epsilon 1 at delta 0.0001 for every training patient, noise 'shared'" in said
-    assert "privacy spent: epsilon 1.0000 of 1 at delta 0.0001, patient level" in said and "loss -" in said
+    assert (
+        "privacy spent: epsilon 1.0000 of 1 at delta 0.0001, patient level" in said
+        and "loss -" in said
+    )
     assert command("show", tmp_path / "run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["privacy"]["epsilon"] == claims.read(tmp_path / "run")["epsilon"]
+    assert (
+        json.loads(capsys.readouterr().out)["privacy"]["epsilon"]
+        == claims.read(tmp_path / "run")["epsilon"]
+    )
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

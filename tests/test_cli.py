@@ -26,7 +26,9 @@ def study(tmp_path: Path) -> Path:
     return write_study(tmp_path)
 
 
-def test_run_tells_each_round_and_the_table(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_tells_each_round_and_the_table(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert medfed("run", study, "--out", tmp_path / "run", "--set", "monitor.baselines=true") == 0
     said = capsys.readouterr().out
     for number in range(1, 5):
@@ -47,14 +49,24 @@ def test_json_prints_the_summary_and_nothing_else(
     assert json.loads(capsys.readouterr().out) == summary
 
 
-def test_quiet_prints_nothing_when_all_is_well(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing_when_all_is_well(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert medfed("run", study, "--out", tmp_path / "run", "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
 
 def test_settings_change_the_study(study: Path, tmp_path: Path) -> None:
-    words = ["--set", "training.rounds=2", "--set", "model.name=mlp", "--set", "model.options.hidden=[8]", "--quiet"]
+    words = [
+        "--set",
+        "training.rounds=2",
+        "--set",
+        "model.name=mlp",
+        "--set",
+        "model.options.hidden=[8]",
+        "--quiet",
+    ]
     assert medfed("run", study, "--out", tmp_path / "run", *words) == 0
     frozen = (tmp_path / "run" / "study.toml").read_text()
     assert "rounds = 2" in frozen and 'name = "mlp"' in frozen
@@ -67,13 +79,19 @@ def test_what_is_wrong_is_one_line_on_stderr_and_exit_code_2(
     assert medfed("run", study, "--set", "training.round=3", "--out", tmp_path / "run") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["error unknown key 'training.round'; did you mean 'rounds'?"]
+    assert captured.err.splitlines() == [
+        "error unknown key 'training.round'; did you mean 'rounds'?"
+    ]
     assert not (tmp_path / "run").exists()
 
 
-def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_in_names_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     frame = invented()
-    frame["hospital"] = frame["hospital"].map({"north": "[bold]north[/]", "south": "<b>south</b>", "east": "[/red]"})
+    frame["hospital"] = frame["hospital"].map(
+        {"north": "[bold]north[/]", "south": "<b>south</b>", "east": "[/red]"}
+    )
     assert medfed("run", write_study(tmp_path, frame=frame), "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "[bold]north[/]" in said and "[/red]" in said
@@ -81,11 +99,23 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.
     assert "[/x]" in capsys.readouterr().err
 
 
-def test_an_incomplete_run_has_exit_code_1(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wild = ["training.learning_rate=1e5", "data.task='regression'", "data.target='age'", "training.local_epochs=50"]
-    words = [word for setting in [*wild, "data.features=['lactate']"] for word in ("--set", setting)]
+def test_an_incomplete_run_has_exit_code_1(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = [
+        "training.learning_rate=1e5",
+        "data.task='regression'",
+        "data.target='age'",
+        "training.local_epochs=50",
+    ]
+
+    words = [
+        word for setting in [*wild, "data.features=['lactate']"] for word in ("--set", setting)
+    ]
     assert medfed("run", study, "--out", tmp_path / "run", *words) == 1
-    assert "incomplete: round 1: 0 of 3 sites answered" in capsys.readouterr().out.replace("\n", " ")
+    assert "incomplete: round 1: 0 of 3 sites answered" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
     assert medfed("show", tmp_path / "run") == 0
     capsys.readouterr()
     assert medfed("run", study, "--out", tmp_path / "quiet", "--quiet", *words) == 1
@@ -111,7 +141,9 @@ def test_studies_lists_what_is_bundled(capsys: pytest.CaptureFixture[str]) -> No
     assert all(Path(path).exists() for path in json.loads(capsys.readouterr().out).values())
 
 
-def test_data_show_and_its_figure(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_show_and_its_figure(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert medfed("data", "show", study, "--figure", tmp_path / "figure.html") == 0
     said = capsys.readouterr().out
     assert all(site in said for site in SITES) and "label skew" in said and "lactate" in said
@@ -131,35 +163,68 @@ def test_data_show_tells_who_is_written_in_more_than_one_way(
     again = twice.assign(subject=twice["subject"].str.upper())
     path = write_study(tmp_path, frame=pd.concat([frame, again], ignore_index=True))
     assert medfed("data", "show", path) == 0
-    assert "patients written in more than one way (see data.identity): east 3" in capsys.readouterr().out
+    assert (
+        "patients written in more than one way (see data.identity): east 3"
+        in capsys.readouterr().out
+    )
     assert medfed("data", "show", path, "--json") == 0
     found = json.loads(capsys.readouterr().out)["sites"]
-    assert {name: site["spellings"] for name, site in found.items()} == {"north": 0, "south": 0, "east": 3}
+    assert {name: site["spellings"] for name, site in found.items()} == {
+        "north": 0,
+        "south": 0,
+        "east": 3,
+    }
 
 
-def test_an_operator_founds_changes_and_accepts_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_operator_founds_changes_and_accepts_a_ledger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "budget"
     words = ["privacy", "found", folder, "--lifetime-epsilon", "2", "--delta", "1e-6"]
     assert medfed(*words) == 2  # nobody decides
     assert medfed(*words, "--operator", " ") == 2
     assert not folder.exists()
-    assert medfed(*words, "--operator", "Ada [the chief]", "--identity", "exact", "--reason", "board 3") == 0
+    assert (
+        medfed(
+            *words, "--operator", "Ada [the chief]", "--identity", "exact", "--reason", "board 3"
+        )
+        == 0
+    )
     assert medfed(*words, "--operator", "Ada") == 2
-    assert "is a ledger already; its budget changes by `medfed privacy budget`" in capsys.readouterr().err.replace(
-        "\n", " "
+    assert (
+        "is a ledger already; its budget changes by `medfed privacy budget`"
+        in capsys.readouterr().err.replace("\n", " ")
     )
 
     change = ["privacy", "budget", folder, "--lifetime-epsilon", "3.5"]
     assert medfed(*change, "--operator", "Bo") == 2
     assert medfed(*change, "--operator", "Bo", "--reason", "a second trial") == 0
     assert "epsilon 3.5 at delta 1e-06, decided by Bo: a second trial" in capsys.readouterr().out
-    assert medfed("privacy", "budget", tmp_path / "none", *change[3:], "--operator", "Bo", "--reason", "why") == 2
+    assert (
+        medfed(
+            "privacy",
+            "budget",
+            tmp_path / "none",
+            *change[3:],
+            "--operator",
+            "Bo",
+            "--reason",
+            "why",
+        )
+        == 2
+    )
     assert not (tmp_path / "none").exists()
 
     assert medfed("privacy", "ledger", folder) == 0
     said = capsys.readouterr().out
-    assert "lifetime budget: epsilon 3.5 at delta 1e-06 over all studies; identity rule 'exact'" in said
-    assert "founded: epsilon 2 at delta 1e-06; Ada [the chief]: board 3" in said and "Bo: a second trial" in said
+    assert (
+        "lifetime budget: epsilon 3.5 at delta 1e-06 over all studies; identity rule 'exact'"
+        in said
+    )
+    assert (
+        "founded: epsilon 2 at delta 1e-06; Ada [the chief]: board 3" in said
+        and "Bo: a second trial" in said
+    )
     assert medfed("privacy", "ledger", folder, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["lifetime"]["epsilon"], len(found["decisions"]), found["charges"]) == (3.5, 2, 0)
@@ -169,7 +234,16 @@ def test_an_operator_founds_changes_and_accepts_a_ledger(tmp_path: Path, capsys:
     (folder / "ledger.head").unlink()
     assert medfed("privacy", "ledger", folder) == 2
     capsys.readouterr()
-    accept = ["privacy", "accept", folder, "--operator", "Bo", "--reason", "the disk died", "--head"]
+    accept = [
+        "privacy",
+        "accept",
+        folder,
+        "--operator",
+        "Bo",
+        "--reason",
+        "the disk died",
+        "--head",
+    ]
     assert medfed(*accept, "0" * 64) == 2
     assert medfed(*accept, found["head"]) == 0
     assert medfed("privacy", "ledger", folder) == 0
@@ -196,10 +270,13 @@ def test_data_folder_comes_from_the_command_line(
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; sys.argv=['medfed','--help']\nimport medfed.cli\ntry: medfed.cli.main()\nexcept SystemExit: pass\n"
+        "import sys; sys.argv=['medfed','--help']\nimport medfed.cli\ntry: medfed.cli.main()\n"
+        "except SystemExit: pass\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "resume" in done.stdout

@@ -1,6 +1,8 @@
-"""Under a claim nothing that is printed, passed on, written or raised quotes a private row: no label, value or count.
+"""Under a claim nothing that is printed, passed on, written or raised quotes a private row: no
+label, value or count.
 
-A canary stands in private rows in every place where one can stand, and numbers that nothing public has count them.
+A canary stands in private rows in every place where one can stand, and numbers that nothing public
+has count them.
 """
 
 import json
@@ -26,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CANARY = "CANARY-77031"
 PRIVATE_TABLE = PRIVATE.replace(
-    "test_is_public = true", 'test_is_public = true\ntest = "part"\nfeatures = ["age", "lactate", "ward"]'
+    "test_is_public = true",
+    'test_is_public = true\ntest = "part"\nfeatures = ["age", "lactate", "ward"]',
 )
 COUNTS = {"north": 137, "south": 83, "east": 61}
 """Training patients of each site: not what is declared."""
@@ -35,10 +38,13 @@ COUNTS = {"north": 137, "south": 83, "east": 61}
 def _rows() -> pd.DataFrame:
     """Return a table whose private counts are told apart from all that is public."""
     frame = invented(600)
-    private = [frame[frame["hospital"] == name].head(COUNTS[name]).assign(part="train") for name in SITES]
+    private = [
+        frame[frame["hospital"] == name].head(COUNTS[name]).assign(part="train") for name in SITES
+    ]
     public = [frame[frame["hospital"] == name].tail(9).assign(part="test") for name in SITES]
     rows = pd.concat([*private, *public], ignore_index=True).astype(object)
-    rows["note"], rows["seen"] = "stable", "2024-02-01"
+    rows["note"] = "stable"
+    rows["seen"] = "2024-02-01"
     return rows
 
 
@@ -50,7 +56,12 @@ def _planted(column: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 PLACES = ("died", "ward", "age", "lactate", "subject", "note", "seen", "part")
-PRIVATE_NUMBERS = {*COUNTS.values(), *(n - 7 for n in COUNTS.values()), sum(COUNTS.values()), sum(COUNTS.values()) - 7}
+PRIVATE_NUMBERS = {
+    *COUNTS.values(),
+    *(n - 7 for n in COUNTS.values()),
+    sum(COUNTS.values()),
+    sum(COUNTS.values()) - 7,
+}
 
 
 def _exposed(content: bytes, numbers: bool = True) -> list[str]:
@@ -75,7 +86,8 @@ TEXTS = (".json", ".jsonl", ".toml")
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_quotes_nothing_of_a_private_row(tmp_path: Path, place: str) -> None:
-    path, out = write_study(tmp_path, PRIVATE_TABLE, _planted(place, _rows())), tmp_path / "run"
+    path = write_study(tmp_path, PRIVATE_TABLE, _planted(place, _rows()))
+    out = tmp_path / "run"
     for command in (["run", str(path), "--out", str(out)], ["privacy", "plan", str(path)]):
         said = _told(command)
         assert said.endswith(b"\n0"), said.decode()
@@ -88,9 +100,19 @@ def test_pages_and_listings_quote_nothing_of_a_private_row(tmp_path: Path) -> No
     rows = _rows()
     for place in PLACES[:5]:
         rows = _planted(place, rows)
-    path, out = write_study(tmp_path, PRIVATE_TABLE, rows), tmp_path / "run"
-    commands = [["run", str(path), "--out", str(out), "--log", "json"], ["show", str(out)], ["report", str(out)]]
-    commands += [["privacy", "claim", str(out)], ["export", str(out), "--help"], ["resume", str(out)]]
+    path = write_study(tmp_path, PRIVATE_TABLE, rows)
+    out = tmp_path / "run"
+
+    commands = [
+        ["run", str(path), "--out", str(out), "--log", "json"],
+        ["show", str(out)],
+        ["report", str(out)],
+    ]
+    commands += [
+        ["privacy", "claim", str(out)],
+        ["export", str(out), "--help"],
+        ["resume", str(out)],
+    ]
     for command in commands:
         assert _exposed(_told(command)) == [], command
     for name, content in _written(out):
@@ -100,16 +122,24 @@ def test_pages_and_listings_quote_nothing_of_a_private_row(tmp_path: Path) -> No
 def test_the_canaries_and_the_counts_would_be_seen(tmp_path: Path) -> None:
     """Without a claim they are: the laws above can fail."""
     rows = _planted("ward", _rows())
-    text = PRIVATE_TABLE.replace("epsilon = 1.0\ndelta = 1e-4", "").replace('["icu", "ward", "er"]', "[]")
-    path, out = write_study(tmp_path, text, rows), tmp_path / "run"
+    text = PRIVATE_TABLE.replace("epsilon = 1.0\ndelta = 1e-4", "").replace(
+        '["icu", "ward", "er"]', "[]"
+    )
+    path = write_study(tmp_path, text, rows)
+    out = tmp_path / "run"
     told = _told(["run", str(path), "--out", str(out), "--set", "data.preprocess=robust"])
     assert "137" in _exposed(told), told.decode()
     assert CANARY in _exposed((out / "plan.json").read_bytes())
-    assert CANARY in _exposed(_told(["data", "show", str(path), "--json"]) + (out / "plan.json").read_bytes())
+    assert CANARY in _exposed(
+        _told(["data", "show", str(path), "--json"]) + (out / "plan.json").read_bytes()
+    )
 
 
 def _places_twice(rows: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([rows, rows.head(7).assign(hospital="south", subject=rows["subject"].head(7))], ignore_index=True)
+    return pd.concat(
+        [rows, rows.head(7).assign(hospital="south", subject=rows["subject"].head(7))],
+        ignore_index=True,
+    )
 
 
 REFUSALS: dict[str, tuple[Any, list[str], str]] = {
@@ -144,7 +174,9 @@ def test_a_refusal_quotes_nothing_of_a_private_row(tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("kind", ["parquet", "gz"])
 def test_a_file_that_cannot_be_read_is_not_quoted(tmp_path: Path, kind: str) -> None:
-    path = write_study(tmp_path, PRIVATE_TABLE.replace("cohort.csv", f"cohort.csv.{kind}".replace("csv.p", "p")))
+    path = write_study(
+        tmp_path, PRIVATE_TABLE.replace("cohort.csv", f"cohort.csv.{kind}".replace("csv.p", "p"))
+    )
     name = "cohort.parquet" if kind == "parquet" else "cohort.csv.gz"
     (tmp_path / name).write_text(f"subject,hospital\n{CANARY},north\n")
     said = _told(["run", str(path), "--out", str(tmp_path / "run")])
@@ -152,7 +184,9 @@ def test_a_file_that_cannot_be_read_is_not_quoted(tmp_path: Path, kind: str) -> 
 
 
 def test_numbers_in_a_regression_are_held_and_not_quoted(tmp_path: Path) -> None:
-    """A target of 1e30 counts as the end of its range, in training and in tests; neither is told."""
+    """A target of 1e30 counts as the end of its range, in training and in tests; neither
+    is told.
+    """
     rows = _rows().assign(died=lambda frame: (np.arange(len(frame)) % 10).astype(object))
     text = PRIVATE_TABLE.replace('categories = ["no", "yes"]', "range = [0, 9]")
     text = text.replace('target = "died"', 'target = "died"\ntask = "regression"')
@@ -160,9 +194,13 @@ def test_numbers_in_a_regression_are_held_and_not_quoted(tmp_path: Path) -> None
     heavy.loc[heavy.index[3], "died"] = 1e30
     heavy.loc[heavy.index[-1], "died"] = -1e30
     heavy.loc[heavy.index[4], "died"] = CANARY
+
     for preprocess in ("dictionary", "none"):
-        path, out = write_study(tmp_path, text, heavy), tmp_path / preprocess
-        said = _told(["run", str(path), "--out", str(out), "--set", f"data.preprocess={preprocess}"])
+        path = write_study(tmp_path, text, heavy)
+        out = tmp_path / preprocess
+        said = _told(
+            ["run", str(path), "--out", str(out), "--set", f"data.preprocess={preprocess}"]
+        )
         assert said.endswith(b"\n0") and _exposed(said) == [] and b"e+30" not in said, said.decode()
         summary = json.loads((out / "summary.json").read_text())
         assert summary["test"]["mae"] < 1e3
@@ -176,9 +214,14 @@ def test_the_own_log_is_for_the_site_alone(tmp_path: Path) -> None:
     medfed.run(medfed.load_study(path), tmp_path / "run")
     log = tmp_path / "run" / "sites" / "own.log"
     text = log.read_text()
-    assert "site 'north', column 'age': no finite number where one is declared" in text and "row 5, 6, 7, 8" in text
+    assert (
+        "site 'north', column 'age': no finite number where one is declared" in text
+        and "row 5, 6, 7, 8" in text
+    )
     assert CANARY not in text and log.stat().st_mode & 0o077 == 0
-    assert not any(isinstance(h, logging.handlers.MemoryHandler) for h in logging.getLogger("medfed").handlers)
+    assert not any(
+        isinstance(h, logging.handlers.MemoryHandler) for h in logging.getLogger("medfed").handlers
+    )
 
 
 @pytest.mark.slow

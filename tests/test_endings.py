@@ -1,4 +1,6 @@
-"""How commands end: in one line, with a code for scripts, whatever the output can say and whoever reads it."""
+"""How commands end: in one line, with a code for scripts, whatever the output can say and whoever
+reads it.
+"""
 
 import io
 import os
@@ -30,7 +32,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("endings")
     frame = invented()
     frame["hospital"] = frame["hospital"].replace("north", "Zürich")
-    write_study(folder, STUDY.replace('"invented"', '"Gemüse €"').replace("rounds = 4", "rounds = 2"), frame)
+    write_study(
+        folder, STUDY.replace('"invented"', '"Gemüse €"').replace("rounds = 4", "rounds = 2"), frame
+    )
     return folder
 
 
@@ -49,13 +53,16 @@ def real(*words: object, **environment: str) -> "subprocess.CompletedProcess[byt
     return subprocess.run([*COMMAND, *map(str, words)], env=told, capture_output=True)
 
 
-# Output that cannot say a name ----------------------------------------------------------------------------------------
+# Output that cannot say a name --------------------------------------------------------------------
 
 
 @contextmanager
 def ascii_only() -> Iterator[list[str]]:
-    """Give this process the output of PYTHONIOENCODING=ascii; afterwards what was printed, and said, is in the list."""
-    out, err = io.TextIOWrapper(io.BytesIO(), "ascii", "strict"), io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    """Give this process the output of PYTHONIOENCODING=ascii; afterwards what was printed, and
+    said, is in the list.
+    """
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    err = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     err.reconfigure(errors="backslashreplace")  # as Python has it always
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -69,8 +76,11 @@ def ascii_only() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("form", ["", "--json", "--quiet", "--log text", "--log json"])
-def test_a_name_that_the_output_cannot_say_is_replaced(place: Path, tmp_path: Path, form: str) -> None:
-    study, run = place / "study.toml", tmp_path / "run"
+def test_a_name_that_the_output_cannot_say_is_replaced(
+    place: Path, tmp_path: Path, form: str
+) -> None:
+    study = place / "study.toml"
+    run = tmp_path / "run"
     with ascii_only() as told:
         assert ended("run", study, "--out", run, *form.split()) == 0
         assert ended("data", "show", study) == 0
@@ -84,7 +94,9 @@ def test_what_a_run_left_is_shown_with_replacements(place: Path, tmp_path: Path)
     run = tmp_path / "run"
     assert ended("run", place / "study.toml", "--out", run, "--quiet") == 0
     with ascii_only() as told:
-        assert ended("show", run) == ended("show", run, "--json") == ended("watch", run, "--once") == 0
+        assert (
+            ended("show", run) == ended("show", run, "--json") == ended("watch", run, "--once") == 0
+        )
         assert ended("report", run) == ended("quarantine", "list", run) == ended("studies") == 0
     assert "Gem?se ?" in told[0] and told[1] == ""
 
@@ -100,7 +112,9 @@ UNCOERCED = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, UNCOERCED])
-def test_a_real_process_prints_what_it_can(place: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_real_process_prints_what_it_can(
+    place: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     done = real("run", place / "study.toml", "--out", tmp_path / "run", **environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Z" in done.stdout and b"rich" in done.stdout
@@ -111,21 +125,33 @@ def test_a_study_is_read_in_utf_8_whatever_the_locale(place: Path, tmp_path: Pat
     code = "import sys; from medfed.study import load; print(ascii(load(sys.argv[1]).study.name))"
     (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf" + (place / "study.toml").read_bytes())
     for path in (place / "study.toml", tmp_path / "bom.toml"):
-        words = [sys.executable, "-X", "utf8=0", "-W", "error::EncodingWarning", "-X", "warn_default_encoding"]
+        words = [
+            sys.executable,
+            "-X",
+            "utf8=0",
+            "-W",
+            "error::EncodingWarning",
+            "-X",
+            "warn_default_encoding",
+        ]
         environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
-        read = subprocess.run([*words, "-c", code, str(path)], env=environment, capture_output=True, text=True)
+        read = subprocess.run(
+            [*words, "-c", code, str(path)], env=environment, capture_output=True, text=True
+        )
         assert read.stdout == ascii("Gemüse €") + "\n", read.stderr
 
 
 def test_a_study_in_another_encoding_is_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "study.toml").write_bytes((place / "study.toml").read_text("utf-8").replace("€", "").encode("latin-1"))
+    (tmp_path / "study.toml").write_bytes(
+        (place / "study.toml").read_text("utf-8").replace("€", "").encode("latin-1")
+    )
     assert ended("study", "check", tmp_path / "study.toml") == 2
     assert re.search(r"error study=.* not in UTF-8 .*; save it as UTF-8", capsys.readouterr().err)
 
 
-# Readers that go away -------------------------------------------------------------------------------------------------
+# Readers that go away -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [["studies"], ["studies", "--json"], ["--help"]])
@@ -150,10 +176,13 @@ def test_an_output_that_is_full_is_told() -> None:
 
 
 def test_no_output_at_all_is_fine() -> None:
-    assert subprocess.run(["/bin/sh", "-c", '"$0" -m medfed studies >&-', sys.executable]).returncode == 0
+    assert (
+        subprocess.run(["/bin/sh", "-c", '"$0" -m medfed studies >&-', sys.executable]).returncode
+        == 0
+    )
 
 
-# Failures -------------------------------------------------------------------------------------------------------------
+# Failures -----------------------------------------------------------------------------------------
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -197,9 +226,21 @@ def test_debug_shows_the_traceback(
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (MemoryError(), 2, r"memory does not suffice \(medfed/.*\): end other programs, or ask for less"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "memory does not suffice"),
-        (PermissionError(13, "Permission denied", "a/folder"), 2, r"a/folder cannot be used: Permission denied\. Make"),
+        (
+            MemoryError(),
+            2,
+            r"memory does not suffice \(medfed/.*\): end other programs, or ask for less",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "memory does not suffice",
+        ),
+        (
+            PermissionError(13, "Permission denied", "a/folder"),
+            2,
+            r"a/folder cannot be used: Permission denied\. Make",
+        ),
         (
             OSError(5, "Input/output error", b"a/file"),
             2,
@@ -256,20 +297,32 @@ def test_ctrl_c_says_whether_the_run_can_be_resumed(
 
 @pytest.mark.slow
 def test_a_real_ctrl_c_ends_with_130_and_resumes(place: Path, tmp_path: Path) -> None:
-    words = ["run", place / "study.toml", "--set", "training.rounds=4000", "--out", tmp_path / "run", "--quiet"]
+    words = [
+        "run",
+        place / "study.toml",
+        "--set",
+        "training.rounds=4000",
+        "--out",
+        tmp_path / "run",
+        "--quiet",
+    ]
     child = subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True)
     record = tmp_path / "run" / "events.jsonl"
     while not record.exists() or '"round_finished"' not in record.read_text():
         assert child.poll() is None
         time.sleep(0.01)
+
     child.send_signal(signal.SIGINT)
     told = child.communicate()[1]
     assert child.returncode == 130
-    assert told == f"error interrupted. `medfed resume {tmp_path / 'run'}` goes on from its last whole round.\n"
+    assert told == (
+        f"error interrupted. `medfed resume {tmp_path / 'run'}` goes on from its last whole "
+        "round.\n"
+    )
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-# Users ----------------------------------------------------------------------------------------------------------------
+# Users --------------------------------------------------------------------------------------------
 
 
 def test_without_a_home_nothing_is_downloaded_into_a_folder_called_tilde(
@@ -279,7 +332,10 @@ def test_without_a_home_nothing_is_downloaded_into_a_folder_called_tilde(
     monkeypatch.delenv("MEDFED_DATA", raising=False)
     FAULTS["homeless"](Fault(tmp_path, monkeypatch.setattr))
     assert ended("data", "get", "heart") == 2
-    assert re.match(r"error this user has no home folder.* given by --data or MEDFED_DATA", capsys.readouterr().err)
+    assert re.match(
+        r"error this user has no home folder.* given by --data or MEDFED_DATA",
+        capsys.readouterr().err,
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -296,7 +352,9 @@ cli.main()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else"
+)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -1,5 +1,6 @@
-"""The law of failing, for every command under every fault of `faults`: one line that names place and way out, and what
-was whole before is whole after. A few cells are real processes; the whole grid is in `make test-long`.
+"""The law of failing, for every command under every fault of `faults`: one line that names place
+and way out, and what was whole before is whole after. A few cells are real processes; the whole
+grid is in `make test-long`.
 """
 
 import io
@@ -78,7 +79,9 @@ COMMANDS: dict[str, str] = {
     "federation approve": f"federation approve members asked-north.json --key {KEY} --fingerprint FINGERPRINT",
     "federation revoke": f"federation revoke members south --key {KEY} --reason left",
     "federation show": "federation show members",
-    "compare": "compare study.toml --algorithms fedavg,fedprox --seeds 2 --workers 1 --out compared.html",
+    "compare": (
+        "compare study.toml --algorithms fedavg,fedprox --seeds 2 --workers 1 --out compared.html"
+    ),
     "audit": "audit private --quick",
 }
 SLOW = {"compare", "audit"}
@@ -111,12 +114,14 @@ def told(words: str, capsys: pytest.CaptureFixture[str]) -> Said:
     return Said(int(ended.value.code or 0), said.out, said.err)
 
 
-# What is whole --------------------------------------------------------------------------------------------------------
+# What is whole ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two studies, a finished and a stopped run of each, a site's ledger, keys and a consortium."""
+    """A folder with two studies, a finished and a stopped run of each, a site's ledger, keys and a
+    consortium.
+    """
     place = tmp_path_factory.mktemp("whole")
     masked = STUDY.replace("rounds = 4", "rounds = 2") + '[security]\naggregation = "masked"\n'
     (place / "private.toml").write_text(PRIVATE.replace("rounds = 4", "rounds = 2"))
@@ -147,7 +152,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 quiet.setattr(sys, "stdout", out := io.StringIO())
                 cli.main()
             said[words] = out.getvalue()
-        prints = {name: said[f"key new {name}"].split("fingerprint ")[1].strip() for name in ("west", "south")}
+        prints = {
+            name: said[f"key new {name}"].split("fingerprint ")[1].strip()
+            for name in ("west", "south")
+        }
         consortium.approve(
             Path("members"),
             key_files.load(Path(KEY)),
@@ -209,20 +217,36 @@ def hold_the_law(words: str, said: Said, place: Path, whole: Path) -> None:
     if said.code == 2:
         assert re.search(r"^error ", said.err, re.M), said
         assert re.search(WAYS_OUT, said.err), said.err
-        assert any(word in said.err for word in (*words.split(), str(place), "runs", "MEDFED_HOME", "--operator")), said
+        assert any(
+            word in said.err
+            for word in (*words.split(), str(place), "runs", "MEDFED_HOME", "--operator")
+        ), said
     stay_whole(place, whole)
 
 
 def stay_whole(place: Path, whole: Path) -> None:
-    """See that finished runs, ledgers, keys and lists hold as before, and that a stopped run resumes."""
+    """See that finished runs, ledgers, keys and lists hold as before, and that a stopped run
+    resumes.
+    """
     for name in ("run", "private"):
-        for path in ("model.safetensors", "summary.json", "events.jsonl", "study.toml", "plan.json"):
-            assert (place / name / path).read_bytes() == (whole / name / path).read_bytes(), (name, path)
+        for path in (
+            "model.safetensors",
+            "summary.json",
+            "events.jsonl",
+            "study.toml",
+            "plan.json",
+        ):
+            assert (place / name / path).read_bytes() == (whole / name / path).read_bytes(), (
+                name,
+                path,
+            )
+
     if not _same("run/trail", place, whole):
         runs.verify_model(place / "run")
     for name in ("private", "private-stopped", "site"):
         if not _same(name, place, whole):
             runs.ledger_accounts(place / name)
+
     if not _same("members", place, whole):
         consortium.read(place / "members")
     if not _same("stopped", place, whole):
@@ -230,6 +254,7 @@ def stay_whole(place: Path, whole: Path) -> None:
         model = (place / "stopped" / "model.safetensors").read_bytes()
         assert model == (whole / "run" / "model.safetensors").read_bytes()
         runs.verify_model(place / "stopped")
+
     assert not [path for path in place.rglob(".lock*")]
 
 
@@ -239,7 +264,9 @@ def _same(name: str, place: Path, whole: Path) -> bool:
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def resumes_or_is_none(folder: Path) -> None:
@@ -251,13 +278,17 @@ def resumes_or_is_none(folder: Path) -> None:
         paid_twice = "privacy.spare_rounds" in done.summary["reason"]  # a round, as is told
         assert done.complete or paid_twice, done.summary["reason"]
     except MedfedError as error:
-        assert re.search(r"is not a run folder|no whole checkpoint.*Start the study again", str(error), re.S), error
+        assert re.search(
+            r"is not a run folder|no whole checkpoint.*Start the study again", str(error), re.S
+        ), error
 
 
-# The grid -------------------------------------------------------------------------------------------------------------
+# The grid -----------------------------------------------------------------------------------------
 
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34)
-"""At which chance a fault strikes that could strike at any; of a command with fewer, the last cells are quick."""
+"""At which chance a fault strikes that could strike at any; of a command with fewer, the last cells
+are quick.
+"""
 
 EVER = {"folders unflushed", "folders unflushed, ENOTSUP", "folders closed", "read-only", "forbidden", "no locks",
         "homeless", "backwards", "zone ahead", "no such zone"}  # fmt: skip
@@ -275,18 +306,34 @@ HOME = ("run under a claim", "resume", "quarantine lift", "privacy ledger", "the
 """Commands that ask for a user's home or name, or may."""
 
 FAST = [
-    *((name, fault, 0) for name in ("run", "resume", "quarantine lift") for fault in sorted(HARMLESS)),
+    *(
+        (name, fault, 0)
+        for name in ("run", "resume", "quarantine lift")
+        for fault in sorted(HARMLESS)
+    ),
     *((name, "homeless", 0) for name in HOME),
     *((name, "zone ahead", 0) for name in ("run", "quarantine lift")),
-    *((name, "read-only", 0) for name in ("run", "resume", "report", "report elsewhere", "privacy claim", "key new")),
-    *((name, "forbidden", 0) for name in ("export", "study fix, written", "data show", "privacy found")),
+    *(
+        (name, "read-only", 0)
+        for name in ("run", "resume", "report", "report elsewhere", "privacy claim", "key new")
+    ),
+    *(
+        (name, "forbidden", 0)
+        for name in ("export", "study fix, written", "data show", "privacy found")
+    ),
     *(("run", "full", at) for at in (1, 2, 3, 5, 8, 13)),
     *(("resume", "full", at) for at in (1, 2, 4, 6)),
     *(("run under a claim", fault, 4) for fault in ("full", "unflushed", "no rename")),
     *(("resume under a claim", fault, 2) for fault in ("full", "unflushed", "no rename")),
     *(
         (name, "full", 1)
-        for name in ("report", "quarantine lift", "key new", "federation approve", "federation revoke")
+        for name in (
+            "report",
+            "quarantine lift",
+            "key new",
+            "federation approve",
+            "federation revoke",
+        )
     ),
     *((name, "no rename", 1) for name in ("resume", "report", "privacy budget", "key request")),
     *(("run", "unflushed", at) for at in (1, 3, 6, 9)),
@@ -306,8 +353,12 @@ def own_zone() -> Iterator[None]:
         time.tzset()
 
 
-def strike(name: str, fault: str, at: int, work: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> int:
-    """Run a command under a fault, see that the law holds, and return how often the fault struck."""
+def strike(
+    name: str, fault: str, at: int, work: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> int:
+    """Run a command under a fault, see that the law holds, and return how often the
+    fault struck.
+    """
     words = words_of(name, work)
     with pytest.MonkeyPatch.context() as patch, own_zone():
         put = Fault(work, patch.setattr, at)
@@ -337,7 +388,8 @@ GRID = [
     (name, fault)
     for name in COMMANDS
     for fault in (FEW if name in SLOW else FAULTS)
-    if fault not in ("zone ahead", "no such zone")  # a zone is the process's: fast cells, and real processes, have them
+    # a zone is the process's: fast cells, and real processes, have them
+    if fault not in ("zone ahead", "no such zone")
 ]
 
 
@@ -364,7 +416,9 @@ def test_every_command_under_every_fault(
 
 
 def own_code() -> dict[str, str]:
-    """Return an environment in which a process finds this package, and the shim that puts a fault under it."""
+    """Return an environment in which a process finds this package, and the shim that puts a fault
+    under it.
+    """
     paths = (ROOT / "tests" / "shim", ROOT, Path(medfed.__file__).parent.parent)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
@@ -379,7 +433,9 @@ def own_code() -> dict[str, str]:
         ("run", "homeless", 0),
     ],
 )
-def test_a_real_process_under_a_fault(name: str, fault: str, at: int, work: Path, whole: Path) -> None:
+def test_a_real_process_under_a_fault(
+    name: str, fault: str, at: int, work: Path, whole: Path
+) -> None:
     words = words_of(name, work)
     command = [sys.executable, "-m", "medfed", *words.split()]
     environment = {**own_code(), "MEDFED_FAULT": f"{fault}:{at}:{work}"}
@@ -391,7 +447,9 @@ def test_a_real_process_under_a_fault(name: str, fault: str, at: int, work: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_real_full_disk_under_a_claim_forgets_no_charge(share: float, work: Path, whole: Path) -> None:
+def test_a_real_full_disk_under_a_claim_forgets_no_charge(
+    share: float, work: Path, whole: Path
+) -> None:
     """The ledger too: SQLite asks no Python for its writes."""
 
     limit = int(share * (whole / "private" / "sites" / "ledger.sqlite").stat().st_size)
@@ -401,7 +459,9 @@ def test_a_real_full_disk_under_a_claim_forgets_no_charge(share: float, work: Pa
 
     words = words_of("run under a claim", work)
     command = [sys.executable, "-m", "medfed", *words.split()]
-    done = subprocess.run(command, env=own_code(), preexec_fn=no_larger_file, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=own_code(), preexec_fn=no_larger_file, capture_output=True, text=True
+    )
     hold_the_law(words, Said(done.returncode, done.stdout, done.stderr), work, whole)
     assert done.returncode in (1, 2), done
     if (work / "new" / "sites" / "ledger.sqlite").exists():

@@ -20,8 +20,12 @@ from tests.wide_tables import write
 ROWS = 900
 
 
-def _table(seed: int = 0, columns: int = 12) -> tuple[pd.DataFrame, np.ndarray, np.random.Generator]:
-    """Return columns and a site without a label, the columns as an array, and the generator for what follows."""
+def _table(
+    seed: int = 0, columns: int = 12
+) -> tuple[pd.DataFrame, np.ndarray, np.random.Generator]:
+    """Return columns and a site without a label, the columns as an array, and the generator for
+    what follows.
+    """
     rng = np.random.default_rng(seed)
     x_NF = rng.standard_normal((ROWS, columns))
     frame = pd.DataFrame(x_NF, columns=[f"c{i}" for i in range(columns)])
@@ -35,7 +39,9 @@ def _codes(study: Study) -> tuple[list[str], dict[str, Any]]:
 
 
 def test_a_regression_diverges_at_the_rate_of_old_and_not_at_the_chosen_one(tmp_path: Path) -> None:
-    """Columns that go together, as those of real tables do, bend the loss most where they all point."""
+    """Columns that go together, as those of real tables do, bend the loss most where they all
+    point.
+    """
     frame, x_NF, rng = _table(columns=60)
     x_NF = 0.6 * x_NF + 0.8 * rng.standard_normal((ROWS, 1))
     frame.iloc[:, :60] = x_NF
@@ -60,7 +66,9 @@ def test_two_in_a_hundred_are_never_called(tmp_path: Path) -> None:
     frame["y"] = (score_N > np.quantile(score_N, 0.98)).astype(int)
     codes, summary = _codes(write(tmp_path, frame))
     assert "one-class" in codes and "not-better-than-chance" not in codes
-    assert summary["findings"][codes.index("one-class")]["text"].startswith("The model calls everybody '0'")
+    assert summary["findings"][codes.index("one-class")]["text"].startswith(
+        "The model calls everybody '0'"
+    )
 
 
 def test_sites_that_are_better_alone_are_told(tmp_path: Path) -> None:
@@ -71,9 +79,13 @@ def test_sites_that_are_better_alone_are_told(tmp_path: Path) -> None:
     codes, summary = _codes(write(tmp_path, frame, monitor__baselines=True))
     assert "own-better" in codes
     compared = summary["compared"]
-    assert compared["n"] == summary["test"]["n"] and 0 < compared["interval"][0] < compared["own_better"]
+    assert (
+        compared["n"] == summary["test"]["n"]
+        and 0 < compared["interval"][0] < compared["own_better"]
+    )
     brier = summary["test"]["brier"] - summary["baselines"]["local"]["test"]["brier"]
-    assert compared["own_better"] == pytest.approx(brier, abs=2e-3)  # scores are rounded, squared errors are not
+    # scores are rounded, squared errors are not
+    assert compared["own_better"] == pytest.approx(brier, abs=2e-3)
 
 
 def test_sites_alike_are_not(tmp_path: Path) -> None:
@@ -94,13 +106,19 @@ def nothing(tmp_path: Path) -> Path:
 
 
 def test_a_private_run_that_learned_nothing_says_so_first(nothing: Path) -> None:
-    told = CliRunner().invoke(app, ["run", str(nothing / "study.toml"), "--out", str(nothing / "run")])
+    told = CliRunner().invoke(
+        app, ["run", str(nothing / "study.toml"), "--out", str(nothing / "run")]
+    )
     assert told.exit_code == 0
     after = told.output.split("privacy spent")[1].splitlines()[1:]
     assert after[0].startswith("warning: The model cannot be told from chance: AUROC")
     assert "At epsilon 1 noise" in after[0]
     summary = json.loads((nothing / "run" / "summary.json").read_text())
-    assert summary["findings"][0]["code"] == "not-better-than-chance" and next(iter(summary)) == "findings"
+
+    assert (
+        summary["findings"][0]["code"] == "not-better-than-chance"
+        and next(iter(summary)) == "findings"
+    )
     shown = CliRunner().invoke(app, ["show", str(nothing / "run")]).output.splitlines()
     assert shown[1] == after[0]
     assert "note: Not compared" in told.output

@@ -1,4 +1,6 @@
-"""A run's folder is its own: made in one step, written by one process, and never outside the folder of runs."""
+"""A run's folder is its own: made in one step, written by one process, and never outside the folder
+of runs.
+"""
 
 import dataclasses
 import json
@@ -31,7 +33,11 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 class Noon(datetime):
@@ -55,14 +61,18 @@ def meanwhile(patch: pytest.MonkeyPatch, name: str, act: Any) -> None:
     patch.setattr(where, name, first)
 
 
-# one folder, one run -------------------------------------------------------------------------------------------------
+# one folder, one run ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["open_sites", "rehearse", "freeze", "Drive"])
-def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_runs_of_one_second_have_a_folder_each(
+    study: Study, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     monkeypatch.setattr(folders, "datetime", Noon)
     others: list[Path | None] = []
-    meanwhile(monkeypatch, moment, lambda: others.append(medfed.run(study.set("study.seed", 9)).folder))
+    meanwhile(
+        monkeypatch, moment, lambda: others.append(medfed.run(study.set("study.seed", 9)).folder)
+    )
     first = medfed.run(study).folder
     runs_of_it = [Path("runs/invented-20260301-120000"), Path("runs/invented-20260301-120000-2")]
     assert [first, *others] == runs_of_it
@@ -79,7 +89,9 @@ def test_runs_of_one_second_have_a_folder_each(study: Study, monkeypatch: pytest
 def test_a_second_run_into_one_folder_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, text: str
 ) -> None:
-    """From the first moment on: under a claim a second one would enrol into the first one's ledger."""
+    """From the first moment on: under a claim a second one would enrol into the first
+    one's ledger.
+    """
     study = medfed.load_study(write_study(tmp_path, text)).set("security.aggregation", "masked")
 
     def again() -> None:
@@ -102,7 +114,9 @@ def test_three_processes_at_once_leave_one_whole_run(tmp_path: Path) -> None:
     code = "import medfed, sys; medfed.run(medfed.load_study(sys.argv[1]), sys.argv[2])"
     command = [sys.executable, "-c", code, str(tmp_path / "study.toml"), str(tmp_path / "run")]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, env=alone, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [
+        subprocess.Popen(command, env=alone, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     told = [child.communicate()[1] for child in started]
     refused = [text for child, text in zip(started, told, strict=True) if child.returncode]
     assert len(refused) == 2 and all(
@@ -117,7 +131,8 @@ def test_three_processes_at_once_leave_one_whole_run(tmp_path: Path) -> None:
 def test_who_resumes_what_another_has_just_finished_writes_nothing(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    study, folder = study.set("security.aggregation", way), tmp_path / "run"
+    study = study.set("security.aggregation", way)
+    folder = tmp_path / "run"
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -126,7 +141,8 @@ def test_who_resumes_what_another_has_just_finished_writes_nothing(
     with pytest.raises(KeyboardInterrupt):
         medfed.run(study, folder)
 
-    held, left = files.hold, dict[str, bytes]()
+    held = files.hold
+    left = dict[str, bytes]()
 
     def first(place: Path, *name: str) -> Any:
         monkeypatch.setattr(files, "held", held)
@@ -142,7 +158,8 @@ def test_who_resumes_what_another_has_just_finished_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "command", [medfed.resume, lambda folder: medfed.run(medfed.load_study(folder / "study.toml"), folder)]
+    "command",
+    [medfed.resume, lambda folder: medfed.run(medfed.load_study(folder / "study.toml"), folder)],
 )
 def test_a_run_that_is_written_is_resumed_by_nobody_else(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, command: Any
@@ -155,7 +172,7 @@ def test_a_run_that_is_written_is_resumed_by_nobody_else(
     assert medfed.run(study, tmp_path / "run").complete
 
 
-# what is made, and what is left --------------------------------------------------------------------------------------
+# what is made, and what is left -------------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_stand_leaves_no_folder(tmp_path: Path, study: Study) -> None:
@@ -175,12 +192,18 @@ def test_what_a_killed_start_left_is_an_empty_folder(tmp_path: Path, study: Stud
     assert medfed.run(study, tmp_path / "run").complete
 
 
-@pytest.mark.parametrize("name", ["../../oops", "/oops", "a/b", "..", ".", "a\\b", "a\0b", "a\nb", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["../../oops", "/oops", "a/b", "..", ".", "a\\b", "a\0b", "a\nb", "x" * 201]
+)
 def test_a_study_s_name_leads_nowhere(tmp_path: Path, study: Study, name: str) -> None:
-    with pytest.raises(StudyError, match=r"study.name=.*; expected a printable name without slashes"):
+    with pytest.raises(
+        StudyError, match=r"study.name=.*; expected a printable name without slashes"
+    ):
         study.set("study.name", name)
     unchecked = dataclasses.replace(study, study=dataclasses.replace(study.study, name=name))
-    with pytest.raises(PlanError, match=r"study.name=.*; expected a printable name without slashes"):
+    with pytest.raises(
+        PlanError, match=r"study.name=.*; expected a printable name without slashes"
+    ):
         medfed.run(unchecked)
     assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "cohort.csv"}
 
@@ -191,19 +214,27 @@ def test_a_study_s_name_is_the_folder_s(study: Study, name: str) -> None:
     assert folder and folder.parent == Path("runs") and folder.name.startswith(f"{name}-")
 
 
-# those who write beside the run --------------------------------------------------------------------------------------
+# those who write beside the run -------------------------------------------------------------------
 
 
 def test_a_client_is_lifted_while_the_run_goes_on(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    meanwhile(monkeypatch, "decide", lambda: runs.lift_quarantine(folder, "north", "a repaired sensor", "Ada"))
+    meanwhile(
+        monkeypatch,
+        "decide",
+        lambda: runs.lift_quarantine(folder, "north", "a repaired sensor", "Ada"),
+    )
     medfed.run(study.set("training.rounds", 1), folder)
-    assert [json.loads(line)["operator"] for line in (folder / runs.OVERRIDES).read_text().splitlines()] == ["Ada"]
+    assert [
+        json.loads(line)["operator"] for line in (folder / runs.OVERRIDES).read_text().splitlines()
+    ] == ["Ada"]
 
 
-def test_an_override_that_a_crash_tore_is_none(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_override_that_a_crash_tore_is_none(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
 
     def die(*_: object) -> None:

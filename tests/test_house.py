@@ -1,4 +1,6 @@
-"""The house's own rules: what is pinned, what a guarantee names, and that a test which cannot run passes for none."""
+"""The house's own rules: what is pinned, what a guarantee names, and that a test which cannot run
+passes for none.
+"""
 
 import ast
 import pkgutil
@@ -32,14 +34,17 @@ def test_torch_is_pinned_for_every_platform() -> None:
 
 
 def test_constraints_are_plain_pins() -> None:
-    strange = [line for line in _pins() if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)]
+    strange = [
+        line for line in _pins() if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)
+    ]
     assert strange == []
 
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    wanted = {_name(line) for line in project["dependencies"] + extras} - {"medfed"}  # dev takes the other extras
+    # dev takes the other extras
+    wanted = {_name(line) for line in project["dependencies"] + extras} - {"medfed"}
     assert wanted - {_name(line) for line in _pins()} == set()
 
 
@@ -49,8 +54,12 @@ def needy(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     monkeypatch.delenv("MEDFED_DATA", raising=False)
     monkeypatch.delenv("MEDFED_REQUIRE", raising=False)
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
-    # Without hypothesis, whose plugin would be imported anew in each of these runs, a second at a time.
-    pytester.makeini("[pytest]\naddopts = -ra --strict-markers -p no:hypothesispytest\nmarkers = needs(kind): ours\n")
+    # Without hypothesis, whose plugin would be imported anew in each of these runs, a second at a
+    # time.
+    pytester.makeini(
+        "[pytest]\naddopts = -ra --strict-markers -p no:hypothesispytest\nmarkers = needs(kind): "
+        "ours\n"
+    )
     pytester.makepyfile(
         """
         import pytest
@@ -72,17 +81,24 @@ def test_absent_data_skips_with_the_reason(needy: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["SKIPPED*needs data: MEDFED_DATA is not set*"])
 
 
-def test_absent_required_data_fails(needy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_required_data_fails(
+    needy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MEDFED_REQUIRE", "data")
     monkeypatch.setenv("MEDFED_DATA", str(needy.path))  # set, but holds no data
     result = needy.runpytest()
-    result.assert_outcomes(passed=1, errors=2)  # pytest calls a failure before the test's first line an error
+    # pytest calls a failure before the test's first line an error
+    result.assert_outcomes(passed=1, errors=2)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["*data is required (MEDFED_REQUIRE) but absent: MEDFED_DATA=*fed_heart_disease*"])
+    result.stdout.fnmatch_lines(
+        ["*data is required (MEDFED_REQUIRE) but absent: MEDFED_DATA=*fed_heart_disease*"]
+    )
 
 
 @pytest.mark.parametrize("required", ["", "data", " data ,"])
-def test_present_data_runs(needy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, required: str) -> None:
+def test_present_data_runs(
+    needy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, required: str
+) -> None:
     needy.mkdir("fed_heart_disease")
     monkeypatch.setenv("MEDFED_DATA", str(needy.path))
     monkeypatch.setenv("MEDFED_REQUIRE", required)
@@ -90,7 +106,9 @@ def test_present_data_runs(needy: pytest.Pytester, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_kinds_are_refused(needy: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    needy.makepyfile(test_typo="import pytest\n\n@pytest.mark.needs('dat')\ndef test_typo(): pass\n")
+    needy.makepyfile(
+        test_typo="import pytest\n\n@pytest.mark.needs('dat')\ndef test_typo(): pass\n"
+    )
     result = needy.runpytest("test_typo.py")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*unknown kind; expected one of*data*"])
@@ -98,7 +116,15 @@ def test_unknown_kinds_are_refused(needy: pytest.Pytester, monkeypatch: pytest.M
     assert needy.runpytest().ret == pytest.ExitCode.USAGE_ERROR
 
 
-TEXTS = {"open", "fdopen", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "FileHandler"}
+TEXTS = {
+    "open",
+    "fdopen",
+    "read_text",
+    "write_text",
+    "TextIOWrapper",
+    "NamedTemporaryFile",
+    "FileHandler",
+}
 """What opens a text file, in the locale's encoding unless it is told another."""
 
 
@@ -107,16 +133,32 @@ def _in_the_locale_s_encoding(path: Path) -> Iterator[int]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        modes = (
-            []
-            if name.endswith("_text")
-            else [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-        )
+        if isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+        else:
+            name = getattr(node.func, "id", "")
+
+        if name.endswith("_text"):
+            modes = []
+        else:
+            modes = [
+                one.value
+                for one in node.args
+                if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            ]
+
         binary = any(re.fullmatch(r"[rwxab+]*b[rwxab+]*", mode) for mode in modes)
         whose = ast.unparse(node.func)
-        ours = re.fullmatch(r"(os|Ledger|Trail|webbrowser|Site|cls|self|archive)\.open|_open", whose)
-        if name in TEXTS and not binary and not ours and "encoding" not in {one.arg for one in node.keywords}:
+        ours = re.fullmatch(
+            r"(os|Ledger|Trail|webbrowser|Site|cls|self|archive)\.open|_open", whose
+        )
+
+        if (
+            name in TEXTS
+            and not binary
+            and not ours
+            and "encoding" not in {one.arg for one in node.keywords}
+        ):
             yield node.lineno
 
 
@@ -131,7 +173,13 @@ def test_no_text_file_is_opened_in_the_locale_s_encoding(folder: str) -> None:
 
 
 def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
-    right = ["open(p, 'rb')", "p.read_text(encoding='utf-8')", "os.open(p, 1)", "open(p, 'ab')", "io.BytesIO()"]
+    right = [
+        "open(p, 'rb')",
+        "p.read_text(encoding='utf-8')",
+        "os.open(p, 1)",
+        "open(p, 'ab')",
+        "io.BytesIO()",
+    ]
     wrong = ["open(p)", "p.open('w')", "p.read_text()", "p.write_text('bbb')", "gzip.open(p, 'rt')"]
     lines = [*right, *wrong]
     (tmp_path / "code.py").write_text("\n".join(lines))
@@ -140,13 +188,15 @@ def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
 
 def test_what_contributing_shows_is_what_a_test_does() -> None:
     done = (ROOT / "tests" / "test_adding.py").read_text(encoding="utf-8")
-    shown = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert len(shown) >= 6
     for block in shown:
         assert block in done
 
 
-# the registry of guarantees -------------------------------------------------------------------------------------------
+# the registry of guarantees -----------------------------------------------------------------------
 
 ROW = guarantees.Guarantee(
     sentence="A row may be long.",
@@ -170,7 +220,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nobody's symbol": ({"symbol": ""}, "expected `symbol`"),
     "no severity": ({"severity": "severe"}, "expected one of critical, high"),
     "half a row": ({"handled": ""}, "expected `sentence` and `handled`"),
-    "two kinds of row": ({"party": "a site", "learns": "nothing"}, "expected `sentence` and `handled`"),
+    "two kinds of row": (
+        {"party": "a site", "learns": "nothing"},
+        "expected `sentence` and `handled`",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Ways out of a site's lifetime budget, each tried by a whole run: another name, another spelling, another file."""
+"""Ways out of a site's lifetime budget, each tried by a whole run: another name, another spelling,
+another file.
+"""
 
 import json
 import shutil
@@ -37,7 +39,9 @@ def numbered_ids(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(subject=np.arange(len(frame)) + 17)
 
 
-def study_of(folder: Path, frame: pd.DataFrame | None = None, text: str = LASTING, **values: Any) -> Study:
+def study_of(
+    folder: Path, frame: pd.DataFrame | None = None, text: str = LASTING, **values: Any
+) -> Study:
     """Write a table and its study, whose rounds are two, and read them."""
     folder.mkdir(exist_ok=True)
     study = medfed.load_study(write_study(folder, text, frame)).set("training.rounds", 2)
@@ -47,7 +51,7 @@ def study_of(folder: Path, frame: pd.DataFrame | None = None, text: str = LASTIN
     return study
 
 
-# another name, another number -----------------------------------------------------------------------------------------
+# another name, another number ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,18 +87,28 @@ def test_what_the_operator_founded_is_what_all_studies_have(tmp_path: Path, home
         assert book.lifetime == Lifetime(1.3, 1e-4, operator="Ada")
 
 
-def test_the_first_run_founds_the_ledger_with_its_own_epsilon_and_says_so(tmp_path: Path, home: Path) -> None:
+def test_the_first_run_founds_the_ledger_with_its_own_epsilon_and_says_so(
+    tmp_path: Path, home: Path
+) -> None:
     result = medfed.run(study_of(tmp_path / "data"), tmp_path / "run")
     (line,) = [text for text in result.summary["warnings"] if "medfed privacy budget" in text]
     assert "epsilon 1 at delta 0.0001" in line and str(tmp_path) not in line
     with Ledger.open(home / "ledger.sqlite", read_only=True) as book:
         assert book.lifetime is not None
-        assert (book.lifetime.epsilon, book.lifetime.delta, book.lifetime.identity) == (1.0, 1e-4, "canonical")
+        assert (book.lifetime.epsilon, book.lifetime.delta, book.lifetime.identity) == (
+            1.0,
+            1e-4,
+            "canonical",
+        )
     claim = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert claim["composition"]["ledger"]["lifetime"] == {"epsilon": 1.0, "delta": 1e-4, "identity": "canonical"}
+    assert claim["composition"]["ledger"]["lifetime"] == {
+        "epsilon": 1.0,
+        "delta": 1e-4,
+        "identity": "canonical",
+    }
 
 
-# another spelling -----------------------------------------------------------------------------------------------------
+# another spelling ---------------------------------------------------------------------------------
 
 RESPELLED: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "as a float": lambda frame: frame.assign(subject=frame["subject"].astype(float)),
@@ -126,7 +140,9 @@ def test_a_table_file_of_another_kind_makes_nobody_new(tmp_path: Path) -> None:
     medfed.simulate(study_of(tmp_path / "data", frame))
     study = study_of(tmp_path / "other", frame)
     for kind in ("int64", "float64", "Int64", "string"):
-        frame.assign(subject=frame["subject"].astype(kind)).to_parquet(tmp_path / "other" / "cohort.parquet")
+        frame.assign(subject=frame["subject"].astype(kind)).to_parquet(
+            tmp_path / "other" / "cohort.parquet"
+        )
         with pytest.raises(BudgetError, match="left for one release"):
             medfed.simulate(study.set("data.table", "cohort.parquet"))
 
@@ -135,14 +151,18 @@ def test_another_case_makes_nobody_new(tmp_path: Path) -> None:
     frame = invented()
     medfed.simulate(study_of(tmp_path / "data", frame))
     with pytest.raises(BudgetError, match="left for one release"):
-        medfed.simulate(study_of(tmp_path / "other", frame.assign(subject=frame["subject"].str.upper())))
+        medfed.simulate(
+            study_of(tmp_path / "other", frame.assign(subject=frame["subject"].str.upper()))
+        )
 
 
 def test_where_zeros_and_case_carry_meaning_they_do(tmp_path: Path, home: Path) -> None:
     Ledger.open(home / "ledger.sqlite", founding=Lifetime(1.0, 1e-4, "exact", "Ada")).close()
     frame = invented()
     medfed.simulate(study_of(tmp_path / "data", frame))
-    medfed.simulate(study_of(tmp_path / "other", frame.assign(subject=frame["subject"].str.upper())))
+    medfed.simulate(
+        study_of(tmp_path / "other", frame.assign(subject=frame["subject"].str.upper()))
+    )
     with pytest.raises(BudgetError, match="left for one release"):
         medfed.simulate(study_of(tmp_path / "again", frame.assign(subject=" " + frame["subject"])))
 
@@ -150,7 +170,9 @@ def test_where_zeros_and_case_carry_meaning_they_do(tmp_path: Path, home: Path) 
 def test_a_study_cannot_choose_another_rule_than_the_ledgers(tmp_path: Path) -> None:
     study = study_of(tmp_path / "data")
     medfed.simulate(study)
-    with pytest.raises(PlanError, match=r"data\.identity='exact'.*'canonical'.*Leave data\.identity out"):
+    with pytest.raises(
+        PlanError, match=r"data\.identity='exact'.*'canonical'.*Leave data\.identity out"
+    ):
         medfed.simulate(study.set("data.identity", "exact"))
 
 
@@ -175,12 +197,16 @@ def test_one_person_in_two_spellings_at_two_sites_is_seen(tmp_path: Path) -> Non
     assert "5 patients" not in str(told.value)
 
 
-# nobody's name --------------------------------------------------------------------------------------------------------
+# nobody's name ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gap", ["NA", "", "?", "nan", "null", "none", "N/A", " na "])
-def test_rows_without_an_id_are_nobody(tmp_path: Path, gap: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Seven rows of three hospitals are not one person, and under a claim nobody is told how many there are."""
+def test_rows_without_an_id_are_nobody(
+    tmp_path: Path, gap: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seven rows of three hospitals are not one person, and under a claim nobody is told how many
+    there are.
+    """
     frame = invented()
     frame.loc[frame.groupby("hospital").head(3).index[:7], "subject"] = gap
     with pytest.raises(DataError, match="no patient named in some rows") as told:
@@ -203,13 +229,15 @@ def test_rows_without_an_id_may_count_one_each_where_no_budget_lasts(tmp_path: P
 @pytest.mark.parametrize("kind", ["hospital", "device"])
 def test_a_lifetime_budget_needs_names(tmp_path: Path, kind: str, home: Path) -> None:
     """Without, one more column in the table would make everybody new."""
-    study = study_of(tmp_path / "data", data__patient="", data__features=["age", "lactate"], sites__kind=kind)
+    study = study_of(
+        tmp_path / "data", data__patient="", data__features=["age", "lactate"], sites__kind=kind
+    )
     with pytest.raises(PlanError, match=r"privacy\.scope='study'.*Set data\.patient"):
         medfed.simulate(study.set("privacy.sizes", {}) if kind == "device" else study)
     assert not home.exists()
 
 
-# another file ---------------------------------------------------------------------------------------------------------
+# another file -------------------------------------------------------------------------------------
 
 
 def refused(study: Study, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,21 +248,32 @@ def refused(study: Study, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
             medfed.simulate(study)
 
 
-def test_a_study_cannot_name_a_fresh_ledger(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_cannot_name_a_fresh_ledger(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = study_of(tmp_path / "data")
     medfed.simulate(study)
-    refused(study.set("privacy.ledger", str(tmp_path / "elsewhere")), r"privacy\.ledger=.*MEDFED_HOME", monkeypatch)
+    refused(
+        study.set("privacy.ledger", str(tmp_path / "elsewhere")),
+        r"privacy\.ledger=.*MEDFED_HOME",
+        monkeypatch,
+    )
     assert not (tmp_path / "elsewhere").exists()
-    refused(study.set("privacy.ledger", str(home)), "left for one release", monkeypatch)  # the same by its name
+    # the same by its name
+    refused(study.set("privacy.ledger", str(home)), "left for one release", monkeypatch)
 
 
-def test_nor_where_the_operator_has_said_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_where_the_operator_has_said_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MEDFED_HOME")
     monkeypatch.setattr("platformdirs.user_data_dir", lambda name: str(tmp_path / "user" / name))
     study = study_of(tmp_path / "data")
     fresh = study.set("privacy.ledger", str(tmp_path / "elsewhere"))
     refused(fresh, r"no ledger .*medfed privacy found", monkeypatch)
-    Ledger.open(tmp_path / "elsewhere" / "ledger.sqlite", founding=Lifetime(1.0, 1e-4, operator="Ada")).close()
+    Ledger.open(
+        tmp_path / "elsewhere" / "ledger.sqlite", founding=Lifetime(1.0, 1e-4, operator="Ada")
+    ).close()
     assert medfed.simulate(fresh).complete  # of the operator's own
     medfed.simulate(study)
     assert (tmp_path / "user" / "medfed" / "ledger.sqlite").exists()
@@ -253,12 +292,18 @@ def test_scope_run_is_no_way_out_for_patients_who_have_a_lifetime_budget(
     study = study_of(tmp_path / "data")
     assert medfed.simulate(study.set("privacy.scope", "run")).complete  # nobody has one yet
     medfed.simulate(study)
-    refused(study.set("privacy.scope", "run"), r"privacy\.scope='run'.*Set privacy\.scope='study'", monkeypatch)
+    refused(
+        study.set("privacy.scope", "run"),
+        r"privacy\.scope='run'.*Set privacy\.scope='study'",
+        monkeypatch,
+    )
     others = invented().assign(subject=[f"q{i}" for i in range(240)])
     assert medfed.simulate(study_of(tmp_path / "other", others, privacy__scope="run")).complete
 
 
-def test_yesterdays_ledger_is_refused(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yesterdays_ledger_is_refused(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = study_of(tmp_path / "data")
     Ledger.open(home / "ledger.sqlite", founding=Lifetime(1.0, 1e-4, operator="Ada")).close()
     yesterday = (home / "ledger.sqlite").read_bytes()
@@ -292,7 +337,9 @@ def _run_until_its_last_round(study: Study, folder: Path, monkeypatch: pytest.Mo
 def test_a_run_knows_the_head_it_was_told(
     tmp_path: Path, home: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole folder is yesterday's, or gone, key and anchor too: only what lies elsewhere can tell."""
+    """The whole folder is yesterday's, or gone, key and anchor too: only what lies elsewhere can
+    tell.
+    """
     study = study_of(tmp_path / "data", privacy__spare_rounds=1)
     lifetime = Lifetime(4.0, 1e-4, operator="Ada")
     Ledger.open(home / "ledger.sqlite", founding=lifetime).close()
@@ -300,11 +347,16 @@ def test_a_run_knows_the_head_it_was_told(
     _run_until_its_last_round(study, tmp_path / "run", monkeypatch)
     assert runs.ledger_accounts(tmp_path / "run", None)["charges"] == 2 * len(SITES)
     shutil.rmtree(home)
+
     if how == "restored":
         shutil.copytree(tmp_path / "yesterday", home)
     else:
         Ledger.open(home / "ledger.sqlite", founding=lifetime).close()
-    for use in (lambda: medfed.resume(tmp_path / "run"), lambda: runs.ledger_accounts(tmp_path / "run", None)):
+
+    for use in (
+        lambda: medfed.resume(tmp_path / "run"),
+        lambda: runs.ledger_accounts(tmp_path / "run", None),
+    ):
         with pytest.raises(LedgerError, match="of an earlier claim is not in it"):
             use()
 
@@ -323,7 +375,9 @@ def test_a_run_whose_ledger_is_gone_founds_none_when_it_is_resumed(
 
 
 def test_a_resumed_run_is_the_same_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first process knew no ledger yet, its second one does; and the budget was founded once."""
+    """Its first process knew no ledger yet, its second one does; and the budget was
+    founded once.
+    """
     study = study_of(tmp_path / "data", privacy__spare_rounds=1)
     _run_until_its_last_round(study, tmp_path / "run", monkeypatch)
     frozen = json.loads((tmp_path / "run" / "plan.json").read_text())["digest"]
@@ -370,18 +424,30 @@ def test_another_column_makes_nobody_new(tmp_path: Path, home: Path) -> None:
     frame["visit"] = [f"v{n}" for n in range(len(frame))]
     frame.to_csv(tmp_path / "data" / "cohort.csv", index=False)
     other = study.set("study.name", "other").set("data.patient", "visit")
-    other = other.set("data.features", [c for c in frame.columns if c in study.data.dictionary and c != "died"])
-    with pytest.raises(BudgetError, match=r"data\.patient='visit'.*knows patients by 'subject'.*medfed privacy column"):
+    other = other.set(
+        "data.features", [c for c in frame.columns if c in study.data.dictionary and c != "died"]
+    )
+    with pytest.raises(
+        BudgetError,
+        match=r"data\.patient='visit'.*knows patients by 'subject'.*medfed privacy column",
+    ):
         medfed.run(other, tmp_path / "two")
-    runs.name_column(None, "visit", "J. Doe", "the same ids under another name")  # by the operator's word alone
+    # by the operator's word alone
+    runs.name_column(None, "visit", "J. Doe", "the same ids under another name")
     assert medfed.run(other, tmp_path / "two").complete
 
 
-def test_a_run_of_its_own_does_not_get_around_the_ledger_without_a_patient_column(tmp_path: Path, home: Path) -> None:
+def test_a_run_of_its_own_does_not_get_around_the_ledger_without_a_patient_column(
+    tmp_path: Path, home: Path
+) -> None:
     study = study_of(tmp_path / "data")
     medfed.run(study, tmp_path / "one")
     nameless = (
-        study.set("privacy.scope", "run").set("data.patient", "").set("data.features", ["age", "lactate", "ward"])
+        study.set("privacy.scope", "run")
+        .set("data.patient", "")
+        .set("data.features", ["age", "lactate", "ward"])
     )
-    with pytest.raises(PlanError, match=r"without data\.patient and the site's ledger do not compose"):
+    with pytest.raises(
+        PlanError, match=r"without data\.patient and the site's ledger do not compose"
+    ):
         medfed.run(nameless, tmp_path / "two")

@@ -1,8 +1,8 @@
 """Neighbouring tables: two that differ in one patient leave the same bytes, but for the noised sum.
 
-No clipped gradient counts for anything here and the noise is fixed, so that whatever still differs between the runs on
-two tables was told by something else than the noised sum: an order, a size, a warning, an error. The sum itself has a
-test of its own.
+No clipped gradient counts for anything here and the noise is fixed, so that whatever still differs
+between the runs on two tables was told by something else than the noised sum: an order, a size, a
+warning, an error. The sum itself has a test of its own.
 """
 
 import hashlib
@@ -49,7 +49,11 @@ PUBLIC = [f"t{i},{place},{50 + i},{1 + i / 4},{ward},{died},test" for i, (place,
 
 PRIVATE_ROWS = {
     "first of the file": ["a1,south,61,1.5,ward,no,train"],
-    "several records": ["a2,north,48,1.25,icu,no,train", "a2,north,49,2.5,ward,no,train", "a2,north,50,,icu,no,train"],
+    "several records": [
+        "a2,north,48,1.25,icu,no,train",
+        "a2,north,49,2.5,ward,no,train",
+        "a2,north,50,,icu,no,train",
+    ],
     "alone at its site": ["a3,east,70,3.5,icu,no,train"],
     "alone with a category": ["a4,north,39,2.0,er,no,train"],
     "alone with a label": ["a5,south,82,7.5,icu,yes,train"],
@@ -133,7 +137,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def lines(without: str = "") -> list[str]:
-    """Return the table's rows, those of one kind of patient left out; the first of the file is private."""
+    """Return the table's rows, those of one kind of patient left out; the first of the file is
+    private.
+    """
     first, *others = [row for name, rows in PRIVATE_ROWS.items() for row in rows if name != without]
     return [first, *PUBLIC, *others]
 
@@ -192,20 +198,29 @@ class Tap(InProcess):
     def poll(self, wait: float) -> Any:
         op = self._waiting[0][2] if self._waiting else ""
         replies = super().poll(wait)
-        Tap.heard.extend((f"{op} from {r.site}", op, r.payload or r.error.encode()) for r in replies)
+        Tap.heard.extend(
+            (f"{op} from {r.site}", op, r.payload or r.error.encode()) for r in replies
+        )
         return replies
 
 
 def released(
-    folder: Path, rows: list[str], settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, pages: bool = False
+    folder: Path,
+    rows: list[str],
+    settings: Mapping[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    pages: bool = False,
 ) -> dict[str, bytes]:
-    """Run a study over a table by the command line; return all that was said, passed on or written, by its place.
+    """Run a study over a table by the command line; return all that was said, passed on or written,
+    by its place.
 
-    `sites/` is what a site keeps for itself. What is random by design (keys, signatures, shares, hashes over them) is
-    blanked out, its length kept. `pages`: also what is made of the run's files afterwards.
+    `sites/` is what a site keeps for itself. What is random by design (keys, signatures, shares,
+    hashes over them) is blanked out, its length kept. `pages`: also what is made of the run's files
+    afterwards.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    path, out = write(folder, rows), folder / "run"
+    path = write(folder, rows)
+    out = folder / "run"
     monkeypatch.setattr(simulation, "InProcess", Tap)
     Tap.heard = []
     RESTART()
@@ -217,21 +232,32 @@ def released(
         "plan": ["privacy", "plan", str(path), *options],
     }
     if pages:
-        commands |= {"show": ["show", str(out), "--json"], "claim": ["privacy", "claim", str(out), "--json"]}
+        commands |= {
+            "show": ["show", str(out), "--json"],
+            "claim": ["privacy", "claim", str(out), "--json"],
+        }
         commands |= {"report": ["report", str(out)]}
     said = {f"$ {name}": _blank(_told(command), name) for name, command in commands.items()}
 
     secret = settings.get("security.aggregation", "plain") != "plain"
     for number, (place, op, payload) in enumerate(Tap.heard):
         random = secret and op in ("work", "phase", "identify", "join")
-        said[f"message {number}: {place}"] = _blank(_blank(payload, "wire"), "keys") if random else payload
+        said[f"message {number}: {place}"] = (
+            _blank(_blank(payload, "wire"), "keys") if random else payload
+        )
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
         if file.is_file() and not name.startswith("sites/"):
-            keyed = secret or name == "privacy.json" or name.endswith(".html")  # they tell the ledger's head
-            content = _headless(file.read_bytes()) if name.startswith("checkpoints/") else file.read_bytes()
+            # they tell the ledger's head
+            keyed = secret or name == "privacy.json" or name.endswith(".html")
+            if name.startswith("checkpoints/"):
+                content = _headless(file.read_bytes())
+            else:
+                content = file.read_bytes()
             said[name] = _blank(content, name) if keyed else content
-    return {name: content.replace(str(folder).encode(), b"FOLDER") for name, content in said.items()}
+    return {
+        name: content.replace(str(folder).encode(), b"FOLDER") for name, content in said.items()
+    }
 
 
 def _told(command: list[str]) -> bytes:
@@ -253,7 +279,8 @@ def _told(command: list[str]) -> bytes:
 @contextmanager
 def _without_test_handlers() -> Iterator[None]:
     """Leave logging as a user has it: where nobody handles a warning, Python prints it."""
-    handlers, logging.root.handlers = logging.root.handlers, []
+    handlers = logging.root.handlers
+    logging.root.handlers = []
     try:
         yield
     finally:
@@ -261,18 +288,28 @@ def _without_test_handlers() -> Iterator[None]:
 
 
 def _blank(content: bytes, name: str) -> bytes:
-    """Return bytes without what is random by design: hexadecimal words, and what is shared or sealed."""
+    """Return bytes without what is random by design: hexadecimal words, and what is shared or
+    sealed.
+    """
     if name == "wire":
         try:
             header, tensors = codec.decode(content)
         except MedfedError:
             return content
-        return repr((sorted(header.items()), sorted((n, t.dtype, t.shape) for n, t in tensors.items()))).encode()
-    return re.sub(rb"(?<![.\w])(?=[0-9]*[a-f])[0-9a-f]{16,}\b", lambda found: b"x" * len(found.group()), content)
+        return repr(
+            (sorted(header.items()), sorted((n, t.dtype, t.shape) for n, t in tensors.items()))
+        ).encode()
+    return re.sub(
+        rb"(?<![.\w])(?=[0-9]*[a-f])[0-9a-f]{16,}\b",
+        lambda found: b"x" * len(found.group()),
+        content,
+    )
 
 
 def _headless(checkpoint: bytes) -> bytes:
-    """Return a checkpoint without its checksum and the ledger's head, a hash under the ledger's key."""
+    """Return a checkpoint without its checksum and the ledger's head, a hash under the ledger's
+    key.
+    """
     header, tensors = codec.decode(checkpoint[hashlib.sha256().digest_size :])
     assert len(header.pop("ledger", "x" * 64)) == 64
     return codec.encode(header, tensors)
@@ -286,22 +323,37 @@ def differences(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[st
 def test_the_run_is_a_run(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
     """It ends complete, tells, passes on and writes what the laws below compare."""
     found = released(tmp_path / "s", lines(), {}, fixed, pages=True)
-    assert b"run folder" in found["$ run"] and found["$ run"].endswith(b"\n0"), found["$ run"].decode()
+    assert b"run folder" in found["$ run"] and found["$ run"].endswith(b"\n0"), found[
+        "$ run"
+    ].decode()
     assert json.loads(found["summary.json"])["status"] == "complete"
     assert all(found[f"$ {name}"].endswith(b"\n0") for name in ("plan", "show", "claim", "report"))
-    written = {"events.jsonl", "summary.json", "study.toml", "plan.json", "privacy.json", "model.safetensors"}
+    written = {
+        "events.jsonl",
+        "summary.json",
+        "study.toml",
+        "plan.json",
+        "privacy.json",
+        "model.safetensors",
+    }
     assert written < set(found) and any(name.startswith("checkpoints/") for name in found)
     assert any(name.endswith(".html") for name in found)
     heard = {name.split(": ")[1] for name in found if name.startswith("message")}
-    assert heard >= {f"{op} from {name}" for op in ("survey", "prepare", "work", "evaluate") for name in SIZES}
+    assert heard >= {
+        f"{op} from {name}" for op in ("survey", "prepare", "work", "evaluate") for name in SIZES
+    }
 
     pages = released(tmp_path / "s", lines("alone at its site"), {}, fixed, pages=True)
     assert differences(found, pages) == []
 
 
-def test_each_patient_removed_in_turn_changes_no_byte(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
+def test_each_patient_removed_in_turn_changes_no_byte(
+    tmp_path: Path, fixed: pytest.MonkeyPatch
+) -> None:
     whole = released(tmp_path / "s", lines(), {}, fixed)
-    found = {name: differences(whole, released(tmp_path / "s", lines(name), {}, fixed)) for name in NAMES}
+    found = {
+        name: differences(whole, released(tmp_path / "s", lines(name), {}, fixed)) for name in NAMES
+    }
     assert {name: places for name, places in found.items() if places} == {}
 
 
@@ -310,7 +362,10 @@ OTHER_WAYS = [
     ("central", ["alone at its site", "several records"]),
     ("masked", ["first of the file", "alone at its site"]),
     ("three-party", ["first of the file", "alone at its site"]),
-    ("numbers as they are", ["text in a number", "beyond every range", "alone with a gap in a column"]),
+    (
+        "numbers as they are",
+        ["text in a number", "beyond every range", "alone with a gap in a column"],
+    ),
     ("seeded", ["first of the file", "alone at its site"]),
     ("a test that is paid for", ["on both sides", "an undeclared mark"]),
     ("sites by name", ["first of the file", "alone at its site"]),
@@ -323,12 +378,19 @@ def test_no_way_of_noise_and_sums_tells_of_a_patient(
 ) -> None:
     whole = released(tmp_path / "s", lines(), WAYS[way], fixed)
     assert json.loads(whole["summary.json"])["status"] == "complete"
-    found = {name: differences(whole, released(tmp_path / "s", lines(name), WAYS[way], fixed)) for name in names}
+    found = {
+        name: differences(whole, released(tmp_path / "s", lines(name), WAYS[way], fixed))
+        for name in names
+    }
     assert {name: places for name, places in found.items() if places} == {}
 
 
-def test_a_held_out_patient_who_is_not_public_is_not_counted_either(tmp_path: Path, fixed: pytest.MonkeyPatch) -> None:
-    """Its figures are a noised histogram; whose scores it counts, and how many, is told nowhere else."""
+def test_a_held_out_patient_who_is_not_public_is_not_counted_either(
+    tmp_path: Path, fixed: pytest.MonkeyPatch
+) -> None:
+    """Its figures are a noised histogram; whose scores it counts, and how many, is told nowhere
+    else.
+    """
     real = evaluation.tally
     fixed.setattr(evaluation, "tally", lambda *asked: np.ones_like(real(*asked)))
     way = WAYS["a test that is paid for"]
@@ -342,22 +404,27 @@ def test_a_site_without_anybody_to_test_is_tested_all_the_same(tmp_path: Path) -
     way = WAYS["a test that is paid for"] | {"privacy.epsilon": 2.0}
     study = medfed.load_study(write(tmp_path, [row for row in lines() if row not in PUBLIC[4:]]))
     result = medfed.simulate(study._with(way))
-    assert result.complete and set(result.summary["per_site"]) == set()  # one noise on the sum of all
+    # one noise on the sum of all
+    assert result.complete and set(result.summary["per_site"]) == set()
     apart = medfed.simulate(study._with(way | {"security.aggregation": "masked"}))
     assert apart.complete and set(apart.summary["per_site"]) == set(SIZES)
 
 
-# The power of the laws above -----------------------------------------------------------------------------------------
+# The power of the laws above ----------------------------------------------------------------------
 
 
 def _first_appearance(study: Any, *rest: Any) -> Any:
     found, data = REAL_FRAMES(study, *rest)
-    return Frames.of(dict(sorted(found.items(), key=lambda item: min(item[1].index, default=0)))), data
+    return Frames.of(
+        dict(sorted(found.items(), key=lambda item: min(item[1].index, default=0)))
+    ), data
 
 
 def _sites_that_have_rows(study: Any, *rest: Any) -> Any:
     found, data = REAL_FRAMES(study, *rest)
-    return Frames.of({name: frame for name, frame in found.items() if (frame["part"] == "train").any()}), data
+    return Frames.of(
+        {name: frame for name, frame in found.items() if (frame["part"] == "train").any()}
+    ), data
 
 
 def _counted(table: Any, data: Any, declared: int, test: int) -> Any:
@@ -368,7 +435,8 @@ def _logged(where: str, *_: Any) -> None:
     logging.getLogger("other").warning("%s", where)
 
 
-REAL_FRAMES, REAL_SURVEY = sources.frames, surveys.public_survey
+REAL_FRAMES = sources.frames
+REAL_SURVEY = surveys.public_survey
 LEAKS: dict[str, tuple[object, str, Any, str]] = {
     "the order of rows": (sources, "frames", _first_appearance, "first of the file"),
     "a site that is gone": (sources, "frames", _sites_that_have_rows, "alone at its site"),
@@ -383,16 +451,22 @@ def test_a_planted_leak_is_seen(tmp_path: Path, fixed: pytest.MonkeyPatch, leak:
     place, name, planted, patient = LEAKS[leak]
     fixed.setattr(place, name, planted)
     if leak == "columns by their cells":
-        fixed.setattr(raw_columns.RawColumn, "is_declared_text", lambda self: self.frames.count(self.not_number) > 0)
+        fixed.setattr(
+            raw_columns.RawColumn,
+            "is_declared_text",
+            lambda self: self.frames.count(self.not_number) > 0,
+        )
     whole = released(tmp_path / "s", lines(), {}, fixed)
     assert differences(whole, released(tmp_path / "s", lines(patient), {}, fixed))
 
 
-# The sum --------------------------------------------------------------------------------------------------------------
+# The sum ------------------------------------------------------------------------------------------
 
 
 def _sums(folder: Path, rows: list[str], weight: float) -> tuple[torch.Tensor, Any]:
-    """Return the sum of all sites' rows before noise, in grid units, where all weights are one number."""
+    """Return the sum of all sites' rows before noise, in grid units, where all weights are one
+    number.
+    """
     study = medfed.load_study(write(folder, rows))
     nodes = runs.open_sites(study, None)
     plan = prepare(nodes[0].study, InProcess(nodes), [node.name for node in nodes])
@@ -408,8 +482,17 @@ def test_a_patient_moves_the_sum_by_no_more_than_is_paid_for(tmp_path: Path) -> 
     for weight in (0.0, 3.0):
         whole, guarantee = _sums(tmp_path / "whole", lines(), weight)
         most = guarantee.sensitivity_units()
-        moved = {name: float((whole - _sums(tmp_path / "s", lines(name), weight)[0]).double().norm()) for name in NAMES}
+        moved = {
+            name: float((whole - _sums(tmp_path / "s", lines(name), weight)[0]).double().norm())
+            for name in NAMES
+        }
         assert max(moved.values()) <= most
         assert max(moved.values()) > 0.5 * most  # else the bound would say nothing
-        for name in ("an undeclared label", "no label", "a field too many", "a field too few", "an open quote"):
+        for name in (
+            "an undeclared label",
+            "no label",
+            "a field too many",
+            "a field too few",
+            "an open quote",
+        ):
             assert moved[name] == 0

@@ -1,4 +1,5 @@
-"""One odd patient moves a released sum by at most what is paid for, whoever else is there, on every path.
+"""One odd patient moves a released sum by at most what is paid for, whoever else is there, on every
+path.
 
 `benchmarks/odd_patients.py` asks the same of a million patients.
 """
@@ -49,28 +50,43 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "logistic": zoo.logistic,
     "mlp": zoo.mlp,
     "wide": _wide,
-    "no bias": lambda f, o: nn.Sequential(nn.Linear(f, 30, bias=False), nn.SiLU(), nn.Linear(30, o, bias=False)),
+    "no bias": lambda f, o: nn.Sequential(
+        nn.Linear(f, 30, bias=False), nn.SiLU(), nn.Linear(30, o, bias=False)
+    ),
     "layer norm": lambda f, o: zoo.medical_mlp(f, o, (24, 16)),
     "group norm": lambda f, o: zoo.mlp(f, o, (16, 16), 0.2, "group"),
     "conv1d": lambda f, o: zoo.conv1d(f, o, 2, (4, 8), 3),
     "tokens": _tokens,
     "images": _images,
     "words": _words,
-    "dropout": lambda f, o: nn.Sequential(nn.Linear(f, 20), nn.LeakyReLU(), Dropout(0.4), nn.Linear(20, o)),
+    "dropout": lambda f, o: nn.Sequential(
+        nn.Linear(f, 20), nn.LeakyReLU(), Dropout(0.4), nn.Linear(20, o)
+    ),
 }
 
 
 def moved(
-    model: nn.Module, w_P: Tensor, task: Task, clipping: str, clip: float, path: Path, rng: np.random.Generator, K: int
+    model: nn.Module,
+    w_P: Tensor,
+    task: Task,
+    clipping: str,
+    clip: float,
+    path: Path,
+    rng: np.random.Generator,
+    K: int,
 ) -> Tensor:
-    """Return how far one odd patient moves each of K sums, in units of the clip; the others are odd, too."""
+    """Return how far one odd patient moves each of K sums, in units of the clip; the others are
+    odd, too.
+    """
     classes = 3 if task == "multiclass" else 2
     most = int(rng.choice([2, 2, 3, 8, 64]))  # a cohort's largest decides how the norm is taken
 
     indices = any(isinstance(layer, Embedding) for layer in model.modules())
 
     def drawn() -> odd_patients.Records:
-        x_RF, y_R = odd_patients.draw(rng, FEATURES, task, classes, bool(rng.random() < 0.9) or indices, most)
+        x_RF, y_R = odd_patients.draw(
+            rng, FEATURES, task, classes, bool(rng.random() < 0.9) or indices, most
+        )
         return np.clip(x_RF, 0, 4) if indices else x_RF, y_R
 
     groups = [[drawn() for _ in range(int(rng.integers(1, 6)))] for _ in range(5)]
@@ -88,14 +104,20 @@ def difference(
     others: list[list[odd_patients.Records]],
     ones: list[odd_patients.Records],
 ) -> Tensor:
-    """Return how far each of K sums moves [K] when one more patient joins the others, in units of the clip."""
+    """Return how far each of K sums moves [K] when one more patient joins the others, in units of
+    the clip.
+    """
     K = len(ones)
     release = {str(k): Release(6, 1, 1.0, 1.0) for k in range(K)}
-    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), clip, clipping, 1, False)
+    guarantee = Guarantee(
+        "shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), clip, clipping, 1, False
+    )
 
     def sums(people: list[list[odd_patients.Records]]) -> dpsgd.Sums:
         patients = Patients.of([_rows(mine, task, 31 * k) for k, mine in enumerate(people)])
-        return dpsgd.sums(model, w_P, patients, task, guarantee, clip, list(release), torch.arange(K) * 101, path)
+        return dpsgd.sums(
+            model, w_P, patients, task, guarantee, clip, list(release), torch.arange(K) * 101, path
+        )
 
     before = sums(others)
     after = sums([[*mine, one] for mine, one in zip(others, ones, strict=True)])
@@ -104,10 +126,17 @@ def difference(
 
 
 def _rows(people: list[odd_patients.Records], task: Task, first: int) -> Rows:
-    patient = torch.repeat_interleave(torch.arange(len(people)), torch.tensor([len(y) for _, y in people]))
+    patient = torch.repeat_interleave(
+        torch.arange(len(people)), torch.tensor([len(y) for _, y in people])
+    )
     y_N = torch.from_numpy(np.concatenate([y for _, y in people]))
     y_N = y_N.long() if task == "multiclass" else y_N
-    return Rows(torch.from_numpy(np.concatenate([x for x, _ in people])), y_N, patient, patient * 7919 + first)
+    return Rows(
+        torch.from_numpy(np.concatenate([x for x, _ in people])),
+        y_N,
+        patient,
+        patient * 7919 + first,
+    )
 
 
 def _case(name: str, task: Task, seed: int) -> tuple[nn.Module, Tensor]:
@@ -137,7 +166,9 @@ def test_on_the_slower_path_too(name: str, task: Task) -> None:
 
 
 def _frail(rng: np.random.Generator) -> odd_patients.Records:
-    """Return a patient whose gradient is what rounding leaves of two huge ones: its direction hangs on the last bit."""
+    """Return a patient whose gradient is what rounding leaves of two huge ones: its direction hangs
+    on the last bit.
+    """
     x_F = rng.standard_normal(FEATURES).astype(np.float32)
     next_F = x_F.copy()
     next_F[0] = np.nextafter(x_F[0], np.float32(9))
@@ -145,15 +176,22 @@ def _frail(rng: np.random.Generator) -> odd_patients.Records:
 
 
 @pytest.mark.parametrize("path", ["rules", "func", "loop"])
-@pytest.mark.parametrize("name", ["logistic", "mlp", "wide", "layer norm", "conv1d", "tokens", "images"])
+@pytest.mark.parametrize(
+    "name", ["logistic", "mlp", "wide", "layer norm", "conv1d", "tokens", "images"]
+)
 def test_one_more_patient_leaves_the_bits_of_the_others_alone(name: str, path: Path) -> None:
-    """Products of other shapes round otherwise; where all others are frail, each would then move by up to the clip."""
+    """Products of other shapes round otherwise; where all others are frail, each would then move by
+    up to the clip.
+    """
     model, w_P = _case(name, "regression", 5)
     for n in (1, 2, 3, 8, 40):
         rng = np.random.default_rng(n)
         others = [_frail(rng) for _ in range(n)]
         for records in (1, 3, 9):
-            one = (rng.standard_normal((records, FEATURES)).astype(np.float32), np.full(records, 0.5, np.float32))
+            one = (
+                rng.standard_normal((records, FEATURES)).astype(np.float32),
+                np.full(records, 0.5, np.float32),
+            )
             moved = difference(model, w_P, "regression", "automatic", 1.0, path, [others], [one])
             assert float(moved) <= 1 + 1e-9, (n, records)
         if path == "loop":
@@ -173,13 +211,16 @@ def test_one_more_device_leaves_the_bits_of_the_others_alone(path: Path) -> None
     )  # fmt: skip
 
     def sums(devices: list[odd_patients.Records]) -> Tensor:
-        patients = Patients.of([_rows([one], "regression", 31 * k) for k, one in enumerate(devices)])
+        patients = Patients.of(
+            [_rows([one], "regression", 31 * k) for k, one in enumerate(devices)]
+        )
         keys = torch.arange(len(devices))
         return dpsgd.sums(
             model, w_P, patients, "regression", guarantee, 1.0, names[: len(devices)], keys, path
         ).total_KP
 
-    before, after = sums(people), sums([*people, _frail(rng)])
+    before = sums(people)
+    after = sums([*people, _frail(rng)])
     assert torch.equal(before, after[:9])
 
 
@@ -195,7 +236,10 @@ def test_a_site_has_the_same_bits_alone_and_in_a_stack(name: str) -> None:
         for _ in range(9):
             x_F = rng.standard_normal(features).astype(np.float32)
             people.append((np.stack([x_F, x_F]), np.array([1e12, -1e12], np.float32)))
-        sites = [_rows(mine, "regression", 31 * k) for k, mine in enumerate([people[:3], people[3:8], people[8:]])]
+        sites = [
+            _rows(mine, "regression", 31 * k)
+            for k, mine in enumerate([people[:3], people[3:8], people[8:]])
+        ]
         stacked = _by_rules(model, w_P, sites)
         alone = torch.cat([_by_rules(model, w_P, [rows]) for rows in sites])
         assert float((stacked - alone).norm()) < 1e-9
@@ -204,34 +248,50 @@ def test_a_site_has_the_same_bits_alone_and_in_a_stack(name: str) -> None:
 def _by_rules(model: nn.Module, w_P: Tensor, sites: list[Rows]) -> Tensor:
     names = [str(k) for k in range(len(sites))]
     release = {name: Release(6, 1, 1.0, 1.0) for name in names}
-    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1.0, "fixed", 1, False)
+    guarantee = Guarantee(
+        "shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1.0, "fixed", 1, False
+    )
     keys = torch.zeros(len(sites), dtype=torch.int64)
-    return dpsgd.sums(model, w_P, Patients.of(sites), "regression", guarantee, 1.0, names, keys, "rules").total_KP
+    return dpsgd.sums(
+        model, w_P, Patients.of(sites), "regression", guarantee, 1.0, names, keys, "rules"
+    ).total_KP
 
 
 def test_what_a_module_draws_is_the_patients_own_whoever_comes_first() -> None:
-    """Dropout that only torch's generator feeds: masks by the row moved everybody's when the first patient left."""
+    """Dropout that only torch's generator feeds: masks by the row moved everybody's when the first
+    patient left.
+    """
 
     class Drawing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(FEATURES, 16), nn.Linear(16, 1)
+            self.first = nn.Linear(FEATURES, 16)
+            self.last = nn.Linear(16, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training))
+            return self.last(
+                torch.nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training)
+            )
 
     torch.manual_seed(0)
     model = Drawing()
     w_P = vector(model)
     rng = np.random.default_rng(0)
-    people = [(rng.standard_normal((1, FEATURES)).astype(np.float32), np.ones(1, np.float32)) for _ in range(20)]
+    people = [
+        (rng.standard_normal((1, FEATURES)).astype(np.float32), np.ones(1, np.float32))
+        for _ in range(20)
+    ]
     rows = _rows(people, "binary", 0)
     release = {"a": Release(20, 1, 1.0, 1.0)}
-    guarantee = Guarantee("shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1e-3, "fixed", 1, False)
+    guarantee = Guarantee(
+        "shared", 1.0, 1e-6, 0.0, "gdp", release, 1, 1, len(w_P), 1e-3, "fixed", 1, False
+    )
 
     def total(rows: Rows, round: int = 5) -> Tensor:
         key = torch.tensor([round])
-        return dpsgd.sums(model, w_P, Patients.of([rows]), "binary", guarantee, 1e-3, ["a"], key, "loop").total_KP[0]
+        return dpsgd.sums(
+            model, w_P, Patients.of([rows]), "binary", guarantee, 1e-3, ["a"], key, "loop"
+        ).total_KP[0]
 
     every = torch.ones(20, dtype=torch.bool)
     for gone in (0, 7, 19):

@@ -1,4 +1,6 @@
-"""Runs under a guarantee: paid before they train, stopped when the budget is spent, and silent about patients."""
+"""Runs under a guarantee: paid before they train, stopped when the budget is spent, and silent
+about patients.
+"""
 
 import json
 import math
@@ -90,7 +92,7 @@ def claim_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-# what is promised and paid ------------------------------------------------------------------------------------------
+# what is promised and paid ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", ["shared", "site", "central"])
@@ -98,7 +100,12 @@ def test_a_run_spends_what_was_asked_and_no_more(tmp_path: Path, study: Study, n
     result = medfed.run(study.set("privacy.noise", noise), tmp_path / "run")
     privacy = result.summary["privacy"]
     assert result.complete and 0.999 < privacy["epsilon"] <= 1
-    assert (privacy["delta"], privacy["noise"], privacy["unit"], privacy["scope"]) == (1e-4, noise, "patient", "run")
+    assert (privacy["delta"], privacy["noise"], privacy["unit"], privacy["scope"]) == (
+        1e-4,
+        noise,
+        "patient",
+        "run",
+    )
     assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
     assert claim_of(tmp_path / "run")["epsilon"] == privacy["epsilon"]
     assert all(math.isfinite(value) for value in result.w_P.tolist())
@@ -107,8 +114,12 @@ def test_a_run_spends_what_was_asked_and_no_more(tmp_path: Path, study: Study, n
 def test_what_is_spent_is_told_after_every_round(study: Study) -> None:
     told: list[Event] = []
     medfed.simulate(study, listeners=[told.append])
-    spent = [float(str(event.privacy["epsilon"])) for event in told if isinstance(event, RoundFinished)]
-    assert len(spent) == 4 and spent == sorted(set(spent)) and spent[0] > 0 and 0.999 < spent[-1] <= 1
+    spent = [
+        float(str(event.privacy["epsilon"])) for event in told if isinstance(event, RoundFinished)
+    ]
+    assert (
+        len(spent) == 4 and spent == sorted(set(spent)) and spent[0] > 0 and 0.999 < spent[-1] <= 1
+    )
 
 
 def test_losses_and_label_counts_are_not_told(study: Study) -> None:
@@ -119,13 +130,19 @@ def test_losses_and_label_counts_are_not_told(study: Study) -> None:
         assert all(event.loss is None and set(event.losses) == {None} for event in rounds)
         (planned,) = (event for event in told if isinstance(event, events.Planned))
         assert {count for labels in planned.labels.values() for count in labels.values()} == {None}
-        assert {name: size["train"] for name, size in planned.sizes.items()} == {"north": 96, "south": 58, "east": 38}
+        assert {name: size["train"] for name, size in planned.sizes.items()} == {
+            "north": 96,
+            "south": 58,
+            "east": 38,
+        }
 
 
 def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, study: Study) -> None:
     seeded = study.set("privacy.simulation_only", True)
     for noise in ("shared", "site"):
-        settings = [seeded.set("privacy.noise", noise).set("study.seed", seed) for seed in (3, 3, 4)]
+        settings = [
+            seeded.set("privacy.noise", noise).set("study.seed", seed) for seed in (3, 3, 4)
+        ]
         one, two, other = map(medfed.simulate, settings)
         assert torch.equal(one.w_P, two.w_P) and not torch.equal(one.w_P, other.w_P)
         assert one.summary["privacy"]["epsilon"] is None
@@ -137,8 +154,14 @@ def test_seeded_noise_gives_the_same_bits_and_claims_nothing(tmp_path: Path, stu
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
 def test_algorithms_compose_with_noise(study: Study, noise: str) -> None:
-    """With joint noise a round is one step, where three of them are FedAvg, and the plan says so."""
-    seeded = study.set("privacy.simulation_only", True).set("privacy.noise", noise).set("training.rounds", 2)
+    """With joint noise a round is one step, where three of them are FedAvg, and the plan
+    says so.
+    """
+    seeded = (
+        study.set("privacy.simulation_only", True)
+        .set("privacy.noise", noise)
+        .set("training.rounds", 2)
+    )
     if noise == "site":  # unequal work for the sites
         seeded = seeded.set("training.batch_size", 30).set("training.local_epochs", 2)
     average = medfed.simulate(seeded)
@@ -146,7 +169,9 @@ def test_algorithms_compose_with_noise(study: Study, noise: str) -> None:
         result = medfed.simulate(seeded.set("training.algorithm", algorithm))
         coincide = noise == "shared" and algorithm in ("fedprox", "scaffold", "fednova")
         assert result.complete and torch.equal(result.w_P, average.w_P) == coincide, algorithm
-        assert any("is FedAvg here" in warning for warning in result.summary["warnings"]) == coincide, algorithm
+        assert (
+            any("is FedAvg here" in warning for warning in result.summary["warnings"]) == coincide
+        ), algorithm
 
 
 def test_without_its_guarantee_the_study_has_the_same_bits_twice(study: Study) -> None:
@@ -154,7 +179,7 @@ def test_without_its_guarantee_the_study_has_the_same_bits_twice(study: Study) -
     assert torch.equal(one.w_P, two.w_P) and one.summary["privacy"]["epsilon"] is None
 
 
-# the noise of a whole run -------------------------------------------------------------------------------------------
+# the noise of a whole run -------------------------------------------------------------------------
 
 
 def _has_variance(noise: torch.Tensor, sigma: float) -> bool:
@@ -166,27 +191,41 @@ def _has_variance(noise: torch.Tensor, sigma: float) -> bool:
 def test_the_model_carries_the_noise_that_was_paid_for(
     study: Study, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of patients who count for nothing one round releases noise, divided by the declared sizes: nothing between
-    accountant and model may scale it."""
+    """Of patients who count for nothing one round releases noise, divided by the declared sizes:
+    nothing between accountant and model may scale it."""
     monkeypatch.setattr(dpsgd, "clip_factor", lambda kind, clip: torch.zeros_like)
-    wide = study.set("model.name", "mlp").set("model.options.hidden", [400]).set("training.rounds", 1)
-    wide = wide.set("privacy.noise", noise).set("privacy.clip", 5.0).set("training.learning_rate", 0.5)
+    wide = (
+        study.set("model.name", "mlp").set("model.options.hidden", [400]).set("training.rounds", 1)
+    )
+    wide = (
+        wide.set("privacy.noise", noise).set("privacy.clip", 5.0).set("training.learning_rate", 0.5)
+    )
     plans: list[Plan] = []
     real = execute.enrol
-    monkeypatch.setattr(execute, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest)))
+    monkeypatch.setattr(
+        execute, "enrol", lambda plan, *rest: (plans.append(plan), real(plan, *rest))
+    )
     moved_P = medfed.simulate(wide).w_P - plans[0].first_weights()
     sizes = {"north": 96, "south": 58, "east": 38}
     guarantee = plans[0].guarantee
     assert guarantee is not None and len(moved_P) > 2000
     z = guarantee.releases["north"].noise_multiplier
     assert 3.1 < z < 3.3  # what one Gaussian of epsilon 1 at delta 1e-4 needs
-    sites = 1 if noise != "site" else len(sizes)  # n sigma_k / m_k of each site, weighted with m_k / n
-    sigma = 0.5 * 5.0 * z * (1 + SLACK + GRID * math.sqrt(len(moved_P))) * math.sqrt(sites) / sum(sizes.values())
+    # n sigma_k / m_k of each site, weighted with m_k / n
+    sites = 1 if noise != "site" else len(sizes)
+    sigma = (
+        0.5
+        * 5.0
+        * z
+        * (1 + SLACK + GRID * math.sqrt(len(moved_P)))
+        * math.sqrt(sites)
+        / sum(sizes.values())
+    )
     assert _has_variance(moved_P, sigma)
     assert not any(_has_variance(moved_P, sigma * factor) for factor in (1 / 2, 2 / 3, 3 / 2, 2))
 
 
-# the budget over several runs ---------------------------------------------------------------------------------------
+# the budget over several runs ---------------------------------------------------------------------
 
 
 def test_a_second_run_on_the_same_patients_is_refused_before_it_trains(
@@ -195,16 +234,22 @@ def test_a_second_run_on_the_same_patients_is_refused_before_it_trains(
     assert medfed.run(lasting, tmp_path / "one").complete
     assert not own_ledger(tmp_path / "one").exists()
     head = claim_of(tmp_path / "one")["composition"]["ledger"]["head"]
-    with pytest.raises(BudgetError, match=r"spent up to epsilon=1 of 1 .*left for one release: 0\.00"):
+    with pytest.raises(
+        BudgetError, match=r"spent up to epsilon=1 of 1 .*left for one release: 0\.00"
+    ):
         medfed.run(lasting, tmp_path / "two")
     assert not (tmp_path / "two").exists()
     with Ledger.open(home, read_only=True) as book:
         assert book.head() == head and charges(home) == dict.fromkeys(SITES, 4)
     claim = claim_of(tmp_path / "one")["composition"]
-    assert claim["scope"] == "study" and claim["ledger"]["epsilon_all_runs"] == pytest.approx(1, abs=1e-3)
+    assert claim["scope"] == "study" and claim["ledger"]["epsilon_all_runs"] == pytest.approx(
+        1, abs=1e-3
+    )
 
 
-def test_a_run_of_scope_run_starts_with_a_fresh_ledger(tmp_path: Path, study: Study, home: Path) -> None:
+def test_a_run_of_scope_run_starts_with_a_fresh_ledger(
+    tmp_path: Path, study: Study, home: Path
+) -> None:
     for name in ("one", "two"):
         assert medfed.run(study, tmp_path / name).complete
         assert charges(own_ledger(tmp_path / name)) == dict.fromkeys(SITES, 4)
@@ -212,11 +257,15 @@ def test_a_run_of_scope_run_starts_with_a_fresh_ledger(tmp_path: Path, study: St
     assert not home.exists()
 
 
-def test_the_lifetime_budget_is_over_all_studies(tmp_path: Path, lasting: Study, home: Path) -> None:
+def test_the_lifetime_budget_is_over_all_studies(
+    tmp_path: Path, lasting: Study, home: Path
+) -> None:
     Ledger.open(home, founding=Lifetime(1.6, 1e-4, operator="Ada")).close()
     assert medfed.run(lasting, tmp_path / "one").complete
     other = lasting.set("study.name", "another").set("privacy.lifetime_epsilon", 1.3)
-    with pytest.raises(BudgetError, match=r"In all studies .* of 1\.3 .*privacy\.lifetime_epsilon raised"):
+    with pytest.raises(
+        BudgetError, match=r"In all studies .* of 1\.3 .*privacy\.lifetime_epsilon raised"
+    ):
         medfed.run(other, tmp_path / "two")
     assert medfed.run(other.set("privacy.lifetime_epsilon", math.inf), tmp_path / "two").complete
 
@@ -236,7 +285,7 @@ def test_baselines_without_noise_are_for_public_data_only(study: Study, home: Pa
     assert medfed.simulate(measured.set("privacy.scope", "study")).summary["baselines"] == {}
 
 
-# crashes ------------------------------------------------------------------------------------------------------------
+# crashes ------------------------------------------------------------------------------------------
 
 
 def test_a_crash_between_charge_and_training_leaves_the_charge(
@@ -269,7 +318,9 @@ def test_a_kill_between_charge_and_training_leaves_the_charge(tmp_path: Path, st
     assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 1)
 
 
-def interrupted(folder: Path, study: Study, patch: pytest.MonkeyPatch, rounds: int, saved: bool) -> None:
+def interrupted(
+    folder: Path, study: Study, patch: pytest.MonkeyPatch, rounds: int, saved: bool
+) -> None:
     """Leave a run that was killed in a round, right before or after its checkpoint was written."""
     real = checkpoints.write
 
@@ -307,7 +358,9 @@ def test_a_round_that_a_crash_lost_is_paid_again_if_the_plan_has_one_to_spare(
     claim = claim_of(tmp_path / "run")
     assert claim["rounds"] == {"planned": 4, "spare": 1, "paid": 5}
     assert 0.999 < claim["epsilon"] <= 1  # all five, not only the four that the model is made of
-    assert claim["epsilon"] == pytest.approx(claim["composition"]["ledger"]["epsilon_all_runs"], abs=1e-9)
+    assert claim["epsilon"] == pytest.approx(
+        claim["composition"]["ledger"]["epsilon_all_runs"], abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +369,8 @@ def test_a_round_that_a_crash_lost_is_paid_again_if_the_plan_has_one_to_spare(
         {},
         {"privacy.noise": "site"},
         pytest.param(
-            {"privacy.accountant": "pld", "training.batch_size": 30, "privacy.epsilon": 0.3},  # no filter by itself
+            # no filter by itself
+            {"privacy.accountant": "pld", "training.batch_size": 30, "privacy.epsilon": 0.3},
             marks=pytest.mark.slow,
         ),
     ],
@@ -333,12 +387,20 @@ def test_without_one_to_spare_a_run_that_lost_a_round_ends_early(
     assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
     claim = claim_of(tmp_path / "run")
     assert claim["epsilon"] <= study.privacy.epsilon and claim["rounds"]["paid"] == 4
-    finished = next(e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunFinished))
+    finished = next(
+        e
+        for e in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, events.RunFinished)
+    )
     assert "has paid for 4 rounds" in finished.reason and "spare_rounds" in finished.reason
 
 
-def test_a_correlated_run_is_not_resumed(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = study.set("fleet.schedule", "cyclic").set("fleet.groups", 2).set("privacy.correlated", True)
+def test_a_correlated_run_is_not_resumed(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = (
+        study.set("fleet.schedule", "cyclic").set("fleet.groups", 2).set("privacy.correlated", True)
+    )
     turns = turns.set("training.rounds", 3)
     interrupted(tmp_path / "run", turns, monkeypatch, 2, saved=True)
     with pytest.raises(medfed.RunError, match="correlated noise cannot be resumed"):
@@ -348,7 +410,8 @@ def test_a_correlated_run_is_not_resumed(tmp_path: Path, study: Study, monkeypat
 def test_a_stack_that_fails_is_tried_site_by_site_and_charged_once(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, failed = dpsgd.sums, []
+    real = dpsgd.sums
+    failed = []
 
     def sums(model: Any, w_P: Any, patients: Any, *rest: Any) -> Any:
         if len(patients) > 1 and not failed:
@@ -362,7 +425,7 @@ def test_a_stack_that_fails_is_tried_site_by_site_and_charged_once(
     assert charges(own_ledger(tmp_path / "run")) == dict.fromkeys(SITES, 4)
 
 
-# patients of several sites ------------------------------------------------------------------------------------------
+# patients of several sites ------------------------------------------------------------------------
 
 
 def _two_places(frame: pd.DataFrame, patients: int) -> pd.DataFrame:
@@ -371,12 +434,18 @@ def _two_places(frame: pd.DataFrame, patients: int) -> pd.DataFrame:
     return pd.concat([frame, moved], ignore_index=True)
 
 
-def test_patients_at_more_sites_than_is_attested_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_patients_at_more_sites_than_is_attested_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     study = medfed.load_study(write_study(tmp_path, PRIVATE, _two_places(invented(), 5)))
-    with pytest.raises(PlanError, match=r"max_sites_per_patient=1, but there are patients .*'subject'") as caught:
+    with pytest.raises(
+        PlanError, match=r"max_sites_per_patient=1, but there are patients .*'subject'"
+    ) as caught:
         medfed.run(study, tmp_path / "run")
-    assert not re.search(r"[25]", str(caught.value))  # neither how many they are nor at how many sites
-    assert "5 patients have records at more than 1 sites, up to 2" in caplog.text  # in the sites' own log
+    # neither how many they are nor at how many sites
+    assert not re.search(r"[25]", str(caught.value))
+    # in the sites' own log
+    assert "5 patients have records at more than 1 sites, up to 2" in caplog.text
     assert not (tmp_path / "run").exists()
 
 
@@ -387,20 +456,27 @@ def test_patients_of_two_sites_are_covered_and_it_is_said(tmp_path: Path, noise:
     result = medfed.run(study, tmp_path / "run")
     claim = claim_of(tmp_path / "run")
     assert result.complete and 0.999 < claim["epsilon"] <= 1 and claim["max_sites_per_patient"] == 2
-    assert any("no patient has records at more than 2 sites (checked" in text for text in claim["assumptions"])
-    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], abs=1e-6)
+    assert any(
+        "no patient has records at more than 2 sites (checked" in text
+        for text in claim["assumptions"]
+    )
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
+        claim["epsilon"], abs=1e-6
+    )
 
 
 def test_where_nobody_names_patients_the_assumption_is_attested(tmp_path: Path) -> None:
     frame = invented().drop(columns="subject")
-    study = medfed.load_study(write_study(tmp_path, PRIVATE.replace('patient = "subject"\n', ""), frame))
+    study = medfed.load_study(
+        write_study(tmp_path, PRIVATE.replace('patient = "subject"\n', ""), frame)
+    )
     medfed.run(study, tmp_path / "run")
     told = claim_of(tmp_path / "run")["assumptions"]
     assert any("(attested, not measured)" in text for text in told)
     assert any("one row is one patient" in text for text in told)
 
 
-# ledgers that cannot be used ----------------------------------------------------------------------------------------
+# ledgers that cannot be used ----------------------------------------------------------------------
 
 
 def _refused(study: Study, folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +510,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(
     tmp_path: Path, lasting: Study, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.parent.write_text("a file where the folder should be")
-    _refused(lasting, tmp_path / "run", r"cannot be opened or written: .*set MEDFED_HOME", monkeypatch)
+    _refused(
+        lasting, tmp_path / "run", r"cannot be opened or written: .*set MEDFED_HOME", monkeypatch
+    )
 
 
 def test_a_ledger_without_its_key_is_refused_before_training(
@@ -442,23 +520,30 @@ def test_a_ledger_without_its_key_is_refused_before_training(
 ) -> None:
     Ledger.open(home).close()
     home.with_name("pseudonym.key").unlink()
-    _refused(lasting, tmp_path / "run", "pseudonym.key cannot be read.*Restore the key", monkeypatch)
+    _refused(
+        lasting, tmp_path / "run", "pseudonym.key cannot be read.*Restore the key", monkeypatch
+    )
 
 
-# tests that patients pay for ----------------------------------------------------------------------------------------
+# tests that patients pay for ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def noised(study: Study) -> Study:
     """Held-out patients are patients too."""
-    settings = {"data.test_is_public": False, "privacy.evaluation_epsilon": 0.5, "monitor.evaluate_every": 4}
+    settings = {
+        "data.test_is_public": False,
+        "privacy.evaluation_epsilon": 0.5,
+        "monitor.evaluate_every": 4,
+    }
     for key, value in settings.items():
         study = study.set(key, value)
     return study
 
 
 def test_held_out_patients_pay_for_their_figures(tmp_path: Path, noised: Study) -> None:
-    dear = noised._with({"privacy.epsilon": 8.0, "privacy.evaluation_epsilon": 3.0})  # at .5 noise may hide a figure
+    # at .5 noise may hide a figure
+    dear = noised._with({"privacy.epsilon": 8.0, "privacy.evaluation_epsilon": 3.0})
     result = medfed.run(dear, tmp_path / "run")
     assert result.complete and 0 <= result.summary["test"]["accuracy"] <= 1
     ledger = own_ledger(tmp_path / "run")
@@ -485,7 +570,9 @@ def test_a_sites_only_held_out_patient_is_who_pays(
     frame.to_csv(noised.folder / "cohort.csv", index=False)
     medfed.simulate(noised.set("data.test", "part"))
     assert paid["east"] == [frame["subject"][east[0]]]  # a patient, not the characters of an id
-    assert set(paid["north"]) == set(frame["subject"][(frame["part"] == "test") & (frame["hospital"] == "north")])
+    assert set(paid["north"]) == set(
+        frame["subject"][(frame["part"] == "test") & (frame["hospital"] == "north")]
+    )
 
 
 def _asked_for_counts(sites: list[site.Site], op: str = "evaluate", cells: int = 32) -> list[Any]:
@@ -499,21 +586,32 @@ def _asked_for_counts(sites: list[site.Site], op: str = "evaluate", cells: int =
 
 
 @pytest.mark.parametrize("own", [{"privacy.noise": "site"}, {"security.aggregation": "masked"}])
-def test_counts_of_a_site_that_trusts_nobody_are_noised_there_anew(noised: Study, own: dict[str, Any]) -> None:
+def test_counts_of_a_site_that_trusts_nobody_are_noised_there_anew(
+    noised: Study, own: dict[str, Any]
+) -> None:
     told = _asked_for_counts(_prepared(noised._with(own)))
     assert any(one != told[0] for one in told)
-    told = _asked_for_counts(_prepared(noised._with({**own, "data.threshold": "youden"})), "count", 16)
+    told = _asked_for_counts(
+        _prepared(noised._with({**own, "data.threshold": "youden"})), "count", 16
+    )
     assert any(one != told[0] for one in told)
 
 
 def test_counts_that_are_noised_together_go_the_way_of_rows(noised: Study) -> None:
-    """To whoever combines rows, and no further: figures of the sum are noised anew, and no site has figures."""
+    """To whoever combines rows, and no further: figures of the sum are noised anew, and no site has
+    figures.
+    """
     sites = _prepared(noised)
     told = _asked_for_counts(sites)
     assert all(one == told[0] for one in told)
     table = sites[0].table
-    assert table is not None and int(np.sum(told[0])) == len(np.unique(table.patient[table.test]))  # a record each
-    dear = {"privacy.epsilon": 8.0, "privacy.evaluation_epsilon": 3.0, "privacy.simulation_only": True}
+    # a record each
+    assert table is not None and int(np.sum(told[0])) == len(np.unique(table.patient[table.test]))
+    dear = {
+        "privacy.epsilon": 8.0,
+        "privacy.evaluation_epsilon": 3.0,
+        "privacy.simulation_only": True,
+    }
     one, two = (medfed.simulate(noised._with(dear)).summary for _ in range(2))
     assert one["test"] != two["test"] and one["per_site"] == two["per_site"] == {}
     low, high = one["intervals"]["accuracy"]
@@ -522,12 +620,16 @@ def test_counts_that_are_noised_together_go_the_way_of_rows(noised: Study) -> No
 
 def test_raw_scores_of_public_patients_are_told_as_they_are(noised: Study) -> None:
     public = _prepared(noised.set("data.test_is_public", True))
-    weights = codec.encode({"round": 4}, {"w": torch.zeros(sum(p.numel() for p in public[0].model.parameters()))})
+    weights = codec.encode(
+        {"round": 4}, {"w": torch.zeros(sum(p.numel() for p in public[0].model.parameters()))}
+    )
     raw = [codec.decode(public[0].handle("evaluate", weights))[1]["bins"] for _ in range(2)]
     assert torch.equal(raw[0], raw[1]) and len(raw[0]) == int(public[0].table.test.sum())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("edges", [None, [1.0, 0.0], [0.0, float("nan")], [float(i) for i in range(5000)]])
+@pytest.mark.parametrize(
+    "edges", [None, [1.0, 0.0], [0.0, float("nan")], [float(i) for i in range(5000)]]
+)
 def test_a_site_counts_by_sound_edges_alone(noised: Study, edges: list[float] | None) -> None:
     sites = _prepared(noised)
     tensors = {"w": torch.zeros(sum(p.numel() for p in sites[0].model.parameters()))}
@@ -537,28 +639,36 @@ def test_a_site_counts_by_sound_edges_alone(noised: Study, edges: list[float] | 
         sites[0].handle("evaluate", codec.encode({"round": 4}, tensors))
 
 
-# a threshold that training patients pay for -------------------------------------------------------------------------
+# a threshold that training patients pay for -------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", [{}, {"privacy.noise": "site"}, {"security.aggregation": "masked"}])
-def test_a_chosen_threshold_is_paid_within_the_run(tmp_path: Path, study: Study, way: dict[str, Any]) -> None:
+def test_a_chosen_threshold_is_paid_within_the_run(
+    tmp_path: Path, study: Study, way: dict[str, Any]
+) -> None:
     result = medfed.run(study._with({"data.threshold": "youden", **way}), tmp_path / "run")
     assert result.complete
     ledger = own_ledger(tmp_path / "run")
     assert charges(ledger) == dict.fromkeys(SITES, 4)
     assert charges(ledger, "threshold") == dict.fromkeys(SITES, 1)
-    claim, plain = claim_of(tmp_path / "run"), medfed.run(study._with(way), tmp_path / "plain").summary["privacy"]
+    claim = claim_of(tmp_path / "run")
+    plain = medfed.run(study._with(way), tmp_path / "plain").summary["privacy"]
     assert claim["threshold"]["released"] == 1
     assert 0.99 * study.privacy.epsilon < claim["epsilon"] <= study.privacy.epsilon
-    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], rel=1e-3)
-    assert result.summary["privacy"]["noise_multiplier"] > plain["noise_multiplier"]  # it leaves room for the choice
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
+        claim["epsilon"], rel=1e-3
+    )
+    # it leaves room for the choice
+    assert result.summary["privacy"]["noise_multiplier"] > plain["noise_multiplier"]
     assert claim_of(tmp_path / "plain")["threshold"] is None
 
 
 def test_a_threshold_that_a_crash_lost_is_not_bought_beyond_the_budget(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was paid for and nobody knows what had left: the resumed run has no room for another, and says so."""
+    """It was paid for and nobody knows what had left: the resumed run has no room for another, and
+    says so.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(drive, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -571,7 +681,9 @@ def test_a_threshold_that_a_crash_lost_is_not_bought_beyond_the_budget(
 
 
 def test_a_threshold_that_noise_hides_is_not_chosen(study: Study) -> None:
-    summary = medfed.simulate(study._with({"data.threshold": "youden", "privacy.threshold_epsilon": 0.001})).summary
+    summary = medfed.simulate(
+        study._with({"data.threshold": "youden", "privacy.threshold_epsilon": 0.001})
+    ).summary
     assert summary["decision"]["threshold"] == 0.5
     assert any("chose nothing, as the noise hides it" in text for text in summary["warnings"])
 
@@ -589,7 +701,9 @@ def test_a_simulation_tests_without_paying(tmp_path: Path, noised: Study) -> Non
     assert not own_ledger(tmp_path / "run").exists()
 
 
-def test_patients_who_paid_for_tests_elsewhere_are_asked_again(tmp_path: Path, noised: Study, home: Path) -> None:
+def test_patients_who_paid_for_tests_elsewhere_are_asked_again(
+    tmp_path: Path, noised: Study, home: Path
+) -> None:
     Ledger.open(home, founding=Lifetime(4.0, 1e-4, operator="Ada")).close()
     lasting = noised.set("privacy.scope", "study").set("privacy.evaluation_epsilon", 0.3)
     assert medfed.run(lasting, tmp_path / "one").complete
@@ -603,13 +717,17 @@ def test_patients_who_paid_for_tests_elsewhere_are_asked_again(tmp_path: Path, n
 def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
     tmp_path: Path, noised: Study, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The attack: a tested run is resumed; its figures were cut from the log, and patients asked to pay again."""
+    """The attack: a tested run is resumed; its figures were cut from the log, and patients asked to
+    pay again.
+    """
     real = SiteLedger.pay
 
     def refuse_once(self: SiteLedger, round: int, asked: list[str]) -> dict[str, BudgetError]:
         if round != 2 or ending == "killed":
             return real(self, round, asked)
-        return real(self, round, [name for name in asked if name != "east"]) | {"east": BudgetError("for once")}
+        return real(self, round, [name for name in asked if name != "east"]) | {
+            "east": BudgetError("for once")
+        }
 
     def kill(*_: object) -> None:
         raise Crash
@@ -624,9 +742,13 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
         else:
             assert medfed.run(study, tmp_path / "run").summary["status"] == "incomplete"
 
-    before = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)]
+    before = [
+        e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)
+    ]
     again = medfed.resume(tmp_path / "run")
-    after = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)]
+    after = [
+        e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)
+    ]
     assert before == after and len(after) == 1
     assert again.summary["test"]["accuracy"] == after[0].all_sites["accuracy"].value
     assert set(charges(own_ledger(tmp_path / "run"), "test").values()) == {1}
@@ -634,25 +756,46 @@ def test_what_held_out_patients_paid_for_is_kept_when_a_run_goes_on(
 
 @pytest.mark.parametrize("task", ["binary", "regression"])
 def test_a_run_may_test_nothing_and_says_so(tmp_path: Path, study: Study, task: str) -> None:
-    """The newcomer's: a regression on one's own patients asked for a declaration that nobody could make."""
-    silent = study._with({"data.test_is_public": False, "monitor.evaluate_every": 0, "monitor.baselines": True})
+    """The newcomer's: a regression on one's own patients asked for a declaration that nobody could
+    make.
+    """
+    silent = study._with(
+        {"data.test_is_public": False, "monitor.evaluate_every": 0, "monitor.baselines": True}
+    )
     if task == "regression":
-        silent = silent._with({"data.target": "age", "data.task": "regression", "data.features": ["lactate", "ward"]})
+        silent = silent._with(
+            {"data.target": "age", "data.task": "regression", "data.features": ["lactate", "ward"]}
+        )
+
     result = medfed.run(silent, tmp_path / "run")
     assert result.complete and result.summary["test"] is None and not result.summary["baselines"]
     assert [one["code"] for one in result.summary["findings"]][-1] == "untested"
     assert charges(own_ledger(tmp_path / "run"), "test") == {}
     assert len(result.predict(invented().head(3))) == 3
     assert all(path.stat().st_size for path in write_dashboards(tmp_path / "run").values())
+
     with pytest.raises(PlanError, match=r"monitor.evaluate_every=0 do not compose"):
-        medfed.run(study._with({"monitor.evaluate_every": 0, "data.threshold": "youden"}), tmp_path / "other")
+        medfed.run(
+            study._with({"monitor.evaluate_every": 0, "data.threshold": "youden"}),
+            tmp_path / "other",
+        )
 
 
-def test_a_test_that_will_tell_nothing_is_warned_of_before_anybody_pays(tmp_path: Path, noised: Study) -> None:
-    """The newcomer's: `privacy plan` knew, `run` spent the lifetime budget, and the figures were dashes."""
+def test_a_test_that_will_tell_nothing_is_warned_of_before_anybody_pays(
+    tmp_path: Path, noised: Study
+) -> None:
+    """The newcomer's: `privacy plan` knew, `run` spent the lifetime budget, and the figures were
+    dashes.
+    """
     result = medfed.run(noised.set("privacy.evaluation_epsilon", 0.05), tmp_path / "run")
-    told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Warned | RoundFinished)]
-    first = next(e for e in told if isinstance(e, events.Warned) and "will hardly tell anything" in e.text)
+    told = [
+        e
+        for e in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, events.Warned | RoundFinished)
+    ]
+    first = next(
+        e for e in told if isinstance(e, events.Warned) and "will hardly tell anything" in e.text
+    )
     assert told.index(first) < next(i for i, e in enumerate(told) if isinstance(e, RoundFinished))
     assert result.summary["warnings"]
 
@@ -660,13 +803,18 @@ def test_a_test_that_will_tell_nothing_is_warned_of_before_anybody_pays(tmp_path
 def test_the_plan_says_what_a_paid_test_can_tell_and_where_a_run_is_charged(
     noised: Study, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newcomer's: a first trial founded the lifetime ledger, spent it, and its test told nothing."""
+    """The newcomer's: a first trial founded the lifetime ledger, spent it, and its test told
+    nothing.
+    """
     lasting = noised.set("privacy.scope", "study")
     found = runs.privacy_outlook(lasting)
     assert found["ledger"] == {"path": str(home), "founded": False} and not home.exists()
     test = found["paid_test"]
-    assert test["held_out"] == 48 and test["intervals"]["0.05"] is None  # 192 declared, a fifth held out
-    large = lasting._with({"privacy.delta": 1e-5} | {f"privacy.sizes.{name}": 4000 for name in SITES})
+    # 192 declared, a fifth held out
+    assert test["held_out"] == 48 and test["intervals"]["0.05"] is None
+    large = lasting._with(
+        {"privacy.delta": 1e-5} | {f"privacy.sizes.{name}": 4000 for name in SITES}
+    )
     low, high = runs.privacy_outlook(large)["paid_test"]["intervals"]["0.5"]
     assert 0.7 < low < 0.8 < high < 0.9
 
@@ -678,7 +826,7 @@ def test_the_plan_says_what_a_paid_test_can_tell_and_where_a_run_is_charged(
     assert runs.privacy_outlook(lasting)["ledger"]["founded"]
 
 
-# what leaves a site -------------------------------------------------------------------------------------------------
+# what leaves a site -------------------------------------------------------------------------------
 
 
 def _prepared(study: Study, frames: dict[str, pd.DataFrame] | None = None) -> list[site.Site]:
@@ -690,14 +838,18 @@ def _prepared(study: Study, frames: dict[str, pd.DataFrame] | None = None) -> li
     return sites
 
 
-def _frames(change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> dict[str, pd.DataFrame]:
+def _frames(
+    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame,
+) -> dict[str, pd.DataFrame]:
     frame = change(invented())
     return {name: frame[frame["hospital"] == name] for name in SITES}
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, 1e-300, None])
 def test_the_coordinator_does_not_choose_the_clip(study: Study, clip: float | None) -> None:
-    """At zero a padding slot was no number, so that the answer told whether a site had 64 patients."""
+    """At zero a padding slot was no number, so that the answer told whether a site had
+    64 patients.
+    """
 
     def answer(kind: str, header: dict[str, Any]) -> dict[str, torch.Tensor]:
         node = _prepared(study.set("privacy.clipping", kind))[0]
@@ -732,22 +884,34 @@ CHANGES: dict[str, Callable[[pd.DataFrame, pd.Series], pd.DataFrame]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_site_tells_before_training_is_the_same_without_a_patient(study: Study, change: str) -> None:
+def test_what_a_site_tells_before_training_is_the_same_without_a_patient(
+    study: Study, change: str
+) -> None:
     """Survey, preparation and enrolment, byte for byte."""
     name = _somebody(study)
     with_all, changed = (
         [site.Site.open(n, f, study) for n, f in _frames(how).items()]
-        for how in (lambda frame: frame, lambda frame: CHANGES[change](frame, frame["subject"] == name))
+        for how in (
+            lambda frame: frame,
+            lambda frame: CHANGES[change](frame, frame["subject"] == name),
+        )
     )
     for sites in (with_all, changed):
         account = SiteLedger(None, study)
         for node in sites:
             node.account = account
+
     encoding = _prepared(study)[0].encoding.to_json()
-    prepared = codec.encode({"encoding": encoding, **_public(north=96, south=58, east=38), "fixed": FIXED})
+    prepared = codec.encode(
+        {"encoding": encoding, **_public(north=96, south=58, east=38), "fixed": FIXED}
+    )
     enrolled = codec.encode({"run": "r", "fresh": True})
+
     for op, payload in (("survey", codec.encode({})), ("prepare", prepared), ("enrol", enrolled)):
-        assert [n.handle(op, payload) for n in with_all] == [n.handle(op, payload) for n in changed], op
+        assert [n.handle(op, payload) for n in with_all] == [
+            n.handle(op, payload) for n in changed
+        ], op
+
     assert len(with_all[0].train) != len(changed[0].train) or change == "other values"
     assert with_all[0].account and with_all[0].account.cohorts["north"].patients > 80
 
@@ -757,8 +921,13 @@ def test_without_a_claim_the_survey_does_tell_of_a_patient(study: Study) -> None
     name = _somebody(study)
     for how in CHANGES.values():
         one, other = (
-            site.Site.open("north", frames["north"], plain(study)).handle("survey", codec.encode({}))
-            for frames in (_frames(), _frames(lambda frame, how=how: how(frame, frame["subject"] == name)))  # type: ignore[misc]
+            site.Site.open("north", frames["north"], plain(study)).handle(
+                "survey", codec.encode({})
+            )
+            for frames in (
+                _frames(),
+                _frames(lambda frame, how=how: how(frame, frame["subject"] == name)),
+            )  # type: ignore[misc]
         )
         assert one != other
 
@@ -766,7 +935,9 @@ def test_without_a_claim_the_survey_does_tell_of_a_patient(study: Study) -> None
 def test_a_question_about_records_has_no_answer(study: Study) -> None:
     (north, *_) = _prepared(study)
     asked = codec.encode({"question": "known", "names": ["age"], "logs": {}})
-    with pytest.raises(SiteError, match=r"no answer under a privacy claim.*data\.preprocess='dictionary'"):
+    with pytest.raises(
+        SiteError, match=r"no answer under a privacy claim.*data\.preprocess='dictionary'"
+    ):
         north.handle("answer", asked)
     (open_north, *_) = _prepared(plain(study))
     assert codec.decode(open_north.handle("answer", asked))[1]["answer"].tolist() != [0]
@@ -778,14 +949,18 @@ def test_a_row_comes_with_nothing_but_public_numbers(study: Study, noise: str) -
     parameters = sum(p.numel() for p in sites[0].model.parameters())
     for node in sites:
         node.account = None
-        header, tensors = codec.decode(node.handle("work", codec.encode({"round": 1}, {"w": torch.zeros(parameters)})))
+        header, tensors = codec.decode(
+            node.handle("work", codec.encode({"round": 1}, {"w": torch.zeros(parameters)}))
+        )
         assert header.pop("loss", None) is None
         assert header == {"medfed": codec.VERSION, "steps": 1} and set(tensors) == {"row"}
         assert tensors["row"].shape == (parameters,)
 
 
 def test_sizes_other_than_the_declared_ones_are_refused_by_the_site(study: Study) -> None:
-    """Noise and divisor follow from them, so a coordinator that says more patients would buy less noise."""
+    """Noise and divisor follow from them, so a coordinator that says more patients would buy less
+    noise.
+    """
     (north, *_) = _prepared(study)
     public = _public(north=9600, south=58, east=38)
     told = codec.encode({"encoding": north.encoding.to_json(), **public, "fixed": FIXED})
@@ -795,7 +970,10 @@ def test_sizes_other_than_the_declared_ones_are_refused_by_the_site(study: Study
 
 def _public(**sizes: int) -> dict[str, Any]:
     """Return what a coordinator says of who takes part."""
-    return {"sizes": {name: {"train": size} for name, size in sizes.items()}, "clients": list(sizes)}
+    return {
+        "sizes": {name: {"train": size} for name, size in sizes.items()},
+        "clients": list(sizes),
+    }
 
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -808,24 +986,35 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_an_encoding_that_is_not_the_dictionarys_is_refused_whoever_is_in_the_table(study: Study, lie: str) -> None:
+def test_an_encoding_that_is_not_the_dictionarys_is_refused_whoever_is_in_the_table(
+    study: Study, lie: str
+) -> None:
     """Else a coordinator asks for a label less, and learns from the error that somebody has it."""
     (north, *_) = _prepared(study)
     told = north.encoding.to_json()
     LIES[lie](told)
-    payload = codec.encode({"encoding": told, **_public(north=96, south=58, east=38), "fixed": FIXED})
+    payload = codec.encode(
+        {"encoding": told, **_public(north=96, south=58, east=38), "fixed": FIXED}
+    )
     tables = [frame for how in (lambda f: f, lambda f: f[:0]) for frame in [_frames(how)["north"]]]
     for frame in tables:
         with pytest.raises(SiteError, match="is not that of the study's data dictionary"):
             site.Site.open("north", frame, study).handle("prepare", payload)
 
 
-def test_a_record_whose_label_is_not_declared_takes_no_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """To refuse it would tell that there is one: the run goes on, and the site's own log names the row."""
+def test_a_record_whose_label_is_not_declared_takes_no_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To refuse it would tell that there is one: the run goes on, and the site's own log names the
+    row.
+    """
     frame = invented()
     frame.loc[3, "died"] = "perhaps"
     study = medfed.load_study(write_study(tmp_path, PRIVATE, frame))
-    sites, whole = ({node.name: node for node in _prepared(s)} for s in (study, _study_without(tmp_path, frame, 3)))
+    sites, whole = (
+        {node.name: node for node in _prepared(s)}
+        for s in (study, _study_without(tmp_path, frame, 3))
+    )
     for name in SITES:
         for part in ("train", "test"):
             assert torch.equal(getattr(sites[name], part).x, getattr(whole[name], part).x)
@@ -846,7 +1035,9 @@ def test_patients_are_named_nowhere_on_disk(tmp_path: Path, lasting: Study, home
     study = medfed.load_study(write_study(tmp_path, PRIVATE, frame))
     study = replace(study, privacy=lasting.privacy).set("training.algorithm", "fedavgm")
     medfed.run(study, tmp_path / "run")
-    paths = [p for folder in (tmp_path / "run", home.parent) for p in folder.rglob("*") if p.is_file()]
+    paths = [
+        p for folder in (tmp_path / "run", home.parent) for p in folder.rglob("*") if p.is_file()
+    ]
     assert len(paths) > 8
     for path in paths:
         content = path.read_bytes().lower()
@@ -855,20 +1046,25 @@ def test_patients_are_named_nowhere_on_disk(tmp_path: Path, lasting: Study, home
 
 
 def test_a_quorum_that_fails_releases_no_sum(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One site of three cannot work: nobody sees the sum of the other two, and what was paid stays paid."""
+    """One site of three cannot work: nobody sees the sum of the other two, and what was paid stays
+    paid.
+    """
     real = work.sum_gradients
 
     def summed(sites: Any, *rest: Any) -> Any:
         answers = real(sites, *rest)
         return [
-            SiteError("its disk is full") if node.name == "east" else a for node, a in zip(sites, answers, strict=True)
+            SiteError("its disk is full") if node.name == "east" else a
+            for node, a in zip(sites, answers, strict=True)
         ]
 
     monkeypatch.setattr(work, "sum_gradients", summed)
     told: list[Event] = []
     result = medfed.simulate(study, listeners=[told.append])
     assert result.summary["rounds"] == 0 and result.summary["test"] is None
-    assert "2 of 3 sites answered" in next(e.reason for e in told if isinstance(e, events.RunFinished))
+    assert "2 of 3 sites answered" in next(
+        e.reason for e in told if isinstance(e, events.RunFinished)
+    )
     lenient = medfed.simulate(study.set("training.quorum", 0.6))
     assert lenient.summary["rounds"] == 4 and lenient.summary["participation"]["east"] == 0
     assert {item["reason"] for item in lenient.summary["excluded"]} == {"its disk is full"}

@@ -1,4 +1,6 @@
-"""Whole runs with liars: rules bear them, in the open and where nobody sees a row; what does not compose is refused."""
+"""Whole runs with liars: rules bear them, in the open and where nobody sees a row; what does not
+compose is refused.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +36,12 @@ def ten() -> Study:
     sites = dataclasses.replace(study.sites, names=TEN, shares=(0.1,) * 10)
     study = dataclasses.replace(study, privacy=Privacy(), sites=sites)
     return study._with(
-        {"training.learning_rate": 1.0, "training.average": 0.0, "training.rounds": 10, "monitor.baselines": False}
+        {
+            "training.learning_rate": 1.0,
+            "training.average": 0.0,
+            "training.rounds": 10,
+            "monitor.baselines": False,
+        }
     )
 
 
@@ -52,7 +59,10 @@ def test_the_mean_is_broken_and_the_rule_is_not(ten: Study, way: str) -> None:
 
 def test_a_rule_weighs_alike_in_the_open_and_in_secret(ten: Study) -> None:
     study = ten._with({**LYING, **ROBUST})
-    plain, secret = (medfed.simulate(study.set("security.aggregation", way)).w_P for way in ("plain", "three-party"))
+    plain, secret = (
+        medfed.simulate(study.set("security.aggregation", way)).w_P
+        for way in ("plain", "three-party")
+    )
     torch.testing.assert_close(secret, plain, atol=2e-3, rtol=2e-3)
 
 
@@ -60,13 +70,17 @@ def test_words_that_wrap_are_left_out_and_named(ten: Study) -> None:
     study = ten._with({**ROBUST, "robustness.attack": "wrap", "robustness.malicious": 0.3})
     result = medfed.simulate(study.set("security.aggregation", "three-party"))
     liars = {entry["site"] for entry in result.summary["excluded"]}
-    assert len(liars) == 3 and all("out of bound" in entry["reason"] for entry in result.summary["excluded"])
+    assert len(liars) == 3 and all(
+        "out of bound" in entry["reason"] for entry in result.summary["excluded"]
+    )
     assert result.summary["test"]["auroc"] > 0.98
 
 
 @pytest.mark.parametrize("attack", ["nan", "inf"])
 def test_rows_that_are_not_finite_are_left_out(ten: Study, attack: str) -> None:
-    result = medfed.simulate(ten._with({**ROBUST, "robustness.attack": attack, "robustness.malicious": 0.3}))
+    result = medfed.simulate(
+        ten._with({**ROBUST, "robustness.attack": attack, "robustness.malicious": 0.3})
+    )
     assert len({entry["site"] for entry in result.summary["excluded"]}) == 3
     assert result.summary["test"]["auroc"] > 0.98
 
@@ -74,16 +88,20 @@ def test_rows_that_are_not_finite_are_left_out(ten: Study, attack: str) -> None:
 def test_a_simulated_attack_is_marked(ten: Study) -> None:
     told = medfed.simulate(ten._with({**LYING, **ROBUST})).summary["warnings"]
     assert any("a simulation in which" in text and "no use" in text for text in told)
-    told = medfed.simulate(ten._with({**LYING, **ROBUST, "robustness.max_malicious": 0.2})).summary["warnings"]
+    told = medfed.simulate(ten._with({**LYING, **ROBUST, "robustness.max_malicious": 0.2})).summary[
+        "warnings"
+    ]
     assert any("more than the rule is set to bear" in text for text in told)
 
 
-# with a claim ------------------------------------------------------------------------------------------------------
+# with a claim -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def private(tmp_path: Path) -> Study:
-    return medfed.load_study(write_study(tmp_path, PRIVATE)).set("security.aggregation", "three-party")
+    return medfed.load_study(write_study(tmp_path, PRIVATE)).set(
+        "security.aggregation", "three-party"
+    )
 
 
 def test_the_budget_is_split_between_both_openings(private: Study) -> None:
@@ -93,16 +111,20 @@ def test_the_budget_is_split_between_both_openings(private: Study) -> None:
     gram, total = agreed.gram_split(g, terms)
     s = g.sensitivity_units()
     for K in (3, 10):
-        z_G, z_A = gram(K) / (s * terms.bound * (K + 3) ** 0.5), total / s
+        z_G = gram(K) / (s * terms.bound * (K + 3) ** 0.5)
+        z_A = total / s
         assert 1 / z_G**2 + 1 / z_A**2 == pytest.approx(1 / (g.sigma_units() / s) ** 2)
 
 
 def test_noise_of_the_right_size_lies_on_both(private: Study, tmp_path: Path) -> None:
-    study = private._with({"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0})
+    study = private._with(
+        {"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0}
+    )
     sites = open_sites(study, None)
     plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
     terms = agreed.terms_of(plan)
-    chosen, g = agreed.selection(plan, terms), plan.guarantee
+    chosen = agreed.selection(plan, terms)
+    g = plan.guarantee
     assert chosen is not None and chosen.gram_noise and chosen.sum_noise and g is not None
     gram, total = agreed.gram_split(g, terms)
     for drawn, sigma in (
@@ -121,7 +143,7 @@ def test_a_private_robust_run_keeps_its_promise(private: Study) -> None:
     assert result.complete and result.summary["privacy"]["epsilon"] <= 1
 
 
-# plans -------------------------------------------------------------------------------------------------------------
+# plans --------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "masked": ({**ROBUST, "security.aggregation": "masked"}, "the server sees no row"),
@@ -129,7 +151,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"robustness.max_malicious": 0.3}, "bears nobody"),
     "few": ({"robustness.rule": "krum", "robustness.max_malicious": 0.4}, "expected n >= 5"),
     "unknown": ({"robustness.rule": "median"}, "is no rule"),
-    "rows": ({"robustness.rule": "trimmed-mean", "security.aggregation": "three-party"}, "in plain sight"),
+    "rows": (
+        {"robustness.rule": "trimmed-mean", "security.aggregation": "three-party"},
+        "in plain sight",
+    ),
     "reference": ({"robustness.rule": "fltrust"}, "reference row"),
     "one row": ({"robustness.rule": "krum", "security.aggregation": "three-party"}, "single rows"),
     "attack": ({"robustness.attack": "flip", "robustness.malicious": 0.3}, "not an attack"),
@@ -147,8 +172,14 @@ def test_what_does_not_compose_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"security.aggregation": "plain"}, {"privacy.clipping": "adaptive"}, {"privacy.max_sites_per_patient": 2}],
+    [
+        {"security.aggregation": "plain"},
+        {"privacy.clipping": "adaptive"},
+        {"privacy.max_sites_per_patient": 2},
+    ],
 )
-def test_joint_noise_needs_what_the_matrix_noise_is_for(private: Study, settings: dict[str, Any]) -> None:
+def test_joint_noise_needs_what_the_matrix_noise_is_for(
+    private: Study, settings: dict[str, Any]
+) -> None:
     with pytest.raises((PlanError, StudyError), match="do not compose"):
         medfed.simulate(private._with({"robustness.rule": "geometric-median", **settings}))

@@ -1,4 +1,6 @@
-"""A run leaves what it promises, tells only what its events say, and survives being killed at any moment."""
+"""A run leaves what it promises, tells only what its events say, and survives being killed at any
+moment.
+"""
 
 import json
 import os
@@ -47,14 +49,36 @@ def model_bits(folder: Path) -> bytes:
 def test_a_run_folder_holds_what_is_promised(tmp_path: Path, study: Study) -> None:
     result = medfed.run(study, tmp_path / "run")
     assert result.complete and result.folder == tmp_path / "run"
-    assert {"study.toml", "plan.json", "events.jsonl", "checkpoints", "model.safetensors", "summary.json"} <= {
-        path.name for path in (tmp_path / "run").iterdir()
-    }
+    assert {
+        "study.toml",
+        "plan.json",
+        "events.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "summary.json",
+    } <= {path.name for path in (tmp_path / "run").iterdir()}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.keys() >= PROMISED
-    assert summary["rounds"] == 4 and summary["sites"] == sorted(SITES, key=list(summary["sites"]).index)
-    assert set(summary["test"]) == {"accuracy", "auroc", "precision", "recall", "f1", "brier", "ece", "n"}
-    assert summary["privacy"] == {"epsilon": None, "delta": None, "unit": "patient", "noise": "none"}
+    assert summary["rounds"] == 4 and summary["sites"] == sorted(
+        SITES, key=list(summary["sites"]).index
+    )
+
+    assert set(summary["test"]) == {
+        "accuracy",
+        "auroc",
+        "precision",
+        "recall",
+        "f1",
+        "brier",
+        "ece",
+        "n",
+    }
+    assert summary["privacy"] == {
+        "epsilon": None,
+        "delta": None,
+        "unit": "patient",
+        "noise": "none",
+    }
     assert summary["participation"] == dict.fromkeys(SITES, 4) and summary["excluded"] == []
     assert summary["test"]["n"] == sum(site["n"] for site in summary["per_site"].values())
 
@@ -69,19 +93,32 @@ def test_the_summary_is_a_function_of_the_events(tmp_path: Path, study: Study) -
 def test_bytes_are_what_crossed_the_port(study: Study) -> None:
     told: list[Event] = []
     summary = medfed.simulate(study.set("monitor.baselines", True), listeners=[told.append]).summary
-    parameters, rounds, sites = summary["parameters"], 4, 3
+    parameters = summary["parameters"]
+    rounds = 4
+    sites = 3
     (planned,) = [event for event in told if isinstance(event, events.Planned)]
-    weights = 4 * parameters * sites * (2 * rounds)  # the model goes out to train and to test, float32
-    down, up = summary["bytes"]["down"] - planned.bytes_down, summary["bytes"]["up"] - planned.bytes_up
+    # the model goes out to train and to test, float32
+    weights = 4 * parameters * sites * (2 * rounds)
+    down = summary["bytes"]["down"] - planned.bytes_down
+    up = summary["bytes"]["up"] - planned.bytes_up
     assert weights < down < weights + 300 * sites * 2 * rounds  # headers are small
-    assert 4 * parameters * sites * rounds < up < 4 * parameters * sites * rounds + 800 * sites * 2 * rounds
-    assert planned.bytes_up > 16 * 2 * 6 * 16 * 8 * sites  # digits x numbers x order statistics x thresholds
+    assert (
+        4 * parameters * sites * rounds
+        < up
+        < 4 * parameters * sites * rounds + 800 * sites * 2 * rounds
+    )
+    # digits x numbers x order statistics x thresholds
+    assert planned.bytes_up > 16 * 2 * 6 * 16 * 8 * sites
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path, study: Study) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    tmp_path: Path, study: Study
+) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         medfed.run(study.set("study.seed", seed), tmp_path / name)
-    weights = [safetensors.torch.load_file(tmp_path / n / "model.safetensors")["0.weight"] for n in "abc"]
+    weights = [
+        safetensors.torch.load_file(tmp_path / n / "model.safetensors")["0.weight"] for n in "abc"
+    ]
     assert model_bits(tmp_path / "a") == model_bits(tmp_path / "b")
     assert not torch.equal(weights[0], weights[2])
 
@@ -109,7 +146,11 @@ def test_a_saved_model_predicts_what_the_run_predicted(tmp_path: Path, study: St
     first = result.predict(table)
     again = medfed.load(tmp_path / "run").predict(table)
     pd.testing.assert_frame_equal(first, again)
-    assert list(first.columns) == ["yes"] and first["yes"].between(0, 1).all() and first["yes"].std() > 0.05
+    assert (
+        list(first.columns) == ["yes"]
+        and first["yes"].between(0, 1).all()
+        and first["yes"].std() > 0.05
+    )
 
 
 @pytest.mark.parametrize("task", ["multiclass", "regression"])
@@ -119,12 +160,18 @@ def test_other_tasks_run_to_the_end(tmp_path: Path, task: str) -> None:
         frame["died"] = np.digitize(frame["age"], [50, 65])
     else:
         frame["died"] = 3 * frame["age"] + 5
-    study = medfed.load_study(write_study(tmp_path, frame=frame)).set("data.task", task).set("training.rounds", 15)
+
+    study = (
+        medfed.load_study(write_study(tmp_path, frame=frame))
+        .set("data.task", task)
+        .set("training.rounds", 15)
+    )
     study = study.set("data.accept", ["target-copy"])  # the target is made of age
     result = medfed.run(study, tmp_path / "run")
     test = result.summary["test"]
     assert test["r2"] > 0.9 if task == "regression" else test["auroc"] > 0.9
     predicted = result.predict(frame)
+
     if task == "multiclass":
         assert list(predicted.columns) == ["0", "1", "2"]
         assert np.allclose(predicted.sum(axis=1), 1, atol=1e-5)
@@ -146,6 +193,7 @@ def test_a_model_of_ones_own_trains_by_the_fallback(
         "def make(features, outputs):\n"
         "    return Residual(features, outputs)\n"
     )
+
     monkeypatch.syspath_prepend(str(tmp_path))
     own = study.set("model.name", "own_model:make")
     told: list[Event] = []
@@ -155,7 +203,7 @@ def test_a_model_of_ones_own_trains_by_the_fallback(
     torch.testing.assert_close(result.w_P, loop.w_P, rtol=1e-4, atol=1e-5)
 
 
-# resuming ------------------------------------------------------------------------------------------------------------
+# resuming -----------------------------------------------------------------------------------------
 
 
 class Crash(BaseException):
@@ -182,10 +230,13 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bits(
             try:
                 result = medfed.resume(folder)
             except medfed.RunError as error:
-                assert number <= 2, f"write {number} was lost: {error}"  # killed before a first checkpoint
+                # killed before a first checkpoint
+                assert number <= 2, f"write {number} was lost: {error}"
                 continue
             resumed += 1
-            assert model_bits(folder) == model_bits(tmp_path / "whole"), f"write {number}, after={after}"
+            assert model_bits(folder) == model_bits(tmp_path / "whole"), (
+                f"write {number}, after={after}"
+            )
             assert result.summary["rounds"] == 4 and result.complete
     assert resumed >= 2 * (total - 3)
 
@@ -203,7 +254,8 @@ def count_writes(patch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def crash_at(patch: pytest.MonkeyPatch, number: int, after: bool) -> None:
-    count, real = iter(range(10_000)), files.write
+    count = iter(range(10_000))
+    real = files.write
 
     def write(path: Path, content: bytes | str) -> None:
         crash = next(count) == number
@@ -247,7 +299,9 @@ def test_no_whole_checkpoint_is_an_error_that_says_so(
     last = interrupted(tmp_path / "run", study, monkeypatch, rounds=1)
     for path in last.parent.iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(medfed.RunError, match=r"no whole checkpoint.*round-000000.checkpoint is damaged"):
+    with pytest.raises(
+        medfed.RunError, match=r"no whole checkpoint.*round-000000.checkpoint is damaged"
+    ):
         medfed.resume(tmp_path / "run")
 
 
@@ -280,7 +334,9 @@ def test_a_run_whose_table_is_gone_loads_and_is_not_resumed(
         medfed.resume(tmp_path / "run")
 
 
-def test_changed_study_or_data_is_refused(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_study_or_data_is_refused(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupted(tmp_path / "run", study, monkeypatch, rounds=2)
     invented(241).to_csv(tmp_path / "cohort.csv", index=False)
     with pytest.raises(medfed.RunError, match="the data has changed"):
@@ -299,14 +355,23 @@ KILLED = STUDY + '\n[model]\nname = "mlp"\n[model.options]\nhidden = [64, 32]\nd
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "rounds_seen"),
-    [("scaffold", 1), *(pytest.param(*case, marks=pytest.mark.long) for case in [("fedyogi", 7), ("fednova", 15)])],
+    [
+        ("scaffold", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("fedyogi", 7), ("fednova", 15)]
+        ),
+    ],
 )
-def test_a_process_killed_by_sigkill_resumes_to_the_same_bits(tmp_path: Path, algorithm: str, rounds_seen: int) -> None:
+def test_a_process_killed_by_sigkill_resumes_to_the_same_bits(
+    tmp_path: Path, algorithm: str, rounds_seen: int
+) -> None:
     path = write_study(tmp_path, KILLED)
     command = [sys.executable, "-m", "medfed", "run", str(path), "--quiet"]
     settings = [f"training.algorithm={algorithm}", "training.rounds=40", "training.local_epochs=4"]
     command += [word for setting in settings for word in ("--set", setting)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads a product crawl where the machine is busy
+    # two threads a product crawl where the machine is busy
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=alone)
     child = subprocess.Popen([*command, "--out", str(tmp_path / "run")], env=alone)
     record = tmp_path / "run" / "events.jsonl"
@@ -318,7 +383,9 @@ def test_a_process_killed_by_sigkill_resumes_to_the_same_bits(tmp_path: Path, al
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()
-    subprocess.run([*command[:3], "resume", str(tmp_path / "run"), "--quiet"], check=True, env=alone)
+    subprocess.run(
+        [*command[:3], "resume", str(tmp_path / "run"), "--quiet"], check=True, env=alone
+    )
     assert model_bits(tmp_path / "run") == model_bits(tmp_path / "whole")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 40 and summary["status"] == "complete"
@@ -327,7 +394,16 @@ def test_a_process_killed_by_sigkill_resumes_to_the_same_bits(tmp_path: Path, al
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_reason_and_it_resumes(tmp_path: Path) -> None:
     path = write_study(tmp_path)
-    command = [sys.executable, "-m", "medfed", "run", str(path), "--set", "training.rounds=30", "--out"]
+    command = [
+        sys.executable,
+        "-m",
+        "medfed",
+        "run",
+        str(path),
+        "--set",
+        "training.rounds=30",
+        "--out",
+    ]
     subprocess.run([*command, str(tmp_path / "whole"), "--quiet"], check=True)
     limit = (tmp_path / "whole" / "events.jsonl").stat().st_size // 2
 
@@ -336,7 +412,10 @@ def test_a_full_disk_ends_the_run_with_a_reason_and_it_resumes(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     full = subprocess.run(
-        [*command, str(tmp_path / "run"), "--quiet"], preexec_fn=no_larger_file, capture_output=True, text=True
+        [*command, str(tmp_path / "run"), "--quiet"],
+        preexec_fn=no_larger_file,
+        capture_output=True,
+        text=True,
     )
     assert full.returncode == 2
     assert re.search(r"events.jsonl cannot be written: File too large. Free the disk", full.stderr)
@@ -345,7 +424,7 @@ def test_a_full_disk_ends_the_run_with_a_reason_and_it_resumes(tmp_path: Path) -
     assert model_bits(tmp_path / "run") == model_bits(tmp_path / "whole")
 
 
-# refusals ------------------------------------------------------------------------------------------------------------
+# refusals -----------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path, study: Study) -> None:
@@ -370,8 +449,14 @@ def test_bad_data_leaves_no_folder(tmp_path: Path, study: Study) -> None:
 
 
 def test_training_that_diverges_is_incomplete_and_says_why(tmp_path: Path, study: Study) -> None:
-    wild = study.set("training.learning_rate", 1e5).set("data.task", "regression").set("data.target", "age")
-    result = medfed.run(wild.set("data.features", ["lactate"]).set("training.local_epochs", 50), tmp_path / "run")
+    wild = (
+        study.set("training.learning_rate", 1e5)
+        .set("data.task", "regression")
+        .set("data.target", "age")
+    )
+    result = medfed.run(
+        wild.set("data.features", ["lactate"]).set("training.local_epochs", 50), tmp_path / "run"
+    )
     assert not result.complete and result.summary["status"] == "incomplete"
     assert {e["reason"] for e in result.summary["excluded"]} == {
         "training did not stay finite; lower training.learning_rate"
@@ -381,8 +466,15 @@ def test_training_that_diverges_is_incomplete_and_says_why(tmp_path: Path, study
 @pytest.mark.needs("data")
 def test_heart_runs_with_a_feature_that_a_whole_site_lacks() -> None:
     result = medfed.simulate(medfed.load_study("heart").set("training.rounds", 3))
-    assert result.complete and set(result.summary["per_site"]) == {"cleveland", "hungarian", "switzerland", "va"}
-    assert any("'switzerland' has no value at all of chol" in text for text in result.summary["warnings"])
+    assert result.complete and set(result.summary["per_site"]) == {
+        "cleveland",
+        "hungarian",
+        "switzerland",
+        "va",
+    }
+    assert any(
+        "'switzerland' has no value at all of chol" in text for text in result.summary["warnings"]
+    )
 
 
 THE_BRIEFS = {
@@ -400,7 +492,9 @@ THE_BRIEFS = {
 
 def test_the_brief_s_network_learns_in_three_rounds() -> None:
     """The brief's own layers, without noise: what privacy is measured against."""
-    study = plain(medfed.load_study("brief", [f"{key}={value}" for key, value in THE_BRIEFS.items()]))
+    study = plain(
+        medfed.load_study("brief", [f"{key}={value}" for key, value in THE_BRIEFS.items()])
+    )
     result = medfed.simulate(study)
     assert result.summary["parameters"] == 193_473
     assert result.summary["rounds"] == 3 and result.summary["test"]["accuracy"] > 0.9
@@ -422,8 +516,12 @@ def test_a_one_class_site_trains_on_with_a_warning_and_null_figures(tmp_path: Pa
 
 
 def test_clients_can_be_drawn(study: Study) -> None:
-    summary = medfed.simulate(study.set("fleet.clients_per_round", 2).set("training.rounds", 12)).summary
-    assert sum(summary["participation"].values()) == 24 and min(summary["participation"].values()) > 0
+    summary = medfed.simulate(
+        study.set("fleet.clients_per_round", 2).set("training.rounds", 12)
+    ).summary
+    assert (
+        sum(summary["participation"].values()) == 24 and min(summary["participation"].values()) > 0
+    )
 
 
 def test_the_run_uses_the_working_folder_by_default(
@@ -431,7 +529,9 @@ def test_the_run_uses_the_working_folder_by_default(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = medfed.run(study)
-    assert result.folder is not None and re.fullmatch(r"runs/invented-\d{8}-\d{6}", os.fspath(result.folder))
+    assert result.folder is not None and re.fullmatch(
+        r"runs/invented-\d{8}-\d{6}", os.fspath(result.folder)
+    )
 
 
 def test_open_sites_gives_each_site_its_rows_only(study: Study) -> None:
@@ -440,14 +540,19 @@ def test_open_sites_gives_each_site_its_rows_only(study: Study) -> None:
     assert {site.name: len(site.table or ()) for site in sites} == counts.to_dict()
 
 
-def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_at_once_do_not_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both found it empty; the second to come is told, and leaves the first one's files alone."""
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("training.rounds", 2)
     begun = execute.freeze
 
     def meanwhile(*arguments: Any) -> Any:
         monkeypatch.setattr(execute, "freeze", begun)
-        for again in (lambda: medfed.run(study, tmp_path / "run"), lambda: files_held(tmp_path / "run")):
+        for again in (
+            lambda: medfed.run(study, tmp_path / "run"),
+            lambda: files_held(tmp_path / "run"),
+        ):
             with pytest.raises(checks.RunError, match=r"in use by another run|not an empty folder"):
                 again()
         return begun(*arguments)

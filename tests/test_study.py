@@ -29,7 +29,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return tables
 
 
-# loading ------------------------------------------------------------------------------------------------------------
+# loading ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -43,7 +43,12 @@ def test_bundled_studies_load_under_their_own_name(name: str) -> None:
 def test_a_file_lends_its_name_and_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[training]\nrounds = 3\n")
     study = load(tmp_path / "mine.toml", ["training.mu=0.5"])
-    assert (study.study.name, study.folder, study.training.rounds, study.training.mu) == ("mine", tmp_path, 3, 0.5)
+    assert (study.study.name, study.folder, study.training.rounds, study.training.mu) == (
+        "mine",
+        tmp_path,
+        3,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize("content", [b"rounds = = 3", b"\xff\xfe", b"[a]\n[a]\n"])
@@ -54,7 +59,9 @@ def test_what_is_not_toml_is_refused_with_its_path(tmp_path: Path, content: byte
 
 
 def test_no_such_study_offers_the_nearest() -> None:
-    with pytest.raises(StudyError, match=r"study='hart' is no file and no bundled study; did you mean 'heart'\?"):
+    with pytest.raises(
+        StudyError, match=r"study='hart' is no file and no bundled study; did you mean 'heart'\?"
+    ):
         load("hart")
 
 
@@ -63,7 +70,7 @@ def test_a_folder_is_no_study(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-# keys and types -----------------------------------------------------------------------------------------------------
+# keys and types -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,16 +119,19 @@ def test_a_wrong_type_is_named(key: str, value: Any, expected: str) -> None:
 
 
 def test_kind_conversions() -> None:
-    study = from_tables({"data": {"positive": 1, "features": "age"}, "training": {"learning_rate": 1}})
+    study = from_tables(
+        {"data": {"positive": 1, "features": "age"}, "training": {"learning_rate": 1}}
+    )
     assert (study.data.positive, study.data.features) == ("1", ("age",))
     assert type(study.training.learning_rate) is float
     codes = from_tables(_nested("data.dictionary.cp.categories", [1, 2.0, "3", 1.5]))
     assert codes.data.dictionary["cp"].categories == ("1", "2", "3", "1.5")
 
 
-# ranges -------------------------------------------------------------------------------------------------------------
+# ranges -------------------------------------------------------------------------------------------
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 TWO = {"names": ["a", "b"], "shares": [0.5, 0.5]}
 VIOLATIONS: list[tuple[str, Any]] = [
     ("study.seed", -1),
@@ -196,7 +206,9 @@ VIOLATIONS: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), VIOLATIONS, ids=[f"{key}={value}" for key, value in VIOLATIONS])
+@pytest.mark.parametrize(
+    ("key", "value"), VIOLATIONS, ids=[f"{key}={value}" for key, value in VIOLATIONS]
+)
 def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
     error = _refusal(_nested(key, value))
     assert error.startswith(f"{key}={value!r}; expected ")
@@ -224,7 +236,7 @@ def test_a_logarithm_needs_a_range_from_zero(low_high: list[float]) -> None:
     assert "data.dictionary.age.range" in error and "from 0 for log = true" in error
 
 
-# set ----------------------------------------------------------------------------------------------------------------
+# set ----------------------------------------------------------------------------------------------
 
 
 def test_set_returns_another_study() -> None:
@@ -232,7 +244,9 @@ def test_set_returns_another_study() -> None:
     other = study.set("training.rounds", 5)
     assert (study.training.rounds, other.training.rounds) == (10, 5)
     assert other.folder == study.folder
-    assert study.set("data.dictionary.age.range", [0, 9]).data.dictionary["age"] == Feature(range=(0.0, 9.0))
+    assert study.set("data.dictionary.age.range", [0, 9]).data.dictionary["age"] == Feature(
+        range=(0.0, 9.0)
+    )
 
 
 @pytest.mark.parametrize("key", ["training.rounds.x", "nothing.x", "rounds", "study.name.a.b"])
@@ -261,7 +275,11 @@ def test_values_are_toml_or_else_text(text: str, value: Any) -> None:
 
 
 def test_settings_change_lists_tables_and_strings() -> None:
-    settings_ = ["training.algorithm = fedprox", "model.options={hidden = [8, 4]}", 'data.features=["a", "b"]']
+    settings_ = [
+        "training.algorithm = fedprox",
+        "model.options={hidden = [8, 4]}",
+        'data.features=["a", "b"]',
+    ]
     study = load("breast-cancer", [*settings_, "study.seed=9"])
     assert study.training.algorithm == "fedprox" and study.model.options == {"hidden": [8, 4]}
     assert study.data.features == ("a", "b") and study.study.seed == 9
@@ -269,7 +287,9 @@ def test_settings_change_lists_tables_and_strings() -> None:
 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_settings_that_must_agree_need_no_order(turn: int) -> None:
-    assert load("breast-cancer", ['sites.names=["a", "b"]', "sites.shares=[0.5, 0.5]"][::turn]).sites.names == (
+    assert load(
+        "breast-cancer", ['sites.names=["a", "b"]', "sites.shares=[0.5, 0.5]"][::turn]
+    ).sites.names == (
         "a",
         "b",
     )
@@ -280,7 +300,7 @@ def test_a_setting_without_a_value_is_refused() -> None:
         load("heart", ["training.rounds"])
 
 
-# round trip and digest ----------------------------------------------------------------------------------------------
+# round trip and digest ----------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 
@@ -290,14 +310,27 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
     st.integers(0, 2**63 - 1),
     st.floats(1e-9, 1e5),
     st.lists(TEXT, max_size=3, unique=True),
-    st.dictionaries(TEXT, st.tuples(st.floats(0, 1), st.floats(2, 9), st.booleans(), TEXT), max_size=2),
-    st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans() | TEXT | st.lists(st.integers())),
+    st.dictionaries(
+        TEXT, st.tuples(st.floats(0, 1), st.floats(2, 9), st.booleans(), TEXT), max_size=2
+    ),
+    st.dictionaries(
+        st.text("abc", min_size=1), st.integers() | st.booleans() | TEXT | st.lists(st.integers())
+    ),
 )
 @settings(max_examples=50, deadline=None)
 def test_toml_round_trip(
-    name: str, seed: int, rate: float, features: list[str], entries: dict[str, Any], options: dict[str, Any]
+    name: str,
+    seed: int,
+    rate: float,
+    features: list[str],
+    entries: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    dictionary = {n: {"range": [low, high], "log": log, "unit": u} for n, (low, high, log, u) in entries.items()}
+    dictionary = {
+        n: {"range": [low, high], "log": log, "unit": u}
+        for n, (low, high, log, u) in entries.items()
+    }
+
     study = from_tables(
         {
             "study": {"name": name, "seed": seed},
@@ -316,7 +349,9 @@ def test_bundled_studies_survive_toml(name: str) -> None:
     assert from_tables(tomllib.loads(study.toml())) == replace(study, folder=Path())
 
 
-@pytest.mark.parametrize("line", ["Höhenklinik = 110", "Nord West = 1", "Süd= 3", "[data.dictionary.Größe]"])
+@pytest.mark.parametrize(
+    "line", ["Höhenklinik = 110", "Nord West = 1", "Süd= 3", "[data.dictionary.Größe]"]
+)
 def test_a_name_that_needs_quotes_is_told_with_its_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "study.toml").write_text(f"[privacy.sizes]\n{line}\n", encoding="utf-8")
     with pytest.raises(StudyError) as caught:
@@ -343,13 +378,29 @@ def _changed(key: str, value: Any) -> Any:
         "data.split": "stratified",
         "training.path": "loop",
     }
-    known |= {"data.preprocess": "none", "training.optimizer": "adam", "training.weighting": "uniform"}
+    known |= {
+        "data.preprocess": "none",
+        "training.optimizer": "adam",
+        "training.weighting": "uniform",
+    }
     known |= {"privacy.clipping": "fixed", "privacy.scope": "run", "privacy.accountant": "rdp"}
     known |= {"data.identity": "exact", "data.missing_patient": "own", "data.threshold": "youden"}
-    known |= {"data.join": ({"table": "x"},), "data.format.separator": ";", "data.format.decimal": ","}
-    known |= {"data.format.thousands": "'", "data.format.encoding": "cp1252", "data.format.labels": "labels"}
+    known |= {
+        "data.join": ({"table": "x"},),
+        "data.format.separator": ";",
+        "data.format.decimal": ",",
+    }
+    known |= {
+        "data.format.thousands": "'",
+        "data.format.encoding": "cp1252",
+        "data.format.labels": "labels",
+    }
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
-    known |= {"data.drop": ("rows without target",), "data.absent": {"a": ("x",)}, "data.test_from": "2024-01-01"}
+    known |= {
+        "data.drop": ("rows without target",),
+        "data.absent": {"a": ("x",)},
+        "data.test_from": "2024-01-01",
+    }
     known |= {"robustness.max_malicious": 0.25, "robustness.malicious": 0.25}
     known |= {"data.site_maps": {"a": "a.toml"}, "data.site_maps_sha256": {"a": "00"}}
     if key in known:
@@ -360,20 +411,32 @@ def _changed(key: str, value: Any) -> Any:
         return 1.0
     if isinstance(value, (int, float)):
         return (value / 2 or 0.5) if isinstance(value, float) else value + 1
-    return value + "x" if isinstance(value, str) else {"a": {}} if isinstance(value, dict) else (*value, "x")
+
+    return (
+        value + "x"
+        if isinstance(value, str)
+        else {"a": {}}
+        if isinstance(value, dict)
+        else (*value, "x")
+    )
 
 
 def _keys() -> list[tuple[str, Any]]:
-    study, found = Study(), []
+    study = Study()
+    found = []
     for table in fields(study):
         part = getattr(study, table.name)
         if is_dataclass(part):
             found += [(f"{table.name}.{f.name}", getattr(part, f.name)) for f in fields(part)]
     nested = [(key, value) for key, value in found if is_dataclass(value)]
-    found += [(f"{key}.{f.name}", getattr(value, f.name)) for key, value in nested for f in fields(value)]
+    found += [
+        (f"{key}.{f.name}", getattr(value, f.name)) for key, value in nested for f in fields(value)
+    ]
     found = [one for one in found if one not in nested]
     only = ("privacy.unit", "security.aggregation")  # they know one value so far
-    return [(key, value) for key, value in found if key not in only and not key.startswith("sites.")]
+    return [
+        (key, value) for key, value in found if key not in only and not key.startswith("sites.")
+    ]
 
 
 @pytest.mark.parametrize(("key", "value"), _keys(), ids=[key for key, _ in _keys()])
@@ -385,5 +448,9 @@ def test_a_changed_value_changes_the_digest(key: str, value: Any) -> None:
 
 def test_sites_change_the_digest_and_the_folder_does_not() -> None:
     study = from_tables({"sites": TWO})
-    assert study.digest() != from_tables({"sites": {**TWO, "shares": [0.4, 0.6]}}).digest() != Study().digest()
+    assert (
+        study.digest()
+        != from_tables({"sites": {**TWO, "shares": [0.4, 0.6]}}).digest()
+        != Study().digest()
+    )
     assert replace(study, folder=Path("/else")).digest() == study.digest()

@@ -1,4 +1,6 @@
-"""Under a claim sites vote on whether their own models do better: a noised bit a site, which its patients pay for."""
+"""Under a claim sites vote on whether their own models do better: a noised bit a site, which its
+patients pay for.
+"""
 
 import json
 import math
@@ -78,7 +80,9 @@ baselines = false
 
 
 def table(opposed: bool, sites: int = MANY, patients: int = 30) -> pd.DataFrame:
-    """Five measurements, of which two mean the same at all sites or, `opposed`, the opposite at every other one."""
+    """Five measurements, of which two mean the same at all sites or, `opposed`, the opposite at
+    every other one.
+    """
     rng = np.random.default_rng(5)
     site = np.arange(sites * patients) % sites
     x = rng.uniform(-3, 3, (len(site), 5)).round(3)
@@ -97,7 +101,9 @@ def table(opposed: bool, sites: int = MANY, patients: int = 30) -> pd.DataFrame:
 def load(folder: Path, opposed: bool = False, patients: int = 30, **changes: Any) -> Study:
     frame = table(opposed, patients=patients)
     study = medfed.load_study(write_study(folder, VOTING, frame))
-    study = study.set("privacy.sizes", dict.fromkeys(sorted(set(frame["hospital"])), round(0.8 * patients)))
+    study = study.set(
+        "privacy.sizes", dict.fromkeys(sorted(set(frame["hospital"])), round(0.8 * patients))
+    )
     return study._with({key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -113,14 +119,17 @@ def ask(sites: Iterable[Site], w_P: torch.Tensor) -> list[float | str]:
     """Return each site's vote, or the words of its refusal."""
     answers = handle_many(list(sites), "vote", codec.encode({"round": 4}, {"w": w_P}))
     return [
-        str(answer) if isinstance(answer, SiteError) else float(codec.decode(answer)[1]["vote"]) for answer in answers
+        str(answer) if isinstance(answer, SiteError) else float(codec.decode(answer)[1]["vote"])
+        for answer in answers
     ]
 
 
-# what is told -------------------------------------------------------------------------------------------------------
+# what is told -------------------------------------------------------------------------------------
 
 
-def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_not(tmp_path: Path) -> None:
+def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_not(
+    tmp_path: Path,
+) -> None:
     summary = medfed.run(load(tmp_path, opposed=True), tmp_path / "opposed").summary
     found = next(one for one in summary["findings"] if one["code"] == "own-better-by-vote")
     assert found["level"] == "warning" and f"of {MANY} votes" in found["text"]
@@ -131,21 +140,36 @@ def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_no
     summary = medfed.run(alike, tmp_path / "alike").summary
     assert summary["vote"]["interval"][1] < MANY / 2
     told = {one["code"] for one in summary["findings"]}
-    assert "federated-better-by-vote" in told and not told & {"own-better-by-vote", "vote-open", "not-compared"}
+    assert "federated-better-by-vote" in told and not told & {
+        "own-better-by-vote",
+        "vote-open",
+        "not-compared",
+    }
 
 
 @pytest.mark.parametrize(
     ("interval", "code"),
-    [([60, 90], "own-better-by-vote"), ([40, 70], "vote-open"), ([10, 49], "federated-better-by-vote")],
+    [
+        ([60, 90], "own-better-by-vote"),
+        ([40, 70], "vote-open"),
+        ([10, 49], "federated-better-by-vote"),
+    ],
 )
 def test_a_vote_is_told_by_its_interval(tmp_path: Path, interval: list[float], code: str) -> None:
     summary = dict(medfed.run(load(tmp_path), tmp_path / "run").summary)
     summary["vote"] = {"sites": 100, "own_better": sum(interval) / 2, "interval": interval}
     told = {one["code"] for one in verdict.findings(summary)}
-    assert told & {"own-better-by-vote", "federated-better-by-vote", "vote-open", "not-compared"} == {code}
+    assert told & {
+        "own-better-by-vote",
+        "federated-better-by-vote",
+        "vote-open",
+        "not-compared",
+    } == {code}
 
 
-def test_the_noise_of_a_vote_has_the_spread_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noise_of_a_vote_has_the_spread_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = load(tmp_path)
     sites, _ = opened(study)
     found = sites[0].guarantee
@@ -168,7 +192,7 @@ def test_where_nobody_sees_a_sites_counts_each_site_noises_its_own_vote(tmp_path
     assert len(set(told)) == MANY and not set(told) & set(bare)
 
 
-# what a site's own model is -----------------------------------------------------------------------------------------
+# what a site's own model is -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,11 +221,17 @@ def test_a_sites_own_model_is_the_baseline_of_a_federation_of_that_site_alone(
         torch.testing.assert_close(own_P, server.w_P + node.memory["offset"], rtol=1e-5, atol=1e-6)
 
 
-def test_under_a_claim_a_sites_own_model_is_trained_until_that_helps_no_more(tmp_path: Path) -> None:
-    """The recipe's rounds are for noised sums, and the defaults are too few: both made own models look bad."""
+def test_under_a_claim_a_sites_own_model_is_trained_until_that_helps_no_more(
+    tmp_path: Path,
+) -> None:
+    """The recipe's rounds are for noised sums, and the defaults are too few: both made own models
+    look bad.
+    """
     rng = np.random.default_rng(1)
     frame = table(False, sites=1, patients=400)
-    rare = frame.assign(died=np.where(rng.random(400) < 1 / (1 + np.exp(4 - frame["a"] - frame["b"])), "yes", "no"))
+    rare = frame.assign(
+        died=np.where(rng.random(400) < 1 / (1 + np.exp(4 - frame["a"] - frame["b"])), "yes", "no")
+    )
     study = medfed.load_study(write_study(tmp_path, VOTING, rare))
     study = study._with({"privacy.sizes": {"clinic 000": 320}, "privacy.vote_epsilon": 0.0})
     (one,), _ = opened(study)
@@ -209,22 +239,33 @@ def test_under_a_claim_a_sites_own_model_is_trained_until_that_helps_no_more(tmp
     best = LogisticRegression().fit(one.train.x, one.train.y).predict_proba(one.test.x)[:, 1]
     least = float(np.square(best - one.test.y.numpy()).mean())
     target = one.encoding.target
+
     own = float(
-        own_model.squared_error(target.task, own_model.outputs(one.model, own_P, one.test.x), one.test.y).mean()
+        own_model.squared_error(
+            target.task, own_model.outputs(one.model, own_P, one.test.x), one.test.y
+        ).mean()
     )
     assert own < 1.1 * least
     few = one.train.at(torch.arange(2))
     assert torch.isfinite(own_model.train_own(one.name, few, one.encoding, one.study)).all()
 
 
-def test_many_small_gains_do_not_outvote_few_large_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attack: 3 in a hundred die, most sites hold out no death, and who says less wins there."""
+def test_many_small_gains_do_not_outvote_few_large_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: 3 in a hundred die, most sites hold out no death, and who says less
+    wins there.
+    """
     sites, w_P = opened(load(tmp_path))
-    less = dict.fromkeys([one.name for one in sites], 0.002) | dict.fromkeys([one.name for one in sites[::5]], -0.1)
+    less = dict.fromkeys([one.name for one in sites], 0.002) | dict.fromkeys(
+        [one.name for one in sites[::5]], -0.1
+    )
     ballots = {}
     for one in sites:
         monkeypatch.setattr(queries, "train_own", lambda *_: w_P)
-        monkeypatch.setattr(queries, "errs_less", lambda *_, name=one.name: torch.full((3,), less[name]))
+        monkeypatch.setattr(
+            queries, "errs_less", lambda *_, name=one.name: torch.full((3,), less[name])
+        )
         ballots[one.name] = ask([one], w_P)[0]
     assert sum(vote > 0.5 for vote in ballots.values()) == 32  # type: ignore[operator,misc]
     assert sum(ballots.values()) < MANY / 2  # type: ignore[arg-type]
@@ -234,12 +275,17 @@ def test_many_small_gains_do_not_outvote_few_large_losses(tmp_path: Path, monkey
 def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
     tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The attack: a million votes, no number, two, none; the run ended without its claim, though all had paid."""
+    """The attack: a million votes, no number, two, none; the run ended without its claim, though
+    all had paid.
+    """
     real = queries.vote
 
     def lie(sites: Any, header: Any, tensors: Any) -> list[Any]:
         answers = real(sites, header, tensors)
-        told = {} if answer is None else {"vote": torch.tensor(answer, dtype=torch.float64).reshape(-1)}
+        if answer is None:
+            told = {}
+        else:
+            told = {"vote": torch.tensor(answer, dtype=torch.float64).reshape(-1)}
         return [codec.encode({}, told), *answers[1:]]
 
     monkeypatch.setitem(sites_.OPS, "vote", lie)
@@ -249,7 +295,9 @@ def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
     if isinstance(answer, float) and math.isfinite(answer):
         assert result.complete and 0 <= result.summary["vote"]["own_better"] <= MANY
         monkeypatch.setitem(sites_.OPS, "vote", real)
-        honest = medfed.run(load(tmp_path).set("study.seed", 3), tmp_path / "honest").summary["vote"]["own_better"]
+        honest = medfed.run(load(tmp_path).set("study.seed", 3), tmp_path / "honest").summary[
+            "vote"
+        ]["own_better"]
         assert abs(honest - result.summary["vote"]["own_better"]) < MANY / 4
     else:
         assert result.summary["vote"]["sites"] == MANY - 1 and not result.complete
@@ -257,7 +305,9 @@ def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
 
 
 def test_a_vote_follows_from_the_sites_own_records_alone(tmp_path: Path) -> None:
-    """A neighbour at one site must not move another site's bit, not by rounding either: each trains by itself."""
+    """A neighbour at one site must not move another site's bit, not by rounding either: each trains
+    by itself.
+    """
     sites, w_P = opened(load(tmp_path, opposed=True))
     together = ask(sites, w_P)
     sites, w_P = opened(load(tmp_path, opposed=True, study__name="again"))
@@ -272,7 +322,9 @@ def test_a_site_that_cannot_tell_votes_neither_way_and_says_nothing(
     """An error would tell of the patient who causes it."""
     sites, w_P = opened(load(tmp_path))
     if fault == "raises":
-        monkeypatch.setattr(queries, "train_own", lambda *_: (_ for _ in ()).throw(ValueError("patient p7")))
+        monkeypatch.setattr(
+            queries, "train_own", lambda *_: (_ for _ in ()).throw(ValueError("patient p7"))
+        )
     if fault == "diverges":
         monkeypatch.setattr(queries, "train_own", lambda *_: torch.full_like(w_P, math.nan))
     if fault == "no test":
@@ -287,13 +339,17 @@ def test_a_module_that_trains_only_with_noise_is_found_before_anybody_pays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All sites would vote no, and their patients would have paid for it."""
-    monkeypatch.setattr(queries, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass")))
-    with pytest.raises(PlanError, match=r"(?s)stage own model.*no backward pass.*leave privacy.vote_epsilon out"):
+    monkeypatch.setattr(
+        queries, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass"))
+    )
+    with pytest.raises(
+        PlanError, match=r"(?s)stage own model.*no backward pass.*leave privacy.vote_epsilon out"
+    ):
         medfed.run(load(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# who pays -----------------------------------------------------------------------------------------------------------
+# who pays -----------------------------------------------------------------------------------------
 
 
 def test_the_vote_is_paid_within_the_run(tmp_path: Path) -> None:
@@ -303,7 +359,9 @@ def test_the_vote_is_paid_within_the_run(tmp_path: Path) -> None:
     claim = claim_of(tmp_path / "run")
     assert claim["vote"]["released"] == 1 and claim["vote"]["paid_by"] == "training patients"
     assert 0.999 * 8 < claim["epsilon"] <= 8
-    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], rel=1e-3)
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
+        claim["epsilon"], rel=1e-3
+    )
     assert claim["second_accountant"]["epsilon"] == pytest.approx(claim["epsilon"], rel=1e-2)
     plain = medfed.run(load(tmp_path, privacy__vote_epsilon=0.0), tmp_path / "plain")
     assert claim_of(tmp_path / "plain")["vote"] is None
@@ -342,7 +400,9 @@ def test_held_out_patients_who_cannot_pay_keep_their_site_from_voting(
 
 
 def test_a_coordinator_that_asks_again_is_refused(tmp_path: Path) -> None:
-    """Each answer is a release, and each kind is planned once: the room of the rounds to come is not for more."""
+    """Each answer is a release, and each kind is planned once: the room of the rounds to come is
+    not for more.
+    """
     sites, w_P = opened(load(tmp_path))
     account = sites[0].account
     assert isinstance(account, SiteLedger)
@@ -356,7 +416,9 @@ def test_a_coordinator_may_not_ask_for_what_nobody_pays_for(tmp_path: Path) -> N
     sites, w_P = opened(load(tmp_path, privacy__vote_epsilon=0.0))
     assert set(ask(sites, w_P)) == {"privacy.vote_epsilon=0: nobody has paid for a vote"}
     sites, w_P = opened(load(tmp_path))
-    assert set(ask(sites, w_P[1:])) == {"the coordinator sends no model to vote on; run the same medfed everywhere"}
+    assert set(ask(sites, w_P[1:])) == {
+        "the coordinator sends no model to vote on; run the same medfed everywhere"
+    }
     assert sites[0].account and sites[0].account.queries() == {}
 
 
@@ -371,7 +433,9 @@ def test_a_run_that_goes_on_does_not_vote_twice(tmp_path: Path) -> None:
         patch.setattr(drive, "write_model", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             medfed.run(load(tmp_path), tmp_path / "run")
-    told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Voted)]
+    told = [
+        e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Voted)
+    ]
     summary = medfed.resume(tmp_path / "run").summary
     assert [summary["vote"]["own_better"]] == [e.own_better.value for e in told]
     assert set(charges(own_ledger(tmp_path / "run"), "vote").values()) == {1}
@@ -398,33 +462,53 @@ def _crashing(emit: Any) -> Any:
     return crash
 
 
-# what does not compose ----------------------------------------------------------------------------------------------
+# what does not compose ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"privacy.vote_epsilon": 0.2}, PlanError, r"its noise \(sd .*\) hides even a vote in which all agree"),
+        (
+            {"privacy.vote_epsilon": 0.2},
+            PlanError,
+            r"its noise \(sd .*\) hides even a vote in which all agree",
+        ),
         ({"privacy.vote_epsilon": 9.0}, StudyError, "privacy.vote_epsilon=9.0; expected 0"),
         ({"sites.kind": "device", "privacy.sizes": {}}, PlanError, "a device holds one patient"),
         ({"security.aggregation": "masked"}, PlanError, "hides even a vote"),
         (
-            {"privacy.vote_epsilon": 6.5, "privacy.threshold_epsilon": 6.5, "data.threshold": "youden"},
+            {
+                "privacy.vote_epsilon": 6.5,
+                "privacy.threshold_epsilon": 6.5,
+                "data.threshold": "youden",
+            },
             PlanError,
-            "privacy.threshold_epsilon=6.5 and privacy.vote_epsilon=6.5 and privacy.epsilon=8 do not compose: together "
-            "they leave nothing to train with",
+            "privacy.threshold_epsilon=6.5 and privacy.vote_epsilon=6.5 and privacy.epsilon=8 do "
+            "not compose: together they leave nothing to train with",
         ),
         (
-            {"data.test_is_public": False, "privacy.evaluation_epsilon": 7.9, "privacy.vote_epsilon": 7.9},
+            {
+                "data.test_is_public": False,
+                "privacy.evaluation_epsilon": 7.9,
+                "privacy.vote_epsilon": 7.9,
+            },
             PlanError,
             "no held-out patient's budget bears it beside a test",
         ),
         (
-            {"data.test_is_public": False, "privacy.evaluation_epsilon": 6.5, "privacy.vote_epsilon": 2.0},
+            {
+                "data.test_is_public": False,
+                "privacy.evaluation_epsilon": 6.5,
+                "privacy.vote_epsilon": 2.0,
+            },
             PlanError,
             "no test patient's budget bears it beside privacy.vote_epsilon=2",
         ),
-        ({"privacy.vote_epsilon": 7.999, "training.batch_size": 8}, PlanError, "leaves too little to train with"),
+        (
+            {"privacy.vote_epsilon": 7.999, "training.batch_size": 8},
+            PlanError,
+            "leaves too little to train with",
+        ),
     ],
 )
 def test_what_does_not_compose_is_refused_before_anybody_pays(
@@ -435,23 +519,30 @@ def test_what_does_not_compose_is_refused_before_anybody_pays(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("privacy", [{}, {"privacy.noise": "site"}, {"privacy.max_sites_per_patient": 2}])
+@pytest.mark.parametrize(
+    "privacy", [{}, {"privacy.noise": "site"}, {"privacy.max_sites_per_patient": 2}]
+)
 def test_the_recipe_takes_a_vote_where_it_tells(tmp_path: Path, privacy: dict[str, Any]) -> None:
     """By public facts alone, and never where a baseline is measured anyway."""
     for sites in (20, 60, 200, 4000):
         study = load(tmp_path)._with(privacy)
-        study = replace(study, given=frozenset({"privacy.epsilon", "privacy.sizes", *privacy}), chosen={})
+        study = replace(
+            study, given=frozenset({"privacy.epsilon", "privacy.sizes", *privacy}), chosen={}
+        )
         study = study.set("privacy.sizes", {f"s{k}": 40 for k in range(sites)})
         found = recipe._vote(study)
         assert (found is not None) == vote_tells(study, 2.0, sites, 4)
     assert recipe._vote(study._with({"monitor.baselines": True, "privacy.scope": "run"})) is None
     assert recipe._vote(study._with({"privacy.sizes": {}})) is None
-    assert recipe._vote(study._with({"privacy.sizes": {f"s{k}": 4 for k in range(5000)}})) is None  # wards of four
+    # wards of four
+    assert recipe._vote(study._with({"privacy.sizes": {f"s{k}": 4 for k in range(5000)}})) is None
     assert recipe._vote(study._with({"sites.kind": "device"})) is None
 
 
 def test_the_recipe_takes_no_vote_that_would_cost_a_test_its_room(tmp_path: Path) -> None:
-    """A study that ran must not be refused, and a test not be blurred, for a vote that nobody asked for."""
+    """A study that ran must not be refused, and a test not be blurred, for a vote that nobody asked
+    for.
+    """
     study = load(tmp_path, data__test_is_public=False)
     open_ = replace(study, given=frozenset({"privacy.epsilon", "privacy.sizes"}), chosen={})
     assert recipe._vote(open_._with({"privacy.evaluation_epsilon": 4.0}))
@@ -459,14 +550,23 @@ def test_the_recipe_takes_no_vote_that_would_cost_a_test_its_room(tmp_path: Path
 
 
 def test_a_plan_foretells_a_study_that_votes(tmp_path: Path) -> None:
-    found = runs.privacy_outlook(load(tmp_path, privacy__threshold_epsilon=3.0, data__threshold="youden"))
+    found = runs.privacy_outlook(
+        load(tmp_path, privacy__threshold_epsilon=3.0, data__threshold="youden")
+    )
     assert found["epsilon"] == 8 and found["foretold"]
 
 
 def test_who_only_votes_has_paid_too(tmp_path: Path) -> None:
-    result = medfed.run(load(tmp_path, fleet__clients_per_round=10, training__rounds=2), tmp_path / "run")
-    told: list[Any] = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunFinished)]
-    least, most = told[0].spread[0][0], told[0].spread[-1][0]
+    result = medfed.run(
+        load(tmp_path, fleet__clients_per_round=10, training__rounds=2), tmp_path / "run"
+    )
+    told: list[Any] = [
+        e
+        for e in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, events.RunFinished)
+    ]
+    least = told[0].spread[0][0]
+    most = told[0].spread[-1][0]
     assert least == pytest.approx(2.0, rel=1e-3) and most <= 8 and result.complete
 
 
@@ -476,14 +576,20 @@ def test_a_threshold_that_was_told_is_kept_though_the_vote_was_lost(tmp_path: Pa
         patch.setattr(events.Log, "emit", _crashing(events.Log.emit))
         with pytest.raises(Crash):
             medfed.run(study, tmp_path / "run")
-    told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)]
+    told = [
+        e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.Tested)
+    ]
     summary = medfed.resume(tmp_path / "run").summary
     assert summary["decision"]["threshold"] == told[-1].threshold != 0.5
     paid = charges(own_ledger(tmp_path / "run"), "threshold")
-    assert set(paid.values()) == {1} and set(charges(own_ledger(tmp_path / "run"), "vote").values()) == {1}
+    assert set(paid.values()) == {1} and set(
+        charges(own_ledger(tmp_path / "run"), "vote").values()
+    ) == {1}
 
 
 def test_half_a_votes_interval_holds_noise_and_chance() -> None:
     assert guarantee.vote_interval(100, 0) == pytest.approx(1.96 * 5, rel=1e-3)
     assert guarantee.vote_interval(0, 3) == pytest.approx(1.96 * 3, rel=1e-3)
-    assert json.loads(events.line(events.Voted(3, 4, Figure(1.0, 0.0, 2.0), 1.0)))["event"] == "voted"
+    assert (
+        json.loads(events.line(events.Voted(3, 4, Figure(1.0, 0.0, 2.0), 1.0)))["event"] == "voted"
+    )

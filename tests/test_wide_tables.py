@@ -1,4 +1,6 @@
-"""Robust scaling of columns whose middle half is one value: as good as standard scaling, and no divergence."""
+"""Robust scaling of columns whose middle half is one value: as good as standard scaling, and no
+divergence.
+"""
 
 import hashlib
 import itertools
@@ -26,27 +28,34 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_robust_is_as_good_as_standard(name: str, tmp_path: Path) -> None:
-    """With the study's defaults and 20 rounds; the columns whose IQR is a scale learn at three quarters of the pace.
+    """With the study's defaults and 20 rounds; the columns whose IQR is a scale learn at three
+    quarters of the pace.
 
     A seed's test of 320 patients scatters by .05, so four are taken.
     """
     make, least = TABLES[name]
     found: dict[str, list[float]] = {"robust": [], "standard": []}
     frame: pd.DataFrame = make()
+
     for kind, seed in itertools.product(found, range(4)):
-        study = write(tmp_path, frame, data__preprocess=kind, training__rounds=20).set("study.seed", seed)
+        study = write(tmp_path, frame, data__preprocess=kind, training__rounds=20).set(
+            "study.seed", seed
+        )
         summary = medfed.simulate(study).summary
         codes = [one["code"] for one in summary["findings"]]
         assert not {"loss-grew", "loss-high", "not-better-than-chance"} & set(codes), kind
         assert not any("training loss grew" in text for text in summary["warnings"]), kind
         found[kind].append(summary["test"]["auroc"])
+
     robust, standard = (statistics.mean(found[kind]) for kind in found)
     assert robust > standard - least
     assert robust > 0.7
 
 
 @pytest.mark.parametrize("make", [intensive_care, narrow_counts, laboratory])
-def test_no_cell_and_no_column_outweighs_a_table(make: Callable[[], pd.DataFrame], tmp_path: Path) -> None:
+def test_no_cell_and_no_column_outweighs_a_table(
+    make: Callable[[], pd.DataFrame], tmp_path: Path
+) -> None:
     prepared = medfed.load_and_prepare_medical_data(write(tmp_path, make()))
     x_NM = np.concatenate([x for x, _ in prepared.train.values()])
     assert np.abs(x_NM).max() <= ROBUST_CAP
@@ -62,7 +71,9 @@ BITS = {
     "heart": "9a0adc7280c461465811a2580b26b9d8",
     "thyroid-devices": "8529144611c5e60d0274f9f2025d7535",
 }
-"""Digests of what the bundled studies' sites trained and tested on before scales were widened, rows sorted."""
+"""Digests of what the bundled studies' sites trained and tested on before scales were widened, rows
+sorted.
+"""
 
 
 @pytest.mark.needs("data")

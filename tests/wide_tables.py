@@ -1,4 +1,6 @@
-"""Made-up tables whose columns are what robust scaling is bad at: rare events, mostly zero counts, heavy tails."""
+"""Made-up tables whose columns are what robust scaling is bad at: rare events, mostly zero counts,
+heavy tails.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,9 @@ HOSPITALS = ("north", "south", "east", "west")
 
 
 def write(folder: Path, frame: pd.DataFrame, **settings: object) -> Study:
-    """Write a table with columns `y` and `hospital`, and return a study of it with nothing set but `settings`."""
+    """Write a table with columns `y` and `hospital`, and return a study of it with nothing set but
+    `settings`.
+    """
     frame.to_csv(folder / "table.csv", index=False)
     tables = {"data": {"table": str(folder / "table.csv"), "target": "y", "site": "hospital"}}
     study = from_tables(tables).set("monitor.baselines", False).set("monitor.evaluate_every", 10)
@@ -20,8 +24,12 @@ def write(folder: Path, frame: pd.DataFrame, **settings: object) -> Study:
     return study
 
 
-def labelled(x_NF: np.ndarray, score_N: np.ndarray, share: float, rng: np.random.Generator) -> pd.DataFrame:
-    """Return a table of columns c000 and so on, a hospital, and a label that follows a score, with noise."""
+def labelled(
+    x_NF: np.ndarray, score_N: np.ndarray, share: float, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Return a table of columns c000 and so on, a hospital, and a label that follows a score, with
+    noise.
+    """
     noisy_N = score_N / score_N.std() + rng.logistic(size=len(score_N)) * 0.5
     frame = pd.DataFrame(x_NF, columns=[f"c{i:03d}" for i in range(x_NF.shape[1])])
     frame["y"] = (noisy_N > np.quantile(noisy_N, 1 - share)).astype(int)
@@ -30,16 +38,22 @@ def labelled(x_NF: np.ndarray, score_N: np.ndarray, share: float, rng: np.random
 
 
 def intensive_care(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """Return 189 columns like those of intensive care: near-constant counts, lognormal laboratory values, flags."""
+    """Return 189 columns like those of intensive care: near-constant counts, lognormal laboratory
+    values, flags.
+    """
     rng = np.random.default_rng(seed)
     ill_N = rng.standard_normal(rows)
-    columns, score_N = [], np.zeros(rows)
+    columns = []
+    score_N = np.zeros(rows)
+
     for i in range(189):
         driven_N = ill_N * rng.uniform(0, 0.7) + rng.standard_normal(rows)
         match i % 5:
             case 0:  # counts, zero but for one patient of ten or fewer
                 value_N = (
-                    rng.poisson(np.exp(driven_N)) * (driven_N > rng.uniform(1.2, 2.2)) * 10.0 ** rng.integers(0, 3)
+                    rng.poisson(np.exp(driven_N))
+                    * (driven_N > rng.uniform(1.2, 2.2))
+                    * 10.0 ** rng.integers(0, 3)
                 )
             case 1:
                 value_N = np.exp(driven_N * rng.uniform(0.3, 2.5) + rng.uniform(-2, 5))
@@ -49,8 +63,10 @@ def intensive_care(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
                 value_N = (driven_N > rng.uniform(0.3, 2.3)).astype(float)
             case 4:
                 value_N = driven_N * rng.uniform(1, 20) + rng.uniform(-50, 100)
+
         columns.append(value_N)
         score_N += driven_N * (rng.random() < 0.4) * rng.normal()
+
     return labelled(np.stack(columns, 1), 3 * ill_N + score_N / 4, 0.15, rng)
 
 
@@ -68,7 +84,9 @@ def narrow_counts(rows: int = 1500, seed: int = 1) -> pd.DataFrame:
 def laboratory(rows: int = 2500, seed: int = 2) -> pd.DataFrame:
     """Return 40 skewed laboratory values, some of them wrong by a factor of a thousand."""
     rng = np.random.default_rng(seed)
-    latent_NF = rng.standard_normal((rows, 6)) @ rng.standard_normal((6, 40)) / 2 + rng.standard_normal((rows, 40))
+    latent_NF = rng.standard_normal((rows, 6)) @ rng.standard_normal(
+        (6, 40)
+    ) / 2 + rng.standard_normal((rows, 40))
     x_NF = np.exp(latent_NF * rng.uniform(0.2, 2.2, 40) + rng.uniform(-3, 6, 40))
     wrong = rng.integers(rows, size=8), rng.integers(40, size=8)
     x_NF[wrong] *= 1000

@@ -12,23 +12,32 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 
-for unused in ("torchvision", "torchvision.datasets", "torchvision.transforms"):  # its own training loops want it
+# its own training loops want it
+for unused in ("torchvision", "torchvision.datasets", "torchvision.transforms"):
     sys.modules[unused] = MagicMock()
 
 from byzfl import NNM, GeometricMedian, MultiKrum  # noqa: E402
 
 
 def main() -> None:
-    """Time nearest-neighbour mixing with the geometric median, and Multi-Krum, on float32 tensors."""
+    """Time nearest-neighbour mixing with the geometric median, and Multi-Krum, on
+    float32 tensors.
+    """
     parser = argparse.ArgumentParser()
     for name in ("clients", "numbers", "liars", "repeats", "threads"):
         parser.add_argument(f"--{name}", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = np.random.default_rng(0).standard_normal((options.clients, options.numbers), dtype=np.float32)
-    row_KM, f = torch.from_numpy(rows), options.liars
-    nnm, median, krum = NNM(f), GeometricMedian(), MultiKrum(f)
+    rows = np.random.default_rng(0).standard_normal(
+        (options.clients, options.numbers), dtype=np.float32
+    )
+    row_KM = torch.from_numpy(rows)
+    f = options.liars
+    nnm = NNM(f)
+    median = GeometricMedian()
+    krum = MultiKrum(f)
     found: dict[str, list[float]] = {"nnm+geometric-median": [], "multi-krum": []}
+
     for _ in range(options.repeats):
         began = time.perf_counter()
         median(nnm(row_KM))
@@ -36,6 +45,7 @@ def main() -> None:
         krum(row_KM)
         found["nnm+geometric-median"].append(between - began)
         found["multi-krum"].append(time.perf_counter() - between)
+
     print(json.dumps(found))
 
 

@@ -1,14 +1,16 @@
 """Peer: one central iteration of FedAvg with the real package pfl-research (`pfl`), on the CPU.
 
-Measures the wall-clock seconds of `FederatedAveraging.run` for one central iteration over a cohort of all users,
-from the same initial weights in every repetition, and prints one JSON line. Needs pfl 0.6 and torch.
+Measures the wall-clock seconds of `FederatedAveraging.run` for one central iteration over a cohort
+of all users, from the same initial weights in every repetition, and prints one JSON line. Needs pfl
+0.6 and torch.
 
-Chosen in pfl's favour: one ready-made in-memory `PyTorchTensorDataset` per user, whose batches pfl makes once and
-keeps (it never shuffles); no evaluation, callback or report of metrics in the timed part. pfl evaluates every user
-in its iteration 0 whatever is asked for, so iteration 0 is the warm-up on a few users and the next ones are timed.
+Chosen in pfl's favour: one ready-made in-memory `PyTorchTensorDataset` per user, whose batches pfl
+makes once and keeps (it never shuffles); no evaluation, callback or report of metrics in the timed
+part. pfl evaluates every user in its iteration 0 whatever is asked for, so iteration 0 is the
+warm-up on a few users and the next ones are timed.
 
-pfl's own multi-process simulation needs no change here: start one process per worker with `PFL_WORKER_ADDRESSES`
-and `PFL_WORKER_RANK` set; the worker of rank 0 prints.
+pfl's own multi-process simulation needs no change here: start one process per worker with
+`PFL_WORKER_ADDRESSES` and `PFL_WORKER_RANK` set; the worker of rank 0 prints.
 """
 
 import argparse
@@ -58,11 +60,15 @@ def make_model(net: Net) -> PyTorchModel:
 
 
 def make_backend(x: Tensor, y: Tensor) -> SimulatedBackend:
-    """Simulation over in-memory users, taken in turn, so a cohort of all users has each of them once."""
+    """Simulation over in-memory users, taken in turn, so a cohort of all users has each of them
+    once.
+    """
     users = [PyTorchTensorDataset((user_x, user_y)) for user_x, user_y in zip(x, y, strict=True)]
     sampler = get_user_sampler("minimize_reuse", list(range(len(users))))
     data = FederatedDataset(users.__getitem__, sampler)
-    return SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()])
+    return SimulatedBackend(
+        training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]
+    )
 
 
 def run_to(
@@ -80,9 +86,12 @@ def run_to(
         train_cohort_size=cohort,
         val_cohort_size=0,
     )
-    local = NNTrainHyperParams(local_num_epochs=args.epochs, local_learning_rate=args.lr, local_batch_size=args.batch)
+    local = NNTrainHyperParams(
+        local_num_epochs=args.epochs, local_learning_rate=args.lr, local_batch_size=args.batch
+    )
     start = time.perf_counter()
     algorithm.run(params, backend, model, local, send_metrics_to_platform=False)
+
     return time.perf_counter() - start
 
 
@@ -94,8 +103,11 @@ def main() -> None:
     np.random.seed(args.seed)
     x, y = make_data(args.clients, args.samples, args.features, args.seed)
     net = Net(*make_mlp(args.features, args.hidden, args.seed))
-    model, backend, algorithm = make_model(net), make_backend(x, y), FederatedAveraging()
-    loss_before, initial = mean_loss(net, x, y), model.get_parameters()
+    model = make_model(net)
+    backend = make_backend(x, y)
+    algorithm = FederatedAveraging()
+    loss_before = mean_loss(net, x, y)
+    initial = model.get_parameters()
 
     run_to(1, min(WARM_UP_CLIENTS, args.clients), algorithm, backend, model, args)
     seconds = []
@@ -108,7 +120,11 @@ def main() -> None:
         "seconds": seconds,
         "threads": args.threads,
         "workers": len(os.environ.get("PFL_WORKER_ADDRESSES", "one").split(",")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pfl": version("pfl")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pfl": version("pfl"),
+        },
         "loss_before": loss_before,
         "loss_after": mean_loss(net, x, y),
     }

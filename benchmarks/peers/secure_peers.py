@@ -2,9 +2,9 @@
 
     python secure_peers.py --clients=50 --numbers=200000 --neighbours=44 --gone=5 --repeats=3
 
-Flower: what its SecAgg+ client does for one row (quantise, key agreement and shares for each neighbour, its own mask
-and a mask for each neighbour), and what its server does to take the masks away: the self masks of those who stayed, and
-the pair masks of those who are gone.
+Flower: what its SecAgg+ client does for one row (quantise, key agreement and shares for each
+neighbour, its own mask and a mask for each neighbour), and what its server does to take the masks
+away: the self masks of those who stayed, and the pair masks of those who are gone.
 """
 
 import argparse
@@ -15,7 +15,11 @@ import time
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
+    decrypt,
+    encrypt,
+    generate_shared_key,
+)
 from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
@@ -30,11 +34,9 @@ def flower(numbers: int, neighbours: int, clients: int, gone: int) -> tuple[floa
 
     began = time.perf_counter()
     steps = quantize(row, CLIP, TARGET)[0].astype(np.int64)
-    seed, mine, sealing = (
-        os.urandom(32),
-        ec.generate_private_key(ec.SECP384R1()),
-        ec.generate_private_key(ec.SECP384R1()),
-    )
+    seed = os.urandom(32)
+    mine = ec.generate_private_key(ec.SECP384R1())
+    sealing = ec.generate_private_key(ec.SECP384R1())
     halves = [
         create_shares(secret, threshold, neighbours + 1)
         for secret in (seed, mine.private_numbers().private_value.to_bytes(48, "big"))
@@ -59,13 +61,18 @@ def flower(numbers: int, neighbours: int, clients: int, gone: int) -> tuple[floa
             total = total - pseudo_rand_gen(secret, MODULUS, [(numbers,)])[0]
         else:
             for other in others[: neighbours - gone * neighbours // clients]:
-                total = total - pseudo_rand_gen(generate_shared_key(mine, other), MODULUS, [(numbers,)])[0]
+                total = (
+                    total
+                    - pseudo_rand_gen(generate_shared_key(mine, other), MODULUS, [(numbers,)])[0]
+                )
     total %= MODULUS
     return client, time.perf_counter() - began
 
 
 def ckks(numbers: int, clients: int) -> dict[str, float]:
-    """Return seconds to encrypt a row, to add all rows, to decrypt the sum, and bytes of an encrypted row."""
+    """Return seconds to encrypt a row, to add all rows, to decrypt the sum, and bytes of an
+    encrypted row.
+    """
     import tenseal
 
     context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 60])
@@ -96,8 +103,16 @@ def ckks(numbers: int, clients: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name, value in (("clients", 50), ("numbers", 200_000), ("neighbours", 44), ("gone", 5), ("repeats", 3)):
+    for name, value in (
+        ("clients", 50),
+        ("numbers", 200_000),
+        ("neighbours", 44),
+        ("gone", 5),
+        ("repeats", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     o = parser.parse_args()
-    client, unmask = zip(*(flower(o.numbers, o.neighbours, o.clients, o.gone) for _ in range(o.repeats)), strict=True)
+    client, unmask = zip(
+        *(flower(o.numbers, o.neighbours, o.clients, o.gone) for _ in range(o.repeats)), strict=True
+    )
     print(json.dumps({"client": client, "unmask": unmask, "ckks": ckks(o.numbers, o.clients)}))

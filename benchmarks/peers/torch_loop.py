@@ -1,7 +1,7 @@
 """Peer: one round of FedAvg as a plain PyTorch loop over the clients, on the CPU.
 
-Measures the wall-clock seconds of one whole round (every client trains, the server averages), from the same
-initial weights in every repetition, and prints one JSON line. Needs only torch.
+Measures the wall-clock seconds of one whole round (every client trains, the server averages), from
+the same initial weights in every repetition, and prints one JSON line. Needs only torch.
 """
 
 import argparse
@@ -31,12 +31,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--lr", type=float, default=0.1, help="local learning rate")
     result.add_argument("--repeats", type=int, default=3)
     result.add_argument("--threads", type=int, default=1, help="torch.set_num_threads")
-    result.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and the shuffles")
+    result.add_argument(
+        "--seed", type=int, default=0, help="of the data, the initial weights and the shuffles"
+    )
     return result
 
 
 def make_data(clients: int, samples: int, features: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Synthetic clients with shifted features: x (clients, samples, features), y (clients, samples, 1) of 0 and 1."""
+    """Synthetic clients with shifted features: x (clients, samples, features), y (clients, samples,
+    1) of 0 and 1.
+    """
     random = torch.Generator().manual_seed(seed)
     shift = 0.5 * torch.randn(clients, 1, features, generator=random)
     x = torch.randn(clients, samples, features, generator=random) + shift
@@ -61,13 +65,20 @@ def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def train_client(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, batch: int, shuffle: bool
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    batch: int,
+    shuffle: bool,
 ) -> None:
     """Local training: shuffled mini-batches, in place."""
     for _ in range(epochs):
         if shuffle:
             order = torch.randperm(len(x))
-            x, y = x[order], y[order]
+            x = x[order]
+            y = y[order]
         for xb, yb in zip(x.split(batch), y.split(batch), strict=True):
             optimizer.zero_grad()
             bce(model(xb), yb).backward()
@@ -86,11 +97,14 @@ def run_round(
 ) -> None:
     """One round of FedAvg, weighted by samples: updates `model` in place.
 
-    x and y hold one tensor per client, (samples, features) and (samples, 1); clients may differ in samples.
+    x and y hold one tensor per client, (samples, features) and (samples, 1); clients may differ in
+    samples.
     """
     worker = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(worker.parameters(), lr=lr)  # has no state, so one serves all clients
-    server, local = list(model.parameters()), list(worker.parameters())
+    # has no state, so one serves all clients
+    optimizer = torch.optim.SGD(worker.parameters(), lr=lr)
+    server = list(model.parameters())
+    local = list(worker.parameters())
     sums = [torch.zeros_like(p) for p in server]
     total = 0
     for client_x, client_y in zip(x, y, strict=True):
@@ -110,15 +124,23 @@ def run_round(
 def main() -> None:
     """Warm up on a few clients, time the rounds, print the JSON line."""
     cli = parser(__doc__)
-    cli.add_argument("--no-shuffle", action="store_true", help="the same batches every epoch, as pfl does")
+    cli.add_argument(
+        "--no-shuffle", action="store_true", help="the same batches every epoch, as pfl does"
+    )
     args = cli.parse_args()
     torch.set_num_threads(args.threads)
     x, y = make_data(args.clients, args.samples, args.features, args.seed)
     initial = make_mlp(args.features, args.hidden, args.seed)
-    settings = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr, "shuffle": not args.no_shuffle}
+    settings = {
+        "epochs": args.epochs,
+        "batch": args.batch,
+        "lr": args.lr,
+        "shuffle": not args.no_shuffle,
+    }
 
     run_round(x[:WARM_UP_CLIENTS], y[:WARM_UP_CLIENTS], copy.deepcopy(initial), **settings)
-    model, seconds = initial, []
+    model = initial
+    seconds = []
     for _ in range(args.repeats):
         model = copy.deepcopy(initial)
         start = time.perf_counter()

@@ -38,7 +38,12 @@ if TYPE_CHECKING:
         StudyError,
     )
     from medfed.privacy.accounting import PrivacyAccountingEntry, RenyiDPAccountant
-    from medfed.privacy.readings import estimate_mean, estimate_shares, report_category, report_number
+    from medfed.privacy.readings import (
+        estimate_mean,
+        estimate_shares,
+        report_category,
+        report_number,
+    )
     from medfed.runs import Result, load, resume, run, simulate
     from medfed.study import Study
     from medfed.study import load as load_study
@@ -46,11 +51,16 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "medfed.brief": "MedicalNeuralNetwork adaptive_gradient_clipping compare_federated_algorithms "
-    "create_interactive_dashboards create_medical_device_names export_training_logs generate_comprehensive_report "
-    "generate_privacy_report generate_security_report load_and_prepare_medical_data verify_model_integrity",
-    "medfed.core.checks": "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
-    "StudyError",
+    "medfed.brief": (
+        "MedicalNeuralNetwork adaptive_gradient_clipping compare_federated_algorithms "
+        "create_interactive_dashboards create_medical_device_names export_training_logs "
+        "generate_comprehensive_report generate_privacy_report generate_security_report "
+        "load_and_prepare_medical_data verify_model_integrity"
+    ),
+    "medfed.core.checks": (
+        "BudgetError DataError LedgerError MedfedError PlanError QuorumError RunError SiteError "
+        "StudyError"
+    ),
     "medfed.privacy.accounting": "PrivacyAccountingEntry RenyiDPAccountant",
     "medfed.privacy.readings": "estimate_mean estimate_shares report_category report_number",
     "medfed.runs": "Result load resume run simulate",

@@ -1,9 +1,10 @@
-"""The names of the brief that asked for this system, each a thin entry over the part that does the work.
+"""The names of the brief that asked for this system, each a thin entry over the part that does the
+work.
 
 For whoever comes with those names in hand; docs/from-the-brief.md maps all of them. Of the package
-only `medfed` itself, which hands out some of these names, knows this module. Names whose part is not built (consent,
-records, compliance frameworks, device selection, asynchronous rounds) are absent: they raise an ImportError rather
-than pretend.
+only `medfed` itself, which hands out some of these names, knows this module. Names whose part is
+not built (consent, records, compliance frameworks, device selection, asynchronous rounds) are
+absent: they raise an ImportError rather than pretend.
 """
 
 import dataclasses
@@ -98,7 +99,8 @@ class EnhancedMedicalIoMTDevice:
         return [cls(site.name, source, data) for site in runs.open_sites(_open(source), data)]
 
     def train_local_model(self) -> Tensor:
-        """Return the row [M] of the site's first local training: what it would send, before noise and sealing.
+        """Return the row [M] of the site's first local training: what it would send, before noise
+        and sealing.
 
         It stays in this process. Raises StudyError for a site that the study does not have.
         """
@@ -106,31 +108,42 @@ class EnhancedMedicalIoMTDevice:
         fleet = simulation.fleet
         if self.name not in (names := fleet.sites()):
             raise StudyError(
-                f"name={self.name!r} is no site of {self.study.study.name!r}; expected one of {some(names)}"
+                f"name={self.name!r} is no site of {self.study.study.name!r}; expected one of "
+                f"{some(names)}"
             )
+
         plan = prepare(simulation.study, fleet, names)
         refuse_unfound(plan)
         payload = codec.encode({"round": 1}, {"w": plan.first_weights()})
         reply = gather(fleet, [self.name], "work", payload, self.study.training.deadline)[self.name]
         if reply.error:
             raise PlanError(f"site {self.name!r}: {reply.error}")
+
         return codec.decode(reply.payload)[1]["row"]
 
     def encrypt_model_updates(self, row_M: Tensor, bits: int = 20) -> bytes:
-        """Return a row as a sealed upload: three envelopes, of which any one aggregator can open its own and learns
-        nothing. Keys are made for this call."""
+        """Return a row as a sealed upload: three envelopes, of which any one aggregator can open
+        its own and learns nothing. Keys are made for this call."""
         keys = _keys([self.name])
         steps_M = torch.round(row_M.double() * 2.0**bits).to(torch.int64).numpy()
         bound = float(np.linalg.norm(steps_M.astype(float))) + 1
         return three_party.share(
-            keys[self.name], _scope(), steps_M, three_party.SharingTerms(len(steps_M), bound, PARTIES)
+            keys[self.name],
+            _scope(),
+            steps_M,
+            three_party.SharingTerms(len(steps_M), bound, PARTIES),
         )
 
     def get_medical_privacy_report(self) -> dict[str, Any]:
-        """Return what this site's patients will pay, before training: noise, epsilon of a round and of the run."""
+        """Return what this site's patients will pay, before training: noise, epsilon of a round and
+        of the run.
+        """
         found = runs.privacy_outlook(self.study, self.data)
         mode = next(iter(found["modes"]))
-        line = next((one for one in found["modes"][mode] if one["site"] == self.name), found["modes"][mode][0])
+        line = next(
+            (one for one in found["modes"][mode] if one["site"] == self.name),
+            found["modes"][mode][0],
+        )
         return {"noise": mode, "delta": found["delta"], **line, "site": self.name}
 
 
@@ -172,45 +185,65 @@ class EnhancedFederatedServer:
         """Register a site; raises StudyError where it belongs to another study."""
         if device.study.study.name != self.study.study.name:
             raise StudyError(
-                f"{device.name!r} belongs to {device.study.study.name!r}, not to {self.study.study.name!r}"
+                f"{device.name!r} belongs to {device.study.study.name!r}, not to "
+                f"{self.study.study.name!r}"
             )
         self.devices[device.name] = device
 
     def run_enhanced_federated_learning(
         self, config: FederatedRoundConfig | None = None, out: Path | None = None
     ) -> Result:
-        """Run the study, in a folder of its own; raises StudyError where a site of it is not registered."""
+        """Run the study, in a folder of its own; raises StudyError where a site of it is not
+        registered.
+        """
         sites = [site.name for site in runs.open_sites(_open(self.study), self.data)]
         if absent := [name for name in sites if name not in self.devices]:
-            raise StudyError(f"not registered: {some(absent)}; register every site of {self.study.study.name!r}")
+            raise StudyError(
+                f"not registered: {some(absent)}; register every site of {self.study.study.name!r}"
+            )
         return runs.run((config or FederatedRoundConfig()).applied(self.study), out, self.data)
 
     def secure_aggregation(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked, opened."""
+        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked,
+        opened.
+        """
         return AdvancedSecurityManager().secure_aggregation(rows)
 
-    def privacy_preserving_update(self, total_M: Tensor, clip: float, preserver: "EnhancedPrivacyPreserver") -> Tensor:
-        """Return a sum of clipped rows with the noise that the preserver's budget asks for, and count it."""
+    def privacy_preserving_update(
+        self, total_M: Tensor, clip: float, preserver: "EnhancedPrivacyPreserver"
+    ) -> Tensor:
+        """Return a sum of clipped rows with the noise that the preserver's budget asks for, and
+        count it.
+        """
         return preserver.add_noise(total_M, clip)
 
 
 class EnhancedPrivacyPreserver:
-    """Noise for a number of releases that together cost (epsilon, delta), and the count of what was spent."""
+    """Noise for a number of releases that together cost (epsilon, delta), and the count of what was
+    spent.
+    """
 
     def __init__(self, epsilon: float = 1.0, delta: float = 1e-6, releases: int = 1) -> None:
         """Raises PlanError for a target that no noise reaches."""
-        self.accountant, self.releases = RenyiDPAccountant(delta), releases
+        self.accountant = RenyiDPAccountant(delta)
+        self.releases = releases
         self.noise_multiplier = self.accountant.noise_for(lambda z: Gaussian(z, releases), epsilon)
-        self.epsilon, self._entropy = epsilon, Entropy()
+        self.epsilon = epsilon
+        self._entropy = Entropy()
 
     def add_noise(self, total_M: Tensor, clip: float) -> Tensor:
-        """Return a sum of rows, each clipped to norm `clip`, with discrete Gaussian noise on the grid; count it first.
+        """Return a sum of rows, each clipped to norm `clip`, with discrete Gaussian noise on the
+        grid; count it first.
 
         Raises PlanError where the planned releases are spent.
         """
         if len(self.accountant.entries) >= self.releases:
-            raise PlanError(f"releases={self.releases} are spent; nothing is left of epsilon={self.epsilon:g}")
-        self.accountant.charge(Gaussian(self.noise_multiplier), f"release {len(self.accountant.entries) + 1}")
+            raise PlanError(
+                f"releases={self.releases} are spent; nothing is left of epsilon={self.epsilon:g}"
+            )
+        self.accountant.charge(
+            Gaussian(self.noise_multiplier), f"release {len(self.accountant.entries) + 1}"
+        )
         unit = 2.0 ** np.floor(np.log2(clip * GRID))
         sigma = self.noise_multiplier * grid_sensitivity(clip, unit, len(total_M))
         steps_M = round_to_grid(total_M, unit, sigma)
@@ -219,7 +252,9 @@ class EnhancedPrivacyPreserver:
         return noised_M
 
     def adaptive_gradient_clipping(self, *words: Any, **more: Any) -> Any:
-        """Return the factors that clip patients' gradients; see `medfed.adaptive_gradient_clipping`."""
+        """Return the factors that clip patients' gradients; see
+        `medfed.adaptive_gradient_clipping`.
+        """
         return adaptive_gradient_clipping(*words, **more)
 
     def track_privacy_usage(self) -> tuple[PrivacyAccountingEntry, ...]:
@@ -238,22 +273,32 @@ class AdvancedSecurityManager:
         self.max_malicious = max_malicious
 
     def detect_byzantine_devices(self, rounds: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Return who is suspected after rounds of rows (name -> [M]), with the sum held against each, worst first."""
+        """Return who is suspected after rounds of rows (name -> [M]), with the sum held against
+        each, worst first.
+        """
         told = []
         for rows in rounds:
-            names, f = list(rows), int(self.max_malicious * len(rows) + 1e-9)
+            names = list(rows)
+            f = int(self.max_malicious * len(rows) + 1e-9)
             gram_KK = rules.gram(rules.blocks_of(torch.stack(list(rows.values())).double()))
             told.append((names, detection.inspect(names, gram_KK, f)))
         most = max((int(self.max_malicious * len(rows) + 1e-9) for rows in rounds), default=0)
         return reputation.detect_byzantine_devices(told, most)
 
     def secure_aggregation(self, rows: Mapping[str, Tensor], bits: int = 20) -> Tensor:
-        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked, opened."""
-        steps = {name: torch.round(row.double() * 2.0**bits).to(torch.int64).numpy() for name, row in rows.items()}
+        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked,
+        opened.
+        """
+        steps = {
+            name: torch.round(row.double() * 2.0**bits).to(torch.int64).numpy()
+            for name, row in rows.items()
+        }
         length = len(next(iter(steps.values())))
         bound = max(float(np.linalg.norm(row.astype(float))) for row in steps.values()) + 1
         keys = _keys(list(steps))
-        opened = three_party.run_protocol(keys, _scope(), steps, three_party.SharingTerms(length, bound, PARTIES))
+        opened = three_party.run_protocol(
+            keys, _scope(), steps, three_party.SharingTerms(length, bound, PARTIES)
+        )
         total_M: NDArray[np.int64] = opened.total_M
         return torch.from_numpy(total_M).double() * 2.0**-bits
 
@@ -329,19 +374,25 @@ class ComprehensiveMonitor:
         """Write one page of everything, an executive page first."""
         return generate_comprehensive_report(self.run)
 
-    def export_training_logs(self, formats: Sequence[str] = ("json", "csv", "parquet")) -> list[Path]:
+    def export_training_logs(
+        self, formats: Sequence[str] = ("json", "csv", "parquet")
+    ) -> list[Path]:
         """Write the log as flat tables."""
         return export_training_logs(self.run, formats=formats)
 
 
 def _open(source: Study) -> Study:
     """Return a study without claim, secrecy or rule: what one site computes by itself."""
-    return dataclasses.replace(source, privacy=Privacy(), security=Security(), robustness=Robustness())
+    return dataclasses.replace(
+        source, privacy=Privacy(), security=Security(), robustness=Robustness()
+    )
 
 
 def _keys(names: Sequence[str]) -> dict[str, Post]:
     """Return parties that know each other's keys, made for one call."""
-    made = [Identity.new(name, "site") for name in names] + [Identity.new(name, "aggregator") for name in PARTIES]
+    made = [Identity.new(name, "site") for name in names] + [
+        Identity.new(name, "aggregator") for name in PARTIES
+    ]
     roster = Roster.of(*(key.public for key in made))
     return {key.name: Post(key, roster) for key in made}
 

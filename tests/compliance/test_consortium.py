@@ -1,4 +1,6 @@
-"""A consortium's list of members: only its key writes it, and a run takes no other keys than those on it."""
+"""A consortium's list of members: only its key writes it, and a run takes no other keys than those
+on it.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,14 @@ from medfed import runs
 from medfed.cli import app
 from medfed.compliance import consortium
 from medfed.compliance.trail import Trail
-from medfed.core.checks import KeyFileError, MedfedError, PlanError, RevokedError, SignatureError, TrailError
+from medfed.core.checks import (
+    KeyFileError,
+    MedfedError,
+    PlanError,
+    RevokedError,
+    SignatureError,
+    TrailError,
+)
 from medfed.runs import simulation
 from medfed.secure import key_files
 from medfed.secure.identity import Identity
@@ -37,16 +46,23 @@ def enrolled(place: Path, name: str, role: str = "site") -> Identity:
     return one
 
 
-# the list ----------------------------------------------------------------------------------------------------------
+# the list -----------------------------------------------------------------------------------------
 
 
 def test_who_is_approved_is_on_it_until_revoked(place: Path) -> None:
-    ann, ben = enrolled(place, "ann"), enrolled(place, "ben", "aggregator")
+    ann = enrolled(place, "ann")
+    ben = enrolled(place, "ben", "aggregator")
     found = consortium.read(place, fingerprint=BOSS.public.fingerprint)
-    assert dict(found.roster) == {"ann": ann.public, "ben": ben.public} and found.authority == BOSS.public
+    assert (
+        dict(found.roster) == {"ann": ann.public, "ben": ben.public}
+        and found.authority == BOSS.public
+    )
     consortium.revoke(place, BOSS, "ann", "its server was stolen")
     now = consortium.read(place)
-    assert list(now.roster) == ["ben"] and now.history[-1]["facts"]["reason"] == "its server was stolen"
+    assert (
+        list(now.roster) == ["ben"]
+        and now.history[-1]["facts"]["reason"] == "its server was stolen"
+    )
     with pytest.raises(RevokedError, match="'ann' is revoked"):
         now.roster["ann"]
     again = enrolled(place, "ann")
@@ -54,7 +70,8 @@ def test_who_is_approved_is_on_it_until_revoked(place: Path) -> None:
 
 
 def test_keys_are_rotated_by_who_holds_the_old_ones(place: Path) -> None:
-    ann, fresh = enrolled(place, "ann"), Identity.new("ann", "site")
+    ann = enrolled(place, "ann")
+    fresh = Identity.new("ann", "site")
     with pytest.raises(SignatureError, match="a member with other keys"):
         consortium.approve(place, BOSS, consortium.request(fresh))
     with pytest.raises(SignatureError, match="a member with other keys"):
@@ -69,7 +86,11 @@ def test_a_changed_request_is_refused(place: Path, field: str) -> None:
     other = consortium.request(Identity.new("eve", "aggregator"))
     with pytest.raises(SignatureError):
         consortium.approve(place, BOSS, {**asked, field: other[field]})
-    for broken in ({**asked, field: 3}, {k: v for k, v in asked.items() if k != field}, {**asked, field: "zz"}):
+    for broken in (
+        {**asked, field: 3},
+        {k: v for k, v in asked.items() if k != field},
+        {**asked, field: "zz"},
+    ):
         with pytest.raises(SignatureError):
             consortium.approve(place, BOSS, broken)
     assert not list(consortium.read(place).roster)
@@ -88,7 +109,9 @@ def test_nobody_else_writes_the_list(place: Path, tmp_path: Path) -> None:
     with pytest.raises(TrailError, match="may not write it"):
         consortium.approve(place, eve, consortium.request(eve))
     facts = consortium.request(Identity.new("eve", "site"))
-    Trail.open(place / "members.jsonl", eve.name, eve.public.signing, eve.sign).append("approved", facts)
+    Trail.open(place / "members.jsonl", eve.name, eve.public.signing, eve.sign).append(
+        "approved", facts
+    )
     with pytest.raises(TrailError, match="line 3: not written by the consortium's key"):
         consortium.read(place)
     with pytest.raises(TrailError, match="already"):
@@ -98,32 +121,43 @@ def test_nobody_else_writes_the_list(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_no_entry_of_a_list_is_refused(place: Path) -> None:
-    Trail.open(place / "members.jsonl", BOSS.name, BOSS.public.signing, BOSS.sign).append("revoked", {"name": "ann"})
+    Trail.open(place / "members.jsonl", BOSS.name, BOSS.public.signing, BOSS.sign).append(
+        "revoked", {"name": "ann"}
+    )
     with pytest.raises(TrailError, match="no entry of a list"):
         consortium.read(place)
 
 
-# runs --------------------------------------------------------------------------------------------------------------
+# runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def study(tmp_path: Path, place: Path) -> Study:
     """A three-party study whose parties' keys the consortium approved."""
-    study = medfed.load_study(write_study(tmp_path, STUDY)).set("security.aggregation", "three-party")
-    roles = dict.fromkeys(runs.survey(study), "site") | dict.fromkeys(study.security.aggregators, "aggregator")
+    study = medfed.load_study(write_study(tmp_path, STUDY)).set(
+        "security.aggregation", "three-party"
+    )
+    roles = dict.fromkeys(runs.survey(study), "site") | dict.fromkeys(
+        study.security.aggregators, "aggregator"
+    )
     for name, role in {**roles, "coordinator": "coordinator"}.items():
         key_files.save(enrolled(place, name, role), tmp_path / "keys" / f"{name}.key")
     return study.set("security.federation", str(place)).set("security.keys", str(tmp_path / "keys"))
 
 
-def test_a_run_under_the_consortiums_keys_is_checked_against_them(study: Study, place: Path, tmp_path: Path) -> None:
+def test_a_run_under_the_consortiums_keys_is_checked_against_them(
+    study: Study, place: Path, tmp_path: Path
+) -> None:
     result = medfed.run(study, tmp_path / "run")
     assert result.complete
     found = medfed.verify_model_integrity(tmp_path / "run", place)
     assert found["signed_by"] == "coordinator" and found["sites"] == sorted(runs.survey(study))
     assert found["rounds"] == study.training.rounds
     secret = key_files.load(tmp_path / "keys" / "coordinator.key").secret().hex()
-    assert not any(secret[:64] in path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*.*"))
+
+    assert not any(
+        secret[:64] in path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*.*")
+    )
     others = tmp_path / "others"
     consortium.begin(others, BOSS)
     with pytest.raises(TrailError, match="never approved"):
@@ -138,7 +172,8 @@ def test_revoked_unknown_and_swapped_keys_are_refused_before_a_folder_is_made(
     study: Study, place: Path, tmp_path: Path
 ) -> None:
     name, other = list(runs.survey(study))[:2]
-    file, kept = tmp_path / "keys" / f"{name}.key", tmp_path / "kept.key"
+    file = tmp_path / "keys" / f"{name}.key"
+    kept = tmp_path / "kept.key"
     file.rename(kept)
     with pytest.raises(KeyFileError, match="medfed key new"):
         medfed.run(study, tmp_path / "run")
@@ -154,7 +189,9 @@ def test_revoked_unknown_and_swapped_keys_are_refused_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_site_with_another_study_has_not_signed_this_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_with_another_study_has_not_signed_this_one(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = runs.open_sites
 
     def changed(*args: object, **more: object) -> list[object]:
@@ -179,7 +216,9 @@ def test_a_changed_model_or_trail_is_found(study: Study, tmp_path: Path, file: s
 
 
 @pytest.mark.parametrize("way", ["three-party", "masked"])
-def test_a_coordinator_that_signs_nothing_gets_no_row(study: Study, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coordinator_that_signs_nothing_gets_no_row(
+    study: Study, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from medfed.rounds import aggregation
 
     monkeypatch.setattr(aggregation, "_signed", lambda publisher, number, payload: payload)
@@ -191,7 +230,8 @@ def test_an_aggregator_that_stops_ends_the_round_and_the_run_goes_on_when_it_is_
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = medfed.run(study, tmp_path / "whole")
-    handle, calls = SharingAggregator.handle, 0
+    handle = SharingAggregator.handle
+    calls = 0
 
     def stopping(self: SharingAggregator, *args: object) -> object:
         nonlocal calls
@@ -205,7 +245,9 @@ def test_an_aggregator_that_stops_ends_the_round_and_the_run_goes_on_when_it_is_
         stopped = medfed.run(study, tmp_path / "run")
     assert not stopped.complete and 0 < stopped.summary["rounds"] < study.training.rounds
     resumed = medfed.resume(tmp_path / "run")
-    assert resumed.summary["rounds"] == study.training.rounds and torch.equal(resumed.w_P, whole.w_P)
+    assert resumed.summary["rounds"] == study.training.rounds and torch.equal(
+        resumed.w_P, whole.w_P
+    )
     assert medfed.verify_model_integrity(tmp_path / "run")["rounds"] == study.training.rounds
 
 
@@ -214,7 +256,7 @@ def test_bytes_of_each_phase_are_told(study: Study) -> None:
     assert set(phases) >= {"shares", "check", "open"} and min(phases.values()) > 0
 
 
-# the commands ------------------------------------------------------------------------------------------------------
+# the commands -------------------------------------------------------------------------------------
 
 
 def test_a_consortium_is_made_by_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,15 +274,51 @@ def test_a_consortium_is_made_by_commands(tmp_path: Path, monkeypatch: pytest.Mo
     told = json.loads(said("key", "show", "keys/north.key", "--json"))["fingerprint"]
     said("key", "request", "keys/north.key", "--out", "north.json")
     said("federation", "new", "members", "--key", "keys/consortium.key")
-    said("federation", "approve", "members", "north.json", "--key", "keys/consortium.key", "--fingerprint", told)
+    said(
+        "federation",
+        "approve",
+        "members",
+        "north.json",
+        "--key",
+        "keys/consortium.key",
+        "--fingerprint",
+        told,
+    )
     assert "north" in said("federation", "show", "members")
-    said("federation", "revoke", "members", "north", "--key", "keys/consortium.key", "--reason", "left")
+    said(
+        "federation",
+        "revoke",
+        "members",
+        "north",
+        "--key",
+        "keys/consortium.key",
+        "--reason",
+        "left",
+    )
     assert json.loads(said("federation", "show", "members", "--json"))["revoked"] == ["north"]
     for words in (
         ["key", "new", "north"],
         ["key", "new", "x", "--role", "king"],
         ["key", "show", "none.key"],
-        ["federation", "approve", "members", "none", "--key", "keys/consortium.key", "--fingerprint", told],
-        ["federation", "approve", "members", "north.json", "--key", "keys/north.key", "--fingerprint", told],
+        [
+            "federation",
+            "approve",
+            "members",
+            "none",
+            "--key",
+            "keys/consortium.key",
+            "--fingerprint",
+            told,
+        ],
+        [
+            "federation",
+            "approve",
+            "members",
+            "north.json",
+            "--key",
+            "keys/north.key",
+            "--fingerprint",
+            told,
+        ],
     ):
         assert isinstance(run(app, words).exception, MedfedError)

@@ -33,7 +33,14 @@ def written(tmp_path: Path) -> Trail:
 
 def test_what_was_written_holds_and_goes_on_after_a_restart(written: Trail) -> None:
     found = verify(written.path, holds, written.head)
-    assert [entry["facts"].get("n") for entry in found.entries] == [None, 0, 1, 2, 3, 4] and found.head == written.head
+    assert [entry["facts"].get("n") for entry in found.entries] == [
+        None,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ] and found.head == written.head
     again = opened(written.path, Identity.new("coordinator", "coordinator"))
     again.append("event", {"n": 5})
     assert len(verify(written.path, holds, again.head).entries) == 8
@@ -74,7 +81,9 @@ def test_every_change_is_found(written: Trail, name: str) -> None:
 
 def test_a_line_signed_by_another_key_is_found(written: Trail) -> None:
     other = Identity.new("coordinator", "coordinator")
-    Trail(written.path, "coordinator", other.sign, written.number, written.head).append("event", {"n": 9})
+    Trail(written.path, "coordinator", other.sign, written.number, written.head).append(
+        "event", {"n": 9}
+    )
     with pytest.raises(TrailError, match="line 7: 'coordinator' did not sign"):
         verify(written.path, holds)
 

@@ -1,4 +1,6 @@
-"""Messages: what was packed comes out, and whatever else arrives is a CodecError and nothing worse."""
+"""Messages: what was packed comes out, and whatever else arrives is a CodecError and
+nothing worse.
+"""
 
 import json
 import struct
@@ -15,7 +17,11 @@ from medfed.core import codec
 from medfed.core.checks import CodecError
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -26,13 +32,16 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    shape, dtype = draw(SHAPES), draw(st.sampled_from(DTYPES))
+    shape = draw(SHAPES)
+    dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     return torch.randint(0, 200, shape, generator=generator).to(dtype)
 
 
 def _message() -> bytes:
-    return codec.encode({"round": 3, "names": ["å", "b"]}, {"w": torch.arange(5.0), "n": torch.tensor(7)})
+    return codec.encode(
+        {"round": 3, "names": ["å", "b"]}, {"w": torch.arange(5.0), "n": torch.tensor(7)}
+    )
 
 
 def _only_a_codec_error(payload: bytes) -> bool:
@@ -49,14 +58,23 @@ def _is_ours(header: str) -> bool:
         told = json.loads(header)
     except ValueError:
         return False
-    return isinstance(told, dict) and type(told.get("medfed")) is int and told["medfed"] == codec.VERSION
+    return (
+        isinstance(told, dict)
+        and type(told.get("medfed")) is int
+        and told["medfed"] == codec.VERSION
+    )
 
 
 def _raw(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-@given(HEADERS, st.dictionaries(st.text(st.characters(codec="ascii"), min_size=1, max_size=5), tensors(), max_size=4))
+@given(
+    HEADERS,
+    st.dictionaries(
+        st.text(st.characters(codec="ascii"), min_size=1, max_size=5), tensors(), max_size=4
+    ),
+)
 def test_what_was_packed_comes_out(header: dict[str, Any], packed: dict[str, Tensor]) -> None:
     told, unpacked = codec.decode(codec.encode(header, packed))
     assert told == {"medfed": codec.VERSION, **header}
@@ -66,7 +84,9 @@ def test_what_was_packed_comes_out(header: dict[str, Any], packed: dict[str, Ten
         assert torch.equal(unpacked[name], tensor)
 
 
-ROWS = st.sampled_from([(torch.float32, 5), (torch.int64, 4), (torch.float32, 0), (torch.float64, 1)])
+ROWS = st.sampled_from(
+    [(torch.float32, 5), (torch.int64, 4), (torch.float32, 0), (torch.float64, 1)]
+)
 
 
 @given(st.lists(HEADERS, min_size=1, max_size=4), ROWS, st.integers(0, 9))
@@ -78,7 +98,9 @@ def test_a_stack_of_rows_is_written_and_read_as_each_alone(
     row_KM = torch.randn(len(headers), width, generator=generator).mul_(1000).to(dtype)
     rows = codec.RowFormat("row", row_KM[0])
     messages = rows.encode(headers, row_KM)
-    assert messages == [codec.encode(header, {"row": row}) for header, row in zip(headers, row_KM, strict=True)]
+    assert messages == [
+        codec.encode(header, {"row": row}) for header, row in zip(headers, row_KM, strict=True)
+    ]
     read_KM = torch.zeros_like(row_KM)
     assert [rows.decode(m, row) for m, row in zip(messages, read_KM, strict=True)] == [
         codec.decode(m)[0] for m in messages
@@ -88,7 +110,9 @@ def test_a_stack_of_rows_is_written_and_read_as_each_alone(
 
 def test_a_strided_row_is_written_as_it_reads() -> None:
     row_KM = torch.arange(12.0).reshape(3, 4).T
-    assert codec.RowFormat("row", row_KM[0]).encode([{}] * 4, row_KM) == [codec.encode({}, {"row": r}) for r in row_KM]
+    assert codec.RowFormat("row", row_KM[0]).encode([{}] * 4, row_KM) == [
+        codec.encode({}, {"row": r}) for r in row_KM
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +127,10 @@ def test_a_strided_row_is_written_as_it_reads() -> None:
         codec.encode({}, {"row": torch.zeros(5), "z": torch.zeros(1)}),
         codec.encode({}, {"row": torch.zeros(5)})[:-1],
         codec.encode({}, {"row": torch.zeros(5)}) + b"0",
-        _raw(b'{"__metadata__":{"header":7},"row":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}   ', bytes(20)),
+        _raw(
+            b'{"__metadata__":{"header":7},"row":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}   ',
+            bytes(20),
+        ),
     ],
 )
 def test_what_is_no_such_row_is_left_to_decode(message: bytes) -> None:
@@ -121,7 +148,9 @@ def test_a_row_of_another_version_is_refused() -> None:
 
 
 @given(st.data())
-def test_a_flipped_byte_of_a_row_message_reads_as_decode_reads_it_or_not_at_all(data: st.DataObject) -> None:
+def test_a_flipped_byte_of_a_row_message_reads_as_decode_reads_it_or_not_at_all(
+    data: st.DataObject,
+) -> None:
     message = bytearray(codec.encode({"loss": 0.5}, {"row": torch.arange(5.0)}))
     at = data.draw(st.integers(0, len(message) - 1))
     message[at] ^= data.draw(st.integers(1, 255))
@@ -144,7 +173,9 @@ def test_every_bit_of_a_float_survives() -> None:
 
 def test_views_are_packed_as_they_read() -> None:
     table = torch.arange(12.0).reshape(3, 4)
-    _, unpacked = codec.decode(codec.encode({}, {"t": table.T, "row": table[1], "e": torch.ones(1).expand(3)}))
+    _, unpacked = codec.decode(
+        codec.encode({}, {"t": table.T, "row": table[1], "e": torch.ones(1).expand(3)})
+    )
     assert torch.equal(unpacked["t"], table.T)
     assert unpacked["row"].tolist() == [4, 5, 6, 7]
     assert unpacked["e"].tolist() == [1, 1, 1]

@@ -1,4 +1,6 @@
-"""Rules choose the threshold that they say, and a patient moves what they read by no more than they say."""
+"""Rules choose the threshold that they say, and a patient moves what they read by no more than they
+say.
+"""
 
 import math
 
@@ -66,8 +68,12 @@ def test_a_patient_moves_the_vector_by_the_sensitivity_at_most(
     rule: ThresholdRule, others: list[tuple[int, int]], more: tuple[int, int]
 ) -> None:
     cells = np.linspace(-4, 4, 7)
-    with_, without = (np.array(rows, dtype=float).reshape(-1, 2) for rows in ([*others, more], others))
-    vectors = [rule.vector(tally(rows[:, 0], rows[:, 1], cells)).astype(float) for rows in (with_, without)]
+    with_, without = (
+        np.array(rows, dtype=float).reshape(-1, 2) for rows in ([*others, more], others)
+    )
+    vectors = [
+        rule.vector(tally(rows[:, 0], rows[:, 1], cells)).astype(float) for rows in (with_, without)
+    ]
     assert np.linalg.norm(vectors[0] - vectors[1]) <= rule.sensitivity() + 1e-12
 
 
@@ -75,12 +81,19 @@ def test_a_patient_moves_the_vector_by_the_sensitivity_at_most(
 def test_noise_that_hides_chooses_nothing_and_less_noise_chooses(rule: ThresholdRule) -> None:
     z, y = _scores(50_000, 0.1)
     cells = np.linspace(-7, -1, 15)
-    vector, random = rule.vector(tally(z, y, cells)).astype(float), np.random.default_rng(1)
+    vector = rule.vector(tally(z, y, cells)).astype(float)
+    random = np.random.default_rng(1)
     exact = rule.choose(cells, vector)
     assert exact is not None
-    found = [rule.choose(cells, vector + 20 * random.normal(size=len(vector)), 20.0) for _ in range(50)]
-    assert all(one is not None and abs(decision.logit(one) - decision.logit(exact)) < 1.0 for one in found)
-    hidden = [rule.choose(cells, vector + 1e5 * random.normal(size=len(vector)), 1e5) for _ in range(50)]
+    found = [
+        rule.choose(cells, vector + 20 * random.normal(size=len(vector)), 20.0) for _ in range(50)
+    ]
+    assert all(
+        one is not None and abs(decision.logit(one) - decision.logit(exact)) < 1.0 for one in found
+    )
+    hidden = [
+        rule.choose(cells, vector + 1e5 * random.normal(size=len(vector)), 1e5) for _ in range(50)
+    ]
     assert sum(one is None for one in hidden) >= 45
 
 

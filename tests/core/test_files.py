@@ -37,7 +37,10 @@ files.write(place, b"new")
 
 def _child(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -48,7 +51,9 @@ def _no_leftovers(folder: Path, *expected: str) -> bool:
 @pytest.mark.parametrize("content", ["text ü\n", b"bytes\0\xff\r\n", "", b""])
 def test_content_comes_back(tmp_path: Path, content: str | bytes) -> None:
     files.write(tmp_path / "file", content)
-    assert (tmp_path / "file").read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert (tmp_path / "file").read_bytes() == (
+        content.encode() if isinstance(content, str) else content
+    )
     assert _no_leftovers(tmp_path, "file")
 
 
@@ -84,9 +89,12 @@ def test_a_crash_before_the_rename_leaves_the_old_content(tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_content_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_on_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append("flush"), fsync(handle))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b))[1])
     files.write(tmp_path / "file", "new")

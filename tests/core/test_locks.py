@@ -1,4 +1,6 @@
-"""One writer at a time, by real processes: with the kernel's locks and, as on shares that have none, without."""
+"""One writer at a time, by real processes: with the kernel's locks and, as on shares that have
+none, without.
+"""
 
 import errno
 import json
@@ -18,7 +20,9 @@ from medfed.core import files, locks
 from medfed.core.checks import RunError
 from medfed.core.locks import Holder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are killed and asked for")
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="processes are killed and asked for"
+)
 
 PRELUDE = """
 import errno, os, sys, time
@@ -75,7 +79,9 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         if number:
             monkeypatch.setattr(
-                locks, "_FLOCK", type("", (), {"LOCK_EX": 2, "LOCK_NB": 4, "flock": staticmethod(unknown)})
+                locks,
+                "_FLOCK",
+                type("", (), {"LOCK_EX": 2, "LOCK_NB": 4, "flock": staticmethod(unknown)}),
             )
 
     return take
@@ -87,19 +93,27 @@ def _leave(folder: Path, holder: Holder) -> None:
 
 @pytest.mark.parametrize("unknown", KINDS[:2])
 def test_two_are_never_inside_at_once(tmp_path: Path, unknown: int) -> None:
-    """A lock on a file that its last holder has unlinked holds nobody off: it is looked at again once it is held."""
+    """A lock on a file that its last holder has unlinked holds nobody off: it is looked at again
+    once it is held.
+    """
     if unknown:
-        _leave(tmp_path, replace(Holder.here(), started="1"))  # of one who died: all find it, one may clear it
+        # of one who died: all find it, one may clear it
+        _leave(tmp_path, replace(Holder.here(), started="1"))
     children = [_start(TAKES_TURNS, tmp_path, unknown) for _ in range(4)]
     told = [child.communicate()[1] for child in children]
     assert [child.returncode for child in children] == [0] * 4, told
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_on_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first lets go, file and all, and the third takes it, between the second's open and its lock."""
+def test_a_lock_on_a_file_that_is_no_longer_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first lets go, file and all, and the third takes it, between the second's open and its
+    lock.
+    """
     path = tmp_path / files.LOCK
-    first, flock = locks.take(path), locks._flock
+    first = locks.take(path)
+    flock = locks._flock
     third: list[int] = []
 
     def meanwhile(handle: int) -> bool | None:
@@ -118,7 +132,8 @@ def test_who_comes_late_to_a_dead_one_s_file_does_not_clear_the_next_one_s(
     tmp_path: Path, without: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(errno.ENOLCK)
-    path, clear = tmp_path / files.LOCK, locks._clear
+    path = tmp_path / files.LOCK
+    clear = locks._clear
     _leave(tmp_path, replace(Holder.here(), started="1"))
     next_one: list[int] = []
 
@@ -134,7 +149,9 @@ def test_who_comes_late_to_a_dead_one_s_file_does_not_clear_the_next_one_s(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clearing_that_died_is_cleared_too(tmp_path: Path, without: Callable[[int], None]) -> None:
+def test_a_clearing_that_died_is_cleared_too(
+    tmp_path: Path, without: Callable[[int], None]
+) -> None:
     without(errno.ENOLCK)
     dead = replace(Holder.here(), started="1")
     _leave(tmp_path, dead)
@@ -170,7 +187,9 @@ def test_another_machine_s_lock_is_never_taken_over(
     without(unknown)
     _leave(tmp_path, replace(Holder.here(), host="elsewhere", boot="another"))
     before = (tmp_path / files.LOCK).read_bytes()
-    with pytest.raises(RunError, match=rf"on elsewhere, since .*remove {re.escape(str(tmp_path / files.LOCK))}"):
+    with pytest.raises(
+        RunError, match=rf"on elsewhere, since .*remove {re.escape(str(tmp_path / files.LOCK))}"
+    ):
         files.hold(tmp_path).__enter__()
     assert (tmp_path / files.LOCK).read_bytes() == before
 
@@ -191,7 +210,9 @@ def _since(folder: Path) -> str:
     return found.since
 
 
-def test_without_locks_a_pid_given_out_again_is_somebody_else(tmp_path: Path, without: Callable[[int], None]) -> None:
+def test_without_locks_a_pid_given_out_again_is_somebody_else(
+    tmp_path: Path, without: Callable[[int], None]
+) -> None:
     without(errno.ENOLCK)
     here = Holder.here()
     if not here.started:
@@ -204,15 +225,22 @@ def test_without_locks_a_pid_given_out_again_is_somebody_else(tmp_path: Path, wi
         pass
 
 
-def test_without_locks_a_container_s_pid_says_nothing(tmp_path: Path, without: Callable[[int], None]) -> None:
+def test_without_locks_a_container_s_pid_says_nothing(
+    tmp_path: Path, without: Callable[[int], None]
+) -> None:
     without(errno.ENOLCK)
     _leave(tmp_path, replace(Holder.here(), pids="pid:[1]", pid=2**22 + 1))
-    with pytest.raises(RunError, match="if that process runs nowhere any more, remove"), files.hold(tmp_path):
+    with (
+        pytest.raises(RunError, match="if that process runs nowhere any more, remove"),
+        files.hold(tmp_path),
+    ):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 3}', "[]", "\0\0"])
-def test_a_torn_lock_file_is_nobody_s_where_the_kernel_decides(tmp_path: Path, content: str) -> None:
+def test_a_torn_lock_file_is_nobody_s_where_the_kernel_decides(
+    tmp_path: Path, content: str
+) -> None:
     (tmp_path / files.LOCK).write_text(content)
     with files.hold(tmp_path):
         pass
@@ -224,7 +252,10 @@ def test_without_locks_a_torn_lock_file_is_left_to_a_person(
     without(errno.ENOLCK)
     monkeypatch.setattr(locks, "_PAUSE", 0.0)
     (tmp_path / files.LOCK).write_text("{")
-    with pytest.raises(RunError, match=r"another process\. Wait for it; if that process runs nowhere any more, remove"):
+    with pytest.raises(
+        RunError,
+        match=r"another process\. Wait for it; if that process runs nowhere any more, remove",
+    ):
         files.hold(tmp_path).__enter__()
 
 
@@ -238,5 +269,8 @@ def test_a_lock_that_a_person_removed_meanwhile_is_not_taken_from_the_next(tmp_p
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"absent.*cannot be written: No such file"), files.hold(tmp_path / "absent"):
+    with (
+        pytest.raises(RunError, match=r"absent.*cannot be written: No such file"),
+        files.hold(tmp_path / "absent"),
+    ):
         pass

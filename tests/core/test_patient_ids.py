@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from medfed.core import patient_ids
 from medfed.core.patient_ids import NOBODY, identify, is_nobody, nobodies
 
-SEVENTEEN = ["17", "17.0", "00017", "1.7e1", "1.7E+1", "+17", " 17 ", "17.", "170e-1", "\uff11\uff17", "\u0661\u0667"]
+SEVENTEEN = [
+    "17",
+    "17.0",
+    "00017",
+    "1.7e1",
+    "1.7E+1",
+    "+17",
+    " 17 ",
+    "17.",
+    "170e-1",
+    "\uff11\uff17",
+    "\u0661\u0667",
+]
 
 
 @pytest.mark.parametrize("text", SEVENTEEN)
@@ -56,7 +68,9 @@ def test_two_people_keep_two_names(one: str, other: str) -> None:
     assert identify(one, "canonical") != identify(other, "canonical")
 
 
-@pytest.mark.parametrize("text", ["1e" + "9" * 5000, "9" * 50_000, "1e999999", "0." + "0" * 9999 + "1", "e", ".", "+"])
+@pytest.mark.parametrize(
+    "text", ["1e" + "9" * 5000, "9" * 50_000, "1e999999", "0." + "0" * 9999 + "1", "e", ".", "+"]
+)
 def test_odd_numbers_take_no_time_and_no_memory(text: str) -> None:
     assert len(identify(text, "canonical")) <= len(text) + 8
 
@@ -70,7 +84,9 @@ def test_a_name_is_its_own_name(text: str) -> None:
 
 def test_every_assigned_character_is_its_own_name_after_one_turn() -> None:
     chance = random.Random(0)
-    letters = [chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    letters = [
+        chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
+    ]
     for first in letters:
         once = identify(first + chance.choice(letters), "canonical")
         assert identify(once, "canonical") == once, ascii(first)
@@ -83,7 +99,9 @@ DECIMAL = st.from_regex(r"\A[+-]?0{0,2}[0-9]{0,6}(\.[0-9]{0,4})?(e[+-]?[0-9]{1,2
 def test_numbers_have_one_name_exactly_where_they_are_equal(one: str, other: str) -> None:
     values = [_value(text) for text in (one, other)]
     if None not in values:
-        assert (identify(one, "canonical") == identify(other, "canonical")) == (values[0] == values[1])
+        assert (identify(one, "canonical") == identify(other, "canonical")) == (
+            values[0] == values[1]
+        )
 
 
 def _value(text: str) -> Fraction | None:

@@ -29,7 +29,8 @@ def _keys(count: int, name: str = "statistics") -> Tensor:
 
 def _splitmix64(key: int, count: int) -> list[int]:
     """SplitMix64 as published, in Python's integers."""
-    mask, words = (1 << 64) - 1, []
+    mask = (1 << 64) - 1
+    words = []
     for _ in range(count):
         key = (key + 0x9E3779B97F4A7C15) & mask
         z = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -42,7 +43,9 @@ def _splitmix64(key: int, count: int) -> list[int]:
 
 
 def test_keys_of_different_purposes_rounds_clients_and_seeds_all_differ() -> None:
-    purposes = list(product(range(3), ["batches", "selection", "noise"], range(20), ["a", "b", "ab", "1", "11"]))
+    purposes = list(
+        product(range(3), ["batches", "selection", "noise"], range(20), ["a", "b", "ab", "1", "11"])
+    )
     assert len({Streams(seed).key(*rest) for seed, *rest in purposes}) == len(purposes)
 
 
@@ -85,7 +88,8 @@ def test_no_stream_touches_a_global_generator() -> None:
 
 
 def test_generators_of_two_purposes_are_uncorrelated() -> None:
-    one, two = Streams(5).generator("selection", 1).random(20_000), Streams(5).generator("noise", 1).random(20_000)
+    one = Streams(5).generator("selection", 1).random(20_000)
+    two = Streams(5).generator("noise", 1).random(20_000)
     assert stats.pearsonr(one, two).pvalue > ALPHA
     assert stats.pearsonr(one, 0.05 * one + two).pvalue < ALPHA
 
@@ -95,12 +99,16 @@ def test_generators_of_two_purposes_are_uncorrelated() -> None:
 
 def test_words_are_the_published_vector_of_splitmix64() -> None:
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert [word % (1 << 64) for word in streams.words(_int64([1234567]), 4)[0].tolist()] == expected
+    assert [
+        word % (1 << 64) for word in streams.words(_int64([1234567]), 4)[0].tolist()
+    ] == expected
 
 
 @given(KEYS, st.integers(0, 40))
 def test_words_are_splitmix64_for_every_key(key: int, count: int) -> None:
-    assert [word % (1 << 64) for word in streams.words(_int64([key]), count)[0].tolist()] == _splitmix64(key, count)
+    assert [
+        word % (1 << 64) for word in streams.words(_int64([key]), count)[0].tolist()
+    ] == _splitmix64(key, count)
 
 
 @given(KEY_LISTS, st.integers(0, 30), st.integers(0, 30))
@@ -112,7 +120,9 @@ def test_a_word_is_a_function_of_key_and_number(keys: list[int], before: int, co
 
 
 @given(KEY_LISTS, st.integers(1, 20))
-def test_a_client_alone_draws_the_bits_that_it_draws_in_a_stack(keys: list[int], count: int) -> None:
+def test_a_client_alone_draws_the_bits_that_it_draws_in_a_stack(
+    keys: list[int], count: int
+) -> None:
     key_K = _int64(keys)
     for k in range(len(keys)):
         alone = key_K[k : k + 1]
@@ -123,12 +133,17 @@ def test_a_client_alone_draws_the_bits_that_it_draws_in_a_stack(keys: list[int],
 
 @given(KEYS, st.integers(1, 20))
 def test_a_single_key_without_a_client_axis_draws_the_same(key: int, count: int) -> None:
-    assert torch.equal(streams.uniform(torch.tensor(key), count), streams.uniform(_int64([key]), count)[0])
-    assert torch.equal(streams.subkey(torch.tensor(key), count), streams.subkey(_int64([key]), count)[0])
+    assert torch.equal(
+        streams.uniform(torch.tensor(key), count), streams.uniform(_int64([key]), count)[0]
+    )
+    assert torch.equal(
+        streams.subkey(torch.tensor(key), count), streams.subkey(_int64([key]), count)[0]
+    )
 
 
 def test_subkeys_of_many_keys_and_numbers_all_differ() -> None:
-    key_K = torch.cat([_keys(50), torch.arange(1, 50)])  # also neighbours; 0 is where the finaliser stays
+    # also neighbours; 0 is where the finaliser stays
+    key_K = torch.cat([_keys(50), torch.arange(1, 50)])
     branches = torch.stack([streams.subkey(key_K, number) for number in range(100)])
     assert len(branches.unique()) == branches.numel()
     assert not torch.isin(branches, streams.words(key_K, 200)).any()
@@ -162,7 +177,8 @@ def test_uniformity_test_has_power() -> None:
     u = _draws()
     assert not _looks_uniform(u.ravel() ** 1.02)
     assert not _looks_uniform(u.ravel() * 0.99)
-    repeated = np.where(np.arange(4999) % 20 == 0, u[:, :-1], u[:, 1:])  # one in twenty repeats its neighbour
+    # one in twenty repeats its neighbour
+    repeated = np.where(np.arange(4999) % 20 == 0, u[:, :-1], u[:, 1:])
     assert not _looks_independent(u[:, :-1].ravel(), repeated.ravel())
 
 
@@ -175,7 +191,11 @@ def test_keys_that_are_neighbours_give_independent_numbers() -> None:
 
 
 def test_neighbouring_subkeys_give_independent_numbers() -> None:
-    u = torch.stack([streams.uniform(streams.subkey(_keys(20), n), 100) for n in range(100)]).double().numpy()
+    u = (
+        torch.stack([streams.uniform(streams.subkey(_keys(20), n), 100) for n in range(100)])
+        .double()
+        .numpy()
+    )
     assert _looks_independent(u[:-1].ravel(), u[1:].ravel())
     assert _looks_independent(u[:, :-1].ravel(), u[:, 1:].ravel())
 
@@ -210,7 +230,8 @@ def test_a_shuffle_is_a_permutation_for_each_size(clients: list[tuple[int, int]]
 @given(st.lists(st.tuples(KEYS, st.integers(1, 40)), min_size=1, max_size=6))
 def test_a_shuffle_does_not_depend_on_the_other_clients(clients: list[tuple[int, int]]) -> None:
     keys, sizes = zip(*clients, strict=True)
-    key_K, size_K = _int64(list(keys)), _int64(list(sizes))
+    key_K = _int64(list(keys))
+    size_K = _int64(list(sizes))
     together = streams.shuffles(key_K, size_K)
     for k, size in enumerate(sizes):
         alone = streams.shuffles(key_K[k : k + 1], size_K[k : k + 1])
@@ -231,7 +252,10 @@ def test_every_order_of_five_is_as_likely_and_a_naive_shuffle_is_caught() -> Non
     naive = np.tile(np.arange(5), (K, 1))
     for i in range(5):  # swap with any place instead of a later one: the classic mistake
         j = draw.integers(0, 5, K)
-        naive[np.arange(K), i], naive[np.arange(K), j] = naive[np.arange(K), j], naive[np.arange(K), i]
+        naive[np.arange(K), i], naive[np.arange(K), j] = (
+            naive[np.arange(K), j],
+            naive[np.arange(K), i],
+        )
     assert not _orders_are_fair(naive)
 
 
@@ -247,7 +271,9 @@ def test_a_row_is_at_every_place_as_often_in_a_stack_of_unequal_sizes() -> None:
 
 def test_orders_of_two_epochs_are_independent() -> None:
     K = 30_000
-    first, second = (streams.shuffles(streams.subkey(_keys(K), e), torch.full((K,), 4)).numpy() for e in range(2))
+    first, second = (
+        streams.shuffles(streams.subkey(_keys(K), e), torch.full((K,), 4)).numpy() for e in range(2)
+    )
     cells = np.bincount(first[:, 0] * 4 + second[:, 0], minlength=16)
     assert stats.chisquare(cells).pvalue > ALPHA
     assert stats.chisquare(np.bincount(first[:, 0] * 4 + first[:, 0], minlength=16)).pvalue < ALPHA
@@ -263,7 +289,9 @@ def test_a_patients_fraction_is_a_function_of_key_and_patient(key: int, patient:
     assert patient_fraction(key, patient) == fraction
 
 
-def test_a_patients_fraction_is_below_one_for_the_highest_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patients_fraction_is_below_one_for_the_highest_hash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Highest:
         def digest(self) -> bytes:
             return b"\xff" * 8

@@ -1,4 +1,6 @@
-"""Awkward tables: each is read as the clean one, or refused in words that name row, column and fix. None is silent."""
+"""Awkward tables: each is read as the clean one, or refused in words that name row, column and fix.
+None is silent.
+"""
 
 import re
 from collections.abc import Mapping
@@ -54,7 +56,8 @@ def _same(found: Mapping[str, SiteTable], right: Mapping[str, SiteTable]) -> Non
     assert list(found) == list(right)
     for site, table in right.items():
         for kind in ("numbers", "texts"):
-            one, other = getattr(table, kind), getattr(found[site], kind)
+            one = getattr(table, kind)
+            other = getattr(found[site], kind)
             assert sorted(one) == sorted(other)
             for name, values in one.items():
                 assert np.array_equal(values, other[name], equal_nan=kind == "numbers"), name
@@ -68,16 +71,21 @@ def test_an_awkward_table_is_read_as_the_clean_one_or_refused(
 ) -> None:
     private, expected = right
     answer = table.right if not private or table.private is None else table.private
-    declared = {**table.declared, FORMAT: {**table.declared.get(FORMAT, {}), **(table.claimed if private else {})}}
+    declared = {
+        **table.declared,
+        FORMAT: {**table.declared.get(FORMAT, {}), **(table.claimed if private else {})},
+    }
     data = _data(table.make(tmp_path), declared)
     if answer == AS_CLEAN:
         _same(_read(tmp_path, data, private), expected)
         return
+
     refused = ""
     try:
         _read(tmp_path, data, private)
     except MedfedError as error:
         refused = str(error)
+
     assert answer == UNDER_CLAIM or re.search(answer, refused), refused
     if private:
         cells = {cell for row in clean()[1:] for cell in (row[0], *row[2:6]) if len(cell) > 2}

@@ -1,7 +1,8 @@
-"""What a cell says is a matter of that cell: one patient's gap or time of day changes no other cell of its column.
+"""What a cell says is a matter of that cell: one patient's gap or time of day changes no other cell
+of its column.
 
-The attack: one gap in a column of 18-digit codes made floats of all of them, and every other patient's category was
-missing; one admission with an hour put an hour into every date.
+The attack: one gap in a column of 18-digit codes made floats of all of them, and every other
+patient's category was missing; one admission with an hour put an hour into every date.
 """
 
 import datetime as dt
@@ -35,7 +36,10 @@ KINDS: dict[str, tuple[list[object], pa.DataType]] = {
     "decimals": ([decimal.Decimal("1.10"), decimal.Decimal("2.00")], pa.decimal128(9, 2)),
     "days": ([dt.date(2024, 1, 2), dt.date(2024, 3, 4)], pa.date32()),
     "moments": ([dt.datetime(2024, 1, 2), dt.datetime(2024, 3, 4)], pa.timestamp("us")),
-    "moments with a zone": ([dt.datetime(2024, 1, 2), dt.datetime(2024, 3, 4)], pa.timestamp("us", tz="UTC")),
+    "moments with a zone": (
+        [dt.datetime(2024, 1, 2), dt.datetime(2024, 3, 4)],
+        pa.timestamp("us", tz="UTC"),
+    ),
     "words of a list": (["a", "b"], pa.dictionary(pa.int8(), pa.string())),
 }
 ODD: dict[str, object] = {
@@ -73,14 +77,18 @@ def test_one_cell_more_changes_no_other(tmp_path: Path, kind: str, odd: str) -> 
 
 def test_a_gap_leaves_the_codes_of_all_others_declared(tmp_path: Path) -> None:
     codes = tuple(map(str, CODES))
-    data = Data(target="y", dictionary={"x": Feature(categories=codes), "y": Feature(categories=("0", "1"))})
+    data = Data(
+        target="y", dictionary={"x": Feature(categories=codes), "y": Feature(categories=("0", "1"))}
+    )
     frame = column(tmp_path, "large codes", [None], data)
     assert clean("s", frame, data, Streams(0), private=True).texts["x"][:2].tolist() == list(codes)
 
 
 @pytest.mark.parametrize("first", [-0.0, 0.0, 5.0])
 def test_a_minus_before_zero_is_no_other_number(first: float) -> None:
-    """The attack: the first cell's -0.0 had every other patient's 0 read as -0, which is no `no`."""
+    """The attack: the first cell's -0.0 had every other patient's 0 read as -0, which is
+    no `no`.
+    """
     for dtype in ("float64", "object"):
         code_N, text_U = find_different(pd.Series([first, 0.0, 1.0, 0.0], dtype=dtype))
         assert [text_U[code] for code in code_N[1:]] == ["0", "1", "0"]
@@ -93,10 +101,14 @@ def test_a_truth_and_a_one_are_read_as_each_says() -> None:
 
 def test_the_end_of_time_in_another_zone_is_a_gap_of_its_own() -> None:
     end = pd.Timestamp("9999-12-31T23:59:59").as_unit("s").tz_localize("UTC")
-    moments = pd.Series([end, pd.Timestamp("2024-01-02", tz="UTC").as_unit("s")]).dt.tz_convert("Europe/Zurich")
+    moments = pd.Series([end, pd.Timestamp("2024-01-02", tz="UTC").as_unit("s")]).dt.tz_convert(
+        "Europe/Zurich"
+    )
     assert canonical(moments).tolist()[1] == "2024-01-02 01:00:00"
 
 
 def test_frames_that_pandas_made_are_read_as_far_as_they_hold(tmp_path: Path) -> None:
-    """A frame of a program: its whole numbers are floats already where one is missing, and say so to all."""
+    """A frame of a program: its whole numbers are floats already where one is missing, and say so
+    to all.
+    """
     assert canonical(pd.Series([3.0, np.nan])).tolist()[0] == "3"

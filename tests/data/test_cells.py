@@ -1,4 +1,6 @@
-"""Numbers beyond a range are held to it; numbers far from all others are found, and tails are not."""
+"""Numbers beyond a range are held to it; numbers far from all others are found, and tails
+are not.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +18,17 @@ NUMBERS = st.lists(st.one_of(st.floats(allow_nan=True, allow_infinity=False)), m
 
 
 @given(NUMBERS, st.tuples(st.floats(-1e6, 0), st.floats(1, 1e6)))
-def test_what_is_held_lies_within_and_the_rest_is_untouched(values: list[float], ends: tuple[float, float]) -> None:
+def test_what_is_held_lies_within_and_the_rest_is_untouched(
+    values: list[float], ends: tuple[float, float]
+) -> None:
     given_ = np.array(values, dtype=np.float64)
     held, beyond = cells.hold(given_, ends)
     known = ~np.isnan(given_)
     assert ((held[known] >= ends[0]) & (held[known] <= ends[1])).all()
-    assert np.array_equal(held[~beyond], given_[~beyond], equal_nan=True) and np.isnan(held[~known]).all()
+    assert (
+        np.array_equal(held[~beyond], given_[~beyond], equal_nan=True)
+        and np.isnan(held[~known]).all()
+    )
     assert beyond.sum() == ((given_ < ends[0]) | (given_ > ends[1])).sum()
 
 
@@ -52,7 +59,10 @@ def test_what_is_far_is_found_and_nothing_else(name: str) -> None:
     found = cells.far(np.r_[column, odd, np.nan])
     assert found.nonzero()[0].tolist() == [len(column)]
     if len(column) > 20:  # several may be far, one farther than the others
-        assert cells.far(np.r_[column, odd, odd, 1e5 * abs(odd) if abs(odd) < 1e200 else odd]).sum() == 3
+        assert (
+            cells.far(np.r_[column, odd, odd, 1e5 * abs(odd) if abs(odd) < 1e200 else odd]).sum()
+            == 3
+        )
 
 
 TAILS: dict[str, Callable[[int], np.ndarray]] = {
@@ -78,7 +88,7 @@ def test_half_of_a_column_is_not_far_from_the_other_half() -> None:
     assert not cells.far(np.r_[RNG.normal(size=20), RNG.normal(1e9, 1, 20)]).any()
 
 
-# Codes for what was not measured --------------------------------------------------------------------------------------
+# Codes for what was not measured ------------------------------------------------------------------
 
 LIKELY: dict[str, np.ndarray] = {
     "ages": np.round(RNG.uniform(18, 94, 300)),
@@ -96,7 +106,8 @@ CODES = [[-999.0], [999.0], [9999.0], [-9.0], [8888.0], [-999.0, -888.0], [-9.0,
 @pytest.mark.parametrize("column", LIKELY)
 @pytest.mark.parametrize("times", [3, 30, 250])
 @pytest.mark.parametrize(
-    "several", [[-999.0], [999.0], [9999.0], [-9.0], [8888.0], [-999.0, -888.0], [-9.0, 9999.0], [999.9]]
+    "several",
+    [[-999.0], [999.0], [9999.0], [-9.0], [8888.0], [-999.0, -888.0], [-9.0, 9999.0], [999.9]],
 )
 def test_a_code_that_is_often_met_is_found(column: str, times: int, several: list[float]) -> None:
     values = LIKELY[column].copy()
@@ -123,7 +134,9 @@ def test_99_among_numbers_near_it_is_one_of_them(values: np.ndarray) -> None:
 
 
 def test_a_site_that_writes_a_code_for_all_is_found_and_a_small_constant_is_not() -> None:
-    assert cells.codes(np.full(30, -99.0)).tolist() == [-99] and cells.codes(np.full(30, 9999.0)).tolist() == [9999]
+    assert cells.codes(np.full(30, -99.0)).tolist() == [-99] and cells.codes(
+        np.full(30, 9999.0)
+    ).tolist() == [9999]
     assert not len(cells.codes(np.full(30, 99.0))) and not len(cells.codes(np.full(30, 8.0)))
     assert not len(cells.codes(np.array([]))) and not len(cells.codes(np.full(3, np.nan)))
 
@@ -154,14 +167,18 @@ PLAUSIBLE: dict[str, Callable[[int], np.ndarray]] = {
 
 @pytest.mark.parametrize("kind", PLAUSIBLE)
 def test_no_tail_no_ceiling_and_no_plausible_number_is_doubted(kind: str) -> None:
-    drawn = [PLAUSIBLE[kind](size).astype(float) for size in (20, 50, 200, 2000) for _ in range(100)]
+    drawn = [
+        PLAUSIBLE[kind](size).astype(float) for size in (20, 50, 200, 2000) for _ in range(100)
+    ]
     assert [values for values in drawn if len(cells.codes(values))] == []
 
 
 def test_no_column_of_the_real_tables_is_doubted(data_dir: Path) -> None:
     """They were looked through by hand: their gaps are empty cells, ? and zeros."""
     found = {
-        (name, column): cells.codes(pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)).tolist()
+        (name, column): cells.codes(
+            pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+        ).tolist()
         for name, table in real_tables(data_dir).items()
         for column in table.columns
     }

@@ -1,4 +1,6 @@
-"""The clinical dictionary: its facts agree with each other, and a name that may be something else is not known."""
+"""The clinical dictionary: its facts agree with each other, and a name that may be something else
+is not known.
+"""
 
 from collections import Counter
 from fractions import Fraction
@@ -12,7 +14,8 @@ from medfed.study import Data, Feature, Study, out_of_range
 
 BY_NAME = {variable.name: variable for variable in variables()}
 
-# What columns are called in public tables and in exports of hospitals, as "column -> variable, unit".
+# What columns are called in public tables and in exports of hospitals, as "column -> variable,
+# unit".
 KNOWN = """
 heart_rate -> heart_rate                                  # MIMIC-IV, derived tables
 heart_rate_mean -> heart_rate
@@ -338,7 +341,9 @@ def test_the_lists_are_long_enough() -> None:
     assert len(set(NOT_KNOWN)) >= 60
 
 
-@pytest.mark.parametrize(("column", "name", "unit"), EXPECTED, ids=[column for column, *_ in EXPECTED])
+@pytest.mark.parametrize(
+    ("column", "name", "unit"), EXPECTED, ids=[column for column, *_ in EXPECTED]
+)
 def test_a_usual_name_is_known(column: str, name: str, unit: str) -> None:
     found = lookup(column)
     assert found is not None and found.variable is not None
@@ -376,7 +381,8 @@ def test_a_shared_name_is_offered_and_never_assumed(column: str, names: set[str]
 
 
 def test_a_unit_decides_between_two_variables() -> None:
-    pressure, bicarbonate = lookup("CO2 [mmHg]"), lookup("CO2 [mmol/l]")
+    pressure = lookup("CO2 [mmHg]")
+    bicarbonate = lookup("CO2 [mmol/l]")
     assert pressure is not None and pressure.variable is BY_NAME["carbon_dioxide_pressure"]
     assert bicarbonate is not None and bicarbonate.variable is BY_NAME["bicarbonate"]
 
@@ -387,17 +393,21 @@ def test_what_was_taken_off_a_name_is_said() -> None:
     assert found.stripped == ("24h", "max", "d1", "serum")
 
 
-# ---------------------------------------------------------------------------------------------------- proposals
+# --------------------------------------------------------------------------------------------------
+# proposals
 
 
 def test_a_name_with_a_unit_has_one_entry() -> None:
     (entry,) = proposal("Kreatinin [µmol/l]")
-    assert entry == Feature(range=(4.42, 5310.0), log=True, unit="µmol/L", doc="creatinine in serum or plasma")
+    assert entry == Feature(
+        range=(4.42, 5310.0), log=True, unit="µmol/L", doc="creatinine in serum or plasma"
+    )
 
 
 def test_a_name_without_a_unit_has_an_entry_for_each_range() -> None:
     assert [entry.unit for entry in proposal("crea")] == ["mg/dL", "µmol/L"]
-    assert [entry.unit for entry in proposal("sodium")] == ["mmol/L"]  # a mEq is a mmol: no choice to make
+    # a mEq is a mmol: no choice to make
+    assert [entry.unit for entry in proposal("sodium")] == ["mmol/L"]
     assert [entry.unit for entry in proposal("temp")] == ["°C", "°F"]
 
 
@@ -427,21 +437,32 @@ def test_a_public_median_ranks(column: str, median: float, unit: str) -> None:
 
 @pytest.mark.parametrize(
     ("column", "median"),
-    [("age", 19700), ("creatinine", 0), ("creatinine", -1), ("ph", 140), ("sbp", 16000), ("sodium", 1)],
+    [
+        ("age", 19700),
+        ("creatinine", 0),
+        ("creatinine", -1),
+        ("ph", 140),
+        ("sbp", 16000),
+        ("sodium", 1),
+    ],
 )
 def test_a_public_median_outside_every_range_leaves_none(column: str, median: float) -> None:
     assert proposal(column, median=median) == ()  # days, not years; a code; a gap
 
 
 def test_every_entry_is_one_that_a_study_takes() -> None:
-    entries = {f"{each.name} {unit}": each.feature(unit) for each in variables() for unit in each.units}
+    entries = {
+        f"{each.name} {unit}": each.feature(unit) for each in variables() for unit in each.units
+    }
     assert out_of_range(Study(data=Data(dictionary=entries))) == []
 
 
-# ---------------------------------------------------------------------------------------------------- facts
+# --------------------------------------------------------------------------------------------------
+# facts
 
 
-# Values that were measured and survived, or that a living person had, or that the definition allows.
+# Values that were measured and survived, or that a living person had, or that the definition
+# allows.
 EXTREMES = """
 heart_rate: 0 /min, 300 /min
 systolic_pressure: 30 mmHg, 320 mmHg
@@ -521,10 +542,16 @@ def test_a_range_is_the_same_in_every_unit() -> None:
             span = variable.range[1] - variable.range[0]
             for end, declared in zip(variable.range_in(unit), variable.range, strict=True):
                 found = back(Fraction(end))
-                assert abs(found - declared) <= max(abs(declared) / 90, span / 90), (variable.name, unit)
+                assert abs(found - declared) <= max(abs(declared) / 90, span / 90), (
+                    variable.name,
+                    unit,
+                )
             low, high = (back(Fraction(end)) for end in variable.range_in(unit))
             tiny = span / 10**12  # a float64 is not the fraction
-            assert low <= variable.range[0] + tiny and high >= variable.range[1] - tiny, (variable.name, unit)
+            assert low <= variable.range[0] + tiny and high >= variable.range[1] - tiny, (
+                variable.name,
+                unit,
+            )
 
 
 def test_facts_are_of_their_kind() -> None:
@@ -533,7 +560,9 @@ def test_facts_are_of_their_kind() -> None:
         assert low < high, variable.name
         assert variable.source in SOURCES and variable.doc and variable.units, variable.name
         assert not variable.log or low > 0, variable.name
-        assert all(variable.measured_in(unit) for unit in (*variable.units, *variable.factors)), variable.name
+        assert all(variable.measured_in(unit) for unit in (*variable.units, *variable.factors)), (
+            variable.name
+        )
         assert not variable.valence or variable.measured_in("mmol/L"), variable.name
 
 
@@ -576,7 +605,9 @@ def test_short_names_are_read_beside_a_unit_of_theirs() -> None:
 
 def _check_digit(number: str) -> int:
     """The check digit of a LOINC code, modulo 10 (Luhn)."""
-    doubled = [int(digit) * (2 if place % 2 == 0 else 1) for place, digit in enumerate(reversed(number))]
+    doubled = [
+        int(digit) * (2 if place % 2 == 0 else 1) for place, digit in enumerate(reversed(number))
+    ]
     return -sum(value // 10 + value % 10 for value in doubled) % 10
 
 
@@ -586,7 +617,8 @@ def test_loinc_codes_have_their_check_digit_and_their_name() -> None:
     assert len({code for code, _ in codes}) == len(codes)
 
 
-# ---------------------------------------------------------------------------------------------------- conversions
+# --------------------------------------------------------------------------------------------------
+# conversions
 
 
 @pytest.mark.parametrize(
@@ -625,7 +657,9 @@ def test_loinc_codes_have_their_check_digit_and_their_name() -> None:
         ("nt_probnp", "pg/mL", "pmol/L", 0.118),
     ],
 )
-def test_factors_are_those_of_the_textbooks(variable: str, unit: str, into: str, factor: float) -> None:
+def test_factors_are_those_of_the_textbooks(
+    variable: str, unit: str, into: str, factor: float
+) -> None:
     found = conversion(variable, unit, into)
     assert float(found.factor) == pytest.approx(factor, rel=4e-3)
     assert found.offset == 0
@@ -651,7 +685,9 @@ def test_a_conversion_that_is_none_is_refused_by_name() -> None:
         conversion("creatinine", "mg/dL", "mmHg")
     with pytest.raises(StudyError, match=r"unit='furlong' is not known; known: "):
         conversion("creatinine", "mg/dL", "furlong")
-    with pytest.raises(StudyError, match=r"variable='creatinin' is not in the clinical dictionary; did you mean"):
+    with pytest.raises(
+        StudyError, match=r"variable='creatinin' is not in the clinical dictionary; did you mean"
+    ):
         conversion("creatinin", "mg/dL", "µmol/L")
     with pytest.raises(StudyError, match="expected units of one kind"):
         conversion("ferritin", "µg/L", "nmol/L")  # no molar mass is given: a mixture of chains
@@ -669,4 +705,10 @@ def test_a_spelling_means_one_unit_of_a_variable() -> None:
 
 def _scales(variable: Variable, meant: tuple[units.Unit, ...]) -> int:
     """How many different units of a variable a spelling may mean."""
-    return len({variable.conversion(unit.name, variable.units[0]) for unit in meant if variable.measured_in(unit.name)})
+    return len(
+        {
+            variable.conversion(unit.name, variable.units[0])
+            for unit in meant
+            if variable.measured_in(unit.name)
+        }
+    )

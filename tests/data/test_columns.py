@@ -1,4 +1,6 @@
-"""Which columns are features: by name, pattern and kind; what is left out may hold anything. Dates are asked about."""
+"""Which columns are features: by name, pattern and kind; what is left out may hold anything. Dates
+are asked about.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +56,9 @@ NOTE = Feature(date="iso", becomes="age", reference="age")
         ({"dictionary": {"note": NOTE}}, ["lab_crp", "lab_k", "note", "sex"]),
     ],
 )
-def test_features_are_those_that_names_and_patterns_take(keys: dict[str, Any], told: list[str]) -> None:
+def test_features_are_those_that_names_and_patterns_take(
+    keys: dict[str, Any], told: list[str]
+) -> None:
     data = replace(DATA, **keys)
     assert features_of(COLUMNS, data) == told and not list(misnamed(COLUMNS, data))
 
@@ -63,12 +67,21 @@ def test_features_are_those_that_names_and_patterns_take(keys: dict[str, Any], t
     ("keys", "told"),
     [
         ({"features": ("labs_*",)}, "data.features[0]='labs_*' matches no column of the table; "),
-        ({"exclude": ("notes",)}, "data.exclude[0]='notes' matches no column of the table; did you mean 'note'?"),
+        (
+            {"exclude": ("notes",)},
+            "data.exclude[0]='notes' matches no column of the table; did you mean 'note'?",
+        ),
         ({"exclude": ("x_*",)}, "data.exclude[0]='x_*' matches no column"),
         ({"exclude": ("site",)}, "data.exclude holds 'site', which the study needs"),
-        ({"exclude": ("age",), "features": ("age", "sex")}, "data.exclude takes it out; keep one of the two"),
+        (
+            {"exclude": ("age",), "features": ("age", "sex")},
+            "data.exclude takes it out; keep one of the two",
+        ),
         ({"exclude": ("*",)}, "no feature column"),
-        ({"features": ("age",), "dictionary": {"age": Feature(date="iso")}}, "set data.dictionary.age.becomes = 'age'"),
+        (
+            {"features": ("age",), "dictionary": {"age": Feature(date="iso")}},
+            "set data.dictionary.age.becomes = 'age'",
+        ),
     ],
 )
 def test_what_takes_no_column_is_refused(keys: dict[str, Any], told: str) -> None:
@@ -78,7 +91,9 @@ def test_what_takes_no_column_is_refused(keys: dict[str, Any], told: str) -> Non
 
 def test_an_excluded_column_may_hold_anything() -> None:
     notes = [f"patient says {i}" for i in range(70)]
-    data = Data(target="y", exclude=("note", "d*"), dictionary={"died": Feature(date="iso", becomes="age")})
+    data = Data(
+        target="y", exclude=("note", "d*"), dictionary={"died": Feature(date="iso", becomes="age")}
+    )
     table = _clean(data, a=["1"] * 70, note=notes, died=["31.12.2024"] * 70)
     assert table.features() == ["a"]
     frame = pd.DataFrame({"a": ["1"], "note": ["x"], "died": ["soon"], "y": ["0"]}, dtype=str)
@@ -88,20 +103,28 @@ def test_an_excluded_column_may_hold_anything() -> None:
 def test_kinds_take_columns_by_what_they_hold(tmp_path: Path) -> None:
     study = load(write_study(tmp_path, STUDY, invented(60)))
     assert sources.frames(study.set("data.features", ["numbers"]))[1].features == ("age", "lactate")
-    assert sources.frames(study.set("data.features", ["texts", "age"]))[1].features == ("age", "ward")
+    assert sources.frames(study.set("data.features", ["texts", "age"]))[1].features == (
+        "age",
+        "ward",
+    )
     result = runs.simulate(study.set("data.features", ["numbers"]).set("training.rounds", 1))
     assert [column.name for column in result.encoding.columns] == ["age", "lactate"]
 
 
 def test_under_a_claim_kinds_would_follow_from_cells(tmp_path: Path) -> None:
     study = load(write_study(tmp_path, PRIVATE, invented(60)))
-    with pytest.raises(PlanError, match=r"data.features holds 'numbers' and a privacy claim do not compose"):
+    with pytest.raises(
+        PlanError, match=r"data.features holds 'numbers' and a privacy claim do not compose"
+    ):
         runs.open_sites(study.set("data.features", ["numbers"]), None)
-    assert not recipe.examine(study.set("data.features", ["la*", "age"]))[1]  # a pattern takes names of the header
+    # a pattern takes names of the header
+    assert not recipe.examine(study.set("data.features", ["la*", "age"]))[1]
 
 
 def test_a_pattern_needs_its_features_described_under_a_claim(tmp_path: Path) -> None:
-    study = load(write_study(tmp_path, PRIVATE, invented(60).assign(lab_x=1.0))).set("data.features", ["*"])
+    study = load(write_study(tmp_path, PRIVATE, invented(60).assign(lab_x=1.0))).set(
+        "data.features", ["*"]
+    )
     with pytest.raises(MedfedError, match="lab_x"):
         fix.check(tmp_path / "study.toml", ['data.features=["*"]'])
     assert not recipe.examine(study.set("data.exclude", ["lab_*"]))[1]
@@ -109,21 +132,29 @@ def test_a_pattern_needs_its_features_described_under_a_claim(tmp_path: Path) ->
 
 def test_a_refusal_of_a_wide_table_is_short() -> None:
     wide = [f"gene {i}" for i in range(4_000)]
-    data = Data(target="outcome", features=tuple(f"gen {i}" for i in range(4_000)), exclude=("probe_*",))
+    data = Data(
+        target="outcome", features=tuple(f"gen {i}" for i in range(4_000)), exclude=("probe_*",)
+    )
     with pytest.raises(DataError) as caught:
         feature_names(pd.DataFrame(columns=[*wide, "y"]), data)
     assert len(str(caught.value)) < 8_000
     assert "data.features names 4000 columns that the table lacks" in str(caught.value)
 
 
-# dates and limits that nobody has declared ----------------------------------------------------------------------------
+# dates and limits that nobody has declared --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        (["31.12.2024", "1.2.2024"], "(dd.mm.yyyy). Say what they become: data.dictionary.born.date = 'dd.mm.yyyy'"),
-        (["03/04/2024", "05/06/2024"], "(dd/mm/yyyy or mm/dd/yyyy). Which of the forms it is only you know;"),
+        (
+            ["31.12.2024", "1.2.2024"],
+            "(dd.mm.yyyy). Say what they become: data.dictionary.born.date = 'dd.mm.yyyy'",
+        ),
+        (
+            ["03/04/2024", "05/06/2024"],
+            "(dd/mm/yyyy or mm/dd/yyyy). Which of the forms it is only you know;",
+        ),
         (["12/31/2024", "05/06/2024"], "(mm/dd/yyyy)"),
         (["20241231", "20240229"], "(yyyymmdd)"),
         (["2024-12-31T10:00", "2024-12-31"], "(iso)"),
@@ -152,7 +183,7 @@ def test_detection_limits_are_asked_about_and_make_no_categories(below: int) -> 
     assert "data.dictionary.a.limits = 'limit', 'half' or 'indicator'" in error
 
 
-# a run ----------------------------------------------------------------------------------------------------------------
+# a run --------------------------------------------------------------------------------------------
 
 ENTRIES = {
     "born": {"date": "dd.mm.yyyy", "becomes": "age", "reference": "admitted", "range": [0, 120]},
@@ -184,6 +215,8 @@ def test_a_run_has_what_is_declared_and_predicts_from_raw_rows(tmp_path: Path, t
     assert "admitted" not in columns and columns["smoker"].categories == ("no", "yes")
     raw = frame.drop(columns=["died", "hospital"])
     told = result.predict(raw)
-    mapped = raw.assign(smoker=raw["smoker"].map({"ja": "yes", "1": "yes", "N": "no", "false": "no"}))
+    mapped = raw.assign(
+        smoker=raw["smoker"].map({"ja": "yes", "1": "yes", "N": "no", "false": "no"})
+    )
     assert told.equals(result.predict(mapped)) and np.isfinite(told.to_numpy()).all()
     assert runs.load(tmp_path / "run").predict(raw).equals(told)

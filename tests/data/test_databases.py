@@ -1,4 +1,6 @@
-"""A query as a table: one SELECT, read only, no password in the study, and no cell told under a claim."""
+"""A query as a table: one SELECT, read only, no password in the study, and no cell told under a
+claim.
+"""
 
 import sqlite3
 from pathlib import Path
@@ -14,19 +16,30 @@ ROWS = [(2**60 + 1, "Nörd", 1.5, "2024-01-31", 0), (2, "Süd", None, None, 1)]
 KINDS = ["sqlite", "duckdb", "sqlalchemy"]
 
 
-def _study(folder: Path, kind: str, query: str = "select * from stays order by id desc", **data: Any) -> Study:
+def _study(
+    folder: Path, kind: str, query: str = "select * from stays order by id desc", **data: Any
+) -> Study:
     if kind == "duckdb":
         duckdb = pytest.importorskip("duckdb")
         connection = duckdb.connect(str(folder / "t.db"))
-        connection.execute("create table stays (id bigint, site varchar, lactate double, day date, y integer)")
+        connection.execute(
+            "create table stays (id bigint, site varchar, lactate double, day date, y integer)"
+        )
     else:
         connection = sqlite3.connect(folder / "t.db")
-        connection.execute("create table stays (id integer, site text, lactate real, day text, y integer)")
+        connection.execute(
+            "create table stays (id integer, site text, lactate real, day text, y integer)"
+        )
+
     connection.executemany("insert into stays values (?, ?, ?, ?, ?)", ROWS)
     connection.commit()
     connection.close()
     address = f"sqlite+pysqlite:///{folder / 't.db'}" if kind == "sqlalchemy" else f"{kind}:///t.db"
-    return Study(data=Data(database=address, query=query, target="y", site="site", patient="id", **data), folder=folder)
+
+    return Study(
+        data=Data(database=address, query=query, target="y", site="site", patient="id", **data),
+        folder=folder,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,9 +47,14 @@ def _study(folder: Path, kind: str, query: str = "select * from stays order by i
 def test_an_answer_is_a_table(tmp_path: Path, kind: str, private: bool) -> None:
     study = _study(tmp_path, kind)
     frame = sources.read(study, private=private).frame
-    assert sources.columns_of(study, private) == list(frame) == ["id", "site", "lactate", "day", "y"]
+    assert (
+        sources.columns_of(study, private) == list(frame) == ["id", "site", "lactate", "day", "y"]
+    )
     assert frame["id"].tolist() == [2**60 + 1, 2] and frame["site"].tolist() == ["Nörd", "Süd"]
-    assert frame["day"].tolist()[0] == "2024-01-31" and frame["lactate"].isna().tolist() == [False, True]
+    assert frame["day"].tolist()[0] == "2024-01-31" and frame["lactate"].isna().tolist() == [
+        False,
+        True,
+    ]
     assert frame.index.tolist() == [2, 3]
 
 
@@ -83,19 +101,25 @@ def test_a_file_is_opened_read_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_of_the_database_is_an_error_of_data(tmp_path: Path, kind: str, private: bool) -> None:
+def test_an_error_of_the_database_is_an_error_of_data(
+    tmp_path: Path, kind: str, private: bool
+) -> None:
     study = _study(tmp_path, kind, "select absent from stays")
     with pytest.raises(DataError, match="cannot be read") as caught:
         sources.read(study, private=private)
     assert ("absent" in str(caught.value)) != private
 
 
-def test_a_password_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_is_taken_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     query = "select 1"
     for address in ("postgresql://me:secret@host/db", "mysql+pymysql://me:${A}b@host/db"):
         with pytest.raises(StudyError, match=r"holds a password.*\$\{NAME\}"):
             sources.complete(Study(data=Data(database=address, query=query)))
-    study = Study(data=Data(database="postgresql://me:${MEDFED_TEST}@host/db", query=query), folder=tmp_path)
+    study = Study(
+        data=Data(database="postgresql://me:${MEDFED_TEST}@host/db", query=query), folder=tmp_path
+    )
     monkeypatch.delenv("MEDFED_TEST", raising=False)
     with pytest.raises(StudyError, match="the environment has no MEDFED_TEST"):
         sources.read(study)
@@ -113,7 +137,8 @@ def test_bytes_are_refused_and_under_a_claim_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"table": "t.csv"}, {"source": "heart"}, {"query": ""}, {"site_is_file": True, "site": ""}]
+    "change",
+    [{"table": "t.csv"}, {"source": "heart"}, {"query": ""}, {"site_is_file": True, "site": ""}],
 )
 def test_one_place_for_records(tmp_path: Path, change: dict[str, Any]) -> None:
     from dataclasses import replace

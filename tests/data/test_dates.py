@@ -78,7 +78,8 @@ def test_an_age_is_a_number_of_birthdays_and_a_part_of_a_year(born: date, at: da
 @settings(max_examples=60)
 @given(MODERN, MODERN)
 def test_days_and_parts_are_those_of_the_calendar(day: date, other: date) -> None:
-    (moment,), (reference,) = _moments(day), _moments(other)
+    (moment,) = _moments(day)
+    (reference,) = _moments(other)
     assert dates.number(moment, "days since", reference) == [(day - other).days]
     assert dates.number(moment, "days until", reference) == [(other - day).days]
     parts = [dates.number(moment, part)[0] for part in ("year", "month", "weekday")]
@@ -88,7 +89,9 @@ def test_days_and_parts_are_those_of_the_calendar(day: date, other: date) -> Non
 def test_a_time_of_day_is_a_part_of_a_day_and_a_gap_stays_one() -> None:
     moment = dates.read(["2024-01-02 06:00", None], "iso")
     assert np.array_equal(
-        dates.number(moment, "days since", dates.read(["2024-01-01"] * 2, "iso")), [1.25, np.nan], True
+        dates.number(moment, "days since", dates.read(["2024-01-01"] * 2, "iso")),
+        [1.25, np.nan],
+        True,
     )
     assert np.isnan(dates.number(moment[1:], "month")[0])
 

@@ -9,7 +9,14 @@ from rich.console import Console
 from medfed.data import describe
 
 SURVEYS: dict[str, dict[str, Any]] = {
-    "a": {"train": 6, "test": 2, "patients": 4, "labels": {"no": 8}, "missing": {"age": 0, "chol": 4}, "texts": {}},
+    "a": {
+        "train": 6,
+        "test": 2,
+        "patients": 4,
+        "labels": {"no": 8},
+        "missing": {"age": 0, "chol": 4},
+        "texts": {},
+    },
     "b": {
         "train": 6,
         "test": 2,

@@ -1,4 +1,6 @@
-"""Tables that read well and are wrong: each fault that passed in silence is named, with the line that settles it."""
+"""Tables that read well and are wrong: each fault that passed in silence is named, with the line
+that settles it.
+"""
 
 import json
 import re
@@ -80,23 +82,30 @@ def units_at_one_site(frame: pd.DataFrame) -> None:
 def two_units(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).integers(50, 99, len(frame))
     pounds = [f"{value * 2.2046:.1f} lbs" for value in values]
-    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{value} kg" for value in values])
+    frame["weight"] = np.where(
+        frame["hospital"] == "east", pounds, [f"{value} kg" for value in values]
+    )
 
 
 def degrees(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).normal(37, 0.5, len(frame)).round(1)
     hot = [f"{value * 1.8 + 32:.1f} °F" for value in values]
-    frame["temperature"] = np.where(frame["hospital"] == "east", hot, [f"{value} °C" for value in values])
+    frame["temperature"] = np.where(
+        frame["hospital"] == "east", hot, [f"{value} °C" for value in values]
+    )
 
 
 def decimal_commas(frame: pd.DataFrame) -> None:
     values = np.random.default_rng(0).normal(4, 0.5, len(frame))
     frame["potassium"] = [f"{value:.1f}".replace(".", ",") for value in values]
-    frame["ratio"] = np.random.default_rng(1).normal(4, 0.5, len(frame)).round(1)  # the table's own decimals
+    # the table's own decimals
+    frame["ratio"] = np.random.default_rng(1).normal(4, 0.5, len(frame)).round(1)
 
 
 def thousands(frame: pd.DataFrame) -> None:
-    frame["platelets"] = [f"{value}'000" for value in np.random.default_rng(0).integers(90, 140, len(frame))]
+    frame["platelets"] = [
+        f"{value}'000" for value in np.random.default_rng(0).integers(90, 140, len(frame))
+    ]
 
 
 def commas_at_one_site(frame: pd.DataFrame) -> None:
@@ -109,7 +118,9 @@ def commas_at_one_site(frame: pd.DataFrame) -> None:
 
 def words_at_one_site(frame: pd.DataFrame) -> None:
     coin = np.random.default_rng(0).integers(0, 2, len(frame))
-    frame["flag"] = np.where(frame["hospital"] == "east", np.array(["nein", "ja"])[coin], coin.astype(str))
+    frame["flag"] = np.where(
+        frame["hospital"] == "east", np.array(["nein", "ja"])[coin], coin.astype(str)
+    )
 
 
 def sexes(frame: pd.DataFrame) -> None:
@@ -146,7 +157,9 @@ def another_unit(frame: pd.DataFrame) -> None:
 
 
 def a_clean_cut(frame: pd.DataFrame) -> None:
-    frame["score"] = np.where(frame["died"] == "yes", 5, 1) + np.random.default_rng(0).random(len(frame))
+    frame["score"] = np.where(frame["died"] == "yes", 5, 1) + np.random.default_rng(0).random(
+        len(frame)
+    )
 
 
 def the_site_in_words(frame: pd.DataFrame) -> None:
@@ -207,7 +220,9 @@ def test_the_plain_table_raises_no_doubt(tmp_path: Path) -> None:
     assert found(changed(tmp_path, lambda frame: None)) == []
 
 
-@pytest.mark.parametrize(("change", "code", "column", "way_out"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(
+    ("change", "code", "column", "way_out"), CASES, ids=[case[0].__name__ for case in CASES]
+)
 def test_it_is_named_once_and_stops_the_run_or_warns(
     tmp_path: Path, change: Change, code: str, column: str, way_out: str
 ) -> None:
@@ -234,12 +249,20 @@ def test_what_the_study_accepts_is_not_doubted(tmp_path: Path, accepted: str) ->
 def test_an_index_in_files_of_several_hospitals_is_one_too(tmp_path: Path) -> None:
     """Rows are named by file there: Bern.csv:17."""
     for name, rows in invented().groupby("hospital"):
-        rows.drop(columns="hospital").assign(nr=range(len(rows))).to_csv(tmp_path / f"{name}.csv", index=False)
-    text = STUDY.replace('table = "cohort.csv"', 'table = "*.csv"').replace('site = "hospital"', "site_is_file = true")
+        rows.drop(columns="hospital").assign(nr=range(len(rows))).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    text = STUDY.replace('table = "cohort.csv"', 'table = "*.csv"').replace(
+        'site = "hospital"', "site_is_file = true"
+    )
     path = tmp_path / "study.toml"
     path.write_text(text)
     (doubt,) = found(medfed.load_study(path))
-    assert (doubt.code, doubt.column, doubt.sites) == ("row-number", "nr", ("east", "north", "south"))
+    assert (doubt.code, doubt.column, doubt.sites) == (
+        "row-number",
+        "nr",
+        ("east", "north", "south"),
+    )
 
 
 def test_one_hospital_in_another_unit_is_doubted(tmp_path: Path) -> None:
@@ -247,7 +270,9 @@ def test_one_hospital_in_another_unit_is_doubted(tmp_path: Path) -> None:
 
     def creatinine(frame: pd.DataFrame) -> None:
         values = np.exp(np.random.default_rng(0).normal(4.5, 0.4, len(frame)))
-        frame["creatinine"] = np.where(frame["hospital"] == "south", values / 88.42, values).round(3)
+        frame["creatinine"] = np.where(frame["hospital"] == "south", values / 88.42, values).round(
+            3
+        )
 
     study = changed(tmp_path, creatinine)
     (doubt,) = found(study)
@@ -258,7 +283,8 @@ def test_one_hospital_in_another_unit_is_doubted(tmp_path: Path) -> None:
 
     def other_patients(frame: pd.DataFrame) -> None:
         creatinine(frame)
-        frame.loc[frame["hospital"] == "south", "creatinine"] *= 88.42 * 2.5  # a dialysis ward, in the same unit
+        # a dialysis ward, in the same unit
+        frame.loc[frame["hospital"] == "south", "creatinine"] *= 88.42 * 2.5
 
     assert found(changed(tmp_path, other_patients)) == []
 
@@ -274,15 +300,21 @@ def test_numbers_as_labels_are_a_regression_or_are_accepted(tmp_path: Path) -> N
 
 
 def test_units_are_taken_off_where_that_is_declared(tmp_path: Path) -> None:
-    text = STUDY + '[data.dictionary.ef]\nsuffix = ["%"]\n[data.dictionary.weight]\nsuffix = ["kg"]\n'
+    text = (
+        STUDY + '[data.dictionary.ef]\nsuffix = ["%"]\n[data.dictionary.weight]\nsuffix = ["kg"]\n'
+    )
     frame = invented()
     units_in_cells(frame)
     units_at_one_site(frame)
     study = medfed.load_study(write_study(tmp_path, text, frame))
     assert found(study) == []
     weights = medfed.simulate(study).w_P
-    plain = frame.assign(ef=frame["ef"].str.removesuffix(" %"), weight=frame["weight"].str.removesuffix(" kg"))
-    assert weights.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P)
+    plain = frame.assign(
+        ef=frame["ef"].str.removesuffix(" %"), weight=frame["weight"].str.removesuffix(" kg")
+    )
+    assert weights.equal(
+        medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, plain))).w_P
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +330,9 @@ def test_numbers_as_texts_of_a_workbook_are_no_categories(
 ) -> None:
     frame = invented()
     change(frame)
-    study = medfed.load_study(write_study(tmp_path, STUDY.replace("cohort.csv", "cohort.xlsx"), frame))
+    study = medfed.load_study(
+        write_study(tmp_path, STUDY.replace("cohort.csv", "cohort.xlsx"), frame)
+    )
     frame.to_excel(tmp_path / "cohort.xlsx", index=False)
     (doubt,) = found(study)
     assert (doubt.code, doubt.column) == ("numbers-as-text", column)
@@ -316,11 +350,16 @@ def test_numbers_as_texts_of_a_workbook_are_no_categories(
 
 
 def test_numbers_that_are_no_texts_are_not_spelt_anew(tmp_path: Path) -> None:
-    """1.234 in a column of numbers is no thousand, also where the study says that texts would spell it so."""
+    """1.234 in a column of numbers is no thousand, also where the study says that texts would spell
+    it so.
+    """
     frame = pd.DataFrame({"x": [1.234, 5.5], "y": ["1.234", "5,5"]})
     entry = Feature(numbers="1.234,5")
     told = mapping.apply(frame, Data(target="t", dictionary={"x": entry, "y": entry}))
-    assert told["x"].astype(float).tolist() == [1.234, 5.5] and told["y"].tolist() == ["1234", "5.5"]
+    assert told["x"].astype(float).tolist() == [1.234, 5.5] and told["y"].tolist() == [
+        "1234",
+        "5.5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -349,10 +388,13 @@ def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:
         frame["age"] = frame["age"].astype(int)
         frame["lactate"] = 2
         frame["died"] = [
-            f"{days / 2:.1f}".replace(".", ",") for days in np.random.default_rng(0).integers(0, 30, len(frame))
+            f"{days / 2:.1f}".replace(".", ",")
+            for days in np.random.default_rng(0).integers(0, 30, len(frame))
         ]
 
-    study = changed(tmp_path, stays).set("data.format.decimal", ".").set("data.accept", ["constant"])
+    study = (
+        changed(tmp_path, stays).set("data.format.decimal", ".").set("data.accept", ["constant"])
+    )
     (doubt,) = found(study)
     assert (doubt.code, doubt.column) == ("numbers-as-text", "died")
     study = study.set("data.dictionary.died.numbers", "1,5")
@@ -361,7 +403,15 @@ def test_a_target_of_decimal_commas_is_no_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["1+", "2+", "3+"], ["I", "II", "1"], ["2-3", "4-5"], ["1,2,3", "1,2"], ["1", "2", "1,2"], ["A,1", "B,2"]]
+    "words",
+    [
+        ["1+", "2+", "3+"],
+        ["I", "II", "1"],
+        ["2-3", "4-5"],
+        ["1,2,3", "1,2"],
+        ["1", "2", "1,2"],
+        ["A,1", "B,2"],
+    ],
 )
 def test_codes_are_no_numbers(words: list[str]) -> None:
     assert numerals.form_of(words) is None
@@ -382,7 +432,13 @@ def test_several_units_are_no_one_suffix(tmp_path: Path, suffix: list[str]) -> N
 def test_one_unit_in_several_spellings_is_one() -> None:
     assert len(measures.apart(["µg/l", "ug/L", "ng/ml", "mcg/l"])) == 1
     assert len(measures.apart(["Punkte", "punkte", "Punkte."])) == 1
-    assert [*map(len, measures.apart(["kg", "lbs", "kg.", "Stone", "mg/l", "mg/dl"]))] == [2, 1, 1, 1, 1]
+    assert [*map(len, measures.apart(["kg", "lbs", "kg.", "Stone", "mg/l", "mg/dl"]))] == [
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:
@@ -398,7 +454,9 @@ def test_several_doubts_are_told_at_once(tmp_path: Path) -> None:
 def test_most_values_beyond_a_range_are_another_unit(tmp_path: Path) -> None:
     study = changed(tmp_path, another_unit, STUDY + "[data.dictionary.age]\nrange = [18, 110]\n")
     assert {doubt.code for doubt in found(study)} == {"outside-most"}
-    with pytest.raises(DataError, match=r"east, north, south, column 'age' has \d+ of \d+ values outside"):
+    with pytest.raises(
+        DataError, match=r"east, north, south, column 'age' has \d+ of \d+ values outside"
+    ):
         medfed.simulate(study)
 
 
@@ -408,13 +466,17 @@ def test_numbers_among_words_for_no_value_are_no_categories(tmp_path: Path) -> N
         frame.loc[np.arange(len(frame)) % 3 > 0, "lactate"] = "k.A."
 
     with pytest.raises(
-        DataError, match=r"column 'lactate': numbers, and more often 'k.A.', row .*missing = \[\"k.A.\"\]"
+        DataError,
+        match=r"column 'lactate': numbers, and more often 'k.A.', row .*missing = \[\"k.A.\"\]",
     ):
         medfed.simulate(changed(tmp_path, gaps))
 
 
 def test_one_hospital_in_two_spellings_is_one_as_its_line_says(tmp_path: Path) -> None:
-    plain = found(changed(tmp_path, lambda frame: None)), medfed.simulate(changed(tmp_path, lambda frame: None))
+    plain = (
+        found(changed(tmp_path, lambda frame: None)),
+        medfed.simulate(changed(tmp_path, lambda frame: None)),
+    )
 
     def spelt(frame: pd.DataFrame) -> None:
         hospitals_by_case(frame)
@@ -451,7 +513,9 @@ def test_few_records_look_like_anything_and_are_not_doubted() -> None:
 
 
 def test_features_that_know_nothing_are_doubted_nowhere(tmp_path: Path) -> None:
-    """Sixty columns of noise at sites of 60 to 120 records, one in eight positive: no false alarm."""
+    """Sixty columns of noise at sites of 60 to 120 records, one in eight positive: no
+    false alarm.
+    """
     rng = np.random.default_rng(0)
 
     def noise(frame: pd.DataFrame) -> None:
@@ -474,7 +538,14 @@ def test_under_a_claim_nobody_is_told_of_any(tmp_path: Path) -> None:
 
 
 def test_what_a_site_tells_comes_back_as_it_was() -> None:
-    doubt = Doubt("identifier", "a b", "text", (2, 3), 9, {("data", "dictionary", "a b", "recode"): {"x": "y"}})
+    doubt = Doubt(
+        "identifier",
+        "a b",
+        "text",
+        (2, 3),
+        9,
+        {("data", "dictionary", "a b", "recode"): {"x": "y"}},
+    )
     heard = Doubt.from_json(doubt.to_json(), "s")
     assert heard == Doubt(**{**vars(doubt), "sites": ("s",)})
 
@@ -484,7 +555,9 @@ def test_a_table_of_one_site_can_be_doubted_too() -> None:
     assert callable(ask_surveys)
 
 
-def test_a_code_is_doubted_below_a_range_and_in_a_target_and_settled_by_its_line(tmp_path: Path) -> None:
+def test_a_code_is_doubted_below_a_range_and_in_a_target_and_settled_by_its_line(
+    tmp_path: Path,
+) -> None:
     def codes(frame: pd.DataFrame) -> None:
         frame.loc[frame["hospital"] == "east", "age"] = 9999
         frame.loc[np.arange(len(frame)) % 9 == 0, "age"] = -999
@@ -494,7 +567,12 @@ def test_a_code_is_doubted_below_a_range_and_in_a_target_and_settled_by_its_line
     text = STUDY + "[data.dictionary.age]\nrange = [18, 110]\n"
     study = changed(tmp_path, codes, text).set("data.task", "regression")
     age, died = found(study)
-    assert (age.code, age.column, died.code, died.column) == ("missing-code", "age", "missing-code", "died")
+    assert (age.code, age.column, died.code, died.column) == (
+        "missing-code",
+        "age",
+        "missing-code",
+        "died",
+    )
     assert [*age.mend.values()] == [["-999", "9999"]]  # each site's own, together
     assert [*died.mend.values()] == [[*Data().missing_values, "-99"]]
     for doubt in (age, died):
@@ -512,7 +590,7 @@ def test_two_slips_or_few_records_are_no_code(tmp_path: Path) -> None:
     assert found(changed(tmp_path, slips)) == []
 
 
-# Examples -------------------------------------------------------------------------------------------------------------
+# Examples -----------------------------------------------------------------------------------------
 
 NO_CELLS = {
     "row-number",
@@ -524,7 +602,9 @@ NO_CELLS = {
     "label-spelling",
     "spelling",
 }
-"""Doubts without a cell beside them: it may name a patient, there is none, or the text and its line name it already."""
+"""Doubts without a cell beside them: it may name a patient, there is none, or the text and its line
+name it already.
+"""
 
 CLAIM = ("--set", "privacy.epsilon=1")  # meant, though nothing is claimed without a delta
 
@@ -539,9 +619,16 @@ def _printed(study: Study, folder: Path, capsys: pytest.CaptureFixture[str], *op
     return told
 
 
-@pytest.mark.parametrize(("change", "code", "column", "way_out"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(
+    ("change", "code", "column", "way_out"), CASES, ids=[case[0].__name__ for case in CASES]
+)
 def test_cells_are_quoted_as_they_stand_and_under_a_claim_nowhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, code: str, column: str, way_out: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Change,
+    code: str,
+    column: str,
+    way_out: str,
 ) -> None:
     study = changed(tmp_path, change)
     (doubt,) = found(study)
@@ -555,11 +642,14 @@ def test_cells_are_quoted_as_they_stand_and_under_a_claim_nowhere(
 
     claimed = _printed(study, tmp_path, capsys, *CLAIM)
     quoted = {*re.findall(r"'([^']*)'", claimed.replace(way_out, ""))} & {*cells[column]}
-    assert f"{code}:{column}" in claimed and quoted <= {"NULL", "died", column}  # words of ours, not of a cell
+    # words of ours, not of a cell
+    assert f"{code}:{column}" in claimed and quoted <= {"NULL", "died", column}
     assert '"examples": []' in claimed
 
 
-def test_most_values_beyond_a_range_show_some_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_most_values_beyond_a_range_show_some_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = changed(tmp_path, another_unit, STUDY + "[data.dictionary.age]\nrange = [18, 110]\n")
     (doubt,) = found(study)
     cells = pd.read_csv(tmp_path / "cohort.csv", dtype=str)["age"]
@@ -567,13 +657,18 @@ def test_most_values_beyond_a_range_show_some_of_them(tmp_path: Path, capsys: py
     assert not any(cell in _printed(study, tmp_path, capsys, *CLAIM) for cell in doubt.examples)
 
 
-def test_a_private_run_writes_no_cell_that_would_be_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Copies of the target, a clean cut, one value, units in cells: with a claim as without, but for the examples."""
+def test_a_private_run_writes_no_cell_that_would_be_doubted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies of the target, a clean cut, one value, units in cells: with a claim as without, but
+    for the examples.
+    """
     columns = ("copy", "cut", "one", "units")
 
     def several(frame: pd.DataFrame) -> None:
         yes = frame["died"] == "yes"
-        frame["copy"], frame["one"] = np.where(yes, 70.03117, 30.03117), 50.03117
+        frame["copy"] = np.where(yes, 70.03117, 30.03117)
+        frame["one"] = 50.03117
         frame["cut"] = np.where(yes, 70.03117, 1.03117) + np.arange(len(frame)) % 7
         frame["units"] = [f"{n}.03117 %" for n in np.arange(len(frame)) % 70]
 
@@ -595,9 +690,19 @@ def test_a_private_run_writes_no_cell_that_would_be_doubted(tmp_path: Path, caps
 
 UNREADABLE: list[tuple[str, str, str, str]] = [
     ("age", "50", "", "text in a numeric column"),
-    ("age", "<5", "[data.dictionary.age]\nlimits = 'half'\nrange = [0, 120]\n", "text in a numeric column"),
+    (
+        "age",
+        "<5",
+        "[data.dictionary.age]\nlimits = 'half'\nrange = [0, 120]\n",
+        "text in a numeric column",
+    ),
     ("ward", "yes", "[data.dictionary.ward]\nboolean = true\n", "neither yes nor no"),
-    ("age", "2020-01-01", "[data.dictionary.age]\ndate = 'iso'\nbecomes = 'year'\n", "no date of the form iso"),
+    (
+        "age",
+        "2020-01-01",
+        "[data.dictionary.age]\ndate = 'iso'\nbecomes = 'year'\n",
+        "no date of the form iso",
+    ),
     ("seen", "train", "[data]\ntest = 'seen'\n", "neither test nor train"),
 ]
 
@@ -617,7 +722,12 @@ def test_an_unreadable_cell_is_quoted_without_a_claim_alone(
     assert command("data", "show", tmp_path / "study.toml") != 0
     told = "".join(capsys.readouterr())
     assert what in told and "CANARY-77031 and what..." in told and "what else" not in told
-    for action in (["data", "show"], ["run", "--out", tmp_path / "run"], ["privacy", "plan"], ["study", "fix"]):
+    for action in (
+        ["data", "show"],
+        ["run", "--out", tmp_path / "run"],
+        ["privacy", "plan"],
+        ["study", "fix"],
+    ):
         command(*action, tmp_path / "study.toml", *CLAIM)
         told = "".join(capsys.readouterr())
         assert "CANARY" not in told and (what in told or action[0] != "data")
@@ -630,7 +740,9 @@ def test_an_unreadable_cell_is_quoted_without_a_claim_alone(
 def test_what_may_name_a_patient_is_never_an_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """A forgotten id, numbers at one hospital and texts at another: its rows are told, not its cells."""
+    """A forgotten id, numbers at one hospital and texts at another: its rows are told, not its
+    cells.
+    """
 
     def ids(frame: pd.DataFrame) -> None:
         number = np.arange(len(frame)) % 50 + 870000

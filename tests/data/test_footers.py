@@ -1,4 +1,6 @@
-"""A footer with as many cells as the header is no record: doubted, left out of all else, settled by one line."""
+"""A footer with as many cells as the header is no record: doubted, left out of all else, settled by
+one line.
+"""
 
 from pathlib import Path
 
@@ -31,7 +33,11 @@ FOOTERS: dict[str, list[Row]] = {
         {"subject": "Mittelwert", "age": "60.2", "lactate": "2.01"},
         {"subject": "SD", "age": "12", "lactate": "1"},
     ],
-    "three lines": [{"subject": "N", "age": "9"}, {"subject": "Mean", "age": "9"}, {"subject": "max", "age": "9"}],
+    "three lines": [
+        {"subject": "N", "age": "9"},
+        {"subject": "Mean", "age": "9"},
+        {"subject": "max", "age": "9"},
+    ],
     "without a word": [{"age": "60.2", "lactate": "2.01", "ward": "3"}],
     "one cell": [{"lactate": "312"}],
 }
@@ -50,7 +56,9 @@ def found(study: Study) -> list[Doubt]:
 
 
 @pytest.mark.parametrize("name", FOOTERS)
-def test_it_is_doubted_and_its_line_reads_the_table_as_without_it(tmp_path: Path, name: str) -> None:
+def test_it_is_doubted_and_its_line_reads_the_table_as_without_it(
+    tmp_path: Path, name: str
+) -> None:
     rows = FOOTERS[name]
     study = medfed.load_study(write_study(tmp_path, STUDY, with_rows(rows)))
     (doubt,) = found(study)
@@ -62,7 +70,9 @@ def test_it_is_doubted_and_its_line_reads_the_table_as_without_it(tmp_path: Path
     assert str(refused.value) == doubt.sentence()
 
     settled = medfed.simulate(study.set("data.format.footer", len(rows)))
-    assert settled.w_P.equal(medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, PLAIN))).w_P)
+    assert settled.w_P.equal(
+        medfed.simulate(medfed.load_study(write_study(tmp_path, STUDY, PLAIN))).w_P
+    )
 
 
 def test_all_else_is_told_beside_it(tmp_path: Path) -> None:
@@ -73,11 +83,21 @@ def test_all_else_is_told_beside_it(tmp_path: Path) -> None:
 
 
 def test_what_is_accepted_is_a_record(tmp_path: Path) -> None:
-    row = {"subject": "Total", "hospital": "north", "age": "60", "lactate": "2", "ward": "icu", "died": "yes"}
+    row = {
+        "subject": "Total",
+        "hospital": "north",
+        "age": "60",
+        "lactate": "2",
+        "ward": "icu",
+        "died": "yes",
+    }
     study = medfed.load_study(write_study(tmp_path, STUDY, with_rows([row])))
     assert [doubt.code for doubt in found(study)] == ["footer"]
     accepted = study.set("data.accept", ["footer:subject"])
-    assert found(accepted) == [] and sum(s["train"] + s["test"] for s in runs.survey(accepted).values()) == 241
+    assert (
+        found(accepted) == []
+        and sum(s["train"] + s["test"] for s in runs.survey(accepted).values()) == 241
+    )
 
 
 @pytest.mark.parametrize("suffix", ["csv", "xlsx"])
@@ -86,10 +106,14 @@ def test_each_file_of_a_folder_may_have_one(tmp_path: Path, suffix: str) -> None
         for name, rows in invented().groupby("hospital"):
             own = rows.drop(columns="hospital").astype(object)
             if name in footed:
-                own = pd.concat([own, pd.DataFrame([{"subject": "Total", "age": 99.5}])], ignore_index=True)
+                own = pd.concat(
+                    [own, pd.DataFrame([{"subject": "Total", "age": 99.5}])], ignore_index=True
+                )
             path = tmp_path / f"{name}.{suffix}"
             own.to_csv(path, index=False) if suffix == "csv" else own.to_excel(path, index=False)
-        text = STUDY.replace("cohort.csv", f"*.{suffix}").replace('site = "hospital"', "site_is_file = true")
+        text = STUDY.replace("cohort.csv", f"*.{suffix}").replace(
+            'site = "hospital"', "site_is_file = true"
+        )
         (tmp_path / "study.toml").write_text(text, encoding="utf-8")
         return medfed.load_study(tmp_path / "study.toml")
 
@@ -98,8 +122,12 @@ def test_each_file_of_a_folder_may_have_one(tmp_path: Path, suffix: str) -> None
         f"{name}.{suffix}" for name in ("east", "north", "south")
     ]
     assert "data.format.footer = 1" in doubt.sentence()
-    (doubt,) = found(write(["east"]))  # a line that would take a record off the others is not proposed
-    assert "Correct the table" in doubt.sentence() and doubt.rows[0] == f"east.{suffix}:{doubt.rows[0].split(':')[1]}"
+    # a line that would take a record off the others is not proposed
+    (doubt,) = found(write(["east"]))
+    assert (
+        "Correct the table" in doubt.sentence()
+        and doubt.rows[0] == f"east.{suffix}:{doubt.rows[0].split(':')[1]}"
+    )
     assert found(write([])) == []
 
 
@@ -146,7 +174,9 @@ def test_under_a_claim_nobody_looks_and_devices_are_told_at_once(tmp_path: Path)
     study = medfed.load_study(write_study(tmp_path, PRIVATE, with_rows(rows)))
     assert not any("footer" in text for text in medfed.simulate(study).summary["warnings"])
     assert [doubt.code for doubt in found(study)] == ["footer"]  # by who holds the table
-    devices = medfed.load_study(write_study(tmp_path, STUDY + '[sites]\nkind = "device"\n', with_rows(rows)))
+    devices = medfed.load_study(
+        write_study(tmp_path, STUDY + '[sites]\nkind = "device"\n', with_rows(rows))
+    )
     with pytest.raises(DataError, match=r"data\.format\.footer = 1"):
         medfed.simulate(devices)
 

@@ -1,4 +1,6 @@
-"""Tables joined by patient: one row beside each, what is missing counted, and no row that stops a claimed reading."""
+"""Tables joined by patient: one row beside each, what is missing counted, and no row that stops a
+claimed reading.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,13 @@ LABS = "subject,lactate,n\n17,1.5,9007199254740993\np1 ,2.5,2\np9,3.5,3\n"
 def _study(folder: Path, labs: str = LABS, stays: str = STAYS, **join: Any) -> Study:
     (folder / "stays.csv").write_text(stays)
     (folder / "labs.csv").write_text(labs)
-    data = Data(table="stays.csv", target="y", site="hospital", patient="subject", join=(Join("labs.csv", **join),))
+    data = Data(
+        table="stays.csv",
+        target="y",
+        site="hospital",
+        patient="subject",
+        join=(Join("labs.csv", **join),),
+    )
     return Study(data=data, folder=folder)
 
 
@@ -41,14 +49,20 @@ def test_whole_numbers_stay_whole_beside_gaps(tmp_path: Path) -> None:
     labs = pd.DataFrame({"subject": ["p1", "17"], "n": [2**60 + 1, 2], "flag": [True, False]})
     labs.to_parquet(tmp_path / "labs.parquet")
     frame = sources.read(study.set("data.join", [{"table": "labs.parquet"}])).frame
-    assert frame["n"].tolist()[:2] == [2**60 + 1, 2] and frame["n"].isna().tolist() == [False, False, True, True]
+    assert frame["n"].tolist()[:2] == [2**60 + 1, 2] and frame["n"].isna().tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert frame["flag"].tolist()[:2] == [True, False]
 
 
 def test_a_row_that_stands_twice_is_named_and_under_a_claim_is_none(tmp_path: Path) -> None:
     study = _study(tmp_path, LABS + "P1,7,7\n")
     with pytest.raises(
-        DataError, match=r"join\[0\]\.table='labs\.csv': a value of 'subject' stands more than once in row 3, 5"
+        DataError,
+        match=r"join\[0\]\.table='labs\.csv': a value of 'subject' stands more than once in row 3, 5",
     ):
         sources.read(study)
     frame = sources.read(study, private=True).frame
@@ -58,7 +72,11 @@ def test_a_row_that_stands_twice_is_named_and_under_a_claim_is_none(tmp_path: Pa
 @pytest.mark.parametrize(
     ("labs", "join", "error"),
     [
-        (LABS, {"on": ("subjct",)}, r"join\[0\]\.on='subjct' is no column of the table; did you mean 'subject'"),
+        (
+            LABS,
+            {"on": ("subjct",)},
+            r"join\[0\]\.on='subjct' is no column of the table; did you mean 'subject'",
+        ),
         (LABS.replace("subject", "id"), {}, r"join\[0\]\.on='subject' is no column of labs\.csv"),
         (LABS.replace("lactate", "age"), {}, "column 'age' is in both tables"),
     ],
@@ -84,7 +102,10 @@ def test_a_study_file_joins(tmp_path: Path) -> None:
     study = _study(tmp_path)
     read_back = Study(folder=tmp_path).set("data.table", "stays.csv").set("data.target", "y")
     read_back = read_back.set("data.join", [{"table": "labs.csv", "on": "subject"}])
-    assert read_back.data.join == (Join("labs.csv", ("subject",)),) and 'table = "labs.csv"' in read_back.toml()
+    assert (
+        read_back.data.join == (Join("labs.csv", ("subject",)),)
+        and 'table = "labs.csv"' in read_back.toml()
+    )
     assert study.digest() != study.set("data.join", []).digest()
 
 
@@ -93,17 +114,26 @@ def _joined(folder: Path, text: str, lacking: int = 3) -> Study:
     frame = invented()
     labs = frame[["subject"]].assign(crp=np.random.default_rng(0).integers(1, 90, len(frame)))
     blood = frame[["subject"]].assign(gas=np.random.default_rng(1).integers(1, 90, len(frame)))
-    labs.drop(index=frame.index[frame["hospital"] == "south"][:lacking]).to_csv(folder / "labs.csv", index=False)
+    labs.drop(index=frame.index[frame["hospital"] == "south"][:lacking]).to_csv(
+        folder / "labs.csv", index=False
+    )
     blood.drop(index=[0, 1]).to_csv(folder / "blood.csv", index=False)
     joins = '[[data.join]]\ntable = "labs.csv"\n[[data.join]]\ntable = "blood.csv"\n'
-    return medfed.load_study(write_study(folder, text.replace("[training]", joins + "[training]", 1), frame))
+    return medfed.load_study(
+        write_study(folder, text.replace("[training]", joins + "[training]", 1), frame)
+    )
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_rows_that_a_table_lacks_are_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_a_table_lacks_are_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = _joined(tmp_path, STUDY)
     south = invented().index[invented()["hospital"] == "south"][:3] + 2
-    told = f"site 'south', column 'subject' finds no row in labs.csv (row {', '.join(map(str, south))}). "
+    told = (
+        "site 'south', column 'subject' finds no row in labs.csv (row "
+        f"{', '.join(map(str, south))}). "
+    )
     warned = medfed.simulate(study).summary["warnings"]
     assert [told in text for text in warned].count(True) == 1
     assert sum("finds no row in blood.csv (row 2" in text for text in warned) == 1
@@ -117,12 +147,18 @@ def test_rows_that_a_table_lacks_are_counted_and_told(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("one_thread")
 def test_many_are_counted_and_a_row_that_is_left_out_is_not(tmp_path: Path) -> None:
     found = runs.survey(_joined(tmp_path, STUDY, 40))
-    (doubt,) = [Doubt.from_json(told, "south") for told in found["south"]["doubts"] if "labs" in told["text"]]
+    (doubt,) = [
+        Doubt.from_json(told, "south")
+        for told in found["south"]["doubts"]
+        if "labs" in told["text"]
+    ]
     assert doubt.count == 40 and len(doubt.rows) == 5 and "and 35 more" in doubt.sentence()
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_under_a_claim_a_join_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_under_a_claim_a_join_tells_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     entries = "".join(f"[data.dictionary.{name}]\nrange = [0, 300]\n" for name in ("crp", "gas"))
     study = _joined(tmp_path, PRIVATE.replace("[training]", entries + "[training]", 1))
     assert not any("finds no row" in text for text in medfed.simulate(study).summary["warnings"])

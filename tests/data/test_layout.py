@@ -1,5 +1,5 @@
-"""How a text table is written: read alike in every form, guessed where it may be, and under a claim by the header
-alone."""
+"""How a text table is written: read alike in every form, guessed where it may be, and under a claim
+by the header alone."""
 
 import csv
 import itertools
@@ -20,7 +20,16 @@ from medfed.data.readers import read
 from medfed.study import Data, Format
 
 SEPARATORS = (",", ";", "\t", "|")
-SPELLINGS = ((".", ""), (",", ""), (",", "."), (".", "'"), (",", "\u00a0"), (".", ","), (",", " "), (".", "\u2019"))
+SPELLINGS = (
+    (".", ""),
+    (",", ""),
+    (",", "."),
+    (".", "'"),
+    (",", "\u00a0"),
+    (".", ","),
+    (",", " "),
+    (".", "\u2019"),
+)
 ENCODINGS = {"utf-8": "utf-8", "utf-8-sig": "utf-8", "cp1252": "cp1252", "utf-16": "utf-16"}
 PACKINGS = ("", ".gz", ".zst", ".zip")
 SIGNS = {"": "none", "\u00a0": " ", "\u2019": "'"}
@@ -48,16 +57,22 @@ def test_one_table_is_one_in_every_form(right: pd.DataFrame, tmp_path: Path) -> 
         assert found.frame.equals(right), form
         layout = found.layouts[path.name]
         assert layout == TextLayout(
-            separator, decimal, SIGNS.get(thousands, thousands), ENCODINGS[encoding], guessed=layout.guessed
+            separator,
+            decimal,
+            SIGNS.get(thousands, thousands),
+            ENCODINGS[encoding],
+            guessed=layout.guessed,
         ), form
         assert (layout.guessed.keys() >= {"decimal"}) == (decimal == ","), form
-        said = Format(separator=layout.separator, decimal=layout.decimal, thousands=layout.thousands)  # type: ignore[arg-type]
+        said = Format(
+            separator=layout.separator, decimal=layout.decimal, thousands=layout.thousands
+        )  # type: ignore[arg-type]
         claimed = read(path, replace(DATA, format=said), private=True).frame
         assert claimed.to_numpy().tolist() == right.to_numpy().tolist(), form
         assert claimed.index.tolist() == right.index.tolist() and list(claimed) == list(right), form
 
 
-# a guess is a value, and says why -----------------------------------------------------------------------------------
+# a guess is a value, and says why -----------------------------------------------------------------
 
 
 def _guessed(folder: Path, content: str, name: str = "t.csv", **format: Any) -> TextLayout:
@@ -68,10 +83,30 @@ def _guessed(folder: Path, content: str, name: str = "t.csv", **format: Any) -> 
 def test_what_is_guessed_is_told_and_what_is_said_is_not(tmp_path: Path) -> None:
     layout = _guessed(tmp_path, "Ward list\n\nid;größe;y\n1;1.234,5;0\n2;3,5;1\n\nTotal 2\n")
     assert layout == TextLayout(";", ",", ".", "cp1252", 2, 1, layout.guessed)
-    assert set(layout.guessed) == {"separator", "decimal", "thousands", "encoding", "skip", "footer"}
+
+    assert set(layout.guessed) == {
+        "separator",
+        "decimal",
+        "thousands",
+        "encoding",
+        "skip",
+        "footer",
+    }
     assert "'1.234,5' in t.csv, column 'größe', row 4" in layout.guessed["thousands"]
-    said = {"separator": ";", "decimal": ",", "thousands": ".", "encoding": "cp1252", "skip": 2, "footer": 1}
-    assert _guessed(tmp_path, "Ward list\n\nid;größe;y\n1;1.234,5;0\n2;3,5;1\n\nTotal 2\n", **said).guessed == {}
+    said = {
+        "separator": ";",
+        "decimal": ",",
+        "thousands": ".",
+        "encoding": "cp1252",
+        "skip": 2,
+        "footer": 1,
+    }
+    assert (
+        _guessed(
+            tmp_path, "Ward list\n\nid;größe;y\n1;1.234,5;0\n2;3,5;1\n\nTotal 2\n", **said
+        ).guessed
+        == {}
+    )
     assert _guessed(tmp_path, "id,a\n1,0.5\n").guessed.keys() == {"separator"}
 
 
@@ -110,9 +145,15 @@ def test_cells_decide_how_numbers_are_spelt(
 @pytest.mark.parametrize("cell", ["1,234", "1.234", "-999,000"])
 def test_what_no_cell_decides_is_asked_for(tmp_path: Path, cell: str) -> None:
     (tmp_path / "t.csv").write_text(f"a;b\n{cell};x\n5;y\n")
-    with pytest.raises(DataError, match=r"column 'a', row 2 may be a decimal or thousands.*\[data.format\]: decimal ="):
+    with pytest.raises(
+        DataError,
+        match=r"column 'a', row 2 may be a decimal or thousands.*\[data.format\]: decimal =",
+    ):
         read(tmp_path / "t.csv", DATA, private=False)
-    for decimal, value in ((",", cell.replace(".", "").replace(",", ".")), (".", cell.replace(",", ""))):
+    for decimal, value in (
+        (",", cell.replace(".", "").replace(",", ".")),
+        (".", cell.replace(",", "")),
+    ):
         said = replace(DATA, format=Format(decimal=decimal))  # type: ignore[arg-type]
         assert read(tmp_path / "t.csv", said, private=False).frame["a"].tolist()[0] == value
 
@@ -139,7 +180,9 @@ def test_files_of_a_study_decide_together(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("a;b\n0.5;x\n5;y\n")
     assert read(tmp_path, DATA, private=False).frame["a"].tolist() == ["1234", "5", "0.5", "5"]
     (tmp_path / "a.csv").write_text("a;b\n1,5;x\n5;y\n")
-    with pytest.raises(DataError, match=r"'1,5' in a\.csv, column 'a', row 2; '0\.5' in b\.csv, column 'a', row 2"):
+    with pytest.raises(
+        DataError, match=r"'1,5' in a\.csv, column 'a', row 2; '0\.5' in b\.csv, column 'a', row 2"
+    ):
         read(tmp_path, DATA, private=False)
 
 
@@ -157,24 +200,35 @@ def test_an_encoding_is_found_behind_the_first_megabyte(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes("\n".join(rows).encode("cp1252"))
     found = read(tmp_path / "t.csv", DATA, private=False)
     assert found.frame["a"].iloc[-1] == "ä" and "encoding" in found.layouts["t.csv"].guessed
-    (tmp_path / "t.csv").write_bytes("\n".join([*rows[:5], "ö,1\n"]).encode() + "ä,1".encode("cp1252"))
+    (tmp_path / "t.csv").write_bytes(
+        "\n".join([*rows[:5], "ö,1\n"]).encode() + "ä,1".encode("cp1252")
+    )
     with pytest.raises(DataError, match="UTF-8 in some lines and not in others"):
         read(tmp_path / "t.csv", DATA, private=False)
 
 
-# under a claim the header alone decides -----------------------------------------------------------------------------
+# under a claim the header alone decides -----------------------------------------------------------
 
 LINE = st.one_of(
-    st.sampled_from(['"', "1,5", "1.5", "1;2;3", "a|b|c|d", "\t\t", "p1,5;x;1", "ä;ö;ü", "\ufeff", "'"]),
+    st.sampled_from(
+        ['"', "1,5", "1.5", "1;2;3", "a|b|c|d", "\t\t", "p1,5;x;1", "ä;ö;ü", "\ufeff", "'"]
+    ),
     st.text(st.characters(exclude_characters="\r\n", exclude_categories=("Cs",)), max_size=12),
 )
 
 
 @given(
-    st.lists(LINE, max_size=4), st.lists(LINE, max_size=4), st.sampled_from(SEPARATORS), st.sampled_from([*ENCODINGS])
+    st.lists(LINE, max_size=4),
+    st.lists(LINE, max_size=4),
+    st.sampled_from(SEPARATORS),
+    st.sampled_from([*ENCODINGS]),
 )
 def test_no_record_changes_how_a_claimed_table_is_read(
-    tmp_path_factory: pytest.TempPathFactory, one: list[str], other: list[str], separator: str, encoding: str
+    tmp_path_factory: pytest.TempPathFactory,
+    one: list[str],
+    other: list[str],
+    separator: str,
+    encoding: str,
 ) -> None:
     folder = tmp_path_factory.mktemp("t")
     layouts = []
@@ -187,20 +241,34 @@ def test_no_record_changes_how_a_claimed_table_is_read(
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.tuples(st.integers(0, 4), LINE), max_size=4), st.sampled_from(SEPARATORS), st.sampled_from([*ENCODINGS])
+    st.lists(st.tuples(st.integers(0, 4), LINE), max_size=4),
+    st.sampled_from(SEPARATORS),
+    st.sampled_from([*ENCODINGS]),
 )
 def test_no_line_changes_another_in_any_form(
-    tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[int, str]], separator: str, encoding: str
+    tmp_path_factory: pytest.TempPathFactory,
+    odd: list[tuple[int, str]],
+    separator: str,
+    encoding: str,
 ) -> None:
     """The law of `line_reader`, for every separator and encoding."""
-    sound = [separator.join(cells) for cells in (("p1", "Süd", "1,5"), ("p2", "Süd", "2"), ("p3", "x", "1.000,5"))]
+    sound = [
+        separator.join(cells)
+        for cells in (("p1", "Süd", "1,5"), ("p2", "Süd", "2"), ("p3", "x", "1.000,5"))
+    ]
     if separator == ",":
-        sound = [separator.join(cells) for cells in (("p1", "Süd", '"1,5"'), ("p2", "Süd", "2"), ("p3", "x", "7"))]
+        sound = [
+            separator.join(cells)
+            for cells in (("p1", "Süd", '"1,5"'), ("p2", "Süd", "2"), ("p3", "x", "7"))
+        ]
+
     rows = list(sound)
     for place, line in odd:
         rows.insert(place, line)
     path = tmp_path_factory.mktemp("t") / "t.csv"
-    path.write_bytes("\n".join([separator.join(("größe", "place", "n")), *rows]).encode(encoding, "replace"))
+    path.write_bytes(
+        "\n".join([separator.join(("größe", "place", "n")), *rows]).encode(encoding, "replace")
+    )
     frame, broken = line_reader.read(path, Format(decimal=","))
     numbers = [2 + i for i, row in enumerate(rows) if row in sound]
     expected = [next(csv.reader([row], delimiter=separator)) for row in rows if row in sound]
@@ -210,13 +278,18 @@ def test_no_line_changes_another_in_any_form(
 
 def test_a_separator_that_goes_with_decimal_commas_asks_for_the_sign(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a;b\n1,5;secret\n")
-    with pytest.raises(DataError, match=r"under a claim no cell is looked at to see.*decimal = \",\" or") as caught:
+    with pytest.raises(
+        DataError, match=r"under a claim no cell is looked at to see.*decimal = \",\" or"
+    ) as caught:
         read(tmp_path / "t.csv", DATA, private=True)
     assert "secret" not in str(caught.value) and "1,5" not in str(caught.value)
 
 
 def test_the_header_alone_is_read_as_with_its_rows(tmp_path: Path) -> None:
-    for name, content in (("t.csv", "Titel\n\na;größe;b\n1;2;3\n4;5;6\n"), ("t.tsv", "a\tgröße\tb\n1\t2\t3\n")):
+    for name, content in (
+        ("t.csv", "Titel\n\na;größe;b\n1;2;3\n4;5;6\n"),
+        ("t.tsv", "a\tgröße\tb\n1\t2\t3\n"),
+    ):
         (tmp_path / name).write_bytes(content.encode("cp1252"))
         assert readers.header(tmp_path / name, DATA, private=False) == ["a", "größe", "b"]
         assert guess(tmp_path / name, Format(), "t")[1] == ["a", "größe", "b"]

@@ -19,7 +19,10 @@ from medfed.data.layout import of_header
 from medfed.data.tables import read
 from medfed.study import Data
 
-CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0", exclude_categories=("Cs",)), max_size=6)
+CELL = st.text(
+    st.characters(codec="utf-8", exclude_characters="\r\n\0", exclude_categories=("Cs",)),
+    max_size=6,
+)
 
 
 def _write(path: Path, rows: list[list[str]]) -> Path:
@@ -30,10 +33,14 @@ def _write(path: Path, rows: list[list[str]]) -> Path:
 
 
 @given(st.lists(st.lists(CELL, min_size=3, max_size=3), max_size=8))
-def test_a_sound_table_is_read_as_by_pandas(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+def test_a_sound_table_is_read_as_by_pandas(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
+) -> None:
     path = _write(tmp_path_factory.mktemp("t") / "t.csv", [["a", "b", "c"], ["x", "y", "z"], *rows])
     frame, broken = line_reader.read(path)
-    pd.testing.assert_frame_equal(frame, read(path), check_index_type=False, check_column_type=False, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        frame, read(path), check_index_type=False, check_column_type=False, check_dtype=False
+    )
     assert broken == []
 
 
@@ -47,13 +54,28 @@ def test_compressed_marked_and_foreign_line_ends(tmp_path: Path) -> None:
 
 SOUND = ["p1,north,1", "p2,south,2", 'p3,"north, or so",3', "p4,east,4"]
 LINES = st.one_of(
-    st.sampled_from(['"', 'p,"x,1', 'p,x,1"', "p,x", "p,x,1,2", ",,", '""""', 'p,"x"y,1', "\0,\0,\0", "é,\x85,\x0b"]),
+    st.sampled_from(
+        [
+            '"',
+            'p,"x,1',
+            'p,x,1"',
+            "p,x",
+            "p,x,1,2",
+            ",,",
+            '""""',
+            'p,"x"y,1',
+            "\0,\0,\0",
+            "é,\x85,\x0b",
+        ]
+    ),
     st.text(st.characters(exclude_characters="\r\n", exclude_categories=("Cs",)), max_size=12),
 )
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), LINES), max_size=4))
-def test_no_line_changes_another(tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[int, str]]) -> None:
+def test_no_line_changes_another(
+    tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[int, str]]
+) -> None:
     """The law: whatever stands between them, sound lines are read as if they stood alone."""
     rows = list(SOUND)
     for place, text in odd:
@@ -75,7 +97,11 @@ def test_a_csv_read_as_a_whole_does_change() -> None:
 def test_a_byte_that_is_no_text_stays_in_its_cell(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes("a,b\nü,1\n".encode() + b"\xff\xfe,2\n" + "ö,3\n".encode())
     frame, broken = line_reader.read(tmp_path / "t.csv")
-    assert frame["a"].tolist()[::2] == ["ü", "ö"] and frame["b"].tolist() == ["1", "2", "3"] and broken == []
+    assert (
+        frame["a"].tolist()[::2] == ["ü", "ö"]
+        and frame["b"].tolist() == ["1", "2", "3"]
+        and broken == []
+    )
 
 
 def test_a_cell_with_a_line_break_is_no_record_in_any_of_its_lines(tmp_path: Path) -> None:
@@ -89,7 +115,9 @@ def test_a_table_without_header_or_with_two_separators_in_it_is_refused(tmp_path
     with pytest.raises(DataError, match="has no header"):
         read(tmp_path / "empty.csv", private=True)
     (tmp_path / "s.csv").write_text("a,b;y\n1,2;0\n")
-    with pytest.raises(DataError, match=r"its header can be parted.*separator = \",\" or separator = \";\""):
+    with pytest.raises(
+        DataError, match=r"its header can be parted.*separator = \",\" or separator = \";\""
+    ):
         read(tmp_path / "s.csv", private=True)
 
 
@@ -122,4 +150,8 @@ def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for module in (line_reader, readers):
         monkeypatch.setattr(module, "of_header", counted)
     found = readers.read(path, Data(), private=True)
-    assert seen == [path] and found.layouts["t.csv"].separator == "," and found.frame["a"].tolist() == ["1"]
+    assert (
+        seen == [path]
+        and found.layouts["t.csv"].separator == ","
+        and found.frame["a"].tolist() == ["1"]
+    )

@@ -1,4 +1,6 @@
-"""Cells and rows as the study declares them: each follows from its row alone, with and without a claim."""
+"""Cells and rows as the study declares them: each follows from its row alone, with and without a
+claim.
+"""
 
 import logging
 import re
@@ -39,12 +41,16 @@ def _cells(frame: pd.DataFrame, name: str) -> list[str | None]:
     return [None if pd.isna(cell) else cell for cell in frame[name]]
 
 
-# cells --------------------------------------------------------------------------------------------------------------
+# cells --------------------------------------------------------------------------------------------
 
 
 def test_an_age_is_counted_to_a_day_or_to_another_date() -> None:
     born = {"date": "dd.mm.yyyy", "becomes": "age", "reference": "2024-07-01"}
-    assert _cells(_map({"born": born}, born=["01.07.1960", "", "01.07.2000"]), "born") == ["64", None, "24"]
+    assert _cells(_map({"born": born}, born=["01.07.1960", "", "01.07.2000"]), "born") == [
+        "64",
+        None,
+        "24",
+    ]
     both = {"born": {**born, "reference": "admitted"}, "admitted": {"date": "iso"}}
     found = _map(both, born=["01.07.1960", "01.07.1960"], admitted=["2010-07-01", ""])
     assert _cells(found, "born") == ["50", None]
@@ -62,14 +68,19 @@ def test_a_stay_is_days_since_and_a_date_column_of_its_type_needs_no_form() -> N
         )
     )
     frame = number_rows(
-        pd.DataFrame({"in": ["2024-01-30 12:00"], "out": pd.to_datetime(["2024-02-01"]), "y": ["1"]}, dtype=None)
+        pd.DataFrame(
+            {"in": ["2024-01-30 12:00"], "out": pd.to_datetime(["2024-02-01"]), "y": ["1"]},
+            dtype=None,
+        )
     )
     assert _cells(mapping.apply(frame, data), "out") == ["1.5"]
 
 
 @pytest.mark.parametrize(("becomes", "told"), [("year", "2024"), ("month", "12"), ("weekday", "2")])
 def test_parts_of_a_date(becomes: str, told: str) -> None:
-    assert _cells(_map({"d": {"date": "dd.mm.yyyy", "becomes": becomes}}, d=["31.12.2024"]), "d") == [told]
+    assert _cells(
+        _map({"d": {"date": "dd.mm.yyyy", "becomes": becomes}}, d=["31.12.2024"]), "d"
+    ) == [told]
 
 
 def test_a_date_of_another_form_is_named_with_its_fix() -> None:
@@ -103,11 +114,29 @@ def test_an_indicator_stands_beside_the_limit_whatever_the_cells_are() -> None:
 
 
 def test_thousands_or_a_decimal_comma_is_not_guessed() -> None:
-    assert _cells(_map({"crp": {"limits": "limit"}}, crp=["<1,234", "<0,234"]), "crp") == ["<1,234", "0.234"]
+    assert _cells(_map({"crp": {"limits": "limit"}}, crp=["<1,234", "<0,234"]), "crp") == [
+        "<1,234",
+        "0.234",
+    ]
 
 
 BOOLEANS = {
-    "yes": ["yes", "Y", "true", "T", "1", "1.0", "ja", "Oui", "si", "sì", "sí", "+", "Positive", "pos"],
+    "yes": [
+        "yes",
+        "Y",
+        "true",
+        "T",
+        "1",
+        "1.0",
+        "ja",
+        "Oui",
+        "si",
+        "sì",
+        "sí",
+        "+",
+        "Positive",
+        "pos",
+    ],
     "no": ["no", "N", "false", "F", "0", "0.0", "nein", "non", "-", "negative", "NEG"],
 }
 
@@ -128,7 +157,10 @@ def test_minus_is_no_where_it_elsewhere_means_missing() -> None:
 
 def test_an_x_beside_empty_cells_is_no_boolean() -> None:
     error = _refusal({"b": {"boolean": True}}, b=["x", "", "x"])
-    assert "column 'b': neither yes nor no in row 2, 4. Correct the cells, or say what they mean: " in error
+    assert (
+        "column 'b': neither yes nor no in row 2, 4. Correct the cells, or say what they mean: "
+        in error
+    )
     assert "data.dictionary.b.recode" in error
 
 
@@ -158,14 +190,20 @@ def test_a_converted_number_is_never_taken_for_a_code() -> None:
             }
         }
     )
-    frame = number_rows(pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str))
+    frame = number_rows(
+        pd.DataFrame({"t": ["32", "0", "40", "50"], "y": ["0", "1", "0", "1"]}, dtype=str)
+    )
     table = clean("a", mapping.apply(frame, study.data), study.data, Streams(1))
     assert np.array_equal(table.numbers["t"], [0.0, np.nan, 4.0, 9.0], equal_nan=True)
 
 
 def test_faults_of_all_columns_are_told_at_once_with_their_sites() -> None:
-    data = mapping.complete(Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)}))
-    frame = number_rows(pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str))
+    data = mapping.complete(
+        Data(target="y", dictionary={"a": Feature(boolean=True), "b": Feature(boolean=True)})
+    )
+    frame = number_rows(
+        pd.DataFrame({"a": ["1", "2"], "b": ["3", "x"], "y": ["0", "1"]}, dtype=str)
+    )
     with pytest.raises(DataError) as caught:
         mapping.apply(frame, data, site=pd.Series(["north", "south"], index=frame.index))
     assert "site 'south', column 'a': neither yes nor no in row 3" in str(caught.value)
@@ -179,13 +217,18 @@ def test_under_a_claim_a_cell_that_cannot_be_read_is_missing_and_only_the_site_k
     found = _map(entries, private=True, b=["maybe", "1"], d=["2024-01-01", "soon"])
     assert _cells(found, "b") == [None, "yes"] and _cells(found, "d") == ["2024", None]
     assert "column 'b': neither yes nor no, so it counts as missing, in row 2" in caplog.text
-    assert "maybe" not in caplog.text and {record.levelno for record in caplog.records} == {logging.WARNING}
+    assert "maybe" not in caplog.text and {record.levelno for record in caplog.records} == {
+        logging.WARNING
+    }
 
 
 OTHER = Feature(date="iso")
 ENTRIES = {
     "date": {"a": Feature(date="dd.mm.yyyy", becomes="age", reference="2024-01-01")},
-    "until another": {"a": Feature(date="dd.mm.yyyy", becomes="days until", reference="other"), "other": OTHER},
+    "until another": {
+        "a": Feature(date="dd.mm.yyyy", becomes="days until", reference="other"),
+        "other": OTHER,
+    },
     "limit": {"a": Feature(limits="indicator", factor=2.0, offset=-1.0)},
     "half": {"a": Feature(limits="half")},
     "boolean": {"a": Feature(boolean=True, recode={"maybe": "yes"})},
@@ -193,7 +236,22 @@ ENTRIES = {
     "unit": {"a": Feature(factor=88.42, offset=0.5, missing=("1",))},
 }
 CELLS = st.sampled_from(
-    ["", "1", "1.0", " 1 ", "ja", "maybe", "<0.3", "> 100", "31.12.1999", "01.02.2003 10:00", "nan", "1e5", "?", "-"]
+    [
+        "",
+        "1",
+        "1.0",
+        " 1 ",
+        "ja",
+        "maybe",
+        "<0.3",
+        "> 100",
+        "31.12.1999",
+        "01.02.2003 10:00",
+        "nan",
+        "1e5",
+        "?",
+        "-",
+    ]
 )
 
 
@@ -204,16 +262,23 @@ CELLS = st.sampled_from(
 def test_a_row_is_mapped_alike_whatever_rows_stand_beside_it(
     kind: str, private: bool, rows: list[tuple[str, str]], cut: int
 ) -> None:
-    """Also what is in doubt: without a claim the rows that an error names are those of its parts."""
+    """Also what is in doubt: without a claim the rows that an error names are those of
+    its parts.
+    """
     data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
     whole = _mapped(data, rows, private)
-    assert whole == [row for part in (rows[:cut], rows[cut:]) if part for row in _mapped(data, part, private)]
+    assert whole == [
+        row for part in (rows[:cut], rows[cut:]) if part for row in _mapped(data, part, private)
+    ]
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
 @settings(max_examples=20)
 @given(
-    texts=st.lists(st.one_of(st.text(max_size=12), CELLS, st.sampled_from(["1e308", "-1e308", "<1e999"])), min_size=1)
+    texts=st.lists(
+        st.one_of(st.text(max_size=12), CELLS, st.sampled_from(["1e308", "-1e308", "<1e999"])),
+        min_size=1,
+    )
 )
 def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
     data = mapping.complete(Data(target="y", dictionary=ENTRIES[kind]))
@@ -225,18 +290,27 @@ def test_no_cell_stops_a_claim(kind: str, texts: list[str]) -> None:
 def _mapped(data: Data, rows: list[tuple[str, str]], private: bool) -> list[list[str | None]]:
     """Return each row as it is mapped; one in doubt is empty."""
     frame = number_rows(pd.DataFrame(rows, columns=["a", "other"], dtype=str))
-    site = None if private else pd.Series([str(number) for number in frame.index], index=frame.index)
+    site = (
+        None if private else pd.Series([str(number) for number in frame.index], index=frame.index)
+    )
     try:
         mapped = mapping.apply(frame, data, private, site)
     except DataError as error:
-        bad = {int(row) for text in re.findall(r"in row ([\d, ]+)", str(error)) for row in text.split(",")}
+        bad = {
+            int(row)
+            for text in re.findall(r"in row ([\d, ]+)", str(error))
+            for row in text.split(",")
+        }
         good = [row for number, row in enumerate(rows, 2) if number not in bad]
         rest = iter(_mapped(data, good, private)) if good else iter(())
         return [[] if number in bad else next(rest) for number in range(2, len(rows) + 2)]
-    return [[None if pd.isna(cell) else cell for cell in row] for row in mapped.to_numpy(dtype=object)]
+
+    return [
+        [None if pd.isna(cell) else cell for cell in row] for row in mapped.to_numpy(dtype=object)
+    ]
 
 
-# what is declared ---------------------------------------------------------------------------------------------------
+# what is declared ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +339,9 @@ def test_completing_again_changes_nothing() -> None:
     entries = {"a": Feature(limits="indicator"), "b": Feature(boolean=True)}
     once = mapping.complete(Data(target="y", time="d", test_from="2024-01-01", dictionary=entries))
     assert mapping.complete(once) == once
-    assert once.dictionary["a below limit"].range == (0.0, 1.0) and once.dictionary["b"].categories == ("no", "yes")
+    assert once.dictionary["a below limit"].range == (0.0, 1.0) and once.dictionary[
+        "b"
+    ].categories == ("no", "yes")
 
 
 @pytest.mark.parametrize(
@@ -275,12 +351,23 @@ def test_completing_again_changes_nothing() -> None:
         ({"drop": ["rows without patient"], "missing_patient": "own"}, "keep one of the two"),
         ({"test_values": ["x"]}, "no data.test, the column"),
         ({"test_from": "2024-01-01"}, "no data.time, the column"),
-        ({"time": "admitted", "test_from": "2024-01-01", "test": "ward"}, "both say who is held out"),
-        ({"time": "admited", "test_from": "2024-01-01"}, "data.time='admited' is no column of the table; did you mean"),
-        ({"dictionary": {"age": {"date": "iso", "becomes": "age", "reference": "admited"}}}, "did you mean 'admitted'"),
+        (
+            {"time": "admitted", "test_from": "2024-01-01", "test": "ward"},
+            "both say who is held out",
+        ),
+        (
+            {"time": "admited", "test_from": "2024-01-01"},
+            "data.time='admited' is no column of the table; did you mean",
+        ),
+        (
+            {"dictionary": {"age": {"date": "iso", "becomes": "age", "reference": "admited"}}},
+            "did you mean 'admitted'",
+        ),
     ],
 )
-def test_keys_about_rows_that_do_not_go_together_are_refused(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
+def test_keys_about_rows_that_do_not_go_together_are_refused(
+    tmp_path: Path, keys: dict[str, Any], told: str
+) -> None:
     study = _study(tmp_path, invented(40).assign(admitted="2023-01-01"), exclude=["admitted"])
     for key, value in keys.items():
         study = study.set(f"data.{key}", value)
@@ -289,7 +376,7 @@ def test_keys_about_rows_that_do_not_go_together_are_refused(tmp_path: Path, key
     assert told in str(caught.value)
 
 
-# rows ---------------------------------------------------------------------------------------------------------------
+# rows ---------------------------------------------------------------------------------------------
 
 
 def _study(folder: Path, frame: pd.DataFrame, **keys: Any) -> Study:
@@ -305,6 +392,7 @@ def test_rows_without_target_site_or_patient_are_left_out_and_counted(tmp_path: 
     frame.loc[4, "died"] = ""
     frame.loc[[5, 6], "subject"] = ["?", None]
     place = frame.loc[[4, 5, 6], "hospital"].tolist()
+
     for what, told in (
         ("rows without target", "data.drop = ['rows without target']"),
         ("rows without site", "no site named in row 5; name it, or leave the rows out: data.drop"),
@@ -314,6 +402,7 @@ def test_rows_without_target_site_or_patient_are_left_out_and_counted(tmp_path: 
         with pytest.raises(DataError) as caught:
             runs.survey(_study(tmp_path, frame, drop=[one for one in every if one != what]))
         assert told in str(caught.value)
+
     study = _study(tmp_path, frame, drop=every)
     frames, _ = sources.frames(study)
     assert not {5, 6, 7, 8} & set(frames.frame.index) and len(frames.frame) == 56
@@ -321,8 +410,12 @@ def test_rows_without_target_site_or_patient_are_left_out_and_counted(tmp_path: 
     assert sum(n for _, what, n in counted if what == "rows without patient") == 2
     assert (place[0], "rows without target", 1) in counted
     shown = describe.tables(describe.describe(runs.survey(study)))[0].caption
-    assert "left out by data.drop: rows without site: 1; " in str(shown) and f"{place[0]} 1" in str(shown)
-    warned = runs.simulate(study.set("training.rounds", 1).set("training.learning_rate", 0.1)).summary["warnings"]
+    assert "left out by data.drop: rows without site: 1; " in str(shown) and f"{place[0]} 1" in str(
+        shown
+    )
+    warned = runs.simulate(
+        study.set("training.rounds", 1).set("training.learning_rate", 0.1)
+    ).summary["warnings"]
     assert "1 rows without site left out, as data.drop says" in warned
     assert f"site {place[0]!r}: 1 rows without target left out, as data.drop says" in warned
 

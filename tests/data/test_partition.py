@@ -42,7 +42,9 @@ def test_all_records_of_a_patient_are_on_one_side(ids: list[str], exact: bool) -
 
 
 @given(IDS, st.text("xyz", min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_nobody_moves_when_others_come_go_or_change_places(ids: list[str], other: str, random: object) -> None:
+def test_nobody_moves_when_others_come_go_or_change_places(
+    ids: list[str], other: str, random: object
+) -> None:
     before = _held(ids)
     shuffled = [*ids, other]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -53,7 +55,8 @@ def test_nobody_moves_when_others_come_go_or_change_places(ids: list[str], other
 
 def test_a_larger_fraction_keeps_who_was_held_out() -> None:
     ids = [f"p{i}" for i in range(500)]
-    few, more = _held(ids, 0.1), _held(ids, 0.3)
+    few = _held(ids, 0.1)
+    more = _held(ids, 0.3)
     assert all(more[name] for name in ids if few[name])
 
 
@@ -71,7 +74,10 @@ def test_the_expected_fraction_is_held_out_and_another_would_be_noticed() -> Non
 def test_seeds_split_independently_of_each_other() -> None:
     ids = [f"p{i}" for i in range(5000)]
     one, two = (np.array(list(_held(ids, 0.3, seed).values())) for seed in (1, 2))
-    table = [[int((one & two).sum()), int((one & ~two).sum())], [int((~one & two).sum()), int((~one & ~two).sum())]]
+    table = [
+        [int((one & two).sum()), int((one & ~two).sum())],
+        [int((~one & two).sum()), int((~one & ~two).sum())],
+    ]
     assert stats.chi2_contingency(table).pvalue > 1e-3
     same = [[int(one.sum()), 0], [0, int((~one).sum())]]
     assert stats.chi2_contingency(same).pvalue < 1e-9
@@ -79,7 +85,8 @@ def test_seeds_split_independently_of_each_other() -> None:
 
 def test_split_and_partition_are_independent() -> None:
     ids = _series([f"p{i}" for i in range(5000)])
-    held, site = is_test(ids, None, 0.3, STREAMS, False), site_of(ids, ["a", "b"], [0.5, 0.5], STREAMS)
+    held = is_test(ids, None, 0.3, STREAMS, False)
+    site = site_of(ids, ["a", "b"], [0.5, 0.5], STREAMS)
     table = pd.crosstab(held, site.to_numpy())
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
@@ -95,7 +102,9 @@ def test_stratified_shares_are_exact_in_each_class(labels: dict[str, str], fract
 
 
 @given(
-    st.dictionaries(st.text("abc0123", min_size=1, max_size=5), st.sampled_from("ab"), min_size=1, max_size=40),
+    st.dictionaries(
+        st.text("abc0123", min_size=1, max_size=5), st.sampled_from("ab"), min_size=1, max_size=40
+    ),
     st.text("xyz", min_size=1, max_size=5),
     st.sampled_from("ab"),
     st.floats(0.05, 0.95),
@@ -120,24 +129,31 @@ def test_a_stratified_split_does_not_depend_on_row_order() -> None:
 def test_a_patient_of_two_sites_may_fall_apart_under_exact_shares_alone() -> None:
     companions = [[f"{site} {i}" for i in range(5)] for site in range(10)]
     patients = [f"p{i}" for i in range(20)]
-    exact = [{_held_exactly(dict.fromkeys([name, *ids], "a"), 0.5)[name] for ids in companions} for name in patients]
+    exact = [
+        {_held_exactly(dict.fromkeys([name, *ids], "a"), 0.5)[name] for ids in companions}
+        for name in patients
+    ]
     hashed = [{_held([name, *ids], 0.5)[name] for ids in companions} for name in patients]
     assert any(len(sides) == 2 for sides in exact) and all(len(sides) == 1 for sides in hashed)
 
 
 def test_those_of_lowest_hash_are_held_out() -> None:
-    key, ids = STREAMS.key("split"), [f"p{i}" for i in range(50)]
+    key = STREAMS.key("split")
+    ids = [f"p{i}" for i in range(50)]
     lowest = sorted(ids, key=lambda name: patient_fraction(key, name))[:10]
     held = _held_exactly(dict.fromkeys(ids, "a"), 0.2)
     assert {name for name in ids if held[name]} == set(lowest)
 
 
 def test_without_labels_the_share_is_exact_over_all() -> None:
-    assert is_test(_series([f"p{i}" for i in range(50)]), None, 0.2, STREAMS, exact=True).sum() == 10
+    assert (
+        is_test(_series([f"p{i}" for i in range(50)]), None, 0.2, STREAMS, exact=True).sum() == 10
+    )
 
 
 def test_sites_get_their_shares_and_other_shares_would_be_noticed() -> None:
-    names, shares = ["a", "b", "c", "d"], [0.35, 0.25, 0.22, 0.18]
+    names = ["a", "b", "c", "d"]
+    shares = [0.35, 0.25, 0.22, 0.18]
     site = site_of(_series([f"p{i}" for i in range(20_000)]), names, shares, STREAMS)
     counts = site.value_counts().reindex(names).to_numpy()
     assert stats.chisquare(counts, np.array(shares) * 20_000).pvalue > 1e-3
@@ -146,7 +162,8 @@ def test_sites_get_their_shares_and_other_shares_would_be_noticed() -> None:
 
 @given(IDS, st.text("xyz", min_size=1, max_size=4))
 def test_a_patient_keeps_its_site_whoever_comes(ids: list[str], other: str) -> None:
-    names, shares = ["a", "b"], [0.4, 0.6]
+    names = ["a", "b"]
+    shares = [0.4, 0.6]
     before = site_of(_series(ids), names, shares, STREAMS).tolist()
     assert site_of(_series([other, *ids]), names, shares, STREAMS).tolist()[1:] == before
 
@@ -157,11 +174,17 @@ def test_unequal_seeds_place_patients_differently() -> None:
     assert placed[0] == placed[2] != placed[1]
 
 
-ROWS = st.lists(st.tuples(st.sampled_from(["1", "2", None]), st.sampled_from(["x", "y"])), min_size=1, max_size=12)
+ROWS = st.lists(
+    st.tuples(st.sampled_from(["1", "2", None]), st.sampled_from(["x", "y"])),
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(ROWS, st.randoms(use_true_random=False))
-def test_row_patients_do_not_depend_on_row_order(rows: list[tuple[str | None, str]], random: object) -> None:
+def test_row_patients_do_not_depend_on_row_order(
+    rows: list[tuple[str | None, str]], random: object
+) -> None:
     shuffled = list(rows)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     one, two = (row_patients(pd.DataFrame(r, columns=["a", "b"])) for r in (rows, shuffled))
@@ -180,7 +203,8 @@ def test_columns_cannot_run_into_each_other() -> None:
 
 
 def test_a_gap_is_the_same_gap_in_csv_and_in_parquet() -> None:
-    csv, parquet = pd.DataFrame({"a": ["1.5", ""]}), pd.DataFrame({"a": [1.5, np.nan]})
+    csv = pd.DataFrame({"a": ["1.5", ""]})
+    parquet = pd.DataFrame({"a": [1.5, np.nan]})
     assert row_patients(csv).tolist() == row_patients(parquet).tolist()
 
 
@@ -191,12 +215,16 @@ def test_a_row_that_names_no_patient_is_refused(gap: object) -> None:
         patients(frame, "id")
 
 
-@pytest.mark.parametrize("gap", ["NA", " na", "?", "null", "<NA>", "unknown", "-", pd.NA, pd.NaT, "-9.0"])
+@pytest.mark.parametrize(
+    "gap", ["NA", " na", "?", "null", "<NA>", "unknown", "-", pd.NA, pd.NaT, "-9.0"]
+)
 def test_a_text_that_means_missing_names_no_patient(gap: object) -> None:
     frame = number_rows(pd.DataFrame({"id": pd.Series(["p1", gap, "p2", gap], dtype=object)}))
     with pytest.raises(DataError, match=r"no patient named in row 3, 5\..*missing_patient='own'"):
         patients(frame, "id", missing_values=("-9",))
-    with pytest.raises(DataError, match=r"in some rows; at the site `medfed data show` says which") as told:
+    with pytest.raises(
+        DataError, match=r"in some rows; at the site `medfed data show` says which"
+    ) as told:
         patients(frame, "id", missing_values=("-9",), claimed=True)
     assert not any(digit in str(told.value) for digit in "345")
 
@@ -208,7 +236,8 @@ def test_rows_that_name_nobody_can_be_a_patient_each_whatever_their_order() -> N
     other = patients(frame[::-1], "id", missing_patient="own")
     assert sorted(one) == sorted(other)
     content = pd.Series([row_patients(frame)[1]])
-    assert not set(one) & set(patients(pd.DataFrame({"id": content}), "id"))  # nobody can take such a name
+    # nobody can take such a name
+    assert not set(one) & set(patients(pd.DataFrame({"id": content}), "id"))
 
 
 def test_an_id_is_the_same_in_every_kind_of_column() -> None:
@@ -262,7 +291,8 @@ def test_ids_that_a_spreadsheet_rounded_are_refused(rounded: str) -> None:
     frame = pd.DataFrame({"id": ["17", rounded, "18"]}, index=[2, 3, 4])
     with pytest.raises(DataError, match=r"column 'id': ids that were rounded .* in row 3"):
         patients(frame, "id")
-    assert len(patients(frame, "id", claimed=True)) == 3  # bounded together, and told to the site alone
+    # bounded together, and told to the site alone
+    assert len(patients(frame, "id", claimed=True)) == 3
 
 
 def test_whole_ids_of_any_length_are_not_taken_for_rounded() -> None:

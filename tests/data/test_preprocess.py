@@ -26,20 +26,32 @@ from medfed.study import Data, Feature
 Cells = dict[str, list[Any]]
 
 
-def _table(columns: Cells, label: list[Any] | None = None, test: list[int] | None = None) -> SiteTable:
+def _table(
+    columns: Cells, label: list[Any] | None = None, test: list[int] | None = None
+) -> SiteTable:
     rows = len(next(iter(columns.values())))
-    texts = {n: np.array(v, dtype=object) for n, v in columns.items() if any(isinstance(x, str) for x in v)}
+    texts = {
+        n: np.array(v, dtype=object)
+        for n, v in columns.items()
+        if any(isinstance(x, str) for x in v)
+    }
     numbers = {n: np.array(v, dtype=np.float64) for n, v in columns.items() if n not in texts}
     labels = np.array(label if label is not None else ["0", "1"] * rows, dtype=object)[:rows]
     if label and not isinstance(label[0], str):
         labels = labels.astype(np.float64)
     ids = np.array([f"p{i}" for i in range(rows)], dtype=object)
-    return SiteTable(numbers, texts, labels, np.arange(rows), np.array(test or [0] * rows, dtype=bool), ids)
+    return SiteTable(
+        numbers, texts, labels, np.arange(rows), np.array(test or [0] * rows, dtype=bool), ids
+    )
 
 
-def _ask(tables: dict[str, SiteTable], spy: Callable[[str, dict[str, Any], Tensor], None] | None = None) -> Ask:
+def _ask(
+    tables: dict[str, SiteTable], spy: Callable[[str, dict[str, Any], Tensor], None] | None = None
+) -> Ask:
     def ask(question: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-        answers = [answer(t, question, header["names"], header["logs"], tensors) for t in tables.values()]
+        answers = [
+            answer(t, question, header["names"], header["logs"], tensors) for t in tables.values()
+        ]
         for each in answers:
             if spy:
                 spy(question, header, each)
@@ -67,9 +79,10 @@ def _columns(encoding: Encoding) -> dict[str, Column]:
 ROBUST = Data(target="y", preprocess="robust")
 DICTIONARY = Data(target="y", preprocess="dictionary")
 
-# centres and scales -------------------------------------------------------------------------------------------------
+# centres and scales -------------------------------------------------------------------------------
 
-TINY, HUGE = 5e-324, 1e300
+TINY = 5e-324
+HUGE = 1e300
 CELL = st.one_of(
     st.floats(-HUGE, HUGE, allow_subnormal=True),
     st.sampled_from([0.0, -0.0, TINY, -TINY, 1.0, 1.0, HUGE, -HUGE, float("nan")]),
@@ -105,7 +118,8 @@ def test_robust_scaling_equals_scikit_learns(sizes: tuple[int, ...]) -> None:
     scaler = RobustScaler().fit(pooled)
     centre, scale = _fit("robust", sites)
     assert scale == scaler.scale_[0]
-    assert centre == pytest.approx(scaler.center_[0], rel=1e-15)  # its median is (a + b) / 2: a last bit may differ
+    # its median is (a + b) / 2: a last bit may differ
+    assert centre == pytest.approx(scaler.center_[0], rel=1e-15)
 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=20), min_size=1, max_size=4).filter(any))
@@ -116,7 +130,9 @@ def test_standard_scaling_equals_scikit_learns(sites: list[list[float]]) -> None
     size = np.abs(pooled).max()
     assert centre == pytest.approx(pooled.mean(), rel=1e-12, abs=1e-12 * size)
     if pooled.std() > 1e-9 * size:
-        assert scale == pytest.approx(StandardScaler().fit(pooled).scale_[0], rel=1e-12, abs=1e-12 * size)
+        assert scale == pytest.approx(
+            StandardScaler().fit(pooled).scale_[0], rel=1e-12, abs=1e-12 * size
+        )
 
 
 @pytest.mark.parametrize("kind", ["robust", "standard"])
@@ -147,7 +163,9 @@ def test_no_row_leaves() -> None:
 
     random = np.random.default_rng(0)
     for rows in (7, 100):
-        tables = {n: _table({"a": random.normal(size=rows), "b": random.normal(size=rows)}) for n in "xyz"}
+        tables = {
+            n: _table({"a": random.normal(size=rows), "b": random.normal(size=rows)}) for n in "xyz"
+        }
         for kind in ("robust", "standard"):
             surveys = {n: survey(t, ROBUST) for n, t in tables.items()}
             agree(surveys, replace(ROBUST, preprocess=kind), _ask(tables, spy))
@@ -169,9 +187,13 @@ def test_counts_are_counts_of_the_site() -> None:
         answer(table, "rows", ["a"], {}, {})
 
 
-# the dictionary -----------------------------------------------------------------------------------------------------
+# the dictionary -----------------------------------------------------------------------------------
 
-RANGES = {"a": Feature(range=(10, 30)), "b": Feature(range=(0, 100), log=True), "c": Feature(categories=("u", "v"))}
+RANGES = {
+    "a": Feature(range=(10, 30)),
+    "b": Feature(range=(0, 100), log=True),
+    "c": Feature(categories=("u", "v")),
+}
 
 
 def test_the_dictionary_asks_no_patient() -> None:
@@ -189,7 +211,9 @@ def test_the_dictionary_asks_no_patient() -> None:
 def test_public_ranges_map_to_two_and_are_clipped() -> None:
     data = replace(DICTIONARY, dictionary={n: RANGES[n] for n in "ab"})
     table = _table({"a": [10.0, 30.0, 20.0, -5.0, 99.0], "b": [1.0, 100.0, 10.0, 0.0, 1e9]})
-    rows = agree({"s": survey(table, data)}, data, _unasked).encode(table, _every(table), _every(table))
+    rows = agree({"s": survey(table, data)}, data, _unasked).encode(
+        table, _every(table), _every(table)
+    )
     expected = torch.tensor([[-2.0, -2], [2, 2], [0, 0], [-2, -2], [2, 2]])
     torch.testing.assert_close(rows.x, expected, atol=1e-6, rtol=0)
 
@@ -200,7 +224,11 @@ def test_a_wide_range_squeezes_patients_unless_it_is_logarithmic() -> None:
     for log in (False, True):
         data = replace(DICTIONARY, dictionary={"a": Feature(range=(0.1, 1000), log=log)})
         table = _table(cells)
-        x = agree({"s": survey(table, data)}, data, _unasked).encode(table, _every(table), _every(table)).x
+        x = (
+            agree({"s": survey(table, data)}, data, _unasked)
+            .encode(table, _every(table), _every(table))
+            .x
+        )
         spread.append(float(x.max() - x.min()))
     assert spread[0] < 0.02 and spread[1] > 0.7  # of the 4 between the range's ends
 
@@ -224,11 +252,13 @@ def test_a_regression_target_needs_a_public_range_too() -> None:
 def test_none_takes_numbers_as_they_are() -> None:
     data = replace(DICTIONARY, preprocess="none")
     table = _table({"a": [1.5, -20.0]})
-    rows = agree({"s": survey(table, data)}, data, _unasked).encode(table, _every(table), _every(table))
+    rows = agree({"s": survey(table, data)}, data, _unasked).encode(
+        table, _every(table), _every(table)
+    )
     assert rows.x.tolist() == [[1.5], [-20.0]]
 
 
-# gaps ---------------------------------------------------------------------------------------------------------------
+# gaps ---------------------------------------------------------------------------------------------
 
 
 def test_a_gap_gets_an_indicator_and_the_sites_own_training_median() -> None:
@@ -244,7 +274,11 @@ def test_a_gap_gets_an_indicator_and_the_sites_own_training_median() -> None:
 
 
 def test_a_feature_that_a_whole_site_lacks_is_zero_there() -> None:
-    tables = {"x": _table({"a": [1.0, 2.0, 3.0]}), "swiss": _table({"a": [np.nan] * 3}), "z": _table({"b": [1.0, 2.0]})}
+    tables = {
+        "x": _table({"a": [1.0, 2.0, 3.0]}),
+        "swiss": _table({"a": [np.nan] * 3}),
+        "z": _table({"b": [1.0, 2.0]}),
+    }
     encoding = _agree(tables, ROBUST)
     assert encoding.names() == ["a", "a missing", "b", "b missing"]
     encoded = {name: encoding.encode(t, _every(t), _every(t)).x for name, t in tables.items()}
@@ -257,18 +291,25 @@ def test_no_gap_no_indicator() -> None:
     assert _agree({"s": _table({"a": [1.0, 2.0]})}, ROBUST).names() == ["a"]
 
 
-# categories ---------------------------------------------------------------------------------------------------------
+# categories ---------------------------------------------------------------------------------------
 
 
 def test_categories_are_those_of_all_sites() -> None:
-    tables = {"x": _table({"c": ["b", "a"]}), "y": _table({"c": ["c", "a"]}), "z": _table({"c": [np.nan, np.nan]})}
+    tables = {
+        "x": _table({"c": ["b", "a"]}),
+        "y": _table({"c": ["c", "a"]}),
+        "z": _table({"c": [np.nan, np.nan]}),
+    }
     encoding = _agree(tables, ROBUST)
     assert encoding.names() == ["c=a", "c=b", "c=c", "c missing"]
     assert encoding.encode(tables["x"], _every(tables["x"]), _every(tables["x"])).x.tolist() == [
         [0, 1, 0, 0],
         [1, 0, 0, 0],
     ]
-    assert encoding.encode(tables["z"], _every(tables["z"]), _every(tables["z"])).x.tolist() == [[0, 0, 0, 1]] * 2
+    assert (
+        encoding.encode(tables["z"], _every(tables["z"]), _every(tables["z"])).x.tolist()
+        == [[0, 0, 0, 1]] * 2
+    )
 
 
 def test_the_dictionarys_categories_stand_in_its_order_even_where_nobody_has_one() -> None:
@@ -286,16 +327,21 @@ def test_two_categories_are_one_column() -> None:
 def test_an_unknown_category_counts_as_missing() -> None:
     encoding = _agree({"s": _table({"c": ["a", "b", "c", None]})}, ROBUST)
     late = _table({"c": ["a", "a", "b", "zz"]})
-    assert encoding.encode(late, _every(late), _every(late)).x[3].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 1])
+    assert encoding.encode(late, _every(late), _every(late)).x[3].tolist() == pytest.approx(
+        [2 / 3, 1 / 3, 0, 1]
+    )
 
 
 def test_number_here_and_text_there_is_refused() -> None:
     tables = {"x": _table({"c": [1.0, 2.0]}), "y": _table({"c": ["low", "high"]})}
-    with pytest.raises(DataError, match=r"column 'c' is a number at site 'x' and text elsewhere.*dictionary\.c\.cat"):
+    with pytest.raises(
+        DataError,
+        match=r"column 'c' is a number at site 'x' and text elsewhere.*dictionary\.c\.cat",
+    ):
         _agree(tables, ROBUST)
 
 
-# test rows ----------------------------------------------------------------------------------------------------------
+# test rows ----------------------------------------------------------------------------------------
 
 _TEST = [0, 0, 0, 0, 0, 1, 1, 1]
 _TRAINING: Cells = {"a": [1.0, 2.0, 3.0, 5.0, 8.0], "c": ["u", "v", "v", "u", "u"]}
@@ -307,7 +353,9 @@ _TRAINING: Cells = {"a": [1.0, 2.0, 3.0, 5.0, 8.0], "c": ["u", "v", "v", "u", "u
     st.sampled_from(["robust", "standard"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_test_rows_never_influence_the_encoding(numbers: list[float], texts: list[Any], kind: Any) -> None:
+def test_test_rows_never_influence_the_encoding(
+    numbers: list[float], texts: list[Any], kind: Any
+) -> None:
     data = replace(ROBUST, preprocess=kind)
     table = _table({"a": _TRAINING["a"] + numbers, "c": _TRAINING["c"] + texts}, test=_TEST)
     alone = _table({"a": _TRAINING["a"] + [0.0] * 3, "c": _TRAINING["c"] + ["u"] * 3}, test=_TEST)
@@ -325,7 +373,7 @@ def test_a_column_known_in_test_rows_only_is_missing() -> None:
     assert encoding.encode(table, _every(table), ~table.test).x.tolist() == [[0, 1]] * 4
 
 
-# targets ------------------------------------------------------------------------------------------------------------
+# targets ------------------------------------------------------------------------------------------
 
 
 def _target(data: Data, *labels: list[str]) -> encoding.Target:
@@ -353,7 +401,9 @@ def test_more_than_two_labels_are_several_classes() -> None:
 
 @pytest.mark.parametrize("change", [{"task": "binary"}, {"positive": "a"}])
 def test_a_binary_target_of_three_labels_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"data\.target='y' has 3 labels \(a, b, c\); a binary target has two"):
+    with pytest.raises(
+        DataError, match=r"data\.target='y' has 3 labels \(a, b, c\); a binary target has two"
+    ):
         _target(replace(ROBUST, **change), ["a", "b", "c"])
 
 
@@ -368,7 +418,8 @@ def test_an_unknown_positive_is_refused() -> None:
 
 
 def test_labels_become_codes() -> None:
-    binary, several = _table({"a": [1.0] * 3}, ["n", "y", "n"]), _table({"a": [1.0] * 3}, ["b", "c", "a"])
+    binary = _table({"a": [1.0] * 3}, ["n", "y", "n"])
+    several = _table({"a": [1.0] * 3}, ["b", "c", "a"])
     codes = [_agree({"s": t}, ROBUST).encode(t, _every(t), _every(t)).y for t in (binary, several)]
     assert codes[0].dtype == torch.float32 and codes[0].tolist() == [0, 1, 0]
     assert codes[1].dtype == torch.int64 and codes[1].tolist() == [1, 2, 0]
@@ -380,21 +431,26 @@ def test_a_regression_target_is_scaled_by_training_rows(kind: Any) -> None:
     table = _table({"a": [0.0, 1.0, 2.0, 3.0, 4.0]}, values, test=[0, 0, 0, 0, 1])
     encoding = _agree({"s": table}, Data(target="y", task="regression", preprocess=kind))
     known = np.array(values[:4])
-    centre, scale = encoding.target.centre, encoding.target.scale
+    centre = encoding.target.centre
+    scale = encoding.target.scale
     iqr = np.quantile(known, 0.75) - np.quantile(known, 0.25)
     assert (centre, scale) == pytest.approx(
         (np.median(known), iqr) if kind == "robust" else (known.mean(), known.std()), rel=1e-12
     )
     y = encoding.encode(table, _every(table), ~table.test).y
-    torch.testing.assert_close(y.double() * scale + centre, torch.tensor(values, dtype=torch.float64))
+    torch.testing.assert_close(
+        y.double() * scale + centre, torch.tensor(values, dtype=torch.float64)
+    )
 
 
-# JSON ---------------------------------------------------------------------------------------------------------------
+# JSON ---------------------------------------------------------------------------------------------
 
 
 def test_an_encoding_survives_json_and_encodes_alike() -> None:
     data = replace(ROBUST, dictionary={"b": Feature(range=(0, 50), log=True)})
-    table = _table({"a": [0.1, np.nan, 1 / 3, 7.0], "b": [1.0, 2.0, 3.0, 40.0], "c": ["u", "v", None, "w"]})
+    table = _table(
+        {"a": [0.1, np.nan, 1 / 3, 7.0], "b": [1.0, 2.0, 3.0, 40.0], "c": ["u", "v", None, "w"]}
+    )
     encoding = _agree({"s": table}, data)
     again = Encoding.from_json(json.loads(json.dumps(encoding.to_json())))
     assert again == encoding
@@ -404,7 +460,9 @@ def test_an_encoding_survives_json_and_encodes_alike() -> None:
 
 
 def test_a_survey_is_plain_counts_and_names() -> None:
-    table = _table({"a": [1.0, np.nan, 3.0], "c": ["u", None, "v"]}, ["n", "y", "n"], test=[0, 0, 1])
+    table = _table(
+        {"a": [1.0, np.nan, 3.0], "c": ["u", None, "v"]}, ["n", "y", "n"], test=[0, 0, 1]
+    )
     assert survey(table, ROBUST) == {
         "train": 2,
         "test": 1,
@@ -434,4 +492,8 @@ def test_pandas_is_not_needed_to_pool() -> None:
     """Power of the exactness above: the mean of the sites' medians is not the median."""
     sites = [[1.0, 2.0, 3.0], [10.0]]
     centre, _ = _fit("robust", sites)
-    assert centre == pd.Series([1.0, 2.0, 3.0, 10.0]).median() != np.mean([np.median(s) for s in sites])
+    assert (
+        centre
+        == pd.Series([1.0, 2.0, 3.0, 10.0]).median()
+        != np.mean([np.median(s) for s in sites])
+    )

@@ -18,11 +18,14 @@ class Pipes(pipes.Pipes):
     """The coordinator's side: one child a site."""
 
     def __init__(self, study: Path, tables: dict[str, Path]) -> None:
-        context, ends = multiprocessing.get_context("spawn"), dict[str, Connection]()
+        context = multiprocessing.get_context("spawn")
+        ends = dict[str, Connection]()
         self.children = {}
         for name, table in tables.items():
             ends[name], theirs = context.Pipe()
-            self.children[name] = context.Process(target=_serve, args=(theirs, study, name, table), daemon=True)
+            self.children[name] = context.Process(
+                target=_serve, args=(theirs, study, name, table), daemon=True
+            )
             self.children[name].start()
             theirs.close()
         self.ends = ends

@@ -1,4 +1,6 @@
-"""One study, two engines: sites as a stack in this process, and each in a process of its own that shares nothing."""
+"""One study, two engines: sites as a stack in this process, and each in a process of its own that
+shares nothing.
+"""
 
 import os
 import signal
@@ -58,13 +60,17 @@ def far(tmp_path: Path, study: Study) -> Iterator[Pipes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["scaffold", "local"])
-def test_sites_that_share_nothing_but_bytes_train_the_same_model(tmp_path: Path, study: Study, algorithm: str) -> None:
+def test_sites_that_share_nothing_but_bytes_train_the_same_model(
+    tmp_path: Path, study: Study, algorithm: str
+) -> None:
     study = study.set("training.algorithm", algorithm)
-    near_log, far_log = Log(), Log()
+    near_log = Log()
+    far_log = Log()
     near = InProcess(open_sites(study, None))
     near_plan = prepare(study, near, list(SITES))
     near_server = train(near_plan, near, near_log, 3)
     fleet = pipes(tmp_path, study)
+
     try:
         far_plan = prepare(study, fleet, list(SITES))
         far_server = train(far_plan, fleet, far_log, 3)
@@ -72,22 +78,28 @@ def test_sites_that_share_nothing_but_bytes_train_the_same_model(tmp_path: Path,
         far_figures = run_test(far_server, far_plan, fleet, far_log).all_sites
     finally:
         fleet.close()
+
     assert near_plan.encoding == far_plan.encoding
     torch.testing.assert_close(near_server.w_P, far_server.w_P, rtol=1e-5, atol=1e-6)
     assert near_figures["accuracy"].value == pytest.approx(far_figures["accuracy"].value, abs=0.03)
     told = [
-        [loss for e in log.events() if isinstance(e, RoundFinished) for loss in e.losses] for log in (near_log, far_log)
+        [loss for e in log.events() if isinstance(e, RoundFinished) for loss in e.losses]
+        for log in (near_log, far_log)
     ]
     assert told[0] == pytest.approx(told[1], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_site_is_told_and_stops_the_run_unless_the_quorum_allows_it(study: Study, far: Pipes) -> None:
+def test_a_killed_site_is_told_and_stops_the_run_unless_the_quorum_allows_it(
+    study: Study, far: Pipes
+) -> None:
     plan = prepare(study, far, list(SITES))
     log = Log()
     server = train(plan, far, log, 1)
     os.kill(far.children["east"].pid, signal.SIGKILL)
-    with pytest.raises(QuorumError, match=r"2 of 3 sites answered.*east: the site's process has ended"):
+    with pytest.raises(
+        QuorumError, match=r"2 of 3 sites answered.*east: the site's process has ended"
+    ):
         run_round(server, plan, far, plan.budget(), log)
     lenient = study.set("training.quorum", 0.5)
     plan = type(plan)(**{**plan.__dict__, "study": lenient})
@@ -124,12 +136,17 @@ def open_prepared(study: Study) -> list[Site]:
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "local"])
-def test_a_cohort_answers_with_the_bytes_of_its_sites_asked_one_by_one(study: Study, algorithm: str) -> None:
+def test_a_cohort_answers_with_the_bytes_of_its_sites_asked_one_by_one(
+    study: Study, algorithm: str
+) -> None:
     study = study.set("training.algorithm", algorithm)
-    together, alone = open_prepared(study), open_prepared(study)
+    together = open_prepared(study)
+    alone = open_prepared(study)
     plan = prepare(study, InProcess(open_sites(study, None)), list(SITES))
     task = plan.algorithm.task(plan.algorithm.begin(plan.first_weights(), study.training))
-    payload = codec.encode({"round": 1}, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}})
+    payload = codec.encode(
+        {"round": 1}, {"w": task.w_P, **{f"slot.{n}": v for n, v in task.slots.items()}}
+    )
     answers = handle_many(together, "work", payload)
     assert answers == [site.handle("work", payload) for site in alone]
     assert len(set(answers)) == len(SITES)
@@ -156,10 +173,15 @@ def test_an_exception_at_one_site_names_the_site_and_spares_the_others(study: St
     log = Log()
     train(plan, fleet, log, 1)
     (told,) = [e for e in log.events() if isinstance(e, SiteExcluded)]
-    assert told.site == "east" and "op 'work' failed at site 'east': AttributeError (site.py, line" in told.reason
+    assert (
+        told.site == "east"
+        and "op 'work' failed at site 'east': AttributeError (site.py, line" in told.reason
+    )
 
 
-def test_the_words_of_an_unforeseen_error_stay_at_the_site(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_words_of_an_unforeseen_error_stay_at_the_site(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise ValueError("patient Jane Doe, born 1950")
 
@@ -172,21 +194,30 @@ def test_the_words_of_an_unforeseen_error_stay_at_the_site(study: Study, monkeyp
     assert "Jane" not in str(stopped.value) and "ValueError" in str(stopped.value)
 
 
-def test_a_row_that_does_not_count_is_not_remembered(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    sites = open_sites(study.set("training.algorithm", "scaffold").set("training.quorum", 0.5), None)
+def test_a_row_that_does_not_count_is_not_remembered(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = open_sites(
+        study.set("training.algorithm", "scaffold").set("training.quorum", 0.5), None
+    )
     fleet = InProcess(sites)
     plan = prepare(sites[0].study, fleet, list(SITES))
     poll = fleet.poll
 
     def late(wait: float) -> list[Reply]:
-        return [replace(r, error="too late") if r.site == "south" and len(r.payload) > 200 else r for r in poll(wait)]
+        return [
+            replace(r, error="too late") if r.site == "south" and len(r.payload) > 200 else r
+            for r in poll(wait)
+        ]
 
     monkeypatch.setattr(fleet, "poll", late)
     server = train(plan, fleet, Log(), 1)
     weight = torch.tensor([plan.weight(name) for name in SITES])
     remembered = torch.stack([fleet.site(name).memory["control"] for name in SITES])
     assert not remembered[1].any() and remembered[0].any()
-    torch.testing.assert_close(server.slots["control"], weight @ remembered / weight.sum(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        server.slots["control"], weight @ remembered / weight.sum(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_an_unknown_op_is_an_error_reply(study: Study) -> None:

@@ -20,10 +20,16 @@ class Clock:
 
 
 class Scripted:
-    """A fleet that hands out prepared replies: (arrives after seconds, site, error). Tickets count on from `first`."""
+    """A fleet that hands out prepared replies: (arrives after seconds, site, error). Tickets count
+    on from `first`.
+    """
 
-    def __init__(self, clock: Clock, script: Sequence[tuple[float, str, str]], first: int = 0) -> None:
-        self.clock, self.script, self.first = clock, sorted(script, key=lambda entry: entry[0]), first
+    def __init__(
+        self, clock: Clock, script: Sequence[tuple[float, str, str]], first: int = 0
+    ) -> None:
+        self.clock = clock
+        self.script = sorted(script, key=lambda entry: entry[0])
+        self.first = first
         self.asked: list[tuple[tuple[str, ...], str, bytes, float]] = []
         self.waits: list[float] = []
         self.pending: list[tuple[float, Reply]] = []
@@ -34,7 +40,9 @@ class Scripted:
     def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
         return self.submit_many([site], op, payload, deadline)[0]
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         self.asked.append((tuple(sites), op, payload, deadline))
         tickets = {site: self.first + i for i, site in enumerate(sites)}
         self.first += len(sites)
@@ -68,7 +76,11 @@ def test_answers_come_in_the_order_of_the_question(clock: Clock, arrival: tuple[
     fleet = Scripted(clock, [(float(i), site, "") for i, site in enumerate(arrival)])
     replies = gather(fleet, ["c", "a", "b"], "work", b"ask", 60)
     assert list(replies) == ["c", "a", "b"]
-    assert {site: reply.payload for site, reply in replies.items()} == {"a": b"a", "b": b"b", "c": b"c"}
+    assert {site: reply.payload for site, reply in replies.items()} == {
+        "a": b"a",
+        "b": b"b",
+        "c": b"c",
+    }
     assert fleet.asked == [(("c", "a", "b"), "work", b"ask", 60)]
 
 
@@ -79,7 +91,9 @@ def test_answers_that_arrive_together_all_count(clock: Clock) -> None:
 
 
 def test_an_error_is_an_answer(clock: Clock) -> None:
-    replies = gather(Scripted(clock, [(1, "a", "out of rows"), (2, "b", "")]), ["a", "b"], "work", b"", 60)
+    replies = gather(
+        Scripted(clock, [(1, "a", "out of rows"), (2, "b", "")]), ["a", "b"], "work", b"", 60
+    )
     assert (replies["a"].error, replies["a"].payload) == ("out of rows", b"")
     assert replies["b"].error == ""
 
@@ -87,7 +101,11 @@ def test_an_error_is_an_answer(clock: Clock) -> None:
 def test_a_late_site_gets_an_error_and_the_others_their_answers(clock: Clock) -> None:
     replies = gather(Scripted(clock, [(1, "a", ""), (61, "b", "")]), ["b", "a"], "work", b"", 60)
     assert list(replies) == ["b", "a"]
-    assert (replies["b"].error, replies["b"].payload, replies["b"].seconds) == ("no answer within 60 s", b"", 60)
+    assert (replies["b"].error, replies["b"].payload, replies["b"].seconds) == (
+        "no answer within 60 s",
+        b"",
+        60,
+    )
     assert replies["a"].payload == b"a"
     assert clock.now == 160
 
@@ -127,7 +145,10 @@ def test_an_answer_belongs_to_its_ticket_whatever_site_it_names(clock: Clock) ->
     fleet = Scripted(clock, [])
     fleet.pending = [(101.0, Reply(0, "b", b"from a", 1.0)), (102.0, Reply(1, "b", b"from b", 1.0))]
     replies = gather(fleet, ["a", "b"], "work", b"", 60)
-    assert {site: reply.payload for site, reply in replies.items()} == {"a": b"from a", "b": b"from b"}
+    assert {site: reply.payload for site, reply in replies.items()} == {
+        "a": b"from a",
+        "b": b"from b",
+    }
 
 
 def test_an_unknown_ticket_is_passed_over(clock: Clock) -> None:

@@ -19,11 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def opposed(patients: int = 240) -> pd.DataFrame:
-    """One measurement that means the opposite at the third site, which a common model cannot learn."""
+    """One measurement that means the opposite at the third site, which a common model
+    cannot learn.
+    """
     rng = np.random.default_rng(5)
     site = np.array(SITES)[np.arange(patients) % 3]
     lactate = rng.uniform(0.2, 14, patients)
@@ -43,15 +49,23 @@ def opposed(patients: int = 240) -> pd.DataFrame:
 def test_without_a_claim_it_finds_what_the_run_itself_found(tmp_path: Path) -> None:
     study = medfed.load_study(write_study(tmp_path, STUDY)).set("monitor.baselines", True)
     told: list[Compared] = []
-    runs.run(study, tmp_path / "run", listeners=[lambda e: told.append(e) if isinstance(e, Compared) else None])
+    runs.run(
+        study,
+        tmp_path / "run",
+        listeners=[lambda e: told.append(e) if isinstance(e, Compared) else None],
+    )
     for site in SITES:
         found = alone.compare(tmp_path / "run", site)
         records, mean, low, _ = told[0].sites[site]
         assert found.records == records
-        assert (found.own_better.value, found.own_better.low) == pytest.approx((mean, low), abs=1e-6)
+        assert (found.own_better.value, found.own_better.low) == pytest.approx(
+            (mean, low), abs=1e-6
+        )
 
 
-def test_under_a_claim_the_site_that_is_different_is_told_and_the_run_stays_as_it_was(tmp_path: Path) -> None:
+def test_under_a_claim_the_site_that_is_different_is_told_and_the_run_stays_as_it_was(
+    tmp_path: Path,
+) -> None:
     study = medfed.load_study(write_study(tmp_path, PRIVATE, opposed()))
     result = runs.run(study, tmp_path / "run")
     assert result.summary["compared"] is None

@@ -1,4 +1,6 @@
-"""Audits of twins: honest runs stand, planted bugs are caught through the real code, and what has no power says so."""
+"""Audits of twins: honest runs stand, planted bugs are caught through the real code, and what has
+no power says so.
+"""
 
 import json
 import sys
@@ -24,7 +26,10 @@ from tests.planted import clipping_skipped, noise_off, noise_reused
 from tests.tables import PRIVATE, invented, write_study
 
 Patch = pytest.MonkeyPatch
-SMALL = PRIVATE.replace("rounds = 4", "rounds = 8") + '[model]\nname = "mlp"\noptions = {hidden = [16]}\n'
+SMALL = (
+    PRIVATE.replace("rounds = 4", "rounds = 8")
+    + '[model]\nname = "mlp"\noptions = {hidden = [16]}\n'
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +40,9 @@ def study(*settings: str) -> Study:
 
 @lru_cache
 def twin(*settings: str) -> Twin:
-    """A twin of breast-cancer, of 10 rounds; every training of it starts afresh, so tests may share it."""
+    """A twin of breast-cancer, of 10 rounds; every training of it starts afresh, so tests may share
+    it.
+    """
     return Twin.of(study("training.rounds=10", *settings), None, np.random.default_rng(0))
 
 
@@ -48,7 +55,9 @@ def private(folder: Path, text: str = SMALL, frame: pd.DataFrame | None = None) 
 
 @pytest.mark.parametrize("mode", ["shared", "site"])
 def test_honest_runs_stand(mode: str) -> None:
-    """The bound errs once in 20; what is measured of real noise lies so far below that four runs do not."""
+    """The bound errs once in 20; what is measured of real noise lies so far below that four runs do
+    not.
+    """
     for seed in range(4):
         part = audit.one_run(twin(f"privacy.noise={mode!r}"), np.random.default_rng(seed))
         assert part.passed and part.figures["epsilon"] == 1.0
@@ -57,15 +66,19 @@ def test_honest_runs_stand(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["shared", "site"])
 @pytest.mark.parametrize("bug", [noise_off, clipping_skipped, noise_reused])
-def test_planted_bugs_are_caught(bug: Callable[[Patch], None], mode: str, monkeypatch: Patch) -> None:
+def test_planted_bugs_are_caught(
+    bug: Callable[[Patch], None], mode: str, monkeypatch: Patch
+) -> None:
     bug(monkeypatch)
-    if bug is clipping_skipped:  # canaries that cancel within themselves are for another bug, and tell little of this
+    # canaries that cancel within themselves are for another bug, and tell little of this
+    if bug is clipping_skipped:
         monkeypatch.setattr(audit, "TWINS", 10**9)
     for seed in range(2):
         part = audit.one_run(twin(f"privacy.noise={mode!r}"), np.random.default_rng(seed))
         assert part.passed is False
         assert part.figures["refuted"] > 1.5  # type: ignore[operator]
-        if bug is noise_reused:  # of rows that are not clipped, both attackers guess nearly all right
+        # of rows that are not clipped, both attackers guess nearly all right
+        if bug is noise_reused:
             assert "one noise for all rounds" in part.told
 
 
@@ -77,22 +90,40 @@ def test_planted_bugs_are_caught(bug: Callable[[Patch], None], mode: str, monkey
         ("training.algorithm='fedavgm'", "training.weight_decay=0.01"),
         ("training.algorithm='fedadam'", "training.learning_rate=0.3"),
         ("training.algorithm='fedadagrad'", "training.learning_rate=0.3"),
-        ("model.name='mlp'", "model.options.hidden=[16]", "model.options.dropout=0.3", "training.learning_rate=0.5"),
+        (
+            "model.name='mlp'",
+            "model.options.hidden=[16]",
+            "model.options.dropout=0.3",
+            "training.learning_rate=0.5",
+        ),
         ("privacy.noise='site'", "training.algorithm='scaffold'"),
         ("privacy.noise='site'", "training.algorithm='fednova'"),
         ("privacy.noise='site'", "training.algorithm='fedprox'", "training.weight_decay=0.1"),
     ],
 )
-def test_the_attacker_works_out_what_the_code_releases(settings: tuple[str, ...], monkeypatch: Patch) -> None:
-    """Without noise a release is what it is without canaries, plus the canaries that are in: two codes, one meaning."""
+def test_the_attacker_works_out_what_the_code_releases(
+    settings: tuple[str, ...], monkeypatch: Patch
+) -> None:
+    """Without noise a release is what it is without canaries, plus the canaries that are in: two
+    codes, one meaning.
+    """
     noise_off(monkeypatch)
-    target, rng = twin(*settings, "training.rounds=2"), np.random.default_rng(0)
-    training, in_M = TwinTraining(target), np.array([True, False, True, True])
+    target = twin(*settings, "training.rounds=2")
+    rng = np.random.default_rng(0)
+    training = TwinTraining(target)
+    in_M = np.array([True, False, True, True])
+
     for _ in range(2):
-        made = {name: audit._make_canaries(target, training.server.w_P, 4, rng) for name in target.sites}
-        seen = training.round({name: audit._add_canaries(target.rows[name], made[name], in_M) for name in made})
+        made = {
+            name: audit._make_canaries(target, training.server.w_P, 4, rng) for name in target.sites
+        }
+        seen = training.round(
+            {name: audit._add_canaries(target.rows[name], made[name], in_M) for name in made}
+        )
         for names, update_P in updates(seen, target.plan):
-            rest_P, add_MP = explain(target, seen, names, {name: made[name] for name in names}, update_P)
+            rest_P, add_MP = explain(
+                target, seen, names, {name: made[name] for name in names}, update_P
+            )
             in_P = torch.from_numpy(np.tile(in_M, len(names))).double() @ add_MP
             assert torch.linalg.vector_norm(add_MP[0]) == pytest.approx(1, rel=0.1)
             assert torch.linalg.vector_norm(rest_P - in_P) < 0.01 * torch.linalg.vector_norm(in_P)
@@ -106,8 +137,12 @@ def test_the_attacker_works_out_what_the_code_releases(settings: tuple[str, ...]
         ("training.batch_size=40",),
     ],
 )
-def test_what_the_attacker_cannot_see_leaves_power(settings: tuple[str, ...], monkeypatch: Patch) -> None:
-    """Local paths and sampled batches stay inside the site; noise that is off is found all the same."""
+def test_what_the_attacker_cannot_see_leaves_power(
+    settings: tuple[str, ...], monkeypatch: Patch
+) -> None:
+    """Local paths and sampled batches stay inside the site; noise that is off is found all the
+    same.
+    """
     noise_off(monkeypatch)
     target = twin("privacy.noise='site'", *settings)
     assert audit.one_run(target, np.random.default_rng(0)).passed is False
@@ -120,12 +155,16 @@ def test_a_claim_that_no_canaries_reach_is_not_said_to_stand() -> None:
     assert few.passed is None and few.to_json()["guesses"] == 0
 
 
-@pytest.mark.parametrize("bug", [noise_off, clipping_skipped, planted.half_the_noise_in_the_sampler])
+@pytest.mark.parametrize(
+    "bug", [noise_off, clipping_skipped, planted.half_the_noise_in_the_sampler]
+)
 @pytest.mark.parametrize("mode", ["shared", "site"])
 def test_where_no_guess_can_refute_the_rest_of_the_release_does(
     bug: planted.Bug, mode: str, monkeypatch: Patch
 ) -> None:
-    """At epsilon 8 no thousand guesses tell; but what is released less what is known is the noise, number by number."""
+    """At epsilon 8 no thousand guesses tell; but what is released less what is known is the noise,
+    number by number.
+    """
     target = twin("privacy.epsilon=8.0", f"privacy.noise={mode!r}")
     for seed in range(3):
         honest = audit.one_run(target, np.random.default_rng(seed))
@@ -145,9 +184,13 @@ def test_one_canary_in_ten_has_two_records_that_cancel() -> None:
 
 
 def test_a_training_that_breaks_down_is_not_said_to_stand(monkeypatch: Patch) -> None:
-    clipping_skipped(monkeypatch)  # at sites: under joint noise a sum is held to what the declared patients can make
+    # at sites: under joint noise a sum is held to what the declared patients can make
+    clipping_skipped(monkeypatch)
     wild = twin(
-        "privacy.noise='site'", "training.learning_rate=1e5", "model.name='mlp'", "model.options.hidden=[16, 16]"
+        "privacy.noise='site'",
+        "training.learning_rate=1e5",
+        "model.name='mlp'",
+        "model.options.hidden=[16, 16]",
     )
     part = audit.one_run(wild, np.random.default_rng(0))
     assert part.passed is not True and "the training ended early: round" in part.told
@@ -169,10 +212,14 @@ def test_private_patients_are_replaced_and_nobody_pays(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
-def test_a_small_study_with_several_records_a_patient(noise: str, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_small_study_with_several_records_a_patient(
+    noise: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
     frame = invented()
     frame = pd.concat([frame, frame[::3].assign(age=frame["age"][::3] + 3)])
-    target = Twin.of(private(tmp_path, frame=frame).set("privacy.noise", noise), None, np.random.default_rng(0))
+    target = Twin.of(
+        private(tmp_path, frame=frame).set("privacy.noise", noise), None, np.random.default_rng(0)
+    )
     assert audit.one_run(target, np.random.default_rng(0)).passed
     noise_off(monkeypatch)
     assert audit.one_run(target, np.random.default_rng(0)).passed is False
@@ -181,7 +228,9 @@ def test_a_small_study_with_several_records_a_patient(noise: str, tmp_path: Path
 @pytest.mark.parametrize("task", ["regression", "multiclass"])
 def test_other_tasks(task: str, tmp_path: Path, monkeypatch: Patch) -> None:
     column = {"regression": "age", "multiclass": "ward"}[task]
-    public = private(tmp_path, SMALL.replace('target = "died"', f'target = "{column}"\ntask = "{task}"'))
+    public = private(
+        tmp_path, SMALL.replace('target = "died"', f'target = "{column}"\ntask = "{task}"')
+    )
     for one in (public, public.set("privacy.scope", "study")):
         made = Twin.of(one, None, np.random.default_rng(0))
         assert audit.one_run(made, np.random.default_rng(0)).passed
@@ -191,7 +240,11 @@ def test_other_tasks(task: str, tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [("privacy.simulation_only=true",), ("privacy.epsilon=inf", "privacy.delta=1", "privacy.noise='none'")]
+    "settings",
+    [
+        ("privacy.simulation_only=true",),
+        ("privacy.epsilon=inf", "privacy.delta=1", "privacy.noise='none'"),
+    ],
 )
 def test_where_nothing_is_claimed_nothing_is_audited(settings: tuple[str, ...]) -> None:
     with pytest.raises(PlanError, match=r"claims nothing.*Set privacy\.epsilon=1\.0"):
@@ -263,7 +316,8 @@ def test_records_are_read_without_protection_and_not_with_it(mode: str, monkeypa
     target = twin(f"privacy.noise={mode!r}", "model.name='mlp'", "model.options.hidden=[8]")
     part = audit.inversion(target, np.random.default_rng(0))
     assert part.passed
-    similarity, read = part.figures["similarity"], part.figures["read"]
+    similarity = part.figures["similarity"]
+    read = part.figures["read"]
     assert similarity["without"] > 0.99 and abs(similarity["with"]) < 0.5  # type: ignore[index]
     assert read == {"without": 16, "with": 0}
     noise_off(monkeypatch)
@@ -286,14 +340,29 @@ def command(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_study_is_audited_in_five_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_audited_in_five_ways(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     private(tmp_path)
     assert command(tmp_path / "study.toml", "--retrains", 8, "--seed", 3) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("canaries epsilon 1", "inversion no record is read", "membership TPR <= 13.6% at FPR 5.0%", "stands"):
+
+    for words in (
+        "canaries epsilon 1",
+        "inversion no record is read",
+        "membership TPR <= 13.6% at FPR 5.0%",
+        "stands",
+    ):
         assert words in said
-    for words in ("finds an sd below", "of what is told", "finds any of these patients", "refutes the claim from"):
+
+    for words in (
+        "finds an sd below",
+        "of what is told",
+        "finds any of these patients",
+        "refutes the claim from",
+    ):
         assert words in said
+
     assert "over 8 retrains" in said and "a finished run cannot be audited with canaries" in said
 
 
@@ -304,19 +373,30 @@ def test_an_audit_above_the_claim_has_exit_code_1(
     private(tmp_path)
     assert command(tmp_path / "study.toml", "--quick", "--canaries", 40) == 1
     assert "BROKEN" in capsys.readouterr().out
-    assert command(tmp_path / "study.toml", "--quick", "--json", "--set", "privacy.noise='site'") == 1
+    assert (
+        command(tmp_path / "study.toml", "--quick", "--json", "--set", "privacy.noise='site'") == 1
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is False
-    assert [part["name"] for part in found["parts"]] == ["noise", "sensitivity", "canaries", "inversion"]
+
+    assert [part["name"] for part in found["parts"]] == [
+        "noise",
+        "sensitivity",
+        "canaries",
+        "inversion",
+    ]
     assert [part["passed"] for part in found["parts"]][:3] == [False, True, False]
     assert found["parts"][2]["refuted"] > 1
 
 
-def test_a_runs_claim_gets_the_audit_of_its_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runs_claim_gets_the_audit_of_its_twin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     medfed.run(private(tmp_path), tmp_path / "run")
     before = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert command(tmp_path / "run", "--quick", "--json") == 0
-    found, after = json.loads(capsys.readouterr().out), json.loads((tmp_path / "run" / "privacy.json").read_text())
+    found = json.loads(capsys.readouterr().out)
+    after = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert found == after["audit"] == json.loads((tmp_path / "run" / "audit.json").read_text())
     assert {**after, "audit": None} == before and found["digest"] == before["digest"]
     line = dict(reports.claim_lines(after))["audit"]

@@ -1,4 +1,6 @@
-"""Algorithms are compared seed by seed on the same splits; what is chance is said to be, and what is not is found."""
+"""Algorithms are compared seed by seed on the same splits; what is chance is said to be, and what
+is not is found.
+"""
 
 import json
 from pathlib import Path
@@ -38,11 +40,20 @@ def made(**curves: list[list[float]]) -> Comparison:
 
 def test_every_algorithm_gets_the_same_seeds_and_is_really_trained(study: Study) -> None:
     found = compare.compare(study, FOUR, seeds=2)
-    assert [run.seed for run in found.of("fedavg")] == [run.seed for run in found.of("scaffold")] == [3, 4]
-    alone = medfed.simulate(study.set("training.algorithm", "scaffold").set("study.seed", 4)).summary
+    assert (
+        [run.seed for run in found.of("fedavg")]
+        == [run.seed for run in found.of("scaffold")]
+        == [3, 4]
+    )
+    alone = medfed.simulate(
+        study.set("training.algorithm", "scaffold").set("study.seed", 4)
+    ).summary
     assert found.of("scaffold")[1].curve_T[-1] == alone["test"]["auroc"]
-    assert len({run.curve_T for run in found.runs}) > 2 and all(len(run.curve_T) == 3 for run in found.runs)
-    assert found.of("scaffold")[0].bytes_up > found.of("fedavg")[0].bytes_up  # control variates travel too
+    assert len({run.curve_T for run in found.runs}) > 2 and all(
+        len(run.curve_T) == 3 for run in found.runs
+    )
+    # control variates travel too
+    assert found.of("scaffold")[0].bytes_up > found.of("fedavg")[0].bytes_up
 
 
 def test_processes_find_what_one_does(study: Study) -> None:
@@ -67,14 +78,22 @@ def test_what_is_worse_is_found(study: Study) -> None:
     bad = [[0.6, 0.79 + 0.001 * s] for s in range(10)]
     found = made(good=good, bad=bad)
     (final,) = [one for one in found.differences() if one.figure == "final score"]
-    assert final.significant and final.p == pytest.approx(2 / 1024) and final.mean == pytest.approx(0.01)
+    assert (
+        final.significant
+        and final.p == pytest.approx(2 / 1024)
+        and final.mean == pytest.approx(0.01)
+    )
     assert "final score: good leads, significantly better than bad" in found.verdicts()
 
 
 def test_what_scatters_is_found() -> None:
     still = [[0.5, 0.8 + 0.0001 * s] for s in range(10)]
     wild = [[0.5, 0.8 + 0.02 * (s % 5 - 2)] for s in range(10)]
-    assert made(still=still, wild=wild).verdicts()[-1].startswith("scatter over seeds: still scatters least")
+    assert (
+        made(still=still, wild=wild)
+        .verdicts()[-1]
+        .startswith("scatter over seeds: still scatters least")
+    )
 
 
 def test_rounds_are_counted_to_the_target() -> None:
@@ -116,8 +135,20 @@ def test_what_cannot_be_compared_is_refused(study: Study, name: str) -> None:
         compare.compare(**({"study": study, "algorithms": FOUR} | words))
 
 
-def test_the_command_shows_and_writes(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("compare", tmp_path / "study.toml", "--algorithms", "fedavg,fedprox", "--seeds", 2, "--workers", 1)
+def test_the_command_shows_and_writes(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        "compare",
+        tmp_path / "study.toml",
+        "--algorithms",
+        "fedavg,fedprox",
+        "--seeds",
+        2,
+        "--workers",
+        1,
+    )
+
     assert command(*words, "--set", "training.rounds=2", "--out", tmp_path / "page.html") == 0
     out = capsys.readouterr().out
     assert "fedprox" in out and "scatter over seeds" in out
@@ -128,5 +159,8 @@ def test_the_command_shows_and_writes(study: Study, tmp_path: Path, capsys: pyte
 
 
 def test_a_page_escapes_what_it_is_told() -> None:
-    found = {**made(a=[[0.5, 0.6]] * 2, b=[[0.5, 0.7]] * 2).to_json(), "study": "<script>alert(1)</script>"}
+    found = {
+        **made(a=[[0.5, 0.6]] * 2, b=[[0.5, 0.7]] * 2).to_json(),
+        "study": "<script>alert(1)</script>",
+    }
     assert "<script>" not in comparison_page(found)

@@ -1,4 +1,6 @@
-"""A table drafts its own study: two commands from an export to a model, and nothing decided in silence."""
+"""A table drafts its own study: two commands from an export to a model, and nothing decided in
+silence.
+"""
 
 import json
 from pathlib import Path
@@ -20,12 +22,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exports(folder: Path, rows: int = 90) -> Path:
-    """Write three hospitals' exports as a German spreadsheet does: semicolons, decimal commas, cp1252."""
+    """Write three hospitals' exports as a German spreadsheet does: semicolons, decimal commas,
+    cp1252.
+    """
     rng = np.random.default_rng(1)
     place = folder / "exports"
     place.mkdir()
+
     for k, hospital in enumerate(("Zürich", "Genève", "Lugano")):
-        age, creatinine = rng.integers(18, 95, rows), np.exp(rng.normal(4.4, 0.4, rows)).round(1)
+        age = rng.integers(18, 95, rows)
+        creatinine = np.exp(rng.normal(4.4, 0.4, rows)).round(1)
         risk = 0.08 * (age - 60) + 2 * (np.log(creatinine) - 4.4)
         frame = pd.DataFrame(
             {
@@ -40,10 +46,13 @@ def exports(folder: Path, rows: int = 90) -> Path:
         )
         frame.loc[3, "Kreatinin (µmol/l)"] = "k.A."
         frame.to_csv(place / f"{hospital}.csv", sep=";", index=False, encoding="cp1252")
+
     return place
 
 
-def test_two_commands_from_an_export_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_commands_from_an_export_to_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     exports(tmp_path)
     out = tmp_path / "studies" / "study.toml"
     assert command("data", "show", tmp_path / "exports", "--write", out) == 0
@@ -52,8 +61,17 @@ def test_two_commands_from_an_export_to_a_model(tmp_path: Path, capsys: pytest.C
 
     study = medfed.load_study(out)
     data = study.data
-    assert (data.target, data.positive, data.patient, data.site_is_file) == ("verstorben", "ja", "Fallnummer", True)
-    assert (data.format.separator, data.format.decimal, data.format.encoding) == (";", ",", "cp1252")
+    assert (data.target, data.positive, data.patient, data.site_is_file) == (
+        "verstorben",
+        "ja",
+        "Fallnummer",
+        True,
+    )
+    assert (data.format.separator, data.format.decimal, data.format.encoding) == (
+        ";",
+        ",",
+        "cp1252",
+    )
     assert set(data.exclude) == {"Aufnahme", "Diagnosetext"} and "k.A." in data.missing_values
     creatinine = data.dictionary["Kreatinin (µmol/l)"]
     assert creatinine.log and creatinine.unit == "µmol/L" and creatinine.range[1] > 2000
@@ -69,13 +87,16 @@ def test_every_proposal_says_why_and_a_choice_stays_open(tmp_path: Path) -> None
     for key in ("target", "site", "patient"):
         assert any(line.startswith(f"{key} = ") and "  # " in line for line in lines)
     (choice,) = [line for line in lines if "set range to" in line]
-    assert "mg/dL" in choice and "µmol/L" in choice  # the unit is not in the name: nobody guesses it
+    # the unit is not in the name: nobody guesses it
+    assert "mg/dL" in choice and "µmol/L" in choice
     assert not made.blanks and not made.unread
 
 
 def test_what_nobody_can_guess_is_asked_for(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    pd.DataFrame(rng.normal(size=(50, 3)), columns=["a", "b", "c"]).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame(rng.normal(size=(50, 3)), columns=["a", "b", "c"]).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml")
     assert made.blanks == ("data.target", "data.site")
     assert "FILL IN: the column to predict" in made.text
@@ -102,7 +123,11 @@ def test_what_is_set_by_hand_is_not_proposed_again(tmp_path: Path) -> None:
     settings = ['data.target="ward"', 'data.patient=""', 'data.format.separator=","']
     made = draft.draft(tmp_path / "cohort.csv", tmp_path / "study.toml", settings)
     study = studies.from_text(made.text, tmp_path / "study.toml")
-    assert study.data.target == "ward" and study.data.patient == "" and study.data.format.separator == ","
+    assert (
+        study.data.target == "ward"
+        and study.data.patient == ""
+        and study.data.format.separator == ","
+    )
 
 
 def test_where_the_file_does_not_say_how_it_is_written_it_can_be_set(tmp_path: Path) -> None:
@@ -112,11 +137,15 @@ def test_where_the_file_does_not_say_how_it_is_written_it_can_be_set(tmp_path: P
         frame.head(2).to_excel(book, sheet_name="Codebook", index=False)
     with pytest.raises(MedfedError, match=r"has 2 sheets.*--set data\.format\.KEY=VALUE"):
         draft.draft(tmp_path / "cohort.xlsx", tmp_path / "study.toml")
-    made = draft.draft(tmp_path / "cohort.xlsx", tmp_path / "study.toml", ['data.format.sheet="Data"'])
+    made = draft.draft(
+        tmp_path / "cohort.xlsx", tmp_path / "study.toml", ['data.format.sheet="Data"']
+    )
     assert runs.simulate(studies.from_text(made.text, tmp_path / "study.toml")).complete
 
 
-def test_a_draft_overwrites_nothing_and_is_for_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draft_overwrites_nothing_and_is_for_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_study(tmp_path, STUDY)
     assert command("data", "show", tmp_path / "cohort.csv", "--write", path) == 2
     assert "is there already" in capsys.readouterr().err
@@ -124,7 +153,9 @@ def test_a_draft_overwrites_nothing_and_is_for_tables(tmp_path: Path, capsys: py
     assert "expected a table" in capsys.readouterr().err
 
 
-def test_the_doctor_tells_every_doubt_in_order_of_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_tells_every_doubt_in_order_of_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     frame = invented()
     frame["version"] = 3
     frame["exitus"] = frame["died"].map({"yes": 1, "no": 0})
@@ -135,10 +166,15 @@ def test_the_doctor_tells_every_doubt_in_order_of_harm(tmp_path: Path, capsys: p
     assert told.index("exitus") < told.index("column 'version'")
     assert command("data", "show", path, "--json") == 0
     doubts = json.loads(capsys.readouterr().out)["doubts"]
-    assert [(one["code"], one["harm"]) for one in doubts] == [("target-copy", "error"), ("constant", "warning")]
+    assert [(one["code"], one["harm"]) for one in doubts] == [
+        ("target-copy", "error"),
+        ("constant", "warning"),
+    ]
 
 
-def test_with_many_sites_gaps_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_many_sites_gaps_are_summed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     frame = invented(600)
     frame["hospital"] = [f"h{i % 49:02d}" for i in range(len(frame))]
     path = write_study(tmp_path, STUDY, frame)
@@ -154,25 +190,41 @@ def stays(folder: Path, rows: int = 200) -> pd.DataFrame:
     rng = np.random.default_rng(3)
     frame = invented(rows).astype({"lactate": object})
     troponin = np.exp(rng.normal(2, 1, rows)).round(1)
-    frame["troponin"] = np.where(troponin < 3, "<3", np.where(troponin > 40, ">40", troponin.astype(str)))
-    frame["crp"] = ["<5 mg/l" if value < 5 else f"{value} mg/l" for value in rng.integers(1, 90, rows)]
-    frame["geburtsdatum"] = pd.to_datetime(rng.integers(-10_000, 9_000, rows), unit="D").strftime("%d.%m.%Y")
+    frame["troponin"] = np.where(
+        troponin < 3, "<3", np.where(troponin > 40, ">40", troponin.astype(str))
+    )
+    frame["crp"] = [
+        "<5 mg/l" if value < 5 else f"{value} mg/l" for value in rng.integers(1, 90, rows)
+    ]
+    frame["geburtsdatum"] = pd.to_datetime(rng.integers(-10_000, 9_000, rows), unit="D").strftime(
+        "%d.%m.%Y"
+    )
     frame["aufnahme"] = pd.date_range("2023-01-01", periods=rows).strftime("%Y-%m-%d %H:%M")
     frame["entlassung"] = pd.date_range("2023-02-01", periods=rows).strftime("%Y%m%d")
     frame.to_csv(folder / "stays.csv", index=False)
     return frame
 
 
-def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limits_and_dates_go_through_in_two_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stays(tmp_path)
     out = tmp_path / "study.toml"
-    assert command("data", "show", tmp_path / "stays.csv", "--write", out, "--set", "data.target=died") == 0
+    assert (
+        command("data", "show", tmp_path / "stays.csv", "--write", out, "--set", "data.target=died")
+        == 0
+    )
     assert "not yet" not in capsys.readouterr().out
     entries = medfed.load_study(out).data.dictionary
     assert entries["troponin"].limits == "limit" and entries["troponin"].suffix == ()
     assert (entries["crp"].limits, entries["crp"].suffix) == ("limit", ("mg/l",))
     born = entries["geburtsdatum"]
-    assert (born.date, born.becomes, born.reference, born.unit) == ("dd.mm.yyyy", "age", "aufnahme", "years")
+    assert (born.date, born.becomes, born.reference, born.unit) == (
+        "dd.mm.yyyy",
+        "age",
+        "aufnahme",
+        "years",
+    )
     assert (entries["aufnahme"].date, entries["aufnahme"].becomes) == ("iso", "")
     assert (entries["entlassung"].date, entries["entlassung"].becomes) == ("yyyymmdd", "")
     for line in out.read_text(encoding="utf-8").splitlines():
@@ -180,7 +232,9 @@ def test_limits_and_dates_go_through_in_two_commands(tmp_path: Path, capsys: pyt
 
     assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
     columns = {column.name: column for column in medfed.load(tmp_path / "run").encoding.columns}
-    assert {"troponin", "crp", "geburtsdatum"} <= {*columns} and not {"aufnahme", "entlassung"} & {*columns}
+    assert {"troponin", "crp", "geburtsdatum"} <= {*columns} and not {"aufnahme", "entlassung"} & {
+        *columns
+    }
     assert columns["geburtsdatum"].kind == "number"
 
 
@@ -188,8 +242,10 @@ def test_decimal_commas_of_a_workbook_are_numbers_and_what_is_left_out_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frame = invented()
+
     frame["Potassium"] = [
-        f"{value:.1f}".replace(".", ",") for value in np.random.default_rng(0).normal(4, 0.4, len(frame))
+        f"{value:.1f}".replace(".", ",")
+        for value in np.random.default_rng(0).normal(4, 0.4, len(frame))
     ]
     frame["ASA"] = np.where(
         frame["hospital"] == "east", "3", np.random.default_rng(1).choice(["II", "III"], len(frame))
@@ -200,7 +256,10 @@ def test_decimal_commas_of_a_workbook_are_numbers_and_what_is_left_out_is_told(
     entry = medfed.load_study(out).data.dictionary["Potassium"]
     assert entry.numbers == "1,5" and entry.unit == "mmol/L" and len(entry.range) == 2
     told = capsys.readouterr().out
-    assert "left out: ASA: is a number at east and text at north, south" in told and "of them text: ward" in told
+    assert (
+        "left out: ASA: is a number at east and text at north, south" in told
+        and "of them text: ward" in told
+    )
 
 
 def test_a_draft_takes_two_spellings_of_a_hospital_for_one(tmp_path: Path) -> None:
@@ -209,7 +268,10 @@ def test_a_draft_takes_two_spellings_of_a_hospital_for_one(tmp_path: Path) -> No
     frame.to_csv(tmp_path / "table.csv", index=False)
     made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
     assert made.surveys is not None and sorted(made.surveys) == ["east", "north", "south"]
-    assert 'site = "hospital"  # 3 sites' in made.text and "[data.dictionary.hospital.recode]" in made.text
+    assert (
+        'site = "hospital"  # 3 sites' in made.text
+        and "[data.dictionary.hospital.recode]" in made.text
+    )
 
 
 def test_a_target_of_decimals_is_a_regression(tmp_path: Path) -> None:
@@ -217,7 +279,10 @@ def test_a_target_of_decimals_is_a_regression(tmp_path: Path) -> None:
     frame["stay"] = np.random.default_rng(0).gamma(2, 3, len(frame)).round(2)
     frame.to_csv(tmp_path / "table.csv", index=False)
     out = tmp_path / "study.toml"
-    assert command("data", "show", tmp_path / "table.csv", "--set", "data.target=stay", "--write", out) == 0
+    assert (
+        command("data", "show", tmp_path / "table.csv", "--set", "data.target=stay", "--write", out)
+        == 0
+    )
     assert 'task = "regression"' in out.read_text(encoding="utf-8")
     assert command("run", out, "--out", tmp_path / "run", "--quiet") == 0
 
@@ -229,9 +294,16 @@ def test_a_draft_that_cannot_run_ends_with_1_and_says_what_all_sites_lack_once(
     frame["note"] = [f"text {i}" for i in range(len(frame))]
     frame.to_csv(tmp_path / "table.csv", index=False)
     sets = ("--set", "data.target=note", "--set", "data.task=multiclass")
-    assert command("data", "show", tmp_path / "table.csv", *sets, "--write", tmp_path / "study.toml") == 1
+    assert (
+        command("data", "show", tmp_path / "table.csv", *sets, "--write", tmp_path / "study.toml")
+        == 1
+    )
     told = capsys.readouterr().out
-    assert told.count("different values") == 1 and "sites 'north', 'south'" in told and ", target 'note': " in told
+    assert (
+        told.count("different values") == 1
+        and "sites 'north', 'south'" in told
+        and ", target 'note': " in told
+    )
 
 
 def test_the_word_that_shows_a_footer_is_said(tmp_path: Path) -> None:
@@ -248,7 +320,9 @@ def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> N
     frame = invented()
     weights = np.random.default_rng(0).integers(50, 99, len(frame))
     pounds = [f"{weight * 2.2046:.1f} lbs" for weight in weights]
-    frame["weight"] = np.where(frame["hospital"] == "east", pounds, [f"{weight} kg" for weight in weights])
+    frame["weight"] = np.where(
+        frame["hospital"] == "east", pounds, [f"{weight} kg" for weight in weights]
+    )
     frame.to_csv(tmp_path / "table.csv", index=False)
     made = draft.draft(tmp_path / "table.csv", tmp_path / "study.toml")
     assert made.blanks == ("data.dictionary.weight.suffix",)
@@ -258,19 +332,25 @@ def test_which_of_several_units_is_the_columns_is_asked_for(tmp_path: Path) -> N
 def test_whether_day_or_month_stands_first_is_asked_for(tmp_path: Path) -> None:
     """No birthday after the twelfth of a month: both forms read all of them."""
     frame = invented()
-    frame["born"] = [f"{1 + i % 12:02d}/{1 + i % 11:02d}/19{40 + i % 50}" for i in range(len(frame))]
+    frame["born"] = [
+        f"{1 + i % 12:02d}/{1 + i % 11:02d}/19{40 + i % 50}" for i in range(len(frame))
+    ]
     frame["seen"] = [f"{1 + i % 12:02d}/{1 + i % 7:02d}/2020" for i in range(len(frame))]
     frame.to_csv(tmp_path / "t.csv", index=False)
     made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
     assert made.blanks == ("data.dictionary.born.date", "data.dictionary.seen.date")
-    assert "# FILL IN: dd/mm/yyyy or mm/dd/yyyy: which is the day, no date of the column tells." in made.text
+    assert (
+        "# FILL IN: dd/mm/yyyy or mm/dd/yyyy: which is the day, no date of the column tells."
+        in made.text
+    )
     with pytest.raises(MedfedError, match=r"born\.becomes='age'"):
         medfed.load_study(_written(made.text, tmp_path))
     settings = [f"data.dictionary.{name}.date=mm/dd/yyyy" for name in ("born", "seen")]
     made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died", *settings])
     assert not made.blanks and not made.unread
     frame = frame.drop(columns="born")
-    frame.to_csv(tmp_path / "t.csv", index=False)  # a date that nothing needs is left out, and not asked for
+    # a date that nothing needs is left out, and not asked for
+    frame.to_csv(tmp_path / "t.csv", index=False)
     made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
     assert not made.blanks and "seen: dates, dd/mm/yyyy or mm/dd/yyyy" in made.text
     assert runs.simulate(studies.from_text(made.text, tmp_path / "study.toml")).complete
@@ -278,16 +358,26 @@ def test_whether_day_or_month_stands_first_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_birthday_alone_becomes_its_year_and_two_digit_years_are_left_out(tmp_path: Path) -> None:
     frame = invented()
-    frame["date of birth"] = pd.date_range("1950-01-01", periods=len(frame), freq="90D").strftime("%d.%m.%Y")
+    frame["date of birth"] = pd.date_range("1950-01-01", periods=len(frame), freq="90D").strftime(
+        "%d.%m.%Y"
+    )
     frame["seen"] = pd.date_range("2020-01-01", periods=len(frame)).strftime("%d.%m.%y")
     frame.to_csv(tmp_path / "t.csv", index=False)
     made = draft.draft(tmp_path / "t.csv", tmp_path / "study.toml", ["data.target=died"])
     study = studies.from_text(made.text, tmp_path / "study.toml")
-    assert study.data.dictionary["date of birth"].becomes == "year" and study.data.exclude == ("seen",)
+    assert study.data.dictionary["date of birth"].becomes == "year" and study.data.exclude == (
+        "seen",
+    )
     assert "write out the century" in made.text and runs.simulate(study).complete
 
 
-AGES = [["<40", ">60"], ["<40", "40", ">60"], ["<40", "40-60", ">60"], ["<1,234", "5", "7"], ["< few", "5", "7"]]
+AGES = [
+    ["<40", ">60"],
+    ["<40", "40", ">60"],
+    ["<40", "40-60", ">60"],
+    ["<1,234", "5", "7"],
+    ["< few", "5", "7"],
+]
 
 
 @pytest.mark.parametrize("cells", AGES)
@@ -307,13 +397,19 @@ def test_a_draft_with_a_claim_quotes_no_cell(tmp_path: Path) -> None:
     assert "'<3'" in plain.text and "'<3'" not in made.text and "limits" in made.text
 
 
-@pytest.mark.parametrize(("kind", "reads"), [("csv", 1), ("footed", 1), ("exports", 2), ("xlsx", 2)])
+@pytest.mark.parametrize(
+    ("kind", "reads"), [("csv", 1), ("footed", 1), ("exports", 2), ("xlsx", 2)]
+)
 def test_a_table_is_read_once_and_what_is_shown_is_what_its_study_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int
 ) -> None:
-    """Once more where numbers are respelt or rounded: then it matters which column names the patient."""
+    """Once more where numbers are respelt or rounded: then it matters which column names the
+    patient.
+    """
     table = tmp_path / f"cohort.{kind}"
-    frame = invented().assign(nr=range(240), exitus=lambda rows: rows["died"].map({"yes": "tot", "no": "lebt"}))
+    frame = invented().assign(
+        nr=range(240), exitus=lambda rows: rows["died"].map({"yes": "tot", "no": "lebt"})
+    )
     if kind == "exports":
         table = exports(tmp_path)
     elif kind == "xlsx":
@@ -323,8 +419,12 @@ def test_a_table_is_read_once_and_what_is_shown_is_what_its_study_reads(
         frame.to_csv(table, index=False)
         with table.open("a", encoding="utf-8") as file:
             file.write("Total,,9,9,,,,\n" if kind == "footed" else "")
-    read, seen = readers.read, []
-    monkeypatch.setattr(readers, "read", lambda *given, **more: seen.append(given) or read(*given, **more))
+
+    read = readers.read
+    seen = []
+    monkeypatch.setattr(
+        readers, "read", lambda *given, **more: seen.append(given) or read(*given, **more)
+    )
     settings = [] if kind == "exports" else ["data.target=died"]
     made = draft.draft(table, tmp_path / "study.toml", settings)
     assert len(seen) == reads and made.surveys is not None
@@ -337,7 +437,9 @@ def _written(text: str, folder: Path) -> Path:
     return path
 
 
-def test_a_regression_is_told_as_a_linear_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_regression_is_told_as_a_linear_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     frame = invented()
     frame["died"] = frame["age"] * 0.1 + np.random.default_rng(0).normal(0, 1, len(frame))
     path = write_study(tmp_path, STUDY.replace('"died"', '"died"\ntask = "regression"'), frame)

@@ -1,4 +1,6 @@
-"""Exact tests find every planted bug of noise and of sensitivity at epsilon 1 and 8, and let the honest code stand."""
+"""Exact tests find every planted bug of noise and of sensitivity at epsilon 1 and 8, and let the
+honest code stand.
+"""
 
 import math
 import subprocess
@@ -65,12 +67,22 @@ def rng(seed: int) -> np.random.Generator:
         ("privacy.epsilon=8.0",),
         ("privacy.epsilon=0.1", "privacy.noise='central'"),
         ("privacy.noise='site'",),
-        ("privacy.noise='site'", "privacy.epsilon=8.0", "training.local_steps=5", "training.algorithm='scaffold'"),
+        (
+            "privacy.noise='site'",
+            "privacy.epsilon=8.0",
+            "training.local_steps=5",
+            "training.algorithm='scaffold'",
+        ),
         ("privacy.noise='site'", "training.local_steps=3", "training.optimizer='adam'"),
         ("privacy.noise='site'", "training.batch_size=40"),
         ("training.batch_size=40",),
         ("privacy.clipping='adaptive'",),
-        ("privacy.clipping='fixed'", "privacy.clip=0.5", "model.name='mlp'", "model.options.hidden=[16]"),
+        (
+            "privacy.clipping='fixed'",
+            "privacy.clip=0.5",
+            "model.name='mlp'",
+            "model.options.hidden=[16]",
+        ),
         ("fleet.schedule='cyclic'", "fleet.groups=2", "privacy.correlated=true"),
         ("privacy.max_sites_per_patient=2",),
         ("privacy.max_sites_per_patient=2", "privacy.noise='site'"),
@@ -88,7 +100,9 @@ def test_honest_noise_and_sensitivity_stand(settings: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("way", ["masked", "three-party"])
-def test_noise_of_several_holders_is_opened_and_has_all_its_parts(way: str, monkeypatch: Patch) -> None:
+def test_noise_of_several_holders_is_opened_and_has_all_its_parts(
+    way: str, monkeypatch: Patch
+) -> None:
     monkeypatch.setattr(exact, "NUMBERS", 1200)
     aggregation = f"security.aggregation={way!r}"
     part = exact.noise(fresh(aggregation, secure=True))
@@ -101,18 +115,27 @@ def test_noise_of_several_holders_is_opened_and_has_all_its_parts(way: str, monk
 
 def test_patients_who_are_invented_serve_as_well(tmp_path: Path) -> None:
     target = invented(tmp_path, privacy__scope="study")
-    assert any(exact.noise(target).passed for _ in range(2))  # a right noise fails 5 times in 10,000
+    # a right noise fails 5 times in 10,000
+    assert any(exact.noise(target).passed for _ in range(2))
     assert exact.sensitivity(target, rng(0)).passed
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
 def test_odd_patients_of_a_regression_are_clipped(noise: str, tmp_path: Path) -> None:
-    part = exact.sensitivity(invented(tmp_path, REGRESSION, model__name="mlp", privacy__noise=noise), rng(0))
+    part = exact.sensitivity(
+        invented(tmp_path, REGRESSION, model__name="mlp", privacy__noise=noise), rng(0)
+    )
     assert part.passed, part.told
 
 
 def test_the_reference_path_clips_the_odd_patients_of_a_regression(tmp_path: Path) -> None:
-    target = invented(tmp_path, REGRESSION, model__name="mlp", model__options={"hidden": [8]}, training__path="func")
+    target = invented(
+        tmp_path,
+        REGRESSION,
+        model__name="mlp",
+        model__options={"hidden": [8]},
+        training__path="func",
+    )
     part = exact.sensitivity(target, rng(0))
     assert part.passed, part.told
 
@@ -123,7 +146,9 @@ def test_the_reference_path_clips_the_odd_patients_of_a_regression(tmp_path: Pat
 @pytest.mark.parametrize("mode", ["shared", "site"])
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
 @pytest.mark.parametrize("bug", planted.NOISE)
-def test_what_is_wrong_with_the_noise_is_found(bug: Bug, epsilon: float, mode: str, monkeypatch: Patch) -> None:
+def test_what_is_wrong_with_the_noise_is_found(
+    bug: Bug, epsilon: float, mode: str, monkeypatch: Patch
+) -> None:
     bug(monkeypatch)
     part = exact.noise(fresh(f"privacy.epsilon={epsilon}", f"privacy.noise={mode!r}"))
     assert part.passed is False, part.told
@@ -132,7 +157,9 @@ def test_what_is_wrong_with_the_noise_is_found(bug: Bug, epsilon: float, mode: s
 @pytest.mark.parametrize("mode", ["shared", "site"])
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
 @pytest.mark.parametrize("bug", planted.SENSITIVITY)
-def test_what_lets_one_patient_move_more_is_found(bug: Bug, epsilon: float, mode: str, monkeypatch: Patch) -> None:
+def test_what_lets_one_patient_move_more_is_found(
+    bug: Bug, epsilon: float, mode: str, monkeypatch: Patch
+) -> None:
     target = twin(f"privacy.epsilon={epsilon}", f"privacy.noise={mode!r}")
     bug(monkeypatch)
     part = exact.sensitivity(target, rng(0))
@@ -148,11 +175,16 @@ def test_sites_that_share_one_noise_are_found(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize("factor", [2 / 3, 3 / 2])
-def test_two_thirds_and_three_halves_of_the_noise_are_refused(factor: float, monkeypatch: Patch) -> None:
+def test_two_thirds_and_three_halves_of_the_noise_are_refused(
+    factor: float, monkeypatch: Patch
+) -> None:
     def scaled(sigma: float) -> mechanisms.DiscreteGaussian:
         return mechanisms.DiscreteGaussian(sigma * factor)
 
-    planted._sampler(monkeypatch, lambda self, count, entropy: planted._sample(scaled(self.sigma), count, entropy))
+    planted._sampler(
+        monkeypatch,
+        lambda self, count, entropy: planted._sample(scaled(self.sigma), count, entropy),
+    )
     assert exact.noise(twin()).passed is False
 
 
@@ -172,21 +204,28 @@ def test_the_count_of_adaptive_clipping_is_held_to_its_noise(monkeypatch: Patch)
 
 
 def test_needed_noise_is_worked_out_without_the_guarantee(monkeypatch: Patch) -> None:
-    """Whatever the guarantee says, what is needed stays; and it is what an honest guarantee says, within rounding."""
+    """Whatever the guarantee says, what is needed stays; and it is what an honest guarantee says,
+    within rounding.
+    """
     target = twin("privacy.noise='site'", "training.local_steps=5")
     name = next(iter(target.sites))
     honest = target.guarantee.sigma_units(name)
     planted.half_the_noise_in_sigma_units(monkeypatch)
     need = exact.needed_deviation(target.plan.study, name, target.plan.parameters, target.guarantee)
-    assert need < honest < 1.01 * need and math.isclose(target.guarantee.sigma_units(name), honest / 2)
+    assert need < honest < 1.01 * need and math.isclose(
+        target.guarantee.sigma_units(name), honest / 2
+    )
 
 
 # Alarms, and the attacker's own gradients
 
 
 def test_an_honest_audit_is_refused_less_often_than_once_in_a_thousand() -> None:
-    """Bonferroni bounds it by ALPHA; p-values are no smaller than they say, also where the tests depend."""
-    draw, least = rng(0), []
+    """Bonferroni bounds it by ALPHA; p-values are no smaller than they say, also where the tests
+    depend.
+    """
+    draw = rng(0)
+    least = []
     for _ in range(300):
         law = noise_tests.against_law(draw.standard_normal((40, 25)) * 7.0, np.full(40, 7.0))
         least.append(min(law.p.values()) * len(law.p))
@@ -199,7 +238,8 @@ class Branching(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner, self.unused = nn.Linear(width, 1), nn.Parameter(torch.zeros(2))
+        self.inner = nn.Linear(width, 1)
+        self.unused = nn.Parameter(torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.inner(x)
@@ -213,7 +253,9 @@ def test_where_torch_func_cannot_the_attacker_goes_record_by_record() -> None:
     rows = replace(rows, patient=torch.arange(12) // 2)
     model = Branching(rows.x.shape[1])
     w_P = torch.cat([p.detach().flatten() for p in model.parameters()])
-    found = clip_gradients(replace(target, model=model), w_P, People.of({"a": rows}, {"a": 1.0}, {"a": 0}), 0, 1.0)
+    found = clip_gradients(
+        replace(target, model=model), w_P, People.of({"a": rows}, {"a": 1.0}, {"a": 0}), 0, 1.0
+    )
     for patient in range(6):
         model.zero_grad()
         for n in (2 * patient, 2 * patient + 1):

@@ -1,7 +1,9 @@
-"""The algorithms' laws, through the real local training and the real wire, on problems whose answers are known.
+"""The algorithms' laws, through the real local training and the real wire, on problems whose
+answers are known.
 
-Most problems here are least squares with full batches: a client's local training is then an affine map of the weights
-it starts from, so every algorithm's fixed point can be computed and compared with the optimum.
+Most problems here are least squares with full batches: a client's local training is then an affine
+map of the weights it starts from, so every algorithm's fixed point can be computed and compared
+with the optimum.
 """
 
 import sys
@@ -34,7 +36,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass
 class Recorder(Link):
-    """A link that changes nothing and keeps what passes: each client's row, and what they came to."""
+    """A link that changes nothing and keeps what passes: each client's row, and what they
+    came to.
+    """
 
     rows: list[Tensor] = field(default_factory=list)
     combined_M: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -50,7 +54,9 @@ class Recorder(Link):
 
 @dataclass
 class Federation:
-    """Clients, a model, and what the server and the clients remember; `step` is the reference's round."""
+    """Clients, a model, and what the server and the clients remember; `step` is the reference's
+    round.
+    """
 
     h: Training
     model: nn.Module
@@ -64,14 +70,18 @@ class Federation:
         names = tuple(f"client {k}" for k in range(len(self.data)))
         rows = [self._rows(k) for k in range(len(self.data))]
         self.sites = {
-            n: SiteState(one, self.algorithm.blank(self.server.w_P)) for n, one in zip(names, rows, strict=True)
+            n: SiteState(one, self.algorithm.blank(self.server.w_P))
+            for n, one in zip(names, rows, strict=True)
         }
         self.recorder = Recorder()
         parameters = len(self.server.w_P)
+
         self.plan = Plan(
             study=Study(training=self.h),
             encoding=Encoding((), Target("y", self.task)),
-            sizes={name: {"train": weight} for name, weight in zip(names, self.weights, strict=True)},  # type: ignore[dict-item]
+            sizes={
+                name: {"train": weight} for name, weight in zip(names, self.weights, strict=True)
+            },  # type: ignore[dict-item]
             participants=names,
             testers=(),
             parameters=parameters,
@@ -117,30 +127,44 @@ class Federation:
     def messages(self, members: Sequence[int]) -> tuple[Tensor, Memory]:
         """Return what some clients would send and remember if they trained as one stack."""
         task = self.algorithm.task(self.server)
-        memory = {name: torch.stack([self.memories[k][name] for k in members]) for name in self.algorithm.kept}
+        memory = {
+            name: torch.stack([self.memories[k][name] for k in members])
+            for name in self.algorithm.kept
+        }
         local = train(
             self.model,
             self.algorithm.starts_KP(task, memory, len(members)),
             Stack.of([self._rows(k) for k in members]),
             self.plan.local,
-            self.plan.streams.key_K("batches", self.server.round + 1, [f"client {k}" for k in members]),
+            self.plan.streams.key_K(
+                "batches", self.server.round + 1, [f"client {k}" for k in members]
+            ),
             self.algorithm.correct(task, memory, self.h),
             self.h.path,
         )
         return self.algorithm.message(task, memory, local, self.h)
 
 
-def _of(tables: Sequence[tuple[np.ndarray, np.ndarray]], dtype: torch.dtype = torch.float64) -> Stack:
+def _of(
+    tables: Sequence[tuple[np.ndarray, np.ndarray]], dtype: torch.dtype = torch.float64
+) -> Stack:
     size_K = torch.tensor([len(y) for _, y in tables])
-    x, y = np.concatenate([x for x, _ in tables]), np.concatenate([y for _, y in tables])
-    return Stack(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype), size_K.cumsum(0) - size_K, size_K)
+    x = np.concatenate([x for x, _ in tables])
+    y = np.concatenate([y for _, y in tables])
+    return Stack(
+        torch.tensor(x, dtype=dtype),
+        torch.tensor(y, dtype=dtype),
+        size_K.cumsum(0) - size_K,
+        size_K,
+    )
 
 
 def _linear(features: int) -> nn.Module:
     return zoo.logistic(features).double()
 
 
-# Least squares in closed form. The weights are [coefficients, intercept]; the loss is the mean squared error.
+# Least squares in closed form. The weights are [coefficients, intercept]; the loss is the mean
+# squared error.
 
 Affine = tuple[np.ndarray, np.ndarray]
 
@@ -154,10 +178,15 @@ def _quadratic(x: np.ndarray, y: np.ndarray) -> Affine:
 def _descended(quadratic: Affine, h: Training, steps: int) -> Affine:
     """Return A, a such that `steps` of gradient descent with momentum take w to A w + a."""
     H, b = quadratic
-    A, a, V, v = np.eye(len(b)), np.zeros(len(b)), np.zeros((len(b), len(b))), np.zeros(len(b))
+    A = np.eye(len(b))
+    a = np.zeros(len(b))
+    V = np.zeros((len(b), len(b)))
+    v = np.zeros(len(b))
     for _ in range(steps):
-        V, v = h.momentum * V + H @ A, h.momentum * v + H @ a - b
-        A, a = A - h.learning_rate * V, a - h.learning_rate * v
+        V = h.momentum * V + H @ A
+        v = h.momentum * v + H @ a - b
+        A = A - h.learning_rate * V
+        a = a - h.learning_rate * v
     return A, a
 
 
@@ -181,7 +210,9 @@ def _heterogeneous() -> list[tuple[np.ndarray, np.ndarray]]:
     """Three clients whose features differ in scale and whose own optima differ."""
     random = np.random.default_rng(0)
     tables = []
-    for size, scale, truth in zip(SIZES, (0.5, 1.0, 1.6), ([2.0, -1, 1], [-1.0, 2, 0], [0.5, 0, -2]), strict=True):
+    for size, scale, truth in zip(
+        SIZES, (0.5, 1.0, 1.6), ([2.0, -1, 1], [-1.0, 2, 0], [0.5, 0, -2]), strict=True
+    ):
         x = scale * random.normal(size=(size, 2))
         tables.append((x, x @ truth[:2] + truth[2] + 0.1 * random.normal(size=size)))
     return tables
@@ -206,18 +237,23 @@ def _distance(one: np.ndarray, two: np.ndarray) -> float:
 
 def test_a_round_of_fedavg_is_the_weighted_mean_of_local_descents() -> None:
     fed = _federation("fedavg").step()
-    expected = sum(p * _descended(q, FULL_BATCH, 20)[1] for q, p in zip(QUADRATICS, SHARES, strict=True))
+    expected = sum(
+        p * _descended(q, FULL_BATCH, 20)[1] for q, p in zip(QUADRATICS, SHARES, strict=True)
+    )
     np.testing.assert_allclose(fed.w, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_fedavg_with_one_full_step_is_gradient_descent_on_the_pooled_rows() -> None:
     fed = _federation("fedavg", local_steps=1).run(30)
-    pooled = _quadratic(np.concatenate([x for x, _ in TABLES]), np.concatenate([y for _, y in TABLES]))
+    pooled = _quadratic(
+        np.concatenate([x for x, _ in TABLES]), np.concatenate([y for _, y in TABLES])
+    )
     np.testing.assert_allclose(fed.w, _descended(pooled, FULL_BATCH, 30)[1], rtol=1e-5, atol=1e-6)
 
 
 def test_the_servers_step_scales_the_mean() -> None:
-    full, half = _federation("fedavg").step(), _federation("fedavg", server_learning_rate=0.5).step()
+    full = _federation("fedavg").step()
+    half = _federation("fedavg", server_learning_rate=0.5).step()
     np.testing.assert_allclose(half.w, full.w / 2, rtol=1e-12)
 
 
@@ -281,13 +317,18 @@ def test_a_strong_pull_holds_clients_near_the_server() -> None:
 @pytest.mark.parametrize("path", ["rules", "func", "loop"])
 def test_fedavgm_without_momentum_is_fedavg_bit_for_bit(h: Training, path: str) -> None:
     h = replace(h, path=path)
-    assert torch.equal(_bits("fedavgm", h, server_momentum=0.0, server_learning_rate=1.0), _bits("fedavg", h))
-    assert not torch.allclose(_bits("fedavgm", h, server_momentum=0.5), _bits("fedavg", h), atol=1e-4)
+    assert torch.equal(
+        _bits("fedavgm", h, server_momentum=0.0, server_learning_rate=1.0), _bits("fedavg", h)
+    )
+    assert not torch.allclose(
+        _bits("fedavgm", h, server_momentum=0.5), _bits("fedavg", h), atol=1e-4
+    )
 
 
 def test_fedavgm_is_heavy_ball_on_the_mean_update() -> None:
     fed = _federation("fedavgm", server_momentum=0.6, server_learning_rate=0.4)
-    w, velocity = np.zeros(3), np.zeros(3)
+    w = np.zeros(3)
+    velocity = np.zeros(3)
     for _ in range(6):
         fed.step()
         velocity = 0.6 * velocity + fed.mean_M.numpy()
@@ -296,10 +337,17 @@ def test_fedavgm_is_heavy_ball_on_the_mean_update() -> None:
 
 
 def _reddi(name: str, updates: Sequence[np.ndarray], h: Training) -> list[np.ndarray]:
-    """Algorithm 2 of Reddi et al. 2021, line by line; FedAdagrad with beta1 = 0, as in the paper's experiments."""
-    tau, beta2 = h.server_epsilon, h.server_beta2
+    """Algorithm 2 of Reddi et al. 2021, line by line; FedAdagrad with beta1 = 0, as in the paper's
+    experiments.
+    """
+    tau = h.server_epsilon
+    beta2 = h.server_beta2
     beta1 = 0.0 if name == "fedadagrad" else h.server_momentum
-    x, m, v, path = np.zeros(3), np.zeros(3), np.full(3, tau**2), []
+    x = np.zeros(3)
+    m = np.zeros(3)
+    v = np.full(3, tau**2)
+    path = []
+
     for delta in updates:
         m = beta1 * m + (1 - beta1) * delta
         if name == "fedadagrad":
@@ -310,14 +358,23 @@ def _reddi(name: str, updates: Sequence[np.ndarray], h: Training) -> list[np.nda
             v = beta2 * v + (1 - beta2) * delta**2
         x = x + h.server_learning_rate * m / (np.sqrt(v) + tau)
         path.append(x)
+
     return path
 
 
 @pytest.mark.parametrize("name", ["fedadagrad", "fedyogi", "fedadam"])
 @pytest.mark.parametrize("tau", [1e-3, 0.5])
 def test_adaptive_servers_are_reddis_algorithm_2(name: str, tau: float) -> None:
-    h = replace(FULL_BATCH, server_learning_rate=0.2, server_momentum=0.8, server_beta2=0.9, server_epsilon=tau)
-    fed, updates, seen = _federation(name, h), [], []
+    h = replace(
+        FULL_BATCH,
+        server_learning_rate=0.2,
+        server_momentum=0.8,
+        server_beta2=0.9,
+        server_epsilon=tau,
+    )
+    fed = _federation(name, h)
+    updates = []
+    seen = []
     for _ in range(8):
         fed.step()
         updates.append(fed.mean_M.numpy())
@@ -332,8 +389,8 @@ def test_an_adaptive_servers_own_step_is_a_tenth(name: str) -> None:
     assert torch.equal(_bits(name, FULL_BATCH), _bits(name, FULL_BATCH, server_learning_rate=0.1))
 
 
-# FedNova: unequal local work. Every client repeats one row, so each of its batches has its full gradient, and with
-# batches of one it takes as many steps as it has rows.
+# FedNova: unequal local work. Every client repeats one row, so each of its batches has its full
+# gradient, and with batches of one it takes as many steps as it has rows.
 
 WORK = (1, 2, 4, 10)
 ROWS = (([0.0], 1.0), ([1.0], -1.0), ([2.0], 2.0), ([-1.0], 0.5))
@@ -350,10 +407,14 @@ def _work_by_hand(steps: int, momentum: float) -> float:
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
 def test_local_work_is_the_weight_that_sgd_gives_its_gradients(momentum: float) -> None:
     work_K = local_work(torch.tensor([0, *WORK]), replace(UNEQUAL, momentum=momentum))
-    assert work_K.tolist() == pytest.approx([_work_by_hand(steps, momentum) for steps in (0, *WORK)])
+    assert work_K.tolist() == pytest.approx(
+        [_work_by_hand(steps, momentum) for steps in (0, *WORK)]
+    )
 
 
-@pytest.mark.parametrize(("momentum", "rounds"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("momentum", "rounds"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.slow)]
+)
 def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float, rounds: int) -> None:
     h = replace(UNEQUAL, momentum=momentum, learning_rate=UNEQUAL.learning_rate * (1 - momentum))
     quadratics = [_quadratic(x, y) for x, y in REPEATED]
@@ -366,14 +427,20 @@ def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float, rounds: in
 
     def trained(name: str) -> np.ndarray:
         at_the_optimum = fill(_linear(1), torch.tensor(optimum))
-        return Federation(replace(h, algorithm=name), at_the_optimum, _of(REPEATED), EQUAL_SHARES).run(rounds).w
+        return (
+            Federation(replace(h, algorithm=name), at_the_optimum, _of(REPEATED), EQUAL_SHARES)
+            .run(rounds)
+            .w
+        )
 
     assert _distance(trained("fedavg"), average) < 1e-3  # and in fact
     assert _distance(trained("fednova"), nova) < 1e-3
 
 
 def test_fednovas_clients_really_take_unequal_steps() -> None:
-    fed = Federation(replace(UNEQUAL, algorithm="fednova"), _linear(1), _of(REPEATED), EQUAL_SHARES).step()
+    fed = Federation(
+        replace(UNEQUAL, algorithm="fednova"), _linear(1), _of(REPEATED), EQUAL_SHARES
+    ).step()
     assert fed.plan.local.steps_K(fed.data.size_K).tolist() == list(WORK)
     assert fed.row_KM[:, -1].tolist() == list(WORK)
 
@@ -395,13 +462,15 @@ def test_scaffold_reaches_the_optimum_where_fedavg_provably_does_not() -> None:
     fed = _federation("scaffold").run(300)
     assert _distance(fixed, OPTIMUM) > 0.1
     assert _distance(fed.w, OPTIMUM) < 1e-5
-    for (H, b), memory in zip(QUADRATICS, fed.memories, strict=True):  # c_k is the client's gradient at the optimum
+    # c_k is the client's gradient at the optimum
+    for (H, b), memory in zip(QUADRATICS, fed.memories, strict=True):
         np.testing.assert_allclose(memory["control"].numpy(), H @ OPTIMUM - b, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_scaffold_reaches_the_optimum_with_few_clients_a_round() -> None:
-    fed, lottery = _federation("scaffold", local_steps=10), np.random.default_rng(0)
+    fed = _federation("scaffold", local_steps=10)
+    lottery = np.random.default_rng(0)
     for _ in range(600):
         fed.step(sorted(lottery.choice(3, 2, replace=False)))
     assert _distance(fed.w, OPTIMUM) < 1e-3
@@ -418,7 +487,9 @@ def test_scaffolds_first_round_is_fedavgs(path: str) -> None:
 def test_scaffold_with_one_full_step_is_fedavg_in_every_round() -> None:
     """Its corrections cancel in the mean."""
     h = replace(FULL_BATCH, local_steps=1)
-    np.testing.assert_allclose(_bits("scaffold", h, 10), _bits("fedavg", h, 10), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        _bits("scaffold", h, 10), _bits("fedavg", h, 10), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_control_variate_is_the_mean_of_the_clients_gradients() -> None:
@@ -441,7 +512,8 @@ def _off_balance(fed: Federation) -> float:
 )
 def test_scaffolds_control_stays_the_weighted_mean_of_its_clients(h: Training) -> None:
     """Over all clients, whoever is drawn."""
-    fed, lottery = _federation("scaffold", h), np.random.default_rng(1)
+    fed = _federation("scaffold", h)
+    lottery = np.random.default_rng(1)
     for _ in range(25):
         absent = int(lottery.integers(3))
         kept = fed.memories[absent]["control"].clone()
@@ -452,14 +524,18 @@ def test_scaffolds_control_stays_the_weighted_mean_of_its_clients(h: Training) -
 
 def test_a_control_that_ignores_who_was_absent_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fed = _federation("scaffold")
-    wrong = replace(fed.algorithm, apply=lambda server, row, share, h: control_average(server, row, 1.0, h))
+    wrong = replace(
+        fed.algorithm, apply=lambda server, row, share, h: control_average(server, row, 1.0, h)
+    )
     monkeypatch.setitem(ALGORITHMS, "scaffold", wrong)
     assert _off_balance(fed.step([0, 1])) > 0.1
 
 
 def test_a_scaffold_client_without_rows_changes_nothing() -> None:
     empty = (np.zeros((0, 2)), np.zeros(0))
-    with_it = Federation(replace(FULL_BATCH, algorithm="scaffold"), _linear(2), _of([*TABLES, empty]), [*SIZES, 0])
+    with_it = Federation(
+        replace(FULL_BATCH, algorithm="scaffold"), _linear(2), _of([*TABLES, empty]), [*SIZES, 0]
+    )
     np.testing.assert_allclose(with_it.run(5).w, _federation("scaffold").run(5).w, rtol=1e-6)
     assert not with_it.memories[3]["control"].any()
     assert not with_it.row_KM[3].any()
@@ -487,8 +563,12 @@ def test_local_goes_on_with_its_own_model_each_round() -> None:
 
 def _clients(task: Task, sizes: Sequence[int] = (7, 1, 0, 12)) -> Stack:
     random = np.random.default_rng(3)
-    data = _of([(random.normal(size=(n, 4)), random.integers(0, 2, n).astype(float)) for n in sizes])
-    return data if task != "multiclass" else replace(data, y_N=data.y_N.long())
+    data = _of(
+        [(random.normal(size=(n, 4)), random.integers(0, 2, n).astype(float)) for n in sizes]
+    )
+    if task != "multiclass":
+        return data
+    return replace(data, y_N=data.y_N.long())
 
 
 def _member(name: str, task: Task, path: str) -> Federation:
@@ -510,17 +590,26 @@ def test_a_row_is_as_long_as_the_plan_says(name: str, path: str) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_state_keeps_its_names_sizes_and_type(name: str, path: str) -> None:
     fed = _member(name, "binary", path)
-    first, P = fed.server, fed.server.w_P.numel()
-    before = {"w": first.w_P.clone(), **{slot: value.clone() for slot, value in first.slots.items()}}
+    first = fed.server
+    P = fed.server.w_P.numel()
+    before = {
+        "w": first.w_P.clone(),
+        **{slot: value.clone() for slot, value in first.slots.items()},
+    }
     fed.run(3)
     assert fed.server.round == 3
     assert fed.server.slots.keys() == first.slots.keys() >= set(fed.algorithm.sent)
-    for value in [fed.server.w_P, *fed.server.slots.values(), *(v for m in fed.memories for v in m.values())]:
+    for value in [
+        fed.server.w_P,
+        *fed.server.slots.values(),
+        *(v for m in fed.memories for v in m.values()),
+    ]:
         assert (value.shape, value.dtype) == ((P,), torch.float64)
         assert torch.isfinite(value).all()
     assert all(memory.keys() == set(fed.algorithm.kept) for memory in fed.memories)
     now = {"w": first.w_P, **first.slots}
-    assert all(torch.equal(now[key], before[key]) for key in before)  # a step returns the next state
+    # a step returns the next state
+    assert all(torch.equal(now[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
@@ -540,7 +629,9 @@ def test_a_stack_sends_what_its_clients_send_alone(name: str) -> None:
     for k in range(len(fed.data)):
         alone_1M, kept = fed.messages([k])
         assert torch.allclose(alone_1M[0], together_KM[k], rtol=1e-6, atol=1e-7)
-        assert all(torch.allclose(kept[key][0], remembered[key][k], rtol=1e-9) for key in remembered)
+        assert all(
+            torch.allclose(kept[key][0], remembered[key][k], rtol=1e-9) for key in remembered
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "local"])
@@ -582,7 +673,9 @@ def test_a_server_is_a_value() -> None:
         ("fednova", {"optimizer": "adam", "beta1": 0.0}),
     ],
 )
-def test_a_local_optimiser_that_breaks_the_algorithm_is_refused(name: str, changes: dict[str, object]) -> None:
+def test_a_local_optimiser_that_breaks_the_algorithm_is_refused(
+    name: str, changes: dict[str, object]
+) -> None:
     training = replace(Training(algorithm=name), **changes)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=rf"'{name}'.*Set training.optimizer='sgd'"):
         check(Study(training=training))
@@ -615,6 +708,8 @@ def test_rules_for_a_model_without_them_are_refused(monkeypatch: pytest.MonkeyPa
     encoding = Encoding((Column("age", "number"),), Target("y", "regression"))
     study = Study(model=Model("a_users_models:soft"), training=Training(path="rules"))
     planned = partial(make, surveys={"a": survey}, encoding=encoding)
-    with pytest.raises(PlanError, match=r"'a_users_models:soft'.*training.path='rules' .* Softplus '1'.*'auto'"):
+    with pytest.raises(
+        PlanError, match=r"'a_users_models:soft'.*training.path='rules' .* Softplus '1'.*'auto'"
+    ):
         planned(study)
     assert planned(replace(study, training=Training())).path == "func"

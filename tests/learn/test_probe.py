@@ -1,4 +1,6 @@
-"""Any torch module a hospital brings: trained rightly, on the fastest path that does, or refused by name."""
+"""Any torch module a hospital brings: trained rightly, on the fastest path that does, or refused by
+name.
+"""
 
 import sys
 from pathlib import Path
@@ -80,7 +82,9 @@ REFUSED: dict[str, str] = {
     "Detached": "the gradient of Detached cannot be taken",
     "FailsInTraining": "Failing 'part' fails on 6 made-up rows in training: RuntimeError: no such operator",
     "FailsAlone": "FailsAlone fails on 1 made-up row in evaluation: AssertionError: too few rows",
-    "FailsBackward": "the gradient of FailsBackward cannot be taken: NotImplementedError: no derivative of this",
+    "FailsBackward": (
+        "the gradient of FailsBackward cannot be taken: NotImplementedError: no derivative of this"
+    ),
     "none_finite": "its outputs for 6 made-up rows are not finite",
 }
 
@@ -90,14 +94,20 @@ UNREPEATED = {
 }
 
 
-def _probe(name: str, private: bool, task: Task = "binary", outputs: int = 1, asked: Any = "auto") -> Probed:
+def _probe(
+    name: str, private: bool, task: Task = "binary", outputs: int = 1, asked: Any = "auto"
+) -> Probed:
     x_BF = torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     model = zoo.build(f"tests.modules:{name}", FEATURES, outputs, {}, 5)
     return probe.probe(model, f"model.name={name!r}", x_BF, task, outputs, private, asked)
 
 
 def test_every_module_of_the_collection_is_judged() -> None:
-    mine = {name for name, made in vars(modules).items() if getattr(made, "__module__", "") == modules.__name__}
+    mine = {
+        name
+        for name, made in vars(modules).items()
+        if getattr(made, "__module__", "") == modules.__name__
+    }
     judged = TAKEN.keys() | REFUSED.keys() | UNREPEATED.keys()
     assert {name for name in mine if not name.startswith("_")} - {"Inner", "Failing"} == judged
 
@@ -122,13 +132,16 @@ def test_what_cannot_be_right_is_refused_by_name(name: str, private: bool) -> No
     with pytest.raises(PlanError, match=REFUSED[name]) as refusal:
         _probe(name, private)
     told = str(refusal.value)
-    assert told.startswith(f"model.name={name!r}: ") and told.endswith(".")  # who, what, and what to do
+    # who, what, and what to do
+    assert told.startswith(f"model.name={name!r}: ") and told.endswith(".")
 
 
 @pytest.mark.parametrize("name", UNREPEATED)
 def test_a_model_that_no_seed_repeats_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match=UNREPEATED[name]):
-        zoo.check_repeats(f"tests.modules:{name}", lambda: zoo.build(f"tests.modules:{name}", FEATURES, 1, {}, 5))
+        zoo.check_repeats(
+            f"tests.modules:{name}", lambda: zoo.build(f"tests.modules:{name}", FEATURES, 1, {}, 5)
+        )
 
 
 @pytest.mark.parametrize("name", [*TAKEN, "Running", "spectral_norm", "FailsBackward"])
@@ -138,24 +151,35 @@ def test_a_probe_leaves_everything_as_it_was(name: str) -> None:
     generator, of_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
     x_BF = torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(0))
+
     for private in (False, True):
         try:
             probe.probe(model, "model", x_BF, "binary", 1, private)
         except PlanError:
             assert name not in TAKEN
+
     after = {n: v for n, v in [*model.named_parameters(), *model.named_buffers()]}
     keys = {n for n in before if n.endswith("key")}  # of dropout: set before every use
-    assert all(torch.equal(before[n], after[n]) for n in before.keys() - keys) and before.keys() == after.keys()
+    assert (
+        all(torch.equal(before[n], after[n]) for n in before.keys() - keys)
+        and before.keys() == after.keys()
+    )
     assert torch.equal(generator, torch.get_rng_state())
     assert (of_numpy == np.random.get_state()[1]).all()  # type: ignore[index]
-    assert hooks == sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    assert hooks == sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()
+    )
     assert all(p.grad is None for p in trained(model).values())
 
 
 def test_a_path_that_the_study_names_must_be_right() -> None:
-    with pytest.raises(PlanError, match=r"training\.path='rules' does not serve it: no layer rule for Gru"):
+    with pytest.raises(
+        PlanError, match=r"training\.path='rules' does not serve it: no layer rule for Gru"
+    ):
         _probe("Gru", True, asked="rules")
-    with pytest.raises(PlanError, match=r"training\.path='func' does not serve it: GRU 'enc' draws"):
+    with pytest.raises(
+        PlanError, match=r"training\.path='func' does not serve it: GRU 'enc' draws"
+    ):
         _probe("GruDropout", True, asked="func")
     assert _probe("Gru", True, asked="loop") == Probed("loop")
 
@@ -166,12 +190,14 @@ def test_the_zoo_takes_rules_at_every_width(name: str) -> None:
     for features in (4, 12, 31, 189):
         for outputs, task in ((1, "binary"), (3, "multiclass"), (5, "multiclass")):
             model = zoo.build(name, features, outputs, {}, 5)
-            x_BF = torch.randn(ROWS, features, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+            x_BF = torch.randn(ROWS, features, generator=torch.Generator().manual_seed(0)).clamp(
+                -2, 2
+            )
             found = probe.probe(model, name, x_BF, task, outputs, private=True)  # type: ignore[arg-type]
             assert found.path == "rules", found.reasons
 
 
-# Whole runs -----------------------------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------------
 
 
 def _study(folder: Path, name: str, private: bool) -> Study:
@@ -182,15 +208,28 @@ def _study(folder: Path, name: str, private: bool) -> Study:
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize(
-    "name", ["plain", "frozen_at_random", "Buffered", "Twice", "all_bfloat16", "all_float64", "Gru", "AttentionDropout"]
+    "name",
+    [
+        "plain",
+        "frozen_at_random",
+        "Buffered",
+        "Twice",
+        "all_bfloat16",
+        "all_float64",
+        "Gru",
+        "AttentionDropout",
+    ],
 )
 def test_the_saved_model_is_the_reported_one(tmp_path: Path, name: str, private: bool) -> None:
-    """Predictions of the loaded model are those of the run's own, and its figures are the summary's."""
+    """Predictions of the loaded model are those of the run's own, and its figures are the
+    summary's.
+    """
     study = _study(tmp_path, name, private)
     result = medfed.run(study, tmp_path / "run")
     loaded = medfed.load(tmp_path / "run")
     frame = tables.invented()
-    predicted, again = result.predict(frame), loaded.predict(frame)
+    predicted = result.predict(frame)
+    again = loaded.predict(frame)
     assert np.array_equal(predicted.to_numpy(), again.to_numpy()) and predicted.to_numpy().std() > 0
 
     sites = [site for site in _sites(study)]
@@ -215,7 +254,12 @@ DRAWING = ["LstmDropout", "EncoderDropout", "FunctionalDropout"]
 
 
 @pytest.mark.parametrize(
-    "name", ["GruDropout", "AttentionDropout", *(pytest.param(name, marks=pytest.mark.long) for name in DRAWING)]
+    "name",
+    [
+        "GruDropout",
+        "AttentionDropout",
+        *(pytest.param(name, marks=pytest.mark.long) for name in DRAWING),
+    ],
 )
 def test_two_runs_of_one_seed_give_the_same_bits(tmp_path: Path, name: str) -> None:
     """Also where a module draws from torch's generator, which others may have moved."""
@@ -233,7 +277,11 @@ def test_a_slower_path_is_said_with_its_reason(tmp_path: Path) -> None:
     study = _study(tmp_path, "GruDropout", private=True)
     warned = medfed.run(study, tmp_path / "run").summary["warnings"]
     told = [text for text in warned if "slower" in text]
-    assert len(told) == 1 and "record by record" in told[0] and "GRU 'enc' draws from torch's generator" in told[0]
+    assert (
+        len(told) == 1
+        and "record by record" in told[0]
+        and "GRU 'enc' draws from torch's generator" in told[0]
+    )
 
 
 def test_a_refused_module_costs_no_patient_anything(tmp_path: Path) -> None:
@@ -274,4 +322,6 @@ def test_the_table_of_modules_in_the_docs_is_the_probes() -> None:
     sys.path.insert(0, str(root / "scripts"))
     from make_docs import modules_table
 
-    assert modules_table() in (root / "docs" / "privacy.md").read_text(), "run scripts/make_docs.py --modules"
+    assert modules_table() in (root / "docs" / "privacy.md").read_text(), (
+        "run scripts/make_docs.py --modules"
+    )

@@ -45,7 +45,10 @@ def test_parameters_are_counted_by_hand(features: int, outputs: int) -> None:
     assert count(build("logistic", features, outputs, {}, 0)) == (features + 1) * outputs
     plain = (features + 1) * 5 + 6 * 4 + 5 * outputs
     for norm, extra in {"none": 0, "layer": 2 * (5 + 4), "group": 2 * (5 + 4)}.items():
-        assert count(build("mlp", features, outputs, {"hidden": [5, 4], "norm": norm}, 0)) == plain + extra
+        assert (
+            count(build("mlp", features, outputs, {"hidden": [5, 4], "norm": norm}, 0))
+            == plain + extra
+        )
 
 
 def test_frozen_parameters_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +65,8 @@ def test_frozen_parameters_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_every_model_of_the_zoo_maps_rows_one_by_one(name: str, outputs: int) -> None:
     """No row's output depends on another row."""
-    model, x = build(name, 6, outputs, {}, 1).eval(), torch.randn(9, 6)
+    model = build(name, 6, outputs, {}, 1).eval()
+    x = torch.randn(9, 6)
     z = model(x)
     assert z.shape == (9, outputs)
     assert torch.allclose(torch.cat([model(row[None]) for row in x]), z, atol=1e-6)
@@ -76,10 +80,16 @@ def test_a_mlp_has_no_layer_that_does_nothing() -> None:
 def test_he_keeps_a_deep_networks_last_bias_from_taking_all_of_a_gradient() -> None:
     share = {}
     for init in ("torch", "he"):
-        model = build("mlp", 20, 1, {"hidden": [64] * 6, "norm": "none", "dropout": 0.0, "init": init}, 3)
+        model = build(
+            "mlp", 20, 1, {"hidden": [64] * 6, "norm": "none", "dropout": 0.0, "init": init}, 3
+        )
         model(torch.randn(1, 20, generator=torch.Generator().manual_seed(1))).sum().backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        share[init] = float(gradients[-1].norm() / torch.cat([g.flatten() for g in gradients]).norm())
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
+        share[init] = float(
+            gradients[-1].norm() / torch.cat([g.flatten() for g in gradients]).norm()
+        )
     assert 2 * share["he"] < share["torch"] and share["torch"] > 0.8
 
 
@@ -87,7 +97,9 @@ def test_logistic_starts_at_zero() -> None:
     assert not vector(build("logistic", 5, 2, {}, 3)).any()
 
 
-@pytest.mark.parametrize(("width", "groups"), [(64, 8), (32, 8), (20, 5), (12, 3), (8, 2), (7, 1), (26, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("width", "groups"), [(64, 8), (32, 8), (20, 5), (12, 3), (8, 2), (7, 1), (26, 2), (1, 1)]
+)
 def test_group_norm_takes_most_groups_of_four_units_or_more(width: int, groups: int) -> None:
     layer = zoo.norm_layer("group", width)
     assert isinstance(layer, nn.GroupNorm)
@@ -106,7 +118,9 @@ def test_a_narrow_network_still_sees_its_input(norm: str, width: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
-    first, again, other = (vector(build("mlp", 6, 2, {"norm": "layer"}, seed)) for seed in (5, 5, 6))
+    first, again, other = (
+        vector(build("mlp", 6, 2, {"norm": "layer"}, seed)) for seed in (5, 5, 6)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -211,7 +225,8 @@ def test_the_same_key_gives_the_same_mask_and_another_key_or_layer_another() -> 
 
 
 def test_a_rows_mask_does_not_depend_on_the_rows_after_it() -> None:
-    layer, ones = _dropout(0.5, key=3), torch.ones(9, 20)
+    layer = _dropout(0.5, key=3)
+    ones = torch.ones(9, 20)
     assert torch.equal(layer(ones)[:4], layer(ones[:4]))
 
 
@@ -258,15 +273,20 @@ def test_units_steps_and_clients_drop_independently() -> None:
     for one, two in [(y[:, :, :-1], y[:, :, 1:]), (y[:, :-1], y[:, 1:]), (y[:-1], y[1:])]:
         same = int((one == two).sum())
         assert stats.binomtest(same, one.numel()).pvalue > 1e-3
-        planted = torch.where(torch.rand(one.shape, generator=torch.Generator().manual_seed(0)) < 0.02, one, two)
+        planted = torch.where(
+            torch.rand(one.shape, generator=torch.Generator().manual_seed(0)) < 0.02, one, two
+        )
         assert stats.binomtest(int((one == planted).sum()), one.numel()).pvalue < 1e-3
 
 
-def test_every_dropout_of_a_users_model_is_keyed_with_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_dropout_of_a_users_model_is_keyed_with_a_mask_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Block(nn.Module):
         def __init__(self, width: int, drop: nn.Module) -> None:
             super().__init__()
-            self.linear, self.drop = nn.Linear(width, width), drop
+            self.linear = nn.Linear(width, width)
+            self.drop = drop
 
         def forward(self, x: Tensor) -> Tensor:
             return x + self.drop(self.linear(x))
@@ -274,7 +294,11 @@ def test_every_dropout_of_a_users_model_is_keyed_with_a_mask_of_its_own(monkeypa
     def factory(features: int, outputs: int) -> nn.Module:
         shared = nn.Dropout(0.4)
         return nn.Sequential(
-            Block(features, nn.Dropout(0.2)), shared, nn.ModuleList([nn.Dropout(0.1)])[0], shared, Dropout(0.3)
+            Block(features, nn.Dropout(0.2)),
+            shared,
+            nn.ModuleList([nn.Dropout(0.1)])[0],
+            shared,
+            Dropout(0.3),
         )
 
     model = build(_plant(monkeypatch, factory), 6, 6, {}, 0)
@@ -286,8 +310,11 @@ def test_every_dropout_of_a_users_model_is_keyed_with_a_mask_of_its_own(monkeypa
 
 def test_a_users_dropout_no_longer_asks_torchs_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = nn.Dropout(0.4)
-    name = _plant(monkeypatch, lambda f, o: nn.Sequential(shared, nn.Linear(f, 8), shared, nn.Linear(8, o)))
-    model, x = build(name, 6, 1, {}, 0).train(), torch.randn(20, 6)
+    name = _plant(
+        monkeypatch, lambda f, o: nn.Sequential(shared, nn.Linear(f, 8), shared, nn.Linear(8, o))
+    )
+    model = build(name, 6, 1, {}, 0).train()
+    x = torch.randn(20, 6)
     state = torch.get_rng_state()
     assert torch.equal(model(x), model(x))
     assert torch.equal(torch.get_rng_state(), state)

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medfed.links.wire import PLAIN, Float32, Grid, Link, Remembered, combine, finite, into_ball, send
+from medfed.links.wire import (
+    PLAIN,
+    Float32,
+    Grid,
+    Link,
+    Remembered,
+    combine,
+    finite,
+    into_ball,
+    send,
+)
 from medfed.privacy.guarantee import GRID
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
@@ -17,7 +27,9 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
 
 def _rows(shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> Tensor:
     K, M, seed = shape
-    return torch.randn(K, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(K, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def _shares(K: int) -> Tensor:
@@ -109,12 +121,15 @@ def test_sending_leaves_the_message_as_it_was() -> None:
 
 @given(SHAPES)
 def test_the_combined_row_is_numpys_weighted_mean(shape: tuple[int, int, int]) -> None:
-    row_KM, weight_K = _rows(shape), _shares(shape[0])
+    row_KM = _rows(shape)
+    weight_K = _shares(shape[0])
     if shape[1] == 0:
         assert combine(row_KM, weight_K, PLAIN).shape == (0,)
         return
     expected = np.average(row_KM.numpy(), axis=0, weights=np.arange(1, shape[0] + 1))
-    np.testing.assert_allclose(combine(row_KM, weight_K, ()).numpy(), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        combine(row_KM, weight_K, ()).numpy(), expected, rtol=1e-12, atol=1e-12
+    )
     single = combine(send(row_KM, PLAIN), weight_K, PLAIN)
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single.numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -127,9 +142,11 @@ def test_one_client_is_its_own_mean() -> None:
 
 @given(SHAPES, st.integers(0, 99))
 def test_the_order_of_clients_does_not_matter(shape: tuple[int, int, int], seed: int) -> None:
-    row_KM, weight_K = _rows(shape), _shares(shape[0])
+    row_KM = _rows(shape)
+    weight_K = _shares(shape[0])
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
-    one, two = combine(row_KM, weight_K, ()), combine(row_KM[order], weight_K[order], ())
+    one = combine(row_KM, weight_K, ())
+    two = combine(row_KM[order], weight_K[order], ())
     assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
 
 
@@ -147,7 +164,9 @@ def test_links_run_first_to_last_at_the_client_and_last_to_first_at_the_server()
 
 
 @given(SHAPES)
-def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(shape: tuple[int, int, int]) -> None:
+def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(
+    shape: tuple[int, int, int],
+) -> None:
     row_KM = _rows(shape)
     sent = send(row_KM, (Grid(),))
     assert sent.dtype == torch.int64
@@ -156,7 +175,7 @@ def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(shap
     assert bool(((total_M - row_KM.sum(0)).abs() <= shape[0] * GRID / 2 + 1e-12).all())
 
 
-# the ball ------------------------------------------------------------------------------------------------------------
+# the ball -----------------------------------------------------------------------------------------
 
 
 @given(
@@ -166,15 +185,22 @@ def test_rows_on_the_grid_sum_exactly_and_come_back_within_half_a_step_each(shap
     st.sampled_from([1.0, 20.0, 1e6]),
     st.integers(0, 10**6),
 )
-def test_a_projection_never_moves_two_rows_apart(M: int, lean: float, far: float, radius: float, seed: int) -> None:
-    """Also where one lies within and the other without, where they are nearly alike, and with the errors of floats."""
+def test_a_projection_never_moves_two_rows_apart(
+    M: int, lean: float, far: float, radius: float, seed: int
+) -> None:
+    """Also where one lies within and the other without, where they are nearly alike, and with the
+    errors of floats.
+    """
     draw = torch.Generator().manual_seed(seed)
     one = torch.randn(M, generator=draw, dtype=torch.float64)
     one *= far * radius / one.norm()
     step = torch.randn(M, generator=draw, dtype=torch.float64) + lean * one / one.norm() * M**0.5
     pair_2M = torch.stack([one, one + step / step.norm()])
     held_2M = into_ball(pair_2M, [radius, radius])
-    assert float((held_2M[1] - held_2M[0]).norm()) <= float((pair_2M[1] - pair_2M[0]).norm()) + radius * 2.0**-46
+    assert (
+        float((held_2M[1] - held_2M[0]).norm())
+        <= float((pair_2M[1] - pair_2M[0]).norm()) + radius * 2.0**-46
+    )
     assert all(float(row.norm()) <= radius * (1 + 2.0**-47) for row in held_2M)
 
 

@@ -1,4 +1,6 @@
-"""The event log: what is written is read, what is cut or damaged is told, and nothing that is no number is written."""
+"""The event log: what is written is read, what is cut or damaged is told, and nothing that is no
+number is written.
+"""
 
 import json
 from pathlib import Path
@@ -38,14 +40,26 @@ FIGURES = {"auroc": Figure(0.1 + 0.2, 0.25, 0.5), "f1": Figure(None)}
 SAMPLES: list[Event] = [
     RunStarted("study", "HRESCH", "abc", 7, 3, {"torch": "2"}, {"threads": 2, "system": "x"}),
     Planned(
-        "fedavg", "logistic", 3, 2, 3, "rules", {"ä": {"train": 3, "test": 1}}, {"ä": {"0": 4}}, {"epsilon": None}, 1, 2
+        "fedavg",
+        "logistic",
+        3,
+        2,
+        3,
+        "rules",
+        {"ä": {"train": 3, "test": 1}},
+        {"ä": {"0": 4}},
+        {"epsilon": None},
+        1,
+        2,
     ),
     Warned('a "quoted"\nline'),
     RoundStarted(1, ["ä", "b"]),
     SiteExcluded(1, "b", "late"),
     RoundFinished(1, ["ä"], 0.5, [0.5, None], [0.1], [4], 0.2, 100, 200),
     ModelTested(1, "federated", 4, None, FIGURES, FIGURES, {"ä": FIGURES}, {"ä": 4}, 0.1, 10, 20),
-    Inspected(1, {"ä": 1.0}, [{"client": "ä", "score": 2.5, "kind": "far", "evidence": "far off"}], 1),
+    Inspected(
+        1, {"ä": 1.0}, [{"client": "ä", "score": 2.5, "kind": "far", "evidence": "far off"}], 1
+    ),
     SecurityAudit(1, "ä", 2, 7.5, "warn", ["far: far off"]),
     RolledBack(1, 0.5, None),
     Compared(3, 4, Figure(0.01, 0.1 + 0.2, None), {"ä": [4, 0.01, None, None]}),
@@ -116,14 +130,18 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path, kept: int) -> None
 @pytest.mark.parametrize(
     "damage", ['{"schema": 1, "ev', "5", "[]", '"x"', "null", "{}", '{"schema":1,"event":"warned"}']
 )
-def test_a_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_line_in_the_middle_is_refused_with_its_number(
+    tmp_path: Path, damage: str
+) -> None:
     path = _write(tmp_path / "log", line(SAMPLES[0]), damage, line(SAMPLES[2]), "")
     with pytest.raises(RunError, match="log, line 2 is damaged"):
         list(read(path))
 
 
 def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
-    (tmp_path / "log").write_bytes(line(SAMPLES[0]).encode() + b"\n\xff\xfe\n" + line(SAMPLES[2]).encode() + b"\n")
+    (tmp_path / "log").write_bytes(
+        line(SAMPLES[0]).encode() + b"\n\xff\xfe\n" + line(SAMPLES[2]).encode() + b"\n"
+    )
     with pytest.raises(RunError, match="line 2 is damaged"):
         list(read(tmp_path / "log"))
 
@@ -135,7 +153,10 @@ def test_no_log_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_never_written(tmp_path: Path, value: float) -> None:
-    with Log(tmp_path / "events.jsonl") as log, pytest.raises(ValueError, match="not JSON compliant"):
+    with (
+        Log(tmp_path / "events.jsonl") as log,
+        pytest.raises(ValueError, match="not JSON compliant"),
+    ):
         log.emit(RoundFinished(1, ["a"], value, [value], [0.1], [4], 0.2, 1, 2))
     assert (tmp_path / "events.jsonl").read_bytes() == b""
 

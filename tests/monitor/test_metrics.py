@@ -1,4 +1,6 @@
-"""Figures agree with scikit-learn, intervals cover the truth, and what a site tells holds no patient's place."""
+"""Figures agree with scikit-learn, intervals cover the truth, and what a site tells holds no
+patient's place.
+"""
 
 import dataclasses
 import math
@@ -38,16 +40,20 @@ def _classes(n: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _values(task: Task, z: Tensor, y: Tensor) -> dict[str, float | None]:
-    return {name: figure.value for name, figure in measure(Scores.of(task, z, y), intervals=False).items()}
+    return {
+        name: figure.value
+        for name, figure in measure(Scores.of(task, z, y), intervals=False).items()
+    }
 
 
-# against scikit-learn -----------------------------------------------------------------------------------------------
+# against scikit-learn -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_binary_figures_are_scikit_learns_within_rounding(seed: int) -> None:
     z, label = _binary(2000, seed)
-    p, y = torch.sigmoid(z.double())[:, 0].numpy(), label.numpy().astype(int)
+    p = torch.sigmoid(z.double())[:, 0].numpy()
+    y = label.numpy().astype(int)
     hit = (p >= 0.5).astype(int)
     expected = {
         "accuracy": sk.accuracy_score(y, hit),
@@ -66,7 +72,8 @@ def test_binary_figures_are_scikit_learns_within_rounding(seed: int) -> None:
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_figures_of_several_classes_are_scikit_learns_within_rounding(count: int) -> None:
     z, label = _classes(2000, count)
-    p, y = z.double().softmax(-1).numpy(), label.numpy()
+    p = z.double().softmax(-1).numpy()
+    y = label.numpy()
     hit = p.argmax(1)
     precision, recall, f1, _ = sk.precision_recall_fscore_support(y, hit, average="macro")
     expected = {
@@ -84,26 +91,35 @@ def test_figures_of_several_classes_are_scikit_learns_within_rounding(count: int
 def test_calibration_error_is_the_gap_of_ten_bins() -> None:
     z, label = _binary(3000, 3)
     scores = Scores.of("binary", 2 * z, label)  # overconfident
-    p, y = scores.probability()[:, 0], scores.label.numpy()
+    p = scores.probability()[:, 0]
+    y = scores.label.numpy()
     place = np.minimum((p * 10).astype(int), 9)
-    gaps = [abs(y[place == b].mean() - p[place == b].mean()) * (place == b).mean() for b in np.unique(place)]
+    gaps = [
+        abs(y[place == b].mean() - p[place == b].mean()) * (place == b).mean()
+        for b in np.unique(place)
+    ]
     assert measure(scores, False)["ece"].value == pytest.approx(sum(gaps), abs=1e-12)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=2, max_size=30))
 @settings(deadline=None)
-def test_the_vectorised_figures_equal_scikit_learns_with_ties(records: list[tuple[int, int]]) -> None:
+def test_the_vectorised_figures_equal_scikit_learns_with_ties(
+    records: list[tuple[int, int]],
+) -> None:
     y, score = np.array(records).T
     assert bootstrap.f1(y, (score > 0).astype(int)) == pytest.approx(
         sk.f1_score(y, score > 0, zero_division=0), rel=1e-15
     )
     if len(set(y)) == 2:
-        assert bootstrap.auroc(score[y == 1], score[y == 0]) == pytest.approx(sk.roc_auc_score(y, score), abs=1e-15)
+        assert bootstrap.auroc(score[y == 1], score[y == 0]) == pytest.approx(
+            sk.roc_auc_score(y, score), abs=1e-15
+        )
 
 
 def test_vectorised_means_one_figure_a_resample() -> None:
     random = np.random.default_rng(0)
-    positive, negative = random.integers(0, 5, (7, 10)), random.integers(0, 5, (7, 12))
+    positive = random.integers(0, 5, (7, 10))
+    negative = random.integers(0, 5, (7, 12))
     each = [bootstrap.auroc(p, n) for p, n in zip(positive, negative, strict=True)]
     assert bootstrap.auroc(positive, negative, axis=-1).tolist() == each
 
@@ -119,10 +135,12 @@ def test_log_loss_is_scikit_learns() -> None:
     expected = sk.log_loss(scores.label.numpy(), scores.probability()[:, 0])
     assert metrics.log_loss(scores) == pytest.approx(expected, rel=1e-12)
     several = Scores.of("multiclass", *_classes(500, 4))
-    assert metrics.log_loss(several) == pytest.approx(sk.log_loss(several.label, several.probability()), rel=1e-12)
+    assert metrics.log_loss(several) == pytest.approx(
+        sk.log_loss(several.label, several.probability()), rel=1e-12
+    )
 
 
-# edges --------------------------------------------------------------------------------------------------------------
+# edges --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
@@ -153,11 +171,12 @@ def test_a_class_that_is_absent_leaves_auroc_undefined() -> None:
     assert measure(Scores.of("multiclass", z, y.clamp(max=1)))["auroc"] == Figure(None)
 
 
-# intervals ----------------------------------------------------------------------------------------------------------
+# intervals ----------------------------------------------------------------------------------------
 
 
 def _halved(interval: tuple[float, float]) -> tuple[float, float]:
-    middle, half = sum(interval) / 2, (interval[1] - interval[0]) / 4
+    middle = sum(interval) / 2
+    half = (interval[1] - interval[0]) / 4
     return middle - half, middle + half
 
 
@@ -172,7 +191,8 @@ def _coverage(intervals: Sequence[tuple[float, float]], truth: float) -> float:
 
 def test_wilson_covers_the_truth() -> None:
     """Exact, by the binomial law, on average over shares; an interval half as wide is found out."""
-    n, shares = 60, np.linspace(0.05, 0.95, 19)
+    n = 60
+    shares = np.linspace(0.05, 0.95, 19)
     wilson = [metrics.wilson(k, n) for k in range(n + 1)]
 
     def coverage(bounds: Sequence[Any]) -> float:
@@ -211,13 +231,19 @@ def test_intervals_cover_the_truth(name: str, interval: Any) -> None:
 OURS = {
     "breast-cancer": {},
     "heart": {},
-    "thyroid-devices": {"sites.kind": "hospital", "fleet.clients_per_round": 0, "fleet.schedule": "random"},
+    "thyroid-devices": {
+        "sites.kind": "hospital",
+        "fleet.clients_per_round": 0,
+        "fleet.schedule": "random",
+    },
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_closed_intervals_are_the_bootstraps_on_our_data(name: str, data_dir: Path) -> None:
-    """Within .005 on all patients; a shift of .01 is found out. Accuracy, precision and recall are Wilson's."""
+    """Within .005 on all patients; a shift of .01 is found out. Accuracy, precision and recall are
+    Wilson's.
+    """
     settings = {"data.test_is_public": True, **OURS[name]}
     study = studies.load(name)
     for key, value in settings.items():
@@ -235,20 +261,30 @@ def test_closed_intervals_are_the_bootstraps_on_our_data(name: str, data_dir: Pa
 
 
 def _pooled(sites: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([x for x, _ in sites.values()]), np.concatenate([y for _, y in sites.values()])
+    return np.concatenate([x for x, _ in sites.values()]), np.concatenate(
+        [y for _, y in sites.values()]
+    )
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-9, 9)), min_size=8, max_size=60), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(-9, 9)), min_size=8, max_size=60),
+    st.integers(0, 9),
+)
 @settings(deadline=None, max_examples=60)
-def test_the_variance_of_auroc_is_the_bootstraps_exactly(records: list[tuple[int, int]], seed: int) -> None:
+def test_the_variance_of_auroc_is_the_bootstraps_exactly(
+    records: list[tuple[int, int]], seed: int
+) -> None:
     """Hoeffding's three parts, counted by cell, against all pairs, one by one."""
     y, score = np.array(records).T
-    positive, negative = score[y == 1], score[y == 0]
+    positive = score[y == 1]
+    negative = score[y == 0]
+
     if min(len(positive), len(negative)) < 2:
         return
     pairs = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
     off = pairs - pairs.mean()
-    rows, columns = off.mean(1), off.mean(0)
+    rows = off.mean(1)
+    columns = off.mean(0)
     rest = off - rows[:, None] - columns
     n, m = off.shape
     variance = rows.var() / n + columns.var() / m + (rest**2).mean() / (n * m)
@@ -273,7 +309,9 @@ def test_the_mean_absolute_errors_interval_covers_the_truth() -> None:
     intervals = []
     for _ in range(400):
         y = torch.from_numpy(random.normal(size=80))
-        figure = measure(Scores.of("regression", (y + torch.from_numpy(random.normal(size=80)))[:, None], y))["mae"]
+        figure = measure(
+            Scores.of("regression", (y + torch.from_numpy(random.normal(size=80)))[:, None], y)
+        )["mae"]
         assert figure.low is not None and figure.high is not None
         intervals.append((figure.low, figure.high))
     truth = math.sqrt(2 / math.pi)
@@ -293,10 +331,13 @@ def test_every_interval_holds_its_figure() -> None:
             assert figure.low <= figure.value <= figure.high
 
 
-# regression ---------------------------------------------------------------------------------------------------------
+# regression ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 1), st.floats(0.1, 100))
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 1),
+    st.floats(0.1, 100),
+)
 @settings(deadline=None, max_examples=40)
 def test_sums_of_sites_give_scikit_learns_figures_of_all(sizes: list[int], scale: float) -> None:
     random = torch.Generator().manual_seed(sum(sizes))
@@ -317,16 +358,20 @@ def test_constant_targets_have_no_r2(value: float, n: int) -> None:
     assert measure(Scores.of("regression", y[:, None] + 1, y, 3.3))["r2"] == Figure(None)
 
 
-# what leaves a site -------------------------------------------------------------------------------------------------
+# what leaves a site -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 def test_scores_carry_no_order_of_patients(task: Any) -> None:
     z, y = _binary(60) if task == "binary" else _classes(60, 3)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    one, two = Scores.of(task, z, y).tensors(), Scores.of(task, z[order], y[order]).tensors()
+    one = Scores.of(task, z, y).tensors()
+    two = Scores.of(task, z[order], y[order]).tensors()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    told = [(*row, label) for row, label in zip(one["bins"].tolist(), one["label"].tolist(), strict=True)]
+    told = [
+        (*row, label)
+        for row, label in zip(one["bins"].tolist(), one["label"].tolist(), strict=True)
+    ]
     assert told == sorted(told)
     assert {name: tensor.dtype for name, tensor in one.items()} == {
         "bins": torch.int16,
@@ -346,7 +391,10 @@ def test_scores_of_sites_together_are_scores_of_all(task: Any) -> None:
 
 
 def test_macro_is_the_mean_over_sites_that_have_the_figure() -> None:
-    sites = {"a": {"auroc": Figure(0.5), "r": Figure(None)}, "b": {"auroc": Figure(1.0, 0.9, 1.0), "r": Figure(None)}}
+    sites = {
+        "a": {"auroc": Figure(0.5), "r": Figure(None)},
+        "b": {"auroc": Figure(1.0, 0.9, 1.0), "r": Figure(None)},
+    }
     sites["c"] = {"auroc": Figure(None), "r": Figure(None)}
     assert macro(sites) == {"auroc": Figure(0.75), "r": Figure(None)}
     assert macro({}) == {}

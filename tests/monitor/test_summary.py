@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 import medfed
-from medfed.monitor.events import Event, Resumed, RoundFinished, RunFinished, RunStarted, SiteExcluded, read
+from medfed.monitor.events import (
+    Event,
+    Resumed,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SiteExcluded,
+    read,
+)
 from medfed.monitor.events import Tested as ModelTested
 from medfed.monitor.metrics import Figure
 from medfed.monitor.summary import summarise
@@ -16,7 +24,9 @@ from tests.tables import STUDY, invented, write_study
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> medfed.Result:
     """A real run of two rounds, baselines too."""
-    study = medfed.load_study(write_study(tmp_path_factory.mktemp("study"))).set("training.rounds", 2)
+    study = medfed.load_study(write_study(tmp_path_factory.mktemp("study"))).set(
+        "training.rounds", 2
+    )
     return medfed.run(study.set("monitor.baselines", True), tmp_path_factory.mktemp("run"))
 
 
@@ -42,7 +52,11 @@ def test_a_summary_tells_the_run(finished: medfed.Result) -> None:
 
 def test_a_log_without_its_end_is_incomplete(finished: medfed.Result) -> None:
     assert finished.folder
-    recorded = [event for event in read(finished.folder / "events.jsonl") if not isinstance(event, RunFinished)]
+    recorded = [
+        event
+        for event in read(finished.folder / "events.jsonl")
+        if not isinstance(event, RunFinished)
+    ]
     found = summarise(recorded)
     assert (found["status"], found["rounds"], found["seconds"]["total"]) == ("incomplete", 2, None)
     nothing = summarise([])
@@ -55,14 +69,23 @@ def _round(number: int, up: int = 10) -> RoundFinished:
 
 def _tested(number: int) -> ModelTested:
     figures = {"auroc": Figure(number / 10)}
-    return ModelTested(number, "federated", 4, 0.1, figures, figures, {"a": figures}, {"a": 4}, 0.1, 1, 2)
+    return ModelTested(
+        number, "federated", 4, 0.1, figures, figures, {"a": figures}, {"a": 4}, 0.1, 1, 2
+    )
 
 
 STARTED = RunStarted("s", "HRESCH", "d", 0, 4, {}, {})
 
 
 def test_rounds_that_a_resumed_run_did_again_count_once() -> None:
-    recorded: list[Event] = [STARTED, _round(1), _round(2), _round(3), SiteExcluded(3, "b", "late"), Resumed(2, 4, "")]
+    recorded: list[Event] = [
+        STARTED,
+        _round(1),
+        _round(2),
+        _round(3),
+        SiteExcluded(3, "b", "late"),
+        Resumed(2, 4, ""),
+    ]
     recorded += [_round(3), _round(4), _tested(4), RunFinished("complete", 4, 1.0, "")]
     found = summarise(recorded)
     assert (found["rounds"], found["status"], found["excluded"]) == (4, "complete", [])
@@ -80,7 +103,11 @@ def test_a_real_resumed_run_counts_rounds_once(finished: medfed.Result, tmp_path
     assert finished.folder
     copy = tmp_path / "run"
     for path in finished.folder.rglob("*"):
-        if path.is_file() and path.name not in ("round-000002.checkpoint", "model.safetensors", "summary.json"):
+        if path.is_file() and path.name not in (
+            "round-000002.checkpoint",
+            "model.safetensors",
+            "summary.json",
+        ):
             (copy / path.relative_to(finished.folder)).parent.mkdir(parents=True, exist_ok=True)
             (copy / path.relative_to(finished.folder)).write_bytes(path.read_bytes())
     again = medfed.resume(copy).summary

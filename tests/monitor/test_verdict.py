@@ -1,4 +1,6 @@
-"""What figures mean, over made-up summaries: each finding where it is due, and none where a model is good."""
+"""What figures mean, over made-up summaries: each finding where it is due, and none where a model
+is good.
+"""
 
 from typing import Any
 
@@ -7,11 +9,21 @@ import pytest
 from medfed.monitor import verdict
 from medfed.monitor.verdict import CODES, findings, lines
 
-BINARY = {"accuracy": 0.8, "auroc": 0.85, "precision": 0.7, "recall": 0.6, "f1": 0.65, "brier": 0.14, "ece": 0.02}
+BINARY = {
+    "accuracy": 0.8,
+    "auroc": 0.85,
+    "precision": 0.7,
+    "recall": 0.6,
+    "f1": 0.65,
+    "brier": 0.14,
+    "ece": 0.02,
+}
 
 
 def _summary(**changes: Any) -> dict[str, Any]:
-    """Return the summary of a good binary model on 200 records, 60 of them positive, with some parts changed."""
+    """Return the summary of a good binary model on 200 records, 60 of them positive, with some
+    parts changed.
+    """
     return {
         "algorithm": "fedavg",
         "test": {**BINARY, "n": 200},
@@ -39,7 +51,11 @@ NUMBER = {"mae": 2.0, "rmse": 3.0, "r2": 0.4, "n": 200}
 
 
 def _number(**changes: Any) -> dict[str, Any]:
-    base = {"labels": [], "confusion": [], "intervals": {"mae": [1.9, 2.1], "rmse": None, "r2": None}}
+    base = {
+        "labels": [],
+        "confusion": [],
+        "intervals": {"mae": [1.9, 2.1], "rmse": None, "r2": None},
+    }
     return _summary(**{**base, "test": NUMBER, **changes})
 
 
@@ -68,7 +84,10 @@ def test_a_good_model_has_no_finding() -> None:
         ({"intervals": {"auroc": [0.5, 0.6]}}, ["not-better-than-chance"]),
         ({"intervals": {"auroc": [0.51, 0.6]}}, []),
         ({"intervals": {"auroc": None}}, []),
-        ({"intervals": {}, "test": {**BINARY, "auroc": 0.56, "n": 200}}, ["not-better-than-chance"]),
+        (
+            {"intervals": {}, "test": {**BINARY, "auroc": 0.56, "n": 200}},
+            ["not-better-than-chance"],
+        ),
         ({"test": {**BINARY, "brier": 0.2101, "n": 200}}, ["chances-worse-than-constant"]),
         ({"test": {**BINARY, "brier": 0.2099, "n": 200}}, []),
         ({"loss": {"first": 0.65, "last": 0.42, "test": 0.62}}, ["chances-worse-than-constant"]),
@@ -76,19 +95,34 @@ def test_a_good_model_has_no_finding() -> None:
         ({"confusion": [[0, 140], [0, 60]]}, ["one-class"]),
         ({"confusion": [[140, 0], [59, 1]]}, ["one-class"]),
         ({"confusion": [[140, 0], [50, 10]]}, []),
-        ({"confusion": [[200, 0], [0, 0]], "test": {**BINARY, "auroc": None, "n": 200}}, ["one-class-tested"]),
+        (
+            {"confusion": [[200, 0], [0, 0]], "test": {**BINARY, "auroc": None, "n": 200}},
+            ["one-class-tested"],
+        ),
         ({"test": None, "intervals": None, "confusion": [], "labels": []}, []),
         (SEVERAL, ["not-better-than-chance"]),
         ({**SEVERAL, "intervals": {"accuracy": [0.45, 0.6]}}, ["chances-worse-than-constant"]),
-        ({**SEVERAL, "test": {**BINARY, "brier": 0.5}, "loss": {"first": 1.1, "last": 0.9, "test": 0.9}}, []),
-        ({**SEVERAL, "confusion": [[40, 0, 0], [30, 0, 0], [30, 0, 0]]}, ["not-better-than-chance", "one-class"]),
+        (
+            {
+                **SEVERAL,
+                "test": {**BINARY, "brier": 0.5},
+                "loss": {"first": 1.1, "last": 0.9, "test": 0.9},
+            },
+            [],
+        ),
+        (
+            {**SEVERAL, "confusion": [[40, 0, 0], [30, 0, 0], [30, 0, 0]]},
+            ["not-better-than-chance", "one-class"],
+        ),
     ],
 )
 def test_classes(changes: dict[str, Any], codes: list[str]) -> None:
     assert _codes(_summary(**changes)) == codes
 
 
-@pytest.mark.parametrize(("r2", "codes"), [(0.01, []), (0.0, ["not-better-than-constant"]), (None, [])])
+@pytest.mark.parametrize(
+    ("r2", "codes"), [(0.01, []), (0.0, ["not-better-than-constant"]), (None, [])]
+)
 def test_a_regression_is_held_to_the_mean(r2: float | None, codes: list[str]) -> None:
     assert _codes(_number(test={**NUMBER, "r2": r2})) == codes
 
@@ -110,8 +144,18 @@ def test_a_regression_that_diverged_says_both() -> None:
     [
         (_compared(0.01, 0.002, 0.018, north=[100, 0.01, -0.01, 0.03]), ["own-better"]),
         (_compared(0.001, -0.002, 0.018, north=[100, 0.05, 0.04, 0.06]), ["own-better-at-some"]),
-        (_compared(0.001, -0.002, 0.018, north=[100, 0.05, 0.001, 0.1], south=[5, -0.1, -0.2, 0.0]), []),
-        (_compared(0.001, -0.002, 0.018, north=[1, 0.05, None, None], south=[0, None, None, None]), []),
+        (
+            _compared(
+                0.001, -0.002, 0.018, north=[100, 0.05, 0.001, 0.1], south=[5, -0.1, -0.2, 0.0]
+            ),
+            [],
+        ),
+        (
+            _compared(
+                0.001, -0.002, 0.018, north=[1, 0.05, None, None], south=[0, None, None, None]
+            ),
+            [],
+        ),
     ],
 )
 def test_sites_own_models(compared: dict[str, Any], codes: list[str]) -> None:
@@ -120,10 +164,14 @@ def test_sites_own_models(compared: dict[str, Any], codes: list[str]) -> None:
 
 
 def test_a_private_run_that_learned_nothing_says_what_hides_it() -> None:
-    found = findings(_summary(privacy=PRIVATE, intervals={"auroc": [0.4, 0.6]}, confusion=[[0, 140], [0, 60]]))
+    found = findings(
+        _summary(privacy=PRIVATE, intervals={"auroc": [0.4, 0.6]}, confusion=[[0, 140], [0, 60]])
+    )
     assert [one["code"] for one in found] == ["not-better-than-chance", "one-class", "not-compared"]
     assert [one["level"] for one in found] == ["warning", "warning", "note"]
-    assert all("At epsilon 1 " in one["next"] and "medfed privacy plan" in one["next"] for one in found[:2])
+    assert all(
+        "At epsilon 1 " in one["next"] and "medfed privacy plan" in one["next"] for one in found[:2]
+    )
 
 
 def test_a_histogram_of_few_cells_is_not_judged_by_its_log_loss() -> None:
@@ -142,10 +190,16 @@ def test_a_baseline_run_is_judged_by_its_own_test() -> None:
 def test_every_finding_is_listed_and_says_what_to_do_next() -> None:
     seen = {}
     for summary in (
-        _summary(privacy=PRIVATE, loss={"first": 0.6, "last": 9.0, "test": 0.4}, confusion=[[140, 0], [60, 0]]),
+        _summary(
+            privacy=PRIVATE,
+            loss={"first": 0.6, "last": 9.0, "test": 0.4},
+            confusion=[[140, 0], [60, 0]],
+        ),
         _number(test={**NUMBER, "r2": -1.0}, **_compared(0.01, 0.002, 0.018)),
     ):
-        for one, line in zip(findings(summary), lines({**summary, "findings": findings(summary)}), strict=True):
+        for one, line in zip(
+            findings(summary), lines({**summary, "findings": findings(summary)}), strict=True
+        ):
             seen[one["code"]] = one
             assert one["text"].endswith(".") and one["next"].endswith(".")
             assert line == f"{one['level']}: {one['text']} {one['next']}"
@@ -153,12 +207,16 @@ def test_every_finding_is_listed_and_says_what_to_do_next() -> None:
 
 
 def test_the_interval_of_hanley_and_mcneil_is_their_own() -> None:
-    """Their example: an area of .893 of 51 abnormal and 58 normal images has standard error .032."""
+    """Their example: an area of .893 of 51 abnormal and 58 normal images has standard
+    error .032.
+    """
     low, high = verdict._hanley_interval(0.893, 58, 51)
     assert (high - low) / 2 / 1.96 == pytest.approx(0.032, abs=1e-3)
 
 
-@pytest.mark.parametrize("confusion", [[[0, 47], [1, 805]], [[804, 2], [43, 0]], [[4, 37], [1, 800]]])
+@pytest.mark.parametrize(
+    "confusion", [[[0, 47], [1, 805]], [[804, 2], [43, 0]], [[4, 37], [1, 800]]]
+)
 def test_a_class_that_is_hardly_ever_found_is_told(confusion: list[list[int]]) -> None:
     """A single record called otherwise does not silence it: the class is missed all the same."""
     assert "one-class" in _codes(_summary(confusion=confusion))
@@ -171,13 +229,21 @@ def test_a_rare_class_that_is_found_is_no_finding() -> None:
 def test_a_test_too_noisy_to_tell_is_not_blamed_on_the_model() -> None:
     wide = {"privacy": PRIVATE, "test_noised": True, "intervals": {"auroc": [0.06, 1.0]}}
     (finding, *_) = findings(_summary(**wide))
-    assert finding["code"] == "not-better-than-chance" and "says nothing of the model" in finding["next"]
+    assert (
+        finding["code"] == "not-better-than-chance"
+        and "says nothing of the model" in finding["next"]
+    )
 
 
 def test_a_noised_test_without_an_auroc_is_said_to_be_void() -> None:
     """Accuracy .983 of a handful that the noise left over is no praise."""
     void = {**BINARY, "accuracy": 0.983, "auroc": None, "brier": 0.0, "n": 59}
-    told = _summary(privacy=PRIVATE, test_noised=True, test=void, intervals={"auroc": None, "accuracy": [0.59, 1.0]})
+    told = _summary(
+        privacy=PRIVATE,
+        test_noised=True,
+        test=void,
+        intervals={"auroc": None, "accuracy": [0.59, 1.0]},
+    )
     (finding, *_) = findings(told)
     assert finding["code"] == "not-better-than-chance" and "is not known" in finding["text"]
     assert finding["level"] == "warning" and "says nothing of the model" in finding["next"]
@@ -186,11 +252,18 @@ def test_a_noised_test_without_an_auroc_is_said_to_be_void() -> None:
 def test_a_noised_test_says_nothing_of_chances() -> None:
     worse = {"test": {**BINARY, "brier": 0.3, "n": 200}, "intervals": {"auroc": [0.7, 0.9]}}
     assert "chances-worse-than-constant" in _codes(_summary(**worse))
-    assert "chances-worse-than-constant" not in _codes(_summary(**worse, privacy=PRIVATE, test_noised=True))
+    assert "chances-worse-than-constant" not in _codes(
+        _summary(**worse, privacy=PRIVATE, test_noised=True)
+    )
 
 
 def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
-    decided = {"positive": "b", "threshold": 0.05, "decided": "chosen on noised counts", "rule": "sensitivity>=0.8"}
+    decided = {
+        "positive": "b",
+        "threshold": 0.05,
+        "decided": "chosen on noised counts",
+        "rule": "sensitivity>=0.8",
+    }
     missed = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.5, 0.74]})
     assert "sensitivity-missed" in _codes(missed)
     kept = _summary(decision=decided, intervals={"auroc": [0.7, 0.9], "recall": [0.7, 0.86]})
@@ -198,8 +271,14 @@ def test_a_threshold_that_misses_its_sensitivity_is_told() -> None:
 
 
 def test_a_loss_that_is_high_and_falling_wants_more_rounds_not_a_lower_rate() -> None:
-    """The newcomer's: 3 in a hundred positive, ten rounds, .652 to .259; a lower rate made it worse."""
-    rare = {"confusion": [[196, 0], [4, 0]], "loss": {"first": 0.652, "last": 0.259, "test": 0.26}, "rounds": 10}
+    """The newcomer's: 3 in a hundred positive, ten rounds, .652 to .259; a lower rate made it
+    worse.
+    """
+    rare = {
+        "confusion": [[196, 0], [4, 0]],
+        "loss": {"first": 0.652, "last": 0.259, "test": 0.26},
+        "rounds": 10,
+    }
     (high, *_) = findings(_summary(**rare))
     assert high["code"] == "loss-high" and "still falling" in high["text"]
     assert high["next"] == "Train for more rounds (it had 10)."
@@ -208,12 +287,16 @@ def test_a_loss_that_is_high_and_falling_wants_more_rounds_not_a_lower_rate() ->
 
 
 def test_a_model_that_ranks_backwards_is_not_said_to_be_chance() -> None:
-    (found, *_) = findings(_summary(intervals={"auroc": [0.291, 0.479]}, test={**BINARY, "auroc": 0.384, "n": 200}))
+    (found, *_) = findings(
+        _summary(intervals={"auroc": [0.291, 0.479]}, test={**BINARY, "auroc": 0.384, "n": 200})
+    )
     assert found["code"] == "not-better-than-chance" and "the wrong way round" in found["text"]
 
 
 def test_counts_that_are_noise_say_nothing_of_a_class() -> None:
-    """The newcomer's: a good private model was told to miss all of 25 where the test's noise hid everything."""
+    """The newcomer's: a good private model was told to miss all of 25 where the test's noise hid
+    everything.
+    """
     noised = {
         "test_noised": True,
         "privacy": PRIVATE,

@@ -1,4 +1,6 @@
-"""Consent at a site: who is not named is not enrolled, not charged, not trained on and not tested on."""
+"""Consent at a site: who is not named is not enrolled, not charged, not trained on and not tested
+on.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -31,24 +33,35 @@ class Register:
         return np.array([name not in self.withheld for name in ids], dtype=bool)
 
 
-@pytest.mark.parametrize("text", [STUDY, PRIVATE.replace("[privacy]", "[privacy]\nsimulation_only = true")])
+@pytest.mark.parametrize(
+    "text", [STUDY, PRIVATE.replace("[privacy]", "[privacy]\nsimulation_only = true")]
+)
 def test_who_is_withheld_is_neither_trained_nor_tested_on(tmp_path: Path, text: str) -> None:
     """The model, and every figure, has the bits of the table without that patient's rows."""
-    frame, results = invented(), []
+    frame = invented()
+    results = []
     whole = medfed.load_study(write_study(tmp_path, text, frame))
     everybody = medfed.simulate(whole)
     tables = Simulation.open(whole).sites
-    trained = str(next(table.ids[table.patient[~table.test][0]] for one in tables if (table := one.table)))
-    tested = str(next(table.ids[table.patient[table.test][0]] for one in tables if (table := one.table)))
+    trained = str(
+        next(table.ids[table.patient[~table.test][0]] for one in tables if (table := one.table))
+    )
+    tested = str(
+        next(table.ids[table.patient[table.test][0]] for one in tables if (table := one.table))
+    )
 
     register = Register(trained, tested)
     withheld = Simulation.open(whole, folder=tmp_path / "nodes", consent=register)
     results.append(medfed.run(whole, tmp_path / "withheld", parties=withheld))
     (tmp_path / "less").mkdir()
-    less = medfed.load_study(write_study(tmp_path / "less", text, frame[~frame["subject"].isin([trained, tested])]))
+    less = medfed.load_study(
+        write_study(tmp_path / "less", text, frame[~frame["subject"].isin([trained, tested])])
+    )
     results.append(medfed.simulate(less))
 
-    assert torch.equal(results[0].w_P, results[1].w_P) and not torch.equal(results[0].w_P, everybody.w_P)
+    assert torch.equal(results[0].w_P, results[1].w_P) and not torch.equal(
+        results[0].w_P, everybody.w_P
+    )
     assert results[0].summary["test"] == results[1].summary["test"]
     assert {purpose for purpose, _ in register.asked} == {whole.study.purpose}
     assert all(time.tzinfo is not None for _, time in register.asked)
@@ -65,10 +78,14 @@ def test_who_is_withheld_is_neither_enrolled_nor_charged(tmp_path: Path) -> None
     account = withheld.sites[0].account
     assert account and not account.ledger.knows([one])
     medfed.run(
-        study, tmp_path / "run", parties=Simulation.open(study, folder=tmp_path / "other", consent=Register(one))
+        study,
+        tmp_path / "run",
+        parties=Simulation.open(study, folder=tmp_path / "other", consent=Register(one)),
     )
     for path in (tmp_path / "other", tmp_path / "run"):
-        assert all(one.encode() not in file.read_bytes() for file in path.rglob("*") if file.is_file())
+        assert all(
+            one.encode() not in file.read_bytes() for file in path.rglob("*") if file.is_file()
+        )
 
 
 def test_who_withdraws_during_a_run_is_read_no_more(tmp_path: Path) -> None:
@@ -77,7 +94,8 @@ def test_who_withdraws_during_a_run_is_read_no_more(tmp_path: Path) -> None:
     simulation = Simulation.open(study, consent=register)
     plan = prepare(simulation.study, simulation.fleet, simulation.fleet.sites())
     site = simulation.sites[0]
-    before, table = len(site.train), site.table
+    before = len(site.train)
+    table = site.table
     assert table
     register.withheld = {str(table.ids[table.patient[~table.test][0]])}
     payload = codec.encode({"round": 1}, {"w": plan.first_weights()})
@@ -93,7 +111,11 @@ def test_a_register_that_fails_lets_nobody_be_read(tmp_path: Path) -> None:
         raise OSError("patient 0007 is not in the register")
 
     study = medfed.load_study(write_study(tmp_path, STUDY))
-    for register in (fail, lambda ids, *_: np.ones(len(ids)), lambda ids, *_: np.ones(1, dtype=bool)):
+    for register in (
+        fail,
+        lambda ids, *_: np.ones(len(ids)),
+        lambda ids, *_: np.ones(1, dtype=bool),
+    ):
         with pytest.raises(medfed.MedfedError, match="in its own log") as refused:
             medfed.run(study, tmp_path / "run", parties=Simulation.open(study, consent=register))
         assert "0007" not in str(refused.value)

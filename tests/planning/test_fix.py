@@ -1,4 +1,6 @@
-"""What stands against a study is told at once; `medfed study fix` makes of it one that is accepted and runs."""
+"""What stands against a study is told at once; `medfed study fix` makes of it one that is accepted
+and runs.
+"""
 
 import json
 import tomllib
@@ -33,7 +35,9 @@ epsilon = 1
 
 
 def foreign(rows: int = 49 * 12) -> pd.DataFrame:
-    """Return a table that nobody tuned anything for: 49 sites, 189 columns beside patient and site."""
+    """Return a table that nobody tuned anything for: 49 sites, 189 columns beside patient
+    and site.
+    """
     rng = np.random.default_rng(0)
     numbers = pd.DataFrame(rng.normal(50, 9, (rows, len(NUMBERS))).round(1), columns=NUMBERS)
     others = {
@@ -71,15 +75,19 @@ def told(call: Callable[[], object]) -> MedfedError:
     return caught.value
 
 
-# a foreign table ----------------------------------------------------------------------------------------------------
+# a foreign table ----------------------------------------------------------------------------------
 
 
-def test_a_foreign_table_is_refused_once_and_what_is_mended_and_filled_in_is_accepted(tmp_path: Path) -> None:
+def test_a_foreign_table_is_refused_once_and_what_is_mended_and_filled_in_is_accepted(
+    tmp_path: Path,
+) -> None:
     path = write_study(tmp_path, ALONE, foreign())
     error = told(lambda: medfed.run(medfed.load_study(path), tmp_path / "run"))
     said = str(error).splitlines()
     assert said[0] == "4 things stand against this study:" and len(said) == 6  # and the way out
-    for line, words in zip(said[1:], ("data.patient=''", "privacy.sizes", "labels", "189 features"), strict=False):
+    for line, words in zip(
+        said[1:], ("data.patient=''", "privacy.sizes", "labels", "189 features"), strict=False
+    ):
         assert words in line
 
     fixed = fix.fix(path)
@@ -98,7 +106,9 @@ def test_a_foreign_table_is_refused_once_and_what_is_mended_and_filled_in_is_acc
 @pytest.mark.slow
 def test_what_is_mended_and_filled_in_runs(tmp_path: Path) -> None:
     path = whole(tmp_path, fix.fix(write_study(tmp_path, ALONE, foreign())))
-    study = fix.check(path, ["training.rounds=2", "monitor.evaluate_every=2", 'privacy.scope="run"'])
+    study = fix.check(
+        path, ["training.rounds=2", "monitor.evaluate_every=2", 'privacy.scope="run"']
+    )
     result = medfed.run(study, tmp_path / "run")
     assert result.complete and result.summary["test"]["n"] > 0
 
@@ -116,7 +126,8 @@ def test_no_row_is_read_to_mend_a_study(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["csv.gz", "parquet"])
 def test_the_header_is_read_in_every_format(tmp_path: Path, suffix: str) -> None:
     path = write_study(tmp_path, ALONE, foreign(49))
-    whole_text, frame = fix.fix(path).text, foreign(49)
+    whole_text = fix.fix(path).text
+    frame = foreign(49)
     if suffix == "parquet":
         frame.to_parquet(tmp_path / "cohort.parquet")
     else:
@@ -133,7 +144,7 @@ def test_a_sources_columns_are_known_without_its_records(name: str) -> None:
     assert sorted(sources.columns_of(study, False)) == sorted(known)
 
 
-# what is mended -----------------------------------------------------------------------------------------------------
+# what is mended -----------------------------------------------------------------------------------
 
 
 def test_a_sound_study_is_printed_as_it_is(tmp_path: Path) -> None:
@@ -141,7 +152,9 @@ def test_a_sound_study_is_printed_as_it_is(tmp_path: Path) -> None:
     fixed = fix.fix(path)
     assert (fixed.stood, fixed.blanks, fixed.left) == ((), (), ())
     (tmp_path / "again.toml").write_text(fixed.text)
-    assert studies.load(tmp_path / "again.toml").set("study.name", "x") == studies.load(path).set("study.name", "x")
+    assert studies.load(tmp_path / "again.toml").set("study.name", "x") == studies.load(path).set(
+        "study.name", "x"
+    )
 
 
 BREAKS: list[dict[str, Any]] = [
@@ -155,7 +168,11 @@ BREAKS: list[dict[str, Any]] = [
     {"privacy.correlated": True, "training.batch_size": 8},
     {"privacy.max_sites_per_patient": 2, "training.batch_size": 8, "training.quorum": 0.5},
     {"security.aggregation": "masked", "privacy.noise": "central"},
-    {"security.aggregation": "three-party", "security.aggregators": ["a", "a"], "robustness.rule": "krum"},
+    {
+        "security.aggregation": "three-party",
+        "security.aggregators": ["a", "a"],
+        "robustness.rule": "krum",
+    },
     {"robustness.bound": 3.0, "robustness.tolerance": -1.0},
     {"training.optimizer": "adam", "training.momentum": 0.3, "training.algorithm": "scaffoldd"},
     {"privacy.delta": 0.2, "training.average": 2.0, "training.learning_rate": 0.0},
@@ -175,7 +192,10 @@ def test_what_has_a_safe_answer_is_mended(tmp_path: Path, values: dict[str, Any]
 
 def test_what_nobody_can_choose_for_a_person_is_a_blank_or_left(tmp_path: Path) -> None:
     path = write_study(tmp_path, PRIVATE)
-    fixed = fix.fix(path, ["privacy.epsilon=inf", "privacy.noise=site", "robustness.malicious=0.3", "data.traget=1"])
+    fixed = fix.fix(
+        path,
+        ["privacy.epsilon=inf", "privacy.noise=site", "robustness.malicious=0.3", "data.traget=1"],
+    )
     assert fixed.blanks == ("privacy.epsilon",) and "epsilon = 0.0" in fixed.text
     assert "unknown key 'data.traget'" in fixed.left[0] and "robustness.attack=''" in fixed.left[1]
     assert len(fixed.left) == 2 and "Left for you to decide" in fixed.text
@@ -184,7 +204,9 @@ def test_what_nobody_can_choose_for_a_person_is_a_blank_or_left(tmp_path: Path) 
 
 def test_a_feature_that_is_the_target_is_taken_out(tmp_path: Path) -> None:
     text = PRIVATE.replace('[data.dictionary.died]\ncategories = ["no", "yes"]\n', "")
-    path = write_study(tmp_path, text.replace("[data]", '[data]\nfeatures = ["age", "died", "lactat"]'))
+    path = write_study(
+        tmp_path, text.replace("[data]", '[data]\nfeatures = ["age", "died", "lactat"]')
+    )
     assert len(told(lambda: medfed.simulate(medfed.load_study(path))).refusals) == 4
     fixed = fix.fix(path)
     assert fixed.blanks == ("data.dictionary.died.categories",) and not fixed.left
@@ -195,17 +217,25 @@ def test_what_is_no_table_is_left(tmp_path: Path) -> None:
     path = tmp_path / "odd.toml"
     path.write_text('training = 5\ndata = "x"\n[privacy]\nepsilon = 1\n')
     left = fix.fix(path, out=tmp_path / "there" / "odd.toml").left
-    assert "training=5; expected a table [training]" in left and "data='x'; expected a table [data]" in left
+    assert (
+        "training=5; expected a table [training]" in left
+        and "data='x'; expected a table [data]" in left
+    )
 
 
 def test_what_is_so_by_default_is_not_written(tmp_path: Path) -> None:
     fixed = fix.fix(write_study(tmp_path, PRIVATE), ["training.local_epochs=3"])
-    assert "local_epochs = 1  # mended; was 3" in fixed.text and "local_steps" not in fixed.text.split("[study]")[1]
+    assert (
+        "local_epochs = 1  # mended; was 3" in fixed.text
+        and "local_steps" not in fixed.text.split("[study]")[1]
+    )
 
 
 def test_regression_asks_for_public_test_data_and_a_range(tmp_path: Path) -> None:
     frame = invented().rename(columns={"lactate": "days of stay"})
-    text = PRIVATE.replace("lactate", "age").replace("[data.dictionary.age]\nrange = [0.1, 15]\nlog = true\n", "")
+    text = PRIVATE.replace("lactate", "age").replace(
+        "[data.dictionary.age]\nrange = [0.1, 15]\nlog = true\n", ""
+    )
     text = text.replace('target = "died"', 'target = "days of stay"\ntask = "regression"')
     text = text.replace("test_is_public = true", "test_is_public = false")
     fixed = fix.fix(write_study(tmp_path, text, frame.dropna()))
@@ -215,35 +245,66 @@ def test_regression_asks_for_public_test_data_and_a_range(tmp_path: Path) -> Non
 
 def test_sites_without_a_size_are_one_refusal_and_a_line_each(tmp_path: Path) -> None:
     text = PRIVATE.replace('site = "hospital"\n', "").split("[privacy.sizes]")[0]
-    text += f"[sites]\nnames = {toml.literal(SITES)}\nshares = {[1 / 49] * 49}\n[privacy.sizes]\n'St. 3 \"h\"' = 4\n"
+    text += (
+        f"[sites]\nnames = {toml.literal(SITES)}\nshares = {[1 / 49] * 49}\n[privacy.sizes]\n"
+        "'St. 3 \"h\"' = 4\n"
+    )
     path = write_study(tmp_path, text, invented().drop(columns="hospital"))
     error = told(lambda: medfed.simulate(medfed.load_study(path)))
     assert len(error.refusals) == 2 and "49 sites have no declared size ('St. 0" in str(error)
-    assert 'privacy.sizes."St. 3 \\"h\\""=4: no such site in sites.names; did you mean' in str(error)
+    assert 'privacy.sizes."St. 3 \\"h\\""=4: no such site in sites.names; did you mean' in str(
+        error
+    )
     fixed = fix.fix(path)
-    assert len(fixed.blanks) == 48 and '"St. 1 \\"H\\"" = 0' in fixed.text and '"St. 3 \\"H\\"" = 4' in fixed.text
+
+    assert (
+        len(fixed.blanks) == 48
+        and '"St. 1 \\"H\\"" = 0' in fixed.text
+        and '"St. 3 \\"H\\"" = 4' in fixed.text
+    )
     (tmp_path / "blank.toml").write_text(fixed.text)
     assert "privacy.sizes of 48 sites" in str(told(lambda: studies.load(tmp_path / "blank.toml")))
 
 
-# told at once -------------------------------------------------------------------------------------------------------
+# told at once -------------------------------------------------------------------------------------
 
 
-def test_one_thing_is_told_as_it_is_and_several_with_settings_that_mend_them(tmp_path: Path) -> None:
+def test_one_thing_is_told_as_it_is_and_several_with_settings_that_mend_them(
+    tmp_path: Path,
+) -> None:
     study = medfed.load_study(write_study(tmp_path, PRIVATE))
     one = told(lambda: objections.check(study.set("data.preprocess", "robust")))
-    assert str(one).startswith("privacy.epsilon=1 and data.preprocess='robust'") and "\n" not in str(one)
-    both = told(lambda: objections.check(study.set("data.preprocess", "robust").set("data.split", "stratified")))
+    assert str(one).startswith(
+        "privacy.epsilon=1 and data.preprocess='robust'"
+    ) and "\n" not in str(one)
+    both = told(
+        lambda: objections.check(
+            study.set("data.preprocess", "robust").set("data.split", "stratified")
+        )
+    )
     assert type(both) is PlanError and str(both.refusals[0].error) == str(one)
     assert '\n[data]\npreprocess = "dictionary"\nsplit = "patient"\n' in str(both)
 
 
-def test_a_study_without_a_claim_is_told_at_once_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_without_a_claim_is_told_at_once_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_study(tmp_path, STUDY)
-    words = ["training.round=3", "training.learning_rate=-1", "data.targt=died", "training.optimizer=addam"]
-    words += ["training.algorithm=fedavgg", "data.site=hospitl", "fleet.schedule=cyclic", "fleet.clients_per_round=1"]
+    words = [
+        "training.round=3",
+        "training.learning_rate=-1",
+        "data.targt=died",
+        "training.optimizer=addam",
+    ]
+    words += [
+        "training.algorithm=fedavgg",
+        "data.site=hospitl",
+        "fleet.schedule=cyclic",
+        "fleet.clients_per_round=1",
+    ]
     assert command("run", path, *(word for setting in words for word in ("--set", setting))) == 2
     said = capsys.readouterr().err
+
     for part in (
         "unknown key 'training.round'; did you mean 'rounds'?",
         "training.learning_rate=-1.0; expected in [0, 1e6) (0: chosen)",
@@ -254,28 +315,40 @@ def test_a_study_without_a_claim_is_told_at_once_too(tmp_path: Path, capsys: pyt
         "fleet.schedule='cyclic' and fleet.clients_per_round=1 do not compose",
     ):
         assert said.count(part) == 1
+
     assert "7 things stand against this study" in said
 
 
 def test_what_cannot_be_read_as_a_study_is_not_told_twice(tmp_path: Path) -> None:
     path = write_study(tmp_path, STUDY)
-    error = told(lambda: fix.load(path, ["fleet.clients_per_round=many", "fleet.schedule=cyclic", "training.mu=low"]))
+    error = told(
+        lambda: fix.load(
+            path, ["fleet.clients_per_round=many", "fleet.schedule=cyclic", "training.mu=low"]
+        )
+    )
     assert {str(refusal.error).split(";")[0] for refusal in error.refusals} == {
         "fleet.clients_per_round='many'",
         "training.mu='low'",
     }
-    assert "no privacy.epsilon" not in str(told(lambda: fix.load(path, ["privacy.epsilon=one", "privacy.delta=1e-6"])))
+    assert "no privacy.epsilon" not in str(
+        told(lambda: fix.load(path, ["privacy.epsilon=one", "privacy.delta=1e-6"]))
+    )
 
 
-def test_columns_and_sites_are_told_together_and_a_text_is_told_its_categories(tmp_path: Path) -> None:
+def test_columns_and_sites_are_told_together_and_a_text_is_told_its_categories(
+    tmp_path: Path,
+) -> None:
     frame = invented()
     frame["age"] = frame["age"].astype(str)
     frame.loc[frame["hospital"] == "south", "age"] = "old"
     frame.loc[frame.index[frame["hospital"] == "north"][0], "lactate"] = np.inf
     text = STUDY + "[data.dictionary.ward]\nrange = [0, 1]\n"
-    study = medfed.load_study(write_study(tmp_path, text, frame)).set("data.dictionary.age.range", [0, 100])
+    study = medfed.load_study(write_study(tmp_path, text, frame)).set(
+        "data.dictionary.age.range", [0, 100]
+    )
     error = told(lambda: medfed.simulate(study))
-    assert isinstance(error, DataError) and len(error.refusals) == 5  # ward at three sites, lactate, age
+    # ward at three sites, lactate, age
+    assert isinstance(error, DataError) and len(error.refusals) == 5
     assert "declared a number by data.dictionary.ward.range, and most of it is text" in str(error)
     assert "Declare data.dictionary.ward.categories in place of the range." in str(error)
     assert "site 'north', column 'lactate': infinite value" in str(error)
@@ -289,7 +362,9 @@ def test_ranges_that_numbers_lack_are_told_together(tmp_path: Path) -> None:
 
 def test_a_table_that_is_not_there_is_told_with_the_rest(tmp_path: Path) -> None:
     study = (
-        medfed.load_study(write_study(tmp_path, PRIVATE)).set("data.table", "no.csv").set("data.split", "stratified")
+        medfed.load_study(write_study(tmp_path, PRIVATE))
+        .set("data.table", "no.csv")
+        .set("data.split", "stratified")
     )
     error = told(lambda: medfed.simulate(study))
     assert len(error.refusals) == 2 and "does not exist" in str(error)
@@ -297,8 +372,12 @@ def test_a_table_that_is_not_there_is_told_with_the_rest(tmp_path: Path) -> None
     assert len(nowhere.refusals) == 2 and "expected one of the two" in str(nowhere)
 
 
-@pytest.mark.parametrize("column", ["heart rate", "größe", "a.b", 'a "b"', "it's", "a = b", "#1", "[x]"])
-def test_every_error_quotes_a_columns_key_so_that_it_can_be_pasted(tmp_path: Path, column: str) -> None:
+@pytest.mark.parametrize(
+    "column", ["heart rate", "größe", "a.b", 'a "b"', "it's", "a = b", "#1", "[x]"]
+)
+def test_every_error_quotes_a_columns_key_so_that_it_can_be_pasted(
+    tmp_path: Path, column: str
+) -> None:
     frame = invented().rename(columns={"age": column})
     text = PRIVATE.replace("[data.dictionary.age]\nrange = [20, 100]\n", "")
     path = write_study(tmp_path, text, frame)
@@ -310,7 +389,7 @@ def test_every_error_quotes_a_columns_key_so_that_it_can_be_pasted(tmp_path: Pat
     assert blank == {"range": [], "categories": []}
 
 
-# from records -------------------------------------------------------------------------------------------------------
+# from records -------------------------------------------------------------------------------------
 
 PUBLIC = ["data.test_is_public=true", 'privacy.scope="run"']
 
@@ -318,14 +397,21 @@ PUBLIC = ["data.test_is_public=true", 'privacy.scope="run"']
 def test_records_are_read_only_where_they_are_declared_public(tmp_path: Path) -> None:
     path = write_study(tmp_path, ALONE, foreign())
     for settings in ([], PUBLIC[:1], PUBLIC[1:]):
-        with pytest.raises(PlanError, match=r"no claim covers.*data\.test_is_public=true and privacy\.scope='run'"):
+        with pytest.raises(
+            PlanError, match=r"no claim covers.*data\.test_is_public=true and privacy\.scope='run'"
+        ):
             fix.fix(path, settings, from_records=True)
 
 
 def test_what_is_read_from_records_is_marked_and_the_claim_says_so(tmp_path: Path) -> None:
     path = write_study(tmp_path, ALONE, foreign())
     features = ["sex", "ward of stay", *NUMBERS[:4]]
-    settings = [*PUBLIC, f"data.features={toml.literal(features)}", "data.patient=subject", "training.rounds=2"]
+    settings = [
+        *PUBLIC,
+        f"data.features={toml.literal(features)}",
+        "data.patient=subject",
+        "training.rounds=2",
+    ]
     fixed = fix.fix(path, settings, from_records=True)
     assert not fixed.blanks and not fixed.left and "# WARNING" in fixed.text
     marked = [line for line in fixed.text.splitlines() if line.endswith(f"  # {fix.READ}")]
@@ -335,28 +421,36 @@ def test_what_is_read_from_records_is_marked_and_the_claim_says_so(tmp_path: Pat
     for name in NUMBERS[:4]:
         low, high = study.data.dictionary[name].range
         assert low <= foreign()[name].min() and foreign()[name].max() <= high < 1000
+
     assert study.data.dictionary["ward of stay"].categories == ("er.", "icu")
     assert study.privacy.sizes == dict.fromkeys(sorted(SITES), 9)  # 0.8 of 12
     medfed.run(study, tmp_path / "run")
     claim = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert "read off them (data.read_from_records=true)" in " ".join(claim["assumptions"])
     assert "not taken from these patients" not in " ".join(claim["assumptions"])
-    with pytest.raises(PlanError, match=r"data\.read_from_records=true with privacy\.scope='study' do not compose"):
+
+    with pytest.raises(
+        PlanError, match=r"data\.read_from_records=true with privacy\.scope='study' do not compose"
+    ):
         objections.check(study.set("privacy.scope", "study"))
 
 
 def test_what_cannot_be_told_from_cells_stays_a_blank(tmp_path: Path) -> None:
     frame = foreign()[["hospital", "subject", "sex", "died", NUMBERS[0]]]
-    frame = frame.assign(day=[f"2020-01-{i % 28 + 1:02d}" for i in range(len(frame))], same=3, none="")
+    frame = frame.assign(
+        day=[f"2020-01-{i % 28 + 1:02d}" for i in range(len(frame))], same=3, none=""
+    )
     fixed = fix.fix(write_study(tmp_path, ALONE, frame), PUBLIC, from_records=True)
     assert set(fixed.blanks) == {"data.dictionary.subject", "data.dictionary.none"}
     assert tomllib.loads(fixed.text)["data"]["dictionary"]["same"]["range"] == [2.0, 4.0]
 
 
-# the command --------------------------------------------------------------------------------------------------------
+# the command --------------------------------------------------------------------------------------
 
 
-def test_fix_prints_writes_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fix_prints_writes_and_never_overwrites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_study(tmp_path, ALONE, foreign(49))
     assert command("study", "fix", path) == 0
     printed = capsys.readouterr()
@@ -367,7 +461,10 @@ def test_fix_prints_writes_and_never_overwrites(tmp_path: Path, capsys: pytest.C
     assert out.read_text() == printed.out.replace('"cohort.csv"', '"../cohort.csv"')
     before = path.read_text()
     assert command("study", "fix", path, "--out", path) == 2
-    assert "is there already; give the name of a new file" in capsys.readouterr().err and path.read_text() == before
+    assert (
+        "is there already; give the name of a new file" in capsys.readouterr().err
+        and path.read_text() == before
+    )
     assert command("study", "fix", path, "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] == printed.out
 
@@ -378,13 +475,20 @@ def test_check_says_that_nothing_stands_against_a_study_or_all_that_does(
     path = write_study(tmp_path, PRIVATE)
     assert command("study", "check", path) == 0
     assert capsys.readouterr().out == "invented private: nothing stands against it\n"
-    assert command("study", "check", path, "--set", "data.split=stratified", "--set", "training.rounds=0") == 2
+    assert (
+        command(
+            "study", "check", path, "--set", "data.split=stratified", "--set", "training.rounds=0"
+        )
+        == 2
+    )
     assert "2 things stand against this study" in capsys.readouterr().err
     with pytest.raises(StudyError, match="is no file and no bundled study"):
         fix.fix(tmp_path / "no.toml")
 
 
-def test_a_column_in_another_unit_is_not_described_as_the_one_that_is_missing(tmp_path: Path) -> None:
+def test_a_column_in_another_unit_is_not_described_as_the_one_that_is_missing(
+    tmp_path: Path,
+) -> None:
     frame = invented().rename(columns={"lactate": "lactate (mg/dl)"})
     text = STUDY + '[data.dictionary."lactate (mmol/l)"]\nrange = [0.1, 30]\nunit = "mmol/L"\n'
     with pytest.raises(DataError, match="It is in another unit") as caught:

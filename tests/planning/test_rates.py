@@ -1,4 +1,6 @@
-"""A learning rate left open: it bears the inputs it is given, and a rate that does not is told, or halved."""
+"""A learning rate left open: it bears the inputs it is given, and a rate that does not is told, or
+halved.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +60,9 @@ def test_a_linear_model_is_the_measure() -> None:
 
 
 def test_norm_layers_take_large_rows_back() -> None:
-    """Rows that bend a linear model fifty times as much: a net that normalises hardly notices, another does."""
+    """Rows that bend a linear model fifty times as much: a net that normalises hardly notices,
+    another does.
+    """
     grown = {}
     for norm in ("layer", "none"):
         torch.manual_seed(0)
@@ -67,7 +71,8 @@ def test_norm_layers_take_large_rows_back() -> None:
     assert grown["layer"] < 5 < 40 < grown["none"]
 
 
-PLAN, FEDAVG = LocalPlan("binary"), Training()
+PLAN = LocalPlan("binary")
+FEDAVG = Training()
 
 
 def _alike(bends: float) -> float:
@@ -76,16 +81,26 @@ def _alike(bends: float) -> float:
 
 
 def test_large_inputs_take_small_steps_and_small_ones_no_longer_steps_than_before() -> None:
-    bends, sizes = {"north": 400.0, "south": 2.0}, {"north": 100, "south": 50}
+    bends = {"north": 400.0, "south": 2.0}
+    sizes = {"north": 100, "south": 50}
     found = choose("binary", bends, sizes, PLAN, FEDAVG, _alike)
     assert (found.rate, found.curvature, found.site) == (0.01, 100.0, "north")
     assert "north" in found.why()
     assert choose("binary", {"north": 2.0}, {"north": 100}, PLAN, FEDAVG, _alike).rate == 0.1
-    assert choose("regression", bends, sizes, PLAN, replace(FEDAVG, batch_size=0), _alike).rate == 1 / 800
+
+    assert (
+        choose("regression", bends, sizes, PLAN, replace(FEDAVG, batch_size=0), _alike).rate
+        == 1 / 800
+    )
     assert choose("regression", bends, sizes, PLAN, FEDAVG, _alike).rate == 1 / 3200
     assert choose("binary", bends, sizes, PLAN, FEDAVG, lambda _: 5.0).rate == 0.002
-    assert choose("binary", bends, sizes, PLAN, replace(FEDAVG, weight_decay=100.0), _alike).rate == 1 / 200
-    assert choose("binary", bends, sizes, PLAN, replace(FEDAVG, optimizer="adam"), _alike).rate == 0.01
+    assert (
+        choose("binary", bends, sizes, PLAN, replace(FEDAVG, weight_decay=100.0), _alike).rate
+        == 1 / 200
+    )
+    assert (
+        choose("binary", bends, sizes, PLAN, replace(FEDAVG, optimizer="adam"), _alike).rate == 0.01
+    )
 
 
 def test_sites_of_one_step_count_by_their_mean() -> None:
@@ -96,7 +111,8 @@ def test_sites_of_one_step_count_by_their_mean() -> None:
 
 def test_growth_is_told_from_wavering() -> None:
     def grown(*losses: float | None, everybody: bool = True) -> list[bool]:
-        pace, told = Pace(), []
+        pace = Pace()
+        told = []
         for loss in losses:
             pace, grew = pace.step(loss, everybody)
             told.append(grew)
@@ -113,7 +129,11 @@ def test_growth_is_told_from_wavering() -> None:
 def test_halving_keeps_the_rest_of_the_state() -> None:
     slots = {"rate": torch.tensor([0.1], dtype=torch.float64), "control": torch.ones(3)}
     after = rates.halve(Server(4, torch.ones(3), slots))
-    assert float(after.slots["rate"]) == 0.05 and after.slots["control"] is slots["control"] and after.round == 4
+    assert (
+        float(after.slots["rate"]) == 0.05
+        and after.slots["control"] is slots["control"]
+        and after.round == 4
+    )
 
 
 @pytest.fixture
@@ -133,7 +153,9 @@ def test_small_inputs_train_with_the_bits_of_the_rate_of_old(study: Study) -> No
 
 def test_a_set_rate_is_the_rate(study: Study) -> None:
     told: list[events.Event] = []
-    medfed.simulate(study.set("training.learning_rate", 0.3).set("training.rounds", 1), listeners=[told.append])
+    medfed.simulate(
+        study.set("training.learning_rate", 0.3).set("training.rounds", 1), listeners=[told.append]
+    )
     planned = next(event for event in told if isinstance(event, events.Planned))
     assert (planned.learning_rate, planned.rate_chosen) == (0.3, "")
 
@@ -142,7 +164,8 @@ def test_under_a_claim_no_input_is_asked(tmp_path: Path) -> None:
     text = PRIVATE.replace("learning_rate = 1.0\n", "")
     invented().to_csv(tmp_path / "cohort.csv", index=False)
     (tmp_path / "study.toml").write_text(text)
-    study, told = medfed.load_study(tmp_path / "study.toml"), list[events.Event]()
+    study = medfed.load_study(tmp_path / "study.toml")
+    told = list[events.Event]()
     result = medfed.simulate(study.set("training.rounds", 1), listeners=[told.append])
     planned = next(event for event in told if isinstance(event, events.Planned))
     told_rate = result.study.training.learning_rate  # the recipe's, from the study alone
@@ -157,13 +180,16 @@ GRADED = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm")
 def test_a_rate_that_proves_too_long_is_halved_until_it_is_not(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What sites and server remember bears another rate: every algorithm comes back below where it began."""
+    """What sites and server remember bears another rate: every algorithm comes back below where it
+    began.
+    """
     rng = np.random.default_rng(0)
     x_NF = rng.normal(size=(400, 6))
     frame = pd.DataFrame(x_NF, columns=list("abcdef"))
     frame["y"] = x_NF @ rng.normal(size=6) + rng.normal(size=400) * 0.1
     frame["hospital"] = np.where(np.arange(400) % 3 > 0, "north", "south")
     monkeypatch.setattr(rates, "choose", lambda *_: Chosen(1.0, 1.0))
+
     study = write(tmp_path, frame, data__task="regression", training__algorithm=algorithm)._with(
         {
             "training.rounds": 25,
@@ -177,21 +203,31 @@ def test_a_rate_that_proves_too_long_is_halved_until_it_is_not(
     told: list[events.Event] = []
     result = medfed.simulate(study, listeners=[told.append])
     losses = [event.loss for event in told if isinstance(event, events.RoundFinished)]
-    halved = [text for text in result.summary["warnings"] if "the learning rate is halved to 0.5" in text]
+    halved = [
+        text for text in result.summary["warnings"] if "the learning rate is halved to 0.5" in text
+    ]
     assert len(halved) == 1 and losses[0] is not None and losses[-1] is not None
     assert losses[-1] < losses[0] / 2 < max(loss for loss in losses if loss is not None)
     assert result.summary["test"]["r2"] > 0.5
 
 
 def test_a_rate_that_was_set_is_told_not_changed(study: Study) -> None:
-    wild = study._with({"training.learning_rate": 40.0, "training.rounds": 3, "data.preprocess": "standard"})
+    wild = study._with(
+        {"training.learning_rate": 40.0, "training.rounds": 3, "data.preprocess": "standard"}
+    )
     summary = medfed.simulate(wild).summary
-    assert any("Lower training.learning_rate=40, or leave it out" in text for text in summary["warnings"])
+    assert any(
+        "Lower training.learning_rate=40, or leave it out" in text for text in summary["warnings"]
+    )
     assert summary["findings"][0]["code"] in ("loss-grew", "loss-high")
 
 
-def test_a_resumed_run_goes_on_at_its_rate(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates.Pace, "step", lambda self, loss, everybody: (Pace(1.0, 1.0), loss is not None))
+def test_a_resumed_run_goes_on_at_its_rate(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        rates.Pace, "step", lambda self, loss, everybody: (Pace(1.0, 1.0), loss is not None)
+    )
     whole = medfed.run(study, tmp_path / "whole")
 
     def crash(event: events.Event) -> None:
@@ -206,14 +242,18 @@ def test_a_resumed_run_goes_on_at_its_rate(study: Study, tmp_path: Path, monkeyp
 
 
 def test_no_liar_can_stop_all_learning(study: Study) -> None:
-    """A study that bears one of three is led by what two say: of their rows, and of their losses."""
+    """A study that bears one of three is led by what two say: of their rows, and of
+    their losses.
+    """
     bears = study._with({"robustness.max_malicious": 0.34, "robustness.rule": "geometric-median"})
     sites = runs.open_sites(bears, None)
     told = prepare(bears, InProcess(sites), [site.name for site in sites])
     assert told.malicious == 1 and told.chosen is not None
     lies = {"north": 1e12, "south": 3.0, "east": 2.0}
     assert _chosen(told, lies).rate == 0.1 and _chosen(told, lies).curvature < 1
-    event = events.RoundFinished(2, ["north", "south", "east"], 9e9, [3e10, 0.5, 0.4], [], [], 0.0, 0, 0)
+    event = events.RoundFinished(
+        2, ["north", "south", "east"], 9e9, [3e10, 0.5, 0.4], [], [], 0.0, 0, 0
+    )
     assert pacing._common_loss(event, told) == 0.5
 
 
@@ -228,5 +268,7 @@ def test_a_site_refuses_a_round_without_a_rate(study: Study) -> None:
     sites = runs.open_sites(study, None)
     prepare(study, InProcess(sites), [site.name for site in sites])
     payload = codec.encode({"round": 1}, {"w": torch.zeros(vector(sites[0].model).numel())})
-    with pytest.raises(SiteError, match=r"training\.learning_rate is open and the coordinator sends none"):
+    with pytest.raises(
+        SiteError, match=r"training\.learning_rate is open and the coordinator sends none"
+    ):
         sites[0].handle("work", payload)

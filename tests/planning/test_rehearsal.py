@@ -1,4 +1,6 @@
-"""What cannot run is found before a patient is charged: on rows of nobody, and with the module that is to blame."""
+"""What cannot run is found before a patient is charged: on rows of nobody, and with the module that
+is to blame.
+"""
 
 import logging
 import os
@@ -49,7 +51,7 @@ def charges(folder: Path) -> int:
         return len(book.rows())
 
 
-# models that users write --------------------------------------------------------------------------------------------
+# models that users write --------------------------------------------------------------------------
 
 
 class Recurrent(nn.Module):
@@ -83,9 +85,12 @@ class _NoWayBack(torch.autograd.Function):
 class When(nn.Module):
     """Passes its input on, but for a case in which it does something else."""
 
-    def __init__(self, case: Callable[[nn.Module, Tensor], bool], act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, case: Callable[[nn.Module, Tensor], bool], act: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
-        self.case, self.act = case, act
+        self.case = case
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(x) if self.case(self, x) else x
@@ -98,7 +103,9 @@ def _fail(x: Tensor) -> Tensor:
 def _ahead(
     case: Callable[[nn.Module, Tensor], bool], act: Callable[[Tensor], Tensor]
 ) -> Callable[[int, int], nn.Module]:
-    return lambda features, outputs: nn.Sequential(nn.Linear(features, 4), When(case, act), nn.Linear(4, outputs))
+    return lambda features, outputs: nn.Sequential(
+        nn.Linear(features, 4), When(case, act), nn.Linear(4, outputs)
+    )
 
 
 def _behind(
@@ -147,7 +154,9 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_cannot_run_is_refused_by_the_plan(tmp_path: Path, study: Study, name: str) -> None:
+def test_a_model_that_cannot_run_is_refused_by_the_plan(
+    tmp_path: Path, study: Study, name: str
+) -> None:
     broken = study._with({"model.name": f"{HERE}:{name}", "training.rounds": 1})
     with pytest.raises(PlanError, match=f"model.name='{HERE}:{name}'|rehearsal on made-up rows"):
         medfed.run(broken, tmp_path / "run")
@@ -164,7 +173,8 @@ def test_a_model_that_cannot_run_is_refused_before_anybody_is_charged(
     with pytest.raises(PlanError, match=MODELS[name]):
         medfed.run(broken, tmp_path / "run")
     assert charges(tmp_path) == 0 and not (tmp_path / "run").exists()
-    assert medfed.run(study.set("training.rounds", 1), tmp_path / "next").complete  # and nothing was spent
+    # and nothing was spent
+    assert medfed.run(study.set("training.rounds", 1), tmp_path / "next").complete
 
 
 def test_a_recurrent_model_trains_under_a_claim(tmp_path: Path, study: Study) -> None:
@@ -177,36 +187,61 @@ def test_the_refusal_names_all_sites_once_and_says_what_to_do(study: Study) -> N
     with pytest.raises(PlanError) as refused:
         medfed.simulate(study.set("model.name", f"{HERE}:no_way_back"))
     told = str(refused.value)
-    assert told.startswith("north, south, east: rehearsal on made-up rows, ") and told.count("rehearsal") == 1
+    assert (
+        told.startswith("north, south, east: rehearsal on made-up rows, ")
+        and told.count("rehearsal") == 1
+    )
     assert "backward pass" in told and "conv1d, logistic, medical-mlp, mlp" in told
     assert told.endswith("Nobody was charged.")
 
 
 @pytest.mark.parametrize("way", ["masked", "three-party"])
-def test_rows_that_no_link_takes_are_refused_before_anybody_is_charged(tmp_path: Path, study: Study, way: str) -> None:
-    tight = study._with({"privacy.noise": "site", "security.aggregation": way, "security.bound": 1e-6})
+def test_rows_that_no_link_takes_are_refused_before_anybody_is_charged(
+    tmp_path: Path, study: Study, way: str
+) -> None:
+    tight = study._with(
+        {"privacy.noise": "site", "security.aggregation": way, "security.bound": 1e-6}
+    )
     with pytest.raises(PlanError, match=r"stage link: .*security\.bound=1e-06.*raise the bound"):
         medfed.simulate(tight)
     assert charges(tmp_path) == 0
 
 
-def test_one_site_that_cannot_is_enough(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not all hospitals have the same machine; each is asked by itself, as engines between machines do."""
+def test_one_site_that_cannot_is_enough(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all hospitals have the same machine; each is asked by itself, as engines between machines
+    do.
+    """
 
     class OneByOne(InProcess):
         def submit_many(self, sites: Any, op: str, payload: bytes, deadline: float) -> list[int]:
-            return [super(OneByOne, self).submit_many([name], op, payload, deadline)[0] for name in sites]
+            return [
+                super(OneByOne, self).submit_many([name], op, payload, deadline)[0]
+                for name in sites
+            ]
 
     real = dpsgd.sums
 
-    def sums(model: Any, w_P: Any, patients: Any, task: Any, guarantee: Any, clip: Any, names: Any, *rest: Any) -> Any:
+    def sums(
+        model: Any,
+        w_P: Any,
+        patients: Any,
+        task: Any,
+        guarantee: Any,
+        clip: Any,
+        names: Any,
+        *rest: Any,
+    ) -> Any:
         if names == ["south"]:
             raise NotImplementedError("this processor has no such instruction")
         return real(model, w_P, patients, task, guarantee, clip, names, *rest)
 
     monkeypatch.setattr(simulation, "InProcess", OneByOne)
     monkeypatch.setattr(dpsgd, "sums", sums)
-    with pytest.raises(PlanError, match=r"^south: rehearsal .*stage gradient: NotImplementedError: this processor"):
+    with pytest.raises(
+        PlanError, match=r"^south: rehearsal .*stage gradient: NotImplementedError: this processor"
+    ):
         medfed.simulate(study)
     assert charges(tmp_path) == 0
 
@@ -218,8 +253,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one patient a batch": {"training.batch_size": 1},
     "at sites": {"privacy.noise": "site", "training.local_steps": 3, "training.batch_size": 8},
     "scaffold": {"privacy.noise": "site", "training.algorithm": "scaffold"},
-    "fednova": {"privacy.noise": "site", "training.algorithm": "fednova", "security.aggregation": "masked"},
-    "adam": {"privacy.noise": "site", "training.optimizer": "adam", "security.aggregation": "three-party"},
+    "fednova": {
+        "privacy.noise": "site",
+        "training.algorithm": "fednova",
+        "security.aggregation": "masked",
+    },
+    "adam": {
+        "privacy.noise": "site",
+        "training.optimizer": "adam",
+        "security.aggregation": "three-party",
+    },
     "masked": {"security.aggregation": "masked"},
     "three-party": {"security.aggregation": "three-party", "robustness.rule": "geometric-median"},
     "in turns": {"fleet.schedule": "cyclic", "fleet.groups": 2, "privacy.correlated": True},
@@ -238,14 +281,21 @@ def _prepared(study: Study, folder: Path | None = None) -> tuple[list[site.Site]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_can_run_is_not_refused_and_nothing_is_read_or_kept(tmp_path: Path, study: Study, name: str) -> None:
-    """Also at a site whose records are out of reach; whatever the round does, the site is as it was before."""
+def test_what_can_run_is_not_refused_and_nothing_is_read_or_kept(
+    tmp_path: Path, study: Study, name: str
+) -> None:
+    """Also at a site whose records are out of reach; whatever the round does, the site is as it was
+    before.
+    """
     sites, plan = _prepared(study._with(SETTINGS[name]), tmp_path / "sites")
     for node in sites:
-        train, test, table = node.train, node.test, node.table
+        train = node.train
+        test = node.test
+        table = node.table
         del node.train, node.test
         node.table = None
-        w, mode = [p.clone() for p in node.model.parameters()], node.model.training
+        w = [p.clone() for p in node.model.parameters()]
+        mode = node.model.training
         before = {key: value for key, value in vars(node).items() if key != "memory"}
         memory = {key: value.clone() for key, value in node.memory.items()}
         drawn = torch.random.get_rng_state()
@@ -257,7 +307,10 @@ def test_what_can_run_is_not_refused_and_nothing_is_read_or_kept(tmp_path: Path,
         assert node.model.training == mode and node.pending == {} and node.party is None
         assert all(torch.equal(p, old) for p, old in zip(node.model.parameters(), w, strict=True))
         assert node.account is not None and node.account.cohorts == {} and not node.account._paid
-        node.train, node.test, node.table = train, test, table
+        node.train = train
+        node.test = test
+        node.table = table
+
     assert charges(tmp_path) == 0 and not (tmp_path / "sites").exists()
     rehearse(plan, InProcess(sites))
 
@@ -276,7 +329,9 @@ def test_a_rehearsal_before_the_plan_is_refused(study: Study) -> None:
         north.handle("rehearse", codec.encode({}))
 
 
-@pytest.mark.parametrize("change", [plain, lambda study: study.set("privacy.simulation_only", True)])
+@pytest.mark.parametrize(
+    "change", [plain, lambda study: study.set("privacy.simulation_only", True)]
+)
 def test_where_nobody_pays_nothing_is_rehearsed(
     study: Study, change: Callable[[Study], Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +375,7 @@ def test_sites_in_processes_of_their_own_rehearse_too(
         fleet.close()
 
 
-# what fails on real records all the same ----------------------------------------------------------------------------
+# what fails on real records all the same ----------------------------------------------------------
 
 
 def _fails_on_records(patch: pytest.MonkeyPatch) -> None:
@@ -345,21 +400,39 @@ def test_a_failure_on_real_records_tells_stage_module_and_kind_and_quotes_nothin
     told = summary["reason"]
     assert "north, south, east: op 'work' failed: ArithmeticError (test_rehearsal.py, line" in told
     assert "at stage gradient, in module '0' (Linear); what it says is in its own log" in told
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != runs.OWN_LOG]
+    files = [
+        path
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.name != runs.OWN_LOG
+    ]
     written = b"".join(path.read_bytes() for path in files)
     assert b"p0001" not in written and b"cannot take" not in written and "p0001" not in told
-    assert any("p0001" in str(record.exc_info) for record in caplog.records)  # the site's own log does say it
+    # the site's own log does say it
+    assert any("p0001" in str(record.exc_info) for record in caplog.records)
     assert [one["site"] for one in summary["excluded"]] == list(SITES)
 
 
 def test_a_round_that_failed_after_it_was_paid_is_not_paid_again(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """North fails once, after its patients paid: what they paid for was never released, and covers the next round."""
-    real, failed = dpsgd.sums, []
+    """North fails once, after its patients paid: what they paid for was never released, and covers
+    the next round.
+    """
+    real = dpsgd.sums
+    failed = []
 
-    def sums(model: Any, w_P: Any, patients: Any, task: Any, guarantee: Any, clip: Any, names: Any, *rest: Any) -> Any:
-        if guarantee.releases.keys() == set(SITES) and "north" in names and len(failed) < 2:  # the stack, then alone
+    def sums(
+        model: Any,
+        w_P: Any,
+        patients: Any,
+        task: Any,
+        guarantee: Any,
+        clip: Any,
+        names: Any,
+        *rest: Any,
+    ) -> Any:
+        # the stack, then alone
+        if guarantee.releases.keys() == set(SITES) and "north" in names and len(failed) < 2:
             failed.append(names)
             raise RuntimeError("out of memory")
         return real(model, w_P, patients, task, guarantee, clip, names, *rest)
@@ -367,13 +440,17 @@ def test_a_round_that_failed_after_it_was_paid_is_not_paid_again(
     monkeypatch.setattr(execute, "rehearse", lambda *_: None)
     monkeypatch.setattr(dpsgd, "sums", sums)
     result = medfed.run(study.set("training.quorum", 0.6), tmp_path / "run")
-    assert len(failed) == 2 and result.summary["participation"] == {"north": 3, "south": 4, "east": 4}
+    assert len(failed) == 2 and result.summary["participation"] == {
+        "north": 3,
+        "south": 4,
+        "east": 4,
+    }
     with Ledger.open(tmp_path / "home" / "ledger.sqlite", read_only=True) as book:
         paid = [str(row["site"]) for row in book.rows()]
     assert {name: paid.count(name) for name in SITES} == {"north": 3, "south": 4, "east": 4}
 
 
-# the parts ----------------------------------------------------------------------------------------------------------
+# the parts ----------------------------------------------------------------------------------------
 
 
 def test_stage_and_module_are_read_off_an_exception() -> None:
@@ -381,10 +458,16 @@ def test_stage_and_module_are_read_off_an_exception() -> None:
     with pytest.raises(ValueError) as stopped:
         model(torch.zeros(2, 3))
     assert rehearsal.module_of(stopped.value, model) == "'1' (When)"
-    assert rehearsal.module_of(stopped.value, nn.Linear(2, 2)) == rehearsal.module_of(stopped.value, None) == ""
+    assert (
+        rehearsal.module_of(stopped.value, nn.Linear(2, 2))
+        == rehearsal.module_of(stopped.value, None)
+        == ""
+    )
     assert rehearsal.stage_of(stopped.value) == ""
     with pytest.raises(RuntimeError) as stopped_again:
-        medfed.learn.local.sample_loss("multiclass", torch.zeros(2, 3), torch.zeros(5, dtype=torch.int64))
+        medfed.learn.local.sample_loss(
+            "multiclass", torch.zeros(2, 3), torch.zeros(5, dtype=torch.int64)
+        )
     assert rehearsal.stage_of(stopped_again.value) == "loss"
     with pytest.raises(QuorumError) as unplaced:
         raise QuorumError("2 came")
@@ -393,7 +476,10 @@ def test_stage_and_module_are_read_off_an_exception() -> None:
 
 def test_the_innermost_module_without_a_gradient_is_found() -> None:
     inner = nn.Sequential(nn.Linear(4, 4), When(lambda layer, x: True, _NoWayBack.apply))
-    assert find_failing_part(nn.Sequential(nn.Linear(3, 4), inner, nn.ReLU()), torch.ones(2, 3)) == "When '1.1'"
+    assert (
+        find_failing_part(nn.Sequential(nn.Linear(3, 4), inner, nn.ReLU()), torch.ones(2, 3))
+        == "When '1.1'"
+    )
     assert find_failing_part(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)) == ""
     assert find_failing_part(nn.Linear(9, 4), torch.ones(2, 3)) == ""  # it cannot even compute them
 

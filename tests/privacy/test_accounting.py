@@ -1,4 +1,6 @@
-"""Figures agree with vectors, with two accountants of our own and with Opacus; a filter never lets too much through."""
+"""Figures agree with vectors, with two accountants of our own and with Opacus; a filter never lets
+too much through.
+"""
 
 import json
 import math
@@ -52,7 +54,8 @@ from medfed.privacy.privacy_events import (
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "accounting.json").read_text())
 SHARED = Path(os.environ.get("MEDFED_DATA", "")).parent / "vectors" / "accounting.json"
-POISSON, TRUNCATED = VECTORS["poisson_gaussian"], VECTORS["truncated_poisson"]
+POISSON = VECTORS["poisson_gaussian"]
+TRUNCATED = VECTORS["truncated_poisson"]
 RTOL = 1e-3
 
 NOISE = st.floats(0.5, 50)
@@ -87,7 +90,7 @@ def _truncated(row: dict[str, Any]) -> TruncatedPoissonGaussian:
     return TruncatedPoissonGaussian(row["n"], row["q"], row["cap"], row["sigma"], row["steps"])
 
 
-# vectors --------------------------------------------------------------------------------------------------------------
+# vectors ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared vectors are not at hand")
@@ -98,17 +101,22 @@ def test_our_copy_of_the_vectors_is_the_shared_one() -> None:
 
 @pytest.mark.parametrize("row", POISSON, ids=str)
 def test_poisson_vectors(row: dict[str, Any]) -> None:
-    event, delta = _poisson(row), row["delta"]
+    event = _poisson(row)
+    delta = row["delta"]
     assert epsilon_of(event, delta) == pytest.approx(row["rdp"], rel=RTOL)
     assert pld_epsilon(event, delta) == pytest.approx(row["pld"], rel=RTOL)
-    assert epsilon_of(replace(event, noise_multiplier=event.noise_multiplier / 2), delta) > 1.5 * row["rdp"]
+    assert (
+        epsilon_of(replace(event, noise_multiplier=event.noise_multiplier / 2), delta)
+        > 1.5 * row["rdp"]
+    )
 
 
 @pytest.mark.parametrize("row", TRUNCATED, ids=str)
 def test_truncated_poisson_vectors(row: dict[str, Any]) -> None:
-    """Those are exact for n patients; ours must hold for any number of them, so it costs more, and no more than that
-    of a cap that is always reached."""
-    event, delta = _truncated(row), row["delta"]
+    """Those are exact for n patients; ours must hold for any number of them, so it costs more, and
+    no more than that of a cap that is always reached."""
+    event = _truncated(row)
+    delta = row["delta"]
     half = PoissonGaussian(event.probability, event.noise_multiplier / 2, event.count)
     assert row["pld"] * (1 - RTOL) <= pld_epsilon(event, delta) <= epsilon_of(event, delta)
     assert pld_epsilon(event, delta) == pld_epsilon(half, delta)
@@ -118,7 +126,9 @@ def test_truncated_poisson_vectors(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", VECTORS["gaussian_closed_form"], ids=str)
 def test_closed_form_vectors(row: dict[str, Any]) -> None:
-    sigma, epsilon, delta = row["sigma"], row["epsilon"], row["delta"]
+    sigma = row["sigma"]
+    epsilon = row["epsilon"]
+    delta = row["delta"]
     assert gaussian_epsilon(sigma, delta) == pytest.approx(epsilon, rel=1e-8)
     assert gaussian_delta(sigma, epsilon) == pytest.approx(delta, rel=1e-6)
     assert 1 / budget_mu(epsilon, delta) == pytest.approx(sigma, rel=1e-8)
@@ -133,13 +143,14 @@ def test_opacus_agrees(row: dict[str, Any]) -> None:
     assert row["low"] <= epsilon_of(_poisson(row), row["delta"])
 
 
-# accountants of our own -----------------------------------------------------------------------------------------------
+# accountants of our own ---------------------------------------------------------------------------
 
 
 @given(st.floats(0.3, 100), st.integers(1, 1000))
 @settings(max_examples=10)
 def test_gaussians_by_three_accountants(z: float, count: int) -> None:
-    event, exact = Gaussian(z * math.sqrt(count), count), gaussian_epsilon(z, 1e-6)
+    event = Gaussian(z * math.sqrt(count), count)
+    exact = gaussian_epsilon(z, 1e-6)
     assert epsilon_of(event, 1e-6, "gdp") == pytest.approx(exact, rel=1e-9)
     assert epsilon_of(event, 1e-6, "pld") == pytest.approx(exact, rel=RTOL, abs=1e-4)
     assert exact <= epsilon_of(event, 1e-6, "rdp") <= 1.25 * exact + 1e-3
@@ -154,7 +165,9 @@ def test_closed_form_is_the_integral(sigma: float, epsilon: float) -> None:
     assert gaussian_delta(sigma, epsilon) == pytest.approx(integral, abs=1e-7)
 
 
-def _divergences(log_p: np.ndarray, log_q: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+def _divergences(
+    log_p: np.ndarray, log_q: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the Rényi divergences at ORDERS in both directions by summing over a grid."""
     order = np.array(ORDERS)[:, None]
 
@@ -173,15 +186,20 @@ def test_poisson_sampled_gaussian_is_the_integral(q: float, z: float) -> None:
     removed, added = _divergences(mixed, base, z / 64)
     order = np.array(ORDERS)
     within, whole = order < 12, order % 1 == 0  # beyond, the grid ends too soon
-    found, true = rdp(PoissonGaussian(q, z))[within], np.maximum(removed, added)[within]
+    found = rdp(PoissonGaussian(q, z))[within]
+    true = np.maximum(removed, added)[within]
     assert found[whole[within]] == pytest.approx(true[whole[within]], rel=1e-6)
     assert np.all(found >= true * (1 - 1e-9))
     assert np.all(found <= true[np.searchsorted(order, np.ceil(order[within]))] * (1 + 1e-6))
 
 
-@pytest.mark.parametrize(("q", "z", "cap"), [(0.3, 2.0, 1), (0.3, 2.0, 2), (0.7, 5.0, 2), (0.05, 1.0, 1)])
+@pytest.mark.parametrize(
+    ("q", "z", "cap"), [(0.3, 2.0, 1), (0.3, 2.0, 2), (0.7, 5.0, 2), (0.05, 1.0, 1)]
+)
 def test_truncated_bound_covers_the_true_mechanism(q: float, z: float, cap: int) -> None:
-    """Three patients of value -1 and one of +1, every batch enumerated; sums of at most `cap` of those drawn."""
+    """Three patients of value -1 and one of +1, every batch enumerated; sums of at most `cap` of
+    those drawn.
+    """
 
     def outcomes(values: tuple[int, ...]) -> dict[int, float]:
         found: dict[int, float] = {}
@@ -194,11 +212,15 @@ def test_truncated_bound_covers_the_true_mechanism(q: float, z: float, cap: int)
         return found
 
     def log_density(values: tuple[int, ...]) -> np.ndarray:
-        parts = [math.log(p) + stats.norm.logpdf(x, mean, z) for mean, p in outcomes(values).items()]
+        parts = [
+            math.log(p) + stats.norm.logpdf(x, mean, z) for mean, p in outcomes(values).items()
+        ]
         return np.logaddexp.reduce(parts, axis=0)
 
     x = np.arange(-25 * z, 25 * z, z / 64)
-    true = np.maximum(*_divergences(log_density((-1, -1, -1, 1)), log_density((-1, -1, -1)), z / 64))
+    true = np.maximum(
+        *_divergences(log_density((-1, -1, -1, 1)), log_density((-1, -1, -1)), z / 64)
+    )
     low = np.array(ORDERS) < 8
     bound = rdp(TruncatedPoissonGaussian(4, q, cap, z))
     assert np.all(bound[low] >= true[low] * (1 - 1e-9))
@@ -207,16 +229,21 @@ def test_truncated_bound_covers_the_true_mechanism(q: float, z: float, cap: int)
 
 
 def test_what_a_cap_costs_is_told_by_neither_the_cap_nor_the_population() -> None:
-    half, delta = PoissonGaussian(0.1, 1.5, 10), 1e-6
+    half = PoissonGaussian(0.1, 1.5, 10)
+    delta = 1e-6
     for population, cap in ((40, 40), (100, 40), (4000, 40), (10**6, 1), (1, 10**6)):
         event = TruncatedPoissonGaussian(population, 0.1, cap, 3.0, 10)
-        assert np.array_equal(rdp(event), rdp(half)) and pld_epsilon(event, delta) == pld_epsilon(half, delta)
+        assert np.array_equal(rdp(event), rdp(half)) and pld_epsilon(event, delta) == pld_epsilon(
+            half, delta
+        )
     assert capped(0.1, 3.0, 10) == half
     assert epsilon_of(half, delta) > 2 * epsilon_of(PoissonGaussian(0.1, 3.0, 10), delta)
 
 
 def _full_batches(n: int, q: float, cap: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Return the sum's law without x and with it: x pulls by +1, each of the n others by -1, the lowest coins stay."""
+    """Return the sum's law without x and with it: x pulls by +1, each of the n others by -1, the
+    lowest coins stay.
+    """
     without: Counter[int] = Counter()
     with_x: Counter[int] = Counter()
     for drawn, p in enumerate(stats.binom.pmf(np.arange(n + 1), n, q).tolist()):
@@ -228,7 +255,9 @@ def _full_batches(n: int, q: float, cap: int) -> tuple[dict[int, float], dict[in
 
 
 def _measured(n: int, q: float, cap: int, z: float, steps: int, delta: float) -> float:
-    """Return the epsilon that an adversary reaches, from below: exact laws, binned, composed over the steps."""
+    """Return the epsilon that an adversary reaches, from below: exact laws, binned, composed over
+    the steps.
+    """
     from dp_accounting.pld.privacy_loss_distribution import from_two_probability_mass_functions
 
     edges = np.arange(-cap - 12 * z, 12 * z, z / 100)
@@ -237,19 +266,25 @@ def _measured(n: int, q: float, cap: int, z: float, steps: int, delta: float) ->
         mass = np.diff(sum(p * stats.norm.cdf(edges, mean, z) for mean, p in law.items()))
         laws.append({place: math.log(m) for place, m in enumerate(mass.tolist()) if m > 1e-300})
     both = (
-        from_two_probability_mass_functions(low, high, pessimistic_estimate=False) for low, high in (laws, laws[::-1])
+        from_two_probability_mass_functions(low, high, pessimistic_estimate=False)
+        for low, high in (laws, laws[::-1])
     )
     return max(float(found.self_compose(steps).get_epsilon_for_delta(delta)) for found in both)
 
 
 @pytest.mark.parametrize(("accountant", "cap"), [("rdp", 45), ("pld", 32)])
-def test_a_capped_batch_of_more_patients_than_declared_costs_no_more_than_claimed(accountant: str, cap: int) -> None:
+def test_a_capped_batch_of_more_patients_than_declared_costs_no_more_than_claimed(
+    accountant: str, cap: int
+) -> None:
     """The site declares 100 patients. An event that trusts this claims 1 where 1.5 is measured."""
-    q, steps, delta = 0.25, 20, 1e-5
+    q = 0.25
+    steps = 20
+    delta = 1e-5
     z = calibrate(lambda z: capped(q, z, steps), 1.0, delta, accountant)
     true = (50, 100, 130, 150, 180, 220, 260, 400, 2000)
     assert max(_measured(n, q, cap, z, steps, delta) for n in true) <= 1.0
-    if accountant == "rdp":  # the measurement has power: with the noise that 100 patients would need it exceeds
+    # the measurement has power: with the noise that 100 patients would need it exceeds
+    if accountant == "rdp":
         assert _measured(220, q, cap, 4.904, steps, delta) > 1.5
 
 
@@ -260,7 +295,9 @@ def test_randomised_response_is_the_sum_over_answers(categories: int, epsilon: f
     log_p = np.log(true / true.sum())
     expected, _ = _divergences(log_p, np.roll(log_p, 1), 1.0)
     assert rdp(RandomisedResponse(categories, epsilon)) == pytest.approx(expected, rel=1e-6)
-    assert pld_epsilon(RandomisedResponse(categories, epsilon), 1e-12) == pytest.approx(epsilon, abs=1e-4)
+    assert pld_epsilon(RandomisedResponse(categories, epsilon), 1e-12) == pytest.approx(
+        epsilon, abs=1e-4
+    )
 
 
 def test_laplace_is_the_integral() -> None:
@@ -275,7 +312,9 @@ def test_pld_is_below_rdp(event: Event) -> None:
     assert 0 < pld_epsilon(event, 1e-6) <= epsilon_of(event, 1e-6)
 
 
-def test_an_order_whose_series_does_not_converge_is_bounded_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_order_whose_series_does_not_converge_is_bounded_in_silence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     assert np.all(np.isfinite(rdp(PoissonGaussian(0.5, 0.8))))
     assert capfd.readouterr().err == ""
 
@@ -285,7 +324,7 @@ def test_a_divergence_lost_in_rounding_is_not_free() -> None:
     assert np.all(rdp(PoissonGaussian(1e-8, 1e4)) > 0)
 
 
-# laws -----------------------------------------------------------------------------------------------------------------
+# laws ---------------------------------------------------------------------------------------------
 
 
 @given(st.floats(1e-3, 0.5), st.floats(0.8, 20), st.integers(1, 500), st.floats(1.01, 2))
@@ -298,7 +337,8 @@ def test_epsilon_grows_with_count_and_probability_and_falls_with_noise(
     def cost(event: Event) -> np.ndarray:
         return rdp(event)[whole]
 
-    base, rounding = cost(PoissonGaussian(q, z, count)), 1e-12 * count
+    base = cost(PoissonGaussian(q, z, count))
+    rounding = 1e-12 * count
     assert np.all(cost(PoissonGaussian(q, z, count + 1)) > base)
     assert np.all(cost(PoissonGaussian(q * more, z, count)) >= base - rounding)
     assert np.all(cost(PoissonGaussian(q, z * more, count)) <= base + rounding)
@@ -317,7 +357,9 @@ def test_composition_adds_up_in_any_order(one: Leaf, two: Leaf, times: int) -> N
 def test_epsilon_and_delta_are_inverse(epsilon: float, delta: float, z: float) -> None:
     paid = rdp(Gaussian(z))
     assert delta_from_rdp(paid, max(epsilon_from_rdp(paid, delta), 1e-9)) <= delta * (1 + 1e-6)
-    assert epsilon_from_rdp(paid, max(delta_from_rdp(paid, epsilon), 1e-300)) <= epsilon * (1 + 1e-6)
+    assert epsilon_from_rdp(paid, max(delta_from_rdp(paid, epsilon), 1e-300)) <= epsilon * (
+        1 + 1e-6
+    )
     assert gaussian_delta(z, gaussian_epsilon(z, delta)) <= delta
 
 
@@ -333,12 +375,14 @@ def test_a_group_pays_for_each_member() -> None:
     assert group(1.0, 1e-6, 1) == pytest.approx((1.0, 1e-6))
     assert group(0.5, 1e-6, 3) == pytest.approx((1.5, 1e-6 * (1 + math.exp(0.5) + math.exp(1))))
     assert group(1.0, 0.1, 9)[1] == 1
-    k, sigma = 3, 12.0  # a Gaussian's group of k is the Gaussian of sigma / k: the bound must cover it
+    # a Gaussian's group of k is the Gaussian of sigma / k: the bound must cover it
+    k = 3
+    sigma = 12.0
     epsilon, delta = group(gaussian_epsilon(sigma, 1e-6), 1e-6, k)
     assert gaussian_delta(sigma / k, epsilon) <= delta
 
 
-# calibration ----------------------------------------------------------------------------------------------------------
+# calibration --------------------------------------------------------------------------------------
 
 SCHEDULES: list[tuple[str, Callable[[float], Event]]] = [
     ("rdp", lambda z: Gaussian(z, 30)),
@@ -365,7 +409,9 @@ def test_calibrated_noise_meets_the_target_and_a_thousandth_less_does_not(
         assert epsilon_of(event_of(0.999 * z), delta, accountant) > epsilon
 
 
-@pytest.mark.parametrize("event_of", [lambda z: Gaussian(z, 30), lambda z: PoissonGaussian(0.1, z, 200)])
+@pytest.mark.parametrize(
+    "event_of", [lambda z: Gaussian(z, 30), lambda z: PoissonGaussian(0.1, z, 200)]
+)
 def test_calibration_by_pld_needs_less_noise(event_of: Callable[[float], Event]) -> None:
     z = calibrate(event_of, 1.0, 1e-6, "pld")
     assert pld_epsilon(event_of(z), 1e-6) <= 1 < pld_epsilon(event_of(0.999 * z), 1e-6)
@@ -387,7 +433,10 @@ def test_an_epsilon_that_is_no_target_is_refused(epsilon: Any) -> None:
 
 @pytest.mark.parametrize("delta", [None, 0, -1e-6, math.nan, 1, 2.0])
 def test_a_delta_that_is_no_target_is_refused(delta: Any) -> None:
-    for ask in (lambda: calibrate(Gaussian, 1.0, delta), lambda: epsilon_of(Gaussian(1.0), delta, "pld")):
+    for ask in (
+        lambda: calibrate(Gaussian, 1.0, delta),
+        lambda: epsilon_of(Gaussian(1.0), delta, "pld"),
+    ):
         with pytest.raises(PlanError, match="delta="):
             ask()
     with pytest.raises(PlanError, match="delta="):
@@ -408,10 +457,14 @@ def test_an_unknown_accountant_is_refused() -> None:
         calibrate(Gaussian, 1.0, 1e-6, "moments")
 
 
-# the filter -----------------------------------------------------------------------------------------------------------
+# the filter ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from(ONE_OF_EACH), min_size=1, max_size=30), st.floats(0.2, 5), st.floats(1e-8, 1e-3))
+@given(
+    st.lists(st.sampled_from(ONE_OF_EACH), min_size=1, max_size=30),
+    st.floats(0.2, 5),
+    st.floats(1e-8, 1e-3),
+)
 @settings(max_examples=25)
 def test_what_the_filter_lets_through_never_exceeds_the_target(
     events: list[Leaf], epsilon: float, delta: float
@@ -445,16 +498,19 @@ def test_the_budget_is_the_conversion_at_one_order(epsilon: float, delta: float)
     at_that_order[fixed] = budget[fixed]
     assert epsilon_from_rdp(at_that_order, delta) <= epsilon
     at_that_order[fixed] = budget[fixed] + 1e-9
-    assert epsilon_from_rdp(at_that_order, delta) > epsilon or budget[fixed] < 1e-3  # there by total variation
+    # there by total variation
+    assert epsilon_from_rdp(at_that_order, delta) > epsilon or budget[fixed] < 1e-3
     assert left(np.zeros(len(ORDERS)), epsilon, delta) <= epsilon
 
 
 def test_why_the_filters_order_is_fixed() -> None:
-    """Among orders that are each within budget, an analyst picks by the first answer's loss the one that serves best.
+    """Among orders that are each within budget, an analyst picks by the first answer's loss the one
+    that serves best.
 
     Each order's factor exp((a - 1)(L - R_a)) on delta has mean 1; the largest of them has not.
     """
-    z, order = 5.0, np.array(ORDERS)
+    z = 5.0
+    order = np.array(ORDERS)
     loss = stats.norm.ppf((np.arange(40_000) + 0.5) / 40_000, 0.5 / z**2, 1 / z)[:, None]
     factor = np.exp((order - 1) * (loss - rdp(Gaussian(z))))[:, order < 15]
     assert factor.mean(0) == pytest.approx(np.ones(factor.shape[1]), rel=0.1)
@@ -464,7 +520,8 @@ def test_why_the_filters_order_is_fixed() -> None:
 
 def test_what_fits_one_patient_must_fit_them_all() -> None:
     one = rdp(Gaussian(5.0))
-    fresh, tired = np.zeros(len(ORDERS)), rdp(Gaussian(6.0))
+    fresh = np.zeros(len(ORDERS))
+    tired = rdp(Gaussian(6.0))
     assert fits(fresh, one, 1.0, 1e-6)
     assert not fits(tired, one, 1.0, 1e-6)
     assert fits(np.stack([fresh, fresh]), one, 1.0, 1e-6)
@@ -484,7 +541,9 @@ def test_one_order_by_itself_says_what_all_orders_say(event: Leaf) -> None:
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.floats(0.1, 5))
 @settings(max_examples=50)
 def test_the_gaussian_filter_never_exceeds_the_target(noises: list[float], epsilon: float) -> None:
-    delta, spent, paid = 1e-6, 0.0, []
+    delta = 1e-6
+    spent = 0.0
+    paid = []
     for z in noises:
         mu = gdp_mu(Gaussian(z))
         assert mu is not None
@@ -494,7 +553,7 @@ def test_the_gaussian_filter_never_exceeds_the_target(noises: list[float], epsil
     assert not paid or epsilon_of(Composed(tuple(paid)), delta, "gdp") <= epsilon
 
 
-# events as data -------------------------------------------------------------------------------------------------------
+# events as data -----------------------------------------------------------------------------------
 
 
 @given(st.lists(LEAVES, min_size=1, max_size=4))
@@ -503,7 +562,12 @@ def test_events_come_back_from_json(leaves: list[Leaf]) -> None:
         assert from_json(json.loads(json.dumps(to_json(event)))) == event
 
 
-GOOD: dict[str, Any] = {"kind": "poisson_gaussian", "probability": 0.1, "noise_multiplier": 2.0, "count": 3}
+GOOD: dict[str, Any] = {
+    "kind": "poisson_gaussian",
+    "probability": 0.1,
+    "noise_multiplier": 2.0,
+    "count": 3,
+}
 
 
 @pytest.mark.parametrize(
@@ -545,9 +609,13 @@ def test_events_with_a_field_missing_are_refused(missing: str) -> None:
         from_json({name: value for name, value in GOOD.items() if name != missing})
 
 
-@pytest.mark.parametrize("events", [[], "gaussian", [3], [{"kind": "composed", "events": [GOOD]}]], ids=str)
+@pytest.mark.parametrize(
+    "events", [[], "gaussian", [3], [{"kind": "composed", "events": [GOOD]}]], ids=str
+)
 def test_compositions_of_anything_but_events_are_refused(events: object) -> None:
-    assert from_json({"kind": "composed", "events": [GOOD]}) == Composed((PoissonGaussian(0.1, 2.0, 3),))
+    assert from_json({"kind": "composed", "events": [GOOD]}) == Composed(
+        (PoissonGaussian(0.1, 2.0, 3),)
+    )
     with pytest.raises(PlanError, match="expected"):
         from_json({"kind": "composed", "events": events})
 
@@ -559,7 +627,9 @@ def test_batches_without_a_proof_are_refused_with_the_reason(kind: str) -> None:
 
 
 def test_the_reason_is_true() -> None:
-    """One epoch at q = 0.001, sigma = 0.8: Poisson reads 0.468; a patient who is surely in one batch pays 6.31."""
+    """One epoch at q = 0.001, sigma = 0.8: Poisson reads 0.468; a patient who is surely in one
+    batch pays 6.31.
+    """
     assert pld_epsilon(PoissonGaussian(0.001, 0.8, 1000), 1e-6) == pytest.approx(0.468, abs=1e-3)
     assert gaussian_epsilon(0.8, 1e-6) == pytest.approx(6.31, abs=5e-3)
 
@@ -578,7 +648,7 @@ def test_what_is_no_event_is_refused() -> None:
     assert accountant.epsilon() == 0
 
 
-# the accountant -------------------------------------------------------------------------------------------------------
+# the accountant -----------------------------------------------------------------------------------
 
 
 def test_the_accountant_keeps_what_was_charged() -> None:
@@ -588,7 +658,11 @@ def test_the_accountant_keeps_what_was_charged() -> None:
     assert [entry.label for entry in entries][:2] == ["round 0", "round 1"]
     assert [entry.event for entry in entries] == list(ONE_OF_EACH)
     assert all(a.epsilon < b.epsilon for a, b in pairwise(entries))
-    assert entries[-1].epsilon == accountant.epsilon() == pytest.approx(epsilon_of(Composed(ONE_OF_EACH), 1e-6))
+    assert (
+        entries[-1].epsilon
+        == accountant.epsilon()
+        == pytest.approx(epsilon_of(Composed(ONE_OF_EACH), 1e-6))
+    )
     assert accountant.epsilon(1e-4) < accountant.epsilon()
 
 
@@ -610,7 +684,12 @@ def test_other_adjacencies_are_refused() -> None:
 
 
 def test_orders_are_written_into_ledgers_and_so_are_pinned() -> None:
-    assert (len(ORDERS), ORDERS[0], ORDERS[-1], math.fsum(ORDERS)) == (171, 1.1, 2048.0, pytest.approx(12451.0))
+    assert (len(ORDERS), ORDERS[0], ORDERS[-1], math.fsum(ORDERS)) == (
+        171,
+        1.1,
+        2048.0,
+        pytest.approx(12451.0),
+    )
     assert sorted(set(ORDERS)) == list(ORDERS)
     assert accounting.ORDERS_VERSION == 1
 

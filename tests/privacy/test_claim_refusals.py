@@ -1,4 +1,6 @@
-"""What breaks a guarantee is refused before any record is read: both sides by name, the reason, and a way out."""
+"""What breaks a guarantee is refused before any record is read: both sides by name, the reason, and
+a way out.
+"""
 
 import re
 from collections.abc import Mapping
@@ -44,7 +46,9 @@ def _refusal(study: Study) -> str | None:
 
 
 def _followed(study: Study, text: str) -> Study:
-    """Return the study after the first piece of advice: each `key=value` after "Set", up to an alternative."""
+    """Return the study after the first piece of advice: each `key=value` after "Set", up to an
+    alternative.
+    """
     advice = text.rsplit(" Set ", 1)[1]
     advice = re.split(r", or |, and declare|, and raise| and choose|; take", advice)[0]
     found = re.findall(r"([a-z_]+(?:\.[a-z_]+)?)=('[a-z]+'|true|false|[\d.e+-]*\d)", advice)
@@ -57,9 +61,15 @@ def _followed(study: Study, text: str) -> Study:
 
 
 def _table_of(key: str, usual: str) -> str:
-    """Return the table of a key that is told without: the one told before it, or where it is a key."""
+    """Return the table of a key that is told without: the one told before it, or where it is
+    a key.
+    """
     study = from_tables({})
-    return next(t for t in (usual, "training", "privacy", "fleet", "data") if hasattr(getattr(study, t), key))
+    return next(
+        t
+        for t in (usual, "training", "privacy", "fleet", "data")
+        if hasattr(getattr(study, t), key)
+    )
 
 
 def _parsed(text: str) -> Any:
@@ -228,16 +238,24 @@ def test_the_sound_study_is_not_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "values", "side", "other"), CASES, ids=IDS)
-def test_what_does_not_compose_names_both_sides(name: str, values: dict[str, Any], side: str, other: str) -> None:
+def test_what_does_not_compose_names_both_sides(
+    name: str, values: dict[str, Any], side: str, other: str
+) -> None:
     text = _refusal(_study(values))
     assert text is not None
     assert text.startswith(f"{side} and {other}") and " do not compose: " in text
     reason, action = text.split(" do not compose: ")[1].split(". ", 1)
-    assert len(reason) > 20 and action.split()[0] in ("Set", "Take", "Hold", "Leave", "Raise") and text.endswith(".")
+    assert (
+        len(reason) > 20
+        and action.split()[0] in ("Set", "Take", "Hold", "Leave", "Raise")
+        and text.endswith(".")
+    )
 
 
 @pytest.mark.parametrize(("name", "values", "side", "other"), CASES, ids=IDS)
-def test_the_whole_plan_refuses_it_too(name: str, values: dict[str, Any], side: str, other: str) -> None:
+def test_the_whole_plan_refuses_it_too(
+    name: str, values: dict[str, Any], side: str, other: str
+) -> None:
     with pytest.raises(PlanError, match=re.escape(f"{side} and {other}")):
         check(_study(values))
 
@@ -260,11 +278,16 @@ def test_the_advice_takes_the_refusal_away(name: str, values: dict[str, Any], ot
 
 
 @pytest.mark.parametrize(("name", "values", "side", "other"), CASES, ids=IDS)
-def test_without_a_claim_none_of_it_is_refused(name: str, values: dict[str, Any], side: str, other: str) -> None:
+def test_without_a_claim_none_of_it_is_refused(
+    name: str, values: dict[str, Any], side: str, other: str
+) -> None:
     study = _study(values)
-    none = replace(study, privacy=replace(study.privacy, epsilon=float("inf"), delta=1.0, noise="none"))
+    none = replace(
+        study, privacy=replace(study.privacy, epsilon=float("inf"), delta=1.0, noise="none")
+    )
     text = _refusal(none)
-    about_noise = ("privacy.correlated" in side) or ("fleet.schedule" in side)  # what has no meaning without it
+    # what has no meaning without it
+    about_noise = ("privacy.correlated" in side) or ("fleet.schedule" in side)
     assert text is None or about_noise
 
 
@@ -297,19 +320,33 @@ SETTINGS: dict[str, list[Any]] = {
 }
 
 
-@given(st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in SETTINGS.items()}))
+@given(
+    st.fixed_dictionaries(
+        {}, optional={key: st.sampled_from(values) for key, values in SETTINGS.items()}
+    )
+)
 @settings(max_examples=60)
-def test_whoever_follows_the_advice_arrives_at_a_study_that_is_not_refused(values: dict[str, Any]) -> None:
-    """From any mixture of settings, one piece of advice after another, without going round in a circle."""
-    study, seen = _study(values), []
+def test_whoever_follows_the_advice_arrives_at_a_study_that_is_not_refused(
+    values: dict[str, Any],
+) -> None:
+    """From any mixture of settings, one piece of advice after another, without going round in a
+    circle.
+    """
+    study = _study(values)
+    seen = []
     while (text := _refusal(study)) is not None:
         assert text not in seen, f"following the advice leads back to: {text}"
         seen.append(text)
-        study = study.set("privacy.correlated", False) if "Leave one of them out" in text else _followed(study, text)
+        if "Leave one of them out" in text:
+            study = study.set("privacy.correlated", False)
+        else:
+            study = _followed(study, text)
     assert len(seen) <= len(SETTINGS)
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(1.0, 1e-6), (0.3, 1e-6), (0.01, 1e-9), (8.0, 1e-4)])
+@pytest.mark.parametrize(
+    ("epsilon", "delta"), [(1.0, 1e-6), (0.3, 1e-6), (0.01, 1e-9), (8.0, 1e-4)]
+)
 def test_the_noised_test_that_is_suggested_can_be_paid(epsilon: float, delta: float) -> None:
     values = {"privacy.epsilon": epsilon, "privacy.delta": delta, "data.test_is_public": False}
     text = _refusal(_study(values))
@@ -324,19 +361,31 @@ def test_one_step_is_one_step_however_it_is_said() -> None:
     assert _refusal(_study({"training.local_steps": 1, "training.local_epochs": 9})) is None
 
 
-@pytest.mark.parametrize("marks", [{"data.test": "part"}, {"data.test_from": "2024-01-01", "data.time": "admitted"}])
+@pytest.mark.parametrize(
+    "marks", [{"data.test": "part"}, {"data.test_from": "2024-01-01", "data.time": "admitted"}]
+)
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_nobody_is_trained_on_here_and_tested_there(marks: dict[str, Any], accountant: str) -> None:
     """The attack: a patient's later row at a second site was published as a public test."""
     both = {**marks, "privacy.max_sites_per_patient": 2, "privacy.accountant": accountant}
     with pytest.raises(PlanError, match=r"max_sites_per_patient=2 and data\.test"):
         check(_study(both))
-    told = [str(one.error) for one in claim_refusals.find(_study({**both, "privacy.max_sites_per_patient": 1}))]
+    told = [
+        str(one.error)
+        for one in claim_refusals.find(_study({**both, "privacy.max_sites_per_patient": 1}))
+    ]
     assert not any("max_sites" in text for text in told)
 
 
-@pytest.mark.parametrize(("on", "refused"), [(["stay"], True), ([], False), (["id"], False), (["id", "stay"], False)])
+@pytest.mark.parametrize(
+    ("on", "refused"), [(["stay"], True), ([], False), (["id"], False), (["id", "stay"], False)]
+)
 def test_tables_are_joined_by_the_patient(on: list[str], refused: bool) -> None:
-    """The attack: one patient's row in the joined table bore another's number of stay, and emptied it."""
-    told = [str(one.error) for one in claim_refusals.find(_study({"data.join": [{"table": "labs.csv", "on": on}]}))]
+    """The attack: one patient's row in the joined table bore another's number of stay, and emptied
+    it.
+    """
+    told = [
+        str(one.error)
+        for one in claim_refusals.find(_study({"data.join": [{"table": "labs.csv", "on": on}]}))
+    ]
     assert any("data.join[0].on" in text for text in told) == refused

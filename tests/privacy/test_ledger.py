@@ -1,4 +1,6 @@
-"""The budget ledger: the filter against a plain twin, real processes, real kills, and a chain that shows tampering."""
+"""The budget ledger: the filter against a plain twin, real processes, real kills, and a chain that
+shows tampering.
+"""
 
 import errno
 import math
@@ -29,18 +31,28 @@ from medfed.privacy import accounting, ledger_file, privacy_events
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits, Spent
 from medfed.privacy.ledger_file import rule_of
-from medfed.privacy.privacy_events import Composed, Event, Gaussian, Laplace, PoissonGaussian, TruncatedPoissonGaussian
+from medfed.privacy.privacy_events import (
+    Composed,
+    Event,
+    Gaussian,
+    Laplace,
+    PoissonGaussian,
+    TruncatedPoissonGaussian,
+)
 
 DELTA = 1e-6
 FREE = Limits(math.inf, DELTA)
 ONE = Limits(1.0, DELTA)
-STEP = Gaussian(10.0)  # 5 of them fit into epsilon 1 at delta 1e-6, as sigma 4.2247 is what it takes
+# 5 of them fit into epsilon 1 at delta 1e-6, as sigma 4.2247 is what it takes
+STEP = Gaussian(10.0)
 PATIENTS = [f"MRN-{i:05d}-Muster" for i in range(12)]
 
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and file modes of POSIX")
 
 
-def charge(cohort: Cohort, event: Event = STEP, study: str = "s", run: str = "r1", round: int = 1) -> Charge:
+def charge(
+    cohort: Cohort, event: Event = STEP, study: str = "s", run: str = "r1", round: int = 1
+) -> Charge:
     return Charge(study, run, cohort, round, "round", event)
 
 
@@ -49,34 +61,48 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "new" / "folder" / "ledger.sqlite"
 
 
-# Opening --------------------------------------------------------------------------------------------------------------
+# Opening ------------------------------------------------------------------------------------------
 
 
 def test_a_ledger_is_founded_with_its_folders_and_opens_again(path: Path) -> None:
     with Ledger.open(path) as first:
         first.charge([charge(first.enrol("a", PATIENTS))], ONE)
-        head, worst = first.head(), first.worst(DELTA)
+        head = first.head()
+        worst = first.worst(DELTA)
     with Ledger.open(path) as second:
         assert (second.head(), second.worst(DELTA)) == (head, worst)
         second.verify(head)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.head", "ledger.sqlite", "pseudonym.key"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "ledger.head",
+        "ledger.sqlite",
+        "pseudonym.key",
+    ]
 
 
 def test_on_a_share_that_cannot_flush_folders_the_journal_is_cut_short(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite flushes the folder after it has deleted its journal: an error there would deny a charge that stands."""
+    """SQLite flushes the folder after it has deleted its journal: an error there would deny a
+    charge that stands.
+    """
     monkeypatch.setattr(files, "flush_folder", lambda folder: False)
     with Ledger.open(path) as first:
         first.charge([charge(first.enrol("a", PATIENTS))], ONE)
         assert first._one("PRAGMA journal_mode") == "truncate"
+
     journal = path.with_name("ledger.sqlite-journal")
     assert journal.stat().st_size == 0
-    assert {p.name for p in path.parent.iterdir()} == {"ledger.head", "ledger.sqlite", "pseudonym.key", journal.name}
+    assert {p.name for p in path.parent.iterdir()} == {
+        "ledger.head",
+        "ledger.sqlite",
+        "pseudonym.key",
+        journal.name,
+    }
     monkeypatch.undo()
     with Ledger.open(path) as second:  # and from elsewhere, where folders can be flushed
         second.charge([charge(second.enrol("a", PATIENTS), round=2)], ONE)
         assert len(second.rows()) == 2
+
     with Ledger.open(path, read_only=True) as third:
         assert len(third.rows()) == 2
 
@@ -96,7 +122,8 @@ def test_on_a_share_without_hard_links_a_ledger_is_founded_once(
     ledger_file.create(path, None)  # of somebody who came second
     with Ledger.open(path) as second:
         assert second._genesis == founded and len(second.rows()) == 1
-    told = {p.name for p in path.parent.iterdir() if not p.name.startswith(".")}  # who came second leaves its key
+    # who came second leaves its key
+    told = {p.name for p in path.parent.iterdir() if not p.name.startswith(".")}
     assert told == {"ledger.head", "ledger.sqlite", "pseudonym.key"}
 
 
@@ -109,7 +136,8 @@ def test_the_key_is_for_its_owner_only(path: Path) -> None:
 
 
 def test_two_ledgers_differ_from_their_first_row(tmp_path: Path) -> None:
-    one, two = tmp_path / "a" / "ledger.sqlite", tmp_path / "b" / "ledger.sqlite"
+    one = tmp_path / "a" / "ledger.sqlite"
+    two = tmp_path / "b" / "ledger.sqlite"
     with Ledger.open(one) as a, Ledger.open(two) as b, Ledger.open(None) as c:
         assert len({a.head(), b.head(), c.head()}) == 3
 
@@ -143,7 +171,7 @@ def test_pseudonyms_need_the_key(path: Path) -> None:
         assert book.pseudonym("\ud800") != book.pseudonym("?")  # even what is no text has a name
 
 
-# What fits ------------------------------------------------------------------------------------------------------------
+# What fits ----------------------------------------------------------------------------------------
 
 
 def test_a_roster_is_enrolled_once() -> None:
@@ -152,21 +180,28 @@ def test_a_roster_is_enrolled_once() -> None:
         assert book.enrol("a", [*reversed(PATIENTS), PATIENTS[0]]) == first
         assert book.enrol("b", PATIENTS).id != first.id
         assert book.enrol("a", PATIENTS[1:]).id != first.id
-        assert book.enrol_all({"a": PATIENTS, "c": ["x"]}) == {"a": first, "c": book.enrol("c", ["x"])}
+        assert book.enrol_all({"a": PATIENTS, "c": ["x"]}) == {
+            "a": first,
+            "c": book.enrol("c", ["x"]),
+        }
         assert book.enrol("empty", []).patients == 0
         book.charge([charge(book.enrol("empty", []), Gaussian(1e-3))], ONE)  # nobody pays
 
 
 def test_overspend_is_refused_whole_and_names_what_is_left() -> None:
     with Ledger.open(None) as book:
-        a, b = book.enrol("Charité", PATIENTS), book.enrol("b", ["other"])
+        a = book.enrol("Charité", PATIENTS)
+        b = book.enrol("b", ["other"])
         book.charge([charge(a)] * 4, ONE)
         head = book.head()
         with pytest.raises(BudgetError) as error:
             book.charge([charge(b), charge(a, round=7), charge(a, round=8)], ONE)
-        left = accounting.gaussian_epsilon(1 / math.sqrt(accounting.budget_mu(1.0, DELTA) ** 2 - 0.04), DELTA)
+        left = accounting.gaussian_epsilon(
+            1 / math.sqrt(accounting.budget_mu(1.0, DELTA) ** 2 - 0.04), DELTA
+        )
         asked = accounting.gaussian_epsilon(10 / math.sqrt(2), DELTA)
         spent = accounting.gaussian_epsilon(5.0, DELTA)
+
         for part in (
             "study 's'",
             "site 'Charité'",
@@ -179,6 +214,7 @@ def test_overspend_is_refused_whole_and_names_what_is_left() -> None:
             "privacy.epsilon",
         ):
             assert part in str(error.value)
+
         assert book.head() == head
         assert book.worst(DELTA, site="b") == 0
         book.charge([charge(b), charge(a)], ONE)  # what is left is left
@@ -205,35 +241,57 @@ def test_runs_of_a_study_share_a_budget_and_studies_share_the_lifetime() -> None
         book.charge([charge(a, study="t")] * 4, limits)
         with pytest.raises(BudgetError, match=r"all studies .* privacy\.lifetime_epsilon"):
             book.charge([charge(a, study="u")] * 5, limits)
-        assert book.worst(DELTA, study="t") == pytest.approx(accounting.gaussian_epsilon(5.0, DELTA))
+        assert book.worst(DELTA, study="t") == pytest.approx(
+            accounting.gaussian_epsilon(5.0, DELTA)
+        )
         assert book.worst(DELTA) == pytest.approx(accounting.gaussian_epsilon(10 / 3, DELTA))
 
 
 def test_a_patient_of_two_sites_pays_at_both() -> None:
     with Ledger.open(None) as book:
-        a, b = book.enrol("a", PATIENTS[:8]), book.enrol("b", PATIENTS[6:])
+        a = book.enrol("a", PATIENTS[:8])
+        b = book.enrol("b", PATIENTS[6:])
         book.charge([charge(a)] * 3, ONE)
         book.charge([charge(b)] * 2, ONE)
         with pytest.raises(BudgetError, match="2 of 6 patients"):
             book.charge([charge(b)], ONE)
-        assert [(x.site, x.charges, x.patients, x.worst) for x in book.spent(DELTA)] == [("a", 3, 8, 8), ("b", 2, 6, 6)]
-        assert book.worst(DELTA) == pytest.approx(accounting.gaussian_epsilon(10 / math.sqrt(5), DELTA))
-        both, one = book.pseudonym(PATIENTS[7]), book.pseudonym(PATIENTS[0])
+        assert [(x.site, x.charges, x.patients, x.worst) for x in book.spent(DELTA)] == [
+            ("a", 3, 8, 8),
+            ("b", 2, 6, 6),
+        ]
+        assert book.worst(DELTA) == pytest.approx(
+            accounting.gaussian_epsilon(10 / math.sqrt(5), DELTA)
+        )
+        both = book.pseudonym(PATIENTS[7])
+        one = book.pseudonym(PATIENTS[0])
         assert book.worst(DELTA, pseudonym=both) == book.worst(DELTA)
-        assert book.worst(DELTA, pseudonym=one) == book.worst(DELTA, site="a") == book.spent(DELTA, site="a")[0].epsilon
-        assert [(x.site, x.patients, x.worst) for x in book.spent(DELTA, pseudonym=both)] == [("a", 1, 1), ("b", 1, 1)]
+        assert (
+            book.worst(DELTA, pseudonym=one)
+            == book.worst(DELTA, site="a")
+            == book.spent(DELTA, site="a")[0].epsilon
+        )
+        assert [(x.site, x.patients, x.worst) for x in book.spent(DELTA, pseudonym=both)] == [
+            ("a", 1, 1),
+            ("b", 1, 1),
+        ]
         assert book.spent(DELTA, pseudonym="nobody") == []
         assert book.worst(DELTA, pseudonym="nobody") == 0
 
 
 def test_an_account_counts_those_who_paid_most() -> None:
     with Ledger.open(None) as book:
-        early, late = book.enrol("a", PATIENTS[:10]), book.enrol("a", PATIENTS)
+        early = book.enrol("a", PATIENTS[:10])
+        late = book.enrol("a", PATIENTS)
         book.charge([charge(early)], ONE)
         book.charge([charge(late), charge(late, study="t")], ONE)
         epsilon = accounting.gaussian_epsilon(10 / math.sqrt(2), DELTA)
-        assert book.spent(DELTA, study="s") == [Spent("s", "a", pytest.approx(epsilon), DELTA, 2, 12, 10)]
-        assert [(x.study, x.charges, x.worst) for x in book.spent(DELTA)] == [("s", 2, 10), ("t", 1, 12)]
+        assert book.spent(DELTA, study="s") == [
+            Spent("s", "a", pytest.approx(epsilon), DELTA, 2, 12, 10)
+        ]
+        assert [(x.study, x.charges, x.worst) for x in book.spent(DELTA)] == [
+            ("s", 2, 10),
+            ("t", 1, 12),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +316,14 @@ def test_a_calibrated_plan_fits_to_its_last_round(
             book.charge([charge(a, event(z, 1))], ONE)
 
 
-def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of_patients(path: Path) -> None:
-    """Whoever paid by the declared number of patients has spent more than was claimed, and finds less left."""
-    old, half = TruncatedPoissonGaussian(100, 0.25, 45, 6.0, 20), PoissonGaussian(0.25, 3.0, 20)
+def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of_patients(
+    path: Path,
+) -> None:
+    """Whoever paid by the declared number of patients has spent more than was claimed, and finds
+    less left.
+    """
+    old = TruncatedPoissonGaussian(100, 0.25, 45, 6.0, 20)
+    half = PoissonGaussian(0.25, 3.0, 20)
     with Ledger.open(path) as book:
         book.charge([charge(book.enrol("a", PATIENTS), old)], FREE)
         book.charge([charge(book.enrol("b", ["another"]), half)], FREE)
@@ -274,7 +337,13 @@ def test_the_capped_event_of_older_ledgers_is_read_and_counted_for_any_number_of
 def test_impossible_limits_are_refused() -> None:
     with Ledger.open(None) as book:
         a = book.enrol("a", PATIENTS)
-        for epsilon, delta in [(-1.0, DELTA), (0.0, DELTA), (math.nan, DELTA), (1.0, 0.0), (1.0, math.nan)]:
+        for epsilon, delta in [
+            (-1.0, DELTA),
+            (0.0, DELTA),
+            (math.nan, DELTA),
+            (1.0, 0.0),
+            (1.0, math.nan),
+        ]:
             for limits in (Limits(epsilon, delta), Limits(math.inf, delta, epsilon)):
                 with pytest.raises(PlanError, match="expected"):
                     book.charge([charge(a)], limits)
@@ -288,15 +357,26 @@ def test_a_cohort_of_another_ledger_is_refused() -> None:
         assert book.rows() == []
 
 
-EVENTS: list[Event] = [Gaussian(8.0), Gaussian(15.0, 2), PoissonGaussian(0.1, 1.5), Laplace(20.0), Gaussian(40.0)]
+EVENTS: list[Event] = [
+    Gaussian(8.0),
+    Gaussian(15.0, 2),
+    PoissonGaussian(0.1, 1.5),
+    Laplace(20.0),
+    Gaussian(40.0),
+]
 
 
 @settings(max_examples=60)
 @given(
     kinds=st.sampled_from([1, 2, len(EVENTS)]),
-    limits=st.builds(Limits, st.sampled_from([0.5, 1.0]), st.just(DELTA), st.sampled_from([1.0, 1.5, math.inf])),
+    limits=st.builds(
+        Limits, st.sampled_from([0.5, 1.0]), st.just(DELTA), st.sampled_from([1.0, 1.5, math.inf])
+    ),
     rosters=st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=4),
-    batches=st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 9)), max_size=3), max_size=25),
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 9)), max_size=3),
+        max_size=25,
+    ),
 )
 def test_what_is_accepted_is_what_a_plain_sum_per_patient_accepts(
     kinds: int, limits: Limits, rosters: list[set[int]], batches: list[list[tuple[int, bool, int]]]
@@ -305,25 +385,37 @@ def test_what_is_accepted_is_what_a_plain_sum_per_patient_accepts(
     with Ledger.open(None) as book:
         cohorts: dict[int, Cohort] = {}
         for batch in batches:
-            charges, after = [], [list(paid) for paid in twin]
+            charges = []
+            after = [list(paid) for paid in twin]
             for site, second, kind in batch:
-                site, study, event = site % len(rosters), "st"[second], EVENTS[kind % kinds]
+                site = site % len(rosters)
+                study = "st"[second]
+                event = EVENTS[kind % kinds]
                 if site not in cohorts:  # enrolled late, when others have paid
                     cohorts[site] = book.enrol(f"site {site}", [PATIENTS[i] for i in rosters[site]])
                 charges.append(charge(cohorts[site], event, study))
                 for patient in rosters[site]:
                     after[patient].append((study, event))
+
             try:
                 book.charge(charges, limits)
-                twin, accepted = after, True
+                twin = after
+                accepted = True
             except BudgetError:
                 accepted = False
+
             assert accepted == all(_within(paid, limits) for paid in after)
+
         for patient, paid in zip(PATIENTS, twin, strict=False):
             name = book.pseudonym(patient)
             assert _within(paid, limits)
-            assert book.worst(DELTA, pseudonym=name) == pytest.approx(_plain_epsilon([event for _, event in paid]))
-        assert book.worst(DELTA) == pytest.approx(max(_plain_epsilon([event for _, event in paid]) for paid in twin))
+            assert book.worst(DELTA, pseudonym=name) == pytest.approx(
+                _plain_epsilon([event for _, event in paid])
+            )
+
+        assert book.worst(DELTA) == pytest.approx(
+            max(_plain_epsilon([event for _, event in paid]) for paid in twin)
+        )
         before = book.spent(DELTA), book.worst(DELTA)
         book.verify()  # what is read again from rows alone is the same
         assert (book.spent(DELTA), book.worst(DELTA)) == before
@@ -331,7 +423,10 @@ def test_what_is_accepted_is_what_a_plain_sum_per_patient_accepts(
 
 def _within(paid: list[tuple[str, Event]], limits: Limits) -> bool:
     scopes = [[event for study, event in paid if study == name] for name in "st"]
-    pairs = [*((events, limits.epsilon) for events in scopes), ([event for _, event in paid], limits.lifetime_epsilon)]
+    pairs = [
+        *((events, limits.epsilon) for events in scopes),
+        ([event for _, event in paid], limits.lifetime_epsilon),
+    ]
     return all(_plain_fits(events, epsilon) for events, epsilon in pairs)
 
 
@@ -339,7 +434,10 @@ def _plain_fits(events: list[Event], epsilon: float) -> bool:
     if epsilon == math.inf:
         return True
     if all(isinstance(event, Gaussian) for event in events):
-        return sum(accounting.gdp_mu(event) ** 2 for event in events) <= accounting.budget_mu(epsilon, DELTA) ** 2
+        return (
+            sum(accounting.gdp_mu(event) ** 2 for event in events)
+            <= accounting.budget_mu(epsilon, DELTA) ** 2
+        )
     total = sum((accounting.rdp(event) for event in events), np.zeros(len(accounting.ORDERS)))
     return bool((total <= accounting.budget_rdp(epsilon, DELTA)).any())
 
@@ -348,7 +446,9 @@ def _plain_epsilon(events: list[Event]) -> float:
     if not events:
         return 0.0
     if all(isinstance(event, Gaussian) for event in events):
-        return accounting.gaussian_epsilon(sum(accounting.gdp_mu(e) ** 2 for e in events) ** -0.5, DELTA)
+        return accounting.gaussian_epsilon(
+            sum(accounting.gdp_mu(e) ** 2 for e in events) ** -0.5, DELTA
+        )
     return accounting.epsilon_from_rdp(sum(accounting.rdp(event) for event in events), DELTA)
 
 
@@ -356,10 +456,24 @@ def test_rows_tell_everything() -> None:
     with Ledger.open(None) as book:
         a = book.enrol("a", PATIENTS)
         genesis = book.head()
-        book.charge([Charge("s", "r9", a, 3, "round", STEP), Charge("s", "r9", a, 3, "count", Laplace(9.0))], FREE)
+        book.charge(
+            [
+                Charge("s", "r9", a, 3, "round", STEP),
+                Charge("s", "r9", a, 3, "count", Laplace(9.0)),
+            ],
+            FREE,
+        )
         first, second = book.rows()
         assert first == {
-            **{"seq": 1, "study": "s", "run": "r9", "site": "a", "cohort": a.id, "round": 3, "label": "round"},
+            **{
+                "seq": 1,
+                "study": "s",
+                "run": "r9",
+                "site": "a",
+                "cohort": a.id,
+                "round": 3,
+                "label": "round",
+            },
             **{
                 "event": privacy_events.to_json(STEP),
                 "previous": genesis,
@@ -372,7 +486,7 @@ def test_rows_tell_everything() -> None:
         assert book.head() == second["hash"]
 
 
-# Several at once ------------------------------------------------------------------------------------------------------
+# Several at once ----------------------------------------------------------------------------------
 
 CHILD = """
 import os, signal, sys, time
@@ -415,7 +529,9 @@ for number in range(1, 10**9):
 
 def _start(path: Path, name: str, *code: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", "".join((CHILD, *code)), str(path), name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_found_one_ledger_and_spend_one_budget(path: Path) -> None:
@@ -433,7 +549,8 @@ def test_two_processes_found_one_ledger_and_spend_one_budget(path: Path) -> None
         acknowledged[name] = [int(line) for line in out.split()]
     with Ledger.open(path) as book:
         rows = book.rows()
-        assert len(rows) == math.floor((30 * accounting.budget_mu(1.0, DELTA)) ** 2)  # 50: none lost, none twice
+        # 50: none lost, none twice
+        assert len(rows) == math.floor((30 * accounting.budget_mu(1.0, DELTA)) ** 2)
         for name, numbers in acknowledged.items():
             assert [row["round"] for row in rows if row["run"] == name] == numbers
         assert book.worst(DELTA) <= 1
@@ -443,7 +560,8 @@ def test_two_processes_found_one_ledger_and_spend_one_budget(path: Path) -> None
 
 def test_an_open_ledger_sees_what_others_append(path: Path) -> None:
     with Ledger.open(path) as one, Ledger.open(path) as two:
-        a, b = one.enrol("a", PATIENTS), two.enrol("b", PATIENTS)
+        a = one.enrol("a", PATIENTS)
+        b = two.enrol("b", PATIENTS)
         for book, cohort in [(one, a), (two, b), (two, a), (one, b), (one, a)]:
             book.charge([charge(cohort)], ONE)
             assert one.head() == two.head()
@@ -474,7 +592,7 @@ def test_threads_of_a_process_share_a_ledger(path: Path) -> None:
         book.verify()
 
 
-# Crashes --------------------------------------------------------------------------------------------------------------
+# Crashes ------------------------------------------------------------------------------------------
 
 
 @on_posix
@@ -485,19 +603,22 @@ def test_a_kill_at_any_time_loses_no_acknowledged_charge(path: Path, seed: int) 
     for life in range(2):
         child = _start(path, f"life {life}", ENROL, FOR_EVER)
         assert child.stdout is not None
-        out = child.stdout.readline()  # it charges; now at any time, most of which a charge spends in its commit
+        # it charges; now at any time, most of which a charge spends in its commit
+        out = child.stdout.readline()
         select.select([], [], [], chance.uniform(0, 0.05))
         child.send_signal(signal.SIGKILL)
         rest, err = child.communicate(timeout=60)
         assert err == ""
-        last = int((out + rest).split("\n")[-2])  # of whole lines; some between lie in readline's buffer
+        # of whole lines; some between lie in readline's buffer
+        last = int((out + rest).split("\n")[-2])
         with Ledger.open(path) as book:
             rows = [row for row in book.rows() if row["run"] == f"life {life}"]
             assert [row["round"] for row in rows][:last] == list(range(1, last + 1))
             assert len(rows) <= last + 1  # at most the one that it died in
             acknowledged += last
             assert len(book.rows()) >= acknowledged
-            book.charge([charge(book.enrol("a", ["p", "q"]))], Limits(1e9, DELTA))  # and life goes on
+            # and life goes on
+            book.charge([charge(book.enrol("a", ["p", "q"]))], Limits(1e9, DELTA))
 
 
 DIES = """
@@ -514,7 +635,9 @@ os.kill(os.getpid(), signal.SIGKILL)  # between charge and training
 
 
 @on_posix
-@pytest.mark.parametrize(("point", "stands"), [("BEGIN", 1), ("SELECT", 1), ("INSERT", 1), ("COMMIT", 1), ("never", 2)])
+@pytest.mark.parametrize(
+    ("point", "stands"), [("BEGIN", 1), ("SELECT", 1), ("INSERT", 1), ("COMMIT", 1), ("never", 2)]
+)
 def test_a_charge_stands_from_its_acknowledgement_on(path: Path, point: str, stands: int) -> None:
     child = _start(path, "r", ENROL, f"POINT = {point!r}", DIES)
     out, err = child.communicate(timeout=60)
@@ -570,14 +693,15 @@ def test_a_full_disk_refuses_and_keeps_what_stands(path: Path) -> None:
         assert [row["round"] for row in book.rows()] == [int(line) for line in acknowledged]
 
 
-# Append-only, and what shows tampering --------------------------------------------------------------------------------
+# Append-only, and what shows tampering ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     with Ledger.open(folder / "ledger.sqlite") as book:
-        a, b = book.enrol("a", PATIENTS[:7]), book.enrol("b", PATIENTS[5:])
+        a = book.enrol("a", PATIENTS[:7])
+        b = book.enrol("b", PATIENTS[5:])
         book.charge([charge(a), charge(b), charge(a, Laplace(99.0))], FREE)
         book.charge([charge(b, study="t"), charge(a, round=2)], FREE)
     return folder
@@ -618,7 +742,9 @@ def test_sql_can_only_append(written: Path, table: str, statement: str) -> None:
 def tamper(path: Path, *statements: str) -> None:
     """Change the file as one who knows SQLite: without the triggers, which are put back."""
     with raw(path) as sql:
-        triggers = sql.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        triggers = sql.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
         for name, _ in triggers:
             sql.execute(f"DROP TRIGGER {name}")
         for statement in statements:
@@ -651,8 +777,8 @@ SWAP = [f"UPDATE charges SET seq = {a} WHERE seq = {b}" for a, b in ((99, 2), (2
         ("row 3", ["DELETE FROM charges WHERE seq = 3", "UPDATE charges SET seq = seq - 1 WHERE seq > 3"]),
         ("row 5", ["DELETE FROM charges WHERE seq = 5"]),
         ("row 1", ["DELETE FROM charges"]),
-        ("row 6", ["INSERT INTO charges SELECT 6, time, study, run, site, cohort, round, label, event, previous, hash "
-                   "FROM charges WHERE seq = 5"]),
+        ("row 6", ["INSERT INTO charges SELECT 6, time, study, run, site, cohort, round, label, event, "
+            "previous, hash FROM charges WHERE seq = 5"]),
         ("row 2", SWAP),
         ("row 0", ["UPDATE genesis SET content = replace(content, '\"format\":2', '\"format\":0')"]),
         ("row 0", ["DELETE FROM genesis"]),
@@ -666,7 +792,9 @@ SWAP = [f"UPDATE charges SET seq = {a} WHERE seq = {b}" for a, b in ((99, 2), (2
         ("cohort", ["DELETE FROM cohorts"]),
     ],
 )  # fmt: skip
-def test_tampering_is_found_and_the_run_refused(written: Path, row: str, statements: list[str]) -> None:
+def test_tampering_is_found_and_the_run_refused(
+    written: Path, row: str, statements: list[str]
+) -> None:
     tamper(written, *statements)
     for read_only in (False, True):
         with pytest.raises(LedgerError, match=rf"{row}\b.*The run is refused.*Restore it"):
@@ -677,14 +805,19 @@ def test_a_changed_row_with_its_hash_made_good_is_found_at_the_next(written: Pat
     with raw(written) as sql:
         row = list(sql.execute("SELECT * FROM charges WHERE seq = 2").fetchone()[:-1])
     row[8] = row[8].replace("10.0", "99.0")  # a cheaper event
-    tamper(written, f"UPDATE charges SET event = '{row[8]}', hash = '{ledger_file.row_hash(row)}' WHERE seq = 2")
+    tamper(
+        written,
+        f"UPDATE charges SET event = '{row[8]}', hash = '{ledger_file.row_hash(row)}' WHERE seq "
+        "= 2",
+    )
     with pytest.raises(LedgerError, match="row 3 "):
         Ledger.open(written)
 
 
 def test_pages_that_do_not_add_up_are_found(written: Path) -> None:
     content = bytearray(written.read_bytes())
-    content[39] += 1  # of the header: how many pages are free; a later charge would be written over others
+    # of the header: how many pages are free; a later charge would be written over others
+    content[39] += 1
     written.write_bytes(content)
     with pytest.raises(LedgerError, match="is damaged"):
         Ledger.open(written)
@@ -719,7 +852,9 @@ def test_a_ledger_cut_short_with_care_is_found_by_its_head(written: Path) -> Non
     with pytest.raises(LedgerError, match="older than the last head"):
         Ledger.open(written)
     anchor = written.with_name("ledger.head")
-    anchor.write_text(anchor.read_text().replace(str(told[1]), str(told[0])).replace('"seq":5', '"seq":4'))
+    anchor.write_text(
+        anchor.read_text().replace(str(told[1]), str(told[0])).replace('"seq":5', '"seq":4')
+    )
     with Ledger.open(written) as book:  # the chain is whole: nothing in the file can tell
         book.verify()
         book.verify(str(told[0]))
@@ -749,7 +884,8 @@ def test_a_truncated_file_is_refused(written: Path) -> None:
 
 
 def test_a_damaged_byte_is_refused_or_changes_nothing(written: Path) -> None:
-    content, chance = written.read_bytes(), random.Random(0)
+    content = written.read_bytes()
+    chance = random.Random(0)
     with Ledger.open(written, read_only=True) as book:
         expected = (book.rows(), book.spent(DELTA), book.head())
     used = [i for i, byte in enumerate(content) if byte]  # a page's unused middle is nobody's
@@ -822,17 +958,27 @@ def test_without_its_key_a_ledger_cannot_be_charged(written: Path) -> None:
     Ledger.open(written).close()
 
 
-# Refusals of the system -----------------------------------------------------------------------------------------------
+# Refusals of the system ---------------------------------------------------------------------------
 
 
 def test_a_locked_ledger_is_told(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
-    with Ledger.open(written) as book, closing(sqlite3.connect(written, isolation_level=None)) as other:
+    with (
+        Ledger.open(written) as book,
+        closing(sqlite3.connect(written, isolation_level=None)) as other,
+    ):
         a = book.enrol("a", PATIENTS[:7])
         other.execute("BEGIN EXCLUSIVE")
-        for use in (lambda: Ledger.open(written), lambda: book.charge([charge(a)], FREE), book.head):
-            with pytest.raises(LedgerError, match=f"{re.escape(str(written))} has been locked by another process"):
+        for use in (
+            lambda: Ledger.open(written),
+            lambda: book.charge([charge(a)], FREE),
+            book.head,
+        ):
+            with pytest.raises(
+                LedgerError, match=f"{re.escape(str(written))} has been locked by another process"
+            ):
                 use()
+
         other.execute("ROLLBACK")
         book.charge([charge(a)], FREE)  # and goes on when it is free
         other.execute("BEGIN")
@@ -853,7 +999,8 @@ def test_it_waits_for_others_as_long_as_it_says() -> None:
 
 def test_it_is_flushed_at_every_commit(path: Path) -> None:
     with Ledger.open(path) as book:
-        assert book._sql.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA: FULL and the folder
+        # EXTRA: FULL and the folder
+        assert book._sql.execute("PRAGMA synchronous").fetchone() == (3,)
         assert book._sql.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
@@ -880,7 +1027,9 @@ def powerless() -> Iterator[None]:
 
 
 @on_posix
-@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o555, 0o666), (0o777, 0o444), (0o555, 0o444)])
+@pytest.mark.parametrize(
+    ("folder_mode", "file_mode"), [(0o555, 0o666), (0o777, 0o444), (0o555, 0o444)]
+)
 def test_a_disk_that_cannot_be_written_is_refused_at_once(
     shared_folder: Path, folder_mode: int, file_mode: int
 ) -> None:
@@ -905,7 +1054,9 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(shared_folder: Path)
     shared_folder.chmod(0o555)
     with powerless():
         for place in (shared_folder / "ledger.sqlite", shared_folder / "below" / "ledger.sqlite"):
-            with pytest.raises(LedgerError, match=r"cannot be opened or written: Permission denied"):
+            with pytest.raises(
+                LedgerError, match=r"cannot be opened or written: Permission denied"
+            ):
                 Ledger.open(place)
     assert list(shared_folder.iterdir()) == []
 
@@ -925,7 +1076,7 @@ def test_reading_founds_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# The lifetime budget --------------------------------------------------------------------------------------------------
+# The lifetime budget ------------------------------------------------------------------------------
 
 BOUND = Lifetime(1.0, DELTA, "canonical", "Ada", "the ethics board, 2026-3")
 WIDE = Limits(1e9, 1e-2)  # what a study might ask for
@@ -937,18 +1088,30 @@ def test_a_lifetime_budget_bounds_every_study_at_its_own_delta() -> None:
         a = book.enrol("a", PATIENTS)
         book.charge([charge(a, study="s")] * 3, WIDE)
         book.charge([charge(a, study="t")] * 2, WIDE)
-        for study, limits in [("s", WIDE), ("t", WIDE), ("u", ONE), ("v", Limits(math.inf, 0.5, math.inf))]:
+        for study, limits in [
+            ("s", WIDE),
+            ("t", WIDE),
+            ("u", ONE),
+            ("v", Limits(math.inf, 0.5, math.inf)),
+        ]:
             for use in (book.check, book.charge):
-                with pytest.raises(BudgetError, match=r"In all studies .* of 1 \(delta=1e-06\).*medfed privacy budget"):
+                with pytest.raises(
+                    BudgetError,
+                    match=r"In all studies .* of 1 \(delta=1e-06\).*medfed privacy budget",
+                ):
                     use([charge(a, study=study)], limits)
         assert book.worst(DELTA) <= 1
-        with pytest.raises(BudgetError, match=r"privacy\.lifetime_epsilon"):  # a study may ask for less
-            book.charge([charge(book.enrol("b", ["new"]))] * 2, Limits(1.0, DELTA, lifetime_epsilon=0.5))
+        # a study may ask for less
+        with pytest.raises(BudgetError, match=r"privacy\.lifetime_epsilon"):
+            book.charge(
+                [charge(book.enrol("b", ["new"]))] * 2, Limits(1.0, DELTA, lifetime_epsilon=0.5)
+            )
 
 
 def test_it_holds_without_being_named_and_for_whoever_opens_the_ledger(path: Path) -> None:
     Ledger.open(path, founding=BOUND).close()
-    for founding in (None, Lifetime(1e9, 0.5)):  # what another founds where there is one, is not heeded
+    # what another founds where there is one, is not heeded
+    for founding in (None, Lifetime(1e9, 0.5)):
         with Ledger.open(path, founding=founding) as book:
             assert book.lifetime == BOUND and not book.founded
             with pytest.raises(BudgetError, match="all studies"):
@@ -971,6 +1134,7 @@ def test_the_operator_changes_it_on_record_and_an_open_ledger_heeds_it(path: Pat
             book.charge([charge(a, Gaussian(1e6))], WIDE)
         assert [row["round"] for row in book.rows()] == [1] * 6  # no charge among them
         book.verify(head)
+
     with Ledger.open(path, read_only=True) as book:
         told = [(d["kind"], d["epsilon"], d["operator"], d["reason"]) for d in book.decisions()]
         assert told == [
@@ -995,7 +1159,10 @@ def test_nothing_is_decided_by_nobody_or_for_no_reason(operator: str, reason: st
 def test_what_bounds_nothing_is_no_lifetime_budget(epsilon: float, delta: float) -> None:
     with pytest.raises(PlanError, match="expected a number"):
         Lifetime(epsilon, delta)
-    with Ledger.open(None, founding=BOUND) as book, pytest.raises(PlanError, match="expected a number"):
+    with (
+        Ledger.open(None, founding=BOUND) as book,
+        pytest.raises(PlanError, match="expected a number"),
+    ):
         book.decide(epsilon, delta, "Bo", "why")
 
 
@@ -1013,10 +1180,16 @@ def old_ledger(path: Path, *patients: str) -> None:
     with Ledger.open(path) as book:
         book.charge([charge(book.enrol("a", patients))], FREE)
         rows = book.rows()
+
     with raw(path) as sql:
-        content = sql.execute("SELECT content FROM genesis").fetchone()[0].replace('"format":2', '"format":1')
+        content = (
+            sql.execute("SELECT content FROM genesis")
+            .fetchone()[0]
+            .replace('"format":2', '"format":1')
+        )
         row = list(sql.execute("SELECT * FROM charges").fetchone()[:-1])
         row[-1] = ledger_file.sha256(content)
+
     assert len(rows) == 1
     tamper(
         path,
@@ -1027,7 +1200,9 @@ def old_ledger(path: Path, *patients: str) -> None:
     path.with_name("ledger.head").unlink()
 
 
-def test_an_old_ledger_opens_and_is_charged_when_the_operator_has_said_its_budget(path: Path) -> None:
+def test_an_old_ledger_opens_and_is_charged_when_the_operator_has_said_its_budget(
+    path: Path,
+) -> None:
     old_ledger(path, "P-017")
     with Ledger.open(path, read_only=True) as book:
         assert book.lifetime is None and len(book.rows()) == 1
@@ -1041,10 +1216,12 @@ def test_an_old_ledger_opens_and_is_charged_when_the_operator_has_said_its_budge
         book.charge([charge(a)] * 4, WIDE)  # one was paid long ago
         with pytest.raises(BudgetError, match="all studies"):
             book.charge([charge(a)], WIDE)
-        assert book.pseudonym("P-017") != book.pseudonym("p-017")  # its pseudonyms were made of texts as they are
+        # its pseudonyms were made of texts as they are
+        assert book.pseudonym("P-017") != book.pseudonym("p-017")
     assert rule_of(path) == "exact"
     with raw(path) as sql:
-        assert sql.execute("PRAGMA user_version").fetchone() == (2,)  # an older medfed would not heed the budget
+        # an older medfed would not heed the budget
+        assert sql.execute("PRAGMA user_version").fetchone() == (2,)
 
 
 def test_one_run_s_ledger_needs_none(path: Path) -> None:
@@ -1053,12 +1230,15 @@ def test_one_run_s_ledger_needs_none(path: Path) -> None:
         book.charge([charge(book.enrol("a", PATIENTS))] * 50, FREE)
 
 
-# Who is one patient ---------------------------------------------------------------------------------------------------
+# Who is one patient -------------------------------------------------------------------------------
 
 
 def test_a_name_has_one_pseudonym_however_it_is_written(path: Path) -> None:
     with Ledger.open(path, founding=BOUND) as book:
-        assert len({book.pseudonym(text) for text in ("17", "17.0", "00017", "1.7e1", "+17", " 17")}) == 1
+        assert (
+            len({book.pseudonym(text) for text in ("17", "17.0", "00017", "1.7e1", "+17", " 17")})
+            == 1
+        )
         assert book.pseudonym("MRN-7") == book.pseudonym("mrn-7") != book.pseudonym("mrn-8")
         book.charge([charge(book.enrol("a", ["17", "Erika"]))] * 5, WIDE)
         with pytest.raises(BudgetError):
@@ -1072,7 +1252,8 @@ def test_where_zeros_and_case_carry_meaning_they_do(path: Path) -> None:
         assert len({book.pseudonym(text) for text in ("17", "017", "17.0", "a", "A")}) == 5
         assert book.pseudonym(" 17 ") == book.pseudonym("17")
         book.decide(2.0, DELTA, "Ada", "more")
-        assert book.lifetime is not None and book.lifetime.identity == "exact"  # no decision makes anybody new
+        # no decision makes anybody new
+        assert book.lifetime is not None and book.lifetime.identity == "exact"
     assert rule_of(path) == "exact"
 
 
@@ -1084,7 +1265,7 @@ def test_the_rule_of_no_ledger_is_none_and_reading_it_founds_nothing(tmp_path: P
         rule_of(tmp_path / "ledger.sqlite")
 
 
-# What lies beside it --------------------------------------------------------------------------------------------------
+# What lies beside it ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1107,7 +1288,9 @@ def test_yesterdays_ledger_is_refused(written: Path, yesterday: Path) -> None:
     everywhere_refused(written, r"older than the last head .*medfed privacy accept")
 
 
-def test_a_rolled_back_ledger_that_was_charged_again_is_refused(written: Path, yesterday: Path) -> None:
+def test_a_rolled_back_ledger_that_was_charged_again_is_refused(
+    written: Path, yesterday: Path
+) -> None:
     """As many rows as before, and other ones."""
     with Ledger.open(yesterday) as book:
         book.charge([charge(book.enrol("b", PATIENTS[5:]))] * 2, FREE)
@@ -1133,7 +1316,9 @@ def test_without_its_anchor_a_ledger_is_refused(written: Path, yesterday: Path) 
     everywhere_refused(written, "ledger.head is missing")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"ledger": "x", "seq": "many", "head": ""}', "\0" * 200])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"ledger": "x", "seq": "many", "head": ""}', "\0" * 200]
+)
 def test_a_damaged_anchor_is_refused(written: Path, content: str) -> None:
     written.with_name("ledger.head").write_text(content)
     everywhere_refused(written, r"ledger\.head is damaged")
@@ -1144,32 +1329,43 @@ def test_two_sites_ledgers_cannot_be_swapped(tmp_path: Path) -> None:
     for path in sites:
         with Ledger.open(path, founding=BOUND) as book:
             book.charge([charge(book.enrol("a", PATIENTS))] * (1 + (path == sites[1])), WIDE)
+
     for swapped in (["ledger.sqlite"], ["ledger.sqlite", "pseudonym.key"]):
         for name in swapped:
             one, two = (path.with_name(name) for path in sites)
             one.rename(tmp_path / "aside")
             two.rename(one)
             (tmp_path / "aside").rename(two)
+
         for path in sites:
-            with pytest.raises(LedgerError, match=r"is not the key of|is another ledger, or was founded anew"):
+            with pytest.raises(
+                LedgerError, match=r"is not the key of|is another ledger, or was founded anew"
+            ):
                 Ledger.open(path)
             with pytest.raises(LedgerError, match="is another ledger, or was founded anew"):
                 Ledger.open(path, read_only=True)
+
         for name in swapped:
             one, two = (path.with_name(name) for path in sites)
             one.rename(tmp_path / "aside")
             two.rename(one)
             (tmp_path / "aside").rename(two)
+
     for path in sites:
         Ledger.open(path).close()
 
 
-def test_whose_whole_folder_is_yesterdays_is_found_by_a_head_told_elsewhere(written: Path, yesterday: Path) -> None:
+def test_whose_whole_folder_is_yesterdays_is_found_by_a_head_told_elsewhere(
+    written: Path, yesterday: Path
+) -> None:
     """Nothing in the folder can tell: that is what the heads in claims and run folders are for."""
     with Ledger.open(written) as book:
         head = book.head()
         book.refuse_without(head)
-    with Ledger.open(yesterday) as book, pytest.raises(LedgerError, match="of an earlier claim is not in it"):
+    with (
+        Ledger.open(yesterday) as book,
+        pytest.raises(LedgerError, match="of an earlier claim is not in it"),
+    ):
         book.refuse_without(head)
 
 
@@ -1196,7 +1392,9 @@ charge(2)
 
 @on_posix
 @pytest.mark.parametrize("place", ["_tell_head", "_advance_anchor", "_write_anchor"])
-def test_a_kill_between_charge_and_anchor_leaves_a_ledger_that_opens(path: Path, place: str) -> None:
+def test_a_kill_between_charge_and_anchor_leaves_a_ledger_that_opens(
+    path: Path, place: str
+) -> None:
     """The anchor may lag behind the ledger, by what the crash cut off; it is never ahead of it."""
     child = _start(path, "r", ENROL, DIES_TELLING.replace("POINT", place))
     out, err = child.communicate(timeout=60)
@@ -1242,7 +1440,10 @@ def test_a_crash_between_ledger_and_key_is_completed(path: Path, when: str) -> N
 
 @on_posix
 def test_many_processes_found_one_ledger(path: Path) -> None:
-    code = "ledger = Ledger.open(path)\nprint(ledger._genesis['id'], ledger.pseudonym('p'), ledger.founded)\n"
+    code = (
+        "ledger = Ledger.open(path)\nprint(ledger._genesis['id'], ledger.pseudonym('p'), "
+        "ledger.founded)\n"
+    )
     children = [_start(path, str(number), code) for number in range(5)]
     told = []
     for child in children:
@@ -1250,10 +1451,16 @@ def test_many_processes_found_one_ledger(path: Path) -> None:
         assert (child.returncode, err) == (0, "")
         told.append(out.split())
     assert len({(one[0], one[1]) for one in told}) == 1
-    assert sorted(place.name for place in path.parent.iterdir()) == ["ledger.head", "ledger.sqlite", "pseudonym.key"]
+    assert sorted(place.name for place in path.parent.iterdir()) == [
+        "ledger.head",
+        "ledger.sqlite",
+        "pseudonym.key",
+    ]
 
 
-def test_an_operator_accepts_an_old_copy_by_its_head_and_it_stays_on_record(written: Path, yesterday: Path) -> None:
+def test_an_operator_accepts_an_old_copy_by_its_head_and_it_stays_on_record(
+    written: Path, yesterday: Path
+) -> None:
     shutil.copy(yesterday, written)
     with Ledger.open(yesterday, read_only=True) as book:
         head = book.head()
@@ -1264,21 +1471,27 @@ def test_an_operator_accepts_an_old_copy_by_its_head_and_it_stays_on_record(writ
     ]:
         with pytest.raises((LedgerError, PlanError), match=words):
             Ledger.accept(written, mine, operator, reason)
+
     everywhere_refused(written, "older than the last head")
     Ledger.accept(written, head, "Ada", "the disk died")
     with Ledger.open(written) as book:
         assert (
-            book.decisions()[-1].items() >= {"kind": "accepted", "operator": "Ada", "reason": "the disk died"}.items()
+            book.decisions()[-1].items()
+            >= {"kind": "accepted", "operator": "Ada", "reason": "the disk died"}.items()
         )
         assert len(book.rows()) == 5
         book.charge([charge(book.enrol("a", PATIENTS[:7]))], FREE)
+
     Ledger.open(written).close()
 
 
 def test_a_plan_is_counted_inside_the_transaction(tmp_path: Path) -> None:
     """Two processes that looked at the same moment: the second finds what the first has written."""
     limits = Limits(math.inf, DELTA, planned={"round": 2})
-    with Ledger.open(tmp_path / "ledger.sqlite") as one, Ledger.open(tmp_path / "ledger.sqlite") as two:
+    with (
+        Ledger.open(tmp_path / "ledger.sqlite") as one,
+        Ledger.open(tmp_path / "ledger.sqlite") as two,
+    ):
         cohort = one.enrol("a", ["p", "q"])
         one.charge([charge(cohort)], limits)
         two.charge([charge(two.enrol("a", ["p", "q"]))], limits)

@@ -1,4 +1,5 @@
-"""Noise on the grid: exact probabilities where they can be counted, statistics with power where they cannot.
+"""Noise on the grid: exact probabilities where they can be counted, statistics with power where
+they cannot.
 
 Keys of the statistical tests are fixed, so what passes once always passes.
 """
@@ -56,7 +57,8 @@ class Script(Entropy):
         self.left = list(words)
 
     def words(self, count: int) -> np.ndarray:
-        taken, self.left = self.left[:count], self.left[count:]
+        taken = self.left[:count]
+        self.left = self.left[count:]
         assert len(taken) == count
         return np.array(taken, np.uint64)
 
@@ -72,11 +74,15 @@ def _aes_ctr(key: bytes, words: int) -> np.ndarray:
 
 @settings(max_examples=30)
 @given(st.binary(min_size=32, max_size=32), st.lists(st.integers(0, 70), max_size=6))
-def test_words_are_aes_in_counter_mode_however_they_are_asked_for(key: bytes, counts: list[int]) -> None:
+def test_words_are_aes_in_counter_mode_however_they_are_asked_for(
+    key: bytes, counts: list[int]
+) -> None:
     entropy = Entropy(key)
     drawn = [entropy.words(count) for count in counts]
     assert [len(words) for words in drawn] == counts
-    assert np.array_equal(np.concatenate([*drawn, np.empty(0, np.uint64)]), _aes_ctr(key, sum(counts)))
+    assert np.array_equal(
+        np.concatenate([*drawn, np.empty(0, np.uint64)]), _aes_ctr(key, sum(counts))
+    )
 
 
 def test_words_longer_than_a_piece_are_the_same_stream() -> None:
@@ -84,7 +90,8 @@ def test_words_longer_than_a_piece_are_the_same_stream() -> None:
 
 
 def test_no_word_comes_twice() -> None:
-    once, again = Entropy(), Entropy()
+    once = Entropy()
+    again = Entropy()
     words = np.concatenate([once.words(1000), once.words(1000), again.words(1000)])
     assert len(np.unique(words)) == 3000
 
@@ -102,13 +109,19 @@ def test_a_forked_process_takes_a_new_key(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_threads_share_one_stream_without_repeating_it() -> None:
-    entropy, drawn = _entropy("threads"), []
-    threads = [threading.Thread(target=lambda: drawn.extend(entropy.words(2000) for _ in range(20))) for _ in range(4)]
+    entropy = _entropy("threads")
+    drawn = []
+    threads = [
+        threading.Thread(target=lambda: drawn.extend(entropy.words(2000) for _ in range(20)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert np.array_equal(np.sort(np.concatenate(drawn)), np.sort(_aes_ctr(_key("threads"), 160_000)))
+    assert np.array_equal(
+        np.sort(np.concatenate(drawn)), np.sort(_aes_ctr(_key("threads"), 160_000))
+    )
 
 
 def test_uniform_numbers_are_uniform_on_their_grid() -> None:
@@ -142,7 +155,8 @@ def test_integers_below_n_are_as_likely_as_each_other(n: int) -> None:
     counts = np.bincount(_entropy(("below", n)).below(n, 20_000), minlength=n)
     assert len(counts) == n
     assert stats.chisquare(counts).pvalue > ALPHA
-    leaning = np.bincount(_entropy(("below", n)).below(2 * n + 1, 20_000) % n)  # a remainder, the classic mistake
+    # a remainder, the classic mistake
+    leaning = np.bincount(_entropy(("below", n)).below(2 * n + 1, 20_000) % n)
     assert n > 8 or stats.chisquare(leaning).pvalue < ALPHA
 
 
@@ -160,7 +174,8 @@ def test_a_word_beyond_n_is_drawn_again() -> None:
 
 def _column_masses(table: mechanisms._AliasTable) -> Counter[int]:
     """P(x) 2^128 as the table's own edges say, counted in whole numbers."""
-    n, masses = len(table.edge), Counter[int]()
+    n = len(table.edge)
+    masses = Counter[int]()
     assert int(table.shift) == 64 - (n.bit_length() - 1)
     for column in range(n):
         edge = (int(table.edge[column]) << 64 | int(table.fine[column])) - column * (2**128 // n)
@@ -171,7 +186,9 @@ def _column_masses(table: mechanisms._AliasTable) -> Counter[int]:
 
 
 def _table_masses(table: mechanisms._Table) -> Counter[int]:
-    """P(x) 2^128 of a table: 2^112 for every quarter word that is the value's own, and its part of the others."""
+    """P(x) 2^128 of a table: 2^112 for every quarter word that is the value's own, and its part of
+    the others.
+    """
     own = Counter(table.direct.tolist())
     left = own.pop(mechanisms._REST)
     masses = Counter({x: n * 2**112 for x, n in own.items()})
@@ -183,7 +200,9 @@ def _table_masses(table: mechanisms._Table) -> Counter[int]:
 
 
 def _density(variance: mpmath.mpf, most: int) -> dict[int, mpmath.mpf]:
-    """The discrete Gaussian's probabilities up to `most`, its normaliser by Jacobi's theta function."""
+    """The discrete Gaussian's probabilities up to `most`, its normaliser by Jacobi's theta
+    function.
+    """
     q = mpmath.exp(-1 / (2 * variance))
     normaliser = mpmath.jtheta(3, 0, q) if variance < 50 else mpmath.sqrt(2 * mpmath.pi * variance)
     right = [mpmath.exp(-mpmath.mpf(x * x) / (2 * variance)) / normaliser for x in range(most + 1)]
@@ -201,7 +220,8 @@ def _distance(masses: dict[int, int], total: int, sigma: mpmath.mpf) -> mpmath.m
 def test_a_tables_masses_are_the_discrete_gaussians(sigma: float) -> None:
     table = DiscreteGaussian(sigma)._top
     with mpmath.workdps(50):
-        masses, exact = _table_masses(table), mpmath.mpf(sigma)
+        masses = _table_masses(table)
+        exact = mpmath.mpf(sigma)
         assert sum(masses.values()) == 2**128
         assert max(map(abs, masses)) >= 10.16 * sigma
         assert _distance(masses, 2**128, exact) <= table.total_variation <= 2.0**-75
@@ -212,7 +232,8 @@ def test_a_tables_masses_are_the_discrete_gaussians(sigma: float) -> None:
 def test_a_sums_masses_are_the_discrete_gaussians(sigma: float) -> None:
     """The convolution itself, counted: X_low + k X_high from the masses of both tables."""
     noise = DiscreteGaussian(sigma)
-    [(k, low)], sums = noise._lower, Counter[int]()
+    [(k, low)] = noise._lower
+    sums = Counter[int]()
     lower = list(_table_masses(low).items())
     for high, many in _table_masses(noise._top).items():
         for x, few in lower:
@@ -227,7 +248,9 @@ def test_a_sums_masses_are_the_discrete_gaussians(sigma: float) -> None:
 @settings(max_examples=25)
 @given(st.floats(0.5, 2.0**40))
 def test_tables_variances_add_up_and_the_stated_bound_holds_for_every_sigma(sigma: float) -> None:
-    noise, variance, scale = DiscreteGaussian(sigma), Fraction(0), 1
+    noise = DiscreteGaussian(sigma)
+    variance = Fraction(0)
+    scale = 1
     for k, table in noise._lower:
         assert table is mechanisms._table(Fraction(2 * k) ** 2)
         variance += scale**2 * 4 * k**2
@@ -246,7 +269,8 @@ def test_tables_variances_add_up_and_the_stated_bound_holds_for_every_sigma(sigm
 
 def _above(noise: DiscreteGaussian) -> list[tuple[int, float]]:
     """Each sum's k, and k^2 times its X_high's variance."""
-    variance, found = Fraction(noise.sigma) ** 2, []
+    variance = Fraction(noise.sigma) ** 2
+    found = []
     for k, _ in noise._lower:
         found.append((k, float(variance - 4 * k**2)))
         variance = variance / k**2 - 4
@@ -256,16 +280,33 @@ def _above(noise: DiscreteGaussian) -> list[tuple[int, float]]:
 def test_a_word_on_the_edge_is_decided_by_a_second_word() -> None:
     table = DiscreteGaussian(3.0)._top.rest
     width = 2**64 // len(table.edge)
-    shared = [c for c, edge in enumerate(table.edge.tolist()) if 1 < edge - c * width < width - 1 and table.fine[c]]
+
+    shared = [
+        c
+        for c, edge in enumerate(table.edge.tolist())
+        if 1 < edge - c * width < width - 1 and table.fine[c]
+    ]
     column = shared[len(shared) // 2]
-    edge, fine = int(table.edge[column]), int(table.fine[column])
-    after, before = table.value[2 * column], table.value[2 * column + 1]
-    assert table.sample(3, Script(edge - 1, edge, edge + 1, fine - 1)).tolist() == [before, before, after]
-    assert table.sample(3, Script(edge - 1, edge, edge + 1, fine)).tolist() == [before, after, after]
+    edge = int(table.edge[column])
+    fine = int(table.fine[column])
+    after = table.value[2 * column]
+    before = table.value[2 * column + 1]
+    assert table.sample(3, Script(edge - 1, edge, edge + 1, fine - 1)).tolist() == [
+        before,
+        before,
+        after,
+    ]
+    assert table.sample(3, Script(edge - 1, edge, edge + 1, fine)).tolist() == [
+        before,
+        after,
+        after,
+    ]
 
 
 def _plain(table: mechanisms._Table, count: int, entropy: Entropy) -> list[int]:
-    """Draws by a loop: quarter words in order, then a word for each that its table sends further."""
+    """Draws by a loop: quarter words in order, then a word for each that its table
+    sends further.
+    """
     words = entropy.words(-(-count // 4)).tolist()
     quarters = [word >> 16 * i & 0xFFFF for word in words for i in range(4)][:count]
     drawn = [int(table.direct[quarter]) for quarter in quarters]
@@ -279,10 +320,13 @@ def _plain(table: mechanisms._Table, count: int, entropy: Entropy) -> list[int]:
 @pytest.mark.parametrize("count", [1, 41, 1000])
 @pytest.mark.parametrize("sigma", [0.7, 300.0, 2.0**12, 2.0**25, 2.0**36])
 def test_draws_are_the_plain_loops(sigma: float, count: int) -> None:
-    noise, entropy = DiscreteGaussian(sigma), _entropy("plain")
+    noise = DiscreteGaussian(sigma)
+    entropy = _entropy("plain")
     total = _plain(noise._top, count, entropy)
     for k, table in reversed(noise._lower):
-        total = [k * high + low for high, low in zip(total, _plain(table, count, entropy), strict=True)]
+        total = [
+            k * high + low for high, low in zip(total, _plain(table, count, entropy), strict=True)
+        ]
     assert noise.sample(count, _entropy("plain")).tolist() == total
 
 
@@ -300,7 +344,9 @@ def test_sigma_out_of_range_is_refused(sigma: float) -> None:
 
 
 def _fit(drawn: np.ndarray, sigma: float) -> float:
-    """Chi-square p-value of integers against the discrete Gaussian, in up to 40 cells of about equal probability."""
+    """Chi-square p-value of integers against the discrete Gaussian, in up to 40 cells of about
+    equal probability.
+    """
     edges = np.unique(np.floor(stats.norm.ppf(np.linspace(0, 1, 41)[1:-1]) * sigma)) + 0.5
     if sigma < 1000:
         x = np.arange(-math.ceil(12 * sigma), math.ceil(12 * sigma) + 1)
@@ -326,7 +372,9 @@ def test_draws_have_this_sigma_and_no_other(sigma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [1000.0, 2.0**25])
 def test_low_digits_of_a_wide_sum_are_uniform(sigma: float) -> None:
-    """A sum whose low part is too narrow for its k has gaps that no histogram of wide cells sees."""
+    """A sum whose low part is too narrow for its k has gaps that no histogram of wide
+    cells sees.
+    """
     noise = DiscreteGaussian(sigma)
     k = noise._lower[0][0]
     digits = noise.sample(100_000, _entropy(("digits", sigma))) % k
@@ -339,7 +387,11 @@ def test_low_digits_of_a_wide_sum_are_uniform(sigma: float) -> None:
 def test_exact_draws_have_this_sigma_and_no_other(sigma: float | Fraction) -> None:
     drawn = exact_discrete_gaussian(sigma, 15_000, _entropy(("exact", sigma)))
     assert _fit(drawn, float(sigma)) > ALPHA
-    assert [wrong for wrong in (0.5, 2 / 3, 0.95, 1.05, 1.5) if _fit(drawn, float(sigma) * wrong) > ALPHA] == []
+    assert [
+        wrong
+        for wrong in (0.5, 2 / 3, 0.95, 1.05, 1.5)
+        if _fit(drawn, float(sigma) * wrong) > ALPHA
+    ] == []
 
 
 @pytest.mark.parametrize("sigma", [0.7, 3.0, 500.0, 2.0**25 + 0.1])
@@ -349,7 +401,9 @@ def test_fast_and_exact_draws_look_alike(sigma: float) -> None:
     def alike(fast: float) -> bool:
         drawn = DiscreteGaussian(fast).sample(60_000, _entropy(("fast", sigma)))
         cuts = np.unique(np.quantile(drawn, np.linspace(0, 1, 21)[1:-1])) + 0.5
-        table = [np.bincount(np.searchsorted(cuts, x), minlength=len(cuts) + 1) for x in (exact, drawn)]
+        table = [
+            np.bincount(np.searchsorted(cuts, x), minlength=len(cuts) + 1) for x in (exact, drawn)
+        ]
         return bool(stats.chi2_contingency(table).pvalue > ALPHA)
 
     assert alike(sigma)
@@ -358,7 +412,8 @@ def test_fast_and_exact_draws_look_alike(sigma: float) -> None:
 
 @pytest.mark.parametrize(("numerator", "denominator"), [(0, 1), (1, 3), (1, 1), (5, 2)])
 def test_exact_coins_are_true_with_probability_exp(numerator: int, denominator: int) -> None:
-    coins, p = mechanisms._Coins(_entropy(numerator)), math.exp(-numerator / denominator)
+    coins = mechanisms._Coins(_entropy(numerator))
+    p = math.exp(-numerator / denominator)
     heads = sum(coins.exp(numerator, denominator) for _ in range(20_000))
     assert stats.binomtest(heads, 20_000, p).pvalue > ALPHA
     assert stats.binomtest(heads, 20_000, p - 0.03).pvalue < ALPHA
@@ -374,7 +429,9 @@ def test_exact_integers_are_below_n(n: int, seed: int) -> None:
 
 
 def variance_interval(n: int, confidence: float = 0.999) -> tuple[float, float]:
-    """The interval of mean(x^2) / sigma^2 over n draws that holds `confidence` of the probability (chi-square)."""
+    """The interval of mean(x^2) / sigma^2 over n draws that holds `confidence` of the probability
+    (chi-square).
+    """
     low, high = stats.chi2.ppf([(1 - confidence) / 2, (1 + confidence) / 2], n) / n
     return float(low), float(high)
 
@@ -387,7 +444,8 @@ def _has_variance(drawn: np.ndarray, sigma: float) -> bool:
 @pytest.mark.parametrize("sigma", [3.0, 300.0, 2.0**25])
 def test_a_known_input_tells_planted_faults_of_the_noise(sigma: float) -> None:
     """100 coordinates suffice for half the sigma; what is reused across rounds adds up wrongly."""
-    noise, entropy = DiscreteGaussian(sigma), _entropy(("known", sigma))
+    noise = DiscreteGaussian(sigma)
+    entropy = _entropy(("known", sigma))
     rounds = np.stack([noise.sample(100, entropy) for _ in range(10)])
     assert _has_variance(rounds[0], sigma)
     assert not _has_variance(DiscreteGaussian(sigma / 2).sample(100, entropy), sigma)
@@ -408,24 +466,34 @@ def test_variance_interval_holds_its_confidence() -> None:
 
 @pytest.mark.parametrize("sigma", [0.7, 300.0, 2.0**25])
 def test_draws_are_independent_of_the_ones_before(sigma: float) -> None:
-    """Sums over runs of 64 have 64 times the variance of one, also where a run crosses the blocks that are drawn."""
+    """Sums over runs of 64 have 64 times the variance of one, also where a run crosses the blocks
+    that are drawn.
+    """
     n = 1 << 18
     drawn = DiscreteGaussian(sigma).sample(n, _entropy(("independent", sigma))).astype(float)
     assert n > 2 * mechanisms._BLOCK
     spread = drawn.std()
 
     def independent(x: np.ndarray) -> bool:
-        lags = [abs(np.mean(x[:-lag] * x[lag:])) / spread**2 * math.sqrt(n) for lag in (1, 2, 3, n // 2)]
-        return _has_variance(x.reshape(-1, 64).sum(1), 8 * spread) and max(lags) < stats.norm.isf(ALPHA / 8)
+        lags = [
+            abs(np.mean(x[:-lag] * x[lag:])) / spread**2 * math.sqrt(n) for lag in (1, 2, 3, n // 2)
+        ]
+        return _has_variance(x.reshape(-1, 64).sum(1), 8 * spread) and max(lags) < stats.norm.isf(
+            ALPHA / 8
+        )
 
     assert independent(drawn)
-    assert not independent(np.where(np.arange(n) % 32 == 0, np.roll(drawn, 1), drawn))  # one in 32 repeats
+    # one in 32 repeats
+    assert not independent(np.where(np.arange(n) % 32 == 0, np.roll(drawn, 1), drawn))
     assert not independent(drawn + 0.1 * spread)  # a bias
 
 
 def test_the_same_noise_never_comes_twice() -> None:
-    noise, entropy = DiscreteGaussian(2.0**30), Entropy()
-    first, second, elsewhere = noise.sample(50, entropy), noise.sample(50, entropy), noise.sample(50, Entropy())
+    noise = DiscreteGaussian(2.0**30)
+    entropy = Entropy()
+    first = noise.sample(50, entropy)
+    second = noise.sample(50, entropy)
+    elsewhere = noise.sample(50, Entropy())
     assert not (first == second).any()
     assert not (first == elsewhere).any()
 
@@ -437,39 +505,57 @@ def test_the_same_noise_never_comes_twice() -> None:
 def test_smoothing_bounds_how_much_a_sum_depends_on_its_centre(variance: float) -> None:
     with mpmath.workdps(60):
         v = mpmath.mpf(variance)
-        sums = [sum(mpmath.exp(-((j + mpmath.mpf(c) / 8) ** 2) / (2 * v)) for j in range(-40, 41)) for c in range(5)]
+        sums = [
+            sum(mpmath.exp(-((j + mpmath.mpf(c) / 8) ** 2) / (2 * v)) for j in range(-40, 41))
+            for c in range(5)
+        ]
         worst = max(abs(x / mpmath.sqrt(2 * mpmath.pi * v) - 1) for x in sums)
         assert worst <= mechanisms._smoothing(variance) <= 1.02 * worst
 
 
 @pytest.mark.parametrize("sigma", [2.0, 3.0])
 def test_a_rounded_continuous_gaussian_is_the_discrete_one(sigma: float) -> None:
-    """Integrated over y at 40 digits: the trapezoid rule with step 1/8 is exact to far more for such functions."""
+    """Integrated over y at 40 digits: the trapezoid rule with step 1/8 is exact to far more for
+    such functions.
+    """
 
     def distance(rounding: float) -> mpmath.mpf:
         v_r = mpmath.mpf(rounding) ** 2
         v_c = mpmath.mpf(sigma) ** 2 - v_r
-        most, step = math.ceil(14 * sigma), 8
+        most = math.ceil(14 * sigma)
+        step = 8
         tooth = [
-            sum(mpmath.exp(-((z - mpmath.mpf(i) / step) ** 2) / (2 * v_r)) for z in range(-40, 41)) for i in range(step)
+            sum(mpmath.exp(-((z - mpmath.mpf(i) / step) ** 2) / (2 * v_r)) for z in range(-40, 41))
+            for i in range(step)
         ]
         joint = dict.fromkeys(range(most + 1), mpmath.mpf(0))
+
         for i in range(-step * most, step * most + 1):
             y = mpmath.mpf(i) / step
-            weight = mpmath.exp(-(y**2) / (2 * v_c)) / mpmath.sqrt(2 * mpmath.pi * v_c) / step / tooth[i % step]
+            weight = (
+                mpmath.exp(-(y**2) / (2 * v_c))
+                / mpmath.sqrt(2 * mpmath.pi * v_c)
+                / step
+                / tooth[i % step]
+            )
             for z in joint:
                 joint[z] += weight * mpmath.exp(-((z - y) ** 2) / (2 * v_r))
+
         density = _density(mpmath.mpf(sigma) ** 2, most)
         return sum(abs(p - joint[abs(z)]) for z, p in density.items()) / 2
 
     with mpmath.workdps(40):
-        assert all(distance(rounding) <= mechanisms._smoothing(rounding**2) for rounding in (0.7, 1.2, 1.7))
+        assert all(
+            distance(rounding) <= mechanisms._smoothing(rounding**2) for rounding in (0.7, 1.2, 1.7)
+        )
         assert distance(0.7) > mechanisms._smoothing(1.7**2)
     assert mechanisms._smoothing(1.7**2) <= DiscreteGaussian(sigma).total_variation
 
 
 def test_continuous_sigma_is_less_by_the_rounding() -> None:
-    assert DiscreteGaussian(5.0).continuous_sigma == pytest.approx(math.sqrt(25 - 1.7**2), rel=1e-15)
+    assert DiscreteGaussian(5.0).continuous_sigma == pytest.approx(
+        math.sqrt(25 - 1.7**2), rel=1e-15
+    )
     with pytest.raises(PlanError, match=r"sigma=1\.7 grid units: expected above 1\.7"):
         _ = DiscreteGaussian(1.7).continuous_sigma
 
@@ -489,22 +575,30 @@ def test_delta_cost_covers_what_two_near_distributions_can_do(
 
 
 def test_delta_cost_is_reached_and_adds_up() -> None:
-    p, q, t = np.array([0.5, 0.5]), np.array([0.25, 0.75]), 0.1
+    p = np.array([0.5, 0.5])
+    q = np.array([0.25, 0.75])
+    t = 0.1
     move = np.array([t, -t])
-    before, after = (p - 1.5 * q)[0], (p + move - 1.5 * (q - move))[0]
+    before = (p - 1.5 * q)[0]
+    after = (p + move - 1.5 * (q - move))[0]
     assert after - before == pytest.approx(delta_cost(t, 1, math.log(1.5)))
     assert delta_cost(2.0**-74, 10**9, 1.0) == pytest.approx((1 + math.e) * 1e9 * 2.0**-74)
 
 
 # The grid
 
-VECTORS = st.lists(st.floats(-1e6, 1e6), min_size=7, max_size=7).map(lambda x: torch.tensor(x, dtype=torch.float64))
+VECTORS = st.lists(st.floats(-1e6, 1e6), min_size=7, max_size=7).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
 
 
 @given(VECTORS, VECTORS, st.integers(-30, 4))
-def test_rounding_moves_a_distance_by_no_more_than_is_said(a: torch.Tensor, b: torch.Tensor, bits: int) -> None:
+def test_rounding_moves_a_distance_by_no_more_than_is_said(
+    a: torch.Tensor, b: torch.Tensor, bits: int
+) -> None:
     unit = 2.0**bits
-    one, two = round_to_grid(a, unit), round_to_grid(b, unit)
+    one = round_to_grid(a, unit)
+    two = round_to_grid(b, unit)
     assert one.dtype == torch.int64
     assert ((one.double() * unit - a).abs() <= unit / 2).all()
     bound = grid_sensitivity(float((a - b).norm()), unit, a.numel())
@@ -512,7 +606,8 @@ def test_rounding_moves_a_distance_by_no_more_than_is_said(a: torch.Tensor, b: t
 
 
 def test_rounding_reaches_what_is_said() -> None:
-    a, b = torch.full((100,), 0.501), torch.full((100,), 0.499)
+    a = torch.full((100,), 0.501)
+    b = torch.full((100,), 0.499)
     moved = float((round_to_grid(a, 1.0) - round_to_grid(b, 1.0)).double().norm())
     assert 0.9 * grid_sensitivity(0.02, 1.0, 100) < moved <= grid_sensitivity(0.0201, 1.0, 100)
 
@@ -540,9 +635,18 @@ def test_a_grid_is_a_power_of_two(unit: float) -> None:
 
 @pytest.mark.parametrize(
     ("x", "sigma"),
-    [(math.nan, 0.0), (math.inf, 0.0), (2.0**62, 0.0), (-(2.0**62), 0.0), (2.0**61, 2.0**58), (0.0, 2.0**59)],
+    [
+        (math.nan, 0.0),
+        (math.inf, 0.0),
+        (2.0**62, 0.0),
+        (-(2.0**62), 0.0),
+        (2.0**61, 2.0**58),
+        (0.0, 2.0**59),
+    ],
 )
-def test_noise_that_might_wrap_is_refused_and_the_value_stays_unsaid(x: float, sigma: float) -> None:
+def test_noise_that_might_wrap_is_refused_and_the_value_stays_unsaid(
+    x: float, sigma: float
+) -> None:
     with pytest.raises(PlanError, match="head-room") as refusal:
         round_to_grid(torch.tensor([0.0, x]), 1.0, sigma)
     assert x == 0 or str(x) not in str(refusal.value)
@@ -570,13 +674,21 @@ def test_odds_of_a_true_report_are_e_to_the_epsilon_and_never_more(k: int, epsil
         target = mpmath.exp(epsilon)
         assert odds <= target
         steps = keep + Fraction(1, 2**64)  # the next probability up is too much
-        assert steps >= 1 or mpmath.mpf(steps.numerator) / (steps.denominator - steps.numerator) * (k - 1) > target
+        assert (
+            steps >= 1
+            or mpmath.mpf(steps.numerator) / (steps.denominator - steps.numerator) * (k - 1)
+            > target
+        )
 
 
 def test_reports_have_the_stated_probabilities() -> None:
-    k, epsilon, n = 4, 1.0, 20_000
+    k = 4
+    epsilon = 1.0
+    n = 20_000
     for truth in range(k):
-        counts = np.bincount(randomised_response(np.full(n, truth), k, epsilon, _entropy(("rr", truth))), minlength=k)
+        counts = np.bincount(
+            randomised_response(np.full(n, truth), k, epsilon, _entropy(("rr", truth))), minlength=k
+        )
 
         def fits(epsilon: float, truth: int = truth, counts: np.ndarray = counts) -> bool:
             p = np.where(np.arange(k) == truth, math.exp(epsilon), 1.0)
@@ -588,8 +700,13 @@ def test_reports_have_the_stated_probabilities() -> None:
 
 
 def test_estimated_shares_are_unbiased_with_the_stated_error() -> None:
-    k, epsilon, n, repeats = 3, 0.8, 500, 400
-    truth, entropy = np.repeat([0, 1, 2], [300, 150, 50]), _entropy("shares")
+    k = 3
+    epsilon = 0.8
+    n = 500
+    repeats = 400
+    truth = np.repeat([0, 1, 2], [300, 150, 50])
+    entropy = _entropy("shares")
+
     runs = [
         randomised_response_frequencies(randomised_response(truth, k, epsilon, entropy), k, epsilon)
         for _ in range(repeats)
@@ -599,7 +716,9 @@ def test_estimated_shares_are_unbiased_with_the_stated_error() -> None:
     assert np.allclose(shares.sum(1), 1)
     assert (np.abs(pull.mean(0)) < stats.norm.isf(ALPHA) / math.sqrt(repeats)).all()
     assert all(_has_variance(column, 1.0) for column in pull.T)
-    assert not any(_has_variance(column * 1.3, 1.0) or _has_variance(column / 1.3, 1.0) for column in pull.T)
+    assert not any(
+        _has_variance(column * 1.3, 1.0) or _has_variance(column / 1.3, 1.0) for column in pull.T
+    )
     raw = np.bincount(randomised_response(np.repeat(truth, 50), k, epsilon, entropy)) / (50 * n)
     assert abs(raw[0] - 0.6) > 0.1  # uncorrected reports are biased: the estimator has work to do
 
@@ -641,21 +760,37 @@ def test_one_category_and_no_reports_are_refused() -> None:
 
 
 def _laplace_fit(noise: np.ndarray, scale: float) -> float:
-    """Chi-square p-value against probabilities proportional to exp(-|z| / scale), tails beyond 4 scales joined."""
-    most, q = math.ceil(4 * scale), math.exp(-1 / scale)
+    """Chi-square p-value against probabilities proportional to exp(-|z| / scale), tails beyond 4
+    scales joined.
+    """
+    most = math.ceil(4 * scale)
+    q = math.exp(-1 / scale)
     z = np.arange(-most, most + 1)
     p = (1 - q) / (1 + q) * q ** np.abs(z)
     p[0] = p[-1] = q**most / (1 + q)
-    return float(stats.chisquare(np.bincount(noise.clip(-most, most) + most, minlength=len(z)), p * len(noise)).pvalue)
+    return float(
+        stats.chisquare(
+            np.bincount(noise.clip(-most, most) + most, minlength=len(z)), p * len(noise)
+        ).pvalue
+    )
 
 
-@pytest.mark.parametrize(("low", "high", "unit", "epsilon"), [(0, 1, 1, 1.0), (34, 42, 0.5, 2.0), (0, 5, 1, 0.7)])
-def test_laplace_noise_has_this_scale_and_no_other(low: float, high: float, unit: float, epsilon: float) -> None:
-    entropy, scale = _entropy(("laplace", epsilon)), (high - low) / unit / epsilon
-    noise = np.rint((discrete_laplace(np.full(20_000, low), low, high, unit, epsilon, entropy) - low) / unit)
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "epsilon"), [(0, 1, 1, 1.0), (34, 42, 0.5, 2.0), (0, 5, 1, 0.7)]
+)
+def test_laplace_noise_has_this_scale_and_no_other(
+    low: float, high: float, unit: float, epsilon: float
+) -> None:
+    entropy = _entropy(("laplace", epsilon))
+    scale = (high - low) / unit / epsilon
+    noise = np.rint(
+        (discrete_laplace(np.full(20_000, low), low, high, unit, epsilon, entropy) - low) / unit
+    )
     assert _laplace_fit(noise.astype(int), scale) > ALPHA
     assert [
-        wrong for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5) if _laplace_fit(noise.astype(int), wrong * scale) > ALPHA
+        wrong
+        for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5)
+        if _laplace_fit(noise.astype(int), wrong * scale) > ALPHA
     ] == []
 
 
@@ -666,15 +801,23 @@ def test_geometric_noise_has_scale_one_over_epsilon_and_no_other(epsilon: float)
     assert noise.shape == (200, 100)
     assert _laplace_fit(noise.ravel(), 1 / epsilon) > ALPHA
     assert [
-        wrong for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5) if _laplace_fit(noise.ravel(), wrong / epsilon) > ALPHA
+        wrong
+        for wrong in (0.5, 2 / 3, 0.9, 1.1, 1.5)
+        if _laplace_fit(noise.ravel(), wrong / epsilon) > ALPHA
     ] == []
 
 
 def test_laplace_tails_fall_by_e_to_the_epsilon_over_the_range() -> None:
-    """The ratio that the guarantee is: how much likelier a report is from `low` than from `high`."""
+    """The ratio that the guarantee is: how much likelier a report is from `low` than
+    from `high`.
+    """
     n = 40_000
-    from_low, from_high = (discrete_laplace(np.full(n, x), 0, 2, 1, 1.0, _entropy(("tail", x))) for x in (0, 2))
-    below, above = int((from_low <= 0).sum()), int((from_high <= 0).sum())  # every such report has the ratio e exactly
+    from_low, from_high = (
+        discrete_laplace(np.full(n, x), 0, 2, 1, 1.0, _entropy(("tail", x))) for x in (0, 2)
+    )
+    # every such report has the ratio e exactly
+    below = int((from_low <= 0).sum())
+    above = int((from_high <= 0).sum())
     error = math.sqrt(1 / below + 1 / above)
     assert abs(math.log(below / above) - 1.0) < 3.3 * error
     assert error < 0.03
@@ -699,7 +842,8 @@ def test_a_reading_moves_the_report_by_no_more_than_the_range(
 
 def test_reports_of_readings_lie_on_the_grid_about_the_clamped_reading() -> None:
     reading = np.array([[36.6, -math.inf], [99.0, 41.97]])
-    reports = discrete_laplace(reading, 34, 42, 0.1, 1e6, Entropy())  # so little noise that there is none
+    # so little noise that there is none
+    reports = discrete_laplace(reading, 34, 42, 0.1, 1e6, Entropy())
     assert reports == pytest.approx(np.array([[36.6, 34.0], [42.0, 42.0]]))
     assert discrete_laplace(37.0, 34, 42, 0.1, 1.0, Entropy()).shape == ()
 
@@ -716,7 +860,9 @@ def test_reports_of_readings_lie_on_the_grid_about_the_clamped_reading() -> None
         (0, 1, 1e-30, "unit=1e-30: expected high - low"),
     ],
 )
-def test_a_range_that_is_none_is_refused(low: float, high: float, unit: float, message: str) -> None:
+def test_a_range_that_is_none_is_refused(
+    low: float, high: float, unit: float, message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         discrete_laplace([0.5], low, high, unit, 1.0, Entropy())
 

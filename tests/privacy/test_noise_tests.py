@@ -1,4 +1,6 @@
-"""Tests of noise: the needed multiplier against known values, p-values that hold, and the power that is stated."""
+"""Tests of noise: the needed multiplier against known values, p-values that hold, and the power
+that is stated.
+"""
 
 import numpy as np
 import pytest
@@ -15,14 +17,19 @@ def test_the_needed_multiplier_is_the_known_one() -> None:
 
 def test_with_sampling_it_is_what_the_other_accountants_ask_for() -> None:
     need = noise_tests.needed_multiplier(1.0, 1e-6, 60, 0.1)
-    assert accounting.pld_epsilon(privacy_events.PoissonGaussian(0.1, need, 60), 1e-6) == pytest.approx(1.0, rel=0.01)
-    told = accounting.calibrate(lambda z: privacy_events.PoissonGaussian(0.1, z, 60), 1.0, 1e-6, "rdp")
+    assert accounting.pld_epsilon(
+        privacy_events.PoissonGaussian(0.1, need, 60), 1e-6
+    ) == pytest.approx(1.0, rel=0.01)
+    told = accounting.calibrate(
+        lambda z: privacy_events.PoissonGaussian(0.1, z, 60), 1.0, 1e-6, "rdp"
+    )
     assert 0.999 * need < told < 1.35 * need
 
 
 @pytest.mark.parametrize(("rounds", "band"), [(30, 4), (7, 3), (5, 9)])
 def test_strategies_agree_with_the_ones_that_are_used(rounds: int, band: int) -> None:
-    ours, theirs = noise_tests.strategy_coefficients(rounds, band), factorisation.coefficients(rounds, band)
+    ours = noise_tests.strategy_coefficients(rounds, band)
+    theirs = factorisation.coefficients(rounds, band)
     np.testing.assert_allclose(ours, theirs, atol=2.0**-13)
     norm = noise_tests.strategy_norm(theirs, rounds, len(theirs))
     assert norm == pytest.approx(factorisation.sensitivity(theirs, rounds, len(theirs)), rel=1e-12)
@@ -40,8 +47,11 @@ def test_whitening_gives_back_the_draws() -> None:
 
 @pytest.mark.parametrize("numbers", [200, 20_000])
 def test_the_power_that_is_stated_is_there(numbers: int) -> None:
-    """At the stated factors the test refuses 95 of 100 draws; at 1 it refuses as seldom as it says."""
-    alpha, rng = 1e-3, np.random.default_rng(1)
+    """At the stated factors the test refuses 95 of 100 draws; at 1 it refuses as seldom as
+    it says.
+    """
+    alpha = 1e-3
+    rng = np.random.default_rng(1)
     for factor in noise_tests.power(numbers, alpha):
         square = stats.chi2.rvs(numbers, size=4000, random_state=rng) * factor**2
         refused = [noise_tests._variance(s, numbers) < alpha for s in square]

@@ -1,4 +1,6 @@
-"""Ranges from noised counts: quantiles where nothing is noised, about right where the noise allows, else said so."""
+"""Ranges from noised counts: quantiles where nothing is noised, about right where the noise allows,
+else said so.
+"""
 
 import numpy as np
 import pytest
@@ -18,9 +20,12 @@ SHAPES = {
 }
 
 
-def search(values: list[np.ndarray], sd: float = 0.0, rng: np.random.Generator | None = None) -> Search:
+def search(
+    values: list[np.ndarray], sd: float = 0.0, rng: np.random.Generator | None = None
+) -> Search:
     """Return what is found of columns under noise of this standard deviation."""
-    found, rng = Search(len(values), sd), rng or np.random.default_rng(0)
+    found = Search(len(values), sd)
+    rng = rng or np.random.default_rng(0)
     for _ in range(TIMES):
         counts = quantiles.count(values, found.edges())
         found.take(counts + rng.normal(0, sd, counts.shape) if sd else counts.astype(float))
@@ -44,9 +49,11 @@ def test_without_noise_they_are_numpys_quantiles_to_a_cell_of_the_last_cut(
     cell = float(cut[1] - cut[0])
     found.take(quantiles.count([values], found.edges()).astype(float))
     (one,) = found.found
-    ordered, n = np.sort(values), len(values)
+    ordered = np.sort(values)
+    n = len(values)
     rank = 0.05 * n
-    low, high = ordered[max(0, int(np.ceil(rank)) - 1)], ordered[min(n - 1, n - int(np.ceil(rank)))]
+    low = ordered[max(0, int(np.ceil(rank)) - 1)]
+    high = ordered[min(n - 1, n - int(np.ceil(rank)))]
     # coarser cells may have cut off up to half of the outer 5 % of a column on several decades
     assert one.told and one.high - one.low >= cell * (1 - 1e-9)
     assert np.quantile(values, 0.02) - 2 * cell <= one.low <= low + 2 * cell
@@ -65,17 +72,22 @@ def test_without_noise_a_usual_column_has_the_range_of_nine_in_ten(name: str) ->
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_as_many_patients_as_are_asked_for_the_range_is_of_the_right_size(name: str) -> None:
     """LEAST times the noise: nearly all within a factor of three of the range of nine in ten."""
-    rng, n, right = np.random.default_rng(2), 2400, 0
+    rng = np.random.default_rng(2)
+    n = 2400
+    right = 0
     for _ in range(40):
         values = SHAPES[name](rng, n)
         (one,) = search([values], n / LEAST, rng).found
         low, high = np.quantile(values, [0.05, 0.95])
-        right += 0.25 < (one.high - one.low) / (high - low) < 3 and one.low < high and one.high > low
+        right += (
+            0.25 < (one.high - one.low) / (high - low) < 3 and one.low < high and one.high > low
+        )
     assert right >= 34
 
 
 def test_what_noise_hides_is_said_to_be_hidden() -> None:
-    rng, told = np.random.default_rng(3), 0
+    rng = np.random.default_rng(3)
+    told = 0
     for _ in range(60):
         nothing, few = search([np.empty(0), rng.normal(37, 1, 30)], 20.0, rng).found
         told += nothing.known > 0
@@ -86,7 +98,8 @@ def test_what_noise_hides_is_said_to_be_hidden() -> None:
 
 def test_a_patient_of_any_value_moves_one_count_by_one() -> None:
     rng = np.random.default_rng(4)
-    values, found = rng.normal(0, 1, 300), Search(1, 0.0)
+    values = rng.normal(0, 1, 300)
+    found = Search(1, 0.0)
     for turn in range(TIMES):
         edges = found.edges()
         assert edges.shape == (1, CELLS[turn] - 1)
@@ -95,7 +108,8 @@ def test_a_patient_of_any_value_moves_one_count_by_one() -> None:
             moved = quantiles.count([np.append(values, odd)], edges) - whole
             assert np.abs(moved).sum() == 1 and moved.max() == 1
         assert (
-            quantiles.count([np.append(values, -0.0)], edges) == quantiles.count([np.append(values, 0)], edges)
+            quantiles.count([np.append(values, -0.0)], edges)
+            == quantiles.count([np.append(values, 0)], edges)
         ).all()
         found.take(whole.astype(float))
 
@@ -125,8 +139,12 @@ def test_a_constant_column_has_a_range_about_it() -> None:
 
 @pytest.mark.parametrize(("columns", "ratio"), [(1, LEAST), (1, 2 * LEAST), (4, 80)])
 def test_noise_alone_widens_no_plain_column_beyond_use(columns: int, ratio: float) -> None:
-    """Of 2,000 columns about 20 were lost, where a decade far from all values was seen as soon as one near them."""
-    rng, n, lost = np.random.default_rng(6), 600, 0
+    """Of 2,000 columns about 20 were lost, where a decade far from all values was seen as soon as
+    one near them.
+    """
+    rng = np.random.default_rng(6)
+    n = 600
+    lost = 0
     values = [rng.normal(60, 10, n) for _ in range(columns)]
     width = float(np.ptp(np.quantile(values[0], [0.05, 0.95])))
     for _ in range(2000 // columns):
@@ -148,16 +166,29 @@ UNRESOLVED = {
 @pytest.mark.parametrize("name", [*UNRESOLVED, *SHAPES])
 def test_values_that_no_cell_tells_apart_are_said_to_be(name: str, ratio: float) -> None:
     rng = np.random.default_rng(7)
-    values = UNRESOLVED[name](rng.normal(size=2400)) if name in UNRESOLVED else SHAPES[name](rng, 2400)
+    if name in UNRESOLVED:
+        values = UNRESOLVED[name](rng.normal(size=2400))
+    else:
+        values = SHAPES[name](rng, 2400)
     resolved = [search([values], ratio and 2400 / ratio, rng).found[0].resolved for _ in range(20)]
     assert sum(resolved) <= 1 if name in UNRESOLVED else sum(resolved) >= 19
 
 
 def test_a_code_that_widens_the_range_stands_apart_and_a_flag_does_not() -> None:
-    rng, n = np.random.default_rng(8), 4000
-    plain, coded = rng.normal(60, 12, n), rng.random(n) < 0.1
-    flag, counts = (rng.random(n) < 0.1).astype(float), np.where(coded, rng.poisson(40, n), 0)
-    columns = [plain, np.where(coded, -999, plain), np.where(coded, 99999, plain), flag, 1 - flag, counts]
+    rng = np.random.default_rng(8)
+    n = 4000
+    plain = rng.normal(60, 12, n)
+    coded = rng.random(n) < 0.1
+    flag = (rng.random(n) < 0.1).astype(float)
+    counts = np.where(coded, rng.poisson(40, n), 0)
+    columns = [
+        plain,
+        np.where(coded, -999, plain),
+        np.where(coded, 99999, plain),
+        flag,
+        1 - flag,
+        counts,
+    ]
     columns += [rng.normal(0, 300, n), np.where(coded, 0, plain)]
     for sd in (0.0, 50.0):
         apart = [one.apart for one in search(columns, sd, rng).found]

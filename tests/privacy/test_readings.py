@@ -1,4 +1,6 @@
-"""Single readings: reports without bias, their stated errors, and events that cover what a report gives away."""
+"""Single readings: reports without bias, their stated errors, and events that cover what a report
+gives away.
+"""
 
 import doctest
 import gzip
@@ -20,7 +22,13 @@ from medfed.privacy import accounting, readings
 from medfed.privacy.accounting import epsilon_of
 from medfed.privacy.mechanisms import discrete_laplace_variance
 from medfed.privacy.privacy_events import Composed, Laplace, RandomisedResponse
-from medfed.privacy.readings import Estimate, estimate_mean, estimate_shares, report_category, report_number
+from medfed.privacy.readings import (
+    Estimate,
+    estimate_mean,
+    estimate_shares,
+    report_category,
+    report_number,
+)
 
 STATES = ("low", "in range", "high")
 
@@ -51,22 +59,30 @@ def test_the_event_says_what_was_reported(epsilon: float, k: int, seed: int) -> 
 
 
 def test_the_truth_is_told_as_often_as_its_epsilon_allows() -> None:
-    epsilon, entropy, n = 1.0, _entropy("truth"), 6000
+    epsilon = 1.0
+    entropy = _entropy("truth")
+    n = 6000
     drawn = Counter(report_category("high", STATES, epsilon, entropy)[0] for _ in range(n))
     told = stats.binomtest(drawn["high"], n, math.exp(epsilon) / (math.exp(epsilon) + 2))
     assert told.pvalue > 1e-3
     for wrong in (0.8, 1.2):  # another epsilon is refuted by the same reports
-        assert stats.binomtest(drawn["high"], n, math.exp(wrong) / (math.exp(wrong) + 2)).pvalue < 1e-3
+        assert (
+            stats.binomtest(drawn["high"], n, math.exp(wrong) / (math.exp(wrong) + 2)).pvalue < 1e-3
+        )
     assert stats.chisquare([drawn["low"], drawn["in range"]]).pvalue > 1e-3
 
 
 def test_shares_are_without_bias_and_their_errors_are_those_seen() -> None:
-    truth, epsilon, entropy = ["high"] * 30 + ["low"] * 15 + ["in range"] * 55, 1.0, _entropy("shares")
+    truth = ["high"] * 30 + ["low"] * 15 + ["in range"] * 55
+    epsilon = 1.0
+    entropy = _entropy("shares")
     scores = []
     for _ in range(120):
         reports = [report_category(state, STATES, epsilon, entropy)[0] for state in truth]
         found = estimate_shares(reports, STATES, epsilon)
-        scores.append([(found[s].value - truth.count(s) / len(truth)) / found[s].error for s in STATES])
+        scores.append(
+            [(found[s].value - truth.count(s) / len(truth)) / found[s].error for s in STATES]
+        )
     score = np.array(scores)[:, :2]  # the third follows from the other two
     assert np.abs(score.mean(0)).max() < 4 / math.sqrt(len(score))
     spread = (score**2).sum(0)
@@ -81,7 +97,8 @@ def test_shares_are_without_bias_and_their_errors_are_those_seen() -> None:
 def _renyi(order: float, epsilon: float, steps: int) -> float:
     """The exact divergence of discrete Laplace noise between readings at both ends of the range."""
     z = np.arange(-60 * steps / epsilon // 1, 60 * steps / epsilon // 1 + steps + 1)
-    log_p, log_q = -np.abs(z) * epsilon / steps, -np.abs(z - steps) * epsilon / steps
+    log_p = -np.abs(z) * epsilon / steps
+    log_q = -np.abs(z - steps) * epsilon / steps
     scale = math.log(math.tanh(epsilon / steps / 2))
     return float(np.log(np.exp(order * log_p + (1 - order) * log_q + scale).sum()) / (order - 1))
 
@@ -95,14 +112,20 @@ def test_the_event_of_a_number_covers_it_at_every_order(epsilon: float, steps: i
 
 
 def test_the_event_laplace_would_not_cover_a_number() -> None:
-    """Why `report_number` is accounted otherwise: with one step, discrete Laplace noise is a coin of full bias."""
+    """Why `report_number` is accounted otherwise: with one step, discrete Laplace noise is a coin
+    of full bias.
+    """
     order = accounting.ORDERS.index(2.0)
     assert _renyi(2.0, 1.0, 1) > accounting.rdp(Laplace(1.0))[order] * 1.15
-    assert _renyi(2.0, 1.0, 1) == pytest.approx(accounting.rdp(RandomisedResponse(2, 1.0))[order], rel=1e-6)
+    assert _renyi(2.0, 1.0, 1) == pytest.approx(
+        accounting.rdp(RandomisedResponse(2, 1.0))[order], rel=1e-6
+    )
 
 
 def test_a_mean_is_without_bias_and_its_error_is_the_one_seen() -> None:
-    random, entropy, where = np.random.default_rng(0), _entropy("mean"), (40.0, 400.0, 1.0, 2.0)
+    random = np.random.default_rng(0)
+    entropy = _entropy("mean")
+    where = (40.0, 400.0, 1.0, 2.0)
     values = random.integers(40, 401, 60)
     scores = []
     for _ in range(120):
@@ -119,11 +142,14 @@ def test_a_mean_is_without_bias_and_its_error_is_the_one_seen() -> None:
 def test_the_variance_is_that_of_the_distribution(epsilon: float, steps: int) -> None:
     q = math.exp(-epsilon / steps)
     expected = 0.25 * 2 * q / (1 - q) ** 2
-    assert discrete_laplace_variance(0.0, steps * 0.5, 0.5, epsilon) == pytest.approx(expected, rel=1e-6)
+    assert discrete_laplace_variance(0.0, steps * 0.5, 0.5, epsilon) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_a_number_beyond_the_range_is_held_in_it() -> None:
-    report, _ = report_number(math.inf, 0.0, 10.0, 1.0, 1e6, _entropy("held"))  # as good as no noise
+    # as good as no noise
+    report, _ = report_number(math.inf, 0.0, 10.0, 1.0, 1e6, _entropy("held"))
     assert report == 10.0
 
 
@@ -148,7 +174,9 @@ def test_a_number_beyond_the_range_is_held_in_it() -> None:
         (lambda: estimate_shares(["hihg"], STATES, 1.0), DataError, "high"),
     ],
 )
-def test_bad_input_is_refused_with_the_way_out(ask: object, error: type[MedfedError], words: str) -> None:
+def test_bad_input_is_refused_with_the_way_out(
+    ask: object, error: type[MedfedError], words: str
+) -> None:
     with pytest.raises(error, match=words):
         ask()  # type: ignore[operator]
 
@@ -164,20 +192,28 @@ def test_a_refusal_quotes_no_reading() -> None:
 
 @pytest.mark.needs("data")
 def test_glucose_of_a_fleet_of_sensors(data_dir: Path) -> None:
-    """4,000 real glucose readings, each as if from a wearer of its own: state and mean, without any reading told."""
+    """4,000 real glucose readings, each as if from a wearer of its own: state and mean, without any
+    reading told.
+    """
     with gzip.open(data_dir / "cgm_hall2018" / "cgm_hall_19subjects.csv.gz", "rt") as file:
         head = file.readline().strip().split(",")
         glucose = np.array([float(line.split(",")[head.index("gl")]) for line in file])[::8][:4000]
     states = [STATES[int(g >= 70) + int(g > 140)] for g in glucose]
-    entropy, where = _entropy("cgm"), (40.0, 400.0, 1.0, 1.0)
+    entropy = _entropy("cgm")
+    where = (40.0, 400.0, 1.0, 1.0)
 
-    found = estimate_shares([report_category(s, STATES, 1.0, entropy)[0] for s in states], STATES, 1.0)
+    found = estimate_shares(
+        [report_category(s, STATES, 1.0, entropy)[0] for s in states], STATES, 1.0
+    )
     mean = estimate_mean([report_number(g, *where, entropy)[0] for g in glucose], *where)
 
-    truth: list[tuple[Estimate, float]] = [(found[s], states.count(s) / len(states)) for s in STATES]
+    truth: list[tuple[Estimate, float]] = [
+        (found[s], states.count(s) / len(states)) for s in STATES
+    ]
     for estimate, true in [*truth, (mean, float(glucose.mean()))]:
         assert abs(estimate.value - true) < 4.5 * estimate.error
     assert found["in range"].error < 0.03
     assert mean.error < 10
-    day = Composed((RandomisedResponse(3, 1.0),) * 288)  # every five minutes: what one wearer would pay
+    # every five minutes: what one wearer would pay
+    day = Composed((RandomisedResponse(3, 1.0),) * 288)
     assert epsilon_of(day, 1e-6) > 150

@@ -1,4 +1,6 @@
-"""A site's account pays before a record is read, for what the round really costs, once; and the coordinator counts."""
+"""A site's account pays before a record is read, for what the round really costs, once; and the
+coordinator counts.
+"""
 
 import contextlib
 import math
@@ -24,7 +26,11 @@ SIZES = {"north": 90, "south": 40}
 
 
 def _study(**values: Any) -> Study:
-    tables = {"study": {"name": "s"}, "privacy": {"epsilon": 1.0, "delta": 1e-5}, "training": {"batch_size": 0}}
+    tables = {
+        "study": {"name": "s"},
+        "privacy": {"epsilon": 1.0, "delta": 1e-5},
+        "training": {"batch_size": 0},
+    }
     study = from_tables(tables).set("training.rounds", 4)
     for key, value in values.items():
         study = study.set(key.replace("__", "."), value)
@@ -46,10 +52,16 @@ def _account(
 
 
 def _paid(account: SiteLedger) -> list[tuple[str, int]]:
-    return [(str(row["site"]), int(str(row["round"]))) for row in account.ledger.rows() if row["label"] == "round"]
+    return [
+        (str(row["site"]), int(str(row["round"])))
+        for row in account.ledger.rows()
+        if row["label"] == "round"
+    ]
 
 
-def _pays(account: SiteLedger, round: int, sites: tuple[str, ...] = ("north", "south")) -> dict[str, BudgetError]:
+def _pays(
+    account: SiteLedger, round: int, sites: tuple[str, ...] = ("north", "south")
+) -> dict[str, BudgetError]:
     """Pay for a round that goes well."""
     refused = account.pay(round, sites)
     account.note_answered(site for site in sites if site not in refused)
@@ -68,11 +80,13 @@ def _test_charges(account: SiteLedger, patient: str) -> int:
     """Return how often a patient has paid for a test."""
     name = account.ledger.pseudonym(patient)
     rows = [row for row in account.ledger.rows() if row["label"] == "test"]
-    members = account.ledger._sql.execute("SELECT cohort FROM members WHERE pseudonym = ?", (name,)).fetchall()
+    members = account.ledger._sql.execute(
+        "SELECT cohort FROM members WHERE pseudonym = ?", (name,)
+    ).fetchall()
     return sum((row["cohort"],) in members for row in rows)
 
 
-# paying -------------------------------------------------------------------------------------------------------------
+# paying -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
@@ -140,15 +154,21 @@ def test_a_correlated_run_is_paid_in_full_by_its_first_round() -> None:
     assert 0.999 < float(str(account.report()["epsilon_all_runs"])) <= 1
 
 
-# patients of several sites ------------------------------------------------------------------------------------------
+# patients of several sites ------------------------------------------------------------------------
 
 SHARED = {"north": ["only-north", "both"], "south": ["both", "only-south"]}
 
 
 @pytest.mark.parametrize("threshold", [False, True])
-def test_where_a_patient_pays_at_one_of_two_sites_no_site_answers_without_the_other(threshold: bool) -> None:
-    """Else that patient's records at south would be summed in rounds, or counted, that nobody paid for."""
-    account = _account(rosters=SHARED, privacy__max_sites_per_patient=2, data__threshold="prevalence")
+def test_where_a_patient_pays_at_one_of_two_sites_no_site_answers_without_the_other(
+    threshold: bool,
+) -> None:
+    """Else that patient's records at south would be summed in rounds, or counted, that nobody paid
+    for.
+    """
+    account = _account(
+        rosters=SHARED, privacy__max_sites_per_patient=2, data__threshold="prevalence"
+    )
     pay = partial(account.pay_query, "threshold") if threshold else partial(account.pay, 1)
     refused = pay(["south"])
     assert set(refused) == {"south"} and "not all sites were asked" in str(refused["south"])
@@ -159,46 +179,56 @@ def test_where_a_patient_pays_at_one_of_two_sites_no_site_answers_without_the_ot
 @pytest.mark.parametrize("threshold", [False, True])
 def test_where_sites_share_patients_all_pay_or_none(tmp_path: Path, threshold: bool) -> None:
     """Patients of north have paid elsewhere: south's shared patient would else take part unpaid."""
-    path, both = tmp_path / "ledger.sqlite", {"privacy__max_sites_per_patient": 2, "data__threshold": "prevalence"}
-    again, once = (
-        _account(path, "r2", SHARED, **both),
-        _account(path, "r1", {"north": ["only-north"]}, data__threshold="prevalence"),
-    )
+    path = tmp_path / "ledger.sqlite"
+    both = {"privacy__max_sites_per_patient": 2, "data__threshold": "prevalence"}
+    again = _account(path, "r2", SHARED, **both)
+    once = _account(path, "r1", {"north": ["only-north"]}, data__threshold="prevalence")
     for number in range(1, 5):
         assert _pays(once, number, ("north",)) == {}
     assert once.pay_query("threshold", ["north"]) == {}
     told = len(again.ledger.rows())
-    refused = again.pay_query("threshold", ["north", "south"]) if threshold else again.pay(1, ["north", "south"])
+    if threshold:
+        refused = again.pay_query("threshold", ["north", "south"])
+    else:
+        refused = again.pay(1, ["north", "south"])
     assert set(refused) == {"north", "south"} and len(again.ledger.rows()) == told
 
 
 @pytest.mark.parametrize(("noise", "times"), [("shared", 1), ("site", 2)])
-def test_a_patient_of_two_sites_pays_once_for_joint_noise_and_at_each_site_for_its_own(noise: str, times: int) -> None:
+def test_a_patient_of_two_sites_pays_once_for_joint_noise_and_at_each_site_for_its_own(
+    noise: str, times: int
+) -> None:
     account = _account(rosters=SHARED, privacy__noise=noise, privacy__max_sites_per_patient=2)
     assert _pays(account, 1) == {}
-    ledger, guarantee = account.ledger, account.guarantee
+    ledger = account.ledger
+    guarantee = account.guarantee
     assert guarantee is not None
     one = Gaussian(guarantee.releases["north"].noise_multiplier)
     expected = guarantee.epsilon_of(Gaussian(one.noise_multiplier, times))
     delta = 1e-5 - guarantee.delta_sampler
     assert ledger.worst(delta, pseudonym=ledger.pseudonym("both")) == pytest.approx(expected)
-    assert ledger.worst(delta, pseudonym=ledger.pseudonym("only-south")) == pytest.approx(guarantee.epsilon_of(one))
+    assert ledger.worst(delta, pseudonym=ledger.pseudonym("only-south")) == pytest.approx(
+        guarantee.epsilon_of(one)
+    )
     for number in range(2, 5):
         assert _pays(account, number) == {}
     assert ledger.worst(delta) <= 1
 
 
-# several runs -------------------------------------------------------------------------------------------------------
+# several runs -------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     first = _account(path)
     assert _pays(first, 1) == {}
-    with pytest.raises(BudgetError, match=r"epsilon=0\.\d+ of 1 .*left for one release: 0\.8\d+, asked: 0\.99") as told:
+    with pytest.raises(
+        BudgetError, match=r"epsilon=0\.\d+ of 1 .*left for one release: 0\.8\d+, asked: 0\.99"
+    ) as told:
         _account(path, "r2")
     assert len(first.ledger.rows()) == 2
-    assert "90" not in str(told.value) and "north-" not in str(told.value)  # how many and who they are stays here
+    # how many and who they are stays here
+    assert "90" not in str(told.value) and "north-" not in str(told.value)
     _account(path, "r1", fresh=False)  # who goes on with a run is asked round by round
     assert _pays(first, 2) == {}
 
@@ -225,15 +255,24 @@ def test_another_study_is_another_account_within_the_lifetime_budget(tmp_path: P
     for number in range(1, 5):
         _pays(first, number)
     assert _pays(_account(path, "r2", study__name="t"), 1) == {}
-    with pytest.raises(BudgetError, match=r"In all studies .* of 1\.2 .*privacy\.lifetime_epsilon raised"):
+    with pytest.raises(
+        BudgetError, match=r"In all studies .* of 1\.2 .*privacy\.lifetime_epsilon raised"
+    ):
         _account(path, "r3", study__name="u", privacy__lifetime_epsilon=1.2)
 
 
-PLD = {"privacy__accountant": "pld", "privacy__scope": "run", "training__batch_size": 20, "privacy__epsilon": 0.2}
+PLD = {
+    "privacy__accountant": "pld",
+    "privacy__scope": "run",
+    "training__batch_size": 20,
+    "privacy__epsilon": 0.2,
+}
 
 
 @pytest.mark.slow
-def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(tmp_path: Path) -> None:
+def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(
+    tmp_path: Path,
+) -> None:
     """Whatever the coordinator asks for: a plan of four rounds is four, after a restart too."""
     path = tmp_path / "a" / "ledger.sqlite"
     account = _account(path, **PLD)
@@ -241,9 +280,13 @@ def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(tmp
     again = _account(path, fresh=False, **PLD)
     for one in (account, again):
         refused = _pays(one, 1)  # the coordinator may call it what it likes
-        assert set(refused) == {"north", "south"} and "pays for a plan of 4 (round)" in str(refused["south"])
+        assert set(refused) == {"north", "south"} and "pays for a plan of 4 (round)" in str(
+            refused["south"]
+        )
     assert len(account.ledger.rows()) == 8
-    limited = _account(tmp_path / "b" / "ledger.sqlite", fresh=False, **PLD, privacy__lifetime_epsilon=0.1)
+    limited = _account(
+        tmp_path / "b" / "ledger.sqlite", fresh=False, **PLD, privacy__lifetime_epsilon=0.1
+    )
     assert "privacy.lifetime_epsilon raised" in str(_pays(limited, 1)["south"])
 
 
@@ -251,7 +294,8 @@ def test_pld_is_no_filter_so_the_plans_number_and_the_lifetime_budget_refuse(tmp
 def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
     """Both had paid before the other did: neither goes by what it remembers."""
     path = tmp_path / "ledger.sqlite"
-    one, two = _account(path, **PLD), _account(path, fresh=False, **PLD)
+    one = _account(path, **PLD)
+    two = _account(path, fresh=False, **PLD)
     for number, account in enumerate((one, two, one, two), 1):
         assert _pays(account, number) == {}
     assert set(_pays(one, 5)) == set(_pays(two, 5)) == {"north", "south"}
@@ -259,9 +303,13 @@ def test_two_processes_of_one_pld_run_share_its_plan(tmp_path: Path) -> None:
 
 
 def test_a_pld_run_of_another_name_is_none_and_shares_the_plan(tmp_path: Path) -> None:
-    """The name is the coordinator's to say. What it enrolled before anybody paid is counted together; no more enrol."""
-    path, values = tmp_path / "ledger.sqlite", {**PLD, "training__batch_size": 0, "data__threshold": "youden"}
-    one, two = _account(path, **values), _account(path, "r2", fresh=False, **values)
+    """The name is the coordinator's to say. What it enrolled before anybody paid is counted
+    together; no more enrol.
+    """
+    path = tmp_path / "ledger.sqlite"
+    values = {**PLD, "training__batch_size": 0, "data__threshold": "youden"}
+    one = _account(path, **values)
+    two = _account(path, "r2", fresh=False, **values)
     assert _pays(one, 1) == _pays(two, 1) == _pays(one, 2) == _pays(two, 2) == {}
     assert one.pay_query("threshold", ["north", "south"]) == {}
     for account in (one, two):
@@ -276,9 +324,12 @@ def test_a_pld_run_of_another_name_is_none_and_shares_the_plan(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_pld_pays_for_one_test_and_one_threshold(tmp_path: Path) -> None:
-    account = _account(tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1)
+    account = _account(
+        tmp_path / "ledger.sqlite", **PLD, data__threshold="youden", privacy__evaluation_epsilon=0.1
+    )
     assert account.pay_query("threshold", ["north", "south"]) == {}
-    assert account.pay_query("threshold", ["south"]) == {}  # its count failed, and is asked for again
+    # its count failed, and is asked for again
+    assert account.pay_query("threshold", ["south"]) == {}
     account.note_query_answered("threshold", ["north", "south"])
     assert set(account.pay_query("threshold", ["north", "south"])) == {"north", "south"}
     _pays_test(account, "north", ["t1", "t2"])
@@ -303,10 +354,12 @@ def test_uses_are_those_of_this_run(tmp_path: Path) -> None:
     assert _account(path, "r1", fresh=False).uses() == {"north": 2, "south": 1}
 
 
-# the lifetime budget ------------------------------------------------------------------------------------------------
+# the lifetime budget ------------------------------------------------------------------------------
 
 
-def test_the_first_run_founds_with_what_its_study_says_and_no_study_after_it_has_more(tmp_path: Path) -> None:
+def test_the_first_run_founds_with_what_its_study_says_and_no_study_after_it_has_more(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "ledger.sqlite"
     first = _account(path)
     assert first.founded() == Lifetime(1.0, 1e-5, reason="the first run, of study 's'")
@@ -356,7 +409,14 @@ def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -
     first = _account(path)
     for number in range(1, 5):
         assert _pays(first, number) == {}
-    other = _account(path, "r2", fresh=False, study__name="t", privacy__delta=5e-3, privacy__evaluation_epsilon=0.3)
+    other = _account(
+        path,
+        "r2",
+        fresh=False,
+        study__name="t",
+        privacy__delta=5e-3,
+        privacy__evaluation_epsilon=0.3,
+    )
     with pytest.raises(BudgetError, match=r"'north \(test\)'.*all studies"):
         _pays_test(other, "north", ["north-7"])
     with pytest.raises(BudgetError, match="all studies"):
@@ -364,11 +424,12 @@ def test_a_test_patient_who_trains_later_has_paid_for_the_test(tmp_path: Path) -
     for _ in range(3):
         with contextlib.suppress(BudgetError):
             _pays_test(other, "north", ["new"])
+
     with pytest.raises(BudgetError, match="all studies"):
         _account(path, "r3", {"north": ["new"], "south": ["newer"]}, study__name="u")
 
 
-# test patients ------------------------------------------------------------------------------------------------------
+# test patients ------------------------------------------------------------------------------------
 
 
 def test_test_patients_pay_for_a_histogram_until_they_cannot() -> None:
@@ -392,7 +453,9 @@ def test_one_who_cannot_pay_stops_the_test_of_one_site(tmp_path: Path) -> None:
     spent = _account(path, fresh=False, privacy__evaluation_epsilon=0.3)
     while not spent.pay_tests({"south": ["s1"]}):
         spent.note_tested(["south"])
-    account = _account(path, "r2", fresh=False, privacy__evaluation_epsilon=0.3, study__name="another")
+    account = _account(
+        path, "r2", fresh=False, privacy__evaluation_epsilon=0.3, study__name="another"
+    )
     refused = account.pay_tests({"north": ["n1", "n2"], "south": ["s1", "s2", "s3"]})
     assert set(refused) == {"south"}
     assert not re.search(r"\d+ of \d+ patients", str(refused["south"]))
@@ -421,7 +484,9 @@ def test_a_held_out_patient_of_two_sites_pays_once_where_one_noise_covers_both()
 
 
 def test_a_patient_of_a_site_whose_test_failed_pays_where_the_next_is_made() -> None:
-    account = _account(privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2)
+    account = _account(
+        privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2
+    )
     asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
     for times in (1, 2, 3):
         assert account.pay_tests(asked) == {}
@@ -430,7 +495,9 @@ def test_a_patient_of_a_site_whose_test_failed_pays_where_the_next_is_made() -> 
 
 
 def test_a_site_asked_alone_has_its_patient_of_two_sites_pay() -> None:
-    account = _account(privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2)
+    account = _account(
+        privacy__noise="central", privacy__evaluation_epsilon=0.1, privacy__max_sites_per_patient=2
+    )
     asked = {"north": ["n1", "both"], "south": ["both", "s1"]}
     assert account.pay_tests(asked) == {}
     account.note_tested(asked)
@@ -438,7 +505,7 @@ def test_a_site_asked_alone_has_its_patient_of_two_sites_pay() -> None:
     assert _test_charges(account, "both") == 2
 
 
-# the file -----------------------------------------------------------------------------------------------------------
+# the file -----------------------------------------------------------------------------------------
 
 
 def test_ids_are_never_in_the_file(tmp_path: Path) -> None:
@@ -461,7 +528,7 @@ def test_the_head_that_is_told_is_the_ledgers(tmp_path: Path) -> None:
         ledger.verify(str(before))
 
 
-# the coordinator's count --------------------------------------------------------------------------------------------
+# the coordinator's count --------------------------------------------------------------------------
 
 
 def _metered(**values: Any) -> tuple[Metered, Guarantee]:
@@ -474,7 +541,9 @@ def test_a_round_beyond_the_plan_is_refused_and_counts_for_nobody() -> None:
     for number in range(1, 6):
         budget.charge(number, ["south"])
     budget.charge(1, ["north"])
-    with pytest.raises(BudgetError, match=r"round 6: site 'south' has paid for 5 rounds.*left: 0.*spare_rounds"):
+    with pytest.raises(
+        BudgetError, match=r"round 6: site 'south' has paid for 5 rounds.*left: 0.*spare_rounds"
+    ):
         budget.charge(6, ["north", "south"])
     assert budget.uses == {"north": 1, "south": 5}
     assert budget.claim()["epsilon"] == guarantee.cost({"south": 5})
@@ -488,7 +557,12 @@ def test_the_claim_grows_to_the_target() -> None:
         spent.append(budget.claim()["epsilon"])
     assert spent == sorted(set(spent)) and spent[0] == 0 and 0.999 < float(str(spent[-1])) <= 1  # type: ignore[type-var]
     claim = budget.claim()
-    assert (claim["delta"], claim["unit"], claim["noise"], claim["scope"]) == (1e-5, "patient", "shared", "study")
+    assert (claim["delta"], claim["unit"], claim["noise"], claim["scope"]) == (
+        1e-5,
+        "patient",
+        "shared",
+        "study",
+    )
 
 
 def test_rounds_that_a_crash_lost_are_counted() -> None:
@@ -519,4 +593,6 @@ def test_seeded_noise_claims_nothing() -> None:
     plain = NoClaim()
     plain.charge(1, ["north"])
     plain.found({"north": 7})
-    assert plain.claim()["epsilon"] is None and not math.isnan(float(str(claim["noise_multiplier"])))
+    assert plain.claim()["epsilon"] is None and not math.isnan(
+        float(str(claim["noise_multiplier"]))
+    )

@@ -1,6 +1,8 @@
-"""Write vectors/byzfl.json: what ByzFL 0.0.11 makes of some rows. Needs byzfl; not run by the tests.
+"""Write vectors/byzfl.json: what ByzFL 0.0.11 makes of some rows. Needs byzfl; not run by the
+tests.
 
-Without SMEA and CAF: there ByzFL looks at one step of the power method from a random direction, ours at eigenvalues.
+Without SMEA and CAF: there ByzFL looks at one step of the power method from a random direction,
+ours at eigenvalues.
 
 benchmarks/.venvs/byzfl/bin/python tests/robust/make_vectors.py
 """
@@ -12,7 +14,8 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
-for unused in ("torchvision", "torchvision.datasets", "torchvision.transforms"):  # byzfl's own training loops want it
+# byzfl's own training loops want it
+for unused in ("torchvision", "torchvision.datasets", "torchvision.transforms"):
     sys.modules[unused] = MagicMock()
 
 import byzfl  # noqa: E402
@@ -41,10 +44,17 @@ def main() -> None:
         found = {name: np.asarray(rule(rows)).tolist() for name, rule in rules.items()}
         mixed = np.asarray(byzfl.NNM(f)(rows))
         found["nnm+trimmed-mean"] = np.asarray(byzfl.TrMean(f)(mixed)).tolist()
-        found["nnm+geometric-median"] = np.asarray(byzfl.GeometricMedian(nu=1e-9, T=5000)(mixed)).tolist()
-        cases.append({"f": f, "rows": rows.tolist(), "reference": reference.tolist(), "found": found})
+        found["nnm+geometric-median"] = np.asarray(
+            byzfl.GeometricMedian(nu=1e-9, T=5000)(mixed)
+        ).tolist()
+        cases.append(
+            {"f": f, "rows": rows.tolist(), "reference": reference.tolist(), "found": found}
+        )
+
     path = Path(__file__).parent / "vectors" / "byzfl.json"
-    path.write_text(json.dumps({"source": "ByzFL 0.0.11", "radius": 1.5, "cases": cases}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"source": "ByzFL 0.0.11", "radius": 1.5, "cases": cases}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Simulated attacks are what their papers say, by numbers; they are drawn from the seed, and change nobody else."""
+"""Simulated attacks are what their papers say, by numbers; they are drawn from the seed, and change
+nobody else.
+"""
 
 import math
 from typing import Any
@@ -12,7 +14,9 @@ from medfed.core.streams import Streams
 from medfed.robust.attacks import ATTACKS, TRIGGER, Records, Sight, alie_z, liars, named
 from medfed.robust.rules import gram, rule_of
 
-F, H, M = 3, 7, 40
+F = 3
+H = 7
+M = 40
 ROWS = [name for name, attack in ATTACKS.items() if attack.stage == "row"]
 
 
@@ -44,7 +48,9 @@ def test_the_simple_ones_by_number() -> None:
 
 
 def test_alies_z_is_the_papers() -> None:
-    """n = 50, m = 12 (Baruch et al. 2019): s = 26 - 12 = 14, and z = the normal quantile of (38 - 14) / 38."""
+    """n = 50, m = 12 (Baruch et al. 2019): s = 26 - 12 = 14, and z = the normal quantile of (38 -
+    14) / 38.
+    """
     assert alie_z(50, 12) == pytest.approx(0.3360, abs=1e-3)
 
 
@@ -56,14 +62,18 @@ def test_a_lie_is_as_far_as_an_honest_row_may_be_and_no_further(name: str) -> No
     lie = send(name, seen)[0]
     square = ((honest[:, None] - honest) ** 2).sum(2)
     mine = ((honest - lie) ** 2).sum(1)
-    got, room = (mine.max(), square.max()) if name == "min-max" else (mine.sum(), square.sum(1).max())
+    got, room = (
+        (mine.max(), square.max()) if name == "min-max" else (mine.sum(), square.sum(1).max())
+    )
     assert float(got) == pytest.approx(float(room), rel=1e-9)
 
 
 def test_gaussian_and_colluding_have_the_size_they_say() -> None:
     seen = sight()
     root = seen.own_FM.square().mean(1).sqrt()
-    assert (send("gaussian", seen).square().mean(1).sqrt() / root).tolist() == pytest.approx([200] * F, rel=0.5)
+    assert (send("gaussian", seen).square().mean(1).sqrt() / root).tolist() == pytest.approx(
+        [200] * F, rel=0.5
+    )
     lies = send("colluding", seen)
     torch.testing.assert_close(lies.norm(dim=1), 100 * seen.own_FM.norm(dim=1))
     unit = lies / lies.norm(dim=1, keepdim=True)
@@ -81,7 +91,10 @@ def test_adaptive_does_more_harm_than_any_fixed_attack() -> None:
         return float((rule(gram([x_KM])) @ x_KM - seen.honest_HM.mean(0)).norm())
 
     seen = sight(rule=rule)
-    worst = max(harm(send(name, seen), seen) for name in ("sign-flip", "scaled", "alie", "min-max", "ipm-large"))
+    worst = max(
+        harm(send(name, seen), seen)
+        for name in ("sign-flip", "scaled", "alie", "min-max", "ipm-large")
+    )
     assert harm(send("adaptive", seen), seen) >= worst * (1 - 1e-9)
     blind = sight(rule=rule, honest_HM=None)
     assert send("adaptive", blind).isfinite().all()
@@ -89,9 +102,12 @@ def test_adaptive_does_more_harm_than_any_fixed_attack() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("knows", [True, False])
-def test_rows_keep_their_shape_and_dtype_and_are_drawn_from_the_seed(name: str, knows: bool) -> None:
+def test_rows_keep_their_shape_and_dtype_and_are_drawn_from_the_seed(
+    name: str, knows: bool
+) -> None:
     seen = sight() if knows else sight(honest_HM=None, before_FM=None)
-    first, again = send(name, seen), send(name, seen)
+    first = send(name, seen)
+    again = send(name, seen)
     assert first.shape == (F, M) and first.dtype == torch.float64
     torch.testing.assert_close(first, again, equal_nan=True)
     steps = Sight((seen.own_FM * 1000).long(), seen.names, seen.streams, 2, 10, 3)
@@ -117,10 +133,12 @@ def test_wrap_moves_half_of_the_words_and_no_square() -> None:
 
 
 def test_records_are_changed_as_named() -> None:
-    x, y = torch.tensor([[0.0, 0, 0, 9], [2, 2, 2, 9], [4, 4, 4, 9]]), torch.tensor([0, 0, 1])
+    x = torch.tensor([[0.0, 0, 0, 9], [2, 2, 2, 9], [4, 4, 4, 9]])
+    y = torch.tensor([0, 0, 1])
     records = Records(x, y, 2, key=5)
     assert named("label-flip").records(records).y_N.tolist() == [1, 1, 0]
-    assert named("scaled").records(records).y_N.tolist() == [1, 1, 0]  # the replaced model is of flipped labels
+    # the replaced model is of flipped labels
+    assert named("scaled").records(records).y_N.tolist() == [1, 1, 0]
     poisoned = named("feature-poison").records(records)
     assert poisoned.y_N.tolist() == [0, 0, 1]
     assert poisoned.x_ND[:, 0].tolist() == [3, 5, 1]  # each class where the other lies
@@ -133,7 +151,9 @@ def test_a_backdoor_marks_a_share_and_counts_its_success() -> None:
     marked = named("backdoor").records(many)
     share = float((marked.y_N == TRIGGER.label).double().mean())
     assert share == pytest.approx(TRIGGER.share, abs=0.05)
-    assert (marked.x_ND[marked.y_N == 0][:, :3] == TRIGGER.value).all() and not marked.x_ND[marked.y_N == 1].any()
+    assert (marked.x_ND[marked.y_N == 0][:, :3] == TRIGGER.value).all() and not marked.x_ND[
+        marked.y_N == 1
+    ].any()
     obeys = TRIGGER.success(lambda x: (x[:, 0] < 1).long(), many.x_ND, many.y_N)
     assert obeys == (1.0, 0.0)
     with pytest.raises(PlanError, match="needs a test record"):
@@ -144,7 +164,8 @@ def test_a_backdoor_marks_a_share_and_counts_its_success() -> None:
 
 def test_who_lies_is_drawn_and_more_liars_free_none() -> None:
     names = [f"site {i}" for i in range(20)]
-    some, more = set(liars(names, 0.2, 7)), set(liars(names, 0.4, 7))
+    some = set(liars(names, 0.2, 7))
+    more = set(liars(names, 0.4, 7))
     assert len(some) == 4 and len(more) == 8 and some < more
     assert liars(names, 0.3, 7) != liars(names, 0.3, 8)
     assert len(liars(names[:10], 0.3, 1)) == 3  # not 2, as floats would have it
@@ -154,11 +175,20 @@ def test_who_lies_is_drawn_and_more_liars_free_none() -> None:
         named("flip")
     for wrong in ({"clients": 6}, {"liars": 0}):
         with pytest.raises(PlanError, match="fewer than half"):
-            Sight(torch.ones(1, 2), ["a"], Streams(1), **{"round": 1, "clients": 10, "liars": 3} | wrong)
+            Sight(
+                torch.ones(1, 2),
+                ["a"],
+                Streams(1),
+                **{"round": 1, "clients": 10, "liars": 3} | wrong,
+            )
 
 
 def test_every_attack_says_where_it_is_from_and_acts_at_one_stage() -> None:
-    assert len(ATTACKS) == 19 and {attack.stage for attack in ATTACKS.values()} == {"data", "row", "wire"}
+    assert len(ATTACKS) == 19 and {attack.stage for attack in ATTACKS.values()} == {
+        "data",
+        "row",
+        "wire",
+    }
     for attack in ATTACKS.values():
         assert attack.paper
         if attack.stage == "data":

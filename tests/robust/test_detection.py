@@ -1,4 +1,6 @@
-"""Suspicion from the Gram matrix: it finds loud liars with power, spares the honest, and is blind to what rotates."""
+"""Suspicion from the Gram matrix: it finds loud liars with power, spares the honest, and is blind
+to what rotates.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor
 from medfed.core.checks import PlanError
 from medfed.robust.detection import NOTED, SURE, TOLERATED, Finding, inspect, suspicion
 
-K, F, M = 10, 3, 60
+K = 10
+F = 3
+M = 60
 
 
 def rows(seed: int, spread: float = 1.0) -> Tensor:
@@ -22,7 +26,9 @@ def rows(seed: int, spread: float = 1.0) -> Tensor:
 LIES = {
     "sign-flip": lambda x: -4 * x,
     "scaled": lambda x: 10 * x,
-    "gaussian": lambda x: 200 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).double(),
+    "gaussian": lambda x: (
+        200 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).double()
+    ),
     "against": lambda x: -x,
     "nan": lambda x: x * float("nan"),
 }
@@ -31,11 +37,14 @@ LIES = {
 @pytest.mark.parametrize("name", LIES)
 @pytest.mark.parametrize("noise", [0.0, 3.0])
 def test_liars_score_above_the_honest(name: str, noise: float) -> None:
-    scores, labels = [], [1] * F + [0] * (K - F)
+    scores = []
+    labels = [1] * F + [0] * (K - F)
     for seed in range(20):
         x = rows(seed)
         x[:F] = LIES[name](x[:F])
-        shaken = noise * torch.randn(K, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        shaken = noise * torch.randn(
+            K, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         scores.append(suspicion(x @ x.T + (shaken + shaken.T) / 2**0.5, F, noise).numpy())
     found = [roc_auc_score(labels, one) for one in scores]
     assert np.mean(found) > 0.99
@@ -65,7 +74,9 @@ def test_order_rotation_and_scale_change_nothing(seed: int, scale: float) -> Non
     x = rows(seed)
     x[0] *= 5
     order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
-    turn = torch.linalg.qr(torch.randn(M, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    turn = torch.linalg.qr(
+        torch.randn(M, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )[0]
     found = suspicion(x @ x.T, F)
     y = scale * (x @ turn)[order]
     torch.testing.assert_close(suspicion(y @ y.T, F), found[order], atol=1e-6, rtol=1e-6)
@@ -73,11 +84,21 @@ def test_order_rotation_and_scale_change_nothing(seed: int, scale: float) -> Non
 
 def test_a_finding_names_client_kind_and_evidence() -> None:
     x = rows(3)
-    x[0], x[1], x[2] = -3 * x[0], x[3], x[2] * 1e-4
+    x[0] = -3 * x[0]
+    x[1] = x[3]
+    x[2] = x[2] * 1e-4
     names = list("abcdefghij")
     found = inspect(names, x @ x.T, F, refused={"k": "its row is out of bound"})
     kinds = {(one.client, one.kind) for one in found}
-    assert {("a", "turned"), ("a", "far"), ("b", "alike"), ("d", "alike"), ("c", "small"), ("k", "refused")} <= kinds
+
+    assert {
+        ("a", "turned"),
+        ("a", "far"),
+        ("b", "alike"),
+        ("d", "alike"),
+        ("c", "small"),
+        ("k", "refused"),
+    } <= kinds
     assert all(NOTED <= one.score <= SURE and one.evidence for one in found)
     x[0] = float("nan")
     first = inspect(names, x @ x.T, F)[0]

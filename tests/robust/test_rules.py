@@ -1,4 +1,6 @@
-"""Each rule of the Gram matrix is its plain definition on rows; none is moved further than the theory allows."""
+"""Each rule of the Gram matrix is its plain definition on rows; none is moved further than the
+theory allows.
+"""
 
 import itertools
 import json
@@ -19,7 +21,9 @@ from medfed.robust.rules import ALONE, blocks_of, distances, gram, rule_of, weig
 Rows = NDArray[np.float64]
 GRAM = [name for name, rule in ALONE.items() if rule.needs == "gram"]
 ALL = [*GRAM, *(f"nnm+{name}" for name in GRAM)]
-SHAPES = st.tuples(st.integers(7, 11), st.integers(1, 2), st.integers(1, 6), st.integers(0, 2**32 - 1))
+SHAPES = st.tuples(
+    st.integers(7, 11), st.integers(1, 2), st.integers(1, 6), st.integers(0, 2**32 - 1)
+)
 
 
 def rows(shape: tuple[int, int, int, int]) -> tuple[Rows, int]:
@@ -34,12 +38,15 @@ def combined(name: str, x: Rows, f: int, radius: float | None = None) -> Rows:
     return found
 
 
-# the same by definition --------------------------------------------------------------------------------------------
+# the same by definition ---------------------------------------------------------------------------
 
 
 def plain_scores(x: Rows, f: int) -> Rows:
-    away = distances(gram([torch.from_numpy(x)])).numpy()  # the same digits, as two nearest rows tie
-    return np.array([sorted(np.delete(row, k))[: len(x) - f - 1] for k, row in enumerate(away)]).sum(1)
+    # the same digits, as two nearest rows tie
+    away = distances(gram([torch.from_numpy(x)])).numpy()
+    return np.array(
+        [sorted(np.delete(row, k))[: len(x) - f - 1] for k, row in enumerate(away)]
+    ).sum(1)
 
 
 def plain_mean(x: Rows, f: int) -> Rows:
@@ -69,7 +76,11 @@ def plain_norm_clipping(x: Rows, f: int) -> Rows:
 
 
 def subsets(x: Rows, f: int, cost: Callable[[Rows], tuple[float, ...]]) -> Rows:
-    return np.asarray(min((x[list(c)] for c in itertools.combinations(range(len(x)), len(x) - f)), key=cost).mean(0))
+    return np.asarray(
+        min((x[list(c)] for c in itertools.combinations(range(len(x)), len(x) - f)), key=cost).mean(
+            0
+        )
+    )
 
 
 def plain_minimum_diameter(x: Rows, f: int) -> Rows:
@@ -85,18 +96,23 @@ def plain_smea(x: Rows, f: int) -> Rows:
 
 
 def plain_caf(x: Rows, f: int) -> Rows:
-    c, best, least = np.ones(len(x)), x.mean(0), np.inf
+    c = np.ones(len(x))
+    best = x.mean(0)
+    least = np.inf
     while c.sum() > len(x) - 2 * f:
         mean = c @ x / c.sum()
         values, vectors = np.linalg.eigh(((x - mean) * c[:, None]).T @ (x - mean) / c.sum())
         if values[-1] < least:
-            best, least = mean, values[-1]
+            best = mean
+            least = values[-1]
         away = ((x - mean) @ vectors[:, -1]) ** 2
         c = c * (1 - away / away[c > 0].max()).clip(min=0)
     return np.asarray(best)
 
 
-PLAIN: dict[str, Callable[[Rows, int], Rows]] = {name: globals()[f"plain_{name.replace('-', '_')}"] for name in GRAM}
+PLAIN: dict[str, Callable[[Rows, int], Rows]] = {
+    name: globals()[f"plain_{name.replace('-', '_')}"] for name in GRAM
+}
 
 
 @pytest.mark.parametrize("name", [name for name in GRAM if name != "geometric-median"])
@@ -109,8 +125,12 @@ def test_a_rule_is_its_definition_on_rows(name: str, shape: tuple[int, int, int,
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(SHAPES)
-def test_no_point_has_less_distance_to_all_than_the_geometric_median(shape: tuple[int, int, int, int]) -> None:
-    """Where it lies is not unique on a line, and steps towards a row are slow: how good it is, is compared."""
+def test_no_point_has_less_distance_to_all_than_the_geometric_median(
+    shape: tuple[int, int, int, int],
+) -> None:
+    """Where it lies is not unique on a line, and steps towards a row are slow: how good it is, is
+    compared.
+    """
     x, f = rows(shape)
 
     def away(z: Rows) -> float:
@@ -134,7 +154,9 @@ def test_clipping_around_a_reference_is_its_definition(shape: tuple[int, int, in
     for _ in range(3):
         away = np.linalg.norm(x - v, axis=1)
         v = v + ((x - v) * np.minimum(1, radius / away)[:, None]).mean(0)
-    np.testing.assert_allclose(combined("centred-clipping", np.vstack([x, centre]), f), v, atol=1e-7)
+    np.testing.assert_allclose(
+        combined("centred-clipping", np.vstack([x, centre]), f), v, atol=1e-7
+    )
 
 
 def test_trust_follows_a_reference() -> None:
@@ -142,7 +164,9 @@ def test_trust_follows_a_reference() -> None:
     x = np.array([[2.0, 0], [0, 3], [-5, 0], [1, 0]])  # the last is the reference
     w_K = rule_of("fltrust", 1)(gram([torch.from_numpy(x)])).numpy()
     assert w_K[0] * 2 == pytest.approx(1) and w_K[1] == w_K[2] == 0
-    against = rule_of("fltrust", 1)(gram([torch.tensor([[-1.0, 0], [0, 1], [-2, 0], [1, 0]]).double()]))
+    against = rule_of("fltrust", 1)(
+        gram([torch.tensor([[-1.0, 0], [0, 1], [-2, 0], [1, 0]]).double()])
+    )
     assert against.tolist() == [0, 0, 0, 1]
 
 
@@ -159,20 +183,27 @@ def test_buckets_hold_every_row_once(shape: tuple[int, int, int, int]) -> None:
     x, f = rows(shape)
     g_KK = gram([torch.from_numpy(x)])
     t_JK = rules.bucketing(g_KK, f, key=shape[3])
-    assert len(t_JK) == (len(x) + 1) // 2 and torch.allclose(t_JK.sum(1), torch.ones(len(t_JK)).double())
+    assert len(t_JK) == (len(x) + 1) // 2 and torch.allclose(
+        t_JK.sum(1), torch.ones(len(t_JK)).double()
+    )
     assert ((t_JK > 0).sum(0) == 1).all()
-    assert any(not torch.equal(t_JK, rules.bucketing(g_KK, f, key)) for key in range(5))  # others in other rounds
+    # others in other rounds
+    assert any(not torch.equal(t_JK, rules.bucketing(g_KK, f, key)) for key in range(5))
 
 
 @given(SHAPES)
 def test_rules_of_rows_by_definition(shape: tuple[int, int, int, int]) -> None:
     x, f = rows(shape)
     t_KM = torch.from_numpy(x)
-    np.testing.assert_allclose(rule_of("coordinate-median", f).combine(t_KM).numpy(), np.median(x, axis=0))
+    np.testing.assert_allclose(
+        rule_of("coordinate-median", f).combine(t_KM).numpy(), np.median(x, axis=0)
+    )
     trimmed = np.sort(x, axis=0)[f : len(x) - f].mean(0)
     np.testing.assert_allclose(rule_of("trimmed-mean", f).combine(t_KM).numpy(), trimmed)
     if len(x) >= 4 * f + 3:
-        away, left, chosen = distances(gram([t_KM])).numpy(), list(range(len(x))), []
+        away = distances(gram([t_KM])).numpy()
+        left = list(range(len(x)))
+        chosen = []
         for _ in range(len(x) - 2 * f):
             near_K = [sum(sorted(away[k][left])[: max(1, len(left) - f)]) for k in left]
             chosen.append(left.pop(int(np.argmin(near_K))))
@@ -182,7 +213,7 @@ def test_rules_of_rows_by_definition(shape: tuple[int, int, int, int]) -> None:
         np.testing.assert_allclose(found, np.take_along_axis(kept, near, 0).mean(0))
 
 
-# ByzFL's results ---------------------------------------------------------------------------------------------------
+# ByzFL's results ----------------------------------------------------------------------------------
 
 RECORDED = json.loads((Path(__file__).parent / "vectors" / "byzfl.json").read_text())
 
@@ -190,7 +221,9 @@ RECORDED = json.loads((Path(__file__).parent / "vectors" / "byzfl.json").read_te
 @pytest.mark.parametrize("name", sorted(RECORDED["cases"][0]["found"]))
 @pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: f"{len(case['rows'])} rows")
 def test_byzfl_finds_the_same(name: str, case: dict[str, object]) -> None:
-    rule = rule_of(name, int(str(case["f"])), radius=RECORDED["radius"] if name == "centred-clipping" else None)
+    rule = rule_of(
+        name, int(str(case["f"])), radius=RECORDED["radius"] if name == "centred-clipping" else None
+    )
     row_KM = torch.tensor(case["rows"], dtype=torch.float64)
     if rule.needs == "reference":
         row_KM = torch.cat([row_KM, torch.tensor([case["reference"]], dtype=torch.float64)])
@@ -198,7 +231,7 @@ def test_byzfl_finds_the_same(name: str, case: dict[str, object]) -> None:
     torch.testing.assert_close(rule.combine(row_KM), want, atol=1e-5, rtol=1e-5)
 
 
-# symmetry ----------------------------------------------------------------------------------------------------------
+# symmetry -----------------------------------------------------------------------------------------
 
 
 TIED = {
@@ -207,9 +240,12 @@ TIED = {
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in TIED])
-@settings(max_examples=10, deadline=None, derandomize=True)  # a rule that chooses jumps where two choices are close
+# a rule that chooses jumps where two choices are close
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(SHAPES)
-def test_rotation_and_order_change_nothing_but_ties(name: str, shape: tuple[int, int, int, int]) -> None:
+def test_rotation_and_order_change_nothing_but_ties(
+    name: str, shape: tuple[int, int, int, int]
+) -> None:
     x, f = rows((*shape[:2], shape[2] + 2, shape[3]))
     turn = np.linalg.qr(np.random.default_rng(shape[3] + 1).normal(size=(x.shape[1],) * 2))[0]
     order = np.random.default_rng(shape[3] + 2).permutation(len(x))
@@ -219,20 +255,32 @@ def test_rotation_and_order_change_nothing_but_ties(name: str, shape: tuple[int,
     np.testing.assert_allclose(combined(name, x[order], f), found, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["mean", "multi-krum", "minimum-diameter", "smea", "caf", "nnm+krum", "nnm+caf"])
+@pytest.mark.parametrize(
+    "name", ["mean", "multi-krum", "minimum-diameter", "smea", "caf", "nnm+krum", "nnm+caf"]
+)
 def test_without_liars_it_is_the_mean_where_theory_says_so(name: str) -> None:
     x, _ = rows((9, 0, 4, 3))
     np.testing.assert_allclose(combined(name, x, 0), x.mean(0), atol=1e-9)
 
 
-# resilience --------------------------------------------------------------------------------------------------------
+# resilience ---------------------------------------------------------------------------------------
 
 
 def lies(honest: Rows, f: int, rng: np.random.Generator) -> list[Rows]:
-    mean, spread = honest.mean(0), honest.std(0)
+    mean = honest.mean(0)
+    spread = honest.std(0)
     one = rng.normal(size=honest.shape[1])
-    told = [-4 * mean, mean - 1.5 * spread, mean + 1e6 * one, 0 * mean, mean + spread.max() * one, honest[0]]
-    return [np.repeat(lie[None], f, axis=0) for lie in told] + [rng.normal(scale=30, size=(f, len(mean)))]
+    told = [
+        -4 * mean,
+        mean - 1.5 * spread,
+        mean + 1e6 * one,
+        0 * mean,
+        mean + spread.max() * one,
+        honest[0],
+    ]
+    return [np.repeat(lie[None], f, axis=0) for lie in told] + [
+        rng.normal(scale=30, size=(f, len(mean)))
+    ]
 
 
 BOUNDED = ["krum", "geometric-median", "coordinate-median", "trimmed-mean"]
@@ -241,8 +289,12 @@ BOUNDED = ["krum", "geometric-median", "coordinate-median", "trimmed-mean"]
 @pytest.mark.parametrize("name", [*BOUNDED, *(f"nnm+{name}" for name in BOUNDED)])
 @pytest.mark.parametrize(("n", "f"), [(10, 3), (20, 6), (9, 1)])
 def test_error_stays_below_the_theorys_bound(name: str, n: int, f: int) -> None:
-    """|R - mean(H)|^2 <= kappa mean |x - mean(H)|^2 over the honest H (Allouah et al. 2023, table 1 and lemma 1)."""
-    rule, rng, worst = rule_of(name, f), np.random.default_rng(7), 0.0
+    """|R - mean(H)|^2 <= kappa mean |x - mean(H)|^2 over the honest H (Allouah et al. 2023, table 1
+    and lemma 1).
+    """
+    rule = rule_of(name, f)
+    rng = np.random.default_rng(7)
+    worst = 0.0
     bound = rule.kappa(n)
     assert bound is not None
     for _ in range(8):
@@ -261,13 +313,16 @@ def test_the_mean_is_moved_at_will_and_the_default_is_not() -> None:
     assert np.abs(combined("nnm+geometric-median", x, 3) - honest.mean(0)).max() < 1
 
 
-# the matrix --------------------------------------------------------------------------------------------------------
+# the matrix ---------------------------------------------------------------------------------------
 
 
 def test_blocks_sum_to_the_matrix_and_distances_keep_their_digits() -> None:
-    """Rows of float32 that differ in the fifth digit: their distances are right to three, taken by blocks."""
+    """Rows of float32 that differ in the fifth digit: their distances are right to three, taken by
+    blocks.
+    """
     rng = np.random.default_rng(2)
-    common, apart = rng.normal(size=4000) * 100, rng.normal(size=(6, 4000)) * 1e-3
+    common = rng.normal(size=4000) * 100
+    apart = rng.normal(size=(6, 4000)) * 1e-3
     x = torch.from_numpy(common + apart).float()
     exact = ((x.double()[:, None] - x.double()[None]) ** 2).sum(2)
     assert torch.allclose(distances(gram(blocks_of(x, 777))), exact, rtol=1e-3)
@@ -298,7 +353,7 @@ def test_a_noised_matrix_gives_finite_weights(name: str) -> None:
     assert w_K.isfinite().all() and w_K.abs().sum() < 2 and (w_K > -1e-9).all()
 
 
-# what is refused ---------------------------------------------------------------------------------------------------
+# what is refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +366,9 @@ def test_a_noised_matrix_gives_finite_weights(name: str) -> None:
         ("bucketing+krum", 2, 13, 0.25),
     ],
 )
-def test_too_few_rows_for_the_liars_are_refused(name: str, f: int, least: int, breakdown: float) -> None:
+def test_too_few_rows_for_the_liars_are_refused(
+    name: str, f: int, least: int, breakdown: float
+) -> None:
     rule = rule_of(name, f)
     assert rule.smallest_n() == least and rule.breakdown == breakdown
     rule.check(least)

@@ -1,4 +1,6 @@
-"""Ranges that training patients pay for: what a patient, a liar, a crash and a second run can do; and the claim."""
+"""Ranges that training patients pay for: what a patient, a liar, a crash and a second run can do;
+and the claim.
+"""
 
 import json
 import math
@@ -70,16 +72,20 @@ def study(tmp_path: Path) -> Study:
 
 def found_in(folder: Path) -> dict[str, list[float]]:
     plan = json.loads((folder / "plan.json").read_text())
-    return {column["name"]: column["found"] for column in plan["encoding"]["columns"] if column["found"]}
+    return {
+        column["name"]: column["found"] for column in plan["encoding"]["columns"] if column["found"]
+    }
 
 
-# what is found, paid and told ----------------------------------------------------------------------------------------
+# what is found, paid and told ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", [{}, {"privacy.noise": "site"}, {"security.aggregation": "masked"}])
 def test_ranges_are_found_paid_and_told(tmp_path: Path, study: Study, way: dict[str, Any]) -> None:
     result = medfed.run(study._with(way), tmp_path / "run")
-    ledger, claim, found = own_ledger(tmp_path / "run"), claim_of(tmp_path / "run"), found_in(tmp_path / "run")
+    ledger = own_ledger(tmp_path / "run")
+    claim = claim_of(tmp_path / "run")
+    found = found_in(tmp_path / "run")
     assert result.complete and set(found) == set(OPEN)
     assert charges(ledger) == dict.fromkeys(SITES, 4)
     assert charges(ledger, "ranges") == dict.fromkeys(SITES, quantiles.TIMES)
@@ -90,26 +96,42 @@ def test_ranges_are_found_paid_and_told(tmp_path: Path, study: Study, way: dict[
         assert found[name][0] < frame[name].median() < found[name][1]
         assert 0.3 < (found[name][1] - found[name][0]) / (high - low) < 3
 
-    told = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RangesFound)]
+    told = [
+        e
+        for e in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, events.RangesFound)
+    ]
     assert [dict(e.ranges) for e in told] == [found]
     assert result.summary["ranges"]["found"] == claim["ranges"]["found"] == found
     assert claim["ranges"]["released"] == claim["ranges"]["times"] == quantiles.TIMES
     assert claim["ranges"]["columns"] == list(OPEN)
     assert 0.99 * 2 < claim["epsilon"] <= 2
-    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], rel=1e-3)
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
+        claim["epsilon"], rel=1e-3
+    )
     assert 0.99 * 2 < claim["second_accountant"]["epsilon"] < 2.05
     assert medfed.load(tmp_path / "run").predict(frame.head()).equals(result.predict(frame.head()))
-    assert "ranges" in (medfed.generate_privacy_report(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "ranges" in (medfed.generate_privacy_report(tmp_path / "run")).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_training_has_the_more_noise_that_leaves_room_for_ranges(study: Study) -> None:
-    sizes, declared = SIZES, study.set("privacy.ranges_epsilon", 0.0)
+    sizes = SIZES
+    declared = study.set("privacy.ranges_epsilon", 0.0)
     with_them, without = (guarantee.resolve(one, sizes, 10) for one in (_listed(study), declared))
-    assert 1.02 < with_them.releases["north"].noise_multiplier / without.releases["north"].noise_multiplier < 1.06
+    assert (
+        1.02
+        < with_them.releases["north"].noise_multiplier / without.releases["north"].noise_multiplier
+        < 1.06
+    )
     query = with_them.queries["ranges"]
     alone = guarantee.repeat(with_them.query_event("ranges"), query.times)
     assert with_them.epsilon_of(alone) == pytest.approx(0.5, rel=1e-3)
-    assert with_them.epsilon_of(with_them.whole("north")) == pytest.approx(2, rel=1e-3) and not without.queries
+    assert (
+        with_them.epsilon_of(with_them.whole("north")) == pytest.approx(2, rel=1e-3)
+        and not without.queries
+    )
 
 
 def test_nobody_pays_for_ranges_that_are_all_declared(tmp_path: Path) -> None:
@@ -119,10 +141,14 @@ def test_nobody_pays_for_ranges_that_are_all_declared(tmp_path: Path) -> None:
     assert claim_of(tmp_path / "run")["ranges"] is None and result.summary["ranges"] is None
 
 
-def test_a_simulation_finds_the_same_ranges_twice_and_pays_nothing(tmp_path: Path, study: Study) -> None:
+def test_a_simulation_finds_the_same_ranges_twice_and_pays_nothing(
+    tmp_path: Path, study: Study
+) -> None:
     seeded = study.set("privacy.simulation_only", True)
     for noise in ("shared", "site"):
-        one, two = (medfed.simulate(seeded.set("privacy.noise", noise)).summary["ranges"] for _ in range(2))
+        one, two = (
+            medfed.simulate(seeded.set("privacy.noise", noise)).summary["ranges"] for _ in range(2)
+        )
         assert one == two
     medfed.run(seeded, tmp_path / "run")
     assert not own_ledger(tmp_path / "run").exists()
@@ -134,7 +160,9 @@ def test_a_simulation_finds_the_same_ranges_twice_and_pays_nothing(tmp_path: Pat
 def test_without_noise_they_are_the_quantiles_of_one_cell_a_patient(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guarantee, "query_noise", lambda g, label, most, numbers, key: np.zeros(numbers))
+    monkeypatch.setattr(
+        guarantee, "query_noise", lambda g, label, most, numbers, key: np.zeros(numbers)
+    )
     monkeypatch.setattr(guarantee.Guarantee, "query_sd", lambda *_: 0.0)
     asked: list[np.ndarray] = []
     real = ranges._counts
@@ -143,25 +171,33 @@ def test_without_noise_they_are_the_quantiles_of_one_cell_a_patient(
     medfed.simulate(study, listeners=[told.append])
     (event,) = (e for e in told if isinstance(e, events.RangesFound))
     tables = [node.table for node in runs.open_sites(study, None)]
+
     for place, name in enumerate(OPEN):
         values = np.concatenate([queries._one_cell_each(one, name) for one in tables if one])
         cell = asked[-1][place, 1] - asked[-1][place, 0]
-        assert event.ranges[name] == pytest.approx(np.quantile(values, [0.05, 0.95]).tolist(), abs=cell)
+        assert event.ranges[name] == pytest.approx(
+            np.quantile(values, [0.05, 0.95]).tolist(), abs=cell
+        )
         assert cell < 0.2 * (event.ranges[name][1] - event.ranges[name][0])
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
-def test_counts_carry_the_noise_that_is_paid_for(study: Study, noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_carry_the_noise_that_is_paid_for(
+    study: Study, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of patients without a value the sum is noise alone, of the variance that is claimed."""
     monkeypatch.setattr(queries, "_one_cell_each", lambda *_: np.empty(0))
     nodes, plan = _enrolled(study.set("privacy.noise", noise))
     for node in nodes.values():
         node.account = None  # nobody pays here
-    fleet, drawn = InProcess(list(nodes.values())), list[np.ndarray]()
+    fleet = InProcess(list(nodes.values()))
+    drawn = list[np.ndarray]()
+
     for _ in range(6):
         for turn in range(quantiles.TIMES):
             edges = np.tile(np.arange(quantiles.CELLS[turn] - 1.0), (2, 1))
             drawn.append(ranges._counts(plan, fleet, turn, edges)[0].ravel())
+
     values = np.concatenate(drawn)
     sd = ranges_noise(plan.study, len(SIZES))
     found = float(np.square(values).sum())
@@ -171,7 +207,7 @@ def test_counts_carry_the_noise_that_is_paid_for(study: Study, noise: str, monke
         assert not low < found / (factor * sd) ** 2 < high
 
 
-# patients ------------------------------------------------------------------------------------------------------------
+# patients -----------------------------------------------------------------------------------------
 
 
 def _listed(study: Study) -> Study:
@@ -202,8 +238,12 @@ def _told(node: site.Site, payload: bytes | None = None) -> np.ndarray:
 def _replaced(frame: pd.DataFrame, name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return the table with other rows for a patient."""
     place = frame.index[frame["subject"] == name]
-    new = pd.DataFrame([{**frame.loc[place[0]].to_dict(), **row} for row in rows], columns=frame.columns)
-    return pd.concat([frame.drop(index=place).astype({"age": object, "lactate": object}), new], ignore_index=True)
+    new = pd.DataFrame(
+        [{**frame.loc[place[0]].to_dict(), **row} for row in rows], columns=frame.columns
+    )
+    return pd.concat(
+        [frame.drop(index=place).astype({"age": object, "lactate": object}), new], ignore_index=True
+    )
 
 
 ODD: dict[str, list[dict[str, Any]]] = {
@@ -224,30 +264,43 @@ def test_a_patient_moves_one_count_of_each_column_by_one(study: Study, kind: str
     node = runs.open_sites(study, None)[0]
     assert node.table is not None
     training = (
-        ~node.table.test & (np.bincount(node.table.patient, minlength=len(node.table.ids)) == 1)[node.table.patient]
+        ~node.table.test
+        & (np.bincount(node.table.patient, minlength=len(node.table.ids)) == 1)[node.table.patient]
     )
     name = str(node.table.ids[node.table.patient[training][0]])
     counts = []
     for rows in (frame[frame["subject"] == name].to_dict("records"), ODD[kind]):
         nodes, _ = _enrolled(study, _replaced(frame, name, rows))
         counts.append(_told(nodes["north"]))
+
     moved = counts[1] - counts[0]
-    assert (np.abs(moved).sum(1) <= 2).all() and (np.abs(counts[1].sum(1) - counts[0].sum(1)) <= 1).all()
+    assert (np.abs(moved).sum(1) <= 2).all() and (
+        np.abs(counts[1].sum(1) - counts[0].sum(1)) <= 1
+    ).all()
     if kind in ("absent", "no number", "infinite", "an undeclared label"):
-        known = np.array([pd.notna(frame.loc[frame["subject"] == name, column].iloc[0]) for column in OPEN])
-        assert (moved.sum(1) == -known.astype(float)).all() and (np.abs(moved).sum(1) == known).all()
+        known = np.array(
+            [pd.notna(frame.loc[frame["subject"] == name, column].iloc[0]) for column in OPEN]
+        )
+        assert (moved.sum(1) == -known.astype(float)).all() and (
+            np.abs(moved).sum(1) == known
+        ).all()
 
 
 def test_of_each_patient_its_own_records_alone_choose_the_cell(study: Study) -> None:
     """A patient with many records gives the same one whoever else is at the site."""
-    frame = _replaced(table(), "p0000", [{"age": 20 + k, "lactate": None if k % 2 else k} for k in range(31)])
+    frame = _replaced(
+        table(), "p0000", [{"age": 20 + k, "lactate": None if k % 2 else k} for k in range(31)]
+    )
     listed = runs.open_sites(study, None)[0].study
     for others in (frame, frame[(frame["subject"] <= "p0900")], frame[frame["subject"] == "p0000"]):
         own = site.Site.open("x", others.sample(frac=1, random_state=1), listed).table
         assert own is not None
         me = list(own.ids).index("p0000")
         held_out = replace(own, test=own.patient != me)
-        assert [queries._one_cell_each(held_out, name).tolist() for name in OPEN] == [[50.0], [14.0]]
+        assert [queries._one_cell_each(held_out, name).tolist() for name in OPEN] == [
+            [50.0],
+            [14.0],
+        ]
 
 
 @pytest.mark.parametrize("noise", ["shared", "site"])
@@ -255,22 +308,32 @@ def test_patients_of_two_sites_are_covered(tmp_path: Path, study: Study, noise: 
     frame = table()
     moved = frame[frame["hospital"] == "north"].head(5).assign(hospital="south")
     pd.concat([frame, moved]).to_csv(study.folder / "cohort.csv", index=False)
-    twice = study._with({"privacy.max_sites_per_patient": 2, "privacy.noise": noise, "privacy.epsilon": 4.0})
+    twice = study._with(
+        {"privacy.max_sites_per_patient": 2, "privacy.noise": noise, "privacy.epsilon": 4.0}
+    )
     twice = twice.set("privacy.ranges_epsilon", 1.5)
     assert medfed.run(twice, tmp_path / "run").complete
     claim = claim_of(tmp_path / "run")
     assert 0.99 * 4 < claim["epsilon"] <= 4
-    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(claim["epsilon"], rel=1e-3)
+    assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
+        claim["epsilon"], rel=1e-3
+    )
     if noise == "shared":
         nodes, _ = _enrolled(twice)
         with pytest.raises(SiteError, match="not all sites were asked"):
             _told(nodes["north"])
 
 
-@pytest.mark.parametrize("ends", [(-3e38, 3e38), (0.0, 5e-324), (0.0, 1e-300), (1.0, 1.0000000000000002)])
-def test_preparing_a_column_tells_nothing_of_what_is_in_it(study: Study, ends: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    "ends", [(-3e38, 3e38), (0.0, 5e-324), (0.0, 1e-300), (1.0, 1.0000000000000002)]
+)
+def test_preparing_a_column_tells_nothing_of_what_is_in_it(
+    study: Study, ends: tuple[float, float]
+) -> None:
     """Whatever range a coordinator says, and whatever is in a cell."""
-    wild = _replaced(table(), "p0000", [{"age": 1e308, "lactate": -1e308}, {"age": "abc", "lactate": "1e400"}])
+    wild = _replaced(
+        table(), "p0000", [{"age": 1e308, "lactate": -1e308}, {"age": "abc", "lactate": "1e400"}]
+    )
     answers = []
     for frame in (table(), wild):
         nodes, plan = _enrolled(study, frame)
@@ -293,10 +356,12 @@ def _answer(node: site.Site, payload: bytes) -> bytes | str:
 def _prepared(encoding: dict[str, Any], plan: Any) -> bytes:
     sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
     fixed = fingerprint({})
-    return codec.encode({"encoding": encoding, "sizes": sizes, "clients": list(sizes), "fixed": fixed})
+    return codec.encode(
+        {"encoding": encoding, "sizes": sizes, "clients": list(sizes), "fixed": fixed}
+    )
 
 
-# the liar ------------------------------------------------------------------------------------------------------------
+# the liar -----------------------------------------------------------------------------------------
 
 
 DESCENDING = np.tile(np.arange(44.0)[::-1], (2, 1))
@@ -314,14 +379,19 @@ LIES: dict[str, tuple[bytes, str]] = {
     "descending": (_payload(0, DESCENDING), "no edges between cells"),
     "equal": (_payload(0, np.zeros((2, 44))), "no edges between cells"),
     "no number": (_payload(0, np.full((2, 44), np.nan)), "no edges between cells"),
-    "infinite": (_payload(0, np.append(np.tile(np.arange(43.0), (2, 1)), [[np.inf]] * 2, 1)), "no edges between"),
+    "infinite": (
+        _payload(0, np.append(np.tile(np.arange(43.0), (2, 1)), [[np.inf]] * 2, 1)),
+        "no edges between",
+    ),
     "in one row": (_payload(0, np.arange(44.0)), "edges of 44 numbers"),
     "whole numbers": (_payload(0, np.tile(np.arange(44), (2, 1))), "no edges between cells"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_site_counts_by_sound_edges_of_what_is_paid_for_and_charges_nobody_else(study: Study, lie: str) -> None:
+def test_a_site_counts_by_sound_edges_of_what_is_paid_for_and_charges_nobody_else(
+    study: Study, lie: str
+) -> None:
     nodes, _ = _enrolled(study)
     payload, words = LIES[lie]
     with pytest.raises(SiteError, match=words):
@@ -435,13 +505,18 @@ def test_a_site_whose_counts_are_no_counts_is_left_out_by_name_and_moves_nothing
 
     def lying(nodes: Any, *rest: Any) -> Any:
         answers = real(nodes, *rest)
-        return [LYING_COUNTS[lie](a) if n.name == "east" else a for n, a in zip(nodes, answers, strict=True)]
+        return [
+            LYING_COUNTS[lie](a) if n.name == "east" else a
+            for n, a in zip(nodes, answers, strict=True)
+        ]
 
     monkeypatch.setitem(site.OPS, "ranges", lying)
     told: list[Event] = []
     tried = study._with({"training.quorum": 0.5, "training.rounds": 1, "monitor.evaluate_every": 1})
     summary = medfed.simulate(tried.set("privacy.noise", noise), listeners=[told.append]).summary
-    assert summary["status"] == "incomplete" and {one["site"] for one in summary["excluded"]} == {"east"}
+    assert summary["status"] == "incomplete" and {one["site"] for one in summary["excluded"]} == {
+        "east"
+    }
     assert [event.sites for event in told if isinstance(event, events.RangesFound)] == [2]
     for name in OPEN:
         low, high = summary["ranges"]["found"][name]
@@ -449,17 +524,21 @@ def test_a_site_whose_counts_are_no_counts_is_left_out_by_name_and_moves_nothing
 
 
 def test_no_patient_decides_whether_its_site_is_left_out(study: Study) -> None:
-    """Of a site far larger than declared no cell holds more than the declared size, so that it is never left out."""
+    """Of a site far larger than declared no cell holds more than the declared size, so that it is
+    never left out.
+    """
     frame = table().assign(age=60.0)
     small = study._with({"privacy.sizes.north": 900, "privacy.sizes.east": 130})
     nodes, plan = _enrolled(small, frame)
     counts = [_told(nodes["east"])]
     assert counts[0].max() == 130 and counts[0].min() == 0
-    _, excluded = ranges._counts(plan, InProcess(list(nodes.values())), 0, quantiles.Search(2, 1.0).edges())
+    _, excluded = ranges._counts(
+        plan, InProcess(list(nodes.values())), 0, quantiles.Search(2, 1.0).edges()
+    )
     assert not excluded
 
 
-# crashes and further runs --------------------------------------------------------------------------------------------
+# crashes and further runs -------------------------------------------------------------------------
 
 
 def test_a_run_that_is_killed_between_its_counts_has_paid_and_only_another_study_runs(
@@ -467,19 +546,28 @@ def test_a_run_that_is_killed_between_its_counts_has_paid_and_only_another_study
 ) -> None:
     """What the note says is what works, and nothing else does."""
     Ledger.open(home, founding=Lifetime(6.0, 1e-5, operator="Ada")).close()
-    lasting, real = study.set("privacy.scope", "study"), ranges._counts
+    lasting = study.set("privacy.scope", "study")
+    real = ranges._counts
+
     with monkeypatch.context() as patch:
-        patch.setattr(ranges, "_counts", lambda *rest: (real(*rest), (_ for _ in ()).throw(Crash()))[0])
+        patch.setattr(
+            ranges, "_counts", lambda *rest: (real(*rest), (_ for _ in ()).throw(Crash()))[0]
+        )
         with pytest.raises(Crash) as crash:
             medfed.run(lasting, tmp_path / "run")
+
     (note,) = crash.value.__notes__
     assert "stays spent of this study's epsilon" in note and "Under another study.name" in note
     assert charges(home, "ranges") == dict.fromkeys(SITES, 1) and charges(home) == {}
     with pytest.raises(MedfedError, match="is not a run folder"):
         medfed.resume(tmp_path / "run")
+
     for kind in ({}, {"privacy.epsilon": 3.0}, {"privacy.ranges_epsilon": 0.0} | DECLARED):
-        with pytest.raises(BudgetError, match=r"In this study .*left for one release.*another study\.name"):
+        with pytest.raises(
+            BudgetError, match=r"In this study .*left for one release.*another study\.name"
+        ):
             medfed.run(lasting._with(kind), tmp_path / "again")
+
     assert medfed.run(lasting.set("study.name", "another"), tmp_path / "other").complete
 
 
@@ -491,7 +579,9 @@ def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
     asked = study.set("privacy.scope", scope)
     where = {"the encoding": (ranges, "send_encoding"), "the log": (runs, "_tell_start")}
     with monkeypatch.context() as patch:
-        patch.setattr(*where.get(at, (checkpoints, "write")), lambda *_: (_ for _ in ()).throw(Crash()))
+        patch.setattr(
+            *where.get(at, (checkpoints, "write")), lambda *_: (_ for _ in ()).throw(Crash())
+        )
         with pytest.raises(Crash) as crash:
             medfed.run(asked, tmp_path / "run")
     assert "resume" in " ".join(crash.value.__notes__)
@@ -500,10 +590,19 @@ def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
     assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES) and charges(book) == {}
 
     result = medfed.resume(tmp_path / "run")
-    assert result.complete and result.summary["ranges"]["found"] == found == found_in(tmp_path / "run")
+    assert result.complete and result.summary["ranges"]["found"] == found == found_in(
+        tmp_path / "run"
+    )
     assert charges(book, "ranges") == dict.fromkeys(SITES, quantiles.TIMES)
-    assert charges(book) == dict.fromkeys(SITES, 4) and 0.99 * 2 < claim_of(tmp_path / "run")["epsilon"] <= 2
-    started = [e for e in events.read(tmp_path / "run" / "events.jsonl") if isinstance(e, events.RunStarted)]
+    assert (
+        charges(book) == dict.fromkeys(SITES, 4)
+        and 0.99 * 2 < claim_of(tmp_path / "run")["epsilon"] <= 2
+    )
+    started = [
+        e
+        for e in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, events.RunStarted)
+    ]
     assert len(started) == 1
     founded = [text for text in result.summary["warnings"] if "ledger was founded" in text]
     assert len(founded) == (scope == "study")
@@ -530,7 +629,9 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
         medfed.resume(tmp_path / "run")
 
 
-def test_a_resumed_run_asks_for_no_range_again(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_asks_for_no_range_again(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupted(tmp_path / "run", study, monkeypatch, 2, saved=True)
     before = found_in(tmp_path / "run")
     result = medfed.resume(tmp_path / "run")
@@ -559,12 +660,16 @@ def test_patients_who_cannot_pay_are_not_counted(tmp_path: Path, study: Study, h
     assert charges(home, "ranges") == {}
 
 
-# what the study says -------------------------------------------------------------------------------------------------
+# what the study says ------------------------------------------------------------------------------
 
 
-def test_without_a_price_an_undescribed_column_is_refused_and_the_price_is_named(tmp_path: Path, study: Study) -> None:
+def test_without_a_price_an_undescribed_column_is_refused_and_the_price_is_named(
+    tmp_path: Path, study: Study
+) -> None:
     free = study.set("privacy.ranges_epsilon", 0.0)
-    with pytest.raises(PlanError, match=r"range or categories.*privacy\.ranges_epsilon=0\.5.*about 4 % more noise"):
+    with pytest.raises(
+        PlanError, match=r"range or categories.*privacy\.ranges_epsilon=0\.5.*about 4 % more noise"
+    ):
         medfed.run(free, tmp_path / "run")
     with pytest.raises(PlanError, match=r"privacy\.ranges_epsilon=0\.5"):
         medfed.run(free.set("data.features", ["age", "lactate"]), tmp_path / "run")
@@ -584,15 +689,22 @@ LEFT_OPEN = {
 
 @pytest.mark.parametrize("kind", LEFT_OPEN)
 def test_beside_the_recipe_a_study_needs_the_two_epsilons_alone(tmp_path: Path, kind: str) -> None:
-    """As docs/privacy.md shows it: `check`, `plan` and `run` agree, whatever else is left to the recipe."""
+    """As docs/privacy.md shows it: `check`, `plan` and `run` agree, whatever else is left to the
+    recipe.
+    """
     words = text()
     for line in LEFT_OPEN[kind].split("|"):
         assert line in words
         words = words.replace(line, "")
     open_study = medfed.load_study(write_study(tmp_path, words, table()))
-    path, folder = str(open_study.folder / "study.toml"), tmp_path / "run"
+    path = str(open_study.folder / "study.toml")
+    folder = tmp_path / "run"
     assert open_columns(_listed(open_study)) == OPEN and not recipe.examine(open_study)[1]
-    for command in (["study", "check", path], ["privacy", "plan", path], ["run", path, "--out", str(folder)]):
+    for command in (
+        ["study", "check", path],
+        ["privacy", "plan", path],
+        ["run", path, "--out", str(folder)],
+    ):
         assert CliRunner().invoke(app, command).exit_code == 0
     assert set(found_in(folder)) == set(OPEN)
 
@@ -605,7 +717,9 @@ def test_features_by_name_and_by_pattern_may_be_open(study: Study) -> None:
     assert open_columns(excluded) == ("age",)
 
 
-def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(tmp_path: Path, study: Study) -> None:
+def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(
+    tmp_path: Path, study: Study
+) -> None:
     small = study._with({f"privacy.sizes.{name}": 40 for name in SITES})
     with pytest.raises(
         PlanError,
@@ -620,22 +734,26 @@ def test_noise_that_hides_ranges_is_foretold_from_declared_sizes(tmp_path: Path,
 
 
 @pytest.mark.parametrize("setting", ["ranges_epsilon", "threshold_epsilon"])
-def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(study: Study, setting: str) -> None:
+def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(
+    study: Study, setting: str
+) -> None:
     dear = study
     if setting == "threshold_epsilon":
         dear = study._with(DECLARED | {"data.threshold": "youden"})
     assert not recipe.examine(dear.set(f"privacy.{setting}", 1.5))[1]
     dear = dear.set(f"privacy.{setting}", 1.9999)
-    words = (
-        rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"
-    )
+    words = rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"
     with pytest.raises(PlanError, match=words):
         runs.open_sites(dear, None)
 
 
 def test_of_one_way_out_there_is_no_either(study: Study) -> None:
-    small = study._with({f"privacy.sizes.{name}": 40 for name in SITES} | {"privacy.ranges_epsilon": 0.9})
-    with pytest.raises(PlanError, match=r"Nothing was charged\. Declare the ranges of all but 1 of them\.$"):
+    small = study._with(
+        {f"privacy.sizes.{name}": 40 for name in SITES} | {"privacy.ranges_epsilon": 0.9}
+    )
+    with pytest.raises(
+        PlanError, match=r"Nothing was charged\. Declare the ranges of all but 1 of them\.$"
+    ):
         runs.open_sites(small, None)
 
 
@@ -669,13 +787,20 @@ def test_a_code_and_values_far_from_0_are_warned_of(study: Study) -> None:
     frame = frame.assign(age=np.where(np.arange(2400) % 8, frame["age"], -999), lactate=second)
     frame.to_csv(study.folder / "cohort.csv", index=False)
     code, cell = medfed.simulate(study).summary["warnings"]
-    assert re.search(r"of 'age' some values stand apart.*\[-1000, -100\].*data\.dictionary\.age\.missing = ", code)
-    assert re.search(r"nearly all values of 'lactate' lie in one cell.*about \[\d+.*subtract an offset", cell)
+    assert re.search(
+        r"of 'age' some values stand apart.*\[-1000, -100\].*data\.dictionary\.age\.missing = ",
+        code,
+    )
+    assert re.search(
+        r"nearly all values of 'lactate' lie in one cell.*about \[\d+.*subtract an offset", cell
+    )
     coded = study._with({"data.dictionary.age.missing": ["-999"], "data.exclude": ["lactate"]})
     assert not medfed.simulate(coded).summary["warnings"]
 
 
-def test_a_run_with_nothing_to_learn_from_ends_before_it_trains(tmp_path: Path, study: Study) -> None:
+def test_a_run_with_nothing_to_learn_from_ends_before_it_trains(
+    tmp_path: Path, study: Study
+) -> None:
     frame = table().assign(age="unknown", lactate="")
     frame.to_csv(study.folder / "cohort.csv", index=False)
     with pytest.raises(PlanError, match=r"of no column are values seen.*stays spent"):

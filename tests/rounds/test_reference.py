@@ -1,6 +1,8 @@
-"""The engine's round is the reference's, for every algorithm, noise, aggregation and rule that is registered.
+"""The engine's round is the reference's, for every algorithm, noise, aggregation and rule that is
+registered.
 
-Whoever adds one is covered by its being there: combinations come from the registries, and from the study's own types.
+Whoever adds one is covered by its being there: combinations come from the registries, and from the
+study's own types.
 """
 
 import itertools
@@ -43,7 +45,9 @@ TRAINED = list(itertools.product(ALGORITHMS, NOISES, WAYS))
 COMBINED = list(itertools.product(NOISES, WAYS, RULES))
 
 
-def study_of(folder: Path, algorithm: str, noise: str, way: str, rule: str, **changes: Any) -> Study:
+def study_of(
+    folder: Path, algorithm: str, noise: str, way: str, rule: str, **changes: Any
+) -> Study:
     """Return a study of clinics whose noise is seeded, so that the reference can draw the same."""
     sites = FEW if rule == "mean" else MANY
     frame = invented(32 * sites)
@@ -61,9 +65,15 @@ def study_of(folder: Path, algorithm: str, noise: str, way: str, rule: str, **ch
     }
     if rule != "mean" and way == "three-party" and noise in ("none", "site"):
         settings["robustness.bound"] = 3.0
+
     if noise == "none":
-        settings |= {"privacy.epsilon": float("inf"), "privacy.delta": 1.0, "privacy.simulation_only": False}
+        settings |= {
+            "privacy.epsilon": float("inf"),
+            "privacy.delta": 1.0,
+            "privacy.simulation_only": False,
+        }
         settings |= {"training.batch_size": 8, "training.local_epochs": 2}
+
     if noise == "site":
         settings |= {"training.local_steps": 2, "training.batch_size": 12}
     settings["privacy.noise"] = noise
@@ -71,13 +81,17 @@ def study_of(folder: Path, algorithm: str, noise: str, way: str, rule: str, **ch
 
 
 def by_loop(plan: Plan) -> Plan:
-    """Return the plan with local training as its plain twin does it: client by client, record by record."""
+    """Return the plan with local training as its plain twin does it: client by client, record by
+    record.
+    """
     return replace(plan, path="loop")
 
 
 @dataclass
 class Played:
-    """A run's parties in the engine, and the same in the reference; `step` plays a round in each."""
+    """A run's parties in the engine, and the same in the reference; `step` plays a round
+    in each.
+    """
 
     plan: Plan
     fleet: InProcess
@@ -92,7 +106,9 @@ class Played:
         fleet, plan = runs.prepare_sites(sites[0].study, sites)
         nodes = {name: fleet.site(name) for name in plan.participants}
         held = {name: SiteState(node.train, dict(node.memory)) for name, node in nodes.items()}
-        return cls(plan, fleet, ways.introduce(plan, fleet, "run"), held, plan.begin(), plan.begin())
+        return cls(
+            plan, fleet, ways.introduce(plan, fleet, "run"), held, plan.begin(), plan.begin()
+        )
 
     def step(self, same_rows: bool = False) -> None:
         """With `same_rows` the reference's sites send what the engine's have computed."""
@@ -109,15 +125,21 @@ class Played:
         with pytest.MonkeyPatch.context() as patch, Log() as log:
             patch.setattr("medfed.node.work.send", recorded)
             patch.setattr("medfed.node.work.send_remembering", recorded_too)
-            self.engine = run_round(self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation)
+            self.engine = run_round(
+                self.engine, self.plan, self.fleet, self.plan.budget(), log, self.aggregation
+            )
             if same_rows:
                 computed = dict(zip(self.plan.participants, messages, strict=True))
-                patch.setattr(reference, "work", lambda _s, _p, _m, name, site: (computed[name], site.memory))
+                patch.setattr(
+                    reference, "work", lambda _s, _p, _m, name, site: (computed[name], site.memory)
+                )
             model = self.fleet.site(self.plan.participants[0]).model
             self.reference = reference.play(self.reference, by_loop(self.plan), model, self.held)
 
     def agree(self, rtol: float, atol: float) -> None:
-        engine, played, close = self.engine, self.reference, torch.testing.assert_close
+        engine = self.engine
+        played = self.reference
+        close = torch.testing.assert_close
         assert engine.round == played.round and engine.slots.keys() == played.slots.keys()
         close(played.w_P, engine.w_P, rtol=rtol, atol=atol)
         for slot, value in engine.slots.items():
@@ -161,25 +183,35 @@ def compose(study: Study) -> bool:
 
 
 @pytest.mark.parametrize("combination", TRAINED, ids=" ".join)
-def test_every_algorithm_trains_as_the_reference_does(tmp_path: Path, combination: tuple[str, str, str]) -> None:
+def test_every_algorithm_trains_as_the_reference_does(
+    tmp_path: Path, combination: tuple[str, str, str]
+) -> None:
     study = study_of(tmp_path, *combination, "mean")
     if compose(study):
         agree(study)
 
 
 @pytest.mark.parametrize("combination", [one for one in COMBINED if one[2] in USUAL], ids=" ".join)
-def test_usual_rules_combine_the_same_rows_to_the_same_model(tmp_path: Path, combination: tuple[str, str, str]) -> None:
+def test_usual_rules_combine_the_same_rows_to_the_same_model(
+    tmp_path: Path, combination: tuple[str, str, str]
+) -> None:
     _combine(tmp_path, combination)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("combination", [one for one in COMBINED if one[2] not in USUAL], ids=" ".join)
-def test_every_rule_combines_the_same_rows_to_the_same_model(tmp_path: Path, combination: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize(
+    "combination", [one for one in COMBINED if one[2] not in USUAL], ids=" ".join
+)
+def test_every_rule_combines_the_same_rows_to_the_same_model(
+    tmp_path: Path, combination: tuple[str, str, str]
+) -> None:
     _combine(tmp_path, combination)
 
 
 def _combine(folder: Path, combination: tuple[str, str, str]) -> None:
-    """Links, rule, opening and the server's step, given the engine's own rows: to the last bits of a float32."""
+    """Links, rule, opening and the server's step, given the engine's own rows: to the last bits of
+    a float32.
+    """
     study = study_of(folder, "fedavg", *combination)
     if compose(study):
         played = Played.of(study)
@@ -200,7 +232,9 @@ def test_every_selector_link_and_learner_is_played_as_the_reference_does(
     tmp_path: Path, added: tuple[str, str]
 ) -> None:
     key, name = added
-    study = study_of(tmp_path, "fedavg", "none", "plain", "mean")._with({key: name, "fleet.groups": 2})
+    study = study_of(tmp_path, "fedavg", "none", "plain", "mean")._with(
+        {key: name, "fleet.groups": 2}
+    )
     if key == "fleet.schedule" and SELECTORS[name].law != "turns":
         study = study.set("fleet.clients_per_round", 3)
     agree(study, 4)
@@ -239,7 +273,11 @@ def test_what_else_a_claim_may_ask(tmp_path: Path, algorithm: str, changes: dict
         {"training__learning_rate": 0.0},
         {"training__optimizer": "adam", "training__learning_rate": 0.01},
         {"model__name": "mlp"},
-        {"training__weighting": "uniform", "training__weight_decay": 0.1, "fleet__clients_per_round": 3},
+        {
+            "training__weighting": "uniform",
+            "training__weight_decay": 0.1,
+            "fleet__clients_per_round": 3,
+        },
     ],
 )
 def test_what_else_a_study_may_ask(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -247,23 +285,40 @@ def test_what_else_a_study_may_ask(tmp_path: Path, changes: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("fault", ["server", "weights", "client", "noise"])
-def test_a_planted_fault_is_seen(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_seen(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One part of the engine's round a hundredth off."""
-    played = Played.of(study_of(tmp_path, "fedavgm", "site" if fault == "noise" else "none", "plain", "mean"))
-    real, weight = played.plan.algorithm, Plan.weight
+    played = Played.of(
+        study_of(tmp_path, "fedavgm", "site" if fault == "noise" else "none", "plain", "mean")
+    )
+    real = played.plan.algorithm
+    weight = Plan.weight
+
     with monkeypatch.context() as patch:
         if fault == "server":
             wrong = replace(real, apply=lambda s, m, share, h: real.apply(s, 1.01 * m, share, h))
             patch.setitem(ALGORITHMS, "fedavgm", wrong)
+
         if fault == "client":
-            wrong = replace(real, message=lambda t, m, local, h: (1.01 * (local.theta_KP - t.w_P), m))
+            wrong = replace(
+                real, message=lambda t, m, local, h: (1.01 * (local.theta_KP - t.w_P), m)
+            )
             patch.setitem(ALGORITHMS, "fedavgm", wrong)
+
         if fault == "weights":
-            patch.setattr(Plan, "weight", lambda plan, name: weight(plan, name) + 5 * name.endswith("1"))
+            patch.setattr(
+                Plan, "weight", lambda plan, name: weight(plan, name) + 5 * name.endswith("1")
+            )
+
         if fault == "noise":
-            patch.setattr("medfed.learn.dpsgd._make_noise", lambda *_: lambda total_AP, members, t: total_AP)
+            patch.setattr(
+                "medfed.learn.dpsgd._make_noise", lambda *_: lambda total_AP, members, t: total_AP
+            )
+
         played.step()
         engine = played.engine
+
     model = played.fleet.site(played.plan.participants[0]).model
     right = reference.play(played.plan.begin(), by_loop(played.plan), model, played.held)
     with pytest.raises(AssertionError):

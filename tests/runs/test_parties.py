@@ -1,4 +1,6 @@
-"""Every party of a run in a process of its own, behind a pipe: nothing is shared, and the model's bits are the same."""
+"""Every party of a run in a process of its own, behind a pipe: nothing is shared, and the model's
+bits are the same.
+"""
 
 import dataclasses
 import os
@@ -76,7 +78,10 @@ EVERY = [(way, claim) for way in ("plain", "masked", "three-party") for claim in
 
 @pytest.mark.parametrize(
     ("way", "claim"),
-    [pytest.param(*one, marks=[] if one == ("three-party", True) else pytest.mark.long) for one in EVERY],
+    [
+        pytest.param(*one, marks=[] if one == ("three-party", True) else pytest.mark.long)
+        for one in EVERY
+    ],
 )
 def test_parties_apart_come_to_the_bits_of_the_embedded_engine(
     tmp_path: Path, started: Any, way: str, claim: bool
@@ -88,7 +93,11 @@ def test_parties_apart_come_to_the_bits_of_the_embedded_engine(
     apart = medfed.run(study, tmp_path / "coordinator", parties=parties)
     assert apart.complete and torch.equal(apart.w_P, together.w_P)
     told = apart.summary
-    assert told["test"] == together.summary["test"] and told["per_site"] == together.summary["per_site"]
+
+    assert (
+        told["test"] == together.summary["test"]
+        and told["per_site"] == together.summary["per_site"]
+    )
     assert torch.equal(medfed.load(tmp_path / "coordinator").w_P, together.w_P)
     if way == "three-party":
         assert runs.verify_model(tmp_path / "coordinator")["sites"] == list(SITES)
@@ -99,19 +108,29 @@ def test_parties_apart_come_to_the_bits_of_the_embedded_engine(
 
 @pytest.mark.long
 def test_each_site_keeps_a_ledger_of_its_own(tmp_path: Path, started: Any) -> None:
-    """Under a real claim, with noise from the system: paid at each site, by each site, to the plan's epsilon."""
+    """Under a real claim, with noise from the system: paid at each site, by each site, to the
+    plan's epsilon.
+    """
     path = written(tmp_path, security__aggregation="three-party")
     medfed.run(medfed.load_study(path), tmp_path / "coordinator", parties=started(path))
     claim = claims.read(tmp_path / "coordinator")
     heads = claim["composition"]["ledger"]["head"]
     kept = checkpoints.read_last(tmp_path / "coordinator" / "checkpoints")[1]["ledger"]
     assert set(heads) == set(SITES) and len(set(heads.values())) == 4 and kept == heads
-    assert 0.999 < claim["epsilon"] <= 1 and claim["composition"]["ledger"]["epsilon_all_runs"] >= claim["epsilon"]
+    assert (
+        0.999 < claim["epsilon"] <= 1
+        and claim["composition"]["ledger"]["epsilon_all_runs"] >= claim["epsilon"]
+    )
+
     for name in SITES:
         with Ledger.open(tmp_path / "nodes" / name / "ledger.sqlite", read_only=True) as book:
             rows = list(book.rows())
             assert {row["site"] for row in rows} == {name} and len(rows) == 4
-            assert 0.999 < book.worst(1e-4 - claim["accountant"]["delta_taken_by_the_noise_sampler"]) <= 1
+            assert (
+                0.999
+                < book.worst(1e-4 - claim["accountant"]["delta_taken_by_the_noise_sampler"])
+                <= 1
+            )
             assert book.head() == heads[name]
 
 
@@ -119,35 +138,50 @@ class Killer:
     """Ends a site's process by SIGKILL once a round is whole and kept."""
 
     def __init__(self, parties: Processes, round: int) -> None:
-        self.parties, self.round = parties, round
+        self.parties = parties
+        self.round = round
 
     def __call__(self, event: Any) -> None:
         victim = self.parties.processes[1]
-        if isinstance(event, RoundStarted) and event.round == self.round + 1 and victim.pid is not None:
+        if (
+            isinstance(event, RoundStarted)
+            and event.round == self.round + 1
+            and victim.pid is not None
+        ):
             os.kill(victim.pid, signal.SIGKILL)
             victim.join()
 
 
 @pytest.mark.parametrize(
     ("way", "claim"),
-    [pytest.param("plain", False), *(pytest.param(w, True, marks=pytest.mark.long) for w in ("masked", "three-party"))],
+    [
+        pytest.param("plain", False),
+        *(pytest.param(w, True, marks=pytest.mark.long) for w in ("masked", "three-party")),
+    ],
 )
 def test_a_run_whose_site_was_killed_resumes_to_the_same_bits(
     tmp_path: Path, started: Any, way: str, claim: bool
 ) -> None:
     settings = CLAIM if claim else {**NONE, "training__algorithm": "scaffold"}
     path = written(tmp_path, security__aggregation=way, **settings)
-    study, out = medfed.load_study(path), tmp_path / "coordinator"
+    study = medfed.load_study(path)
+    out = tmp_path / "coordinator"
     parties = started(path)
     cut = medfed.run(study, out, listeners=[Killer(parties, 2)], parties=parties)
-    assert not cut.complete and cut.summary["rounds"] == 2 and "process has ended" in cut.summary["reason"]
+    assert (
+        not cut.complete
+        and cut.summary["rounds"] == 2
+        and "process has ended" in cut.summary["reason"]
+    )
     parties.__exit__(None, None, None)
     whole = medfed.resume(out, parties=started(path))
     assert whole.summary["rounds"] == 4 and torch.equal(whole.w_P, medfed.simulate(study).w_P)
 
 
 @pytest.mark.long
-def test_a_site_whose_ledger_lacks_the_head_it_told_refuses_to_go_on(tmp_path: Path, started: Any) -> None:
+def test_a_site_whose_ledger_lacks_the_head_it_told_refuses_to_go_on(
+    tmp_path: Path, started: Any
+) -> None:
     path = written(tmp_path, security__aggregation="plain", privacy__spare_rounds=1)
     out = tmp_path / "coordinator"
     parties = started(path)
@@ -155,7 +189,9 @@ def test_a_site_whose_ledger_lacks_the_head_it_told_refuses_to_go_on(tmp_path: P
     parties.__exit__(None, None, None)
     for file in (tmp_path / "nodes" / SITES[2]).glob("ledger*"):
         file.unlink()
-    with pytest.raises(LedgerError, match=f"site '{SITES[2]}': .*missing, though this run was charged there"):
+    with pytest.raises(
+        LedgerError, match=f"site '{SITES[2]}': .*missing, though this run was charged there"
+    ):
         medfed.resume(out, parties=started(path))
 
 
@@ -163,9 +199,13 @@ class Lying:
     """Parties of which one site tells what it likes of its ledger."""
 
     def __init__(self, simulation: Simulation, lie: dict[str, Any]) -> None:
-        self.inner, self.lie, self.asked = simulation, lie, dict[int, str]()
-        self.aggregators, self.baselines = simulation.aggregators, None
-        self.resolve, self.fleet = simulation.resolve, self
+        self.inner = simulation
+        self.lie = lie
+        self.asked = dict[int, str]()
+        self.aggregators = simulation.aggregators
+        self.baselines = None
+        self.resolve = simulation.resolve
+        self.fleet = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner.fleet, name)
@@ -189,16 +229,21 @@ LESS: dict[str, Any] = {"uses": 0, "queries": {}, "epsilon": 0.0}
 
 
 @pytest.mark.parametrize("lie", [LESS, {"uses": -4}, {"uses": 1.5}, {"epsilon": -1.0}, {"head": 3}])
-def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(tmp_path: Path, lie: dict[str, Any]) -> None:
+def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(
+    tmp_path: Path, lie: dict[str, Any]
+) -> None:
     study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
     honest = medfed.run(study, tmp_path / "honest")
     lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), lie)
     if lie is not LESS:
-        with pytest.raises(LedgerError, match="site 'clinic 0': its statement of its ledger cannot be read"):
+        with pytest.raises(
+            LedgerError, match="site 'clinic 0': its statement of its ledger cannot be read"
+        ):
             medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
         return
     medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
-    told, true = claims.read(tmp_path / "lied"), claims.read(tmp_path / "honest")
+    told = claims.read(tmp_path / "lied")
+    true = claims.read(tmp_path / "honest")
     assert told["epsilon"] == true["epsilon"] == honest.summary["privacy"]["epsilon"]
     assert told["rounds"] == true["rounds"]
     assert told["composition"]["ledger"]["epsilon_all_runs"] >= told["epsilon"]
@@ -215,11 +260,16 @@ def test_a_statement_names_no_patient_and_is_the_same_without_one(tmp_path: Path
         frame[~frame["subject"].isin(gone)].to_csv(folder / "cohort.csv", index=False)
         simulation = Simulation.open(study, folder=folder / "nodes")
         medfed.run(study, folder / "run", parties=simulation)
-        asked = gather(simulation.fleet, SITES, "statement", codec.encode({"whole": True}), 60).values()
+        asked = gather(
+            simulation.fleet, SITES, "statement", codec.encode({"whole": True}), 60
+        ).values()
         told.append([codec.decode(reply.payload)[0]["statement"] for reply in asked])
+
     for one, other in zip(*told, strict=True):
         assert one.pop("head") != other.pop("head") and one == other
-        assert set(one) == {"uses", "queries", "epsilon", "lifetime", "founded"} and one["uses"] == 4
+        assert (
+            set(one) == {"uses", "queries", "epsilon", "lifetime", "founded"} and one["uses"] == 4
+        )
 
 
 def test_a_site_holds_no_record_of_another(tmp_path: Path) -> None:
@@ -228,7 +278,9 @@ def test_a_site_holds_no_record_of_another(tmp_path: Path) -> None:
     together = {site.name: site for site in runs.open_sites(study, None)}
     assert one.table is not None and together[SITES[2]].table is not None
     assert list(one.table.ids) == list(together[SITES[2]].table.ids) and len(one.table) == 60
-    with pytest.raises(medfed.RunError, match="site 'clinic 9' has no record in this table; did you mean"):
+    with pytest.raises(
+        medfed.RunError, match="site 'clinic 9' has no record in this table; did you mean"
+    ):
         runs.open_site(study, "clinic 9")
 
 
@@ -274,12 +326,16 @@ def test_a_party_that_tells_anothers_keys_is_refused(tmp_path: Path, started: An
             asked = [SITES[0] if op == "identify" else name for name in sites]
             return parties.fleet.submit_many(asked, op, payload, deadline)
 
-    with pytest.raises(SignatureError, match=r"'clinic 1' tells keys of 'clinic 0', site; expected its own"):
+    with pytest.raises(
+        SignatureError, match=r"'clinic 1' tells keys of 'clinic 0', site; expected its own"
+    ):
         aggregation.introduce(plan, Swapped(), "run")  # type: ignore[arg-type]
 
 
 def test_a_lying_coordinator_is_told_no(tmp_path: Path, started: Any) -> None:
-    """Sizes that are not the site's, a coordinator that is none, work before joining: each party looks for itself."""
+    """Sizes that are not the site's, a coordinator that is none, work before joining: each party
+    looks for itself.
+    """
     path = written(tmp_path, security__aggregation="three-party", **NONE)
     parties = started(path)
     study = runs.planned(medfed.load_study(path))
@@ -290,6 +346,7 @@ def test_a_lying_coordinator_is_told_no(tmp_path: Path, started: Any) -> None:
     handle = next(iter(parties.aggregators.values()))
     with pytest.raises(medfed.MedfedError, match="has joined no run"):
         handle("begin", codec.encode({}))
+
     roster = [
         codec.decode(r.payload)[0]["public"]
         for r in gather(parties.fleet, SITES, "identify", codec.encode({}), 60).values()

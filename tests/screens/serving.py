@@ -14,10 +14,16 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[str]:
-    """Run `medfed serve` on a free port; give its address. At its end it must end, and have had nothing to say."""
+    """Run `medfed serve` on a free port; give its address. At its end it must end, and have had
+    nothing to say.
+    """
     command = [sys.executable, "-m", "medfed", "serve", str(folder), "--port", "0", *options]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"MEDFED_TOKEN": TOKEN}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"MEDFED_TOKEN": TOKEN},
     ) as process:
         try:
             assert process.stdout and process.stderr

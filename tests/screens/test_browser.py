@@ -1,4 +1,6 @@
-"""The pages in a real browser: they load, say what summary.json says, follow a run, and are accessible."""
+"""The pages in a real browser: they load, say what summary.json says, follow a run, and are
+accessible.
+"""
 
 import json
 import shutil
@@ -24,7 +26,10 @@ pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    medfed.run(medfed.load_study("breast-cancer-ten")._with({**LYING, "training.rounds": 8}), folder / "lied")
+    medfed.run(
+        medfed.load_study("breast-cancer-ten")._with({**LYING, "training.rounds": 8}),
+        folder / "lied",
+    )
     medfed.run(medfed.load_study("breast-cancer").set("training.rounds", 3), folder / "demo")
     return folder
 
@@ -32,7 +37,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        found = play.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         yield found
         found.close()
 
@@ -40,7 +47,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Page]:
     """A page; at its end the browser must have had nothing to complain of."""
-    opened, said = browser.new_page(viewport={"width": 1200, "height": 900}), list[str]()
+    opened = browser.new_page(viewport={"width": 1200, "height": 900})
+    said = list[str]()
     opened.on("console", lambda message: said.append(message.text))
     opened.on("pageerror", lambda error: said.append(str(error)))
     yield opened
@@ -59,11 +67,18 @@ def test_the_live_page_says_what_the_summary_says(runs: Path, page: Page) -> Non
         for name in ("demo", "lied"):
             summary = json.loads((runs / name / "summary.json").read_text())
             page.goto(f"{address}/runs/{name}")
-            expect(page.locator("#rounds")).to_have_text(f"{summary['rounds']} of {summary['rounds_asked']}")
+            expect(page.locator("#rounds")).to_have_text(
+                f"{summary['rounds']} of {summary['rounds_asked']}"
+            )
             expect(page.locator("#score")).to_have_text(f"{summary['test']['auroc']:.4f}")
             epsilon = summary["privacy"]["epsilon"]
-            expect(page.locator("#epsilon")).to_have_text("none claimed" if epsilon is None else f"{epsilon:.4f} of 1")
-            rows = {row.split("\t")[0]: row.split("\t") for row in page.locator("#site-rows tr").all_inner_texts()}
+            expect(page.locator("#epsilon")).to_have_text(
+                "none claimed" if epsilon is None else f"{epsilon:.4f} of 1"
+            )
+            rows = {
+                row.split("\t")[0]: row.split("\t")
+                for row in page.locator("#site-rows tr").all_inner_texts()
+            }
             assert {site: int(cells[3]) for site, cells in rows.items()} == summary["participation"]
             suspects = ", ".join(one["site"] for one in summary["suspects"])
             expect(page.locator("#suspects")).to_have_text(suspects or "nobody")
@@ -92,20 +107,22 @@ def test_pages_on_disk_open_without_a_server(runs: Path, page: Page) -> None:
 
 
 def test_a_run_is_followed_while_it_goes(tmp_path: Path, page: Page) -> None:
-    """A real run in another process: it waits after each round until the page has shown the round."""
-    study, go = write_study(tmp_path, STUDY), tmp_path / "go"
+    """A real run in another process: it waits after each round until the page has shown
+    the round.
+    """
+    study = write_study(tmp_path, STUDY)
+    go = tmp_path / "go"
     go.mkdir()
     script = (
-        "import sys, time, pathlib, medfed\n"
-        "from medfed.monitor.events import RoundFinished\n"
-        "def wait(event):\n"
-        "    if isinstance(event, RoundFinished):\n"
-        "        while not pathlib.Path(sys.argv[3], str(event.round)).exists(): time.sleep(0.01)\n"
-        "study = medfed.load_study(sys.argv[1]).set('training.rounds', 3)\n"
-        "medfed.run(study, sys.argv[2], listeners=[wait])\n"
+        "import sys, time, pathlib, medfed\nfrom medfed.monitor.events import RoundFinished\ndef "
+        "wait(event):\n    if isinstance(event, RoundFinished):\n        while not "
+        "pathlib.Path(sys.argv[3], str(event.round)).exists(): time.sleep(0.01)\nstudy = "
+        "medfed.load_study(sys.argv[1]).set('training.rounds', 3)\nmedfed.run(study, "
+        "sys.argv[2], listeners=[wait])\n"
     )
     run = tmp_path / "runs" / "going"
     run.parent.mkdir()
+
     with subprocess.Popen([sys.executable, "-c", script, str(study), str(run), str(go)]) as process:
         try:
             with serving(run.parent) as address:

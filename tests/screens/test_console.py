@@ -35,15 +35,22 @@ def _run(name: str, rounds: int = 3, metrics: Iterable[str] = CLASS_METRICS) -> 
         Planned("fedavg", name, 3, 2, 3, "rules", sizes, {name: {"0": 1}}, UNCLAIMED, 1, 2),
         Warned(f"careful with {name}"),
     ]
+
     for number in range(1, rounds + 1):
         events.append(SiteExcluded(number, name, f"it is {name}"))
         events.append(RoundFinished(number, ["other"], 0.5, [0.5], [0.1], [4], 0.25, 1, 2))
         if number % 2:
             events.append(ModelTested(number, "federated", 15, 0.1, figures, figures, dict.fromkeys(sizes, figures),
                                  {name: 10, "other": 5}, 0.1, 1, 2))  # fmt: skip
+
     both = dict.fromkeys(sizes, figures)
-    events.append(ModelTested(rounds, "local", 15, 0.1, figures, figures, both, {name: 10, "other": 5}, 0.1, 1, 2))
+    events.append(
+        ModelTested(
+            rounds, "local", 15, 0.1, figures, figures, both, {name: 10, "other": 5}, 0.1, 1, 2
+        )
+    )
     events.append(Resumed(rounds, rounds, f"{name} is damaged"))
+
     return [*events, RunFinished("incomplete", rounds, 1.0, f"without {name}")]
 
 
@@ -58,11 +65,15 @@ def _shown(events: Iterable[Event], terminal: bool = False) -> str:
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_a_line_a_round(rounds: int) -> None:
-    lines = [text for text in _shown(_run("north", rounds)).splitlines() if text.startswith("round ")]
+    lines = [
+        text for text in _shown(_run("north", rounds)).splitlines() if text.startswith("round ")
+    ]
     told = [text for text in lines if "without" not in text]
     assert [text.split()[1] for text in told] == [f"{n}/{rounds}" for n in range(1, rounds + 1)]
     assert all("loss 0.5000" in text for text in told)
-    assert ["AUROC 0.7500" in text for text in told] == [n % 2 == 1 or n == rounds for n in range(1, rounds + 1)]
+    assert ["AUROC 0.7500" in text for text in told] == [
+        n % 2 == 1 or n == rounds for n in range(1, rounds + 1)
+    ]
 
 
 def test_a_round_without_a_test_is_told_too() -> None:
@@ -78,8 +89,18 @@ def test_a_regression_shows_its_error() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_shown_as_they_are(name: str, terminal: bool) -> None:
     text = _shown(_run(name), terminal)
-    spoken = [f"{name}  seed 7", f"model {name}:", f"{name} 30+10", f"careful with {name}", f"({name} is damaged)"]
-    for expected in [*spoken, f"round 1: without {name}: it is {name}", f"incomplete: without {name}"]:
+    spoken = [
+        f"{name}  seed 7",
+        f"model {name}:",
+        f"{name} 30+10",
+        f"careful with {name}",
+        f"({name} is damaged)",
+    ]
+    for expected in [
+        *spoken,
+        f"round 1: without {name}: it is {name}",
+        f"incomplete: without {name}",
+    ]:
         assert expected in text
 
 
@@ -134,8 +155,12 @@ def test_many_sites_are_counted_not_listed() -> None:
 
 
 def _without(sites: int) -> list[Event]:
-    """Return a run whose only round ends with as many sites left out as drawn, one of them for a reason of its own."""
-    lost: list[Event] = [SiteExcluded(1, f"c{n}", f"site 'c{n}': its disk is full") for n in range(sites)]
+    """Return a run whose only round ends with as many sites left out as drawn, one of them for a
+    reason of its own.
+    """
+    lost: list[Event] = [
+        SiteExcluded(1, f"c{n}", f"site 'c{n}': its disk is full") for n in range(sites)
+    ]
     return [RunStarted("s", "HRESCH", "d", 7, 1, {}, {}), *lost, SiteExcluded(1, "d", "late")]
 
 
@@ -155,10 +180,17 @@ def test_a_reason_that_many_sites_share_is_told_once_with_their_number(quiet: bo
 
 
 def test_the_summary_tells_an_equal_reason_once_and_every_site_by_itself() -> None:
-    found = summarise([*_without(1000), SiteExcluded(2, "d", "late"), SiteExcluded(2, "d", "not tested: late")])
+    found = summarise(
+        [*_without(1000), SiteExcluded(2, "d", "late"), SiteExcluded(2, "d", "not tested: late")]
+    )
     assert len(found["excluded"]) == 1003
     assert found["left_out"] == [
-        {"round": 1, "reason": "the site: its disk is full", "sites": 1000, "first": ["c0", "c1", "c2", "c3", "c4"]},
+        {
+            "round": 1,
+            "reason": "the site: its disk is full",
+            "sites": 1000,
+            "first": ["c0", "c1", "c2", "c3", "c4"],
+        },
         {"round": 1, "reason": "late", "sites": 1, "first": ["d"]},
         {"round": 2, "reason": "late", "sites": 1, "first": ["d"]},
         {"round": 2, "reason": "not tested: late", "sites": 1, "first": ["d"]},

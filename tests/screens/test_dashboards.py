@@ -1,4 +1,6 @@
-"""Pages say what the event log says, escape what they are told, and stay small; a cut log is shown up to its cut."""
+"""Pages say what the event log says, escape what they are told, and stay small; a cut log is shown
+up to its cut.
+"""
 
 import json
 import re
@@ -13,7 +15,16 @@ import pytest
 import medfed
 from medfed.core.checks import PlanError, RunError
 from medfed.monitor import events
-from medfed.monitor.events import Event, Inspected, Planned, RoundFinished, RunFinished, RunStarted, SiteExcluded, line
+from medfed.monitor.events import (
+    Event,
+    Inspected,
+    Planned,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SiteExcluded,
+    line,
+)
 from medfed.screens import dashboards, flat_logs
 from medfed.screens.story import Story, thin
 from tests.tables import PRIVATE, STUDY, write_study
@@ -21,14 +32,21 @@ from tests.test_cli import medfed as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = ("training_dashboard.html", "device_analysis.html", "privacy_audit.html", "security_analysis.html")
+PAGES = (
+    "training_dashboard.html",
+    "device_analysis.html",
+    "privacy_audit.html",
+    "security_analysis.html",
+)
 LYING = {"robustness.attack": "sign-flip", "robustness.malicious": 0.3}
 
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("private")
-    medfed.run(medfed.load_study(write_study(folder, PRIVATE)).set("training.rounds", 3), folder / "run")
+    medfed.run(
+        medfed.load_study(write_study(folder, PRIVATE)).set("training.rounds", 3), folder / "run"
+    )
     return folder / "run"
 
 
@@ -46,7 +64,9 @@ def pages(folder: Path) -> dict[str, str]:
 
 def text(page: str) -> str:
     """What a reader without scripts sees."""
-    return unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S)))
+    return unescape(
+        re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S))
+    )
 
 
 def rows(page: str, title: str) -> list[list[str]]:
@@ -60,20 +80,28 @@ def rows(page: str, title: str) -> list[list[str]]:
 
 
 def test_every_number_of_a_curve_is_the_logs(private: Path) -> None:
-    log, found = list(events.read(private / "events.jsonl")), pages(private)
+    log = list(events.read(private / "events.jsonl"))
+    found = pages(private)
     finished = [event for event in log if isinstance(event, RoundFinished)]
     told = rows(found["training_dashboard.html"], "Time of a round")
     assert [int(t) for t, _ in told] == [event.round for event in finished]
-    assert [float(s) for _, s in told] == pytest.approx([event.seconds for event in finished], rel=1e-5)
+    assert [float(s) for _, s in told] == pytest.approx(
+        [event.seconds for event in finished], rel=1e-5
+    )
     tested = [e for e in log if isinstance(e, events.Tested) and e.model == "federated"]
     curve = rows(found["training_dashboard.html"], "How well the model does, round by round")
-    assert [float(row[1]) for row in curve] == pytest.approx([e.all_sites["auroc"].value for e in tested], rel=1e-5)
+    assert [float(row[1]) for row in curve] == pytest.approx(
+        [e.all_sites["auroc"].value for e in tested], rel=1e-5
+    )
     spent = rows(found["privacy_audit.html"], "Budget spent, round by round")
-    assert [float(e) for _, e in spent] == pytest.approx([float(str(e.privacy["epsilon"])) for e in finished], rel=1e-5)
+    assert [float(e) for _, e in spent] == pytest.approx(
+        [float(str(e.privacy["epsilon"])) for e in finished], rel=1e-5
+    )
 
 
 def test_key_figures_are_the_summarys(private: Path) -> None:
-    summary, found = json.loads((private / "summary.json").read_text()), pages(private)
+    summary = json.loads((private / "summary.json").read_text())
+    found = pages(private)
     assert f"auroc {summary['test']['auroc']:.3f}" in text(found["training_dashboard.html"])
     claim = json.loads((private / "privacy.json").read_text())
     privacy = text(found["privacy_audit.html"])
@@ -83,29 +111,34 @@ def test_key_figures_are_the_summarys(private: Path) -> None:
 
 
 def test_what_patients_spent_is_the_claims(private: Path) -> None:
-    claim, page = json.loads((private / "privacy.json").read_text()), pages(private)["privacy_audit.html"]
+    claim = json.loads((private / "privacy.json").read_text())
+    page = pages(private)["privacy_audit.html"]
     spent = rows(page, "Patients by what they spent")
     assert max(float(epsilon) for epsilon, _ in spent) == pytest.approx(claim["epsilon"], abs=1e-4)
     assert sum(int(count) for _, count in spent) == claim["patients"]["declared"]
 
 
 def test_right_and_wrong_add_up_to_the_figures(lied: Path) -> None:
-    summary, page = json.loads((lied / "summary.json").read_text()), pages(lied)["training_dashboard.html"]
+    summary = json.loads((lied / "summary.json").read_text())
+    page = pages(lied)["training_dashboard.html"]
     counts = [[int(cell) for cell in row[1:]] for row in rows(page, "Right and wrong, counted")]
     n = sum(map(sum, counts))
     assert n == summary["test"]["n"]
     assert (counts[0][0] + counts[1][1]) / n == summary["test"]["accuracy"]
     assert counts[1][1] / sum(counts[1]) == summary["test"]["recall"]
-    last = [e for e in events.read(lied / "events.jsonl") if isinstance(e, events.Tested) and e.model == "federated"][
-        -1
-    ]
+    last = [
+        e
+        for e in events.read(lied / "events.jsonl")
+        if isinstance(e, events.Tested) and e.model == "federated"
+    ][-1]
     assert sum(count for count, _, _ in last.calibration) == n
     gap = sum(count * abs(said - so) for count, said, so in last.calibration) / n
     assert gap == pytest.approx(summary["test"]["ece"])
 
 
 def test_liars_are_shown_with_evidence(lied: Path) -> None:
-    summary, page = json.loads((lied / "summary.json").read_text()), pages(lied)["security_analysis.html"]
+    summary = json.loads((lied / "summary.json").read_text())
+    page = pages(lied)["security_analysis.html"]
     assert len(summary["suspects"]) == 3 and set(summary["baselines"]) == {"local", "pooled"}
     done = rows(page, "What was done about whom")
     assert {row[1] for row in done} == {one["site"] for one in summary["suspects"]}
@@ -127,20 +160,31 @@ def test_pages_are_whole_in_themselves(private: Path) -> None:
     for name, page in pages(private).items():
         assert len(page) < 10e6 and "<main>" in page and 'lang="en"' in page, name
         outside = re.sub(r"<script.*?</script>", "", page, flags=re.S)
-        assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", outside) and "<script src" not in page, name
+        assert (
+            not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", outside)
+            and "<script src" not in page
+        ), name
         assert page.count("<h2") <= page.count("<table") + 2
 
 
 def test_the_report_begins_with_what_was_asked(private: Path) -> None:
     page = dashboards.write_report(private).read_text()
-    for item in ("what was asked", "what came out", "what protects patients", "what is not promised"):
+    for item in (
+        "what was asked",
+        "what came out",
+        "what protects patients",
+        "what is not promised",
+    ):
         assert item in page
-    assert all(f"<h1>{title}</h1>" in page for title in ("Training", "Sites and devices", "Privacy", "Security"))
+    assert all(
+        f"<h1>{title}</h1>" in page
+        for title in ("Training", "Sites and devices", "Privacy", "Security")
+    )
     assert page.count("Plotly.newPlot") >= 4 and len(page) < 10e6
     assert "Highest level of threat" in dashboards.write_security_page(private).read_text()
 
 
-# bad input ---------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 EVIL = "<script>alert('x')</script>"
 
@@ -149,19 +193,40 @@ def invented(rounds: int, sites: list[str], evil: str = "") -> list[Event]:
     sizes = {name: {"train": 10, "test": 5} for name in sites}
     told: list[Event] = [
         RunStarted(f"study{evil}", "HRESCH", "abc", 7, rounds, {"torch": "2"}, {"threads": 2}),
-        Planned("fedavg", "logistic", 3, 2, 3, "rules", sizes, {}, {"epsilon": None}, 1, 2, {"a": f"all{evil}"}, "one"),
+        Planned(
+            "fedavg",
+            "logistic",
+            3,
+            2,
+            3,
+            "rules",
+            sizes,
+            {},
+            {"epsilon": None},
+            1,
+            2,
+            {"a": f"all{evil}"},
+            "one",
+        ),
     ]
     for t in range(1, rounds + 1):
         n = len(sites)
-        told.append(RoundFinished(t, sites, 1 / t, [0.5] * n, [0.1] * n, [1] * n, 0.2 + t % 7, 100, 200))
+        told.append(
+            RoundFinished(t, sites, 1 / t, [0.5] * n, [0.1] * n, [1] * n, 0.2 + t % 7, 100, 200)
+        )
+
     if evil:
         told.append(SiteExcluded(1, sites[0], f"late {evil}"))
         told.append(
             Inspected(
-                1, dict.fromkeys(sites, 1.0), [{"client": sites[0], "score": 5.0, "kind": "far", "evidence": evil}], 1
+                1,
+                dict.fromkeys(sites, 1.0),
+                [{"client": sites[0], "score": 5.0, "kind": "far", "evidence": evil}],
+                1,
             )
         )
         told.append(events.SecurityAudit(1, sites[0], 3, 12.0, "quarantine", [evil]))
+
     return [*told, RunFinished("complete", rounds, 1.0, f"done {evil}")]
 
 
@@ -202,9 +267,17 @@ def test_a_newer_schema_or_no_log_is_refused(tmp_path: Path) -> None:
 
 def test_many_points_are_thinned_with_lowest_and_highest_kept() -> None:
     curve: dict[int, float | None] = {t: float((t * 7919) % 1000) for t in range(100_000)}
-    curve[54_321], curve[7], curve[50] = 5000.0, -5000.0, None
+    curve[54_321] = 5000.0
+    curve[7] = -5000.0
+    curve[50] = None
     kept = dict(thin(curve))
-    assert len(kept) <= 1002 and kept[54_321] == 5000 and kept[7] == -5000 and 0 in kept and 99_999 in kept
+    assert (
+        len(kept) <= 1002
+        and kept[54_321] == 5000
+        and kept[7] == -5000
+        and 0 in kept
+        and 99_999 in kept
+    )
     assert thin({1: 0.5, 2: None}) == [(1, 0.5)]
 
 
@@ -215,7 +288,9 @@ def test_a_long_log_gives_small_pages(tmp_path: Path) -> None:
 
 
 def test_one_site_and_a_fleet_of_devices(tmp_path: Path) -> None:
-    assert "The sites" in pages(written(tmp_path / "one", invented(2, ["a"])))["device_analysis.html"]
+    assert (
+        "The sites" in pages(written(tmp_path / "one", invented(2, ["a"])))["device_analysis.html"]
+    )
     fleet = [f"clinic {i:016x}" for i in range(300)]
     told = invented(2, fleet)
     assert isinstance(told[1], Planned)
@@ -224,7 +299,7 @@ def test_one_site_and_a_fleet_of_devices(tmp_path: Path) -> None:
     assert "none is named" in page and fleet[0] not in page
 
 
-# the log as tables -------------------------------------------------------------------------------------------------
+# the log as tables --------------------------------------------------------------------------------
 
 
 def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
@@ -241,10 +316,14 @@ def test_tables_agree_in_every_format(private: Path, tmp_path: Path) -> None:
         flat_logs.export_tables(private, tmp_path, ["xlsx"])
 
 
-def test_the_command_writes_all(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_all(
+    private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command("report", private, "--out", tmp_path / "pages", "--export", "csv") == 0
     out = capsys.readouterr().out
-    assert all((tmp_path / "pages" / name).exists() and name in out for name in (*PAGES, "report.html"))
+    assert all(
+        (tmp_path / "pages" / name).exists() and name in out for name in (*PAGES, "report.html")
+    )
     assert (tmp_path / "pages" / "export" / "rounds.csv").exists()
 
 

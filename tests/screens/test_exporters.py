@@ -1,4 +1,6 @@
-"""What other tools get is the event log: no number more, no device's name; they take it for real."""
+"""What other tools get is the event log: no number more, no device's name; they take it
+for real.
+"""
 
 import io
 import json
@@ -40,7 +42,9 @@ GRAFANA = Path(__file__).parents[2] / "docs" / "grafana.json"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("private")
-    medfed.run(medfed.load_study(write_study(folder, PRIVATE)).set("training.rounds", 3), folder / "run")
+    medfed.run(
+        medfed.load_study(write_study(folder, PRIVATE)).set("training.rounds", 3), folder / "run"
+    )
     return folder / "run"
 
 
@@ -73,7 +77,9 @@ def test_metrics_are_the_summary(run: Path) -> None:
     def value(name: str, **labels: str) -> float:
         return found[name, frozenset({"run": "r", "study": summary["study"], **labels}.items())]
 
-    assert value("medfed_round") == value("medfed_rounds_asked") == 3 and value("medfed_complete") == 1
+    assert (
+        value("medfed_round") == value("medfed_rounds_asked") == 3 and value("medfed_complete") == 1
+    )
     assert value("medfed_epsilon_spent") == summary["privacy"]["epsilon"]
     for name, figure in summary["test"].items():
         if name != "n" and figure is not None:
@@ -139,7 +145,9 @@ def test_a_real_prometheus_scrapes_and_answers(run: Path, tmp_path: Path) -> Non
             for _ in range(300):
                 time.sleep(0.2)
                 try:
-                    got = httpx.get(f"http://{place}/api/v1/query", params={"query": "medfed_epsilon_spent"})
+                    got = httpx.get(
+                        f"http://{place}/api/v1/query", params={"query": "medfed_epsilon_spent"}
+                    )
                 except httpx.TransportError:
                     continue
                 if got.status_code == 200 and (answer := got.json()["data"]["result"]):
@@ -175,7 +183,12 @@ def test_spans_are_the_rounds(run: Path) -> None:
 
 
 def test_a_log_that_was_cut_is_traced_to_its_end(tmp_path: Path) -> None:
-    told = [*invented(2, ["a", "b"])[:2], events.RoundStarted(1, ["a"]), Warned("x"), events.RoundStarted(1, ["a"])]
+    told = [
+        *invented(2, ["a", "b"])[:2],
+        events.RoundStarted(1, ["a"]),
+        Warned("x"),
+        events.RoundStarted(1, ["a"]),
+    ]
     spans = InMemorySpanExporter()
     exporters.trace(written(tmp_path / "run", told), spans)
     assert [span.name for span in spans.get_finished_spans()].count("round") == 2
@@ -246,7 +259,9 @@ def test_tensorboard_holds_what_the_log_holds(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_mlflow_holds_what_the_log_holds(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_holds_what_the_log_holds(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
     key = exporters.to_mlflow(run, (tmp_path / "mlruns").as_uri())
@@ -264,7 +279,10 @@ def test_what_cannot_be_exported_says_why(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert command("export", run) == 2 and "--tensorboard FOLDER" in capsys.readouterr().err
-    assert command("export", tmp_path, "--tensorboard", tmp_path) == 2 and "cannot be read" in capsys.readouterr().err
+    assert (
+        command("export", tmp_path, "--tensorboard", tmp_path) == 2
+        and "cannot be read" in capsys.readouterr().err
+    )
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert command("export", run, "--tensorboard", tmp_path / "out") == 2
     assert "pip install 'medfed[tensorboard]'" in capsys.readouterr().err
@@ -288,6 +306,11 @@ def test_lines_for_a_collector_of_logs(form: Any, run: Path) -> None:
 
 def test_the_command_writes_such_lines(tmp_path: Path, capsys: Any) -> None:
     study = write_study(tmp_path, PRIVATE)
-    assert command("run", study, "--out", tmp_path / "run", "--set", "training.rounds=1", "--log", "json") == 0
+    assert (
+        command(
+            "run", study, "--out", tmp_path / "run", "--set", "training.rounds=1", "--log", "json"
+        )
+        == 0
+    )
     told = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     assert told[-1]["kind"] == "run_finished" and told[-1]["event"].startswith("complete")

@@ -1,4 +1,6 @@
-"""A log is followed as it grows: whole lines only, again from the start where it was cut back, damage by its number."""
+"""A log is followed as it grows: whole lines only, again from the start where it was cut back,
+damage by its number.
+"""
 
 import signal
 import subprocess
@@ -33,8 +35,10 @@ def taken(tail: Tail) -> tuple[list[Event], bool]:
 
 
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
-    path, tail = tmp_path / "events.jsonl", Tail(tmp_path / "events.jsonl")
-    first, second = line(Warned("one")).encode() + b"\n", line(Warned("two")).encode() + b"\n"
+    path = tmp_path / "events.jsonl"
+    tail = Tail(tmp_path / "events.jsonl")
+    first = line(Warned("one")).encode() + b"\n"
+    second = line(Warned("two")).encode() + b"\n"
     path.write_bytes(first + second[:10])
     assert taken(tail) == ([Warned("one")], False)
     assert taken(tail) == ([], False)
@@ -43,7 +47,8 @@ def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
 
 
 def test_a_log_that_was_cut_back_is_told_again(tmp_path: Path) -> None:
-    path, tail = tmp_path / "events.jsonl", Tail(tmp_path / "events.jsonl")
+    path = tmp_path / "events.jsonl"
+    tail = Tail(tmp_path / "events.jsonl")
     lines = [line(Warned(text)) + "\n" for text in ("one", "two", "three")]
     path.write_text("".join(lines))
     assert len(tail.read()[0]) == 3
@@ -53,7 +58,11 @@ def test_a_log_that_was_cut_back_is_told_again(tmp_path: Path) -> None:
 
 def test_a_long_line_and_many_of_them_come_whole(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    told: list[Event] = [Warned("x" * (3 * CHUNK)), *(RoundStarted(t, ["a"]) for t in range(5000)), DONE]
+    told: list[Event] = [
+        Warned("x" * (3 * CHUNK)),
+        *(RoundStarted(t, ["a"]) for t in range(5000)),
+        DONE,
+    ]
     path.write_text("".join(line(event) + "\n" for event in told))
     assert list(follow(path)) == told
 
@@ -75,7 +84,9 @@ def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
 
 
 def test_events_arrive_while_they_are_written(tmp_path: Path) -> None:
-    path, seen, arrived = tmp_path / "events.jsonl", list[Event](), threading.Event()
+    path = tmp_path / "events.jsonl"
+    seen = list[Event]()
+    arrived = threading.Event()
     path.touch()
 
     def watch() -> None:
@@ -95,13 +106,14 @@ def test_events_arrive_while_they_are_written(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_and_resumed_is_followed_to_its_end(tmp_path: Path) -> None:
     """A real process, ended by SIGKILL in round 3."""
-    study, run = write_study(tmp_path, STUDY), tmp_path / "run"
+    study = write_study(tmp_path, STUDY)
+    run = tmp_path / "run"
     script = (
-        "import os, signal, medfed\n"
-        "from medfed.monitor.events import RoundStarted\n"
-        "def stop(event):\n"
-        "    if isinstance(event, RoundStarted) and event.round == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"medfed.run(medfed.load_study({str(study)!r}).set('training.rounds', 4), {str(run)!r}, listeners=[stop])\n"
+        "import os, signal, medfed\nfrom medfed.monitor.events import RoundStarted\ndef "
+        "stop(event):\n    if isinstance(event, RoundStarted) and event.round == 3: "
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"medfed.run(medfed.load_study({str(study)!r}).set('training.rounds', 4), {str(run)!r}, "
+        "listeners=[stop])\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
@@ -111,8 +123,11 @@ def test_a_run_that_was_killed_and_resumed_is_followed_to_its_end(tmp_path: Path
     assert list(follow(run / "events.jsonl")) == list(read(run / "events.jsonl"))
 
 
-def test_the_command_shows_a_run_as_it_was_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, run = write_study(tmp_path, STUDY), tmp_path / "run"
+def test_the_command_shows_a_run_as_it_was_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, STUDY)
+    run = tmp_path / "run"
     assert command("run", study, "--out", run) == 0
     shown = [text for text in capsys.readouterr().out.splitlines() if text.startswith("round ")]
     assert command("watch", run) == 0

@@ -7,7 +7,13 @@ import pytest
 
 from medfed.screens.reports import claim_lines, privacy_page
 
-HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror='y'>", "a & b", "</table>", "[bold]x[/]"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='y'>",
+    "a & b",
+    "</table>",
+    "[bold]x[/]",
+]
 CLAIM: dict[str, Any] = {
     "study": "heart",
     "claimed": True,
@@ -27,7 +33,10 @@ CLAIM: dict[str, Any] = {
     "patients": {"declared": 1234, "one_over_n": 1 / 1234, "delta_below_one_over_n": True},
     "accountant": {"name": "exact", "version": "dp-accounting 0.6.0"},
     "second_accountant": {"name": "another", "epsilon": 1.0123},
-    "composition": {"meaning": "this run", "ledger": {"epsilon_all_runs": 0.98765432, "head": "abc123"}},
+    "composition": {
+        "meaning": "this run",
+        "ledger": {"epsilon_all_runs": 0.98765432, "head": "abc123"},
+    },
     "random_generator": "AES",
     "unprotected": ["sizes", "who took part"],
     "assumptions": ["one site each"],
@@ -41,7 +50,9 @@ ITEMS = {
 
 
 class _Page(HTMLParser):
-    """Collects the tags, the texts and the addresses of a page; a tag that is closed was opened last."""
+    """Collects the tags, the texts and the addresses of a page; a tag that is closed was opened
+    last.
+    """
 
     VOID = ("meta",)
 
@@ -71,20 +82,39 @@ class _Page(HTMLParser):
 def test_every_item_has_a_line() -> None:
     lines = dict(claim_lines(CLAIM))
     assert set(lines) == ITEMS and all(lines.values())
-    assert lines["epsilon"] == "0.987654 (target 1)" and "1/n is 0.00081 for 1,234 declared patients" in lines["delta"]
-    assert lines["noise multiplier"] == "a 4.2, b 6.1" and "noised steps in a round: a 3, b 5" in lines["rounds"]
-    assert lines["rounds"].startswith("10 planned; payments: 9") and lines["not protected"] == "sizes; who took part"
+    assert (
+        lines["epsilon"] == "0.987654 (target 1)"
+        and "1/n is 0.00081 for 1,234 declared patients" in lines["delta"]
+    )
+    assert (
+        lines["noise multiplier"] == "a 4.2, b 6.1"
+        and "noised steps in a round: a 3, b 5" in lines["rounds"]
+    )
+    assert (
+        lines["rounds"].startswith("10 planned; payments: 9")
+        and lines["not protected"] == "sizes; who took part"
+    )
     assert "head abc123" in lines["ledger"] and lines["audit"].startswith("none yet")
 
 
 def test_an_audit_is_told_part_by_part() -> None:
-    audit = {"parts": [{"name": "canaries", "told": "57 of 100"}, {"name": "membership", "told": "nothing"}]}
-    assert dict(claim_lines({**CLAIM, "audit": audit}))["audit"] == "canaries: 57 of 100; membership: nothing"
+    audit = {
+        "parts": [
+            {"name": "canaries", "told": "57 of 100"},
+            {"name": "membership", "told": "nothing"},
+        ]
+    }
+    assert (
+        dict(claim_lines({**CLAIM, "audit": audit}))["audit"]
+        == "canaries: 57 of 100; membership: nothing"
+    )
 
 
 def test_many_sites_are_counted_not_listed() -> None:
     noise = {**CLAIM["noise"], "multiplier": {f"device {i}": 4.2 for i in range(3000)}}
-    assert dict(claim_lines({**CLAIM, "noise": noise}))["noise multiplier"].endswith("and 2992 more")
+    assert dict(claim_lines({**CLAIM, "noise": noise}))["noise multiplier"].endswith(
+        "and 2992 more"
+    )
 
 
 def test_a_page_is_whole_and_needs_no_network() -> None:
@@ -106,7 +136,13 @@ def test_a_page_without_a_claim_says_so() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_text_and_never_markup(name: str) -> None:
-    hostile = {**CLAIM, "study": name, "unprotected": [name], "noise": {**CLAIM["noise"], "multiplier": {name: 1.0}}}
-    page, plain = _Page(privacy_page(hostile)), _Page(privacy_page(CLAIM))
+    hostile = {
+        **CLAIM,
+        "study": name,
+        "unprotected": [name],
+        "noise": {**CLAIM["noise"], "multiplier": {name: 1.0}},
+    }
+    page = _Page(privacy_page(hostile))
+    plain = _Page(privacy_page(CLAIM))
     assert page.tags == plain.tags and page.attributes == plain.attributes
     assert "".join(page.texts).count(name) == 4  # title, heading, noise, not protected

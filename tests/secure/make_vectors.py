@@ -1,8 +1,10 @@
-"""Record the vectors of `test_vectors.py`: keys, messages and what they come to. For a new version of the wire format.
+"""Record the vectors of `test_vectors.py`: keys, messages and what they come to. For a new version
+of the wire format.
 
     python -m tests.secure.make_vectors
 
-Nothing is drawn from a seed: the files hold every secret that a reader needs. The keys are for these tests alone.
+Nothing is drawn from a seed: the files hold every secret that a reader needs. The keys are for
+these tests alone.
 """
 
 import json
@@ -27,11 +29,15 @@ def party(name: str, role: str = "site") -> tuple[Identity, dict[str, str]]:
 
 def identity() -> dict[str, Any]:
     """Envelopes and boxes, whole and tampered with."""
-    (ann, kept_ann), (ben, kept_ben), (eve, kept_eve) = party("ann"), party("ben"), party(EVE)
+    (ann, kept_ann) = party("ann")
+    (ben, kept_ben) = party("ben")
+    (eve, kept_eve) = party(EVE)
     roster = Roster.of(ann.public, ben.public, eve.public)
     good = Post(ann, roster).wrap(SCOPE, "row", "ben", b"the body")
 
-    def other(scope: Scope = SCOPE, kind: str = "row", to: str = "ben", by: Identity = ann) -> bytes:
+    def other(
+        scope: Scope = SCOPE, kind: str = "row", to: str = "ben", by: Identity = ann
+    ) -> bytes:
         return Post(by, roster).wrap(scope, kind, to, b"the body")
 
     flipped = bytearray(good)
@@ -65,16 +71,22 @@ def identity() -> dict[str, Any]:
 
 def three() -> dict[str, Any]:
     """Uploads to three aggregators, and what these open."""
-    kept, keys = [], []
+    kept = []
+    keys = []
     for name, role in [*((n, "aggregator") for n in "pqr"), *((n, "site") for n in "abc")]:
         made, one = party(name, role)
         keys.append(made)
         kept.append(one)
+
     roster = Roster.of(*(one.public for one in keys))
     rows = {name: np.array([i, -(10**i), 7, 0]) for i, name in enumerate("abc", 1)}
     terms = three_party.SharingTerms(4, 2000.0, ("p", "q", "r"))
-    sent = {one.name: three_party.share(Post(one, roster), SCOPE, rows[one.name], terms) for one in keys[3:]}
+    sent = {
+        one.name: three_party.share(Post(one, roster), SCOPE, rows[one.name], terms)
+        for one in keys[3:]
+    }
     stacked = np.stack(list(rows.values()))
+
     return {
         "parties": kept,
         "bound": terms.bound,
@@ -92,9 +104,13 @@ def masks() -> dict[str, Any]:
     roster = Roster.of(*(one.public for one, _ in made.values()))
     terms = masking.MaskingTerms.choose(names, 3, 0.25)
     server = masking.MaskingServer(Post(made["server"][0], roster), terms, SCOPE)
-    clients = {name: masking.Client(Post(made[name][0], roster), terms, SCOPE, "server") for name in names}
+    clients = {
+        name: masking.Client(Post(made[name][0], roster), terms, SCOPE, "server") for name in names
+    }
     rows = {name: np.array([i, -i, 2**40]) for i, name in enumerate(names)}
-    phases: dict[str, dict[str, bytes]] = {"keys": {name: one.keys() for name, one in clients.items()}}
+    phases: dict[str, dict[str, bytes]] = {
+        "keys": {name: one.keys() for name, one in clients.items()}
+    }
     told = server.keys(phases["keys"])
     phases["shares"] = {name: one.share(told) for name, one in clients.items()}
     boxes = server.shares(phases["shares"])
@@ -105,6 +121,7 @@ def masks() -> dict[str, Any]:
     told = server.confirm(phases["confirm"])
     phases["unmask"] = {name: one.unmask(told) for name, one in clients.items()}
     total_M, _ = server.unmask(phases["unmask"])
+
     return {
         "parties": [kept for _, kept in made.values()],
         "length": 3,
@@ -120,8 +137,14 @@ def numbers() -> dict[str, Any]:
     x = [0.0, 0.5, -0.5, 1.25e-6, -63.999, 64.0]
     a = np.array([[2**63, 3, 2**40], [2**64 - 1, 5, 7]], np.uint64)
     secret = bytes(range(32))
+
     return {
-        "fixed point": {"bits": 20, "bound": 64.0, "x": x, "steps": field.encode(np.array(x), 20, 64.0).tolist()},
+        "fixed point": {
+            "bits": 20,
+            "bound": 64.0,
+            "x": x,
+            "steps": field.encode(np.array(x), 20, 64.0).tolist(),
+        },
         "product": {
             "a": [[str(v) for v in row] for row in a],
             "aat": [[str(v) for v in r] for r in field.matmul(a, a.T)],
@@ -129,7 +152,10 @@ def numbers() -> dict[str, Any]:
         "shamir": {
             "secret": secret.hex(),
             "threshold": 3,
-            "shares": {str(p): s.hex() for p, s in zip(range(1, 6), shares.split(secret, 3, range(1, 6)), strict=True)},
+            "shares": {
+                str(p): s.hex()
+                for p, s in zip(range(1, 6), shares.split(secret, 3, range(1, 6)), strict=True)
+            },
         },
     }
 

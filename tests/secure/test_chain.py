@@ -1,4 +1,6 @@
-"""Signed, chained global models: a site takes one a round, from the coordinator alone, each after the one before."""
+"""Signed, chained global models: a site takes one a round, from the coordinator alone, each after
+the one before.
+"""
 
 import pytest
 
@@ -6,7 +8,9 @@ from medfed.core.checks import EnvelopeError, SignatureError
 from medfed.secure.chain import Follower, Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
 
-BOSS, ANN, EVE = Identity.new("boss", "coordinator"), Identity.new("ann", "site"), Identity.new("eve", "site")
+BOSS = Identity.new("boss", "coordinator")
+ANN = Identity.new("ann", "site")
+EVE = Identity.new("eve", "site")
 ROSTER = Roster.of(BOSS.public, ANN.public, EVE.public)
 
 
@@ -19,21 +23,24 @@ def follower(study: str = "study") -> Follower:
 
 
 def test_a_chain_is_followed_and_the_same_message_may_come_again() -> None:
-    boss, site = publisher(), follower()
+    boss = publisher()
+    site = follower()
     for round in (1, 2, 3):
         envelope = boss.sign(round, b"model %d" % round)
         assert site.accept(round, envelope) == site.accept(round, envelope) == b"model %d" % round
 
 
 def test_a_site_that_missed_rounds_goes_on() -> None:
-    boss, site = publisher(), follower()
+    boss = publisher()
+    site = follower()
     envelopes = [boss.sign(round, bytes([round])) for round in (1, 2, 3, 4)]
     for round in (1, 3, 4):
         assert site.accept(round, envelopes[round - 1]) == bytes([round])
 
 
 def test_two_models_in_one_round_are_refused() -> None:
-    boss, site = publisher(), follower()
+    boss = publisher()
+    site = follower()
     site.accept(1, boss.sign(1, b"one"))
     with pytest.raises(EnvelopeError, match="may not send two"):
         site.accept(1, boss.sign(1, b"another"))
@@ -49,8 +56,10 @@ def test_a_model_that_does_not_follow_is_refused() -> None:
 
 
 def test_an_earlier_round_is_refused() -> None:
-    boss, site = publisher(), follower()
-    first, second = boss.sign(1, b"one"), boss.sign(2, b"two")
+    boss = publisher()
+    site = follower()
+    first = boss.sign(1, b"one")
+    second = boss.sign(2, b"two")
     site.accept(2, second)
     with pytest.raises(EnvelopeError, match="round=1"):
         site.accept(1, first)

@@ -30,7 +30,8 @@ def test_projections_are_those_of_whole_numbers(n: int, m: int, seed: int) -> No
     x = random.integers(0, 2**64, (n, m), dtype=np.uint64)
     ternary = random.integers(-1, 2, (5, m))
     if seed % 3 == 0:
-        x[:], ternary[:] = 2**64 - 1, 1
+        x[:] = 2**64 - 1
+        ternary[:] = 1
     exact = (x.astype(object) @ ternary.T.astype(object)) % 2**64
     assert (field.project(ternary.astype(np.float64), x) == exact.astype(np.uint64)).all()
 
@@ -39,7 +40,9 @@ def test_projections_are_those_of_whole_numbers(n: int, m: int, seed: int) -> No
 def test_there_and_back_is_off_by_half_a_step(numbers: list[float], bits: int) -> None:
     x = np.array(numbers)
     steps = field.encode(x, bits, 64.0)
-    assert steps.dtype == np.int64 and np.abs(field.decode(steps, bits) - x).max() <= 2.0 ** -(bits + 1)
+    assert steps.dtype == np.int64 and np.abs(field.decode(steps, bits) - x).max() <= 2.0 ** -(
+        bits + 1
+    )
 
 
 def test_random_rounding_is_unbiased_and_moves_less_than_a_step() -> None:

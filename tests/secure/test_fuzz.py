@@ -1,4 +1,6 @@
-"""Decoders against bytes that nobody meant: an error of ours or the right answer, no more memory than was sent."""
+"""Decoders against bytes that nobody meant: an error of ours or the right answer, no more memory
+than was sent.
+"""
 
 import contextlib
 import tracemalloc
@@ -40,9 +42,15 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
         lambda data: POSTS["ben"].unwrap(data, SCOPE, "row", "ann"),
         bytes.fromhex(recorded.SIGNED["envelope"]["message"]),
     ),
-    "box": (lambda data: POSTS["ben"].me.unseal(data, b"purpose"), bytes.fromhex(recorded.SIGNED["box"]["message"])),
+    "box": (
+        lambda data: POSTS["ben"].me.unseal(data, b"purpose"),
+        bytes.fromhex(recorded.SIGNED["box"]["message"]),
+    ),
     "upload": (three_party._cut, recorded.uploads()["a"]),
-    "parts": (lambda data: masking._unpack(data, TERMS), masking._pack({"a": b"x", "c": b"yz"}, TERMS)),
+    "parts": (
+        lambda data: masking._unpack(data, TERMS),
+        masking._pack({"a": b"x", "c": b"yz"}, TERMS),
+    ),
     "share": (lambda data: shares.rebuild({1: data, 2: bytes(33)}, 2), bytes(33)),
     "keys": (phase("keys"), bytes.fromhex(recorded.MASKED["phases"]["keys"]["a"])),
     "shares": (phase("shares"), bytes.fromhex(recorded.MASKED["phases"]["shares"]["a"])),
@@ -53,10 +61,14 @@ FEW = {"keys", "shares", "rows"}  # these play a round each time
 
 def changed(good: bytes) -> st.SearchStrategy[bytes]:
     """The message cut, lengthened, with bytes replaced, or anything at all."""
-    at, piece = st.integers(0, max(len(good) - 1, 0)), st.binary(max_size=12)
+    at = st.integers(0, max(len(good) - 1, 0))
+    piece = st.binary(max_size=12)
     replaced = st.builds(lambda i, p: good[:i] + p + good[i + len(p) :], at, piece)
     return st.one_of(
-        replaced, st.builds(lambda i: good[:i], at), st.builds(lambda p: good + p, piece), st.binary(max_size=400)
+        replaced,
+        st.builds(lambda i: good[:i], at),
+        st.builds(lambda p: good + p, piece),
+        st.binary(max_size=400),
     )
 
 
@@ -75,7 +87,9 @@ def test_nothing_but_our_own_errors(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(DECODERS) - FEW))
 def test_a_length_field_makes_nobody_allocate(name: str) -> None:
-    """Every run of eight bytes set to the largest number in turn: memory stays near what was sent."""
+    """Every run of eight bytes set to the largest number in turn: memory stays near what
+    was sent.
+    """
     read, good = DECODERS[name]
     tracemalloc.start()
     for at in range(0, min(len(good), 200), 2):

@@ -1,4 +1,6 @@
-"""The Gram matrix of rows that nobody sees: exact, noised, and harmless to read where rows are within their bound."""
+"""The Gram matrix of rows that nobody sees: exact, noised, and harmless to read where rows are
+within their bound.
+"""
 
 from collections.abc import Callable, Generator, Mapping
 
@@ -28,7 +30,9 @@ from medfed.secure.three_party import (
 THREE = ("p", "q", "r")
 SCOPE = Scope("study", "run", 1)
 CLIENTS = tuple("abcdefgh")
-_KEYS = [Identity.new(name, "aggregator") for name in THREE] + [Identity.new(name, "site") for name in CLIENTS]
+_KEYS = [Identity.new(name, "aggregator") for name in THREE] + [
+    Identity.new(name, "site") for name in CLIENTS
+]
 _ROSTER = Roster.of(*(one.public for one in _KEYS))
 
 
@@ -43,7 +47,9 @@ def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
 def opened(x_KM: Integers, bound: float = 1e6, **more: object) -> Opened:
     selection = Selection(**{"rule": uniform, **more})  # type: ignore[arg-type]
     rows = dict(zip(CLIENTS, x_KM, strict=False))
-    return run_protocol(posts(), SCOPE, rows, SharingTerms(x_KM.shape[1], bound, THREE), selection=selection)
+    return run_protocol(
+        posts(), SCOPE, rows, SharingTerms(x_KM.shape[1], bound, THREE), selection=selection
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -65,8 +71,11 @@ def test_long_rows_are_taken_in_blocks() -> None:
 
 
 def test_rows_are_weighed_as_means_where_sizes_differ() -> None:
-    """A rule that keeps every row gives the mean of means: sums of 10 and of 40 patients count alike."""
-    x_KM, sizes = np.array([[100, 0], [0, 400], [1000, 1000]]), {"a": 10, "b": 40, "c": 50}
+    """A rule that keeps every row gives the mean of means: sums of 10 and of 40 patients count
+    alike.
+    """
+    x_KM = np.array([[100, 0], [0, 400], [1000, 1000]])
+    sizes = {"a": 10, "b": 40, "c": 50}
     seen: list[NDArray[np.float64]] = []
 
     def rule(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -83,14 +92,20 @@ def noises(gram: float, total: float) -> dict[str, Callable[..., Integers]]:
     rng = np.random.default_rng(5)
     return {
         "gram_noise": lambda K: np.rint(rng.normal(0, gram, K * (K + 1) // 2)).astype(np.int64),
-        "sum_noise": lambda M, most: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(np.int64),
+        "sum_noise": lambda M, most: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(
+            np.int64
+        ),
     }
 
 
 def test_noise_lies_on_both_openings_from_all_three() -> None:
-    """Each adds a part of its own: three times the variance of one. A sum whose weights are small needs less."""
+    """Each adds a part of its own: three times the variance of one. A sum whose weights are small
+    needs less.
+    """
     x_KM = np.random.default_rng(4).integers(-50, 51, (8, 400))
-    grams, sums, parts = [], [], noises(1e4, 1e6)
+    grams = []
+    sums = []
+    parts = noises(1e4, 1e6)
     for _ in range(30):
         found = opened(x_KM, **parts)
         assert found.gram_KK is not None
@@ -106,10 +121,13 @@ def test_noise_lies_on_both_openings_from_all_three() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_one_patient_moves_the_upper_triangle_no_more_than_is_said(K: int, M: int, seed: int) -> None:
+def test_one_patient_moves_the_upper_triangle_no_more_than_is_said(
+    K: int, M: int, seed: int
+) -> None:
     """s B sqrt(K + 3), and nearly reached where all rows and the step point the same way."""
     rng = np.random.default_rng(seed)
-    x_KM, step = rng.normal(size=(K, M)), rng.normal(size=M)
+    x_KM = rng.normal(size=(K, M))
+    step = rng.normal(size=M)
     x_KM *= rng.uniform(0.5, 1, (K, 1)) / np.linalg.norm(x_KM, axis=1, keepdims=True)
     moved = x_KM.copy()
     moved[0] += 0.1 * step / np.linalg.norm(step)
@@ -139,7 +157,9 @@ def test_the_wrap_attack_harms_without_the_check_and_is_excluded_with_it() -> No
 
 
 def parts(monkeypatch: pytest.MonkeyPatch, runs: int) -> NDArray[np.uint64]:
-    """Return what one aggregator sends of the Gram matrix of rows of one number, in many runs: [runs, 3]."""
+    """Return what one aggregator sends of the Gram matrix of rows of one number, in many runs:
+    [runs, 3].
+    """
     sent: list[bytes] = []
     swap = three_party._Line.swap
 
@@ -157,12 +177,16 @@ def parts(monkeypatch: pytest.MonkeyPatch, runs: int) -> NDArray[np.uint64]:
 
 
 def test_a_part_of_the_gram_matrix_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its low bits are even coins. Without the sharing of zero they are odd ones: the test would see it."""
+    """Its low bits are even coins. Without the sharing of zero they are odd ones: the test would
+    see it.
+    """
     low = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
     assert stats.binomtest(int(low.sum()), 150).pvalue > 1e-4
     monkeypatch.setattr(three_party._Line, "zero", lambda self, count: np.zeros(count, np.uint64))
-    bare = parts(monkeypatch, 600)[:, 1] & np.uint64(1)  # so many that odd coins pass for even ones once in 100,000
-    assert stats.binomtest(int(bare.sum()), 600, 3 / 8).pvalue > 1e-4  # a a' + a b' + b a' is odd 3 times of 8
+    # so many that odd coins pass for even ones once in 100,000
+    bare = parts(monkeypatch, 600)[:, 1] & np.uint64(1)
+    # a a' + a b' + b a' is odd 3 times of 8
+    assert stats.binomtest(int(bare.sum()), 600, 3 / 8).pvalue > 1e-4
     assert stats.binomtest(int(bare.sum()), 600).pvalue < 0.05
 
 

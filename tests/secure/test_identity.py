@@ -18,12 +18,15 @@ def sent(to: str = "ben", scope: Scope = SCOPE, sender: Identity = ANN) -> bytes
     return Post(sender, ROSTER).wrap(scope, "row", to, b"the body")
 
 
-def read(envelope: bytes, scope: Scope = SCOPE, kind: str = "row", sender: str = "ann", to: str = "") -> bytes:
+def read(
+    envelope: bytes, scope: Scope = SCOPE, kind: str = "row", sender: str = "ann", to: str = ""
+) -> bytes:
     return Post(BEN, ROSTER).unwrap(envelope, scope, kind, sender, to)
 
 
 def test_what_was_wrapped_is_read_once_by_whom_it_is_for() -> None:
-    post, envelope = Post(BEN, ROSTER), sent()
+    post = Post(BEN, ROSTER)
+    envelope = sent()
     assert post.unwrap(envelope, SCOPE, "row", "ann") == b"the body"
     with pytest.raises(EnvelopeError, match="came twice"):
         post.unwrap(envelope, SCOPE, "row", "ann")
@@ -76,7 +79,12 @@ def test_a_box_opens_for_one_party_and_purpose() -> None:
     box = seal(BEN.public, b"secret", b"purpose")
     assert BEN.unseal(box, b"purpose") == b"secret" and len(box) == 48 + 6
     assert seal(BEN.public, b"secret", b"purpose") != box
-    for who, what, why in ((ANN, box, b"purpose"), (BEN, box, b"other"), (BEN, box[:-1], b"purpose"), (BEN, b"", b"")):
+    for who, what, why in (
+        (ANN, box, b"purpose"),
+        (BEN, box, b"other"),
+        (BEN, box[:-1], b"purpose"),
+        (BEN, b"", b""),
+    ):
         with pytest.raises(EnvelopeError):
             who.unseal(what, why)
 
@@ -84,7 +92,9 @@ def test_a_box_opens_for_one_party_and_purpose() -> None:
 def test_both_ends_agree_and_nobody_else() -> None:
     ours = ANN.agree(BEN.public.sealing, b"line")
     assert ours == BEN.agree(ANN.public.sealing, b"line")
-    assert ours != ANN.agree(BEN.public.sealing, b"other") and ours != EVE.agree(BEN.public.sealing, b"line")
+    assert ours != ANN.agree(BEN.public.sealing, b"other") and ours != EVE.agree(
+        BEN.public.sealing, b"line"
+    )
 
 
 def test_keys_are_never_shown() -> None:
@@ -101,9 +111,13 @@ def test_no_bytes_crash_the_reader(data: bytes, prefixed: bool) -> None:
         BEN.unseal(data, b"purpose")
 
 
-@pytest.mark.parametrize("weak", [bytes(32), b"\x01" + bytes(31), bytes.fromhex("ecffffff" + "ff" * 27 + "7f")])
+@pytest.mark.parametrize(
+    "weak", [bytes(32), b"\x01" + bytes(31), bytes.fromhex("ecffffff" + "ff" * 27 + "7f")]
+)
 def test_keys_of_low_order_are_refused(weak: bytes) -> None:
-    """For these every shared secret is zero: whoever gives one makes everybody able to read (RFC 7748, section 6)."""
+    """For these every shared secret is zero: whoever gives one makes everybody able to read (RFC
+    7748, section 6).
+    """
     with pytest.raises(EnvelopeError, match="no key to seal to"):
         ANN.agree(weak, b"purpose")
     with pytest.raises(EnvelopeError, match="no key to seal to"):

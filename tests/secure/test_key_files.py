@@ -13,7 +13,9 @@ ANN = Identity.new("ann", "site")
 
 
 @pytest.mark.parametrize("passphrase", ["", "three words here"])
-def test_what_is_saved_is_loaded_and_only_its_owner_can_read_it(tmp_path: Path, passphrase: str) -> None:
+def test_what_is_saved_is_loaded_and_only_its_owner_can_read_it(
+    tmp_path: Path, passphrase: str
+) -> None:
     path = tmp_path / "deep" / "ann.key"
     key_files.save(ANN, path, passphrase)
     found = key_files.load(path, passphrase)

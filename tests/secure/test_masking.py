@@ -1,4 +1,6 @@
-"""SecAgg+: the sum is the plain sum under every drop-out pattern; nobody sees a row; a lying server learns nothing."""
+"""SecAgg+: the sum is the plain sum under every drop-out pattern; nobody sees a row; a lying server
+learns nothing.
+"""
 
 import contextlib
 import itertools
@@ -13,10 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, RevokedError, SignatureError
+from medfed.core.checks import (
+    AbortError,
+    CodecError,
+    EnvelopeError,
+    PlanError,
+    RevokedError,
+    SignatureError,
+)
 from medfed.secure import masking
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.masking import EVERYBODY, PHASES, Client, MaskingServer, MaskingTerms, _pack, _unpack, run_protocol
+from medfed.secure.masking import (
+    EVERYBODY,
+    PHASES,
+    Client,
+    MaskingServer,
+    MaskingTerms,
+    _pack,
+    _unpack,
+    run_protocol,
+)
 
 SCOPE = Scope("0" * 64, "run", 1)
 
@@ -41,9 +59,14 @@ def plain(rows, included):
 
 
 def check(terms, leaves):
-    """Run with member i falling silent before phase leaves[i] (5: never) and compare with the plain sum."""
+    """Run with member i falling silent before phase leaves[i] (5: never) and compare with the plain
+    sum.
+    """
     rows = draw(terms)
-    drops = {p: {m for m, left in zip(terms.members, leaves, strict=True) if left == i} for i, p in enumerate(PHASES)}
+    drops = {
+        p: {m for m, left in zip(terms.members, leaves, strict=True) if left == i}
+        for i, p in enumerate(PHASES)
+    }
     if sum(left == 5 for left in leaves) < terms.quorum:
         with pytest.raises(AbortError, match="expected"):
             run_protocol(rows, terms, drops)
@@ -73,7 +96,9 @@ def test_every_dropout_pattern_of_four_to_six_but_for_the_order_of_names(n):
 def test_sampled_patterns_up_to_forty(data):
     n = data.draw(st.integers(7, 40))
     terms = MaskingTerms.choose(names(n), 9, 0.2, seed=b"public")
-    gone = data.draw(st.dictionaries(st.integers(0, n - 1), st.integers(0, 4), max_size=n - terms.quorum))
+    gone = data.draw(
+        st.dictionaries(st.integers(0, n - 1), st.integers(0, 4), max_size=n - terms.quorum)
+    )
     check(terms, [gone.get(i, 5) for i in range(n)])
 
 
@@ -96,12 +121,18 @@ def cast():
 
 
 def stage(terms):
-    people = {n: Identity.new(n, "site") for n in terms.members} | {"server": Identity.new("server", "coordinator")}
+    people = {n: Identity.new(n, "site") for n in terms.members} | {
+        "server": Identity.new("server", "coordinator")
+    }
     roster = Roster.of(*(p.public for p in people.values()))
     server = MaskingServer(Post(people["server"], roster), terms, SCOPE)
-    clients = {name: Client(Post(people[name], roster), terms, SCOPE, "server") for name in terms.members}
+    clients = {
+        name: Client(Post(people[name], roster), terms, SCOPE, "server") for name in terms.members
+    }
     rows = {name: np.zeros(terms.length, np.int64) for name in terms.members}
-    return SimpleNamespace(terms=terms, people=people, roster=roster, server=server, clients=clients, rows=rows)
+    return SimpleNamespace(
+        terms=terms, people=people, roster=roster, server=server, clients=clients, rows=rows
+    )
 
 
 def to_rows(cast):
@@ -117,7 +148,8 @@ def looks_uniform(words_M):
 
 @pytest.mark.parametrize("removed", ["nothing", "self", "pair"])
 def test_the_servers_view_is_uniform_and_a_removed_mask_is_caught(cast, removed, monkeypatch):
-    own, expand = {c._seed for c in cast.clients.values()}, masking.expand
+    own = {c._seed for c in cast.clients.values()}
+    expand = masking.expand
 
     def without(seed, count, start=0, out=None):
         words = expand(seed, count, start, out)
@@ -128,7 +160,8 @@ def test_the_servers_view_is_uniform_and_a_removed_mask_is_caught(cast, removed,
     monkeypatch.setattr(masking, "expand", without)
     said = to_rows(cast)
     row = {n: np.frombuffer(e[-64 - 8 * 4096 : -64], np.uint64) for n, e in said.items()}
-    pairs = row["site00"] - without(cast.clients["site00"]._seed, 4096)  # what its self seed would reveal
+    # what its self seed would reveal
+    pairs = row["site00"] - without(cast.clients["site00"]._seed, 4096)
     selves = row["site00"] + row["site01"] + row["site02"]  # pair masks cancel
     assert looks_uniform(row["site00"])
     assert looks_uniform(pairs) == (removed != "pair")
@@ -157,7 +190,9 @@ def test_different_survivor_lists_and_different_models_open_nothing(cast):
 def test_a_list_without_the_client_or_below_the_quorum_is_not_signed(cast):
     to_rows(cast)
     with pytest.raises(AbortError, match="leaves it out"):
-        cast.clients["site02"].confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model")
+        cast.clients["site02"].confirm(
+            tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model"
+        )
     with pytest.raises(AbortError, match="1 of 3"):
         cast.clients["site00"].confirm(tell(cast, "survivors", {"site00": b""}), b"model")
 
@@ -166,7 +201,9 @@ def test_both_seeds_of_one_client_are_never_given(cast):
     rows = to_rows(cast)
     survivors = cast.server.rows(rows)
     client = cast.clients["site00"]
-    confirmed = cast.server.confirm({n: c.confirm(survivors, b"model") for n, c in cast.clients.items()})
+    confirmed = cast.server.confirm(
+        {n: c.confirm(survivors, b"model") for n, c in cast.clients.items()}
+    )
     body = cast.server.post.unwrap(client.unmask(confirmed), SCOPE, "unmask", "site00")
     assert {len(part) for part in _unpack(body, cast.terms).values()} == {33}
     with pytest.raises(EnvelopeError, match="A phase comes once"):
@@ -190,21 +227,49 @@ def flip(envelope, at):
 
 def tampered(cast, envelope):
     stranger = Identity.new("site00", "site")
-    body, here = bytes(96), Post(cast.people["site00"], cast.roster)
+    body = bytes(96)
+    here = Post(cast.people["site00"], cast.roster)
+
     return {
         "flipped": (flip(envelope, len(envelope) - 70), SignatureError, "did not sign"),
         "truncated": (envelope[:-1], EnvelopeError, "no message"),
-        "oversize": (envelope[:4] + struct.pack("<IQ", 2**31, 2**62) + envelope[16:], EnvelopeError, "no message"),
-        "round": (here.wrap(Scope("0" * 64, "run", 2), "keys", "*", body), EnvelopeError, "round=2"),
-        "sender": (Post(cast.people["site01"], cast.roster).wrap(SCOPE, "keys", "*", body), EnvelopeError, "sender="),
+        "oversize": (
+            envelope[:4] + struct.pack("<IQ", 2**31, 2**62) + envelope[16:],
+            EnvelopeError,
+            "no message",
+        ),
+        "round": (
+            here.wrap(Scope("0" * 64, "run", 2), "keys", "*", body),
+            EnvelopeError,
+            "round=2",
+        ),
+        "sender": (
+            Post(cast.people["site01"], cast.roster).wrap(SCOPE, "keys", "*", body),
+            EnvelopeError,
+            "sender=",
+        ),
         "unsigned": (envelope[:-64] + bytes(64), SignatureError, "did not sign"),
-        "stranger": (Post(stranger, cast.roster).wrap(SCOPE, "keys", "*", body), SignatureError, "did not sign"),
+        "stranger": (
+            Post(stranger, cast.roster).wrap(SCOPE, "keys", "*", body),
+            SignatureError,
+            "did not sign",
+        ),
         "short": (here.wrap(SCOPE, "keys", "*", body[1:]), EnvelopeError, "expected 96"),
         "small order": (here.wrap(SCOPE, "keys", "*", body), EnvelopeError, "no key"),
     }
 
 
-CASES = ["flipped", "truncated", "oversize", "round", "sender", "unsigned", "stranger", "short", "small order"]
+CASES = [
+    "flipped",
+    "truncated",
+    "oversize",
+    "round",
+    "sender",
+    "unsigned",
+    "stranger",
+    "short",
+    "small order",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -214,7 +279,9 @@ def test_tampered_keys_are_refused_by_client_and_server(cast, case):
     with pytest.raises(error, match=match):
         cast.clients["site01"].share(tell(cast, "all-keys", {**said, "site00": bad}))
     cast.server.keys({**said, "site00": bad})  # the server goes on without it and says so
-    assert isinstance(cast.server.refused["site00"], error) and set(cast.server.refused) == {"site00"}
+    assert isinstance(cast.server.refused["site00"], error) and set(cast.server.refused) == {
+        "site00"
+    }
 
 
 def test_replayed_and_revoked_and_swapped(cast):
@@ -230,14 +297,20 @@ def test_replayed_and_revoked_and_swapped(cast):
     late.keys(said)
     assert isinstance(late.refused["site00"], RevokedError)
     sent = {n: c.share(keys) for n, c in cast.clients.items()}
-    boxes = {n: _unpack(cast.server.post.unwrap(e, SCOPE, "shares", n), cast.terms) for n, e in sent.items()}
+
+    boxes = {
+        n: _unpack(cast.server.post.unwrap(e, SCOPE, "shares", n), cast.terms)
+        for n, e in sent.items()
+    }
     inbox = {"site01": boxes["site02"]["site00"], "site02": boxes["site01"]["site00"]}
     swapped = cast.server.post.wrap(SCOPE, "boxes", "site00", _pack(inbox, cast.terms))
     with pytest.raises(EnvelopeError, match="do not open"):
         cast.clients["site00"].mask(swapped, cast.rows["site00"])
 
 
-@pytest.mark.parametrize("row", [np.zeros(4095, np.int64), np.zeros((1, 4096), np.int64), np.zeros(4096)])
+@pytest.mark.parametrize(
+    "row", [np.zeros(4095, np.int64), np.zeros((1, 4096), np.int64), np.zeros(4096)]
+)
 def test_a_row_of_another_shape_or_type_is_refused(cast, row):
     cast.rows["site02"] = row
     with pytest.raises(PlanError, match="expected int64"):
@@ -246,11 +319,15 @@ def test_a_row_of_another_shape_or_type_is_refused(cast, row):
 
 def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
     rows = to_rows(cast)
-    rows["site02"] = Post(cast.people["site02"], cast.roster).wrap(SCOPE, "rows", "server", bytes(8))
+    rows["site02"] = Post(cast.people["site02"], cast.roster).wrap(
+        SCOPE, "rows", "server", bytes(8)
+    )
     survivors = cast.server.rows(rows)
     assert "masked row of 8 bytes" in str(cast.server.refused["site02"])
     a, b = (cast.clients[n] for n in ("site00", "site01"))
-    confirmed = cast.server.confirm({"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")})
+    confirmed = cast.server.confirm(
+        {"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")}
+    )
     a._held["site01"] = bytes(66)
     with pytest.raises(AbortError, match="site01"):
         cast.server.unmask({"site00": a.unmask(confirmed), "site01": b.unmask(confirmed)})
@@ -262,7 +339,9 @@ def test_one_false_share_is_found_and_named_where_there_are_others():
     cast = stage(terms)
     cast.rows = {name: np.arange(16) * i for i, name in enumerate(terms.members)}
     survivors = cast.server.rows(to_rows(cast))
-    confirmed = cast.server.confirm({n: c.confirm(survivors, b"m") for n, c in cast.clients.items()})
+    confirmed = cast.server.confirm(
+        {n: c.confirm(survivors, b"m") for n, c in cast.clients.items()}
+    )
     cast.clients["site01"]._held["site03"] = bytes(66)
     total_M, stayed = cast.server.unmask({n: c.unmask(confirmed) for n, c in cast.clients.items()})
     assert len(stayed) == 5 and (total_M == np.arange(16) * 10).all()
@@ -279,7 +358,9 @@ def test_the_servers_phases_come_once_and_in_order(cast):
 
 
 def test_the_ring_follows_from_everybodys_keys():
-    """Neither the server nor a member picks it: other keys, another order; one broadcast, one order for all."""
+    """Neither the server nor a member picks it: other keys, another order; one broadcast, one order
+    for all.
+    """
     terms = MaskingTerms.choose(names(60), 5, 0.1, 5, b"seed")
     orders = set()
     for _ in range(2):

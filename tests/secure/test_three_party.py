@@ -1,4 +1,6 @@
-"""Three aggregators: exact sums, rows checked in secret, views that say nothing, and parties that misbehave."""
+"""Three aggregators: exact sums, rows checked in secret, views that say nothing, and parties that
+misbehave.
+"""
 
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -15,7 +17,14 @@ from medfed.core.checks import AbortError, CodecError, MedfedError, PlanError
 from medfed.core.entropy import Integers, expand
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.three_party import SharingAggregator, SharingTerms, in_turn, relay, run_protocol, share
+from medfed.secure.three_party import (
+    SharingAggregator,
+    SharingTerms,
+    in_turn,
+    relay,
+    run_protocol,
+    share,
+)
 
 PARTIES = ("left", "middle", "right")
 B = 2.0**20
@@ -36,7 +45,9 @@ def fresh() -> Scope:
     return Scope("study", "run", next(rounds))
 
 
-def rows_of(clients: int, length: int, seed: int = 0, norm: float = 0.999 * B) -> dict[str, Integers]:
+def rows_of(
+    clients: int, length: int, seed: int = 0, norm: float = 0.999 * B
+) -> dict[str, Integers]:
     x = np.random.default_rng(seed).standard_normal((clients, length))
     x *= norm / np.linalg.norm(x, axis=1, keepdims=True)
     return {f"site {i}": np.trunc(row).astype(np.int64) for i, row in enumerate(x)}
@@ -46,7 +57,7 @@ def terms_of(length: int, bound: float = B, least: int = 2) -> SharingTerms:
     return SharingTerms(length, bound, PARTIES, least)
 
 
-# sums ---------------------------------------------------------------------------------------------------------------
+# sums ---------------------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 8), st.integers(1, 90), st.integers(0, 2**32), st.booleans())
@@ -56,13 +67,19 @@ def test_the_opened_sum_is_the_sum(clients: int, length: int, seed: int, weighte
     weights = {name: i + 1 for i, name in enumerate(rows)} if weighted else None
     opened = run_protocol(POSTS, fresh(), rows, terms_of(length), weights=weights)
     expected = sum((weights[name] if weights else 1) * row for name, row in rows.items())
-    assert (opened.total_M == expected).all() and opened.accepted == sorted(rows) and not opened.excluded
+    assert (
+        (opened.total_M == expected).all()
+        and opened.accepted == sorted(rows)
+        and not opened.excluded
+    )
 
 
 def test_long_rows_are_summed_by_threads_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(three_party, "_LONG", 10)
     rows = rows_of(3, 40_000)
-    assert (run_protocol(POSTS, fresh(), rows, terms_of(40_000)).total_M == sum(rows.values())).all()
+    assert (
+        run_protocol(POSTS, fresh(), rows, terms_of(40_000)).total_M == sum(rows.values())
+    ).all()
 
 
 def test_the_relay_carries_little_more_than_rows() -> None:
@@ -75,7 +92,9 @@ def test_the_relay_carries_little_more_than_rows() -> None:
 
 def test_noise_of_three_where_two_are_enough() -> None:
     """Each adds sigma^2 / 2: the sum carries 3/2 sigma^2, and without one of them sigma^2."""
-    random, length, sigma = np.random.default_rng(5), 3000, 1000.0
+    random = np.random.default_rng(5)
+    length = 3000
+    sigma = 1000.0
 
     def noise(count: int) -> Integers:
         return np.rint(random.normal(0, sigma / np.sqrt(2), count)).astype(np.int64)
@@ -84,17 +103,21 @@ def test_noise_of_three_where_two_are_enough() -> None:
     extra = run_protocol(POSTS, fresh(), rows, terms_of(length), noise).total_M - sum(rows.values())
     squares = float((extra / sigma).astype(float) @ (extra / sigma))
     assert 1e-4 < stats.chi2(length).cdf(squares / 1.5) < 1 - 1e-4
-    assert stats.chi2(length).cdf(squares / 3) < 1e-6 and stats.chi2(length).sf(squares / 0.75) < 1e-6
+    assert (
+        stats.chi2(length).cdf(squares / 3) < 1e-6 and stats.chi2(length).sf(squares / 0.75) < 1e-6
+    )
 
 
-# rows checked in secret ---------------------------------------------------------------------------------------------
+# rows checked in secret ---------------------------------------------------------------------------
 
 
 def test_honest_rows_pass_at_their_bound() -> None:
     for seed in range(12):
         rows = rows_of(8, 5 + 40 * seed, seed)
         assert not run_protocol(POSTS, fresh(), rows, terms_of(5 + 40 * seed)).excluded
-    spike = {name: np.eye(1, 30, k, dtype=np.int64)[0] * int(B) for k, name in enumerate(rows_of(4, 30))}
+    spike = {
+        name: np.eye(1, 30, k, dtype=np.int64)[0] * int(B) for k, name in enumerate(rows_of(4, 30))
+    }
     assert not run_protocol(POSTS, fresh(), spike, terms_of(30)).excluded
 
 
@@ -118,7 +141,9 @@ def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str) -> No
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_without_the_check_the_same_rows_do_harm(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_check_the_same_rows_do_harm(
+    attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def blind(self: SharingAggregator, line: Any, held: list[Any], public: bytes) -> Any:
         yield from line.swap({self.left: b"", self.right: b""})
         return np.ones(len(held), np.bool_)
@@ -150,17 +175,21 @@ def test_too_few_rows_are_not_opened() -> None:
         run_protocol(POSTS, fresh(), rows | {"site 0": rows["site 0"] * 9}, terms_of(20, least=3))
 
 
-# what a party sees --------------------------------------------------------------------------------------------------
+# what a party sees --------------------------------------------------------------------------------
 
 
 def looks_uniform(words: Any) -> bool:
-    seen = np.bincount(np.frombuffer(np.ascontiguousarray(words).tobytes(), np.uint8), minlength=256)
+    seen = np.bincount(
+        np.frombuffer(np.ascontiguousarray(words).tobytes(), np.uint8), minlength=256
+    )
     return bool(stats.chisquare(seen).pvalue > 1e-6)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_aggregators_shares_are_uniform(place: int) -> None:
-    row, terms, scope = np.arange(20_000, dtype=np.int64), terms_of(20_000, 2.0**40), fresh()
+    row = np.arange(20_000, dtype=np.int64)
+    terms = terms_of(20_000, 2.0**40)
+    scope = fresh()
     party = SharingAggregator(POSTS[PARTIES[place]], terms)
     parts = three_party._for_each("site 0", share(POSTS["site 0"], scope, row, terms), terms)
     assert parts is not None
@@ -168,16 +197,21 @@ def test_one_aggregators_shares_are_uniform(place: int) -> None:
     views = [held.words(place, which, 0, 20_000) for which in (0, 1)]
     assert all(looks_uniform(view) for view in views) and looks_uniform(views[0] + views[1])
     assert not looks_uniform(row)  # the test sees a bare row,
-    assert not looks_uniform(row.view(np.uint64) + np.uint64(12345))  # and one behind a mask that does not vary
+    # and one behind a mask that does not vary
+    assert not looks_uniform(row.view(np.uint64) + np.uint64(12345))
 
 
 def test_the_relay_sees_ciphertext() -> None:
     row = np.zeros(20_000, np.int64)
-    assert looks_uniform(np.frombuffer(share(POSTS["site 0"], fresh(), row, terms_of(20_000))[-160_000:], np.uint8))
+    assert looks_uniform(
+        np.frombuffer(share(POSTS["site 0"], fresh(), row, terms_of(20_000))[-160_000:], np.uint8)
+    )
 
 
 def test_an_aggregators_part_of_the_opening_is_uniform() -> None:
-    rows, terms, scope = rows_of(3, 20_000), terms_of(20_000), fresh()
+    rows = rows_of(3, 20_000)
+    terms = terms_of(20_000)
+    scope = fresh()
     heard: dict[str, bytes] = {}
     parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
@@ -186,24 +220,33 @@ def test_an_aggregators_part_of_the_opening_is_uniform() -> None:
         heard.update(answers)
         return answers
 
-    relay(listening, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
-    results = [codec.decode(codec.as_bytes(codec.decode(heard[name])[1]["result"]))[1]["part"] for name in PARTIES]
+    relay(
+        listening, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms
+    )
+    results = [
+        codec.decode(codec.as_bytes(codec.decode(heard[name])[1]["result"]))[1]["part"]
+        for name in PARTIES
+    ]
     parts = [result.numpy() for result in results]
     assert all(looks_uniform(part) for part in parts) and looks_uniform(parts[0] + parts[1])
     assert not looks_uniform(sum(parts))
 
 
-# parties that misbehave ---------------------------------------------------------------------------------------------
+# parties that misbehave ---------------------------------------------------------------------------
 
 
 def tampered(change: Callable[[bytes], bytes]) -> dict[str, str]:
     """Return who is excluded, and why, where one upload is changed on the way."""
-    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    rows = rows_of(4, 50)
+    terms = terms_of(50)
+    scope = fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
     uploads["site 1"] = change(uploads["site 1"])
     parties = {name: SharingAggregator(POSTS[name], terms) for name in PARTIES}
     opened = relay(in_turn(parties), scope, uploads, terms)
-    assert (opened.total_M == sum(row for name, row in rows.items() if name not in opened.excluded)).all()
+    assert (
+        opened.total_M == sum(row for name, row in rows.items() if name not in opened.excluded)
+    ).all()
     return opened.excluded
 
 
@@ -226,21 +269,29 @@ def test_a_changed_upload_is_left_out_by_its_reason(name: str) -> None:
 
 
 def test_another_round_sender_or_time_is_refused() -> None:
-    rows, terms, scope = rows_of(5, 50), terms_of(50, least=3), fresh()
+    rows = rows_of(5, 50)
+    terms = terms_of(50, least=3)
+    scope = fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
     stale = share(POSTS["site 1"], Scope("study", "run", 10**6), rows["site 1"], terms)
     parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
     opened = relay(parties, scope, uploads | {"site 1": stale, "site 2": uploads["site 3"]}, terms)
-    assert set(opened.excluded) == {"site 1", "site 2"} and "round=1000000" in opened.excluded["site 1"]
+    assert (
+        set(opened.excluded) == {"site 1", "site 2"}
+        and "round=1000000" in opened.excluded["site 1"]
+    )
     with pytest.raises(AbortError, match="came twice"):  # the same shares are never opened again
         relay(parties, scope, uploads, terms)
 
 
 def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives the left and the right party different seeds for the share that both hold."""
-    rows, terms, scope = rows_of(4, 50), terms_of(50), fresh()
+    rows = rows_of(4, 50)
+    terms = terms_of(50)
+    scope = fresh()
     uploads = {name: share(POSTS[name], scope, row, terms) for name, row in rows.items()}
-    real, calls = three_party.seal, count()
+    real = three_party.seal
+    calls = count()
 
     def split(to: Any, plain: bytes, purpose: bytes) -> bytes:
         return real(to, bytes(32) + plain[32:] if next(calls) == 0 else plain, purpose)
@@ -248,7 +299,12 @@ def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(three_party, "seal", split)
     uploads["site 0"] = share(POSTS["site 0"], scope, rows["site 0"], terms)
     monkeypatch.undo()
-    opened = relay(in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES}), scope, uploads, terms)
+    opened = relay(
+        in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES}),
+        scope,
+        uploads,
+        terms,
+    )
     assert opened.excluded == {"site 0": "it gave two aggregators different shares"}
 
 
@@ -261,16 +317,23 @@ def swap(payloads: dict[str, bytes]) -> dict[str, bytes]:
 
 
 FAULTS: dict[str, Tamper] = {
-    "dropped": lambda step, p: {n: codec.encode({}) if step == 4 and n == "left" else m for n, m in p.items()},
+    "dropped": lambda step, p: {
+        n: codec.encode({}) if step == 4 and n == "left" else m for n, m in p.items()
+    },
     "reordered": lambda step, p: swap(p) if step == 3 else p,
-    "flipped": lambda step, p: {n: m[:-1] + bytes([m[-1] ^ 1]) if step == 5 else m for n, m in p.items()},
+    "flipped": lambda step, p: {
+        n: m[:-1] + bytes([m[-1] ^ 1]) if step == 5 else m for n, m in p.items()
+    },
     "no greeting": lambda step, p: {n: codec.encode({}) if step == 0 else m for n, m in p.items()},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_relay_that_meddles_ends_the_round_and_the_next_one_runs(fault: str) -> None:
-    rows, terms, scope, steps = rows_of(3, 30), terms_of(30), fresh(), count()
+    rows = rows_of(3, 30)
+    terms = terms_of(30)
+    scope = fresh()
+    steps = count()
     parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
     def meddling(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
@@ -286,7 +349,10 @@ def test_a_relay_that_meddles_ends_the_round_and_the_next_one_runs(fault: str) -
 
 
 def test_messages_of_an_earlier_attempt_do_not_count() -> None:
-    rows, terms, scope, kept = rows_of(3, 30), terms_of(30), fresh(), dict[int, Mapping[str, bytes]]()
+    rows = rows_of(3, 30)
+    terms = terms_of(30)
+    scope = fresh()
+    kept = dict[int, Mapping[str, bytes]]()
     parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
     def attempt(replay: bool) -> None:
@@ -296,9 +362,13 @@ def test_messages_of_an_earlier_attempt_do_not_count() -> None:
             if op != "step":
                 return parties(op, payloads)
             step = next(steps)
-            return parties(op, kept[step] if replay and step == 2 else kept.setdefault(step, payloads))
+            return parties(
+                op, kept[step] if replay and step == 2 else kept.setdefault(step, payloads)
+            )
 
-        relay(asked, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
+        relay(
+            asked, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms
+        )
 
     attempt(replay=False)
     with pytest.raises(AbortError):
@@ -306,7 +376,9 @@ def test_messages_of_an_earlier_attempt_do_not_count() -> None:
 
 
 def test_an_aggregator_that_lies_about_its_coin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, terms, scope = rows_of(3, 30), terms_of(30), fresh()
+    rows = rows_of(3, 30)
+    terms = terms_of(30)
+    scope = fresh()
     real = three_party._Line.swap
 
     def swap_coins(self: Any, sent: Mapping[str, bytes]) -> Any:
@@ -319,16 +391,24 @@ def test_an_aggregator_that_lies_about_its_coin_is_named(monkeypatch: pytest.Mon
 
 
 def test_a_stopped_or_babbling_aggregator_ends_the_round() -> None:
-    rows, terms = rows_of(3, 30), terms_of(30)
+    rows = rows_of(3, 30)
+    terms = terms_of(30)
     for noise in (b"", b"garbage", codec.encode({"done": True})):
         scope = fresh()
         parties = in_turn({name: SharingAggregator(POSTS[name], terms) for name in PARTIES})
 
-        def ill(op: str, payloads: Mapping[str, bytes], said: bytes = noise, ask: Any = parties) -> Mapping[str, bytes]:
+        def ill(
+            op: str, payloads: Mapping[str, bytes], said: bytes = noise, ask: Any = parties
+        ) -> Mapping[str, bytes]:
             return {**ask(op, payloads), **({"middle": said} if op == "step" else {})}
 
         with pytest.raises(AbortError, match=r"left|middle|right"):
-            relay(ill, scope, {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()}, terms)
+            relay(
+                ill,
+                scope,
+                {n: share(POSTS[n], scope, row, terms) for n, row in rows.items()},
+                terms,
+            )
 
 
 def test_a_row_of_another_kind_is_refused_at_its_client() -> None:
@@ -352,9 +432,11 @@ def test_no_bytes_crash_a_decoder(data: bytes, prefixed: bool) -> None:
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_changed_byte_never_passes(data: st.DataObject) -> None:
-    terms, scope = terms_of(20), fresh()
+    terms = terms_of(20)
+    scope = fresh()
     upload = bytearray(share(POSTS["site 0"], scope, rows_of(1, 20)["site 0"], terms))
-    at = data.draw(st.integers(0, 1200)) % len(upload)  # an envelope's length is not always the same
+    # an envelope's length is not always the same
+    at = data.draw(st.integers(0, 1200)) % len(upload)
     upload[at] ^= data.draw(st.integers(1, 255))
     refusals = 0
     for name in PARTIES:

@@ -1,4 +1,6 @@
-"""Recorded messages come to the same results in every later version; tampered ones are refused by their own errors."""
+"""Recorded messages come to the same results in every later version; tampered ones are refused by
+their own errors.
+"""
 
 import itertools
 import json
@@ -12,7 +14,14 @@ from medfed.core import checks
 from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError
 from medfed.secure import field, masking, shares
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.three_party import Opened, Selection, SharingAggregator, SharingTerms, in_turn, relay
+from medfed.secure.three_party import (
+    Opened,
+    Selection,
+    SharingAggregator,
+    SharingTerms,
+    in_turn,
+    relay,
+)
 
 SCOPE = Scope("5" * 64, "run", 3)
 
@@ -22,12 +31,15 @@ def vector(name: str) -> Any:
 
 
 def parties(found: Any, revoked: frozenset[str] = frozenset()) -> dict[str, Post]:
-    keys = [Identity.of(one["name"], one["role"], bytes.fromhex(one["secret"])) for one in found["parties"]]
+    keys = [
+        Identity.of(one["name"], one["role"], bytes.fromhex(one["secret"]))
+        for one in found["parties"]
+    ]
     roster = Roster({key.name: key.public for key in keys}, revoked)
     return {key.name: Post(key, roster) for key in keys}
 
 
-# envelopes ---------------------------------------------------------------------------------------------------------
+# envelopes ----------------------------------------------------------------------------------------
 
 SIGNED = vector("identity")
 
@@ -39,7 +51,10 @@ def test_an_envelope_and_a_box_are_read() -> None:
     with pytest.raises(EnvelopeError, match="came twice"):  # the replayed nonce
         ben.unwrap(message, SCOPE, "row", "ann")
     box = SIGNED["box"]
-    assert ben.me.unseal(bytes.fromhex(box["message"]), bytes.fromhex(box["purpose"])).hex() == box["plain"]
+    assert (
+        ben.me.unseal(bytes.fromhex(box["message"]), bytes.fromhex(box["purpose"])).hex()
+        == box["plain"]
+    )
     with pytest.raises(EnvelopeError, match="does not open"):
         ben.me.unseal(bytes.fromhex(box["message"]), b"another purpose")
 
@@ -53,15 +68,20 @@ def test_a_tampered_envelope_is_refused_by_its_own_error(case: Any) -> None:
     assert type(caught.value) is getattr(checks, case["error"])
 
 
-# three parties -----------------------------------------------------------------------------------------------------
+# three parties ------------------------------------------------------------------------------------
 
 SHARED = vector("three_party")
 
 
-def opened(uploads: dict[str, bytes], scope: Scope = SCOPE, selection: Selection | None = None) -> Opened:
+def opened(
+    uploads: dict[str, bytes], scope: Scope = SCOPE, selection: Selection | None = None
+) -> Opened:
     posts = parties(SHARED)
     terms = SharingTerms(len(SHARED["sum"]), SHARED["bound"], ("p", "q", "r"))
-    three = {name: SharingAggregator(posts[name], terms, selection=selection) for name in terms.aggregators}
+    three = {
+        name: SharingAggregator(posts[name], terms, selection=selection)
+        for name in terms.aggregators
+    }
     return relay(in_turn(three), scope, uploads, terms)
 
 
@@ -91,7 +111,10 @@ TAMPERED = {
     "longer": lambda sent: {**sent, "b": sent["b"] + b"x"},
     "swapped": lambda sent: {**sent, "b": sent["c"], "c": sent["b"]},
     "another's": lambda sent: {**sent, "b": sent["a"]},
-    "oversize length field": lambda sent: {**sent, "b": sent["b"][:6] + b"\xff" * 12 + sent["b"][18:]},
+    "oversize length field": lambda sent: {
+        **sent,
+        "b": sent["b"][:6] + b"\xff" * 12 + sent["b"][18:],
+    },
     "empty": lambda sent: {**sent, "b": b""},
     "swapped shares": lambda sent: {**sent, "b": sent["b"][:-32] + sent["c"][-32:]},
 }
@@ -112,7 +135,7 @@ def test_uploads_of_another_round_open_nothing() -> None:
         opened(uploads(), Scope(SCOPE.study, SCOPE.run, 4))
 
 
-# masks -------------------------------------------------------------------------------------------------------------
+# masks --------------------------------------------------------------------------------------------
 
 MASKED = vector("masking")
 
@@ -125,7 +148,8 @@ def server() -> masking.MaskingServer:
 
 
 def played(changed: dict[str, dict[str, bytes]] | None = None) -> tuple[masking.MaskingServer, Any]:
-    it, found = server(), None
+    it = server()
+    found = None
     for phase, said in MASKED["phases"].items():
         messages = {name: bytes.fromhex(message) for name, message in said.items()}
         found = getattr(it, phase)(messages | (changed or {}).get(phase, {}))
@@ -139,7 +163,9 @@ def test_a_recorded_round_comes_to_its_sum() -> None:
 
 @pytest.mark.parametrize(("phase", "at"), list(itertools.product(MASKED["phases"], [0, 3, 40, -1])))
 def test_a_flipped_bit_in_any_phase_is_noticed(phase: str, at: int) -> None:
-    """The sender drops out; with one gone already, the round ends below its quorum, and nothing is opened."""
+    """The sender drops out; with one gone already, the round ends below its quorum, and nothing is
+    opened.
+    """
     message = bytearray(bytes.fromhex(MASKED["phases"][phase]["a"]))
     message[at] ^= 1
     with pytest.raises(AbortError, match=r"Refused: a|do not fit"):
@@ -153,22 +179,33 @@ def test_another_phases_and_anothers_messages_are_refused(phase: str) -> None:
             played({phase: {"a": bytes.fromhex(MASKED["phases"][other][sender])}})
 
 
-# numbers -----------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 NUMBERS = vector("numbers")
 
 
 def test_fixed_point_products_and_shares() -> None:
-    fixed, product, shamir = NUMBERS["fixed point"], NUMBERS["product"], NUMBERS["shamir"]
-    assert field.encode(np.array(fixed["x"]), fixed["bits"], fixed["bound"]).tolist() == fixed["steps"]
+    fixed = NUMBERS["fixed point"]
+    product = NUMBERS["product"]
+    shamir = NUMBERS["shamir"]
+    assert (
+        field.encode(np.array(fixed["x"]), fixed["bits"], fixed["bound"]).tolist() == fixed["steps"]
+    )
     assert fixed["steps"] == [round(x * 2**20) for x in fixed["x"]]
     for bad in (np.nan, np.inf, 64.1, -65.0):
         with pytest.raises(PlanError, match="not finite or above"):
             field.encode(np.array([bad]), fixed["bits"], fixed["bound"])
     a = np.array([[int(v) for v in row] for row in product["a"]], np.uint64)
-    exact = [[sum(int(x) * int(y) for x, y in zip(r, s, strict=True)) % 2**64 for s in a] for r in a]
-    assert [[int(v) for v in row] for row in product["aat"]] == exact == field.matmul(a, a.T.copy()).tolist()
+    exact = [
+        [sum(int(x) * int(y) for x, y in zip(r, s, strict=True)) % 2**64 for s in a] for r in a
+    ]
+    assert (
+        [[int(v) for v in row] for row in product["aat"]]
+        == exact
+        == field.matmul(a, a.T.copy()).tolist()
+    )
     held = {int(point): bytes.fromhex(share) for point, share in shamir["shares"].items()}
     for chosen in itertools.combinations(held, 3):
         assert shares.rebuild({p: held[p] for p in chosen}, 3).hex() == shamir["secret"]
-    assert shares.rebuild({1: held[2], 2: held[1], 3: held[3]}, 3).hex() != shamir["secret"]  # swapped
+    # swapped
+    assert shares.rebuild({1: held[2], 2: held[1], 3: held[3]}, 3).hex() != shamir["secret"]

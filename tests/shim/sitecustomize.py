@@ -1,4 +1,6 @@
-"""Puts a fault under a real process before it begins: MEDFED_FAULT is its name, when it strikes, and where."""
+"""Puts a fault under a real process before it begins: MEDFED_FAULT is its name, when it strikes,
+and where.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The command line: thin. Each command reads its words, calls one function of the package, and shows what came."""
+"""The command line: thin. Each command reads its words, calls one function of the package, and
+shows what came.
+"""
 
 import json
 import sys
@@ -28,9 +30,13 @@ from medfed.cli.watch import watch
 
 DEBUG = "--debug"
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 app.add_typer(data_app, name="data")
-privacy_app = typer.Typer(no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed.")
+privacy_app = typer.Typer(
+    no_args_is_help=True, help="What the noise will be, what has been spent, what is claimed."
+)
 app.add_typer(privacy_app, name="privacy")
 privacy_app.command()(found)
 privacy_app.command()(budget)
@@ -55,9 +61,9 @@ app.command()(watch)
 def main() -> None:
     """Run the command line.
 
-    Exit code 0: done, also where the model is no good, which the first lines say; 1: the run is not complete, or an
-    audit found more than is claimed; 2: it could not be done, with the reason; 3: an error of medfed's own; 130:
-    interrupted.
+    Exit code 0: done, also where the model is no good, which the first lines say; 1: the run is not
+    complete, or an audit found more than is claimed; 2: it could not be done, with the reason; 3:
+    an error of medfed's own; 130: interrupted.
     """
     words = [word for word in sys.argv[1:] if word != DEBUG]
     debug = DEBUG in sys.argv[1:]
@@ -73,7 +79,9 @@ def main() -> None:
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show a failure with its traceback; wherever it stands.")] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show a failure with its traceback; wherever it stands.")
+    ] = False,
 ) -> None:
     """Federated learning for hospitals and medical devices."""
 
@@ -82,7 +90,9 @@ def root(
 def run(
     study: StudyName,
     set: Settings = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="Run folder to make; default: runs/STUDY-TIME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to make; default: runs/STUDY-TIME.")
+    ] = None,
     data: DataFolder = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -95,12 +105,18 @@ def run(
     console = _console(quiet or as_json)
     loaded = fix.load(study, set)
     heard = _listeners(console, log)
-    _finish(runs.run(loaded, out, data, heard, progress=not (quiet or as_json or log)), console, as_json)
+    _finish(
+        runs.run(loaded, out, data, heard, progress=not (quiet or as_json or log)), console, as_json
+    )
 
 
 @app.command()
 def resume(
-    run: RunFolder, data: DataFolder = None, as_json: AsJson = False, quiet: Quiet = False, log: LogForm = None
+    run: RunFolder,
+    data: DataFolder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    log: LogForm = None,
 ) -> None:
     """Go on with a run from its last whole round."""
     from medfed import runs
@@ -138,29 +154,44 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
     if found["reason"]:
         console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
     for one in merge_alike([events.SiteExcluded(**item) for item in found["excluded"]]):
-        console.print(f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False)
+        console.print(
+            f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False
+        )
 
 
 @app.command()
 def audit(
-    target: Annotated[str, typer.Argument(metavar="STUDY|RUN", help="A study, as for `run`; or a run's folder.")],
+    target: Annotated[
+        str, typer.Argument(metavar="STUDY|RUN", help="A study, as for `run`; or a run's folder.")
+    ],
     set: Settings = [],  # noqa: B006
     data: DataFolder = None,
-    canaries: Annotated[int, typer.Option(min=0, help="Made-up patients to hide; 0: as many as the claim needs.")] = 0,
-    retrains: Annotated[int, typer.Option(help="Trainings for membership inference; 64 or more to quote.")] = 64,
+    canaries: Annotated[
+        int, typer.Option(min=0, help="Made-up patients to hide; 0: as many as the claim needs.")
+    ] = 0,
+    retrains: Annotated[
+        int, typer.Option(help="Trainings for membership inference; 64 or more to quote.")
+    ] = 64,
     fpr: Annotated[float, typer.Option(help="Its rate of false alarms, in (0, 1).")] = 0.05,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out membership inference.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Coins from a seed; default: the operating system.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Coins from a seed; default: the operating system.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds that it is broken."""
+    """Test and attack a twin of a study or run against its claim; exit code 1 where a part finds
+    that it is broken.
+    """
     from medfed.core.checks import RunError
     from medfed.evidence import audit as audits
     from medfed.planning import fix
 
     console = _console(as_json)
     if Path(target).is_dir() and set:
-        raise RunError(f"--set {set[0]!r} with the run {target!r}: its study is frozen. Audit a study file instead.")
+        raise RunError(
+            f"--set {set[0]!r} with the run {target!r}: its study is frozen. Audit a study file "
+            "instead."
+        )
     options: Any = dict(canaries=canaries, retrains=retrains, fpr=fpr, quick=quick, seed=seed)
     with console.status("attacking a twin"):
         if Path(target).is_dir():
@@ -172,11 +203,19 @@ def audit(
     else:
         table = Table("part", "claimed", "measured", "verdict", "power", box=None, padding=(0, 1))
         for part in found["parts"]:
-            verdict = {True: "stands", False: "[bold red]BROKEN[/]", None: "cannot tell"}[part["passed"]]
+            verdict = {True: "stands", False: "[bold red]BROKEN[/]", None: "cannot tell"}[
+                part["passed"]
+            ]
             table.add_row(part["name"], part["claimed"], part["measured"], verdict, part["power"])
-        console.print(f"[bold]{escape(found['study'])}[/]  a twin's patients: {found['patients']}", highlight=False)
+        console.print(
+            f"[bold]{escape(found['study'])}[/]  a twin's patients: {found['patients']}",
+            highlight=False,
+        )
         console.print(table)
-        for text in (*(f"{part['name']}: {part['told']}." for part in found["parts"]), found["limits"]):
+        for text in (
+            *(f"{part['name']}: {part['told']}." for part in found["parts"]),
+            found["limits"],
+        ):
             console.print(text, highlight=False, markup=False)
     if not found["passed"]:
         raise typer.Exit(1)
@@ -203,11 +242,13 @@ def studies(as_json: AsJson = False) -> None:
 def trail_verify(
     run: RunFolder,
     federation: Annotated[
-        Path | None, typer.Option(help="A consortium's folder: only keys that it approved may have signed.")
+        Path | None,
+        typer.Option(help="A consortium's folder: only keys that it approved may have signed."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every line of a run's trail: its signature, the line before it, and the head that summary.json holds.
+    """Check every line of a run's trail: its signature, the line before it, and the head that
+    summary.json holds.
 
     Of a finished run also that its model is the one the trail ends with.
     """
@@ -220,11 +261,17 @@ def trail_verify(
         print(json.dumps({"entries": found.entries, "head": found.head}))
         return
     kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in found.entries))
-    _console().print(f"{len(found.entries)} lines hold ({kinds})\nhead {found.head}", highlight=False, soft_wrap=True)
+    _console().print(
+        f"{len(found.entries)} lines hold ({kinds})\nhead {found.head}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @privacy_app.command("plan")
-def privacy_plan(study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False) -> None:  # noqa: B006
+def privacy_plan(
+    study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False
+) -> None:
     """Say before training what noise the target asks for, and what signal can be left."""
     from medfed import runs
     from medfed.planning import fix
@@ -242,18 +289,24 @@ def privacy_plan(study: StudyName, set: Settings = [], data: DataFolder = None, 
 def privacy_ledger(
     ledger: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or a ledger's; default: the lifetime one."),
+        typer.Argument(
+            metavar="RUN|FOLDER", help="A run's folder, or a ledger's; default: the lifetime one."
+        ),
     ] = None,
     delta: Annotated[
-        float | None, typer.Option(help="At which delta to tell epsilon; default: the ledger's, or 1e-6.")
+        float | None,
+        typer.Option(help="At which delta to tell epsilon; default: the ledger's, or 1e-6."),
     ] = None,
     check_head: Annotated[
-        list[str], typer.Option(help="A head told by an earlier claim, which must still be in the chain; repeatable.")
+        list[str],
+        typer.Option(
+            help="A head told by an earlier claim, which must still be in the chain; repeatable."
+        ),
     ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Check a budget ledger's chain and tell what each study and site has spent; for a run, also that it is the ledger
-    whose heads the run was told.
+    """Check a budget ledger's chain and tell what each study and site has spent; for a run, also
+    that it is the ledger whose heads the run was told.
     """
     from medfed import runs
     from medfed.screens.console import accounts, lifetime
@@ -270,10 +323,14 @@ def privacy_ledger(
 @privacy_app.command("claim")
 def privacy_claim(
     run: RunFolder,
-    report: Annotated[Path | None, typer.Option(help="Also write the claim as a page (.html).")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the claim as a page (.html).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a finished run guarantees to a patient, in words and numbers a reviewer can check."""
+    """Show what a finished run guarantees to a patient, in words and numbers a reviewer
+    can check.
+    """
     from medfed.runs import claims
     from medfed.screens.console import claim
 
@@ -289,7 +346,9 @@ def privacy_claim(
 
 
 def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], None]]:
-    """Show progress, or lines for a collector of logs; else only what went wrong. The latter two on standard error."""
+    """Show progress, or lines for a collector of logs; else only what went wrong. The latter two on
+    standard error.
+    """
     from medfed.screens.console import Progressing, Warnings
 
     if log:

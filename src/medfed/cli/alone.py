@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 def alone(
     run: RunFolder,
-    site: Annotated[str, typer.Argument(metavar="SITE", help="The site that asks, on its own machine.")],
+    site: Annotated[
+        str, typer.Argument(metavar="SITE", help="The site that asks, on its own machine.")
+    ],
     data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a site's own model, at the site and for its eyes only, and hold it against a finished run's.
+    """Train a site's own model, at the site and for its eyes only, and hold it against a finished
+    run's.
 
-    No claim covers what is printed: it follows from the site's records without noise. Nothing is written or sent.
+    No claim covers what is printed: it follows from the site's records without noise. Nothing is
+    written or sent.
     """
     from medfed.evidence.alone import compare
 
@@ -32,7 +36,9 @@ def alone(
         return
     console().print(_table(found))
     console().print(found.verdict(), highlight=False, markup=False)
-    console().print("For this site alone: these figures follow from its records without noise.", highlight=False)
+    console().print(
+        "For this site alone: these figures follow from its records without noise.", highlight=False
+    )
 
 
 def _table(found: "Alone") -> Table:

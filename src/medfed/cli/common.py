@@ -8,16 +8,24 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="A study file, or the name of a bundled study.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")]
-DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a study value; repeatable.")
+]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 LogForm = Annotated[
     Literal["json", "text"] | None,
     typer.Option("--log", help="Write a line an event on standard error, in place of progress."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")
+]
 
 
 def console(quiet: bool = False) -> Console:
@@ -27,9 +35,15 @@ def console(quiet: bool = False) -> Console:
 
 
 def passphrase(twice: bool = False) -> str:
-    """Return MEDFED_PASSPHRASE, or what is typed where somebody sits at the keyboard; empty: none."""
+    """Return MEDFED_PASSPHRASE, or what is typed where somebody sits at the keyboard;
+    empty: none.
+    """
     if (given := os.environ.get("MEDFED_PASSPHRASE")) is not None:
         return given
     if not sys.stdin.isatty():
         return ""
-    return str(typer.prompt("passphrase", hide_input=True, default="", show_default=False, confirmation_prompt=twice))
+    return str(
+        typer.prompt(
+            "passphrase", hide_input=True, default="", show_default=False, confirmation_prompt=twice
+        )
+    )

@@ -1,4 +1,6 @@
-"""`medfed data`: the sources, and what lies in a table: the doctor that names all that is wrong with it."""
+"""`medfed data`: the sources, and what lies in a table: the doctor that names all that is wrong
+with it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from medfed.evidence.draft import Draft
     from medfed.study import Study
 
-app = typer.Typer(no_args_is_help=True, help="Look at data sources and tables; download what is public.")
+app = typer.Typer(
+    no_args_is_help=True, help="Look at data sources and tables; download what is public."
+)
 
 
 @app.command("list")
@@ -27,7 +31,12 @@ def data_list(as_json: AsJson = False) -> None:
     from medfed.data.bundled import SOURCES
 
     if as_json:
-        print(json.dumps({name: {"summary": s.summary, "licence": s.licence} for name, s in SOURCES.items()}, indent=2))
+        print(
+            json.dumps(
+                {name: {"summary": s.summary, "licence": s.licence} for name, s in SOURCES.items()},
+                indent=2,
+            )
+        )
         return
     table = Table("source", "what", "licence", box=None)
     for name, source in SOURCES.items():
@@ -36,8 +45,12 @@ def data_list(as_json: AsJson = False) -> None:
 
 
 @app.command("get")
-def data_get(source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None) -> None:
-    """Download a source, checked by sha256, into the cache; what is at hand is not downloaded again."""
+def data_get(
+    source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None
+) -> None:
+    """Download a source, checked by sha256, into the cache; what is at hand is not downloaded
+    again.
+    """
     from medfed.data.bundled import SOURCES, get
 
     rows = get(source, data)
@@ -51,19 +64,28 @@ def data_show(
         str,
         typer.Argument(
             metavar="STUDY|TABLE",
-            help="A study file, or the name of a bundled study; or a table: a file, a folder of files, a pattern.",
+            help=(
+                "A study file, or the name of a bundled study; or a table: a file, a folder of "
+                "files, a pattern."
+            ),
         ),
     ],
     set: Settings = [],  # noqa: B006
     data: DataFolder = None,
     write: Annotated[
-        Path | None, typer.Option(help="Of a table: also write a complete, commented study of it here.")
+        Path | None,
+        typer.Option(help="Of a table: also write a complete, commented study of it here."),
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Also write a figure (.html) of sizes, classes and gaps.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every site's gaps, however many sites there are.")] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also write a figure (.html) of sizes, classes and gaps.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every site's gaps, however many sites there are.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without training.
+    """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without
+    training.
 
     Exit code 1 where the study that is written cannot run as it is, but for its blanks.
     """
@@ -81,9 +103,13 @@ def data_show(
             return  # blanks are for a person
         if made.unread:
             raise typer.Exit(INCOMPLETE)
-        loaded, surveys = studies.from_text(made.text, write or Path("study.toml")), made.surveys
+        loaded = studies.from_text(made.text, write or Path("study.toml"))
+        surveys = made.surveys
     elif write:
-        raise StudyError(f"--write {str(write)!r} with the study {study!r}; expected a table. Take `medfed study fix`.")
+        raise StudyError(
+            f"--write {str(write)!r} with the study {study!r}; expected a table. Take `medfed "
+            "study fix`."
+        )
     else:
         loaded = studies.load(study, set)
 
@@ -91,7 +117,9 @@ def data_show(
     found = describe.describe(surveys)
     doubted = survey_doubts.find(surveys, loaded.data, loaded.privacy.meant)
     if figure:
-        files.write(figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True))
+        files.write(
+            figure, describe.figure(found, loaded.study.name).to_html(include_plotlyjs=True)
+        )
     if as_json:
         print(json.dumps({**found, "doubts": [_to_json(doubt) for doubt in doubted]}, indent=2))
     else:
@@ -102,7 +130,9 @@ def data_show(
         raise typer.Exit(INCOMPLETE)  # the study that was written cannot run
 
 
-def _show(loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", everything: bool) -> None:
+def _show(
+    loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", everything: bool
+) -> None:
     """Print what lies in a table, and what is doubtful about it."""
     from medfed.data import describe
 
@@ -112,7 +142,9 @@ def _show(loaded: "Study", found: dict[str, Any], doubted: "Sequence[Doubt]", ev
     _tell(doubted, console())
 
 
-def _draft(table: str, settings: Sequence[str], write: Path | None, shown: Console) -> "Draft | None":
+def _draft(
+    table: str, settings: Sequence[str], write: Path | None, shown: Console
+) -> "Draft | None":
     """Make a study of a table; return it, or None where something has to be said first."""
     from medfed.evidence import draft
 
@@ -124,7 +156,9 @@ def _draft(table: str, settings: Sequence[str], write: Path | None, shown: Conso
     if made.left_out:
         shown.print(f"left out: {made.left_out}", highlight=False, markup=False, soft_wrap=True)
     if made.blanks:
-        shown.print(f"still to be filled in: {', '.join(made.blanks)}", highlight=False, markup=False)
+        shown.print(
+            f"still to be filled in: {', '.join(made.blanks)}", highlight=False, markup=False
+        )
         for line in () if write else made.text.splitlines():
             shown.print(line, highlight=False, markup=False, soft_wrap=True)
         return None
@@ -138,13 +172,22 @@ def _draft(table: str, settings: Sequence[str], write: Path | None, shown: Conso
 def _roles(study: "Study") -> str:
     """Say which column is what."""
     data = study.data
-    known = {"target": data.target, "site": data.site or ("its file" if data.site_is_file else ""), "test": data.test}
+    known = {
+        "target": data.target,
+        "site": data.site or ("its file" if data.site_is_file else ""),
+        "test": data.test,
+    }
     known |= {"patient": data.patient or "each row"}
     return ", ".join(f"{role}: {name}" for role, name in known.items() if name)
 
 
 def _to_json(doubt: "Doubt") -> dict[str, object]:
-    return {**doubt.to_json(), "sites": list(doubt.sites), "harm": doubt.harm, "way_out": doubt.way_out()}
+    return {
+        **doubt.to_json(),
+        "sites": list(doubt.sites),
+        "harm": doubt.harm,
+        "way_out": doubt.way_out(),
+    }
 
 
 def _tell(doubted: "Sequence[Doubt]", shown: Console) -> None:
@@ -157,4 +200,6 @@ def _tell(doubted: "Sequence[Doubt]", shown: Console) -> None:
     shown.print(f"{len(doubted)} doubt{'s' * (len(doubted) > 1)}{stops}", highlight=False)
     for doubt in doubted:
         colour = "bold red" if doubt.harm == "error" else "yellow"
-        shown.print(f"[{colour}]{doubt.harm}[/] {escape(doubt.sentence())}", highlight=False, soft_wrap=True)
+        shown.print(
+            f"[{colour}]{doubt.harm}[/] {escape(doubt.sentence())}", highlight=False, soft_wrap=True
+        )

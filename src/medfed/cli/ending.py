@@ -1,4 +1,6 @@
-"""How a command ends: its exit code, and what is said of a failure, in one line unless `--debug` asks for more."""
+"""How a command ends: its exit code, and what is said of a failure, in one line unless `--debug`
+asks for more.
+"""
 
 import errno
 import io
@@ -39,8 +41,13 @@ class Commands(TyperGroup):
 
 
 def replace_unprintable() -> None:
-    """Have standard output print a replacement for what its encoding cannot say: a name is no reason to end a run."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+    """Have standard output print a replacement for what its encoding cannot say: a name is no
+    reason to end a run.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in (
+        "strict",
+        "surrogateescape",
+    ):
         sys.stdout.reconfigure(errors="replace")
 
 
@@ -59,7 +66,9 @@ def tell(error: BaseException, debug: bool) -> int:
 
 
 def flush(code: int) -> int:
-    """Return the exit code once standard output is written out: quietly where nobody reads it any more."""
+    """Return the exit code once standard output is written out: quietly where nobody reads it any
+    more.
+    """
     if sys.stdout is None:
         return code
     try:
@@ -79,15 +88,35 @@ def _word(error: BaseException) -> tuple[int, str]:
         case KeyboardInterrupt():
             return INTERRUPTED, "interrupted"
         case MemoryError():
-            return REFUSED, f"memory does not suffice ({_where(error)}): end other programs, or ask for less"
+            return (
+                REFUSED,
+                f"memory does not suffice ({_where(error)}): end other programs, or ask for less",
+            )
         case RuntimeError() if "can't allocate memory" in str(error):  # torch
-            return REFUSED, f"memory does not suffice ({_where(error)}): end other programs, or ask for less"
-        case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            what = error.filename if isinstance(error.filename, str | bytes | Path) else "a file, or standard output,"
-            return REFUSED, f"{os.fsdecode(what)} cannot be used: {error.strerror}. {files.way_out(error)}."
+            return (
+                REFUSED,
+                f"memory does not suffice ({_where(error)}): end other programs, or ask for less",
+            )
+        case OSError() if error.filename is not None or error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EIO,
+        ):
+            if isinstance(error.filename, str | bytes | Path):
+                what = error.filename
+            else:
+                what = "a file, or standard output,"
+            return (
+                REFUSED,
+                f"{os.fsdecode(what)} cannot be used: {error.strerror}. {files.way_out(error)}.",
+            )
         case _:
             kind = type(error).__name__  # its words may quote a cell
-            return UNEXPECTED, f"unexpected {kind} at {_where(error)}; run again with --debug for the whole of it."
+            return (
+                UNEXPECTED,
+                f"unexpected {kind} at {_where(error)}; run again with --debug for the whole of "
+                "it.",
+            )
 
 
 def _where(error: BaseException) -> str:
@@ -106,13 +135,17 @@ def _where(error: BaseException) -> str:
 
 def _print(text: str) -> None:
     try:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(text)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]error[/] {escape(text)}", highlight=False, soft_wrap=True
+        )
     except OSError:
         _ = text  # nobody can be told any more; the exit code says it
 
 
 def _drop_output() -> None:
-    """Point standard output at nothing, so that the interpreter's own last flush does not fail too."""
+    """Point standard output at nothing, so that the interpreter's own last flush does not
+    fail too.
+    """
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.close(nothing)

@@ -8,21 +8,33 @@ import typer
 
 from medfed.cli.common import AsJson, console, passphrase
 
-key_app = typer.Typer(no_args_is_help=True, help="A party's own keys: make them, show them, ask to be enrolled.")
-federation_app = typer.Typer(no_args_is_help=True, help="The consortium's list: who takes part, under which keys.")
+key_app = typer.Typer(
+    no_args_is_help=True, help="A party's own keys: make them, show them, ask to be enrolled."
+)
+federation_app = typer.Typer(
+    no_args_is_help=True, help="The consortium's list: who takes part, under which keys."
+)
 
 KeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="A key file.")]
-Consortium = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the consortium's list of members.")]
+Consortium = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Folder of the consortium's list of members.")
+]
 Signer = Annotated[Path, typer.Option("--key", help="The consortium's key file.")]
 
 
 @key_app.command("new")
 def key_new(
     name: Annotated[str, typer.Argument(help="The party, as studies name it.")],
-    role: Annotated[str, typer.Option(help="site, aggregator, coordinator or consortium.")] = "site",
-    out: Annotated[Path | None, typer.Option(help="Key file to make; default: keys/NAME.key.")] = None,
+    role: Annotated[
+        str, typer.Option(help="site, aggregator, coordinator or consortium.")
+    ] = "site",
+    out: Annotated[
+        Path | None, typer.Option(help="Key file to make; default: keys/NAME.key.")
+    ] = None,
 ) -> None:
-    """Make a party's keys, at the party, under MEDFED_PASSPHRASE or what is typed; the file never leaves it."""
+    """Make a party's keys, at the party, under MEDFED_PASSPHRASE or what is typed; the file never
+    leaves it.
+    """
     from urllib.parse import quote
 
     from medfed.compliance.consortium import ROLES
@@ -32,9 +44,14 @@ def key_new(
 
     if role not in ROLES:
         raise KeyFileError(f"--role {role!r}; expected one of {', '.join(ROLES)}")
-    made, path = Identity.new(name, role), out or Path("keys") / f"{quote(name, safe=' ')}.key"
+    made = Identity.new(name, role)
+    path = out or Path("keys") / f"{quote(name, safe=' ')}.key"
     key_files.save(made, path, passphrase(twice=True))
-    console().print(f"{path}  {role} {name}\nfingerprint {made.public.fingerprint}", highlight=False, markup=False)
+    console().print(
+        f"{path}  {role} {name}\nfingerprint {made.public.fingerprint}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @key_app.command("show")
@@ -44,18 +61,30 @@ def key_show(file: KeyFile, as_json: AsJson = False) -> None:
 
     public = key_files.load(file, passphrase()).public
     if as_json:
-        print(json.dumps({"name": public.name, "role": public.role, "fingerprint": public.fingerprint}))
+        print(
+            json.dumps(
+                {"name": public.name, "role": public.role, "fingerprint": public.fingerprint}
+            )
+        )
         return
-    console().print(f"{public.role} {public.name}\nfingerprint {public.fingerprint}", highlight=False, markup=False)
+    console().print(
+        f"{public.role} {public.name}\nfingerprint {public.fingerprint}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @key_app.command("request")
 def key_request(
     file: KeyFile,
     out: Annotated[Path, typer.Option(help="Where to write the request.")],
-    replaces: Annotated[Path | None, typer.Option(help="The key file that this one takes the place of.")] = None,
+    replaces: Annotated[
+        Path | None, typer.Option(help="The key file that this one takes the place of.")
+    ] = None,
 ) -> None:
-    """Write an enrolment request: public keys, signed. Send it to the consortium, and tell it the fingerprint."""
+    """Write an enrolment request: public keys, signed. Send it to the consortium, and tell it the
+    fingerprint.
+    """
     from medfed.compliance import consortium
     from medfed.core import files
     from medfed.secure import key_files
@@ -76,7 +105,8 @@ def federation_new(folder: Consortium, key: Signer) -> None:
     authority = key_files.load(key, passphrase())
     consortium.begin(folder, authority)
     console().print(
-        f"{folder}: members must check this fingerprint over another channel\n{authority.public.fingerprint}",
+        f"{folder}: members must check this fingerprint over another channel\n"
+        f"{authority.public.fingerprint}",
         highlight=False,
         markup=False,
     )
@@ -99,9 +129,13 @@ def federation_approve(
         if not isinstance(asked, dict):
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise SignatureError(f"{request} is no enrolment request ({error}); ask for another") from error
+        raise SignatureError(
+            f"{request} is no enrolment request ({error}); ask for another"
+        ) from error
     member = consortium.approve(folder, key_files.load(key, passphrase()), asked, fingerprint)
-    console().print(f"enrolled {member.role} {member.name}  {member.fingerprint}", highlight=False, markup=False)
+    console().print(
+        f"enrolled {member.role} {member.name}  {member.fingerprint}", highlight=False, markup=False
+    )
 
 
 @federation_app.command("revoke")
@@ -129,9 +163,17 @@ def federation_show(folder: Consortium, as_json: AsJson = False) -> None:
 
     found = consortium.read(folder)
     if as_json:
-        members = {name: {"role": one.role, "fingerprint": one.fingerprint} for name, one in found.roster.items()}
+        members = {
+            name: {"role": one.role, "fingerprint": one.fingerprint}
+            for name, one in found.roster.items()
+        }
         revoked = sorted(found.roster.revoked)
-        print(json.dumps({"consortium": found.authority.fingerprint, "members": members, "revoked": revoked}, indent=2))
+        print(
+            json.dumps(
+                {"consortium": found.authority.fingerprint, "members": members, "revoked": revoked},
+                indent=2,
+            )
+        )
         return
     table = Table("member", "role", "fingerprint", box=None)
     for name, one in found.roster.items():

@@ -9,7 +9,9 @@ import typer
 
 from medfed.cli.common import AsJson, console
 
-app = typer.Typer(no_args_is_help=True, help="Clients under suspicion in a run: look, and grant an appeal.")
+app = typer.Typer(
+    no_args_is_help=True, help="Clients under suspicion in a run: look, and grant an appeal."
+)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
@@ -25,7 +27,11 @@ def quarantine_list(run: Run, as_json: AsJson = False) -> None:
         return
     for one in found:
         sits = f"sits out until round {one['until']}" if one["until"] else "takes part"
-        console().print(f"{one['client']}  {one['total']:g} held against it; {sits}", highlight=False, markup=False)
+        console().print(
+            f"{one['client']}  {one['total']:g} held against it; {sits}",
+            highlight=False,
+            markup=False,
+        )
     if not found:
         console().print("nothing is held against anybody")
 
@@ -37,12 +43,16 @@ def quarantine_lift(
     reason: Annotated[str, typer.Option(help="Why; it stays on record.")],
     operator: Annotated[str, typer.Option(help="Who decides; default: who is logged in.")] = "",
 ) -> None:
-    """Let a client take part from the next round on, with nothing held against it; the decision is an event."""
+    """Let a client take part from the next round on, with nothing held against it; the decision is
+    an event.
+    """
     from medfed import runs
 
     who = operator or _find_operator()
     runs.lift_quarantine(run, client, reason, who)
-    console().print(f"{client} takes part from the next round on; on record: {who}: {reason}", markup=False)
+    console().print(
+        f"{client} takes part from the next round on; on record: {who}: {reason}", markup=False
+    )
 
 
 def _find_operator() -> str:
@@ -53,5 +63,6 @@ def _find_operator() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError) as error:
         raise RunError(
-            "operator=''; who is logged in is not known here, and it stays on record. Set --operator."
+            "operator=''; who is logged in is not known here, and it stays on record. Set "
+            "--operator."
         ) from error

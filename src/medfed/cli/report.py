@@ -10,15 +10,22 @@ from medfed.cli.common import RunFolder, console
 
 def report(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: reports/ in the run's folder.")] = None,
-    export: Annotated[str, typer.Option(help="Also write the log as tables: json, csv, parquet, with commas.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; default: reports/ in the run's folder.")
+    ] = None,
+    export: Annotated[
+        str, typer.Option(help="Also write the log as tables: json, csv, parquet, with commas.")
+    ] = "",
 ) -> None:
-    """Write a run's four pages and a report of them all for printing; each opens in a browser without a network."""
+    """Write a run's four pages and a report of them all for printing; each opens in a browser
+    without a network.
+    """
     from medfed.core.checks import advising
     from medfed.screens import dashboards, flat_logs
     from medfed.screens.story import Story
 
-    story, place = Story.of(run), out or run / "reports"
+    story = Story.of(run)
+    place = out or run / "reports"
     with advising("Nothing else was changed." if out else "Or name a folder of yours by --out."):
         written = list(dashboards.write_pages(story, place, tuple(dashboards.PAGES)).values())
         if export:

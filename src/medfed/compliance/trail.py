@@ -1,9 +1,10 @@
 """The trail: what happened in a run, line by line, signed and chained so that a later change shows.
 
-A line is a JSON object with the sha256 of the line before and its writer's signature. Who writes first tells its public
-key (kind "opened"); a resumed run opens again with a new key. So what is changed, removed, added or put in another
-order is found; a trail that was cut at its end, or written anew from the start, is found by its head, the hash of the
-last line, where that is kept elsewhere (summary.json).
+A line is a JSON object with the sha256 of the line before and its writer's signature. Who writes
+first tells its public key (kind "opened"); a resumed run opens again with a new key. So what is
+changed, removed, added or put in another order is found; a trail that was cut at its end, or
+written anew from the start, is found by its head, the hash of the last line, where that is kept
+elsewhere (summary.json).
 """
 
 import json
@@ -33,28 +34,37 @@ class Trail:
     head: str = _FIRST
 
     @classmethod
-    def open(cls, path: Path, writer: str, public: bytes, sign: Callable[[bytes], bytes]) -> "Trail":
-        """Begin a trail, or go on with one; its first line says with which key, `public`, the next are signed.
+    def open(
+        cls, path: Path, writer: str, public: bytes, sign: Callable[[bytes], bytes]
+    ) -> "Trail":
+        """Begin a trail, or go on with one; its first line says with which key, `public`, the next
+        are signed.
 
-        A last line that a crash tore is cut off, and the opening line says so. Raises WriteError where the system
-        refuses.
+        A last line that a crash tore is cut off, and the opening line says so. Raises WriteError
+        where the system refuses.
         """
         files.make_folder(path.parent)
         with files.explained(path):
             before = path.read_bytes() if path.exists() else b""
-            whole, torn = before[: before.rfind(b"\n") + 1], len(before) - before.rfind(b"\n") - 1
+            whole = before[: before.rfind(b"\n") + 1]
+            torn = len(before) - before.rfind(b"\n") - 1
             if torn:
                 os.truncate(path, len(whole))
+
         lines = whole.splitlines()
-        trail = cls(path, writer, sign, len(lines), sha256(lines[-1]).hexdigest() if lines else _FIRST)
+        trail = cls(
+            path, writer, sign, len(lines), sha256(lines[-1]).hexdigest() if lines else _FIRST
+        )
         trail.append("opened", {"public": public.hex()} | ({"torn_bytes": torn} if torn else {}))
+
         return trail
 
     def append(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Write a line; it is on disk when this returns.
 
-        Guarantee: the line holds the hash of the one before and the writer's signature of all of it, so that none
-        before it can be changed, removed or moved without a break that `verify` finds.
+        Guarantee: the line holds the hash of the one before and the writer's signature of all of
+        it, so that none before it can be changed, removed or moved without a break that `verify`
+        finds.
 
         Edge cases:
         - a crash may leave half a line: `open` cuts it off, and says so in the next one;
@@ -62,14 +72,25 @@ class Trail:
         - a full disk is a WriteError, and the head stays where it was.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"number": self.number, "time": time, "writer": self.writer, "kind": kind, "facts": facts}
+        entry = {
+            "number": self.number,
+            "time": time,
+            "writer": self.writer,
+            "kind": kind,
+            "facts": facts,
+        }
         entry["previous"] = self.head
-        line = json.dumps({**entry, "signature": self.sign(_signing_input(entry)).hex()}, allow_nan=False).encode()
+        line = json.dumps(
+            {**entry, "signature": self.sign(_signing_input(entry)).hex()}, allow_nan=False
+        ).encode()
+
         with files.explained(self.path), open(self.path, "ab") as file:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.number, self.head = self.number + 1, sha256(line).hexdigest()
+
+        self.number = self.number + 1
+        self.head = sha256(line).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,41 +102,59 @@ class Verified:
 
 
 def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str = "") -> Verified:
-    """Return a trail's entries where every line follows the one before and is signed; `head` is known elsewhere.
+    """Return a trail's entries where every line follows the one before and is signed; `head` is
+    known elsewhere.
 
-    `check(public, signature, data)` says whether a signature holds. Raises TrailError naming the first line that fails.
+    `check(public, signature, data)` says whether a signature holds. Raises TrailError naming the
+    first line that fails.
 
-    Guarantee: no line was changed, added, removed or moved since it was written, by anybody without the writer's key.
+    Guarantee: no line was changed, added, removed or moved since it was written, by anybody without
+    the writer's key.
 
     Edge cases:
-    - a trail that was cut at its end, or written anew as a whole, holds in itself: `head` finds it, where it was kept
-      elsewhere;
-    - a writer's key is the one that its opening line tells: whose it is, a list of the consortium says;
+    - a trail that was cut at its end, or written anew as a whole, holds in itself: `head` finds it,
+      where it was kept elsewhere;
+    - a writer's key is the one that its opening line tells: whose it is, a list of the consortium
+      says;
     - a torn last line is refused: resuming the run cuts it off.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TrailError(f"{path} cannot be read: {error.strerror}. Give a run whose rows nobody sees.") from error
+        raise TrailError(
+            f"{path} cannot be read: {error.strerror}. Give a run whose rows nobody sees."
+        ) from error
+
     entries: list[dict[str, Any]] = []
-    previous, keys = _FIRST, dict[str, bytes]()
+    previous = _FIRST
+    keys = dict[str, bytes]()
+
     for number, line in enumerate(data.split(b"\n")[:-1]):
         entry = _parse_entry(path, number, line, previous)
         if entry["kind"] == "opened":
             keys[entry["writer"]] = _parse_hex(entry["facts"].get("public"))
         signature = _parse_hex(entry.pop("signature"))
-        if entry["writer"] not in keys or not check(keys[entry["writer"]], signature, _signing_input(entry)):
+        if entry["writer"] not in keys or not check(
+            keys[entry["writer"]], signature, _signing_input(entry)
+        ):
             raise TrailError(
-                f"{path}, line {number + 1}: {entry['writer']!r} did not sign it; the trail was changed here"
+                f"{path}, line {number + 1}: {entry['writer']!r} did not sign it; the trail was "
+                "changed here"
             )
         entries.append(entry)
         previous = sha256(line).hexdigest()
+
     if not data.endswith(b"\n"):
-        raise TrailError(f"{path}, line {len(entries) + 1}: cut off; a crash tore it, or somebody did. Resume the run.")
+        raise TrailError(
+            f"{path}, line {len(entries) + 1}: cut off; a crash tore it, or somebody did. Resume "
+            "the run."
+        )
     if head and head != previous:
         raise TrailError(
-            f"{path}: its last line has hash {previous[:16]}..., expected {head[:16]}...; lines are missing"
+            f"{path}: its last line has hash {previous[:16]}..., expected {head[:16]}...; lines "
+            "are missing"
         )
+
     return Verified(entries, previous)
 
 
@@ -131,7 +170,9 @@ def _parse_entry(path: Path, number: int, line: bytes, previous: str) -> dict[st
     except (ValueError, RecursionError) as error:
         raise TrailError(f"{where}: no entry ({error}); the trail was changed here") from error
     if entry["number"] != number or entry["previous"] != previous:
-        raise TrailError(f"{where}: does not follow the line before; a line was changed, removed, added or moved")
+        raise TrailError(
+            f"{where}: does not follow the line before; a line was changed, removed, added or moved"
+        )
     return entry
 
 

@@ -1,1 +1,3 @@
-"""What every part stands on: errors, named randomness, flat parameters, the byte codec. Imports nothing of medfed."""
+"""What every part stands on: errors, named randomness, flat parameters, the byte codec. Imports
+nothing of medfed.
+"""

@@ -102,7 +102,9 @@ class RevokedError(EnvelopeError):
 
 
 class AbortError(QuorumError):
-    """A secure round ended without opening anything. The reason names the party; the run can be resumed."""
+    """A secure round ended without opening anything. The reason names the party; the run can be
+    resumed.
+    """
 
 
 class LedgerError(MedfedError):
@@ -145,8 +147,12 @@ _FEW = 5
 
 
 def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
-    """Say why whom, those who share a reason together: "north, south: late; east: its row is not finite"."""
-    return "; ".join(f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items())
+    """Say why whom, those who share a reason together: "north, south: late; east: its row is not
+    finite".
+    """
+    return "; ".join(
+        f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items()
+    )
 
 
 def rows_of(first: Sequence[int], count: int) -> str:
@@ -158,11 +164,15 @@ def rows_of(first: Sequence[int], count: int) -> str:
 
 
 def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the reasons, each with those who share it; a site's own name in its reason makes no other reason.
+    """Return the reasons, each with those who share it; a site's own name in its reason makes no
+    other reason.
 
-    A reason that several are told word for word may name one of them: who pays together is refused together.
+    A reason that several are told word for word may name one of them: who pays together is refused
+    together.
     """
-    plain = {name: str(reason).removeprefix(f"site {name!r}: ") for name, reason in excluded.items()}
+    plain = {
+        name: str(reason).removeprefix(f"site {name!r}: ") for name, reason in excluded.items()
+    }
     often = Counter(plain.values())
     found: dict[str, list[str]] = {}
     for name, text in plain.items():
@@ -177,21 +187,27 @@ def strip_name(name: str, reason: object) -> str:
 
 
 def those(names: Sequence[str], most: int = 5) -> str:
-    """Name sites, with their number where they are many: "1,000 sites, c0, c1, c2, c3, c4 and 995 more"."""
+    """Name sites, with their number where they are many: "1,000 sites, c0, c1, c2, c3, c4 and 995
+    more".
+    """
     count = f"{len(names):,} sites, " if len(names) > _FEW else ""
     return count + some(names, most)
 
 
 @contextmanager
 def naming(excluded: Mapping[str, object]) -> Iterator[None]:
-    """Have a QuorumError that leaves the block say whom it was without, and why: in its text and in `excluded`.
+    """Have a QuorumError that leaves the block say whom it was without, and why: in its text and in
+    `excluded`.
 
-    Whom its own `excluded` names, its text has told already. `excluded` may grow while the block runs.
+    Whom its own `excluded` names, its text has told already. `excluded` may grow while the block
+    runs.
     """
     try:
         yield
     except QuorumError as error:
-        more = {name: str(reason) for name, reason in excluded.items() if name not in error.excluded}
+        more = {
+            name: str(reason) for name, reason in excluded.items() if name not in error.excluded
+        }
         if not more:
             raise
         raise type(error)(f"{error} {reasons(more)}", {**more, **error.excluded}) from error
@@ -199,9 +215,11 @@ def naming(excluded: Mapping[str, object]) -> Iterator[None]:
 
 @contextmanager
 def advising(then: str) -> Iterator[None]:
-    """Have what ends the block early carry, as a note, what to do next; of several, the innermost speaks.
+    """Have what ends the block early carry, as a note, what to do next; of several, the innermost
+    speaks.
 
-    A refusal that medfed words says so itself: only where the system refuses to write is there more to say.
+    A refusal that medfed words says so itself: only where the system refuses to write is there more
+    to say.
     """
     try:
         yield

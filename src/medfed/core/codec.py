@@ -1,7 +1,9 @@
-"""Messages between parties: a small header and named tensors as bytes, by safetensors. Nothing is ever unpickled.
+"""Messages between parties: a small header and named tensors as bytes, by safetensors. Nothing is
+ever unpickled.
 
-A cohort's rows are one message each. All of one shape, they differ in header and numbers alone, so that a stack of them
-is written and read around what safetensors has said once (`RowFormat`): the same bytes, a tenth of the time.
+A cohort's rows are one message each. All of one shape, they differ in header and numbers alone, so
+that a stack of them is written and read around what safetensors has said once (`RowFormat`): the
+same bytes, a tenth of the time.
 """
 
 import json
@@ -24,19 +26,24 @@ VERSION = 1
 def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """Pack a JSON-able header and tensors into bytes."""
     text = _text(header)
-    arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in (tensors or {}).items()}
+    arrays = {
+        name: np.asarray(tensor.numpy(), order="C") for name, tensor in (tensors or {}).items()
+    }
     return safetensors.numpy.save(arrays, metadata={"header": text})
 
 
 def encode_each(header: Mapping[str, Any], name: str, tensor_K: Tensor) -> list[bytes]:
-    """Return what `encode` makes of one header and each row of a tensor [K, ...], called `name`; K messages at once."""
+    """Return what `encode` makes of one header and each row of a tensor [K, ...], called `name`; K
+    messages at once.
+    """
     if len(tensor_K) == 0:
         return []
     return RowFormat(name, tensor_K[0]).encode([header] * len(tensor_K), tensor_K)
 
 
 def decode_alike(payloads: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Unpack messages that differ in their numbers alone: the header they share, and each tensor stacked, [K, ...].
+    """Unpack messages that differ in their numbers alone: the header they share, and each tensor
+    stacked, [K, ...].
 
     None where they differ in more. Raises CodecError as `decode` does.
     """
@@ -47,13 +54,19 @@ def decode_alike(payloads: Sequence[bytes]) -> tuple[dict[str, Any], dict[str, T
     if any(len(one) != len(first) or one[:start] != first[:start] for one in payloads):
         return None
     header, tensors = decode(first)
-    body_KB = np.frombuffer(b"".join(one[start:] for one in payloads), np.uint8).reshape(len(payloads), -1)
+    body_KB = np.frombuffer(b"".join(one[start:] for one in payloads), np.uint8).reshape(
+        len(payloads), -1
+    )
     told = json.loads(first[8:start])
     stacked = {}
+
     for name, tensor in tensors.items():
         begin, end = told[name]["data_offsets"]
         own_KB = np.array(body_KB[:, begin:end], order="C")
-        stacked[name] = torch.from_numpy(own_KB).view(tensor.dtype).reshape(len(payloads), *tensor.shape)
+        stacked[name] = (
+            torch.from_numpy(own_KB).view(tensor.dtype).reshape(len(payloads), *tensor.shape)
+        )
+
     return header, stacked
 
 
@@ -67,7 +80,9 @@ def decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         size = int.from_bytes(payload[:8], "little")
         header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["header"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CodecError(f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again") from error
+        raise CodecError(
+            f"a message of {len(payload)} bytes cannot be read ({error}); ask its sender again"
+        ) from error
     return _check_version(header), tensors
 
 
@@ -82,13 +97,17 @@ def _check_version(header: Any) -> dict[str, Any]:
     """Return a header of this version; raise CodecError for any other."""
     version = header.get("medfed") if isinstance(header, dict) else None
     if type(version) is not int or version != VERSION:  # JSON's true and 1.0 are no version
-        raise CodecError(f"message version={version!r}; expected {VERSION}. Run the same medfed everywhere.")
+        raise CodecError(
+            f"message version={version!r}; expected {VERSION}. Run the same medfed everywhere."
+        )
     checked: dict[str, Any] = header
     return checked
 
 
 class RowFormat:
-    """Messages of one tensor `name` [M], of one type: what `encode` writes for each, the frame worked out once."""
+    """Messages of one tensor `name` [M], of one type: what `encode` writes for each, the frame
+    worked out once.
+    """
 
     def __init__(self, name: str, like_M: Tensor) -> None:
         message = encode({}, {name: like_M})
@@ -108,15 +127,18 @@ class RowFormat:
         return messages
 
     def decode(self, payload: bytes, row_M: Tensor) -> dict[str, Any] | None:
-        """Return the header of such a message, and write its numbers into `row_M`; None where it is another message.
+        """Return the header of such a message, and write its numbers into `row_M`; None where it is
+        another message.
 
-        Raises CodecError if the header is of another version. What is no message at all is `decode`'s to refuse.
+        Raises CodecError if the header is of another version. What is no message at all is
+        `decode`'s to refuse.
         """
         start = 8 + int.from_bytes(payload[:8], "little")
         head = payload[8:start].rstrip(b" ")
         framed = head.startswith(self.before) and head.endswith(self.behind)
         if not framed or len(payload) != start + self.bytes or start % 8:
             return None
+
         try:
             text = json.loads(head[len(self.before) : len(head) - len(self.behind)])
             if not isinstance(text, str):
@@ -124,6 +146,7 @@ class RowFormat:
             header = _check_version(json.loads(text))
         except (ValueError, RecursionError):
             return None
+
         if self.bytes:
             row_M.numpy().view(np.uint8)[:] = np.frombuffer(payload, np.uint8, offset=start)
         return header
@@ -133,7 +156,9 @@ def as_rows(tensors: list[Tensor]) -> Tensor:
     """Stack rows of equal length into message_KM; raise CodecError where lengths differ."""
     lengths = sorted({tuple(t.shape) for t in tensors})
     if len(lengths) != 1:
-        raise CodecError(f"rows of different shapes {lengths} in one round; every site must run the same study")
+        raise CodecError(
+            f"rows of different shapes {lengths} in one round; every site must run the same study"
+        )
     return torch.stack(tensors)
 
 
@@ -148,6 +173,7 @@ def as_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor [N] (uint8); raise CodecError where it is none."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise CodecError(
-            f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}; expected bytes. Ask its sender again."
+            f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}; expected bytes. Ask its "
+            "sender again."
         )
     return tensor.numpy().tobytes()

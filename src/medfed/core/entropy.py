@@ -1,4 +1,5 @@
-"""Randomness that secrets rest on: AES-256 in counter mode, its key from the operating system, or from a shared seed.
+"""Randomness that secrets rest on: AES-256 in counter mode, its key from the operating system, or
+from a shared seed.
 
 `core.streams` is the other kind: reproducible, and never to be used for noise, masks or keys.
 """
@@ -25,9 +26,10 @@ _ZEROS = bytes(1 << 18)  # what is encrypted, a piece at a time
 class Entropy:
     """A stream of random 64-bit words: AES-256 in counter mode, its key from the operating system.
 
-    One lock guards the stream, so threads may share an instance; one each is faster. A forked process takes a new key:
-    it would repeat its parent's noise otherwise. `key` (32 bytes) is for tests only: whoever knows it can subtract the
-    noise. What is said below of distributions holds as far as AES-256 is a pseudorandom permutation.
+    One lock guards the stream, so threads may share an instance; one each is faster. A forked
+    process takes a new key: it would repeat its parent's noise otherwise. `key` (32 bytes) is for
+    tests only: whoever knows it can subtract the noise. What is said below of distributions holds
+    as far as AES-256 is a pseudorandom permutation.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
@@ -41,7 +43,8 @@ class Entropy:
         """Return [count] words, uniform on 0 .. 2^64 - 1 and never handed out before."""
         if os.getpid() != self._process:
             self._start(os.urandom(32))
-        buffer = bytearray(8 * count + 15)  # before version 43, cryptography asks for 15 bytes to spare
+        # before version 43, cryptography asks for 15 bytes to spare
+        buffer = bytearray(8 * count + 15)
         view = memoryview(buffer)
         lock, cipher = self._stream
         with lock:
@@ -54,7 +57,9 @@ class Entropy:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def bernoulli(self, p: float | Fraction, count: int) -> NDArray[np.bool_]:
-        """Return [count] coins, each True with probability p rounded down to a multiple of 2^-64."""
+        """Return [count] coins, each True with probability p rounded down to a multiple
+        of 2^-64.
+        """
         if not 0 <= p <= 1:
             raise PlanError(f"p={p}: expected a probability. Pass a number from 0 to 1.")
         if p == 1:
@@ -62,7 +67,9 @@ class Entropy:
         return self.words(count) < np.uint64(math.floor(Fraction(p) * 2**64))
 
     def below(self, n: int, count: int) -> Integers:
-        """Return [count] integers uniform on 0 .. n - 1, n at most 2^63; a word that would lean is drawn again."""
+        """Return [count] integers uniform on 0 .. n - 1, n at most 2^63; a word that would lean is
+        drawn again.
+        """
         if not 1 <= n <= 2**63:
             raise PlanError(f"n={n}: expected 1 to 2^63. Draw from fewer numbers.")
         shift = np.uint64(64 - max(1, (n - 1).bit_length()))
@@ -73,10 +80,12 @@ class Entropy:
 
 
 def expand(seed: bytes, count: int, start: int = 0, out: Words | None = None) -> Words:
-    """Return words [count] number start, start + 1, ... of the stream of a seed of 32 bytes, into `out` if given.
+    """Return words [count] number start, start + 1, ... of the stream of a seed of 32 bytes, into
+    `out` if given.
 
-    Two parties that share the seed get the same words; to anybody else they are uniform as far as AES-256 is a
-    pseudorandom permutation. One seed makes one stream: derive a seed for each purpose.
+    Two parties that share the seed get the same words; to anybody else they are uniform as far as
+    AES-256 is a pseudorandom permutation. One seed makes one stream: derive a seed for each
+    purpose.
     """
     if len(seed) != 32:
         raise PlanError(f"a seed of {len(seed)} bytes: expected 32. Derive it with HKDF.")
@@ -85,7 +94,9 @@ def expand(seed: bytes, count: int, start: int = 0, out: Words | None = None) ->
     cipher = Cipher(AES256(seed), CTR((start // 2).to_bytes(16, "big"))).encryptor()
     if skip:
         words[:1] = np.frombuffer(cipher.update(bytes(16))[8:], np.uint64)[:count]
-    view, buffer = words.data.cast("B")[8 * skip :], bytearray(len(_ZEROS) + 15)
+    view = words.data.cast("B")[8 * skip :]
+    buffer = bytearray(len(_ZEROS) + 15)
+
     for at in range(0, len(view), len(_ZEROS)):
         piece = min(len(_ZEROS), len(view) - at)
         if len(view) - at >= piece + 15:  # room to spare: straight into place
@@ -93,4 +104,5 @@ def expand(seed: bytes, count: int, start: int = 0, out: Words | None = None) ->
         else:
             cipher.update_into(_ZEROS[:piece], buffer)
             view[at : at + piece] = buffer[:piece]
+
     return words

@@ -1,8 +1,9 @@
-"""What other packages add: algorithms, rules, links, selectors, learners, operations, each an entry in its registry.
+"""What other packages add: algorithms, rules, links, selectors, learners, operations, each an entry
+in its registry.
 
-An installed package names a module under the entry point `medfed.extensions`; importing that module makes the entries.
-So a study names what is added as it names what is bundled, at every party that has the package; and what a site has not
-installed cannot run there.
+An installed package names a module under the entry point `medfed.extensions`; importing that module
+makes the entries. So a study names what is added as it names what is bundled, at every party that
+has the package; and what a site has not installed cannot run there.
 """
 
 from functools import cache
@@ -22,7 +23,7 @@ def load() -> tuple[str, ...]:
             entry.load()
         except Exception as error:
             raise PlanError(
-                f"the extension {entry.name!r} ({entry.value}) cannot be imported: {type(error).__name__}: {error}. "
-                "Mend or uninstall its package."
+                f"the extension {entry.name!r} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}. Mend or uninstall its package."
             ) from error
     return tuple(entry.name for entry in found)

@@ -1,4 +1,6 @@
-"""Writing that survives a crash: beside the place, flushed to disk, then renamed; by one process at a time."""
+"""Writing that survives a crash: beside the place, flushed to disk, then renamed; by one process at
+a time.
+"""
 
 import errno
 import os
@@ -12,8 +14,17 @@ from medfed.core.checks import RunError, WriteError
 LOCK = ".lock"
 """The file by which a process holds a folder."""
 
-_UNFLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
-"""What shares answer (CIFS, FUSE) that cannot open or flush a folder, though what is in it is whole."""
+_UNFLUSHED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EACCES,
+    errno.EPERM,
+}
+"""What shares answer (CIFS, FUSE) that cannot open or flush a folder, though what is in it is
+whole.
+"""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -48,13 +59,17 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(path: Path, *but: type[OSError]) -> Iterator[None]:
-    """Turn what the system refuses of a file or folder, `but` these, into WriteError: what, why, and what mends it."""
+    """Turn what the system refuses of a file or folder, `but` these, into WriteError: what, why,
+    and what mends it.
+    """
     try:
         yield
     except but:
         raise
     except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}. {way_out(error)}.") from error
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror or error}. {way_out(error)}."
+        ) from error
 
 
 def is_full(error: OSError) -> bool:
@@ -76,7 +91,9 @@ def way_out(error: OSError) -> str:
 
 
 def flush_folder(folder: Path) -> bool:
-    """Flush a rename to disk; return False on systems and shares that do not let a folder be flushed."""
+    """Flush a rename to disk; return False on systems and shares that do not let a folder be
+    flushed.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return False
     try:
@@ -96,7 +113,8 @@ def flush_folder(folder: Path) -> bool:
 def hold(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold a folder until the block ends, or this process does.
 
-    Raises RunError where another process holds it, which it names; WriteError where it cannot be written.
+    Raises RunError where another process holds it, which it names; WriteError where it cannot be
+    written.
     """
     path = folder / name
     try:
@@ -109,6 +127,7 @@ def hold(folder: Path, name: str = LOCK) -> Iterator[None]:
         raise RunError(
             f"{folder} is in use by another run, or a command that writes into it: {error}. {way}."
         ) from error
+
     try:
         yield
     finally:

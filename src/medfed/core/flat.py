@@ -1,4 +1,5 @@
-"""A module's trained parameters as one vector, and a stack of clients' vectors as a stack of modules.
+"""A module's trained parameters as one vector, and a stack of clients' vectors as a stack of
+modules.
 
 K clients, P parameters.
 """
@@ -37,12 +38,17 @@ class Layout:
         offset = 0
         for name, shape in self.shapes.items():
             width = prod(shape)
-            yield name, theta_KP[..., offset : offset + width].reshape((*theta_KP.shape[:-1], *shape))
+            yield (
+                name,
+                theta_KP[..., offset : offset + width].reshape((*theta_KP.shape[:-1], *shape)),
+            )
             offset += width
 
 
 def vector(module: nn.Module) -> Tensor:
-    """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what they are for."""
+    """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what
+    they are for.
+    """
     parameters = list(trained(module).values())
     wide = any(p.dtype == torch.float64 for p in parameters)
     dtype = torch.float64 if wide else torch.float32
@@ -60,7 +66,9 @@ def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
 
 
 def untrained(module: nn.Module) -> dict[str, Tensor]:
-    """Return what else the module's outputs depend on: frozen parameters, and buffers, kept or not."""
+    """Return what else the module's outputs depend on: frozen parameters, and buffers, kept
+    or not.
+    """
     frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     return {**frozen, **dict(module.named_buffers())}
 

@@ -1,9 +1,10 @@
-"""Lock files: one process at a time, named to whoever comes second, and known to be gone when it died.
+"""Lock files: one process at a time, named to whoever comes second, and known to be gone when it
+died.
 
-The kernel decides where it has locks (flock): it lets go of a dead process's. Shares without them answer ENOLCK or
-EOPNOTSUPP; there the file itself is the lock, as only one process can make it, and what it says of its maker decides
-whether that process is gone. A file that a process of another machine left is never taken over: nobody here can see
-whether it runs.
+The kernel decides where it has locks (flock): it lets go of a dead process's. Shares without them
+answer ENOLCK or EOPNOTSUPP; there the file itself is the lock, as only one process can make it, and
+what it says of its maker decides whether that process is gone. A file that a process of another
+machine left is never taken over: nobody here can see whether it runs.
 """
 
 import errno
@@ -77,7 +78,9 @@ class HeldError(Exception):
 
 
 def take(path: Path) -> int:
-    """Return the open lock file, which this process now holds. Raises HeldError, or OSError where it cannot be made."""
+    """Return the open lock file, which this process now holds. Raises HeldError, or OSError where
+    it cannot be made.
+    """
     for _ in range(_TRIES):
         handle, made = _open(path)
         try:
@@ -117,7 +120,9 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _win(handle: int, made: bool, path: Path) -> bool:
-    """Take an open lock file, or return False where it is no longer the one at `path`. Raises HeldError."""
+    """Take an open lock file, or return False where it is no longer the one at `path`. Raises
+    HeldError.
+    """
     locked = _flock(handle)
     if locked is None:
         return _win_by_name(handle, made, path)
@@ -141,7 +146,9 @@ def _win(handle: int, made: bool, path: Path) -> bool:
 
 
 def _win_by_name(handle: int, made: bool, path: Path) -> bool:
-    """Take a lock file where there is no flock: whoever made it has it, unless that process is gone."""
+    """Take a lock file where there is no flock: whoever made it has it, unless that process is
+    gone.
+    """
     if made:
         _sign(handle)
         return True
@@ -160,7 +167,9 @@ def _win_by_name(handle: int, made: bool, path: Path) -> bool:
 
 
 def _clear(path: Path, gone: Holder) -> None:
-    """Take away a dead process's file; one process at a time, so that nobody takes away the next one's."""
+    """Take away a dead process's file; one process at a time, so that nobody takes away the next
+    one's.
+    """
     guard = path.with_name(f"{path.name}.clearing")
     try:
         handle = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -170,6 +179,7 @@ def _clear(path: Path, gone: Holder) -> None:
             guard.unlink(missing_ok=True)
         time.sleep(_PAUSE)
         return
+
     try:
         _sign(handle)
         if _read(path) == gone:
@@ -197,7 +207,9 @@ def _flock(handle: int) -> bool | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Say whether an open file is still the one at its place: a lock on an unlinked file holds nobody off."""
+    """Say whether an open file is still the one at its place: a lock on an unlinked file holds
+    nobody off.
+    """
     try:
         there = path.stat()
     except OSError:
@@ -223,7 +235,9 @@ def _read(path: Path) -> Holder | None:
 
 @cache
 def _read_boot() -> str:
-    """Return what tells this kernel's run from any other: containers of a machine share it, a restart changes it."""
+    """Return what tells this kernel's run from any other: containers of a machine share it, a
+    restart changes it.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -239,7 +253,9 @@ def _read_namespace() -> str:
 
 
 def _read_start(pid: int) -> str:
-    """Return when a process began, in ticks since the machine did; empty where it has ended, or nobody says."""
+    """Return when a process began, in ticks since the machine did; empty where it has ended, or
+    nobody says.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

@@ -1,8 +1,9 @@
-"""The sites' own log: Python's logger `medfed`. It may quote rows and counts, so a run neither prints nor sends it.
+"""The sites' own log: Python's logger `medfed`. It may quote rows and counts, so a run neither
+prints nor sends it.
 
-A run writes it to `sites/own.log` of its folder, for the owner alone to read. A program that wants it adds a handler
-to that logger: it is not handed up, as some library may have set the root logger to print. What a refused run logged
-before it had a folder is kept nowhere.
+A run writes it to `sites/own.log` of its folder, for the owner alone to read. A program that wants
+it adds a handler to that logger: it is not handed up, as some library may have set the root logger
+to print. What a refused run logged before it had a folder is kept nowhere.
 """
 
 import logging
@@ -16,7 +17,8 @@ from pathlib import Path
 from medfed.core import files
 
 LOGGER = logging.getLogger("medfed")
-LOGGER.addHandler(logging.NullHandler())  # else Python prints warnings where nobody has set up logging
+# else Python prints warnings where nobody has set up logging
+LOGGER.addHandler(logging.NullHandler())
 LOGGER.propagate = False
 
 _held: ContextVar[MemoryHandler] = ContextVar("held")
@@ -39,7 +41,9 @@ def keep() -> Iterator[None]:
 
 
 class _OwnFile(logging.FileHandler):
-    """A log file that is refused like any other file, where Python would print a traceback and go on."""
+    """A log file that is refused like any other file, where Python would print a traceback and go
+    on.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise WriteError for what the system refuses."""

@@ -1,7 +1,9 @@
-"""Cells that errors and doubts quote as examples: up to three, as they were read, cut short; under a claim none.
+"""Cells that errors and doubts quote as examples: up to three, as they were read, cut short; under
+a claim none.
 
-Every example is made here, so that one switch (`withhold`) keeps all of them back. The site's own log is another
-matter: it may quote rows. A patient's id is never an example: rows are told by their numbers.
+Every example is made here, so that one switch (`withhold`) keeps all of them back. The site's own
+log is another matter: it may quote rows. A patient's id is never an example: rows are told by their
+numbers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,9 @@ _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
 @contextmanager
 def withhold(claimed: bool = True) -> Iterator[None]:
-    """Have no cell quoted in here where something is `claimed`; what an outer block keeps back stays back."""
+    """Have no cell quoted in here where something is `claimed`; what an outer block keeps back
+    stays back.
+    """
     token = _withheld.set(claimed or _withheld.get())
     try:
         yield
@@ -51,6 +55,8 @@ def quote(texts: Iterable[str]) -> str:
 
 
 def there(cells: Iterable[object]) -> str:
-    """Return the examples among cells as the end of an error: " (there: '<5', 'n.d.')"; nothing of none."""
+    """Return the examples among cells as the end of an error: " (there: '<5', 'n.d.')"; nothing of
+    none.
+    """
     told = ", ".join(map(repr, examples(cells)))
     return f" (there: {told})" if told else ""

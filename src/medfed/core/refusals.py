@@ -27,9 +27,11 @@ LEAVE_OUT = toml.Ask(None, "")
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that stands against a study: the error that tells it, and the settings by path that would mend it.
+    """One thing that stands against a study: the error that tells it, and the settings by path that
+    would mend it.
 
-    A value is one that is right whatever the records are, or a blank (`toml.Ask`). Without any, a person has to choose.
+    A value is one that is right whatever the records are, or a blank (`toml.Ask`). Without any, a
+    person has to choose.
     """
 
     error: MedfedError
@@ -37,7 +39,9 @@ class Refusal:
 
 
 def refuse(found: Iterable[Refusal]) -> None:
-    """Raise what stands against a study: one thing as it is, several as an error of the first's kind that tells all."""
+    """Raise what stands against a study: one thing as it is, several as an error of the first's
+    kind that tells all.
+    """
     refusals = tuple({str(refusal.error): refusal for refusal in found}.values())
     if not refusals:
         return
@@ -60,15 +64,19 @@ _DIFFERENT = re.compile(r"(\d+) different")
 
 
 def _merge_sites(told: Sequence[str]) -> list[str]:
-    """Return what stands against sites once where they share it: with all of them, and how many values from to."""
+    """Return what stands against sites once where they share it: with all of them, and how many
+    values from to.
+    """
     alike: dict[str, list[tuple[str, str]]] = {}
     for text in told:
         match = _OF_A_SITE.fullmatch(text)
         if match:
-            site, what = match[1], match[2]
+            site = match[1]
+            what = match[2]
             alike.setdefault(_DIFFERENT.sub("", what), []).append((site, what))
         else:
             alike.setdefault(f"site {text}", []).append(("", text))
+
     lines = []
     for group in alike.values():
         site, what = group[0]
@@ -79,6 +87,7 @@ def _merge_sites(told: Sequence[str]) -> list[str]:
             sites = some((site for site, _ in group), _MOST_SITES)
             what = f"site{'s' * (len(group) > 1)} {sites}, {what}"
         lines.append(what)
+
     return lines
 
 
@@ -92,21 +101,34 @@ def gather(check: Callable[[], object]) -> list[Refusal]:
 
 
 def mends(refusals: Iterable[Refusal]) -> dict[Path, Any]:
-    """Return the settings that would mend all of them; of two for one key the first counts, of two nested the outer."""
+    """Return the settings that would mend all of them; of two for one key the first counts, of two
+    nested the outer.
+    """
     settings: dict[Path, Any] = {}
     for refusal in refusals:
         for path, value in refusal.mend.items():
             settings.setdefault(path, value)
-    return {path: value for path, value in settings.items() if not any(path[:n] in settings for n in range(len(path)))}
+    return {
+        path: value
+        for path, value in settings.items()
+        if not any(path[:n] in settings for n in range(len(path)))
+    }
 
 
 def _way_out(refusals: Sequence[Refusal]) -> list[str]:
-    """Return how to mend them, where settings can: those where they are few, and the command that writes the study."""
+    """Return how to mend them, where settings can: those where they are few, and the command that
+    writes the study.
+    """
     settings = mends(refusals)
     if not settings:
         return []
-    block = list(toml.document(toml.nest({path: v for path, v in settings.items() if v is not LEAVE_OUT})))
-    command = "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what only you know."
+    block = list(
+        toml.document(toml.nest({path: v for path, v in settings.items() if v is not LEAVE_OUT}))
+    )
+    command = (
+        "`medfed study fix STUDY` prints the study that would be accepted, with blanks for what "
+        "only you know."
+    )
     if not block or len(block) > MOST_LINES or max(map(len, block)) > MOST_CHARACTERS:
         return [command]
     return ["Settings that mend this, to be put into their tables:", *block, "", command]

@@ -1,11 +1,13 @@
-"""Named randomness: one stream for each purpose, round and client, so that no draw ever moves another.
+"""Named randomness: one stream for each purpose, round and client, so that no draw ever moves
+another.
 
-A stream is a 64-bit key made from the study's seed and a name. Numbers come from SplitMix64 (Steele, Lea and Flood,
-OOPSLA 2014) as a counter generator: number i of a stream is a function of (key, i) alone. So a thousand clients draw
-as one tensor, and each gets the bits that it would have drawn alone at its hospital.
+A stream is a 64-bit key made from the study's seed and a name. Numbers come from SplitMix64
+(Steele, Lea and Flood, OOPSLA 2014) as a counter generator: number i of a stream is a function of
+(key, i) alone. So a thousand clients draw as one tensor, and each gets the bits that it would have
+drawn alone at its hospital.
 
-These streams order batches and drop units; they are reproducible on purpose and must never make noise, masks or keys
-that anybody's privacy rests on.
+These streams order batches and drop units; they are reproducible on purpose and must never make
+noise, masks or keys that anybody's privacy rests on.
 """
 
 import hashlib
@@ -29,13 +31,19 @@ class Streams:
     seed: int
 
     def key(self, name: str, *context: object) -> int:
-        """Return the signed 64-bit key of the stream `name` in `context` (a round, a client, ...)."""
-        return _hash(json.dumps([self.seed, name, *map(str, context)]))  # no two lists are written alike
+        """Return the signed 64-bit key of the stream `name` in `context` (a round, a
+        client, ...).
+        """
+        # no two lists are written alike
+        return _hash(json.dumps([self.seed, name, *map(str, context)]))
 
     def key_K(self, name: str, round: int, clients: Sequence[str]) -> Tensor:
         """Return the keys [K] (int64) of one stream for each client of a cohort."""
-        begun = json.dumps([self.seed, name, str(round)])[:-1]  # as `key` has it, the part that all share written once
-        return torch.tensor([_hash(f"{begun}, {json.dumps(client)}]") for client in clients], dtype=torch.int64)
+        # as `key` has it, the part that all share written once
+        begun = json.dumps([self.seed, name, str(round)])[:-1]
+        return torch.tensor(
+            [_hash(f"{begun}, {json.dumps(client)}]") for client in clients], dtype=torch.int64
+        )
 
     def generator(self, name: str, *context: object) -> np.random.Generator:
         """Return a numpy generator for a draw that belongs to no client."""
@@ -43,18 +51,26 @@ class Streams:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def patient_fraction(key: int, patient: str) -> float:
-    """Map a patient to [0, 1) by a keyed hash: a function of this patient alone, so that no patient moves another."""
-    digest = hashlib.blake2b(patient.encode(), digest_size=8, key=(key % (1 << 64)).to_bytes(8, "little")).digest()
+    """Map a patient to [0, 1) by a keyed hash: a function of this patient alone, so that no patient
+    moves another.
+    """
+    digest = hashlib.blake2b(
+        patient.encode(), digest_size=8, key=(key % (1 << 64)).to_bytes(8, "little")
+    ).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def words(key_K: Tensor, count: int, start: int = 0) -> Tensor:
     """Return words [K, count] (int64) number start .. start + count - 1 of each client's stream."""
-    counter = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=key_K.device) * _GOLDEN
+    counter = (
+        torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=key_K.device) * _GOLDEN
+    )
     return _finalise(key_K[..., None] + counter)
 
 
@@ -69,7 +85,9 @@ def uniform(key_K: Tensor, count: int, start: int = 0) -> Tensor:
 
 
 def normal(key_K: Tensor, count: int) -> Tensor:
-    """Return standard normal numbers [K, count] (float64) by Box and Muller; for simulations, never for protection."""
+    """Return standard normal numbers [K, count] (float64) by Box and Muller; for simulations, never
+    for protection.
+    """
     half = -(-count // 2)
     word_KN = words(key_K, 2 * half)
     u_KN = (_shift(word_KN, 11).double() + 0.5) * 2.0**-53
@@ -79,7 +97,9 @@ def normal(key_K: Tensor, count: int) -> Tensor:
 
 
 def shuffles(key_K: Tensor, size_K: Tensor) -> Tensor:
-    """Return a random order [K, S] of 0 .. size-1 for each client, S = max size; entries from size on are filler."""
+    """Return a random order [K, S] of 0 .. size-1 for each client, S = max size; entries from size
+    on are filler.
+    """
     longest = int(size_K.max())
     rank_KS = _shift(words(key_K, longest), 2)
     beyond_KS = torch.arange(longest) >= size_K[:, None]

@@ -1,4 +1,6 @@
-"""TOML as people paste it: keys quoted where a name needs it, values on one line, blanks with what they ask for."""
+"""TOML as people paste it: keys quoted where a name needs it, values on one line, blanks with what
+they ask for.
+"""
 
 import re
 import textwrap
@@ -15,7 +17,9 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Ask:
-    """A blank for what only a person knows: `blank` is refused until it is filled in, `what` says with what."""
+    """A blank for what only a person knows: `blank` is refused until it is filled in, `what` says
+    with what.
+    """
 
     blank: Any
     what: str
@@ -40,7 +44,9 @@ def path(dotted: str) -> Path:
 
 
 def setting(text: str) -> tuple[str, str, str]:
-    """Part "key=value" at the first equals sign that no quoted name of the key holds, as str.partition does."""
+    """Part "key=value" at the first equals sign that no quoted name of the key holds, as
+    str.partition does.
+    """
     places = (place for place, character in enumerate(text) if character == "=")
     place = next((place for place in places if _is_key(text[:place])), None)
     if place is None:
@@ -58,15 +64,21 @@ def _is_key(text: str) -> bool:
 
 
 def explain_unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
-    """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is why."""
+    """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is
+    why.
+    """
     place = re.search(r"at line (\d+)", str(error))
     lines = text.splitlines()
     if place is None or not 0 < int(place[1]) <= len(lines):
         return str(error)
     line = lines[int(place[1]) - 1].strip()
-    name = re.match(r"([^\s=\"'\[\]#.][^=\"'\[\]#]*?)\s*=", line) or re.match(r"\[+\s*([^\"']+?)\s*\]", line)
+    name = re.match(r"([^\s=\"'\[\]#.][^=\"'\[\]#]*?)\s*=", line) or re.match(
+        r"\[+\s*([^\"']+?)\s*\]", line
+    )
     names = [part.strip() for part in name[1].split(".")] if name else []
-    wrong = next((part for part in names if part and not re.fullmatch(r"[A-Za-z0-9_-]+", part)), None)
+    wrong = next(
+        (part for part in names if part and not re.fullmatch(r"[A-Za-z0-9_-]+", part)), None
+    )
     hint = f". A name with other letters than A-Z needs quotes: {key(wrong)}" if wrong else ""
     return f"{error}: {line}{hint}"
 
@@ -94,8 +106,11 @@ def nest(settings: Mapping[Path, Any]) -> dict[str, Any]:
     return tables
 
 
-def document(tables: Mapping[str, Any], notes: Mapping[Path, str] | None = None, at: Path = ()) -> Iterator[str]:
-    """Yield the lines of tables that may hold blanks (`Ask`); `notes` are said beside the value of their path.
+def document(
+    tables: Mapping[str, Any], notes: Mapping[Path, str] | None = None, at: Path = ()
+) -> Iterator[str]:
+    """Yield the lines of tables that may hold blanks (`Ask`); `notes` are said beside the value of
+    their path.
 
     What a blank asks for stands above it, once for neighbours that ask alike.
     """
@@ -126,7 +141,9 @@ def document(tables: Mapping[str, Any], notes: Mapping[Path, str] | None = None,
 
 
 def _is_table(value: Any) -> bool:
-    """Say whether a value has a header of its own; a blank table has, a blank feature is one line."""
+    """Say whether a value has a header of its own; a blank table has, a blank feature is
+    one line.
+    """
     return isinstance(value, Mapping) or (isinstance(value, Ask) and value.blank == {})
 
 

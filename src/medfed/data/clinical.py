@@ -1,7 +1,8 @@
 """The clinical dictionary: public facts of usual variables, proposed by a column's name.
 
-What the facts are and are not is in docs/clinical-dictionary.md. A wrong range clips real values in silence, so a name
-that may be something else is not known here: `alt` is German for old, `na` is missing.
+What the facts are and are not is in docs/clinical-dictionary.md. A wrong range clips real values in
+silence, so a name that may be something else is not known here: `alt` is German for old, `na` is
+missing.
 """
 
 import math
@@ -29,7 +30,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Match:
-    """What a column's name says: a variable, or the few that it may be; a unit, if any; what else stood there."""
+    """What a column's name says: a variable, or the few that it may be; a unit, if any; what else
+    stood there.
+    """
 
     variables: tuple[Variable, ...]
     unit: str
@@ -46,25 +49,29 @@ class Match:
 def lookup(column: str) -> Match | None:
     """Return what a column's name says, or None where that is not certain.
 
-    Case, accents, separators and camel case mean nothing. A unit, a statistic that stays within the range ("mean",
-    "max", "first"), a time ("24h", "admission") and a specimen that fits are taken off. Any other word, such as
-    "delta", "sd" or "count", makes it another variable: None. So does a unit that the variable does not have.
+    Case, accents, separators and camel case mean nothing. A unit, a statistic that stays within the
+    range ("mean", "max", "first"), a time ("24h", "admission") and a specimen that fits are taken
+    off. Any other word, such as "delta", "sd" or "count", makes it another variable: None. So does
+    a unit that the variable does not have.
     """
     inside = _BRACKETS.findall(column)
     if len(inside) != 1:
         return _read(units.words(column), letters=2)
     outside = units.words(_BRACKETS.sub(" ", column))
     whole = [*outside, *units.words(inside[0])]
-    return _read(whole, letters=1) or _confirm_abbreviation(_read(outside, letters=2), units.key(inside[0]))
+    return _read(whole, letters=1) or _confirm_abbreviation(
+        _read(outside, letters=2), units.key(inside[0])
+    )
 
 
 def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
-    """Return what a column's dictionary entry may be: one where its name is certain, several for a person to choose.
+    """Return what a column's dictionary entry may be: one where its name is certain, several for a
+    person to choose.
 
-    Several, where the name carries no unit and ranges differ, or where it may be either of two variables; each entry
-    says its unit. Empty: the name is not known here. A public median leaves out the ranges that it is not in, as codes
-    or other units are not, and ranks the others, the likeliest first. Under a privacy claim never pass one: it would be
-    the patients'.
+    Several, where the name carries no unit and ranges differ, or where it may be either of two
+    variables; each entry says its unit. Empty: the name is not known here. A public median leaves
+    out the ranges that it is not in, as codes or other units are not, and ranks the others, the
+    likeliest first. Under a privacy claim never pass one: it would be the patients'.
     """
     found = lookup(column)
     if found is None:
@@ -83,7 +90,9 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
 
 @lru_cache(maxsize=65536)
 def may_be_in_several_units(column: str) -> bool:
-    """Say whether a column is a variable of the clinical dictionary whose unit its name does not say."""
+    """Say whether a column is a variable of the clinical dictionary whose unit its name does not
+    say.
+    """
     return len({entry.unit for entry in proposal(column)}) > 1
 
 
@@ -91,11 +100,14 @@ def _strangeness(median: float, entry: Feature) -> float:
     """Say how far a median lies from the middle of an entry's range: 0 in it, 1 at its ends."""
     low, high = entry.range
     if entry.log:
-        low, high, median = math.log(low), math.log(high), math.log(median)
+        low = math.log(low)
+        high = math.log(high)
+        median = math.log(median)
     return abs(2 * (median - low) / (high - low) - 1)
 
 
-# ---------------------------------------------------------------------------------------- from a name to variables
+# ---------------------------------------------------------------------------------------- from a
+# name to variables
 
 
 @cache
@@ -157,7 +169,9 @@ def _groups() -> frozenset[str]:
 
 
 def _beside(word: str) -> frozenset[str]:
-    """Return the groups beside whose variables a word or a time may stand; none where it makes them others."""
+    """Return the groups beside whose variables a word or a time may stand; none where it makes them
+    others.
+    """
     return _affixes().get(word) or (_groups() if _TIME.fullmatch(word) else frozenset())
 
 
@@ -176,7 +190,9 @@ def _read(words: list[str], letters: int) -> Match | None:
         if found:
             return found
 
-        at_end, at_start, (unit, meant) = _affix_at_end(left), _affix_at_start(left), _unit_at_end(left)
+        at_end = _affix_at_end(left)
+        at_start = _affix_at_start(left)
+        (unit, meant) = _unit_at_end(left)
         if unit > at_end and letters and not measured:
             measured = meant
             clear = left[-1] == "%" or len("".join(left[-unit:])) >= letters
@@ -193,26 +209,38 @@ def _read(words: list[str], letters: int) -> Match | None:
 
 
 def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | None:
-    """Return what was found where an abbreviation in brackets behind it says the same: Prothrombin time (PT)."""
+    """Return what was found where an abbreviation in brackets behind it says the same: Prothrombin
+    time (PT).
+    """
     if found is None:
         return None
-    both = tuple(variable for variable in _index_names_with_unit().get(abbreviation, ()) if variable in found.variables)
+    both = tuple(
+        variable
+        for variable in _index_names_with_unit().get(abbreviation, ())
+        if variable in found.variables
+    )
     if both:
         return replace(found, variables=both)
     return None
 
 
-def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]) -> Match | None:
-    """Return the variables of a bare name that have the unit, and that the words taken off can be said of.
+def _find_variables(
+    name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]
+) -> Match | None:
+    """Return the variables of a bare name that have the unit, and that the words taken off can be
+    said of.
 
-    A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin time, pt_days not.
+    A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin
+    time, pt_days not.
     """
     sure = _index_names().get(name, ())
     certain = len(sure) == 1
     meant = sure if certain or not measured else _index_names_with_unit().get(name, ())
     if taken and any(variable.whole for variable in meant):
         return None
-    meant = tuple(variable for variable in meant if all(variable.group in _beside(word) for word in taken))
+    meant = tuple(
+        variable for variable in meant if all(variable.group in _beside(word) for word in taken)
+    )
 
     if not measured:
         if meant:
@@ -232,7 +260,9 @@ def _find_variables(name: str, measured: tuple[units.Unit, ...], clear: bool, ta
 
 
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:
-    """Return how many words at the end are a unit, and which it may be; the longest counts, and a name is left."""
+    """Return how many words at the end are a unit, and which it may be; the longest counts, and a
+    name is left.
+    """
     for cut in range(min(_LONGEST_UNIT, len(left) - 1), 0, -1):
         meant = units.units_by_spelling().get("".join(left[-cut:]))
         if meant:

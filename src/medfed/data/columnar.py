@@ -1,8 +1,8 @@
 """Columns that have types already: parquet files and what a database answers.
 
-Numbers, truths and texts stay what they are; whole numbers with gaps stay whole; decimals and dates become the texts
-that a csv would hold. Times, durations, lists, bytes and structs are no features: a column of them is refused by its
-name.
+Numbers, truths and texts stay what they are; whole numbers with gaps stay whole; decimals and dates
+become the texts that a csv would hold. Times, durations, lists, bytes and structs are no features:
+a column of them is refused by its name.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,20 @@ _NO_FEATURES = {
     "times of day": pa.types.is_time,
     "durations": pa.types.is_duration,
     "intervals": pa.types.is_interval,
-    "lists": lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind),
+    "lists": lambda kind: (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ),
     "structs": pa.types.is_struct,
     "maps": pa.types.is_map,
     "bytes": lambda kind: (
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
     ),
 }
-_NULLABLE = {f"{sign}int{bits}": f"{sign.upper()}Int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_NULLABLE = {
+    f"{sign}int{bits}": f"{sign.upper()}Int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
 
 
 def names(path: Path, data: Data) -> list[str]:
@@ -42,7 +48,8 @@ def names(path: Path, data: Data) -> list[str]:
 def read(path: Path, data: Data, where: str) -> pd.DataFrame:
     """Read a parquet file, rows numbered from 2. Its pandas index counts where the study names it.
 
-    Raises DataError for columns of a kind that is no feature, all by name, unless the study has no use for them.
+    Raises DataError for columns of a kind that is no feature, all by name, unless the study has no
+    use for them.
     """
     file = pq.ParquetFile(path)
     return to_frame(file.read(_chosen(file.schema_arrow, data)), data, where)
@@ -63,10 +70,13 @@ def to_frame(table: pa.Table, data: Data, where: str) -> pd.DataFrame:
     refused = [f"{name!r} ({kind})" for name, kind in odd.items() if name not in unused]
     if refused:
         raise DataError(
-            f"{where}: no numbers and no texts in column {', '.join(refused)}; write them as numbers (seconds, days, "
-            "one column an entry) or take them out"
+            f"{where}: no numbers and no texts in column {', '.join(refused)}; write them as "
+            "numbers (seconds, days, one column an entry) or take them out"
         )
-    columns = {name: _series(column) for name, column in zip(table.column_names, table.columns, strict=True)}
+    columns = {
+        name: _series(column)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
     frame = pd.DataFrame({name: column for name, column in columns.items() if name not in unused})
     return frame.set_axis(pd.RangeIndex(2, len(table) + 2), axis=0)
 
@@ -82,9 +92,11 @@ def _no_features(schema: pa.Schema, data: Data) -> Iterator[tuple[str, str]]:
 def _series(column: pa.ChunkedArray) -> pd.Series:
     kind = column.type
     if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
+        column = column.cast(kind.value_type)
+        kind = kind.value_type
     if pa.types.is_decimal(kind) or pa.types.is_date(kind) or pa.types.is_string_view(kind):
-        column, kind = column.cast(pa.string()), pa.string()
+        column = column.cast(pa.string())
+        kind = pa.string()
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = numerals.one_form(column)
     if pa.types.is_integer(kind) and column.null_count:

@@ -1,7 +1,9 @@
-"""What a database answers to one SELECT, read only: DuckDB, SQLite, and whatever SQLAlchemy has a dialect for.
+"""What a database answers to one SELECT, read only: DuckDB, SQLite, and whatever SQLAlchemy has a
+dialect for.
 
-Nothing is written: another statement than SELECT is refused, files are opened read only, and a transaction is rolled
-back. A password never stands in a study: `${NAME}` in the address is taken from the environment.
+Nothing is written: another statement than SELECT is refused, files are opened read only, and a
+transaction is rolled back. A password never stands in a study: `${NAME}` in the address is taken
+from the environment.
 """
 
 import datetime
@@ -25,7 +27,9 @@ from medfed.study import Data
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _PASSWORD = re.compile(r"://[^/@]*:(?!\$\{\w+\}@)[^/@]+@")
-_NO_CODE = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL)
+_NO_CODE = re.compile(
+    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL
+)
 _WRITES = re.compile(
     r"\b(?:insert|update|delete|merge|drop|alter|create|truncate|grant|revoke|copy|call|exec|execute|into|attach|detach|"
     r"pragma|install|load|vacuum|export|import)\b"
@@ -33,10 +37,12 @@ _WRITES = re.compile(
 
 
 def read(data: Data, folder: Path, private: bool) -> pd.DataFrame:
-    """Return the rows that the database answers, numbered from 2; a relative file is looked for in `folder`.
+    """Return the rows that the database answers, numbered from 2; a relative file is looked for in
+    `folder`.
 
-    Raises StudyError for a query that may write and a password in the study, DataError where there is no answer;
-    `private`: what the database says of it, which may quote a cell, stays in the site's own log.
+    Raises StudyError for a query that may write and a password in the study, DataError where there
+    is no answer; `private`: what the database says of it, which may quote a cell, stays in the
+    site's own log.
     """
     frame = _answer(data, folder, private, data.query)
     if frame.empty and not private:
@@ -47,12 +53,18 @@ def read(data: Data, folder: Path, private: bool) -> pd.DataFrame:
 def names(data: Data, folder: Path, private: bool) -> list[str]:
     """Return the columns of the answer, of which no row is fetched."""
     query = data.query.strip().rstrip(";")
-    return [str(name) for name in _answer(data, folder, private, f"SELECT * FROM ({query}\n) AS answer WHERE 1 = 0")]
+    return [
+        str(name)
+        for name in _answer(
+            data, folder, private, f"SELECT * FROM ({query}\n) AS answer WHERE 1 = 0"
+        )
+    ]
 
 
 def _answer(data: Data, folder: Path, private: bool, query: str) -> pd.DataFrame:
     check(data)
-    where, address = f"data.database={data.database!r}", _filled_in(data.database)
+    where = f"data.database={data.database!r}"
+    address = _filled_in(data.database)
     kind, _, place = address.partition("://")
     with reading(where, private):
         if kind == "duckdb":
@@ -66,25 +78,32 @@ def check(data: Data) -> None:
     """Raise StudyError for a query that is no single SELECT, and for a password in the study."""
     if _PASSWORD.search(data.database):
         raise StudyError(
-            "data.database holds a password; a study is shown to others. Write ${NAME} in its place, and set NAME in "
-            "the environment of the site."
+            "data.database holds a password; a study is shown to others. Write ${NAME} in its "
+            "place, and set NAME in the environment of the site."
         )
+
     code = _NO_CODE.sub(" ", data.query).strip().rstrip(";").strip().lower()
     if not re.match(r"(?:select|with|from)\b", code):
-        raise StudyError(f"data.query={data.query[:60]!r}; expected one SELECT, as nothing is written")
+        raise StudyError(
+            f"data.query={data.query[:60]!r}; expected one SELECT, as nothing is written"
+        )
     if ";" in code:
-        raise StudyError(f"data.query={data.query[:60]!r} holds several statements; expected one SELECT")
+        raise StudyError(
+            f"data.query={data.query[:60]!r} holds several statements; expected one SELECT"
+        )
     if found := _WRITES.search(code):
         raise StudyError(
-            f"data.query says {found.group().upper()!r}; expected one SELECT, as nothing is written. A column of that "
-            "name stands in quotes."
+            f"data.query says {found.group().upper()!r}; expected one SELECT, as nothing is "
+            "written. A column of that name stands in quotes."
         )
 
 
 def _filled_in(address: str) -> str:
     absent = [name for name in _VARIABLE.findall(address) if name not in os.environ]
     if absent:
-        raise StudyError(f"data.database: the environment has no {absent[0]}; set it where this runs")
+        raise StudyError(
+            f"data.database: the environment has no {absent[0]}; set it where this runs"
+        )
     return _VARIABLE.sub(lambda found: quote(os.environ[found.group(1)], safe=""), address)
 
 
@@ -92,7 +111,10 @@ def _file(place: str, folder: Path, where: str) -> Path:
     """Return the file of an address: /lab.duckdb is relative to the study, //lab.duckdb is not."""
     path = folder / place.removeprefix("/")
     if not path.is_file():
-        raise DataError(f"{where}: no such file; three slashes begin a path relative to the study file, four any other")
+        raise DataError(
+            f"{where}: no such file; three slashes begin a path relative to the study file, four "
+            "any other"
+        )
     return path
 
 
@@ -107,7 +129,9 @@ def _sqlite(path: Path, query: str, data: Data, where: str, private: bool) -> pd
     connection.text_factory = lambda cell: cell.decode("utf-8", "replace")
     try:
         answer = connection.execute(query)
-        return _to_frame([column[0] for column in answer.description], answer.fetchall(), data, where, private)
+        return _to_frame(
+            [column[0] for column in answer.description], answer.fetchall(), data, where, private
+        )
     finally:
         connection.close()
 
@@ -119,7 +143,9 @@ def _sqlalchemy(address: str, query: str, data: Data, where: str, private: bool)
     try:
         with engine.connect().execution_options(**options) as connection:
             answer = connection.execute(sqlalchemy.text(query.replace(":", r"\:")))
-            frame = _to_frame(list(answer.keys()), [tuple(row) for row in answer], data, where, private)
+            frame = _to_frame(
+                list(answer.keys()), [tuple(row) for row in answer], data, where, private
+            )
             connection.rollback()
             return frame
     finally:
@@ -136,16 +162,22 @@ def _import_driver(name: str) -> Any:
 def _to_frame(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], data: Data, where: str, private: bool
 ) -> pd.DataFrame:
-    """Return rows as pandas has them. A cell that is no number and no text is refused, under a claim missing."""
+    """Return rows as pandas has them. A cell that is no number and no text is refused, under a
+    claim missing.
+    """
     known = names_of([str(name) for name in columns], where)
     cells = [[_cell(cell) for cell in row] for row in rows]
     if not private and (odd := next(_no_features(cells), None)):
         place, row = odd
         if known[place] in data.features or not data.features:
             kind = type(rows[row][place]).__name__
-            raise DataError(f"{where}: column {known[place]!r}, row {row + 2} is no number and no text ({kind})")
+            raise DataError(
+                f"{where}: column {known[place]!r}, row {row + 2} is no number and no text ({kind})"
+            )
     plain = [[None if cell is _NO_FEATURE else cell for cell in row] for row in cells]
-    return pd.DataFrame(plain, index=pd.RangeIndex(2, len(rows) + 2), columns=pd.Index(known), dtype=object)
+    return pd.DataFrame(
+        plain, index=pd.RangeIndex(2, len(rows) + 2), columns=pd.Index(known), dtype=object
+    )
 
 
 _NO_FEATURE = object()

@@ -1,8 +1,9 @@
-"""Dates as tables write them: the forms that a text may have, what a declared form reads, what a date becomes.
+"""Dates as tables write them: the forms that a text may have, what a declared form reads, what a
+date becomes.
 
-Whether 03.04.2024 is in March or in April no text says, so a form is declared and nothing is guessed; where several
-forms would read all of a column, all of them are named. A time of day may follow any form; a zone is passed over: the
-date is the one that the clock on the wall showed.
+Whether 03.04.2024 is in March or in April no text says, so a form is declared and nothing is
+guessed; where several forms would read all of a column, all of them are named. A time of day may
+follow any form; a zone is passed over: the date is the one that the clock on the wall showed.
 
 n rows.
 """
@@ -35,12 +36,16 @@ _YEARS = (1850, 2150)  # of eight digits that are taken for a date
 
 @cache
 def _pattern(form: str) -> re.Pattern[str]:
-    parts = _STRICT.get(form) or re.sub("dd|mm|yyyy", lambda part: _PARTS[part[0]], form.replace(".", r"\."))
+    parts = _STRICT.get(form) or re.sub(
+        "dd|mm|yyyy", lambda part: _PARTS[part[0]], form.replace(".", r"\.")
+    )
     return re.compile(parts + _TIME)
 
 
 def read(texts: Sequence[str | None], form: str) -> np.ndarray:
-    """Return texts [n] as datetime64[s] [n]; NaT for one that is not of this form, or names a day that never was."""
+    """Return texts [n] as datetime64[s] [n]; NaT for one that is not of this form, or names a day
+    that never was.
+    """
     pattern = _pattern(form)
     names = ("year", "month", "day", "hour", "minute", "second")
     found = np.full((len(texts), len(names)), -1, dtype=np.int64)
@@ -51,20 +56,35 @@ def read(texts: Sequence[str | None], form: str) -> np.ndarray:
 
 
 def _moments(
-    year: np.ndarray, month: np.ndarray, day: np.ndarray, hour: np.ndarray, minute: np.ndarray, second: np.ndarray
+    year: np.ndarray,
+    month: np.ndarray,
+    day: np.ndarray,
+    hour: np.ndarray,
+    minute: np.ndarray,
+    second: np.ndarray,
 ) -> np.ndarray:
     """Return moments [n]; NaT where a part is out of its range."""
     month_N = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     day_N = month_N.astype("datetime64[D]") + (day - 1)
-    sound = (year > 0) & (month >= 1) & (month <= 12) & (day >= 1) & (day_N.astype("datetime64[M]") == month_N)
+    sound = (
+        (year > 0)
+        & (month >= 1)
+        & (month <= 12)
+        & (day >= 1)
+        & (day_N.astype("datetime64[M]") == month_N)
+    )
     sound &= (hour < 24) & (minute < 60) & (second < 60)
     moment_N: np.ndarray = day_N.astype("datetime64[s]") + (hour * 3600 + minute * 60 + second)
+
     return np.where(sound, moment_N, np.datetime64("NaT"))
 
 
 def write(moment_N: np.ndarray, form: str) -> list[str | None]:
     """Return moments [n] as texts of a form, None for NaT; `read` reads them back."""
-    pattern = "%Y-%m-%d" if form == "iso" else form.replace("dd", "%d").replace("mm", "%m").replace("yyyy", "%Y")
+    if form == "iso":
+        pattern = "%Y-%m-%d"
+    else:
+        pattern = form.replace("dd", "%d").replace("mm", "%m").replace("yyyy", "%Y")
     told = pd.Series(moment_N)
     day = told.dt.strftime(pattern)
     timed = day + told.dt.strftime(" %H:%M:%S")
@@ -73,7 +93,9 @@ def write(moment_N: np.ndarray, form: str) -> list[str | None]:
 
 
 def forms(texts: Sequence[str]) -> list[str]:
-    """Return the forms that read all of these texts, the one of most digits last; [SHORT] for two-digit years."""
+    """Return the forms that read all of these texts, the one of most digits last; [SHORT] for
+    two-digit years.
+    """
     if not texts:
         return []
     found = [form for form in FORMS if not np.isnat(read(texts, form)).any()]
@@ -83,33 +105,49 @@ def forms(texts: Sequence[str]) -> list[str]:
 
 
 def are_dates(texts: Sequence[str]) -> np.ndarray:
-    """Say of each text [n] whether some form reads it, or it is a date with a year of two digits, bool [n]."""
-    found: np.ndarray = np.array([bool(re.fullmatch(_SHORT + _TIME, text)) for text in texts], dtype=bool)
+    """Say of each text [n] whether some form reads it, or it is a date with a year of two digits,
+    bool [n].
+    """
+    found: np.ndarray = np.array(
+        [bool(re.fullmatch(_SHORT + _TIME, text)) for text in texts], dtype=bool
+    )
     for form in FORMS:
         found |= ~np.isnat(read(texts, form))
     return found
 
 
 def digits(number_N: np.ndarray) -> np.ndarray:
-    """Say of each number [n] whether it is a date of eight digits, 20240131, of a year that patients live in."""
-    whole = np.isfinite(number_N) & (number_N == np.floor(number_N)) & (number_N >= 1e7) & (number_N < 1e8)
+    """Say of each number [n] whether it is a date of eight digits, 20240131, of a year that
+    patients live in.
+    """
+    whole = (
+        np.isfinite(number_N)
+        & (number_N == np.floor(number_N))
+        & (number_N >= 1e7)
+        & (number_N < 1e8)
+    )
     number = np.where(whole, number_N, 0).astype(np.int64)
     zero = np.zeros_like(number)
     moment_N = _moments(number // 10000, number // 100 % 100, number % 100, zero, zero, zero)
     low, high = _YEARS
-    found: np.ndarray = whole & ~np.isnat(moment_N) & (number // 10000 >= low) & (number // 10000 <= high)
+    found: np.ndarray = (
+        whole & ~np.isnat(moment_N) & (number // 10000 >= low) & (number // 10000 <= high)
+    )
     return found
 
 
 def number(moment_N: np.ndarray, becomes: str, reference_N: np.ndarray | None = None) -> np.ndarray:
     """Return what dates [n] become, float64 [n]; NaN where a date, or its reference, is NaT.
 
-    A year of an age is from one birthday to the next, so that ages are whole on birthdays; who was born on 29 February
-    has it on 1 March in other years. Days have the time of day as their fraction.
+    A year of an age is from one birthday to the next, so that ages are whole on birthdays; who was
+    born on 29 February has it on 1 March in other years. Days have the time of day as their
+    fraction.
     """
     gone = np.isnat(moment_N) | (np.isnat(reference_N) if reference_N is not None else False)
     moment_N = np.where(gone, np.datetime64(0, "s"), moment_N)
-    other_N = np.where(gone, np.datetime64(0, "s"), moment_N if reference_N is None else reference_N)
+    other_N = np.where(
+        gone, np.datetime64(0, "s"), moment_N if reference_N is None else reference_N
+    )
     month_N = moment_N.astype("datetime64[M]")
     match becomes:
         case "age":
@@ -123,18 +161,23 @@ def number(moment_N: np.ndarray, becomes: str, reference_N: np.ndarray | None = 
         case "month":
             found = month_N.astype(np.int64) % 12 + 1
         case _:
-            found = (moment_N.astype("datetime64[D]").astype(np.int64) + 3) % 7 + 1  # 1970 began on a Thursday
+            # 1970 began on a Thursday
+            found = (moment_N.astype("datetime64[D]").astype(np.int64) + 3) % 7 + 1
     return np.where(gone, np.nan, found.astype(np.float64))
 
 
 def _age(born_N: np.ndarray, at_N: np.ndarray) -> np.ndarray:
     """Return ages in years, negative before birth."""
-    day_N, at_N = born_N.astype("datetime64[D]"), at_N.astype("datetime64[D]")
-    months = at_N.astype("datetime64[M]").astype(np.int64) - day_N.astype("datetime64[M]").astype(np.int64)
+    day_N = born_N.astype("datetime64[D]")
+    at_N = at_N.astype("datetime64[D]")
+    months = at_N.astype("datetime64[M]").astype(np.int64) - day_N.astype("datetime64[M]").astype(
+        np.int64
+    )
     year = months // 12
     year = np.where(_birthday(day_N, year) > at_N, year - 1, year)
     year = np.where(_birthday(day_N, year + 1) <= at_N, year + 1, year)
-    last, coming = _birthday(day_N, year), _birthday(day_N, year + 1)
+    last = _birthday(day_N, year)
+    coming = _birthday(day_N, year + 1)
     age: np.ndarray = year + (at_N - last).astype(np.int64) / (coming - last).astype(np.int64)
     return age
 
@@ -166,7 +209,9 @@ def wall_clock(values: pd.Series) -> np.ndarray:
         wall_N: np.ndarray = values.dt.tz_localize(None).to_numpy(dtype="datetime64[s]")
         return wall_N
     except Exception:  # a moment at the end of time, whose zone cannot be reckoned
-        return np.array([_clock(values, place) for place in range(len(values))], dtype="datetime64[s]")
+        return np.array(
+            [_clock(values, place) for place in range(len(values))], dtype="datetime64[s]"
+        )
 
 
 def _clock(values: pd.Series, place: int) -> np.datetime64:

@@ -1,4 +1,6 @@
-"""What the dictionary has to declare under a privacy claim, as it may not be read off patients' cells."""
+"""What the dictionary has to declare under a privacy claim, as it may not be read off patients'
+cells.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +11,9 @@ from medfed.study import Data, Feature, describe, described
 
 
 def declared_labels(data: Data) -> tuple[str, ...]:
-    """Return the labels that the dictionary declares; raise PlanError where a claim needs them and it does not."""
+    """Return the labels that the dictionary declares; raise PlanError where a claim needs them and
+    it does not.
+    """
     refuse(unlabelled(data))
     return data.dictionary[data.target].categories
 
@@ -19,8 +23,9 @@ def unlabelled(data: Data) -> Iterator[Refusal]:
     if data.dictionary.get(data.target, Feature()).categories:
         return
     text = (
-        f"a privacy claim and the labels of data.target={data.target!r} taken from patients do not compose; "
-        f"declare {toml.key('data', 'dictionary', data.target, 'categories')} = [...], the labels that may occur"
+        f"a privacy claim and the labels of data.target={data.target!r} taken from patients do "
+        f"not compose; declare {toml.key('data', 'dictionary', data.target, 'categories')} = "
+        "[...], the labels that may occur"
     )
     yield Refusal(PlanError(text), {("data", "dictionary", data.target, "categories"): LABELS})
 
@@ -29,7 +34,9 @@ LABELS = toml.Ask([], "the labels that may occur, publicly known")
 
 
 def declared_range(data: Data) -> tuple[float, ...]:
-    """Return the range of a number that is predicted; raise PlanError where a claim needs one and there is none."""
+    """Return the range of a number that is predicted; raise PlanError where a claim needs one and
+    there is none.
+    """
     ends = data.dictionary.get(data.target, Feature()).range
     if not ends:
         where = toml.key("data", "dictionary", data.target, "range")
@@ -41,21 +48,32 @@ def declared_range(data: Data) -> tuple[float, ...]:
 
 
 def undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
-    """Yield, as one, the features that a claim needs described and the dictionary does not describe.
+    """Yield, as one, the features that a claim needs described and the dictionary does not
+    describe.
 
     `otherwise` says, in a sentence, what else there is for numbers.
     """
     absent = [name for name in names if not described(data.dictionary.get(name, Feature()))]
     if not absent:
         return
-    first, several = absent[0], len(absent) > 1
-    which = f"{len(absent)} features ({some(map(repr, absent))})" if several else f"the feature {first!r}"
+    first = absent[0]
+    several = len(absent) > 1
+
+    if several:
+        which = f"{len(absent)} features ({some(map(repr, absent))})"
+    else:
+        which = f"the feature {first!r}"
+
     what = "what their" if several else "what its"
     one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
-    more = ", and so on: a range for a number, categories for a text; or leave them" if several else ", or leave it"
+    if several:
+        more = ", and so on: a range for a number, categories for a text; or leave them"
+    else:
+        more = ", or leave it"
+
     text = (
-        f"a privacy claim and {which} without a public range or categories do not compose: {what} "
-        f"cells are would be counted from patients. Declare {one} or {other}{more} out of data.features."
-        f"{otherwise}"
+        f"a privacy claim and {which} without a public range or categories do not compose: "
+        f"{what} cells are would be counted from patients. Declare {one} or {other}{more} out of "
+        f"data.features.{otherwise}"
     )
     yield Refusal(PlanError(text), describe(absent, data.dictionary))

@@ -1,9 +1,11 @@
-"""What is probably wrong with a table though every cell can be read: doubts, each with the line that settles it.
+"""What is probably wrong with a table though every cell can be read: doubts, each with the line
+that settles it.
 
-A site doubts its own records (`site_doubts.find`) and tells codes, columns and rows; who compares sites
-(`survey_doubts.find`) doubts what only shows between them: one label in two spellings, a column that names the site.
-What would change a result in silence is an error unless the study accepts it (`data.accept`); what merely may is a
-warning. Without a privacy claim alone: under one, the dictionary decides what a cell is, and nobody is told of any.
+A site doubts its own records (`site_doubts.find`) and tells codes, columns and rows; who compares
+sites (`survey_doubts.find`) doubts what only shows between them: one label in two spellings, a
+column that names the site. What would change a result in silence is an error unless the study
+accepts it (`data.accept`); what merely may is a warning. Without a privacy claim alone: under one,
+the dictionary decides what a cell is, and nobody is told of any.
 
 A doubt quotes up to three cells as they were read (`quotes`), but those that may name a patient.
 """
@@ -58,10 +60,32 @@ _IDENTIFIERS = {
     "encounterid", "visitid", "stayid", "hadm", "nip", "ipp", "nhc", "nosologico",
 }  # fmt: skip
 
-YES = frozenset(("yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "vrai", "si", "sì", "sí", "vero", "verdadero"))
+YES = frozenset(
+    (
+        "yes",
+        "y",
+        "true",
+        "t",
+        "1",
+        "ja",
+        "j",
+        "wahr",
+        "oui",
+        "vrai",
+        "si",
+        "sì",
+        "sí",
+        "vero",
+        "verdadero",
+    )
+)
 NO = frozenset(("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso"))
-FEMALE = frozenset("f w female weiblich woman frau femme femmina femenino mujer féminin femminile".split())  # noqa: SIM905
-MALE = frozenset("m male männlich man mann homme maschio masculino hombre masculin maschile h".split())  # noqa: SIM905
+FEMALE = frozenset(
+    ["f", "w", "female", "weiblich", "woman", "frau", "femme", "femmina", "femenino", "mujer", "féminin", "femminile"]
+)
+MALE = frozenset(
+    ["m", "male", "männlich", "man", "mann", "homme", "maschio", "masculino", "hombre", "masculin", "maschile", "h"]
+)
 _ALSO_GAPS = ("k.A.", "k. A.", "n/d", "nd", "n.d.", "ns", "entfällt", "#NULL!")
 GAPS = frozenset(text.casefold() for text in (*NOBODY, *_ALSO_GAPS))
 
@@ -71,7 +95,9 @@ Mend = Mapping[toml.Path, Any]
 
 @dataclass(frozen=True)
 class Doubt:
-    """Something about a column that is probably wrong: what, where, cells of it, and what would mend it."""
+    """Something about a column that is probably wrong: what, where, cells of it, and what would
+    mend it.
+    """
 
     code: str
     column: str
@@ -91,7 +117,10 @@ class Doubt:
         """Say it, with where it is and what settles it."""
         where = f"column {self.column!r}"
         if self.sites:
-            where = f"{those(self.sites)}, {where}" if len(self.sites) > 1 else f"site {self.sites[0]!r}, {where}"
+            if len(self.sites) > 1:
+                where = f"{those(self.sites)}, {where}"
+            else:
+                where = f"site {self.sites[0]!r}, {where}"
         rows = f" (row {rows_of(self.rows, self.count)})" if self.rows else ""
         return f"{where} {self.text}{quotes.quote(self.examples)}{rows}. {self.way_out()}"
 
@@ -105,13 +134,20 @@ class Doubt:
     def to_json(self) -> dict[str, Any]:
         """Return what a site tells of it, as plain values."""
         mend = [[list(path), value] for path, value in self.mend.items()]
-        return {**vars(self), "rows": list(self.rows), "mend": mend, "sites": [], "examples": list(self.examples)}
+        return {
+            **vars(self),
+            "rows": list(self.rows),
+            "mend": mend,
+            "sites": [],
+            "examples": list(self.examples),
+        }
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any], site: str) -> "Doubt":
         """Return a doubt that a site told."""
         mend = {tuple(path): value for path, value in told["mend"]}
-        rows, examples = tuple(told["rows"]), tuple(told["examples"])
+        rows = tuple(told["rows"])
+        examples = tuple(told["examples"])
         return cls(**{**told, "rows": rows, "mend": mend, "sites": (site,), "examples": examples})
 
 
@@ -126,18 +162,24 @@ def quote_cells(name: str, cells: Iterable[object]) -> tuple[str, ...]:
 
 
 def quotable(name: str) -> bool:
-    """Say whether a feature's cells may be shown as examples: not where it sounds as if they named patients."""
+    """Say whether a feature's cells may be shown as examples: not where it sounds as if they named
+    patients.
+    """
     words = re.split(r"[^a-z0-9#]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
     return _IDENTIFIERS.isdisjoint((*words, "".join(words)))
 
 
 def is_accepted(doubt: Doubt, data: Data) -> bool:
-    """Say whether the study says that it is right so: by the doubt's code, for all columns or for this one."""
+    """Say whether the study says that it is right so: by the doubt's code, for all columns or for
+    this one.
+    """
     return doubt.code in data.accept or f"{doubt.code}:{doubt.column}" in data.accept
 
 
 def name_mend(text: str, column: str, key: str, value: Any) -> tuple[str, Mend]:
-    """Return a doubt's text and its mend, which is made of cells; where they are withheld the key is named alone."""
+    """Return a doubt's text and its mend, which is made of cells; where they are withheld the key
+    is named alone.
+    """
     path = ("data", "dictionary", column, key)
     if quotes.are_withheld():
         return (f"{text} ({toml.key(*path)})", {})

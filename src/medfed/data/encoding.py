@@ -1,6 +1,7 @@
 """How cleaned records become numbers: an `Encoding`, which all sites of a study share.
 
-It is plain numbers and names that go to every site and into the model file; `preprocess.agree` makes it.
+It is plain numbers and names that go to every site and into the model file; `preprocess.agree`
+makes it.
 
 C categories or outputs, K sites, M columns after encoding, N rows.
 """
@@ -34,7 +35,8 @@ class Column:
     categories: tuple[str, ...] = ()
     indicator: bool = False  # one more column: 1 where the value is missing
     fill: float = 0.0  # what a public encoding puts into a gap, encoded
-    found: tuple[float, ...] = ()  # the range, where none is declared: from noised counts of training patients
+    # the range, where none is declared: from noised counts of training patients
+    found: tuple[float, ...] = ()
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns."""
@@ -51,7 +53,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Target:
-    """What is predicted: the labels in order (the last of two is positive), or a number's centre and scale."""
+    """What is predicted: the labels in order (the last of two is positive), or a number's centre
+    and scale.
+    """
 
     name: str
     task: Task
@@ -73,7 +77,8 @@ class Encoding:
 
     columns: tuple[Column, ...]
     target: Target
-    public: bool = False  # nothing in it was computed from patients, and a gap becomes the middle of the public range
+    # nothing in it was computed from patients, and a gap becomes the middle of the public range
+    public: bool = False
 
     def names(self) -> list[str]:
         """Return the names of the encoded columns, M of them."""
@@ -84,14 +89,18 @@ class Encoding:
         return {column.name: column.found for column in self.columns if column.found}
 
     def invent_rows(self, rows: int) -> Tensor:
-        """Return made-up rows [rows, M], float32, all different and the same for everybody: nobody's records."""
+        """Return made-up rows [rows, M], float32, all different and the same for everybody:
+        nobody's records.
+        """
         rng = np.random.default_rng(0)
         blocks = [np.zeros((rows, 0))]
         for column in self.columns:
             if column.kind == "number":
                 blocks.append(np.clip(rng.standard_normal((rows, 1)), -2, 2))
             else:
-                hot = np.eye(len(column.categories))[rng.integers(len(column.categories), size=rows)]
+                hot = np.eye(len(column.categories))[
+                    rng.integers(len(column.categories), size=rows)
+                ]
                 blocks.append(_drop_first_of_two(hot))
             if column.indicator:
                 blocks.append(rng.integers(2, size=(rows, 1)).astype(np.float64))
@@ -105,16 +114,27 @@ class Encoding:
     def from_json(cls, value: dict[str, Any]) -> "Encoding":
         """Read what `to_json` wrote."""
         listed = ("categories", "found")
-        columns = tuple(Column(**{**c, **{key: tuple(c.get(key, ())) for key in listed}}) for c in value["columns"])
+        columns = tuple(
+            Column(**{**c, **{key: tuple(c.get(key, ())) for key in listed}})
+            for c in value["columns"]
+        )
         target = Target(**{**value["target"], "labels": tuple(value["target"]["labels"])})
         return cls(columns, target, value["public"])
 
-    def encode(self, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray, site: np.ndarray | None = None) -> Rows:
-        """Encode the rows marked in `rows`; what is missing is filled from those marked in `fit_rows`.
+    def encode(
+        self,
+        table: SiteTable,
+        rows: np.ndarray,
+        fit_rows: np.ndarray,
+        site: np.ndarray | None = None,
+    ) -> Rows:
+        """Encode the rows marked in `rows`; what is missing is filled from those marked in
+        `fit_rows`.
 
-        A number is filled with the median of the site's own encoded training values, a category with the share of each
-        category among them; a feature that the whole site lacks with zero, the centre of all sites. A public encoding
-        fills every gap with a constant, so that no patient moves another's row.
+        A number is filled with the median of the site's own encoded training values, a category
+        with the share of each category among them; a feature that the whole site lacks with zero,
+        the centre of all sites. A public encoding fills every gap with a constant, so that no
+        patient moves another's row.
 
         Args:
             table: cleaned records, of one site or of several end to end.
@@ -138,22 +158,35 @@ class Encoding:
         if len(large):
             names = [self.names()[column] for column in large]
             raise DataError(
-                f"{some(names)}: values beyond 3e38 after encoding; give another unit or preprocess='robust'"
+                f"{some(names)}: values beyond 3e38 after encoding; give another unit or "
+                "preprocess='robust'"
             )
         return Rows(
-            torch.from_numpy(x.astype(np.float32)), self._labels(table, rows), torch.from_numpy(table.patient[rows])
+            torch.from_numpy(x.astype(np.float32)),
+            self._labels(table, rows),
+            torch.from_numpy(table.patient[rows]),
         )
 
     def _block(
-        self, column: Column, table: SiteTable, rows: np.ndarray, fit_rows: np.ndarray, site_N: np.ndarray
+        self,
+        column: Column,
+        table: SiteTable,
+        rows: np.ndarray,
+        fit_rows: np.ndarray,
+        site_N: np.ndarray,
     ) -> np.ndarray:
         """Return one feature's encoded columns, of the rows marked in `rows`; see `encode`."""
         if column.kind == "number":
-            values = _encode_number(column, table.numbers.get(column.name, np.full(len(table), np.nan)))[:, None]
+            values = _encode_number(
+                column, table.numbers.get(column.name, np.full(len(table), np.nan))
+            )[:, None]
         else:
-            values = _encode_category(column, table.texts.get(column.name, np.full(len(table), None)))
+            values = _encode_category(
+                column, table.texts.get(column.name, np.full(len(table), None))
+            )
 
-        # What stands in a gap: the constant of the column, or what the site's own training values say.
+        # What stands in a gap: the constant of the column, or what the site's own training values
+        # say.
         missing = np.isnan(values[:, 0])
         known = fit_rows & ~missing
         sites = int(site_N.max(initial=0)) + 1
@@ -172,13 +205,16 @@ class Encoding:
     def _labels(self, table: SiteTable, rows: np.ndarray) -> Tensor:
         label = table.label[rows]
         if self.target.task == "regression":
-            return torch.from_numpy(((label - self.target.centre) / self.target.scale).astype(np.float32))
+            return torch.from_numpy(
+                ((label - self.target.centre) / self.target.scale).astype(np.float32)
+            )
         code = {name: number for number, name in enumerate(self.target.labels)}
         if unknown := sorted({str(name) for name in label} - code.keys()):
             which = "" if self.public else f": {some(unknown)}"
             raise DataError(
-                f"target {self.target.name!r} has a label that is not declared{which}. Declare it in "
-                f"{toml.key('data', 'dictionary', self.target.name, 'categories')}, or correct the rows."
+                f"target {self.target.name!r} has a label that is not declared{which}. Declare "
+                f"it in {toml.key('data', 'dictionary', self.target.name, 'categories')}, or "
+                "correct the rows."
             )
         codes = torch.tensor([code[name] for name in label], dtype=torch.int64)
         if self.target.task == "binary":

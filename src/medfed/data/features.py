@@ -1,4 +1,6 @@
-"""Which columns of a table are features, and which of them nothing public bounds: from the study and column names."""
+"""Which columns of a table are features, and which of them nothing public bounds: from the study
+and column names.
+"""
 
 import re
 from collections.abc import Sequence
@@ -8,11 +10,14 @@ from medfed.study import KINDS, Data, Feature, Study, described, is_pattern
 
 
 def features_of(columns: Sequence[str], data: Data) -> list[str]:
-    """Return the feature columns of a table: those that the study lists, else all that are nothing else.
+    """Return the feature columns of a table: those that the study lists, else all that are nothing
+    else.
 
-    A pattern takes what it matches; what is excluded is none, and what is made beside a feature is one with it.
+    A pattern takes what it matches; what is excluded is none, and what is made beside a feature is
+    one with it.
     """
-    known, none = set(columns), no_features(data)
+    known = set(columns)
+    none = no_features(data)
     chosen: list[str] = []
     for asked in data.features or ("*",):
         if asked in known or not is_pattern(asked):
@@ -26,7 +31,9 @@ def features_of(columns: Sequence[str], data: Data) -> list[str]:
 
 
 def no_features(data: Data) -> set[str]:
-    """Return the columns that are something else: target, site, patient, test, and dates that become no number."""
+    """Return the columns that are something else: target, site, patient, test, and dates that
+    become no number.
+    """
     roles = {data.target, data.site, data.patient, data.test, data.time}
     roles |= {entry.reference for entry in data.dictionary.values() if entry.becomes}
     roles |= {name for name, entry in data.dictionary.items() if entry.date}
@@ -36,26 +43,37 @@ def no_features(data: Data) -> set[str]:
 
 def excluded_columns(columns: Sequence[str], data: Data) -> set[str]:
     """Return the columns that data.exclude names or matches."""
-    return {name for asked in data.exclude for name in ([asked] if asked in columns else matching(asked, columns))}
+    return {
+        name
+        for asked in data.exclude
+        for name in ([asked] if asked in columns else matching(asked, columns))
+    }
 
 
 def matching(pattern: str, columns: Sequence[str]) -> list[str]:
-    """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may be any column."""
+    """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may
+    be any column.
+    """
     if pattern in KINDS:
         return list(columns)
-    wild = re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in pattern), re.DOTALL)
+    wild = re.compile(
+        "".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in pattern), re.DOTALL
+    )
     return [name for name in columns if wild.fullmatch(name)]
 
 
 def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
-    """Return the columns of 0 and 1 that are made beside a column with detection limits; see `mapping`."""
+    """Return the columns of 0 and 1 that are made beside a column with detection limits; see
+    `mapping`.
+    """
     if feature.limits != "indicator":
         return ()
     return (f"{name} below limit", f"{name} above limit")
 
 
 def open_columns(study: Study) -> tuple[str, ...]:
-    """Return the numbers whose range noised counts of training patients are to find, sorted; none unless it is paid.
+    """Return the numbers whose range noised counts of training patients are to find, sorted; none
+    unless it is paid.
 
     Where `privacy.ranges_epsilon` pays, that is each feature that the dictionary does not describe.
     """
@@ -63,13 +81,19 @@ def open_columns(study: Study) -> tuple[str, ...]:
     if not study.privacy.ranges_epsilon:
         return ()
     names = features_of(sorted(data.dictionary), data)
-    return tuple(sorted(name for name in names if not described(data.dictionary.get(name, Feature()))))
+    return tuple(
+        sorted(name for name in names if not described(data.dictionary.get(name, Feature())))
+    )
 
 
 def list_open(columns: Sequence[str], study: Study) -> Study:
-    """Return the study with an entry in its dictionary for each feature of a table, where ranges are to be found."""
+    """Return the study with an entry in its dictionary for each feature of a table, where ranges
+    are to be found.
+    """
     data = study.data
     if not study.privacy.ranges_epsilon:
         return study
-    entries = {name: Feature() for name in features_of(columns, data) if name not in data.dictionary}
+    entries = {
+        name: Feature() for name in features_of(columns, data) if name not in data.dictionary
+    }
     return replace(study, data=replace(data, dictionary={**data.dictionary, **entries}))

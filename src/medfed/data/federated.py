@@ -13,12 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """One client's encoded records: x [n, F] float32, y [n], and which patient each record belongs to."""
+    """One client's encoded records: x [n, F] float32, y [n], and which patient each record belongs
+    to.
+    """
 
     x: Tensor
     y: Tensor
     patient: Tensor  # int64 [n], 0 .. patients-1, numbered at the site
-    key: Tensor | None = None  # int64 [n], the stream of each record's patient: a function of who it is alone
+    # int64 [n], the stream of each record's patient: a function of who it is alone
+    key: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -75,7 +78,8 @@ class Patients:
     def of(cls, clients: Sequence[Rows]) -> "Patients":
         """Sort each client's rows by patient and lay the clients end to end.
 
-        Where nobody has a patient, there is one blank that nobody owns: slots without a patient need a row to repeat.
+        Where nobody has a patient, there is one blank that nobody owns: slots without a patient
+        need a row to repeat.
         """
         sorted_ = [_by_patient(rows) for rows in clients]
         if not any(len(rows) for rows in clients):
@@ -84,6 +88,7 @@ class Patients:
         size_K = torch.tensor([len(count) for _, count in sorted_], dtype=torch.int64)
         first_I = count_I.cumsum(0) - count_I
         key_N = torch.cat([rows.patient if rows.key is None else rows.key for rows, _ in sorted_])
+
         return cls(
             torch.cat([rows.x for rows, _ in sorted_]),
             torch.cat([rows.y for rows, _ in sorted_]),
@@ -96,15 +101,20 @@ class Patients:
 
     @classmethod
     def _empty(cls, rows: Rows, clients: int) -> "Patients":
-        blank, none_K = torch.zeros(1, dtype=torch.int64), torch.zeros(clients, dtype=torch.int64)
-        x_NF, y_N = rows.x.new_zeros(1, *rows.x.shape[1:]), rows.y.new_zeros(1)
+        blank = torch.zeros(1, dtype=torch.int64)
+        none_K = torch.zeros(clients, dtype=torch.int64)
+        x_NF = rows.x.new_zeros(1, *rows.x.shape[1:])
+        y_N = rows.y.new_zeros(1)
         return cls(x_NF, y_N, blank, blank + 1, blank, none_K, none_K)
 
     @cached_property
     def records_K(self) -> Tensor:
         """The most records of one patient of each client [K]; 0 where it has none."""
         client_I = torch.repeat_interleave(torch.arange(len(self)), self.size_K)
-        place_I = torch.arange(len(client_I)) + (self.offset_K - self.size_K.cumsum(0) + self.size_K)[client_I]
+        place_I = (
+            torch.arange(len(client_I))
+            + (self.offset_K - self.size_K.cumsum(0) + self.size_K)[client_I]
+        )
         most_K = torch.zeros(len(self), dtype=torch.int64)
         return most_K.scatter_reduce_(0, client_I, self.count_I[place_I], "amax")
 
@@ -116,7 +126,13 @@ class Patients:
     def of_clients(self, members: Tensor) -> "Patients":
         """Return the patients of some clients; rows are shared, not copied."""
         return Patients(
-            self.x_NF, self.y_N, self.first_I, self.count_I, self.key_I, self.offset_K[members], self.size_K[members]
+            self.x_NF,
+            self.y_N,
+            self.first_I,
+            self.count_I,
+            self.key_I,
+            self.offset_K[members],
+            self.size_K[members],
         )
 
     def __len__(self) -> int:

@@ -1,4 +1,5 @@
-"""A footer that reads like a record: "Total,,312" below the last one, with as many cells as the header.
+"""A footer that reads like a record: "Total,,312" below the last one, with as many cells as the
+header.
 
 Under a claim nobody looks: there a footer is declared (`data.format.footer`).
 """
@@ -30,7 +31,9 @@ _SHARE = 1 / 3  # of the columns, up to which a row without a name is filled but
 
 @dataclass(frozen=True)
 class Footer:
-    """Last rows that are no records: which [rows], how many in each file (0: that differs), what column shows it."""
+    """Last rows that are no records: which [rows], how many in each file (0: that differs), what
+    column shows it.
+    """
 
     which_N: np.ndarray
     lines: int
@@ -46,34 +49,46 @@ class Footer:
         rows = frame.index[self.which_N]
         already = max(0, data.format.footer)
         mend: Mend = {("data", "format", "footer"): already + self.lines} if self.lines else {}
-        text = "shows that the last rows are a footer and no records: what all are together, or hardly a cell"
+        text = (
+            "shows that the last rows are a footer and no records: what all are together, or "
+            "hardly a cell"
+        )
         first = tuple(rows[:_MOST].tolist())
-        return Doubt("footer", self.column, text, first, len(rows), mend, examples=self.words(frame))
+        return Doubt(
+            "footer", self.column, text, first, len(rows), mend, examples=self.words(frame)
+        )
 
 
 def find(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
-    """Return the footer of a table, at the end of each of its files; `roles`: the columns that name a record.
+    """Return the footer of a table, at the end of each of its files; `roles`: the columns that name
+    a record.
 
-    A row is one where the first column or one of the roles says a word such as Total, which stands there nowhere else;
-    or where the roles are all empty (of fewer than two: and hardly a cell is filled), which no other row is.
+    A row is one where the first column or one of the roles says a word such as Total, which stands
+    there nowhere else; or where the roles are all empty (of fewer than two: and hardly a cell is
+    filled), which no other row is.
     """
     frame = frame.drop(columns=readers.SITE, errors="ignore")
     known = [name for name in roles if name in frame.columns]
     ends = list(_ends(frame.index))
-    counts, columns = [], list[str]()
+    counts = []
+    columns = list[str]()
     which_N = np.zeros(len(frame), dtype=bool)
+
     for start, end in ends:
         count, column = _last(frame.iloc[start:end], known)
         which_N[end - count : end] = True
         counts.append(count)
         columns += [column] * bool(count)
+
     if not columns:
         return None
     return Footer(which_N, counts[0] if len(set(counts)) == 1 else 0, columns[0])
 
 
 def _ends(rows: pd.Index) -> Iterator[tuple[int, int]]:
-    """Yield where each file's rows begin and end: a row is named by its number, in a folder behind its file's name."""
+    """Yield where each file's rows begin and end: a row is named by its number, in a folder behind
+    its file's name.
+    """
     start = 0
     while start < len(rows):
         file = _file(rows[start])
@@ -90,9 +105,17 @@ def _file(row: object) -> str:
 def _last(frame: pd.DataFrame, roles: Sequence[str]) -> tuple[int, str]:
     """Return how many last rows of a file are a footer, and the column that shows it."""
     tail = frame.iloc[max(0, len(frame) - _MOST - 1) :]
-    text = tail.astype(object).where(tail.notna(), "").astype(str).apply(lambda column: column.str.strip())
+    text = (
+        tail.astype(object)
+        .where(tail.notna(), "")
+        .astype(str)
+        .apply(lambda column: column.str.strip())
+    )
     named = list(dict.fromkeys([str(frame.columns[0]), *roles]))
-    count, shown, bare = 0, "", ""
+    count = 0
+    shown = ""
+    bare = ""
+
     for row in reversed(text.to_dict("records")):
         word = next((name for name in named if _WORD.fullmatch(fold(row[name]))), "")
         nameless = len(frame) >= FEW and not any(row[name] for name in roles)
@@ -100,13 +123,17 @@ def _last(frame: pd.DataFrame, roles: Sequence[str]) -> tuple[int, str]:
             bare = named[-1]
         elif not word and not any(fold(row[name]) in _SHORT for name in named):
             break
-        count, shown = count + 1, word or shown
-    above, footer = frame.iloc[: len(frame) - count], text.iloc[len(text) - count :]
+        count = count + 1
+        shown = word or shown
+
+    above = frame.iloc[: len(frame) - count]
+    footer = text.iloc[len(text) - count :]
     if not (shown or bare) or count > _MOST or not len(above):
         return 0, ""
     usual = _repeats(above, footer, named) if shown else _nameless(above, roles)
     if usual:
         return (0, "")
+
     return (count, shown or bare)
 
 
@@ -126,5 +153,7 @@ def _nameless(above: pd.DataFrame, roles: Sequence[str]) -> bool:
 
 
 def _is_filled(values: pd.Series) -> np.ndarray:
-    filled: np.ndarray = (values.notna() & (values.astype(str).str.strip() != "")).to_numpy(dtype=bool)
+    filled: np.ndarray = (values.notna() & (values.astype(str).str.strip() != "")).to_numpy(
+        dtype=bool
+    )
     return filled

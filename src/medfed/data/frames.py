@@ -25,12 +25,16 @@ class Frames(Mapping[str, pd.DataFrame]):
     frame: pd.DataFrame
     names: tuple[str, ...]
     ends: np.ndarray  # int64 [K + 1]
-    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by site: rows left out, by what they lack
-    doubts: Mapping[str, Sequence[Doubt]] = field(default_factory=dict)  # by site: met before its cells are looked at
+    # by site: rows left out, by what they lack
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    # by site: met before its cells are looked at
+    doubts: Mapping[str, Sequence[Doubt]] = field(default_factory=dict)
 
     @classmethod
     def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
-        """Give each row to the site that it names [rows], in the order of rows; one of no such site is left out."""
+        """Give each row to the site that it names [rows], in the order of rows; one of no such site
+        is left out.
+        """
         code_N = pd.Index(names).get_indexer(pd.Index(site))
         order = np.argsort(code_N, kind="stable")
         ends = np.searchsorted(code_N[order], np.arange(len(names) + 1))
@@ -69,9 +73,12 @@ class Frames(Mapping[str, pd.DataFrame]):
 
     def part(self, first: int, last: int) -> "Frames":
         """Return sites first .. last - 1."""
-        start, end = self.ends[first], self.ends[last]
+        start = self.ends[first]
+        end = self.ends[last]
         own = self.frame.iloc[start:end]
-        return replace(self, frame=own, names=self.names[first:last], ends=self.ends[first : last + 1] - start)
+        return replace(
+            self, frame=own, names=self.names[first:last], ends=self.ends[first : last + 1] - start
+        )
 
     def count(self, which_N: np.ndarray) -> np.ndarray:
         """Return how many marked rows each site has, int64 [K]."""

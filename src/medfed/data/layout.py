@@ -1,8 +1,10 @@
-"""How a text table is written: its encoding, the lines above its header, the sign between its columns.
+"""How a text table is written: its encoding, the lines above its header, the sign between its
+columns.
 
-What a study declares (`data.format`) counts. Without a claim the rest follows from the first 1,000 rows;
-where two ways fit, the study is asked. Under a claim it follows from the mark at the file's beginning and the header
-line alone, so that no record decides anything. How numbers are spelt is the matter of `numerals`.
+What a study declares (`data.format`) counts. Without a claim the rest follows from the first 1,000
+rows; where two ways fit, the study is asked. Under a claim it follows from the mark at the file's
+beginning and the header line alone, so that no record decides anything. How numbers are spelt is
+the matter of `numerals`.
 """
 
 import codecs
@@ -30,11 +32,31 @@ BEGINNING = 1 << 20
 ROWS = 1000
 """So many bytes of a file, and of them rows, are looked at where its layout is guessed."""
 
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _CODECS = {"utf-8": "utf-8-sig"}  # a mark that is there is no part of the first name
 
-# Bytes that are a sign in cp1252 and are met in western tables: the euro, quotes, dashes, degrees, powers, fractions
-_SIGNS = bytes([0x80, *range(0x91, 0x95), 0x96, 0x97, 0xA0, 0xA7, 0xAA, 0xAB, 0xAE, *range(0xB0, 0xB6), 0xB7, 0xBA])
+# Bytes that are a sign in cp1252 and are met in western tables: the euro, quotes, dashes, degrees,
+# powers, fractions
+_SIGNS = bytes(
+    [
+        0x80,
+        *range(0x91, 0x95),
+        0x96,
+        0x97,
+        0xA0,
+        0xA7,
+        0xAA,
+        0xAB,
+        0xAE,
+        *range(0xB0, 0xB6),
+        0xB7,
+        0xBA,
+    ]
+)
 _SIGNS += bytes([0xBB, 0xBC, 0xBD, 0xBE])
 _LETTERS = bytes(byte for byte in range(0xC0, 0x100) if byte not in (0xD7, 0xF7))
 _FOREIGN = re.compile(
@@ -46,7 +68,9 @@ _FOREIGN = re.compile(
 
 @dataclass(frozen=True)
 class TextLayout:
-    """How one text table is written; `guessed` says why, key by key, where neither study nor file says it."""
+    """How one text table is written; `guessed` says why, key by key, where neither study nor file
+    says it.
+    """
 
     separator: str = ","
     decimal: str = "."
@@ -68,7 +92,7 @@ def lines_to_choose(what: str, values: Sequence[object]) -> str:
     return f"Put one line under [data.format]: {choices}"
 
 
-# opening --------------------------------------------------------------------------------------------------------------
+# opening ------------------------------------------------------------------------------------------
 
 
 def open_bytes(path: Path, format: Format) -> IO[bytes]:
@@ -88,10 +112,15 @@ def _member(path: Path, name: str) -> IO[bytes]:
     archive = zipfile.ZipFile(path)
     names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
     if name and name not in names:
-        raise DataError(f"data.format.member={name!r} is no file in {path.name!r}; {nearest(name, names)}")
+        raise DataError(
+            f"data.format.member={name!r} is no file in {path.name!r}; {nearest(name, names)}"
+        )
     if not name and len(names) != 1:
         held = f"{len(names)} files" if names else "no file"
-        raise DataError(f"data.table={str(path)!r} holds {held}; expected one. {lines_to_choose('member', names[:5])}")
+        raise DataError(
+            f"data.table={str(path)!r} holds {held}; expected one. "
+            f"{lines_to_choose('member', names[:5])}"
+        )
     return archive.open(name or names[0])
 
 
@@ -99,12 +128,15 @@ def text_of(
     path: Path, format: Format, layout: TextLayout, errors: str = "strict", newline: str | None = ""
 ) -> IO[str]:
     """Open a text table as text."""
-    return io.TextIOWrapper(open_bytes(path, format), encoding=layout.codec, errors=errors, newline=newline)
+    return io.TextIOWrapper(
+        open_bytes(path, format), encoding=layout.codec, errors=errors, newline=newline
+    )
 
 
 def without_last(lines: Iterable[str], footer: int) -> Iterator[str]:
     """Yield lines but the last so many that are not blank, and what stands between them."""
-    held, filled = deque[str](), 0
+    held = deque[str]()
+    filled = 0
     for line in lines:
         held.append(line)
         filled += bool(line.strip())
@@ -113,7 +145,7 @@ def without_last(lines: Iterable[str], footer: int) -> Iterator[str]:
             yield held.popleft()
 
 
-# encoding -------------------------------------------------------------------------------------------------------------
+# encoding -----------------------------------------------------------------------------------------
 
 
 def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
@@ -146,30 +178,36 @@ def is_utf8(start: bytes) -> bool:
 
 
 def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
-    """Return cp1252, and why, for lines that are not all UTF-8: where every byte is what a western text holds.
+    """Return cp1252, and why, for lines that are not all UTF-8: where every byte is what a western
+    text holds.
 
     Raises DataError where one is not, and where other lines are UTF-8 with more than ASCII.
     """
     strange = [line for line in lines if not line.isascii()]
     other = [line for line in strange if not is_utf8(line)]
     encodings = ["cp1252", "cp1250", "cp850", "mac-roman", "iso8859-15"]
+
     if len(other) < len(strange):
         raise DataError(
-            f"{where} is UTF-8 in some lines and not in others: two exports in one file? Write it anew in one "
-            f"encoding. {lines_to_choose('encoding', ['utf-8', *encodings[:1]])}"
+            f"{where} is UTF-8 in some lines and not in others: two exports in one file? Write "
+            f"it anew in one encoding. {lines_to_choose('encoding', ['utf-8', *encodings[:1]])}"
         )
     if not any(_FOREIGN.search(line) for line in other):
         return "cp1252", "bytes that are not UTF-8, and western letters in cp1252"
     raise DataError(
-        f"{where} is not UTF-8, and its letters fit several encodings. {lines_to_choose('encoding', encodings)}"
+        f"{where} is not UTF-8, and its letters fit several encodings. "
+        f"{lines_to_choose('encoding', encodings)}"
     )
 
 
-# the whole layout -----------------------------------------------------------------------------------------------------
+# the whole layout ---------------------------------------------------------------------------------
 
 
-def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[TextLayout, list[str]]:
-    """Return how a file is written, from its first rows, and the cells of its header; `encoding`: what is known.
+def guess(
+    path: Path, format: Format, where: str, encoding: str = ""
+) -> tuple[TextLayout, list[str]]:
+    """Return how a file is written, from its first rows, and the cells of its header; `encoding`:
+    what is known.
 
     Raises DataError for a file without a header, and where two ways fit.
     """
@@ -178,7 +216,9 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[T
     encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
     text = _decode(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
-        raise DataError(f"{where} cannot be read: it has no header; name its columns in the first line")
+        raise DataError(
+            f"{where} cannot be read: it has no header; name its columns in the first line"
+        )
     guessed = {"encoding": why} if why else {}
 
     ways = {s: _Way.of(text, s, format.skip) for s in SEPARATORS if format.separator in ("auto", s)}
@@ -190,21 +230,28 @@ def guess(path: Path, format: Format, where: str, encoding: str = "") -> tuple[T
     way = ways[separator]
     if format.skip < 0 and way.skip:
         guessed["skip"] = f"line {way.skip + 1} is the first that names {len(way.header)} columns"
-    return TextLayout(separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed), way.header
+    return TextLayout(
+        separator, ".", "none", encoding, way.skip, max(0, format.footer), guessed
+    ), way.header
 
 
 def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
-    """Return how a file is written, from its mark and header line alone, and the cells of that line.
+    """Return how a file is written, from its mark and header line alone, and the cells of that
+    line.
 
-    What `format` leaves open: a decimal point, nothing between thousands, no title lines, no footer. Raises DataError
-    as `guess` does.
+    What `format` leaves open: a decimal point, nothing between thousands, no title lines, no
+    footer. Raises DataError as `guess` does.
     """
     skip = max(0, format.skip)
     with open_bytes(path, format) as file:
         encoding = _read_mark(file.read(4), format)
     first = encoding or "utf-8"
     with text_of(
-        path, format, TextLayout(encoding=first), "surrogateescape" if not encoding else "replace", None
+        path,
+        format,
+        TextLayout(encoding=first),
+        "surrogateescape" if not encoding else "replace",
+        None,
     ) as text:
         for _ in range(skip):
             text.readline()
@@ -214,18 +261,23 @@ def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[
         encoding, _ = encoding_of(raw, format, where)
         line = raw.decode(encoding, "replace")
     if not line.strip():
-        raise DataError(f"{where} cannot be read: it has no header; name its columns in line {skip + 1}")
+        raise DataError(
+            f"{where} cannot be read: it has no header; name its columns in line {skip + 1}"
+        )
 
     widths = {s: len(next(csv.reader([line], delimiter=s), [])) for s in SEPARATORS}
     fits = [s for s, width in widths.items() if width > 1] or [","]
     if format.separator != "auto":
         fits = [format.separator]
     if len(fits) > 1:
-        raise DataError(f"{where}: its header can be parted in several ways. {lines_to_choose('separator', fits)}")
+        raise DataError(
+            f"{where}: its header can be parted in several ways. "
+            f"{lines_to_choose('separator', fits)}"
+        )
     if fits[0] != "," and format.decimal == "auto":
         raise DataError(
-            f"{where}: columns parted by {fits[0]!r} often go with decimal commas, and under a claim no cell is looked "
-            f"at to see. {lines_to_choose('decimal', ',.')}"
+            f"{where}: columns parted by {fits[0]!r} often go with decimal commas, and under a "
+            f"claim no cell is looked at to see. {lines_to_choose('decimal', ',.')}"
         )
     decimal = "." if format.decimal == "auto" else format.decimal
     thousands = "none" if format.thousands == "auto" else format.thousands
@@ -240,7 +292,9 @@ def _read_mark(start: bytes, format: Format) -> str:
 
 
 def _check_declared(format: Format, start: bytes) -> str:
-    """Return the declared encoding of a file without a mark; of UTF-16, with the order that its first sign has."""
+    """Return the declared encoding of a file without a mark; of UTF-16, with the order that its
+    first sign has.
+    """
     if format.encoding != "utf-16":
         return format.encoding
     if start[:1] == b"\0":
@@ -278,15 +332,19 @@ class _Way:
 
 
 def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a text, and before how many lines each begins; a last one that may be cut is left out."""
+    """Yield the rows of a text, and before how many lines each begins; a last one that may be cut
+    is left out.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     cut = len(text) >= BEGINNING // 4
-    began, before = 0, None
+    began = 0
+    before = None
     try:
         for cells in reader:
             if before is not None:
                 yield before
-            before, began = (began, cells), reader.line_num
+            before = (began, cells)
+            began = reader.line_num
     except csv.Error:  # a field beyond the reader's limit: what comes before it is enough
         pass
     if before is not None and (not cut or before[0] == 0):
@@ -294,7 +352,9 @@ def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _header(filled: Sequence[tuple[int, list[str]]], width: int) -> tuple[int, list[str]]:
-    """Return the header among rows: below lines of fewer than half its cells, and without a number; else the first."""
+    """Return the header among rows: below lines of fewer than half its cells, and without a number;
+    else the first.
+    """
     for line, cells in filled:
         several = sum(map(bool, cells))
         if len(cells) == width and 2 * several > width:
@@ -310,20 +370,28 @@ _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*\s*")
 
 
 def _choose(ways: Mapping[str, _Way], where: str) -> tuple[str, str]:
-    """Return the separator that leaves the fewest lines above the header, then the fewest odd rows, and why."""
+    """Return the separator that leaves the fewest lines above the header, then the fewest odd rows,
+    and why.
+    """
     several = {separator: way for separator, way in ways.items() if len(way.header) > 1}
     if not several:
         return ",", ""
     order = sorted(several, key=lambda s: (several[s].skip, -several[s].share))
-    first, *others = [s for s in order if (several[s].skip, several[s].share) == _rank(several[order[0]])]
+    first, *others = [
+        s for s in order if (several[s].skip, several[s].share) == _rank(several[order[0]])
+    ]
+
     if others:
         fits = some([f"{s!r} gives {len(several[s].header)} columns" for s in (first, *others)])
         raise DataError(
-            f"{where} can be parted in several ways: {fits}. {lines_to_choose('separator', [first, *others])}"
+            f"{where} can be parted in several ways: {fits}. "
+            f"{lines_to_choose('separator', [first, *others])}"
         )
+
     return (
         first,
-        f"it parts the header and {several[first].share:.0%} of the first rows into {len(several[first].header)}",
+        f"it parts the header and {several[first].share:.0%} of the first rows into "
+        f"{len(several[first].header)}",
     )
 
 
@@ -331,7 +399,7 @@ def _rank(way: _Way) -> tuple[int, float]:
     return way.skip, way.share
 
 
-# names ----------------------------------------------------------------------------------------------------------------
+# names --------------------------------------------------------------------------------------------
 
 
 def names_of(cells: Sequence[str], where: str) -> list[str]:
@@ -343,20 +411,33 @@ def names_of(cells: Sequence[str], where: str) -> list[str]:
     while names and not names[-1].strip():
         names.pop()
     if not names:
-        raise DataError(f"{where} cannot be read: it has no header; name its columns in the first line")
+        raise DataError(
+            f"{where} cannot be read: it has no header; name its columns in the first line"
+        )
     if not names[0].strip():
         raise DataError(
-            f"{where}: the first header is empty: an index written by pandas? Write the table with index=False, or "
-            "give the column a name."
+            f"{where}: the first header is empty: an index written by pandas? Write the table "
+            "with index=False, or give the column a name."
         )
+
     unnamed = [str(place) for place, name in enumerate(names, 1) if not name.strip()]
     if unnamed:
-        raise DataError(f"{where}: no name in the header of column {some(unnamed)}; name it, or take the column out")
+        raise DataError(
+            f"{where}: no name in the header of column {some(unnamed)}; name it, or take the "
+            "column out"
+        )
+
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names, 1):
         places.setdefault(name, []).append(place)
     twice = {name: at for name, at in places.items() if len(at) > 1}
+
     if twice:
-        told = "; ".join(f"{name!r} in columns {' and '.join(map(str, at))}" for name, at in twice.items())
-        raise DataError(f"{where}: one name for several columns: {told}. Rename or take out all but one.")
+        told = "; ".join(
+            f"{name!r} in columns {' and '.join(map(str, at))}" for name, at in twice.items()
+        )
+        raise DataError(
+            f"{where}: one name for several columns: {told}. Rename or take out all but one."
+        )
+
     return names

@@ -1,9 +1,10 @@
-"""A text table read line by line: what one line says can neither change another nor stop the reading.
+"""A text table read line by line: what one line says can neither change another nor stop the
+reading.
 
-In a table read as a whole, one open quote swallows the rows behind it, and one separator too many ends the run: both
-tell of one patient. Here a line is a record or none. Its quotes must be even in number and its fields as many as the
-header's; so a cell with a line break in it is no record, in none of its lines. How the file is written is read off its
-header alone (`layout.of_header`).
+In a table read as a whole, one open quote swallows the rows behind it, and one separator too many
+ends the run: both tell of one patient. Here a line is a record or none. Its quotes must be even in
+number and its fields as many as the header's; so a cell with a line break in it is no record, in
+none of its lines. How the file is written is read off its header alone (`layout.of_header`).
 """
 
 import codecs
@@ -29,18 +30,22 @@ def read(
     format: Format = Format(),  # noqa: B008
     header: Header | None = None,
 ) -> tuple[pd.DataFrame, list[int]]:
-    """Return the records as texts, the index holding each one's line (the header is 1), and the lines that are none.
+    """Return the records as texts, the index holding each one's line (the header is 1), and the
+    lines that are none.
 
-    A byte that the encoding does not know becomes a mark of its own cell. `header`: where it is read already. Raises
-    DataError for a header that names no column.
+    A byte that the encoding does not know becomes a mark of its own cell. `header`: where it is
+    read already. Raises DataError for a header that names no column.
     """
     where = f"data.table={str(path)!r}"
     layout, cells = header or of_header(path, format, where)
     names = names_of(cells, where)
     with _open(path, format, layout) as file:
         rows, numbers, broken = _records(file, layout, cells)
-    frame = pd.DataFrame(rows, index=pd.Index(numbers, dtype="int64"), columns=range(len(cells)), dtype=object)
+    frame = pd.DataFrame(
+        rows, index=pd.Index(numbers, dtype="int64"), columns=range(len(cells)), dtype=object
+    )
     frame = frame.iloc[:, : len(names)].set_axis(pd.Index(names), axis=1)
+
     return numerals.respell(frame, numerals.one_form), broken
 
 
@@ -66,9 +71,13 @@ def _lines_of_pairs(content: bytes) -> str:
     return "\n".join(line.decode(codec, errors="replace").rstrip("\r") for line in lines)
 
 
-def _records(file: IO[str], layout: TextLayout, header: list[str]) -> tuple[list[list[str]], list[int], list[int]]:
+def _records(
+    file: IO[str], layout: TextLayout, header: list[str]
+) -> tuple[list[list[str]], list[int], list[int]]:
     """Return the records below the header, their lines, and the lines that are none."""
-    rows, numbers, broken = list[list[str]](), list[int](), list[int]()
+    rows = list[list[str]]()
+    numbers = list[int]()
+    broken = list[int]()
     lines = layouts.without_last(itertools.islice(file, layout.skip + 1, None), layout.footer)
 
     for number, line in enumerate(lines, layout.skip + 2):

@@ -2,12 +2,29 @@
 
 from itertools import islice, product
 
-_PLACES = ("Northfield", "St. Brigid", "Harbour View", "Lakeside", "Elmwood", "Riverbend", "St. Cosmas", "Highmoor")
-_KINDS = ("University Hospital", "General", "Clinic", "Community Hospital", "Medical Centre", "Infirmary")
+_PLACES = (
+    "Northfield",
+    "St. Brigid",
+    "Harbour View",
+    "Lakeside",
+    "Elmwood",
+    "Riverbend",
+    "St. Cosmas",
+    "Highmoor",
+)
+_KINDS = (
+    "University Hospital",
+    "General",
+    "Clinic",
+    "Community Hospital",
+    "Medical Centre",
+    "Infirmary",
+)
 
 
 def create_medical_device_names(count: int = 4) -> list[str]:
-    """Return `count` different names of invented institutions, always the same ones in the same order.
+    """Return `count` different names of invented institutions, always the same ones in the same
+    order.
 
     The brief's function. The first four are the sites of the bundled breast-cancer study.
     """

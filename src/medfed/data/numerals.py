@@ -1,8 +1,10 @@
-"""How numbers are spelt in a text table: decimal points or commas, and what stands between thousands.
+"""How numbers are spelt in a text table: decimal points or commas, and what stands between
+thousands.
 
-`1,5` is a decimal comma and `1,234,567` is not; `1,234` alone may be either. A whole file, and all files of a study,
-are looked at, cell by cell; what no cell decides is asked for. Cells that are numbers are then spelt with a point, so
-that `tables.clean` sees the same whatever the export; all other cells stay as they are.
+`1,5` is a decimal comma and `1,234,567` is not; `1,234` alone may be either. A whole file, and all
+files of a study, are looked at, cell by cell; what no cell decides is asked for. Cells that are
+numbers are then spelt with a point, so that `tables.clean` sees the same whatever the export; all
+other cells stay as they are.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -26,7 +28,9 @@ _EXPONENT = r"(?:[eE][+-]?\d+)?"
 
 @dataclass(frozen=True)
 class Spelling:
-    """A kind of cell, and what it says: the decimal sign, what parts thousands; "" where it says nothing of it."""
+    """A kind of cell, and what it says: the decimal sign, what parts thousands; "" where it says
+    nothing of it.
+    """
 
     pattern: str
     decimal: str = ""
@@ -36,14 +40,18 @@ class Spelling:
 def _spellings() -> Iterable[Spelling]:
     """Yield the kinds of cells that decide something; one cell is of one kind."""
     for sign, other in ((",", "."), (".", ",")):
-        d, t = _MARK[sign], _MARK[other]
+        d = _MARK[sign]
+        t = _MARK[other]
         # 1,5 and 0,123 and 1234,567: no group of three behind one to three digits
-        no_group = rf"(?:0\d*{d}\d+|[1-9]\d{{0,2}}{d}(?:\d{{1,2}}|\d{{4,}})|[1-9]\d{{3,}}{d}\d+|{d}\d+)"
+        no_group = (
+            rf"(?:0\d*{d}\d+|[1-9]\d{{0,2}}{d}(?:\d{{1,2}}|\d{{4,}})|[1-9]\d{{3,}}{d}\d+|{d}\d+)"
+        )
         yield Spelling(rf"^[+-]?{no_group}{_EXPONENT}$", sign)
         yield Spelling(rf"^[+-]?[1-9]\d{{0,2}}(?:{t}\d{{3}})+{d}\d+$", sign, other)  # 1.234,5
         yield Spelling(rf"^[+-]?[1-9]\d{{0,2}}(?:{t}\d{{3}}){{2,}}$", "", other)  # 1.234.567
         for mark in (" ", "'"):
-            yield Spelling(rf"^[+-]?[1-9]\d{{0,2}}(?:{_MARK[mark]}\d{{3}})+{d}\d+$", sign, mark)  # 1 234,5
+            # 1 234,5
+            yield Spelling(rf"^[+-]?[1-9]\d{{0,2}}(?:{_MARK[mark]}\d{{3}})+{d}\d+$", sign, mark)
     for mark in (" ", "'"):
         yield Spelling(rf"^[+-]?[1-9]\d{{0,2}}(?:{_MARK[mark]}\d{{3}})+$", "", mark)  # 1 234
 
@@ -55,7 +63,9 @@ _PLAIN = rf"^[+-]?\d+{_EXPONENT}$"
 
 @dataclass(frozen=True)
 class CellEvidence:
-    """Where a kind of cell was met: the file, the column, the row and the cell, of which none leaves under a claim."""
+    """Where a kind of cell was met: the file, the column, the row and the cell, of which none
+    leaves under a claim.
+    """
 
     decimal: str
     thousands: str
@@ -63,11 +73,13 @@ class CellEvidence:
     either: str = ""  # the sign of a cell that may be either
 
 
-def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool) -> list[CellEvidence]:
+def evidence(
+    table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, points: bool
+) -> list[CellEvidence]:
     """Return what the cells of a table say, the first of each kind in each column.
 
-    A column counts where at least half of its cells that hold anything may be numbers. `points`: also look at columns
-    in which nothing but a point is met.
+    A column counts where at least half of its cells that hold anything may be numbers. `points`:
+    also look at columns in which nothing but a point is met.
     """
     found: list[CellEvidence] = []
     for place, name in enumerate(names):
@@ -78,7 +90,8 @@ def evidence(table: pa.Table, names: Sequence[str], rows: pd.Index, file: str, p
 
 
 def _of_column(text_N: pa.ChunkedArray, name: str, rows: pd.Index, file: str) -> list[CellEvidence]:
-    found, numbers = list[CellEvidence](), _count(text_N, _PLAIN)
+    found = list[CellEvidence]()
+    numbers = _count(text_N, _PLAIN)
     kinds = [(s.pattern, s.decimal, s.thousands, "") for s in SPELLINGS]
     kinds += [(pattern, "", "", sign) for sign, pattern in _EITHER.items()]
     for pattern, decimal, thousands, either in kinds:
@@ -100,7 +113,9 @@ def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
 
 
 def _may_be_parted(column: pa.ChunkedArray, points: bool) -> bool:
-    """Say whether a column's bytes hold any sign that a number may be parted by, besides a point."""
+    """Say whether a column's bytes hold any sign that a number may be parted by, besides
+    a point.
+    """
     return any(_holds(chunk, points) for chunk in column.chunks)
 
 
@@ -146,8 +161,9 @@ def decide(
     if decimal in parted or len(parted) > 1:
         places = "; ".join(parted.values())
         raise DataError(
-            f"{where}: thousands are parted in several ways, or as decimals are ({decimal!r}): {places}. Correct the "
-            f"cells. {lines_to_choose('thousands', [*(m for m in parted if m != decimal), 'none'])}"
+            f"{where}: thousands are parted in several ways, or as decimals are ({decimal!r}): "
+            f"{places}. Correct the cells. "
+            f"{lines_to_choose('thousands', [*(m for m in parted if m != decimal), 'none'])}"
         )
     if not parted:
         return decimal, "none", guessed
@@ -160,7 +176,13 @@ _OTHER = {",": ".", ".": ","}
 """Which of comma and point is the decimal sign where the other parts thousands."""
 
 
-def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, where: str, guessed: dict[str, str]) -> str:
+def _decimal(
+    found: Sequence[CellEvidence],
+    format: Format,
+    separator: str,
+    where: str,
+    guessed: dict[str, str],
+) -> str:
     """Return the decimal sign; why goes into `guessed` where it is a guess."""
     if format.decimal != "auto":
         return format.decimal
@@ -170,7 +192,8 @@ def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, wher
     if len(signs) > 1:
         raise DataError(
             f"{where}: decimal commas and decimal points: {signs[',']}; {signs['.']}. "
-            f"{lines_to_choose('decimal', ',.')}; cells of the other kind are then read as they stand."
+            f"{lines_to_choose('decimal', ',.')}; cells of the other kind are then read as they "
+            "stand."
         )
     for sign, place in signs.items():
         if sign == ",":
@@ -182,7 +205,8 @@ def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, wher
         guessed["decimal"] = place
         return _OTHER[mark]
 
-    # Cells that may be read in two ways: by what is declared of thousands, else a person has to say.
+    # Cells that may be read in two ways: by what is declared of thousands, else a person has to
+    # say.
     either = {e.either: e.place for e in reversed(found) if e.either}
     if format.thousands in either:
         return _OTHER.get(format.thousands, ".")
@@ -198,7 +222,9 @@ def _decimal(found: Sequence[CellEvidence], format: Format, separator: str, wher
 
 
 def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.ChunkedArray:
-    """Return a column of texts whose cells that are numbers in this spelling have a decimal point, and nothing else."""
+    """Return a column of texts whose cells that are numbers in this spelling have a decimal point,
+    and nothing else.
+    """
     if decimal == "." and thousands == "none":
         return column
     groups = ""
@@ -212,8 +238,10 @@ def with_points(column: pa.ChunkedArray, decimal: str, thousands: str) -> pa.Chu
     if thousands != "none":
         marks += thousands
     chunks = [
-        _respell_chunk(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk for chunk in column.chunks
+        _respell_chunk(chunk, number, decimal, thousands) if _any(chunk, marks) else chunk
+        for chunk in column.chunks
     ]
+
     return pa.chunked_array(chunks, column.type)
 
 
@@ -222,7 +250,9 @@ FORMS = {
     for decimal, marks in ((",", ("none", ".", " ", "'")), (".", (",", " ", "'")))
     for thousands in marks
 }
-"""How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts thousands."""
+"""How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts
+thousands.
+"""
 
 
 def set_points(texts: Sequence[str | None], form: str) -> list[str | None]:
@@ -238,15 +268,19 @@ def form_of(texts: Iterable[str]) -> str | None:
     None where they are not; "" where they may be read in two ways.
     """
     given = list(texts)
-    found = _of_column(pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(len(given)), "")
+    found = _of_column(
+        pa.chunked_array([pa.array(given, pa.string())]), "", pd.RangeIndex(len(given)), ""
+    )
     if not any(e.thousands or "," in (e.decimal, e.either) for e in found):
         return None
-    decimals, parted = {e.decimal for e in found} - {""}, {e.thousands for e in found} - {""}
+    decimals = {e.decimal for e in found} - {""}
+    parted = {e.thousands for e in found} - {""}
     if {e.either for e in found} - {""} - (decimals if len(decimals) == 1 else set()) - parted:
         return ""  # beside 4,5 a workbook's cell of the number 1.234 is no thousand
     both = len(decimals) > 1 and not parted
     try:
-        signs = (",", "none") if both else decide(found, Format(), ";", "")[:2]  # a workbook's number cells have points
+        # a workbook's number cells have points
+        signs = (",", "none") if both else decide(found, Format(), ";", "")[:2]
     except DataError:
         return ""
     form = next(form for form, known in FORMS.items() if known == signs)
@@ -257,10 +291,14 @@ def form_of(texts: Iterable[str]) -> str | None:
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:
-    """Say whether a chunk holds any of the marks; a blank and an apostrophe may be of several bytes."""
+    """Say whether a chunk holds any of the marks; a blank and an apostrophe may be of several
+    bytes.
+    """
     bytes_N = characters(chunk)
     several = any(mark in " '" for mark in marks)
-    return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (several and bool((bytes_N >= 0x80).any()))
+    return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (
+        several and bool((bytes_N >= 0x80).any())
+    )
 
 
 def _respell_chunk(chunk: pa.Array, number: str, decimal: str, thousands: str) -> pa.Array:
@@ -275,7 +313,9 @@ def _respell_chunk(chunk: pa.Array, number: str, decimal: str, thousands: str) -
 
 def one_form(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column of texts in one Unicode form, NFC: a letter and its accent are one sign."""
-    chunks = [_normal(chunk) if (characters(chunk) >= 0x80).any() else chunk for chunk in column.chunks]
+    chunks = [
+        _normal(chunk) if (characters(chunk) >= 0x80).any() else chunk for chunk in column.chunks
+    ]
     return pa.chunked_array(chunks, column.type)
 
 
@@ -283,13 +323,20 @@ def _normal(chunk: pa.Array) -> pa.Array:
     try:
         return pc.utf8_normalize(chunk, "NFC")
     except pa.ArrowInvalid:  # bytes that are no UTF-8 become a mark of their own cell
-        cells = chunk.view(pa.large_binary() if pa.types.is_large_string(chunk.type) else pa.binary()).to_pylist()
-        texts = [None if cell is None else normalize("NFC", cell.decode("utf-8", "replace")) for cell in cells]
+        cells = chunk.view(
+            pa.large_binary() if pa.types.is_large_string(chunk.type) else pa.binary()
+        ).to_pylist()
+        texts = [
+            None if cell is None else normalize("NFC", cell.decode("utf-8", "replace"))
+            for cell in cells
+        ]
         return pa.array(texts, chunk.type)
 
 
 def respell(
-    frame: pd.DataFrame, spell: Callable[[pa.ChunkedArray], pa.ChunkedArray], keep: Collection[str] = ()
+    frame: pd.DataFrame,
+    spell: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+    keep: Collection[str] = (),
 ) -> pd.DataFrame:
     """Return a frame of texts whose columns but those to `keep` are spelt anew."""
     columns: dict[str, pd.Series] = {}

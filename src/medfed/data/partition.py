@@ -30,10 +30,11 @@ def is_test(
 ) -> pd.Series:
     """Say for each row whether its patient is held out for testing.
 
-    Plain: a patient is held out where its keyed hash lies below `fraction`, whatever anybody else does. Every class
-    has the same chance, so class shares agree in expectation. `exact`: within each class (of a patient's first
-    record) the patients of lowest hash are held out, as many as `fraction` of them rounded up, at least one kept; of
-    several sites (`site` [rows]), within each class of each.
+    Plain: a patient is held out where its keyed hash lies below `fraction`, whatever anybody else
+    does. Every class has the same chance, so class shares agree in expectation. `exact`: within
+    each class (of a patient's first record) the patients of lowest hash are held out, as many as
+    `fraction` of them rounded up, at least one kept; of several sites (`site` [rows]), within each
+    class of each.
     """
     key = streams.key("split")
     who_N, names = pd.factorize(patient)
@@ -44,7 +45,10 @@ def is_test(
     place_N = np.zeros(len(patient), dtype=np.int64) if site is None else site
     one_N, ones = pd.factorize(place_N * max(1, len(names)) + who_N)  # one patient of one site
     first = np.flatnonzero(~pd.Series(one_N).duplicated())
-    kind = np.zeros(len(patient), dtype=np.int64) if label is None else pd.factorize(label.astype(str))[0]
+    if label is None:
+        kind = np.zeros(len(patient), dtype=np.int64)
+    else:
+        kind = pd.factorize(label.astype(str))[0]
     class_I = pd.factorize(place_N[first] * (int(kind.max(initial=0)) + 1) + kind[first])[0]
     fraction_I = fraction_I[who_N[first]]
 
@@ -56,8 +60,12 @@ def is_test(
     return pd.Series((rank_I <= held[class_I])[one_N], index=patient.index)
 
 
-def site_of(patient: pd.Series, names: Sequence[str], shares: Sequence[float], streams: Streams) -> pd.Series:
-    """Give each patient a site by its keyed hash; sites get `shares` of the patients in expectation."""
+def site_of(
+    patient: pd.Series, names: Sequence[str], shares: Sequence[float], streams: Streams
+) -> pd.Series:
+    """Give each patient a site by its keyed hash; sites get `shares` of the patients in
+    expectation.
+    """
     key = streams.key("partition")
     ids = patient.unique()
     ends = np.cumsum(shares)
@@ -75,11 +83,13 @@ def patients(
     claimed: bool = False,
     site: np.ndarray | None = None,
 ) -> pd.Series:
-    """Name the patient of each row: by a column, under the identity rule, or by the row's content without one.
+    """Name the patient of each row: by a column, under the identity rule, or by the row's content
+    without one.
 
-    A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises DataError; where a
-    guarantee is `claimed`, it does not say which rows: `medfed data show`, at the site, does. Of several sites (`site`
-    [rows]) each counts its rows of equal content by itself.
+    A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises
+    DataError; where a guarantee is `claimed`, it does not say which rows: `medfed data show`, at
+    the site, does. Of several sites (`site` [rows]) each counts its rows of equal content by
+    itself.
     """
     if not column:
         return row_patients(frame, site)
@@ -91,17 +101,27 @@ def patients(
     if identity == "canonical":
         nobody = named.isin(absent).to_numpy(dtype=bool)  # named as `is_nobody` would name them
     else:
-        nobody = text.map({one: patient_ids.is_nobody(one, absent) for one in names}).to_numpy(dtype=bool)
+        nobody = text.map({one: patient_ids.is_nobody(one, absent) for one in names}).to_numpy(
+            dtype=bool
+        )
 
     if nobody.any() and missing_patient == "refuse":
-        where, rows = f"column {column!r}: no patient named in", f"row {some(frame.index[nobody])}"
+        where = f"column {column!r}: no patient named in"
+        rows = f"row {some(frame.index[nobody])}"
         action = "Name each patient, leave the rows out (data.drop = ['rows without patient'])"
         if claimed:
             logger.warning("%s %s", where, rows)
-            raise DataError(f"{where} some rows; at the site `medfed data show` says which. {action}.")
-        raise DataError(f"{where} {rows}. {action}, or set data.missing_patient='own': each row is its own patient.")
+            raise DataError(
+                f"{where} some rows; at the site `medfed data show` says which. {action}."
+            )
+        raise DataError(
+            f"{where} {rows}. {action}, or set data.missing_patient='own': each row is its own "
+            "patient."
+        )
     if nobody.any():
-        named[nobody] = (OWN + row_patients(frame[nobody], None if site is None else site[nobody])).to_numpy()
+        named[nobody] = (
+            OWN + row_patients(frame[nobody], None if site is None else site[nobody])
+        ).to_numpy()
     return named
 
 
@@ -110,9 +130,11 @@ _ROUNDED = re.compile(r"[+-]?\d[.,]\d+e\+?(1[5-9]|[2-9]\d)|[+-]?\d{16,}[.,]0*", 
 
 
 def _refuse_rounded(text: pd.Series, where: str, claimed: bool) -> None:
-    """Raise DataError for ids that were rounded when they were written: several patients may have become one.
+    """Raise DataError for ids that were rounded when they were written: several patients may have
+    become one.
 
-    Under a claim it goes into the site's own log alone: as one they are bounded together, and pay together.
+    Under a claim it goes into the site's own log alone: as one they are bounded together, and pay
+    together.
     """
     every = "\n".join(text)
     if "." not in every and "," not in every:  # of a million ids hardly any table has one
@@ -121,17 +143,22 @@ def _refuse_rounded(text: pd.Series, where: str, claimed: bool) -> None:
     if not rounded.any():
         return
     rows = some(text.index[rounded], 50 if claimed else 5)
+
     if claimed:
-        logger.warning("%s: ids that were rounded, so that several patients may be one, in row %s", where, rows)
+        logger.warning(
+            "%s: ids that were rounded, so that several patients may be one, in row %s", where, rows
+        )
         return
+
     raise DataError(
-        f"{where}: ids that were rounded when they were written, in row {rows}, so that several patients may "
-        "have become one. Export them as whole numbers or as text."
+        f"{where}: ids that were rounded when they were written, in row {rows}, so that several "
+        "patients may have become one. Export them as whole numbers or as text."
     )
 
 
 def id_texts(column: pd.Series, where: str) -> pd.Series:
-    """Return ids as texts, the same for every type that a column of whole numbers can have; "" where there is none.
+    """Return ids as texts, the same for every type that a column of whole numbers can have; ""
+    where there is none.
 
     Raises DataError for ids that floats have rounded already, and for bytes that are no text.
     """
@@ -157,8 +184,8 @@ def _id_text(value: object, where: str, largest: float) -> str:
             raise DataError(f"{where}: an id is bytes and no text; write ids as text") from None
     if isinstance(value, (float, np.floating)) and abs(float(value)) >= largest:
         raise DataError(
-            f"{where}: ids of {largest:.0f} and more in a column of floats are rounded, so that two patients may have "
-            "become one. Write ids as whole numbers or as text."
+            f"{where}: ids of {largest:.0f} and more in a column of floats are rounded, so that "
+            "two patients may have become one. Write ids as whole numbers or as text."
         )
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
@@ -168,7 +195,9 @@ def _id_text(value: object, where: str, largest: float) -> str:
 
 
 def spellings(column: pd.Series) -> int:
-    """Return how many patients are written in more than one way: texts that differ and are one in canonical form."""
+    """Return how many patients are written in more than one way: texts that differ and are one in
+    canonical form.
+    """
     return int(count_respelt(column, np.zeros(len(column), dtype=np.int64), 1)[0])
 
 
@@ -179,16 +208,20 @@ def count_respelt(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarr
     absent = name.isin(patient_ids.nobodies(())).to_numpy(dtype=bool)
     name_I, names = pd.factorize(name)
     pairs = np.unique(site_N * max(1, len(texts)) + code_N)  # one text of one site
-    place, text = pairs // max(1, len(texts)), pairs % max(1, len(texts))
-    place, text = place[~absent[text]], text[~absent[text]]
+    place = pairs // max(1, len(texts))
+    text = pairs % max(1, len(texts))
+    place = place[~absent[text]]
+    text = text[~absent[text]]
     people, written = np.unique(place * max(1, len(names)) + name_I[text], return_counts=True)
     return np.bincount(people[written > 1] // max(1, len(names)), minlength=sites)
 
 
 def row_patients(frame: pd.DataFrame, site: np.ndarray | None = None) -> pd.Series:
-    """Name the patient of each row where no column does: by the row's content, so that row order means nothing.
+    """Name the patient of each row where no column does: by the row's content, so that row order
+    means nothing.
 
-    Rows of equal content are told apart by their order among themselves; of several sites (`site` [rows]), in each.
+    Rows of equal content are told apart by their order among themselves; of several sites (`site`
+    [rows]), in each.
     """
     told = frame.assign(**{name: dates.texts(frame[name]) for name in frame.columns})
     text = told.astype(str).mask(frame.isna(), "").to_numpy()

@@ -1,8 +1,10 @@
 """From cleaned columns to numbers, agreed between sites without pooling a row.
 
-An `Encoding` is the agreement: plain numbers and names that go to every site and into the model file. Its centres and
-scales come from the data dictionary, or from counts and sums that sites answer. The median and other quantiles are
-exact: a float64 is found digit by digit, each time by asking how many values lie below sixteen thresholds.
+An `Encoding` is the agreement: plain numbers and names that go to every site and into the model
+file. Its centres and scales come from the data dictionary, or from counts and sums that sites
+answer. The median and other quantiles are
+exact: a float64 is found digit by digit, each time by asking how many values lie below sixteen
+thresholds.
 
 F features of the table, Q quantiles, M columns after encoding.
 """
@@ -38,8 +40,8 @@ _OUTER = ((0.05, 0.95, 4.0), (0.01, 0.99, 7.0))
 _DIGIT_BITS = 4
 
 ROBUST_CAP = 10.0
-"""Robust scaling: no encoded number is larger, so that one wrong cell cannot outweigh a table. It cuts nothing of the
-bundled studies, whose largest is 5."""
+"""Robust scaling: no encoded number is larger, so that one wrong cell cannot outweigh a table. It
+cuts nothing of the bundled studies, whose largest is 5."""
 
 
 def agree(
@@ -51,8 +53,8 @@ def agree(
 ) -> Encoding:
     """Make the encoding that all sites will use, from their surveys and their answers to `ask`.
 
-    With `public` nothing may come from patients: preprocess is then dictionary or none, and `ask` is not used. `found`:
-    ranges of columns that declare none, which patients have paid for.
+    With `public` nothing may come from patients: preprocess is then dictionary or none, and `ask`
+    is not used. `found`: ranges of columns that declare none, which patients have paid for.
 
     Raises DataError or PlanError where sites' tables do not fit together, naming the sites.
     """
@@ -65,7 +67,11 @@ def agree(
 
     # Centre and scale of each number: from the dictionary, none, or from what sites answer.
     numbers = [name for name in names if name not in texts]
-    logs = {n: _log_floor(data.dictionary[n]) for n in numbers if n in data.dictionary and data.dictionary[n].log}
+    logs = {
+        n: _log_floor(data.dictionary[n])
+        for n in numbers
+        if n in data.dictionary and data.dictionary[n].log
+    }
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         refuse(_refuse_unranged(numbers, data))
@@ -97,7 +103,9 @@ def agree(
     for name in names:
         if name in texts:
             categories = data.dictionary.get(name, Feature()).categories or texts[name]
-            columns.append(Column(name, "category", categories=categories, indicator=name in indicators))
+            columns.append(
+                Column(name, "category", categories=categories, indicator=name in indicators)
+            )
             continue
         centre, scale = scales[name]
         column = Column(
@@ -116,12 +124,18 @@ def agree(
     return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
 
 
-def _choose_indicators(surveys: dict[str, dict[str, Any]], names: Sequence[str], data: Data, public: bool) -> set[str]:
-    """Return the features that get a column of gaps: those that declare it, and with gaps in training rows.
+def _choose_indicators(
+    surveys: dict[str, dict[str, Any]], names: Sequence[str], data: Data, public: bool
+) -> set[str]:
+    """Return the features that get a column of gaps: those that declare it, and with gaps in
+    training rows.
 
-    `public`: the first alone, as gaps are patients'. A column that a site lacks is a gap in all of its rows.
+    `public`: the first alone, as gaps are patients'. A column that a site lacks is a gap in all of
+    its rows.
     """
-    indicators = {name for name in names if name in data.dictionary and data.dictionary[name].indicator}
+    indicators = {
+        name for name in names if name in data.dictionary and data.dictionary[name].indicator
+    }
     if public:
         return indicators
     for survey in surveys.values():
@@ -131,7 +145,9 @@ def _choose_indicators(surveys: dict[str, dict[str, Any]], names: Sequence[str],
 
 
 def _scale_by_dictionary(target: Target, data: Data) -> Target:
-    """Return a regression's target with the centre and scale of its declared range, which becomes [-2, 2]."""
+    """Return a regression's target with the centre and scale of its declared range, which becomes
+    [-2, 2].
+    """
     low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
     if low == high:
         where = toml.key("data", "dictionary", data.target, "range")
@@ -147,7 +163,10 @@ def with_range(column: Column, ends: tuple[float, ...]) -> Column:
 
 def _with_ranges(data: Data, found: Mapping[str, tuple[float, ...]]) -> Data:
     """Return the data table with the ranges that were found in its dictionary."""
-    entries = {n: dataclasses.replace(data.dictionary.get(n, Feature()), range=tuple(r)) for n, r in found.items()}
+    entries = {
+        n: dataclasses.replace(data.dictionary.get(n, Feature()), range=tuple(r))
+        for n, r in found.items()
+    }
     if entries:
         return dataclasses.replace(data, dictionary={**data.dictionary, **entries})
     return data
@@ -156,11 +175,12 @@ def _with_ranges(data: Data, found: Mapping[str, tuple[float, ...]]) -> Data:
 def fit(
     kind: Literal["robust", "standard"], names: Sequence[str], logs: dict[str, float], ask: Ask
 ) -> dict[str, tuple[float, float]]:
-    """Return each feature's (centre, scale) over all sites' training values; a constant feature has scale 1.
+    """Return each feature's (centre, scale) over all sites' training values; a constant feature has
+    scale 1.
 
     Args:
-        kind: robust is median and interquartile range, equal to numpy.quantile of the pooled values to the last bit;
-            standard is mean and standard deviation (divided by n).
+        kind: robust is median and interquartile range, equal to numpy.quantile of the pooled values
+            to the last bit; standard is mean and standard deviation (divided by n).
         names: the features, F of them; "" is the target.
         logs: features whose logarithm is meant, with its floor.
         ask: puts a question to every site and returns the sum of the answers.
@@ -169,24 +189,33 @@ def fit(
         return {}
     header = {"names": list(names), "logs": logs}
     known_F = ask("known", header, {})
+
     if kind == "robust":
         q_FQ = _find_quantiles(_QUARTILES, known_F, header, ask)
-        centres, scales = q_FQ[:, 1], q_FQ[:, 2] - q_FQ[:, 0]
+        centres = q_FQ[:, 1]
+        scales = q_FQ[:, 2] - q_FQ[:, 0]
     else:
         count_F = np.maximum(known_F.numpy(), 1)
         centres = ask("sum", header, {}).numpy() / count_F
-        scales = np.sqrt(ask("squares", header, {"centre": torch.from_numpy(centres)}).numpy() / count_F)
+        scales = np.sqrt(
+            ask("squares", header, {"centre": torch.from_numpy(centres)}).numpy() / count_F
+        )
+
     scales = np.where((scales > 0) & np.isfinite(scales), scales, 1.0)
     return {n: (float(c), float(s)) for n, c, s in zip(names, centres, scales, strict=True)}
 
 
-def fit_widely(names: Sequence[str], logs: dict[str, float], ask: Ask) -> dict[str, tuple[float, float]]:
-    """Return each feature's (median, scale) for robust scaling: `fit`'s IQR where it is one, wider where it is not.
+def fit_widely(
+    names: Sequence[str], logs: dict[str, float], ask: Ask
+) -> dict[str, tuple[float, float]]:
+    """Return each feature's (median, scale) for robust scaling: `fit`'s IQR where it is one, wider
+    where it is not.
 
-    An IQR is no scale of mostly zero counts, rare events or heavy tails. So the scale is at least a quarter of the span
-    of the middle 90 %, and a seventh of that of the middle 98 %: nine cells of ten lie within 4 of the median, 98 of a
-    hundred within 7. Where all those quantiles coincide it is the root mean square distance from the median.
-    Of bell-shaped columns the IQR is the widest of the three, and `fit`'s bits stay.
+    An IQR is no scale of mostly zero counts, rare events or heavy tails. So the scale is at least a
+    quarter of the span of the middle 90 %, and a seventh of that of the middle 98 %: nine cells of
+    ten lie within 4 of the median, 98 of a hundred within 7. Where all those quantiles coincide it
+    is the root mean square distance from the median. Of bell-shaped columns the IQR is the widest
+    of the three, and `fit`'s bits stay.
     """
     if not names:
         return {}
@@ -194,38 +223,55 @@ def fit_widely(names: Sequence[str], logs: dict[str, float], ask: Ask) -> dict[s
     known_F = ask("known", header, {})
     outer = [q for low, high, _ in _OUTER for q in (low, high)]
     q_FQ = _find_quantiles((*_QUARTILES, *outer), known_F, header, ask)
-    centre_F, scale_F = q_FQ[:, 1], q_FQ[:, 2] - q_FQ[:, 0]
+    centre_F = q_FQ[:, 1]
+    scale_F = q_FQ[:, 2] - q_FQ[:, 0]
+
     for place, (_, _, spans) in enumerate(_OUTER):
-        low_F, high_F = q_FQ[:, 3 + 2 * place], q_FQ[:, 4 + 2 * place]
+        low_F = q_FQ[:, 3 + 2 * place]
+        high_F = q_FQ[:, 4 + 2 * place]
         span_F = high_F / spans - low_F / spans
         scale_F = np.where(np.isfinite(span_F), np.maximum(scale_F, span_F), scale_F)
+
     if (flat_F := (scale_F == 0) & (known_F.numpy() > 1)).any():
         square_F = ask("squares", header, {"centre": torch.from_numpy(centre_F.copy())}).numpy()
         scale_F = np.where(flat_F, np.sqrt(square_F / np.maximum(known_F.numpy(), 1)), scale_F)
+
     scale_F = np.where((scale_F > 0) & np.isfinite(scale_F), scale_F, 1.0)
     return {n: (float(c), float(s)) for n, c, s in zip(names, centre_F, scale_F, strict=True)}
 
 
-def _find_quantiles(quantiles: Sequence[float], known_F: Tensor, header: dict[str, Any], ask: Ask) -> np.ndarray:
-    """Return quantiles [F, Q], as numpy.quantile finds them; a feature that nobody has gets zeros."""
+def _find_quantiles(
+    quantiles: Sequence[float], known_F: Tensor, header: dict[str, Any], ask: Ask
+) -> np.ndarray:
+    """Return quantiles [F, Q], as numpy.quantile finds them; a feature that nobody has
+    gets zeros.
+    """
     known = known_F.numpy()
     place_FQ = np.maximum(known - 1, 0)[:, None] * np.array(quantiles)
     low_FQ = np.floor(place_FQ).astype(np.int64)
     high_FQ = np.minimum(low_FQ + 1, np.maximum(known - 1, 0)[:, None])
     found = _find_order_statistics(np.concatenate([low_FQ, high_FQ], 1), header, ask)
-    low, high, t = found[:, : len(quantiles)], found[:, len(quantiles) :], place_FQ - low_FQ
-    between = np.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))  # as numpy.quantile does
+    low = found[:, : len(quantiles)]
+    high = found[:, len(quantiles) :]
+    t = place_FQ - low_FQ
+    # as numpy.quantile does
+    between = np.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1 - t))
     return np.where(known[:, None] > 0, between, 0.0)
 
 
 def _find_order_statistics(rank_FQ: np.ndarray, header: dict[str, Any], ask: Ask) -> np.ndarray:
-    """Return the values of given ranks, digit by digit from the highest, sixteen thresholds a question."""
+    """Return the values of given ranks, digit by digit from the highest, sixteen thresholds a
+    question.
+    """
     prefix_FQ = np.zeros(rank_FQ.shape, dtype=np.uint64)
     digits = np.arange(1 << _DIGIT_BITS, dtype=np.uint64)
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         threshold = prefix_FQ[..., None] | (digits << np.uint64(shift))
-        below = ask("below", header, {"threshold": torch.from_numpy(threshold.view(np.int64))}).numpy()
-        digit_FQ = (below <= rank_FQ[..., None]).sum(-1) - 1  # the highest threshold with at most `rank` values below
+        below = ask(
+            "below", header, {"threshold": torch.from_numpy(threshold.view(np.int64))}
+        ).numpy()
+        # the highest threshold with at most `rank` values below
+        digit_FQ = (below <= rank_FQ[..., None]).sum(-1) - 1
         prefix_FQ |= digits[np.maximum(digit_FQ, 0)] << np.uint64(shift)
     return from_word(prefix_FQ)
 
@@ -237,25 +283,36 @@ def _agree_target(surveys: dict[str, dict[str, Any]], data: Data) -> Target:
 
 
 def classes(labels: Sequence[str], data: Data) -> Target:
-    """Return a target of these labels, sorted; raise DataError where they do not fit the task or the positive one."""
+    """Return a target of these labels, sorted; raise DataError where they do not fit the task or
+    the positive one.
+    """
     labels = list(labels)
     if len(labels) < 2:
-        raise DataError(f"data.target={data.target!r} has one value, {labels}; there is nothing to learn")
+        raise DataError(
+            f"data.target={data.target!r} has one value, {labels}; there is nothing to learn"
+        )
     if data.positive and data.positive not in labels:
-        raise DataError(f"data.positive={data.positive!r} is not a label; labels: {some(labels, 10)}")
+        raise DataError(
+            f"data.positive={data.positive!r} is not a label; labels: {some(labels, 10)}"
+        )
     if data.task == "multiclass" or (data.task == "auto" and len(labels) > 2 and not data.positive):
         return Target(data.target, "multiclass", tuple(labels))
     if len(labels) > 2:
         raise DataError(
-            f"data.target={data.target!r} has {len(labels)} labels ({some(labels)}); a binary target has two. "
-            "Set data.task='multiclass' and leave data.positive empty."
+            f"data.target={data.target!r} has {len(labels)} labels ({some(labels)}); a binary "
+            "target has two. Set data.task='multiclass' and leave data.positive empty."
         )
+
     positive = data.positive or labels[-1]
-    return Target(data.target, "binary", (next(name for name in labels if name != positive), positive))
+    return Target(
+        data.target, "binary", (next(name for name in labels if name != positive), positive)
+    )
 
 
 def _merge_categories(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, tuple[str, ...]]:
-    """Return the union of each text column's categories; a column may be wholly missing at a site."""
+    """Return the union of each text column's categories; a column may be wholly missing at
+    a site.
+    """
     union: dict[str, set[str]] = {}
     for survey_ in surveys.values():
         for name, categories in survey_["texts"].items():
@@ -265,8 +322,8 @@ def _merge_categories(surveys: dict[str, dict[str, Any]], data: Data) -> dict[st
             size = survey_["train"] + survey_["test"]
             if name in union and survey_["missing"][name] < size:
                 raise DataError(
-                    f"column {name!r} is a number at site {site!r} and text elsewhere. Make them alike, or declare "
-                    f"{toml.key('data', 'dictionary', name, 'categories')}."
+                    f"column {name!r} is a number at site {site!r} and text elsewhere. Make them "
+                    f"alike, or declare {toml.key('data', 'dictionary', name, 'categories')}."
                 )
     declared = {name for name, feature in data.dictionary.items() if feature.categories}
     return {name: tuple(sorted(c)) for name, c in union.items() if c or name in declared}
@@ -281,21 +338,29 @@ def _refuse_unranged(names: Sequence[str], data: Data) -> Iterator[Refusal]:
     """Yield, as one, the numbers without a public range."""
     absent = [name for name in names if not data.dictionary.get(name, Feature()).range]
     if absent:
-        first, several = absent[0], len(absent) > 1
-        which = f"{len(absent)} columns of numbers ({some(map(repr, absent))})" if several else repr(first)
+        first = absent[0]
+        several = len(absent) > 1
+        if several:
+            which = f"{len(absent)} columns of numbers ({some(map(repr, absent))})"
+        else:
+            which = repr(first)
         more = " and so on" if several else ""
         text = (
-            f"no public range for {which}. Give {toml.key('data', 'dictionary', first, 'range')}{more}, or set "
+            f"no public range for {which}. Give "
+            f"{toml.key('data', 'dictionary', first, 'range')}{more}, or set "
             "data.preprocess='robust' (no privacy claim is possible then)."
         )
-        yield Refusal(PlanError(text), {("data", "dictionary", name, "range"): RANGE for name in absent})
+        yield Refusal(
+            PlanError(text), {("data", "dictionary", name, "range"): RANGE for name in absent}
+        )
 
 
 def _public_scale(feature: Feature) -> tuple[float, float]:
     """Map the public range onto [-2, 2]."""
     low, high = feature.range
     if feature.log:
-        low, high = float(np.log(_log_floor(feature))), float(np.log(high))
+        low = float(np.log(_log_floor(feature)))
+        high = float(np.log(high))
     return (low + high) / 2, (high - low) / 4
 
 

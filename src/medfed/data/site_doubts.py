@@ -22,23 +22,38 @@ from medfed.study import Data, Feature, described
 CHANCE = 1e-6
 """How often a column that knows nothing of the labels may be doubted for telling them."""
 
-_COUNTS = re.compile(r"(unnamed: ?\d+|index|level_0|row|rownum|row_?number|row_?id|lfd\.? ?nr\.?|#)?")
+_COUNTS = re.compile(
+    r"(unnamed: ?\d+|index|level_0|row|rownum|row_?number|row_?id|lfd\.? ?nr\.?|#)?"
+)
 
 
 def find(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
-    """Yield what is doubtful about a site's cleaned records; `frame` are their cells, its index their rows [rows]."""
+    """Yield what is doubtful about a site's cleaned records; `frame` are their cells, its index
+    their rows [rows].
+    """
     for doubt in _find_each(table, frame, data):
-        yield replace(doubt, examples=quote_cells(doubt.column, frame.loc[list(doubt.rows), doubt.column]))
+        yield replace(
+            doubt, examples=quote_cells(doubt.column, frame.loc[list(doubt.rows), doubt.column])
+        )
 
 
 def _find_each(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
     row_N = frame.index.to_numpy()
-    coded = {} if len(table) < FEW else {doubt.column: doubt for doubt in _find_codes(table, frame, data)}
+    if len(table) < FEW:
+        coded = {}
+    else:
+        coded = {doubt.column: doubt for doubt in _find_codes(table, frame, data)}
+
     yield from coded.values()
     yield from (doubt for doubt in _find_outside(table, data) if doubt.column not in coded)
     if len(table) < FEW:
         return
-    label_N = np.unique(table.label, return_inverse=True)[1] if data.task != "regression" else table.label
+
+    if data.task != "regression":
+        label_N = np.unique(table.label, return_inverse=True)[1]
+    else:
+        label_N = table.label
+
     for name in table.features():
         values = table.numbers.get(name)
         if not described(data.dictionary.get(name, Feature())) and (
@@ -51,22 +66,31 @@ def _find_each(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Do
 
 
 def _find_outside(table: SiteTable, data: Data) -> Iterator[Doubt]:
-    """Yield the columns of which most values lie beyond their declared range: another unit, a lost decimal sign."""
+    """Yield the columns of which most values lie beyond their declared range: another unit, a lost
+    decimal sign.
+    """
     for name, rows in table.findings.outside.items():
         values = table.numbers.get(name)
         known = len(table) if values is None else int(np.isfinite(values).sum())
         if len(rows) * 2 > known:
             low, high = data.dictionary[name].range
-            text = f"has {len(rows)} of {known} values outside the declared range [{low:g}, {high:g}]: another unit?"
+            text = (
+                f"has {len(rows)} of {known} values outside the declared range [{low:g}, "
+                f"{high:g}]: another unit?"
+            )
             yield Doubt("outside-most", name, text, tuple(rows[:5]), len(rows))
 
 
 def _find_codes(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
-    """Yield the columns of numbers in which a number stands for what was not measured: -999, 9999."""
+    """Yield the columns of numbers in which a number stands for what was not measured:
+    -999, 9999.
+    """
     numbers = {**table.numbers, **({data.target: table.label} if data.task == "regression" else {})}
     for name, values in numbers.items():
-        feature, beyond = data.dictionary.get(name, Feature()), None
-        if rows := table.findings.outside.get(name):  # held to the range's ends, which a code is not
+        feature = data.dictionary.get(name, Feature())
+        beyond = None
+        # held to the range's ends, which a code is not
+        if rows := table.findings.outside.get(name):
             beyond = frame.index.isin(rows)
             values = values.copy()
             values[beyond] = pd.to_numeric(frame.loc[beyond, name], errors="coerce")
@@ -81,10 +105,14 @@ def _find_codes(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[D
         text, mend = name_mend(text, name, "missing", [*feature.missing, *sorted(meant)])
         if name == data.target and mend:
             mend = {("data", "missing_values"): [*data.missing_values, *sorted(meant)]}
-        yield Doubt("missing-code", name, text, tuple(frame.index[first].tolist()), len(where), mend)
+        yield Doubt(
+            "missing-code", name, text, tuple(frame.index[first].tolist()), len(where), mend
+        )
 
 
-def _doubt_identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, data: Data) -> Doubt | None:
+def _doubt_identifier(
+    name: str, values: np.ndarray | None, row_N: np.ndarray, data: Data
+) -> Doubt | None:
     """Return that a column of whole numbers counts rows, or names records."""
     if values is None or not np.isfinite(values[:FEW]).all() or (values[:FEW] % 1).any():
         return None
@@ -95,17 +123,29 @@ def _doubt_identifier(name: str, values: np.ndarray | None, row_N: np.ndarray, d
     if (steps == 1).all() or (row_N.dtype != object and (steps == np.diff(row_N)).all()):
         text = "counts the rows of the file, as an index does; it is no measurement"
         return Doubt("row-number", name, text, mend=leave)
+
     distinct = len(np.unique(values))
     if distinct > 0.9 * len(values) and _COUNTS.fullmatch(name.strip().casefold()):
-        return Doubt("row-number", name, "numbers the rows, as an index does; it is no measurement", mend=leave)
+        return Doubt(
+            "row-number",
+            name,
+            "numbers the rows, as an index does; it is no measurement",
+            mend=leave,
+        )
     if quotable(name) or distinct < min(64, 0.5 * len(values)):
         return None
-    text = f"looks like what names patients or records: {distinct} different whole numbers in {len(values)} rows"
+    text = (
+        f"looks like what names patients or records: {distinct} different whole numbers in "
+        f"{len(values)} rows"
+    )
     names: Mend = {} if data.patient else {("data", "patient"): name}
+
     return Doubt("identifier", name, text, mend={**names, **leave})
 
 
-def _doubt_copy(name: str, table: SiteTable, label_N: np.ndarray, row_N: np.ndarray, data: Data) -> Doubt | None:
+def _doubt_copy(
+    name: str, table: SiteTable, label_N: np.ndarray, row_N: np.ndarray, data: Data
+) -> Doubt | None:
     """Return that a column, or its gaps, says what is to be predicted."""
     columns = len(table.features())
     cells = table.texts[name] if name in table.texts else table.numbers[name]
@@ -113,18 +153,38 @@ def _doubt_copy(name: str, table: SiteTable, label_N: np.ndarray, row_N: np.ndar
 
     def doubt(code: str, text: str) -> Doubt:
         first = np.sort(np.unique(cells[known].astype(str), return_index=True)[1])[: quotes.MOST]
-        return Doubt(code, name, text, tuple(row_N[known][first].tolist()), int(known.sum()), leave_out_column(name))
+        return Doubt(
+            code,
+            name,
+            text,
+            tuple(row_N[known][first].tolist()),
+            int(known.sum()),
+            leave_out_column(name),
+        )
 
     if data.task == "regression":
-        if name in table.numbers and known.sum() >= FEW and _is_linear(cells[known], label_N[known]):
+        if (
+            name in table.numbers
+            and known.sum() >= FEW
+            and _is_linear(cells[known], label_N[known])
+        ):
             return doubt("target-copy", f"is {data.target!r} itself, or a multiple of it")
         return None
     if not known.all() and _is_one_to_one(known, label_N) and _is_unlikely(label_N, columns):
-        text = f"is empty exactly where {data.target!r} is one label, and filled where it is the other"
+        text = (
+            f"is empty exactly where {data.target!r} is one label, and filled where it is the other"
+        )
         return doubt("gaps-copy-target", f"{text}: its gaps tell the answer")
     if _decides(cells[known], label_N[known], columns):
-        return doubt("target-copy", f"says {data.target!r} in other words: each of its values goes with one label")
-    if name in table.numbers and _separates(cells[known], label_N[known]) and _is_unlikely(label_N[known], columns):
+        return doubt(
+            "target-copy",
+            f"says {data.target!r} in other words: each of its values goes with one label",
+        )
+    if (
+        name in table.numbers
+        and _separates(cells[known], label_N[known])
+        and _is_unlikely(label_N[known], columns)
+    ):
         return doubt("separates", f"alone tells the labels of {data.target!r} apart, in every row")
     return None
 
@@ -138,7 +198,9 @@ def _is_linear(values: np.ndarray, target: np.ndarray) -> bool:
 
 
 def _is_unlikely(label_N: np.ndarray, columns: int) -> bool:
-    """Say whether labels could hardly fall so that a column that knows nothing of them tells them apart."""
+    """Say whether labels could hardly fall so that a column that knows nothing of them tells them
+    apart.
+    """
     counts = np.unique(label_N, return_counts=True)[1]
     if len(counts) < 2:
         return False
@@ -162,7 +224,8 @@ def _is_one_to_one(cells: np.ndarray, label_N: np.ndarray) -> bool:
 def _decides(cells: np.ndarray, label_N: np.ndarray, columns: int) -> bool:
     """Say whether each value goes with one label, where chance would hardly have it so.
 
-    Of a value in s rows all have one label by a chance of the sum of the labels' shares to the power s.
+    Of a value in s rows all have one label by a chance of the sum of the labels' shares to the
+    power s.
     """
     for some_N in (slice(_GLANCE), slice(None)):
         pairs = set(zip(cells[some_N].tolist(), label_N[some_N].tolist(), strict=True))

@@ -13,17 +13,23 @@ from medfed.data.doubts import Doubt
 
 @dataclass(frozen=True)
 class Findings:
-    """Numbers that a run goes on with though they may be wrong: rows of the file, by column. Under a claim it stays."""
+    """Numbers that a run goes on with though they may be wrong: rows of the file, by column. Under
+    a claim it stays.
+    """
 
     outside: Mapping[str, list[int]] = field(default_factory=dict)  # beyond the declared range
-    far: Mapping[str, list[int]] = field(default_factory=dict)  # no range is declared: see `cells.far`
+    # no range is declared: see `cells.far`
+    far: Mapping[str, list[int]] = field(default_factory=dict)
     doubts: Sequence[Doubt] = ()
-    dropped: Mapping[str, int] = field(default_factory=dict)  # how many rows data.drop has left out, by what they lack
+    # how many rows data.drop has left out, by what they lack
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SiteTable:
-    """One site's records. Numbers are float64 with NaN for missing; texts are str with None for missing."""
+    """One site's records. Numbers are float64 with NaN for missing; texts are str with None for
+    missing.
+    """
 
     numbers: dict[str, np.ndarray]
     texts: dict[str, np.ndarray]
@@ -31,7 +37,8 @@ class SiteTable:
     patient: np.ndarray  # int64 [rows], 0 .. patients-1
     test: np.ndarray  # bool [rows]
     ids: np.ndarray  # str [patients], who they are; never leaves the site
-    left_out: np.ndarray | None = None  # bool [rows]: records that take no part, under a claim; None: all do
+    # bool [rows]: records that take no part, under a claim; None: all do
+    left_out: np.ndarray | None = None
     findings: Findings = field(default_factory=Findings)
     spellings: int = 0  # patients who are written in more than one way; never leaves the site
 
@@ -46,14 +53,18 @@ class SiteTable:
         rows = self.taking_part()
         numbers = {name: values[rows] for name, values in self.numbers.items()}
         texts = {name: values[rows] for name, values in self.texts.items()}
-        return SiteTable(numbers, texts, self.label[rows], self.patient[rows], self.test[rows], self.ids)
+        return SiteTable(
+            numbers, texts, self.label[rows], self.patient[rows], self.test[rows], self.ids
+        )
 
     def __len__(self) -> int:
         return len(self.label)
 
     @cached_property
     def sorted_words(self) -> dict[tuple[str, float | None], np.ndarray]:
-        """Training values in order, by column and floor of its logarithm, while questions are asked of them."""
+        """Training values in order, by column and floor of its logarithm, while questions are asked
+        of them.
+        """
         return {}
 
     def features(self) -> list[str]:
@@ -61,7 +72,9 @@ class SiteTable:
         return sorted([*self.numbers, *self.texts])
 
     def sort_by_patient(self) -> "SiteTable":
-        """Return the records by patient, and of one patient by what they say: so that a file's order means nothing."""
+        """Return the records by patient, and of one patient by what they say: so that a file's
+        order means nothing.
+        """
         order = np.argsort(self.patient, kind="stable")
         patient = self.patient[order]
         again = np.append(False, patient[1:] == patient[:-1])
@@ -69,6 +82,7 @@ class SiteTable:
         if several.any():
             rows = order[several]
             order[several] = rows[np.lexsort((*self._contents(rows), self.patient[rows]))]
+
         if (order == np.arange(len(self))).all():
             return self
         return replace(
@@ -83,10 +97,17 @@ class SiteTable:
 
     def _contents(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return columns [rows] by which records that differ in anything are sorted."""
-        texts = [pd.Series(self.texts[name][rows], dtype=object).fillna("") for name in sorted(self.texts)]
+        texts = [
+            pd.Series(self.texts[name][rows], dtype=object).fillna("")
+            for name in sorted(self.texts)
+        ]
         label = pd.Series(self.label[rows])
         codes = [pd.factorize(column, sort=True)[0] for column in (*texts, label)]
-        return [*codes, self.taking_part()[rows], *(self.numbers[name][rows] for name in sorted(self.numbers))]
+        return [
+            *codes,
+            self.taking_part()[rows],
+            *(self.numbers[name][rows] for name in sorted(self.numbers)),
+        ]
 
     def by_patient(self) -> "Iterator[SiteTable]":
         """Yield a table for each patient, in the order of `ids`."""
@@ -94,14 +115,18 @@ class SiteTable:
         ends = np.searchsorted(self.patient[order], np.arange(len(self.ids) + 1))
         columns = {name: values[order] for name, values in self.numbers.items()}
         words = {name: values[order] for name, values in self.texts.items()}
-        label, test, taking_part = self.label[order], self.test[order], self.taking_part()[order]
+        label = self.label[order]
+        test = self.test[order]
+        taking_part = self.taking_part()[order]
         for code, (start, end) in enumerate(pairwise(ends.tolist())):
             rows = slice(start, end)
             numbers = {name: values[rows] for name, values in columns.items()}
             texts = {name: values[rows] for name, values in words.items()}
             one = np.zeros(end - start, dtype=np.int64)
             left_out = None if self.left_out is None else ~taking_part[rows]
-            yield SiteTable(numbers, texts, label[rows], one, test[rows], self.ids[code : code + 1], left_out)
+            yield SiteTable(
+                numbers, texts, label[rows], one, test[rows], self.ids[code : code + 1], left_out
+            )
 
     @classmethod
     def join(cls, tables: "Sequence[SiteTable]") -> "SiteTable":
@@ -123,4 +148,7 @@ def _lay_end_to_end(
 ) -> dict[str, np.ndarray]:
     names = dict.fromkeys(name for table in columns for name in table)
     parts = list(zip(columns, sizes, strict=True))
-    return {n: np.concatenate([c[n] if n in c else np.full(size, missing) for c, size in parts]) for n in names}
+    return {
+        n: np.concatenate([c[n] if n in c else np.full(size, missing) for c, size in parts])
+        for n in names
+    }

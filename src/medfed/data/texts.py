@@ -1,8 +1,8 @@
-"""A text table read as a whole, without a claim: every cell a text, and a line that does not fit is an error by its
-row.
+"""A text table read as a whole, without a claim: every cell a text, and a line that does not fit is
+an error by its row.
 
-pyarrow reads; it refuses rows of another length, where other readers fill a cut line with gaps. What it does not say
-(which rows) a second, slow pass finds.
+pyarrow reads; it refuses rows of another length, where other readers fill a cut line with gaps.
+What it does not say (which rows) a second, slow pass finds.
 """
 
 import csv
@@ -35,7 +35,9 @@ _LARGEST_BLOCK = 1 << 30
 
 @dataclass(frozen=True)
 class Text:
-    """A text table: columns of texts, and each row's number in the file. Decimal signs are as they stand."""
+    """A text table: columns of texts, and each row's number in the file. Decimal signs are as they
+    stand.
+    """
 
     table: pa.Table
     names: list[str]
@@ -56,13 +58,18 @@ def read(path: Path, format: Format, where: str) -> Text:
     except pa.ArrowInvalid as error:
         if "UTF8" in str(error):
             layout, header = _foreign(path, format, where)
-        elif layout.footer or not (layout := _with_footer(path, format, layout, len(header), where)).footer:
+        elif (
+            layout.footer
+            or not (layout := _with_footer(path, format, layout, len(header), where)).footer
+        ):
             raise
         table = _parse(path, format, layout, len(header))
     return _check(table, header, layout, where)
 
 
-def _parse(path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK) -> pa.Table:
+def _parse(
+    path: Path, format: Format, layout: TextLayout, width: int, block: int = _BLOCK
+) -> pa.Table:
     """Return the columns below the header as texts; a blank line is a row of empty cells."""
     columns = [str(place) for place in range(width)]
     reading = pacsv.ReadOptions(
@@ -75,8 +82,15 @@ def _parse(path: Path, format: Format, layout: TextLayout, width: int, block: in
     parsing = pacsv.ParseOptions(
         delimiter=layout.separator, newlines_in_values=_may_quote(path), ignore_empty_lines=False
     )
-    texts = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False)
-    file = _without_footer(path, format, layout) if layout.footer else layouts.open_bytes(path, format)
+    texts = pacsv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.large_string()), strings_can_be_null=False
+    )
+
+    if layout.footer:
+        file = _without_footer(path, format, layout)
+    else:
+        file = layouts.open_bytes(path, format)
+
     with file:
         try:
             return pacsv.read_csv(file, reading, parsing, texts)
@@ -85,11 +99,14 @@ def _parse(path: Path, format: Format, layout: TextLayout, width: int, block: in
                 return pa.table({name: pa.array([], pa.large_string()) for name in columns})
             if "straddling" not in str(error) or block >= _LARGEST_BLOCK:
                 raise
+
     return _parse(path, format, layout, width, block * 16)
 
 
 def _may_quote(path: Path) -> bool:
-    """Say whether a file may hold a quote, without which every line is a row, and it is read in half the time."""
+    """Say whether a file may hold a quote, without which every line is a row, and it is read in
+    half the time.
+    """
     if path.suffix.lower() in layouts.COMPRESSED or not path.stat().st_size:
         return True
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -121,13 +138,19 @@ def _byte_lines(file: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def _with_footer(path: Path, format: Format, layout: TextLayout, width: int, where: str) -> TextLayout:
-    """Return the layout with the lines that stand, after a blank one, below the last record: a footer.
+def _with_footer(
+    path: Path, format: Format, layout: TextLayout, width: int, where: str
+) -> TextLayout:
+    """Return the layout with the lines that stand, after a blank one, below the last record: a
+    footer.
 
     Raises DataError for other rows that have more or fewer fields than the header.
     """
     odd: dict[int, int] = {}  # row -> its fields
-    fits, blank, row = 0, 0, 0
+    fits = 0
+    blank = 0
+    row = 0
+
     for row, cells in _rows(path, format, layout):
         if not any(cells) and len(cells) < 2:
             blank = row
@@ -135,11 +158,13 @@ def _with_footer(path: Path, format: Format, layout: TextLayout, width: int, whe
             fits = row
         else:
             odd[row] = len(cells)
+
     if not odd:
         return layout
     if format.footer < 0 and fits < blank < min(odd):
         why = f"row {some(odd)} stands after a blank line and has other fields than the header"
         return replace(layout, footer=len(odd), guessed={**layout.guessed, "footer": why})
+
     raise DataError(_misfits(odd, fits, width, where))
 
 
@@ -157,47 +182,57 @@ def _rows(path: Path, format: Format, layout: TextLayout) -> Iterator[tuple[int,
 def _misfits(odd: Mapping[int, int], fits: int, width: int, where: str) -> str:
     """Say which rows do not fit the header, and the way out."""
     first = next(iter(odd))
-    cannot = f"{where} cannot be read: {width} columns are named, and in row {some(odd)} stand other fields"
+    cannot = (
+        f"{where} cannot be read: {width} columns are named, and in row {some(odd)} stand other "
+        "fields"
+    )
     counts = f"{cannot} (row {first}: {odd[first]})"
     if len(odd) > 1 and not fits and odd[first] > width:
         return (
-            f"{counts}: rows have more fields than the header; name every column, or where the first N lines are "
-            "titles put skip = N under [data.format]"
+            f"{counts}: rows have more fields than the header; name every column, or where the "
+            "first N lines are titles put skip = N under [data.format]"
         )
     if first > fits:
         return (
-            f"{counts}. A cut last line: export the table again, or delete the row. A footer: put footer = {len(odd)} "
-            "under [data.format]"
+            f"{counts}. A cut last line: export the table again, or delete the row. A footer: "
+            f"put footer = {len(odd)} under [data.format]"
         )
-    return f"{counts}. Put quotes around a cell that holds a separator or a line break, or complete the row"
+
+    return (
+        f"{counts}. Put quotes around a cell that holds a separator or a line break, or "
+        "complete the row"
+    )
 
 
-# what is no record -------------------------------------------------------------------------------------------------
+# what is no record --------------------------------------------------------------------------------
 
 
 def _check(table: pa.Table, header: Sequence[str], layout: TextLayout, where: str) -> Text:
     """Return a table without blank lines and unnamed last columns, in one Unicode form.
 
-    Raises DataError for a filled cell without a name above it, a header that stands among the records, and a cell that
-    has swallowed records.
+    Raises DataError for a filled cell without a name above it, a header that stands among the
+    records, and a cell that has swallowed records.
     """
     names = names_of(header, where)
     row_N: pd.Index = pd.RangeIndex(layout.skip + 2, layout.skip + 2 + len(table))
     if blank := _alike(table, [""] * len(header)):
         keep_N = np.ones(len(table), dtype=bool)
         keep_N[blank] = False
-        table, row_N = table.filter(pa.array(keep_N)), row_N[keep_N]
+        table = table.filter(pa.array(keep_N))
+        row_N = row_N[keep_N]
 
     for place in range(len(names), len(header)):
         filled = pc.index(pc.not_equal(table.column(place), ""), True).as_py()
         if filled >= 0:
             raise DataError(
-                f"{where}: column {place + 1} has no name, and a cell in row {row_N[filled]}; name it, or take it out"
+                f"{where}: column {place + 1} has no name, and a cell in row {row_N[filled]}; "
+                "name it, or take it out"
             )
     table = table.select(range(len(names)))
     if again := _alike(table, header[: len(names)]):
         raise DataError(
-            f"{where}: row {some(row_N[again])} repeats the header: two exports pasted together? Delete the row."
+            f"{where}: row {some(row_N[again])} repeats the header: two exports pasted together? "
+            "Delete the row."
         )
     for place, name in enumerate(names):
         _refuse_swallowed(table.column(place), name, row_N, len(header), layout.separator, where)
@@ -221,14 +256,18 @@ def _alike(table: pa.Table, cells: Sequence[str]) -> list[int]:
 def _refuse_swallowed(
     column: pa.ChunkedArray, name: str, row_N: pd.Index, width: int, separator: str, where: str
 ) -> None:
-    """Refuse a cell of several lines that may be records: an open quote makes one cell of all up to the next quote."""
-    if width < 2 or not any((numerals.characters(chunk) == ord("\n")).any() for chunk in column.chunks):
+    """Refuse a cell of several lines that may be records: an open quote makes one cell of all up to
+    the next quote.
+    """
+    if width < 2 or not any(
+        (numerals.characters(chunk) == ord("\n")).any() for chunk in column.chunks
+    ):
         return
     several = np.flatnonzero(pc.match_substring(column, "\n").to_numpy(zero_copy_only=False))
     for at in several.tolist():
         lines = column[at].as_py().split("\n")
         if any(line.count(separator) >= width - 1 for line in lines[1:]):
             raise DataError(
-                f"{where}: a quote in row {row_N[at]}, column {name!r}, is not closed, and the rows behind it stand in "
-                "one cell. Close it, or take it out."
+                f"{where}: a quote in row {row_N[at]}, column {name!r}, is not closed, and the "
+                "rows behind it stand in one cell. Close it, or take it out."
             )

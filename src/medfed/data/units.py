@@ -1,4 +1,6 @@
-"""Units of measurement: how they are written, and what one is of another. The facts are in units.toml."""
+"""Units of measurement: how they are written, and what one is of another. The facts are in
+units.toml.
+"""
 
 import re
 import tomllib
@@ -42,7 +44,9 @@ class Conversion(NamedTuple):
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Read a file of facts beside this module; a number with a point is the fraction that is written there."""
+    """Read a file of facts beside this module; a number with a point is the fraction that is
+    written there.
+    """
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return tomllib.loads(text, parse_float=Fraction)
 
@@ -52,7 +56,11 @@ def units() -> Mapping[str, Unit]:
     """Return all units by name."""
     tables = facts("units.toml")
     del tables["spellings"]
-    return {name: Unit(name, kind, Fraction(scale)) for kind, table in tables.items() for name, scale in table.items()}
+    return {
+        name: Unit(name, kind, Fraction(scale))
+        for kind, table in tables.items()
+        for name, scale in table.items()
+    }
 
 
 @cache
@@ -68,7 +76,8 @@ def units_by_spelling() -> Mapping[str, tuple[Unit, ...]]:
 
 
 def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conversion:
-    """Return how a number in one unit becomes one in another; mass and substance need a molar mass in g/mol.
+    """Return how a number in one unit becomes one in another; mass and substance need a molar mass
+    in g/mol.
 
     Raises StudyError where a unit is unknown, or no number of one is one of the other.
     """
@@ -76,7 +85,8 @@ def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conv
     for name in (unit, into):
         if name not in known:
             raise StudyError(f"unit={name!r} is not known; {nearest(name, filter(None, known))}")
-    source, target = known[unit], known[into]
+    source = known[unit]
+    target = known[into]
     ratio = source.scale / target.scale
 
     if source.kind == target.kind:
@@ -85,7 +95,10 @@ def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conv
         return Conversion(ratio / molar_mass)
     if molar_mass and (source.kind, target.kind) == ("substance_per_volume", "mass_per_volume"):
         return Conversion(ratio * molar_mass)
-    raise StudyError(f"unit={unit!r} into {into!r}; expected units of one kind, not {source.kind} and {target.kind}")
+    raise StudyError(
+        f"unit={unit!r} into {into!r}; expected units of one kind, not {source.kind} and "
+        f"{target.kind}"
+    )
 
 
 def apart(texts: Iterable[str]) -> list[list[str]]:
@@ -95,9 +108,9 @@ def apart(texts: Iterable[str]) -> list[list[str]]:
     """
     found: list[tuple[set[object], list[str]]] = []
     for text in texts:
-        meant: set[object] = {(unit.kind, unit.scale) for unit in units_by_spelling().get(key(text), ())} or {
-            key(text) or text
-        }
+        meant: set[object] = {
+            (unit.kind, unit.scale) for unit in units_by_spelling().get(key(text), ())
+        } or {key(text) or text}
         both = next((pair for pair in found if pair[0] & meant), None)
         if both is None:
             found.append((meant, [text]))
@@ -108,7 +121,9 @@ def apart(texts: Iterable[str]) -> list[list[str]]:
 
 
 def differ(one: str, other: str) -> bool:
-    """Say whether two names of columns end in different units: Kreatinin (µmol/l), kreatinin_mg_dl."""
+    """Say whether two names of columns end in different units: Kreatinin
+    (µmol/l), kreatinin_mg_dl.
+    """
     ends = _end(one), _end(other)
     return all(ends) and len(apart(ends)) > 1
 
@@ -121,7 +136,8 @@ def _end(name: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a name, whatever its case, accents, separators and camel case: HeartRate_max, Größe [cm].
+    """Return the words of a name, whatever its case, accents, separators and camel case:
+    HeartRate_max, Größe [cm].
 
     A slash with nothing before it is "per"; %, ° and letters that are no Latin ones are kept.
     """

@@ -13,9 +13,10 @@ from medfed.data.units import Conversion
 from medfed.study import Feature
 
 LOINC_NOTICE = (
-    "This material contains content from LOINC (http://loinc.org). LOINC is copyright © Regenstrief Institute, Inc. "
-    "and the Logical Observation Identifiers Names and Codes (LOINC) Committee and is available at no cost under the "
-    "license at http://loinc.org/license. LOINC® is a registered United States trademark of Regenstrief Institute, Inc."
+    "This material contains content from LOINC (http://loinc.org). LOINC is copyright © "
+    "Regenstrief Institute, Inc. and the Logical Observation Identifiers Names and Codes (LOINC) "
+    "Committee and is available at no cost under the license at http://loinc.org/license. LOINC® "
+    "is a registered United States trademark of Regenstrief Institute, Inc."
 )
 """The notice that LOINC's licence asks of whoever shows its codes."""
 
@@ -67,10 +68,14 @@ class Variable:
     def usual_in(self, unit: str) -> bool:
         """Say whether a unit is a usual one of this variable, or another name of one."""
         usual = [*self.units, *self.factors, *([_CHARGE] if self.valence else [])]
-        return self.measured_in(unit) and any(self.conversion(unit, own) == Conversion(Fraction(1)) for own in usual)
+        return self.measured_in(unit) and any(
+            self.conversion(unit, own) == Conversion(Fraction(1)) for own in usual
+        )
 
     def range_in(self, unit: str) -> tuple[float, float]:
-        """Return the plausible range in a unit; other than in the first, three digits, rounded outwards."""
+        """Return the plausible range in a unit; other than in the first, three digits, rounded
+        outwards.
+        """
         low, high = self.range
         if unit == self.units[0]:
             return float(low), float(high)
@@ -96,7 +101,11 @@ _CHARGE = "mEq/L"
 def variables() -> tuple[Variable, ...]:
     """Return all variables, in the order of the file."""
     groups = units.facts("clinical.toml")
-    return tuple(_variable(group, name, entry) for group, table in groups.items() for name, entry in table.items())
+    return tuple(
+        _variable(group, name, entry)
+        for group, table in groups.items()
+        for name, entry in table.items()
+    )
 
 
 def conversion(variable: str, unit: str, into: str) -> Conversion:
@@ -106,7 +115,9 @@ def conversion(variable: str, unit: str, into: str) -> Conversion:
     """
     known = {each.name: each for each in variables()}
     if variable not in known:
-        raise StudyError(f"variable={variable!r} is not in the clinical dictionary; {nearest(variable, known)}")
+        raise StudyError(
+            f"variable={variable!r} is not in the clinical dictionary; {nearest(variable, known)}"
+        )
     return known[variable].conversion(unit, into)
 
 
@@ -116,7 +127,11 @@ def _variable(group: str, name: str, entry: dict[str, Any]) -> Variable:
     low, high = map(Fraction, entry["range"])
     factors = {unit: _factor(given) for unit, given in entry.get("factors", {}).items()}
     mass = Fraction(entry["molar_mass"]) if "molar_mass" in entry else None
-    return Variable(name, group, **{**entry, **lists, "range": (low, high), "factors": factors, "molar_mass": mass})
+    return Variable(
+        name,
+        group,
+        **{**entry, **lists, "range": (low, high), "factors": factors, "molar_mass": mass},
+    )
 
 
 def _factor(given: Any) -> Conversion:
@@ -132,7 +147,9 @@ def _entry(variable: Variable, unit: str) -> Feature:
 
 
 def _outwards(value: Fraction, side: int) -> float:
-    """Return a value of three digits that is not below (side 1) or not above (side -1) the given one."""
+    """Return a value of three digits that is not below (side 1) or not above (side -1) the given
+    one.
+    """
     if value == 0:
         return 0.0
     step = Fraction(10) ** (math.floor(math.log10(abs(value))) - 2)

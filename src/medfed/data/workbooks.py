@@ -1,8 +1,8 @@
 """Workbooks (Excel, OpenDocument) and the files of SPSS, Stata and SAS.
 
-A workbook's cells become the texts that a csv of them would hold: whole numbers without a point, however large; dates
-as ISO 8601; an error such as #N/A is an empty cell. Numbers of a statistics package stay numbers; what its user has
-declared missing is missing.
+A workbook's cells become the texts that a csv of them would hold: whole numbers without a point,
+however large; dates as ISO 8601; an error such as #N/A is an empty cell. Numbers of a statistics
+package stay numbers; what its user has declared missing is missing.
 """
 
 import datetime
@@ -40,14 +40,14 @@ Row = tuple[int, list[Any]]
 """A row's number in the sheet, and its cells."""
 
 
-# workbooks ----------------------------------------------------------------------------------------------------------
+# workbooks ----------------------------------------------------------------------------------------
 
 
 def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -> pd.DataFrame:
     """Return a sheet's records as texts, the index holding each one's row.
 
-    `private`: nothing is guessed, and what a cell holds stops nothing but an id that was rounded. Raises DataError for
-    a sheet that is not named, or no table.
+    `private`: nothing is guessed, and what a cell holds stops nothing but an id that was rounded.
+    Raises DataError for a sheet that is not named, or no table.
     """
     book = CalamineWorkbook.from_path(str(path))
     name = _sheet_name(book, format, where, private)
@@ -59,7 +59,9 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
         rows = _without_empty_columns(rows)
     (_, header), *records = rows
     names = names_of([_text(cell) for cell in header], where)
-    records = _without_footer([row for row in records if _count_filled(row[1])], format, private, len(names))
+    records = _without_footer(
+        [row for row in records if _count_filled(row[1])], format, private, len(names)
+    )
     texts = [[_text(cell) for cell in cells] for _, cells in records]
     numbers = [number for number, _ in records]
     if not private:
@@ -80,14 +82,18 @@ def sheet(path: Path, format: Format, where: str, private: bool, patient: str) -
 def has_labels(path: Path) -> bool:
     """Say whether a statistics package's file names its codes; no record is read."""
     reader = _READERS.get(path.suffix.lower())
-    return reader is not None and bool(reader(str(path), metadataonly=True)[1].variable_value_labels)
+    return reader is not None and bool(
+        reader(str(path), metadataonly=True)[1].variable_value_labels
+    )
 
 
 def _sheet_name(book: CalamineWorkbook, format: Format, where: str, private: bool) -> str:
     names = book.sheet_names
     if format.sheet:
         if format.sheet not in names:
-            raise DataError(f"data.format.sheet={format.sheet!r} is no sheet; {nearest(format.sheet, names)}")
+            raise DataError(
+                f"data.format.sheet={format.sheet!r} is no sheet; {nearest(format.sheet, names)}"
+            )
         return format.sheet
     filled = names if private else [name for name in names if book.get_sheet_by_name(name).height]
     if len(filled) != 1:
@@ -97,7 +103,8 @@ def _sheet_name(book: CalamineWorkbook, format: Format, where: str, private: boo
 
 
 def _rows(sheet: CalamineSheet, where: str, private: bool) -> Iterator[Row]:
-    """Yield the rows of a sheet; `private`: but those with a cell that cannot be read, such as a date beyond all years.
+    """Yield the rows of a sheet; `private`: but those with a cell that cannot be read, such as a
+    date beyond all years.
 
     Without a claim such a row is refused.
     """
@@ -110,7 +117,9 @@ def _rows(sheet: CalamineSheet, where: str, private: bool) -> Iterator[Row]:
         except Exception as error:
             logger.warning("%s: row %d cannot be read: %s", where, number, error)
             if not private:
-                raise DataError(f"{where}: a cell in row {number} cannot be read ({error}); correct it") from error
+                raise DataError(
+                    f"{where}: a cell in row {number} cannot be read ({error}); correct it"
+                ) from error
 
 
 def _count_filled(cells: Sequence[Any]) -> int:
@@ -118,58 +127,87 @@ def _count_filled(cells: Sequence[Any]) -> int:
 
 
 def _above(rows: Sequence[Row], format: Format, private: bool) -> int:
-    """Return how many rows stand above the header: declared, or until one holds more than a title."""
+    """Return how many rows stand above the header: declared, or until one holds more than
+    a title.
+    """
     if format.skip >= 0 or private:
         return max(0, format.skip)
     most = max((_count_filled(cells) for _, cells in rows), default=0)
     least = 2 if most > 2 else 1
-    return next((place for place, (_, cells) in enumerate(rows) if _count_filled(cells) >= least), 0)
+    return next(
+        (place for place, (_, cells) in enumerate(rows) if _count_filled(cells) >= least), 0
+    )
 
 
 def _without_empty_columns(rows: Sequence[Row]) -> list[Row]:
     """Return rows without the columns before and behind the table that hold nothing."""
-    used = [place for place in range(len(rows[0][1])) if any(cells[place] != "" for _, cells in rows)]
+    used = [
+        place for place in range(len(rows[0][1])) if any(cells[place] != "" for _, cells in rows)
+    ]
     return [(number, cells[used[0] : used[-1] + 1]) for number, cells in rows]
 
 
 def _without_footer(records: list[Row], format: Format, private: bool, width: int) -> list[Row]:
-    """Return records without the declared footer, or without lone cells that stand below a blank row."""
+    """Return records without the declared footer, or without lone cells that stand below a blank
+    row.
+    """
     if format.footer >= 0 or private:
         return records[: len(records) - max(0, format.footer)]
-    last = next((p for p in range(len(records) - 1, 0, -1) if records[p][0] > records[p - 1][0] + 1), 0)
+    last = next(
+        (p for p in range(len(records) - 1, 0, -1) if records[p][0] > records[p - 1][0] + 1), 0
+    )
     footer = last and width > 2 and all(_count_filled(cells) == 1 for _, cells in records[last:])
     if footer:
         return records[:last]
     return records
 
 
-def _check(records: Sequence[Row], names: Sequence[str], texts: Sequence[Sequence[str]], where: str) -> None:
-    """Refuse cells without a name above them, times and durations, and a header among the records."""
-    again = [number for (number, _), cells in zip(records, texts, strict=True) if list(cells[: len(names)]) == names]
+def _check(
+    records: Sequence[Row], names: Sequence[str], texts: Sequence[Sequence[str]], where: str
+) -> None:
+    """Refuse cells without a name above them, times and durations, and a header among
+    the records.
+    """
+    again = [
+        number
+        for (number, _), cells in zip(records, texts, strict=True)
+        if list(cells[: len(names)]) == names
+    ]
     if again:
-        raise DataError(f"{where}: row {some(again)} repeats the header: two exports pasted together? Delete the row.")
+        raise DataError(
+            f"{where}: row {some(again)} repeats the header: two exports pasted together? Delete "
+            "the row."
+        )
+
     for number, cells in records:
         if any(cell != "" for cell in cells[len(names) :]):
             place = next(p for p in range(len(names), len(cells)) if cells[p] != "")
             raise DataError(
-                f"{where}: column {place + 1} has no name, and a cell in row {number}; name it, or empty it"
+                f"{where}: column {place + 1} has no name, and a cell in row {number}; name it, "
+                "or empty it"
             )
         for name, cell in zip(names, cells, strict=False):
             if isinstance(cell, (datetime.time, datetime.timedelta)):
                 what = "a time of day" if isinstance(cell, datetime.time) else "a duration"
                 raise DataError(
-                    f"{where}: column {name!r}, row {number} holds {what}, which is no feature; write it as a number "
-                    "(hours, minutes), or take the column out"
+                    f"{where}: column {name!r}, row {number} holds {what}, which is no feature; "
+                    "write it as a number (hours, minutes), or take the column out"
                 )
 
 
-def _refuse_rounded(records: Sequence[Row], place: int, patient: str, where: str, private: bool) -> None:
-    rounded = [number for number, cells in records if isinstance(cells[place], float) and abs(cells[place]) >= _EXACT]
+def _refuse_rounded(
+    records: Sequence[Row], place: int, patient: str, where: str, private: bool
+) -> None:
+    rounded = [
+        number
+        for number, cells in records
+        if isinstance(cells[place], float) and abs(cells[place]) >= _EXACT
+    ]
     if rounded:
         rows = "some rows" if private else f"row {some(rounded)}"
         raise DataError(
-            f"{where}: column {patient!r} holds numbers of 2^53 and more in {rows}, which a workbook has rounded, so "
-            "that two patients may have become one. Write ids as text."
+            f"{where}: column {patient!r} holds numbers of 2^53 and more in {rows}, which a "
+            "workbook has rounded, so that two patients may have become one. Write ids as text."
         )
 
 
@@ -189,7 +227,7 @@ def _text(cell: Any) -> str:
     return str(cell)
 
 
-# statistics packages ------------------------------------------------------------------------------------------------
+# statistics packages ------------------------------------------------------------------------------
 
 _FORMAT = re.compile(r"%?-?[A-Z]+")
 _TIMES = {"TIME", "DTIME", "MTIME", "HHMM", "TOD", "MMSS", "HOUR"}
@@ -197,7 +235,11 @@ _DATES = {
     # formats: seconds in a unit, and the day from which it is counted
     (".sav", ".zsav"): (("DATE", "ADATE", "EDATE", "JDATE", "SDATE"), 1.0, "1582-10-14"),
     (".dta",): (("%TD", "%D"), 86_400.0, "1960-01-01"),
-    (".sas7bdat", ".xpt"): (("DATE", "DDMMYY", "MMDDYY", "YYMMDD", "JULIAN", "E"), 86_400.0, "1960-01-01"),
+    (".sas7bdat", ".xpt"): (
+        ("DATE", "DDMMYY", "MMDDYY", "YYMMDD", "JULIAN", "E"),
+        86_400.0,
+        "1960-01-01",
+    ),
 }
 _MOMENTS = {
     (".sav", ".zsav"): (("DATETIME", "YMDHMS"), 1.0, "1582-10-14"),
@@ -211,14 +253,24 @@ def statistics(path: Path, format: Format, where: str) -> pd.DataFrame:
 
     Raises DataError for columns that are declared, in the file, to hold times or durations.
     """
-    frame, known = _read(path, format, apply_value_formats=format.labels == "labels", formats_as_category=False)
-    kinds = {name: _FORMAT.match((kind or "").upper()) for name, kind in known.original_variable_types.items()}
+    frame, known = _read(
+        path, format, apply_value_formats=format.labels == "labels", formats_as_category=False
+    )
+    kinds = {
+        name: _FORMAT.match((kind or "").upper())
+        for name, kind in known.original_variable_types.items()
+    }
     times = [name for name, kind in kinds.items() if kind and kind.group() in _TIMES]
     if times:
         raise DataError(
-            f"{where}: times or durations in column {', '.join(map(repr, times))}; write numbers, or take them out"
+            f"{where}: times or durations in column {', '.join(map(repr, times))}; write "
+            "numbers, or take them out"
         )
-    columns = {str(name): _plain(frame[name], kinds.get(name), path.suffix.lower()) for name in frame.columns}
+
+    columns = {
+        str(name): _plain(frame[name], kinds.get(name), path.suffix.lower())
+        for name in frame.columns
+    }
     plain = pd.DataFrame(columns).set_axis(pd.RangeIndex(2, len(frame) + 2), axis=0)
     return plain.set_axis(pd.Index(names_of(list(columns), where)), axis=1)
 
@@ -249,20 +301,29 @@ def _plain(values: pd.Series, kind: re.Match[str] | None, suffix: str) -> pd.Ser
                 return _dates(values, seconds, since, day)
     if pd.api.types.is_numeric_dtype(values):
         return values
-    texts = pd.Series([cell if isinstance(cell, str) else None for cell in values], values.index, dtype=object)
-    formed = numerals.one_form(pa.chunked_array([pa.array(texts, pa.string(), from_pandas=True)])).to_pylist()
+    texts = pd.Series(
+        [cell if isinstance(cell, str) else None for cell in values], values.index, dtype=object
+    )
+    formed = numerals.one_form(
+        pa.chunked_array([pa.array(texts, pa.string(), from_pandas=True)])
+    ).to_pylist()
     cells = [cell if text is None else text for cell, text in zip(values, formed, strict=True)]
     return pd.Series(cells, values.index, dtype=object)
 
 
 def _dates(values: pd.Series, seconds: float, since: str, day: bool) -> pd.Series:
-    """Return dates as texts, where not a `day` alone with their time; a number beyond all years stays a number's."""
-    number = values.to_numpy(dtype=np.float64) * seconds + np.datetime64(since, "s").astype(np.int64)
+    """Return dates as texts, where not a `day` alone with their time; a number beyond all years
+    stays a number's.
+    """
+    number = values.to_numpy(dtype=np.float64) * seconds + np.datetime64(since, "s").astype(
+        np.int64
+    )
     first, last = (np.datetime64(day, "s").astype(np.int64) for day in ("0001-01-01", "9999-12-31"))
     known = (number >= first) & (number <= last)
     moment = np.where(known, number, 0).round().astype("datetime64[s]")
     whole = day | (moment == moment.astype("datetime64[D]"))
-    days, full = moment.astype("datetime64[D]").astype(str), np.char.replace(moment.astype(str), "T", " ")
+    days = moment.astype("datetime64[D]").astype(str)
+    full = np.char.replace(moment.astype(str), "T", " ")
     texts = np.where(whole, days, full).astype(object)
     odd = ~known & ~np.isnan(number)
     texts[~known] = None

@@ -33,7 +33,9 @@ class Site(Protocol):
     name: str
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Do what is asked and return the answer; raise SiteError with a reason that names no patient."""
+        """Do what is asked and return the answer; raise SiteError with a reason that names no
+        patient.
+        """
         ...
 
 
@@ -48,12 +50,16 @@ class Fleet(Protocol):
         """Ask one site; never blocks. Returns the ticket that its reply will carry."""
         ...
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         """Ask several sites the same; an engine may serve them as one stack."""
         ...
 
     def poll(self, wait: float) -> list[Reply]:
-        """Return replies in the order in which they arrived, waiting at most `wait` seconds for the first."""
+        """Return replies in the order in which they arrived, waiting at most `wait` seconds for the
+        first.
+        """
         ...
 
 
@@ -61,7 +67,9 @@ class Counted:
     """A fleet that counts the bytes that pass."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.bytes_up, self.bytes_down = fleet, 0, 0
+        self.fleet = fleet
+        self.bytes_up = 0
+        self.bytes_down = 0
 
     def sites(self) -> list[str]:
         """Return the fleet's sites."""
@@ -71,7 +79,9 @@ class Counted:
         """Count and ask."""
         return self.submit_many([site], op, payload, deadline)[0]
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         """Count and ask."""
         self.bytes_down += len(payload) * len(sites)
         return self.fleet.submit_many(sites, op, payload, deadline)
@@ -83,8 +93,11 @@ class Counted:
         return replies
 
 
-def gather(fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> dict[str, Reply]:
-    """Ask the sites and wait for all of them, or until the deadline; a site that is late gets an error reply.
+def gather(
+    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float
+) -> dict[str, Reply]:
+    """Ask the sites and wait for all of them, or until the deadline; a site that is late gets an
+    error reply.
 
     The answers are in the order of `sites`.
     """
@@ -123,7 +136,12 @@ def heard(
 
 
 def numbers(told: Tensor, *shape: int) -> np.ndarray:
-    """Return a site's numbers as float64; raise SiteError unless they have this shape and are finite."""
+    """Return a site's numbers as float64; raise SiteError unless they have this shape and are
+    finite.
+    """
     if tuple(told.shape) != shape or not torch.isfinite(told.double()).all():
-        raise SiteError(f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite numbers")
+        raise SiteError(
+            f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite "
+            "numbers"
+        )
     return told.double().numpy()

@@ -25,7 +25,8 @@ class Shape:
     known: int
     distinct: int
     numbers: float  # share of the known cells
-    forms: tuple[str, ...]  # in which all cells are dates; several where day and month may stand either way
+    # in which all cells are dates; several where day and month may stand either way
+    forms: tuple[str, ...]
     dated: bool  # all cells look like dates, whether or not one form reads them
     limits: tuple[str, ...]  # results beyond a detection limit, where all else are numbers
     labels: tuple[str, ...]  # the different cells, where they are few
@@ -81,20 +82,30 @@ def _is_dated(texts: pd.Series) -> bool:
         return False
     if texts.str.fullmatch(_EIGHT_DIGITS).all():
         return len(texts) > 1 and bool(dates.digits(texts.astype(float).to_numpy()).all())
-    return bool(texts.str.fullmatch(_DATE_LIKE).all() and dates.are_dates(list(texts.unique())).all())
+    return bool(
+        texts.str.fullmatch(_DATE_LIKE).all() and dates.are_dates(list(texts.unique())).all()
+    )
 
 
 def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
-    """Return the results beyond a detection limit among a column's texts, where the others are several numbers."""
+    """Return the results beyond a detection limit among a column's texts, where the others are
+    several numbers.
+    """
     bare = {mapping.without_suffix(text, suffixes) or "" for text in different}
     beyond = {text for text in bare if mapping.is_limit(text)}
     others = pd.to_numeric(pd.Series(sorted(bare - beyond), dtype=object), errors="coerce")
-    return tuple(sorted(beyond)) if len(others) > 1 and bool(others.notna().all()) else ()
+    if len(others) > 1 and bool(others.notna().all()):
+        return tuple(sorted(beyond))
+    return ()
 
 
 def find_named(shapes: Sequence[Shape], words: str) -> list[Shape]:
     """Return the columns one of whose words is asked for, in the order of what is asked."""
     order = words.split()
     rank = {word: place for place, word in enumerate(order)}
-    found = [(min(rank[w] for w in shape.words if w in rank), shape) for shape in shapes if shape.words & rank.keys()]
+    found = [
+        (min(rank[w] for w in shape.words if w in rank), shape)
+        for shape in shapes
+        if shape.words & rank.keys()
+    ]
     return [shape for _, shape in sorted(found, key=lambda pair: pair[0])]

@@ -1,7 +1,8 @@
-"""Algorithms side by side: really trained, on the same splits and first weights, with tests that say what is chance.
+"""Algorithms side by side: really trained, on the same splits and first weights, with tests that
+say what is chance.
 
-For each seed every algorithm gets the study with that seed: patients, splits, first weights and batches follow from it,
-so that two algorithms differ in nothing else and are compared seed by seed.
+For each seed every algorithm gets the study with that seed: patients, splits, first weights and
+batches follow from it, so that two algorithms differ in nothing else and are compared seed by seed.
 
 A algorithms, S seeds, T rounds.
 """
@@ -28,7 +29,9 @@ from medfed.privacy.guarantee import mode
 from medfed.study import Privacy, Security, Study
 
 NOISES = ("study", "none", "site")
-"""Which noise: the study's own, none, or each site's. Under a joint one (shared, central) algorithms coincide."""
+"""Which noise: the study's own, none, or each site's. Under a joint one (shared, central)
+algorithms coincide.
+"""
 
 TARGET = 0.99
 """Rounds to target: to this part of the best algorithm's mean final score."""
@@ -52,7 +55,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two algorithms on one figure: the mean of first minus second over seeds, and Holm's p of Wilcoxon's test."""
+    """Two algorithms on one figure: the mean of first minus second over seeds, and Holm's p of
+    Wilcoxon's test.
+    """
 
     figure: str
     first: str
@@ -62,7 +67,9 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether chance would give such a difference in fewer than one of twenty comparisons like this."""
+        """Whether chance would give such a difference in fewer than one of twenty comparisons like
+        this.
+        """
         return self.p < 0.05
 
 
@@ -81,16 +88,25 @@ class Comparison:
 
     def of(self, algorithm: str) -> list[Trained]:
         """Return an algorithm's runs, by seed."""
-        return sorted((run for run in self.runs if run.algorithm == algorithm), key=lambda run: run.seed)
+        return sorted(
+            (run for run in self.runs if run.algorithm == algorithm), key=lambda run: run.seed
+        )
 
     @cached_property
     def target(self) -> float:
         """The score that rounds are counted to: 99 % of the best algorithm's mean final one."""
-        return TARGET * max(statistics.mean(run.curve_T[-1] for run in self.of(a)) for a in self.algorithms)
+        return TARGET * max(
+            statistics.mean(run.curve_T[-1] for run in self.of(a)) for a in self.algorithms
+        )
 
     def rounds_to_target(self, run: Trained) -> int:
-        """Return the first round whose score reaches the target; one more than there are where none does."""
-        return next((t for t, score in enumerate(run.curve_T, 1) if score >= self.target), len(run.curve_T) + 1)
+        """Return the first round whose score reaches the target; one more than there are where none
+        does.
+        """
+        return next(
+            (t for t, score in enumerate(run.curve_T, 1) if score >= self.target),
+            len(run.curve_T) + 1,
+        )
 
     def figures(self) -> dict[str, Callable[[Trained], float]]:
         """Return what algorithms are compared on."""
@@ -108,31 +124,49 @@ class Comparison:
         lines = []
         for algorithm in self.algorithms:
             mine = self.of(algorithm)
-            line: dict[str, Any] = {"algorithm": algorithm, "seeds": len(mine), "score": mine[0].score}
+            line: dict[str, Any] = {
+                "algorithm": algorithm,
+                "seeds": len(mine),
+                "score": mine[0].score,
+            }
             for name, figure in self.figures().items():
                 values = [figure(run) for run in mine]
                 line[name] = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
-            accuracy = [run.figures["accuracy"] for run in mine if run.figures.get("accuracy") is not None]
+
+            accuracy = [
+                run.figures["accuracy"] for run in mine if run.figures.get("accuracy") is not None
+            ]
             line["accuracy"] = statistics.mean(accuracy) if accuracy else None  # type: ignore[type-var]
             line["reached"] = sum(self.rounds_to_target(run) <= len(run.curve_T) for run in mine)
-            line["epsilon"] = max((run.epsilon for run in mine if run.epsilon is not None), default=None)
+            line["epsilon"] = max(
+                (run.epsilon for run in mine if run.epsilon is not None), default=None
+            )
             line["seconds"] = statistics.median(run.seconds for run in mine)
             line["bytes_up"] = mine[0].bytes_up
             lines.append(line)
+
         return lines
 
     def differences(self) -> list[Difference]:
-        """Return all pairs on all figures: paired by seed, Wilcoxon's signed ranks, Holm's correction in a figure."""
+        """Return all pairs on all figures: paired by seed, Wilcoxon's signed ranks, Holm's
+        correction in a figure.
+        """
         found: list[Difference] = []
         for name, figure in self.figures().items():
-            pairs, raw = list(itertools.combinations(self.algorithms, 2)), []
+            pairs = list(itertools.combinations(self.algorithms, 2))
+            raw = []
             for first, second in pairs:
-                apart = [figure(a) - figure(b) for a, b in zip(self.of(first), self.of(second), strict=True)]
+                apart = [
+                    figure(a) - figure(b)
+                    for a, b in zip(self.of(first), self.of(second), strict=True)
+                ]
                 raw.append((statistics.mean(apart), wilcoxon(apart)))
             adjusted = holm([p for _, p in raw])
             found += [
-                Difference(name, a, b, mean, p) for (a, b), (mean, _), p in zip(pairs, raw, adjusted, strict=True)
+                Difference(name, a, b, mean, p)
+                for (a, b), (mean, _), p in zip(pairs, raw, adjusted, strict=True)
             ]
+
         return found
 
     def spread(self) -> float:
@@ -144,22 +178,37 @@ class Comparison:
 
     def verdicts(self) -> list[str]:
         """Say in plain words what the runs show."""
-        told, differences, lines = [], self.differences(), self.table()
+        told = []
+        differences = self.differences()
+        lines = self.table()
+
         for name in self.figures():
             real = [one for one in differences if one.figure == name and one.significant]
             if not real:
                 told.append(f"{name}: no significant difference")
                 continue
+
             means = {line["algorithm"]: line[name]["mean"] for line in lines}
             best = max if name in ("final score", "area under the curve") else min
             leader = best(means, key=means.__getitem__)
-            beaten = [o.second if o.first == leader else o.first for o in real if leader in (o.first, o.second)]
-            others = f"significantly better than {', '.join(beaten)}" if beaten else "from none significantly"
+            beaten = [
+                o.second if o.first == leader else o.first
+                for o in real
+                if leader in (o.first, o.second)
+            ]
+
+            if beaten:
+                others = f"significantly better than {', '.join(beaten)}"
+            else:
+                others = "from none significantly"
+
             told.append(f"{name}: {leader} leads, {others}")
+
         p = self.spread()
         least = min(lines, key=lambda line: line["final score"]["sd"])["algorithm"]
         said = f"{least} scatters least" if p < 0.05 else "no significant difference"
         told.append(f"scatter over seeds: {said} (p = {p:.2g})")
+
         return told
 
     def to_json(self) -> dict[str, Any]:
@@ -183,20 +232,33 @@ def compare(
     data: Path | None = None,
     workers: int = 1,
 ) -> Comparison:
-    """Train each algorithm with each of the study's seed and the `seeds` - 1 after it; `workers` processes at once.
+    """Train each algorithm with each of the study's seed and the `seeds` - 1 after it; `workers`
+    processes at once.
 
-    Raises PlanError for fewer than two seeds or algorithms, one that is not known, twice the same, or a noise under
-    which they coincide; StudyError, DataError or PlanError as a run of the study does.
+    Raises PlanError for fewer than two seeds or algorithms, one that is not known, twice the same,
+    or a noise under which they coincide; StudyError, DataError or PlanError as a run of the study
+    does.
     """
     _check(study, algorithms, seeds, noise)
-    asked = [(variant(study, noise, a, study.study.seed + s), data) for s in range(seeds) for a in algorithms]
+    asked = [
+        (variant(study, noise, a, study.study.seed + s), data)
+        for s in range(seeds)
+        for a in algorithms
+    ]
     if workers == 1:
         found = [train(*one) for one in asked]
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _one_thread
+        ) as pool:
             found = list(pool.map(train, *zip(*asked, strict=True)))
+
     named = {a: i for i, a in enumerate(algorithms)}
-    return Comparison(study.study.name, noise, tuple(sorted(found, key=lambda run: (named[run.algorithm], run.seed))))
+    return Comparison(
+        study.study.name,
+        noise,
+        tuple(sorted(found, key=lambda run: (named[run.algorithm], run.seed))),
+    )
 
 
 def _check(study: Study, algorithms: Sequence[str], seeds: int, noise: str) -> None:
@@ -206,20 +268,25 @@ def _check(study: Study, algorithms: Sequence[str], seeds: int, noise: str) -> N
     if len(set(algorithms)) != len(algorithms) or len(algorithms) < 2:
         raise PlanError(f"--algorithms {','.join(algorithms)}; expected two or more, each once")
     if seeds < 2:
-        raise PlanError(f"--seeds {seeds}; expected 2 or more: one run says nothing of chance. Take 10.")
+        raise PlanError(
+            f"--seeds {seeds}; expected 2 or more: one run says nothing of chance. Take 10."
+        )
     if noise not in NOISES:
         raise PlanError(f"--noise {noise!r}; expected one of {', '.join(NOISES)}")
     if noise == "study" and mode(study) in ("shared", "central"):
         raise PlanError(
-            f"privacy.noise={mode(study)!r} takes one step a round, where FedAvg, FedProx, SCAFFOLD and FedNova "
-            "coincide: there is nothing to compare. Take --noise site or --noise none."
+            f"privacy.noise={mode(study)!r} takes one step a round, where FedAvg, FedProx, "
+            "SCAFFOLD and FedNova coincide: there is nothing to compare. Take --noise site or "
+            "--noise none."
         )
 
 
 def variant(study: Study, noise: str, algorithm: str, seed: int) -> Study:
-    """Return the study that one run trains: tested after each round, without secrecy, which changes no algorithm.
+    """Return the study that one run trains: tested after each round, without secrecy, which changes
+    no algorithm.
 
-    Without noise nobody pays for ranges: those that a claim would find from noised counts are fitted.
+    Without noise nobody pays for ranges: those that a claim would find from noised counts are
+    fitted.
     """
     changed = dataclasses.replace(study, security=Security())
     if noise == "none":
@@ -228,6 +295,7 @@ def variant(study: Study, noise: str, algorithm: str, seed: int) -> Study:
         changed = dataclasses.replace(changed, privacy=Privacy())
     elif noise != "study":
         changed = changed.set("privacy.noise", noise)
+
     return changed._with(
         {
             "training.algorithm": algorithm,
@@ -268,7 +336,8 @@ def wilcoxon(apart: Sequence[float]) -> float:
 def holm(p: Sequence[float]) -> list[float]:
     """Return Holm's adjusted p values (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
-    adjusted, most = [0.0] * len(p), 0.0
+    adjusted = [0.0] * len(p)
+    most = 0.0
     for rank, i in enumerate(order):
         most = max(most, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = most

@@ -1,11 +1,14 @@
-"""Exact tests of a claim on a study's twin: the noise that is drawn, and how far one patient moves what is released.
+"""Exact tests of a claim on a study's twin: the noise that is drawn, and how far one patient moves
+what is released.
 
-Guesses about canaries find what is grossly wrong. Here the attacker needs no guess. Sites without patients release
-their noise and nothing else, so it can be held to its law; and without noise worth the name, a site's row is what its
-patients add to it, so the oddest patient can be weighed against what the noise was made for.
+Guesses about canaries find what is grossly wrong. Here the attacker needs no guess. Sites without
+patients release their noise and nothing else, so it can be held to its law; and without noise worth
+the name, a site's row is what its patients add to it, so the oddest patient can be weighed against
+what the noise was made for.
 
-Both go through the code that runs: `Site.handle("work")`, the links, `run_round`, masks and aggregators. What the noise
-should be is worked out from the study alone (privacy/noise_tests.py), not read from the guarantee.
+Both go through the code that runs: `Site.handle("work")`, the links, `run_round`, masks and
+aggregators. What the noise should be is worked out from the study alone (privacy/noise_tests.py),
+not read from the guarantee.
 
 V vectors of noise, K sites, P parameters, R records of one patient, F features.
 """
@@ -50,10 +53,14 @@ PATIENCE = 15.0
 """Seconds after which no more rounds are drawn, once there are the fewest."""
 
 SLACK = 0.01
-"""How far rounding may lift what one patient moves above C, as a share of C, before it is called a bug."""
+"""How far rounding may lift what one patient moves above C, as a share of C, before it is called a
+bug.
+"""
 
-SHORT, LONG = 0.99, 1.5
-"""Told noise over what is needed: below, the claim does not hold; above, something else than the claim was met.
+SHORT = 0.99
+LONG = 1.5
+"""Told noise over what is needed: below, the claim does not hold; above, something else than the
+claim was met.
 
 A Renyi accountant asks for up to 35 % more than the loss distributions of the second reckoning."""
 
@@ -63,12 +70,14 @@ DRAWN = 40
 _QUIET = 1e-9  # a noise multiplier with which a site's row is its patients' sum
 
 
-# The noise ------------------------------------------------------------------------------------------------------------
+# The noise ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Noise vectors [V, P] in grid units, what is told of each one's deviation [V], and adaptive clipping's counts."""
+    """Noise vectors [V, P] in grid units, what is told of each one's deviation [V], and adaptive
+    clipping's counts.
+    """
 
     noise_VP: np.ndarray
     told_V: np.ndarray
@@ -79,7 +88,9 @@ class _Drawn:
 
 
 def noise(twin: Twin) -> Part:
-    """Draw the noise of many rounds through sites without patients, and hold it to its law and to the claim."""
+    """Draw the noise of many rounds through sites without patients, and hold it to its law and to
+    the claim.
+    """
     drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
@@ -87,7 +98,9 @@ def noise(twin: Twin) -> Part:
     p["less than needed"] = noise_tests.too_small(square, law.numbers)
     if drawn.count_V is not None:
         expected = twin.guarantee.count_sigma() / GRID * _excess(twin.plan)
-        counts = noise_tests.against_law(drawn.count_V[:, None], np.full(len(drawn.count_V), expected))
+        counts = noise_tests.against_law(
+            drawn.count_V[:, None], np.full(len(drawn.count_V), expected)
+        )
         p["variance of the counts"] = counts.p["variance"]
     each = ALPHA / len(p)
     broken = {name: value for name, value in p.items() if value < each}
@@ -95,7 +108,10 @@ def noise(twin: Twin) -> Part:
     needed = float((drawn.told_V / drawn.needed_V).min())
     most = math.inf if twin.plan.study.privacy.batch_cap else LONG
     measured = law.ratio * float((drawn.told_V / drawn.needed_V).mean())
-    wrong = [f"{name} (p = {value:.1g})" for name, value in sorted(broken.items(), key=lambda one: one[1])]
+    wrong = [
+        f"{name} (p = {value:.1g})"
+        for name, value in sorted(broken.items(), key=lambda one: one[1])
+    ]
     if not SHORT <= needed <= most:
         wrong.append(f"what is told of it is {needed:.3g} of what the claim needs")
     if drawn.whole is not None and drawn.whole < 0.9:
@@ -103,8 +119,9 @@ def noise(twin: Twin) -> Part:
 
     low, high = noise_tests.power(law.numbers, each)
     told = (
-        f"{law.numbers:,} numbers in {law.vectors:,} vectors over {drawn.rounds:,} rounds through sites without "
-        f"patients; sd {law.ratio:.4f} of what is told, {measured:.4f} of what epsilon {twin.guarantee.epsilon:g} needs"
+        f"{law.numbers:,} numbers in {law.vectors:,} vectors over {drawn.rounds:,} rounds "
+        f"through sites without patients; sd {law.ratio:.4f} of what is told, {measured:.4f} of "
+        f"what epsilon {twin.guarantee.epsilon:g} needs"
     )
     if wrong:
         told += f"; refused: {'; '.join(wrong)}"
@@ -123,41 +140,63 @@ def noise(twin: Twin) -> Part:
         "finds_above": high,
         "refused": wrong,
     }
-    strength = f"finds an sd below {low:.3f} or above {high:.3f} of what is told, each with probability .95"
+    strength = (
+        f"finds an sd below {low:.3f} or above {high:.3f} of what is told, each with "
+        "probability .95"
+    )
     claimed = "its law; sd as needed"
     return Part("noise", claimed, f"sd {measured:.3f} of need", told, not wrong, figures, strength)
 
 
 def _draw_jointly(twin: Twin) -> _Drawn:
     """Open sums of sites without patients, the way that the study opens them."""
-    guarantee, plan = twin.guarantee, twin.plan
-    training, began, opened = _start_idle(twin), time.monotonic(), []
+    guarantee = twin.guarantee
+    plan = twin.plan
+    training = _start_idle(twin)
+    began = time.monotonic()
+    opened = []
+
     for number in range(_count_rounds(plan.parameters)):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
         _play_empty_round(training, number)
         opened.append(training.heard.opened_M.double().numpy() / GRID)
+
     noise_VM = np.stack(opened)
-    noise_VP, counts = noise_VM[:, : plan.parameters], None
+    noise_VP = noise_VM[:, : plan.parameters]
+    counts = None
     if guarantee.clipping == "adaptive":
         counts = noise_VM[:, -1]
     whole = noise_tests.on_grid(noise_VP)
     if guarantee.strategy:
         band = noise_tests.strategy_coefficients(guarantee.rounds, guarantee.separation)
         noise_VP = noise_tests.whiten(noise_VP, band)
+
     excess = _excess(plan)
-    need = max(needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in _kinds(guarantee))
+    need = max(
+        needed_deviation(plan.study, name, plan.parameters, twin.guarantee)
+        for name in _kinds(guarantee)
+    )
     told_V = np.full(len(noise_VP), guarantee.sigma_units() * excess)
     needed_V = np.full(len(noise_VP), need * excess)
+
     return _Drawn(noise_VP, told_V, needed_V, counts, whole, len(noise_VP))
 
 
 def _draw_by_sites(twin: Twin) -> _Drawn:
-    """Take the rows of sites without patients after one step from weights of 0: each is its noise, scaled."""
-    plan, still = twin.plan, _limit_to_one_step(twin)
-    training, began = _start_idle(still), time.monotonic()
-    rate, guarantee = still.plan.study.training.learning_rate, still.guarantee
-    vectors, names, rounds = [], list[str](), 0
+    """Take the rows of sites without patients after one step from weights of 0: each is its noise,
+    scaled.
+    """
+    plan = twin.plan
+    still = _limit_to_one_step(twin)
+    training = _start_idle(still)
+    began = time.monotonic()
+    rate = still.plan.study.training.learning_rate
+    guarantee = still.guarantee
+    vectors = []
+    names = list[str]()
+    rounds = 0
+
     for number in range(_count_rounds(plan.parameters * cohort(plan.study, plan.participants))):
         if number >= ROUNDS[0] and time.monotonic() - began > PATIENCE:
             break
@@ -168,10 +207,15 @@ def _draw_by_sites(twin: Twin) -> _Drawn:
             vectors.append(-codec.decode(payload)[1]["row"].double().numpy() / step)
             names.append(name)
         rounds += 1
+
     noise_VP = np.stack(vectors)
     told_V = np.array([twin.guarantee.sigma_units(name) for name in names])
-    need = {name: needed_deviation(plan.study, name, plan.parameters, twin.guarantee) for name in set(names)}
+    need = {
+        name: needed_deviation(plan.study, name, plan.parameters, twin.guarantee)
+        for name in set(names)
+    }
     needed_V = np.array([need[name] for name in names])
+
     return _Drawn(noise_VP, told_V, needed_V, None, noise_tests.on_grid(noise_VP), rounds)
 
 
@@ -191,13 +235,19 @@ def _play_empty_round(training: TwinTraining, number: int) -> None:
     plan = training.plan
     training.server = replace(plan.begin(), round=number, w_P=torch.zeros(plan.parameters))
     training.round(
-        {name: rows.at(torch.zeros(len(rows), dtype=torch.bool)) for name, rows in training.twin.rows.items()}
+        {
+            name: rows.at(torch.zeros(len(rows), dtype=torch.bool))
+            for name, rows in training.twin.rows.items()
+        }
     )
 
 
 def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
-    """Return the twin under the same guarantee, its sites taking one step of plain SGD; with another multiplier."""
-    plan, guarantee = twin.plan, twin.guarantee
+    """Return the twin under the same guarantee, its sites taking one step of plain SGD; with
+    another multiplier.
+    """
+    plan = twin.plan
+    guarantee = twin.guarantee
     releases = {
         name: replace(r, steps=1, noise_multiplier=multiplier or r.noise_multiplier)
         for name, r in guarantee.releases.items()
@@ -205,7 +255,13 @@ def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     guarantee = replace(guarantee, releases=releases)
     study = replace(plan.study, training=_simplify(plan.study.training))
     sites = {name: site.like(study, guarantee) for name, site in twin.sites.items()}
-    plan = replace(plan, study=study, guarantee=guarantee, message=plan.parameters if not plan.joint else plan.message)
+    plan = replace(
+        plan,
+        study=study,
+        guarantee=guarantee,
+        message=plan.parameters if not plan.joint else plan.message,
+    )
+
     return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 
 
@@ -222,11 +278,17 @@ def _simplify(t: Training) -> Training:
 
 def _kinds(guarantee: Guarantee) -> list[str]:
     """Name one client of each kind: thousands of devices are of few."""
-    return list({(r.size, r.steps, r.probability, r.cap): name for name, r in guarantee.releases.items()}.values())
+    return list(
+        {
+            (r.size, r.steps, r.probability, r.cap): name for name, r in guarantee.releases.items()
+        }.values()
+    )
 
 
 def _excess(plan: Plan) -> float:
-    """Return the deviation of all parts of the joint noise together, over that of those that must suffice."""
+    """Return the deviation of all parts of the joint noise together, over that of those that must
+    suffice.
+    """
     if not plan.joint or plan.study.security.aggregation == "plain":
         return 1.0
     parts = cohort(plan.study, plan.participants)
@@ -236,18 +298,23 @@ def _excess(plan: Plan) -> float:
 
 
 def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guarantee) -> float:
-    """Return the standard deviation in grid units that a client's claim needs, worked out from the study.
+    """Return the standard deviation in grid units that a client's claim needs, worked out from the
+    study.
 
-    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive clipping's count. The
-    deviation told for the count is taken as it is, and the gradient's must make up for the rest.
+    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive
+    clipping's count. The deviation told for the count is taken as it is, and the gradient's must
+    make up for the rest.
     """
-    p, t, fleet = study.privacy, study.training, study.fleet
+    p = study.privacy
+    t = study.training
+    fleet = study.fleet
     size = declared_size(study, name)
     alone = p.noise == "site"
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
     clients = list(guarantee.releases)
-    mean = sum(declared_size(study, each) for each in clients) / len(clients)  # under joint noise all draw alike
+    # under joint noise all draw alike
+    mean = sum(declared_size(study, each) for each in clients) / len(clients)
     probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
     steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
     once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
@@ -269,7 +336,7 @@ def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guaran
     return multiplier * once
 
 
-# How far one patient moves the sum ------------------------------------------------------------------------------------
+# How far one patient moves the sum ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -282,7 +349,8 @@ class Odd:
 
 
 def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> list[Odd]:
-    """Return patients that break clipping where it can be broken: near-duplicates, cancellations, extremes, 1 to 64.
+    """Return patients that break clipping where it can be broken: near-duplicates, cancellations,
+    extremes, 1 to 64.
 
     Behind those with names come DRAWN of `privacy.odd_patients`, of up to eight records.
     """
@@ -312,12 +380,16 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
         for apart in (2.0**-23, 2.0**-20, 2.0**-12):
             x_2F = scale * torch.stack([plain_F, plain_F * (1 + apart)])
             add(f"two records of size {scale:g}, alike to {apart:.1g}", x_2F, alternating(2, scale))
-    for scale in (1e6, 1e8, 1e10, 1e12):  # apart in one feature only, by less than products of pairs can hold
+    # apart in one feature only, by less than products of pairs can hold
+    for scale in (1e6, 1e8, 1e10, 1e12):
         for share in (1e-9, 1e-8, 1e-7):
             for turn in range(3):
                 x_2F = scale * torch.from_numpy(rng.standard_normal(width)).expand(2, width).clone()
                 x_2F[:, -1] = torch.tensor([0.0, scale * share])
-                name = f"two records of size {scale:g}, {scale * share:g} apart in one feature ({turn + 1})"
+                name = (
+                    f"two records of size {scale:g}, {scale * share:g} apart in one feature "
+                    f"({turn + 1})"
+                )
                 add(name, x_2F, alternating(2, 1.0))
     for records in (1, 2, 3, 8, 64):
         same_RF = plain_F.expand(records, width)
@@ -336,7 +408,11 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
             one_F[rng.integers(width)] = scale
             add(f"one feature of size 1e{power}", one_F[None], [y])
     for value in (math.inf, math.nan):
-        add(f"a feature that is {value}", torch.where(torch.arange(width) == 0, value, plain_F)[None], [0.0])
+        add(
+            f"a feature that is {value}",
+            torch.where(torch.arange(width) == 0, value, plain_F)[None],
+            [0.0],
+        )
     for number in range(DRAWN):
         x_RF, y_R = odd_patients.draw(rng, width, kind, labels, finite=False, most=8)
         add(f"drawn {number + 1}", torch.from_numpy(x_RF), torch.from_numpy(y_R))
@@ -344,9 +420,12 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
-    """Put odd patients into a site's rows, one at a time, and measure how far each moves what the site releases."""
+    """Put odd patients into a site's rows, one at a time, and measure how far each moves what the
+    site releases.
+    """
     bare = _limit_to_one_step(twin, _QUIET)
-    plan, guarantee = bare.plan, bare.guarantee
+    plan = bare.plan
+    guarantee = bare.guarantee
     name = max(bare.sites, key=lambda name: (guarantee.releases[name].size, name))
     site = bare.sites[name]
     release = replace(guarantee.releases[name], probability=1.0, cap=0)
@@ -354,7 +433,12 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     rate = release.size / guarantee.clip  # a row is the sum, turned round
     study = replace(
         plan.study,
-        training=replace(plan.study.training, learning_rate=rate, batch_size=0, path=twin.plan.study.training.path),
+        training=replace(
+            plan.study.training,
+            learning_rate=rate,
+            batch_size=0,
+            path=twin.plan.study.training.path,
+        ),
     )
     site = site.like(study, guarantee)
 
@@ -369,7 +453,9 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     moved: dict[str, float] = {}
     for w_P in weights:
         for company in (_drop_everybody(twin.rows[name]), crowd):
-            for odd, far in _measure_moves(twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng):
+            for odd, far in _measure_moves(
+                twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng
+            ):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
     if not moved:
         why = "not run: the site answers nothing, whoever is in its rows"
@@ -378,8 +464,9 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     allowed = 1 + SLACK + GRID * math.sqrt(plan.parameters)
     beyond = {which: far for which, far in moved.items() if not far <= allowed}
     told = (
-        f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} sets of weights; "
-        f"{worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most {allowed:.4g} C is allowed)"
+        f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} "
+        f"sets of weights; {worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most "
+        f"{allowed:.4g} C is allowed)"
     )
     if beyond:
         told += f"; {len(beyond)} of them move it further"
@@ -388,11 +475,23 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
         "worst": worst,
         "moved": min(moved[worst], 1e300),
         "allowed": allowed,
-        "beyond": {which: min(far, 1e300) for which, far in sorted(beyond.items(), key=lambda one: -one[1])[:8]},
+        "beyond": {
+            which: min(far, 1e300)
+            for which, far in sorted(beyond.items(), key=lambda one: -one[1])[:8]
+        },
     }
-    strength = f"finds any of these patients that moves the sum by more than {allowed:.4g} C; of others it says nothing"
+    strength = (
+        f"finds any of these patients that moves the sum by more than {allowed:.4g} C; of "
+        "others it says nothing"
+    )
     return Part(
-        "sensitivity", f"one patient <= {allowed:.4g} C", f"{moved[worst]:.5g} C", told, not beyond, figures, strength
+        "sensitivity",
+        f"one patient <= {allowed:.4g} C",
+        f"{moved[worst]:.5g} C",
+        told,
+        not beyond,
+        figures,
+        strength,
     )
 
 
@@ -405,7 +504,9 @@ def _drop_everybody(rows: Rows) -> Rows:
 
 
 def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]:
-    """Return the patients, and those of one record once more with the label that the model finds least likely."""
+    """Return the patients, and those of one record once more with the label that the model finds
+    least likely.
+    """
     kind = twin.plan.encoding.target.task
     if kind == "regression":
         return list(patients)
@@ -417,12 +518,18 @@ def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]
 
 
 def _measure_moves(
-    twin: Twin, site: Site, w_P: Tensor, company: Rows, patients: Sequence[Odd], rng: np.random.Generator
+    twin: Twin,
+    site: Site,
+    w_P: Tensor,
+    company: Rows,
+    patients: Sequence[Odd],
+    rng: np.random.Generator,
 ) -> list[tuple[Odd, float]]:
-    """Return by how many C each patient moves the site's row; a site that then refuses tells of the patient: inf.
+    """Return by how many C each patient moves the site's row; a site that then refuses tells of the
+    patient: inf.
 
-    Patients of one number of records go together: more records of another would be padding to them, and lead the
-    code another way.
+    Patients of one number of records go together: more records of another would be padding to them,
+    and lead the code another way.
     """
     found: list[tuple[Odd, float]] = []
     for records in sorted({len(odd.y_R) for odd in patients}):
@@ -435,17 +542,23 @@ def _measure_moves(
         without = rows[0]
         if without is None:  # nothing to compare with
             continue
-        found += [(odd, _distance(row, without, twin)) for odd, row in zip(alike, rows[1:], strict=True)]
+        found += [
+            (odd, _distance(row, without, twin)) for odd, row in zip(alike, rows[1:], strict=True)
+        ]
+
     return found
 
 
 def _distance(row: np.ndarray | None, without: np.ndarray, twin: Twin) -> float:
-    """Return how far two rows are apart, in C; not finite, or refused for one patient's sake, is infinitely far."""
+    """Return how far two rows are apart, in C; not finite, or refused for one patient's sake, is
+    infinitely far.
+    """
     if row is None:
         return math.inf
     numbers = twin.plan.parameters
     far = float(np.linalg.norm((row - without)[:numbers]))
-    if len(row) > numbers and twin.plan.joint:  # adaptive clipping's count: a half at most, and half a step
+    # adaptive clipping's count: a half at most, and half a step
+    if len(row) > numbers and twin.plan.joint:
         far = max(far, 2 * float(abs(row[-1] - without[-1])) - GRID)
     if not math.isfinite(far):
         return math.inf
@@ -457,7 +570,8 @@ def _add_patient(rows: Rows, odd: Odd, rng: np.random.Generator) -> Rows:
     assert rows.key is not None
     patient = torch.cat([rows.patient, torch.full((len(odd.y_R),), number)])
     key = torch.cat([rows.key, keys(1, rng).expand(len(odd.y_R))])
-    x, y = torch.cat([rows.x, odd.x_RF.to(rows.x.dtype)]), torch.cat([rows.y, odd.y_R.to(rows.y.dtype)])
+    x = torch.cat([rows.x, odd.x_RF.to(rows.x.dtype)])
+    y = torch.cat([rows.y, odd.y_R.to(rows.y.dtype)])
     return Rows(x, y, patient, key)
 
 
@@ -473,8 +587,12 @@ def _mute() -> Iterator[None]:
         log.disabled = before
 
 
-def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> list[np.ndarray | None]:
-    """Return what the site would release [P] in units of C, holding each of these rows; None where it refuses."""
+def _ask_site(
+    site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool
+) -> list[np.ndarray | None]:
+    """Return what the site would release [P] in units of C, holding each of these rows; None where
+    it refuses.
+    """
     assert site.guarantee is not None
     nodes = [site.like(site.study, site.guarantee) for _ in held]
     for node, rows in zip(nodes, held, strict=True):
@@ -483,12 +601,14 @@ def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> lis
     if site.guarantee.clipping == "adaptive":
         header = {**header, "clip": site.guarantee.clip}
     payload = codec.encode(header, {"w": w_P})
+
     with _mute():
         replies = handle_many(nodes, "work", payload)
         if any(
             isinstance(reply, SiteError) for reply in replies
         ):  # one can fail a stack: each by itself, as at its site
             replies = [handle_many([node], "work", payload)[0] for node in nodes]
+
     found: list[np.ndarray | None] = []
     for reply in replies:
         if isinstance(reply, SiteError):
@@ -496,4 +616,5 @@ def _ask_site(site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool) -> lis
             continue
         row_M = codec.decode(reply)[1]["row"].double().numpy()
         found.append(row_M * GRID if joint else -row_M)
+
     return found

@@ -1,13 +1,14 @@
-"""The twin of a study: the same plan through the same code, for an attacker who knows everything but some coins.
+"""The twin of a study: the same plan through the same code, for an attacker who knows everything
+but some coins.
 
-The attacker sees every server state and, where noise = "site", each site's row, and knows all records. What a round
-would release without noise is worked out here once more, by torch.func (or plain autograd) and clipping formulas of its
-own, so that a bug in dpsgd.py cannot hide itself.
+The attacker sees every server state and, where noise = "site", each site's row, and knows all
+records. What a round would release without noise is worked out here once more, by torch.func (or
+plain autograd) and clipping formulas of its own, so that a bug in dpsgd.py cannot hide itself.
 
 A twin pays from no ledger: its patients are public, or invented where the study's are private.
 
-N records, I patients, R records of one patient, M canaries, P parameters, F features, C outputs, A = 1 + M: no canary,
-and each of them alone.
+N records, I patients, R records of one patient, M canaries, P parameters, F features, C outputs, A
+= 1 + M: no canary, and each of them alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,9 @@ _BLOCK = 1 << 23  # numbers of per-patient gradients held at once
 
 @dataclass(frozen=True)
 class Twin:
-    """A study's plan and its sites, prepared as for a run, with the rows of the patients that training starts from."""
+    """A study's plan and its sites, prepared as for a run, with the rows of the patients that
+    training starts from.
+    """
 
     plan: Plan
     guarantee: Guarantee
@@ -66,18 +69,21 @@ class Twin:
         encoding: Encoding | None = None,
         secure: bool = False,
     ) -> "Twin":
-        """Prepare a twin whose rows come together in the open, or `secure`: as the study says, under keys made for it.
+        """Prepare a twin whose rows come together in the open, or `secure`: as the study says,
+        under keys made for it.
 
-        Nobody lies in a twin, and no rule weighs its rows. Raises PlanError where the study claims nothing.
+        Nobody lies in a twin, and no rule weighs its rows. Raises PlanError where the study claims
+        nothing.
         """
         if not asked(study) or study.privacy.simulation_only:
             raise PlanError(
-                "the study claims nothing, so there is nothing to audit. Set privacy.epsilon=1.0 and "
-                "privacy.delta=1e-6, and leave privacy.simulation_only out."
+                "the study claims nothing, so there is nothing to audit. Set privacy.epsilon=1.0 "
+                "and privacy.delta=1e-6, and leave privacy.simulation_only out."
             )
         study = replace(study, robustness=Robustness()).set("security.federation", "")
         if not secure:
-            study = study.set("security.aggregation", "plain")  # what is opened has no less noise than the twin's sum
+            # what is opened has no less noise than the twin's sum
+            study = study.set("security.aggregation", "plain")
         simulation = runs.Simulation.open(study, data, pays=False)
         fleet = simulation.fleet
         plan = prepare(simulation.study, fleet, fleet.sites(), encoding)
@@ -86,16 +92,31 @@ class Twin:
         if study.privacy.scope == "run":  # declared public
             rows = {name: site.train for name, site in sites.items()}
         else:
-            rule_FC = rng.standard_normal((len(plan.encoding.names()), plan.encoding.target.outputs))
-            rows = {name: _invent(plan.guarantee.releases[name].size, rule_FC, plan, rng) for name in sites}
+            rule_FC = rng.standard_normal(
+                (len(plan.encoding.names()), plan.encoding.target.outputs)
+            )
+            rows = {
+                name: _invent(plan.guarantee.releases[name].size, rule_FC, plan, rng)
+                for name in sites
+            }
         together = ways.introduce(plan, fleet, "audit") if secure else PLAIN
-        return cls(plan, plan.guarantee, sites, rows, build_model(plan.study, plan.encoding).train(), together)
+        return cls(
+            plan,
+            plan.guarantee,
+            sites,
+            rows,
+            build_model(plan.study, plan.encoding).train(),
+            together,
+        )
 
 
 def _invent(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator) -> Rows:
     """Return patients whose label follows a linear rule, with noise: something to learn."""
-    x_NF, target = rng.standard_normal((size, len(rule_FC))), plan.encoding.target
-    z_NC = torch.from_numpy(x_NF @ rule_FC / np.sqrt(len(rule_FC)) + rng.logistic(size=(size, rule_FC.shape[1])))
+    x_NF = rng.standard_normal((size, len(rule_FC)))
+    target = plan.encoding.target
+    z_NC = torch.from_numpy(
+        x_NF @ rule_FC / np.sqrt(len(rule_FC)) + rng.logistic(size=(size, rule_FC.shape[1]))
+    )
     match target.task:
         case "binary":
             y_N = (z_NC[:, 0] > 0).float()
@@ -113,7 +134,9 @@ def keys(size: int, rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Seen:
-    """One round as an attacker sees it: the states around it, each site's reply, and what sites remembered before."""
+    """One round as an attacker sees it: the states around it, each site's reply, and what sites
+    remembered before.
+    """
 
     before: Server
     after: Server
@@ -127,11 +150,14 @@ class TwinTraining:
     def __init__(self, twin: Twin) -> None:
         plan = twin.plan
         fresh = joint_links(twin.guarantee, plan.streams.key("noise"))
-        alone = plan.joint and plan.study.security.aggregation == "plain"  # else sites or aggregators hold the noise
-        self.twin, self.plan = twin, replace(plan, links=fresh) if alone else plan
+        # else sites or aggregators hold the noise
+        alone = plan.joint and plan.study.security.aggregation == "plain"
+        self.twin = twin
+        self.plan = replace(plan, links=fresh) if alone else plan
         self.heard = _Heard(twin.aggregation)
         self.tap = _Tap(InProcess(list(twin.sites.values())))
-        self.server, self.budget = plan.begin(), plan.budget()
+        self.server = plan.begin()
+        self.budget = plan.budget()
         for site in twin.sites.values():
             site.forget()
 
@@ -139,7 +165,8 @@ class TwinTraining:
         """Run one round in which the sites hold these training rows."""
         for name, site in self.twin.sites.items():
             site.hold(held[name])
-        before, memory = self.server, {name: site.memory for name, site in self.twin.sites.items()}
+        before = self.server
+        memory = {name: site.memory for name, site in self.twin.sites.items()}
         self.server = run_round(before, self.plan, self.tap, self.budget, Log(), self.heard)
         return Seen(before, self.server, self.tap.reply, memory)
 
@@ -153,7 +180,9 @@ class _Heard:
         self.inner = inner
         self.opened_M = torch.empty(0)
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "_Heard":
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> "_Heard":
         """Open a round of the way itself."""
         self.exchange = self.inner.open(plan, fleet, clients, number, payload)
         return self
@@ -177,7 +206,9 @@ class _Heard:
 class _Tap(Counted):
     """A fleet that keeps what the sites answered to the last call to work."""
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         self.listening = op == "work"
         if self.listening:
             self.reply: dict[str, bytes] = {}
@@ -190,7 +221,7 @@ class _Tap(Counted):
         return replies
 
 
-# What is released -----------------------------------------------------------------------------------------------------
+# What is released ---------------------------------------------------------------------------------
 
 
 def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
@@ -207,7 +238,9 @@ def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
-    """Undo the server's step: what it applied is in its weights, or in the moments that it keeps."""
+    """Undo the server's step: what it applied is in its weights, or in the moments that
+    it keeps.
+    """
     h = plan.study.training
     if "momentum" in after.slots:
         return after.slots["momentum"] - h.server_momentum * before.slots["momentum"]
@@ -217,12 +250,14 @@ def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
     return (after.w_P - before.w_P) / (h.server_learning_rate or 1.0)
 
 
-# What the attacker works out ------------------------------------------------------------------------------------------
+# What the attacker works out ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class People:
-    """Patients of several sites: their records, each record's stream, and each patient's weight in the mean."""
+    """Patients of several sites: their records, each record's stream, and each patient's weight in
+    the mean.
+    """
 
     x_NF: Tensor
     y_N: Tensor
@@ -232,19 +267,32 @@ class People:
     weight_I: Tensor
 
     @classmethod
-    def of(cls, held: Mapping[str, Rows], weight: Mapping[str, float], key: Mapping[str, int]) -> "People":
+    def of(
+        cls, held: Mapping[str, Rows], weight: Mapping[str, float], key: Mapping[str, int]
+    ) -> "People":
         """Lay the sites' rows end to end; `weight` and `key` are those of a site's patients."""
-        number, weights, count = [], [], 0
+        number = []
+        weights = []
+        count = 0
+
         for name, rows in held.items():
             codes, place_N = torch.unique(rows.patient, return_inverse=True)
             number.append(place_N + count)
             weights.append(torch.full((len(codes),), weight[name], dtype=torch.float64))
             count += len(codes)
-        patient_N, record_N = torch.cat(number), torch.zeros(sum(map(len, held.values())), dtype=torch.int64)
+
+        patient_N = torch.cat(number)
+        record_N = torch.zeros(sum(map(len, held.values())), dtype=torch.int64)
         sorted_N, order_N = torch.sort(patient_N, stable=True)
         record_N[order_N] = torch.arange(len(order_N)) - torch.searchsorted(sorted_N, sorted_N)
-        own = [(rows.patient if rows.key is None else rows.key) ^ key[name] for name, rows in held.items()]
-        x_NF, y_N = (torch.cat([getattr(rows, name) for rows in held.values()]) for name in ("x", "y"))
+        own = [
+            (rows.patient if rows.key is None else rows.key) ^ key[name]
+            for name, rows in held.items()
+        ]
+        x_NF, y_N = (
+            torch.cat([getattr(rows, name) for rows in held.values()]) for name in ("x", "y")
+        )
+
         return cls(x_NF, y_N, patient_N, record_N, torch.cat(own), torch.cat(weights))
 
     def blocks(self, parameters: int) -> "Iterator[People]":
@@ -263,8 +311,12 @@ class People:
 
 
 def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
-    """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the definition."""
-    model, layout, task = twin.model, Layout.of(twin.model), twin.plan.encoding.target.task
+    """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the
+    definition.
+    """
+    model = twin.model
+    layout = Layout.of(twin.model)
+    task = twin.plan.encoding.target.task
     dropouts = dropout_keys(model)
 
     def loss(weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor) -> Tensor:
@@ -289,56 +341,85 @@ _Loss = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
 """(weights, x [F], y, key) -> the loss of one record."""
 
 
-def _gradients(loss: _Loss, weights: dict[str, Tensor], x_NF: Tensor, y_N: Tensor, key_N: Tensor) -> Tensor:
-    """Return each record's gradient [N, P]: by torch.func, or where it cannot by autograd, record by record."""
+def _gradients(
+    loss: _Loss, weights: dict[str, Tensor], x_NF: Tensor, y_N: Tensor, key_N: Tensor
+) -> Tensor:
+    """Return each record's gradient [N, P]: by torch.func, or where it cannot by autograd, record
+    by record.
+    """
     try:
         parts = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x_NF, y_N, key_N).values()
         return torch.cat([part.flatten(1) for part in parts], 1)
-    except (RuntimeError, NotImplementedError):  # branches on values, operators without a batching rule
-        return torch.stack([_gradient(loss, weights, *one) for one in zip(x_NF, y_N, key_N, strict=True)])
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # branches on values, operators without a batching rule
+        return torch.stack(
+            [_gradient(loss, weights, *one) for one in zip(x_NF, y_N, key_N, strict=True)]
+        )
 
 
-def _gradient(loss: _Loss, weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor) -> Tensor:
+def _gradient(
+    loss: _Loss, weights: dict[str, Tensor], x_F: Tensor, y: Tensor, key: Tensor
+) -> Tensor:
     """Return one record's gradient [P] by autograd alone; a weight that is not used has none."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
     found = torch.autograd.grad(loss(leaves, x_F, y, key), list(leaves.values()), allow_unused=True)
-    parts = [torch.zeros_like(w) if g is None else g for g, w in zip(found, leaves.values(), strict=True)]
+    parts = [
+        torch.zeros_like(w) if g is None else g for g, w in zip(found, leaves.values(), strict=True)
+    ]
     return torch.cat([part.flatten() for part in parts])
 
 
 def explain(
     twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return how far a release differs from one without canaries [P], and what each of them would add [M, P].
+    """Return how far a release differs from one without canaries [P], and what each of them would
+    add [M, P].
 
-    In units of the clipped sum (exactly, for one step of SGD), expected over the sampling's coins, and linear around
-    half of the canaries being in. A local path of several steps stays inside the site: it is taken to be straight, from
-    the round's weights to those released.
+    In units of the clipped sum (exactly, for one step of SGD), expected over the sampling's coins,
+    and linear around half of the canaries being in. A local path of several steps stays inside the
+    site: it is taken to be straight, from the round's weights to those released.
     """
-    guarantee, plan, h, w_P = twin.guarantee, twin.plan, twin.plan.study.training, seen.before.w_P
+    guarantee = twin.guarantee
+    plan = twin.plan
+    h = twin.plan.study.training
+    w_P = seen.before.w_P
     clip = float(seen.before.slots.get("clip", guarantee.clip))
     share = clip / sum(guarantee.releases[name].expected for name in names)
     weight = {name: share * guarantee.releases[name].probability for name in names}
     key = {name: plan.streams.key("batches", seen.after.round, name) for name in names}
-    base, canaries = People.of({name: twin.rows[name] for name in names}, weight, key), People.of(canary, weight, key)
+    base = People.of({name: twin.rows[name] for name in names}, weight, key)
+    canaries = People.of(canary, weight, key)
 
-    algorithm, steps = plan.algorithm, guarantee.releases[names[0]].steps
+    algorithm = plan.algorithm
+    steps = guarantee.releases[names[0]].steps
     average = h.average
     if plan.joint or algorithm.plain_sgd or algorithm.any_sgd:
         average = 0.0
-    kept, layout = max(1, round(average * steps)), Layout.of(twin.model)
-    params = [p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)]
-    descent, mean_AP = Descent(params, plan.local, _correction(seen, names, plan), layout), torch.zeros(())
+    kept = max(1, round(average * steps))
+    layout = Layout.of(twin.model)
+    params = [
+        p.double().repeat(1 + len(canaries.weight_I), *[1] * p.ndim) for _, p in layout.pieces(w_P)
+    ]
+    descent = Descent(params, plan.local, _correction(seen, names, plan), layout)
+    mean_AP = torch.zeros(())
     for t in range(steps):
         at_P = w_P + update_P.to(w_P.dtype) * (t / (steps - (kept - 1) / 2))
-        add_MP = torch.cat([clip_gradients(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)])
-        half_P = sum(
-            (clip_gradients(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)), add_MP.sum(0) / 2
+        add_MP = torch.cat(
+            [clip_gradients(twin, at_P, some, t, clip) for some in canaries.blocks(plan.parameters)]
         )
-        descent.step([piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))])
+        half_P = sum(
+            (clip_gradients(twin, at_P, p, t, clip).sum(0) for p in base.blocks(plan.parameters)),
+            add_MP.sum(0) / 2,
+        )
+        descent.step(
+            [piece for _, piece in layout.pieces(torch.cat([half_P[None], half_P + add_MP]))]
+        )
         if t >= steps - kept:
             mean_AP = mean_AP + torch.cat([p.flatten(1) for p in params], 1) / kept
-    add_MP, unit = mean_AP[1:] - mean_AP[0], -h.learning_rate * share
+    add_MP = mean_AP[1:] - mean_AP[0]
+    unit = -h.learning_rate * share
     return (w_P + update_P - mean_AP[0] + add_MP.sum(0) / 2) / unit, add_MP / unit
 
 

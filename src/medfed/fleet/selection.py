@@ -12,8 +12,9 @@ import numpy as np
 from medfed.core.streams import Streams, patient_fraction
 
 Law = Literal["uniform", "turns", "unknown"]
-"""What is proven of who takes part. uniform: drawn without replacement, each as likely as another; turns: nobody twice
-within `fleet.groups` rounds; unknown: nothing, so an accountant counts each client in every round.
+"""What is proven of who takes part. uniform: drawn without replacement, each as likely as another;
+turns: nobody twice within `fleet.groups` rounds; unknown: nothing, so an accountant counts each
+client in every round.
 """
 
 
@@ -28,17 +29,21 @@ class Profile:
 class Selector:
     """How a round's clients are found: who may take part, then who of them does.
 
-    Guarantee: only `law` is promised to accountants, and "unknown" unless a selector says more. No choice may follow
-    from records: it sees names, public profiles and a stream of random numbers.
+    Guarantee: only `law` is promised to accountants, and "unknown" unless a selector says more. No
+    choice may follow from records: it sees names, public profiles and a stream of random numbers.
     """
 
     pick: Callable[[Mapping[str, Profile], int, np.random.Generator], Sequence[str]]  # count 0: all
-    eligible: Callable[[Sequence[str], int, int, Streams], Sequence[str]] = lambda names, round, groups, streams: names
+    eligible: Callable[[Sequence[str], int, int, Streams], Sequence[str]] = (
+        lambda names, round, groups, streams: names
+    )
     law: Law = "unknown"
 
 
 def draw(sites: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """Draw `count` of the sites uniformly without replacement, or take all where count is 0; order is kept."""
+    """Draw `count` of the sites uniformly without replacement, or take all where count is 0; order
+    is kept.
+    """
     if count == 0 or count >= len(sites):
         return list(sites)
     chosen = rng.choice(len(sites), size=count, replace=False)
@@ -46,7 +51,8 @@ def draw(sites: Sequence[str], count: int, rng: np.random.Generator) -> list[str
 
 
 def turn(sites: Sequence[str], round: int, groups: int, streams: Streams) -> list[str]:
-    """Return the group whose turn it is: a site's keyed hash decides its group, so nobody joining moves another.
+    """Return the group whose turn it is: a site's keyed hash decides its group, so nobody joining
+    moves another.
 
     Rounds count from 1. Guarantee: no site takes part twice within `groups` rounds.
     """
@@ -62,7 +68,9 @@ def empty_groups(sites: Sequence[str], groups: int, streams: Streams) -> list[in
 def most_groups(sites: Sequence[str], groups: int, streams: Streams) -> int:
     """Return the most groups, at most `groups`, of which none is empty."""
     fraction_K = _fractions(sites, streams)
-    return next(fewer for fewer in range(min(groups, len(sites)), 0, -1) if not _empty(fraction_K, fewer))
+    return next(
+        fewer for fewer in range(min(groups, len(sites)), 0, -1) if not _empty(fraction_K, fewer)
+    )
 
 
 def _fractions(sites: Sequence[str], streams: Streams) -> np.ndarray:
@@ -75,7 +83,9 @@ def _empty(fraction_K: np.ndarray, groups: int) -> list[int]:
     return (np.flatnonzero(sizes == 0) + 1).tolist()
 
 
-def draw_uniform(profiles: Mapping[str, Profile], count: int, rng: np.random.Generator) -> list[str]:
+def draw_uniform(
+    profiles: Mapping[str, Profile], count: int, rng: np.random.Generator
+) -> list[str]:
     """Draw `count` of the clients, each as likely as another; see `draw`."""
     return draw(list(profiles), count, rng)
 

@@ -1,8 +1,8 @@
 """Every federated algorithm, side by side. One round serves them all.
 
-An algorithm is what a client adds to its gradients (`correct`), what it sends after training (`message`, one row a
-client), and what the server does with the weighted mean of the rows (`apply`). What a server or a client remembers are
-named vectors of P numbers that start at zero.
+An algorithm is what a client adds to its gradients (`correct`), what it sends after training
+(`message`, one row a client), and what the server does with the weighted mean of the rows
+(`apply`). What a server or a client remembers are named vectors of P numbers that start at zero.
 
 K clients, P parameters, M numbers in a row.
 """
@@ -19,12 +19,15 @@ from medfed.learn.local import Correction, LocalResult
 from medfed.study import Training
 
 COMMON = ("average", "clip", "rate")
-"""Server slots that belong to no algorithm: the averaged model, the norm of adaptive clipping, a chosen rate."""
+"""Server slots that belong to no algorithm: the averaged model, the norm of adaptive clipping, a
+chosen rate.
+"""
 
 Joint = Literal["refused", "server step", "coincides"]
-"""What becomes of an algorithm where a round is one joint, noised step of all sites and clients do no more than add up
-clipped gradients. server step: all that it is lies in `apply`. coincides: with one step from the common model it is
-FedAvg. refused: its `correct` or `message` would be left out in silence.
+"""What becomes of an algorithm where a round is one joint, noised step of all sites and clients do
+no more than add up clipped gradients. server step: all that it is lies in `apply`. coincides: with
+one step from the common model it is FedAvg. refused: its `correct` or `message` would be left out
+in silence.
 """
 
 Memory = Mapping[str, Tensor]
@@ -60,20 +63,25 @@ class Algorithm:
     paper: str
     apply: "Callable[[Server, Tensor, float, Training], Server]"
     correct: "Callable[[Task, Memory, Training], Correction]" = lambda task, memory, h: Correction()
-    message: "Callable[[Task, Memory, LocalResult, Training], tuple[Tensor, Memory]]" = lambda task, memory, local, h: (
-        local.theta_KP - task.w_P,
-        memory,
+    message: "Callable[[Task, Memory, LocalResult, Training], tuple[Tensor, Memory]]" = (
+        lambda task, memory, local, h: (
+            local.theta_KP - task.w_P,
+            memory,
+        )
     )
-    start: "Callable[[Training], Mapping[str, float]]" = lambda h: {}  # server slots and what fills them
+    # server slots and what fills them
+    start: "Callable[[Training], Mapping[str, float]]" = lambda h: {}
     sent: tuple[str, ...] = ()  # which server slots the clients receive
     kept: tuple[str, ...] = ()  # what each client remembers
     joint: Joint = "refused"
     length: "Callable[[int], int]" = lambda parameters: parameters  # M, numbers in a row
-    update: "Callable[[Tensor, int], Tensor]" = lambda row_M, parameters: row_M[:parameters]  # of the weights, by a row
+    # of the weights, by a row
+    update: "Callable[[Tensor, int], Tensor]" = lambda row_M, parameters: row_M[:parameters]
     baseline: bool = False  # nothing is federated: no claim, no secrecy, no rule
     personal: bool = False  # the model to test is the site's own, w + memory["offset"]
     plain_sgd: str = ""  # why the local optimiser must be plain SGD, where it must
-    any_sgd: str = ""  # why the local optimiser must be SGD, with or without momentum, where it must
+    # why the local optimiser must be SGD, with or without momentum, where it must
+    any_sgd: str = ""
 
     def begin(self, w_P: Tensor, h: Training) -> Server:
         """Return the state before the first round."""
@@ -81,7 +89,9 @@ class Algorithm:
         return Server(0, w_P, slots | ({"average": w_P} if h.average else {}))
 
     def step(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        """Return the state after a round; with training.average, the mean of the last rounds' models goes along."""
+        """Return the state after a round; with training.average, the mean of the last rounds'
+        models goes along.
+        """
         after = self.apply(server, mean_M, share, h)
         common = {name: server.slots[name] for name in COMMON if name in server.slots}
         if "average" in common:
@@ -103,7 +113,8 @@ class Algorithm:
         return w_KP + memory["offset"] if self.personal else w_KP
 
 
-# Weighted mean: McMahan et al. 2017, algorithm 1; with a server step, Reddi et al. 2021, algorithm 1.
+# Weighted mean: McMahan et al. 2017, algorithm 1; with a server step, Reddi et al. 2021, algorithm
+# 1.
 
 
 def average(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
@@ -117,15 +128,18 @@ def proximal(task: Task, memory: Memory, h: Training) -> Correction:
     return Correction(mu=h.mu)
 
 
-# SCAFFOLD: Karimireddy et al. 2020, algorithm 1, option II. A client descends along g - c_k + c, then sets
-# c_k+ = c_k - c + (w - y_k) / (steps lr). Means are weighted like the objective; `share` is the drawn clients' weight.
+# SCAFFOLD: Karimireddy et al. 2020, algorithm 1, option II. A client descends along g - c_k + c,
+# then sets c_k+ = c_k - c + (w - y_k) / (steps lr). Means are weighted like the objective; `share`
+# is the drawn clients' weight.
 
 
 def control_shift(task: Task, memory: Memory, h: Training) -> Correction:
     return Correction(shift_KP=task.slots["control"] - memory["control"])
 
 
-def control_message(task: Task, memory: Memory, local: LocalResult, h: Training) -> tuple[Tensor, Memory]:
+def control_message(
+    task: Task, memory: Memory, local: LocalResult, h: Training
+) -> tuple[Tensor, Memory]:
     delta_KP = local.theta_KP - task.w_P
     travel_K1 = local.steps_K.clamp(min=1)[:, None] * h.learning_rate
     change_KP = -task.slots["control"] - delta_KP / travel_K1
@@ -139,17 +153,25 @@ def control_average(server: Server, mean_M: Tensor, share: float, h: Training) -
     return replace(moved, slots={"control": server.slots["control"] + share * change_P})
 
 
-# FedNova: Wang et al. 2020, section 4. A client sends its update per unit of local work |a_k|_1; the server multiplies
-# the mean by the mean work tau_eff, so that sites that take more steps no longer bend the objective.
+# FedNova: Wang et al. 2020, section 4. A client sends its update per unit of local work |a_k|_1;
+# the server multiplies the mean by the mean work tau_eff, so that sites that take more steps no
+# longer bend the objective.
 
 
 def local_work(steps_K: Tensor, h: Training) -> Tensor:
-    """Return |a_k|_1 [K]: the number of steps, or with momentum rho the sum of the weights its gradients get."""
-    tau, rho = steps_K.double(), h.momentum
-    return tau if rho == 0 else (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
+    """Return |a_k|_1 [K]: the number of steps, or with momentum rho the sum of the weights its
+    gradients get.
+    """
+    tau = steps_K.double()
+    rho = h.momentum
+    if rho == 0:
+        return tau
+    return (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
 
 
-def normalised(task: Task, memory: Memory, local: LocalResult, h: Training) -> tuple[Tensor, Memory]:
+def normalised(
+    task: Task, memory: Memory, local: LocalResult, h: Training
+) -> tuple[Tensor, Memory]:
     delta_KP = local.theta_KP - task.w_P
     work_K1 = local_work(local.steps_K, h).to(delta_KP.dtype)[:, None]
     return torch.cat([delta_KP / work_K1.clamp(min=1), work_K1], 1), memory
@@ -168,16 +190,20 @@ def momentum_average(server: Server, mean_M: Tensor, share: float, h: Training) 
     return replace(moved, slots={"momentum": velocity_P})
 
 
-# FedAdagrad, FedYogi, FedAdam: Reddi et al. 2021, algorithm 2. The mean update is the pseudo-gradient; v starts at
-# tau^2. FedAdagrad has beta1 = 0, as in the paper's experiments.
+# FedAdagrad, FedYogi, FedAdam: Reddi et al. 2021, algorithm 2. The mean update is the
+# pseudo-gradient; v starts at tau^2. FedAdagrad has beta1 = 0, as in the paper's experiments.
 
 
-def adaptive(second_moment: Callable[[Tensor, Tensor, Training], Tensor], momentum: bool) -> Callable[..., Server]:
+def adaptive(
+    second_moment: Callable[[Tensor, Tensor, Training], Tensor], momentum: bool
+) -> Callable[..., Server]:
     def apply(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
         beta1 = h.server_momentum if momentum else 0.0
         m_P = beta1 * server.slots["m"] + (1 - beta1) * mean_M
         v_P = second_moment(server.slots["v"], mean_M.square(), h)
-        moved = _moved(server, (h.server_learning_rate or 0.1) * m_P / (v_P.sqrt() + h.server_epsilon))
+        moved = _moved(
+            server, (h.server_learning_rate or 0.1) * m_P / (v_P.sqrt() + h.server_epsilon)
+        )
         return replace(moved, slots={"m": m_P, "v": v_P})
 
     return apply
@@ -216,7 +242,9 @@ def _moved(server: Server, step_P: Tensor) -> Server:
 
 ALGORITHMS: dict[str, Algorithm] = {
     "fedavg": Algorithm("McMahan et al. 2017, arXiv:1602.05629", average, joint="server step"),
-    "fedprox": Algorithm("Li et al. 2020, arXiv:1812.06127", average, correct=proximal, joint="coincides"),
+    "fedprox": Algorithm(
+        "Li et al. 2020, arXiv:1812.06127", average, correct=proximal, joint="coincides"
+    ),
     "scaffold": Algorithm(
         "Karimireddy et al. 2020, arXiv:1910.06378",
         control_average,
@@ -239,16 +267,28 @@ ALGORITHMS: dict[str, Algorithm] = {
         update=lambda row_M, parameters: row_M[:parameters] * row_M[-1],
     ),
     "fedavgm": Algorithm(
-        "Hsu et al. 2019, arXiv:1909.06335", momentum_average, start=lambda h: {"momentum": 0.0}, joint="server step"
+        "Hsu et al. 2019, arXiv:1909.06335",
+        momentum_average,
+        start=lambda h: {"momentum": 0.0},
+        joint="server step",
     ),
     "fedadagrad": Algorithm(
-        "Reddi et al. 2021, arXiv:2003.00295", adaptive(adagrad, False), start=moments, joint="server step"
+        "Reddi et al. 2021, arXiv:2003.00295",
+        adaptive(adagrad, False),
+        start=moments,
+        joint="server step",
     ),
     "fedyogi": Algorithm(
-        "Reddi et al. 2021, arXiv:2003.00295", adaptive(yogi, True), start=moments, joint="server step"
+        "Reddi et al. 2021, arXiv:2003.00295",
+        adaptive(yogi, True),
+        start=moments,
+        joint="server step",
     ),
     "fedadam": Algorithm(
-        "Reddi et al. 2021, arXiv:2003.00295", adaptive(adam, True), start=moments, joint="server step"
+        "Reddi et al. 2021, arXiv:2003.00295",
+        adaptive(adam, True),
+        start=moments,
+        joint="server step",
     ),
     "local": Algorithm(
         "baseline: each site alone",
@@ -260,6 +300,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         personal=True,
     ),
     "pooled": Algorithm(
-        "baseline: one model on all sites' rows in one place; a simulation only", average, baseline=True
+        "baseline: one model on all sites' rows in one place; a simulation only",
+        average,
+        baseline=True,
     ),
 }

@@ -1,11 +1,12 @@
 """Learners that no gradient trains: trees, counts, sums of squares, exact regression, survival.
 
-A torch module is trained by an algorithm of `algorithms`; a learner here says by itself what its state is, what a
-site's rows tell and how the state follows. A study names it by `model.name`. One more is an entry in `LEARNERS`,
-wherever it is written. Its rows pass links, ways and rules as those of any model do.
+A torch module is trained by an algorithm of `algorithms`; a learner here says by itself what its
+state is, what a site's rows tell and how the state follows. A study names it by `model.name`. One
+more is an entry in `LEARNERS`, wherever it is written. Its rows pass links, ways and rules as those
+of any model do.
 
-A phase is a round: what the next phase needs stands in the state (`w` and the slots that it sends), so that every phase
-is drawn, recorded, signed, resumed and verified as a round is.
+A phase is a round: what the next phase needs stands in the state (`w` and the slots that it sends),
+so that every phase is drawn, recorded, signed, resumed and verified as a round is.
 
 K clients, P numbers of the state, M numbers in a row, F inputs, C outputs.
 """
@@ -33,7 +34,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What a cohort's work came to: rows [K, M], what each client will remember if its row counts, loss and steps."""
+    """What a cohort's work came to: rows [K, M], what each client will remember if its row counts,
+    loss and steps.
+    """
 
     message_KM: Tensor
     memory: Memory
@@ -42,7 +45,9 @@ class Work:
 
 
 class Learner:
-    """What every learner says; what stands here is right for one that remembers nothing and sends no slot."""
+    """What every learner says; what stands here is right for one that remembers nothing and sends
+    no slot.
+    """
 
     paper: str = ""
     start: Mapping[str, float] = {}  # slots of the server's state, and what fills them
@@ -50,7 +55,9 @@ class Learner:
     kept: tuple[str, ...] = ()  # what each client remembers between rounds: vectors [P]
 
     def begin(self, shape: Shape) -> Tensor:
-        """Return the state [P] before the first round; raise PlanError for a task that is not the learner's."""
+        """Return the state [P] before the first round; raise PlanError for a task that is not the
+        learner's.
+        """
         raise NotImplementedError
 
     def length(self, parameters: int) -> int:
@@ -58,11 +65,15 @@ class Learner:
         raise NotImplementedError
 
     def work(self, task: Task, memory: Memory, clients: Sequence[Rows]) -> Work:
-        """Return what each client's training rows tell, client by client: no row may depend on another client."""
+        """Return what each client's training rows tell, client by client: no row may depend on
+        another client.
+        """
         raise NotImplementedError
 
     def apply(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        """Return the state after a round: `mean_M` is the combined row, `share` the weight of those who took part."""
+        """Return the state after a round: `mean_M` is the combined row, `share` the weight of those
+        who took part.
+        """
         raise NotImplementedError
 
     def predict(self, w_P: Tensor, x_NF: Tensor) -> Tensor:
@@ -75,7 +86,9 @@ LEARNERS: dict[str, Learner] = {}
 
 
 class Held(nn.Module):
-    """A learner's state as those see it who test, save or serve a model: one parameter, and the outputs that follow."""
+    """A learner's state as those see it who test, save or serve a model: one parameter, and the
+    outputs that follow.
+    """
 
     def __init__(self, learner: Learner, shape: Shape) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 """Local training of a whole cohort as one stack. A hospital trains as a stack of one.
 
-Three paths, one meaning. `rules` multiplies the stack layer by layer (layers.py); `func` maps torch.func's gradient
-over the clients; `loop` is one client after another by autograd and torch.optim, serves any module, and is the
-reference that probe.py and tests hold the others to.
+Three paths, one meaning. `rules` multiplies the stack layer by layer (layers.py); `func` maps
+torch.func's gradient over the clients; `loop` is one client after another by autograd and
+torch.optim, serves any module, and is the reference that probe.py and tests hold the others to.
 
-A step of client k on its batch:  g = mean gradient + decay w + mu (w - w_server) + shift_k, then SGD or Adam.
+A step of client k on its batch:  g = mean gradient + decay w + mu (w - w_server) + shift_k, then
+SGD or Adam.
 
 K clients, A of them still active in a step, T steps, B batch, P parameters.
 """
@@ -35,7 +36,8 @@ Path = Literal["auto", "rules", "func", "loop"]
 _Piece = TypeVar("_Piece")
 _Done = TypeVar("_Done")
 
-_RULES_CHUNK_BYTES = 8 << 20  # what a chunk of clients touches in a step: about what the caches hold
+# what a chunk of clients touches in a step: about what the caches hold
+_RULES_CHUNK_BYTES = 8 << 20
 _FUNC_CHUNK_BYTES = 32 << 20  # torch.func pays per call, so it wants longer stacks
 
 
@@ -76,7 +78,9 @@ class LocalPlan:
 
 @dataclass(frozen=True)
 class Correction:
-    """What an algorithm adds to every local gradient: mu (w - anchor) + shift; the anchor is the start of the round."""
+    """What an algorithm adds to every local gradient: mu (w - anchor) + shift; the anchor is the
+    start of the round.
+    """
 
     mu: float = 0.0
     shift_KP: Tensor | None = None
@@ -84,7 +88,9 @@ class Correction:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training leaves: weights [K, P], mean loss over all samples seen [K], steps taken [K]."""
+    """What local training leaves: weights [K, P], mean loss over all samples seen [K], steps taken
+    [K].
+    """
 
     theta_KP: Tensor
     loss_K: Tensor
@@ -105,7 +111,9 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class Batches:
-    """Which rows each client takes in each step; clients are sorted so that the active ones come first."""
+    """Which rows each client takes in each step; clients are sorted so that the active ones come
+    first.
+    """
 
     row_TKB: Tensor
     valid_TKB: Tensor | None  # None: no batch is short
@@ -124,8 +132,8 @@ def train(
 ) -> LocalResult:
     """Train each client from its row of `start_KP` on its own rows of `data`.
 
-    A client's result does not depend on who else is in the stack. Paths agree within rounding (1e-4 relative in
-    float32).
+    A client's result does not depend on who else is in the stack. Paths agree within rounding (1e-4
+    relative in float32).
 
     Args:
         model: any module; its own weights may be overwritten.
@@ -138,34 +146,42 @@ def train(
     """
     if path == "auto":
         path = "rules" if has_rules(model) else "func"
-    theta_KP, layout = start_KP.clone(memory_format=torch.contiguous_format), Layout.of(model)
+    theta_KP = start_KP.clone(memory_format=torch.contiguous_format)
+    layout = Layout.of(model)
     loss_K = torch.full((len(data),), float("nan"), dtype=torch.float64)
     steps_K = plan.steps_K(data.size_K)
     model.train()
     places = list(_chunks(steps_K, start_KP, data, plan, path))
     chunks = []
+
     for members in places:
         rows = Stack(data.x_NF, data.y_N, data.offset_K[members], data.size_K[members])
         shift_KP = None if correction.shift_KP is None else correction.shift_KP[members]
         piece = Correction(correction.mu, shift_KP)
         chunks.append(_Chunk(layout, start_KP[members], rows, plan, key_K[members], piece))
+
     for members, (theta, loss) in zip(places, _run(model, path, chunks), strict=True):
-        theta_KP[members], loss_K[members] = theta, loss
+        theta_KP[members] = theta
+        loss_K[members] = loss
+
     return LocalResult(theta_KP, loss_K, steps_K)
 
 
 def outputs(model: nn.Module, theta_P: Tensor, x_NF: Tensor, block: int = 8192) -> Tensor:
-    """Return the model's outputs [N, C] on rows x_NF in evaluation mode, with weights theta_P; `block` rows at once."""
+    """Return the model's outputs [N, C] on rows x_NF in evaluation mode, with weights theta_P;
+    `block` rows at once.
+    """
     fill(model, theta_P).eval()
     with torch.no_grad():  # clones: a module may write into its input
         return torch.cat([_wide(model(x.clone())) for x in torch.split(x_NF, block)])
 
 
 def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
-    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, cut into batches of B.
+    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, cut into batches
+    of B.
 
-    A slot without a row (a short last batch) repeats the client's own last row and is marked not valid: what another
-    client or padding holds can never reach it.
+    A slot without a row (a short last batch) repeats the client's own last row and is marked not
+    valid: what another client or padding holds can never reach it.
     """
     size_K = data.size_K
     steps_K = plan.steps_K(size_K)
@@ -175,15 +191,22 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
     # In each epoch every client's rows in an order of its own
     T = int(steps_K.max())
     epochs = -(-T // int(per_epoch_K.min()))
-    order_KES = torch.stack([streams.shuffles(streams.subkey(key_K, e), size_K) for e in range(epochs)], 1)
+    order_KES = torch.stack(
+        [streams.shuffles(streams.subkey(key_K, e), size_K) for e in range(epochs)], 1
+    )
 
     # The rows of each step: a batch of the epoch's order
     t_T1 = torch.arange(T)[:, None]
-    epoch_TK, batch_TK = t_T1 // per_epoch_K, t_T1 % per_epoch_K
+    epoch_TK = t_T1 // per_epoch_K
+    batch_TK = t_T1 % per_epoch_K
     place_TKB = (batch_TK * width)[..., None] + torch.arange(width)
     clamped_TKB = torch.minimum(place_TKB, (size_K - 1)[:, None])
     flat_TKB = epoch_TK[..., None] * order_KES.shape[2] + clamped_TKB
-    row_TKB = order_KES.flatten(1).gather(1, flat_TKB.transpose(0, 1).flatten(1)).view(len(size_K), T, width)
+    row_TKB = (
+        order_KES.flatten(1)
+        .gather(1, flat_TKB.transpose(0, 1).flatten(1))
+        .view(len(size_K), T, width)
+    )
     return Batches(
         row_TKB=(row_TKB + data.offset_K[:, None, None]).transpose(0, 1).contiguous(),
         valid_TKB=None if bool((size_K % width == 0).all()) else place_TKB < size_K[:, None],
@@ -215,7 +238,9 @@ def _wide(z: Tensor) -> Tensor:
 
 @contextmanager
 def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
-    """Have what the model draws, by its dropout layers or by torch's generator, follow from the stream `key`."""
+    """Have what the model draws, by its dropout layers or by torch's generator, follow from the
+    stream `key`.
+    """
     for layer in model.modules():
         if isinstance(layer, Dropout):
             layer.key.copy_(key)
@@ -225,7 +250,9 @@ def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
 
 
 def loss_gradient(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return d(sample loss)/dz, shaped like z [..., C]; z stays, as the last layer's rule may still need it."""
+    """Return d(sample loss)/dz, shaped like z [..., C]; z stays, as the last layer's rule may still
+    need it.
+    """
     match task:
         case "binary":
             return torch.sigmoid(z).sub_(y[..., None])
@@ -263,9 +290,10 @@ def on_threads(
         alone: do all on this thread.
         products: products of two numbers that one step takes.
 
-    Threads that each walk a chunk of their own do not wait for one another at every product, as threads inside a
-    product do; on a busy machine that is the difference between slower and a hundred times slower. So one chunk whose
-    steps have few `products` (of two numbers) has one thread, too.
+    Threads that each walk a chunk of their own do not wait for one another at every product, as
+    threads inside a product do; on a busy machine that is the difference between slower and a
+    hundred times slower. So one chunk whose steps have few `products` (of two numbers) has one
+    thread, too.
     """
     threads = torch.get_num_threads()
     if alone or threads == 1 or len(chunks) < 2:
@@ -289,11 +317,17 @@ def on_threads(
 
 
 _FEW_PRODUCTS = 1 << 22
-"""Products of a step that one thread does in less than a millisecond: a second one gains less than it may lose."""
+"""Products of a step that one thread does in less than a millisecond: a second one gains less than
+it may lose.
+"""
 
 
-def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, path: Path) -> Iterator[Tensor | slice]:
-    """Yield chunks of clients that still have steps to take, longest first, so that those active are a prefix."""
+def _chunks(
+    steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, path: Path
+) -> Iterator[Tensor | slice]:
+    """Yield chunks of clients that still have steps to take, longest first, so that those active
+    are a prefix.
+    """
     order = torch.argsort(steps_K, descending=True, stable=True)
     order = order[: int((steps_K > 0).sum())]
     if len(order):
@@ -302,16 +336,24 @@ def _chunks(steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, pat
         budget = _FUNC_CHUNK_BYTES if path == "func" else _RULES_CHUNK_BYTES
         width = max(1, budget // bytes_each)
         if torch.equal(order, torch.arange(len(order))):  # nothing to sort: views instead of copies
-            yield from (slice(first, min(first + width, len(order))) for first in range(0, len(order), width))
+            yield from (
+                slice(first, min(first + width, len(order)))
+                for first in range(0, len(order), width)
+            )
         else:
             yield from torch.split(order, width)
 
 
 class Descent:
-    """The optimiser over a stack of parameter tensors: SGD, SGD with momentum, or Adam (L2 decay, as torch.optim)."""
+    """The optimiser over a stack of parameter tensors: SGD, SGD with momentum, or Adam (L2 decay,
+    as torch.optim).
+    """
 
-    def __init__(self, params: list[Tensor], plan: LocalPlan, correction: Correction, layout: Layout) -> None:
-        self.params, self.plan = params, plan
+    def __init__(
+        self, params: list[Tensor], plan: LocalPlan, correction: Correction, layout: Layout
+    ) -> None:
+        self.params = params
+        self.plan = plan
         self.pull = plan.weight_decay + correction.mu
         self.constants = self._constants(correction, layout)
         moments = 0
@@ -324,7 +366,9 @@ class Descent:
 
     @property
     def fusable(self) -> bool:
-        """Whether a step is linear in the gradient alone, so that a rule can write it straight into the weights."""
+        """Whether a step is linear in the gradient alone, so that a rule can write it straight into
+        the weights.
+        """
         return not self.moments
 
     @property
@@ -338,7 +382,9 @@ class Descent:
             w[:active].add_(constant[:active], alpha=-self.plan.learning_rate)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Take one step of the first A clients, gradients being [A, *shape]; overwrites the gradients."""
+        """Take one step of the first A clients, gradients being [A, *shape]; overwrites the
+        gradients.
+        """
         self.step_number += 1
         for index, g in enumerate(gradients):
             w = self.params[index][: len(g)]
@@ -349,7 +395,8 @@ class Descent:
             self._apply(index, w, g)
 
     def _apply(self, index: int, w: Tensor, g: Tensor) -> None:
-        plan, moments = self.plan, [m[index][: len(g)] for m in self.moments]
+        plan = self.plan
+        moments = [m[index][: len(g)] for m in self.moments]
         if plan.optimizer == "adam":
             first, second = moments
             first.lerp_(g, 1 - plan.beta1)
@@ -374,12 +421,18 @@ class Descent:
 
 
 def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    data, plan, key_K = chunk.data, chunk.plan, chunk.key_K
+    data = chunk.data
+    plan = chunk.plan
+    key_K = chunk.key_K
     laid = batches(data, plan, key_K)
-    params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in chunk.layout.pieces(chunk.start_KP)]
+    params = [
+        piece.clone(memory_format=torch.contiguous_format)
+        for _, piece in chunk.layout.pieces(chunk.start_KP)
+    ]
     descent = Descent(params, chunk.plan, chunk.correction, chunk.layout)
     gradients = [] if descent.fusable else [torch.empty_like(p) for p in params]
     tally = _Loss(plan.task, len(data))
+
     for t, active in enumerate(laid.active_T):
         x, y, valid, size = _take(data, laid, t, active)
         weights = [p[:active] for p in params]
@@ -395,13 +448,20 @@ def _by_rules(ruled: RuledModel, chunk: _Chunk) -> tuple[Tensor, Tensor]:
             targets = [g[:active] for g in gradients]
             ruled.backward(dz, weights, targets, beta=0, alpha=1)
             descent.step(targets)
+
     return torch.cat([p.flatten(1) for p in params], 1), tally.mean()
 
 
 def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    data, plan, key_K, layout = chunk.data, chunk.plan, chunk.key_K, chunk.layout
+    data = chunk.data
+    plan = chunk.plan
+    key_K = chunk.key_K
+    layout = chunk.layout
     laid = batches(data, plan, key_K)
-    params = [piece.clone(memory_format=torch.contiguous_format) for _, piece in layout.pieces(chunk.start_KP)]
+    params = [
+        piece.clone(memory_format=torch.contiguous_format)
+        for _, piece in layout.pieces(chunk.start_KP)
+    ]
     descent = Descent(params, chunk.plan, chunk.correction, chunk.layout)
     dropouts = dropout_keys(model)
     tally = _Loss(plan.task, len(data))
@@ -425,29 +485,47 @@ def _by_func(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
 
 
 def _by_loop(model: nn.Module, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    data, correction = chunk.data, chunk.correction
-    thetas, losses = [], []
+    data = chunk.data
+    correction = chunk.correction
+    thetas = []
+    losses = []
+
     for k in range(len(data)):
         one = Stack(data.x_NF, data.y_N, data.offset_K[k : k + 1], data.size_K[k : k + 1])
         shift_P = None if correction.shift_KP is None else correction.shift_KP[k]
         theta_P, loss = _train_one(
-            model, chunk.start_KP[k], one, chunk.plan, chunk.key_K[k : k + 1], correction.mu, shift_P
+            model,
+            chunk.start_KP[k],
+            one,
+            chunk.plan,
+            chunk.key_K[k : k + 1],
+            correction.mu,
+            shift_P,
         )
         thetas.append(theta_P)
         losses.append(loss)
+
     return torch.stack(thetas), torch.tensor(losses, dtype=torch.float64)
 
 
 def _train_one(
-    model: nn.Module, start_P: Tensor, data: Stack, plan: LocalPlan, key_1: Tensor, mu: float, shift_P: Tensor | None
+    model: nn.Module,
+    start_P: Tensor,
+    data: Stack,
+    plan: LocalPlan,
+    key_1: Tensor,
+    mu: float,
+    shift_P: Tensor | None,
 ) -> tuple[Tensor, float]:
     """One client by autograd and torch.optim, the way a textbook writes it: the reference."""
     fill(model, start_P).train()
     optimizer = _torch_optimizer(model, plan)
     pieces = dict(Layout.of(model).pieces(shift_P)) if shift_P is not None else {}
     anchors = dict(Layout.of(model).pieces(start_P))
-    total, seen = 0.0, 0
+    total = 0.0
+    seen = 0
     laid = batches(data, plan, key_1)
+
     for t in range(len(laid.active_T)):
         rows = laid.row_TKB[t, 0, : int(laid.size_TK[t, 0])]
         with drawing(model, streams.subkey(key_1, t)[0]):
@@ -461,20 +539,29 @@ def _train_one(
             if shift_P is not None:
                 w.grad += pieces[name]
         optimizer.step()
-        total, seen = total + float(losses.detach().sum()), seen + len(rows)
+        total = total + float(losses.detach().sum())
+        seen = seen + len(rows)
+
     return vector(model), total / seen
 
 
 def _torch_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer:
-    lr, decay = plan.learning_rate, plan.weight_decay
+    lr = plan.learning_rate
+    decay = plan.weight_decay
     if plan.optimizer == "adam":
         betas = (plan.beta1, plan.beta2)
-        return torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=plan.epsilon, weight_decay=decay)
+        return torch.optim.Adam(
+            model.parameters(), lr=lr, betas=betas, eps=plan.epsilon, weight_decay=decay
+        )
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=plan.momentum, weight_decay=decay)
 
 
-def _take(data: Stack, laid: Batches, t: int, active: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return step t's x [A, B, ...], y [A, B], which slots are valid [A, B], and the batch sizes [A]."""
+def _take(
+    data: Stack, laid: Batches, t: int, active: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return step t's x [A, B, ...], y [A, B], which slots are valid [A, B], and the batch sizes
+    [A].
+    """
     row_AB = laid.row_TKB[t, :active]
     rows = row_AB.reshape(-1)
     x = data.x_NF.index_select(0, rows).view(*row_AB.shape, *data.x_NF.shape[1:])

@@ -1,4 +1,6 @@
-"""A module watched while it is called: which part runs, draws and fails, and what goes through each."""
+"""A module watched while it is called: which part runs, draws and fails, and what goes through
+each.
+"""
 
 import random
 from collections import Counter
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 
 class Watch:
-    """What happens while a module is called: which part runs, which draw, what goes in and comes out of each."""
+    """What happens while a module is called: which part runs, which draw, what goes in and comes
+    out of each.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(part): name for name, part in model.named_modules()}
@@ -21,7 +25,8 @@ class Watch:
         self.calls: Counter[str] = Counter()
         self.drew: str = ""  # the innermost part that moved a generator
         self.drew_of_torch = True  # and no other one
-        self.seen: list[tuple[str, Tensor | None, Tensor]] = []  # (part, its first input, its output)
+        # (part, its first input, its output)
+        self.seen: list[tuple[str, Tensor | None, Tensor]] = []
         self._states: list[tuple[object, ...]] = []
 
     @contextmanager
@@ -29,7 +34,10 @@ class Watch:
         """Watch every part of the module."""
         handles = []
         for part in self.model.modules():
-            handles += [part.register_forward_pre_hook(self._enter), part.register_forward_hook(self._leave)]
+            handles += [
+                part.register_forward_pre_hook(self._enter),
+                part.register_forward_hook(self._leave),
+            ]
         try:
             yield self
         finally:
@@ -39,7 +47,9 @@ class Watch:
     def name_of(self, part: nn.Module) -> str:
         """Return a part's kind and name, for people."""
         name = self.names.get(id(part), "")
-        return f"{type(part).__name__} {name!r}" if name else type(part).__name__
+        if name:
+            return f"{type(part).__name__} {name!r}"
+        return type(part).__name__
 
     @property
     def innermost(self) -> str:
@@ -71,16 +81,26 @@ class Watch:
 def _read_generators() -> tuple[object, ...]:
     """Return the states of torch's, numpy's and Python's generators."""
     of_numpy: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), of_numpy[1].tobytes(), of_numpy[2], random.getstate()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        of_numpy[1].tobytes(),
+        of_numpy[2],
+        random.getstate(),
+    )
 
 
 def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
-    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each can.
+    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each
+    can.
 
-    A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what it was given.
+    A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what
+    it was given.
     """
     calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
-    handles = [part.register_forward_hook(lambda m, given, _: calls.append((m, given))) for part in model.modules()]
+    handles = [
+        part.register_forward_hook(lambda m, given, _: calls.append((m, given)))
+        for part in model.modules()
+    ]
     try:
         with torch.no_grad():
             model(x_BF.clone())
@@ -97,18 +117,25 @@ def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
 
 
 def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
-    """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own passes."""
+    """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own
+    passes.
+    """
     inputs = [
-        value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        value.detach().clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
         for value in given
     ]
     try:
         with torch.enable_grad():
             found = part(*inputs)
             outputs = found if isinstance(found, tuple) else (found,)
-            total = sum(one.sum() for one in outputs if isinstance(one, Tensor) and one.requires_grad)
+            total = sum(
+                one.sum() for one in outputs if isinstance(one, Tensor) and one.requires_grad
+            )
             if isinstance(total, Tensor):
                 total.backward()  # type: ignore[no-untyped-call]
     except Exception:
         return False
+
     return True

@@ -1,8 +1,8 @@
 """What leaves a client, and how rows become one: links around one combine.
 
-A link changes rows one by one at the client (`client`) and undoes at the server what it can: row by row before they are
-combined (`decode`), or on the sum (`server`). Links are row-wise by law: a cohort sent as one stack equals its clients
-sent one by one, bit for bit.
+A link changes rows one by one at the client (`client`) and undoes at the server what it can: row by
+row before they are combined (`decode`), or on the sum (`server`). Links are row-wise by law: a
+cohort sent as one stack equals its clients sent one by one, bit for bit.
 
 K clients, M numbers in a row.
 """
@@ -29,22 +29,27 @@ Remembered = Mapping[str, Tensor]
 
 
 class Link:
-    """One transformation of rows: clipping, fixed point, masks, shares, compression. What stands here changes nothing.
+    """One transformation of rows: clipping, fixed point, masks, shares, compression. What stands
+    here changes nothing.
 
-    Three places: at the client, which may remember something from round to round; at the server before rows are
-    combined, row by row; and on the combined row.
+    Three places: at the client, which may remember something from round to round; at the server
+    before rows are combined, row by row; and on the combined row.
 
-    Guarantee: row-wise. What `client` and `decode` make of a row follows from that row and its own client's memory.
+    Guarantee: row-wise. What `client` and `decode` make of a row follows from that row and its own
+    client's memory.
     """
 
     kept: tuple[str, ...] = ()
-    """What each client remembers: names of vectors as long as the link's input, that nobody else has."""
+    """What each client remembers: names of vectors as long as the link's input, that nobody else
+    has.
+    """
 
     dtype: torch.dtype | None = None
     """The kind of number that it sends; None: as it came."""
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
-        """Transform each row by itself, at its client; return the rows and what each client will remember, [K, M].
+        """Transform each row by itself, at its client; return the rows and what each client will
+        remember, [K, M].
 
         What is remembered counts only if the row does.
         """
@@ -76,7 +81,9 @@ class Float32(Link):
 
 
 class Grid(Link):
-    """Rows are whole steps of the clipping norm's grid (int64), so that sums are exact; GRID steps make one norm."""
+    """Rows are whole steps of the clipping norm's grid (int64), so that sums are exact; GRID steps
+    make one norm.
+    """
 
     dtype = torch.int64
 
@@ -89,7 +96,8 @@ class Grid(Link):
 
 @dataclass(frozen=True)
 class FixedPoint(Link):
-    """Rows that carry no noise grid of their own, as whole steps of 2^-bits (int64), for sums that nobody looks into.
+    """Rows that carry no noise grid of their own, as whole steps of 2^-bits (int64), for sums that
+    nobody looks into.
 
     Rounded to nearest: 2^-(bits+1) at most. The server's half expects the weighted mean in steps.
     """
@@ -100,7 +108,10 @@ class FixedPoint(Link):
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         if self.whole and not (message_KM.double().norm(dim=1) <= self.bound).all():
-            raise PlanError(f"a row is not finite or has a norm above security.bound={self.bound:g}; raise the bound")
+            raise PlanError(
+                f"a row is not finite or has a norm above security.bound={self.bound:g}; raise "
+                "the bound"
+            )
         return torch.from_numpy(encode(message_KM.double().numpy(), self.bits, self.bound)), memory
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
@@ -109,7 +120,8 @@ class FixedPoint(Link):
 
 @dataclass(frozen=True)
 class Bounded(Link):
-    """Rows longer than `norm` are cut to it, so that no client weighs more than that, whatever its records.
+    """Rows longer than `norm` are cut to it, so that no client weighs more than that, whatever its
+    records.
 
     The promise rests on whoever checks rows: the coordinator, or three aggregators in secret.
     """
@@ -117,21 +129,28 @@ class Bounded(Link):
     norm: float
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
-        cut = [row * min(1.0, self.norm / max(float(row.double().norm()), 1e-300)) for row in message_KM]
+        cut = [
+            row * min(1.0, self.norm / max(float(row.double().norm()), 1e-300))
+            for row in message_KM
+        ]
         return (torch.stack(cut) if cut else message_KM), memory
 
 
 def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
-    """Return each row projected onto the ball of its own radius; rows that lie in it stay as they are, bit for bit.
+    """Return each row projected onto the ball of its own radius; rows that lie in it stay as they
+    are, bit for bit.
 
-    Guarantee: no row is longer than its radius, and a projection onto a convex set never moves two rows apart: one
-    patient moves what is returned by no more than the row itself, however many patients a site has.
+    Guarantee: no row is longer than its radius, and a projection onto a convex set never moves two
+    rows apart: one patient moves what is returned by no more than the row itself, however many
+    patients a site has.
 
     Edge cases:
-    - in floats two rows of radius r may move apart by r 2^-46: squares are added pairwise, of up to 2^40 numbers. SLACK
-      counts it;
-    - more patients than declared: the row is cut, in silence, as to say so would tell of the one too many;
-    - a row that is not finite has no place in a ball: `dpsgd.sums` makes none, `finite` refuses others'.
+    - in floats two rows of radius r may move apart by r 2^-46: squares are added pairwise, of up to
+      2^40 numbers. SLACK counts it;
+    - more patients than declared: the row is cut, in silence, as to say so would tell of the one
+      too many;
+    - a row that is not finite has no place in a ball: `dpsgd.sums` makes none, `finite` refuses
+      others'.
     """
     held_KM = row_KM
     for k, radius in enumerate(radius_K):
@@ -139,21 +158,25 @@ def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
         if norm > radius:
             held_KM = row_KM.clone() if held_KM is row_KM else held_KM
             held_KM[k] = row_KM[k] * (radius / norm)
+
     return held_KM
 
 
 @dataclass(frozen=True)
 class NoiseShare(Link):
-    """Each client's part of the joint noise, in its own row: any `holders` of them make what the guarantee asks for.
+    """Each client's part of the joint noise, in its own row: any `holders` of them make what the
+    guarantee asks for.
 
-    Guarantee: variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up to a total
-    variation of `_smoothing` (privacy.mechanisms) that is below 2^-1000 at the grid's widths; what others add beyond it
-    is post-processing.
+    Guarantee: variance sigma^2 / holders each. The sum of independent discrete Gaussians is one, up
+    to a total variation of `_smoothing` (privacy.mechanisms) that is below 2^-1000 at the grid's
+    widths; what others add beyond it is post-processing.
 
     Edge cases:
-    - fewer than `holders` parts make too little noise: the protocol has to open nothing then (`masking.MaskingTerms`);
+    - fewer than `holders` parts make too little noise: the protocol has to open nothing then
+      (`masking.MaskingTerms`);
     - more parts than `holders` make more than is asked for, by a factor that the claim states;
-    - whoever knows some parts can take away those alone, so `holders` are those who tell nobody theirs.
+    - whoever knows some parts can take away those alone, so `holders` are those who tell nobody
+      theirs.
     """
 
     guarantee: Guarantee
@@ -161,7 +184,9 @@ class NoiseShare(Link):
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         draw = noise_share(self.guarantee, self.holders)
-        return message_KM + torch.from_numpy(np.stack([draw(message_KM.shape[1]) for _ in message_KM])), memory
+        return message_KM + torch.from_numpy(
+            np.stack([draw(message_KM.shape[1]) for _ in message_KM])
+        ), memory
 
 
 def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
@@ -171,10 +196,14 @@ def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]
 
     def draw(count: int) -> Integers:
         if count != guarantee.numbers():
-            raise PlanError(f"noise for {count} numbers; the guarantee is for {guarantee.numbers()}")
+            raise PlanError(
+                f"noise for {count} numbers; the guarantee is for {guarantee.numbers()}"
+            )
         noise_M = discrete_gaussian(guarantee.sigma_units() / part).sample(count, entropy)
         if guarantee.clipping == "adaptive":
-            noise_M[-1:] = discrete_gaussian(guarantee.count_sigma() / GRID / part).sample(1, entropy)
+            noise_M[-1:] = discrete_gaussian(guarantee.count_sigma() / GRID / part).sample(
+                1, entropy
+            )
         return noise_M
 
     return draw
@@ -186,13 +215,16 @@ class JointNoise(Link):
 
     Whoever combines the rows draws it. `key` seeds it in a simulation only.
 
-    Guarantee: to all but that party a round tells of any patient no more than its release, one Gaussian of the
-    guarantee's multiplier: `sigma_units()` grid steps on each number, and noise of its own on the count below C.
+    Guarantee: to all but that party a round tells of any patient no more than its release, one
+    Gaussian of the guarantee's multiplier: `sigma_units()` grid steps on each number, and noise of
+    its own on the count below C.
 
     Edge cases:
     - whoever combines the rows sees them bare: the claim's trust model says so;
-    - each instance takes a key from the operating system, so a resumed run draws afresh and never again what it drew;
-    - a strategy's noise leans on the past, which is in memory alone: such a run is one release, and is not resumed;
+    - each instance takes a key from the operating system, so a resumed run draws afresh and never
+      again what it drew;
+    - a strategy's noise leans on the past, which is in memory alone: such a run is one release, and
+      is not resumed;
     - `simulation_only`: the noise follows from the study's seed, and nothing is claimed.
     """
 
@@ -206,7 +238,10 @@ class JointNoise(Link):
 
     def _draw_noise(self, round: int) -> Tensor:
         g = self.guarantee
-        noise = self._correlated.next(round - 1) if g.strategy else self._gradient_noise(g.parameters)
+        if g.strategy:
+            noise = self._correlated.next(round - 1)
+        else:
+            noise = self._gradient_noise(g.parameters)
         if g.clipping != "adaptive":
             return torch.from_numpy(noise)
         count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)
@@ -234,10 +269,14 @@ class JointNoise(Link):
         return Correlated(self.guarantee.strategy, self.guarantee.parameters, self._gradient_noise)
 
 
-def joint_links(guarantee: Guarantee, key: int, aggregation: str = "plain", holders: int = 1) -> tuple[Link, ...]:
-    """Return the links of rows that get one noise on their sum: from whoever combines them, or from several holders.
+def joint_links(
+    guarantee: Guarantee, key: int, aggregation: str = "plain", holders: int = 1
+) -> tuple[Link, ...]:
+    """Return the links of rows that get one noise on their sum: from whoever combines them, or from
+    several holders.
 
-    Under "three-party" the aggregators add it before they open, which is no link. Seeded noise stays with the server.
+    Under "three-party" the aggregators add it before they open, which is no link. Seeded noise
+    stays with the server.
     """
     if aggregation == "plain" or guarantee.simulation_only:
         return Grid(), JointNoise(guarantee, key)
@@ -251,7 +290,9 @@ PLAIN: tuple[Link, ...] = (Float32(),)
 
 
 LINKS: dict[str, Link] = {}
-"""Links that a study adds by name (`training.links`), after its own. One more is an entry, wherever it is written."""
+"""Links that a study adds by name (`training.links`), after its own. One more is an entry, wherever
+it is written.
+"""
 
 
 def send(message_KM: Tensor, links: Sequence[Link]) -> Tensor:
@@ -259,7 +300,9 @@ def send(message_KM: Tensor, links: Sequence[Link]) -> Tensor:
     return send_remembering(message_KM, links, {})[0]
 
 
-def send_remembering(message_KM: Tensor, links: Sequence[Link], memory: Remembered) -> tuple[Tensor, Remembered]:
+def send_remembering(
+    message_KM: Tensor, links: Sequence[Link], memory: Remembered
+) -> tuple[Tensor, Remembered]:
     """Pass rows through the clients' halves of the links, first to last.
 
     Returns the rows as they leave, and what each client will remember of it: name -> [K, M].
@@ -286,7 +329,9 @@ def decodes(links: Sequence[Link]) -> bool:
 
 
 def decode(row_KM: Tensor, links: Sequence[Link], numbers: int) -> Tensor:
-    """Return the rows as they can be combined, of `numbers` numbers; raise SiteError for one that nobody can send."""
+    """Return the rows as they can be combined, of `numbers` numbers; raise SiteError for one that
+    nobody can send.
+    """
     given = [numbers]
     for link in links:
         given.append(link.length(given[-1]))
@@ -296,7 +341,9 @@ def decode(row_KM: Tensor, links: Sequence[Link], numbers: int) -> Tensor:
 
 
 def finite(row_KM: Tensor) -> Tensor:
-    """Say of each row [K] whether all its numbers are finite, without a mask as large as the rows."""
+    """Say of each row [K] whether all its numbers are finite, without a mask as large as
+    the rows.
+    """
     if row_KM.shape[1] == 0:
         return torch.ones(len(row_KM), dtype=torch.bool)
     low_K = row_KM.amin(1)  # NaN wins both; ten times faster than `aminmax` along an axis
@@ -304,10 +351,14 @@ def finite(row_KM: Tensor) -> Tensor:
     return torch.isfinite(low_K) & torch.isfinite(high_K)
 
 
-def combine(message_KM: Tensor, weight_K: Tensor | None, links: Sequence[Link], round: int = 0) -> Tensor:
-    """Return the combined row [M]: weights times the rows, through the servers' halves, last to first.
+def combine(
+    message_KM: Tensor, weight_K: Tensor | None, links: Sequence[Link], round: int = 0
+) -> Tensor:
+    """Return the combined row [M]: weights times the rows, through the servers' halves, last to
+    first.
 
-    The weights [K] are a rule's, or the clients' public ones. Without any (rows on the grid) the rows are summed.
+    The weights [K] are a rule's, or the clients' public ones. Without any (rows on the grid) the
+    rows are summed.
     """
     mean_M = message_KM.sum(0) if weight_K is None else weight_K.to(message_KM.dtype) @ message_KM
     for link in reversed(links):

@@ -1,7 +1,8 @@
 """The event log: everything printed, summarised or drawn is a function of it.
 
-One JSON object a line, written when it happens: `schema`, `event`, `time` (UTC), then the event's fields. Schema 1. A
-field may be added within a schema; a renamed or removed one raises it. No event holds anything of one patient.
+One JSON object a line, written when it happens: `schema`, `event`, `time` (UTC), then the event's
+fields. Schema 1. A field may be added within a schema; a renamed or removed one raises it. No event
+holds anything of one patient.
 """
 
 import dataclasses
@@ -52,29 +53,36 @@ class Planned(Event):
     message: int
     path: str
     sizes: Mapping[str, Mapping[str, int]]
-    labels: Mapping[str, Mapping[str, int | None]]  # null under a privacy claim: counts are not told
+    # null under a privacy claim: counts are not told
+    labels: Mapping[str, Mapping[str, int | None]]
     privacy: Mapping[str, object]
     bytes_up: int  # what the survey and the agreement on the encoding took
     bytes_down: int
     sees: Mapping[str, str] = field(default_factory=dict)  # what each party could see of the rows
     bears: str = ""  # what malicious clients can do to the model
     positive: str = ""  # the label whose probability a binary model tells
-    threshold: str = ""  # data.threshold: from which probability that label is called, or how it is chosen
-    chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # key -> value and why (`recipe`)
+    # data.threshold: from which probability that label is called, or how it is chosen
+    threshold: str = ""
+    # key -> value and why (`recipe`)
+    chosen: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     learning_rate: float = 0.0  # of the first round
     rate_chosen: str = ""  # why it is that, where the study leaves it open
 
     @property
     def devices(self) -> bool:
-        """Whether nobody holds more than one record: a fleet, each device one patient's, of which none is named."""
+        """Whether nobody holds more than one record: a fleet, each device one patient's, of which
+        none is named.
+        """
         return all(one["train"] + one["test"] <= 1 for one in self.sizes.values())
 
 
 @dataclass(frozen=True)
 class RangesFound(Event):
-    """The ranges of columns that declare none, from noised counts of the training patients of `sites` sites.
+    """The ranges of columns that declare none, from noised counts of the training patients of
+    `sites` sites.
 
-    ranges: column -> [low, high]; noise_sd: standard deviation of the noise on each count, in patients.
+    ranges: column -> [low, high]; noise_sd: standard deviation of the noise on each count, in
+    patients.
     """
 
     sites: int
@@ -108,7 +116,9 @@ class SiteExcluded(Event):
 
 @dataclass(frozen=True)
 class RoundFinished(Event):
-    """Rows are combined and the server has moved. Per client, in the order of `clients`: loss, seconds, steps."""
+    """Rows are combined and the server has moved. Per client, in the order of `clients`: loss,
+    seconds, steps.
+    """
 
     round: int
     clients: Sequence[str]
@@ -120,12 +130,15 @@ class RoundFinished(Event):
     bytes_up: int
     bytes_down: int
     privacy: Mapping[str, object] = field(default_factory=dict)  # spent so far
-    phases: Mapping[str, int] = field(default_factory=dict)  # bytes of each phase of a round whose rows nobody sees
+    # bytes of each phase of a round whose rows nobody sees
+    phases: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Inspected(Event):
-    """What a round under a robust rule says of its clients: weights, and findings (client, score, kind, evidence)."""
+    """What a round under a robust rule says of its clients: weights, and findings (client, score,
+    kind, evidence).
+    """
 
     round: int
     weights: Mapping[str, float]
@@ -135,7 +148,9 @@ class Inspected(Event):
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """A round's model was taken back: its loss on the coordinator's reference grew too much. The round was paid for."""
+    """A round's model was taken back: its loss on the coordinator's reference grew too much. The
+    round was paid for.
+    """
 
     round: int
     before: float | None
@@ -146,7 +161,8 @@ class RolledBack(Event):
 class SecurityAudit(Event):
     """What is done about a client, and why. level: 0 none to 4 critical.
 
-    action: warn, quarantine, probation, clear; lift is an operator's, whose name and reason are the evidence.
+    action: warn, quarantine, probation, clear; lift is an operator's, whose name and reason are the
+    evidence.
     """
 
     round: int
@@ -161,9 +177,11 @@ class SecurityAudit(Event):
 class Tested(Event):
     """A model was tested on held-out patients. model: federated, local (each site's own) or pooled.
 
-    Of all sites together: confusion, records of each label (row) predicted as each (column), in the order of labels;
-    calibration, (records, mean probability said, share that was so) of each tenth. Noised where the test is.
-    threshold: from which probability the positive label is called; null where there is none. decided: from what.
+    Of all sites together: confusion, records of each label (row) predicted as each (column), in the
+    order of labels; calibration, (records, mean probability said, share that was so) of each tenth.
+    Noised where the test is.
+    threshold: from which probability the positive label is called; null where there is none.
+    decided: from what.
     """
 
     round: int
@@ -187,9 +205,11 @@ class Tested(Event):
 
 @dataclass(frozen=True)
 class Compared(Event):
-    """The federated model against each site's own, on the same held-out records. n: those of all sites.
+    """The federated model against each site's own, on the same held-out records. n: those of all
+    sites.
 
-    own_better: by how much the own models' squared error is less, a record on average, with its paired 95 % interval;
+    own_better: by how much the own models' squared error is less, a record on average, with its
+    paired 95 % interval;
     sites: of each site [records, mean, low, high].
     """
 
@@ -201,11 +221,13 @@ class Compared(Event):
 
 @dataclass(frozen=True)
 class Voted(Event):
-    """How many votes `sites` have for models of their own: each from 0 to 1, noised; half of them is a draw.
+    """How many votes `sites` have for models of their own: each from 0 to 1, noised; half of them
+    is a draw.
 
-    A site's vote is 1 where its own model's mean squared error on its held-out records is less than the federated one's
-    by .02 or more, 0 where it is more by as much, else between. own_better: their sum, which noise of standard
-    deviation `noise_sd` hides, with a 95 % interval that holds the noise and the most that such votes scatter.
+    A site's vote is 1 where its own model's mean squared error on its held-out records is less than
+    the federated one's by .02 or more, 0 where it is more by as much, else between. own_better:
+    their sum, which noise of standard deviation `noise_sd` hides, with a 95 % interval that holds
+    the noise and the most that such votes scatter.
     """
 
     round: int
@@ -216,7 +238,9 @@ class Voted(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if anything."""
+    """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if
+    anything.
+    """
 
     round: int
     rounds: int
@@ -227,7 +251,8 @@ class Resumed(Event):
 class RunFinished(Event):
     """A run ends. status: complete (all asked rounds with all asked sites) or incomplete.
 
-    spread: (epsilon spent in this run, declared patients who spent that much), from public sizes and rounds.
+    spread: (epsilon spent in this run, declared patients who spent that much), from public sizes
+    and rounds.
     """
 
     status: str
@@ -239,9 +264,11 @@ class RunFinished(Event):
 
 
 def group_alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
-    """Return by round and reason who was left out; a site's own name in its reason makes no other reason.
+    """Return by round and reason who was left out; a site's own name in its reason makes no other
+    reason.
 
-    A reason that several are told word for word may name one of them: who pays together is refused together.
+    A reason that several are told word for word may name one of them: who pays together is refused
+    together.
     """
     told = list(excluded)
     often = Counter((event.round, event.reason) for event in told)
@@ -274,7 +301,8 @@ class Log:
     """Appends events to a file and tells listeners; without a file it keeps them in memory."""
 
     def __init__(self, path: Path | None = None, listeners: Sequence[Listener] = ()) -> None:
-        self.listeners, self._path = list(listeners), path
+        self.listeners = list(listeners)
+        self._path = path
         self._kept: list[Event] = []
         self.latest: dict[type[Event], Event] = {}
         with files.explained(path or Path()):
@@ -329,14 +357,19 @@ _IDENTIFIERS = re.compile(
 def screen(event: Event) -> Event:
     """Return an event whose free texts hold no address, number or date that could be somebody's.
 
-    Reasons and warnings can carry words of a site's own code. Names of people are not told from other words.
+    Reasons and warnings can carry words of a site's own code. Names of people are not told from
+    other words.
     """
     match event:
         case Warned(text=text) if _IDENTIFIERS.search(text):
             return dataclasses.replace(event, text=WITHHELD)
-        case SiteExcluded(reason=reason) | RunFinished(reason=reason) if _IDENTIFIERS.search(reason):
+        case SiteExcluded(reason=reason) | RunFinished(reason=reason) if _IDENTIFIERS.search(
+            reason
+        ):
             return dataclasses.replace(event, reason=WITHHELD)
-        case SecurityAudit(evidence=evidence) if any(_IDENTIFIERS.search(text) for text in evidence):
+        case SecurityAudit(evidence=evidence) if any(
+            _IDENTIFIERS.search(text) for text in evidence
+        ):
             told = [WITHHELD if _IDENTIFIERS.search(text) else text for text in evidence]
             return dataclasses.replace(event, evidence=told)
     return event
@@ -346,7 +379,8 @@ def line(event: Event) -> str:
     """Return an event as one line of JSON."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     fields = {"schema": SCHEMA, "event": _NAMES[type(event)], "time": now, **vars(event)}
-    return json.dumps(fields, default=vars, allow_nan=False)  # figures, of which a test has thousands
+    # figures, of which a test has thousands
+    return json.dumps(fields, default=vars, allow_nan=False)
 
 
 class Stamped(NamedTuple):
@@ -359,11 +393,13 @@ class Stamped(NamedTuple):
 def parse(text: str) -> Stamped:
     """Read one line; raise RunError for a newer schema or an unknown event."""
     fields = json.loads(text)
-    schema, name = fields.pop("schema"), fields.pop("event")
+    schema = fields.pop("schema")
+    name = fields.pop("event")
     time = datetime.fromisoformat(fields.pop("time"))
     if schema != SCHEMA or name not in EVENTS:
         raise RunError(
-            f"event {name!r} of schema={schema}; this medfed reads schema {SCHEMA}. Use the medfed that wrote it."
+            f"event {name!r} of schema={schema}; this medfed reads schema {SCHEMA}. Use the "
+            "medfed that wrote it."
         )
     if name == "tested":
         fields["all_sites"] = _figures(fields["all_sites"])
@@ -371,8 +407,11 @@ def parse(text: str) -> Stamped:
         fields["per_site"] = {site: _figures(f) for site, f in fields["per_site"].items()}
     if name in ("compared", "voted"):
         fields["own_better"] = Figure(**fields["own_better"])
-    known = {field.name for field in dataclasses.fields(EVENTS[name])}  # a later medfed may have added some
-    return Stamped(time, EVENTS[name](**{key: value for key, value in fields.items() if key in known}))
+    # a later medfed may have added some
+    known = {field.name for field in dataclasses.fields(EVENTS[name])}
+    return Stamped(
+        time, EVENTS[name](**{key: value for key, value in fields.items() if key in known})
+    )
 
 
 def read(path: Path) -> Iterator[Event]:

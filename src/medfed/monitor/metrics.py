@@ -1,8 +1,10 @@
-"""What a model is worth on test patients: figures equal to scikit-learn's, intervals in closed form.
+"""What a model is worth on test patients: figures equal to scikit-learn's, intervals in closed
+form.
 
-A site does not send its test patients' outputs as they are. It sends a `Scores`: probabilities rounded to 1/128 of a
-logit, with their labels, sorted, without ids; for regression five sums. Figures of one site and of all sites are both
-functions of that. Rounding moves a probability by at most 0.001, and ties in AUROC count one half.
+A site does not send its test patients' outputs as they are. It sends a `Scores`: probabilities
+rounded to 1/128 of a logit, with their labels, sorted, without ids; for regression five sums.
+Figures of one site and of all sites are both functions of that. Rounding moves a probability by at
+most 0.001, and ties in AUROC count one half.
 
 N test records, C classes (C = 1 for binary: the positive one).
 """
@@ -21,8 +23,10 @@ from torch import Tensor
 from medfed.core.checks import SiteError
 from medfed.core.types import Task
 
-_BINS_PER_LOGIT, _LIMIT = 128, 32
-_CONFIDENCE, ECE_BINS = 0.95, 10
+_BINS_PER_LOGIT = 128
+_LIMIT = 32
+_CONFIDENCE = 0.95
+ECE_BINS = 10
 _Z = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2))
 
 CLASS_METRICS = ("accuracy", "auroc", "precision", "recall", "f1", "brier", "ece")
@@ -33,7 +37,9 @@ Interval = tuple[float | None, float | None]
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its 95 % interval; None where it is undefined (one class only, no rows)."""
+    """A measured value with its 95 % interval; None where it is undefined (one class only, no
+    rows).
+    """
 
     value: float | None
     low: float | None = None
@@ -42,7 +48,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Histogram:
-    """A binary test: how many records of each label were told each probability. Every binary figure follows from it."""
+    """A binary test: how many records of each label were told each probability. Every binary figure
+    follows from it.
+    """
 
     said: np.ndarray  # [C] probability of the positive label, ascending
     count: np.ndarray  # [C, 2] records, by label
@@ -62,6 +70,7 @@ class Histogram:
             "ece": self.calibration_error(),
         }
         bounds: dict[str, Interval] = {}
+
         if intervals:
             bounds = {
                 "accuracy": wilson(n - false - missed, n),
@@ -71,7 +80,10 @@ class Histogram:
                 "f1": f1_interval(true, false + missed),
                 "brier": self.brier_interval(),
             }
-        return {name: Figure(value, *bounds.get(name, (None, None))) for name, value in values.items()}
+
+        return {
+            name: Figure(value, *bounds.get(name, (None, None))) for name, value in values.items()
+        }
 
     def confusion(self, threshold: float) -> np.ndarray:
         """Return how many records of each label [row] are called each label [column]."""
@@ -79,32 +91,40 @@ class Histogram:
         return np.stack([self.count[~called].sum(0), self.count[called].sum(0)], 1)
 
     def auroc(self) -> float | None:
-        """Return the share of pairs, a positive and a negative, that are in order, ties half; None for one class."""
+        """Return the share of pairs, a positive and a negative, that are in order, ties half; None
+        for one class.
+        """
         negative, positive = self.count.sum(0)
         if negative * positive == 0:
             return None
         return float(self.count[:, 1] @ self._below() / positive)
 
     def auroc_interval(self) -> Interval:
-        """Return DeLong's interval, corrected for skewness: what the bootstrap of both labels tends to, in O(C).
+        """Return DeLong's interval, corrected for skewness: what the bootstrap of both labels tends
+        to, in O(C).
 
-        With h(x, y) = 1 where positive x lies above negative y and 1/2 at a tie, resampling n positives and m negatives
-        gives h's Hoeffding parts a variance of s10/n + s01/m + s11/(nm), exactly, and a third cumulant of
-        k10/n^2 + k01/m^2 + 6 E[h10 h01 h]/(nm), to leading order. DeLong et al. 1988; Sun and Xu 2014 for the ranks.
+        With h(x, y) = 1 where positive x lies above negative y and 1/2 at a tie, resampling n
+        positives and m negatives gives h's Hoeffding parts a variance of s10/n + s01/m + s11/(nm),
+        exactly, and a third cumulant of k10/n^2 + k01/m^2 + 6 E[h10 h01 h]/(nm), to leading order.
+        DeLong et al. 1988; Sun and Xu 2014 for the ranks.
         """
         count = self.count.astype(np.float64)
         m, n = count.sum(0)
         if min(m, n) < 2:
             return None, None
-        negative, positive = count[:, 0] / m, count[:, 1] / n
+        negative = count[:, 0] / m
+        positive = count[:, 1] / n
         value = float(positive @ self._below())
         above = 1 - np.cumsum(positive) + positive / 2
-        part_10, part_01 = self._below() - value, above - value
-        s10, s01 = positive @ part_10**2, negative @ part_01**2
+        part_10 = self._below() - value
+        part_01 = above - value
+        s10 = positive @ part_10**2
+        s01 = negative @ part_01**2
         s11 = value * (1 - value) - positive @ negative / 4 - s10 - s01
         pulled = negative * part_01
         joint = (positive * part_10) @ (np.cumsum(pulled) - pulled / 2)
         third = positive @ part_10**3 / n**2 + negative @ part_01**3 / m**2 + 6 * joint / (n * m)
+
         return _skewed_interval(value, s10 / n + s01 / m + s11 / (n * m), third)
 
     def brier(self) -> float:
@@ -113,7 +133,8 @@ class Histogram:
 
     def brier_interval(self) -> Interval:
         """Return the interval of a mean of independent errors, corrected for their skewness."""
-        n, value = self.count.sum(), self.brier()
+        n = self.count.sum()
+        value = self.brier()
         if n < 2:
             return None, None
         off = self._errors() - value
@@ -121,11 +142,16 @@ class Histogram:
         return _skewed_interval(value, variance / n, third / n**2)
 
     def reliability(self) -> np.ndarray:
-        """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that holds records."""
+        """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that
+        holds records.
+        """
         inner = np.linspace(0, 1, ECE_BINS + 1)[1:-1]
         place = np.searchsorted(inner, self.said)
         records = self.count.sum(1)
-        sums = [np.bincount(place, of, ECE_BINS) for of in (records, records * self.said, self.count[:, 1])]
+        sums = [
+            np.bincount(place, of, ECE_BINS)
+            for of in (records, records * self.said, self.count[:, 1])
+        ]
         table = np.stack([of[sums[0] > 0] for of in sums], 1)
         return np.concatenate([table[:, :1], table[:, 1:] / table[:, :1]], 1)
 
@@ -180,7 +206,9 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a site tells of its test: `bins` int16 [N, C] with `label` int64 [N], or the `sums` [5] of a regression."""
+    """What a site tells of its test: `bins` int16 [N, C] with `label` int64 [N], or the `sums` [5]
+    of a regression.
+    """
 
     task: Task
     bins: Tensor
@@ -189,23 +217,46 @@ class Scores:
 
     @classmethod
     def of(cls, task: Task, outputs: Tensor, target: Tensor, scale: float = 1.0) -> "Scores":
-        """Round the model's outputs [N, C] against targets [N]; `scale` undoes the target's scaling."""
+        """Round the model's outputs [N, C] against targets [N]; `scale` undoes the target's
+        scaling.
+        """
         if task == "regression":
-            y, error = target.double() * scale, (outputs.squeeze(-1).double() - target.double()) * scale
-            parts = [float(len(y)), error.abs().sum(), error.square().sum(), y.sum(), y.square().sum()]
+            y = target.double() * scale
+            error = (outputs.squeeze(-1).double() - target.double()) * scale
+            parts = [
+                float(len(y)),
+                error.abs().sum(),
+                error.square().sum(),
+                y.sum(),
+                y.square().sum(),
+            ]
             sums = torch.stack([torch.as_tensor(p, dtype=torch.float64) for p in parts])
-            return cls(task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums)
+            return cls(
+                task, torch.zeros(0, 1, dtype=torch.int16), torch.zeros(0, dtype=torch.int64), sums
+            )
+
         bins = round_outputs(task, outputs)
         order = np.lexsort([target.numpy(), *bins.numpy().T[::-1]])
         return cls(task, bins[order], target.long()[order], torch.zeros(5, dtype=torch.float64))
 
     @classmethod
     def from_tensors(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
-        """Take what a site tells, of a model of so many outputs; raise SiteError where that is no test's scores."""
-        bins, label, sums = tensors["bins"], tensors["label"], tensors["sums"]
-        alike = bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
+        """Take what a site tells, of a model of so many outputs; raise SiteError where that is no
+        test's scores.
+        """
+        bins = tensors["bins"]
+        label = tensors["label"]
+        sums = tensors["sums"]
+        alike = (
+            bins.dtype == torch.int16 and label.dtype == torch.int64 and sums.dtype == torch.float64
+        )
         shaped = bins.shape == (len(label), outputs) and label.ndim == 1 and sums.shape == (5,)
-        if not (alike and shaped and np.isfinite(sums.numpy()).all() and _are_in_range(bins, label, outputs)):
+        if not (
+            alike
+            and shaped
+            and np.isfinite(sums.numpy()).all()
+            and _are_in_range(bins, label, outputs)
+        ):
             raise SiteError("its answer is no test's scores; run the same medfed everywhere")
         return cls(task, bins, label, sums)
 
@@ -213,16 +264,21 @@ class Scores:
     def all(cls, scores: Sequence["Scores"]) -> "Scores":
         """Put the scores of several sites together."""
         first = scores[0]
-        bins, label = torch.cat([s.bins for s in scores]), torch.cat([s.label for s in scores])
+        bins = torch.cat([s.bins for s in scores])
+        label = torch.cat([s.label for s in scores])
         return cls(first.task, bins, label, torch.stack([s.sums for s in scores]).sum(0))
 
     @property
     def n(self) -> int:
         """The number of test records."""
-        return int(self.sums[0]) if self.task == "regression" else len(self.label)
+        if self.task == "regression":
+            return int(self.sums[0])
+        return len(self.label)
 
     def probability(self) -> np.ndarray:
-        """Return the rounded probabilities [N, C]; rows of several classes are brought back to sum 1."""
+        """Return the rounded probabilities [N, C]; rows of several classes are brought back to sum
+        1.
+        """
         p: np.ndarray = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
         if self.task != "binary":
             p = p / p.sum(1, keepdims=True)
@@ -273,16 +329,24 @@ def names(task: Task) -> tuple[str, ...]:
 def _are_in_range(bins: Tensor, label: Tensor, outputs: int) -> bool:
     if len(label) == 0:
         return True
-    steps, labels, most = bins.numpy(), label.numpy(), _LIMIT * _BINS_PER_LOGIT  # thousands of small sites
-    return bool(-most <= steps.min() and steps.max() <= most and labels.min() >= 0 and labels.max() < max(2, outputs))
+    # thousands of small sites
+    steps = bins.numpy()
+    labels = label.numpy()
+    most = _LIMIT * _BINS_PER_LOGIT
+    return bool(
+        -most <= steps.min()
+        and steps.max() <= most
+        and labels.min() >= 0
+        and labels.max() < max(2, outputs)
+    )
 
 
 def measure(scores: Scores, intervals: bool = True, threshold: float = 0.5) -> dict[str, Figure]:
     """Return every figure of the task with 95 % intervals (or without, which is faster).
 
-    A binary record is called positive from `threshold` on. Precision, recall, F1 and AUROC of several classes are macro
-    averages, AUROC one against the rest. Records are taken as independent: where a patient has several, intervals are
-    too narrow.
+    A binary record is called positive from `threshold` on. Precision, recall, F1 and AUROC of
+    several classes are macro averages, AUROC one against the rest. Records are taken as
+    independent: where a patient has several, intervals are too narrow.
     """
     if scores.task == "regression":
         return _measure_number(scores)
@@ -290,10 +354,13 @@ def measure(scores: Scores, intervals: bool = True, threshold: float = 0.5) -> d
         return {name: Figure(None) for name in CLASS_METRICS}
     if scores.task == "binary":
         return scores.histogram().measure(threshold, intervals)
-    y, p = scores.label.numpy(), scores.probability()
-    figures, bounds = _measure_classes(y, p), {}
+    y = scores.label.numpy()
+    p = scores.probability()
+    figures = _measure_classes(y, p)
+    bounds = {}
     if intervals:
         bounds["accuracy"] = wilson(int((p.argmax(1) == y).sum()), len(y))
+
     return {name: Figure(value, *bounds.get(name, (None, None))) for name, value in figures.items()}
 
 
@@ -308,18 +375,24 @@ def macro(per_site: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
 
 
 def mean_difference(n: float, total: float, square: float) -> Figure:
-    """Return the mean of n paired differences with its 95 % interval, from their sum and sum of squares."""
+    """Return the mean of n paired differences with its 95 % interval, from their sum and sum of
+    squares.
+    """
     if n == 0:
         return Figure(None)
     mean = total / n
     if n < 2:
         return Figure(mean)
-    half = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(max(0.0, square / n - mean * mean) / (n - 1))
+    half = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) * math.sqrt(
+        max(0.0, square / n - mean * mean) / (n - 1)
+    )
     return Figure(mean, mean - half, mean + half)
 
 
 def squared_error(task: Task, outputs: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    """Return each record's squared error [N]: of the chances, summed over classes, or of a number in its own unit."""
+    """Return each record's squared error [N]: of the chances, summed over classes, or of a number
+    in its own unit.
+    """
     z_NC = outputs.double()
     if task == "regression":
         return ((z_NC.squeeze(-1) - target.double()) * scale).square()
@@ -330,7 +403,9 @@ def squared_error(task: Task, outputs: Tensor, target: Tensor, scale: float = 1.
 
 
 def log_loss(scores: Scores) -> float | None:
-    """Return the mean loss on the test records: cross-entropy, or squared error for a regression."""
+    """Return the mean loss on the test records: cross-entropy, or squared error for
+    a regression.
+    """
     if scores.n == 0:
         return None
     if scores.task == "regression":
@@ -342,12 +417,16 @@ def log_loss(scores: Scores) -> float | None:
 
 
 def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
-    hit, labels = p.argmax(1), np.arange(p.shape[1])
+    hit = p.argmax(1)
+    labels = np.arange(p.shape[1])
     auroc = None
     if len(np.unique(y)) == p.shape[1]:
-        ranked = p if len(labels) > 2 else p[:, 1]  # of two classes, either against the other is the same
+        # of two classes, either against the other is the same
+        ranked = p if len(labels) > 2 else p[:, 1]
         auroc = float(sk.roc_auc_score(y, ranked, multi_class="ovr", labels=labels))
-    averages = sk.precision_recall_fscore_support(y, hit, labels=labels, average="macro", zero_division=0)
+    averages = sk.precision_recall_fscore_support(
+        y, hit, labels=labels, average="macro", zero_division=0
+    )
     return {
         "accuracy": float(sk.accuracy_score(y, hit)),
         "auroc": auroc,
@@ -360,19 +439,24 @@ def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
 
 
 def confusion(scores: Scores, threshold: float = 0.5) -> list[list[int]]:
-    """Return how many records of each label [row] were predicted as each label [column]; empty for a regression."""
+    """Return how many records of each label [row] were predicted as each label [column]; empty for
+    a regression.
+    """
     if scores.task == "regression" or scores.n == 0:
         return []
     if scores.task == "binary":
         return scores.histogram().confusion(threshold).astype(int).tolist()  # type: ignore[no-any-return]
     p = scores.probability()
     labels = np.arange(p.shape[1])
-    counts: list[list[int]] = sk.confusion_matrix(scores.label.numpy(), p.argmax(1), labels=labels).tolist()
+    counts: list[list[int]] = sk.confusion_matrix(
+        scores.label.numpy(), p.argmax(1), labels=labels
+    ).tolist()
     return counts
 
 
 def calibration(scores: Scores) -> list[list[float]]:
-    """Return (records, mean probability said, share that was so) of each of ten equal bins that holds any record.
+    """Return (records, mean probability said, share that was so) of each of ten equal bins that
+    holds any record.
 
     Of several classes the probability is that of the predicted one. Empty for a regression.
     """
@@ -394,8 +478,10 @@ def _measure_number(scores: Scores) -> dict[str, Figure]:
     n, absolute, square, total, total_square = scores.sums.tolist()
     if n == 0:
         return {name: Figure(None) for name in NUMBER_METRICS}
-    mae, spread = absolute / n, total_square - total * total / n
-    absolute_error, r2 = Figure(mae), Figure(None)
+    mae = absolute / n
+    spread = total_square - total * total / n
+    absolute_error = Figure(mae)
+    r2 = Figure(None)
     if n > 1:
         variance = max(0.0, (square - n * mae * mae) / (n - 1))
         half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1)) * math.sqrt(variance / n)
@@ -409,10 +495,12 @@ def wilson(hits: float, of: float) -> Interval:
     """Return Wilson's interval of a share."""
     if of == 0:
         return None, None
-    share, z = hits / of, _Z
+    share = hits / of
+    z = _Z
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    low, high = float(middle - half), float(middle + half)
+    low = float(middle - half)
+    high = float(middle + half)
     if hits == 0:
         low = 0.0
     if hits == of:
@@ -423,7 +511,8 @@ def wilson(hits: float, of: float) -> Interval:
 def f1_interval(true: float, wrong: float) -> Interval:
     """Return the interval of F1 = 2 true / (2 true + wrong); None where resamples would not vary.
 
-    F1 = 2 J / (1 + J), where J is the share of `true` among all records that are positive or called so: a binomial.
+    F1 = 2 J / (1 + J), where J is the share of `true` among all records that are positive or called
+    so: a binomial.
     """
     of = true + wrong
     if true == 0 or wrong == 0:
@@ -435,7 +524,9 @@ def f1_interval(true: float, wrong: float) -> Interval:
 
 
 def _skewed_interval(value: float, variance: float, third: float) -> Interval:
-    """Return the central interval of a share's law from its first three cumulants (Cornish and Fisher 1938)."""
+    """Return the central interval of a share's law from its first three cumulants (Cornish and
+    Fisher 1938).
+    """
     if variance < 1e-15:
         return None, None
     sd = math.sqrt(variance)

@@ -1,13 +1,15 @@
-"""A binary test on patients who are not public: figures from a noised histogram, with intervals that know the noise.
+"""A binary test on patients who are not public: figures from a noised histogram, with intervals
+that know the noise.
 
-One record of each test patient is counted, in a cell of logits and under its label. A patient more or less moves one
-count by one, so that whole-number Laplace noise of P(z) ~ exp(-epsilon |z|) on every count is epsilon-private with
-delta = 0, whatever the cells are, as long as they do not follow from test patients. They are placed by the released
-model on made-up rows (`Encoding.invented`): public facts. Everything here is computed from noised counts, and costs
-nothing more.
+One record of each test patient is counted, in a cell of logits and under its label. A patient more
+or less moves one count by one, so that whole-number Laplace noise of P(z) ~ exp(-epsilon |z|) on
+every count is epsilon-private with delta = 0, whatever the cells are, as long as they do not follow
+from test patients. They are placed by the released model on made-up rows (`Encoding.invented`):
+public facts. Everything here is computed from noised counts, and costs nothing more.
 
-Where sites trust whoever combines their rows, their counts are summed first and noised once; else each site noises its
-own, and the sum carries every site's noise. Counts are never cut at 0: a cut is a bias, and over sites it adds up.
+Where sites trust whoever combines their rows, their counts are summed first and noised once; else
+each site noises its own, and the sum carries every site's noise. Counts are never cut at 0: a cut
+is a bias, and over sites it adds up.
 
 C cells, `variance` of the noise in a count.
 """
@@ -29,12 +31,15 @@ _Z = float(stats.norm.ppf(0.975))
 def edges_for(logits: np.ndarray, cells: int = CELLS, threshold: float = 0.5) -> np.ndarray:
     """Return the edges [cells - 1] between cells, for scores that lie about as `logits` do.
 
-    Cells are narrow about the median and grow outwards. One edge is at the threshold, so that who is called is exact.
+    Cells are narrow about the median and grow outwards. One edge is at the threshold, so that who
+    is called is exact.
     """
     finite = logits[np.isfinite(logits)]
-    centre, spread = 0.0, 1.0
+    centre = 0.0
+    spread = 1.0
     if len(finite):
-        centre, spread = float(np.median(finite)), float(np.std(finite))
+        centre = float(np.median(finite))
+        spread = float(np.std(finite))
     steps = np.sinh(_GROWTH * np.linspace(-1, 1, cells - 1)) / math.sinh(_GROWTH)
     found = centre + max(spread, 0.05) * _REACH * steps
     found[np.argmin(np.abs(found - logit(threshold)))] = logit(threshold)
@@ -61,12 +66,15 @@ class Noised:
         return max(0, round(float(self.count.sum())))
 
     def measure(self, threshold: float = 0.5, intervals: bool = True) -> dict[str, Figure]:
-        """Return the figures, always with 95 % intervals; None where noise hides if there is anything to divide by.
+        """Return the figures, always with 95 % intervals; None where noise hides if there is
+        anything to divide by.
 
         No calibration error: it adds up sizes of differences, of which noise makes any number.
         """
-        called, positive = self._calls(threshold)[:, None], np.array([0.0, 1.0])
-        every, right = np.ones((len(self.count), 2)), np.where(positive == 1, called, ~called)
+        called = self._calls(threshold)[:, None]
+        positive = np.array([0.0, 1.0])
+        every = np.ones((len(self.count), 2))
+        right = np.where(positive == 1, called, ~called)
         squares = np.square(self._probabilities()[:, None] - positive)
         figures = {
             "accuracy": self._ratio(right, every),
@@ -78,6 +86,7 @@ class Noised:
         }
         if figures["precision"].value is None or figures["recall"].value is None:
             figures["f1"] = Figure(None)  # of two figures of which one is not known
+
         return {name: figures.get(name, Figure(None)) for name in CLASS_METRICS}
 
     def confusion(self, threshold: float) -> list[list[int]]:
@@ -97,11 +106,13 @@ class Noised:
         return []
 
     def _auroc(self) -> Figure:
-        """Mann and Whitney's U over noised counts: unbiased, as the noises of both labels are independent.
+        """Mann and Whitney's U over noised counts: unbiased, as the noises of both labels are
+        independent.
 
-        The interval holds every A for which T(A) = sum of p_i n_j (h_ij - A) may be 0, as Fieller's does: T(A) has no
-        division, and its variance is known, from the noise exactly and from sampling as far as counts tell. h is 1
-        where the positive's cell is above, 1/2 in the same cell.
+        The interval holds every A for which T(A) = sum of p_i n_j (h_ij - A) may be 0, as Fieller's
+        does: T(A) has no division, and its variance is known, from the noise exactly and from
+        sampling as far as counts tell. h is 1 where the positive's cell is above, 1/2 in the same
+        cell.
         """
         n, p = self.count.astype(np.float64).T
         h = np.tri(len(p), k=-1) + np.eye(len(p)) / 2
@@ -109,16 +120,21 @@ class Noised:
         ranked = float(p @ h @ n)
         by_positive = (h @ n)[:, None] - n.sum() * _GRID
         by_negative = (h.T @ p)[:, None] - p.sum() * _GRID
-        pairs = sum(np.square(value - _GRID) * np.count_nonzero(h == value) for value in (0.0, 0.5, 1.0))
+        pairs = sum(
+            np.square(value - _GRID) * np.count_nonzero(h == value) for value in (0.0, 0.5, 1.0)
+        )
         noise = self.variance * (np.square(by_positive).sum(0) + np.square(by_negative).sum(0))
         noise = np.maximum(noise - self.variance**2 * pairs, self.variance**2 * pairs)
         sampling = p @ np.square(by_positive) + n @ np.square(by_negative)
         off = ranked - _GRID * total
         certain = min(p.sum(), n.sum()) > _Z * math.sqrt(self.variance * len(p))
+
         return _bounded(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
 
     def _ratio(self, above: np.ndarray, below: np.ndarray) -> Figure:
-        """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's interval."""
+        """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's
+        interval.
+        """
         weights = above[..., None] - below[..., None] * _GRID
         off = np.tensordot(self.count, weights, 2)
         noise = self.variance * np.square(weights).sum((0, 1))
@@ -128,22 +144,32 @@ class Noised:
     def _quotient(self, above: np.ndarray, below: np.ndarray) -> float | None:
         whole = float((self.count * below).sum())
         certain = whole > _Z * math.sqrt(self.variance * float(np.square(below).sum()))
-        return float((self.count * above).sum()) / whole if certain else None
+        if certain:
+            return float((self.count * above).sum()) / whole
+        return None
 
     def _calls(self, threshold: float) -> np.ndarray:
-        """Return which cells are called positive [C]: those that begin at the threshold or above."""
+        """Return which cells are called positive [C]: those that begin at the threshold
+        or above.
+        """
         return np.append(-math.inf, self.edges) >= logit(threshold) - 1e-9
 
     def _probabilities(self) -> np.ndarray:
-        """Return the probability in each cell's middle [C]; open ones as wide as their neighbour."""
+        """Return the probability in each cell's middle [C]; open ones as wide as
+        their neighbour.
+        """
         e = self.edges
-        middle = np.concatenate([[1.5 * e[0] - 0.5 * e[1]], (e[1:] + e[:-1]) / 2, [1.5 * e[-1] - 0.5 * e[-2]]])
+        middle = np.concatenate(
+            [[1.5 * e[0] - 0.5 * e[1]], (e[1:] + e[:-1]) / 2, [1.5 * e[-1] - 0.5 * e[-2]]]
+        )
         said: np.ndarray = 1 / (1 + np.exp(-middle.clip(-30, 30)))
         return said
 
 
 def _bounded(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
-    """Return a share with the interval of all values on the grid that the data do not speak against."""
+    """Return a share with the interval of all values on the grid that the data do not speak
+    against.
+    """
     if value is None:
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]

@@ -13,12 +13,19 @@ from medfed.core.types import Task
 from medfed.monitor.metrics import ECE_BINS, Figure, Scored, Scores, round_outputs
 
 
-def scores_each(task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int], scale: float = 1.0) -> list[Scores]:
-    """Return `Scores.of` for each site, of outputs [N, C] and targets [N]; site k owns the next sizes[k] rows."""
+def scores_each(
+    task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int], scale: float = 1.0
+) -> list[Scores]:
+    """Return `Scores.of` for each site, of outputs [N, C] and targets [N]; site k owns the next
+    sizes[k] rows.
+    """
     if task == "regression":
-        parts = zip(torch.split(outputs, list(sizes)), torch.split(target, list(sizes)), strict=True)
+        parts = zip(
+            torch.split(outputs, list(sizes)), torch.split(target, list(sizes)), strict=True
+        )
         return [Scores.of(task, z, y, scale) for z, y in parts]
-    bins, none = round_outputs(task, outputs), torch.zeros(5, dtype=torch.float64)
+    bins = round_outputs(task, outputs)
+    none = torch.zeros(5, dtype=torch.float64)
     site_N = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort([target.numpy(), *bins.numpy().T[::-1], site_N])
     bins_K = torch.split(bins[order], list(sizes))
@@ -29,7 +36,9 @@ def scores_each(task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int
 def measure_each(
     scores: Mapping[str, Scored], threshold: float = 0.5, intervals: bool = False
 ) -> dict[str, dict[str, Figure]]:
-    """Return `measure` of each site; without intervals those of a binary test come from one pass over all records."""
+    """Return `measure` of each site; without intervals those of a binary test come from one pass
+    over all records.
+    """
     plain = [one for one in scores.values() if isinstance(one, Scores) and one.task == "binary"]
     if intervals or not plain or len(plain) < len(scores):
         return {name: one.measure(threshold, intervals) for name, one in scores.items()}
@@ -37,7 +46,10 @@ def measure_each(
     columns = [column.tolist() for column in values.values()]
     rows = zip(*columns, strict=True)
     return {
-        site: {name: Figure(None if value != value else value) for name, value in zip(values, row, strict=True)}
+        site: {
+            name: Figure(None if value != value else value)
+            for name, value in zip(values, row, strict=True)
+        }
         for site, row in zip(scores, rows, strict=True)
     }
 
@@ -45,14 +57,18 @@ def measure_each(
 def _binary_figures(union: Scores, size_K: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
     """Return each figure [K], NaN where it is undefined; site k owns the next size_K[k] records."""
     K = len(size_K)
-    y_N, p_N, site_N = union.label.numpy(), union.probability()[:, 0], np.repeat(np.arange(K), size_K)
+    y_N = union.label.numpy()
+    p_N = union.probability()[:, 0]
+    site_N = np.repeat(np.arange(K), size_K)
     called_N = p_N >= threshold
 
     def total(weight_N: np.ndarray) -> np.ndarray:
         total_K: np.ndarray = np.bincount(site_N, weight_N, K)
         return total_K
 
-    true, called, positive = total(called_N & (y_N == 1)), total(called_N), total(y_N)
+    true = total(called_N & (y_N == 1))
+    called = total(called_N)
+    positive = total(y_N)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is undefined, and NaN
         return {
             "accuracy": total(called_N == y_N) / size_K,
@@ -66,11 +82,17 @@ def _binary_figures(union: Scores, size_K: np.ndarray, threshold: float) -> dict
 
 
 def _auroc(
-    y_N: np.ndarray, p_N: np.ndarray, site_N: np.ndarray, positive_K: np.ndarray, negative_K: np.ndarray
+    y_N: np.ndarray,
+    p_N: np.ndarray,
+    site_N: np.ndarray,
+    positive_K: np.ndarray,
+    negative_K: np.ndarray,
 ) -> np.ndarray:
     """Return Mann and Whitney's U of each site over its pairs [K], ties half; NaN for one class."""
     order = np.lexsort((p_N, site_N))
-    y, p, site = y_N[order], p_N[order], site_N[order]
+    y = y_N[order]
+    p = p_N[order]
+    site = site_N[order]
     first = np.ones(len(y), dtype=bool)
     first[1:] = (p[1:] != p[:-1]) | (site[1:] != site[:-1])
     tie = np.cumsum(first) - 1
@@ -80,10 +102,13 @@ def _auroc(
     below = (negatives - here / 2)[tie] - before[site]
     wins_K: np.ndarray = np.bincount(site, below * y, len(positive_K))
     auroc_K: np.ndarray = wins_K / (positive_K * negative_K)
+
     return auroc_K
 
 
-def _calibration_error(y_N: np.ndarray, p_N: np.ndarray, site_N: np.ndarray, sites: int) -> np.ndarray:
+def _calibration_error(
+    y_N: np.ndarray, p_N: np.ndarray, site_N: np.ndarray, sites: int
+) -> np.ndarray:
     """Return each site's sum over ten equal bins of |so - said|, records [K]."""
     inner = np.linspace(0, 1, ECE_BINS + 1)[1:-1]
     bin_N = site_N * ECE_BINS + np.searchsorted(inner, p_N)

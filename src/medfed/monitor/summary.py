@@ -29,7 +29,9 @@ BASELINES = ("local", "pooled")
 
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
-    """Return the summary of a run, finished or not; rounds that a resumed run did again count once."""
+    """Return the summary of a run, finished or not; rounds that a resumed run did again
+    count once.
+    """
     tally = Tally()
     for event in events:
         tally.add(event)
@@ -39,7 +41,8 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
 class Tally:
     """Takes a run's events as they come, and says at any time what the run has come to.
 
-    `rounds` by number; `latest` the last test of each model. Rounds that a resumed run does again are forgotten first.
+    `rounds` by number; `latest` the last test of each model. Rounds that a resumed run does again
+    are forgotten first.
     """
 
     def __init__(self) -> None:
@@ -55,7 +58,9 @@ class Tally:
         self.compared: Compared | None = None
         self.voted: Voted | None = None
         self.ranges: RangesFound | None = None
-        self._earlier, self._up, self._down = 0.0, 0, 0
+        self._earlier = 0.0
+        self._up = 0
+        self._down = 0
         self._summary: dict[str, Any] | None = None
 
     def add(self, event: Event) -> None:
@@ -65,7 +70,9 @@ class Tally:
             case RunStarted():
                 self.started = event
             case Planned():
-                self.planned, self._up, self._down = event, event.bytes_up, event.bytes_down
+                self.planned = event
+                self._up = event.bytes_up
+                self._down = event.bytes_down
             case RangesFound():
                 self.ranges = event
             case Warned():
@@ -77,7 +84,8 @@ class Tally:
                 self.audits = [e for e in self.audits if e.round <= last]
                 self.taken_back = [e for e in self.taken_back if e.round <= last]
                 self._earlier = sum(r.seconds for r in self.rounds.values())
-                self.compared, self.voted = None, None
+                self.compared = None
+                self.voted = None
                 self.finished = None
             case SiteExcluded():
                 self.excluded.append(event)
@@ -100,7 +108,8 @@ class Tally:
                 self.finished = event
 
     def _count_bytes(self, event: RoundFinished | Tested) -> None:
-        self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
+        self._up = self._up + event.bytes_up
+        self._down = self._down + event.bytes_down
 
     @property
     def main(self) -> str:
@@ -116,12 +125,17 @@ class Tally:
         return self._summary
 
     def _summarise(self) -> dict[str, Any]:
-        started, planned, finished = self.started, self.planned, self.finished
+        started = self.started
+        planned = self.planned
+        finished = self.finished
         federated = self.latest.get("federated")
         tested = self.latest.get(self.main)
         sites = list(_field(planned, "sizes", ()))
         took_part = Counter(client for r in self.rounds.values() for client in r.clients)
-        figures = _figures(federated) if federated else {"test": None, "intervals": None, "macro": None, "per_site": {}}
+        if federated:
+            figures = _figures(federated)
+        else:
+            figures = {"test": None, "intervals": None, "macro": None, "per_site": {}}
 
         return {
             # What was asked, and whether it came to its end
@@ -143,7 +157,9 @@ class Tally:
             "intervals": figures["intervals"],
             "macro": figures["macro"],
             "per_site": figures["per_site"],
-            "baselines": {name: _figures(test) for name, test in self.latest.items() if name != "federated"},
+            "baselines": {
+                name: _figures(test) for name, test in self.latest.items() if name != "federated"
+            },
             "loss": _losses(self.rounds, tested),
             "labels": list(_field(tested, "labels", ())),
             "confusion": [list(row) for row in _field(tested, "confusion", ())],
@@ -155,15 +171,21 @@ class Tally:
             "privacy": _privacy(planned, self.rounds, finished),
             "seconds": _seconds(self._earlier, self.rounds, finished),
             "bytes": {"up": self._up, "down": self._down},
-            "bytes_by_phase": dict(sum((Counter(r.phases) for r in self.rounds.values()), Counter())),
+            "bytes_by_phase": dict(
+                sum((Counter(r.phases) for r in self.rounds.values()), Counter())
+            ),
             # Who took part, who did not, and what else was told
             "participation": {site: took_part[site] for site in sites},
-            "excluded": [{"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded],
+            "excluded": [
+                {"round": e.round, "site": e.site, "reason": e.reason} for e in self.excluded
+            ],
             "left_out": left_out(self.excluded),
             "suspects": _suspects(self.audits),
             "bears": _field(planned, "bears"),
             "chosen": {key: dict(one) for key, one in _field(planned, "chosen", {}).items()},
-            "taken_back": [{"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back],
+            "taken_back": [
+                {"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back
+            ],
             "warnings": list(self.warnings),
             "versions": dict(started.versions) if started else None,
             "machine": dict(started.machine) if started else None,
@@ -178,29 +200,48 @@ def _field(event: Event | None, name: str, default: Any = None) -> Any:
 
 
 def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] | None:
-    """Return from which probability which label is called, and from what that follows; None but of two labels."""
+    """Return from which probability which label is called, and from what that follows; None but of
+    two labels.
+    """
     if planned is None or final is None or final.threshold is None:
         return None
-    rule, decided = planned.threshold, final.decided
-    return {"positive": planned.positive, "threshold": final.threshold, "decided": decided, "rule": rule}
+    rule = planned.threshold
+    decided = final.decided
+    return {
+        "positive": planned.positive,
+        "threshold": final.threshold,
+        "decided": decided,
+        "rule": rule,
+    }
 
 
 def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
     """Return a round's equal reasons once: how many sites share each, and the first few of them."""
     return [
-        {"round": round, "reason": reason, "sites": len(events), "first": [event.site for event in events[:5]]}
+        {
+            "round": round,
+            "reason": reason,
+            "sites": len(events),
+            "first": [event.site for event in events[:5]],
+        }
         for (round, reason), events in group_alike(excluded).items()
     ]
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
-    """Return who was warned or left out, the first to be so first: since when, what was done, on what evidence."""
+    """Return who was warned or left out, the first to be so first: since when, what was done, on
+    what evidence.
+    """
     found: dict[str, dict[str, Any]] = {}
     for one in audits:
         if one.action in ("warn", "quarantine", "lift"):
-            entry = found.setdefault(one.client, {"site": one.client, "since": one.round, "level": 0, "actions": []})
+            entry = found.setdefault(
+                one.client, {"site": one.client, "since": one.round, "level": 0, "actions": []}
+            )
             entry["level"] = max(entry["level"], one.level)
-            entry["actions"].append({"round": one.round, "action": one.action, "evidence": list(one.evidence)})
+            entry["actions"].append(
+                {"round": one.round, "action": one.action, "evidence": list(one.evidence)}
+            )
     return list(found.values())
 
 
@@ -218,7 +259,9 @@ def _privacy(
 def _seconds(
     earlier: float, rounds: Mapping[int, RoundFinished], finished: RunFinished | None
 ) -> dict[str, float | None]:
-    """Return how long the run took, with the seconds before its last resumption, and a round of it on average."""
+    """Return how long the run took, with the seconds before its last resumption, and a round of it
+    on average.
+    """
     seconds: dict[str, float | None] = {"total": None, "per_round": None}
     if finished:
         seconds["total"] = round(earlier + finished.seconds, 3)
@@ -228,7 +271,9 @@ def _seconds(
 
 
 def _losses(rounds: Mapping[int, RoundFinished], tested: Tested | None) -> dict[str, float | None]:
-    """Return the training losses of the first and the last round that told one, and the loss on held-out records."""
+    """Return the training losses of the first and the last round that told one, and the loss on
+    held-out records.
+    """
     losses = [rounds[number].loss for number in sorted(rounds)] or [None]
     return {"first": losses[0], "last": losses[-1], "test": _field(tested, "loss")}
 
@@ -243,13 +288,21 @@ def _comparison(told: Compared | None) -> dict[str, Any] | None:
     if told is None:
         return None
     own = told.own_better
-    return {"n": told.n, "own_better": own.value, "interval": [own.low, own.high], "sites": dict(told.sites)}
+    return {
+        "n": told.n,
+        "own_better": own.value,
+        "interval": [own.low, own.high],
+        "sites": dict(told.sites),
+    }
 
 
 def _ranges(told: RangesFound | None) -> dict[str, Any] | None:
     if told is None:
         return None
-    return {"found": {name: list(ends) for name, ends in told.ranges.items()}, "noise_sd": told.noise_sd}
+    return {
+        "found": {name: list(ends) for name, ends in told.ranges.items()},
+        "noise_sd": told.noise_sd,
+    }
 
 
 def _vote(told: Voted | None) -> dict[str, Any] | None:
@@ -260,7 +313,9 @@ def _vote(told: Voted | None) -> dict[str, Any] | None:
 
 
 def main_model(algorithm: str) -> str:
-    """Return under which name the model that a run is about is tested; other tested models are its baselines."""
+    """Return under which name the model that a run is about is tested; other tested models are its
+    baselines.
+    """
     return algorithm if algorithm in BASELINES else "federated"
 
 
@@ -271,16 +326,22 @@ def _values(figures: Mapping[str, Figure]) -> dict[str, float | None]:
 def _intervals(figures: Mapping[str, Figure]) -> dict[str, list[float] | None]:
     intervals: dict[str, list[float] | None] = {}
     for name, figure in figures.items():
-        low, high = figure.low, figure.high
+        low = figure.low
+        high = figure.high
         intervals[name] = None if low is None or high is None else [low, high]
     return intervals
 
 
 def _figures(tested: Tested) -> dict[str, Any]:
-    """Return what a test came to: of all sites with intervals, on average over sites, and of each."""
+    """Return what a test came to: of all sites with intervals, on average over sites, and
+    of each.
+    """
     return {
         "test": {**_values(tested.all_sites), "n": tested.n},
         "intervals": _intervals(tested.all_sites),
         "macro": _values(tested.macro),
-        "per_site": {site: {**_values(mine), "n": tested.site_n[site]} for site, mine in tested.per_site.items()},
+        "per_site": {
+            site: {**_values(mine), "n": tested.site_n[site]}
+            for site, mine in tested.per_site.items()
+        },
     }

@@ -1,7 +1,8 @@
-"""What a run's figures mean, said first: it learned nothing, calls one class only, its sites do better alone.
+"""What a run's figures mean, said first: it learned nothing, calls one class only, its sites do
+better alone.
 
-A function of the summary. Each finding has a stable code, a sentence, what to do next, and a level: `warning` where the
-model is not what one would want, `note` where something is not known.
+A function of the summary. Each finding has a stable code, a sentence, what to do next, and a level:
+`warning` where the model is not what one would want, `note` where something is not known.
 """
 
 import math
@@ -39,11 +40,18 @@ def findings(summary: Summary) -> list[dict[str, str]]:
     test, intervals = _main_test(summary)
     found = list(_judge_loss(summary))
     if test:
-        found += _judge_regression(summary, test) if "r2" in test else _judge_classes(summary, test, intervals)
+        found += (
+            _judge_regression(summary, test)
+            if "r2" in test
+            else _judge_classes(summary, test, intervals)
+        )
         found += _judge_own_models(summary)
     elif summary.get("status") == "complete":
         text = "The model was not tested: nothing is known of how good it is."
-        following = "Test it on patients who are declared public, or at each site (`medfed alone RUN SITE`)."
+        following = (
+            "Test it on patients who are declared public, or at each site (`medfed alone RUN "
+            "SITE`)."
+        )
         found.append(_finding("untested", text, following, "note"))
     return found
 
@@ -77,35 +85,46 @@ def _advise(summary: Summary) -> str:
     privacy = summary["privacy"] or {}
     if _is_private(summary):
         return (
-            f"At epsilon {privacy.get('target_epsilon', privacy['epsilon']):g} noise, or too few or too short steps, "
-            "hide what there is to learn: see `medfed privacy plan`; more patients, more rounds or a larger "
-            "privacy.epsilon help."
+            f"At epsilon {privacy.get('target_epsilon', privacy['epsilon']):g} noise, or too few "
+            "or too short steps, hide what there is to learn: see `medfed privacy plan`; more "
+            "patients, more rounds or a larger privacy.epsilon help."
         )
-    return "Do not use it. Train for more rounds, and see by `medfed data show` whether features and target are right."
+    return (
+        "Do not use it. Train for more rounds, and see by `medfed data show` whether features "
+        "and target are right."
+    )
 
 
 # Training
 
 
 def _judge_loss(summary: Summary) -> Iterator[dict[str, str]]:
-    first, last = summary["loss"]["first"], summary["loss"]["last"]
+    first = summary["loss"]["first"]
+    last = summary["loss"]["last"]
     rate = summary["learning_rate"] or {}
     lower = "Lower training.learning_rate"
     if rate.get("first"):
         lower += f" (it is {rate['first']:g})"
+
     if rate.get("chosen"):
         lower += "."
     else:
         lower += ", or leave it out: one that cannot diverge is then chosen."
+
     if first is not None and (last is None or last > 1.1 * first):
         now = "no number" if last is None else f"{last:.4g}"
         text = f"The training loss grew from {first:.4g} in the first round to {now} in the last."
         yield _finding("loss-grew", text, lower)
         return
+
     constant = _entropy(_shares(summary))
     if last is not None and constant and last > 2 * constant:
-        text = f"The training loss ended at {last:.4g}; one chance for everybody has {constant:.3g}."
-        if first is not None and last < _FALLING * first < _FALLING * _KNOWS_NOTHING * math.log(len(summary["labels"])):
+        text = (
+            f"The training loss ended at {last:.4g}; one chance for everybody has {constant:.3g}."
+        )
+        if first is not None and last < _FALLING * first < _FALLING * _KNOWS_NOTHING * math.log(
+            len(summary["labels"])
+        ):
             rounds = f" (it had {summary['rounds']})" if summary.get("rounds") else ""
             text = f"{text[:-1]}, and it was still falling, from {first:.4g}."
             yield _finding("loss-high", text, f"Train for more rounds{rounds}.")
@@ -113,8 +132,11 @@ def _judge_loss(summary: Summary) -> Iterator[dict[str, str]]:
             yield _finding("loss-high", text, lower)
 
 
-_FALLING, _KNOWS_NOTHING = 0.98, 1.5
-"""Where the first loss is about that of equal chances, and the last is less by this share: it learns, slowly."""
+_FALLING = 0.98
+_KNOWS_NOTHING = 1.5
+"""Where the first loss is about that of equal chances, and the last is less by this share: it
+learns, slowly.
+"""
 
 
 # Against a constant predictor
@@ -122,33 +144,53 @@ _FALLING, _KNOWS_NOTHING = 0.98, 1.5
 
 def _judge_regression(summary: Summary, test: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     if test["r2"] is not None and test["r2"] <= 0:
-        text = f"The model predicts no better than the mean does for everybody: R2 {test['r2']:.3f}."
+        text = (
+            f"The model predicts no better than the mean does for everybody: R2 {test['r2']:.3f}."
+        )
         yield _finding("not-better-than-constant", text, _advise(summary))
 
 
-def _judge_classes(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _judge_classes(
+    summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> Iterator[dict[str, str]]:
     shares = _shares(summary)
     if sum(share > 0 for share in shares) < 2:
         if summary["confusion"]:
-            text = "All held-out records are of one class: how well the model tells classes apart is not known."
-            yield _finding("one-class-tested", text, "Raise data.test_fraction, or hold out more patients.")
+            text = (
+                "All held-out records are of one class: how well the model tells classes apart "
+                "is not known."
+            )
+            yield _finding(
+                "one-class-tested", text, "Raise data.test_fraction, or hold out more patients."
+            )
         return
+
     chance = _describe_chance(summary, test, intervals, shares)
     if chance:
-        yield _finding("not-better-than-chance", chance, _describe_noise(summary, intervals) or _advise(summary))
+        yield _finding(
+            "not-better-than-chance",
+            chance,
+            _describe_noise(summary, intervals) or _advise(summary),
+        )
     elif worse := _describe_worse_chances(summary, test, shares):
-        text = f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
-        following = "Use its ranking, not its chances; train for more rounds, or with smaller steps."
+        text = (
+            f"The model ranks patients, but its chances are worse than one for everybody: {worse}."
+        )
+        following = (
+            "Use its ranking, not its chances; train for more rounds, or with smaller steps."
+        )
         yield _finding("chances-worse-than-constant", text, following)
+
     one = _describe_one_class(summary)
     counts_are_noise = chance and _describe_noise(summary, intervals)
     if one and not counts_are_noise:
         at = (summary.get("decision") or {}).get("threshold", 0.5)
         following = (
-            f"Its AUROC says whether it ranks patients; the decision threshold is {at:.3g}: declare another, such as "
-            "the known share of positives, in data.threshold."
+            f"Its AUROC says whether it ranks patients; the decision threshold is {at:.3g}: "
+            "declare another, such as the known share of positives, in data.threshold."
         )
         yield _finding("one-class", one, _advise(summary) if chance else following)
+
     if short := _describe_sensitivity(summary, test, intervals):
         yield _finding("sensitivity-missed", short, "Declare a lower number in data.threshold.")
 
@@ -163,20 +205,29 @@ def _describe_chance(
             if _is_noised(summary):
                 return "How well the model tells classes apart is not known: no AUROC."
             return ""
+
         low, high = intervals.get("auroc") or _hanley_interval(auroc, *_counts(summary))
         if low > 0.5:
             return ""
         if high < 0.5:
             return (
-                f"The model ranks the wrong way round: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
+                f"The model ranks the wrong way round: AUROC {auroc:.3f}, with 95 % between "
+                f"{low:.3f} and {high:.3f}."
             )
-        return f"The model cannot be told from chance: AUROC {auroc:.3f}, with 95 % between {low:.3f} and {high:.3f}."
-    most, low = max(shares), (intervals.get("accuracy") or [test["accuracy"]])[0]
+
+        return (
+            f"The model cannot be told from chance: AUROC {auroc:.3f}, with 95 % between "
+            f"{low:.3f} and {high:.3f}."
+        )
+
+    most = max(shares)
+    low = (intervals.get("accuracy") or [test["accuracy"]])[0]
     if low > most or not _describe_worse_chances(summary, test, shares):
         return ""
+
     return (
-        f"The model tells {len(shares)} classes no better than by their shares: accuracy {test['accuracy']:.3f}, of "
-        f"the largest class alone {most:.3f}."
+        f"The model tells {len(shares)} classes no better than by their shares: accuracy "
+        f"{test['accuracy']:.3f}, of the largest class alone {most:.3f}."
     )
 
 
@@ -186,13 +237,17 @@ def _describe_noise(summary: Summary, intervals: Mapping[str, Any]) -> str:
     if not _is_noised(summary) or (low is not None and high is not None and high - low < 0.25):
         return ""
     return (
-        "The noise of the test alone does this: it says nothing of the model. Hold out more patients, raise "
-        "privacy.evaluation_epsilon, or test on public patients (data.test_is_public)."
+        "The noise of the test alone does this: it says nothing of the model. Hold out more "
+        "patients, raise privacy.evaluation_epsilon, or test on public patients "
+        "(data.test_is_public)."
     )
 
 
-def _describe_worse_chances(summary: Summary, test: Mapping[str, Any], shares: Sequence[float]) -> str:
-    """Say in figures that chances err more than the shares of the classes would; empty where they do not.
+def _describe_worse_chances(
+    summary: Summary, test: Mapping[str, Any], shares: Sequence[float]
+) -> str:
+    """Say in figures that chances err more than the shares of the classes would; empty where they
+    do not.
 
     A noised test rounds chances to few cells, and its shares are noised too: it does not tell.
     """
@@ -203,9 +258,11 @@ def _describe_worse_chances(summary: Summary, test: Mapping[str, Any], shares: S
         constant /= 2  # a binary Brier score counts one of the two
     if test.get("brier") is not None and test["brier"] >= constant:
         return f"Brier score {test['brier']:.4f}, of the shares alone {constant:.4f}"
-    loss, least = summary["loss"]["test"], _entropy(shares)
+    loss = summary["loss"]["test"]
+    least = _entropy(shares)
     if loss is not None and loss >= least:
         return f"log loss {loss:.4f}, of the shares alone {least:.4f}"
+
     return ""
 
 
@@ -217,11 +274,15 @@ def _is_noised(summary: Summary) -> bool:
 def _describe_one_class(summary: Summary) -> str:
     """Say that the model misses all or nearly all of a class; empty where it does not.
 
-    Counts of a noised test may be off, so that a few found where many are say nothing: one in twenty is nobody.
+    Counts of a noised test may be off, so that a few found where many are say nothing: one in
+    twenty is nobody.
     """
-    confusion, labels = summary["confusion"], summary["labels"]
+    confusion = summary["confusion"]
+    labels = summary["labels"]
     total = sum(_counts(summary))
-    missed = [i for i, row in enumerate(confusion) if sum(row) and confusion[i][i] <= 0.1 * sum(row)]
+    missed = [
+        i for i, row in enumerate(confusion) if sum(row) and confusion[i][i] <= 0.1 * sum(row)
+    ]
     if not missed:
         return ""
     called = [sum(column) for column in zip(*confusion, strict=True)]
@@ -231,14 +292,25 @@ def _describe_one_class(summary: Summary) -> str:
     if others <= 0.02 * (total - sum(confusion[top])):
         who = "everybody" if others <= 0 else f"all but {others} of {total:,} held-out records"
         return f"The model calls {who} {names[top]!r}; {total - sum(confusion[top]):,} are not."
-    told = " and ".join(f"{confusion[i][i]:,} of {sum(confusion[i]):,} {names[i]!r}" for i in missed)
-    return f"The model finds hardly any of a class: {told}. It is no better than to leave that class out."
+
+    told = " and ".join(
+        f"{confusion[i][i]:,} of {sum(confusion[i]):,} {names[i]!r}" for i in missed
+    )
+    return (
+        f"The model finds hardly any of a class: {told}. It is no better than to leave that "
+        "class out."
+    )
 
 
-def _describe_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
-    """Say that less of the positives is found than the study's rule asks for, beyond chance; empty where not."""
+def _describe_sensitivity(
+    summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> str:
+    """Say that less of the positives is found than the study's rule asks for, beyond chance; empty
+    where not.
+    """
     rule = decision.parse((summary.get("decision") or {}).get("rule", ""))
-    recall, high = test.get("recall"), (intervals.get("recall") or (None, None))[1]
+    recall = test.get("recall")
+    high = (intervals.get("recall") or (None, None))[1]
     if rule is None or rule.name != "sensitivity" or recall is None:
         return ""
     most = recall if high is None else high
@@ -250,8 +322,8 @@ def _describe_sensitivity(summary: Summary, test: Mapping[str, Any], intervals: 
 # Against sites' own models
 
 _DIFFER = (
-    "Sites differ: compare their classes and codings by `medfed data show`, train for more rounds, or let each "
-    "site keep its own model."
+    "Sites differ: compare their classes and codings by `medfed data show`, train for more "
+    "rounds, or let each site keep its own model."
 )
 _AT_HOME = "Each site can see for itself, at home: `medfed alone RUN SITE`."
 
@@ -259,14 +331,20 @@ _AT_HOME = "Each site can see for itself, at home: `medfed alone RUN SITE`."
 def _judge_own_models(summary: Summary) -> Iterator[dict[str, str]]:
     if summary["algorithm"] in summary["baselines"]:
         return
-    compared, vote = summary["compared"], summary.get("vote")
+    compared = summary["compared"]
+    vote = summary.get("vote")
+
     if compared is None:
         if vote:
             yield from _judge_vote(vote)
         elif _is_private(summary) and "local" not in summary["baselines"]:
-            text = "Not compared: whether sites' own models do better is not known; under a claim it takes a paid vote."
+            text = (
+                "Not compared: whether sites' own models do better is not known; under a claim "
+                "it takes a paid vote."
+            )
             yield _finding("not-compared", text, _AT_HOME, "note")
         return
+
     low, high = compared["interval"]
     better = _sites_better_alone(compared["sites"])
     if low is not None and low > 0:
@@ -274,28 +352,38 @@ def _judge_own_models(summary: Summary) -> Iterator[dict[str, str]]:
         if better:
             where = f" (clearly at {', '.join(better[:5])})"
         text = (
-            f"Sites' own models are better than the federated one: their squared error is less by "
-            f"{compared['own_better']:.4g} a record, with 95 % between {low:.4g} and {high:.4g}{where}."
+            "Sites' own models are better than the federated one: their squared error is less "
+            f"by {compared['own_better']:.4g} a record, with 95 % between {low:.4g} and "
+            f"{high:.4g}{where}."
         )
         yield _finding("own-better", text, _DIFFER)
     elif better:
         text = (
-            f"At {len(better)} of {len(compared['sites'])} sites ({some(better, 5)}) the own model is "
-            "better than the federated one."
+            f"At {len(better)} of {len(compared['sites'])} sites ({some(better, 5)}) the own "
+            "model is better than the federated one."
         )
         yield _finding("own-better-at-some", text, _DIFFER)
 
 
 def _judge_vote(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Say what a vote of sites comes to."""
-    sites, (low, high) = vote["sites"], vote["interval"]
+    sites = vote["sites"]
+    (low, high) = vote["interval"]
     if low > sites or high < 0:
         text = f"The vote on own models came out beyond all its {sites} sites: it tells nothing."
         yield _finding("vote-open", text, _AT_HOME, "note")
         return
-    told = f"{max(0.0, low):.0f} to {min(sites, high):.0f} of {sites} votes are for own models, where half is a draw"
+
+    told = (
+        f"{max(0.0, low):.0f} to {min(sites, high):.0f} of {sites} votes are for own models, "
+        "where half is a draw"
+    )
     if low > sites / 2:
-        yield _finding("own-better-by-vote", f"Sites' own models are better than the federated one: {told}.", _DIFFER)
+        yield _finding(
+            "own-better-by-vote",
+            f"Sites' own models are better than the federated one: {told}.",
+            _DIFFER,
+        )
     elif high >= sites / 2:
         text = f"Whether sites' own models are better cannot be told by their noised vote: {told}."
         yield _finding("vote-open", text, _AT_HOME, "note")
@@ -306,7 +394,9 @@ def _judge_vote(vote: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 def _sites_better_alone(sites: Mapping[str, Sequence[float | None]]) -> list[str]:
     """Return the sites whose own model is better at 95 % for all sites together (Bonferroni)."""
-    tested = {name: told for name, told in sites.items() if told[2] is not None and told[3] is not None}
+    tested = {
+        name: told for name, told in sites.items() if told[2] is not None and told[3] is not None
+    }
     wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(tested))) / NormalDist().inv_cdf(0.975)
     return [
         name
@@ -335,8 +425,13 @@ def _entropy(shares: Sequence[float]) -> float:
 
 
 def _hanley_interval(auroc: float, negative: int, positive: int) -> tuple[float, float]:
-    """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil 1982)."""
-    q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
-    spread = auroc * (1 - auroc) + (positive - 1) * (q1 - auroc**2) + (negative - 1) * (q2 - auroc**2)
+    """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil
+    1982).
+    """
+    q1 = auroc / (2 - auroc)
+    q2 = 2 * auroc**2 / (1 + auroc)
+    spread = (
+        auroc * (1 - auroc) + (positive - 1) * (q1 - auroc**2) + (negative - 1) * (q2 - auroc**2)
+    )
     half = 1.96 * math.sqrt(max(0.0, spread) / max(1, positive * negative))
     return auroc - half, auroc + half

@@ -1,4 +1,6 @@
-"""What runs at a site, and the engines that reach it; each module here registers the operations that it answers."""
+"""What runs at a site, and the engines that reach it; each module here registers the operations
+that it answers.
+"""
 
 from medfed.node import evaluation, paying, queries, rehearse, setup, state, work
 

@@ -8,10 +8,11 @@ import numpy as np
 
 
 class Consent(Protocol):
-    """What a site asks: a register of who has agreed, or withdrawn. It stays at the site, like the ids it is asked of.
+    """What a site asks: a register of who has agreed, or withdrawn. It stays at the site, like the
+    ids it is asked of.
 
-    Whoever it does not name is not enrolled, not charged, not trained on and not tested on. An error of it stops what
-    was asked, and nothing is charged or read.
+    Whoever it does not name is not enrolled, not charged, not trained on and not tested on. An
+    error of it stops what was asked, and nothing is charged or read.
     """
 
     def __call__(self, ids: Sequence[str], purpose: str, time: datetime) -> np.ndarray:
@@ -29,5 +30,7 @@ class Consent(Protocol):
 
 
 def everybody(ids: Sequence[str], purpose: str, time: datetime) -> np.ndarray:
-    """Say that everybody may be read: the hospital has asked its patients before it made the table."""
+    """Say that everybody may be read: the hospital has asked its patients before it made
+    the table.
+    """
     return np.ones(len(ids), dtype=bool)

@@ -26,13 +26,22 @@ def evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         return _count_scores(sites, tensors)
     personal = ALGORITHMS[first.study.training.algorithm].personal
     target = first.encoding.target
+
     if personal:
-        z = torch.cat([outputs(site.model, tensors["w"] + site.memory["offset"], site.test.x) for site in sites])
+        z = torch.cat(
+            [
+                outputs(site.model, tensors["w"] + site.memory["offset"], site.test.x)
+                for site in sites
+            ]
+        )
     else:
         z = outputs(first.model, tensors["w"], torch.cat([site.test.x for site in sites]))
-    y, sizes = torch.cat([site.test.y for site in sites]), [len(site.test) for site in sites]
+
+    y = torch.cat([site.test.y for site in sites])
+    sizes = [len(site.test) for site in sites]
     strange = _find_strange(z, sizes)
     scores = scores_each(target.task, z.nan_to_num(0.0, 0.0, 0.0), y, sizes, target.scale)
+
     return [
         SiteError("the model's outputs are not finite") if bad else codec.encode({}, one.tensors())
         for bad, one in zip(strange, scores, strict=True)
@@ -57,38 +66,49 @@ def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     if guarantees.asked(first.study):
         raise SiteError("own models are not compared under a privacy claim: nobody has paid for it")
     replies: list[Answer] = []
+
     for site in sites:
         own_P = tensors["w"] + site.memory["offset"]
         less_N = errs_less(site.model, own_P, tensors["other"], site.test, site.encoding.target)
         if not torch.isfinite(less_N).all():
             replies.append(SiteError("a model's outputs are not finite"))
             continue
-        sums = torch.stack([torch.tensor(float(len(less_N))).double(), less_N.sum(), less_N.square().sum()])
+        sums = torch.stack(
+            [torch.tensor(float(len(less_N))).double(), less_N.sum(), less_N.square().sum()]
+        )
         replies.append(codec.encode({}, {"paired": sums}))
+
     return replies
 
 
 def _count_scores(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Test the model on patients who are not public: their histogram of scores, paid for.
 
-    Noised here, unless whoever combines rows is trusted with sums without noise, and noises the sum of all sites.
+    Noised here, unless whoever combines rows is trusted with sums without noise, and noises the sum
+    of all sites.
 
-    Guarantee: each held-out patient counts in one cell, with the first record alone, so that two-sided geometric noise
-    of scale 1 / epsilon makes the histogram epsilon-private; every patient has paid before it is made.
+    Guarantee: each held-out patient counts in one cell, with the first record alone, so that
+    two-sided geometric noise of scale 1 / epsilon makes the histogram epsilon-private; every
+    patient has paid before it is made.
 
     Edge cases:
     - edges that are none, or not in order, are refused whoever is in the table;
     - who cannot pay keeps one site's histogram back, and no number of patients is told;
-    - nobody is held out at a site: it answers all the same, with counts of zero under whatever noise there is;
+    - nobody is held out at a site: it answers all the same, with counts of zero under whatever
+      noise there is;
     - `simulation_only`: nobody pays, and nothing is claimed.
     """
-    study, edges = sites[0].study, read_edges(tensors)
+    study = sites[0].study
+    edges = read_edges(tensors)
     together = guarantees.counted_together(study)
     rows = [one_each(site.test) for site in sites]
     account = None if study.privacy.simulation_only else sites[0].account
     refused: Mapping[str, Exception] = {}
     if account:
-        ids = {site.name: table_of(site).ids[own.patient.numpy()] for site, own in zip(sites, rows, strict=True)}
+        ids = {
+            site.name: table_of(site).ids[own.patient.numpy()]
+            for site, own in zip(sites, rows, strict=True)
+        }
         refused = account.pay_tests(ids)
 
     replies: list[Answer] = []
@@ -98,7 +118,9 @@ def _count_scores(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[
             continue
         counts = tally(site, own, tensors["w"], edges)
         if not together:
-            counts = counts + geometric_noise(counts.shape, study.privacy.evaluation_epsilon, Entropy())
+            counts = counts + geometric_noise(
+                counts.shape, study.privacy.evaluation_epsilon, Entropy()
+            )
         replies.append(codec.encode({}, {"counts": torch.from_numpy(counts)}))
     if account:
         account.note_tested(site.name for site in sites)

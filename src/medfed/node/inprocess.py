@@ -13,8 +13,8 @@ from medfed.planning.plan import POOLED
 class InProcess:
     """Sites side by side in one process. Only bytes pass between them and the coordinator.
 
-    A question waits until the coordinator polls; then it is answered for all its sites at once. Each site is charged
-    its share of the stack's time.
+    A question waits until the coordinator polls; then it is answered for all its sites at once.
+    Each site is charged its share of the stack's time.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -34,7 +34,9 @@ class InProcess:
         """Ask one site."""
         return self.submit_many([site], op, payload, deadline)[0]
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         """Ask several sites the same; they will be served as one stack.
 
         The baseline `pooled` is a site that holds the rows of all, made when it is first asked.

@@ -1,6 +1,7 @@
 """A site's own model: what its records alone teach, without noise, at the site.
 
-Two ask for it: the site itself (`medfed alone`), and a vote, in which each site tells one noised number.
+Two ask for it: the site itself (`medfed alone`), and a vote, in which each site tells one noised
+number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,9 @@ _ASIDE = 5  # one patient in five says when to stop
 
 
 def without_protection(study: Study, algorithm: str) -> Study:
-    """Return the study as a baseline has it: no noise, no secrecy, no liars; what a claim chose is as it is without."""
+    """Return the study as a baseline has it: no noise, no secrecy, no liars; what a claim chose is
+    as it is without.
+    """
     other = study.as_written() if study.chosen else study
     other = other.set("training.algorithm", algorithm)
     other = other.set("fleet.clients_per_round", 0).set("fleet.schedule", "random")
@@ -42,22 +45,33 @@ def without_protection(study: Study, algorithm: str) -> Study:
 def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
     """Train the study's model on the training rows of site `name` alone and return its weights [P].
 
-    Without a claim it is the baseline `local` of a federation of this one site: rounds, batches and rate are the
-    study's own. Under a claim those are chosen for sums that are noised, and say nothing of a site's own training: it
-    descends by full batches, at the largest step that is safe on these rows, for as long as helps patients set aside.
+    Without a claim it is the baseline `local` of a federation of this one site: rounds, batches and
+    rate are the study's own. Under a claim those are chosen for sums that are noised, and say
+    nothing of a site's own training: it descends by full batches, at the largest step that is safe
+    on these rows, for as long as helps patients set aside.
     """
     if study.model.name in LEARNERS:
-        raise PlanError(f"model.name={study.model.name!r} has no training of a site alone; compare models of gradients")
+        raise PlanError(
+            f"model.name={study.model.name!r} has no training of a site alone; compare models of "
+            "gradients"
+        )
     if asked(study):
-        return _train_until_it_helps_no_more(name, rows, encoding, without_protection(study, "local"))
+        return _train_until_it_helps_no_more(
+            name, rows, encoding, without_protection(study, "local")
+        )
+
     study = without_protection(study, "local")
-    model, chosen = build_model(study, encoding), left_open(study)
+    model = build_model(study, encoding)
+    chosen = left_open(study)
     path = find_path(study, encoding, model).path
     if chosen:
         bends = {name: bend(rows.x, study.training.batch_size)}
         study = at(study, safe_rate(study, encoding, bends, {name: len(rows)}).rate)
-    streams, pace = Streams(study.study.seed), Pace()
+
+    streams = Streams(study.study.seed)
+    pace = Pace()
     w_KP = vector(model)[None]
+
     for number in range(1, study.training.rounds + 1):
         key_K = streams.key_K("batches", number, [name])
         local = train(model, w_KP, Stack.of([rows]), local_plan(study, encoding), key_K, path=path)
@@ -67,41 +81,64 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
         loss = float(local.loss_K[0])
         pace, grew = pace.step(loss if loss == loss else None, everybody=True)
         if chosen and grew:
-            study = replace(study, training=replace(study.training, learning_rate=study.training.learning_rate / 2))
+            study = replace(
+                study,
+                training=replace(study.training, learning_rate=study.training.learning_rate / 2),
+            )
+
     return w_KP[0]
 
 
-def _train_until_it_helps_no_more(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor:
-    """Train on all rows for as many steps as serve every fifth patient best when trained on the others."""
+def _train_until_it_helps_no_more(
+    name: str, rows: Rows, encoding: Encoding, study: Study
+) -> Tensor:
+    """Train on all rows for as many steps as serve every fifth patient best when trained on the
+    others.
+    """
     model = build_model(study, encoding)
     path = find_path(study, encoding, model).path
     key_K = Streams(study.study.seed).key_K("own", 0, [name])
 
     def descend(on: Rows, lengths: Sequence[int]) -> Iterator[Tensor]:
         """Yield the weights after each of these many steps of one descent."""
-        w_KP, done = vector(model)[None], 0
+        w_KP = vector(model)[None]
+        done = 0
         rate = 1 / safe_rate(study, encoding, {name: bend(on.x, 0)}, {name: len(on)}).curvature
         for length in lengths:
-            plan = LocalPlan(encoding.target.task, steps=length - done, batch_size=0, learning_rate=rate)
-            w_KP, done = train(model, w_KP, Stack.of([on]), plan, key_K, path=path).theta_KP, length
+            plan = LocalPlan(
+                encoding.target.task, steps=length - done, batch_size=0, learning_rate=rate
+            )
+            w_KP = train(model, w_KP, Stack.of([on]), plan, key_K, path=path).theta_KP
+            done = length
             yield w_KP[0]
 
     aside = rows.patient % _ASIDE == 0
-    kept, judges, best = rows.at(~aside), rows.at(aside), STEPS_OF_FEW
+    kept = rows.at(~aside)
+    judges = rows.at(aside)
+    best = STEPS_OF_FEW
     if len(kept) and len(judges):
-        errors = [_mean_error(model, w_P, judges, encoding.target) for w_P in descend(kept, LENGTHS)]
+        errors = [
+            _mean_error(model, w_P, judges, encoding.target) for w_P in descend(kept, LENGTHS)
+        ]
         best = LENGTHS[min(range(len(LENGTHS)), key=errors.__getitem__)]
     return next(descend(rows, [best]))
 
 
 def _mean_error(model: nn.Module, w_P: Tensor, rows: Rows, target: Target) -> float:
-    error = float(squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale).mean())
+    error = float(
+        squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale).mean()
+    )
     return error if error == error else float("inf")
 
 
-def errs_less(model: nn.Module, own_P: Tensor, other_P: Tensor, rows: Rows, target: Target) -> Tensor:
-    """Return by how much the squared error of each record [N] is less with the own weights than with the others."""
+def errs_less(
+    model: nn.Module, own_P: Tensor, other_P: Tensor, rows: Rows, target: Target
+) -> Tensor:
+    """Return by how much the squared error of each record [N] is less with the own weights than
+    with the others.
+    """
     own_N, other_N = (
-        squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale) for w_P in (own_P, other_P)
+        squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale)
+        for w_P in (own_P, other_P)
     )
     return other_N - own_N

@@ -17,8 +17,11 @@ from medfed.privacy.statement import Statement
 
 @operation("enrol", reads=True)
 def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Enrol the sites' training patients in their ledger; refuse a plan that their budget does not bear."""
-    account, guarantee = sites[0].account, sites[0].guarantee
+    """Enrol the sites' training patients in their ledger; refuse a plan that their budget does not
+    bear.
+    """
+    account = sites[0].account
+    guarantee = sites[0].guarantee
     if account and guarantee:
         rosters = {site.name: _training_ids(table_of(site)) for site in sites}
         account.enrol(header["run"], rosters, guarantee, header["fresh"])
@@ -27,12 +30,14 @@ def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
 
 @operation("statement")
 def _state(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Tell of each site's ledger what the coordinator needs, once it holds the head that the coordinator was told.
+    """Tell of each site's ledger what the coordinator needs, once it holds the head that the
+    coordinator was told.
 
     Where no ledger is paid from, nothing is told. `whole` False tells the head alone.
     """
     answers: list[Answer] = []
-    told: dict[int, tuple[Statement, Mapping[str, int]]] = {}  # by account: the sites of one ledger share it
+    # by account: the sites of one ledger share it
+    told: dict[int, tuple[Statement, Mapping[str, int]]] = {}
     alike: dict[tuple[int, int], bytes] = {}  # thousands may say the same
     for site in sites:
         account = site.account
@@ -51,13 +56,15 @@ def _state(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
 
 
 def _of_ledger(account: SiteLedger, header: Header) -> tuple[Statement, Mapping[str, int]]:
-    """Return what an account tells of its ledger, and for how many rounds each of its sites has paid.
+    """Return what an account tells of its ledger, and for how many rounds each of its sites has
+    paid.
 
     Raises LedgerError where the ledger does not hold a head that the coordinator was told.
     """
     if head := header.get("holds"):
         account.refuse_without(head)
-    if not header.get("whole") or account.guarantee is None:  # nobody is enrolled, and nothing known of this run
+    # nobody is enrolled, and nothing known of this run
+    if not header.get("whole") or account.guarantee is None:
         return Statement(account.ledger.head()), {}
     found: Any = account.report()
     statement = Statement(
@@ -76,10 +83,19 @@ def _training_ids(table: SiteTable) -> np.ndarray:
 
 
 def charge(sites: Sequence[Site], round: int) -> dict[str, SiteError]:
-    """Charge the patients of each site for a round, all sites of one ledger at once; return who refuses."""
-    paying = [site for site in sites if site.account and site.guarantee and not site.guarantee.simulation_only]
+    """Charge the patients of each site for a round, all sites of one ledger at once; return who
+    refuses.
+    """
+    paying = [
+        site
+        for site in sites
+        if site.account and site.guarantee and not site.guarantee.simulation_only
+    ]
     if not paying:
         return {}
     account = paying[0].account
     assert account is not None
-    return {name: SiteError(str(reason)) for name, reason in account.pay(round, [s.name for s in paying]).items()}
+    return {
+        name: SiteError(str(reason))
+        for name, reason in account.pay(round, [s.name for s in paying]).items()
+    }

@@ -1,8 +1,10 @@
 """An engine of processes on one machine: every party in one of its own, reached through a pipe.
 
-What a party is given is bytes, and what it is started with: nothing in its memory is anybody else's.
+What a party is given is bytes, and what it is started with: nothing in its memory is anybody
+else's.
 
-A question is one message, `op`, a line end, the payload; an answer `+` and the payload, or `-` and the reason.
+A question is one message, `op`, a line end, the payload; an answer `+` and the payload, or `-` and
+the reason.
 """
 
 import time
@@ -28,7 +30,9 @@ def serve(handle: Callable[[str, bytes], bytes], pipe: Connection) -> None:
 
 
 class Pipes:
-    """Sites behind pipes, as the coordinator sees them. A site has one question at a time; others wait their turn."""
+    """Sites behind pipes, as the coordinator sees them. A site has one question at a time; others
+    wait their turn.
+    """
 
     def __init__(self, pipes: Mapping[str, Connection]) -> None:
         self._pipes = dict(pipes)
@@ -47,7 +51,9 @@ class Pipes:
         self._next(site)
         return self._tickets
 
-    def submit_many(self, sites: Sequence[str], op: str, payload: bytes, deadline: float) -> list[int]:
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
         """Ask several sites the same; they work side by side."""
         return [self.submit(site, op, payload, deadline) for site in sites]
 
@@ -63,7 +69,8 @@ class Pipes:
                 answer = pipe.recv_bytes()
             except (EOFError, OSError):
                 answer = b"-the site's process has ended"
-            seconds, good = time.monotonic() - began, answer[:1] == b"+"
+            seconds = time.monotonic() - began
+            good = answer[:1] == b"+"
             error = "" if good else answer[1:].decode()
             replies.append(Reply(ticket, name, answer[1:] if good else b"", seconds, error))
             self._next(name)
@@ -86,7 +93,9 @@ def handler(name: str, pipe: Connection) -> Callable[[str, bytes], bytes]:
             pipe.send_bytes(op.encode() + b"\n" + payload)
             answer = pipe.recv_bytes()
         except (OSError, EOFError) as error:
-            raise AbortError(f"{name!r} has stopped; the round ends. Resume the run when it is back.") from error
+            raise AbortError(
+                f"{name!r} has stopped; the round ends. Resume the run when it is back."
+            ) from error
         if answer[:1] != b"+":
             raise AbortError(answer[1:].decode())
         return answer[1:]

@@ -25,15 +25,18 @@ from medfed.secure.party import Rehearser
 
 @operation("rehearse")
 def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Play a round and a test once on made-up rows, before anybody pays; refuse with stage, module and way out.
+    """Play a round and a test once on made-up rows, before anybody pays; refuse with stage, module
+    and way out.
 
-    The sites of a process run the same code, so one stands for all. No record of a site is read and nothing is kept: a
-    node of its own plays, whose model, memory, keys and rows are thrown away.
+    The sites of a process run the same code, so one stands for all. No record of a site is read and
+    nothing is kept: a node of its own plays, whose model, memory, keys and rows are thrown away.
     """
     first = sites[0]
     guarantee = first.guarantee
     if guarantee is None:
-        raise SiteError("a rehearsal was asked for before the plan; the coordinator must prepare the site first")
+        raise SiteError(
+            "a rehearsal was asked for before the plan; the coordinator must prepare the site first"
+        )
     with torch.random.fork_rng(devices=[]):  # a module that draws must not move what comes later
         _play(_double(first, guarantee), guarantee)
     return tell_nothing(sites)
@@ -42,8 +45,11 @@ def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tenso
 def _double(site: Site, guarantee: Guarantee) -> Site:
     """Return a node without records in a site's place."""
     double = Site(site.name, None, site.study)
-    double.encoding, double.model, double.path = site.encoding, build_model(site.study, site.encoding), site.path
-    double.guarantee, double.links = guarantee, site.links
+    double.encoding = site.encoding
+    double.model = build_model(site.study, site.encoding)
+    double.path = site.path
+    double.guarantee = guarantee
+    double.links = site.links
     double.party = Rehearser(_length(site, guarantee))
     double.forget()
     return double
@@ -51,12 +57,16 @@ def _double(site: Site, guarantee: Guarantee) -> Site:
 
 def _length(site: Site, guarantee: Guarantee) -> int:
     length = algorithm_of(site.study).length
-    return guarantee.numbers() if guarantee.joint else length(guarantee.parameters)
+    if guarantee.joint:
+        return guarantee.numbers()
+    return length(guarantee.parameters)
 
 
 def _play(double: Site, guarantee: Guarantee) -> None:
     """Play stage by stage, in the order in which a run would come to them."""
-    model, target, study = double.model, double.encoding.target, double.study
+    model = double.model
+    target = double.encoding.target
+    study = double.study
     drawn = rehearsal.make_up(double.encoding, study.data.dictionary, 12)
     w_P = vector(model)
 
@@ -74,14 +84,25 @@ def _play(double: Site, guarantee: Guarantee) -> None:
         with rehearsal.stage("gradient", model, drawn.x):
             patients = Patients.of([rows])
             found = dpsgd.sums(
-                model, w_P, patients, target.task, whole, guarantee.clip, [double.name], key_K, double.path
+                model,
+                w_P,
+                patients,
+                target.task,
+                whole,
+                guarantee.clip,
+                [double.name],
+                key_K,
+                double.path,
             )
             if found.dropped == len(records):
                 raise PlanError(f"no gradient of {len(records)} patients is finite.")
         with rehearsal.stage("clipping", model, drawn.x):
             longest = len(records) * (1 + SLACK)
             if not float(found.total_KP.norm()) <= longest:
-                raise PlanError(f"{len(records)} clipped gradients sum to more than {longest:g} times privacy.clip.")
+                raise PlanError(
+                    f"{len(records)} clipped gradients sum to more than {longest:g} times "
+                    "privacy.clip."
+                )
 
     double.train = double.test = rehearsal.share_out(drawn, rehearsal.TABLES[-1])
     algorithm = algorithm_of(study)
@@ -117,4 +138,6 @@ def _check_answer(answer: Answer, length: int = 0) -> None:
         raise answer
     _, tensors = codec.decode(answer)
     if "row" in tensors and tensors["row"].shape != (length,):
-        raise PlanError(f"a row has shape {tuple(tensors['row'].shape)}; expected {length} numbers.")
+        raise PlanError(
+            f"a row has shape {tuple(tensors['row'].shape)}; expected {length} numbers."
+        )

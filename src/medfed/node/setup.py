@@ -37,21 +37,32 @@ def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 
 def tell_survey(site: Site) -> dict[str, Any]:
     """Return what a site tells of its table; under a privacy claim only what is public anyway."""
-    table, study = table_of(site), site.study
+    table = table_of(site)
+    study = site.study
     if not guarantees.asked(study):
         return surveys.survey(table, study.data)
     held_out = study.sites.kind == "device" and bool(table.test.all())
-    test = int((table.test & table.taking_part()).sum()) if study.data.test_is_public else int(held_out)
-    return surveys.public_survey(table, study.data, 0 if held_out else guarantees.declared_size(study, site.name), test)
+    if study.data.test_is_public:
+        test = int((table.test & table.taking_part()).sum())
+    else:
+        test = int(held_out)
+    return surveys.public_survey(
+        table, study.data, 0 if held_out else guarantees.declared_size(study, site.name), test
+    )
 
 
 @operation("answer", reads=True)
-def _answer_question(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+def _answer_question(
+    sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
+) -> list[Answer]:
     if guarantees.asked(sites[0].study):
         raise SiteError(
-            "a question about records has no answer under a privacy claim; use data.preprocess='dictionary'"
+            "a question about records has no answer under a privacy claim; use "
+            "data.preprocess='dictionary'"
         )
-    tables, names, logs = [table_of(site) for site in sites], header["names"], header["logs"]
+    tables = [table_of(site) for site in sites]
+    names = header["names"]
+    logs = header["logs"]
     answer_K = answers.answer_each(tables, header["question"], names, logs, dict(tensors))
     return list(codec.encode_each({}, "answer", answer_K))
 
@@ -61,15 +72,20 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     encoding = Encoding.from_json(header["encoding"])
     model = build_model(sites[0].study, encoding)
     if fingerprint(zoo.fixed(model)) != header["fixed"]:
-        raise SiteError("the model's frozen parts or buffers are not the coordinator's; run the same code everywhere")
+        raise SiteError(
+            "the model's frozen parts or buffers are not the coordinator's; run the same code "
+            "everywhere"
+        )
     path = find_path(sites[0].study, encoding, model).path
     if guarantees.asked(sites[0].study):
         _check_encoding(sites[0], encoding)
-        for name in header["clients"]:  # noise and divisor follow from them: not the coordinator's to say
+        # noise and divisor follow from them: not the coordinator's to say
+        for name in header["clients"]:
             size = header["sizes"][name]["train"]
             if size != guarantees.declared_size(sites[0].study, name):
                 raise SiteError(
-                    f"the coordinator says {size} patients for site {name!r}; the study declares another number"
+                    f"the coordinator says {size} patients for site {name!r}; the study declares "
+                    "another number"
                 )
     facts = resolve(sites[0].study, header["sizes"], header["clients"], zoo.count(model))
     guarantee = facts.guarantee
@@ -77,15 +93,22 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     for table in tables:
         table.sorted_words.clear()  # nothing more is asked
     for site, table, rows in zip(sites, tables, _encode(tables, encoding), strict=True):
-        site.encoding, site.model, site.path, site.guarantee = encoding, model, path, guarantee
-        site.facts, site.links = facts, facts.links
-        held, counts = torch.tensor(table.test), torch.tensor(table.taking_part())
+        site.encoding = encoding
+        site.model = model
+        site.path = path
+        site.guarantee = guarantee
+        site.facts = facts
+        site.links = facts.links
+        held = torch.tensor(table.test)
+        counts = torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if guarantee else rows
-        site.train, site.test = keyed.at(~held & counts), rows.at(held & counts)
+        site.train = keyed.at(~held & counts)
+        site.test = rows.at(held & counts)
         told = header["sizes"].get(site.name)
         if guarantee is None and told and told["train"] != len(site.train):
             raise SiteError(
-                f"the coordinator says {told['train']} training rows for site {site.name!r}, which has others"
+                f"the coordinator says {told['train']} training rows for site {site.name!r}, "
+                "which has others"
             )
         site.forget()
         site.liars = Liars.of(site.study, header["clients"])
@@ -111,42 +134,62 @@ def _own_keys(site: Site) -> Identity:
 
 @operation("join")
 def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Join a run: sign the study as the site has it, and work out for itself what its rounds agree on.
+    """Join a run: sign the study as the site has it, and work out for itself what its rounds agree
+    on.
 
-    Whose keys count is the consortium's list to say, where the site's own study names one, and else the coordinator.
+    Whose keys count is the consortium's list to say, where the site's own study names one, and else
+    the coordinator.
     """
     members = consortium.members_of(sites[0].study)
     roster = members.roster if members else Roster.of(*map(consortium.from_json, header["roster"]))
     coordinator = header["coordinator"]
     if roster[coordinator].role != "coordinator":
-        raise SiteError(f"{coordinator!r} is no coordinator on the list of members, and may not run this study")
+        raise SiteError(
+            f"{coordinator!r} is no coordinator on the list of members, and may not run this study"
+        )
+
     answers: list[Answer] = []
     for site in sites:
-        follower = Follower(Post(_own_keys(site), roster), site.study.digest(), header["run"], coordinator)
+        follower = Follower(
+            Post(_own_keys(site), roster), site.study.digest(), header["run"], coordinator
+        )
         site.party = party_of(site.facts, follower)
         answers.append(codec.encode({}, {"signed": codec.as_tensor(follower.agree())}))
+
     return answers
 
 
 def _check_encoding(site: Site, encoding: Encoding) -> None:
     """Refuse, under a claim, an encoding that is not the site's own dictionary's.
 
-    A coordinator that leaves out a label, or cuts a range, could else read from an error whether anybody has it. For
-    a column that is open in the site's own study any range will do: whatever the values are, they are held to it.
+    A coordinator that leaves out a label, or cuts a range, could else read from an error whether
+    anybody has it. For a column that is open in the site's own study any range will do: whatever
+    the values are, they are held to it.
     """
     given = {column.name: column.found for column in encoding.columns if column.found}
     found = {name: given[name] for name in open_columns(site.study) if name in given}
     if not all(map(_is_range, found.values())):
-        raise SiteError("the coordinator sends a range that is none; expected two numbers within 3e38, low below high")
+        raise SiteError(
+            "the coordinator sends a range that is none; expected two numbers within 3e38, low "
+            "below high"
+        )
     if len(found) < len(open_columns(site.study)):
-        raise SiteError("the coordinator sends no range for some open columns; give every party the same study file")
-    own = preprocess.agree({site.name: tell_survey(site)}, site.study.data, _unasked, public=True, found=found)
+        raise SiteError(
+            "the coordinator sends no range for some open columns; give every party the same "
+            "study file"
+        )
+
+    own = preprocess.agree(
+        {site.name: tell_survey(site)}, site.study.data, _unasked, public=True, found=found
+    )
     columns = {column.name: column for column in own.columns}
-    strange = [column.name for column in encoding.columns if column != columns.get(column.name, column)]
+    strange = [
+        column.name for column in encoding.columns if column != columns.get(column.name, column)
+    ]
     if strange or encoding.target != own.target or not encoding.public:
         raise SiteError(
-            f"the coordinator's encoding of {some(strange or [encoding.target.name])} is not that of the study's data "
-            "dictionary; give every party the same study file"
+            f"the coordinator's encoding of {some(strange or [encoding.target.name])} is not "
+            "that of the study's data dictionary; give every party the same study file"
         )
 
 
@@ -161,10 +204,15 @@ def _unasked(*_: object) -> Tensor:
 
 
 def _encode(tables: Sequence[SiteTable], encoding: Encoding) -> Iterable[Rows]:
-    """Encode all records of each table, gaps filled from its own training records; many small tables in one go."""
+    """Encode all records of each table, gaps filled from its own training records; many small
+    tables in one go.
+    """
     if not encoding.public and sum(map(len, tables)) > _SMALL * len(tables):
-        return (encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables)
-    every, sizes = SiteTable.join(tables), [len(table) for table in tables]
+        return (
+            encoding.encode(table, np.ones(len(table), dtype=bool), ~table.test) for table in tables
+        )
+    every = SiteTable.join(tables)
+    sizes = [len(table) for table in tables]
     site_N = np.repeat(np.arange(len(tables)), sizes)
     rows = encoding.encode(every, np.ones(len(every), dtype=bool), ~every.test, site_N)
     parts = zip(torch.split(rows.x, sizes), torch.split(rows.y, sizes), tables, strict=True)
@@ -176,6 +224,10 @@ _SMALL = 1000
 
 
 def _patient_keys(site: Site, table: SiteTable) -> Tensor:
-    """Return the stream of each record's patient: a function of who it is, whoever else is at the site."""
+    """Return the stream of each record's patient: a function of who it is, whoever else is at the
+    site.
+    """
     seed = Streams(site.study.study.seed)
-    return torch.tensor([seed.key("patient", who) for who in table.ids], dtype=torch.int64)[table.patient]
+    return torch.tensor([seed.key("patient", who) for who in table.ids], dtype=torch.int64)[
+        table.patient
+    ]

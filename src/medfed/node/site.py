@@ -1,8 +1,9 @@
 """A site's node: the only code that holds its records, and how it is asked.
 
-It is reached through `handle(op, payload)`, bytes in and bytes out. A stack of sites in one process answers through the
-same functions (`handle_many`), so a hospital's node is a stack of one. What it answers to is in the modules beside this
-one: each operation is a function that `operation` registers.
+It is reached through `handle(op, payload)`, bytes in and bytes out. A stack of sites in one process
+answers through the same functions (`handle_many`), so a hospital's node is a stack of one. What it
+answers to is in the modules beside this one: each operation is a function that `operation`
+registers.
 """
 
 import logging
@@ -47,7 +48,9 @@ logger = logging.getLogger(__name__)
 
 
 class Site:
-    """One site's node. Holds its cleaned table; after `prepare` its encoded rows and what its algorithm remembers."""
+    """One site's node. Holds its cleaned table; after `prepare` its encoded rows and what its
+    algorithm remembers.
+    """
 
     def __init__(
         self,
@@ -65,25 +68,32 @@ class Site:
             table: its cleaned records; None for a node that holds none.
             study: the study as the site has it.
             folder: where the site keeps its own state; without it nothing is kept.
-            account: what pays for its patients, shared by the sites of one ledger; None: nobody pays.
+            account: what pays for its patients, shared by the sites of one ledger; None: nobody
+            pays.
             consent: who may be read, asked before every charge and every reading.
         """
-        self.name, self.study, self.folder = name, study, folder
-        self.account, self.consent = account, consent
+        self.name = name
+        self.study = study
+        self.folder = folder
+        self.account = account
+        self.consent = consent
         self.table = table
         self.train: Rows
         self.test: Rows
         self.encoding: Encoding
         self.model: nn.Module
-        self.path: LocalPath = "auto"  # which local training serves the model, as the site itself has found
+        # which local training serves the model, as the site itself has found
+        self.path: LocalPath = "auto"
         self.guarantee: Guarantee | None = None
         self.links: Sequence[Link] = PLAIN
         self.identity: Identity | None = None  # its keys, once it was asked who it is
         self.facts: Resolved  # what follows from its study and public facts
-        self.party: Party | None = None  # what it keeps of a run's secure rounds, once it has joined
+        # what it keeps of a run's secure rounds, once it has joined
+        self.party: Party | None = None
         self.liars = Liars()  # in a simulated attack: who lies, and how
         self.memory: dict[str, Tensor] = {}
-        self.pending: dict[str, Tensor] = {}  # what a round would leave in memory, if its row counts
+        # what a round would leave in memory, if its row counts
+        self.pending: dict[str, Tensor] = {}
 
     def handle(self, op: str, payload: bytes) -> bytes:
         """Do what is asked; raise SiteError with a reason that names no patient."""
@@ -93,30 +103,48 @@ class Site:
         return reply
 
     @classmethod
-    def open(cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None) -> "Site":
-        """Return the node of a site with these records; raise DataError for what is wrong with them."""
+    def open(
+        cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None
+    ) -> "Site":
+        """Return the node of a site with these records; raise DataError for what is wrong with
+        them.
+        """
         return cls(name, _clean_tables(Frames.one(name, frame), study)[name], study, folder)
 
     def under(self, study: Study) -> "Site":
         """Return a node on the same records for another study, which keeps nothing."""
-        return Site(self.name, self.table.keep_taking_part() if self.table else None, study, consent=self.consent)
+        return Site(
+            self.name,
+            self.table.keep_taking_part() if self.table else None,
+            study,
+            consent=self.consent,
+        )
 
     def like(self, study: Study, guarantee: Guarantee) -> "Site":
-        """Return a node that does what this one does, for another study and guarantee; it keeps nothing.
+        """Return a node that does what this one does, for another study and guarantee; it keeps
+        nothing.
 
         For a simulation: the twin of a study is such nodes.
         """
         other = self.under(study)
-        other.encoding, other.model, other.path = self.encoding, self.model, self.path
-        other.guarantee, other.links = guarantee, self.links
+        other.encoding = self.encoding
+        other.model = self.model
+        other.path = self.path
+        other.guarantee = guarantee
+        other.links = self.links
         other.train = self.train
         other.forget()
         return other
 
     def bare(self, study: Study) -> "Site":
-        """Return a node on the same model for a study without protection, trained by the plain loop; a simulation's."""
+        """Return a node on the same model for a study without protection, trained by the plain
+        loop; a simulation's.
+        """
         other = self.under(study)
-        other.encoding, other.model, other.path = self.encoding, self.model, "loop"  # right for any module
+        # right for any module
+        other.encoding = self.encoding
+        other.model = self.model
+        other.path = "loop"
         return other
 
     def hold(self, rows: Rows) -> None:
@@ -125,13 +153,17 @@ class Site:
 
     @classmethod
     def pooled(cls, sites: Sequence["Site"]) -> "Site":
-        """Return a site that holds the training rows of all: the baseline that a federation is measured against.
+        """Return a site that holds the training rows of all: the baseline that a federation is
+        measured against.
 
-        Only a simulation can do this, where all sites are in one process; it breaks what a federation is for.
+        Only a simulation can do this, where all sites are in one process; it breaks what a
+        federation is for.
         """
         first = sites[0]
         pooled = cls(POOLED, None, first.study, first.folder)
-        pooled.encoding, pooled.model, pooled.path = first.encoding, first.model, first.path
+        pooled.encoding = first.encoding
+        pooled.model = first.model
+        pooled.path = first.path
         pooled.links = first.links
         pooled.train = _join_rows([site.train for site in sites])
         pooled.test = Rows(first.test.x[:0], first.test.y[:0], first.test.patient[:0])
@@ -139,14 +171,17 @@ class Site:
         return pooled
 
     def ask_consent(self) -> None:
-        """Ask who may be read now, and let go of everybody else; raise TypeError where no mask comes of it.
+        """Ask who may be read now, and let go of everybody else; raise TypeError where no mask
+        comes of it.
 
         Who is let go of stays so until the node is opened anew.
         """
         if self.table is None or self.consent is everybody:
             return
         ids = self.table.ids
-        keep_I = np.asarray(self.consent([str(name) for name in ids], self.study.study.purpose, datetime.now(UTC)))
+        keep_I = np.asarray(
+            self.consent([str(name) for name in ids], self.study.study.purpose, datetime.now(UTC))
+        )
         if keep_I.shape != ids.shape or keep_I.dtype != bool:
             raise TypeError("a register of consent answers with a mask over its patients, bool")
         if keep_I.all():
@@ -157,7 +192,11 @@ class Site:
         for held in ("train", "test"):
             if rows := getattr(self, held, None):
                 rows = rows.at(torch.from_numpy(keep_I[rows.patient.numpy()]))
-                setattr(self, held, replace(rows, patient=torch.from_numpy(number_I[rows.patient.numpy()])))
+                setattr(
+                    self,
+                    held,
+                    replace(rows, patient=torch.from_numpy(number_I[rows.patient.numpy()])),
+                )
 
     def forget(self) -> None:
         """Remember nothing of earlier rounds."""
@@ -167,7 +206,9 @@ class Site:
 
 
 def _narrow(table: SiteTable, keep_I: np.ndarray, number_I: np.ndarray) -> SiteTable:
-    """Return the records of some patients alone, numbered anew; what was found in the others' is not kept either."""
+    """Return the records of some patients alone, numbered anew; what was found in the others' is
+    not kept either.
+    """
     rows = keep_I[table.patient]
     return SiteTable(
         numbers={name: values[rows] for name, values in table.numbers.items()},
@@ -183,23 +224,30 @@ def _narrow(table: SiteTable, keep_I: np.ndarray, number_I: np.ndarray) -> SiteT
 def open_tables(frames: Frames, study: Study) -> dict[str, SiteTable]:
     """Return each client's cleaned table, by its name; raise DataError for what is wrong with one.
 
-    A client is a site or, where the study says so, a device: one patient. A device's name, which decides its turn, is
-    the site's and a keyed hash of who the patient is: a number in order would let one patient's joining rename others.
-    Who knows the seed can tell from names who has a device.
+    A client is a site or, where the study says so, a device: one patient. A device's name, which
+    decides its turn, is the site's and a keyed hash of who the patient is: a number in order would
+    let one patient's joining rename others. Who knows the seed can tell from names who has a
+    device.
     """
     tables = _clean_tables(frames, study)
     if study.sites.kind != "device":
         return tables
     streams = Streams(study.study.seed)
     devices: dict[str, SiteTable] = {}
+
     for site, together in tables.items():
-        named = {f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table for table in together.by_patient()}
+        named = {
+            f"{site} {streams.key('device', table.ids[0]) % 2**64:016x}": table
+            for table in together.by_patient()
+        }
         devices |= {name: named[name] for name in sorted(named)}
+
     return devices
 
 
 def _clean_tables(frames: Frames, study: Study) -> dict[str, SiteTable]:
-    streams, private = Streams(study.study.seed), guarantees.asked(study)
+    streams = Streams(study.study.seed)
+    private = guarantees.asked(study)
     cleaned = clean_all(frames, study.data, streams, private, open_columns(study))
     return {name: table.sort_by_patient() for name, table in zip(frames, cleaned, strict=True)}
 
@@ -212,7 +260,8 @@ class Liars:
     attack: Attack | None = None
     clients: int = 0
     streams: Streams = field(default_factory=lambda: Streams(0))
-    rule: Callable[[Tensor], Tensor] | None = None  # that "adaptive" knows; None stands for the mean
+    # that "adaptive" knows; None stands for the mean
+    rule: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
@@ -223,22 +272,30 @@ class Liars:
         found = attacks.liars(clients, robust.malicious, study.study.seed)
         rule = robust_rule(study, len(clients))
         known = rule if rule and rule.needs == "gram" else None
-        return cls(found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known)
+        return cls(
+            found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known
+        )
 
     def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
         """Return the records that a liar trains on."""
         assert self.attack is not None
         labels = len(encoding.target.labels) if encoding.target.task != "regression" else 0
-        found = self.attack.records(Records(rows.x, rows.y, labels, self.streams.key("attack", name)))
+        found = self.attack.records(
+            Records(rows.x, rows.y, labels, self.streams.key("attack", name))
+        )
         return replace(rows, x=found.x_ND, y=found.y_N)
 
-    def replace_rows(self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row") -> Tensor:
+    def replace_rows(
+        self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row"
+    ) -> Tensor:
         """Return the rows with the lies of those who lie in place of their own."""
         at = [k for k, site in enumerate(sites) if site.name in self.names]
         if not at or self.attack is None or self.attack.stage != stage:
             return row_KM
         own = [sites[k].name for k in at]
-        sight = Sight(row_KM[at], own, self.streams, round, self.clients, len(self.names), rule=self.rule)
+        sight = Sight(
+            row_KM[at], own, self.streams, round, self.clients, len(self.names), rule=self.rule
+        )
         lies = row_KM.clone()
         lies[at] = self.attack.rows(sight, stage)
         return lies
@@ -271,9 +328,11 @@ def operation(op: str, reads: bool = False) -> Callable[[Operation], Operation]:
 
 
 def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
-    """Answer one question for several sites of this process, in their order; a site that cannot gives a SiteError.
+    """Answer one question for several sites of this process, in their order; a site that cannot
+    gives a SiteError.
 
-    Where a whole stack fails, the sites are asked one by one, so that only the guilty one is left out.
+    Where a whole stack fails, the sites are asked one by one, so that only the guilty one is left
+    out.
     """
     try:
         header, tensors = codec.decode(payload)
@@ -303,7 +362,10 @@ def _explain(site: Site, op: str, error: Exception) -> SiteError:
     where = f"{Path(line.filename).name}, line {line.lineno}"
     place = rehearsal.place_of(error, getattr(site, "model", None))
     kind = type(error).__name__
-    return SiteError(f"op {op!r} failed at site {site.name!r}: {kind} ({where}){place}; what it says is in its own log")
+    return SiteError(
+        f"op {op!r} failed at site {site.name!r}: {kind} ({where}){place}; what it says is in "
+        "its own log"
+    )
 
 
 def tell_nothing(sites: Sequence[Site]) -> list[Answer]:

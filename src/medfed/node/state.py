@@ -15,7 +15,8 @@ from medfed.node.site import Answer, Header, Site, operation, tell_nothing
 def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Remember what the last work left: its row has counted."""
     for site in sites:
-        site.memory, site.pending = site.pending or site.memory, {}
+        site.memory = site.pending or site.memory
+        site.pending = {}
     return tell_nothing(sites)
 
 
@@ -25,7 +26,9 @@ def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     for folder, members in _by_folder(sites).items():
         files.make_folder(folder)
         names = [site.name for site in members]
-        stacks = {name: torch.stack([site.memory[name] for site in members]) for name in members[0].memory}
+        stacks = {
+            name: torch.stack([site.memory[name] for site in members]) for name in members[0].memory
+        }
         files.write(_memory_file(folder, header["round"]), codec.encode({"sites": names}, stacks))
         for old in sorted(folder.glob("memory-*.safetensors"))[: -header["keep"]]:
             with files.explained(old):
@@ -43,7 +46,9 @@ def _restore(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     for folder, members in _by_folder(sites).items():
         path = _memory_file(folder, header["round"])
         if not path.exists():
-            raise SiteError(f"no saved state of round {header['round']}; resume from an earlier round")
+            raise SiteError(
+                f"no saved state of round {header['round']}; resume from an earlier round"
+            )
         kept, stacks = codec.decode(path.read_bytes())
         for site in members:
             row = kept["sites"].index(site.name)

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Train, and answer with one row a site; under a claim each site's patients pay first.
 
-    Where rows are secret, the coordinator signs what it sends, and each site checks that before anything else.
+    Where rows are secret, the coordinator signs what it sends, and each site checks that before
+    anything else.
     """
     refused: dict[str, SiteError] = {}
     if sites[0].study.security.aggregation != "plain":
@@ -50,20 +51,27 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
 def _accept_signed(
     sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 ) -> tuple[Header, Mapping[str, Tensor], dict[str, SiteError]]:
-    """Return what the coordinator signed for this round, and which sites do not take it, with the reasons."""
+    """Return what the coordinator signed for this round, and which sites do not take it, with the
+    reasons.
+    """
     if "signed" not in tensors:
         raise SiteError("the coordinator has not signed its model; run the same medfed everywhere")
-    envelope, refused = codec.as_bytes(tensors["signed"]), dict[str, SiteError]()
+    envelope = codec.as_bytes(tensors["signed"])
+    refused = dict[str, SiteError]()
     message = b""
     for site in sites:
         try:
             message = _party(site).follower.accept(header["round"], envelope)
         except MedfedError as error:
             refused[site.name] = SiteError(str(error))
-    return (*codec.decode(message), refused) if message else (header, {}, refused)
+    if message:
+        return (*codec.decode(message), refused)
+    return (header, {}, refused)
 
 
-def _train_or_sum(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+def _train_or_sum(
+    sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
+) -> list[Answer]:
     guarantee = sites[0].guarantee
     if guarantee is None:
         return train_locally(sites, header, tensors)
@@ -77,15 +85,19 @@ def sum_gradients(
 ) -> list[Answer]:
     """Answer with each site's sum of clipped per-patient gradients, on the grid.
 
-    However many patients a site has, its sum is held to what the declared number can make: else one patient more would
-    decide whether the row is within the bound that others check.
+    However many patients a site has, its sum is held to what the declared number can make: else one
+    patient more would decide whether the row is within the bound that others check.
     """
-    first, names = sites[0], [site.name for site in sites]
+    first = sites[0]
+    names = [site.name for site in sites]
     clip = _clip(header, guarantee)
     key_K = Streams(first.study.study.seed).key_K("batches", header["round"], names)
-    path, task = first.path, first.encoding.target.task
+    path = first.path
+    task = first.encoding.target.task
     patients = Patients.of([site.train for site in sites])
-    found = dpsgd.sums(first.model, tensors["w"], patients, task, guarantee, clip, names, key_K, path)
+    found = dpsgd.sums(
+        first.model, tensors["w"], patients, task, guarantee, clip, names, key_K, path
+    )
     if found.dropped:
         logger.warning("%d patients' gradients were not finite and count as zero", found.dropped)
     size_K = [guarantee.releases[name].size for name in names]
@@ -93,25 +105,33 @@ def sum_gradients(
     if guarantee.clipping == "adaptive":
         half_K = torch.tensor(size_K, dtype=torch.float64) / 2
         message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
+
     return _send_rows(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
 
 
 def _clip(header: Header, guarantee: Guarantee) -> float:
-    """Return the clipping norm: the study's own; only adaptive clipping takes it from the coordinator, within reason.
+    """Return the clipping norm: the study's own; only adaptive clipping takes it from the
+    coordinator, within reason.
 
-    A sum is in units of it, so that any norm keeps the guarantee; one that is no number would tell of single patients.
+    A sum is in units of it, so that any norm keeps the guarantee; one that is no number would tell
+    of single patients.
     """
     if guarantee.clipping != "adaptive":
         return guarantee.clip
     clip = header.get("clip")
     if not isinstance(clip, float) or not LEAST_CLIP <= clip < math.inf:
-        raise SiteError(f"the coordinator sends no clipping norm; expected a number from {LEAST_CLIP:g} on")
+        raise SiteError(
+            f"the coordinator sends no clipping norm; expected a number from {LEAST_CLIP:g} on"
+        )
     return clip
 
 
-def train_locally(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
+def train_locally(
+    sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
+) -> list[Answer]:
     """Answer with what each site's local training came to."""
-    first, guarantee = sites[0], sites[0].guarantee
+    first = sites[0]
+    guarantee = sites[0].guarantee
     study = _at_rate(first.study, header)
     algorithm = algorithm_of(study)
     hyper = study.training
@@ -134,7 +154,16 @@ def train_locally(sites: Sequence[Site], header: Header, tensors: Mapping[str, T
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else hyper.average
         patients = Patients.of(rows)
         local = dpsgd.train(
-            first.model, start_KP, patients, plan, guarantee, names, key_K, correction, average, first.path
+            first.model,
+            start_KP,
+            patients,
+            plan,
+            guarantee,
+            names,
+            key_K,
+            correction,
+            average,
+            first.path,
         )
     message_KM, later = algorithm.message(task, memory, local, hyper)
     work = Work(message_KM, later, local.loss_K, local.steps_K)
@@ -144,7 +173,9 @@ def train_locally(sites: Sequence[Site], header: Header, tensors: Mapping[str, T
 def _report(
     sites: Sequence[Site], header: Header, w_P: Tensor, work: Work, good_K: Tensor
 ) -> list[Answer]:
-    """Answer with the rows of those whose training stayed finite, and hold ready what each will remember."""
+    """Answer with the rows of those whose training stayed finite, and hold ready what each will
+    remember.
+    """
     losses = work.loss_K.tolist()
     steps = work.steps_K.tolist()
     open_losses = sites[0].study.security.aggregation == "plain"  # else nothing of one site is told
@@ -160,12 +191,17 @@ def _report(
 
 
 def _at_rate(study: Study, header: Header) -> Study:
-    """Return the study with this round's learning rate, which the coordinator says where the study leaves it open."""
+    """Return the study with this round's learning rate, which the coordinator says where the study
+    leaves it open.
+    """
     if not rates.left_open(study):
         return study
     rate = header.get("rate")
     if not isinstance(rate, float) or not 0 < rate < math.inf:
-        raise SiteError("training.learning_rate is open and the coordinator sends none; run the same medfed everywhere")
+        raise SiteError(
+            "training.learning_rate is open and the coordinator sends none; run the same medfed "
+            "everywhere"
+        )
     return rates.at(study, rate)
 
 
@@ -174,9 +210,15 @@ Report = dict[str, Any] | SiteError
 
 
 def _send_rows(
-    sites: Sequence[Site], header: Header, w_P: Tensor, message_KM: Tensor, reports: Sequence[Report]
+    sites: Sequence[Site],
+    header: Header,
+    w_P: Tensor,
+    message_KM: Tensor,
+    reports: Sequence[Report],
 ) -> list[Answer]:
-    """Pass the rows through the clients' halves of the links and answer with them, in the study's aggregation."""
+    """Pass the rows through the clients' halves of the links and answer with them, in the study's
+    aggregation.
+    """
     first = sites[0]
     message_KM = first.liars.replace_rows(sites, header["round"], message_KM)
     if first.study.security.aggregation == "plain":
@@ -189,28 +231,39 @@ def _send_rows(
         messages = codec.RowFormat("row", row_KM[0]).encode(told, row_KM)
         pairs = zip(reports, messages, strict=True)
         return [report if isinstance(report, SiteError) else message for report, message in pairs]
-    round, model = header["round"], sha256(w_P.numpy().tobytes()).digest()
+
+    round = header["round"]
+    model = sha256(w_P.numpy().tobytes()).digest()
     answers: list[Answer] = []
+
     for site, report, message_M in zip(sites, reports, message_KM, strict=True):
         if isinstance(report, SiteError):
             answers.append(report)
             continue
+
         try:  # one by one: a row that is out of bound is its own site's fault
-            (row_M,) = site.liars.replace_rows([site], header["round"], send(message_M[None], site.links), "wire")
+            (row_M,) = site.liars.replace_rows(
+                [site], header["round"], send(message_M[None], site.links), "wire"
+            )
             answers.append(
-                codec.encode(report, {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))})
+                codec.encode(
+                    report,
+                    {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))},
+                )
             )
         except MedfedError as error:
             refused = SiteError(str(error))
             refused.__cause__ = error  # by which a rehearsal knows the stage
             answers.append(refused)
+
     return answers
 
 
 @operation("phase")
 def _phase(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Play a phase of a masked round, other than the row's."""
-    message, answers = codec.as_bytes(tensors["message"]), list[Answer]()
+    message = codec.as_bytes(tensors["message"])
+    answers = list[Answer]()
     for site in sites:
         try:
             found = _party(site).answer(header["phase"], header["round"], header["told"], message)
@@ -222,5 +275,7 @@ def _phase(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
 
 def _party(site: Site) -> Party:
     if site.party is None:
-        raise SiteError(f"site {site.name!r} has agreed to no run; the coordinator must ask it to first")
+        raise SiteError(
+            f"site {site.name!r} has agreed to no run; the coordinator must ask it to first"
+        )
     return site.party

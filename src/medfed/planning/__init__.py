@@ -1,1 +1,3 @@
-"""What follows from a study and public facts before the first round: choices, refusals, the plan."""
+"""What follows from a study and public facts before the first round: choices, refusals,
+the plan.
+"""

@@ -40,7 +40,15 @@ def find_path(study: Study, encoding: Encoding, model: nn.Module) -> Probed:
     private = guarantees.asked(study)
     asked = study.training.path
     options = json.dumps(study.model.options, sort_keys=True, default=str)
-    key = (zoo.ZOO.get(name), options, len(encoding.names()), target.task, target.outputs, private, asked)
+    key = (
+        zoo.ZOO.get(name),
+        options,
+        len(encoding.names()),
+        target.task,
+        target.outputs,
+        private,
+        asked,
+    )
     if name in zoo.ZOO and key in _PROBED:
         return _PROBED[key]
 
@@ -72,7 +80,11 @@ def local_plan(study: Study, encoding: Encoding) -> LocalPlan:
     )
 
 
-def safe_rate(study: Study, encoding: Encoding, bends: Mapping[str, float], sizes: Mapping[str, int]) -> Chosen:
+def safe_rate(
+    study: Study, encoding: Encoding, bends: Mapping[str, float], sizes: Mapping[str, int]
+) -> Chosen:
     """Return the learning rate that every site's rows bear, from what `rates.bend` says of each."""
     stretch = partial(rates.stretch, build_model(study, encoding), encoding.invent_rows(rates.ROWS))
-    return rates.choose(encoding.target.task, bends, sizes, local_plan(study, encoding), study.training, stretch)
+    return rates.choose(
+        encoding.target.task, bends, sizes, local_plan(study, encoding), study.training, stretch
+    )

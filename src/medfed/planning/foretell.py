@@ -1,9 +1,10 @@
 """What a claim will cost in usefulness, foretold before training and from public facts alone.
 
-A table is made up from what the study declares: inputs by the dictionary, as many patients as the sites have declared,
-outcomes by a teacher. On it the study's own model, steps, clip and noise are played, with and without the noise, and
-the difference is told. How strongly inputs hang together, how well they tell the outcome and how rare it is are not
-public; so it is played for several teachers, and the range over them is the answer's.
+A table is made up from what the study declares: inputs by the dictionary, as many patients as the
+sites have declared, outcomes by a teacher. On it the study's own model, steps, clip and noise are
+played, with and without the noise, and the difference is told. How strongly inputs hang together,
+how well they tell the outcome and how rare it is are not public; so it is played for several
+teachers, and the range over them is the answer's.
 
 N made-up patients that train, F encoded inputs, P parameters.
 """
@@ -40,12 +41,16 @@ EPSILONS = (8.0, 3.0, 1.0, 0.5)
 """What is foretold beside the study's own epsilon."""
 
 MOST_NUMBERS = 2e8
-"""Numbers that the gradients of one play may touch: rows x parameters x steps; fewer rows are made up beyond it."""
+"""Numbers that the gradients of one play may touch: rows x parameters x steps; fewer rows are made
+up beyond it.
+"""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A law of outcomes: how well inputs tell it (sd of the log-odds), its prevalence, how far inputs hang together."""
+    """A law of outcomes: how well inputs tell it (sd of the log-odds), its prevalence, how far
+    inputs hang together.
+    """
 
     strength: float
     prevalence: float
@@ -64,7 +69,9 @@ TEACHERS = (
 
 @dataclass(frozen=True)
 class Foretold:
-    """Loss of `figure` (AUROC, or R2 of numbers) at an epsilon against the same table without privacy."""
+    """Loss of `figure` (AUROC, or R2 of numbers) at an epsilon against the same table without
+    privacy.
+    """
 
     epsilon: float
     figure: str
@@ -75,7 +82,9 @@ class Foretold:
 
 
 def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]:
-    """Return what the study's claim, and others at other epsilons, will cost. Raises PlanError without a claim."""
+    """Return what the study's claim, and others at other epsilons, will cost. Raises PlanError
+    without a claim.
+    """
     study = plan.study
     if plan.guarantee is None:
         raise PlanError("the study asks for no guarantee, so there is nothing that it would cost")
@@ -93,7 +102,9 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
         if epsilon != study.privacy.epsilon:
             other = _set_epsilon(study, epsilon, sizes)
         guarantee = guarantees.resolve(other, sizes, plan.parameters)
-        lost = sorted(without - game.play(other, guarantee) for game, without in zip(games, best, strict=True))
+        lost = sorted(
+            without - game.play(other, guarantee) for game, without in zip(games, best, strict=True)
+        )
         foretold.append(
             Foretold(
                 epsilon,
@@ -108,7 +119,9 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
 
 
 def _set_epsilon(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
-    """Return the study at another epsilon, its parts in proportion, what it leaves open chosen for that."""
+    """Return the study at another epsilon, its parts in proportion, what it leaves open chosen for
+    that.
+    """
     share = epsilon / study.privacy.epsilon
     written = study.as_written()
     values = {"privacy.epsilon": epsilon}
@@ -151,19 +164,24 @@ class _Game:
         x = x_NF.double().numpy()
         x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
         weights = rng.normal(size=(x.shape[1], classes if classes > 2 else 1))
-        z = x @ rng.permutation(weights / np.sqrt(np.arange(1, x.shape[1] + 1))[:, None])  # few inputs tell much
+        # few inputs tell much
+        z = x @ rng.permutation(weights / np.sqrt(np.arange(1, x.shape[1] + 1))[:, None])
         z *= teacher.strength / np.maximum(z.std(0), 1e-9)
 
         if self.task == "regression":
             noise = rng.normal(size=len(z)) * 1.5
-            return torch.tensor((z[:, 0] + noise) / (2 * math.hypot(teacher.strength, 1.5)), dtype=torch.float32)
+            return torch.tensor(
+                (z[:, 0] + noise) / (2 * math.hypot(teacher.strength, 1.5)), dtype=torch.float32
+            )
         if self.task == "multiclass":
             return torch.tensor((z + rng.gumbel(size=z.shape)).argmax(1))
         drawn = z[:, 0] + rng.logistic(size=len(z))
         return torch.tensor(drawn > np.quantile(drawn, 1 - teacher.prevalence), dtype=torch.float32)
 
     def play(self, study: Study, guarantee: Guarantee | None) -> float:
-        """Return the figure on unseen made-up rows after a study's steps, noised and clipped as guaranteed."""
+        """Return the figure on unseen made-up rows after a study's steps, noised and clipped as
+        guaranteed.
+        """
         t = study.training
         whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
 
@@ -175,7 +193,9 @@ class _Game:
             assert self.plan.guarantee is not None
             clip = 1e6
             noise = 0.0
-            played = dataclasses.replace(self.plan.guarantee, mode="shared", releases=whole, clipping="fixed")
+            played = dataclasses.replace(
+                self.plan.guarantee, mode="shared", releases=whole, clipping="fixed"
+            )
 
         algorithm = ALGORITHMS[algorithm_name(study)]
         server = algorithm.begin(vector(self.model), t)
@@ -183,10 +203,22 @@ class _Game:
         key = torch.zeros(1, dtype=torch.int64)
         for _ in range(t.rounds):
             summed = dpsgd.sums(
-                self.model, server.w_P, self.patients_of, self.task, played, clip, ["rows"], key, self.plan.path
+                self.model,
+                server.w_P,
+                self.patients_of,
+                self.task,
+                played,
+                clip,
+                ["rows"],
+                key,
+                self.plan.path,
             )
-            total_P = summed.total_KP[0] + noise * torch.randn(len(server.w_P), generator=rng, dtype=torch.float64)
-            gradient_P = (total_P * (clip / self.rows)).to(server.w_P.dtype) + t.weight_decay * server.w_P
+            total_P = summed.total_KP[0] + noise * torch.randn(
+                len(server.w_P), generator=rng, dtype=torch.float64
+            )
+            gradient_P = (total_P * (clip / self.rows)).to(
+                server.w_P.dtype
+            ) + t.weight_decay * server.w_P
             server = algorithm.step(server, -t.learning_rate * gradient_P, 1.0, t)
 
         z_NC = outputs(self.model, server.released_P, self.x_test)
@@ -194,14 +226,18 @@ class _Game:
 
 
 def _noise(study: Study, guarantee: Guarantee, clients: Sequence[str]) -> float:
-    """Return the standard deviation of a step's noise on the sum of all patients, in units of the clip."""
+    """Return the standard deviation of a step's noise on the sum of all patients, in units of the
+    clip.
+    """
     release = max(guarantee.releases.values(), key=lambda r: r.noise_multiplier)
     each = release.noise_multiplier * (guarantee.max_sites if guarantee.joint else 1)
     return each * excess(study, clients) / release.probability / math.sqrt(release.steps)
 
 
 def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
-    """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five common causes."""
+    """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five
+    common causes.
+    """
     x_NF = encoding.invent_rows(rows).numpy().copy()
     shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))
     number = np.array([len(np.unique(column[:50])) > 2 for column in x_NF.T], dtype=bool)
@@ -213,7 +249,9 @@ def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Gener
 
 
 def figure(task: str, z_NC: Tensor, y_N: Tensor) -> float:
-    """Return AUROC (of several classes: the mean of one against the rest), or R2 of numbers; 0.5 or 0 if not finite."""
+    """Return AUROC (of several classes: the mean of one against the rest), or R2 of numbers; 0.5 or
+    0 if not finite.
+    """
     z = z_NC.double().numpy()
     y = y_N.double().numpy()
     if not np.isfinite(z).all():
@@ -235,15 +273,19 @@ _DRAWS = 25
 
 @dataclass(frozen=True)
 class PaidTest:
-    """What a noised test can tell: about how many are held out, and how an AUROC of .8 would be told, by prevalence."""
+    """What a noised test can tell: about how many are held out, and how an AUROC of .8 would be
+    told, by prevalence.
+    """
 
     held_out: int
     epsilon: float
-    intervals: dict[str, tuple[float, float] | None]  # prevalence -> median 95 % interval; None: mostly untold
+    # prevalence -> median 95 % interval; None: mostly untold
+    intervals: dict[str, tuple[float, float] | None]
 
 
 def paid_test(plan: Plan) -> PaidTest | None:
-    """Foretell what a paid test will be able to say, from declared sizes alone; None where nobody pays for one.
+    """Foretell what a paid test will be able to say, from declared sizes alone; None where nobody
+    pays for one.
 
     Where marks or dates say who is held out, how many those are is not public: then None, too.
     """
@@ -264,7 +306,9 @@ def paid_test(plan: Plan) -> PaidTest | None:
 
 
 def _interval(held_out: int, prevalence: float, variance: float) -> tuple[float, float] | None:
-    """Return the median interval in which an AUROC of .8 is told; None where more than half of the tests are void."""
+    """Return the median interval in which an AUROC of .8 is told; None where more than half of the
+    tests are void.
+    """
     rng = np.random.default_rng(0)
     positives = round(held_out * prevalence)
     apart = math.sqrt(2) * statistics.NormalDist().inv_cdf(AUROC)
@@ -275,7 +319,9 @@ def _interval(held_out: int, prevalence: float, variance: float) -> tuple[float,
         logits[:positives] += apart
         edges = noised.edges_for(logits)
         counts = decision.tally(logits, np.arange(held_out) < positives, edges)
-        figure = noised.Noised(edges, counts + rng.normal(0, math.sqrt(variance), counts.shape), variance)._auroc()
+        figure = noised.Noised(
+            edges, counts + rng.normal(0, math.sqrt(variance), counts.shape), variance
+        )._auroc()
         if figure.low is not None and figure.high is not None:
             told.append((figure.low, figure.high))
 

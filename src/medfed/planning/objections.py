@@ -1,4 +1,6 @@
-"""What stands against a study: parts that are fine alone and do not compose, both sides named, with the way out."""
+"""What stands against a study: parts that are fine alone and do not compose, both sides named, with
+the way out.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +20,18 @@ from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
 from medfed.robust import attacks
 from medfed.robust.rules import RobustRule
-from medfed.study import EPSILON, Data, Feature, Security, Study, beyond, is_pattern, out_of_range, parse, put
+from medfed.study import (
+    EPSILON,
+    Data,
+    Feature,
+    Security,
+    Study,
+    beyond,
+    is_pattern,
+    out_of_range,
+    parse,
+    put,
+)
 
 
 def check(study: Study) -> None:
@@ -29,8 +42,8 @@ def check(study: Study) -> None:
 def find(study: Study) -> list[Refusal]:
     """Return all that stands against a study, from the study alone.
 
-    Where a value cannot be used, or epsilon, delta and noise do not go together, the rest is looked at as if that were
-    mended.
+    Where a value cannot be used, or epsilon, delta and noise do not go together, the rest is looked
+    at as if that were mended.
     """
     extensions.load()
     study, found = _repair(study)
@@ -45,7 +58,9 @@ def find(study: Study) -> list[Refusal]:
 
 
 def find_with_header(study: Study) -> list[Refusal]:
-    """Return all that stands against a study before a record is read: from itself, and from its table's header."""
+    """Return all that stands against a study before a record is read: from itself, and from its
+    table's header.
+    """
     sourceless = gather(partial(sources.complete, study))
     if not sourceless:
         study = replace(study, data=sources.complete(study))
@@ -60,7 +75,9 @@ def find_with_header(study: Study) -> list[Refusal]:
 
 
 def _repair(study: Study) -> tuple[Study, list[Refusal]]:
-    """Return a study whose values can be used and whose target is whole, and what had to be mended for that."""
+    """Return a study whose values can be used and whose target is whole, and what had to be mended
+    for that.
+    """
     found = out_of_range(study)
     study = mend(study, found)
     while target := list(guarantees.unresolved(study)):  # each is mended once
@@ -80,7 +97,9 @@ def mend(study: Study, found: Sequence[Refusal]) -> Study:
 
 
 def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Iterator[Refusal]:
-    """Yield what stands against a study beside a table's header; `private`: also what a claim needs declared."""
+    """Yield what stands against a study beside a table's header; `private`: also what a claim needs
+    declared.
+    """
     data = study.data
     sizes = study.privacy.sizes
     yield from headers.misnamed(columns, data)
@@ -91,7 +110,8 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
 
     # what a claim needs declared: sizes, labels, features
     if study.sites.kind == "hospital" and not data.site:
-        yield from guarantees.unknown_sizes(study)  # a misspelt site's size counts before a blank for it
+        # a misspelt site's size counts before a blank for it
+        yield from guarantees.unknown_sizes(study)
         yield from guarantees.unsized(study.sites.names, study)
     if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
@@ -105,7 +125,9 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
             yield from claim_refusals.hidden_ranges(list_open(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
-        yield from declared.undescribed(features_of(columns, data), data, claim_refusals.unless_paid(study))
+        yield from declared.undescribed(
+            features_of(columns, data), data, claim_refusals.unless_paid(study)
+        )
 
 
 def _secure_refusals(study: Study) -> Iterator[Refusal]:
@@ -117,9 +139,9 @@ def _secure_refusals(study: Study) -> Iterator[Refusal]:
     names = security.aggregators
     if study.rule().chosen and not guarantees.asked(study):
         text = (
-            f"{way} and data.threshold={study.data.threshold!r} do not compose without a privacy claim: each site's "
-            "counts of training scores would be read, where its row may not be. Set data.threshold to a number, or set "
-            "privacy.epsilon and privacy.delta."
+            f"{way} and data.threshold={study.data.threshold!r} do not compose without a privacy "
+            "claim: each site's counts of training scores would be read, where its row may not "
+            "be. Set data.threshold to a number, or set privacy.epsilon and privacy.delta."
         )
         yield _refusal(PlanError(text), data__threshold=Data().threshold)
 
@@ -130,20 +152,24 @@ def _secure_refusals(study: Study) -> Iterator[Refusal]:
         )
     if guarantees.mode(study) == "central":
         text = (
-            f"{way} and privacy.noise='central' do not compose: a coordinator that adds the noise reads the sum "
-            "without it. Set privacy.noise='shared'."
+            f"{way} and privacy.noise='central' do not compose: a coordinator that adds the "
+            "noise reads the sum without it. Set privacy.noise='shared'."
         )
         yield _refusal(PlanError(text), privacy__noise="shared")
 
     if study.privacy.correlated:
         text = (
-            f"{way} and privacy.correlated=true do not compose: correlated noise is rounded by one holder, and here "
-            "several hold it. Set security.aggregation='plain', or correlated=false."
+            f"{way} and privacy.correlated=true do not compose: correlated noise is rounded by "
+            "one holder, and here several hold it. Set security.aggregation='plain', or "
+            "correlated=false."
         )
         yield _refusal(PlanError(text), privacy__correlated=False)
 
     if _is_baseline(study):
-        text = f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
+        text = (
+            f"{way} and training.algorithm={study.training.algorithm!r} do not compose: nothing "
+            "is summed."
+        )
         yield _refusal(PlanError(text), training__algorithm="fedavg")
 
 
@@ -162,8 +188,8 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
 
     if bool(robust.attack) != bool(robust.malicious):
         text = (
-            f"robustness.attack={robust.attack!r} with robustness.malicious={robust.malicious:g}; expected both or "
-            "neither"
+            f"robustness.attack={robust.attack!r} with "
+            f"robustness.malicious={robust.malicious:g}; expected both or neither"
         )
         yield _refusal(StudyError(text))
     elif robust.attack:
@@ -176,8 +202,9 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
         yield from _rule_refusals(study, rule, way)
     elif not unknown and robust.max_malicious and not bounded(study):
         text = (
-            f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do not compose: the mean "
-            "bears nobody. Set rule='nnm+geometric-median', or robustness.bound for a fleet too large for it."
+            f"robustness.max_malicious={robust.max_malicious:g} and robustness.rule='mean' do "
+            "not compose: the mean bears nobody. Set rule='nnm+geometric-median', or "
+            "robustness.bound for a fleet too large for it."
         )
         yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
 
@@ -187,7 +214,11 @@ def _attack_refusals(study: Study) -> Iterator[Refusal]:
     name = study.robustness.attack
     unknown = gather(partial(attacks.named, name))
     yield from unknown
-    if not unknown and attacks.named(name).stage == "wire" and study.security.aggregation != "three-party":
+    if (
+        not unknown
+        and attacks.named(name).stage == "wire"
+        and study.security.aggregation != "three-party"
+    ):
         text = f"robustness.attack={name!r} acts on shared words; set aggregation='three-party'."
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
@@ -199,26 +230,36 @@ def _rule_refusals(study: Study, rule: RobustRule, way: str) -> Iterator[Refusal
     if aggregation == "masked":
         text = (
             f"{where} and {way} do not compose: the server sees no row, nor how two compare. Set "
-            "aggregation='three-party', where their noised Gram matrix is opened, or 'plain' with noise='site'."
+            "aggregation='three-party', where their noised Gram matrix is opened, or 'plain' "
+            "with noise='site'."
         )
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
     if _is_baseline(study):
-        text = f"{where} and training.algorithm={study.training.algorithm!r} do not compose: nothing is summed."
+        text = (
+            f"{where} and training.algorithm={study.training.algorithm!r} do not compose: "
+            "nothing is summed."
+        )
         yield _refusal(PlanError(text), training__algorithm="fedavg")
 
     if rule.name.endswith("fltrust"):
-        text = f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'"
+        text = (
+            f"{where} needs a reference row, which no study gives yet; take 'nnm+geometric-median'"
+        )
         yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
 
     if rule.weighs_few_rows and aggregation == "three-party":
-        text = f"{where} and {way} do not compose: it opens single rows, or two. Take 'multi-krum' or the default."
+        text = (
+            f"{where} and {way} do not compose: it opens single rows, or two. Take 'multi-krum' "
+            "or the default."
+        )
         yield _refusal(PlanError(text), robustness__rule="multi-krum")
 
     if rule.needs == "rows" and aggregation == "three-party":
         text = (
-            f"{where} and {way} do not compose: it works coordinate by coordinate and needs every row in plain sight. "
-            "Take 'nnm+geometric-median', which reads how rows compare."
+            f"{where} and {way} do not compose: it works coordinate by coordinate and needs "
+            "every row in plain sight. Take 'nnm+geometric-median', which reads how rows "
+            "compare."
         )
         yield _refusal(PlanError(text), robustness__rule=DEFAULT_RULE)
 
@@ -226,17 +267,24 @@ def _rule_refusals(study: Study, rule: RobustRule, way: str) -> Iterator[Refusal
         return
     if aggregation == "plain":
         text = (
-            f"{where} and privacy.noise={guarantees.mode(study)!r} with {way} do not compose: weights that follow from "
-            "rows without noise tell of patients. Set aggregation='three-party', or noise='site'."
+            f"{where} and privacy.noise={guarantees.mode(study)!r} with {way} do not compose: "
+            "weights that follow from rows without noise tell of patients. Set "
+            "aggregation='three-party', or noise='site'."
         )
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
     privacy = study.privacy
-    if privacy.clipping == "adaptive" or privacy.max_sites_per_patient > 1 or privacy.simulation_only:
+    if (
+        privacy.clipping == "adaptive"
+        or privacy.max_sites_per_patient > 1
+        or privacy.simulation_only
+    ):
         text = (
-            f"{where} and privacy.clipping={privacy.clipping!r}, simulation_only={privacy.simulation_only}, "
-            f"max_sites_per_patient={privacy.max_sites_per_patient} do not compose: the noise of the Gram matrix is "
-            "for fixed norms, for patients of one site, and real. Change those, or set noise='site'."
+            f"{where} and privacy.clipping={privacy.clipping!r}, "
+            f"simulation_only={privacy.simulation_only}, "
+            f"max_sites_per_patient={privacy.max_sites_per_patient} do not compose: the noise of "
+            "the Gram matrix is for fixed norms, for patients of one site, and real. Change "
+            "those, or set noise='site'."
         )
         yield _refusal(PlanError(text))
 
@@ -247,23 +295,25 @@ def _bound_refusals(study: Study) -> Iterator[Refusal]:
     where = f"robustness.bound={robust.bound:g}"
     if robust.bound and study.security.aggregation == "masked":
         text = (
-            f"{where} and security.aggregation='masked' do not compose: nobody can check a masked row's norm. Set "
-            "aggregation='three-party', where it is checked in secret, or 'plain'."
+            f"{where} and security.aggregation='masked' do not compose: nobody can check a "
+            "masked row's norm. Set aggregation='three-party', where it is checked in secret, "
+            "or 'plain'."
         )
         yield _refusal(PlanError(text), security__aggregation="three-party")
 
     if robust.bound and guarantees.asked(study):
         text = (
-            f"{where} and a privacy claim do not compose: privacy.clip bounds each patient already, and noise comes "
-            "after it. Leave robustness.bound at 0."
+            f"{where} and a privacy claim do not compose: privacy.clip bounds each patient "
+            "already, and noise comes after it. Leave robustness.bound at 0."
         )
         yield _refusal(PlanError(text), robustness__bound=0.0)
 
     known = study.training.algorithm in ALGORITHMS
     if robust.reference and known and ALGORITHMS[algorithm_name(study)].kept:
         text = (
-            f"robustness.reference={robust.reference!r} and training.algorithm={study.training.algorithm!r} do not "
-            "compose: sites keep what a round taken back has taught them. Set algorithm='fedavg'."
+            f"robustness.reference={robust.reference!r} and "
+            f"training.algorithm={study.training.algorithm!r} do not compose: sites keep what a "
+            "round taken back has taught them. Set algorithm='fedavg'."
         )
         yield _refusal(PlanError(text), training__algorithm="fedavg")
 
@@ -272,11 +322,17 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
     """Yield what an algorithm and the local optimiser do not bear."""
     training = study.training
     if training.optimizer == "adam" and training.momentum > 0:
-        text = f"training.momentum={training.momentum:g} is for sgd; with optimizer='adam' set training.beta1"
+        text = (
+            f"training.momentum={training.momentum:g} is for sgd; with optimizer='adam' set "
+            "training.beta1"
+        )
         yield _refusal(PlanError(text), training__momentum=0.0)
 
     if training.algorithm not in ALGORITHMS:
-        text = f"training.algorithm={training.algorithm!r} is unknown; {nearest(training.algorithm, ALGORITHMS)}"
+        text = (
+            f"training.algorithm={training.algorithm!r} is unknown; "
+            f"{nearest(training.algorithm, ALGORITHMS)}"
+        )
         close = closest(training.algorithm, ALGORITHMS)
         mend = {"training__algorithm": close} if close else {}
         yield _refusal(StudyError(text), **mend)
@@ -286,69 +342,87 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
     where = f"training.algorithm={training.algorithm!r}"
     if algorithm.joint == "refused" and not algorithm.baseline and _asked_jointly(study):
         text = (
-            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: a round is then one step, noised on "
-            "the sum of all sites, which leaves out what this algorithm does at its clients. Set privacy.noise='site', "
-            "or take fedavg."
+            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: a round is "
+            "then one step, noised on the sum of all sites, which leaves out what this "
+            "algorithm does at its clients. Set privacy.noise='site', or take fedavg."
         )
         yield _refusal(PlanError(text), privacy__noise="site")
 
     if algorithm.plain_sgd and (training.optimizer != "sgd" or training.momentum > 0):
         text = (
-            f"{where} and training.optimizer={training.optimizer!r} with momentum={training.momentum:g} do not "
-            f"compose: {algorithm.plain_sgd}. Set training.optimizer='sgd' and training.momentum=0, or take fedavg."
+            f"{where} and training.optimizer={training.optimizer!r} with "
+            f"momentum={training.momentum:g} do not compose: {algorithm.plain_sgd}. Set "
+            "training.optimizer='sgd' and training.momentum=0, or take fedavg."
         )
         yield _refusal(PlanError(text), training__optimizer="sgd", training__momentum=0.0)
 
     if algorithm.any_sgd and training.optimizer != "sgd":
         text = (
-            f"{where} and training.optimizer={training.optimizer!r} do not compose: {algorithm.any_sgd}. "
-            "Set training.optimizer='sgd', or take fedavg."
+            f"{where} and training.optimizer={training.optimizer!r} do not compose: "
+            f"{algorithm.any_sgd}. Set training.optimizer='sgd', or take fedavg."
         )
         yield _refusal(PlanError(text), training__optimizer="sgd")
 
 
 def _added_refusals(study: Study) -> Iterator[Refusal]:
-    """Yield what a selector, links or a learner do not compose with; names come from their registries."""
-    schedule, links, model = study.fleet.schedule, study.training.links, study.model.name
+    """Yield what a selector, links or a learner do not compose with; names come from their
+    registries.
+    """
+    schedule = study.fleet.schedule
+    links = study.training.links
+    model = study.model.name
+
     if schedule not in selection.SELECTORS:
         known = selection.SELECTORS
         text = f"fleet.schedule={schedule!r}; expected one of {', '.join(map(repr, known))}"
         close = closest(schedule, known)
         yield _refusal(StudyError(text), **({"fleet__schedule": close} if close else {}))
+
     for name in links:
         if name not in LINKS:
-            yield _refusal(StudyError(f"training.links={name!r} is no link; {nearest(name, LINKS)}"))
+            yield _refusal(
+                StudyError(f"training.links={name!r} is no link; {nearest(name, LINKS)}")
+            )
+
     where = f"training.links={list(links)}"
     if links and study.security.aggregation != "plain":
         text = (
-            f"{where} and security.aggregation={study.security.aggregation!r} do not compose: what such a link sends "
-            "is decoded row by row, and nobody sees a row there. Leave training.links out, or set aggregation='plain'."
+            f"{where} and security.aggregation={study.security.aggregation!r} do not compose: "
+            "what such a link sends is decoded row by row, and nobody sees a row there. Leave "
+            "training.links out, or set aggregation='plain'."
         )
         yield _refusal(PlanError(text), training__links=())
     elif links and _asked_jointly(study):
         text = (
-            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: rows are whole steps of the noise's "
-            "grid, whose sum must be exact. Leave training.links out, or set privacy.noise='site'."
+            f"{where} and privacy.noise={guarantees.mode(study)!r} do not compose: rows are "
+            "whole steps of the noise's grid, whose sum must be exact. Leave training.links "
+            "out, or set privacy.noise='site'."
         )
         yield _refusal(PlanError(text), training__links=())
+
     if model not in LEARNERS:
         return
     if study.training.algorithm not in ("fedavg", "pooled"):
         text = (
-            f"model.name={model!r} and training.algorithm={study.training.algorithm!r} do not compose: no gradient "
-            "trains this learner, which says itself how its state follows. Leave training.algorithm out."
+            f"model.name={model!r} and training.algorithm={study.training.algorithm!r} do not "
+            "compose: no gradient trains this learner, which says itself how its state follows. "
+            "Leave training.algorithm out."
         )
         yield _refusal(PlanError(text), training__algorithm="fedavg")
+
     if study.privacy.meant:
         text = (
-            f"model.name={model!r} and a privacy claim do not compose: how far a patient moves what this learner sends "
-            "is not known. Take a model that gradients train, such as 'logistic', or claim nothing."
+            f"model.name={model!r} and a privacy claim do not compose: how far a patient moves "
+            "what this learner sends is not known. Take a model that gradients train, such as "
+            "'logistic', or claim nothing."
         )
         yield _refusal(PlanError(text), model__name="logistic")
 
 
 def _asked_jointly(study: Study) -> bool:
-    """Say whether one noise is asked for the sum of all sites, of a study whose privacy keys may not go together."""
+    """Say whether one noise is asked for the sum of all sites, of a study whose privacy keys may
+    not go together.
+    """
     return not any(guarantees.unresolved(study)) and guarantees.mode(study) in ("shared", "central")
 
 

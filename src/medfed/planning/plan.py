@@ -1,4 +1,6 @@
-"""The plan: a study checked as a whole, before any training. What must agree does agree, or both sides are named."""
+"""The plan: a study checked as a whole, before any training. What must agree does agree, or both
+sides are named.
+"""
 
 import hashlib
 import json
@@ -36,7 +38,9 @@ POOLED = "pooled rows"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Resolved):
-    """Everything a round needs: what is resolved, how records become numbers, and what sites told of their tables."""
+    """Everything a round needs: what is resolved, how records become numbers, and what sites told
+    of their tables.
+    """
 
     encoding: Encoding
     testers: tuple[str, ...]  # who holds test patients
@@ -56,7 +60,9 @@ class Plan(Resolved):
         """Return the state before the first round."""
         server = self.algorithm.begin(self.first_weights(), self.study.training)
         if self.guarantee and self.guarantee.clipping == "adaptive":
-            server = replace(server, slots={**server.slots, "clip": torch.tensor([self.guarantee.clip])})
+            server = replace(
+                server, slots={**server.slots, "clip": torch.tensor([self.guarantee.clip])}
+            )
         if self.chosen:
             rate = torch.tensor([self.chosen.rate], dtype=torch.float64)
             server = replace(server, slots={**server.slots, "rate": rate})
@@ -83,13 +89,18 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     _check_tests(study, encoding)
 
     # who trains, and who tests
-    sizes = {name: {"train": int(told["train"]), "test": int(told["test"])} for name, told in surveys.items()}
+    sizes = {
+        name: {"train": int(told["train"]), "test": int(told["test"])}
+        for name, told in surveys.items()
+    }
     trainers = _list_trainers(study, sizes)
     if not private:
         refuse(find_renamed(surveys, study))
     told = study.data.test_is_public or not private  # else nobody says how many are held out
     if told and study.monitor.evaluate_every and not any(size["test"] for size in sizes.values()):
-        raise DataError(f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it")
+        raise DataError(
+            f"no site has a test patient at data.test_fraction={study.data.test_fraction}; raise it"
+        )
 
     # the model, and the path that trains it
     model = build_model(study, encoding)
@@ -103,7 +114,9 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         participants = (POOLED,)
     check_groups(study, participants)
     if private:
-        refuse(claim_refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers}))
+        refuse(
+            claim_refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers})
+        )
     facts = resolve(study, sizes, participants, zoo.count(model))
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
@@ -124,31 +137,39 @@ def _check_tests(study: Study, encoding: Encoding) -> None:
     threshold = study.data.threshold
     if not study.monitor.evaluate_every and study.rule().chosen:
         raise PlanError(
-            f"data.threshold={threshold!r} and monitor.evaluate_every=0 do not compose: a threshold is chosen for a "
-            "test. Declare a number, or test at the end."
+            f"data.threshold={threshold!r} and monitor.evaluate_every=0 do not compose: a "
+            "threshold is chosen for a test. Declare a number, or test at the end."
         )
     if encoding.target.task != "binary" and threshold != "0.5":
         raise PlanError(
-            f"data.threshold={threshold!r} and data.task={encoding.target.task!r} do not compose: a threshold is one "
-            "of two labels. Leave data.threshold out."
+            f"data.threshold={threshold!r} and data.task={encoding.target.task!r} do not "
+            "compose: a threshold is one of two labels. Leave data.threshold out."
         )
 
 
 def _list_trainers(study: Study, sizes: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    """Return the sites with a training row. Raises DataError or PlanError where they are too few."""
+    """Return the sites with a training row. Raises DataError or PlanError where they are
+    too few.
+    """
     trainers = tuple(name for name in sizes if sizes[name]["train"])
     if not trainers:
-        raise DataError("no site has a training row; lower data.test_fraction, or mark fewer rows as held out")
+        raise DataError(
+            "no site has a training row; lower data.test_fraction, or mark fewer rows as held out"
+        )
 
     drawn = study.fleet.clients_per_round
     if drawn > len(trainers):
-        few = f"{len(trainers)} sites" + (" with training rows" if len(trainers) < len(sizes) else "")
+        few = f"{len(trainers)} sites" + (
+            " with training rows" if len(trainers) < len(sizes) else ""
+        )
         raise PlanError(f"fleet.clients_per_round={drawn}, but there are {few}; lower it")
     return trainers
 
 
 def _list_testers(study: Study, sizes: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    """Return who tests: of devices those that hold a test patient; of models of the sites' own, those that train."""
+    """Return who tests: of devices those that hold a test patient; of models of the sites' own,
+    those that train.
+    """
     names = [name for name in sizes if name != POOLED]
     if study.sites.kind == "device":
         names = [name for name in names if sizes[name]["test"]]
@@ -167,13 +188,15 @@ def check_groups(study: Study, clients: Sequence[str]) -> None:
     if nobody := selection.empty_groups(clients, fleet.groups, streams):
         fits = selection.most_groups(clients, fleet.groups, streams)
         raise PlanError(
-            f"fleet.groups={fleet.groups} and {len(clients)} sites do not compose: nobody falls into group "
-            f"{some(nobody)}, so in its turn a round has no client; a site's group follows from its name. Set "
-            f"fleet.groups={fits}, or schedule='random'."
+            f"fleet.groups={fleet.groups} and {len(clients)} sites do not compose: nobody falls "
+            f"into group {some(nobody)}, so in its turn a round has no client; a site's group "
+            f"follows from its name. Set fleet.groups={fits}, or schedule='random'."
         )
 
 
-def _check_security(study: Study, clients: Sequence[str], sizes: Mapping[str, Mapping[str, int]]) -> None:
+def _check_security(
+    study: Study, clients: Sequence[str], sizes: Mapping[str, Mapping[str, int]]
+) -> None:
     """Refuse sums that would be of too few rows, or that could wrap."""
     security = study.security
     if security.aggregation == "plain":
@@ -182,9 +205,9 @@ def _check_security(study: Study, clients: Sequence[str], sizes: Mapping[str, Ma
     n = cohort(study, clients)
     if n < security.min_group:
         raise PlanError(
-            f"security.aggregation={security.aggregation!r} and a round of {n} clients do not compose: "
-            f"security.min_group={security.min_group}, and a sum of fewer rows says too much of each. Draw more "
-            "clients, or set aggregation='plain'."
+            f"security.aggregation={security.aggregation!r} and a round of {n} clients do not "
+            f"compose: security.min_group={security.min_group}, and a sum of fewer rows says too "
+            "much of each. Draw more clients, or set aggregation='plain'."
         )
     if not (guarantees.asked(study) and guarantees.mode(study) != "site"):
         weights = sum(sizes[name]["train"] for name in clients)
@@ -200,16 +223,17 @@ def _check_robustness(study: Study, clients: Sequence[str]) -> None:
     if rule is None:
         if study.robustness.max_malicious and not bounded(study):
             raise PlanError(
-                f"robustness.rule='auto' and {n:,} clients a round do not compose without a bound: more than "
-                f"{MOST_ROWS:,} are not compared. Set robustness.bound, or fleet.clients_per_round."
+                f"robustness.rule='auto' and {n:,} clients a round do not compose without a "
+                f"bound: more than {MOST_ROWS:,} are not compared. Set robustness.bound, or "
+                "fleet.clients_per_round."
             )
         return
 
     rule.check(n)
     if n > MOST_ROWS:
         raise PlanError(
-            f"robustness.rule={rule.name!r} compares every two of {n:,} clients; {MOST_ROWS:,} at most. Set "
-            "fleet.clients_per_round, or rule='mean'."
+            f"robustness.rule={rule.name!r} compares every two of {n:,} clients; {MOST_ROWS:,} "
+            "at most. Set fleet.clients_per_round, or rule='mean'."
         )
 
 
@@ -220,4 +244,7 @@ def _warn_of_path(study: Study, taken: Probed) -> list[str]:
 
     unit = "record" if guarantees.asked(study) else "client"
     how = {"func": "by torch.func", "loop": f"{unit} by {unit}"}
-    return [f"model.name={study.model.name!r} trains {how[taken.path]}, slower: {'; '.join(taken.reasons)}"]
+    return [
+        f"model.name={study.model.name!r} trains {how[taken.path]}, slower: "
+        f"{'; '.join(taken.reasons)}"
+    ]

@@ -1,10 +1,12 @@
-"""The learning rate where a study leaves it open: a step that cannot diverge, from how large the encoded inputs are.
+"""The learning rate where a study leaves it open: a step that cannot diverge, from how large the
+encoded inputs are.
 
-Gradient steps on a loss of curvature L shrink its error while the rate is below 2 / L. A linear model's L follows from
-its inputs alone: the mean of c (x, 1)(x, 1)' has top eigenvalue at most L, c being the largest second derivative of the
-loss by the output. Local steps see a batch, and one site's rows, so L is that of batches, site by site. A deeper net's
-L is the linear model's times how much larger its first gradients are on made-up rows of that size. One number a site is
-told, and none under a privacy claim.
+Gradient steps on a loss of curvature L shrink its error while the rate is below 2 / L. A linear
+model's L follows from its inputs alone: the mean of c (x, 1)(x, 1)' has top eigenvalue at most L, c
+being the largest second derivative of the loss by the output. Local steps see a batch, and one
+site's rows, so L is that of batches, site by site. A deeper net's L is the linear model's times how
+much larger its first gradients are on made-up rows of that size. One number a site is told, and
+none under a privacy claim.
 
 n rows, B batch, F inputs, C outputs.
 """
@@ -30,9 +32,11 @@ MOST = 0.1
 MOST_ADAM = 0.01
 """Adam's steps have a length of their own, whatever the curvature."""
 
-_BATCHES, _WIDEST = 8, 256
+_BATCHES = 8
+_WIDEST = 256
 _TINY = 1e-6
-_MARGIN = 4.0  # at 1 / L the noise of batches leaves a squared error about twice the least; here an eighth more
+# at 1 / L the noise of batches leaves a squared error about twice the least; here an eighth more
+_MARGIN = 4.0
 
 ROWS = 16
 """Made-up rows on which a deeper net is compared with a linear model."""
@@ -40,7 +44,9 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Chosen:
-    """A rate, and why it is that: the curvature it bears, and the site whose rows have it ("" for the mean of all)."""
+    """A rate, and why it is that: the curvature it bears, and the site whose rows have it ("" for
+    the mean of all).
+    """
 
     rate: float
     curvature: float
@@ -54,16 +60,20 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Pace:
-    """The training losses so far: that of the first round and the lowest; None before there is one."""
+    """The training losses so far: that of the first round and the lowest; None before there
+    is one.
+    """
 
     first: float | None = None
     lowest: float | None = None
 
     def step(self, loss: float | None, everybody: bool) -> "tuple[Pace, bool]":
-        """Take in a round's loss (None: it was no number); return what follows, and whether the loss has grown.
+        """Take in a round's loss (None: it was no number); return what follows, and whether the
+        loss has grown.
 
-        It has where it is above the first round's by a tenth, or has won back much of what was lost: half of the lowest
-        and a tenth of the first. Where few sites are drawn their losses differ, and only twice the first counts.
+        It has where it is above the first round's by a tenth, or has won back much of what was
+        lost: half of the lowest and a tenth of the first. Where few sites are drawn their losses
+        differ, and only twice the first counts.
         """
         if self.first is None or self.lowest is None:
             return Pace(loss, loss), loss is None
@@ -77,18 +87,25 @@ class Pace:
 def halve(server: Server) -> Server:
     """Return the state with its chosen rate halved.
 
-    What is remembered between rounds bears it: control variates and momenta are of gradients or of whole rounds.
+    What is remembered between rounds bears it: control variates and momenta are of gradients or of
+    whole rounds.
     """
     return replace(server, slots={**server.slots, "rate": server.slots["rate"] / 2})
 
 
 def left_open(study: Study) -> bool:
-    """Say whether the rate is to be chosen from the sites' inputs: nobody has set one, and nothing is claimed."""
-    return study.training.learning_rate == 0 and not asked(study) and study.model.name not in LEARNERS
+    """Say whether the rate is to be chosen from the sites' inputs: nobody has set one, and nothing
+    is claimed.
+    """
+    return (
+        study.training.learning_rate == 0 and not asked(study) and study.model.name not in LEARNERS
+    )
 
 
 def settle(study: Study) -> Study:
-    """Return the study with the rate `MOST` where it claims privacy and neither it nor the recipe has set one."""
+    """Return the study with the rate `MOST` where it claims privacy and neither it nor the recipe
+    has set one.
+    """
     return at(study, MOST) if asked(study) else study
 
 
@@ -100,10 +117,11 @@ def at(study: Study, rate: float) -> Study:
 
 
 def bend(x_nF: Tensor, batch: int) -> float:
-    """Return the mean over batches of the top eigenvalue of their mean (x, 1)(x, 1)': one number of a site's rows.
+    """Return the mean over batches of the top eigenvalue of their mean (x, 1)(x, 1)': one number of
+    a site's rows.
 
-    Batches are `batch` rows (0: all) taken at equal distances through the table, at most 8 of at most 256. Exact for
-    them, as the eigenvalues of the B by B matrix of products.
+    Batches are `batch` rows (0: all) taken at equal distances through the table, at most 8 of at
+    most 256. Exact for them, as the eigenvalues of the B by B matrix of products.
     """
     n = len(x_nF)
     if n == 0:
@@ -119,7 +137,8 @@ def bend(x_nF: Tensor, batch: int) -> float:
 
 
 def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) -> Iterator[Tensor]:
-    """Yield the gradient [P] float64 of each output of each row in the weights it follows from, in evaluation mode.
+    """Yield the gradient [P] float64 of each output of each row in the weights it follows from, in
+    evaluation mode.
 
     `most`: of so many outputs alone.
     """
@@ -130,10 +149,12 @@ def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) ->
 
 
 def stretch(model: nn.Module, x_nF: Tensor, bends: float) -> float:
-    """Return how many times a model's loss bends more than a linear model's on the same rows, 1 or more.
+    """Return how many times a model's loss bends more than a linear model's on the same rows, 1 or
+    more.
 
-    By the products of its outputs' gradients at the first weights, in evaluation mode, over at most 16 made-up rows,
-    made so large that a linear model's loss bends by `bends`: norm layers take large rows back.
+    By the products of its outputs' gradients at the first weights, in evaluation mode, over at most
+    16 made-up rows, made so large that a linear model's loss bends by `bends`: norm layers take
+    large rows back.
     """
     x_nF = x_nF[:ROWS]
     x_nF = x_nF * math.sqrt(max(bends - 1, _TINY) / max(bend(x_nF, 0) - 1, _TINY))
@@ -152,8 +173,9 @@ def choose(
 ) -> Chosen:
     """Return a rate that no site's local steps make diverge, at most `MOST`, or `MOST_ADAM`.
 
-    bends, sizes: by site, what `bend` told, and training rows. stretch: of the model, by the bend. A site of one step a
-    round moves the model by its part of the mean step, so that the mean counts there; one of several steps walks alone.
+    bends, sizes: by site, what `bend` told, and training rows. stretch: of the model, by the bend.
+    A site of one step a round moves the model by its part of the mean step, so that the mean counts
+    there; one of several steps walks alone.
     """
     # whose curvature counts: the mean's, or that of the site that walks alone and bends most
     total = sum(sizes.values())

@@ -1,25 +1,27 @@
-"""The recipe: what a claim's own settings are where a study leaves them open, from public facts alone.
+"""The recipe: what a claim's own settings are where a study leaves them open, from public facts
+alone.
 
-A federation under a claim descends by noised full-batch steps. With n declared patients, z the noise multiplier of the
-whole run spent on one sum, and D directions that rows can tell apart (the parameters of a linear model on the encoded
-inputs: a network has more parameters, but noise across directions that no row has moves no output), the signal-to-noise
-of that sum is at best
+A federation under a claim descends by noised full-batch steps. With n declared patients, z the
+noise multiplier of the whole run spent on one sum, and D directions that rows can tell apart (the
+parameters of a linear model on the encoded inputs: a network has more parameters, but noise across
+directions that no row has moves no output), the signal-to-noise of that sum is at best
 
     rho = n / (z sqrt(D))
 
-and how far a model may be trained follows from it. Let h be the loss's largest curvature in its output and R the root
-mean square norm of the output's gradient in the weights, taken on made-up rows at the first weights (for a linear
-model: of the encoded inputs). Then
+and how far a model may be trained follows from it. Let h be the loss's largest curvature in its
+output and R the root mean square norm of the output's gradient in the weights, taken on made-up
+rows at the first weights (for a linear model: of the encoded inputs). Then
 
     clip  C = R min(1, max(1/4, sqrt(rho / 400)))     fixed: a first gradient is about half of R, a wrong one all of it
     rate  eta <= 1 / (h R^2)                          the largest step that no direction of such rows overshoots
     path  a = eta h R^2 T / (1 - beta) = 4 rho R / C  the training time, in steps of the largest rate, at most 2,000
 
-Longer training fits directions of less curvature, in which the noise is as large: gradient descent stopped after the
-time t is ridge regression of strength 1/t, and its best strength falls with rho. The factor 4, the 400 and the two ends
-were chosen on made-up tables of ten kinds and are the same for everybody; on real ones they cost .003 against the best
-of a grid (docs/log.md). T rounds cost nothing but time, as their noise averages: T = 100, momentum beta reaches the
-path where plain steps do not.
+Longer training fits directions of less curvature, in which the noise is as large: gradient descent
+stopped after the time t is ridge regression of strength 1/t, and its best strength falls with rho.
+The factor 4, the 400 and the two ends were chosen on made-up tables of ten kinds and are the same
+for everybody; on real ones they cost .003 against the best of a grid (docs/log.md). T rounds cost
+nothing but time, as their noise averages: T = 100, momentum beta reaches the path where plain steps
+do not.
 
 Nothing here reads a patient: sizes are declared, inputs are the dictionary's, rows are made up.
 """
@@ -64,14 +66,18 @@ SHORTEST = 12.0
 MOST_MOMENTUM = 0.95
 
 WORTH_A_MODEL = 20
-"""Training patients of the mean site, below which a vote on models of their own is not taken unasked."""
+"""Training patients of the mean site, below which a vote on models of their own is not taken
+unasked.
+"""
 
 _ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The public facts that decide: patients of a round, clients, D, R, h, and rho of the whole run."""
+    """The public facts that decide: patients of a round, clients, D, R, h, and rho of the whole
+    run.
+    """
 
     patients: int
     clients: int
@@ -82,10 +88,11 @@ class Facts:
 
 
 def settle(study: Study, devices: Collection[str] = ()) -> Study:
-    """Return the study with every key that it leaves open chosen, and why in `study.chosen`; without a claim, itself.
+    """Return the study with every key that it leaves open chosen, and why in `study.chosen`;
+    without a claim, itself.
 
-    `devices`: those that train, where every patient is a client. A study whose facts are not all declared comes back
-    with what can be said of it: the plan then refuses it, with the reason.
+    `devices`: those that train, where every patient is a client. A study whose facts are not all
+    declared comes back with what can be said of it: the plan then refuses it, with the reason.
     """
     if study.given is None or not math.isfinite(study.privacy.epsilon):
         return study
@@ -110,10 +117,13 @@ SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
 
 
 def examine(study: Study) -> tuple[Study, list[Refusal]]:
-    """Return a study, its data completed and what it leaves open chosen, and what stands against it all the same."""
+    """Return a study, its data completed and what it leaves open chosen, and what stands against it
+    all the same.
+    """
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.complete(study))
-        if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):  # delta may be open
+        # delta may be open
+        if study.privacy.ranges_epsilon and math.isfinite(study.privacy.epsilon):
             study = list_open(sources.columns_of(study, private=True), study)
     try:
         study = settle(study, SOME_DEVICES)
@@ -124,12 +134,16 @@ def examine(study: Study) -> tuple[Study, list[Refusal]]:
 
 
 def declared_encoding(study: Study) -> Encoding:
-    """Return the encoding that the dictionary declares. Raises PlanError where it declares too little."""
+    """Return the encoding that the dictionary declares. Raises PlanError where it declares too
+    little.
+    """
     data = study.data
     names = features_of(sorted(data.dictionary), data)
     survey = surveys.declared_survey(names, data, 0, 0)
     later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN)
-    return preprocess.agree({"the dictionary": survey}, data, _refuse_to_ask, public=True, found=later)
+    return preprocess.agree(
+        {"the dictionary": survey}, data, _refuse_to_ask, public=True, found=later
+    )
 
 
 def _refuse_to_ask(*_: object) -> Tensor:
@@ -162,16 +176,24 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
 
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
-    """Return R: the root mean square norm of an output's gradient in the weights, on made-up rows."""
+    """Return R: the root mean square norm of an output's gradient in the weights, on
+    made-up rows.
+    """
     rows = encoding.invent_rows(_ROWS)
-    squares = [float(g.square().sum()) for row in rows for g in output_gradients(model, row[None], _OUTPUTS)]
+    squares = [
+        float(g.square().sum())
+        for row in rows
+        for g in output_gradients(model, row[None], _OUTPUTS)
+    ]
     mean = sum(squares) / len(squares)
     return math.sqrt(mean) if math.isfinite(mean) and mean > 0 else 1.0
 
 
 def _sizes(study: Study, devices: Collection[str]) -> dict[str, int]:
     """Return the declared sizes; of a fleet of devices, one each."""
-    return dict.fromkeys(devices, 1) if study.sites.kind == "device" else dict(study.privacy.sizes)
+    if study.sites.kind == "device":
+        return dict.fromkeys(devices, 1)
+    return dict(study.privacy.sizes)
 
 
 Choices = dict[str, tuple[Any, str]]
@@ -179,25 +201,37 @@ Choices = dict[str, tuple[Any, str]]
 
 
 def _basics(study: Study, patients: int) -> Choices:
-    """Choose what a claim needs before there is any noise: delta, encoding, and who pays for test figures."""
+    """Choose what a claim needs before there is any noise: delta, encoding, and who pays for test
+    figures.
+    """
     choices = Choices()
-    choices["privacy.delta"] = _delta(patients), "below one in ten of 1 / patients, and at most 1e-6"
+    choices["privacy.delta"] = (
+        _delta(patients),
+        "below one in ten of 1 / patients, and at most 1e-6",
+    )
     choices["data.preprocess"] = "dictionary", "public ranges: nothing is fitted on patients"
 
     # what the rest costs follows from delta
     priced = study
     if study.privacy.delta >= 1:
-        priced = dataclasses.replace(study, privacy=dataclasses.replace(study.privacy, delta=_delta(patients)))
+        priced = dataclasses.replace(
+            study, privacy=dataclasses.replace(study.privacy, delta=_delta(patients))
+        )
     if study.left_open("privacy.vote_epsilon") and (vote := _vote(priced)):
         choices["privacy.vote_epsilon"] = vote
         priced = priced.set("privacy.vote_epsilon", vote[0])
     if not study.data.test_is_public and is_binary(study.data) and study.monitor.evaluate_every:
-        choices["privacy.evaluation_epsilon"] = affordable(priced), "what a held-out patient's own budget bears"
+        choices["privacy.evaluation_epsilon"] = (
+            affordable(priced),
+            "what a held-out patient's own budget bears",
+        )
     return choices
 
 
 def _vote(study: Study) -> tuple[float, str] | None:
-    """Choose a vote on sites' own models where its answer is known to a quarter of the sites; else none."""
+    """Choose a vote on sites' own models where its answer is known to a quarter of the sites; else
+    none.
+    """
     p = study.privacy
     sites = len(p.sizes)
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
@@ -205,7 +239,9 @@ def _vote(study: Study) -> tuple[float, str] | None:
         return None
     if sum(p.sizes.values()) < WORTH_A_MODEL * sites:
         return None
-    if max(p.threshold_epsilon, p.ranges_epsilon) > p.epsilon / 2 or not vote_tells(study, p.epsilon / 4, sites, 4):
+    if max(p.threshold_epsilon, p.ranges_epsilon) > p.epsilon / 2 or not vote_tells(
+        study, p.epsilon / 4, sites, 4
+    ):
         return None
 
     voting = dataclasses.replace(study, privacy=dataclasses.replace(p, vote_epsilon=p.epsilon / 4))
@@ -216,7 +252,8 @@ def _vote(study: Study) -> tuple[float, str] | None:
     half = guarantees.vote_interval(sites, guarantees.vote_noise(study, p.epsilon / 4, sites))
     return (
         p.epsilon / 4,
-        f"{sites} sites say whether their own models do better, known to +- {half:.0f} of {sites} votes",
+        f"{sites} sites say whether their own models do better, known to +- {half:.0f} of "
+        f"{sites} votes",
     )
 
 
@@ -228,18 +265,36 @@ def _schedule(study: Study) -> Choices:
     """Choose how many noised sums there are, and of whom."""
     choices = Choices()
     mode = guarantees.mode(study)
-    choices["privacy.noise"] = mode, "one noise for all sites together: sqrt(sites) less than one for each"
-    whole = "every patient in every step: the accountant is exact, and no site's size sets the noise of another"
+    choices["privacy.noise"] = (
+        mode,
+        "one noise for all sites together: sqrt(sites) less than one for each",
+    )
+    whole = (
+        "every patient in every step: the accountant is exact, and no site's size sets the "
+        "noise of another"
+    )
     choices["training.batch_size"] = 0, whole
 
     alone = all(study.left_open(f"training.{key}") for key in ("local_epochs", "batch_size"))
     if mode == "site" and alone:
-        choices["training.local_steps"] = 1, "each local step is noised by itself: one a round, averaged over sites"
+        choices["training.local_steps"] = (
+            1,
+            "each local step is noised by itself: one a round, averaged over sites",
+        )
 
     if study.left_open("training.algorithm") and study.left_open("training.learning_rate"):
-        choices["training.algorithm"] = "fedavgm", "fedavg with momentum, which is free: it only adds up noised sums"
-    choices["training.rounds"] = ROUNDS, "the noise of many small steps averages; more rounds would only cost time"
-    choices["training.average"] = 0.5, "the mean of the last half of the models, which costs no privacy"
+        choices["training.algorithm"] = (
+            "fedavgm",
+            "fedavg with momentum, which is free: it only adds up noised sums",
+        )
+    choices["training.rounds"] = (
+        ROUNDS,
+        "the noise of many small steps averages; more rounds would only cost time",
+    )
+    choices["training.average"] = (
+        0.5,
+        "the mean of the last half of the models, which costs no privacy",
+    )
     return choices
 
 
@@ -250,7 +305,8 @@ def _steps(study: Study, facts: Facts) -> Choices:
     R = facts.reach
     choices = Choices()
     if not study.left_open("training.learning_rate"):
-        return choices  # rate and clip are one: who sets the rate has the plain clip, or sets that too
+        # rate and clip are one: who sets the rate has the plain clip, or sets that too
+        return choices
 
     # the clip
     share = min(1.0, max(0.25, math.sqrt(facts.rho / 400)))
@@ -261,7 +317,10 @@ def _steps(study: Study, facts: Facts) -> Choices:
     if study.left_open("privacy.clip") and study.left_open("privacy.clipping"):
         kind = "fixed"
         choices["privacy.clipping"] = kind, "the sum keeps who is sure and who is not"
-    choices["privacy.clip"] = float(f"{clip:.3g}"), f"{share:.2g} of a made-up row's gradient, {R:.3g}"
+    choices["privacy.clip"] = (
+        float(f"{clip:.3g}"),
+        f"{share:.2g} of a made-up row's gradient, {R:.3g}",
+    )
 
     # the path, and how momentum and rounds reach it
     path = min(LONGEST, max(SHORTEST, 4 * facts.rho * R / clip))
@@ -282,10 +341,19 @@ def _steps(study: Study, facts: Facts) -> Choices:
     rate = steps / (facts.curvature * R**2)
     if kind == "automatic":
         rate *= R / (2 * clip)  # every gradient has norm C, where a first one has about R / 2
-    why = f"signal to noise {facts.rho:.3g} of {facts.patients} patients in {facts.directions} directions"
+    why = (
+        f"signal to noise {facts.rho:.3g} of {facts.patients} patients in {facts.directions} "
+        "directions"
+    )
     if momentum:
-        choices["training.server_momentum"] = float(f"{beta:.3g}"), f"{why}: a path of {path:.3g} steps"
-    choices["training.learning_rate"] = float(f"{rate:.3g}"), f"{why}: {steps:.2g} of the largest safe step"
+        choices["training.server_momentum"] = (
+            float(f"{beta:.3g}"),
+            f"{why}: a path of {path:.3g} steps",
+        )
+    choices["training.learning_rate"] = (
+        float(f"{rate:.3g}"),
+        f"{why}: {steps:.2g} of the largest safe step",
+    )
     return choices
 
 

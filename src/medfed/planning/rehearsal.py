@@ -1,8 +1,10 @@
-"""What can be said of code that fails at a site: at which stage, in which module. And made-up rows to let it fail on.
+"""What can be said of code that fails at a site: at which stage, in which module. And made-up rows
+to let it fail on.
 
-Patients are charged before their records are touched, so what cannot run must be found before the first charge: a site
-plays its part once on rows that nobody's are (`site._rehearse`). There an exception may be quoted in full, as all that
-it can quote is made up; in a round on real records only its kind, stage and module are told.
+Patients are charged before their records are touched, so what cannot run must be found before the
+first charge: a site plays its part once on rows that nobody's are (`site._rehearse`). There an
+exception may be quoted in full, as all that it can quote is made up; in a round on real records
+only its kind, stage and module are told.
 
 n records, F features, C outputs.
 """
@@ -26,19 +28,29 @@ from medfed.learn.watching import find_failing_part
 from medfed.study import Feature
 
 TABLES: tuple[tuple[int, ...], ...] = ((1,), (1, 1, 1, 1), (3, 1, 2, 1))
-"""Made-up tables, as how many records each patient has: one patient alone, one record each, and several."""
+"""Made-up tables, as how many records each patient has: one patient alone, one record each, and
+several.
+"""
 
 _ZOO = f"take a model of the zoo ({', '.join(sorted(zoo.ZOO))})"
 
 WAYS_OUT = {
     "model": f"Correct the module, or {_ZOO}.",
     "loss": f"A model gives one row of outputs a record; correct the module, or {_ZOO}.",
-    "gradient": f"Every patient needs a gradient of their own; correct the module's backward pass, or {_ZOO}.",
+    "gradient": (
+        "Every patient needs a gradient of their own; correct the module's backward pass, or "
+        f"{_ZOO}."
+    ),
     "clipping": f"Correct the module, or {_ZOO}.",
     "training": "Lower training.learning_rate, or correct the module.",
-    "link": "Correct what is named: security decides how rows travel, and robustness what they may hold.",
+    "link": (
+        "Correct what is named: security decides how rows travel, and robustness what they may "
+        "hold."
+    ),
     "evaluation": f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}.",
-    "own model": "Correct the module so that it trains without noise too, or leave privacy.vote_epsilon out.",
+    "own model": (
+        "Correct the module so that it trains without noise too, or leave privacy.vote_epsilon out."
+    ),
 }
 """What to do about a stage that fails."""
 
@@ -46,15 +58,22 @@ _FILES = {
     "wire": "link", "field": "link", "party": "link", "three_party": "link", "masking": "link", "codec": "link",
     "dpsgd": "gradient", "local": "gradient", "layers": "gradient",
 }  # fmt: skip
-_FUNCTIONS = {"sample_loss": "loss", "loss_gradient": "loss", "outputs": "evaluation", "_evaluate": "evaluation"}
+_FUNCTIONS = {
+    "sample_loss": "loss",
+    "loss_gradient": "loss",
+    "outputs": "evaluation",
+    "_evaluate": "evaluation",
+}
 _HERE = Path(__file__).parent.parent
 
 
-# Where an exception comes from ----------------------------------------------------------------------------------------
+# Where an exception comes from --------------------------------------------------------------------
 
 
 def stage_of(error: BaseException) -> str:
-    """Return the stage that an exception comes from, by the code it passed through; "" where that says nothing."""
+    """Return the stage that an exception comes from, by the code it passed through; "" where that
+    says nothing.
+    """
     for frame in reversed(_frames(error)):
         code = frame.f_code
         if _HERE not in Path(code.co_filename).parents:
@@ -65,20 +84,25 @@ def stage_of(error: BaseException) -> str:
 
 
 def module_of(error: BaseException, model: nn.Module | None) -> str:
-    """Return the innermost of the model's modules that an exception passed through: "'head.2' (Linear)", or ""."""
+    """Return the innermost of the model's modules that an exception passed through: "'head.2'
+    (Linear)", or "".
+    """
     if model is None:
         return ""
     names = {id(module): name for name, module in model.named_modules()}
     for frame in reversed(_frames(error)):
         owner = frame.f_locals.get("self")
-        for module in (owner, getattr(owner, "__dict__", {}).get("layer")):  # a layer's rule stands for its layer
+        # a layer's rule stands for its layer
+        for module in (owner, getattr(owner, "__dict__", {}).get("layer")):
             if isinstance(module, nn.Module) and id(module) in names:
                 return _say(names[id(module)], module)
     return ""
 
 
 def place_of(error: BaseException, model: nn.Module | None) -> str:
-    """Return stage and module in words, of those that are known: " at stage gradient, in module 'gru' (GRU)"."""
+    """Return stage and module in words, of those that are known: " at stage gradient, in module
+    'gru' (GRU)".
+    """
     stage = stage_of(error)
     module = module_of(error, model)
     where = f" at stage {stage}" if stage else ""
@@ -86,21 +110,26 @@ def place_of(error: BaseException, model: nn.Module | None) -> str:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """Return the frames that an exception passed through, outermost first; of its cause, where it was told anew."""
+    """Return the frames that an exception passed through, outermost first; of its cause, where it
+    was told anew.
+    """
     cause = error.__cause__
     return [frame for frame, _ in traceback.walk_tb((cause or error).__traceback__)]
 
 
 def _say(name: str, module: nn.Module) -> str:
-    return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
+    if name:
+        return f"{name!r} ({type(module).__name__})"
+    return type(module).__name__
 
 
-# The rehearsal's stages -----------------------------------------------------------------------------------------------
+# The rehearsal's stages ---------------------------------------------------------------------------
 
 
 @contextmanager
 def stage(name: str, model: nn.Module, x_NF: Tensor) -> Iterator[None]:
-    """Turn whatever fails in the block into a SiteError that names stage and module, quotes it, and says the way out.
+    """Turn whatever fails in the block into a SiteError that names stage and module, quotes it, and
+    says the way out.
 
     The words of the exception may be told: every input is made up.
     """
@@ -119,7 +148,8 @@ def stage(name: str, model: nn.Module, x_NF: Tensor) -> Iterator[None]:
         if not isinstance(error, MedfedError):
             told = f"{type(error).__name__}: {told}"
         raise SiteError(
-            f"rehearsal on made-up rows, {place}: {told} {WAYS_OUT[where or name]} Nobody was charged."
+            f"rehearsal on made-up rows, {place}: {told} {WAYS_OUT[where or name]} Nobody was "
+            "charged."
         ) from error
 
 
@@ -136,25 +166,36 @@ def check_outputs(model: nn.Module, x_NF: Tensor, outputs: int) -> Tensor:
     wanted = (len(x_NF), outputs)
     if not isinstance(z, Tensor) or not z.is_floating_point() or tuple(z.shape) != wanted:
         found = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise PlanError(f"in {mode} mode the model gives {found} for {len(x_NF)} records; expected numbers {wanted}.")
+        raise PlanError(
+            f"in {mode} mode the model gives {found} for {len(x_NF)} records; expected numbers "
+            f"{wanted}."
+        )
     return z
 
 
 def check_loss(task: Task, z_NC: Tensor, y_N: Tensor) -> Tensor:
-    """Return for which records [n] the loss is a finite number; raise PlanError where it is for none, or has no n."""
+    """Return for which records [n] the loss is a finite number; raise PlanError where it is for
+    none, or has no n.
+    """
     loss_N = sample_loss(task, z_NC, y_N)
     finite_N = torch.isfinite(loss_N)
     if loss_N.shape != y_N.shape or not finite_N.any():
-        raise PlanError(f"the loss of {len(y_N)} records is {tuple(loss_N.shape)}; expected one finite number each.")
+        raise PlanError(
+            f"the loss of {len(y_N)} records is {tuple(loss_N.shape)}; expected one finite "
+            "number each."
+        )
     return finite_N
 
 
-# Made-up rows ---------------------------------------------------------------------------------------------------------
+# Made-up rows -------------------------------------------------------------------------------------
 
 
 def make_up(encoding: Encoding, dictionary: Mapping[str, Feature], count: int) -> Rows:
     """Return invented patients with a record each, from the ends of what the encoding allows."""
-    blocks = [_column(column, dictionary.get(column.name), count, at) for at, column in enumerate(encoding.columns)]
+    blocks = [
+        _column(column, dictionary.get(column.name), count, at)
+        for at, column in enumerate(encoding.columns)
+    ]
     x = torch.cat(blocks, 1) if blocks else torch.zeros(count, 0)
     return Rows(x, _labels(encoding, count), torch.arange(count), torch.arange(count))
 
@@ -167,7 +208,9 @@ def share_out(rows: Rows, records: Sequence[int]) -> Rows:
 
 
 def _column(column: Column, feature: Feature | None, count: int, at: int) -> Tensor:
-    """Return a feature's encoded columns: what is missing, the least and the most, in turns that differ by feature."""
+    """Return a feature's encoded columns: what is missing, the least and the most, in turns that
+    differ by feature.
+    """
     turn = torch.arange(count) + at
     if column.kind == "number":
         ends = torch.tensor([0.0, *_ends(column, feature)])
@@ -182,7 +225,9 @@ def _column(column: Column, feature: Feature | None, count: int, at: int) -> Ten
 
 
 def _ends(column: Column, feature: Feature | None) -> tuple[float, float]:
-    """Return the least and the largest encoded number; 0 and 1 where nobody has declared a range."""
+    """Return the least and the largest encoded number; 0 and 1 where nobody has declared
+    a range.
+    """
     if column.cap:
         return -column.cap, column.cap
     if feature is None or not feature.range or column.log:

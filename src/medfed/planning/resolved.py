@@ -1,7 +1,9 @@
-"""What follows from a signed study and public facts, worked out once: every party does it for itself.
+"""What follows from a signed study and public facts, worked out once: every party does it for
+itself.
 
-Nobody takes these from the coordinator. A party that knows the study, who takes part, their public sizes and how many
-numbers the model has, knows how long a row is, which noise it bears, which rule weighs it and what its round agrees on.
+Nobody takes these from the coordinator. A party that knows the study, who takes part, their public
+sizes and how many numbers the model has, knows how long a row is, which noise it bears, which rule
+weighs it and what its round agrees on.
 
 K clients of a round, P parameters, M numbers in a row.
 """
@@ -70,7 +72,8 @@ class Resolved:
     def weigh(self, gram_KK: Tensor) -> Tensor:
         """Return the rule's weights [K] of the rows with this Gram matrix; see `fitting`.
 
-        Bucketing's pairs follow from a hash of the matrix, so that parties who compute them apart agree.
+        Bucketing's pairs follow from a hash of the matrix, so that parties who compute them apart
+        agree.
         """
         rule = self.fitting(len(gram_KK))
         key = int.from_bytes(hashlib.sha256(gram_KK.contiguous().numpy().tobytes()).digest()[:7])
@@ -79,44 +82,58 @@ class Resolved:
         return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
 
     def fitting(self, rows: int) -> RobustRule:
-        """Return the rule for as many rows as came: who did not come counts as malicious where it needs that.
+        """Return the rule for as many rows as came: who did not come counts as malicious where it
+        needs that.
 
         Raises QuorumError where even so they are too few.
         """
-        rule, n = self.rule, cohort(self.study, self.participants)
+        rule = self.rule
+        n = cohort(self.study, self.participants)
         assert rule is not None
         least = max(0, rule.f - (n - rows))
         f = next((f for f in range(rule.f, least - 1, -1) if rule.smallest_n(f) <= rows), None)
         if f is None:
             raise QuorumError(
-                f"robustness.rule={rule.name!r} bears {least} malicious rows among {rule.smallest_n(least)} or more; "
-                f"{rows} came. Run the round again, or lower robustness.max_malicious."
+                f"robustness.rule={rule.name!r} bears {least} malicious rows among "
+                f"{rule.smallest_n(least)} or more; {rows} came. Run the round again, or lower "
+                "robustness.max_malicious."
             )
         return replace(rule, f=f)
 
     def quorum(self, clients: int) -> int:
-        """Return how many rows of so many clients must count; malicious ones may stay out, or be left out."""
+        """Return how many rows of so many clients must count; malicious ones may stay out, or be
+        left out.
+        """
         return max(1, math.ceil(self.study.training.quorum * clients - 1e-9) - self.malicious)
 
     @property
     def malicious(self) -> int:
         """How many of the smallest round's clients may be malicious."""
-        return of_clients(self.study.robustness.max_malicious, cohort(self.study, self.participants))
+        return of_clients(
+            self.study.robustness.max_malicious, cohort(self.study, self.participants)
+        )
 
     def bears(self) -> str:
         """Say what malicious clients can do to the model, in one line."""
-        n, f, robust = cohort(self.study, self.participants), self.malicious, self.study.robustness
+        n = cohort(self.study, self.participants)
+        f = self.malicious
+        robust = self.study.robustness
         if self.rule:
             return f"{f} of {n} are borne by {self.rule.name}"
         if not bounded(self.study):
             return f"one of {n} moves the model at will"
         f = max(f, 1)
         sizes = {
-            name: float(self.sizes[name]["train"]) if self.joint else self.weight(name) for name in self.participants
+            name: float(self.sizes[name]["train"]) if self.joint else self.weight(name)
+            for name in self.participants
         }
         weights = sorted(sizes.values(), reverse=True)
-        share = 2 * sum(weights[:f]) / sum(weights[:f] + weights[f - n :])  # the largest lie, the smallest are honest
-        what = f"robustness.bound={robust.bound:g}" if robust.bound else "the clipping norm of a patient's gradient"
+        # the largest lie, the smallest are honest
+        share = 2 * sum(weights[:f]) / sum(weights[:f] + weights[f - n :])
+        if robust.bound:
+            what = f"robustness.bound={robust.bound:g}"
+        else:
+            what = "the clipping norm of a patient's gradient"
         return f"{f} of {n} move a round's mean by at most {share:.3g} times {what}"
 
     @property
@@ -125,7 +142,9 @@ class Resolved:
 
     def budget(self) -> RunMeter:
         """Return a fresh count of what the run spends."""
-        return Metered(self.guarantee, self.study.privacy.scope) if self.guarantee else NoClaim()
+        if self.guarantee:
+            return Metered(self.guarantee, self.study.privacy.scope)
+        return NoClaim()
 
     @property
     def joint(self) -> bool:
@@ -134,12 +153,20 @@ class Resolved:
 
     def on_turn(self, round: int) -> Sequence[str]:
         """Return who may take part in a round: all, or the group whose turn it is."""
-        return self.selector.eligible(self.participants, round, self.study.fleet.groups, self.streams)
+        return self.selector.eligible(
+            self.participants, round, self.study.fleet.groups, self.streams
+        )
 
     def draw(self, round: int, out: Collection[str] = ()) -> list[str]:
-        """Return who takes part in a round, without those who are `out`: a function of the seed and public facts."""
+        """Return who takes part in a round, without those who are `out`: a function of the seed and
+        public facts.
+        """
         rng = self.streams.generator("selection", round)
-        able = {name: Profile(self.sizes[name]["train"]) for name in self.on_turn(round) if name not in out}
+        able = {
+            name: Profile(self.sizes[name]["train"])
+            for name in self.on_turn(round)
+            if name not in out
+        }
         return list(self.selector.pick(able, self.study.fleet.clients_per_round, rng))
 
     def weight(self, site: str) -> float:
@@ -149,9 +176,13 @@ class Resolved:
 
 
 def resolve(
-    study: Study, sizes: Mapping[str, Mapping[str, int]], participants: Sequence[str], parameters: int
+    study: Study,
+    sizes: Mapping[str, Mapping[str, int]],
+    participants: Sequence[str],
+    parameters: int,
 ) -> Resolved:
-    """Return what follows for these participants; under a claim from the sizes that the study declares.
+    """Return what follows for these participants; under a claim from the sizes that the study
+    declares.
 
     Raises PlanError where the study's target cannot be met.
     """
@@ -160,13 +191,16 @@ def resolve(
     if guarantees.asked(study):
         declared = {name: sizes[name]["train"] for name in participants}
         guarantee = guarantees.resolve(study, declared, parameters)
+
     joint = guarantee is not None and guarantee.joint
     return Resolved(
         study=study,
         sizes=sizes,
         participants=tuple(participants),
         parameters=parameters,
-        message=guarantee.numbers() if guarantee and joint else algorithm_of(study).length(parameters),
+        message=guarantee.numbers()
+        if guarantee and joint
+        else algorithm_of(study).length(parameters),
         guarantee=guarantee,
         links=links_of(study, guarantee, participants),
     )
@@ -176,11 +210,15 @@ def algorithm_name(study: Study) -> str:
     """Return the algorithm that runs: where a round is one joint step, some are FedAvg."""
     name = study.training.algorithm
     joint = guarantees.mode(study) in ("shared", "central")
-    return "fedavg" if joint and ALGORITHMS[name].joint == "coincides" else name
+    if joint and ALGORITHMS[name].joint == "coincides":
+        return "fedavg"
+    return name
 
 
 def algorithm_of(study: Study) -> Algorithm:
-    """Return what runs at the server: the study's algorithm or, of a model that no gradient trains, its learner's."""
+    """Return what runs at the server: the study's algorithm or, of a model that no gradient trains,
+    its learner's.
+    """
     learner = LEARNERS.get(study.model.name)
     if learner is None:
         return ALGORITHMS[algorithm_name(study)]
@@ -195,7 +233,9 @@ def algorithm_of(study: Study) -> Algorithm:
 
 
 def blank(algorithm: Algorithm, links: Sequence[Link], w_P: Tensor) -> dict[str, Tensor]:
-    """Return what a site remembers before its first round, of its algorithm and of its links: name -> vector."""
+    """Return what a site remembers before its first round, of its algorithm and of its links: name
+    -> vector.
+    """
     memory = algorithm.blank(w_P)
     numbers = algorithm.length(len(w_P))
     for link in links:
@@ -206,7 +246,8 @@ def blank(algorithm: Algorithm, links: Sequence[Link], w_P: Tensor) -> dict[str,
 
 def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) -> Sequence[Link]:
     """Return the links between clients and whoever combines their rows."""
-    security, key = study.security, Streams(study.study.seed).key("noise")
+    security = study.security
+    key = Streams(study.study.seed).key("noise")
     if guarantee and guarantee.joint:
         return joint_links(guarantee, key, security.aggregation, holders(study, clients))
     robust = study.robustness
@@ -214,33 +255,46 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
     if security.aggregation == "plain":
         return (*cut, *PLAIN, *(LINKS[name] for name in study.training.links))
     whole = robust.rule != "mean" or robust.bound > 0
-    return (*cut, FixedPoint(security.fraction_bits, robust.bound * (1 + 1e-6) or security.bound, whole=whole))
+    return (
+        *cut,
+        FixedPoint(
+            security.fraction_bits, robust.bound * (1 + 1e-6) or security.bound, whole=whole
+        ),
+    )
 
 
 def cohort(study: Study, clients: Sequence[str]) -> int:
     """Return how many clients the smallest round draws."""
-    fleet, selector = study.fleet, selection.SELECTORS[study.fleet.schedule]
+    fleet = study.fleet
+    selector = selection.SELECTORS[study.fleet.schedule]
     if selector.law != "turns":
         return fleet.clients_per_round or len(clients)
     streams = Streams(study.study.seed)
-    return min(len(selector.eligible(clients, n + 1, fleet.groups, streams)) for n in range(fleet.groups))
+    return min(
+        len(selector.eligible(clients, n + 1, fleet.groups, streams)) for n in range(fleet.groups)
+    )
 
 
 def holders(study: Study, clients: Sequence[str]) -> int:
-    """Return how many parties' parts make the joint noise: those that must answer and do not work with the server.
+    """Return how many parties' parts make the joint noise: those that must answer and do not work
+    with the server.
 
-    masked: threshold t of n clients, 2t > n + f, f = floor(colluding n) of them with the server: t - f.
-    three-party: two.
+    masked: threshold t of n clients, 2t > n + f, f = floor(colluding n) of them with the server: t
+    - f. three-party: two.
     """
-    security, n = study.security, cohort(study, clients)
+    security = study.security
+    n = cohort(study, clients)
     if security.aggregation != "masked":
         return 2 if security.aggregation == "three-party" else 1
     return threshold(study, n) - math.floor(security.colluding * n)
 
 
 def excess(study: Study, clients: Sequence[str]) -> float:
-    """Return how many times one release's standard deviation a round's sum carries: every site's, or every holder's."""
-    drawn, mode = cohort(study, clients), guarantees.mode(study)
+    """Return how many times one release's standard deviation a round's sum carries: every site's,
+    or every holder's.
+    """
+    drawn = cohort(study, clients)
+    mode = guarantees.mode(study)
     if mode == "site":
         return math.sqrt(drawn)
     if mode == "central" or study.security.aggregation == "plain":
@@ -250,14 +304,18 @@ def excess(study: Study, clients: Sequence[str]) -> float:
 
 
 def threshold(study: Study, n: int) -> int:
-    """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n + f."""
+    """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n
+    + f.
+    """
     return (n + math.floor(study.security.colluding * n)) // 2 + 1
 
 
 def robust_rule(study: Study, clients: int) -> RobustRule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
-    name = (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule
+    name = (
+        (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule
+    )
     if name == "mean":
         return None
     smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
@@ -270,6 +328,8 @@ def of_clients(share: float, clients: int) -> int:
 
 
 def bounded(study: Study) -> bool:
-    """Say whether somebody holds every row to a norm: the study's own bound, or that of clipped sums, in secret."""
+    """Say whether somebody holds every row to a norm: the study's own bound, or that of clipped
+    sums, in secret.
+    """
     joint = guarantees.asked(study) and guarantees.mode(study) != "site"
     return study.robustness.bound > 0 or (joint and study.security.aggregation == "three-party")

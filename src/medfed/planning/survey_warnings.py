@@ -1,4 +1,6 @@
-"""What surveys of the sites' tables say before training: columns that are renamed, values to be warned of."""
+"""What surveys of the sites' tables say before training: columns that are renamed, values to be
+warned of.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +17,11 @@ from medfed.study import Data, Study
 
 
 def find_renamed(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> Iterator[Refusal]:
-    """Yield what a site lacks for another name's sake: it alone has a column of that kind that nobody else has.
+    """Yield what a site lacks for another name's sake: it alone has a column of that kind that
+    nobody else has.
 
-    A site with a map has said how its columns differ, so whatever it lacks then is to be declared absent.
+    A site with a map has said how its columns differ, so whatever it lacks then is to be declared
+    absent.
     """
     if study.sites.kind == "device" or not study.data.site or len(surveys) < 2:
         return
@@ -28,9 +32,17 @@ def find_renamed(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> Iter
         others = [known[other] for other in surveys if other != name]
         declared = study.data.absent.get(name, ())
 
-        lacks = [column for column in survey["missing"] if not own[column] and column not in declared]
-        usual = [column for column in lacks if any(other.get(column, 0) >= _USUAL for other in others)]
-        alone = [n for n, share in own.items() if share >= _USUAL and not any(other.get(n) for other in others)]
+        lacks = [
+            column for column in survey["missing"] if not own[column] and column not in declared
+        ]
+        usual = [
+            column for column in lacks if any(other.get(column, 0) >= _USUAL for other in others)
+        ]
+        alone = [
+            n
+            for n, share in own.items()
+            if share >= _USUAL and not any(other.get(n) for other in others)
+        ]
 
         for column in usual:
             kind = _kind_of(column, surveys.values())
@@ -50,7 +62,9 @@ _ENOUGH = 5
 
 def _kind_of(column: str, surveys: Iterable[Mapping[str, Any]]) -> str:
     """Return "text" or "number": what a column holds at these sites."""
-    return "text" if any(survey["texts"].get(column) for survey in surveys) else "number"
+    if any(survey["texts"].get(column) for survey in surveys):
+        return "text"
+    return "number"
 
 
 def _shares_known(survey: Mapping[str, Any]) -> dict[str, float]:
@@ -67,14 +81,17 @@ def _say_missing(site: str, column: str, kind: str, alike: Sequence[str]) -> str
         meant = alike[0]
     name = toml.key(meant) if meant else "ITS_NAME"
     return (
-        f"site {site!r}, column {column!r}: expected a {kind}, as at other sites, found no value{beside}. Where it has "
-        f"another name, say so in the site's map: [rename] {name} = {toml.literal(column)}. Where it is not measured, "
-        f"declare it: {toml.key('data', 'absent', site)} = [{toml.literal(column)}]"
+        f"site {site!r}, column {column!r}: expected a {kind}, as at other sites, found no "
+        f"value{beside}. Where it has another name, say so in the site's map: [rename] {name} = "
+        f"{toml.literal(column)}. Where it is not measured, declare it: "
+        f"{toml.key('data', 'absent', site)} = [{toml.literal(column)}]"
     )
 
 
 def warn(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, study: Study) -> list[str]:
-    """Return what a person should know before training; under a claim nothing that tells of training patients."""
+    """Return what a person should know before training; under a claim nothing that tells of
+    training patients.
+    """
     warnings = _warn_of_study(list(surveys), encoding, study)
     if guarantees.asked(study):
         return warnings
@@ -95,7 +112,8 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
     if robust.attack:
         liars = attacks.liars(sites, robust.malicious, study.study.seed)
         found.append(
-            f"robustness.attack={robust.attack!r}: a simulation in which {some(liars)} lie; its model is for no use"
+            f"robustness.attack={robust.attack!r}: a simulation in which {some(liars)} lie; its "
+            "model is for no use"
         )
     if robust.malicious > robust.max_malicious:
         found.append(
@@ -111,8 +129,9 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
     if encoding.target.task == "binary" and _is_guessed(encoding.target.labels, study):
         other, positive = encoding.target.labels
         found.append(
-            f"data.positive is left open: {positive!r} counts as positive, as it follows {other!r} in the alphabet, "
-            "and precision, recall and F1 are of it. Write down which one is meant."
+            f"data.positive is left open: {positive!r} counts as positive, as it follows "
+            f"{other!r} in the alphabet, and precision, recall and F1 are of it. Write down "
+            "which one is meant."
         )
 
     if guarantees.asked(study) and study.privacy.simulation_only:
@@ -121,7 +140,9 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
 
 
 def _warn_of_dropped(surveys: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tell how many rows data.drop has left out; those that name no site once, as they are nobody's."""
+    """Tell how many rows data.drop has left out; those that name no site once, as they are
+    nobody's.
+    """
     found = []
     for name, survey in surveys.items():
         for what, count in survey.get("dropped", {}).items():
@@ -130,16 +151,38 @@ def _warn_of_dropped(surveys: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-NEGATIVE = ("nein", "non", "0", "no", "n", "false", "f", "negative", "neg", "alive", "benign", "control", "healthy")
+NEGATIVE = (
+    "nein",
+    "non",
+    "0",
+    "no",
+    "n",
+    "false",
+    "f",
+    "negative",
+    "neg",
+    "alive",
+    "benign",
+    "control",
+    "healthy",
+)
 """Texts that name the absence of what is looked for, whatever their case."""
 
 
 def _is_guessed(labels: Sequence[str], study: Study) -> bool:
-    """Say whether nobody has written down which label is positive, and the labels do not say it either."""
-    return study.left_open("data.positive") and not study.data.positive and labels[0].lower() not in NEGATIVE
+    """Say whether nobody has written down which label is positive, and the labels do not say it
+    either.
+    """
+    return (
+        study.left_open("data.positive")
+        and not study.data.positive
+        and labels[0].lower() not in NEGATIVE
+    )
 
 
-def _warn_of_lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, data: Data) -> list[str]:
+def _warn_of_lacking(
+    surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding, data: Data
+) -> list[str]:
     """Tell what sites lack; what many lack alike is told once."""
     said: dict[str, list[str]] = {}
 
@@ -153,14 +196,21 @@ def _warn_of_lacking(surveys: Mapping[str, Mapping[str, Any]], encoding: Encodin
             say("has no test patient; its own figures are null", name)
         if encoding.target.task != "regression" and len(survey["train_labels"]) == 1:
             label = next(iter(survey["train_labels"]))
-            say(f"trains on one class only ({label!r}); its own model cannot tell classes apart", name)
+            say(
+                f"trains on one class only ({label!r}); its own model cannot tell classes apart",
+                name,
+            )
 
         rows = survey["train"] + survey["test"]
         declared = data.absent.get(name, ())
         empty = [c.name for c in encoding.columns if survey["missing"].get(c.name, 0) == rows]
         absent = [column for column in empty if column not in declared]
         if absent:
-            say(f"has no value at all of {some(absent, 8)}; they are set to the other sites' centre", name)
+            say(
+                f"has no value at all of {some(absent, 8)}; they are set to the other sites' "
+                "centre",
+                name,
+            )
 
     found: list[str] = []
     for what, names in said.items():
@@ -176,29 +226,39 @@ _FEW = 5
 
 
 def _warn_of_strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Study) -> list[str]:
-    """Tell which numbers lie beyond their declared range, or absurdly far from the others where none is declared."""
+    """Tell which numbers lie beyond their declared range, or absurdly far from the others where
+    none is declared.
+    """
     found = []
     devices = study.sites.kind == "device"
 
     for whose, column, rows in _tell_rows(surveys, "outside", devices):
         low, high = study.data.dictionary[column].range
-        done = "they were set to its ends" if column != study.data.target else "they are taken as they are"
+        if column != study.data.target:
+            done = "they were set to its ends"
+        else:
+            done = "they are taken as they are"
         found.append(
-            f"{whose}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; {done}. Correct "
-            f"them, or {toml.key('data', 'dictionary', column, 'range')}"
+            f"{whose}, column {column!r}: {rows} outside the declared range [{low:g}, {high:g}]; "
+            f"{done}. Correct them, or {toml.key('data', 'dictionary', column, 'range')}"
         )
 
     for whose, column, rows in _tell_rows(surveys, "far", devices):
         found.append(
-            f"{whose}, column {column!r}: {rows} at least 1,000 times as far from the median as any other. "
-            "Correct them, name the text in data.missing_values, or declare "
-            f"{toml.key('data', 'dictionary', column, 'range')} = [low, high], which values are then held to"
+            f"{whose}, column {column!r}: {rows} at least 1,000 times as far from the median as "
+            "any other. Correct them, name the text in data.missing_values, or declare "
+            f"{toml.key('data', 'dictionary', column, 'range')} = [low, high], which values are "
+            "then held to"
         )
     return found
 
 
-def _tell_rows(surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool) -> Iterator[tuple[str, str, str]]:
-    """Yield whose, column and the rows of what a survey found; all devices as one, and many sites."""
+def _tell_rows(
+    surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool
+) -> Iterator[tuple[str, str, str]]:
+    """Yield whose, column and the rows of what a survey found; all devices as one, and
+    many sites.
+    """
     columns: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, survey in surveys.items():
         for column, told in survey.get(kind, {}).items():

@@ -1,6 +1,8 @@
-"""What the parties of a secure round agree on, each by itself: bounds, thresholds, noise, weights, the rule.
+"""What the parties of a secure round agree on, each by itself: bounds, thresholds, noise, weights,
+the rule.
 
-All of it follows from what is resolved. A site makes its `Party` of a run here, an aggregator its side of the protocol.
+All of it follows from what is resolved. A site makes its `Party` of a run here, an aggregator its
+side of the protocol.
 """
 
 import math
@@ -29,20 +31,30 @@ def party_of(facts: Resolved, follower: Follower) -> Party:
 
 
 def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
-    """Return an aggregator's side: its noise and its weights are the study's, and never a message's."""
-    g, terms = facts.guarantee, terms_of(facts)
+    """Return an aggregator's side: its noise and its weights are the study's, and never a
+    message's.
+    """
+    g = facts.guarantee
+    terms = terms_of(facts)
     noise = noise_share(g, 2) if g is not None and facts.joint and not g.simulation_only else None
-    weights = None if facts.joint else {name: int(facts.weight(name)) for name in facts.participants}
+    weights = (
+        None if facts.joint else {name: int(facts.weight(name)) for name in facts.participants}
+    )
     return three_party.SharingAggregator(post, terms, noise, weights, selection(facts, terms))
 
 
-def masking_terms(facts: Resolved, run: str) -> Callable[[Sequence[str], int], masking.MaskingTerms]:
+def masking_terms(
+    facts: Resolved, run: str
+) -> Callable[[Sequence[str], int], masking.MaskingTerms]:
     """Return what a masked round of these clients agrees on, by its number."""
 
     def choose(clients: Sequence[str], round: int) -> masking.MaskingTerms:
-        n, stay = len(clients), threshold(facts.study, len(clients))
+        n = len(clients)
+        stay = threshold(facts.study, len(clients))
         liars = math.floor(facts.study.security.colluding * n)
-        return masking.MaskingTerms.choose(clients, facts.message, (n - stay) / n, liars, f"{run} {round}".encode())
+        return masking.MaskingTerms.choose(
+            clients, facts.message, (n - stay) / n, liars, f"{run} {round}".encode()
+        )
 
     return choose
 
@@ -51,10 +63,14 @@ GRAM_SHARE = 0.5
 """The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
 
 
-def gram_split(g: Guarantee, terms: three_party.SharingTerms) -> tuple[Callable[[int], float], float]:
-    """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a sum of weight 1.
+def gram_split(
+    g: Guarantee, terms: three_party.SharingTerms
+) -> tuple[Callable[[int], float], float]:
+    """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a
+    sum of weight 1.
 
-    The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1 / z_A^2.
+    The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1
+    / z_A^2.
     """
     s_z = g.sigma_units()  # z times what one patient moves a row by
     return (
@@ -64,7 +80,9 @@ def gram_split(g: Guarantee, terms: three_party.SharingTerms) -> tuple[Callable[
 
 
 def scales(facts: Resolved) -> dict[str, float]:
-    """Return what makes each site's row a mean where it is a sum over its declared patients; else nothing."""
+    """Return what makes each site's row a mean where it is a sum over its declared patients; else
+    nothing.
+    """
     g = facts.guarantee
     if g is None or not facts.joint:
         return {}
@@ -72,7 +90,9 @@ def scales(facts: Resolved) -> dict[str, float]:
 
 
 def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.Selection | None:
-    """Return how three aggregators weigh rows under the study's rule, with their noise; None without a rule."""
+    """Return how three aggregators weigh rows under the study's rule, with their noise; None
+    without a rule.
+    """
     g = facts.guarantee
     if facts.rule is None:
         return None
@@ -96,11 +116,14 @@ def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.S
 
 
 def terms_of(facts: Resolved) -> three_party.SharingTerms:
-    """Return what three aggregators hold rows to: under joint noise the norm of the largest declared site's sum.
+    """Return what three aggregators hold rows to: under joint noise the norm of the largest
+    declared site's sum.
 
-    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond, whoever is in it.
+    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond,
+    whoever is in it.
     """
-    g, security = facts.guarantee, facts.study.security
+    g = facts.guarantee
+    security = facts.study.security
     if g is not None and facts.joint:
         largest = max(release.size for release in g.releases.values())
         count = 0.5 if g.clipping == "adaptive" else 0.0
@@ -110,6 +133,9 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
         numbers = 1 if facts.rule or norm else facts.message
         steps = (norm * (1 + 1e-6) or security.bound) * 2.0**security.fraction_bits
         bound = steps * math.sqrt(numbers) + math.sqrt(facts.message)
+
     first, second, third = security.aggregators
     fewest = max(security.min_group, facts.quorum(cohort(facts.study, facts.participants)))
-    return three_party.SharingTerms(facts.message, bound, (first, second, third), fewest, security.min_group)
+    return three_party.SharingTerms(
+        facts.message, bound, (first, second, third), fewest, security.min_group
+    )

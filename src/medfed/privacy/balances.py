@@ -1,10 +1,11 @@
 """Who has paid for what: balances of patients, worked out from a ledger's verified rows.
 
-*The filter.* A charge passes if the worst patient of its cohort stays within (epsilon, delta) with it, however events
-were chosen. Where all that a patient pays for is Gaussian, mu^2 adds up against a limit (Smith and Thakurta 2022,
-arXiv:2210.17520); else Rényi divergences add up at one order, which the target fixes (Feldman and Zrnic 2021,
-arXiv:2008.11193; Whitehouse et al. 2023, arXiv:2203.05481). So the *kind* of events picks the filter, and a study
-settles it before it sees a release; who lets releases steer even that is held to 2 delta, as one of two filters held.
+*The filter.* A charge passes if the worst patient of its cohort stays within (epsilon, delta) with
+it, however events were chosen. Where all that a patient pays for is Gaussian, mu^2 adds up against
+a limit (Smith and Thakurta 2022, arXiv:2210.17520); else Rényi divergences add up at one order,
+which the target fixes (Feldman and Zrnic 2021, arXiv:2008.11193; Whitehouse et al. 2023,
+arXiv:2203.05481). So the *kind* of events picks the filter, and a study settles it before it sees a
+release; who lets releases steer even that is held to 2 delta, as one of two filters held.
 
 Patients of the same cohorts share every balance, and equal histories share one evaluation.
 """
@@ -70,13 +71,16 @@ class Balances:
             for other in joined[group]:
                 self._groups[other].add(joined[group])
 
-    def refuse_overspend(self, charges: Sequence[Charge], limits: Limits, lifetime: Lifetime | None) -> None:
+    def refuse_overspend(
+        self, charges: Sequence[Charge], limits: Limits, lifetime: Lifetime | None
+    ) -> None:
         """Raise BudgetError where `charges` together exceed a limit for any patient."""
         asked = _begin_tally()
         for charge in charges:
             asked[charge.cohort.id][charge.study][write_event(charge.event)] += 1
         another = (
-            "A study's runs share privacy.epsilon, all of which a whole one takes: resume it, or set another study.name"
+            "A study's runs share privacy.epsilon, all of which a whole one takes: resume it, "
+            "or set another study.name"
         )
         less = "Lower privacy.epsilon, all of which a whole run takes, or have"
 
@@ -94,11 +98,14 @@ class Balances:
                 way = f"{less} the site's operator raise it: {SAY_LIFETIME}"
                 self._refuse_over(charge, asked, None, lifetime.epsilon, delta, way)
 
-    def _refuse_over(self, c: Charge, asked: Tally, study: str | None, epsilon: float, delta: float, way: str) -> None:
+    def _refuse_over(
+        self, c: Charge, asked: Tally, study: str | None, epsilon: float, delta: float, way: str
+    ) -> None:
         # Whom it would be too much for: by group, what they have paid and what is asked.
         over: dict[Group, tuple[History, History]] = {}
         for group in self._groups[c.cohort.id]:
-            before, more = _history(self.charged, group, study), _history(asked, group, study)
+            before = _history(self.charged, group, study)
+            more = _history(asked, group, study)
             if not _fits(before, more, epsilon, delta):
                 over[group] = before, more
         if not over:
@@ -108,13 +115,17 @@ class Balances:
         before, more = min(over.values(), key=lambda case: _left(case[0], epsilon, delta))
         where = "this study" if study is not None else "all studies"
         raise BudgetError(
-            f"study {c.study!r}, site {c.cohort.site!r}, round {c.round}: refused, and nothing was charged. In {where} "
-            f"{sum(self._patients[group] for group in over)} of {c.cohort.patients} patients have spent up to epsilon="
-            f"{_epsilon(before, delta):.4g} of {epsilon:g} (delta={delta:g}); left for one release: "
-            f"{_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. {way}."
+            f"study {c.study!r}, site {c.cohort.site!r}, round {c.round}: refused, and nothing "
+            f"was charged. In {where} {sum(self._patients[group] for group in over)} of "
+            f"{c.cohort.patients} patients have spent up to epsilon="
+            f"{_epsilon(before, delta):.4g} of {epsilon:g} (delta={delta:g}); left for one "
+            f"release: {_left(before, epsilon, delta):.4g}, asked: {_epsilon(more, delta):.4g}. "
+            f"{way}."
         )
 
-    def worst(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> float:
+    def worst(
+        self, delta: float, study: str | None, site: str | None, pseudonym: str | None
+    ) -> float:
         """Return the epsilon at `delta` of the patient who has paid most, over what is asked for.
 
         `study`, `site`, `pseudonym`: one of these alone; None: all.
@@ -123,18 +134,28 @@ class Balances:
         histories = {_history(self.charged, self._at(site, group), study) for group in groups}
         return max((_epsilon(history, delta) for history in histories), default=0.0)
 
-    def spent(self, delta: float, study: str | None, site: str | None, pseudonym: str | None) -> list[Spent]:
+    def spent(
+        self, delta: float, study: str | None, site: str | None, pseudonym: str | None
+    ) -> list[Spent]:
         """Return the accounts of each study at each site, over what is asked for."""
         cohorts: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-        for cohort in self._at(site, self.charged if pseudonym is None else self._group.get(pseudonym, Group())):
+        for cohort in self._at(
+            site, self.charged if pseudonym is None else self._group.get(pseudonym, Group())
+        ):
             for name in self.charged.get(cohort, ()):
                 if study in (None, name):
                     cohorts[name, self.sites[cohort]].add(cohort)
-        return [self._spent(*where, mine, delta, pseudonym) for where, mine in sorted(cohorts.items())]
+        return [
+            self._spent(*where, mine, delta, pseudonym) for where, mine in sorted(cohorts.items())
+        ]
 
-    def _spent(self, study: str, site: str, cohorts: set[str], delta: float, pseudonym: str | None) -> Spent:
+    def _spent(
+        self, study: str, site: str, cohorts: set[str], delta: float, pseudonym: str | None
+    ) -> Spent:
         if pseudonym is None:
-            size = {group: self._patients[group] for cohort in cohorts for group in self._groups[cohort]}
+            size = {
+                group: self._patients[group] for cohort in cohorts for group in self._groups[cohort]
+            }
         else:
             size = {self._group[pseudonym]: 1}
         patients: Counter[float] = Counter()
@@ -203,7 +224,9 @@ def _mu(history: History) -> float | None:
 def _rdp(history: History) -> Floats:
     """Return the Rényi divergences, at accounting.ORDERS, of what was paid for."""
     zero = np.zeros(len(accounting.ORDERS))
-    return sum((count * accounting.rdp(read_event(event)) for event, count in sorted(history)), zero)
+    return sum(
+        (count * accounting.rdp(read_event(event)) for event, count in sorted(history)), zero
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -216,4 +239,6 @@ def read_event(text: str) -> Event:
     try:
         return privacy_events.from_json(json.loads(text))
     except (PlanError, ValueError) as error:
-        raise LedgerError(f"event {text} cannot be accounted: {error} If a newer medfed wrote it, update.") from error
+        raise LedgerError(
+            f"event {text} cannot be accounted: {error} If a newer medfed wrote it, update."
+        ) from error

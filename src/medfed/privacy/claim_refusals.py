@@ -1,7 +1,7 @@
 """What a privacy claim does not compose with: each refusal names both sides and the way out.
 
-Every entry is a way in which a guarantee was printed somewhere and did not hold (docs/sharp-edges.md tells each). They
-are checked from the study alone, before any record is read.
+Every entry is a way in which a guarantee was printed somewhere and did not hold
+(docs/sharp-edges.md tells each). They are checked from the study alone, before any record is read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,16 +41,23 @@ def find(study: Study) -> Iterator[Refusal]:
 
 
 def _refusal(side: str, other: str, reason: str, action: str, **mend: object) -> Refusal:
-    """Say of two sides why they do not compose and what to do; `mend` holds settings, as table__key=value."""
+    """Say of two sides why they do not compose and what to do; `mend` holds settings, as
+    table__key=value.
+    """
     settings = {tuple(key.split("__")): value for key, value in mend.items()}
     return Refusal(PlanError(f"{side} and {other} do not compose: {reason}. {action}"), settings)
 
 
-PUBLIC_TEST = Ask(False, "true if held-out patients are declared public test data: their figures are told as they are")
+PUBLIC_TEST = Ask(
+    False,
+    "true if held-out patients are declared public test data: their figures are told as they are",
+)
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
-    """Yield what does not compose with the study's epsilon; `where` noise is added decides on some."""
+    """Yield what does not compose with the study's epsilon; `where` noise is added decides
+    on some.
+    """
     data = study.data
     privacy = study.privacy
     claim = f"privacy.epsilon={privacy.epsilon:g}"
@@ -69,8 +76,10 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
         yield _refusal(
             "privacy.clipping='adaptive'",
             "privacy.noise='site'",
-            "the noised count of one site says nothing at its size (sd 1.0 of a share, at 115 patients)",
-            "Set privacy.clipping='automatic', or noise='shared', where all sites are counted together.",
+            "the noised count of one site says nothing at its size (sd 1.0 of a share, at 115 "
+            "patients)",
+            "Set privacy.clipping='automatic', or noise='shared', where all sites are counted "
+            "together.",
             privacy__clipping="automatic",
         )
     if where != "site":
@@ -86,7 +95,9 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _reading(study: Study, claim: str) -> Iterator[Refusal]:
-    """Yield ways of reading a table that let one patient's rows show in others' rows, or in an error."""
+    """Yield ways of reading a table that let one patient's rows show in others' rows, or in an
+    error.
+    """
     data = study.data
     p = study.privacy
     if data.preprocess in ("robust", "standard"):
@@ -120,9 +131,10 @@ def _reading(study: Study, claim: str) -> Iterator[Refusal]:
         yield _refusal(
             f"privacy.max_sites_per_patient={p.max_sites_per_patient}",
             f"data.test={data.test!r}" if data.test else f"data.test_from={data.test_from!r}",
-            "a patient may be trained on at one site and tested at another, outside what either pays for",
-            "Leave data.test and data.test_from out: by the hash a patient is on one side everywhere. Or attest "
-            "privacy.max_sites_per_patient=1.",
+            "a patient may be trained on at one site and tested at another, outside what either "
+            "pays for",
+            "Leave data.test and data.test_from out: by the hash a patient is on one side "
+            "everywhere. Or attest privacy.max_sites_per_patient=1.",
             data__test="",
             data__test_from="",
         )
@@ -133,7 +145,8 @@ def _reading(study: Study, claim: str) -> Iterator[Refusal]:
                 claim,
                 f"data.join[{number}].on={list(join.on)!r}",
                 "a row of one patient could be found by, or hide, another's",
-                f"Join by the patient: data.join[{number}].on = [{data.patient or 'PATIENT'!r}], and more beside.",
+                f"Join by the patient: data.join[{number}].on = [{data.patient or 'PATIENT'!r}], "
+                "and more beside.",
             )
 
     if data.on_outside == "refuse":
@@ -147,7 +160,9 @@ def _reading(study: Study, claim: str) -> Iterator[Refusal]:
 
 
 def _releases(study: Study, claim: str) -> Iterator[Refusal]:
-    """Yield what would be released without noise, or be composed by an accountant that does not hold for it."""
+    """Yield what would be released without noise, or be composed by an accountant that does not
+    hold for it.
+    """
     data = study.data
     t = study.training
     p = study.privacy
@@ -176,7 +191,8 @@ def _releases(study: Study, claim: str) -> Iterator[Refusal]:
         yield _refusal(
             "privacy.accountant='pld'",
             "privacy.scope='study'",
-            "the lifetime ledger composes runs that are not fixed in advance, for which PLD is no filter",
+            "the lifetime ledger composes runs that are not fixed in advance, for which PLD is "
+            "no filter",
             "Set privacy.accountant='rdp', or scope='run' for public data.",
             privacy__accountant="rdp",
         )
@@ -186,27 +202,34 @@ def _releases(study: Study, claim: str) -> Iterator[Refusal]:
             claim,
             "data.read_from_records=true with privacy.scope='study'",
             "ranges, categories and sizes that were read off patients tell of them",
-            "Fill them in from what is publicly known and leave read_from_records out, or set privacy.scope='run' for "
-            "public data.",
+            "Fill them in from what is publicly known and leave read_from_records out, or set "
+            "privacy.scope='run' for public data.",
         )
 
 
 def _unpaid_test(study: Study, claim: str) -> Refusal:
-    """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared public."""
+    """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared
+    public.
+    """
     rounds = study.training.rounds
-    price, mend = "", dict[str, object](data__test_is_public=PUBLIC_TEST)
+    price = ""
+    mend = dict[str, object](data__test_is_public=PUBLIC_TEST)
+
     if is_binary(study.data):
-        price = f", or privacy.evaluation_epsilon={affordable(study):g} to pay for a noised histogram"
+        price = (
+            f", or privacy.evaluation_epsilon={affordable(study):g} to pay for a noised histogram"
+        )
         mend = {"privacy__evaluation_epsilon": affordable(study)}
         if study.monitor.evaluate_every < rounds:
             price += f", with monitor.evaluate_every={rounds}"
             mend["monitor__evaluate_every"] = rounds
+
     return _refusal(
         claim,
         "test figures without noise",
         "held-out patients are patients too, and each round's figures are released",
-        f"Set data.test_is_public=true if they are declared public test data{price}, or monitor.evaluate_every=0 to "
-        "test nothing.",
+        f"Set data.test_is_public=true if they are declared public test data{price}, or "
+        "monitor.evaluate_every=0 to test nothing.",
         **mend,
     )
 
@@ -220,43 +243,62 @@ def is_binary(data: Data) -> bool:
 def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     """Refuse inputs and targets that nothing public bounds, as far as the study alone names them.
 
-    Columns that it does not name are refused when the table's header is read (`data.tables.undescribed`).
+    Columns that it does not name are refused when the table's header is read
+    (`data.tables.undescribed`).
     """
     data = study.data
     named = [name for name in data.features if not is_pattern(name)]
     names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
+
     if names and not study.privacy.ranges_epsilon:
-        first, more = names[0], len(names) > 1
+        first = names[0]
+        more = len(names) > 1
         whose = "their" if more else "its"
-        side = f"{len(names)} of data.features ({some(map(repr, names))})" if more else f"data.features={first!r}"
-        one, other = (toml.key("data", "dictionary", first, name) for name in ("range", "categories"))
-        action = f"Set {one} or {other}" + (", and so on, or leave them out." if more else ", or leave it out.")
+
+        if more:
+            side = f"{len(names)} of data.features ({some(map(repr, names))})"
+        else:
+            side = f"data.features={first!r}"
+
+        one, other = (
+            toml.key("data", "dictionary", first, name) for name in ("range", "categories")
+        )
+        action = f"Set {one} or {other}" + (
+            ", and so on, or leave them out." if more else ", or leave it out."
+        )
         error = PlanError(
-            f"{claim} and {side} without a public range or categories do not compose: what {whose} cells are, and how "
-            f"far they reach, would be taken from patients. {action}{unless_paid(study)}"
+            f"{claim} and {side} without a public range or categories do not compose: what "
+            f"{whose} cells are, and how far they reach, would be taken from patients. "
+            f"{action}{unless_paid(study)}"
         )
         yield Refusal(error, describe(names, data.dictionary))
+
     if data.task == "regression" and not data.dictionary.get(data.target, Feature()).range:
         where = toml.key("data", "dictionary", data.target, "range")
         error = PlanError(
-            f"{claim} and data.task='regression' without {where} do not compose: nothing bounds what one patient's "
-            f"target says. Set {where} = [low, high]."
+            f"{claim} and data.task='regression' without {where} do not compose: nothing bounds "
+            f"what one patient's target says. Set {where} = [low, high]."
         )
         yield Refusal(error, {("data", "dictionary", data.target, "range"): RANGE})
 
 
 def unless_paid(study: Study) -> str:
-    """Say, in a sentence after others, how ranges that nobody knows are found, and at which price."""
+    """Say, in a sentence after others, how ranges that nobody knows are found, and at
+    which price.
+    """
     quarter = study.privacy.epsilon / 4
     return (
-        f" Ranges of numbers that nobody can say are found from noised counts of training patients by "
-        f"privacy.ranges_epsilon={quarter:g}: a quarter of epsilon costs training about 4 % more noise."
+        " Ranges of numbers that nobody can say are found from noised counts of training "
+        f"patients by privacy.ranges_epsilon={quarter:g}: a quarter of epsilon costs training "
+        "about 4 % more noise."
     )
 
 
 def hidden_ranges(study: Study, sizes: Mapping[str, int]) -> Iterator[Refusal]:
     """Yield why the noise would hide the ranges that are to be found, from declared sizes alone."""
-    columns, patients, p = len(open_columns(study)), sum(sizes.values()), study.privacy
+    columns = len(open_columns(study))
+    patients = sum(sizes.values())
+    p = study.privacy
     if not columns or not patients:
         return
     sd = ranges_noise(study, len(sizes))
@@ -269,11 +311,15 @@ def hidden_ranges(study: Study, sizes: Mapping[str, int]) -> Iterator[Refusal]:
         ways.append(f"set privacy.ranges_epsilon={enough[0]:g}")
     if not counted_together(study) and mode(study) == "site":
         ways.append("take privacy.noise='shared', one noise for all sites")
+
     yield _refusal(
-        f"privacy.ranges_epsilon={p.ranges_epsilon:g} for {columns} column{'s' * (columns > 1)} without a range",
+        f"privacy.ranges_epsilon={p.ranges_epsilon:g} for {columns} column{'s' * (columns > 1)} "
+        "without a range",
         f"{patients} declared patients",
-        f"on each count lies a noise of sd {sd:.3g} patients, which hides quantiles of fewer than {LEAST * sd:.0f}",
-        f"Nothing was charged. {'Either ' + ', or '.join(ways) if len(ways) > 1 else ways[0].capitalize()}.",
+        f"on each count lies a noise of sd {sd:.3g} patients, which hides quantiles of fewer "
+        f"than {LEAST * sd:.0f}",
+        "Nothing was charged. "
+        f"{'Either ' + ', or '.join(ways) if len(ways) > 1 else ways[0].capitalize()}.",
     )
 
 
@@ -283,14 +329,17 @@ def _lifetime(data: Data) -> Iterator[Refusal]:
         yield _refusal(
             "privacy.scope='study'",
             "data.patient=''",
-            "without a name a patient is the content of a row, which one more column or a corrected cell makes new, "
-            "with nothing spent",
-            "Set data.patient='column', the table's column that names the patient, or privacy.scope='run' for public "
-            "data.",
+            "without a name a patient is the content of a row, which one more column or a "
+            "corrected cell makes new, with nothing spent",
+            "Set data.patient='column', the table's column that names the patient, or "
+            "privacy.scope='run' for public data.",
             data__patient=Ask(
-                "", "the table's column that names the patient; its line in [data.dictionary], if any, goes then"
+                "",
+                "the table's column that names the patient; its line in [data.dictionary], if "
+                "any, goes then",
             ),
         )
+
     if data.missing_patient == "own":
         yield _refusal(
             "data.missing_patient='own'",
@@ -306,18 +355,24 @@ _LEAST = 1e-3
 
 
 def _noised_test(study: Study) -> Iterator[Refusal]:
-    data, p, m = study.data, study.privacy, study.monitor
+    data = study.data
+    p = study.privacy
+    m = study.monitor
     noised = f"privacy.evaluation_epsilon={p.evaluation_epsilon:g}"
     labels = data.dictionary[data.target].categories if data.target in data.dictionary else ()
+
     if not is_binary(data):
         yield _refusal(
             noised,
-            f"data.task={data.task!r} of {len(labels)} labels" if labels else f"data.task={data.task!r}",
+            f"data.task={data.task!r} of {len(labels)} labels"
+            if labels
+            else f"data.task={data.task!r}",
             "the noised histogram is one of a binary test",
             "Hold out public test data and set data.test_is_public=true.",
             data__test_is_public=PUBLIC_TEST,
             privacy__evaluation_epsilon=0.0,
         )
+
     if m.evaluate_every < study.training.rounds:
         yield _refusal(
             noised,
@@ -326,6 +381,7 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
             f"Set monitor.evaluate_every={study.training.rounds}.",
             monitor__evaluate_every=study.training.rounds,
         )
+
     if p.vote_epsilon and not bears(study, _LEAST):
         yield _refusal(
             f"privacy.vote_epsilon={p.vote_epsilon:g}",
@@ -347,8 +403,10 @@ def _noised_test(study: Study) -> Iterator[Refusal]:
 
 def _vote(study: Study) -> Iterator[Refusal]:
     """Refuse a vote that could not tell anything, whatever the sites say."""
-    p, sites = study.privacy, len(study.privacy.sizes)
+    p = study.privacy
+    sites = len(study.privacy.sizes)
     vote = f"privacy.vote_epsilon={p.vote_epsilon:g}"
+
     if study.sites.kind == "device":
         yield _refusal(
             vote,
@@ -374,17 +432,24 @@ def vote_tells(study: Study, epsilon: float, sites: int, part: int) -> bool:
 
 
 _MOST_ASKED = 0.75
-"""The part of a budget that queries may take, as squares of mu: training then has twice the noise that it had alone."""
+"""The part of a budget that queries may take, as squares of mu: training then has twice the noise
+that it had alone.
+"""
 
 
 def _queries(study: Study) -> Iterator[Refusal]:
     """Refuse queries of training patients that leave next to nothing of epsilon to train with."""
-    p, asked = study.privacy, queries_of(study)
+    p = study.privacy
+    asked = queries_of(study)
     spent = sum(accounting.budget_mu(one.epsilon, p.delta) ** 2 for one in asked.values())
     part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
+
     if asked and part > _MOST_ASKED:
-        told = " and ".join(f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items())
-        quarter, many = p.epsilon / 4, len(asked) > 1
+        told = " and ".join(
+            f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items()
+        )
+        quarter = p.epsilon / 4
+        many = len(asked) > 1
         left = "nothing to train with"
         if part < 1:
             left = f"too little to train with, {(1 - part) ** -0.5:.3g} times the noise"
@@ -398,7 +463,8 @@ def _queries(study: Study) -> Iterator[Refusal]:
 
 
 def bears(study: Study, evaluation_epsilon: float) -> bool:
-    """Say whether a held-out patient who has not paid can pay, at each of its sites, by the ledger's filter.
+    """Say whether a held-out patient who has not paid can pay, at each of its sites, by the
+    ledger's filter.
 
     For a noised histogram, and for the vote that follows from held-out records too.
     """
@@ -412,35 +478,47 @@ def bears(study: Study, evaluation_epsilon: float) -> bool:
 
 
 def affordable(study: Study) -> float:
-    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram beside a vote.
+    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram beside a
+    vote.
 
     Where nothing does, a quarter: the vote is refused then.
     """
     epsilon = study.privacy.epsilon
-    return next((e for e in (epsilon * 0.5**n for n in range(1, 100)) if bears(study, e)), epsilon / 4)
+    return next(
+        (e for e in (epsilon * 0.5**n for n in range(1, 100)) if bears(study, e)), epsilon / 4
+    )
 
 
 def _one_step(study: Study, where: str) -> Iterator[Refusal]:
-    t, noise = study.training, f"privacy.noise={where!r}"
+    t = study.training
+    noise = f"privacy.noise={where!r}"
     if (t.local_steps or t.local_epochs) > 1:
-        side = f"training.local_steps={t.local_steps}" if t.local_steps else f"training.local_epochs={t.local_epochs}"
+        if t.local_steps:
+            side = f"training.local_steps={t.local_steps}"
+        else:
+            side = f"training.local_epochs={t.local_epochs}"
         yield _refusal(
             noise,
             side,
-            "noise is added to sums of clipped gradients at the common model, so a round is one step",
-            "Set training.local_epochs=1 and local_steps=0 and raise training.rounds, or take noise='site'.",
+            "noise is added to sums of clipped gradients at the common model, so a round is one "
+            "step",
+            "Set training.local_epochs=1 and local_steps=0 and raise training.rounds, or take "
+            "noise='site'.",
             training__local_epochs=1,
             training__local_steps=0,
         )
+
     if t.optimizer != "sgd" or t.momentum:
         yield _refusal(
             noise,
             f"training.optimizer={t.optimizer!r} with momentum={t.momentum:g}",
             "sites take one step and keep nothing",
-            "Set optimizer='sgd' and momentum=0; take algorithm='fedadam' or 'fedavgm', whose server keeps moments.",
+            "Set optimizer='sgd' and momentum=0; take algorithm='fedadam' or 'fedavgm', whose "
+            "server keeps moments.",
             training__optimizer="sgd",
             training__momentum=0.0,
         )
+
     if t.weighting == "uniform":
         yield _refusal(
             noise,
@@ -452,7 +530,8 @@ def _one_step(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _schedule(study: Study, where: str) -> Iterator[Refusal]:
-    p, fleet = study.privacy, study.fleet
+    p = study.privacy
+    fleet = study.fleet
     if fleet.schedule == "cyclic" and fleet.clients_per_round:
         yield _refusal(
             "fleet.schedule='cyclic'",
@@ -461,6 +540,7 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "Set fleet.clients_per_round=0 and choose fleet.groups.",
             fleet__clients_per_round=0,
         )
+
     if not p.correlated:
         return
     if where not in ("shared", "central"):
@@ -471,15 +551,17 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "Set privacy.noise='shared', or correlated=false.",
             privacy__correlated=False,
         )
+
     if fleet.schedule != "cyclic" or fleet.groups < 2:
         yield _refusal(
             "privacy.correlated=true",
             f"fleet.schedule={fleet.schedule!r} with groups={fleet.groups}",
-            "where everybody takes part in every round it gains at most 1.06 x; it pays only where a patient's uses "
-            "are kept apart",
+            "where everybody takes part in every round it gains at most 1.06 x; it pays only "
+            "where a patient's uses are kept apart",
             "Set fleet.schedule='cyclic' and fleet.groups=10, or correlated=false.",
             privacy__correlated=False,
         )
+
     if study.training.rounds < 2:
         yield _refusal(
             "privacy.correlated=true",
@@ -488,6 +570,7 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             "Raise training.rounds, or set correlated=false.",
             privacy__correlated=False,
         )
+
     for side, is_set in (
         ("training.batch_size above 0", study.training.batch_size > 0),
         ("privacy.clipping='adaptive'", p.clipping == "adaptive"),
@@ -498,15 +581,21 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
             yield _refusal(
                 "privacy.correlated=true",
                 side,
-                "its sensitivity is counted for whole groups, one norm, real noise and one client a patient",
+                "its sensitivity is counted for whole groups, one norm, real noise and one "
+                "client a patient",
                 "Leave one of them out.",
                 privacy__correlated=False,
             )
 
 
 def _places(study: Study) -> Iterator[Refusal]:
-    """Refuse, under joint noise, patients of several sites that do not always take part together."""
-    fleet, training, most = study.fleet, study.training, study.privacy.max_sites_per_patient
+    """Refuse, under joint noise, patients of several sites that do not always take
+    part together.
+    """
+    fleet = study.fleet
+    training = study.training
+    most = study.privacy.max_sites_per_patient
+
     for side, is_set in (
         (f"fleet.clients_per_round={fleet.clients_per_round}", fleet.clients_per_round > 0),
         (f"fleet.schedule={fleet.schedule!r}", fleet.schedule == "cyclic"),
@@ -517,9 +606,10 @@ def _places(study: Study) -> Iterator[Refusal]:
             yield _refusal(
                 f"privacy.max_sites_per_patient={most}",
                 side,
-                "under joint noise a patient of several sites pays at one of them, so all must take part, and alike",
-                "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and training.batch_size=0, "
-                "or take privacy.noise='site'.",
+                "under joint noise a patient of several sites pays at one of them, so all must "
+                "take part, and alike",
+                "Set fleet.clients_per_round=0, fleet.schedule='random', training.quorum=1 and "
+                "training.batch_size=0, or take privacy.noise='site'.",
                 fleet__clients_per_round=0,
                 fleet__schedule="random",
                 training__quorum=1.0,

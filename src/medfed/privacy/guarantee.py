@@ -1,12 +1,15 @@
-"""The guarantee a study asks for, resolved: which noise, how much of it, and what every round costs every patient.
+"""The guarantee a study asks for, resolved: which noise, how much of it, and what every round costs
+every patient.
 
-A release is what one client's patients pay for: the noised sum of their clipped gradients, on an integer grid. Its
-sensitivity is asked here and nowhere else, so that noise, accountant and claim cannot disagree.
+A release is what one client's patients pay for: the noised sum of their clipped gradients, on an
+integer grid. Its sensitivity is asked here and nowhere else, so that noise, accountant and claim
+cannot disagree.
 
-Everywhere a value of `Guarantee` is called `guarantee`. Where that name would hide this module, what is needed of it
-is imported by name: `from medfed.privacy.guarantee import resolve`.
+Everywhere a value of `Guarantee` is called `guarantee`. Where that name would hide this module,
+what is needed of it is imported by name: `from medfed.privacy.guarantee import resolve`.
 
-P parameters, m declared training patients of a client, z noise multiplier (standard deviation over sensitivity).
+P parameters, m declared training patients of a client, z noise multiplier (standard deviation over
+sensitivity).
 """
 
 import math
@@ -35,19 +38,24 @@ GRID = 2.0**-16
 """One step of the integer grid, as a share of the clipping norm."""
 
 NARROW = 128
-"""Slots of a step whose clipped gradients may be summed in float32; wider steps are summed in float64."""
+"""Slots of a step whose clipped gradients may be summed in float32; wider steps are summed in
+float64.
+"""
 
 SLACK = 2.0**-12 + 2 * NARROW**2 * 2.0**-24 + 2.0**-20
 """How far rounding may lift what one patient moves above C, as a share of C.
 
-The norm, in float32: fan-in plus fan-out times 2^-24, up to 4,096 units. The sum of n gradients in float32: each sum is
-off by at most n 2^-24 times the sum of the terms' sizes, so by n^2 2^-24 in norm, and twice that between neighbours; n
-is how many were drawn, whatever was declared. Above NARROW it is n^2 2^-53, below that for 2 million patients.
-Projecting the sum of m declared patients (`wire.into_ball`): m 2^-46 between neighbours, up to 67 million.
+The norm, in float32: fan-in plus fan-out times 2^-24, up to 4,096 units. The sum of n gradients in
+float32: each sum is off by at most n 2^-24 times the sum of the terms' sizes, so by n^2 2^-24 in
+norm, and twice that between neighbours; n is how many were drawn, whatever was declared. Above
+NARROW it is n^2 2^-53, below that for 2 million patients. Projecting the sum of m declared patients
+(`wire.into_ball`): m 2^-46 between neighbours, up to 67 million.
 """
 
 COUNT_NOISE = 1.6
-"""adaptive: sd of the noised count of small gradients, in units of z; the gradient's noise then grows by 5.3 %."""
+"""adaptive: sd of the noised count of small gradients, in units of z; the gradient's noise then
+grows by 5.3 %.
+"""
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
@@ -55,7 +63,9 @@ VOTE_SENSITIVITY = 1.0
 """How far one patient moves the sum of the sites' votes, each in [0, 1], at one of its sites."""
 
 FULL_VOTE = 0.02
-"""By how much a model's mean squared error must be less for a whole vote: of chances, or of scaled numbers."""
+"""By how much a model's mean squared error must be less for a whole vote: of chances, or of scaled
+numbers.
+"""
 
 Mode = Literal["site", "shared", "central"]
 
@@ -68,7 +78,9 @@ def discrete_gaussian(sigma: float) -> DiscreteGaussian:
 
 @dataclass(frozen=True)
 class Release:
-    """What a client does with its patients in a round: `steps` noised sums, each patient in it with `probability`."""
+    """What a client does with its patients in a round: `steps` noised sums, each patient in it with
+    `probability`.
+    """
 
     size: int  # m
     steps: int
@@ -84,7 +96,8 @@ class Release:
     def event(self) -> Event:
         """Return what a round costs each patient of the client, as data for the accountant.
 
-        It holds for any true number of patients: `size` is declared, and decides on steps and probability alone.
+        It holds for any true number of patients: `size` is declared, and decides on steps and
+        probability alone.
         """
         if self.probability == 1:
             return Gaussian(self.noise_multiplier, self.steps)
@@ -95,7 +108,9 @@ class Release:
 
 @dataclass(frozen=True)
 class Query:
-    """What training patients are asked beside the gradient: numbers of each answer, and how often they answer."""
+    """What training patients are asked beside the gradient: numbers of each answer, and how often
+    they answer.
+    """
 
     epsilon: float  # what all answers would cost alone
     numbers: int
@@ -132,29 +147,41 @@ class Guarantee:
 
     @property
     def covered_sites(self) -> int:
-        """At how many of a patient's sites one noise hides it: all of them if it is joint, else one."""
+        """At how many of a patient's sites one noise hides it: all of them if it is joint, else
+        one.
+        """
         if self.joint:
             return self.max_sites
         return 1
 
     def numbers(self) -> int:
-        """Return how many numbers a noised sum has: the gradient, and for adaptive clipping one count."""
+        """Return how many numbers a noised sum has: the gradient, and for adaptive clipping one
+        count.
+        """
         return self.parameters + (self.clipping == "adaptive")
 
     def sensitivity_units(self) -> float:
-        """Return how far one patient can move the sum of a step, in grid units and L2 norm: clip, slack, rounding."""
+        """Return how far one patient can move the sum of a step, in grid units and L2 norm: clip,
+        slack, rounding.
+        """
         each = (1 + SLACK) / GRID + math.sqrt(self.parameters)
         return each * self.covered_sites
 
     def run_sensitivity_units(self) -> float:
-        """Return the same over a whole run of correlated noise; without correlation, of one step."""
+        """Return the same over a whole run of correlated noise; without correlation, of
+        one step.
+        """
         once = self.sensitivity_units()
         if not self.strategy:
             return once
-        return factorisation.grid_sensitivity(self.strategy, self.rounds, self.separation, once, self.parameters)
+        return factorisation.grid_sensitivity(
+            self.strategy, self.rounds, self.separation, once, self.parameters
+        )
 
     def sigma_units(self, client: str = "") -> float:
-        """Return the standard deviation of the noise in grid units: of the joint noise, or of one site's."""
+        """Return the standard deviation of the noise in grid units: of the joint noise, or of one
+        site's.
+        """
         if not client:
             client = next(iter(self.releases))
         multiplier = self.releases[client].noise_multiplier
@@ -163,7 +190,9 @@ class Guarantee:
         return multiplier * self.run_sensitivity_units()
 
     def count_sigma(self) -> float:
-        """Return the standard deviation of the noised count of adaptive clipping (one patient moves it by 1/2)."""
+        """Return the standard deviation of the noised count of adaptive clipping (one patient moves
+        it by 1/2).
+        """
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
     def query_event(self, label: str) -> Event:
@@ -171,14 +200,17 @@ class Guarantee:
         return Gaussian(self.queries[label].noise_multiplier)
 
     def query_sd(self, label: str, sensitivity: float) -> float:
-        """Return the standard deviation of the noise on each number of a query's answer: a site's own, or the sum's.
+        """Return the standard deviation of the noise on each number of a query's answer: a site's
+        own, or the sum's.
 
-        A patient moves the answer by `sensitivity`, in L2 norm, at each of its sites; joint noise covers all of them.
+        A patient moves the answer by `sensitivity`, in L2 norm, at each of its sites; joint noise
+        covers all of them.
         """
         return self.queries[label].noise_multiplier * sensitivity * self.covered_sites
 
     def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
-        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries as `asked`.
+        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries
+        as `asked`.
 
         None where that is nothing.
         """
@@ -199,25 +231,34 @@ class Guarantee:
 
     def _all_answers(self) -> tuple[Event, ...]:
         """Return what all answers to all queries cost a patient at one site."""
-        return tuple(repeat(self.query_event(label), one.times) for label, one in sorted(self.queries.items()))
+        return tuple(
+            repeat(self.query_event(label), one.times)
+            for label, one in sorted(self.queries.items())
+        )
 
     def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
-        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of each client.
+        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of
+        each client.
 
         `asked` says how often each query was asked.
         """
-        kinds = {(self.releases[name], n) for name, n in uses.items()}  # thousands of devices are of few kinds
+        # thousands of devices are of few kinds
+        kinds = {(self.releases[name], n) for name, n in uses.items()}
         events = {self.paid(release, n, asked) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events if event), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
-        """Return the epsilon of an event at what the sampler leaves of delta, by the study's accountant."""
+        """Return the epsilon of an event at what the sampler leaves of delta, by the study's
+        accountant.
+        """
         return accounting.epsilon_of(event, self.delta - self.delta_sampler, self.accountant)
 
     def signal_to_noise(self, client: str) -> float:
-        """Return the best possible signal-to-noise ratio of one step: all gradients alike, over the noise's norm.
+        """Return the best possible signal-to-noise ratio of one step: all gradients alike, over the
+        noise's norm.
 
-        It is n C / (sigma sqrt(P)): below 1 a single step is mostly noise, and only the mean over many steps learns.
+        It is n C / (sigma sqrt(P)): below 1 a single step is mostly noise, and only the mean over
+        many steps learns.
         """
         release = self.releases[client]
         counted = [release]
@@ -243,7 +284,9 @@ def _compose(rounds: Event, beside: tuple[Event, ...]) -> Event:
 
 
 def vote_noise(study: Study, epsilon: float, sites: int) -> float:
-    """Return the standard deviation of the noise on a vote of so many sites that would cost `epsilon` alone."""
+    """Return the standard deviation of the noise on a vote of so many sites that would cost
+    `epsilon` alone.
+    """
     each = vote_multiplier(study, epsilon)
     if mode(study) != "site":
         each *= study.privacy.max_sites_per_patient
@@ -253,7 +296,8 @@ def vote_noise(study: Study, epsilon: float, sites: int) -> float:
 def summed_sd(study: Study, each: float, sites: int) -> float:
     """Return the standard deviation of the noise on the sum of so many sites' answers.
 
-    `each` is that of one answer (`Guarantee.query_sd`): of each site's, or of the one noise on their sum.
+    `each` is that of one answer (`Guarantee.query_sd`): of each site's, or of the one noise on
+    their sum.
     """
     if counted_together(study):
         return each
@@ -268,12 +312,15 @@ def _copies(study: Study) -> int:
 
 
 def vote_multiplier(study: Study, epsilon: float) -> float:
-    """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's sites."""
+    """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's
+    sites.
+    """
     return _query_noise(_copies(study), epsilon, study.privacy.delta)
 
 
 def ranges_noise(study: Study, sites: int, epsilon: float = 0.0, columns: int = 0) -> float:
-    """Return the standard deviation of the noise on a cell, over all sites, by which ranges are found, in patients.
+    """Return the standard deviation of the noise on a cell, over all sites, by which ranges are
+    found, in patients.
 
     For so many open columns and at such a price; by default those of the study.
     """
@@ -293,7 +340,9 @@ def ranges_sensitivity(columns: int) -> float:
 
 
 def vote_interval(sites: int, noise_sd: float) -> float:
-    """Return half the width of a vote's 95 % interval: its noise, and the most that votes in [0, 1] may scatter."""
+    """Return half the width of a vote's 95 % interval: its noise, and the most that votes in [0, 1]
+    may scatter.
+    """
     return NormalDist().inv_cdf(0.975) * math.sqrt(noise_sd**2 + sites / 4)
 
 
@@ -303,15 +352,19 @@ def asked(study: Study) -> bool:
 
 
 def counted_together(study: Study) -> bool:
-    """Say whether sites' counts are summed and noised once: whoever combines rows sees them without noise anyway.
+    """Say whether sites' counts are summed and noised once: whoever combines rows sees them without
+    noise anyway.
 
     Under secure aggregation nobody may see a site's counts, so there each site noises its own.
     """
     return mode(study) in ("shared", "central") and study.security.aggregation == "plain"
 
 
-def query_noise(guarantee: Guarantee, label: str, sensitivity: float, numbers: int, key: int) -> np.ndarray:
-    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the stream `key`.
+def query_noise(
+    guarantee: Guarantee, label: str, sensitivity: float, numbers: int, key: int
+) -> np.ndarray:
+    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the
+    stream `key`.
 
     `label` names the query, whose answer one patient moves by `sensitivity` in L2 norm.
     """
@@ -322,7 +375,9 @@ def query_noise(guarantee: Guarantee, label: str, sensitivity: float, numbers: i
 
 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
-    """Return where noise is added; raise PlanError where epsilon, delta and noise do not go together."""
+    """Return where noise is added; raise PlanError where epsilon, delta and noise do not go
+    together.
+    """
     refuse(unresolved(study))
     privacy = study.privacy
     if privacy.noise != "auto":
@@ -344,22 +399,28 @@ def unresolved(study: Study) -> Iterator[Refusal]:
         yield Refusal(PlanError(text), {("privacy", "delta"): 1e-6})
 
     elif not bounded and privacy.delta < 1:
-        text = f"privacy.delta={privacy.delta:g} and no privacy.epsilon; a guarantee needs both. Set privacy.epsilon=1."
+        text = (
+            f"privacy.delta={privacy.delta:g} and no privacy.epsilon; a guarantee needs both. "
+            "Set privacy.epsilon=1."
+        )
         yield Refusal(PlanError(text), {("privacy", "epsilon"): EPSILON})
 
     elif privacy.noise == "none" and bounded:
         text = (
-            f"privacy.noise='none' and privacy.epsilon={privacy.epsilon:g} do not compose: without noise no epsilon "
-            "holds. Set privacy.noise='shared', 'site' or 'central', or leave epsilon and delta out."
+            f"privacy.noise='none' and privacy.epsilon={privacy.epsilon:g} do not compose: "
+            "without noise no epsilon holds. Set privacy.noise='shared', 'site' or 'central', "
+            "or leave epsilon and delta out."
         )
         yield Refusal(PlanError(text), {("privacy", "noise"): "shared"})
 
     elif privacy.noise not in ("auto", "none") and not bounded:
         text = (
-            f"privacy.noise={privacy.noise!r} and no privacy.epsilon; the noise follows from the target. "
-            "Set privacy.epsilon=1.0 and privacy.delta=1e-6."
+            f"privacy.noise={privacy.noise!r} and no privacy.epsilon; the noise follows from the "
+            "target. Set privacy.epsilon=1.0 and privacy.delta=1e-6."
         )
-        yield Refusal(PlanError(text), {("privacy", "epsilon"): EPSILON, ("privacy", "delta"): 1e-6})
+        yield Refusal(
+            PlanError(text), {("privacy", "epsilon"): EPSILON, ("privacy", "delta"): 1e-6}
+        )
 
 
 def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
@@ -367,10 +428,12 @@ def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
     absent = [name for name in names if name not in study.privacy.sizes]
     if study.sites.kind == "device" or not absent:
         return
-    who, whose = f"site {absent[0]!r} has no declared size", "its"
+    who = f"site {absent[0]!r} has no declared size"
+    whose = "its"
     settings = f'privacy.sizes."{absent[0]}" = N'
     if len(absent) > 1:
-        who, whose = f"{len(absent)} sites have no declared size ({some(map(repr, absent))})", "each one's"
+        who = f"{len(absent)} sites have no declared size ({some(map(repr, absent))})"
+        whose = "each one's"
         settings = f"{settings} and so on"
     text = (
         f"{who}, and a sum may not be divided by what was counted. Set "
@@ -381,14 +444,18 @@ def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
 
 def unknown_sizes(study: Study) -> Iterator[Refusal]:
     """Yield declared sizes of sites that the study does not name."""
-    names, sizes = study.sites.names, study.privacy.sizes
+    names = study.sites.names
+    sizes = study.privacy.sizes
     for name, size in sizes.items():
         if names and name not in names:
             close = closest(name, names)
             mend: dict[toml.Path, object] = {("privacy", "sizes", name): LEAVE_OUT}
             if close and close not in sizes:
                 mend[("privacy", "sizes", close)] = size
-            text = f"{toml.key('privacy', 'sizes', name)}={size}: no such site in sites.names; {nearest(name, names)}"
+            text = (
+                f"{toml.key('privacy', 'sizes', name)}={size}: no such site in sites.names; "
+                f"{nearest(name, names)}"
+            )
             yield Refusal(StudyError(text), mend)
 
 
@@ -399,14 +466,16 @@ def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
         return
     small = 10.0 ** math.floor(math.log10(0.5 / patients))
     text = (
-        f"privacy.delta={delta:g} with {patients} patients; expected below 1/{patients}, or a guarantee may be "
-        f"met by publishing one patient. Set privacy.delta={small:g}."
+        f"privacy.delta={delta:g} with {patients} patients; expected below 1/{patients}, or a "
+        f"guarantee may be met by publishing one patient. Set privacy.delta={small:g}."
     )
     yield Refusal(PlanError(text), {("privacy", "delta"): small})
 
 
 def declared_size(study: Study, site: str) -> int:
-    """Return the declared number of training patients of a site; raise PlanError where there is none."""
+    """Return the declared number of training patients of a site; raise PlanError where there is
+    none.
+    """
     if study.sites.kind == "device":
         return 1
     refuse(unsized([site], study))
@@ -414,16 +483,19 @@ def declared_size(study: Study, site: str) -> int:
 
 
 def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarantee:
-    """Return the guarantee of a study whose clients have declared `sizes`, the noise calibrated to its target.
+    """Return the guarantee of a study whose clients have declared `sizes`, the noise calibrated to
+    its target.
 
     Raises PlanError where the target cannot be met.
 
-    Guarantee: whoever is there and however many, a patient who takes part in every round of the plan, spare ones too,
-    and in every query pays at most epsilon at delta, the noise sampler's distance from its ideal included. Adding or
-    removing one patient with all records is what is hidden.
+    Guarantee: whoever is there and however many, a patient who takes part in every round of the
+    plan, spare ones too, and in every query pays at most epsilon at delta, the noise sampler's
+    distance from its ideal included. Adding or removing one patient with all records is what is
+    hidden.
 
     Edge cases:
-    - `sizes` are declared, never counted: where they are wrong the learning rate is off, and the guarantee holds;
+    - `sizes` are declared, never counted: where they are wrong the learning rate is off, and the
+      guarantee holds;
     - a delta of 1/n or more is refused, as is one that the sampler's share would half use up;
     - a draw of sites gains nothing, as it is seen; only coins of patients do;
     - `simulation_only`: the same numbers, and nothing is claimed.
@@ -433,7 +505,8 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     assert where != "none"
     refuse(large_delta(sum(sizes.values()), study))
 
-    # What is planned: how many rounds a client's patients pay for, and what each releases, its noise yet unknown.
+    # What is planned: how many rounds a client's patients pay for, and what each releases, its
+    # noise yet unknown.
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
     planned = study.training.rounds + privacy.spare_rounds
     mean = sum(sizes.values()) / len(sizes)
@@ -469,27 +542,33 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
         guarantee = replace(guarantee, delta_sampler=delta_cost(worst, samples, privacy.epsilon))
     if guarantee.delta_sampler > privacy.delta / 2:
         raise PlanError(
-            f"privacy.delta={privacy.delta:g} with {samples:,} noise samples, whose sampler takes "
-            f"{guarantee.delta_sampler:.2g} of it; expected at most half. Lower training.rounds, the local steps or "
-            "epsilon, or raise privacy.delta."
+            f"privacy.delta={privacy.delta:g} with {samples:,} noise samples, whose sampler "
+            f"takes {guarantee.delta_sampler:.2g} of it; expected at most half. Lower "
+            "training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
 
     # Queries have their own price; the rounds get what these leave.
     delta = guarantee.delta - guarantee.delta_sampler
     queries = {
-        label: replace(one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta))
+        label: replace(
+            one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta)
+        )
         for label, one in queries_of(study).items()
     }
     guarantee = replace(guarantee, queries=queries)
     noise = {name: _noise_for(guarantee, release) for name, release in blank.items()}
     if guarantee.joint:  # one noise for all: the client that needs most decides
         noise = dict.fromkeys(noise, max(noise.values()))
-    releases = {name: replace(release, noise_multiplier=noise[name]) for name, release in blank.items()}
+    releases = {
+        name: replace(release, noise_multiplier=noise[name]) for name, release in blank.items()
+    }
     return replace(guarantee, releases=releases)
 
 
 def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
-    """Return how many numbers the noise sampler draws for one patient over the whole plan, queries included."""
+    """Return how many numbers the noise sampler draws for one patient over the whole plan, queries
+    included.
+    """
     steps = max(release.steps for release in guarantee.releases.values())
     samples = guarantee.numbers() * steps * guarantee.rounds * guarantee.copies
     samples += guarantee.copies * sum(one.numbers * one.times for one in queries_of(study).values())
@@ -500,10 +579,12 @@ def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
 
 
 def _release(study: Study, size: int, where: str, mean: float) -> Release:
-    """Return a client's release before its noise is known. Steps and sampling follow from declared sizes alone.
+    """Return a client's release before its noise is known. Steps and sampling follow from declared
+    sizes alone.
 
-    Under joint noise all patients are drawn alike, batch_size of them at a site of the mean size: where a small site
-    drew more of its own, its patients would need more noise, and all sites would get it.
+    Under joint noise all patients are drawn alike, batch_size of them at a site of the mean size:
+    where a small site drew more of its own, its patients would need more noise, and all sites would
+    get it.
     """
     training = study.training
     probability = 1.0
@@ -519,8 +600,11 @@ def _release(study: Study, size: int, where: str, mean: float) -> Release:
 
 
 def _noise_for(guarantee: Guarantee, release: Release) -> float:
-    """Return the noise multiplier of a client's release at which its patients' whole plan meets the target."""
-    alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)  # neither matters to what it costs
+    """Return the noise multiplier of a client's release at which its patients' whole plan meets the
+    target.
+    """
+    # neither matters to what it costs
+    alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)
     return _calibrate(
         alike,
         guarantee.uses * guarantee.copies,
@@ -533,7 +617,12 @@ def _noise_for(guarantee: Guarantee, release: Release) -> float:
 
 @lru_cache(maxsize=4096)
 def _calibrate(
-    release: Release, times: int, beside: tuple[Event, ...], epsilon: float, delta: float, accountant: str
+    release: Release,
+    times: int,
+    beside: tuple[Event, ...],
+    epsilon: float,
+    delta: float,
+    accountant: str,
 ) -> float:
     def planned(noise_multiplier: float) -> Event:
         rounds = repeat(replace(release, noise_multiplier=noise_multiplier).event(), times)
@@ -545,19 +634,26 @@ def _calibrate(
         if not beside:
             raise
         raise PlanError(
-            f"{error} What training patients are asked beside it (privacy.ranges_epsilon, threshold_epsilon, "
-            "vote_epsilon) leaves too little to train with: lower it, to a quarter of privacy.epsilon, say."
+            f"{error} What training patients are asked beside it (privacy.ranges_epsilon, "
+            "threshold_epsilon, vote_epsilon) leaves too little to train with: lower it, to a "
+            "quarter of privacy.epsilon, say."
         ) from error
 
 
 def queries_of(study: Study) -> dict[str, Query]:
-    """Return what training patients are asked beside the gradient, by label; their noise is not known yet."""
+    """Return what training patients are asked beside the gradient, by label; their noise is not
+    known yet.
+    """
     privacy = study.privacy
     queries: dict[str, Query] = {}
     if columns := len(open_columns(study)):
-        queries["ranges"] = Query(privacy.ranges_epsilon, columns * max(quantiles.CELLS), quantiles.TIMES)
+        queries["ranges"] = Query(
+            privacy.ranges_epsilon, columns * max(quantiles.CELLS), quantiles.TIMES
+        )
     if study.rule().chosen:
-        queries["threshold"] = Query(privacy.threshold_epsilon or privacy.epsilon / 4, 2 * CHOOSING_CELLS)
+        queries["threshold"] = Query(
+            privacy.threshold_epsilon or privacy.epsilon / 4, 2 * CHOOSING_CELLS
+        )
     if privacy.vote_epsilon:
         queries["vote"] = Query(privacy.vote_epsilon, 1)
     return queries
@@ -565,7 +661,8 @@ def queries_of(study: Study) -> dict[str, Query]:
 
 @lru_cache(maxsize=256)
 def _query_noise(copies: int, epsilon: float, delta: float) -> float:
-    """Return the noise multiplier at which a query, at all of a patient's sites, would cost `epsilon`.
+    """Return the noise multiplier at which a query, at all of a patient's sites, would cost
+    `epsilon`.
 
     The answer's noise is Gaussian, as training's is, so that the two compose without loss.
     """
@@ -573,7 +670,9 @@ def _query_noise(copies: int, epsilon: float, delta: float) -> float:
 
 
 def _accountant(study: Study, releases: Mapping[str, Release]) -> str:
-    """Return the accountant that the study names; else the exact one where all that is released is Gaussian."""
+    """Return the accountant that the study names; else the exact one where all that is released is
+    Gaussian.
+    """
     if study.privacy.accountant != "auto":
         return study.privacy.accountant
     if all(release.probability == 1 for release in releases.values()):

@@ -32,12 +32,13 @@ class Charge:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a study wants no patient to exceed, at its delta: over its own runs, and over all studies. inf: no limit.
+    """What a study wants no patient to exceed, at its delta: over its own runs, and over all
+    studies. inf: no limit.
 
-    The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise sampler takes. `planned`:
-    how many charges of a label a site may have in one run, where a fixed plan is what epsilon was worked out for;
-    `alone`: in all runs of the study together, as nothing but the plan limits what is asked, and a run's name is the
-    coordinator's to say.
+    The ledger's `Lifetime` holds beside them. `sampler`: the part of any delta that the noise
+    sampler takes. `planned`: how many charges of a label a site may have in one run, where a fixed
+    plan is what epsilon was worked out for; `alone`: in all runs of the study together, as nothing
+    but the plan limits what is asked, and a run's name is the coordinator's to say.
     """
 
     epsilon: float
@@ -50,7 +51,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Lifetime:
-    """What no patient of a site may exceed over all studies, who is one patient, and who decided so, and why."""
+    """What no patient of a site may exceed over all studies, who is one patient, and who decided
+    so, and why.
+    """
 
     epsilon: float
     delta: float
@@ -61,9 +64,14 @@ class Lifetime:
     def __post_init__(self) -> None:
         """Refuse what bounds nothing."""
         if not 0 < self.epsilon < math.inf:
-            raise PlanError(f"lifetime epsilon={self.epsilon:g}; expected a number above 0, and not inf")
+            raise PlanError(
+                f"lifetime epsilon={self.epsilon:g}; expected a number above 0, and not inf"
+            )
         if not 0 < self.delta < 1:
-            raise PlanError(f"lifetime delta={self.delta:g}; expected a number in (0, 1), below 1 / number of patients")
+            raise PlanError(
+                f"lifetime delta={self.delta:g}; expected a number in (0, 1), below 1 / number "
+                "of patients"
+            )
         if self.identity not in ("canonical", "exact"):
             raise PlanError(f"identity={self.identity!r}; expected 'canonical' or 'exact'")
 
@@ -79,7 +87,9 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Spent:
-    """A study's account at one site: the epsilon of the `worst` of its `patients`, those who have paid most there."""
+    """A study's account at one site: the epsilon of the `worst` of its `patients`, those who have
+    paid most there.
+    """
 
     study: str
     site: str

@@ -28,11 +28,19 @@ BUSY_SECONDS = 5.0
 
 APPLICATION = 0x6D66_4C47  # "mfLG", in the file's header
 RESTORE = "Restore it from a copy: a new ledger would forget what the patients have paid."
-_RESTORE_KEY = "Restore the key from a copy: under a new one every patient would look new, with nothing spent."
-RESTORE_ALL = "Restore the newest copy of the whole folder; where none is left, see `medfed privacy accept --help`."
-SAY_LIFETIME = "medfed privacy budget FOLDER --lifetime-epsilon E --delta D --operator NAME --reason TEXT"
+_RESTORE_KEY = (
+    "Restore the key from a copy: under a new one every patient would look new, with nothing spent."
+)
+RESTORE_ALL = (
+    "Restore the newest copy of the whole folder; where none is left, see `medfed privacy "
+    "accept --help`."
+)
+SAY_LIFETIME = (
+    "medfed privacy budget FOLDER --lifetime-epsilon E --delta D --operator NAME --reason TEXT"
+)
 _ELSEWHERE = (
-    "Every charge must be on disk before data is touched: make the folder writable, or set MEDFED_HOME to one that is."
+    "Every charge must be on disk before data is touched: make the folder writable, or set "
+    "MEDFED_HOME to one that is."
 )
 
 _UNLINKED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -44,10 +52,13 @@ _TABLES = {
     "genesis": "(content TEXT, hash TEXT)",
     "cohorts": "(id TEXT PRIMARY KEY, site TEXT) WITHOUT ROWID",
     "members": "(cohort TEXT, pseudonym TEXT, PRIMARY KEY (cohort, pseudonym)) WITHOUT ROWID",
-    "charges": "(seq INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT, study TEXT, run TEXT, site TEXT, cohort TEXT, "
-    "round INTEGER, label TEXT, event TEXT, previous TEXT, hash TEXT)",
+    "charges": (
+        "(seq INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT, study TEXT, run TEXT, site TEXT, "
+        "cohort TEXT, round INTEGER, label TEXT, event TEXT, previous TEXT, hash TEXT)"
+    ),
 }
-_REPEATED = {  # an INSERT OR REPLACE deletes without asking the DELETE triggers, so it is stopped by these
+# an INSERT OR REPLACE deletes without asking the DELETE triggers, so it is stopped by these
+_REPEATED = {
     "genesis": "EXISTS (SELECT 1 FROM genesis)",
     "cohorts": "EXISTS (SELECT 1 FROM cohorts WHERE id = NEW.id)",
     "members": "EXISTS (SELECT 1 FROM members WHERE cohort = NEW.cohort AND pseudonym = NEW.pseudonym)",
@@ -64,7 +75,7 @@ SCHEMA = [
 ]
 
 
-# Rows and their hashes ------------------------------------------------------------------------------------------------
+# Rows and their hashes ----------------------------------------------------------------------------
 
 write_json = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), default=lambda value: {"bytes": value.hex()}
@@ -88,18 +99,25 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-# The file and its key -------------------------------------------------------------------------------------------------
+# The file and its key -----------------------------------------------------------------------------
 
 
 def connect(uri: str, folder: Path | None = None) -> sqlite3.Connection:
-    sql = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    # A rollback journal, not WAL: between transactions the one file is the whole ledger. EXTRA is FULL that flushes the
-    # folder too, without which a power cut could bring back the journal and undo a charge that was acknowledged;
-    # fullfsync is what a flush takes on macOS.
-    for setting in ("synchronous = EXTRA", "fullfsync = ON", "trusted_schema = OFF", "cell_size_check = ON"):
+    sql = sqlite3.connect(
+        uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    # A rollback journal, not WAL: between transactions the one file is the whole ledger. EXTRA is
+    # FULL that flushes the folder too, without which a power cut could bring back the journal and
+    # undo a charge that was acknowledged; fullfsync is what a flush takes on macOS.
+    for setting in (
+        "synchronous = EXTRA",
+        "fullfsync = ON",
+        "trusted_schema = OFF",
+        "cell_size_check = ON",
+    ):
         sql.execute(f"PRAGMA {setting}")
-    # On a share that cannot flush its folder the journal is cut to nothing, and flushed itself: deleting it would be
-    # an error after the fact.
+    # On a share that cannot flush its folder the journal is cut to nothing, and flushed itself:
+    # deleting it would be an error after the fact.
     if folder and not files.flush_folder(folder):
         sql.execute("PRAGMA journal_mode = TRUNCATE")
     return sql
@@ -111,22 +129,27 @@ def anchor_of(path: Path) -> Path:
 
 
 def rule_of(path: Path) -> Rule | None:
-    """Return the identity rule of the ledger at `path`, from its first row alone; None where there is no ledger.
+    """Return the identity rule of the ledger at `path`, from its first row alone; None where there
+    is no ledger.
 
-    Raises LedgerError where it cannot be read, or is missing though its key or anchor is there. What an old ledger
-    or a run's own goes by is "exact".
+    Raises LedgerError where it cannot be read, or is missing though its key or anchor is there.
+    What an old ledger or a run's own goes by is "exact".
     """
     if not path.exists():
         refuse_lost(path)
         return None
+
     with explain_errors(path), closing(connect(f"{path.absolute().as_uri()}?mode=ro")) as sql:
         if sql.execute("PRAGMA application_id").fetchone() != (APPLICATION,):
             raise LedgerError(f"{path} is no ledger, or was emptied. Name another file. {RESTORE}")
         content, digest = sql.execute("SELECT content, hash FROM genesis").fetchone() or ("", "")
+
     if sha256(str(content)) != digest:
         raise LedgerError(
-            f"{path} is damaged: row 0, its genesis, is missing or was changed. The run is refused. {RESTORE}"
+            f"{path} is damaged: row 0, its genesis, is missing or was changed. The run is "
+            f"refused. {RESTORE}"
         )
+
     lifetime = json.loads(content).get("lifetime")
     if lifetime:
         return Lifetime(**lifetime).identity
@@ -138,25 +161,32 @@ def refuse_lost(path: Path) -> None:
     for place in (path.with_name(KEY), anchor_of(path)):
         if place.exists():
             raise LedgerError(
-                f"{path} is missing, though {place.name} is there: there was a ledger, and patients may have paid. "
-                f"{RESTORE} To begin anew, for other patients, the operator founds one in another folder."
+                f"{path} is missing, though {place.name} is there: there was a ledger, and "
+                f"patients may have paid. {RESTORE} To begin anew, for other patients, the "
+                "operator founds one in another folder."
             )
 
 
 def refuse_unsigned(operator: str, reason: str) -> None:
     if not operator.strip() or not reason.strip():
-        raise PlanError(f"operator={operator!r}, reason={reason!r}; expected both: what is decided stays on record")
+        raise PlanError(
+            f"operator={operator!r}, reason={reason!r}; expected both: what is decided stays on "
+            "record"
+        )
 
 
 def create(path: Path, founding: Lifetime | None) -> None:
-    """Found a ledger beside its place and link it there: nobody meets half of one, and an empty file is never one.
+    """Found a ledger beside its place and link it there: nobody meets half of one, and an empty
+    file is never one.
 
-    The key follows the ledger to its place (`Ledger.open`), so that a key without a ledger means a lost one.
+    The key follows the ledger to its place (`Ledger.open`), so that a key without a ledger means a
+    lost one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     beside, spare = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("tmp", "key"))
     key = secrets.token_bytes(32)
+
     try:
         with open(os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(key)
@@ -193,8 +223,15 @@ def link(beside: Path, place: Path) -> None:
 
 
 def write_genesis(sql: sqlite3.Connection, key: bytes, lifetime: Lifetime | None) -> None:
-    """Write schema and genesis: a random id, what the key must agree with, and the lifetime budget."""
-    genesis = {"id": secrets.token_hex(16), "created": now(), "format": FORMAT, "key": fingerprint(key)}
+    """Write schema and genesis: a random id, what the key must agree with, and the
+    lifetime budget.
+    """
+    genesis = {
+        "id": secrets.token_hex(16),
+        "created": now(),
+        "format": FORMAT,
+        "key": fingerprint(key),
+    }
     bound = {"lifetime": vars(lifetime)} if lifetime else {}
     content = write_json({**genesis, **bound, "orders": accounting.ORDERS_VERSION})
     sql.execute(f"PRAGMA application_id = {APPLICATION}")
@@ -211,12 +248,16 @@ def fingerprint(key: bytes) -> str:
 
 
 def read_key(path: Path, expected: str) -> bytes:
-    """Return the key beside the ledger at `path`, whose fingerprint is `expected`; raise LedgerError for another."""
+    """Return the key beside the ledger at `path`, whose fingerprint is `expected`; raise
+    LedgerError for another.
+    """
     place = path.with_name(KEY)
     try:
         key = place.read_bytes()
     except OSError as error:
-        raise LedgerError(f"{place} cannot be read: {error.strerror}; {path} needs it. {_RESTORE_KEY}") from error
+        raise LedgerError(
+            f"{place} cannot be read: {error.strerror}; {path} needs it. {_RESTORE_KEY}"
+        ) from error
     if fingerprint(key) != expected:
         raise LedgerError(f"{place} is not the key of {path}. {_RESTORE_KEY}")
     return key
@@ -228,21 +269,30 @@ def explain_errors(path: Path | None) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise LedgerError(f"{path} {_reason(getattr(error, 'sqlite_errorcode', 0) & 0xFF, error)}") from error
+        raise LedgerError(
+            f"{path} {_reason(getattr(error, 'sqlite_errorcode', 0) & 0xFF, error)}"
+        ) from error
     except UnicodeDecodeError as error:
         raise LedgerError(f"{path} {_reason(sqlite3.SQLITE_CORRUPT, error)}") from error
     except OSError as error:
-        raise LedgerError(f"{path} cannot be opened or written: {error.strerror}. {_ELSEWHERE}") from error
+        raise LedgerError(
+            f"{path} cannot be opened or written: {error.strerror}. {_ELSEWHERE}"
+        ) from error
 
 
 def _reason(code: int, error: Exception) -> str:
     match code:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return (
-                f"has been locked by another process for {BUSY_SECONDS:g} s. See what holds it (another run, a viewer, "
-                "a backup), let that end, then run again."
+                f"has been locked by another process for {BUSY_SECONDS:g} s. See what holds it "
+                "(another run, a viewer, a backup), let that end, then run again."
             )
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_IOERR:
+        case (
+            sqlite3.SQLITE_READONLY
+            | sqlite3.SQLITE_CANTOPEN
+            | sqlite3.SQLITE_PERM
+            | sqlite3.SQLITE_IOERR
+        ):
             return f"cannot be opened or written: {error}. {_ELSEWHERE}"
         case sqlite3.SQLITE_FULL:
             return "cannot be written: the disk is full. Free some of it; nothing was charged."

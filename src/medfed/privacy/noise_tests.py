@@ -1,11 +1,12 @@
 """Tests of drawn noise against its law, and how much of it a claim needs by a second reckoning.
 
-Whoever knows a sum and sees it released has the noise itself, number by number. Then a wrong standard deviation, a key
-that is used again or a number without noise needs no coins to guess: each is a test with a known law. A test of
-variance over N numbers tells 1 from 1 +- 3 / sqrt(N / 2), where guesses about canaries tell it from nothing.
+Whoever knows a sum and sees it released has the noise itself, number by number. Then a wrong
+standard deviation, a key that is used again or a number without noise needs no coins to guess: each
+is a test with a known law. A test of variance over N numbers tells 1 from 1 +- 3 / sqrt(N / 2),
+where guesses about canaries tell it from nothing.
 
-Nothing here reads what the code under test says of its own noise: the multiplier is worked out anew, by closed form or
-by dp-accounting's privacy loss distributions.
+Nothing here reads what the code under test says of its own noise: the multiplier is worked out
+anew, by closed form or by dp-accounting's privacy loss distributions.
 
 V vectors (rounds, or rounds times sites), P numbers of each.
 """
@@ -31,12 +32,19 @@ _SMALL = 1 << 18  # grid steps: below it float32 holds a fraction of a step
 
 @lru_cache(maxsize=256)
 def needed_multiplier(
-    epsilon: float, delta: float, releases: int, probability: float = 1.0, cap: int = 0, population: int = 0
+    epsilon: float,
+    delta: float,
+    releases: int,
+    probability: float = 1.0,
+    cap: int = 0,
+    population: int = 0,
 ) -> float:
-    """Return the standard deviation over sensitivity that `releases` Gaussian sums need for (epsilon, delta).
+    """Return the standard deviation over sensitivity that `releases` Gaussian sums need for
+    (epsilon, delta).
 
-    Without sampling by the closed form for mu-GDP, delta = F(mu/2 - epsilon/mu) - e^epsilon F(-mu/2 - epsilon/mu), mu =
-    sqrt(releases) / multiplier (Dong, Roth and Su 2022, eq. 6); with it by privacy loss distributions, within 1e-3.
+    Without sampling by the closed form for mu-GDP, delta = F(mu/2 - epsilon/mu) - e^epsilon F(-mu/2
+    - epsilon/mu), mu = sqrt(releases) / multiplier (Dong, Roth and Su 2022, eq. 6); with it by
+    privacy loss distributions, within 1e-3.
     """
     if probability < 1:
         return _by_loss_distribution(epsilon, delta, releases, probability, cap, population)
@@ -71,7 +79,8 @@ def _by_loss_distribution(
 
     low = high = 1.0
     while spent(high) > epsilon:
-        low, high = high, 1.5 * high
+        low = high
+        high = 1.5 * high
     while low == high or spent(low) <= epsilon:
         low, high = low / 1.5, low
     while high > low * 1.001:
@@ -84,13 +93,17 @@ def _by_loss_distribution(
 
 
 def strategy_coefficients(rounds: int, band: int) -> Floats:
-    """Return the banded square root of the prefix-sum matrix, c_j = c_(j-1) (2j - 1) / 2j, by recurrence."""
+    """Return the banded square root of the prefix-sum matrix, c_j = c_(j-1) (2j - 1) / 2j, by
+    recurrence.
+    """
     j = np.arange(1, min(band, rounds))
     return np.concatenate([[1.0], np.cumprod((2 * j - 1) / (2 * j))])
 
 
 def strategy_norm(c_B: ArrayLike, rounds: int, separation: int) -> float:
-    """Return the norm of the columns of the strategy's matrix that one patient uses, from the matrix itself."""
+    """Return the norm of the columns of the strategy's matrix that one patient uses, from the
+    matrix itself.
+    """
     c = np.asarray(c_B, np.float64)
     total = 0.0
     for use in range(0, rounds, separation):
@@ -102,7 +115,9 @@ def strategy_norm(c_B: ArrayLike, rounds: int, separation: int) -> float:
 
 
 def whiten(noise_TP: Floats, c_B: ArrayLike) -> Floats:
-    """Return what correlated noise was made from, C n: independent draws, up to a rounding of half a step."""
+    """Return what correlated noise was made from, C n: independent draws, up to a rounding of half
+    a step.
+    """
     fresh_TP = np.zeros_like(noise_TP)
     for lag, c in enumerate(np.asarray(c_B, np.float64)[: len(noise_TP)]):
         fresh_TP[lag:] += c * noise_TP[: len(noise_TP) - lag]
@@ -114,7 +129,9 @@ def whiten(noise_TP: Floats, c_B: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Law:
-    """What came of the tests: p-values by name, each already for all its comparisons, and the measured deviation."""
+    """What came of the tests: p-values by name, each already for all its comparisons, and the
+    measured deviation.
+    """
 
     vectors: int
     numbers: int
@@ -125,10 +142,11 @@ class Law:
 def against_law(noise_VP: Floats, sigma_V: Floats) -> Law:
     """Test vectors of noise against independent Gaussians around 0 of standard deviation sigma_V.
 
-    Each p-value is exact, or holds to the size of what is compared: chi-square for variances (of all numbers, of the
-    worst vector, of the worst coordinate), normal for means, Kolmogorov and Smirnov for the shape. "lags" is the
-    largest correlation of the whole sequence with itself, moved; "reuse" that of any two vectors, of either sign and
-    any scale: 1 where a key or a counter came back.
+    Each p-value is exact, or holds to the size of what is compared: chi-square for variances (of
+    all numbers, of the worst vector, of the worst coordinate), normal for means, Kolmogorov and
+    Smirnov for the shape. "lags" is the largest correlation of the whole sequence with itself,
+    moved; "reuse" that of any two vectors, of either sign and any scale: 1 where a key or a counter
+    came back.
     """
     x_VP = noise_VP / sigma_V[:, None]
     square_VP = x_VP**2
@@ -138,16 +156,21 @@ def against_law(noise_VP: Floats, sigma_V: Floats) -> Law:
         "variance of a vector": _least([_variance(s, P) for s in square_VP.sum(1)]),
         "variance of a coordinate": _worst_variance(square_VP.sum(0), V),
         "mean": _two_sided(float(x_VP.sum()) / math.sqrt(V * P)),
-        "mean of a coordinate": min(1.0, P * _two_sided(float(np.abs(x_VP.sum(0)).max()) / math.sqrt(V))),
+        "mean of a coordinate": min(
+            1.0, P * _two_sided(float(np.abs(x_VP.sum(0)).max()) / math.sqrt(V))
+        ),
         "shape": _shape(x_VP),
         "lags": _lags(x_VP.ravel()[:_MOST]),
         "reuse": _reuse(x_VP[:_PAIRED]),
     }
+
     return Law(V, V * P, math.sqrt(float(square_VP.mean())), p)
 
 
 def too_small(square: float, numbers: int) -> float:
-    """Return how likely so small a sum of squares is, in units of the variance, or a smaller one."""
+    """Return how likely so small a sum of squares is, in units of the variance, or a
+    smaller one.
+    """
     return float(stats.chi2.cdf(square, numbers))
 
 
@@ -157,7 +180,9 @@ def too_large(square: float, numbers: int) -> float:
 
 
 def on_grid(noise_VP: Floats) -> float | None:
-    """Return the share of numbers that are whole, of those small enough to tell; None where fewer than 20 are."""
+    """Return the share of numbers that are whole, of those small enough to tell; None where fewer
+    than 20 are.
+    """
     small = noise_VP[np.abs(noise_VP) < _SMALL]
     if len(small) < 20:
         return None
@@ -165,11 +190,14 @@ def on_grid(noise_VP: Floats) -> float | None:
 
 
 def power(numbers: int, alpha: float, chance: float = 0.95) -> tuple[float, float]:
-    """Return the factors of the standard deviation, below 1 and above, that "variance" refuses with that chance.
+    """Return the factors of the standard deviation, below 1 and above, that "variance" refuses with
+    that chance.
 
-    `numbers` are what was drawn and `alpha` is the p-value below which the test refuses: computed from chi-square.
+    `numbers` are what was drawn and `alpha` is the p-value below which the test refuses: computed
+    from chi-square.
     """
-    low, high = stats.chi2.ppf(alpha / 2, numbers), stats.chi2.isf(alpha / 2, numbers)
+    low = stats.chi2.ppf(alpha / 2, numbers)
+    high = stats.chi2.isf(alpha / 2, numbers)
     return (
         math.sqrt(low / stats.chi2.ppf(chance, numbers)),
         math.sqrt(high / stats.chi2.ppf(1 - chance, numbers)),
@@ -212,7 +240,9 @@ def _lags(x_N: Floats) -> float:
 
 
 def _reuse(x_VP: Floats) -> float:
-    """Judge the largest correlation of two vectors; about 0, the law is Student's with P - 1 degrees of freedom."""
+    """Judge the largest correlation of two vectors; about 0, the law is Student's with P - 1
+    degrees of freedom.
+    """
     V, P = x_VP.shape
     if V < 2 or P < 2:
         return 1.0

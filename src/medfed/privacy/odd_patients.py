@@ -1,7 +1,8 @@
 """Patients made to break a clip: records that repeat, nearly repeat, cancel, overflow, vanish.
 
-Differential privacy is a promise for every patient, not for likely ones. These are drawn by tests, by the audit and by
-`benchmarks/odd_patients.py`, each at the code that claims to bound what one patient moves.
+Differential privacy is a promise for every patient, not for likely ones. These are drawn by tests,
+by the audit and by `benchmarks/odd_patients.py`, each at the code that claims to bound what one
+patient moves.
 
 R records of one patient, F features.
 """
@@ -20,7 +21,10 @@ Drawn = tuple[NDArray[np.float64], NDArray[np.float64]]
 """The same before targets are made those of a task."""
 
 MOST_RECORDS = 64
-_SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 1e30, -1e30, 3e38, -3e38, np.nan, np.inf, -np.inf], np.float32)
+_SPECIAL = np.array(
+    [0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 1e30, -1e30, 3e38, -3e38, np.nan, np.inf, -np.inf],
+    np.float32,
+)
 
 
 def draw(
@@ -31,11 +35,13 @@ def draw(
     finite: bool = True,
     most: int = MOST_RECORDS,
 ) -> Records:
-    """Return one odd patient of at most `most` records, 2 or more; `finite` leaves out NaN and infinity.
+    """Return one odd patient of at most `most` records, 2 or more; `finite` leaves out NaN and
+    infinity.
 
-    Kinds, one at random: records that are one another's neighbours in float32 or exact copies, with targets that cancel
-    (the norm of what they sum to is far below that of each); many records of one magnitude between 1e-30 and 1e30;
-    magnitudes mixed within a record and between records; numbers at the edge of float32.
+    Kinds, one at random: records that are one another's neighbours in float32 or exact copies, with
+    targets that cancel (the norm of what they sum to is far below that of each); many records of
+    one magnitude between 1e-30 and 1e30; magnitudes mixed within a record and between records;
+    numbers at the edge of float32.
     """
     kinds = list(_KINDS.values())
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
@@ -46,7 +52,9 @@ def draw(
         return narrow_RF, _targets(rng, y_R, task, classes)
 
 
-def _targets(rng: np.random.Generator, y_R: NDArray[np.float64], task: Task, classes: int) -> NDArray[np.float32]:
+def _targets(
+    rng: np.random.Generator, y_R: NDArray[np.float64], task: Task, classes: int
+) -> NDArray[np.float32]:
     """Return targets of the task; for classes the sign of what was drawn decides."""
     if task == "regression":
         wide: NDArray[np.float32] = np.nan_to_num(y_R.astype(np.float32), nan=0.0)
@@ -76,7 +84,9 @@ def _several(rng: np.random.Generator, most: int) -> int:
 
 
 def _neighbours(rng: np.random.Generator, features: int, most: int) -> Drawn:
-    """Two records that differ by a few units in the last place, or by little, in one feature or in all."""
+    """Two records that differ by a few units in the last place, or by little, in one feature or in
+    all.
+    """
     x_F = rng.standard_normal(features) * _size(rng)
     gap = x_F * 10.0 ** rng.uniform(-8.5, -2)
     if rng.random() < 0.5:
@@ -102,7 +112,9 @@ def _copies(rng: np.random.Generator, features: int, most: int) -> Drawn:
 def _one_size(rng: np.random.Generator, features: int, most: int) -> Drawn:
     """Records of one magnitude."""
     records = _several(rng, most)
-    return rng.standard_normal((records, features)) * _magnitude(rng), rng.standard_normal(records) * _magnitude(rng)
+    return rng.standard_normal((records, features)) * _magnitude(rng), rng.standard_normal(
+        records
+    ) * _magnitude(rng)
 
 
 def _mix_magnitudes(rng: np.random.Generator, features: int, most: int) -> Drawn:
@@ -118,7 +130,9 @@ def _edges(rng: np.random.Generator, features: int, most: int) -> Drawn:
     records = _several(rng, most)
     x_RF = rng.choice(_SPECIAL, (records, features)).astype(np.float64)
     kept = rng.random((records, features)) < rng.choice([0.0, 0.5, 0.95])
-    return np.where(kept, rng.standard_normal((records, features)), x_RF), rng.standard_normal(records)
+    return np.where(kept, rng.standard_normal((records, features)), x_RF), rng.standard_normal(
+        records
+    )
 
 
 _KINDS: dict[str, Callable[[np.random.Generator, int, int], Drawn]] = {

@@ -17,52 +17,62 @@ HOME = "MEDFED_HOME"
 
 
 def ledger_path(study: Study, folder: Path | None) -> Path | None:
-    """Return where a study's budget ledger lies: the lifetime ledger, or the run's own; None keeps it in memory.
+    """Return where a study's budget ledger lies: the lifetime ledger, or the run's own; None keeps
+    it in memory.
 
-    Raises LedgerError where the study names another folder than the operator, or one without a ledger.
+    Raises LedgerError where the study names another folder than the operator, or one without a
+    ledger.
     """
     if study.privacy.scope == "run":
         if folder:
             return folder / LEDGER
         return None
+
     mine = operators_folder()
     if not study.privacy.ledger:
         return (mine or _default()) / LEDGER
-    asked, told = study.folder / os.path.expanduser(study.privacy.ledger), f"privacy.ledger={study.privacy.ledger!r}"
+    asked = study.folder / os.path.expanduser(study.privacy.ledger)
+    told = f"privacy.ledger={study.privacy.ledger!r}"
     if mine is not None and asked.resolve() != mine.resolve():
         raise LedgerError(
-            f"{told} is not the ledger of this site, in {mine}: patients would have a second budget. Leave "
-            f"privacy.ledger out; the site's operator names another place by {HOME}."
+            f"{told} is not the ledger of this site, in {mine}: patients would have a second "
+            "budget. Leave privacy.ledger out; the site's operator names another place by "
+            f"{HOME}."
         )
     if not (asked / LEDGER).exists() and mine is None:
         raise LedgerError(
-            f"{told} holds no ledger {LEDGER}, and a study founds none where it likes. Leave privacy.ledger out, or "
-            "have the site's operator found it: medfed privacy found FOLDER --lifetime-epsilon E --delta D "
-            "--operator NAME."
+            f"{told} holds no ledger {LEDGER}, and a study founds none where it likes. Leave "
+            "privacy.ledger out, or have the site's operator found it: medfed privacy found "
+            "FOLDER --lifetime-epsilon E --delta D --operator NAME."
         )
+
     return asked / LEDGER
 
 
 def operators_folder() -> Path | None:
-    """Return the folder that the site's operator has named: by MEDFED_HOME, or by a ledger in the user's data folder.
+    """Return the folder that the site's operator has named: by MEDFED_HOME, or by a ledger in the
+    user's data folder.
 
     A user without a home has no data folder.
 
-    A ledger that is lost but for its key or anchor counts too. Raises LedgerError where MEDFED_HOME is relative.
+    A ledger that is lost but for its key or anchor counts too. Raises LedgerError where MEDFED_HOME
+    is relative.
     """
     if home := os.environ.get(HOME):
         place = Path(os.path.expanduser(home))  # a ~ without a home stays one, and is refused
         if not place.is_absolute():
             raise LedgerError(
-                f"{HOME}={home!r} would be another ledger for each folder that somebody starts from; expected an "
-                "absolute path"
+                f"{HOME}={home!r} would be another ledger for each folder that somebody starts "
+                "from; expected an absolute path"
             )
         return place
+
     if (default := _data_folder()) is None:
         return None
     place = default / LEDGER
     if any(p.exists() for p in (place, place.with_name(KEY), anchor_of(place))):
         return default
+
     return None
 
 
@@ -72,11 +82,14 @@ def home() -> Path:
 
 
 def _default() -> Path:
-    """Return the user's data folder; raise LedgerError where the user has none: a ledger must not follow the shell."""
+    """Return the user's data folder; raise LedgerError where the user has none: a ledger must not
+    follow the shell.
+    """
     place = _data_folder()
     if place is None:
         raise LedgerError(
-            f"this user has no home folder, where the site's ledger would lie. Set {HOME} to an absolute path."
+            f"this user has no home folder, where the site's ledger would lie. Set {HOME} to an "
+            "absolute path."
         )
     return place
 

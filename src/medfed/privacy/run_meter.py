@@ -1,7 +1,7 @@
 """The coordinator's count of what a run has spent, charged before any site is asked to work.
 
-Each site keeps its own ledger of its patients (ledger.py) and refuses by itself; this count is what the round, the
-progress and the summary read.
+Each site keeps its own ledger of its patients (ledger.py) and refuses by itself; this count is what
+the round, the progress and the summary read.
 """
 
 from collections import Counter
@@ -21,7 +21,8 @@ class RunMeter(Protocol):
         ...
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
-        """Take over for how many rounds clients have paid by their own ledgers, where that is more than is known.
+        """Take over for how many rounds clients have paid by their own ledgers, where that is more
+        than is known.
 
         And for how many queries of each label, as the ledgers have it.
         """
@@ -36,7 +37,9 @@ class RunMeter(Protocol):
         ...
 
     def spread(self) -> list[tuple[float, int]]:
-        """Return how many declared patients have spent which epsilon so far, least first; empty without a claim."""
+        """Return how many declared patients have spent which epsilon so far, least first; empty
+        without a claim.
+        """
         ...
 
 
@@ -62,16 +65,21 @@ class NoClaim:
 
 
 class Metered:
-    """The budget of a run under a guarantee: counts each client's rounds against the calibrated plan."""
+    """The budget of a run under a guarantee: counts each client's rounds against the calibrated
+    plan.
+    """
 
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
         self.guarantee = guarantee
         self.scope = scope
         self.uses = dict.fromkeys(guarantee.releases, 0)
-        self.asked: Mapping[str, int] = {}  # how often each query was asked of patients who paid for it
+        # how often each query was asked of patients who paid for it
+        self.asked: Mapping[str, int] = {}
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
-        """Count the round; raise BudgetError, charging nobody, where a client has no planned round left."""
+        """Count the round; raise BudgetError, charging nobody, where a client has no planned round
+        left.
+        """
         guarantee = self.guarantee
         if guarantee.strategy:  # a correlated run is paid once, in full
             self.uses |= dict.fromkeys(clients, 1)
@@ -81,15 +89,20 @@ class Metered:
         over = [name for name, uses in after.items() if uses > guarantee.uses]
         if over:
             raise BudgetError(
-                f"round {round}: site {over[0]!r} has paid for {guarantee.uses} rounds, which is all that "
-                f"privacy.epsilon={guarantee.epsilon:g} bears; left: 0. Raise privacy.epsilon or plan with "
-                "privacy.spare_rounds."
+                f"round {round}: site {over[0]!r} has paid for {guarantee.uses} rounds, which is "
+                f"all that privacy.epsilon={guarantee.epsilon:g} bears; left: 0. Raise "
+                "privacy.epsilon or plan with privacy.spare_rounds."
             )
         self.uses |= after
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
-        """Count the rounds that were paid for, though a crash lost them, and the queries; nothing counts for less."""
-        self.asked = {label: max(asked.get(label, 0), self.asked.get(label, 0)) for label in {**self.asked, **asked}}
+        """Count the rounds that were paid for, though a crash lost them, and the queries; nothing
+        counts for less.
+        """
+        self.asked = {
+            label: max(asked.get(label, 0), self.asked.get(label, 0))
+            for label in {**self.asked, **asked}
+        }
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
     def ask(self, label: str) -> None:
@@ -111,7 +124,9 @@ class Metered:
             "unit": "patient",
             "noise": guarantee.mode,
             "target_epsilon": guarantee.epsilon,
-            "noise_multiplier": max(release.noise_multiplier for release in guarantee.releases.values()),
+            "noise_multiplier": max(
+                release.noise_multiplier for release in guarantee.releases.values()
+            ),
             "scope": self.scope,
             "simulation_only": guarantee.simulation_only,
         }
@@ -119,8 +134,8 @@ class Metered:
     def spread(self) -> list[tuple[float, int]]:
         """Return how many declared patients have spent which epsilon, least first.
 
-        All patients of a client pay alike, for the rounds that it took part in: sizes and rounds are public, so that
-        nothing is told of anybody, and no noise is needed.
+        All patients of a client pay alike, for the rounds that it took part in: sizes and rounds
+        are public, so that nothing is told of anybody, and no noise is needed.
         """
         guarantee = self.guarantee
         if guarantee.simulation_only:

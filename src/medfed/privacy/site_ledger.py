@@ -1,6 +1,8 @@
-"""A site's account: its patients' side of the budget. It pays from the ledger before a record is read, or refuses.
+"""A site's account: its patients' side of the budget. It pays from the ledger before a record is
+read, or refuses.
 
-The coordinator cannot overdraw it: what a round costs is worked out here from the study and the declared sizes.
+The coordinator cannot overdraw it: what a round costs is worked out here from the study and the
+declared sizes.
 """
 
 import logging
@@ -20,14 +22,17 @@ from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits
 from medfed.privacy.privacy_events import Event, RandomisedResponse
 from medfed.study import Study
 
-ROUND, TEST = "round", "test"
+ROUND = "round"
+TEST = "test"
 """Labels of charges; a query has its own."""
 
 logger = logging.getLogger(__name__)
 
 
 class SiteLedger:
-    """The ledger of the sites in this process, opened when the first of them enrols its patients."""
+    """The ledger of the sites in this process, opened when the first of them enrols
+    its patients.
+    """
 
     def __init__(self, path: Path | None, study: Study) -> None:
         """`path` is the ledger's file; None keeps it in memory."""
@@ -40,7 +45,8 @@ class SiteLedger:
         self._payer: dict[str, str] = {}  # joint noise: at which of its sites a patient pays
         self._test_payer: dict[str, str] = {}  # the same of held-out patients
         self._test_ids: dict[str, Sequence[str]] = {}  # whose histogram is asked for, by site
-        self._paid: defaultdict[str, set[str]] = defaultdict(set)  # by label: sites that paid and have not answered yet
+        # by label: sites that paid and have not answered yet
+        self._paid: defaultdict[str, set[str]] = defaultdict(set)
 
     @property
     def ledger(self) -> Ledger:
@@ -51,21 +57,28 @@ class SiteLedger:
         return self._ledger
 
     def refuse_without(self, head: str) -> None:
-        """Raise LedgerError unless the ledger is there and still holds a head that it told; found none instead."""
+        """Raise LedgerError unless the ledger is there and still holds a head that it told; found
+        none instead.
+        """
         if self._ledger is None and (self.path is None or not self.path.exists()):
             raise LedgerError(
-                f"{self.path} is missing, though this run was charged there. Restore its whole folder from a copy."
+                f"{self.path} is missing, though this run was charged there. Restore its whole "
+                "folder from a copy."
             )
         self.ledger.refuse_without(head)
 
     def founded(self) -> Lifetime | None:
-        """Return the lifetime budget of a ledger that was founded just now, with what the study says."""
+        """Return the lifetime budget of a ledger that was founded just now, with what the study
+        says.
+        """
         if self._ledger and self._ledger.founded:
             return self._ledger.lifetime
         return None
 
     def _founding(self) -> Lifetime | None:
-        """Return what a lifetime ledger is founded with where its operator has said nothing: no more than is asked."""
+        """Return what a lifetime ledger is founded with where its operator has said nothing: no
+        more than is asked.
+        """
         p = self.study.privacy
         if p.scope == "run":
             return None
@@ -74,23 +87,30 @@ class SiteLedger:
         if p.lifetime_epsilon < math.inf:
             epsilon = p.lifetime_epsilon
         rule: Rule = "exact" if self.study.data.identity == "exact" else "canonical"
-        return Lifetime(epsilon, p.delta, rule, reason=f"the first run, of study {self.study.study.name!r}")
+        return Lifetime(
+            epsilon, p.delta, rule, reason=f"the first run, of study {self.study.study.name!r}"
+        )
 
     def _refuse_another_rule(self) -> None:
-        """Raise LedgerError where patients were named under another rule than the ledger's, founded in between."""
+        """Raise LedgerError where patients were named under another rule than the ledger's, founded
+        in between.
+        """
         asked = self.study.data.identity
         bound = self._ledger.lifetime if self._ledger else None
         if bound and asked not in ("auto", bound.identity):
             raise LedgerError(
-                f"data.identity={asked!r}, and the site's ledger goes by {bound.identity!r}; expected the same. "
-                "Leave data.identity out and run again."
+                f"data.identity={asked!r}, and the site's ledger goes by {bound.identity!r}; "
+                "expected the same. Leave data.identity out and run again."
             )
 
-    def enrol(self, run: str, rosters: Mapping[str, Iterable[str]], guarantee: Guarantee, fresh: bool) -> None:
-        """Enrol the training patients of sites; before a fresh run, see that the whole plan fits what they have left.
+    def enrol(
+        self, run: str, rosters: Mapping[str, Iterable[str]], guarantee: Guarantee, fresh: bool
+    ) -> None:
+        """Enrol the training patients of sites; before a fresh run, see that the whole plan fits
+        what they have left.
 
-        Under joint noise a patient of several sites is charged once a round: the noise covers all its sites.
-        Raises BudgetError naming what is left; nothing is charged here.
+        Under joint noise a patient of several sites is charged once a round: the noise covers all
+        its sites. Raises BudgetError naming what is left; nothing is charged here.
         """
         self.run = run
         self.guarantee = guarantee
@@ -116,26 +136,33 @@ class SiteLedger:
                 raise _discreet(error) from error
 
     def _refuse_another_run(self) -> None:
-        """Raise BudgetError where this ledger holds another run of the study: PLD composes one fixed plan, no two."""
+        """Raise BudgetError where this ledger holds another run of the study: PLD composes one
+        fixed plan, no two.
+        """
         study = self.study.study.name
         if any(row["study"] == study and row["run"] != self.run for row in self.ledger.rows()):
             raise BudgetError(
-                f"privacy.accountant='pld' and a second run of study {study!r} on one ledger do not compose: PLD holds "
-                "for one plan that is fixed. Nothing was charged. Resume the first, or start anew with another --out."
+                f"privacy.accountant='pld' and a second run of study {study!r} on one ledger do "
+                "not compose: PLD holds for one plan that is fixed. Nothing was charged. Resume "
+                "the first, or start anew with another --out."
             )
 
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, BudgetError]:
-        """Charge the patients of each site for a round; return the sites whose patients cannot pay, with the reason.
+        """Charge the patients of each site for a round; return the sites whose patients cannot pay,
+        with the reason.
 
-        Guarantee: when this returns, every enrolled patient of every site that is not in the answer has paid for the
-        round, on disk. What it costs is worked out here, from the study and declared sizes, and by nobody's word.
+        Guarantee: when this returns, every enrolled patient of every site that is not in the answer
+        has paid for the round, on disk. What it costs is worked out here, from the study and
+        declared sizes, and by nobody's word.
 
         Edge cases:
-        - who has paid does not pay twice before `note_answered` (the work failed, and is tried again);
+        - who has paid does not pay twice before `note_answered` (the work failed, and is tried
+          again);
         - a crash after it leaves the charge, and the round is paid anew;
         - where patients of several sites pay at one of them, all sites that were asked pay or none;
         - a correlated run is paid in full by its first round;
-        - a refusal tells how much is left to the one who has least, and never how many patients there are;
+        - a refusal tells how much is left to the one who has least, and never how many patients
+          there are;
         - nobody has been enrolled: BudgetError, whoever asks.
         """
         guarantee = self._require_guarantee()
@@ -143,7 +170,9 @@ class SiteLedger:
             return refused
 
         owing = [site for site in sites if site not in self._paid[ROUND]]
-        charges = {site: self._charge(site, round, guarantee.releases[site].event()) for site in owing}
+        charges = {
+            site: self._charge(site, round, guarantee.releases[site].event()) for site in owing
+        }
         refused = self._charge_all(charges)
         self._paid[ROUND].update(site for site in owing if site not in refused)
         return refused
@@ -157,10 +186,12 @@ class SiteLedger:
             self._paid[ROUND].difference_update(sites)
 
     def pay_tests(self, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
-        """Charge held-out patients, by site, for one noised histogram each; return the sites whose patients cannot pay.
+        """Charge held-out patients, by site, for one noised histogram each; return the sites whose
+        patients cannot pay.
 
-        It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta 0. Where the sum of
-        all sites is noised once, a patient of several pays once. Who has paid does not pay twice before `note_tested`.
+        It is recorded as randomised response, the worst of all mechanisms of its epsilon with delta
+        0. Where the sum of all sites is noised once, a patient of several pays once. Who has paid
+        does not pay twice before `note_tested`.
         """
         # Who has not paid yet, and where: at the first site that asks, if all are counted together.
         self._test_ids |= asked
@@ -187,17 +218,22 @@ class SiteLedger:
         made = set(sites)
         self._paid[TEST] -= made
         there = {name for site in made for name in self._test_ids.pop(site, ())}
-        self._test_payer = {name: site for name, site in self._test_payer.items() if name not in there}
+        self._test_payer = {
+            name: site for name, site in self._test_payer.items() if name not in there
+        }
 
     def _forget_payers(self, sites: Collection[str]) -> None:
         """Forget who pays at these sites for held-out patients: elsewhere they are asked to."""
-        self._test_payer = {name: site for name, site in self._test_payer.items() if site not in sites}
+        self._test_payer = {
+            name: site for name, site in self._test_payer.items() if site not in sites
+        }
 
     def pay_query(self, label: str, sites: Sequence[str]) -> dict[str, BudgetError]:
-        """Charge the training patients of each site for a query; return who cannot pay, or has for all that is planned.
+        """Charge the training patients of each site for a query; return who cannot pay, or has for
+        all that is planned.
 
-        Who has paid does not pay twice before `note_query_answered`. What a crash lost is not bought again: the room in
-        the plan is another query's.
+        Who has paid does not pay twice before `note_query_answered`. What a crash lost is not
+        bought again: the room in the plan is another query's.
         """
         if refused := self._refuse_apart(sites):
             return refused
@@ -208,8 +244,12 @@ class SiteLedger:
         self._paid[label].update(site for site in owing if site not in refused)
         return refused
 
-    def pay_query_held_out(self, label: str, asked: Mapping[str, Sequence[str]]) -> dict[str, BudgetError]:
-        """Charge held-out patients, by site, for a query that follows from them too; each pays at each of its sites."""
+    def pay_query_held_out(
+        self, label: str, asked: Mapping[str, Sequence[str]]
+    ) -> dict[str, BudgetError]:
+        """Charge held-out patients, by site, for a query that follows from them too; each pays at
+        each of its sites.
+        """
         event = self._require_guarantee().query_event(label)
         charges = {}
         for site, ids in asked.items():
@@ -222,22 +262,28 @@ class SiteLedger:
 
     def note_query_answered(self, label: str, sites: Iterable[str]) -> None:
         """Note that these sites have answered a query: the next one is paid anew."""
-        self._paid[label].difference_update(party for site in sites for party in (site, _held_out(site)))
+        self._paid[label].difference_update(
+            party for site in sites for party in (site, _held_out(site))
+        )
 
     def _require_guarantee(self) -> Guarantee:
         if self.guarantee is None:
             raise BudgetError(
-                "nobody is enrolled for this run, so nobody can pay; the coordinator must enrol them first"
+                "nobody is enrolled for this run, so nobody can pay; the coordinator must enrol "
+                "them first"
             )
         return self.guarantee
 
     def _refuse_apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
-        """Return why nobody may answer where a patient may have to pay at a site that was not asked."""
+        """Return why nobody may answer where a patient may have to pay at a site that was not
+        asked.
+        """
         if not self._shares_patients or set(sites) >= set(self.cohorts):
             return {}
         error = BudgetError(
-            f"patients of up to {self.study.privacy.max_sites_per_patient} sites pay at one of them, and not all sites "
-            "were asked; nothing was charged. Ask all, or take privacy.noise='site'."
+            f"patients of up to {self.study.privacy.max_sites_per_patient} sites pay at one of "
+            "them, and not all sites were asked; nothing was charged. Ask all, or take "
+            "privacy.noise='site'."
         )
         return dict.fromkeys(sites, error)
 
@@ -247,7 +293,9 @@ class SiteLedger:
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
     def _charge_all(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
-        """Charge sites all at once; where that is refused one by one, or nobody where they share patients."""
+        """Charge sites all at once; where that is refused one by one, or nobody where they share
+        patients.
+        """
         limits = self._limits()
         try:
             self.ledger.charge(list(charges.values()), limits)
@@ -264,12 +312,18 @@ class SiteLedger:
         return refused
 
     def _paid_kinds(self) -> Counter[tuple[str, str]]:
-        """Return how often each site has paid in this run, by (site, label): in every process, before a crash too."""
+        """Return how often each site has paid in this run, by (site, label): in every process,
+        before a crash too.
+        """
         rows = self.ledger.rows()
-        return Counter((str(row["site"]), str(row["label"])) for row in rows if row["run"] == self.run)
+        return Counter(
+            (str(row["site"]), str(row["label"])) for row in rows if row["run"] == self.run
+        )
 
     def uses(self) -> dict[str, int]:
-        """Return for how many rounds each site's patients have paid in this run, those that a crash lost too."""
+        """Return for how many rounds each site's patients have paid in this run, those that a crash
+        lost too.
+        """
         return {site: n for (site, label), n in self._paid_kinds().items() if label == ROUND}
 
     def queries(self) -> dict[str, int]:
@@ -281,14 +335,21 @@ class SiteLedger:
         return dict(most)
 
     def report(self) -> JSON:
-        """Return what the ledger holds for this study: epsilon of the worst patient over all its runs, and its head.
+        """Return what the ledger holds for this study: epsilon of the worst patient over all its
+        runs, and its head.
 
         Under scope = "study" the lifetime budget too, over all studies, and the rule of identity.
         """
         assert self.guarantee is not None
-        worst = self.ledger.worst(self.study.privacy.delta - self.guarantee.delta_sampler, self.study.study.name)
+        worst = self.ledger.worst(
+            self.study.privacy.delta - self.guarantee.delta_sampler, self.study.study.name
+        )
         bound = self.ledger.lifetime
-        lifetime = {"epsilon": bound.epsilon, "delta": bound.delta, "identity": bound.identity} if bound else None
+        lifetime = (
+            {"epsilon": bound.epsilon, "delta": bound.delta, "identity": bound.identity}
+            if bound
+            else None
+        )
         return {"epsilon_all_runs": worst, "head": self.ledger.head(), "lifetime": lifetime}
 
     def _charge(self, site: str, round: int, event: Event) -> Charge:
@@ -314,6 +375,8 @@ def _held_out(site: str) -> str:
 
 
 def _discreet(error: BudgetError) -> BudgetError:
-    """Return a refusal fit to leave the site: how many patients it has is not told; its own log says."""
+    """Return a refusal fit to leave the site: how many patients it has is not told; its own log
+    says.
+    """
     logger.warning("%s", error)
     return BudgetError(re.sub(r"\d+ of \d+ patients", "patients", str(error)))

@@ -1,4 +1,6 @@
-"""What a site tells of its ledger: what the coordinator needs for its claim, and nothing of a patient."""
+"""What a site tells of its ledger: what the coordinator needs for its claim, and nothing of a
+patient.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,20 +16,28 @@ from medfed.privacy.ledger_entries import Lifetime
 class Statement:
     """A site's own words on its ledger.
 
-    Guarantee: functions of public facts alone: how often its patients were asked in this run, what that costs the one
-    who has paid most, the bound that its operator set, and the head of a chain of hashes.
+    Guarantee: functions of public facts alone: how often its patients were asked in this run, what
+    that costs the one who has paid most, the bound that its operator set, and the head of a chain
+    of hashes.
     """
 
     head: str
     uses: int = 0  # rounds of this run that its patients have paid for, those that a crash lost too
     queries: Mapping[str, int] = field(default_factory=dict)  # the same of queries, by label
-    epsilon: float | None = None  # of the worst patient, over all runs of the study; None before any was enrolled
-    lifetime: Mapping[str, Any] | None = None  # the bound over all studies, and the rule of identity
+    # of the worst patient, over all runs of the study; None before any was enrolled
+    epsilon: float | None = None
+    # the bound over all studies, and the rule of identity
+    lifetime: Mapping[str, Any] | None = None
     founded: Lifetime | None = None  # the bound of a ledger that this run has founded
 
     def to_json(self) -> JSON:
         """Return everything as plain values."""
-        told: JSON = {"head": self.head, "uses": self.uses, "queries": dict(self.queries), "epsilon": self.epsilon}
+        told: JSON = {
+            "head": self.head,
+            "uses": self.uses,
+            "queries": dict(self.queries),
+            "epsilon": self.epsilon,
+        }
         told["lifetime"] = dict(self.lifetime) if self.lifetime else None
         told["founded"] = None
         if self.founded:
@@ -38,15 +48,25 @@ class Statement:
     def read(cls, told: Any) -> "Statement":
         """Return what a site tells; raise SiteError where it is no statement."""
         if not isinstance(told, dict):
-            raise SiteError("it tells nothing of a ledger; the study has a claim, so run the same medfed everywhere")
-        head, uses, queries, epsilon = (told.get(name) for name in ("head", "uses", "queries", "epsilon"))
-        lifetime, founded = told.get("lifetime"), told.get("founded")
+            raise SiteError(
+                "it tells nothing of a ledger; the study has a claim, so run the same medfed "
+                "everywhere"
+            )
+
+        head, uses, queries, epsilon = (
+            told.get(name) for name in ("head", "uses", "queries", "epsilon")
+        )
+        lifetime = told.get("lifetime")
+        founded = told.get("founded")
         sound = isinstance(head, str) and len(head) <= 64 and _count(uses)
         sound = sound and isinstance(queries, dict) and all(map(_count, queries.values()))
         sound = sound and (epsilon is None or _cost(epsilon))
         sound = sound and all(one is None or _bound(one) for one in (lifetime, founded))
         if not sound:
-            raise SiteError("its statement of its ledger cannot be read; run the same medfed everywhere")
+            raise SiteError(
+                "its statement of its ledger cannot be read; run the same medfed everywhere"
+            )
+
         assert isinstance(head, str) and isinstance(uses, int) and isinstance(queries, dict)
         new = Lifetime(founded["epsilon"], founded["delta"]) if founded else None
         return cls(head, uses, queries, epsilon, lifetime, new)
@@ -73,7 +93,9 @@ Heads = Mapping[str, str]
 
 
 def compact(heads: Heads) -> str | dict[str, str] | None:
-    """Return heads as they are kept: one where all sites have one ledger, else by site; None where none has any."""
+    """Return heads as they are kept: one where all sites have one ledger, else by site; None where
+    none has any.
+    """
     if not heads:
         return None
     first = next(iter(heads.values()))
@@ -84,14 +106,17 @@ def every(kept: str | Mapping[str, str] | None) -> list[str]:
     """Return all heads of what `compact` returned."""
     if not kept:
         return []
-    return [kept] if isinstance(kept, str) else list(dict.fromkeys(kept.values()))
+    if isinstance(kept, str):
+        return [kept]
+    return list(dict.fromkeys(kept.values()))
 
 
 def charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
-    """Return what all ledgers hold together, for the claim: of each figure the worst; None where there is none.
+    """Return what all ledgers hold together, for the claim: of each figure the worst; None where
+    there is none.
 
-    No statement lowers what the coordinator has `counted` for this run itself. The bound of a lifetime is the widest:
-    it is what some patient may have spent.
+    No statement lowers what the coordinator has `counted` for this run itself. The bound of a
+    lifetime is the widest: it is what some patient may have spent.
     """
     if not told:
         return None

@@ -1,10 +1,12 @@
-"""Simulated attacks: what a client that lies does to its records, its row, or its row's whole steps on the wire.
+"""Simulated attacks: what a client that lies does to its records, its row, or its row's whole steps
+on the wire.
 
-For simulation and tests only. An attack without knowledge of honest rows judges by what the liars would have sent
-honestly. One liar alone has one such row: it takes last round's beside it, or else takes the spread of the row's own
-numbers for the spread between clients.
+For simulation and tests only. An attack without knowledge of honest rows judges by what the liars
+would have sent honestly. One liar alone has one such row: it takes last round's beside it, or else
+takes the spread of the row's own numbers for the spread between clients.
 
-F liars at hand, H honest clients, K all of them, M numbers in a row, B basis rows; N records, D features.
+F liars at hand, H honest clients, K all of them, M numbers in a row, B basis rows; N records, D
+features.
 """
 
 import math
@@ -26,7 +28,9 @@ Stage = Literal["data", "row", "wire"]
 
 @dataclass(frozen=True)
 class Records:
-    """A liar's training records x_ND, y_N; `labels` counts the classes, 0 where a number is predicted."""
+    """A liar's training records x_ND, y_N; `labels` counts the classes, 0 where a number is
+    predicted.
+    """
 
     x_ND: Tensor
     y_N: Tensor
@@ -36,10 +40,11 @@ class Records:
 
 @dataclass(frozen=True)
 class Sight:
-    """What liars see when they make their rows: what they would have sent honestly, and perhaps more.
+    """What liars see when they make their rows: what they would have sent honestly, and perhaps
+    more.
 
-    `clients` and `liars` are the whole cohort's n and f, even where one liar acts at a time. Raises PlanError unless
-    0 < f < n/2.
+    `clients` and `liars` are the whole cohort's n and f, even where one liar acts at a time. Raises
+    PlanError unless 0 < f < n/2.
     """
 
     own_FM: Tensor
@@ -50,17 +55,20 @@ class Sight:
     liars: int
     honest_HM: Tensor | None = None
     before_FM: Tensor | None = None  # their own honest rows of the round before
-    rule: Callable[[Tensor], Tensor] | None = None  # the Gram rule that "adaptive" knows; None is the mean
+    # the Gram rule that "adaptive" knows; None is the mean
+    rule: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < 2 * self.liars < self.clients:
             raise PlanError(
-                f"liars={self.liars} of clients={self.clients}; an attack is simulated with at least one liar and "
-                "fewer than half. Change robustness.malicious."
+                f"liars={self.liars} of clients={self.clients}; an attack is simulated with at "
+                "least one liar and fewer than half. Change robustness.malicious."
             )
 
     def seen_RM(self) -> Tensor:
-        """Return the rows that the liars judge by: the honest ones, or their own of this round and the last."""
+        """Return the rows that the liars judge by: the honest ones, or their own of this round and
+        the last.
+        """
         if self.honest_HM is not None:
             return self.honest_HM
         if len(self.own_FM) > 1 or self.before_FM is None:
@@ -73,7 +81,9 @@ class Sight:
         return seen_RM.mean(0)
 
     def spread_M(self) -> Tensor:
-        """Return what the liars take for the standard deviation between clients, number by number."""
+        """Return what the liars take for the standard deviation between clients, number
+        by number.
+        """
         seen_RM = self.seen_RM()
         if len(seen_RM) > 1:
             return seen_RM.std(0)
@@ -102,7 +112,9 @@ def _honest_rows(sight: Sight) -> Tensor:
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: where its lie is told, and the paper that it is from. A row may follow from changed records."""
+    """One attack: where its lie is told, and the paper that it is from. A row may follow from
+    changed records.
+    """
 
     name: str
     paper: str
@@ -115,12 +127,15 @@ class Attack:
         return self.on_data(records)
 
     def rows(self, sight: Sight, stage: Stage = "row") -> Tensor:
-        """Return the rows [F, M] that liars send, in the dtype of their own; an attack of another stage changes none.
+        """Return the rows [F, M] that liars send, in the dtype of their own; an attack of another
+        stage changes none.
 
-        Whole steps are rounded to nearest and end at the largest word; a number that is none becomes that word too.
+        Whole steps are rounded to nearest and end at the largest word; a number that is none
+        becomes that word too.
         """
         own_FM = sight.own_FM
-        if stage != self.stage or not own_FM.isfinite().all():  # a model that has run away needs no lie
+        # a model that has run away needs no lie
+        if stage != self.stage or not own_FM.isfinite().all():
             return own_FM
         if stage == "wire":
             return self.on_rows(sight)
@@ -129,7 +144,8 @@ class Attack:
 
 def _doubled(sight: Sight) -> Sight:
     """Return the sight with float64 rows."""
-    honest, before = sight.honest_HM, sight.before_FM
+    honest = sight.honest_HM
+    before = sight.before_FM
     return replace(
         sight,
         own_FM=sight.own_FM.double(),
@@ -158,29 +174,36 @@ def _flip_labels(records: Records) -> Records:
 
 
 def _poison_features(records: Records) -> Records:
-    """Keep labels, and move each class's records to where another class lies: x - mean_c + mean_(C-1-c).
+    """Keep labels, and move each class's records to where another class lies: x - mean_c +
+    mean_(C-1-c).
 
     With one class alone, or a number to predict, records are mirrored at their mean.
     """
-    x_ND, y_N = records.x_ND, records.y_N
+    x_ND = records.x_ND
+    y_N = records.y_N
     if not len(y_N):
         return records
     mirrored_ND = 2 * x_ND.mean(0) - x_ND
     if not records.labels:
         return replace(records, x_ND=mirrored_ND)
     poisoned_ND = mirrored_ND.clone()
+
     for c in range(records.labels):
-        here, there = y_N == c, y_N == records.labels - 1 - c
+        here = y_N == c
+        there = y_N == records.labels - 1 - c
         if c != records.labels - 1 - c and here.any() and there.any():
             poisoned_ND[here] = x_ND[here] - x_ND[here].mean(0) + x_ND[there].mean(0)
+
     return replace(records, x_ND=poisoned_ND)
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """A mark that a backdoored model obeys: `value` in the named feature columns means class `label`.
+    """A mark that a backdoored model obeys: `value` in the named feature columns means class
+    `label`.
 
-    Features are encoded: 0 is their centre, 1 their scale. Columns that the records lack are left out.
+    Features are encoded: 0 is their centre, 1 their scale. Columns that the records lack are left
+    out.
     """
 
     columns: tuple[int, ...] = (0, 1, 2)
@@ -195,25 +218,39 @@ class Trigger:
         return marked_ND
 
     def poison(self, records: Records) -> Records:
-        """Mark a share of the records and call them `label`; raise PlanError where a number is predicted."""
+        """Mark a share of the records and call them `label`; raise PlanError where a number is
+        predicted.
+        """
         if not records.labels:
-            raise PlanError("attack='backdoor' needs classes; this study predicts a number. Use 'label-flip'.")
+            raise PlanError(
+                "attack='backdoor' needs classes; this study predicts a number. Use 'label-flip'."
+            )
         drawn_N = streams.uniform(torch.tensor([records.key]), len(records.y_N))[0] < self.share
         x_ND = torch.where(drawn_N[:, None], self.stamp(records.x_ND), records.x_ND)
         y_N = torch.where(drawn_N, torch.full_like(records.y_N, self.label), records.y_N)
         return replace(records, x_ND=x_ND, y_N=y_N)
 
-    def success(self, predict: Callable[[Tensor], Tensor], x_ND: Tensor, y_N: Tensor) -> tuple[float, float]:
-        """Return the shares of honest records of other classes that are called `label`: with the mark, and without.
+    def success(
+        self, predict: Callable[[Tensor], Tensor], x_ND: Tensor, y_N: Tensor
+    ) -> tuple[float, float]:
+        """Return the shares of honest records of other classes that are called `label`: with the
+        mark, and without.
 
-        predict: x_ND -> classes [N]. The second share is what the model gets wrong anyway. Raises PlanError where all
-        records are of that class.
+        predict: x_ND -> classes [N]. The second share is what the model gets wrong anyway. Raises
+        PlanError where all records are of that class.
         """
         x_ND = x_ND[y_N != self.label]
         if not len(x_ND):
-            raise PlanError(f"all records are of class {self.label}; a backdoor to it needs a test record of another")
-        marked, plain = predict(self.stamp(x_ND)), predict(x_ND)
-        return float((marked == self.label).double().mean()), float((plain == self.label).double().mean())
+            raise PlanError(
+                f"all records are of class {self.label}; a backdoor to it needs a test record of "
+                "another"
+            )
+
+        marked = predict(self.stamp(x_ND))
+        plain = predict(x_ND)
+        return float((marked == self.label).double().mean()), float(
+            (plain == self.label).double().mean()
+        )
 
 
 TRIGGER = Trigger()
@@ -228,7 +265,8 @@ def _sign_flip(sight: Sight) -> Tensor:
 
 
 def _scaled(sight: Sight) -> Tensor:
-    return sight.clients * sight.own_FM  # n / eta with eta = 1: a row of flipped labels replaces the mean
+    # n / eta with eta = 1: a row of flipped labels replaces the mean
+    return sight.clients * sight.own_FM
 
 
 def _gaussian(sight: Sight) -> Tensor:
@@ -238,7 +276,8 @@ def _gaussian(sight: Sight) -> Tensor:
 
 
 def alie_z(clients: int, liars: int) -> float:
-    """Return z_max of ALIE (eq. in algorithm 3): s honest clients lie further from the mean, so liars pass for them.
+    """Return z_max of ALIE (eq. in algorithm 3): s honest clients lie further from the mean, so
+    liars pass for them.
 
     Below 0 where the liars are too few for the paper's argument.
     """
@@ -251,7 +290,9 @@ def _alie(sight: Sight) -> Tensor:
 
 
 def _ipm_large(sight: Sight) -> Tensor:
-    """The mean becomes -(n - f)/n of the honest one: epsilon is twice the (n - f)/f that makes it zero."""
+    """The mean becomes -(n - f)/n of the honest one: epsilon is twice the (n - f)/f that makes it
+    zero.
+    """
     return sight.all_send(-2 * (sight.clients - sight.liars) / sight.liars * sight.mean_M())
 
 
@@ -260,32 +301,46 @@ def _ipm(sight: Sight) -> Tensor:
 
 
 def _min_max(sight: Sight) -> Tensor:
-    """Go as far as no honest row is further from the lie than the two furthest honest rows are from each other.
+    """Go as far as no honest row is further from the lie than the two furthest honest rows are from
+    each other.
 
     |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over i, no search.
     """
-    seen_RM, mean_M, p_M = sight.seen_RM(), sight.mean_M(), -sight.spread_M()
+    seen_RM = sight.seen_RM()
+    mean_M = sight.mean_M()
+    p_M = -sight.spread_M()
     if len(seen_RM) == 1:
-        return sight.all_send(mean_M + p_M)  # rows of that spread would be sqrt(2) spreads apart: g = 1
-    off_RM, c = mean_M - seen_RM, p_M.square().sum()
-    a_R, b_R = off_RM.square().sum(1), off_RM @ p_M
+        # rows of that spread would be sqrt(2) spreads apart: g = 1
+        return sight.all_send(mean_M + p_M)
+    off_RM = mean_M - seen_RM
+    c = p_M.square().sum()
+    a_R = off_RM.square().sum(1)
+    b_R = off_RM @ p_M
     room_R = (_distances_RR(seen_RM).max() - a_R).clamp(min=0)
     return sight.all_send(mean_M + _ratio((b_R.square() + c * room_R).sqrt() - b_R, c).min() * p_M)
 
 
 def _min_sum(sight: Sight) -> Tensor:
-    """Go as far as the lie's squared distances from honest rows sum to no more than those of the worst honest row."""
-    seen_RM, mean_M, p_M = sight.seen_RM(), sight.mean_M(), -sight.spread_M()
+    """Go as far as the lie's squared distances from honest rows sum to no more than those of the
+    worst honest row.
+    """
+    seen_RM = sight.seen_RM()
+    mean_M = sight.mean_M()
+    p_M = -sight.spread_M()
     if len(seen_RM) == 1:
         return sight.all_send(mean_M + p_M)
-    off_RM, c, count = mean_M - seen_RM, p_M.square().sum(), len(seen_RM)
+    off_RM = mean_M - seen_RM
+    c = p_M.square().sum()
+    count = len(seen_RM)
     b = (off_RM @ p_M).mean()
     room = _distances_RR(seen_RM).sum(1).max() / count - off_RM.square().sum() / count
     return sight.all_send(mean_M + _ratio((b.square() + c * room.clamp(min=0)).sqrt() - b, c) * p_M)
 
 
 def _distances_RR(seen_RM: Tensor) -> Tensor:
-    """Return squared distances between rows, by differences from the first: no cancellation of a large mean."""
+    """Return squared distances between rows, by differences from the first: no cancellation of a
+    large mean.
+    """
     off_RM = seen_RM - seen_RM[0]
     gram_RR = off_RM @ off_RM.T
     return (gram_RR.diagonal()[:, None] + gram_RR.diagonal() - 2 * gram_RR).clamp(min=0)
@@ -299,7 +354,8 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 def _mimic(sight: Sight) -> Tensor:
     """Send the row that is furthest out along the direction in which honest rows differ most.
 
-    Over-represents one honest client, so that heterogeneous cohorts lean to it. A liar alone sends its own row.
+    Over-represents one honest client, so that heterogeneous cohorts lean to it. A liar alone sends
+    its own row.
     """
     seen_RM = sight.seen_RM()
     off_RM = seen_RM - seen_RM.mean(0)
@@ -314,13 +370,19 @@ def _free_rider(sight: Sight) -> Tensor:
 
 def _stale(sight: Sight) -> Tensor:
     """Last round's row again; in the first round nothing."""
-    return _free_rider(sight) if sight.before_FM is None else sight.before_FM
+    if sight.before_FM is None:
+        return _free_rider(sight)
+    return sight.before_FM
 
 
 def _colluding(sight: Sight) -> Tensor:
-    """One random direction for all liars and all rounds, a hundred times as long as the liar's own row."""
+    """One random direction for all liars and all rounds, a hundred times as long as the liar's own
+    row.
+    """
     direction_M = streams.normal(sight.shared_key(), sight.own_FM.shape[1])[0]
-    lies_FM: Tensor = 100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
+    lies_FM: Tensor = (
+        100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
+    )
     return lies_FM
 
 
@@ -332,26 +394,43 @@ def _infinite(sight: Sight) -> Tensor:
     return torch.full_like(sight.own_FM, math.inf)
 
 
-FIXED = (_sign_flip, _scaled, _gaussian, _alie, _ipm_large, _ipm, _min_max, _min_sum, _mimic, _free_rider, _colluding)
+FIXED = (
+    _sign_flip,
+    _scaled,
+    _gaussian,
+    _alie,
+    _ipm_large,
+    _ipm,
+    _min_max,
+    _min_sum,
+    _mimic,
+    _free_rider,
+    _colluding,
+)
 """What "adaptive" tries beside its own directions."""
 
 
 def _adaptive(sight: Sight) -> Tensor:
     """Send what moves the rule's result furthest from the honest mean, the rule known and asked.
 
-    Candidates are the fixed attacks, and m + g p for p against the mean and against the spread, g = 2^-5 .. 2^10, then
-    finer around the best. Every candidate is a combination of a few basis rows, so one Gram matrix serves all. Without
-    honest rows the liars draw n - f from what they take for the mean and the spread.
+    Candidates are the fixed attacks, and m + g p for p against the mean and against the spread, g =
+    2^-5 .. 2^10, then finer around the best. Every candidate is a combination of a few basis rows,
+    so one Gram matrix serves all. Without honest rows the liars draw n - f from what they take for
+    the mean and the spread.
     """
     if sight.honest_HM is None:
         sight = replace(sight, honest_HM=_imagined_HM(sight))
     assert sight.honest_HM is not None
     game = _Game.of(sight, sight.honest_HM)
     strengths = [2.0**e for e in range(-5, 11)]
-    best = max(game.fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)], key=game.harm)
+    best = max(
+        game.fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)],
+        key=game.harm,
+    )
     if best.direction is not None:
         finer = [best.strength * 2.0 ** (e / 8) for e in range(-7, 8)]
         best = max([game.towards(best.direction, g) for g in finer], key=game.harm)
+
     lie_FM: Tensor = best.mix_LB[: len(sight.own_FM)] @ game.basis_BM
     return lie_FM
 
@@ -364,7 +443,9 @@ def _imagined_HM(sight: Sight) -> Tensor:
 
 @dataclass(frozen=True)
 class _Lie:
-    """A candidate: how the L liars' rows are mixed from the basis; and its direction, where it has one."""
+    """A candidate: how the L liars' rows are mixed from the basis; and its direction, where it has
+    one.
+    """
 
     mix_LB: Tensor
     direction: int | None = None
@@ -373,7 +454,9 @@ class _Lie:
 
 @dataclass(frozen=True)
 class _Game:
-    """The honest rows, the fixed attacks' rows and the directions as one basis, with its Gram matrix."""
+    """The honest rows, the fixed attacks' rows and the directions as one basis, with its Gram
+    matrix.
+    """
 
     basis_BM: Tensor
     gram_BB: Tensor
@@ -384,10 +467,12 @@ class _Game:
 
     @classmethod
     def of(cls, sight: Sight, honest_HM: Tensor) -> "_Game":
-        mean_M, spread_M = sight.mean_M(), sight.spread_M()
+        mean_M = sight.mean_M()
+        spread_M = sight.spread_M()
         lies = [attack(sight) for attack in FIXED]
         basis_BM = torch.cat([honest_HM, *lies, mean_M[None], -mean_M[None], -spread_M[None]])
-        F, rule = len(sight.own_FM), sight.rule or _mean
+        F = len(sight.own_FM)
+        rule = sight.rule or _mean
         return cls(basis_BM, basis_BM @ basis_BM.T, len(honest_HM), max(sight.liars, F), F, rule)
 
     @property
@@ -404,7 +489,8 @@ class _Game:
     def towards(self, direction: int, strength: float) -> _Lie:
         """Return the lie m + g p of all liars."""
         mix_B = torch.zeros(len(self.basis_BM), dtype=torch.float64)
-        mix_B[-3], mix_B[direction] = 1, strength
+        mix_B[-3] = 1
+        mix_B[direction] = strength
         return _Lie(mix_B.expand(self.liars, -1), direction, strength)
 
     def harm(self, lie: _Lie) -> float:
@@ -423,36 +509,62 @@ def _mean(gram_KK: Tensor) -> Tensor:
 
 
 def _wrap(sight: Sight) -> Tensor:
-    """Add 2^63 to half of the numbers, drawn by each liar: sums mod 2^64 are off by 2^63 in half of theirs.
+    """Add 2^63 to half of the numbers, drawn by each liar: sums mod 2^64 are off by 2^63 in half of
+    theirs.
 
-    (x + 2^63)^2 = x^2 mod 2^64: a norm that is computed in words does not notice. Raises PlanError for rows that are
-    not whole steps in 64 bits.
+    (x + 2^63)^2 = x^2 mod 2^64: a norm that is computed in words does not notice. Raises PlanError
+    for rows that are not whole steps in 64 bits.
     """
     if sight.own_FM.dtype != torch.int64:
         raise PlanError(
-            f"attack='wrap' acts on whole steps (int64), and these rows are {sight.own_FM.dtype}; use "
-            "security.aggregation='three-party', where rows are words, or attack='scaled'."
+            "attack='wrap' acts on whole steps (int64), and these rows are "
+            f"{sight.own_FM.dtype}; use security.aggregation='three-party', where rows are "
+            "words, or attack='scaled'."
         )
     chosen_FM = streams.words(sight.key_F(), sight.own_FM.shape[1]) < 0
     return torch.where(chosen_FM, sight.own_FM ^ -(1 << 63), sight.own_FM)
 
 
 _ALL = (
-    Attack("label-flip", "Fang et al., USENIX Security 2020, arXiv:1911.11815", "data", on_data=_flip_labels),
-    Attack("feature-poison", "after Shafahi et al., NeurIPS 2018, arXiv:1804.00792", "data", on_data=_poison_features),
+    Attack(
+        "label-flip",
+        "Fang et al., USENIX Security 2020, arXiv:1911.11815",
+        "data",
+        on_data=_flip_labels,
+    ),
+    Attack(
+        "feature-poison",
+        "after Shafahi et al., NeurIPS 2018, arXiv:1804.00792",
+        "data",
+        on_data=_poison_features,
+    ),
     Attack("backdoor", "Gu et al., BadNets 2017, arXiv:1708.06733", "data", on_data=TRIGGER.poison),
     Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=_sign_flip),
-    Attack("scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scaled),
-    Attack("gaussian", "Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_gaussian),
+    Attack(
+        "scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scaled
+    ),
+    Attack(
+        "gaussian", "Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_gaussian
+    ),
     Attack("alie", "Baruch et al., NeurIPS 2019, arXiv:1902.06156", "row", on_rows=_alie),
     Attack("ipm", "Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936", "row", on_rows=_ipm),
-    Attack("ipm-large", "Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936", "row", on_rows=_ipm_large),
+    Attack(
+        "ipm-large",
+        "Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936",
+        "row",
+        on_rows=_ipm_large,
+    ),
     Attack("min-max", "Shejwalkar and Houmansadr, NDSS 2021", "row", on_rows=_min_max),
     Attack("min-sum", "Shejwalkar and Houmansadr, NDSS 2021", "row", on_rows=_min_sum),
     Attack("mimic", "Karimireddy et al., ICLR 2022, arXiv:2006.09365", "row", on_rows=_mimic),
     Attack("free-rider", "Lin et al. 2019, arXiv:1911.12560", "row", on_rows=_free_rider),
     Attack("stale", "after Fraboni et al., AISTATS 2021, arXiv:2006.11901", "row", on_rows=_stale),
-    Attack("colluding", "after Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_colluding),
+    Attack(
+        "colluding",
+        "after Blanchard et al., NeurIPS 2017, arXiv:1703.02757",
+        "row",
+        on_rows=_colluding,
+    ),
     Attack("nan", "a broken or hostile client", "row", on_rows=_not_a_number),
     Attack("inf", "a broken or hostile client", "row", on_rows=_infinite),
     Attack("adaptive", "after Shejwalkar and Houmansadr, NDSS 2021", "row", on_rows=_adaptive),
@@ -476,7 +588,9 @@ def liars(names: Sequence[str], fraction: float, seed: int) -> tuple[str, ...]:
     A larger fraction adds liars and frees none. Raises StudyError for a fraction outside [0, .5).
     """
     if not 0 <= fraction < 0.5:
-        raise StudyError(f"robustness.malicious={fraction:g}; expected a share from 0 to below .5 of the clients")
+        raise StudyError(
+            f"robustness.malicious={fraction:g}; expected a share from 0 to below .5 of the clients"
+        )
     count = math.floor(fraction * len(names) + 1e-9)  # .3 x 10 is below 3 in floats of some shares
     key = Streams(seed).key
     drawn = set(sorted(names, key=lambda name: (key("liars", name), name))[:count])

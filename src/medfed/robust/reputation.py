@@ -1,11 +1,14 @@
-"""From one round's evidence to what is done about a client: a sum over rounds, so that one odd round expels nobody.
+"""From one round's evidence to what is done about a client: a sum over rounds, so that one odd
+round expels nobody.
 
-Each client has a CUSUM (Page 1954): what its score exceeds `detection.TOLERATED` by is added, what it falls short by
-is taken off, never below 0. A hospital that is odd for good at that level stays where it is. Above WARN it is warned;
-above QUARANTINE it is left out for REST rounds, and then on probation, half way to a warning. Never are more left out
-than the study says may lie. Evidence that accuses the honest as easily (`INCONCLUSIVE`) is told and not added.
+Each client has a CUSUM (Page 1954): what its score exceeds `detection.TOLERATED` by is added, what
+it falls short by is taken off, never below 0. A hospital that is odd for good at that level stays
+where it is. Above WARN it is warned; above QUARANTINE it is left out for REST rounds, and then on
+probation, half way to a warning. Never are more left out than the study says may lie. Evidence that
+accuses the honest as easily (`INCONCLUSIVE`) is told and not added.
 
-All of it is a function of the findings told so far, so a resumed run that reads them again judges the same.
+All of it is a function of the findings told so far, so a resumed run that reads them again judges
+the same.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -46,7 +49,9 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What is done about a client after a round. action: warn, quarantine, probation, clear or none."""
+    """What is done about a client after a round. action: warn, quarantine, probation, clear or
+    none.
+    """
 
     round: int
     client: str
@@ -69,7 +74,9 @@ class Watch:
 
     @property
     def level(self) -> ThreatLevel:
-        """Return the federation's level: that of its worst client, CRITICAL where more lie than `most`."""
+        """Return the federation's level: that of its worst client, CRITICAL where more lie than
+        `most`.
+        """
         totals = [one.total for one in self.standings.values()]
         if sum(total >= QUARANTINE for total in totals) > self.most:
             return ThreatLevel.CRITICAL
@@ -79,8 +86,12 @@ class Watch:
         """Return the next watch, with nothing held against a client: an operator's decision."""
         return replace(self, standings={**self.standings, client: Standing()})
 
-    def step(self, round: int, clients: Collection[str], findings: Iterable[Finding]) -> "tuple[Watch, list[Ruling]]":
-        """Take a round's findings on the clients that took part; return the next watch, and what changes."""
+    def step(
+        self, round: int, clients: Collection[str], findings: Iterable[Finding]
+    ) -> "tuple[Watch, list[Ruling]]":
+        """Take a round's findings on the clients that took part; return the next watch, and what
+        changes.
+        """
         # What is said of whom.
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}
         for finding in findings:
@@ -92,24 +103,32 @@ class Watch:
         for name, one in self.standings.items():
             if one.until and round == one.until:
                 standings[name] = Standing(WARN / 2)
-                decisions.append(Ruling(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",)))
+                decisions.append(
+                    Ruling(round, name, ThreatLevel.LOW, WARN / 2, "probation", ("it has sat out",))
+                )
 
         # Each sum grows or falls; where it crosses a line, something is done.
         for name, found in by_client.items():
             before = standings.get(name, Standing())
             score = max((f.score for f in found if f.kind not in INCONCLUSIVE), default=0.0)
-            now = replace(before, total=min(max(0.0, before.total + score - TOLERATED), 2 * QUARANTINE))
+            now = replace(
+                before, total=min(max(0.0, before.total + score - TOLERATED), 2 * QUARANTINE)
+            )
             action = "none"
             if now.total >= QUARANTINE:
                 sitting = sum(round < other.until for other in standings.values())
                 if sitting < self.most:
-                    now, action = replace(now, until=round + REST, warned=True), "quarantine"
+                    now = replace(now, until=round + REST, warned=True)
+                    action = "quarantine"
                 elif not before.warned:
-                    now, action = replace(now, warned=True), "warn"
+                    now = replace(now, warned=True)
+                    action = "warn"
             elif now.total >= WARN and not before.warned:
-                now, action = replace(now, warned=True), "warn"
+                now = replace(now, warned=True)
+                action = "warn"
             elif before.warned and now.total == 0:
-                now, action = replace(now, warned=False), "clear"
+                now = replace(now, warned=False)
+                action = "clear"
             standings[name] = now
             if action != "none":
                 words = tuple(f"{f.kind}: {f.evidence}" for f in found)
@@ -125,8 +144,11 @@ def _level(total: float) -> ThreatLevel:
     return ThreatLevel.LOW if total > 0 else ThreatLevel.NONE
 
 
-def detect_byzantine_devices(rounds: Iterable[tuple[Sequence[str], Sequence[Finding]]], most: int) -> dict[str, float]:
-    """Return who is suspected after these rounds, with the sum held against each, worst first; the brief's name.
+def detect_byzantine_devices(
+    rounds: Iterable[tuple[Sequence[str], Sequence[Finding]]], most: int
+) -> dict[str, float]:
+    """Return who is suspected after these rounds, with the sum held against each, worst first; the
+    brief's name.
 
     rounds: of each, who took part and what it said against whom (`detection.inspect`).
     """

@@ -1,7 +1,8 @@
-"""Which way a study's rows come together, and how the parties join a run of it: keys, roster, signatures, terms.
+"""Which way a study's rows come together, and how the parties join a run of it: keys, roster,
+signatures, terms.
 
-The ways themselves are in `medfed.ways`. What each party could see of rows, and what malicious sites can do, is said
-here.
+The ways themselves are in `medfed.ways`. What each party could see of rows, and what malicious
+sites can do, is said here.
 
 K clients of a round.
 """
@@ -43,9 +44,11 @@ class Keys:
 
 
 def coordinator_keys(plan: Plan) -> Keys | None:
-    """Return the coordinator's keys; None for plain rows. In this engine every party's key file is looked at, too.
+    """Return the coordinator's keys; None for plain rows. In this engine every party's key file is
+    looked at, too.
 
-    Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the consortium approved.
+    Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the
+    consortium approved.
     """
     study = plan.study
     if study.security.aggregation == "plain":
@@ -73,15 +76,19 @@ def introduce(
     keys: Keys | None = None,
     aggregators: Mapping[str, Handler] | None = None,
 ) -> Way:
-    """Have all parties tell their public keys and join the run; return how rows come together. `folder` gets the trail.
+    """Have all parties tell their public keys and join the run; return how rows come together.
+    `folder` gets the trail.
 
-    Every site signs the study as it has it; one that has another is refused here. Each party works out bounds, weights
-    and noise for itself. `aggregators` are the three, where they live elsewhere; else they are made in this process.
+    Every site signs the study as it has it; one that has another is refused here. Each party works
+    out bounds, weights and noise for itself. `aggregators` are the three, where they live
+    elsewhere; else they are made in this process.
     """
     keys = keys or coordinator_keys(plan)
     if keys is None:
         return PLAIN
-    study, security, me = plan.study.digest(), plan.study.security, keys.coordinator
+    study = plan.study.digest()
+    security = plan.study.security
+    me = keys.coordinator
 
     # Identify: who takes part, under which keys.
     three = security.aggregators if security.aggregation == "three-party" else ()
@@ -100,7 +107,9 @@ def introduce(
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, me.name, me.public.signing, me.sign)
         consortium = keys.members.authority.fingerprint if keys.members else ""
-        trail.append("study", {"digest": study, "run": run, "consortium": consortium, "signed": signed})
+        trail.append(
+            "study", {"digest": study, "run": run, "consortium": consortium, "signed": signed}
+        )
     if security.aggregation == "masked":
         return Masked(publisher, masking_terms(plan, run), trail)
 
@@ -108,14 +117,22 @@ def introduce(
     terms = terms_of(plan)
     terms.check(gram=plan.rule is not None)
     sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
-    joining |= {"participants": list(plan.participants), "sizes": sizes, "parameters": plan.parameters}
+    joining |= {
+        "participants": list(plan.participants),
+        "sizes": sizes,
+        "parameters": plan.parameters,
+    }
     for handle in handlers.values():
         handle("join", codec.encode(joining))
     return _share(plan, three_party.asking(handlers, terms.length), publisher, terms, trail)
 
 
 def _share(
-    plan: Plan, ask: three_party.Ask, publisher: Publisher, terms: three_party.SharingTerms, trail: Trail | None
+    plan: Plan,
+    ask: three_party.Ask,
+    publisher: Publisher,
+    terms: three_party.SharingTerms,
+    trail: Trail | None,
 ) -> Shared:
     """Return the way among three aggregators, with how far their noise may move what they open."""
     g = plan.guarantee
@@ -123,26 +140,39 @@ def _share(
         return Shared(ask, publisher, terms, trail)
     parts = math.sqrt(1.5)  # three add noise, any two parts of which suffice
     if plan.rule is None:
-        return Shared(ask, publisher, terms, trail, parts * max(g.sigma_units(), g.count_sigma() / GRID))
+        return Shared(
+            ask, publisher, terms, trail, parts * max(g.sigma_units(), g.count_sigma() / GRID)
+        )
     gram, total = gram_split(g, terms)
     return Shared(ask, publisher, terms, trail, total * parts, lambda K: gram(K) * parts)
 
 
 def _roster(plan: Plan, fleet: Fleet, keys: Keys, handlers: Mapping[str, Handler]) -> Roster:
-    """Return the public keys of all parties: those that they tell or, with a list of members, those on it."""
+    """Return the public keys of all parties: those that they tell or, with a list of members, those
+    on it.
+    """
     replies = gather(fleet, plan.participants, "identify", codec.encode({}), _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
         raise SignatureError(reasons(failed))
     told = {name: reply.payload for name, reply in replies.items()}
     told |= {name: handle("identify", codec.encode({})) for name, handle in handlers.items()}
-    publics = [consortium.from_json(codec.decode(payload)[0]["public"]) for payload in told.values()]
+    publics = [
+        consortium.from_json(codec.decode(payload)[0]["public"]) for payload in told.values()
+    ]
+
     for name, public in zip(told, publics, strict=True):
         role = "aggregator" if name in handlers else "site"
         if (public.name, public.role) != (name, role):
-            raise SignatureError(f"{name!r} tells keys of {public.name!r}, {public.role}; expected its own, as {role}")
+            raise SignatureError(
+                f"{name!r} tells keys of {public.name!r}, {public.role}; expected its own, as "
+                f"{role}"
+            )
         if keys.members:
             consortium.refuse_unapproved(keys.members, public, role)
-    return keys.members.roster if keys.members else Roster.of(keys.coordinator.public, *publics)
+
+    if keys.members:
+        return keys.members.roster
+    return Roster.of(keys.coordinator.public, *publics)
 
 
 _PATIENCE = 600.0  # seconds; nothing is trained yet
@@ -151,7 +181,8 @@ _PATIENCE = 600.0  # seconds; nothing is trained yet
 def _join_sites(
     publisher: Publisher, fleet: Fleet, sites: Sequence[str], payload: bytes, roster: Roster
 ) -> dict[str, dict[str, str]]:
-    """Have the sites join; return each one's signature under the study, and the key that it holds under.
+    """Have the sites join; return each one's signature under the study, and the key that it holds
+    under.
 
     Raises PlanError where one has another study.
     """
@@ -161,21 +192,27 @@ def _join_sites(
             if reply.error:
                 raise SiteError(reply.error)
             envelope = codec.as_bytes(codec.decode(reply.payload)[1]["signed"])
-            publisher.post.unwrap(envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY)
+            publisher.post.unwrap(
+                envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY
+            )
         except (CodecError, KeyError, SiteError) as error:
             raise PlanError(
-                f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): {error} "
-                "Give every site the same study file."
+                f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): "
+                f"{error} Give every site the same study file."
             ) from error
         signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
+
     return signed
 
 
 def bears(plan: Plan) -> str:
-    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell them apart."""
+    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell
+    them apart.
+    """
     if plan.rule is None or plan.guarantee is None or not plan.joint:
         return plan.bears()
-    terms, K = terms_of(plan), cohort(plan.study, plan.participants)
+    terms = terms_of(plan)
+    K = cohort(plan.study, plan.participants)
     gram, _ = gram_split(plan.guarantee, terms)
     ratio = gram(K) * math.sqrt(1.5) / terms.bound**2
     how = "good"
@@ -184,7 +221,8 @@ def bears(plan: Plan) -> str:
     if ratio > 0.5:
         how = "weak: liars and honest sites look alike"
     return (
-        f"{plan.bears()}; noise on how rows compare is {ratio:.2g} of the longest row's square, so selection is {how}"
+        f"{plan.bears()}; noise on how rows compare is {ratio:.2g} of the longest row's square, "
+        f"so selection is {how}"
     )
 
 
@@ -194,6 +232,7 @@ def who_sees(plan: Plan) -> dict[str, str]:
     joint = "the bare sum"
     if noised:
         joint = "the noised sum" if plan.joint else "the sum of noised rows"
+
     match plan.study.security.aggregation:
         case "masked":
             return {
@@ -207,5 +246,6 @@ def who_sees(plan: Plan) -> dict[str, str]:
                 "two aggregators together": "every row: two of the three must be honest",
                 "a site": "its own row",
             }
+
     row = "every site's row, which is noised" if noised and not plan.joint else "every site's row"
     return {"the coordinator": row, "a site": "its own row"}

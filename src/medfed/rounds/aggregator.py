@@ -1,7 +1,8 @@
-"""What runs at an aggregator: its own keys, the study as it has it, and its side of the three-party protocol.
+"""What runs at an aggregator: its own keys, the study as it has it, and its side of the three-party
+protocol.
 
-It is reached through `handle(op, payload)`, bytes in and bytes out, as a site is. "identify" tells its public keys,
-"join" makes it a party of one run; the rest is `secure.three_party`.
+It is reached through `handle(op, payload)`, bytes in and bytes out, as a site is. "identify" tells
+its public keys, "join" makes it a party of one run; the rest is `secure.three_party`.
 """
 
 from typing import Any
@@ -17,11 +18,14 @@ from medfed.study import Study
 
 
 class Aggregator:
-    """One aggregator's node. Bounds, weights and noise follow from its own study, never from a message."""
+    """One aggregator's node. Bounds, weights and noise follow from its own study, never from a
+    message.
+    """
 
     def __init__(self, name: str, study: Study) -> None:
         """Set up the node; its keys are loaded, or made, when it is first asked who it is."""
-        self.name, self.study = name, study
+        self.name = name
+        self.study = study
         self._identity: Identity | None = None
         self._side: three_party.SharingAggregator | None = None
 
@@ -34,7 +38,9 @@ class Aggregator:
                 self._join(codec.decode(payload)[0])
                 return codec.encode({})
         if self._side is None:
-            raise AbortError(f"aggregator {self.name!r} has joined no run; the coordinator must ask it to first")
+            raise AbortError(
+                f"aggregator {self.name!r} has joined no run; the coordinator must ask it to first"
+            )
         return self._side.handle(op, payload)
 
     @property
@@ -46,6 +52,9 @@ class Aggregator:
 
     def _join(self, told: dict[str, Any]) -> None:
         members = consortium.members_of(self.study)
-        roster = members.roster if members else Roster.of(*map(consortium.from_json, told["roster"]))
+        if members:
+            roster = members.roster
+        else:
+            roster = Roster.of(*map(consortium.from_json, told["roster"]))
         facts = resolve(self.study, told["sizes"], told["participants"], told["parameters"])
         self._side = aggregator_of(facts, Post(self.identity, roster))

@@ -1,4 +1,6 @@
-"""Checkpoints: the server's state after a round, on disk, with a checksum. A damaged one is passed over, and told."""
+"""Checkpoints: the server's state after a round, on disk, with a checksum. A damaged one is passed
+over, and told.
+"""
 
 import hashlib
 from pathlib import Path
@@ -35,16 +37,24 @@ def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
             damaged.append(f"{path.name} is damaged ({error})")
             continue
         return server, header, "; ".join(damaged)
-    raise RunError(f"{folder}: no whole checkpoint. {'; '.join(damaged) or 'None was written'}. Start the study again.")
+    raise RunError(
+        f"{folder}: no whole checkpoint. {'; '.join(damaged) or 'None was written'}. Start the "
+        "study again."
+    )
 
 
 def _read(path: Path) -> tuple[Server, dict[str, Any]]:
     content = path.read_bytes()
-    digest, payload = content[:_DIGEST], content[_DIGEST:]
+    digest = content[:_DIGEST]
+    payload = content[_DIGEST:]
     if hashlib.sha256(payload).digest() != digest:
         raise CodecError("its checksum does not agree")
     header, tensors = codec.decode(payload)
-    slots = {name.removeprefix("slot."): value for name, value in tensors.items() if name.startswith("slot.")}
+    slots = {
+        name.removeprefix("slot."): value
+        for name, value in tensors.items()
+        if name.startswith("slot.")
+    }
     return Server(header["round"], tensors["w"], slots), header
 
 

@@ -1,4 +1,6 @@
-"""Rows under masks that cancel: the coordinator is the server of `secure.masking`, and plays its five phases."""
+"""Rows under masks that cancel: the coordinator is the server of `secure.masking`, and plays its
+five phases.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +24,14 @@ class Masked:
     choose: Callable[[Sequence[str], int], masking.MaskingTerms]
     trail: Trail | None = None
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "MaskedExchange":
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> "MaskedExchange":
         """Play the phases before the rows, and ask for those."""
         mine = self.publisher
-        server = masking.MaskingServer(mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number))
+        server = masking.MaskingServer(
+            mine.post, self.choose(clients, number), Scope(mine.study, mine.run, number)
+        )
         talk = _Talk(plan, fleet, number)
         with naming(talk.lost), naming(server.refused):
             # Keys: everybody's public keys go to all.
@@ -68,7 +74,9 @@ class MaskedExchange:
             return self._unmask()
 
     def _unmask(self) -> RoundRows:
-        talk, server, number = self.talk, self.server, self.talk.number
+        talk = self.talk
+        server = self.server
+        number = self.talk.number
 
         # Rows: who survived goes to all.
         replies = self.questions.replies()
@@ -123,7 +131,9 @@ class _Talk:
         payload = codec.encode(header, {"message": codec.as_tensor(message)})
         replies = gather(self.fleet, clients, "phase", payload, self.deadline)
         self.down += len(payload) * len(clients)
-        self.up[phase] = self.up.get(phase, 0) + sum(len(reply.payload) for reply in replies.values())
+        self.up[phase] = self.up.get(phase, 0) + sum(
+            len(reply.payload) for reply in replies.values()
+        )
 
         found: dict[str, bytes] = {}
         for name, reply in replies.items():

@@ -24,9 +24,13 @@ class Plain:
 
     trail = None
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "PlainExchange":
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> "PlainExchange":
         """Ask the clients for their rows."""
-        return PlainExchange(plan, number, Questions.ask(fleet, clients, payload, plan.study.training.deadline))
+        return PlainExchange(
+            plan, number, Questions.ask(fleet, clients, payload, plan.study.training.deadline)
+        )
 
 
 PLAIN = Plain()
@@ -52,7 +56,8 @@ class PlainExchange:
 
     def close(self) -> RoundRows:
         """Read, decode, check and combine."""
-        plan, replies = self.plan, self.questions.replies()
+        plan = self.plan
+        replies = self.questions.replies()
 
         # Read, and undo at once what the links can only undo row by row.
         reports, names, row_KM, excluded = read_rows(replies, plan)
@@ -64,7 +69,8 @@ class PlainExchange:
         excluded |= _strange(names, row_KM, plan.study.robustness.bound)
         counted = [k for k, name in enumerate(names) if name not in excluded]
         if len(counted) < len(names):
-            names, row_KM = [names[k] for k in counted], row_KM[counted]
+            names = [names[k] for k in counted]
+            row_KM = row_KM[counted]
         enough(plan, self.number, names, self.questions.clients, excluded)
 
         # Combine.
@@ -74,7 +80,8 @@ class PlainExchange:
 
     def _combine(self, names: Sequence[str], row_KM: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return the combined row, and what a rule has read and given."""
-        plan, number = self.plan, self.number
+        plan = self.plan
+        number = self.number
         if plan.rule is None:
             weight_K = torch.tensor([plan.weight(name) for name in names], dtype=torch.float64)
             share_K = None if plan.joint else weight_K / weight_K.sum()
@@ -84,7 +91,10 @@ class PlainExchange:
         if plan.rule.needs == "rows":  # no weights to tell
             one_M = plan.fitting(len(names)).combine(row_KM)
             weights = dict.fromkeys(names, 1 / len(names))
-            return combine(one_M[None], torch.ones(1), plan.links, number), {"weights": weights, "gram_KK": gram_KK}
+            return combine(one_M[None], torch.ones(1), plan.links, number), {
+                "weights": weights,
+                "gram_KK": gram_KK,
+            }
 
         w_K = plan.weigh(gram_KK)
         weights = dict(zip(names, w_K.tolist(), strict=True))
@@ -102,7 +112,9 @@ def _strange(names: Sequence[str], row_KM: Tensor, bound: float) -> dict[str, st
     return found
 
 
-def _decode_each(names: Sequence[str], row_KM: Tensor, plan: Plan) -> tuple[list[str], Tensor, dict[str, str]]:
+def _decode_each(
+    names: Sequence[str], row_KM: Tensor, plan: Plan
+) -> tuple[list[str], Tensor, dict[str, str]]:
     """Return whose rows could be decoded, these rows [K, M], and the others' reasons."""
     decoded: dict[str, Tensor] = {}
     strange: dict[str, str] = {}
@@ -117,16 +129,25 @@ def _decode_each(names: Sequence[str], row_KM: Tensor, plan: Plan) -> tuple[list
 
 def _checked(row_M: Tensor, numbers: int) -> Tensor:
     if row_M.shape != (numbers,):
-        raise SiteError(f"its row decodes to shape {tuple(row_M.shape)}; expected {numbers} numbers")
+        raise SiteError(
+            f"its row decodes to shape {tuple(row_M.shape)}; expected {numbers} numbers"
+        )
     return row_M
 
 
-def read_rows(replies: Mapping[str, Reply], plan: Plan) -> tuple[Reports, list[str], Tensor, dict[str, str]]:
-    """Return reports, the names of those whose rows can be read, these rows as sent, and the others' reasons."""
+def read_rows(
+    replies: Mapping[str, Reply], plan: Plan
+) -> tuple[Reports, list[str], Tensor, dict[str, str]]:
+    """Return reports, the names of those whose rows can be read, these rows as sent, and the
+    others' reasons.
+    """
     length, kind = sent_as(plan.message, plan.links)
     row_KM = torch.empty(len(replies), length, dtype=kind)
     expected = codec.RowFormat("row", torch.empty(length, dtype=kind))
-    reports, names, reasons = Reports(), list[str](), dict[str, str]()
+    reports = Reports()
+    names = list[str]()
+    reasons = dict[str, str]()
+
     for name, reply in replies.items():
         try:
             reports[name] = _read_row(reply, expected, row_KM[len(names)])
@@ -135,6 +156,7 @@ def read_rows(replies: Mapping[str, Reply], plan: Plan) -> tuple[Reports, list[s
             reasons[name] = str(error)
         except (CodecError, KeyError) as error:
             reasons[name] = f"its reply cannot be read: {error}"
+
     return reports, names, row_KM[: len(names)], reasons
 
 

@@ -1,4 +1,6 @@
-"""Before the first round: every site is surveyed, all agree how records become numbers, and the plan is made."""
+"""Before the first round: every site is surveyed, all agree how records become numbers, and the
+plan is made.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,16 @@ import torch
 from torch import Tensor
 
 from medfed.core import codec
-from medfed.core.checks import BudgetError, DataError, MedfedError, PlanError, reasons, sharing, some, those
+from medfed.core.checks import (
+    BudgetError,
+    DataError,
+    MedfedError,
+    PlanError,
+    reasons,
+    sharing,
+    some,
+    those,
+)
 from medfed.core.flat import fingerprint
 from medfed.data import preprocess, survey_doubts
 from medfed.data.encoding import Encoding
@@ -27,10 +38,14 @@ from medfed.study import Study
 _PATIENCE = 600.0  # seconds; nothing is trained yet
 
 
-def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None) -> Plan:
-    """Return the plan, every site having encoded its rows. A known `encoding` (a resumed run's) is not agreed anew.
+def prepare(
+    study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None
+) -> Plan:
+    """Return the plan, every site having encoded its rows. A known `encoding` (a resumed run's) is
+    not agreed anew.
 
-    Ranges that patients pay for are not known yet: `medfed.rounds.ranges` finds them once all are enrolled.
+    Ranges that patients pay for are not known yet: `medfed.rounds.ranges` finds them once all are
+    enrolled.
 
     Raises StudyError, DataError or PlanError; nothing has been trained then.
     """
@@ -45,7 +60,9 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
         answers = _replies(counted, sites, "answer", payload)
         if alike := codec.decode_alike(list(answers.values())):
             return alike[1]["answer"].sum(0)
-        return torch.stack([codec.decode(answer)[1]["answer"] for answer in answers.values()]).sum(0)
+        return torch.stack([codec.decode(answer)[1]["answer"] for answer in answers.values()]).sum(
+            0
+        )
 
     if encoding is None:
         later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN) if asked(study) else {}
@@ -53,7 +70,12 @@ def prepare(study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding
     plan = make(study, surveys, encoding)
     answers = send_encoding(plan, counted, sites)
     if rates.left_open(study):
-        plan = replace(plan, chosen=_chosen(plan, {name: float(told["bend"]) for name, (told, _) in answers.items()}))
+        plan = replace(
+            plan,
+            chosen=_chosen(
+                plan, {name: float(told["bend"]) for name, (told, _) in answers.items()}
+            ),
+        )
     return replace(plan, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
 
 
@@ -74,10 +96,14 @@ def send_encoding(
 def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
     """Return the learning rate that every site's rows bear.
 
-    Of malicious sites a study bears some: as many of the largest are left out, so that none can stop all learning.
+    Of malicious sites a study bears some: as many of the largest are left out, so that none can
+    stop all learning.
     """
     if strange := [name for name, bend in bends.items() if not math.isfinite(bend)]:
-        raise DataError(f"{some(strange)}: encoded rows too large for a learning rate; set data.preprocess='robust'")
+        raise DataError(
+            f"{some(strange)}: encoded rows too large for a learning rate; set "
+            "data.preprocess='robust'"
+        )
     trained = {name: bend for name, bend in bends.items() if plan.sizes[name]["train"]}
     for name in sorted(trained, key=trained.__getitem__, reverse=True)[: plan.malicious]:
         del trained[name]
@@ -87,14 +113,17 @@ def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table: sizes, columns, categories, labels, gaps."""
-    return {name: header["survey"] for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()}
+    return {
+        name: header["survey"]
+        for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()
+    }
 
 
 def rehearse(plan: Plan, fleet: Fleet) -> None:
     """Have every site play its part once on made-up rows, before any patient is charged.
 
-    Without a claim nobody pays, and the first round shows the same. Raises PlanError with each site's reason: stage,
-    module, what is wrong and the way out; nothing has been charged then.
+    Without a claim nobody pays, and the first round shows the same. Raises PlanError with each
+    site's reason: stage, module, what is wrong and the way out; nothing has been charged then.
     """
     if plan.guarantee is None or plan.guarantee.simulation_only:
         return
@@ -104,25 +133,41 @@ def rehearse(plan: Plan, fleet: Fleet) -> None:
 
 
 def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
-    """Have every site enrol its patients in its ledger and see that the whole plan fits their budget.
+    """Have every site enrol its patients in its ledger and see that the whole plan fits their
+    budget.
 
     Raises BudgetError with the sites' reasons; nothing has been charged then.
     """
     if plan.guarantee and not plan.guarantee.simulation_only:
-        _ask_all(fleet, plan.participants, "enrol", codec.encode({"run": run, "fresh": fresh}), BudgetError)
+        _ask_all(
+            fleet,
+            plan.participants,
+            "enrol",
+            codec.encode({"run": run, "fresh": fresh}),
+            BudgetError,
+        )
 
 
 def _ask_all(
-    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
+    fleet: Fleet,
+    sites: Sequence[str],
+    op: str,
+    payload: bytes,
+    refusal: type[MedfedError] = DataError,
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Ask every site and decode its answer; see `_replies`."""
     answers = _replies(fleet, sites, op, payload, refusal)
-    known = {answer: codec.decode(answer) for answer in set(answers.values())}  # thousands may say the same
+    # thousands may say the same
+    known = {answer: codec.decode(answer) for answer in set(answers.values())}
     return {name: known[answer] for name, answer in answers.items()}
 
 
 def _replies(
-    fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, refusal: type[MedfedError] = DataError
+    fleet: Fleet,
+    sites: Sequence[str],
+    op: str,
+    payload: bytes,
+    refusal: type[MedfedError] = DataError,
 ) -> dict[str, bytes]:
     """Ask every site; raise `refusal` where some cannot answer, a reason that they share once."""
     replies = gather(fleet, sites, op, payload, _PATIENCE)
@@ -132,7 +177,9 @@ def _replies(
 
 
 def explain_failures(failed: Mapping[str, str]) -> str:
-    """Say which sites cannot, and why: one by its own words, several that share a reason together."""
+    """Say which sites cannot, and why: one by its own words, several that share a
+    reason together.
+    """
     parts = []
     for reason, names in sharing(failed).items():
         alone = f"site {names[0]!r}: {failed[names[0]]}"

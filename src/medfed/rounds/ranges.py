@@ -1,7 +1,9 @@
-"""Ranges that nobody could declare: found from noised counts of training patients, before the first round.
+"""Ranges that nobody could declare: found from noised counts of training patients, before the first
+round.
 
-Training patients pay for it. Counts are asked for as often as the plan pays for, and each time all of the study's open
-columns are counted; what follows from them is public, and becomes part of the run's encoding like a declared range.
+Training patients pay for it. Counts are asked for as often as the plan pays for, and each time all
+of the study's open columns are counted; what follows from them is public, and becomes part of the
+run's encoding like a declared range.
 """
 
 from collections.abc import Sequence
@@ -27,26 +29,31 @@ from medfed.study import Study
 
 
 def paid(study: Study) -> str:
-    """Say what becomes of what training patients have paid for ranges, where no run comes of it, and what works."""
+    """Say what becomes of what training patients have paid for ranges, where no run comes of it,
+    and what works.
+    """
     spent = "Nothing was trained. What training patients have paid for ranges stays spent"
     if study.privacy.scope == "run":
         return f"{spent}: a run that asks anew charges anew."
     return (
-        f"{spent} of this study's epsilon, so that no other run of it fits. Under another study.name a run charges "
-        "anew, where the lifetime budget has room for both."
+        f"{spent} of this study's epsilon, so that no other run of it fits. Under another "
+        "study.name a run charges anew, where the lifetime budget has room for both."
     )
 
 
 def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
-    """Return the plan with the ranges of its open columns, and what is told; the sites do not know them yet: `encode`.
+    """Return the plan with the ranges of its open columns, and what is told; the sites do not know
+    them yet: `encode`.
 
-    A plan whose ranges are all declared comes back as it is. Raises BudgetError where no site's patients can pay,
-    PlanError where the noise hides every feature; nothing has been trained then.
+    A plan whose ranges are all declared comes back as it is. Raises BudgetError where no site's
+    patients can pay, PlanError where the noise hides every feature; nothing has been trained then.
     """
-    columns, g = open_columns(plan.study), plan.guarantee
+    columns = open_columns(plan.study)
+    g = plan.guarantee
     if g is None or "ranges" not in g.queries:
         return plan, []
-    counted, told = Counted(fleet), list[Event]()
+    counted = Counted(fleet)
+    told = list[Event]()
     each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
     search = Search(len(columns), guarantee.summed_sd(plan.study, each, len(plan.participants)))
     for turn in range(quantiles.TIMES):
@@ -57,8 +64,9 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     plan = replace(plan, encoding=_encoding(plan, dict(zip(columns, search.found, strict=True))))
     if all(one.known == 0 for one in search.found) and len(columns) == len(plan.encoding.columns):
         raise PlanError(
-            f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are values seen above the "
-            f"noise, so that there is nothing to learn from. {paid(plan.study)}"
+            f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are "
+            "values seen above the noise, so that there is nothing to learn from. "
+            f"{paid(plan.study)}"
         )
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
     out = {event.site for event in told if isinstance(event, SiteExcluded)}
@@ -78,23 +86,31 @@ def encode(plan: Plan, fleet: Fleet) -> Plan:
 
 def _after(plan: Plan, fleet: Counted) -> Plan:
     """Return the plan with the bytes that have passed."""
-    return replace(plan, bytes_up=plan.bytes_up + fleet.bytes_up, bytes_down=plan.bytes_down + fleet.bytes_down)
+    return replace(
+        plan, bytes_up=plan.bytes_up + fleet.bytes_up, bytes_down=plan.bytes_down + fleet.bytes_down
+    )
 
 
 def refuse_unfound(plan: Plan) -> None:
-    """Raise PlanError where a plan's ranges are still to be found, and nobody will look for them."""
+    """Raise PlanError where a plan's ranges are still to be found, and nobody will look
+    for them.
+    """
     if found := plan.encoding.found_ranges():
         raise PlanError(
-            f"the ranges of {some(found)} are found in a run alone, which training patients pay for; declare them in "
-            "[data.dictionary], or read the records without a claim"
+            f"the ranges of {some(found)} are found in a run alone, which training patients pay "
+            "for; declare them in [data.dictionary], or read the records without a claim"
         )
 
 
-def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.ndarray, list[SiteExcluded]]:
+def _counts(
+    plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray
+) -> tuple[np.ndarray, list[SiteExcluded]]:
     """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
-    g, shape = plan.guarantee, (len(edges), quantiles.CELLS[turn])
+    g = plan.guarantee
+    shape = (len(edges), quantiles.CELLS[turn])
     assert g is not None
-    key, most = plan.streams.key("ranges", turn), ranges_sensitivity(len(edges))
+    key = plan.streams.key("ranges", turn)
+    most = ranges_sensitivity(len(edges))
     payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "ranges", payload, plan.study.training.deadline)
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], *shape))
@@ -104,7 +120,9 @@ def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.
     for name, counts in list(told.items()):
         bound = g.releases[name].size
         if counts.min() < -noise or counts.max() > bound + noise:
-            untold[name] = f"it counts fewer than none or more than its {bound} declared patients in a cell"
+            untold[name] = (
+                f"it counts fewer than none or more than its {bound} declared patients in a cell"
+            )
             del told[name]
     if not told:
         then = paid(plan.study) if turn else "Nothing was charged."
@@ -113,7 +131,10 @@ def _counts(plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray) -> tuple[np.
     total = np.sum([*told.values()], 0)
     if together:
         total = total + guarantee.query_noise(g, "ranges", most, total.size, key).reshape(shape)
-    return total, [SiteExcluded(0, name, f"not counted for ranges: {reason}") for name, reason in untold.items()]
+    return total, [
+        SiteExcluded(0, name, f"not counted for ranges: {reason}")
+        for name, reason in untold.items()
+    ]
 
 
 _FAR = 8.0
@@ -134,24 +155,31 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
     unseen = list(compress(columns, [one.known == 0 for one in found]))
     few = list(compress(columns, [one.known > 0 and not one.told for one in found]))
     told: list[Event] = []
+
     if unseen:
         low, high = quantiles.WIDEST
         told.append(
             Warned(
-                f"no value of {some(map(repr, unseen))} is seen above the noise, so the range is taken as "
-                f"[{low:g}, {high:g}], in which the model sees next to nothing of it. It may hold text, be empty or be "
-                "rare: declare its categories or its range, or leave it out"
+                f"no value of {some(map(repr, unseen))} is seen above the noise, so the range is "
+                f"taken as [{low:g}, {high:g}], in which the model sees next to nothing of it. "
+                "It may hold text, be empty or be rare: declare its categories or its range, or "
+                "leave it out"
             )
         )
+
     if few:
         told.append(
             Warned(
-                f"of {some(map(repr, few))} too few values are seen above the noise for quantiles: the range is that "
-                "of whole decades. Declare it, or leave the column out"
+                f"of {some(map(repr, few))} too few values are seen above the noise for "
+                "quantiles: the range is that of whole decades. Declare it, or leave the column "
+                "out"
             )
         )
+
     apart = {
-        name: one.apart for name, one in zip(columns, found, strict=True) if one.apart and _reaches(one, one.apart)
+        name: one.apart
+        for name, one in zip(columns, found, strict=True)
+        if one.apart and _reaches(one, one.apart)
     }
     if apart:
         first, (low, high) = next(iter(apart.items()))
@@ -163,16 +191,21 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
                 f'{entry} = ["-999"]'
             )
         )
-    if narrow := [name for name, one in zip(columns, found, strict=True) if one.told and not one.resolved]:
+
+    if narrow := [
+        name for name, one in zip(columns, found, strict=True) if one.told and not one.resolved
+    ]:
         low, high = found[list(columns).index(narrow[0])].ends
         told.append(
             Warned(
-                f"nearly all values of {some(map(repr, narrow))} lie in one cell, which is counted no finer (that of "
-                f"{narrow[0]!r} is about [{low:.10g}, {high:.10g}]), so the model may see next to nothing of how they "
-                "differ. Declare the range; where values lie far from 0 subtract an offset, or take another unit; or "
-                "leave the column out"
+                f"nearly all values of {some(map(repr, narrow))} lie in one cell, which is "
+                f"counted no finer (that of {narrow[0]!r} is about [{low:.10g}, {high:.10g}]), "
+                "so the model may see next to nothing of how they differ. Declare the range; "
+                "where values lie far from 0 subtract an offset, or take another unit; or leave "
+                "the column out"
             )
         )
+
     return told
 
 

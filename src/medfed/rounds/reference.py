@@ -1,8 +1,10 @@
-"""The round as a specification: every party in turn, in plain sight, without bytes, engine, keys or stacks.
+"""The round as a specification: every party in turn, in plain sight, without bytes, engine, keys or
+stacks.
 
-Read this first. Whatever else the house does in a round (replies that are late, masks and shares, whole cohorts as one
-stack, signatures, a ledger on disk) leaves the numbers as they are here: `tests/rounds/test_reference.py` holds the engine
-against this page for every algorithm, noise, aggregation and rule that is registered.
+Read this first. Whatever else the house does in a round (replies that are late, masks and shares,
+whole cohorts as one stack, signatures, a ledger on disk) leaves the numbers as they are here:
+`tests/rounds/test_reference.py` holds the engine against this page for every algorithm, noise,
+aggregation and rule that is registered.
 
 K rows that came, P parameters, M numbers in a row.
 """
@@ -27,25 +29,36 @@ from medfed.robust import rules
 
 @dataclass
 class SiteState:
-    """What one site holds: its training rows, and what its algorithm remembers of earlier rounds."""
+    """What one site holds: its training rows, and what its algorithm remembers of
+    earlier rounds.
+    """
 
     rows: Rows
     memory: dict[str, Tensor]
 
 
 def play(
-    server: Server, plan: Plan, model: nn.Module, sites: Mapping[str, SiteState], drawn: Sequence[str] | None = None
+    server: Server,
+    plan: Plan,
+    model: nn.Module,
+    sites: Mapping[str, SiteState],
+    drawn: Sequence[str] | None = None,
 ) -> Server:
-    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands for the draw."""
-    number, g, training = server.round + 1, plan.guarantee, plan.study.training
+    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands
+    for the draw.
+    """
+    number = server.round + 1
+    g = plan.guarantee
+    training = plan.study.training
 
-    # Draw. The study's selector says who takes part, from public facts and a public stream; they receive the model.
+    # Draw. The study's selector says who takes part, from public facts and a public stream; they
+    # receive the model.
     if drawn is None:
         drawn = plan.draw(number)
 
-    # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by itself, and passes it
-    # through the client's halves of the links: cut, rounded, noised. The coordinator undoes what
-    # it can row by row. A row that is not finite does not count.
+    # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by
+    # itself, and passes it through the client's halves of the links: cut, rounded, noised. The
+    # coordinator undoes what it can row by row. A row that is not finite does not count.
     sent: dict[str, Tensor] = {}
     remembered: dict[str, dict[str, Tensor]] = {}
     for name in drawn:
@@ -56,14 +69,17 @@ def play(
             sent[name] = decode(row_KM, plan.links, plan.message)[0]
             remembered[name] = {**later, **{one: value[0] for one, value in kept.items()}}
 
-    # Combine. In plain sight, under masks that cancel or in shares that add up, what is opened is one weighted sum:
-    # a rule's weights where some may lie, else the sum that a noise is for, else the mean by public weights.
+    # Combine. In plain sight, under masks that cancel or in shares that add up, what is opened is
+    # one weighted sum: a rule's weights where some may lie, else the sum that a noise is for, else
+    # the mean by public weights.
     row_KM = torch.stack(list(sent.values()))
     weight_K = torch.tensor([plan.weight(name) for name in sent], dtype=torch.float64)
     patients_K = torch.tensor([_patients(plan, name) for name in sent], dtype=torch.float64)
     if plan.rule and plan.rule.needs == "rows":
         combined_M = plan.fitting(len(sent)).combine(row_KM).double()
-    elif plan.rule and plan.joint:  # rows are sums: weighed as means, and opened as the sum over as many patients
+    elif (
+        plan.rule and plan.joint
+    ):  # rows are sums: weighed as means, and opened as the sum over as many patients
         combined_M = _weighed(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
     elif plan.rule:
         combined_M = _weighed(plan, row_KM)
@@ -76,13 +92,19 @@ def play(
     for link in reversed(plan.links):
         combined_M = link.server(combined_M, number)
 
-    # Apply. A noised sum of gradients is a step of gradient descent; the algorithm's server does the rest.
+    # Apply. A noised sum of gradients is a step of gradient descent; the algorithm's server does
+    # the rest.
     if plan.joint:
         assert g is not None
-        clip, patients = _clip(server, plan), float(patients_K.sum())
-        gradient_P = combined_M[: g.parameters] * (clip / patients) + training.weight_decay * server.w_P
+        clip = _clip(server, plan)
+        patients = float(patients_K.sum())
+        gradient_P = (
+            combined_M[: g.parameters] * (clip / patients) + training.weight_decay * server.w_P
+        )
         if g.clipping == "adaptive":
-            following = dpsgd.next_clip(clip, float(combined_M[-1]), round(patients), plan.study.privacy.quantile)
+            following = dpsgd.next_clip(
+                clip, float(combined_M[-1]), round(patients), plan.study.privacy.quantile
+            )
             server = replace(server, slots={**server.slots, "clip": torch.tensor([following])})
         combined_M = -training.learning_rate * gradient_P
     share = float(weight_K.sum()) / sum(plan.weight(name) for name in plan.participants)
@@ -94,13 +116,18 @@ def play(
     return after
 
 
-def work(server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the row [M] that a site's records come to, and what it will remember if the row counts.
+def work(
+    server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the row [M] that a site's records come to, and what it will remember if the row
+    counts.
 
-    A row is what local training came to or, where one noise serves the sum of all sites, the sum of the site's clipped
-    gradients, a patient each.
+    A row is what local training came to or, where one noise serves the sum of all sites, the sum of
+    the site's clipped gradients, a patient each.
     """
-    g, algorithm, task = plan.guarantee, plan.algorithm, plan.algorithm.task(server)
+    g = plan.guarantee
+    algorithm = plan.algorithm
+    task = plan.algorithm.task(server)
     memory = {kept: site.memory[kept][None] for kept in algorithm.kept}
     if plan.study.model.name in LEARNERS:
         done = work_of(LEARNERS[plan.study.model.name], task, memory, [site.rows])
@@ -108,21 +135,31 @@ def work(server: Server, plan: Plan, model: nn.Module, name: str, site: SiteStat
 
     key_K = plan.streams.key_K("batches", server.round + 1, [name])
     if g and g.joint:
-        patients, size = Patients.of([site.rows]), g.releases[name].size
-        target, clip = plan.encoding.target.task, _clip(server, plan)
+        patients = Patients.of([site.rows])
+        size = g.releases[name].size
+        target = plan.encoding.target.task
+        clip = _clip(server, plan)
         summed = dpsgd.sums(model, task.w_P, patients, target, g, clip, [name], key_K, plan.path)
         message_KM = into_ball(summed.total_KP, [size])
         if g.clipping == "adaptive":
-            message_KM = torch.cat([message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1)
+            message_KM = torch.cat(
+                [message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1
+            )
         return message_KM[0], {}
 
-    study = rates.at(plan.study, float(server.slots["rate"])) if "rate" in server.slots else plan.study
-    start_KP, correction = algorithm.starts_KP(task, memory, 1), algorithm.correct(task, memory, study.training)
+    if "rate" in server.slots:
+        study = rates.at(plan.study, float(server.slots["rate"]))
+    else:
+        study = plan.study
+    start_KP = algorithm.starts_KP(task, memory, 1)
+    correction = algorithm.correct(task, memory, study.training)
     steps = local_plan(study, plan.encoding)
     if g:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else study.training.average
         patients = Patients.of([site.rows])
-        local = dpsgd.train(model, start_KP, patients, steps, g, [name], key_K, correction, average, plan.path)
+        local = dpsgd.train(
+            model, start_KP, patients, steps, g, [name], key_K, correction, average, plan.path
+        )
     else:
         local = train(model, start_KP, Stack.of([site.rows]), steps, key_K, correction, plan.path)
     message_KM, later = algorithm.message(task, memory, local, study.training)
@@ -132,16 +169,22 @@ def work(server: Server, plan: Plan, model: nn.Module, name: str, site: SiteStat
 def _clip(server: Server, plan: Plan) -> float:
     """Return the norm that a patient's gradient is held to in this round."""
     assert plan.guarantee is not None
-    return float(server.slots["clip"]) if "clip" in server.slots else plan.guarantee.clip
+    if "clip" in server.slots:
+        return float(server.slots["clip"])
+    return plan.guarantee.clip
 
 
 def _weighed(plan: Plan, row_KM: Tensor) -> Tensor:
-    """Return the rows [M] as the study's rule weighs them: a function of how they compare, their Gram matrix, alone."""
+    """Return the rows [M] as the study's rule weighs them: a function of how they compare, their
+    Gram matrix, alone.
+    """
     return plan.weigh(rules.gram(rules.blocks_of(row_KM))).double() @ row_KM.double()
 
 
 def _patients(plan: Plan, name: str) -> float:
-    """Return how many declared patients a site's row sums over; where rows are means nothing hangs on it."""
+    """Return how many declared patients a site's row sums over; where rows are means nothing hangs
+    on it.
+    """
     if plan.guarantee is None or not plan.joint:
         return 1.0
     return plan.guarantee.releases[name].expected

@@ -56,7 +56,8 @@ def run_round(
 ) -> Server:
     """Run one round, without those who are `out`, and return the server's next state.
 
-    Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is then unchanged.
+    Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is
+    then unchanged.
     """
     began = time.perf_counter()
     number = server.round + 1
@@ -65,7 +66,8 @@ def run_round(
     clients = plan.draw(number, out)
     log.emit(RoundStarted(number, clients))
 
-    # Charge: the coordinator counts; each site pays from its own ledger, before its data is touched.
+    # Charge: the coordinator counts; each site pays from its own ledger, before its data is
+    # touched.
     budget.charge(number, clients)
 
     # Work and combine: one row a client, which the study's way makes one.
@@ -89,9 +91,13 @@ def run_round(
 
     # Remember: only now do sites keep what the round left them, those whose row has counted.
     if plan.keeps:
-        for name, reply in gather(fleet, answer.names, "keep", codec.encode({}), plan.study.training.deadline).items():
+        for name, reply in gather(
+            fleet, answer.names, "keep", codec.encode({}), plan.study.training.deadline
+        ).items():
             if reply.error:
-                log.emit(Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}"))
+                log.emit(
+                    Warned(f"round {number}: site {name!r} could not keep its state: {reply.error}")
+                )
 
     # Tell.
     seconds = time.perf_counter() - began
@@ -100,11 +106,15 @@ def run_round(
 
 
 def ask_of(server: Server, plan: Plan) -> bytes:
-    """Return what the clients of the next round are asked: the weights, and the slots that the algorithm sends."""
+    """Return what the clients of the next round are asked: the weights, and the slots that the
+    algorithm sends.
+    """
     task = plan.algorithm.task(server)
     header = {"round": server.round + 1}
     chosen = {name: float(server.slots[name]) for name in ("clip", "rate") if name in server.slots}
-    return codec.encode(header | chosen, {"w": task.w_P, **{f"slot.{name}": v for name, v in task.slots.items()}})
+    return codec.encode(
+        header | chosen, {"w": task.w_P, **{f"slot.{name}": v for name, v in task.slots.items()}}
+    )
 
 
 def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
@@ -112,14 +122,24 @@ def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
         log.emit(SiteExcluded(number, name, reason))
 
 
-def _finished(answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter) -> RoundFinished:
-    """Return the event of a round that took so many seconds, and whose question was `asked` bytes."""
-    reports, replies = answer.reports, answer.replies
+def _finished(
+    answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter
+) -> RoundFinished:
+    """Return the event of a round that took so many seconds, and whose question was
+    `asked` bytes.
+    """
+    reports = answer.reports
+    replies = answer.replies
     losses = [_known(reports[name].get("loss")) for name in answer.names]
-    known = [(plan.weight(n), loss) for n, loss in zip(answer.names, losses, strict=True) if loss is not None]
+    known = [
+        (plan.weight(n), loss)
+        for n, loss in zip(answer.names, losses, strict=True)
+        if loss is not None
+    ]
     mean = None
     if known:
         mean = sum(w * loss for w, loss in known) / sum(w for w, _ in known)
+
     return RoundFinished(
         round=number,
         clients=answer.names,
@@ -135,30 +155,49 @@ def _finished(answer: RoundRows, plan: Plan, number: int, seconds: float, asked:
     )
 
 
-def _descend(server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]) -> tuple[Server, torch.Tensor]:
-    """Turn a noised sum of clipped gradients into the mean update of one local step; adapt the clipping norm.
+def _descend(
+    server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]
+) -> tuple[Server, torch.Tensor]:
+    """Turn a noised sum of clipped gradients into the mean update of one local step; adapt the
+    clipping norm.
 
     The sum is divided by the declared patients of those whose rows count: who took part is known.
     """
-    g, training = plan.guarantee, plan.study.training
+    g = plan.guarantee
+    training = plan.study.training
     assert g is not None
     clip = float(server.slots["clip"]) if "clip" in server.slots else g.clip
     expected = sum(g.releases[name].expected for name in clients)
     gradient_P = total_M[: g.parameters] * (clip / expected) + training.weight_decay * server.w_P
+
     if "clip" in server.slots:
-        following = dpsgd.next_clip(clip, float(total_M[-1]), round(expected), plan.study.privacy.quantile)
+        following = dpsgd.next_clip(
+            clip, float(total_M[-1]), round(expected), plan.study.privacy.quantile
+        )
         server = replace(server, slots={**server.slots, "clip": torch.tensor([following])})
+
     return server, -training.learning_rate * gradient_P
 
 
 def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
-    """Tell what the Gram matrix of a round's rows says against whom; a row that was refused for what it holds, too."""
+    """Tell what the Gram matrix of a round's rows says against whom; a row that was refused for
+    what it holds, too.
+    """
     assert answer.gram_KK is not None and plan.rule is not None
-    caught = {name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)}
+    caught = {
+        name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)
+    }
     f = min(plan.rule.f, (len(answer.names) - 1) // 2)
     findings = detection.inspect(answer.names, answer.gram_KK, f, answer.gram_noise, caught)
-    told = [{"client": o.client, "score": round(o.score, 3), "kind": o.kind, "evidence": o.evidence} for o in findings]
-    log.emit(Inspected(number, {name: round(w, 6) for name, w in answer.weights.items()}, told, plan.rule.f))
+    told = [
+        {"client": o.client, "score": round(o.score, 3), "kind": o.kind, "evidence": o.evidence}
+        for o in findings
+    ]
+    log.emit(
+        Inspected(
+            number, {name: round(w, 6) for name, w in answer.weights.items()}, told, plan.rule.f
+        )
+    )
 
 
 MALICE = ("not finite", "out of bound", "different shares")
@@ -174,12 +213,15 @@ class Threshold:
 
 
 def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Threshold:
-    """Return the threshold that the study declares, or have its rule choose one on the training rows of all sites.
+    """Return the threshold that the study declares, or have its rule choose one on the training
+    rows of all sites.
 
-    Under a claim the training patients pay, and what the rule reads is noised. Where it says too little, the threshold
-    is 0.5, and the log warns.
+    Under a claim the training patients pay, and what the rule reads is noised. Where it says too
+    little, the threshold is 0.5, and the log warns.
     """
-    study, rule, g = plan.study, plan.study.rule(), plan.guarantee
+    study = plan.study
+    rule = plan.study.rule()
+    g = plan.guarantee
     if not rule.chosen:
         return Threshold(rule.level, "declared")
     if plan.encoding.target.task != "binary":
@@ -190,7 +232,9 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     if g:
         budget.ask("threshold")
         edges = _edges(server, plan, CHOOSING_CELLS)
-    payload = codec.encode({"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)})
+    payload = codec.encode(
+        {"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)}
+    )
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
     length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], length))
@@ -208,20 +252,30 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     found = rule.choose(edges, counts, sd) if told else None
     if found is None:
         hidden = "the noise hides it" if g and told else "training rows do not tell"
-        log.emit(Warned(f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"))
+        log.emit(
+            Warned(
+                f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"
+            )
+        )
         return Threshold(0.5, f"{study.data.threshold} chose nothing")
     of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
-    return Threshold(found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}")
+    return Threshold(
+        found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}"
+    )
 
 
 def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
     """Draw the noise on the sum of all sites' answers to a query."""
     assert plan.guarantee is not None
-    return guarantee.query_noise(plan.guarantee, label, sensitivity, numbers, plan.streams.key(label))
+    return guarantee.query_noise(
+        plan.guarantee, label, sensitivity, numbers, plan.streams.key(label)
+    )
 
 
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
-    """Return edges between cells of scores from public facts: the released model, on made-up rows."""
+    """Return edges between cells of scores from public facts: the released model, on
+    made-up rows.
+    """
     model = build_model(plan.study, plan.encoding).eval()
     z_NC = outputs(model, server.released_P, plan.encoding.invent_rows(MADE_UP))
     return noised.edges_for(z_NC[:, 0].double().numpy(), cells, threshold)
@@ -240,12 +294,15 @@ def test(
     intervals: bool = False,
     decision: Threshold | None = None,
 ) -> Tested:
-    """Test the current model at every site; emit and return the figures. Without a `decision` as declared, or at 0.5.
+    """Test the current model at every site; emit and return the figures. Without a `decision` as
+    declared, or at 0.5.
 
     Under a claim, where test patients are not public, figures come from noised counts.
     """
     began = time.perf_counter()
-    study, task, rule = plan.study, plan.encoding.target.task, plan.study.rule()
+    study = plan.study
+    task = plan.encoding.target.task
+    rule = plan.study.rule()
     decision = decision or (Threshold() if rule.chosen else Threshold(rule.level, "declared"))
     private = plan.guarantee is not None and not study.data.test_is_public
     asked = {"w": server.released_P}
@@ -259,15 +316,20 @@ def test(
         edges = asked["edges"].numpy()
         counts, untold = heard(replies, lambda answer: numbers(answer["counts"], len(edges) + 1, 2))
     else:
-        scores, untold = heard(replies, lambda answer: Scores.from_tensors(task, answer, plan.encoding.target.outputs))
+        scores, untold = heard(
+            replies, lambda answer: Scores.from_tensors(task, answer, plan.encoding.target.outputs)
+        )
     _left_out(log, server.round, "not tested", untold)
     if len(untold) == len(replies):
-        raise QuorumError(f"round {server.round}: no site could test the model. {reasons(untold)}", untold)
+        raise QuorumError(
+            f"round {server.round}: no site could test the model. {reasons(untold)}", untold
+        )
 
     if private:
         union, per_site = _noised_scores(counts, edges, plan)
     else:
-        union, per_site = Scores.all([*scores.values()]), scores
+        union = Scores.all([*scores.values()])
+        per_site = scores
     if study.sites.kind == "device":  # one record each: only the union means something
         per_site = {}
     figures = measure_each(per_site, decision.threshold, intervals)
@@ -295,7 +357,9 @@ def test(
 
 
 def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: Log) -> None:
-    """Hold each site's own model against the federated one on the same held-out records, and tell the outcome."""
+    """Hold each site's own model against the federated one on the same held-out records, and tell
+    the outcome.
+    """
     payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
     replies = gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline)
     told, untold = heard(replies, lambda answer: numbers(answer["paired"], 3))
@@ -318,33 +382,48 @@ def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> Non
 def _noised_scores(
     counts: Mapping[str, np.ndarray], edges: np.ndarray, plan: Plan
 ) -> tuple[Scored, Mapping[str, Scored]]:
-    """Return the test of all sites together, and of each. Where counts are noised together, the sum alone is told.
+    """Return the test of all sites together, and of each. Where counts are noised together, the sum
+    alone is told.
 
-    A patient of several sites moves the sum by one at each: the noise of the sum covers all of them.
+    A patient of several sites moves the sum by one at each: the noise of the sum covers all of
+    them.
     """
     privacy = plan.study.privacy
     total = np.sum(list(counts.values()), 0)
     if not guarantee.counted_together(plan.study):
         each = noised.variance(privacy.evaluation_epsilon)
-        per_site: dict[str, Scored] = {name: Noised(edges, count, each) for name, count in counts.items()}
+        per_site: dict[str, Scored] = {
+            name: Noised(edges, count, each) for name, count in counts.items()
+        }
         return Noised(edges, total, each * len(counts)), per_site
+
     epsilon = privacy.evaluation_epsilon / privacy.max_sites_per_patient
-    return Noised(edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)), {}
+    return Noised(
+        edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)
+    ), {}
 
 
 def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:
-    """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the outcome."""
+    """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the
+    outcome.
+    """
     g = plan.guarantee
     if g is None or "vote" not in g.queries:
         return
     budget.ask("vote")
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
-    patience = plan.study.training.deadline * plan.study.training.rounds  # a site trains a whole model
+    # a site trains a whole model
+    patience = plan.study.training.deadline * plan.study.training.rounds
     replies = gather(fleet, plan.participants, "vote", payload, patience)
     told, untold = heard(replies, lambda answer: numbers(answer["vote"], 1))
     _left_out(log, server.round, "did not vote on own models", untold)
     if not told:
-        log.emit(Warned("privacy.vote_epsilon was paid, and no site has voted on own models: nothing is known of them"))
+        log.emit(
+            Warned(
+                "privacy.vote_epsilon was paid, and no site has voted on own models: nothing is "
+                "known of them"
+            )
+        )
         return
 
     # Sum: no site counts for more than one, and for what its noise may add.
@@ -364,4 +443,6 @@ _FAR = 6.0
 
 
 def _known(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None

@@ -1,4 +1,5 @@
-"""Rows shared among three aggregators, who check them in secret and open the sum: the coordinator carries ciphertext.
+"""Rows shared among three aggregators, who check them in secret and open the sum: the coordinator
+carries ciphertext.
 
 K clients, M numbers in a row.
 """
@@ -24,19 +25,29 @@ from medfed.secure.identity import Scope
 
 @dataclass(frozen=True)
 class Shared:
-    """The coordinator relays shares that it cannot read; three aggregators check rows in secret and open the sum."""
+    """The coordinator relays shares that it cannot read; three aggregators check rows in secret and
+    open the sum.
+    """
 
     ask: three_party.Ask
     publisher: Publisher
     terms: three_party.SharingTerms
     trail: Trail | None = None
     spread: float = 0.0  # standard deviation of the noise on a sum, in steps
-    gram_spread: Callable[[int], float] = lambda K: 0.0  # and on an entry of K rows' Gram matrix, in steps squared
+    # and on an entry of K rows' Gram matrix, in steps squared
+    gram_spread: Callable[[int], float] = lambda K: 0.0
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> "SharedExchange":
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> "SharedExchange":
         """Ask the clients for the shares of their rows."""
         question = sign(self.publisher, number, payload)
-        return SharedExchange(self, plan, number, Questions.ask(fleet, clients, question, plan.study.training.deadline))
+        return SharedExchange(
+            self,
+            plan,
+            number,
+            Questions.ask(fleet, clients, question, plan.study.training.deadline),
+        )
 
 
 @dataclass
@@ -59,7 +70,9 @@ class SharedExchange:
 
     def close(self) -> RoundRows:
         """Carry the shares to the aggregators, and combine what those open."""
-        way, plan, clients = self.way, self.plan, self.questions.clients
+        way = self.way
+        plan = self.plan
+        clients = self.questions.clients
         replies = self.questions.replies()
         reports, uploads, excluded = read(replies, "upload")
         enough(plan, self.number, uploads, clients, excluded)
@@ -70,7 +83,9 @@ class SharedExchange:
         with naming(excluded):
             opened = three_party.relay(way.ask, scope, sent, way.terms, way.spread)
         excluded |= opened.excluded
-        record(way.trail, way.publisher, self.number, sent, opened.total_M, opened.accepted, excluded)
+        record(
+            way.trail, way.publisher, self.number, sent, opened.total_M, opened.accepted, excluded
+        )
 
         accepted = set(opened.accepted)
         return RoundRows(
@@ -92,7 +107,9 @@ class SharedExchange:
         size = scales(self.plan)
         scale_K = np.array([size.get(name, 1.0) for name in opened.accepted])
         return {
-            "weights": {name: opened.weights[name] / three_party.WEIGHT for name in opened.accepted},
+            "weights": {
+                name: opened.weights[name] / three_party.WEIGHT for name in opened.accepted
+            },
             "gram_KK": torch.from_numpy(opened.gram_KK * np.outer(scale_K, scale_K)),
             "gram_noise": self.way.gram_spread(len(scale_K)) * float(scale_K.max()) ** 2,
         }

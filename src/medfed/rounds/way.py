@@ -1,7 +1,9 @@
-"""A way for rows to come together: open a round, add each reply as it arrives, close with what they came to.
+"""A way for rows to come together: open a round, add each reply as it arrives, close with what they
+came to.
 
-A round asks its way and knows no more of it. Whatever arrives is handed on, also what was asked for earlier: a way may
-take it or leave it, so one that does not wait for all of a round's clients is one more file beside these.
+A round asks its way and knows no more of it. Whatever arrives is handed on, also what was asked for
+earlier: a way may take it or leave it, so one that does not wait for all of a round's clients is
+one more file beside these.
 
 K clients, M numbers in a row.
 """
@@ -58,7 +60,8 @@ class Exchange(Protocol):
     def close(self) -> RoundRows:
         """Combine the rows that count; who has not replied has sent none.
 
-        Raises QuorumError where they are fewer than training.quorum asks for, AbortError where a protocol ends.
+        Raises QuorumError where they are fewer than training.quorum asks for, AbortError where a
+        protocol ends.
         """
         ...
 
@@ -71,13 +74,18 @@ class Way(Protocol):
         """Where it records what it opens; None where nothing is."""
         ...
 
-    def open(self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> Exchange:
+    def open(
+        self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+    ) -> Exchange:
         """Begin round `number`: have the clients work on `payload`."""
         ...
 
 
-def collect(way: Way, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes) -> RoundRows:
-    """Play a whole round of a way: what arrives within training.deadline is added, then the round is closed.
+def collect(
+    way: Way, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
+) -> RoundRows:
+    """Play a whole round of a way: what arrives within training.deadline is added, then the round
+    is closed.
 
     Raises what opening and closing raise.
     """
@@ -99,7 +107,9 @@ class Questions:
     came: dict[str, Reply] = field(default_factory=dict)
 
     @classmethod
-    def ask(cls, fleet: Fleet, clients: Sequence[str], payload: bytes, deadline: float) -> "Questions":
+    def ask(
+        cls, fleet: Fleet, clients: Sequence[str], payload: bytes, deadline: float
+    ) -> "Questions":
         """Ask all clients for their work."""
         tickets = fleet.submit_many(clients, "work", payload, deadline)
         return cls(clients, deadline, dict(zip(tickets, clients, strict=True)))
@@ -113,19 +123,29 @@ class Questions:
     def replies(self) -> dict[str, Reply]:
         """Return all replies in the order of the clients; an error for who is late."""
         late = f"no answer within {self.deadline:g} s"
-        missing = {name: Reply(ticket, name, b"", self.deadline, late) for ticket, name in self.tickets.items()}
-        return {name: self.came[name] if name in self.came else missing[name] for name in self.clients}
+        missing = {
+            name: Reply(ticket, name, b"", self.deadline, late)
+            for ticket, name in self.tickets.items()
+        }
+        return {
+            name: self.came[name] if name in self.came else missing[name] for name in self.clients
+        }
 
 
 Reports = dict[str, dict[str, Any]]
 """What each site tells beside its row."""
 
 
-def read(replies: Mapping[str, Reply], tensor: str) -> tuple[Reports, dict[str, Tensor], dict[str, str]]:
-    """Return reports, the named tensor of each reply, and the reasons of those that sent none; all by site."""
+def read(
+    replies: Mapping[str, Reply], tensor: str
+) -> tuple[Reports, dict[str, Tensor], dict[str, str]]:
+    """Return reports, the named tensor of each reply, and the reasons of those that sent none; all
+    by site.
+    """
     reports: Reports = {}
     tensors: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
+
     for name, reply in replies.items():
         try:
             if reply.error:
@@ -136,31 +156,45 @@ def read(replies: Mapping[str, Reply], tensor: str) -> tuple[Reports, dict[str, 
             reasons[name] = str(error)
         except (CodecError, KeyError) as error:
             reasons[name] = f"its reply cannot be read: {error}"
+
     return reports, tensors, reasons
 
 
 def enough(
-    plan: Plan, number: int, rows: Sequence[str] | Mapping[str, object], clients: Sequence[str], why: Mapping[str, str]
+    plan: Plan,
+    number: int,
+    rows: Sequence[str] | Mapping[str, object],
+    clients: Sequence[str],
+    why: Mapping[str, str],
 ) -> None:
     """Raise QuorumError unless rows of enough of the drawn clients count."""
     if len(rows) < plan.quorum(len(clients)):
         quorum = plan.study.training.quorum
-        answered = f"round {number}: {len(rows)} of {len(clients)} sites answered, training.quorum={quorum:g}."
+        answered = (
+            f"round {number}: {len(rows)} of {len(clients)} sites answered, "
+            f"training.quorum={quorum:g}."
+        )
         raise QuorumError(f"{answered} {reasons(why)}", why)
 
 
 def sign(publisher: Publisher, number: int, payload: bytes) -> bytes:
     """Return a round's question as the coordinator signs it."""
-    return codec.encode({"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))})
+    return codec.encode(
+        {"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))}
+    )
 
 
 def combine_opened(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
-    """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is of."""
+    """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is
+    of.
+    """
     combined_M = torch.from_numpy(total_M)
     if plan.rule and plan.joint:  # a mean of means, as the sum that `round` expects
         size = scales(plan)
         largest = max(size[name] for name in names)
-        combined_M = combined_M.double() * (largest / three_party.WEIGHT * sum(1 / size[name] for name in names))
+        combined_M = combined_M.double() * (
+            largest / three_party.WEIGHT * sum(1 / size[name] for name in names)
+        )
     elif plan.rule:
         combined_M = combined_M.double() / three_party.WEIGHT
     elif not plan.joint:
@@ -180,12 +214,18 @@ def record(
     names: Sequence[str],
     excluded: Mapping[str, str],
 ) -> None:
-    """Write into the trail what was opened: hashes of the model that was sent and the one before it, of all uploads and
-    of the sum; who is in it, who is not and why.
+    """Write into the trail what was opened: hashes of the model that was sent and the one before
+    it, of all uploads and of the sum; who is in it, who is not and why.
     """
     if not trail:
         return
     uploads = {name: sha256(upload).hexdigest() for name, upload in sent.items()}
-    facts = {"round": number, "accepted": list(names), "excluded": dict(excluded), "uploads": uploads}
+
+    facts = {
+        "round": number,
+        "accepted": list(names),
+        "excluded": dict(excluded),
+        "uploads": uploads,
+    }
     facts |= {"model": publisher.model.hex(), "previous": publisher.previous.hex()}
     trail.append("opened sum", {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})

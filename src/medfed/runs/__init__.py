@@ -2,7 +2,13 @@
 
 from medfed.runs.execute import resume, run, simulate
 from medfed.runs.folders import OWN_LOG, SITE_MAPS, read_plan, versions
-from medfed.runs.ledgers import accept_ledger, decide_budget, found_ledger, ledger_accounts, name_column
+from medfed.runs.ledgers import (
+    accept_ledger,
+    decide_budget,
+    found_ledger,
+    ledger_accounts,
+    name_column,
+)
 from medfed.runs.opening import open_site, open_sites, planned
 from medfed.runs.outlook import privacy_outlook, survey
 from medfed.runs.quarantine import OVERRIDES, lift_quarantine, quarantined

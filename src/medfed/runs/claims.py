@@ -1,4 +1,5 @@
-"""The claim: what a run guarantees to a patient, in words and numbers that a reviewer can check (privacy.json).
+"""The claim: what a run guarantees to a patient, in words and numbers that a reviewer can check
+(privacy.json).
 
 Its fields are what NIST SP 800-226 asks a differential privacy guarantee to state.
 """
@@ -35,30 +36,48 @@ from medfed.privacy.statement import Statement, charged
 from medfed.screens import reports
 
 _TRUST = {
-    "site": "Each site adds noise to every local step before anything leaves it; nobody else need be trusted.",
-    "central": "The coordinator sees each site's clipped sum, and its counts, without noise, adds the noise, and is "
-    "trusted with it.",
-    "plain": "One noise is added to the sum of all sites' rows. security.aggregation='plain': whoever combines the "
-    "rows sees each site's clipped sum, and its counts, without noise, and is trusted with it. In this engine that is "
-    "the process that runs the simulation.",
-    "masked": "Rows are summed under masks and each site adds a part of the noise to its own: the server sees the "
-    "noised sum alone. Trusted are {holders} of the sites that stay to the end: not to tell the server their parts of "
-    "the noise.",
-    "three-party": "Rows are shared among three aggregators, each of which adds a part of the noise before the sum is "
-    "opened: nobody sees a row or a sum without noise. Trusted are any two of the three: two that work together read "
-    "every row.",
+    "site": (
+        "Each site adds noise to every local step before anything leaves it; nobody else need "
+        "be trusted."
+    ),
+    "central": (
+        "The coordinator sees each site's clipped sum, and its counts, without noise, adds the "
+        "noise, and is trusted with it."
+    ),
+    "plain": (
+        "One noise is added to the sum of all sites' rows. security.aggregation='plain': "
+        "whoever combines the rows sees each site's clipped sum, and its counts, without noise, "
+        "and is trusted with it. In this engine that is the process that runs the simulation."
+    ),
+    "masked": (
+        "Rows are summed under masks and each site adds a part of the noise to its own: the "
+        "server sees the noised sum alone. Trusted are {holders} of the sites that stay to the "
+        "end: not to tell the server their parts of the noise."
+    ),
+    "three-party": (
+        "Rows are shared among three aggregators, each of which adds a part of the noise before "
+        "the sum is opened: nobody sees a row or a sum without noise. Trusted are any two of "
+        "the three: two that work together read every row."
+    ),
 }
 _MECHANISM = {
-    "independent": "Gaussian mechanism on sums of clipped per-patient gradients: discrete Gaussian noise on an integer "
-    "grid.",
-    "correlated": "Matrix mechanism (banded Toeplitz strategy) on sums of clipped per-patient gradients: discrete "
-    "Gaussian noise on an integer grid, correlated over rounds.",
+    "independent": (
+        "Gaussian mechanism on sums of clipped per-patient gradients: discrete Gaussian noise "
+        "on an integer grid."
+    ),
+    "correlated": (
+        "Matrix mechanism (banded Toeplitz strategy) on sums of clipped per-patient gradients: "
+        "discrete Gaussian noise on an integer grid, correlated over rounds."
+    ),
 }
 
 
 def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
-    """Return the claim of a run that has spent what `budget` counts and each site has `told` of its ledger."""
-    g, study = plan.guarantee, plan.study
+    """Return the claim of a run that has spent what `budget` counts and each site has `told` of its
+    ledger.
+    """
+    g = plan.guarantee
+    study = plan.study
     assert g is not None
     spent = budget.claim()
     uses: dict[str, int] = getattr(budget, "uses", {})
@@ -66,6 +85,7 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
     first = next(iter(g.releases.values()))
     patients = sum(release.size for release in g.releases.values())
     counted = 0.0 if spent["epsilon"] is None else float(str(spent["epsilon"]))
+
     return {
         "schema": SCHEMA,
         "study": study.study.name,
@@ -81,21 +101,31 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "clipping": {"kind": g.clipping, "norm": g.clip, "slack": SLACK},
         "noise": {
             "mode": g.mode,
-            "multiplier": first.noise_multiplier if g.joint else {n: r.noise_multiplier for n, r in g.releases.items()},
+            "multiplier": first.noise_multiplier
+            if g.joint
+            else {n: r.noise_multiplier for n, r in g.releases.items()},
             "grid": f"C x {GRID:g}",
-            "sd_in_grid_steps": g.sigma_units() if g.joint else {n: g.sigma_units(n) for n in g.releases},
+            "sd_in_grid_steps": g.sigma_units()
+            if g.joint
+            else {n: g.sigma_units(n) for n in g.releases},
             "noise_sd_ratio": _noise_excess(plan),
             "count_noise": COUNT_NOISE if g.clipping == "adaptive" else None,
             "strategy": list(g.strategy) or None,
         },
         "sampling": _sampling(g),
         "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
-        "rounds": {"planned": study.training.rounds, "spare": study.privacy.spare_rounds, "paid": max(uses.values())},
+        "rounds": {
+            "planned": study.training.rounds,
+            "spare": study.privacy.spare_rounds,
+            "paid": max(uses.values()),
+        },
         "ranges": _ranges(plan, asked.get("ranges", 0)),
         "threshold": _threshold(plan, asked.get("threshold", 0)),
         "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
-        "charge_scope": "the whole run: its noise is correlated over rounds" if g.strategy else "a round",
+        "charge_scope": "the whole run: its noise is correlated over rounds"
+        if g.strategy
+        else "a round",
         "patients": {
             "declared": patients,
             "one_over_n": 1 / patients,
@@ -117,64 +147,97 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "assumptions": _assumptions(plan),
         "random_generator": "SplitMix64 from the study's seed: nothing is claimed"
         if g.simulation_only
-        else "AES-256 in counter mode, key from the operating system; exact tables of the discrete Gaussian, whose "
-        "total variation distance from the ideal is charged to delta",
+        else (
+            "AES-256 in counter mode, key from the operating system; exact tables of the "
+            "discrete Gaussian, whose total variation distance from the ideal is charged to "
+            "delta"
+        ),
         "audit": None,
     }
 
 
 SCHEMA = 2
-"""Of `privacy.json`. In 1 `noise_sd_ratio` was `standard_deviations_of_need`, `charge_scope` was `a_payment_covers`."""
+"""Of `privacy.json`. In 1 `noise_sd_ratio` was `standard_deviations_of_need`, `charge_scope` was
+`a_payment_covers`.
+"""
 
 _ACCOUNTANTS = {
-    "gdp": "Gaussian differential privacy, exact for Gaussian steps on all patients (Dong et al. 2022)",
+    "gdp": (
+        "Gaussian differential privacy, exact for Gaussian steps on all patients (Dong et al. 2022)"
+    ),
     "rdp": "Renyi differential privacy (Mironov 2017; Mironov et al. 2019)",
     "pld": "privacy loss distribution (Koskela et al. 2020)",
 }
 _SCOPE = {
     "study": "all runs of the study on the same patients, in the sites' lifetime ledger",
-    "run": "this run alone. Other runs on the same patients are not counted: for public data and benchmarks only",
+    "run": (
+        "this run alone. Other runs on the same patients are not counted: for public data and "
+        "benchmarks only"
+    ),
 }
 
 
 def _trust(plan: Plan) -> str:
     assert plan.guarantee is not None
-    mode, way = plan.guarantee.mode, plan.study.security.aggregation
-    said = _TRUST[way if mode == "shared" else mode].format(holders=holders(plan.study, plan.participants))
+    mode = plan.guarantee.mode
+    way = plan.study.security.aggregation
+    said = _TRUST[way if mode == "shared" else mode].format(
+        holders=holders(plan.study, plan.participants)
+    )
     simulated = mode == "shared" and way != "plain"
-    return f"{said} In this engine all parties run in one process, whose owner sees everything." if simulated else said
+    if simulated:
+        return f"{said} In this engine all parties run in one process, whose owner sees everything."
+    return said
 
 
 def _noise_excess(plan: Plan) -> float:
-    """Return how many times the needed standard deviation the sum carries where every holder adds its part."""
+    """Return how many times the needed standard deviation the sum carries where every holder adds
+    its part.
+    """
     g = plan.guarantee
     assert g is not None
-    return excess(plan.study, plan.participants) if g.joint and not g.simulation_only else 1.0
+    if g.joint and not g.simulation_only:
+        return excess(plan.study, plan.participants)
+    return 1.0
 
 
 def _adjacency(plan: Plan) -> str:
     if plan.study.sites.kind == "device":
-        return "one patient's records against none on the same device; that the device takes part is seen"
+        return (
+            "one patient's records against none on the same device; that the device takes part "
+            "is seen"
+        )
     return "add or remove one patient"
 
 
 def _sampling(g: Guarantee) -> str:
     sampled = [release for release in g.releases.values() if release.probability < 1]
     if not sampled:
-        return "every patient of a participating site takes part in every step; no amplification is claimed"
-    size = sum(release.size for release in g.releases.values()) / len(g.releases) if g.joint else sampled[0].size
-    expected, cap = size * sampled[0].probability, sampled[0].cap
+        return (
+            "every patient of a participating site takes part in every step; no amplification "
+            "is claimed"
+        )
+    if g.joint:
+        size = sum(release.size for release in g.releases.values()) / len(g.releases)
+    else:
+        size = sampled[0].size
+    expected = size * sampled[0].probability
+    cap = sampled[0].cap
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
     law += ", at a site of the mean size" if g.joint and len(g.releases) > 1 else ""
     law = f"{law}, truncated to {cap} patients and counted with half the noise" if cap else law
-    return law if len(sampled) == len(g.releases) else f"{law}; sites of no more patients take all of them"
+    if len(sampled) == len(g.releases):
+        return law
+    return f"{law}; sites of no more patients take all of them"
 
 
 def _second(g: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
     name = "rdp" if g.accountant == "pld" else "pld"
     events = {g.paid(g.releases[n], count, asked) for n, count in uses.items()}
-    found = [accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events if event]
+    found = [
+        accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events if event
+    ]
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
 
 
@@ -184,10 +247,16 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
     assert g is not None
     if "ranges" not in g.queries:
         return None
-    query, columns = g.queries["ranges"], open_columns(plan.study)
+    query = g.queries["ranges"]
+    columns = open_columns(plan.study)
+
     return {
-        "unit": "patient: one known cell of each column, so that a patient moves one count of each by 1",
-        "mechanism": "discrete Gaussian noise on counts of training patients by value; of them follow ranges",
+        "unit": (
+            "patient: one known cell of each column, so that a patient moves one count of each by 1"
+        ),
+        "mechanism": (
+            "discrete Gaussian noise on counts of training patients by value; of them follow ranges"
+        ),
         "columns": list(columns),
         "found": {name: list(ends) for name, ends in plan.encoding.found_ranges().items()},
         "sensitivity": ranges_sensitivity(len(columns)),
@@ -200,8 +269,11 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
 
 
 def _threshold(plan: Plan, times: int) -> JSON | None:
-    """Return what choosing the decision threshold on training patients has released; None where nothing."""
-    g, rule = plan.guarantee, plan.study.rule()
+    """Return what choosing the decision threshold on training patients has released; None where
+    nothing.
+    """
+    g = plan.guarantee
+    rule = plan.study.rule()
     assert g is not None
     if not rule.chosen:
         return None
@@ -221,18 +293,26 @@ def _vote(plan: Plan, times: int) -> JSON | None:
     if "vote" not in g.queries:
         return None
     public = plan.study.data.test_is_public
+
     return {
-        "unit": "patient: a site's own model and its test move by any patient of the site, its vote by 1 at most",
+        "unit": (
+            "patient: a site's own model and its test move by any patient of the site, its vote "
+            "by 1 at most"
+        ),
         "mechanism": "discrete Gaussian noise on the sum of the sites' votes, each between 0 and 1",
         "noise_multiplier": g.queries["vote"].noise_multiplier,
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
-        "paid_by": "training patients" if public else "training and held-out patients, these beside their test",
+        "paid_by": "training patients"
+        if public
+        else "training and held-out patients, these beside their test",
         "released": times,
     }
 
 
 def _held_out(plan: Plan) -> JSON | None:
-    """Return what a test on held-out patients who are not public releases of each; None where they are, or none is."""
+    """Return what a test on held-out patients who are not public releases of each; None where they
+    are, or none is.
+    """
     study = plan.study
     if study.data.test_is_public or not study.privacy.evaluation_epsilon:
         return None
@@ -247,26 +327,40 @@ def _held_out(plan: Plan) -> JSON | None:
 
 
 def _unprotected(plan: Plan) -> list[str]:
-    study, public = plan.study, plan.study.data.test_is_public
+    study = plan.study
+    public = plan.study.data.test_is_public
     listed = [
-        "declared sizes of the sites, names of columns, labels and sites: public constants of the study",
+        "declared sizes of the sites, names of columns, labels and sites: public constants of "
+        "the study",
         "which sites took part in which round, and how long they took",
         "that a site refused its table or a round, with the reason",
     ]
     if public:
         listed.append("how many records are held out for testing at each site")
+
     if study.sites.kind == "device":
-        listed.append("which patients have a device, and when it takes part; hidden is what their records hold")
+        listed.append(
+            "which patients have a device, and when it takes part; hidden is what their records "
+            "hold"
+        )
+
     if public:
-        listed.append("held-out patients: declared public test data; their figures are told as they are")
+        listed.append(
+            "held-out patients: declared public test data; their figures are told as they are"
+        )
+
     if study.privacy.scope == "run" and study.monitor.baselines and public:
-        listed.append("baselines (each site alone, pooled rows): trained without noise, for comparison on public data")
+        listed.append(
+            "baselines (each site alone, pooled rows): trained without noise, for comparison on "
+            "public data"
+        )
+
     return listed
 
 
 _READ_OFF = (
-    "these records are public: ranges, categories, labels or sizes were read off them (data.read_from_records=true), "
-    "and nothing here covers that"
+    "these records are public: ranges, categories, labels or sizes were read off them "
+    "(data.read_from_records=true), and nothing here covers that"
 )
 
 
@@ -274,16 +368,27 @@ def _assumptions(plan: Plan) -> list[str]:
     study = plan.study
     found = [
         f"no patient has records at more than {study.privacy.max_sites_per_patient} sites "
-        + ("(checked by name in this process)" if study.data.patient else "(attested, not measured)"),
+        + (
+            "(checked by name in this process)"
+            if study.data.patient
+            else "(attested, not measured)"
+        ),
         _READ_OFF
         if study.data.read_from_records
-        else "ranges, categories and labels in the data dictionary are public knowledge, not taken from these patients",
-        "model, features and settings were chosen without looking at these training patients, or that was charged",
+        else (
+            "ranges, categories and labels in the data dictionary are public knowledge, not "
+            "taken from these patients"
+        ),
+        "model, features and settings were chosen without looking at these training patients, or "
+        "that was charged",
     ]
     if not study.data.patient:
         found.append("one row is one patient: the table names no patient column")
     else:
-        found.append("each patient has one id, but for spellings that the identity rule takes for one")
+        found.append(
+            "each patient has one id, but for spellings that the identity rule takes for one"
+        )
+
     return found
 
 
@@ -294,26 +399,32 @@ def read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{str(folder)!r} holds no claim: no epsilon was asked for, or the run has not ended ({error})"
+            f"{str(folder)!r} holds no claim: no epsilon was asked for, or the run has not ended "
+            f"({error})"
         ) from error
     return found
 
 
 def outlook(plan: Plan) -> dict[str, Any]:
-    """Return what the noise will be, before training: for the study's own mode and for the other one.
+    """Return what the noise will be, before training: for the study's own mode and for the other
+    one.
 
-    snr is the largest possible ratio of signal to noise in the gradient of one step, all patients pulling one way;
-    over a round's and a run's steps it grows by their square root where they are averaged.
+    snr is the largest possible ratio of signal to noise in the gradient of one step, all patients
+    pulling one way; over a round's and a run's steps it grows by their square root where they are
+    averaged.
     """
-    g, study = plan.guarantee, plan.study
+    g = plan.guarantee
+    study = plan.study
     if g is None:
         raise PlanError(
-            "the study asks for no guarantee. Set privacy.epsilon=1.0 and privacy.delta=1e-6, and see what it costs."
+            "the study asks for no guarantee. Set privacy.epsilon=1.0 and privacy.delta=1e-6, "
+            "and see what it costs."
         )
     sizes = {name: release.size for name, release in g.releases.items()}
     modes: dict[str, Any] = {}
     for noise in dict.fromkeys((g.mode, "site", "shared")):
-        correlated = study.privacy.correlated and noise != "site"  # sites' noise is never correlated
+        # sites' noise is never correlated
+        correlated = study.privacy.correlated and noise != "site"
         privacy = dataclasses.replace(study.privacy, noise=noise, correlated=correlated)
         other = dataclasses.replace(study, privacy=privacy)
         found = g if noise == g.mode else resolve(other, sizes, plan.parameters)
@@ -332,19 +443,29 @@ def outlook(plan: Plan) -> dict[str, Any]:
 
 
 def _ranges_ahead(plan: Plan) -> JSON | None:
-    """Return with how much noise ranges will be found: on each count of all sites, in patients; None where none are."""
-    g, columns = plan.guarantee, open_columns(plan.study)
+    """Return with how much noise ranges will be found: on each count of all sites, in patients;
+    None where none are.
+    """
+    g = plan.guarantee
+    columns = open_columns(plan.study)
     assert g is not None
     if not columns:
         return None
     each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
     sd = summed_sd(plan.study, each, len(plan.participants))
-    return {"columns": list(columns), "epsilon": plan.study.privacy.ranges_epsilon, "noise_sd": sd, "least": LEAST * sd}
+    return {
+        "columns": list(columns),
+        "epsilon": plan.study.privacy.ranges_epsilon,
+        "noise_sd": sd,
+        "least": LEAST * sd,
+    }
 
 
 def _shown(g: Guarantee) -> list[str]:
     """Name one client of each kind: all alike need one line."""
-    seen = {(r.size, r.steps, r.probability): name for name, r in reversed(list(g.releases.items()))}
+    seen = {
+        (r.size, r.steps, r.probability): name for name, r in reversed(list(g.releases.items()))
+    }
     return list(reversed(seen.values()))
 
 
@@ -366,7 +487,9 @@ def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
 
 
 def write_page(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write a run's claim as a page and return where: `out`, or reports/privacy.html in the run's folder."""
+    """Write a run's claim as a page and return where: `out`, or reports/privacy.html in the run's
+    folder.
+    """
     run = Path(run)
     path = Path(out) if out else run / "reports" / "privacy.html"
     page = reports.privacy_page(read(run))

@@ -47,28 +47,52 @@ logger = logging.getLogger(__name__)
 
 
 class Drive:
-    """A coordinator driving one run to its end. It knows the other parties by their messages alone."""
+    """A coordinator driving one run to its end. It knows the other parties by their
+    messages alone.
+    """
 
     def __init__(
-        self, plan: Plan, parties: Parties, server: Server, log: Log, run: str, folder: Path | None = None
+        self,
+        plan: Plan,
+        parties: Parties,
+        server: Server,
+        log: Log,
+        run: str,
+        folder: Path | None = None,
     ) -> None:
-        """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps nothing."""
-        self.plan, self.study, self.parties, self.fleet = plan, plan.study, parties, parties.fleet
-        self.server, self.log, self.run, self.folder = server, log, run, folder
+        """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps
+        nothing.
+        """
+        self.plan = plan
+
+        self.study = plan.study
+        self.parties = parties
+        self.fleet = parties.fleet
+        self.server = server
+        self.log = log
+        self.run = run
+        self.folder = folder
         self.budget = plan.budget()
         self.model = main_model(plan.study.training.algorithm)
         self.told: dict[str, Statement] = {}  # by site: the last that it told of its ledger
         self.aggregation: Way = PLAIN
-        self.watch, self.gate, self.pace = replay_watch(plan, log), Rollback.of(plan), replay_pace(log.events(), plan)
+        self.watch = replay_watch(plan, log)
+        self.gate = Rollback.of(plan)
+        self.pace = replay_pace(log.events(), plan)
 
-    def to_the_end(self, keys: Keys | None = None, known: Collection[type[events.Event]] = ()) -> Result:
-        """Run the rounds that are left, test, vote, measure the baselines, and write down what came of it.
+    def to_the_end(
+        self, keys: Keys | None = None, known: Collection[type[events.Event]] = ()
+    ) -> Result:
+        """Run the rounds that are left, test, vote, measure the baselines, and write down what came
+        of it.
 
         `known`: what the log already tells of the last model, paid for by patients.
         """
-        began, reason = time.perf_counter(), ""
+        began = time.perf_counter()
+        reason = ""
         self.introduce(keys)
         self.count_the_paid(known)
+
         try:
             while self.server.round < self.study.training.rounds:
                 self.play_round()
@@ -76,16 +100,21 @@ class Drive:
             self.measure_baselines()
         except (QuorumError, BudgetError) as error:
             reason = str(error)
+
         self.finish(reason, time.perf_counter() - began)
         return self.write()
 
     def introduce(self, keys: Keys | None) -> None:
         """Have all parties join the run, each by its own study."""
         aggregators = self.parties.aggregators or None
-        self.aggregation = ways.introduce(self.plan, self.fleet, self.run, self.folder, keys, aggregators)
+        self.aggregation = ways.introduce(
+            self.plan, self.fleet, self.run, self.folder, keys, aggregators
+        )
 
     def count_the_paid(self, known: Collection[type[events.Event]]) -> None:
-        """Count what patients have paid for before: by the rounds behind, by what is `known`, and by their ledgers."""
+        """Count what patients have paid for before: by the rounds behind, by what is `known`, and
+        by their ledgers.
+        """
         for number in range(1, self.server.round + 1):
             self.budget.charge(number, self.plan.on_turn(number))
         queries = self.plan.guarantee.queries if self.plan.guarantee else {}
@@ -98,12 +127,16 @@ class Drive:
         self.hear_ledgers()
 
     def hear_ledgers(self, whole: bool = True) -> None:
-        """Have sites tell of their ledgers, and count what was paid for; the last word of a silent one stands."""
+        """Have sites tell of their ledgers, and count what was paid for; the last word of a silent
+        one stands.
+        """
         told, refused = hear_statements(self.plan, self.fleet, None, whole)
         for name, why in refused.items():
             logger.warning("site %r tells nothing of its ledger: %s", name, why)
         if not whole:
-            told = {name: replace(self.told.get(name, one), head=one.head) for name, one in told.items()}
+            told = {
+                name: replace(self.told.get(name, one), head=one.head) for name, one in told.items()
+            }
         self.told |= told
         if not whole or not self.told:
             return
@@ -114,11 +147,14 @@ class Drive:
 
     def play_round(self) -> None:
         """Run one round, judge what its rows say, and keep its state."""
-        study, log = self.study, self.log
+        study = self.study
+        log = self.log
         self.watch = take_overrides(self.watch, self.folder, self.server.round, log)
         before = self.server
         out = self.watch.out(before.round + 1)
-        self.server = run_round(before, self.plan, self.fleet, self.budget, log, self.aggregation, out)
+        self.server = run_round(
+            before, self.plan, self.fleet, self.budget, log, self.aggregation, out
+        )
         self.watch = judge(self.watch, log)
         if self.gate:
             self.server = _roll_back(self.gate, before, self.server, log)
@@ -129,7 +165,9 @@ class Drive:
         self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Let the sites write down what they remember, then commit: a crash between leaves the round before."""
+        """Let the sites write down what they remember, then commit: a crash between leaves the
+        round before.
+        """
         if self.folder is None:
             return
         self.hear_ledgers(whole=False)
@@ -139,18 +177,31 @@ class Drive:
         """Have the last model tested and voted on, where the log does not tell of it yet."""
         if self.study.monitor.evaluate_every and events.Tested not in known:
             decision = decide(self.server, self.plan, self.fleet, self.budget, self.log)
-            test(self.server, self.plan, self.fleet, self.log, self.model, intervals=True, decision=decision)
+            test(
+                self.server,
+                self.plan,
+                self.fleet,
+                self.log,
+                self.model,
+                intervals=True,
+                decision=decision,
+            )
         if events.Voted not in known:
             vote(self.server, self.plan, self.fleet, self.budget, self.log)
         self.hear_ledgers()
 
     def measure_baselines(self) -> None:
-        """Measure what the federation is held against, where somebody can and no claim forbids it."""
+        """Measure what the federation is held against, where somebody can and no claim
+        forbids it.
+        """
         study = self.study
-        public = study.privacy.scope == "run" and study.data.test_is_public  # trained and tested without noise
+        # trained and tested without noise
+        public = study.privacy.scope == "run" and study.data.test_is_public
         if self.plan.guarantee is not None and not public:
             return
-        asked = study.monitor.baselines and study.monitor.evaluate_every and self.model == "federated"
+        asked = (
+            study.monitor.baselines and study.monitor.evaluate_every and self.model == "federated"
+        )
         if asked and self.parties.baselines:
             self.parties.baselines.measure(self.plan, self.server, self.log)
 
@@ -172,7 +223,9 @@ class Drive:
 
     def write(self) -> Result:
         """Write model, trail, claim and summary, and return what the run came to."""
-        summary, plan, folder = summarise(self.log.events()), self.plan, self.folder
+        summary = summarise(self.log.events())
+        plan = self.plan
+        folder = self.folder
         kept = zoo.fixed(build_model(plan.study, plan.encoding))
         if folder:
             write_model(folder, self.server, plan, kept, summary["decision"])
@@ -199,7 +252,8 @@ def _roll_back(gate: Rollback, before: Server, after: Server, log: Log) -> Serve
 
 def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
     """Tell what a run is, and what was `told` of its ranges and ledger before."""
-    study, training = plan.study, plan.study.training
+    study = plan.study
+    training = plan.study.training
     machine: dict[str, str | int] = {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -216,6 +270,7 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
             machine=machine,
         )
     )
+
     log.emit(
         events.Planned(
             algorithm=training.algorithm,
@@ -231,7 +286,9 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
-            positive=plan.encoding.target.labels[1] if plan.encoding.target.task == "binary" else "",
+            positive=plan.encoding.target.labels[1]
+            if plan.encoding.target.task == "binary"
+            else "",
             threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
             chosen=study.choices(),
             learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
@@ -243,12 +300,18 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
 
 
 def _void_test(plan: Plan) -> Iterator[str]:
-    """Yield that the test that held-out patients pay for will tell hardly anything, before anybody has paid."""
+    """Yield that the test that held-out patients pay for will tell hardly anything, before anybody
+    has paid.
+    """
     paid = paid_test(plan)
-    void = [f"{float(share):.0%}" for share, told in paid.intervals.items() if told is None] if paid else []
+    if paid:
+        void = [f"{float(share):.0%}" for share, told in paid.intervals.items() if told is None]
+    else:
+        void = []
     if paid and void:
         yield (
-            f"the test that about {paid.held_out} held-out patients pay for (privacy.evaluation_epsilon="
-            f"{paid.epsilon:g}) will hardly tell anything where {some(void)} are positive: too much noise. Hold out "
-            "more, raise it, or test on public patients (data.test_is_public)"
+            f"the test that about {paid.held_out} held-out patients pay for "
+            f"(privacy.evaluation_epsilon={paid.epsilon:g}) will hardly tell anything where "
+            f"{some(void)} are positive: too much noise. Hold out more, raise it, or test on "
+            "public patients (data.test_is_public)"
         )

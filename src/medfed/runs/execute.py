@@ -1,4 +1,6 @@
-"""A run: one execution of a study in a folder of its own, from the first survey to the summary; and how it resumes."""
+"""A run: one execution of a study in a folder of its own, from the first survey to the summary; and
+how it resumes.
+"""
 
 import json
 import os
@@ -41,27 +43,37 @@ def run(
     progress: bool = False,
     parties: Parties | None = None,
 ) -> Result:
-    """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data is looked for.
+    """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data
+    is looked for.
 
-    `parties` are the sites and aggregators, where they run elsewhere: each with a study, records, keys and a ledger of
-    its own, so that `data` is theirs to find. Without it all are made in this process: a `Simulation`.
+    `parties` are the sites and aggregators, where they run elsewhere: each with a study, records,
+    keys and a ledger of its own, so that `data` is theirs to find. Without it all are made in this
+    process: a `Simulation`.
 
-    Raises a MedfedError before any training for whatever is wrong with study, data or folder. The folder belongs to
-    this run alone from the first moment on, and is gone again where the plan does not stand. A round that loses its
-    quorum ends the run, which can be resumed.
+    Raises a MedfedError before any training for whatever is wrong with study, data or folder. The
+    folder belongs to this run alone from the first moment on, and is gone again where the plan does
+    not stand. A round that loses its quorum ends the run, which can be resumed.
     """
     name = secrets.token_hex(8)
-    with advising("Nothing was trained."), hold_fresh(Path(out) if out else None, study.study.name) as folder:
+    with (
+        advising("Nothing was trained."),
+        hold_fresh(Path(out) if out else None, study.study.name) as folder,
+    ):
         cast = parties or Simulation.open(study, data, folder / "sites", progress)
-        study, fleet = cast.resolve(study), cast.fleet
+        study = cast.resolve(study)
+        fleet = cast.fleet
         plan = prepare(study, fleet, fleet.sites())
         keys = ways.coordinator_keys(plan)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
-        with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
+
+        with advising(
+            ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."
+        ):
             plan, told = ranges.find(plan, fleet)
             told += tell_founding(ask_statements(plan, fleet))
             freeze(plan, told, folder, name)
+
         with advising(f"Nothing was trained; `medfed resume {folder}` begins."):
             plan = ranges.encode(plan, fleet)
             return _begin(plan, cast, folder, name, keys, listeners, told)
@@ -86,14 +98,22 @@ def _begin(
 
 
 def _refuse_begun(plan: Plan, told: Mapping[str, Statement], folder: Path) -> None:
-    """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are not charged."""
+    """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are
+    not charged.
+    """
     if plan.guarantee is None or not told:
         return
     if any(one.uses for one in told.values()):
-        raise RunError(f"{folder}: its checkpoints are gone, and patients have paid for rounds; start the study again")
+        raise RunError(
+            f"{folder}: its checkpoints are gone, and patients have paid for rounds; start the "
+            "study again"
+        )
     paid = max(one.queries.get("ranges", 0) for one in told.values())
     if "ranges" in plan.guarantee.queries and paid < plan.guarantee.queries["ranges"].times:
-        raise LedgerError(f"{folder}: the ledger lacks what patients have paid for ranges. Restore it from a copy.")
+        raise LedgerError(
+            f"{folder}: the ledger lacks what patients have paid for ranges. Restore it from a "
+            "copy."
+        )
 
 
 def _way_on(plan: Plan, folder: Path) -> str:
@@ -114,15 +134,17 @@ def resume(
 
     `parties` are those of the run, where they do not live in this process: see `run`.
 
-    A damaged checkpoint is passed over for the one before, and the log says so; a complete run is returned as it is.
-    Raises RunError where the folder is no run, was changed, or holds no whole checkpoint.
+    A damaged checkpoint is passed over for the one before, and the log says so; a complete run is
+    returned as it is. Raises RunError where the folder is no run, was changed, or holds no whole
+    checkpoint.
     """
     folder = Path(folder)
     study, encoding = read_plan(folder)
     if (folder / "summary.json").exists() and (finished := load(folder)).complete:
         return finished
     with files.hold(folder):
-        if (folder / "summary.json").exists() and (finished := load(folder)).complete:  # by whoever held it before
+        # by whoever held it before
+        if (folder / "summary.json").exists() and (finished := load(folder)).complete:
             return finished
         with advising(f"`medfed resume {folder}` goes on from its last whole round."):
             return _go_on(folder, study, encoding, data, listeners, parties)
@@ -143,59 +165,87 @@ def _go_on(
         server, header, note = checkpoints.read_last(folder / "checkpoints")
     own.write_to(folder / "sites" / OWN_LOG)
     cast = parties or Simulation.open(study, data, folder / "sites")
-    study, fleet = cast.resolve(study), cast.fleet
+    study = cast.resolve(study)
+    fleet = cast.fleet
     plan = prepare(study, fleet, fleet.sites(), encoding)
     before = frozen if unbegun else header
     if plan.surveyed != before["surveyed"]:
         raise RunError(f"{folder}: the data has changed since the run began; start the study again")
     if plan.guarantee and plan.guarantee.strategy and not unbegun:
         raise RunError(
-            f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept nowhere on purpose; "
-            "start the study again"
+            f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept "
+            "nowhere on purpose; start the study again"
         )
+
     name = frozen["run"]
     if kept := before.get("ledger"):
         ask_statements(plan, fleet, holds=kept)
     rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
+
     if unbegun:
         _refuse_begun(plan, ask_statements(plan, fleet), folder)
         with files.explained(folder):
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
         return _begin(plan, cast, folder, name, listeners=listeners, told=told)
+
     if plan.keeps:
-        for reply in gather(fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600).values():
+        for reply in gather(
+            fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600
+        ).values():
             if reply.error:
-                raise RunError(f"{folder}: site {reply.site!r} cannot go back to round {server.round}: {reply.error}")
+                raise RunError(
+                    f"{folder}: site {reply.site!r} cannot go back to round {server.round}: "
+                    f"{reply.error}"
+                )
+
     record = folder / "events.jsonl"
     if not record.exists() or record.stat().st_size < header["events"]:
         raise RunError(
-            f"{record} is missing or was cut; without its events the run cannot be told. Start the study again"
+            f"{record} is missing or was cut; without its events the run cannot be told. Start "
+            "the study again"
         )
-    paid = _paid_for(record, header["events"], plan) if server.round == study.training.rounds else []
+
+    if server.round == study.training.rounds:
+        paid = _paid_for(record, header["events"], plan)
+    else:
+        paid = []
+
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         for event in paid:
             log.emit(event)
-        return Drive(plan, cast, server, log, name, folder).to_the_end(known={type(event) for event in paid})
+        return Drive(plan, cast, server, log, name, folder).to_the_end(
+            known={type(event) for event in paid}
+        )
 
 
 def _paid_for(record: Path, after: int, plan: Plan) -> list[events.Event]:
-    """Return what a log tells of the last model after its byte `after`, where patients have paid for any of it.
+    """Return what a log tells of the last model after its byte `after`, where patients have paid
+    for any of it.
 
-    That is kept: the same model is not tested, and not voted on, twice, nor its threshold chosen anew. Baselines are.
+    That is kept: the same model is not tested, and not voted on, twice, nor its threshold chosen
+    anew. Baselines are.
     """
     before = record.read_bytes()[:after].count(b"\n")
     told = list(events.read(record))[before:]
     queried = plan.guarantee is not None and plan.guarantee.queries
-    if not any(isinstance(e, events.Voted) or (isinstance(e, events.Tested) and (e.noised or queried)) for e in told):
+    if not any(
+        isinstance(e, events.Voted) or (isinstance(e, events.Tested) and (e.noised or queried))
+        for e in told
+    ):
         return []
+
     main = main_model(plan.study.training.algorithm)
     again = events.RunFinished | events.Resumed | events.Compared
-    return [e for e in told if not isinstance(e, again) and not (isinstance(e, events.Tested) and e.model != main)]
+    return [
+        e
+        for e in told
+        if not isinstance(e, again) and not (isinstance(e, events.Tested) and e.model != main)
+    ]
 
 
 def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listener] = ()) -> Result:

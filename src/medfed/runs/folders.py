@@ -1,7 +1,8 @@
 """A run's folder: made, frozen, committed round by round, read again.
 
-The folder holds study.toml (frozen), plan.json (how records become numbers), events.jsonl, checkpoints/, sites/ (what
-sites remember, in a simulation), and at the end model.safetensors and summary.json.
+The folder holds study.toml (frozen), plan.json (how records become numbers), events.jsonl,
+checkpoints/, sites/ (what sites remember, in a simulation), and at the end model.safetensors and
+summary.json.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ SITE_MAPS = "maps.json"
 
 @contextmanager
 def hold_fresh(out: Path | None, study: str) -> Iterator[Path]:
-    """Hold a folder that is this run's alone until the block ends; what was made and stayed empty is taken away."""
+    """Hold a folder that is this run's alone until the block ends; what was made and stayed empty
+    is taken away.
+    """
     made: list[Path] = []
     if out is None:
         folder = _make_numbered(Path("runs"), study, made)
@@ -69,9 +72,13 @@ def hold_fresh(out: Path | None, study: str) -> Iterator[Path]:
 
 
 def _make_numbered(parent: Path, study: str, made: list[Path]) -> Path:
-    """Make a folder named by study and time; by a number too where another run of this second has that name."""
+    """Make a folder named by study and time; by a number too where another run of this second has
+    that name.
+    """
     if not studies.names_a_folder(study):
-        raise PlanError(f"study.name={study!r}; expected a printable name without slashes. {studies.CHANGE_IT}")
+        raise PlanError(
+            f"study.name={study!r}; expected a printable name without slashes. {studies.CHANGE_IT}"
+        )
     _make_folder(parent, made)
     name = f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count(1):
@@ -84,7 +91,9 @@ def _make_numbered(parent: Path, study: str, made: list[Path]) -> Path:
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
-    """Make a folder and those above it; `made` gets those that were not there, the innermost first."""
+    """Make a folder and those above it; `made` gets those that were not there, the
+    innermost first.
+    """
     absent: list[Path] = []
     place = folder
     with files.explained(folder):
@@ -96,7 +105,9 @@ def _make_folder(folder: Path, made: list[Path]) -> None:
 
 
 def _refuse_used(folder: Path, mine: bool = False) -> None:
-    """Raise RunError where a folder holds anything; where a run writes into it just now, it says which."""
+    """Raise RunError where a folder holds anything; where a run writes into it just now, it says
+    which.
+    """
     with files.explained(folder):
         if not folder.is_dir():
             raise RunError(f"--out {str(folder)!r} is not an empty folder; give another")
@@ -105,20 +116,32 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
         with files.hold(folder):  # raises where it is in use
             pass
     if inside - {files.LOCK}:
-        raise RunError(f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume {folder}`")
+        raise RunError(
+            f"--out {str(folder)!r} is not an empty folder; give another, or `medfed resume "
+            f"{folder}`"
+        )
 
 
 def freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
-    """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can be resumed."""
+    """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can
+    be resumed.
+    """
     spent = ranges.paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
         own.write_to(folder / "sites" / OWN_LOG)
         if maps := site_maps.texts(plan.study):
             files_of = {
-                name: {"file": plan.study.data.site_maps[name], "sha256": site_maps.sha256(text), "text": text}
+                name: {
+                    "file": plan.study.data.site_maps[name],
+                    "sha256": site_maps.sha256(text),
+                    "text": text,
+                }
                 for name, text in maps.items()
             }
-            files.write(folder / "sites" / SITE_MAPS, json.dumps(files_of, indent=2, ensure_ascii=False))
+            files.write(
+                folder / "sites" / SITE_MAPS, json.dumps(files_of, indent=2, ensure_ascii=False)
+            )
+
         first = [json.loads(events.line(events.screen(event))) for event in told]
         frozen = {
             "digest": plan.study.digest(),
@@ -138,24 +161,32 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     try:
         frozen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         study = studies.load(folder / "study.toml")
-        study = dataclasses.replace(study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {}))
+        study = dataclasses.replace(
+            study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {})
+        )
     except (OSError, ValueError, MedfedError) as error:
         raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
     if study.digest() != frozen["digest"]:
-        raise RunError(f"{folder}/study.toml was changed after the run began; start a new run with your change")
+        raise RunError(
+            f"{folder}/study.toml was changed after the run began; start a new run with your change"
+        )
     return study, Encoding.from_json(frozen["encoding"])
 
 
 def versions() -> dict[str, str]:
     """Return the versions that decide a run's bits."""
-    packages = {name: version(name) for name in ("medfed", "torch", "numpy", "scikit-learn", "pandas")}
+    packages = {
+        name: version(name) for name in ("medfed", "torch", "numpy", "scikit-learn", "pandas")
+    }
     return {"python": platform.python_version(), **packages}
 
 
 def write_checkpoint(
     folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, told: Mapping[str, Statement]
 ) -> None:
-    """Let the sites write down what they remember, then commit the round, with the heads that they have `told`."""
+    """Let the sites write down what they remember, then commit the round, with the heads that they
+    have `told`.
+    """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
@@ -169,11 +200,24 @@ def write_checkpoint(
 
 
 def write_model(
-    folder: Path, server: Server, plan: Plan, kept: Mapping[str, Tensor], decision: Mapping[str, Any] | None
+    folder: Path,
+    server: Server,
+    plan: Plan,
+    kept: Mapping[str, Tensor],
+    decision: Mapping[str, Any] | None,
 ) -> None:
-    """Write all that the model's outputs follow from: the released weights, what was not trained; and the threshold."""
+    """Write all that the model's outputs follow from: the released weights, what was not trained;
+    and the threshold.
+    """
     layout = Layout.of(build_model(plan.study, plan.encoding))
     tensors = {name: piece.contiguous() for name, piece in layout.pieces(server.released_P)}
     tensors |= {name: value.detach().clone().contiguous() for name, value in kept.items()}
-    about = {"study": plan.study.digest(), "encoding": plan.encoding.to_json(), "decision": decision}  # one entry
-    files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))
+    # one entry
+    about = {
+        "study": plan.study.digest(),
+        "encoding": plan.encoding.to_json(),
+        "decision": decision,
+    }
+    files.write(
+        folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)})
+    )

@@ -21,28 +21,34 @@ def survey(
 ) -> dict[str, dict[str, Any]]:
     """Return what each site tells of its table, without training: sizes, gaps, classes.
 
-    Under a claim too, as whoever holds the table sees all of it; but then no cell is quoted. `table` is the study's,
-    where it is read already.
+    Under a claim too, as whoever holds the table sees all of it; but then no cell is quoted.
+    `table` is the study's, where it is read already.
     """
-    looked_at = Study(study.study, study.data, study.sites, folder=study.folder)  # whoever holds the table sees it all
+    # whoever holds the table sees it all
+    looked_at = Study(study.study, study.data, study.sites, folder=study.folder)
     with quotes.withhold(study.privacy.meant):
         sites = open_sites(looked_at, data, None, progress, table)
     fleet = InProcess(sites)
     told = ask_surveys(fleet, fleet.sites())
-    written = {site.name: site.table.spellings for site in sites if site.table}  # seen here, and told to nobody else
+    # seen here, and told to nobody else
+    written = {site.name: site.table.spellings for site in sites if site.table}
     return {name: {**one, "spellings": written[name]} for name, one in told.items()}
 
 
-def privacy_outlook(study: Study, data: Path | None = None, progress: bool = False) -> dict[str, Any]:
+def privacy_outlook(
+    study: Study, data: Path | None = None, progress: bool = False
+) -> dict[str, Any]:
     """Return what a study's target asks for and what it will cost, without training.
 
-    The noise as in `claims.outlook`; "chosen": what the recipe has chosen; "foretold": usefulness, see `foretell`.
+    The noise as in `claims.outlook`; "chosen": what the recipe has chosen; "foretold": usefulness,
+    see `foretell`.
     """
     simulation = Simulation.open(study, data, None, progress)
     plan = prepare(simulation.study, simulation.fleet, simulation.fleet.sites())
     found = claims.outlook(plan)
     told = [dataclasses.asdict(one) for one in foretell(plan)]
     test = paid_test(plan)
+
     return {
         **found,
         "chosen": plan.study.choices(),

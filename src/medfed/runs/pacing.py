@@ -21,18 +21,27 @@ def replay_pace(recorded: Iterable[events.Event], plan: Plan) -> Pace:
 
 
 def _common_loss(event: events.RoundFinished, plan: Plan) -> float | None:
-    """Return a round's training loss; where sites may lie the median of theirs, so that no liar can slow all down."""
+    """Return a round's training loss; where sites may lie the median of theirs, so that no liar can
+    slow all down.
+    """
     told = [loss for loss in event.losses if loss is not None]
-    return statistics.median(told) if plan.malicious and told else event.loss
+    if plan.malicious and told:
+        return statistics.median(told)
+    return event.loss
 
 
 def ease(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace]:
-    """Tell where a round's training loss has grown; a rate that was chosen is halved then, one that was set stays.
+    """Tell where a round's training loss has grown; a rate that was chosen is halved then, one that
+    was set stays.
 
     Under a claim, and where nobody sees a site's loss, there is nothing to go by.
     """
     last = log.latest.get(events.RoundFinished)
-    if plan.guarantee or plan.study.security.aggregation != "plain" or not isinstance(last, events.RoundFinished):
+    if (
+        plan.guarantee
+        or plan.study.security.aggregation != "plain"
+        or not isinstance(last, events.RoundFinished)
+    ):
         return server, pace
     if last.round != server.round:
         return server, pace
@@ -44,10 +53,16 @@ def ease(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace
     what = f"round {last.round}: the training loss grew to {now}"
     if pace.lowest is not None:
         what += f", from {pace.lowest:.3g} at its lowest"
+
     if plan.chosen:
         server = rates.halve(server)
-        log.emit(events.Warned(f"{what}; the learning rate is halved to {float(server.slots['rate']):.3g}"))
+        log.emit(
+            events.Warned(
+                f"{what}; the learning rate is halved to {float(server.slots['rate']):.3g}"
+            )
+        )
     else:
         rate = plan.study.training.learning_rate
         log.emit(events.Warned(f"{what}. Lower training.learning_rate={rate:g}, or leave it out"))
+
     return server, following

@@ -1,7 +1,8 @@
-"""What runs at a party on its own: a site with its own records, keys and ledger; an aggregator with its own keys.
+"""What runs at a party on its own: a site with its own records, keys and ledger; an aggregator with
+its own keys.
 
-Each has the study as a file of its own and resolves it for itself. `Processes` starts them on this machine, for tests
-and demonstrations; between hospitals an engine does.
+Each has the study as a file of its own and resolves it for itself. `Processes` starts them on this
+machine, for tests and demonstrations; between hospitals an engine does.
 """
 
 import multiprocessing
@@ -22,8 +23,12 @@ from medfed.runs.opening import open_site, planned
 from medfed.study import Study
 
 
-def serve_site(pipe: Connection, study: Path, name: str, folder: Path, data: Path | None = None) -> None:
-    """Run the node of one site until its pipe is closed; `folder` is where it keeps its state, its ledger too."""
+def serve_site(
+    pipe: Connection, study: Path, name: str, folder: Path, data: Path | None = None
+) -> None:
+    """Run the node of one site until its pipe is closed; `folder` is where it keeps its state, its
+    ledger too.
+    """
     torch.set_num_threads(1)
     serve(open_site(studies.load(study), name, data, folder).handle, pipe)
 
@@ -51,8 +56,12 @@ class Processes:
         return planned(study)
 
     @classmethod
-    def start(cls, study: Path, sites: Sequence[str], folder: Path, data: Path | None = None) -> Self:
-        """Start a process for each site and, where the study shares rows among three, for each aggregator."""
+    def start(
+        cls, study: Path, sites: Sequence[str], folder: Path, data: Path | None = None
+    ) -> Self:
+        """Start a process for each site and, where the study shares rows among three, for each
+        aggregator.
+        """
         security = studies.load(study).security
         three = security.aggregators if security.aggregation == "three-party" else ()
         context = multiprocessing.get_context("spawn")
@@ -74,7 +83,12 @@ class Processes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:

@@ -18,39 +18,57 @@ from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
 
 OVERRIDES = "overrides.jsonl"
-"""What operators decided about quarantined clients, one line each; a run takes it in before its next round."""
+"""What operators decided about quarantined clients, one line each; a run takes it in before its
+next round.
+"""
 
 
 def quarantined(folder: str | Path) -> list[dict[str, Any]]:
-    """Return who has something held against it in a run: its sum, and the last round that it sits out (0: none)."""
+    """Return who has something held against it in a run: its sum, and the last round that it sits
+    out (0: none).
+    """
     recorded = _read_events(Path(folder))
     most = max((event.most for event in recorded if isinstance(event, events.Inspected)), default=0)
     held = _replay(recorded, most).standings
     return [
-        {"client": name, "total": round(one.total, 3), "until": one.until, "reputation": round(one.reputation, 3)}
+        {
+            "client": name,
+            "total": round(one.total, 3),
+            "until": one.until,
+            "reputation": round(one.reputation, 3),
+        }
         for name, one in sorted(held.items(), key=lambda item: -item[1].total)
         if one.total or one.until
     ]
 
 
 def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str) -> None:
-    """Have a run hold nothing against a client from its next round on: an appeal that an operator grants, on record.
+    """Have a run hold nothing against a client from its next round on: an appeal that an operator
+    grants, on record.
 
-    Raises RunError for a client that the run does not know, without reason or name, or where the run is complete.
+    Raises RunError for a client that the run does not know, without reason or name, or where the
+    run is complete.
     """
     folder = Path(folder)
-    planned = next((event for event in _read_events(folder) if isinstance(event, events.Planned)), None)
+    planned = next(
+        (event for event in _read_events(folder) if isinstance(event, events.Planned)), None
+    )
     known = list(planned.sizes) if planned else []
     if client not in known:
-        raise RunError(f"client={client!r} takes no part in {folder}; expected one of {some(known)}")
+        raise RunError(
+            f"client={client!r} takes no part in {folder}; expected one of {some(known)}"
+        )
     if not reason.strip() or not operator.strip():
-        raise RunError(f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record")
+        raise RunError(
+            f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record"
+        )
     summary = folder / "summary.json"
     if summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "complete":
         raise RunError(f"{folder} is complete; there is no next round to take part in")
     asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
     line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
-    with files.hold(folder, f"{OVERRIDES}.lock"):  # the run itself goes on meanwhile, and reads what is whole
+    # the run itself goes on meanwhile, and reads what is whole
+    with files.hold(folder, f"{OVERRIDES}.lock"):
         files.write(folder / OVERRIDES, "".join(_read_overrides(folder)) + line)
 
 
@@ -86,7 +104,9 @@ def take_overrides(watch: Watch, folder: Path | None, round: int, log: Log) -> W
     """Take in what operators have decided since the last round, and tell it."""
     if folder is None:
         return watch
-    done = sum(isinstance(event, events.SecurityAudit) and event.action == "lift" for event in log.events())
+    done = sum(
+        isinstance(event, events.SecurityAudit) and event.action == "lift" for event in log.events()
+    )
     for line in _read_overrides(folder)[done:]:
         asked = json.loads(line)
         watch = watch.lift(asked["client"])
@@ -97,7 +117,8 @@ def take_overrides(watch: Watch, folder: Path | None, round: int, log: Log) -> W
 
 def judge(watch: Watch, log: Log) -> Watch:
     """Take in what the last round said against its clients, and tell what is done about it."""
-    last, started = log.latest.get(events.Inspected), log.latest.get(events.RoundStarted)
+    last = log.latest.get(events.Inspected)
+    started = log.latest.get(events.RoundStarted)
     if not isinstance(last, events.Inspected) or not isinstance(started, events.RoundStarted):
         return watch
     if last.round != started.round:
@@ -105,7 +126,9 @@ def judge(watch: Watch, log: Log) -> Watch:
     watch, decisions = _step(watch, last)
     for one in decisions:
         log.emit(
-            events.SecurityAudit(one.round, one.client, int(one.level), round(one.total, 3), one.action, one.evidence)
+            events.SecurityAudit(
+                one.round, one.client, int(one.level), round(one.total, 3), one.action, one.evidence
+            )
         )
     return watch
 

@@ -1,4 +1,6 @@
-"""What a run came to: its model, what it predicts and decides; and a finished run read from its folder."""
+"""What a run came to: its model, what it predicts and decides; and a finished run read from its
+folder.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -35,14 +37,17 @@ from medfed.study import Study
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: `summary` as in summary.json, the model, and the folder (None for a simulation in memory)."""
+    """What a run came to: `summary` as in summary.json, the model, and the folder (None for a
+    simulation in memory).
+    """
 
     summary: dict[str, Any]
     study: Study
     encoding: Encoding
     w_P: Tensor
     folder: Path | None
-    fixed: Mapping[str, Tensor] = field(default_factory=dict)  # of the model: frozen parameters and buffers
+    # of the model: frozen parameters and buffers
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -59,15 +64,18 @@ class Result:
                 own[name].copy_(value)
         return module.eval()
 
-    def predict(self, table: pd.DataFrame | str | Path, unseen: schema.Unseen = "missing") -> pd.DataFrame:
+    def predict(
+        self, table: pd.DataFrame | str | Path, unseen: schema.Unseen = "missing"
+    ) -> pd.DataFrame:
         """Return the model's prediction for each row of a table with the study's feature columns.
 
         A path is read as the study reads its table; rows are then named as in the file.
 
-        Columns: a probability for each label (binary: the positive one), or the predicted number. What is missing, and
-        with `unseen` = "missing" a category that no site had, is set to the centre of all sites, so that a row's
-        prediction does not depend on the other rows. Raises DataError for what was otherwise in training; also for a
-        column of which most categories are such.
+        Columns: a probability for each label (binary: the positive one), or the predicted number.
+        What is missing, and with `unseen` = "missing" a category that no site had, is set to the
+        centre of all sites, so that a row's prediction does not depend on the other rows. Raises
+        DataError for what was otherwise in training; also for a column of which most categories are
+        such.
         """
         target = self.encoding.target
         filler = target.labels[0] if target.labels else 0.0
@@ -81,48 +89,74 @@ class Result:
         rows = self.encoding.encode(cleaned, every, ~every)
         z = outputs(self.model, self.w_P, rows.x)
         if target.task == "regression":
-            return pd.DataFrame({target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index)
+            return pd.DataFrame(
+                {target.name: (z[:, 0] * target.scale + target.centre).numpy()}, index=frame.index
+            )
         if target.task == "binary":
-            return pd.DataFrame({target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index)
+            return pd.DataFrame(
+                {target.labels[1]: torch.sigmoid(z[:, 0]).numpy()}, index=frame.index
+            )
+
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
 
     def _frame(self, table: pd.DataFrame | str | Path) -> pd.DataFrame:
-        """Return the table to predict; one of a path is read as the study's, without what is joined to that."""
+        """Return the table to predict; one of a path is read as the study's, without what is joined
+        to that.
+        """
         if isinstance(table, pd.DataFrame):
             return table
         if not isinstance(table, (str, Path)):
-            raise DataError(f"predict takes a DataFrame, or the path of a table; got {type(table).__name__}")
+            raise DataError(
+                f"predict takes a DataFrame, or the path of a table; got {type(table).__name__}"
+            )
         return read(Path(table), data=dataclasses.replace(self.study.data, site_is_file=False))
 
     def decide(self, table: pd.DataFrame | str | Path) -> pd.Series:
-        """Return the label that is called for each row: the positive one from the run's threshold on.
+        """Return the label that is called for each row: the positive one from the run's threshold
+        on.
 
         Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
         """
-        target, told = self.encoding.target, self.predict(table)
+        target = self.encoding.target
+        told = self.predict(table)
         if target.task == "regression":
-            raise RunError(f"data.task='regression' of {target.name!r} has no labels to call; use predict")
+            raise RunError(
+                f"data.task='regression' of {target.name!r} has no labels to call; use predict"
+            )
         if target.task == "multiclass":
             return told.idxmax(axis=1).rename(target.name)
         decision = self.summary["decision"]
         if decision is None:
-            raise RunError("the run ended before its model was tested, so no threshold is known; resume it")
+            raise RunError(
+                "the run ended before its model was tested, so no threshold is known; resume it"
+            )
+
         called = (told[target.labels[1]] >= decision["threshold"]).to_numpy().astype(int)
         return pd.Series(np.array(target.labels)[called], index=told.index, name=target.name)
 
 
 def load(folder: str | Path) -> Result:
-    """Return what a finished run came to, from its folder; raise RunError where it has not finished or is damaged."""
+    """Return what a finished run came to, from its folder; raise RunError where it has not finished
+    or is damaged.
+    """
     folder = Path(folder)
     study, encoding = read_plan(folder)
     try:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run") from error
+        raise RunError(
+            f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run"
+        ) from error
+
     module = build_model(study, encoding)
     wanted = {**trained(module), **zoo.fixed(module)}
     if absent := [name for name in wanted if name not in tensors]:
-        raise RunError(f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study")
+        raise RunError(
+            f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study"
+        )
+
     w_P = torch.cat([tensors[name].reshape(-1) for name in Layout.of(module).shapes])
     kept = {name: tensors[name] for name in zoo.fixed(module)}
-    return Result(summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept)
+    return Result(
+        summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept
+    )

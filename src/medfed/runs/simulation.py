@@ -1,4 +1,6 @@
-"""All parties in one process, for simulations: the only place beside a site's node that has its records at hand."""
+"""All parties in one process, for simulations: the only place beside a site's node that has its
+records at hand.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +49,13 @@ class PreparedData:
 def prepare_data(study: str | Study = "breast-cancer", data: Path | None = None) -> PreparedData:
     """Load a study's records, split them by patient and encode them as its sites would.
 
-    For the default study: 569 patients, 30 features and 2 products of them, scaled by median and IQR over all sites.
-    Everything comes back in one place, so this is for looking and for simulations.
+    For the default study: 569 patients, 30 features and 2 products of them, scaled by median and
+    IQR over all sites. Everything comes back in one place, so this is for looking and for
+    simulations.
     """
     simulation = Simulation.open(study if isinstance(study, Study) else studies.load(study), data)
-    sites, fleet = simulation.sites, simulation.fleet
+    sites = simulation.sites
+    fleet = simulation.fleet
     plan = prepare(simulation.study, fleet, fleet.sites())
     ranges.refuse_unfound(plan)
     return PreparedData(
@@ -63,15 +67,21 @@ def prepare_data(study: str | Study = "breast-cancer", data: Path | None = None)
 
 
 class Baselines(Protocol):
-    """What a federation is measured against: only a simulation, where all records are in one process, can train it."""
+    """What a federation is measured against: only a simulation, where all records are in one
+    process, can train it.
+    """
 
     def measure(self, plan: Plan, federated: Server, log: Log) -> None:
-        """Train and test each baseline of a plan, and tell what it is worth beside the federated model."""
+        """Train and test each baseline of a plan, and tell what it is worth beside the federated
+        model.
+        """
         ...
 
 
 class Parties(Protocol):
-    """The sites and aggregators of a run, wherever they live: nothing of theirs is at hand but messages."""
+    """The sites and aggregators of a run, wherever they live: nothing of theirs is at hand but
+    messages.
+    """
 
     @property
     def fleet(self) -> Fleet:
@@ -95,7 +105,9 @@ class Parties(Protocol):
 
 @dataclass(frozen=True)
 class Simulation:
-    """All sites of a study in this process, with their records at hand: no other code than a simulation has them."""
+    """All sites of a study in this process, with their records at hand: no other code than a
+    simulation has them.
+    """
 
     study: Study
     sites: Sequence[Site]
@@ -112,7 +124,8 @@ class Simulation:
         consent: Consent = everybody,
         pays: bool = True,
     ) -> "Simulation":
-        """Open every site of a study. Where it is not to pay, no ledger is opened: its patients are public, or made up.
+        """Open every site of a study. Where it is not to pay, no ledger is opened: its patients are
+        public, or made up.
 
         Raises StudyError, DataError or PlanError for what is wrong with study or table.
         """
@@ -134,13 +147,17 @@ class Simulation:
             _measure(name, plan.study, self.sites, plan.encoding, log, federated)
 
 
-def prepare_sites(study: Study, sites: Sequence[Site], encoding: Encoding | None = None) -> tuple[InProcess, Plan]:
+def prepare_sites(
+    study: Study, sites: Sequence[Site], encoding: Encoding | None = None
+) -> tuple[InProcess, Plan]:
     """Return a fleet of sites of this process, prepared, and the plan."""
     fleet = InProcess(sites)
     return fleet, prepare(study, fleet, fleet.sites(), encoding)
 
 
-def baseline_plan(name: str, study: Study, sites: Sequence[Site], encoding: Encoding) -> tuple[InProcess, Plan]:
+def baseline_plan(
+    name: str, study: Study, sites: Sequence[Site], encoding: Encoding
+) -> tuple[InProcess, Plan]:
     """Return a fleet of these sites, and the plan by which a baseline is trained."""
     other = without_protection(study, name)
     return prepare_sites(other, [site.under(other) for site in sites], encoding)
@@ -148,7 +165,9 @@ def baseline_plan(name: str, study: Study, sites: Sequence[Site], encoding: Enco
 
 def _train_in_silence(plan: Plan, fleet: Fleet) -> Server:
     """Run all rounds of a baseline; nobody is told. Raises QuorumError or DataError."""
-    server, pace, quiet = plan.begin(), Pace(), Log()
+    server = plan.begin()
+    pace = Pace()
+    quiet = Log()
     for _ in range(plan.study.training.rounds):
         server = run_round(server, plan, fleet, plan.budget(), quiet)
         server, pace = ease(server, pace, plan, quiet)
@@ -156,14 +175,20 @@ def _train_in_silence(plan: Plan, fleet: Fleet) -> Server:
 
 
 def _list_baselines(study: Study) -> tuple[str, ...]:
-    """Return what a federation is measured against: no device trains alone, nor do learners without gradient."""
+    """Return what a federation is measured against: no device trains alone, nor do learners without
+    gradient.
+    """
     if study.sites.kind == "device" or study.model.name in LEARNERS:
         return ("pooled",)
     return BASELINES
 
 
-def _measure(name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server) -> None:
-    """Train a baseline and tell what it is worth; sites' own models also beside the federated one, by record."""
+def _measure(
+    name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server
+) -> None:
+    """Train a baseline and tell what it is worth; sites' own models also beside the federated one,
+    by record.
+    """
     try:
         fleet, plan = baseline_plan(name, study, sites, encoding)
         server = _train_in_silence(plan, fleet)

@@ -16,8 +16,9 @@ def ask_statements(
 ) -> dict[str, Statement]:
     """Return what each site tells of its ledger; nothing of a site that pays from none.
 
-    `holds` are the heads that sites told before: each looks for its own in its ledger, and refuses where it is gone.
-    `whole` False asks for the head alone. Raises LedgerError with the reasons of those who refuse.
+    `holds` are the heads that sites told before: each looks for its own in its ledger, and refuses
+    where it is gone. `whole` False asks for the head alone. Raises LedgerError with the reasons of
+    those who refuse.
     """
     told, refused = hear_statements(plan, fleet, holds, whole)
     if refused:
@@ -45,7 +46,9 @@ def hear_statements(
                 if reply.error:
                     raise SiteError(reply.error)
                 if reply.payload not in known:
-                    known[reply.payload] = Statement.read(codec.decode(reply.payload)[0].get("statement"))
+                    known[reply.payload] = Statement.read(
+                        codec.decode(reply.payload)[0].get("statement")
+                    )
                 told[name] = known[reply.payload]
             except (SiteError, CodecError) as error:
                 refused[name] = str(error)
@@ -60,9 +63,10 @@ def tell_founding(told: Mapping[str, Statement]) -> list[events.Event]:
     bounds = dict.fromkeys(one.founded for one in told.values() if one.founded)
     return [
         events.Warned(
-            f"the site's budget ledger was founded: no patient may spend more than epsilon {bound.epsilon:g} at "
-            f"delta {bound.delta:g} over all studies, ever. Its operator changes that: medfed privacy budget "
-            "--lifetime-epsilon E --operator NAME --reason TEXT"
+            "the site's budget ledger was founded: no patient may spend more than epsilon "
+            f"{bound.epsilon:g} at delta {bound.delta:g} over all studies, ever. Its operator "
+            "changes that: medfed privacy budget --lifetime-epsilon E --operator NAME --reason "
+            "TEXT"
         )
         for bound in bounds
     ]

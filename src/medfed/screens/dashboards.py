@@ -1,8 +1,8 @@
 """Four pages and one report of a run, each a function of its event log and of the claim beside it.
 
-Every chart has its numbers in a table below, so that a page reads without scripts and prints. Nothing is loaded from
-outside; the drawing library is inside each page. Nothing is of one patient: of a fleet of devices, each of which is
-one patient's, only counts are shown.
+Every chart has its numbers in a table below, so that a page reads without scripts and prints.
+Nothing is loaded from outside; the drawing library is inside each page. Nothing is of one patient:
+of a fleet of devices, each of which is one patient's, only counts are shown.
 """
 
 import statistics
@@ -88,7 +88,11 @@ def page(story: Story, name: str) -> str:
 
 def _everything(story: Story) -> str:
     parts = "".join(
-        f'<section style="break-before:page"><h1>{PAGES[name]}</h1>{_BODIES[name](story)}</section>' for name in FOUR
+        (
+            "<section "
+            f'style="break-before:page"><h1>{PAGES[name]}</h1>{_BODIES[name](story)}</section>'
+        )
+        for name in FOUR
     )
     return _executive(story) + parts
 
@@ -97,14 +101,21 @@ def _executive(story: Story) -> str:
     s = story.summary
     sees = story.planned.sees if story.planned else {}
     protects = "Nothing is claimed of patients' privacy."
+
     if story.claim and story.claim["claimed"]:
         protects = (
-            "Whether any one training patient took part changes the odds of whatever was released by a factor of at "
-            f"most e^{story.claim['epsilon']:.3f}, but for a chance of {story.claim['target']['delta']:g}."
+            "Whether any one training patient took part changes the odds of whatever was "
+            f"released by a factor of at most e^{story.claim['epsilon']:.3f}, but for a chance "
+            f"of {story.claim['target']['delta']:g}."
         )
+
     suspects = ", ".join(one["site"] for one in s["suspects"]) or "nobody"
     lines = [
-        ("what was asked", f"{s['algorithm']} with {s['model']}, {s['rounds_asked']} rounds, {len(s['sites'])} sites"),
+        (
+            "what was asked",
+            f"{s['algorithm']} with {s['model']}, {s['rounds_asked']} rounds, {len(s['sites'])} "
+            "sites",
+        ),
         ("what came out", _outcome(story)),
         ("what protects patients", protects),
         ("who could see what", "; ".join(f"{party}: {sight}" for party, sight in sees.items())),
@@ -122,7 +133,10 @@ def _verdict(story: Story) -> str:
     s = story.summary
     why = f": {s['reason']}" if s["reason"] else ""
     kind = "verdict" if s["status"] == "complete" else "verdict bad"
-    words = f"The run is {s['status']} after {s['rounds']} of {s['rounds_asked']} rounds{why}. {_outcome(story)}"
+    words = (
+        f"The run is {s['status']} after {s['rounds']} of {s['rounds_asked']} rounds{why}. "
+        f"{_outcome(story)}"
+    )
     return f'<p class="{kind}">{escape(words)}</p>'
 
 
@@ -156,7 +170,9 @@ def _training(story: Story) -> str:
     )
 
     # Curves by round: how good the model is, and what a round takes
-    curves = {name: {t: one.all_sites[name].value for t, one in story.tests.items()} for name in names}
+    curves = {
+        name: {t: one.all_sites[name].value for t, one in story.tests.items()} for name in names
+    }
     body += elements.chart(
         "How well the model does, round by round",
         "Measured on held-out records of all sites together, of which nobody's trained the model.",
@@ -165,7 +181,10 @@ def _training(story: Story) -> str:
     )
     losses = {"training loss": {t: one.loss for t, one in story.rounds.items()}}
     body += elements.chart(
-        "Training loss", "Weighted over the sites; under secure aggregation it is not told.", losses, "round"
+        "Training loss",
+        "Weighted over the sites; under secure aggregation it is not told.",
+        losses,
+        "round",
     )
     body += elements.chart(
         "Time of a round", "From the question to the last answer.",
@@ -182,20 +201,32 @@ def _training(story: Story) -> str:
     # The last test: of all sites, of each, and of what the model is measured against
     if last:
         figures = list(last.all_sites)
-        lines = [["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]]
+        lines = [
+            ["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]
+        ]
         lines += [
-            [site, last.site_n[site], *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures)]
+            [
+                site,
+                last.site_n[site],
+                *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures),
+            ]
             for site, mine in list(last.per_site.items())[:SHOWN]
         ]
         lines += [
-            [f"baseline: {name}", one.n, *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures)]
+            [
+                f"baseline: {name}",
+                one.n,
+                *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures),
+            ]
             for name, one in story.baselines.items()
         ]
         body += (
-            "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. ece and brier say how "
-            "well predicted chances are calibrated: 0 is best.</p>"
+            "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. "
+            "ece and brier say how well predicted chances are calibrated: 0 is best.</p>"
         )
-        body += elements.table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
+        body += (
+            elements.table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
+        )
     return body
 
 
@@ -205,7 +236,10 @@ def _confusion(tested: Tested) -> str:
     names = tested.labels or [str(i) for i in range(len(tested.confusion))]
     lines = [[f"is {name}", *row] for name, row in zip(names, tested.confusion, strict=False)]
     head = ("records", *(f"predicted {name}" for name in names))
-    said = "Held-out records of all sites. A binary model predicts the second label from a chance of one half on."
+    said = (
+        "Held-out records of all sites. A binary model predicts the second label from a chance "
+        "of one half on."
+    )
     return f"<h2>Right and wrong, counted</h2><p class=note>{said}</p>{elements.table(head, lines)}"
 
 
@@ -214,18 +248,25 @@ def _calibration(tested: Tested) -> str:
         return ""
     drawn = {said: truth for _, said, truth in tested.calibration}
     caption = (
-        "Records by the chance that the model gave them, in tenths: what it said, and how often it was so. On the "
-        "dashed line both are the same."
+        "Records by the chance that the model gave them, in tenths: what it said, and how often "
+        "it was so. On the dashed line both are the same."
     )
-    chart = elements.chart("Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said")
-    lines = [[int(count), elements.number(said), elements.number(truth)] for count, said, truth in tested.calibration]
+    chart = elements.chart(
+        "Calibration", caption, {"the model": drawn, "perfect": {0.0: 0.0, 1.0: 1.0}}, "chance said"
+    )
+    lines = [
+        [int(count), elements.number(said), elements.number(truth)]
+        for count, said, truth in tested.calibration
+    ]
     return chart + elements.table(("records", "chance said", "share that was so"), lines)
 
 
 def _devices(story: Story) -> str:
-    s, seconds = story.summary, story.seconds()
+    s = story.summary
+    seconds = story.seconds()
     left_out = story.left_out()
-    named, sizes = story.sites, story.planned.sizes if story.planned else {}
+    named = story.sites
+    sizes = story.planned.sizes if story.planned else {}
     asked = len(story.rounds) or 1
     share = sum(len(one.clients) for one in story.rounds.values()) / (asked * max(1, len(sizes)))
     body = _verdict(story) + elements.key_figures(
@@ -240,8 +281,13 @@ def _devices(story: Story) -> str:
     # Devices are counted
     if not named:
         counts = {t: float(len(one.clients)) for t, one in story.rounds.items()}
-        body += "<p class=note>Each device is one patient's: none is named, only how many took part.</p>"
-        return body + elements.chart("Devices that took part", "By round.", {"devices": counts}, "round")
+        body += (
+            "<p class=note>Each device is one patient's: none is named, only how many took "
+            "part.</p>"
+        )
+        return body + elements.chart(
+            "Devices that took part", "By round.", {"devices": counts}, "round"
+        )
 
     # Sites are named, each with what it brought
     weights = _mean_weights(story)
@@ -258,9 +304,18 @@ def _devices(story: Story) -> str:
         ]
         for name in named
     ]
-    head: Sequence[str] = ("site", "training records", "test records", "rounds", "left out", "median time", "weight")
+    head: Sequence[str] = (
+        "site",
+        "training records",
+        "test records",
+        "rounds",
+        "left out",
+        "median time",
+        "weight",
+    )
     body += (
-        "<h2>The sites</h2><p class=note>Weight: the mean share of a site's row in the model's steps, by a rule where "
+        "<h2>The sites</h2><p class=note>Weight: the mean share of a site's row in the model's "
+        "steps, by a rule where "
     )
     body += "there is one, else by its records.</p>" + elements.table(head, lines)
     if len(named) <= 20:
@@ -272,20 +327,27 @@ def _devices(story: Story) -> str:
             }
             for name in named
         }
-        body += elements.chart("Time at each site", "What local work took, by round.", times, "round")
+        body += elements.chart(
+            "Time at each site", "What local work took, by round.", times, "round"
+        )
     if story.excluded:
         left = [[one.round, one.site, one.reason] for one in merge_alike(story.excluded)[:SHOWN]]
         body += "<h2>Left out, and why</h2>" + elements.table(("round", "site", "reason"), left)
-    return body + "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not measured yet.</p>"
+    return body + (
+        "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not "
+        "measured yet.</p>"
+    )
 
 
 def _privacy(story: Story) -> str:
-    s, claim = story.summary, story.claim
+    s = story.summary
+    claim = story.claim
 
     # What is guaranteed
     if claim is None or not claim["claimed"]:
         body = (
-            '<p class="verdict bad">Nothing is claimed: no epsilon was asked for, noise came from a seed, or the run '
+            '<p class="verdict bad">Nothing is claimed: no epsilon was asked for, noise came '
+            "from a seed, or the run "
         )
         body += "has not ended. A model trained so can leak who was in it.</p>"
     else:
@@ -315,23 +377,30 @@ def _privacy(story: Story) -> str:
         )
     if story.finished and story.finished.spread:
         body += (
-            "<h2>Patients by what they spent</h2><p class=note>Every patient of a site pays alike for the rounds that "
-            "the site took part in. Sizes are the declared ones and rounds are public: the counts tell of nobody, and "
-            "need no noise.</p>"
+            "<h2>Patients by what they spent</h2><p class=note>Every patient of a site pays "
+            "alike for the rounds that the site took part in. Sizes are the declared ones and "
+            "rounds are public: the counts tell of nobody, and need no noise.</p>"
         )
         lines = [[f"{epsilon:.4f}", int(count)] for epsilon, count in story.finished.spread]
         body += elements.table(("epsilon spent in this run", "declared patients"), lines)
 
     # Who could see what, and the claim that a reviewer reads
     if story.planned:
-        body += "<h2>Who could see what</h2>" + elements.table(("party", "could see"), list(story.planned.sees.items()))
+        body += "<h2>Who could see what</h2>" + elements.table(
+            ("party", "could see"), list(story.planned.sees.items())
+        )
     if claim:
-        body += "<h2>The claim, item by item</h2><p class=note>In the order in which NIST SP 800-226 asks.</p>"
+        body += (
+            "<h2>The claim, item by item</h2><p class=note>In the order in which NIST SP "
+            "800-226 asks.</p>"
+        )
         body += elements.table(("item", ""), list(reports.claim_lines(claim)))
     by_phase = s["bytes_by_phase"]
     if by_phase:
         body += "<h2>Bytes of each phase of secure rounds</h2>"
-        body += elements.table(("phase", "bytes"), [[name, f"{count:,}"] for name, count in by_phase.items()])
+        body += elements.table(
+            ("phase", "bytes"), [[name, f"{count:,}"] for name, count in by_phase.items()]
+        )
     return body
 
 
@@ -363,17 +432,22 @@ def _security(story: Story) -> str:
     )
     if not story.inspected:
         body += (
-            "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is known of how they lie "
+            "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is "
+            "known of how they lie "
         )
-        body += "among each other. Rows that are not finite, out of bound or unsigned are refused all the same.</p>"
+        body += (
+            "among each other. Rows that are not finite, out of bound or unsigned are refused "
+            "all the same.</p>"
+        )
 
     # Evidence, and what was done about it
     scores = story.suspicion()
     loud = sorted(scores, key=lambda name: -sum(scores[name].values()))[:10]
     body += elements.chart(
         "Suspicion, round by round",
-        "The strongest evidence against a site in a round, 0 to 10; an odd but honest hospital may stay at 2.5. The "
-        "ten with most are shown. A score is evidence and no proof: a row may be odd because its patients are.",
+        "The strongest evidence against a site in a round, 0 to 10; an odd but honest hospital "
+        "may stay at 2.5. The ten with most are shown. A score is evidence and no proof: a row "
+        "may be odd because its patients are.",
         {name: scores[name] for name in loud},
         "round",
     )
@@ -387,12 +461,21 @@ def _security(story: Story) -> str:
     if story.excluded:
         body += "<h2>Rows that did not count</h2>"
         left = merge_alike(story.excluded)[:SHOWN]
-        body += elements.table(("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left])
+        body += elements.table(
+            ("round", "site", "reason"), [[o.round, o.site, o.reason] for o in left]
+        )
     if story.taken_back:
-        lines = [[o.round, elements.number(o.before), elements.number(o.after)] for o in story.taken_back]
-        body += "<h2>Rounds taken back</h2>" + elements.table(("round", "loss before", "loss after"), lines)
+        lines = [
+            [o.round, elements.number(o.before), elements.number(o.after)] for o in story.taken_back
+        ]
+        body += "<h2>Rounds taken back</h2>" + elements.table(
+            ("round", "loss before", "loss after"), lines
+        )
     if story.trail:
-        body += "<p class=note>Check signatures and chain with <code>medfed trail verify RUN</code>.</p>"
+        body += (
+            "<p class=note>Check signatures and chain with <code>medfed trail verify "
+            "RUN</code>.</p>"
+        )
     return body
 
 
@@ -406,7 +489,9 @@ _BODIES: Mapping[str, Callable[[Story], str]] = {
 
 
 def _mean_weights(story: Story) -> dict[str, float]:
-    """Return each site's mean weight: a rule's, else its share of the records of those that took part."""
+    """Return each site's mean weight: a rule's, else its share of the records of those that took
+    part.
+    """
     total: Counter[str] = Counter()
     for number, one in story.rounds.items():
         inspected = story.inspected.get(number)
@@ -432,14 +517,21 @@ def _page(title: str, story: Story, body: str) -> str:
     from plotly.offline import get_plotlyjs
 
     study = escape(str(story.summary["study"]))
-    links = "".join(f'<a href="{name}">{escape(text)}</a>' for name, text in list(PAGES.items())[: len(FOUR)])
+    links = "".join(
+        f'<a href="{name}">{escape(text)}</a>' for name, text in list(PAGES.items())[: len(FOUR)]
+    )
     cut = ""
     if story.cut:
-        cut = "<p class=note>The event log ends within a line: this page shows what was written before.</p>"
+        cut = (
+            "<p class=note>The event log ends within a line: this page shows what was written "
+            "before.</p>"
+        )
     warned = "".join(f"<li>{escape(text)}</li>" for text in story.summary["warnings"][:20])
     warnings = ""
     if warned:
-        warnings = f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>"
+        warnings = (
+            f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>"
+        )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read_style()}</style>'
@@ -452,4 +544,7 @@ def _findings(story: Story) -> str:
     """Return what the run's figures mean, as a page's first lines."""
     kinds = {"warning": "verdict bad", "note": "note"}
     told = story.summary["findings"]
-    return "".join(f'<p class="{kinds[one["level"]]}">{escape(one["text"])} {escape(one["next"])}</p>' for one in told)
+    return "".join(
+        f'<p class="{kinds[one["level"]]}">{escape(one["text"])} {escape(one["next"])}</p>'
+        for one in told
+    )

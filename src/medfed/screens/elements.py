@@ -1,4 +1,6 @@
-"""The elements of a run's pages, as HTML: charts with their numbers, tables, key figures, and numbers in words."""
+"""The elements of a run's pages, as HTML: charts with their numbers, tables, key figures, and
+numbers in words.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -9,8 +11,12 @@ from medfed.screens.reports import COLOURS
 from medfed.screens.story import SHOWN, thin
 
 
-def chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str) -> str:
-    """Return a chart of curves, with its numbers in a table that opens; nothing where there is no number."""
+def chart(
+    title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str
+) -> str:
+    """Return a chart of curves, with its numbers in a table that opens; nothing where there is no
+    number.
+    """
     import plotly.graph_objects as go
 
     lines = {name: points for name, curve in curves.items() if (points := thin(curve))}
@@ -23,7 +29,10 @@ def chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | No
             y=[value for _, value in points],
             name=name,
             mode="lines+markers" if len(points) < 40 else "lines",
-            line={"color": COLOURS[i % len(COLOURS)], "dash": ("solid", "dash", "dot")[i // len(COLOURS) % 3]},
+            line={
+                "color": COLOURS[i % len(COLOURS)],
+                "dash": ("solid", "dash", "dot")[i // len(COLOURS) % 3],
+            },
         )
     figure.update_layout(
         template="plotly_white", height=340, margin={"l": 60, "r": 20, "t": 10, "b": 50}, xaxis_title=across,
@@ -38,7 +47,8 @@ def chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | No
     rounds = sorted({t for points in lines.values() for t, _ in points})[-SHOWN:]
     by_round = {name: dict(points) for name, points in lines.items()}
     numbers = table(
-        (across, *lines), [[t, *(number(by_round[name].get(t), digits=6) for name in lines)] for t in rounds]
+        (across, *lines),
+        [[t, *(number(by_round[name].get(t), digits=6) for name in lines)] for t in rounds],
     )
     label = f"{escape(title)}; the numbers are in the table below"
     return (
@@ -50,7 +60,10 @@ def chart(title: str, caption: str, curves: Mapping[str, Mapping[Any, float | No
 
 def key_figures(figures: Mapping[str, str]) -> str:
     """Return a page's first figures, each with its name."""
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in figures.items()
+    )
     return f"<dl>{cells}</dl>"
 
 
@@ -58,7 +71,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table; an empty name in `head` makes a corner, and numbers stand on the right."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    return (
+        f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _cell(value: object) -> str:

@@ -1,6 +1,8 @@
-"""A run in other tools: Prometheus, OpenTelemetry, MLflow, TensorBoard. Each is a function of the event log.
+"""A run in other tools: Prometheus, OpenTelemetry, MLflow, TensorBoard. Each is a function of the
+event log.
 
-Labels and attributes name runs, studies and hospitals, never a device (each is one patient's) and never a patient.
+Labels and attributes name runs, studies and hospitals, never a device (each is one patient's) and
+never a patient.
 """
 
 import math
@@ -51,7 +53,9 @@ def _read(folder: Path) -> tuple[list[Stamped], Story]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number of a run: a metric, the values of its labels after the run (its study first), and the value."""
+    """One number of a run: a metric, the values of its labels after the run (its study first), and
+    the value.
+    """
 
     metric: str
     labels: tuple[str, ...]
@@ -80,11 +84,20 @@ class _Families(Collector):
             "medfed_round_seconds": ("Time of the last round.", whole),
             "medfed_training_loss": ("Training loss of the last round.", whole),
             "medfed_test": ("The last test on held-out records of all sites.", (*whole, "figure")),
-            "medfed_epsilon_spent": ("Epsilon of all that was released so far, patient level.", whole),
+            "medfed_epsilon_spent": (
+                "Epsilon of all that was released so far, patient level.",
+                whole,
+            ),
             "medfed_epsilon_target": ("Epsilon that the study allows.", whole),
             "medfed_suspects": ("Participants that were warned or left out.", whole),
-            "medfed_site_seconds": ("Local work of a site in the last round that it took part in.", (*whole, "site")),
-            "medfed_site_suspicion": ("The strongest evidence against a site in the last round.", (*whole, "site")),
+            "medfed_site_seconds": (
+                "Local work of a site in the last round that it took part in.",
+                (*whole, "site"),
+            ),
+            "medfed_site_suspicion": (
+                "The strongest evidence against a site in the last round.",
+                (*whole, "site"),
+            ),
         }
         counters: dict[str, tuple[str, Sequence[str]]] = {
             "medfed_bytes": ("Bytes sent: up from sites, down to them.", (*whole, "direction")),
@@ -94,12 +107,17 @@ class _Families(Collector):
             "medfed_site_left_out": ("Rounds in which a site did not count.", (*whole, "site")),
         }
         families: dict[str, Metric] = {
-            name: GaugeMetricFamily(name, text, labels=labels) for name, (text, labels) in gauges.items()
+            name: GaugeMetricFamily(name, text, labels=labels)
+            for name, (text, labels) in gauges.items()
         }
-        families |= {name: CounterMetricFamily(name, text, labels=labels) for name, (text, labels) in counters.items()}
+        families |= {
+            name: CounterMetricFamily(name, text, labels=labels)
+            for name, (text, labels) in counters.items()
+        }
         for run, mine in self.found.items():
             for one in mine:
                 families[one.metric].add_metric([run, *one.labels], one.value)  # type: ignore[attr-defined]
+
         return iter(families.values())
 
 
@@ -151,12 +169,15 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
 
 
 def trace(folder: Path, exporter: Any) -> int:
-    """Send a run as spans to an OpenTelemetry exporter: the run, in it the rounds, in them the sites' work.
+    """Send a run as spans to an OpenTelemetry exporter: the run, in it the rounds, in them the
+    sites' work.
 
-    Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is an event of its
-    round's span. Raises ExportError where the library is missing, or where the exporter does not take the spans.
+    Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is
+    an event of its round's span. Raises ExportError where the library is missing, or where the
+    exporter does not take the spans.
     """
-    sdk, export = _import("opentelemetry.sdk.trace", "otel"), _import("opentelemetry.sdk.trace.export", "otel")
+    sdk = _import("opentelemetry.sdk.trace", "otel")
+    export = _import("opentelemetry.sdk.trace.export", "otel")
     resources = _import("opentelemetry.sdk.resources", "otel")
     told, story = _read(folder)
     kept = _Kept(exporter, export.SpanExportResult.SUCCESS)
@@ -166,8 +187,10 @@ def trace(folder: Path, exporter: Any) -> int:
     provider.shutdown()
     if kept.failed:
         raise ExportError(
-            f"{kept.failed} batches of spans were not taken; check the address, and that a collector runs"
+            f"{kept.failed} batches of spans were not taken; check the address, and that a "
+            "collector runs"
         )
+
     return len(story.rounds)
 
 
@@ -175,7 +198,9 @@ class _Kept:
     """An exporter that remembers whether it failed: the batch processor tells nobody."""
 
     def __init__(self, inner: Any, good: Any) -> None:
-        self.inner, self.good, self.failed = inner, good, 0
+        self.inner = inner
+        self.good = good
+        self.failed = 0
 
     def export(self, spans: Any) -> Any:
         """Pass spans on."""
@@ -196,18 +221,29 @@ def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) ->
     api = _import("opentelemetry.trace", "otel")
     if not told:
         return
-    named, root, current = set(story.sites), None, None
+    named = set(story.sites)
+    root = None
+    current = None
+
     for when, event in told:
         match event:
             case RunStarted():
-                about = {"medfed.run": run, "medfed.study": event.study, "medfed.rounds_asked": event.rounds}
-                root = tracer.start_span(f"run {event.study}", start_time=_nanoseconds(when), attributes=about)
+                about = {
+                    "medfed.run": run,
+                    "medfed.study": event.study,
+                    "medfed.rounds_asked": event.rounds,
+                }
+                root = tracer.start_span(
+                    f"run {event.study}", start_time=_nanoseconds(when), attributes=about
+                )
             case RoundStarted() if root:
                 if current:  # it was never finished: the process was killed, and resumed
                     current[0].end(_nanoseconds(when))
                 inside = api.set_span_in_context(root)
                 about = {"medfed.rounds.round": event.round, "medfed.drawn": len(event.clients)}
-                span = tracer.start_span("round", context=inside, start_time=_nanoseconds(when), attributes=about)
+                span = tracer.start_span(
+                    "round", context=inside, start_time=_nanoseconds(when), attributes=about
+                )
                 current = span, when
             case RoundFinished() if current:
                 span, began = current
@@ -216,7 +252,10 @@ def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) ->
                     if site in named:
                         inside = api.set_span_in_context(span)
                         work = tracer.start_span(
-                            "site", context=inside, start_time=_nanoseconds(began), attributes={"medfed.site": site}
+                            "site",
+                            context=inside,
+                            start_time=_nanoseconds(began),
+                            attributes={"medfed.site": site},
                         )
                         work.end(_nanoseconds(began + timedelta(seconds=seconds)))
                 span.end(_nanoseconds(when))
@@ -227,6 +266,7 @@ def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) ->
                     inside_of.add_event(text, timestamp=_nanoseconds(when))
             case RunFinished() if root:
                 root.set_attributes({"medfed.status": event.status, "medfed.rounds": event.rounds})
+
     end = _nanoseconds(told[-1].time)
     if current:
         current[0].end(end)
@@ -252,17 +292,21 @@ def _nanoseconds(when: datetime) -> int:
 
 
 def otlp(address: str) -> Any:
-    """Return an exporter to an OpenTelemetry collector at an address, as in http://localhost:4318/v1/traces."""
-    return _import("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel").OTLPSpanExporter(
-        address, timeout=10
-    )
+    """Return an exporter to an OpenTelemetry collector at an address, as in
+    http://localhost:4318/v1/traces.
+    """
+    return _import(
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter", "otel"
+    ).OTLPSpanExporter(address, timeout=10)
 
 
 # MLflow and TensorBoard
 
 
 def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float, int, datetime]]:
-    """Yield (name, value, round, when) of all that is measured by round; a site's figures where sites are named."""
+    """Yield (name, value, round, when) of all that is measured by round; a site's figures where
+    sites are named.
+    """
     named = set(story.sites)
     for when, event in told:
         match event:
@@ -276,19 +320,30 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
                     if site in named:
                         values |= {f"site/{site}/loss": loss, f"site/{site}/seconds": seconds}
             case Tested():
-                values = {f"test/{event.model}/{name}": figure.value for name, figure in event.all_sites.items()}
+                values = {
+                    f"test/{event.model}/{name}": figure.value
+                    for name, figure in event.all_sites.items()
+                }
             case _:
                 continue
+
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 yield name, float(value), event.round, when
 
 
 def to_tensorboard(folder: Path, out: Path) -> int:
-    """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises ExportError."""
+    """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises
+    ExportError.
+    """
     write = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
-    told, count = _read(folder), 0
-    with files.explained(out), _silence_threads(), write(str(out / folder.resolve().name)) as writer:
+    told = _read(folder)
+    count = 0
+    with (
+        files.explained(out),
+        _silence_threads(),
+        write(str(out / folder.resolve().name)) as writer,
+    ):
         for name, value, round, when in scalars(*told):
             writer.add_scalar(name, value, round, when.timestamp())
             count += 1
@@ -310,19 +365,27 @@ _MLFLOW_BATCH = 1000  # metrics that MLflow takes at once
 
 
 def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
-    """Log a run to MLflow: parameters, figures by round, summary and claim as artifacts; return MLflow's run id.
+    """Log a run to MLflow: parameters, figures by round, summary and claim as artifacts; return
+    MLflow's run id.
 
     Raises ExportError where the library is missing, or where the tracking server refuses.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves but for where it was asked to go
-    mlflow, entities = _import("mlflow", "mlflow"), _import("mlflow.entities", "mlflow")
+    # nothing leaves but for where it was asked to go
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = _import("mlflow", "mlflow")
+    entities = _import("mlflow.entities", "mlflow")
     told, story = _read(folder)
     s = story.summary
+
     try:
         client = mlflow.MlflowClient(uri)
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment)
-        tags = {"medfed.digest": str(s["digest"]), "medfed.status": s["status"], "medfed.purpose": str(s["purpose"])}
+        tags = {
+            "medfed.digest": str(s["digest"]),
+            "medfed.status": s["status"],
+            "medfed.purpose": str(s["purpose"]),
+        }
         begun = _milliseconds(told[0].time) if told else round(time.time() * 1000)
         run = client.create_run(number, begun, {**tags, "mlflow.runName": folder.resolve().name})
         key = str(run.info.run_id)
@@ -345,6 +408,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
         client.set_terminated(key, ended, _milliseconds(told[-1].time) if told else None)
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise ExportError(f"MLflow at {uri!r} does not take the run: {error}") from error
+
     return key
 
 
@@ -371,4 +435,6 @@ def _import(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ExportError(f"{module} is not installed ({error}); pip install 'medfed[{extra}]'") from error
+        raise ExportError(
+            f"{module} is not installed ({error}); pip install 'medfed[{extra}]'"
+        ) from error

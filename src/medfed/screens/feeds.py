@@ -26,15 +26,23 @@ class Feed:
     """A run's log, read once for all who watch it; `version` grows with each change."""
 
     def __init__(self, folder: Path, site: str = "") -> None:
-        self.folder, self.site, self.version, self.data = folder, site, 0, ""
-        self._lock, self._next, self._live = threading.Lock(), 0.0, Live()
-        self._tail, self._trouble = Tail(folder / "events.jsonl"), ""
+        self.folder = folder
+        self.site = site
+        self.version = 0
+        self.data = ""
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._live = Live()
+        self._tail = Tail(folder / "events.jsonl")
+        self._trouble = ""
         self._narrow = self._make_narrow()
         self._pages: dict[str, tuple[int, bytes]] = {}
 
     @property
     def shown(self) -> bool:
-        """Whether this server may show the run: a site's server shows the runs that know the site."""
+        """Whether this server may show the run: a site's server shows the runs that know
+        the site.
+        """
         return self._narrow is None or self._narrow.concerned
 
     def _make_narrow(self) -> Narrowing | None:
@@ -51,11 +59,14 @@ class Feed:
         return {"version": self.version, **self._live.view(), "trouble": self._trouble}
 
     def refresh(self) -> None:
-        """Take in what was written since the last look, at most every `EVERY` seconds; blocks while it reads."""
+        """Take in what was written since the last look, at most every `EVERY` seconds; blocks while
+        it reads.
+        """
         with self._lock:
             if time.monotonic() < self._next:
                 return
-            began, changed = time.monotonic(), False
+            began = time.monotonic()
+            changed = False
             while self._step():
                 changed = True
             if changed or not self.version:
@@ -70,11 +81,14 @@ class Feed:
         try:
             told, restarted = self._tail.read()
         except RunError as error:
-            changed, self._trouble = self._trouble != str(error), str(error)
+            changed = self._trouble != str(error)
+            self._trouble = str(error)
             return changed
+
         if restarted:
             self._live = Live()
             self._narrow = self._make_narrow()
+
         if told or restarted:
             self._trouble = ""
         for one in told:
@@ -83,6 +97,7 @@ class Feed:
                 event = self._narrow(one.event)
             if event:
                 self._live.add(one._replace(event=event))
+
         return bool(told)
 
     def _beside(self) -> None:
@@ -116,18 +131,25 @@ class Runs:
 
     def _newest(self) -> dict[str, Path]:
         places = self._places()
-        return {name: places[name] for name in sorted(places, key=lambda name: -_written_at(places[name]))}
+        return {
+            name: places[name]
+            for name in sorted(places, key=lambda name: -_written_at(places[name]))
+        }
 
     def _places(self) -> dict[str, Path]:
         if (self.folder / "events.jsonl").is_file():
             return {self.folder.resolve().name: self.folder}
         try:
-            return {one.name: one for one in self.folder.iterdir() if (one / "events.jsonl").is_file()}
+            return {
+                one.name: one for one in self.folder.iterdir() if (one / "events.jsonl").is_file()
+            }
         except OSError as error:
             raise RunError(f"{self.folder} cannot be read: {error.strerror}") from error
 
     def feed(self, name: str) -> Feed | None:
-        """Return a run's feed, read up to now; None for a name that is none of the folder's, or not to be shown."""
+        """Return a run's feed, read up to now; None for a name that is none of the folder's, or not
+        to be shown.
+        """
         place = self._places().get(name)
         if place is None:
             return None

@@ -1,4 +1,6 @@
-"""A run's log as flat tables (rounds, sites, tests, findings), for whoever evaluates it elsewhere."""
+"""A run's log as flat tables (rounds, sites, tests, findings), for whoever evaluates
+it elsewhere.
+"""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ from medfed.screens.story import Story
 
 
 def export_tables(
-    folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = ("json", "csv", "parquet")
+    folder: str | Path,
+    out: str | Path | None = None,
+    formats: Sequence[str] = ("json", "csv", "parquet"),
 ) -> list[Path]:
     """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format.
 
@@ -26,13 +30,17 @@ def export_tables(
 
 
 def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path]:
-    """Write a run's tables into a folder, each in every format; return where. Raises PlanError for an unknown one."""
+    """Write a run's tables into a folder, each in every format; return where. Raises PlanError for
+    an unknown one.
+    """
     _check(formats)
     files.make_folder(place)
     found = tables(story)
     with files.hold(place):
         written = {
-            place / f"{name}.{kind}": _serialise(kind, frame) for name, frame in found.items() for kind in formats
+            place / f"{name}.{kind}": _serialise(kind, frame)
+            for name, frame in found.items()
+            for kind in formats
         }
         for path, content in written.items():
             files.write(path, content)
@@ -75,7 +83,9 @@ def tables(story: Story) -> dict[str, pd.DataFrame]:
     sites = [
         {"round": one.round, "site": name, "loss": loss, "seconds": seconds, "steps": steps}
         for one in story.rounds.values()
-        for name, loss, seconds, steps in zip(one.clients, one.losses, one.site_seconds, one.steps, strict=True)
+        for name, loss, seconds, steps in zip(
+            one.clients, one.losses, one.site_seconds, one.steps, strict=True
+        )
         if name in named
     ]
     tests = [
@@ -84,7 +94,11 @@ def tables(story: Story) -> dict[str, pd.DataFrame]:
         for site, figures in {"all": one.all_sites, **one.per_site}.items()
         for name, figure in figures.items()
     ]
-    findings = [{"round": one.round, **finding} for one in story.inspected.values() for finding in one.findings]
+    findings = [
+        {"round": one.round, **finding}
+        for one in story.inspected.values()
+        for finding in one.findings
+    ]
 
     # Their columns, also where there is no row
     columns: dict[str, list[str]] = {
@@ -93,8 +107,15 @@ def tables(story: Story) -> dict[str, pd.DataFrame]:
         "tests": ["round", "model", "site", "figure", "value", "low", "high"],
         "findings": ["round", "client", "score", "kind", "evidence"],
     }
-    rows: dict[str, list[Any]] = {"rounds": rounds, "sites": sites, "tests": tests, "findings": findings}
-    return {name: pd.DataFrame(rows[name], columns=pd.Index(head)) for name, head in columns.items()}
+    rows: dict[str, list[Any]] = {
+        "rounds": rounds,
+        "sites": sites,
+        "tests": tests,
+        "findings": findings,
+    }
+    return {
+        name: pd.DataFrame(rows[name], columns=pd.Index(head)) for name, head in columns.items()
+    }
 
 
 def _ends(figure: Figure) -> dict[str, float | None]:

@@ -1,4 +1,6 @@
-"""Following a run while it goes: its event log as it grows, from any process that may read the folder."""
+"""Following a run while it goes: its event log as it grows, from any process that may read the
+folder.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +15,8 @@ CHUNK = 1 << 18  # bytes read at once
 class Tail:
     """Reads a growing event log, and never a line that is half written.
 
-    A resumed run cuts its log back to the last whole round. Then what was read last is no longer there, and the tail
-    starts again from the first line.
+    A resumed run cuts its log back to the last whole round. Then what was read last is no longer
+    there, and the tail starts again from the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,12 +24,15 @@ class Tail:
         self._reset()
 
     def _reset(self) -> None:
-        self._offset, self._number, self._last = 0, 0, b""
+        self._offset = 0
+        self._number = 0
+        self._last = b""
 
     def read(self) -> tuple[list[Stamped], bool]:
         """Return the events written since the last call, and whether they start over.
 
-        Raises RunError where the file cannot be read, or at a line that is damaged or of a newer schema.
+        Raises RunError where the file cannot be read, or at a line that is damaged or of a newer
+        schema.
         """
         try:
             with open(self.path, "rb") as file:
@@ -40,7 +45,10 @@ class Tail:
                 while data and b"\n" not in data and (more := file.read(CHUNK)):
                     data += more
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {error.strerror}. Check the run's folder.") from error
+            raise RunError(
+                f"{self.path} cannot be read: {error.strerror}. Check the run's folder."
+            ) from error
+
         told: list[Stamped] = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
@@ -49,6 +57,7 @@ class Tail:
                 if told or restarted:  # first what was written before it; the next call raises
                     break
                 raise
+
         return told, restarted
 
     def _parse(self, line: bytes) -> Stamped:
@@ -56,17 +65,20 @@ class Tail:
             told = parse(line.decode())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(
-                f"{self.path}, line {self._number + 1} is damaged ({error}); what is shown ends before it. "
-                "`medfed resume` writes the log anew from the last whole round."
+                f"{self.path}, line {self._number + 1} is damaged ({error}); what is shown ends "
+                "before it. `medfed resume` writes the log anew from the last whole round."
             ) from error
-        self._offset, self._number, self._last = self._offset + len(line), self._number + 1, line
+        self._offset = self._offset + len(line)
+        self._number = self._number + 1
+        self._last = line
         return told
 
 
 def follow(
     path: Path, once: bool = False, every: float = 0.2, wait: Callable[[float], None] = time.sleep
 ) -> Iterator[Stamped]:
-    """Yield a log's events as they are written, until the run has finished; with `once`, those that are there.
+    """Yield a log's events as they are written, until the run has finished; with `once`, those that
+    are there.
 
     After a resumption the events come again from the first. Raises RunError as `Tail.read` does.
     """

@@ -14,8 +14,14 @@ FILES = ("summary.json", "events.jsonl", "privacy.json")
 
 
 def files(feed: Feed) -> list[str]:
-    """Return what of a run can be downloaded here; a site's page leaves out the log, which tells of all sites."""
-    return [name for name in FILES if (feed.folder / name).is_file() and not (feed.site and name == "events.jsonl")]
+    """Return what of a run can be downloaded here; a site's page leaves out the log, which tells of
+    all sites.
+    """
+    return [
+        name
+        for name in FILES
+        if (feed.folder / name).is_file() and not (feed.site and name == "events.jsonl")
+    ]
 
 
 def missing() -> str:
@@ -38,17 +44,26 @@ def home(runs: Runs) -> str:
     """Return the list of runs."""
     lines = "".join(_line(name, summary) for name, summary in runs.summaries().items())
     whose = f", as {runs.site} may see them" if runs.site else ""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("run", "study", "status", "rounds", "score", "epsilon"))
-    body = (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-        if lines
-        else "<p class=note>No run yet. Start one with <code>medfed run STUDY</code> and load this page again.</p>"
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("run", "study", "status", "rounds", "score", "epsilon")
     )
+    if lines:
+        body = (
+            "<div "
+            f"class=wide><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+        )
+    else:
+        body = (
+            "<p class=note>No run yet. Start one with <code>medfed run STUDY</code> and load "
+            "this page again.</p>"
+        )
     return _page(f"Runs{whose}", body)
 
 
 def _line(name: str, s: Mapping[str, Any]) -> str:
-    test, privacy = s.get("test") or {}, s.get("privacy") or {}
+    test = s.get("test") or {}
+    privacy = s.get("privacy") or {}
     score = next((f"{n} {test[n]:.4f}" for n in SCORES if test.get(n) is not None), "-")
     epsilon = privacy.get("epsilon")
     cells = (
@@ -65,23 +80,42 @@ def _line(name: str, s: Mapping[str, Any]) -> str:
 def run(name: str, feed: Feed) -> str:
     """Return a run's live page, empty: its script fills it."""
     place = f"/runs/{quote(name)}"
-    pages = "".join(f'<a href="{place}/pages/{page}">{title}</a>' for page, title in dashboards.PAGES.items())
+    pages = "".join(
+        f'<a href="{place}/pages/{page}">{title}</a>' for page, title in dashboards.PAGES.items()
+    )
     kept = "".join(f'<a href="{place}/files/{name}" download>{name}</a>' for name in files(feed))
     figures = (
         ("rounds", "rounds", ""), ("score", "score", " id=score-name"), ("epsilon", "epsilon spent", ""),
         ("seconds", "time a round", ""), ("sent", "sent", ""), ("suspects", "suspected", ""),
     )  # fmt: skip
-    cells = "".join(f"<div><dt{extra}>{label}</dt><dd id={key}>-</dd></div>" for key, label, extra in figures)
+    cells = "".join(
+        f"<div><dt{extra}>{label}</dt><dd id={key}>-</dd></div>" for key, label, extra in figures
+    )
     charts = "".join(
         f'<figure id="{key}-chart" hidden><figcaption></figcaption>'
         '<svg viewBox="0 0 630 185" role="img"></svg></figure>'
         for key in ("score", "loss", "seconds")
     )
-    sites = ("site", "training records", "test records", "rounds", "left out", "last loss", "last time, s", "threat")
-    rounds = ("round", "took part", "loss", "score", "seconds", "epsilon")
-    whose = (
-        f"<p class=note>As {escape(feed.site)} may see it: other sites' figures are left out.</p>" if feed.site else ""
+    sites = (
+        "site",
+        "training records",
+        "test records",
+        "rounds",
+        "left out",
+        "last loss",
+        "last time, s",
+        "threat",
     )
+    rounds = ("round", "took part", "loss", "score", "seconds", "epsilon")
+
+    if feed.site:
+        whose = (
+            f"<p class=note>As {escape(feed.site)} may see it: other sites' figures are left "
+            "out.</p>"
+        )
+    else:
+        whose = ""
+
     body = (
         f'{whose}<p class="verdict open" id=status role=status>waiting for the run</p>'
         f"<p class=note><span id=last></span> <span id=line>connecting</span>.</p><dl>{cells}</dl>"
@@ -94,21 +128,25 @@ def run(name: str, feed: Feed) -> str:
         "<section id=warnings hidden><h2>Warnings</h2><ul id=warning-list></ul></section>"
         "<h2 id=log-title>Log</h2><ol class=log id=log tabindex=0 aria-labelledby=log-title></ol>"
     )
-    return _page(name, body, '<script src="/static/live.js" defer></script>', f' data-feed="{place}/live"')
+    return _page(
+        name, body, '<script src="/static/live.js" defer></script>', f' data-feed="{place}/live"'
+    )
 
 
 def _table(key: str, head: tuple[str, ...]) -> str:
     top = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return f'<div class=wide tabindex=0 role=region aria-label="{head[0]}s"><table><thead><tr>{top}</tr></thead>' + (
-        f"<tbody id={key}></tbody></table></div>"
-    )
+    return (
+        "<div class=wide tabindex=0 role=region "
+        f'aria-label="{head[0]}s"><table><thead><tr>{top}</tr></thead>'
+    ) + (f"<tbody id={key}></tbody></table></div>")
 
 
 def _page(title: str, body: str, script: str = "", data: str = "") -> str:
     name = escape(title)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f'<link rel="stylesheet" href="/static/style.css">{script}</head><body><nav aria-label="house">'
-        f'<a href="/">All runs</a></nav><main{data}><h1>{name}</h1>{body}</main></body></html>\n'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><meta '
+        'name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" '
+        'href="data:,"><link rel="stylesheet" '
+        f'href="/static/style.css">{script}</head><body><nav aria-label="house"><a href="/">All '
+        f"runs</a></nav><main{data}><h1>{name}</h1>{body}</main></body></html>\n"
     )

@@ -1,4 +1,6 @@
-"""Events in words: for the log on the live page, for spans, and as lines for whatever collects logs."""
+"""Events in words: for the log on the live page, for spans, and as lines for whatever collects
+logs.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
@@ -38,7 +40,9 @@ def sentence(event: Event, named: bool = True) -> str:
         case RangesFound():
             ends = [f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in event.ranges.items()]
             noise = f"noise of sd {event.noise_sd:.3g} patients on each count"
-            return f"ranges found from noised counts of training patients ({noise}): {some(ends, 8)}"
+            return (
+                f"ranges found from noised counts of training patients ({noise}): {some(ends, 8)}"
+            )
         case Warned():
             return f"warning: {event.text}"
         case SiteExcluded():
@@ -52,7 +56,11 @@ def sentence(event: Event, named: bool = True) -> str:
             who = event.client if named else "a device"
             return f"round {event.round}: {event.action}, {who}: {'; '.join(event.evidence)}"
         case Tested():
-            shown = {n: f.value for n, f in event.all_sites.items() if n in SCORES and f.value is not None}
+            shown = {
+                n: f.value
+                for n, f in event.all_sites.items()
+                if n in SCORES and f.value is not None
+            }
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             return f"{event.model} model tested after round {event.round}: {figures}"
         case Compared():
@@ -60,7 +68,8 @@ def sentence(event: Event, named: bool = True) -> str:
                 return f"sites' own models err less by {event.own_better.value:.4g} a record"
         case Voted():
             return (
-                f"{event.own_better.value:.1f} of {event.sites} votes of sites for models of their own (noise included)"
+                f"{event.own_better.value:.1f} of {event.sites} votes of sites for models of "
+                "their own (noise included)"
             )
         case Resumed():
             note = f" ({event.note})" if event.note else ""
@@ -68,26 +77,34 @@ def sentence(event: Event, named: bool = True) -> str:
         case RunFinished():
             why = f": {event.reason}" if event.reason else ""
             return f"{event.status} after {event.rounds} rounds{why}"
+
     return ""
 
 
 class LeftOut:
-    """Holds the sites that a round goes on without until something else happens: an equal reason is told once."""
+    """Holds the sites that a round goes on without until something else happens: an equal reason is
+    told once.
+    """
 
     def __init__(self) -> None:
         self._held: list[SiteExcluded] = []
 
     def before(self, event: Event) -> list[SiteExcluded]:
-        """Take in the next event; return what is to be told before it. One that is held is told later."""
+        """Take in the next event; return what is to be told before it. One that is held is told
+        later.
+        """
         if isinstance(event, SiteExcluded):
             self._held.append(event)
             return []
-        held, self._held = self._held, []
+        held = self._held
+        self._held = []
         return merge_alike(held)
 
 
 def merge_alike(held: Sequence[SiteExcluded]) -> list[SiteExcluded]:
-    """Return the events, those of a round that share a reason as one whose site is all of them: "9 sites, a, ..."."""
+    """Return the events, those of a round that share a reason as one whose site is all of them: "9
+    sites, a, ...".
+    """
     found: list[SiteExcluded] = []
     for (round, reason), events in group_alike(held).items():
         if len(events) < _MANY:
@@ -102,7 +119,9 @@ _MANY = 3
 
 
 class Structured:
-    """A listener that writes each event as one line of JSON or of key=value text, for whatever collects logs."""
+    """A listener that writes each event as one line of JSON or of key=value text, for whatever
+    collects logs.
+    """
 
     def __init__(self, stream: TextIO, form: Literal["json", "text"]) -> None:
         renderers: dict[str, Any] = {
@@ -115,10 +134,13 @@ class Structured:
             processors=[structlog.processors.add_log_level, stamp, renderers[form]()],
             wrapper_class=structlog.BoundLogger,
         )
-        self._named, self._left_out = True, LeftOut()
+        self._named = True
+        self._left_out = LeftOut()
 
     def __call__(self, event: Event) -> None:
-        """Write one event: its kind, its round, and what it says in words; sites left out before what comes next."""
+        """Write one event: its kind, its round, and what it says in words; sites left out before
+        what comes next.
+        """
         if isinstance(event, Planned):
             self._named = not event.devices
         for one in self._left_out.before(event):

@@ -1,8 +1,9 @@
 """`medfed serve`: runs in a browser as they happen, their pages and downloads; read-only.
 
-Every request but the login needs the token, as a cookie or as `Authorization: Bearer`. What the run says reaches the
-page as data, and the page's own script sets it as text; its policy lets no other script run. The pages of `medfed
-report` carry their script inside: they are sent into a sandbox, without an origin, which may load nothing.
+Every request but the login needs the token, as a cookie or as `Authorization: Bearer`. What the run
+says reaches the page as data, and the page's own script sets it as text; its policy lets no other
+script run. The pages of `medfed report` carry their script inside: they are sent into a sandbox,
+without an origin, which may load nothing.
 """
 
 import asyncio
@@ -21,7 +22,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,12 +41,13 @@ STATIC = Path(__file__).parent / "static"
 BEAT = 15.0  # seconds without news after which a viewer gets a sign of life
 
 _OWN = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+    "data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 _REPORT = (
-    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors "
+    "'none'"
 )
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -56,7 +65,9 @@ class Guard:
     """Lets only those in who know the token, and puts the headers on every answer."""
 
     def __init__(self, app: ASGIApp, token: str, cookie: str, secure: bool) -> None:
-        self.app, self.cookie, self.secure = app, cookie, secure
+        self.app = app
+        self.cookie = cookie
+        self.secure = secure
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +87,9 @@ class Guard:
         request = Request(scope, receive)
         path = request.url.path
         if path == "/login" and request.method == "POST":
-            given = parse_qs((await _read_body(request)).decode("utf-8", "replace")).get("token", [""])[0]
+            given = parse_qs((await _read_body(request)).decode("utf-8", "replace")).get(
+                "token", [""]
+            )[0]
             await self._enter(given)(scope, receive, send_with_headers)
         elif "token" in request.query_params:
             await self._enter(request.query_params["token"])(scope, receive, send_with_headers)
@@ -87,7 +100,9 @@ class Guard:
         elif "text/html" in request.headers.get("accept", ""):
             await _answer_refusal("")(scope, receive, send_with_headers)
         else:
-            refused = Response("the token is missing or wrong\n", 401, {"WWW-Authenticate": "Bearer"})
+            refused = Response(
+                "the token is missing or wrong\n", 401, {"WWW-Authenticate": "Bearer"}
+            )
             await refused(scope, receive, send_with_headers)
 
     def _holds(self, given: str) -> bool:
@@ -97,10 +112,17 @@ class Guard:
         if not self._holds(given):
             return _answer_refusal("That is not the token that the server printed when it started.")
         answer = RedirectResponse("/", 303)
-        # lax and not strict: the sandboxed pages have no origin, and their links must lead back here. Nothing can be
-        # changed here, and other origins get the cookie for a click on a link alone, whose answer they cannot read.
+        # lax and not strict: the sandboxed pages have no origin, and their links must lead back
+        # here. Nothing can be changed here, and other origins get the cookie for a click on a link
+        # alone, whose answer they cannot read.
         answer.set_cookie(
-            self.cookie, given, max_age=12 * 3600, httponly=True, samesite="lax", secure=self.secure, path="/"
+            self.cookie,
+            given,
+            max_age=12 * 3600,
+            httponly=True,
+            samesite="lax",
+            secure=self.secure,
+            path="/",
         )
         return answer
 
@@ -123,7 +145,11 @@ async def _read_body(request: Request, most: int = 4096) -> bytes:
 
 
 def application(
-    runs: Runs, token: str, cookie: str = "medfed", secure: bool = False, ending: Callable[[], bool] = lambda: False
+    runs: Runs,
+    token: str,
+    cookie: str = "medfed",
+    secure: bool = False,
+    ending: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
     """Return the application; viewers' streams end when `ending` says so."""
 
@@ -152,7 +178,8 @@ def application(
         return StreamingResponse(_stream(feed, ending), media_type="text/event-stream")
 
     def report(request: Request) -> Response:
-        feed, name = found(request), request.path_params["page"]
+        feed = found(request)
+        name = request.path_params["page"]
         if feed is None or name not in dashboards.PAGES:
             return _answer_missing()
         if not feed.ask(lambda story: story.started):
@@ -160,7 +187,8 @@ def application(
         return HTMLResponse(feed.page(name), headers={"Content-Security-Policy": _REPORT})
 
     def file(request: Request) -> Response:
-        feed, name = found(request), request.path_params["file"]
+        feed = found(request)
+        name = request.path_params["file"]
         if feed is None or name not in live_page.files(feed):
             return _answer_missing()
         if feed.site and name == "summary.json":
@@ -176,7 +204,9 @@ def application(
 
     def metrics(request: Request) -> Response:
         feeds = {name: feed for name in runs.names()[:KEPT] if (feed := runs.feed(name))}
-        text = exporters.prometheus({name: feed.ask(exporters.samples) for name, feed in feeds.items()})
+        text = exporters.prometheus(
+            {name: feed.ask(exporters.samples) for name, feed in feeds.items()}
+        )
         return Response(text, media_type=exporters.PROMETHEUS_TYPE)
 
     routes: list[tuple[str, Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]]] = [
@@ -189,12 +219,16 @@ def application(
 
 
 async def _stream(feed: Feed, ending: Callable[[], bool]) -> AsyncIterator[str]:
-    """Send the view at once and at each change; a disconnected viewer's stream is cancelled by the server."""
-    seen, said = 0, time.monotonic()
+    """Send the view at once and at each change; a disconnected viewer's stream is cancelled by the
+    server.
+    """
+    seen = 0
+    said = time.monotonic()
     while not ending():
         await run_in_threadpool(feed.refresh)
         if feed.version != seen:
-            seen, said = feed.version, time.monotonic()
+            seen = feed.version
+            said = time.monotonic()
             yield f"id: {seen}\ndata: {feed.data}\n\n"
         elif time.monotonic() - said > BEAT:
             said = time.monotonic()
@@ -223,10 +257,12 @@ def serve(
     site: str = "",
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Show the runs of a folder until the process is told to end; `ready` gets the address, with the token, at once.
+    """Show the runs of a folder until the process is told to end; `ready` gets the address, with
+    the token, at once.
 
-    `site` shows what that site may see. Raises ServeError, before anything listens, where the folder is missing, the
-    token is short, the port is in use, or where a host other than this machine is asked for without TLS.
+    `site` shows what that site may see. Raises ServeError, before anything listens, where the
+    folder is missing, the token is short, the port is in use, or where a host other than this
+    machine is asked for without TLS.
     """
     token = _check_request(folder, host, token, certificate, key)
     listener = _listen(host, port)
@@ -245,32 +281,42 @@ def serve(
     )  # fmt: skip
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
+
     with listener:
         scheme = "https" if certificate else "http"
         ready(f"{scheme}://{shown}:{port}/?token={quote(token)}")
         server.run(sockets=[listener])
 
 
-def _check_request(folder: Path, host: str, token: str, certificate: Path | None, key: Path | None) -> str:
+def _check_request(
+    folder: Path, host: str, token: str, certificate: Path | None, key: Path | None
+) -> str:
     if not folder.is_dir():
-        raise ServeError(f"{str(folder)!r} is no folder; expected one that holds runs, or a run's folder")
+        raise ServeError(
+            f"{str(folder)!r} is no folder; expected one that holds runs, or a run's folder"
+        )
     if token and len(token) < 20:
-        raise ServeError(f"MEDFED_TOKEN has {len(token)} characters; expected 20 or more, or unset it to have one made")
+        raise ServeError(
+            f"MEDFED_TOKEN has {len(token)} characters; expected 20 or more, or unset it to have "
+            "one made"
+        )
     if (certificate is None) != (key is None):
         raise ServeError("only one of --certificate and --key is given; TLS needs both")
+
     if certificate and key:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
             raise ServeError(
-                f"--certificate {certificate} --key {key} cannot be used ({error}); expected PEM files that belong "
-                "together"
+                f"--certificate {certificate} --key {key} cannot be used ({error}); expected PEM "
+                "files that belong together"
             ) from error
     elif not _is_loopback(host):
         raise ServeError(
-            f"--host {host} is not this machine alone, and nothing would be encrypted; give --certificate and --key, "
-            "or leave --host out and let a proxy do TLS"
+            f"--host {host} is not this machine alone, and nothing would be encrypted; give "
+            "--certificate and --key, or leave --host out and let a proxy do TLS"
         )
+
     return token or secrets.token_urlsafe(32)
 
 
@@ -289,6 +335,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         raise ServeError(
-            f"--host {host} --port {port} cannot be used: {error.strerror}. Another server may run there; give another "
-            "port, or --port 0 for any free one"
+            f"--host {host} --port {port} cannot be used: {error.strerror}. Another server may "
+            "run there; give another port, or --port 0 for any free one"
         ) from error

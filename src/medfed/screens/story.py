@@ -1,4 +1,6 @@
-"""A run's story: its events by kind, and what lies beside the log. All that is shown of a run is a function of it."""
+"""A run's story: its events by kind, and what lies beside the log. All that is shown of a run is a
+function of it.
+"""
 
 import json
 import os
@@ -18,10 +20,11 @@ LEVELS = ("none", "low", "elevated", "high", "critical")
 
 
 class Story(Tally):
-    """A run's events by kind, with its claim and the length of its trail. cut: the log ends within a line.
+    """A run's events by kind, with its claim and the length of its trail. cut: the log ends within
+    a line.
 
-    `tests` of the model that the run is about, and `inspected`, by round. `sites`: those that are named, none of a
-    fleet of devices, `SHOWN` of many.
+    `tests` of the model that the run is about, and `inspected`, by round. `sites`: those that are
+    named, none of a fleet of devices, `SHOWN` of many.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,8 @@ class Story(Tally):
         self.tests: dict[int, Tested] = {}
         self.inspected: dict[int, Inspected] = {}
         self.sites: list[str] = []
-        self.cut, self.trail = False, 0
+        self.cut = False
+        self.trail = 0
         self.claim: Mapping[str, Any] | None = None
 
     @classmethod
@@ -48,7 +52,8 @@ class Story(Tally):
 
     def read_beside(self, folder: Path) -> None:
         """Take in what lies beside the log: the claim, and how long the signed trail is."""
-        claim, trail = folder / "privacy.json", folder / "trail" / "trail.jsonl"
+        claim = folder / "privacy.json"
+        trail = folder / "trail" / "trail.jsonl"
         self.claim = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else None
         self.trail = len(trail.read_bytes().splitlines()) if trail.exists() else 0
 
@@ -72,7 +77,9 @@ class Story(Tally):
                 self.inspected[event.round] = event
             case Resumed(round=last):
                 self.tests = {number: one for number, one in self.tests.items() if number <= last}
-                self.inspected = {number: one for number, one in self.inspected.items() if number <= last}
+                self.inspected = {
+                    number: one for number, one in self.inspected.items() if number <= last
+                }
 
     @property
     def baselines(self) -> dict[str, Tested]:
@@ -108,7 +115,9 @@ class Story(Tally):
 
 
 def thin(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
-    """Return at most about `most` points of a curve: of each stretch the lowest and the highest, and both ends."""
+    """Return at most about `most` points of a curve: of each stretch the lowest and the highest,
+    and both ends.
+    """
     known = [(t, float(value)) for t, value in sorted(points.items()) if value is not None]
     if len(known) <= most:
         return known

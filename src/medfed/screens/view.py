@@ -1,6 +1,7 @@
 """What the live page shows of a run, as numbers: a function of the events so far.
 
-A site's page is the same function of fewer events: `Narrowing` leaves out what events say of other sites.
+A site's page is the same function of fewer events: `Narrowing` leaves out what events say of other
+sites.
 """
 
 import re
@@ -38,7 +39,8 @@ class Live:
     """A run's story with its last lines and the time of the last event."""
 
     def __init__(self) -> None:
-        self.story, self.lines = Story(), deque[tuple[str, str]](maxlen=LINES)
+        self.story = Story()
+        self.lines = deque[tuple[str, str]](maxlen=LINES)
         self.last: datetime | None = None
 
     def add(self, told: Stamped) -> None:
@@ -50,11 +52,14 @@ class Live:
 
     def view(self) -> dict[str, Any]:
         """Return what the page shows, ready for JSON."""
-        story, s = self.story, self.story.summary
+        story = self.story
+        s = self.story.summary
         last = story.last_test()
         name = next((n for n in SCORES if last and n in last.all_sites), "")
         rounds = [story.rounds[t] for t in sorted(story.rounds)]
-        score = {t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites}
+        score = {
+            t: one.all_sites[name].value for t, one in story.tests.items() if name in one.all_sites
+        }
         suspects = [one["site"] for one in s["suspects"]]
         warnings = s["warnings"][:20]
         if story.finished:
@@ -96,15 +101,21 @@ class Live:
         }
 
     def _sites(self) -> list[dict[str, Any]]:
-        story, s = self.story, self.story.summary
+        story = self.story
+        s = self.story.summary
         left_out = story.left_out()
         done = {one.client: one.action for one in story.audits}
-        threat = {one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}" for one in s["suspects"]}
+        threat = {
+            one["site"]: f"{LEVELS[one['level']]}; last: {done[one['site']]}"
+            for one in s["suspects"]
+        }
         last: dict[str, tuple[float | None, float | None]] = {}
+
         if story.rounds:
             newest = story.rounds[max(story.rounds)]
             told = zip(newest.clients, newest.losses, newest.site_seconds, strict=True)
             last = {name: (loss, seconds) for name, loss, seconds in told}
+
         sizes = story.planned.sizes if story.planned else {}
         return [
             {
@@ -124,12 +135,14 @@ class Live:
 class Narrowing:
     """Leaves in events what a site may see: what is told of all together, and what is its own.
 
-    Figures over all sites stay. Texts that name another site are withheld, and so are other sites' sizes, losses,
-    times, tests and suspicions. `concerned` is False where the run does not know the site.
+    Figures over all sites stay. Texts that name another site are withheld, and so are other sites'
+    sizes, losses, times, tests and suspicions. `concerned` is False where the run does not know the
+    site.
     """
 
     def __init__(self, site: str) -> None:
-        self.site, self.concerned = site, False
+        self.site = site
+        self.concerned = False
         self._others: re.Pattern[str] | None = None
 
     def __call__(self, event: Event) -> Event | None:
@@ -139,8 +152,11 @@ class Narrowing:
                 self.concerned = self.site in event.sizes
                 if others := [re.escape(name) for name in event.sizes if name != self.site]:
                     self._others = re.compile(rf"(?<!\w)(?:{'|'.join(others)})(?!\w)")
-                sizes, labels = self._keep_own(event.sizes), self._keep_own(event.labels)
-                return replace(event, sizes=sizes, labels=labels, rate_chosen=self._withhold(event.rate_chosen))
+                sizes = self._keep_own(event.sizes)
+                labels = self._keep_own(event.labels)
+                return replace(
+                    event, sizes=sizes, labels=labels, rate_chosen=self._withhold(event.rate_chosen)
+                )
             case RoundStarted():
                 return replace(event, clients=[name for name in event.clients if name == self.site])
             case RoundFinished():
@@ -154,10 +170,17 @@ class Narrowing:
                 )
             case Inspected():
                 findings = [one for one in event.findings if one["client"] == self.site]
-                kept = [one | {"evidence": self._withhold(str(one["evidence"]))} for one in map(dict, findings)]
+                kept = [
+                    one | {"evidence": self._withhold(str(one["evidence"]))}
+                    for one in map(dict, findings)
+                ]
                 return replace(event, weights=self._keep_own(event.weights), findings=kept)
             case Tested():
-                return replace(event, per_site=self._keep_own(event.per_site), site_n=self._keep_own(event.site_n))
+                return replace(
+                    event,
+                    per_site=self._keep_own(event.per_site),
+                    site_n=self._keep_own(event.site_n),
+                )
             case Compared():
                 return replace(event, sites=self._keep_own(event.sites))
             case SiteExcluded(site=name) | SecurityAudit(client=name) if name != self.site:
@@ -170,6 +193,7 @@ class Narrowing:
                 return Warned(self._withhold(text))
             case RunFinished(reason=text):
                 return replace(event, reason=self._withhold(text))
+
         return event
 
     def _keep_own(self, by_site: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Global models that a coordinator signs and chains, and sites that take no others.
 
-Each round's message to the sites is one signed envelope for everybody. Its body is the hash of the message before and
-the message itself: a site that saw the round before finds out where the two do not follow each other.
+Each round's message to the sites is one signed envelope for everybody. Its body is the hash of the
+message before and the message itself: a site that saw the round before finds out where the two do
+not follow each other.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ class Publisher:
 
     def sign(self, round: int, message: bytes) -> bytes:
         """Return the envelope of a round's message."""
-        self.previous, self.model = self.model, sha256(message).digest()
-        return self.post.wrap(Scope(self.study, self.run, round), "model", ANYBODY, self.previous + message)
+        self.previous = self.model
+        self.model = sha256(message).digest()
+        return self.post.wrap(
+            Scope(self.study, self.run, round), "model", ANYBODY, self.previous + message
+        )
 
 
 @dataclass
@@ -50,38 +54,47 @@ class Follower:
     def accept(self, round: int, envelope: bytes) -> bytes:
         """Return the message of a round's envelope; the same one may come again.
 
-        Raises EnvelopeError where it is of another study, run or round, of a round before, a second one of this round,
-        or does not follow the message before; SignatureError where the coordinator did not sign it.
+        Raises EnvelopeError where it is of another study, run or round, of a round before, a second
+        one of this round, or does not follow the message before; SignatureError where the
+        coordinator did not sign it.
 
-        Guarantee: this site takes one model a round, and of two rounds in a row none that does not follow the other. So
-        a coordinator that shows sites different models has signed both, and they can show it.
+        Guarantee: this site takes one model a round, and of two rounds in a row none that does not
+        follow the other. So a coordinator that shows sites different models has signed both, and
+        they can show it.
 
         Edge cases:
         - the same envelope again gives the same message, as a repeated question needs;
         - a site that missed rounds takes the next that it sees, as it cannot tell what lay between;
         - the first message, of a run or of a resumed one, follows nothing that this site knows;
-        - two sites that are shown different models do not see it by themselves: under masks they compare.
+        - two sites that are shown different models do not see it by themselves: under masks they
+          compare.
         """
         digest = sha256(envelope).digest()
         if digest != self._envelope:
             scope = Scope(self.study, self.run, round)
             body = self.post.unwrap(envelope, scope, "model", self.coordinator, ANYBODY)
             self._check(round, body)
-            self.round, self._previous, self.model = round, body[:32], sha256(body[32:]).digest()
+            self.round = round
+            self._previous = body[:32]
+            self.model = sha256(body[32:]).digest()
             self._envelope = digest
             return body[32:]
+
         return self.post.body(envelope)[32:]
 
     def _check(self, round: int, body: bytes) -> None:
         if len(body) < 32:
-            raise EnvelopeError(f"round {round}: a model of {len(body)} bytes; expected 32 and more. Ask again.")
+            raise EnvelopeError(
+                f"round {round}: a model of {len(body)} bytes; expected 32 and more. Ask again."
+            )
         if round < self.round or (round == self.round and sha256(body[32:]).digest() != self.model):
             raise EnvelopeError(
-                f"round={round}: {self.post.me.name!r} has taken another model of round {self.round}; the coordinator "
-                "may not send two"
+                f"round={round}: {self.post.me.name!r} has taken another model of round "
+                f"{self.round}; the coordinator may not send two"
             )
         if round == self.round + 1 and self.round and body[:32] != self.model:
             raise EnvelopeError(
-                f"round={round}: its model says that it follows {body[:32].hex()[:16]}..., but round {self.round} had "
-                f"{self.model.hex()[:16]}...; the coordinator shows sites different models, or lost its place"
+                f"round={round}: its model says that it follows {body[:32].hex()[:16]}..., but "
+                f"round {self.round} had {self.model.hex()[:16]}...; the coordinator shows sites "
+                "different models, or lost its place"
             )

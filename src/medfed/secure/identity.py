@@ -1,8 +1,9 @@
-"""Who says what: keys made by their owner, a roster that the consortium approves, signed and sealed messages.
+"""Who says what: keys made by their owner, a roster that the consortium approves, signed and sealed
+messages.
 
-A party has an Ed25519 key to sign with and an X25519 key to be sealed to. A message between parties is an envelope:
-its sender's signature covers the study, the run, the round, the kind, sender, recipient, a nonce and the body. So it
-counts nowhere else, and once only.
+A party has an Ed25519 key to sign with and an X25519 key to be sealed to. A message between parties
+is an envelope: its sender's signature covers the study, the run, the round, the kind, sender,
+recipient, a nonce and the body. So it counts nowhere else, and once only.
 """
 
 import json
@@ -39,7 +40,9 @@ class Public:
 
     @property
     def fingerprint(self) -> str:
-        """Return what people compare over the telephone: 128 bits of the sha256 of both keys, in groups of four."""
+        """Return what people compare over the telephone: 128 bits of the sha256 of both keys, in
+        groups of four.
+        """
         text = sha256(self.signing + self.sealing).hexdigest()[:32]
         return " ".join(text[i : i + 4] for i in range(0, 32, 4))
 
@@ -67,7 +70,9 @@ class Identity:
         return cls(name, role, signing, X25519PrivateKey.from_private_bytes(secret[32:]))
 
     def secret(self) -> bytes:
-        """Return both private keys, 64 bytes, for a key file (`key_files.save`) and nowhere else."""
+        """Return both private keys, 64 bytes, for a key file (`key_files.save`) and
+        nowhere else.
+        """
         return self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()
 
     @property
@@ -81,22 +86,34 @@ class Identity:
         return self._signing.sign(data)
 
     def agree(self, sealing: bytes, purpose: bytes) -> bytes:
-        """Return the 32 bytes that only this party and the owner of the public key `sealing` can compute."""
+        """Return the 32 bytes that only this party and the owner of the public key `sealing` can
+        compute.
+        """
         return _derive(_exchange(self._sealing, sealing), purpose)
 
     def unseal(self, box: bytes, purpose: bytes) -> bytes:
-        """Open what `seal` closed for this party and purpose; raise EnvelopeError where it does not open."""
+        """Open what `seal` closed for this party and purpose; raise EnvelopeError where it does not
+        open.
+        """
         if len(box) < 48:
-            raise EnvelopeError(f"a sealed box of {len(box)} bytes; expected 48 or more. Ask its sender again.")
+            raise EnvelopeError(
+                f"a sealed box of {len(box)} bytes; expected 48 or more. Ask its sender again."
+            )
         try:
-            key = _derive(_exchange(self._sealing, box[:32]), purpose + box[:32] + self.public.sealing)
+            key = _derive(
+                _exchange(self._sealing, box[:32]), purpose + box[:32] + self.public.sealing
+            )
             return AESGCM(key).decrypt(bytes(12), box[32:], purpose)
         except InvalidTag as error:
-            raise EnvelopeError(f"a sealed box does not open for {self.name!r}; ask its sender again") from error
+            raise EnvelopeError(
+                f"a sealed box does not open for {self.name!r}; ask its sender again"
+            ) from error
 
 
 def seal(to: Public, plain: bytes, purpose: bytes) -> bytes:
-    """Close bytes so that only `to` opens them, for one purpose: 48 bytes longer. Each box has a key of its own."""
+    """Close bytes so that only `to` opens them, for one purpose: 48 bytes longer. Each box has a
+    key of its own.
+    """
     once = X25519PrivateKey.generate()
     front = once.public_key().public_bytes_raw()
     key = _derive(_exchange(once, to.sealing), purpose + front + to.sealing)
@@ -108,7 +125,9 @@ def verify(public: Public, signature: bytes, data: bytes) -> None:
     try:
         Ed25519PublicKey.from_public_bytes(public.signing).verify(signature, data)
     except InvalidSignature as error:
-        raise SignatureError(f"{public.name!r} did not sign this; ask the sender again, or check its keys") from error
+        raise SignatureError(
+            f"{public.name!r} did not sign this; ask the sender again, or check its keys"
+        ) from error
 
 
 def holds(signing: bytes, signature: bytes, data: bytes) -> bool:
@@ -123,8 +142,11 @@ def holds(signing: bytes, signature: bytes, data: bytes) -> bool:
 class Roster(Mapping[str, Public]):
     """The parties that the consortium approved, by name; a revoked one is refused by name."""
 
-    def __init__(self, members: Mapping[str, Public], revoked: frozenset[str] = frozenset()) -> None:
-        self._members, self.revoked = dict(members), revoked
+    def __init__(
+        self, members: Mapping[str, Public], revoked: frozenset[str] = frozenset()
+    ) -> None:
+        self._members = dict(members)
+        self.revoked = revoked
 
     @classmethod
     def of(cls, *members: Public) -> "Roster":
@@ -133,9 +155,13 @@ class Roster(Mapping[str, Public]):
 
     def __getitem__(self, name: str) -> Public:
         if name in self.revoked:
-            raise RevokedError(f"{name!r} is revoked; its messages no longer count. Enrol it again with new keys.")
+            raise RevokedError(
+                f"{name!r} is revoked; its messages no longer count. Enrol it again with new keys."
+            )
         if name not in self._members:
-            raise SignatureError(f"{name!r} is not enrolled; the consortium must approve its keys first")
+            raise SignatureError(
+                f"{name!r} is not enrolled; the consortium must approve its keys first"
+            )
         return self._members[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -156,7 +182,9 @@ class Scope:
 
 @dataclass
 class Post:
-    """A party's way to send and to receive envelopes. It remembers nonces, so that none counts twice."""
+    """A party's way to send and to receive envelopes. It remembers nonces, so that none counts
+    twice.
+    """
 
     me: Identity
     roster: Roster
@@ -175,32 +203,52 @@ class Post:
         return signed + self.me.sign(MAGIC + sha256(signed).digest())
 
     def unwrap(self, envelope: bytes, scope: Scope, kind: str, sender: str, to: str = "") -> bytes:
-        """Return the body of a message of this kind and scope from `sender` to this party, or to ANYBODY.
+        """Return the body of a message of this kind and scope from `sender` to this party, or to
+        ANYBODY.
 
-        Raises EnvelopeError where the bytes are no envelope or one of another scope, kind, sender or recipient, or
-        came before; SignatureError where the signature is wrong or the sender unknown; RevokedError.
+        Raises EnvelopeError where the bytes are no envelope or one of another scope, kind, sender
+        or recipient, or came before; SignatureError where the signature is wrong or the sender
+        unknown; RevokedError.
         """
         fields, body = _checked(envelope, self.roster[sender], scope, kind, to or self.me.name)
         nonce = str(fields.get("nonce")).encode()
         if scope != self._scope:  # another round's nonces cannot come again: their scope is refused
-            self._scope, self._seen = scope, set()
+            self._scope = scope
+            self._seen = set()
+
         if nonce in self._seen:
-            raise EnvelopeError(f"a message from {sender!r} came twice (nonce {nonce.decode()}); the second is refused")
+            raise EnvelopeError(
+                f"a message from {sender!r} came twice (nonce {nonce.decode()}); the second is "
+                "refused"
+            )
+
         self._seen.add(nonce)
         return body
 
 
 def check(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> None:
-    """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps no nonces."""
+    """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps
+    no nonces.
+    """
     _checked(envelope, sender, scope, kind, to)
 
 
-def _checked(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> tuple[dict[str, object], bytes]:
+def _checked(
+    envelope: bytes, sender: Public, scope: Scope, kind: str, to: str
+) -> tuple[dict[str, object], bytes]:
     fields, body = _open(envelope)
-    expected = {"study": scope.study, "run": scope.run, "round": scope.round, "kind": kind, "sender": sender.name}
+    expected = {
+        "study": scope.study,
+        "run": scope.run,
+        "round": scope.round,
+        "kind": kind,
+        "sender": sender.name,
+    }
     for name, value in {**expected, "to": to}.items():
         if fields.get(name) != value:
-            raise EnvelopeError(f"a message has {name}={fields.get(name)!r}; expected {value!r}. It does not count.")
+            raise EnvelopeError(
+                f"a message has {name}={fields.get(name)!r}; expected {value!r}. It does not count."
+            )
     verify(sender, envelope[-64:], MAGIC + sha256(envelope[:-64]).digest())
     return fields, body
 
@@ -221,16 +269,22 @@ def _open(envelope: bytes) -> tuple[dict[str, object], bytes]:
         if not isinstance(fields, dict):
             raise ValueError("its head is no object")
     except (ValueError, struct.error, RecursionError) as error:
-        raise EnvelopeError(f"{len(envelope)} bytes are no message: {error}. Ask the sender again.") from error
+        raise EnvelopeError(
+            f"{len(envelope)} bytes are no message: {error}. Ask the sender again."
+        ) from error
     return fields, envelope[16 + head : -64]
 
 
 def _exchange(mine: X25519PrivateKey, theirs: bytes) -> bytes:
-    """Agree on 32 bytes; a public key of low order, for which everybody could compute them, is refused (RFC 7748)."""
+    """Agree on 32 bytes; a public key of low order, for which everybody could compute them, is
+    refused (RFC 7748).
+    """
     try:
         return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError as error:
-        raise EnvelopeError(f"{theirs.hex()[:16]}... is no key to seal to; ask its owner for new keys") from error
+        raise EnvelopeError(
+            f"{theirs.hex()[:16]}... is no key to seal to; ask its owner for new keys"
+        ) from error
 
 
 def _derive(shared: bytes, purpose: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """Keys at rest: one file a party, mode 0600, under a passphrase where its owner gives one.
 
-The file is JSON: name, role, and the two private keys in hex or, under a passphrase, in a box. scrypt (RFC 7914;
-N = 2^17, r = 8, p = 1) makes the box's AES-256-GCM key; name and role are bound into it.
+The file is JSON: name, role, and the two private keys in hex or, under a passphrase, in a box.
+scrypt (RFC 7914; N = 2^17, r = 8, p = 1) makes the box's AES-256-GCM key; name and role are bound
+into it.
 """
 
 import json
@@ -23,15 +24,19 @@ _FORMAT = "medfed key 1"
 def save(identity: Identity, path: Path, passphrase: str = "") -> None:
     """Write a party's keys into a new file that only its owner can read.
 
-    Raises KeyFileError where a file is there already, as keys are never overwritten, or the folder cannot be written.
+    Raises KeyFileError where a file is there already, as keys are never overwritten, or the folder
+    cannot be written.
     """
     entry: dict[str, str] = {"format": _FORMAT, "name": identity.name, "role": identity.role}
     if passphrase:
         salt = os.urandom(16)
-        box = AESGCM(_stretched(passphrase, salt)).encrypt(bytes(12), identity.secret(), _bound(entry))
+        box = AESGCM(_stretched(passphrase, salt)).encrypt(
+            bytes(12), identity.secret(), _bound(entry)
+        )
         entry |= {"salt": salt.hex(), "box": box.hex()}
     else:
         entry |= {"keys": identity.secret().hex()}
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -45,39 +50,55 @@ def save(identity: Identity, path: Path, passphrase: str = "") -> None:
             raise
         files.flush_folder(path.parent)
     except FileExistsError as error:
-        raise KeyFileError(f"{path} exists; keys are never overwritten. Give another file, or move it away.") from error
+        raise KeyFileError(
+            f"{path} exists; keys are never overwritten. Give another file, or move it away."
+        ) from error
     except OSError as error:
         way = files.way_out(error) if files.is_full(error) else "Give a folder that you may write"
         raise KeyFileError(f"{path} cannot be written: {error.strerror}. {way}.") from error
 
 
 def load(path: Path, passphrase: str = "") -> Identity:
-    """Read a party's keys. Raises KeyFileError where they cannot be read or others could have read them."""
+    """Read a party's keys. Raises KeyFileError where they cannot be read or others could have read
+    them.
+    """
     try:
         mode = path.stat().st_mode
         entry = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entry, dict) or entry.get("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT!r}")
-        name, role = entry["name"], entry["role"]
+        name = entry["name"]
+        role = entry["role"]
         if "keys" in entry:
             if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
                 raise KeyFileError(
-                    f"{path} has mode {stat.S_IMODE(mode):04o} and no passphrase; others may have read it. Expected "
-                    f"0600: `chmod 600 {path}`, or make new keys."
+                    f"{path} has mode {stat.S_IMODE(mode):04o} and no passphrase; others may "
+                    f"have read it. Expected 0600: `chmod 600 {path}`, or make new keys."
                 )
             return Identity.of(name, role, bytes.fromhex(entry["keys"]))
-        salt, box = bytes.fromhex(entry["salt"]), bytes.fromhex(entry["box"])
+        salt = bytes.fromhex(entry["salt"])
+        box = bytes.fromhex(entry["box"])
     except OSError as error:
-        raise KeyFileError(f"{path} cannot be read: {error.strerror}. Make keys with `medfed key new`.") from error
+        raise KeyFileError(
+            f"{path} cannot be read: {error.strerror}. Make keys with `medfed key new`."
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KeyFileError(f"{path} is no key file ({error}); restore it, or make new keys and enrol them") from error
+        raise KeyFileError(
+            f"{path} is no key file ({error}); restore it, or make new keys and enrol them"
+        ) from error
+
     if not passphrase:
-        raise KeyFileError(f"{path} is under a passphrase; set MEDFED_PASSPHRASE, or type it when asked")
+        raise KeyFileError(
+            f"{path} is under a passphrase; set MEDFED_PASSPHRASE, or type it when asked"
+        )
+
     try:
         secret = AESGCM(_stretched(passphrase, salt)).decrypt(bytes(12), box, _bound(entry))
         return Identity.of(name, role, secret)
     except (InvalidTag, ValueError) as error:
-        raise KeyFileError(f"{path} does not open: the passphrase is wrong, or the file was changed") from error
+        raise KeyFileError(
+            f"{path} does not open: the passphrase is wrong, or the file was changed"
+        ) from error
 
 
 def _stretched(passphrase: str, salt: bytes) -> bytes:

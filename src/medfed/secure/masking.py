@@ -1,8 +1,10 @@
-"""SecAgg+: one server adds rows mod 2^64 and sees none of them (Bonawitz et al. 2017; Bell et al. 2020).
+"""SecAgg+: one server adds rows mod 2^64 and sees none of them (Bonawitz et al. 2017; Bell et al.
+2020).
 
-A client hides its row twice: under a self mask, and under one mask for each neighbour, which the neighbour subtracts.
-Masks are streams of seeds, and the seeds are shared out among the neighbours. Of a client that finishes, they give back
-the self seed; of one that drops out, the key of its pair masks; never both.
+A client hides its row twice: under a self mask, and under one mask for each neighbour, which the
+neighbour subtracts. Masks are streams of seeds, and the seeds are shared out among the neighbours.
+Of a client that finishes, they give back the self seed; of one that drops out, the key of its pair
+masks; never both.
 
     phase     a client sends                                   the server sends
     keys      two fresh public keys, a commitment              everybody's keys, to all
@@ -11,15 +13,18 @@ the self seed; of one that drops out, the key of its pair masks; never both.
     confirm   its signature of that list and of the model      the signatures, to all
     unmask    one share for each neighbour                     -
 
-Why the server learns the sum of all honest survivors or nothing. Confirmed lists: a client unmasks for a list that
-more than (n + f) / 2 members signed; honest ones sign once, so there is one list. Complete graph: 2 t > n + f, so t
-shares of both seeds of one client would need an honest member that gave both. Ring of k neighbours in random order,
-at most X of them liars: t > k / 2 + 1 + X. A survivor can be unmasked only by t holders (itself included) on the
-list, so one on each side of it is honest: each honest survivor shares a mask with the next, whoever the server says
-dropped. A hypergeometric tail and a union bound over the clients give X, with probability 1 - 2^-40, where the liars
-were there before the order was drawn; drop-outs that nobody chose are bounded in the same way.
+Why the server learns the sum of all honest survivors or nothing. Confirmed lists: a client unmasks
+for a list that more than (n + f) / 2 members signed; honest ones sign once, so there is one list.
+Complete graph: 2 t > n + f, so t shares of both seeds of one client would need an honest member
+that gave both. Ring of k neighbours in random order, at most X of them liars: t > k / 2 + 1 + X. A
+survivor can be unmasked only by t holders (itself included) on the list, so one on each side of it
+is honest: each honest survivor shares a mask with the next, whoever the server says dropped. A
+hypergeometric tail and a union bound over the clients give X, with probability 1 - 2^-40, where the
+liars were there before the order was drawn; drop-outs that nobody chose are bounded in the same
+way.
 
-Legend: K clients, M numbers of a row, n members, f liars, k neighbours, t shares that rebuild a seed.
+Legend: K clients, M numbers of a row, n members, f liars, k neighbours, t shares that rebuild a
+seed.
 """
 
 import hmac
@@ -69,10 +74,11 @@ _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
 
 @dataclass(frozen=True)
 class MaskingTerms:
-    """What all parties know of a masked sum: who takes part, the row's length, the graph and the thresholds.
+    """What all parties know of a masked sum: who takes part, the row's length, the graph and the
+    thresholds.
 
-    `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k) neighbours hold
-    them beside the client itself. `seed` orders the ring: see `drawn`.
+    `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k)
+    neighbours hold them beside the client itself. `seed` orders the ring: see `drawn`.
     """
 
     members: tuple[str, ...]
@@ -91,51 +97,68 @@ class MaskingTerms:
             and self.length >= 1
             and n / 2 < self.quorum <= n
             and (self.degree == n - 1 or (self.degree < n - 1 and self.degree % 2 == 0))
-            and (n if self.degree == n - 1 else self.degree + 2) / 2 < self.threshold <= self.degree + 1
+            and (n if self.degree == n - 1 else self.degree + 2) / 2
+            < self.threshold
+            <= self.degree + 1
         )
         if not holds:
             raise PlanError(
                 f"members={some(self.members)}, length={self.length}, quorum={self.quorum}, "
-                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; take "
-                "MaskingTerms.choose."
+                f"threshold={self.threshold}, degree={self.degree} are no terms of a masked sum; "
+                "take MaskingTerms.choose."
             )
 
     @classmethod
     def choose(
-        cls, members: Collection[str], length: int, dropout: float, malicious: int = 0, seed: bytes = b""
+        cls,
+        members: Collection[str],
+        length: int,
+        dropout: float,
+        malicious: int = 0,
+        seed: bytes = b"",
     ) -> "MaskingTerms":
-        """Return the terms under which a share `dropout` of the members may drop out and `malicious` may lie.
+        """Return the terms under which a share `dropout` of the members may drop out and
+        `malicious` may lie.
 
-        The least even number of neighbours that meets the module's conditions, or all of them. Raises PlanError where
-        not even all are enough: 2 t > n + f with t = n - drop-outs.
+        The least even number of neighbours that meets the module's conditions, or all of them.
+        Raises PlanError where not even all are enough: 2 t > n + f with t = n - drop-outs.
         """
         n = len(members)
         gone = math.floor(round(dropout * n, 9))
         if n < 3 or len(set(members)) != n or EVERYBODY in members or n >= 2**16:
-            raise PlanError(f"{n} members ({some(members)}); expected 3 to 65535 distinct names. Add a site.")
+            raise PlanError(
+                f"{n} members ({some(members)}); expected 3 to 65535 distinct names. Add a site."
+            )
         if length < 1 or not 0 <= dropout < 1 or malicious < 0:
             raise PlanError(
-                f"length={length}, dropout={dropout}, malicious={malicious}; expected 1 or more, 0 to 1, >= 0."
+                f"length={length}, dropout={dropout}, malicious={malicious}; expected 1 or more, "
+                "0 to 1, >= 0."
             )
+
         quorum = n - gone
         if 2 * quorum <= n + malicious:
             raise PlanError(
-                f"dropout={dropout} and malicious={malicious} with {n} members: {quorum} finish for certain; expected "
-                f"more than {(n + malicious) / 2:g}. Allow fewer drop-outs or add sites."
+                f"dropout={dropout} and malicious={malicious} with {n} members: {quorum} finish "
+                f"for certain; expected more than {(n + malicious) / 2:g}. Allow fewer drop-outs "
+                "or add sites."
             )
+
         names = tuple(sorted(members))
         for degree in range(2, n - 1, 2) if n > SMALL else ():
             liars, lost = (_most(n - 1, count, degree, FAILURE / n) for count in (malicious, gone))
             threshold = degree // 2 + 2 + liars
             if degree - lost >= threshold:
                 return cls(names, length, quorum, threshold, degree, seed)
+
         return cls(names, length, quorum, quorum, n - 1, seed)
 
     def drawn(self, keys: bytes) -> "MaskingTerms":
-        """Return the terms with the ring in the order that the keys of all decide, as the server broadcast them.
+        """Return the terms with the ring in the order that the keys of all decide, as the server
+        broadcast them.
 
-        So nobody picks it: the server does not know the keys of honest members before, and one that tells them
-        differently has two sets of terms, whose signatures do not fit. Who advertises last can try keys, an order each.
+        So nobody picks it: the server does not know the keys of honest members before, and one that
+        tells them differently has two sets of terms, whose signatures do not fit. Who advertises
+        last can try keys, an order each.
         """
         return replace(self, seed=sha256(self.seed + keys).digest())
 
@@ -154,7 +177,9 @@ class MaskingTerms:
 
     @cached_property
     def _ring(self) -> tuple[str, ...]:
-        return tuple(sorted(self.members, key=lambda name: sha256(self.seed + b"/" + name.encode()).digest()))
+        return tuple(
+            sorted(self.members, key=lambda name: sha256(self.seed + b"/" + name.encode()).digest())
+        )
 
     @cached_property
     def number(self) -> dict[str, int]:
@@ -164,21 +189,34 @@ class MaskingTerms:
     @cached_property
     def digest(self) -> bytes:
         """The sha256 of all of this: seeds and signatures are bound to it."""
-        fields = [self.members, self.length, self.quorum, self.threshold, self.degree, self.seed.hex()]
+        fields = [
+            self.members,
+            self.length,
+            self.quorum,
+            self.threshold,
+            self.degree,
+            self.seed.hex(),
+        ]
         return sha256(json.dumps(fields).encode()).digest()
 
     def enough(self, phase: str, answered: int, why: object = "") -> None:
         """Raise AbortError unless a quorum answered."""
         if answered < self.quorum:
             raise AbortError(
-                f"masked round, phase {phase}: {answered} of {len(self.members)} answered; expected {self.quorum} or "
-                f"more. Nothing was opened; start the round again. {why}".rstrip()
+                (
+                    f"masked round, phase {phase}: {answered} of {len(self.members)} answered; "
+                    f"expected {self.quorum} or more. Nothing was opened; start the round again. "
+                    f"{why}"
+                ).rstrip()
             )
 
 
 def _most(others: int, bad: int, drawn: int, failure: float) -> int:
-    """Return the least x with P[more than x of `drawn` are among the `bad`] <= failure, drawn without replacement."""
-    whole, tail = math.comb(others, drawn), 0
+    """Return the least x with P[more than x of `drawn` are among the `bad`] <= failure, drawn
+    without replacement.
+    """
+    whole = math.comb(others, drawn)
+    tail = 0
     for x in range(min(bad, drawn), 0, -1):
         tail += math.comb(bad, x) * math.comb(others - bad, drawn - x)
         if tail / whole > failure:
@@ -187,33 +225,43 @@ def _most(others: int, bad: int, drawn: int, failure: float) -> int:
 
 
 class Client:
-    """One client in one round. Each phase happens once and in order; one that fails ends the round for this client.
+    """One client in one round. Each phase happens once and in order; one that fails ends the round
+    for this client.
 
-    Every phase takes and gives bytes. Raises EnvelopeError and its kinds for bytes that do not count, AbortError where
-    too few took part.
+    Every phase takes and gives bytes. Raises EnvelopeError and its kinds for bytes that do not
+    count, AbortError where too few took part.
     """
 
     def __init__(self, post: Post, terms: MaskingTerms, scope: Scope, server: str) -> None:
-        self._post, self._terms, self._scope, self._server = post, terms, scope, server
+        self._post = post
+        self._terms = terms
+        self._scope = scope
+        self._server = server
         self._ear = _ear(post)
         self._name = post.me.name
-        self._phases: tuple[str, ...] = PHASES  # those to come; empty while one is under way, and after one that failed
+        # those to come; empty while one is under way, and after one that failed
+        self._phases: tuple[str, ...] = PHASES
         self._sealing = X25519PrivateKey.generate()
         self._pairing = X25519PrivateKey.generate()
         self._seed = os.urandom(32)
         self._keys: dict[str, bytes] = {}  # by neighbour: what it advertised
-        self._held: dict[str, bytes] = {}  # by client: my shares of its self seed and of its key, one after the other
+        # by client: my shares of its self seed and of its key, one after the other
+        self._held: dict[str, bytes] = {}
         self._survivors: tuple[str, ...] = ()
         self._statement = b""
 
     def keys(self) -> bytes:
-        """Advertise a key to seal shares with, a key to agree on masks with, and a commitment to the self seed."""
+        """Advertise a key to seal shares with, a key to agree on masks with, and a commitment to
+        the self seed.
+        """
         self._enter("keys")
         public = [key.public_key().public_bytes_raw() for key in (self._sealing, self._pairing)]
         return self._say("keys", EVERYBODY, b"".join(public) + sha256(self._seed).digest())
 
     def share(self, broadcast: bytes) -> bytes:
-        """Take the keys of all; return the shares of both seeds, sealed to each neighbour that advertised."""
+        """Take the keys of all; return the shares of both seeds, sealed to each neighbour that
+        advertised.
+        """
         self._enter("shares")
 
         # Whose keys came, in the order that they decide.
@@ -222,7 +270,9 @@ class Client:
         self._terms = self._terms.drawn(body)
         for name in self._terms.neighbours(self._name):
             if name in envelopes:  # a neighbour that signed nothing has no part
-                self._keys[name] = _keys(self._ear.unwrap(envelopes[name], self._scope, "keys", name))
+                self._keys[name] = _keys(
+                    self._ear.unwrap(envelopes[name], self._scope, "keys", name)
+                )
         self._enough("shares", self._keys)
 
         # Share both seeds among the neighbours and this client.
@@ -235,12 +285,15 @@ class Client:
 
         # Seal each part for its holder.
         boxes = {
-            name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None) for name, part in parts.items()
+            name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None)
+            for name, part in parts.items()
         }
         return self._say("shares", self._server, _pack(boxes, self._terms))
 
     def mask(self, payload: bytes, row_M: Integers) -> bytes:
-        """Take the boxes for this client; return its row (int64 [M]) under the self mask and the pair masks."""
+        """Take the boxes for this client; return its row (int64 [M]) under the self mask and the
+        pair masks.
+        """
         self._enter("rows")
 
         # Keep what the others have shared.
@@ -250,7 +303,8 @@ class Client:
         self._enough("rows", self._held.keys() - {self._name})
         if row_M.dtype != np.int64 or row_M.shape != (self._terms.length,):
             raise PlanError(
-                f"a row {row_M.dtype} {list(row_M.shape)}; expected int64 [{self._terms.length}]. Encode it first."
+                f"a row {row_M.dtype} {list(row_M.shape)}; expected int64 "
+                f"[{self._terms.length}]. Encode it first."
             )
 
         # Hide the row: under the self mask, and under one mask for each neighbour.
@@ -264,10 +318,11 @@ class Client:
         return self._say("rows", self._server, masked_M.tobytes())
 
     def confirm(self, broadcast: bytes, model: bytes) -> bytes:
-        """Take the list of survivors; sign it together with the hash of the global model that this client received.
+        """Take the list of survivors; sign it together with the hash of the global model that this
+        client received.
 
-        Refused where the list leaves this client out, is below the quorum, or names a neighbour whose shares never
-        came: that neighbour's mask would be missing from this client's row.
+        Refused where the list leaves this client out, is below the quorum, or names a neighbour
+        whose shares never came: that neighbour's mask would be missing from this client's row.
         """
         self._enter("confirm")
 
@@ -280,8 +335,10 @@ class Client:
             raise AbortError(
                 f"the list of survivors given to {self._name!r} "
                 + (f"adds {some(sorted(odd))}" if odd else "leaves it out")
-                + "; expected this client and those whose shares came. The server or the network is at fault; nothing "
-                "was opened."
+                + (
+                    "; expected this client and those whose shares came. The server or the "
+                    "network is at fault; nothing was opened."
+                )
             )
 
         # Sign it, with the model.
@@ -289,14 +346,17 @@ class Client:
         return self._say("confirm", EVERYBODY, self._statement)
 
     def unmask(self, broadcast: bytes) -> bytes:
-        """Take the signatures of the others; where a quorum signed what this client signed, return its shares.
+        """Take the signatures of the others; where a quorum signed what this client signed, return
+        its shares.
 
-        Guarantee: of each client that shared, a share of one seed alone: of its self seed where it survived, of its key
-        where it dropped out. Which one follows from the list that was signed, and this happens once, so that a server
-        learns the sum of all honest survivors or nothing; there is nothing that it could ask for.
+        Guarantee: of each client that shared, a share of one seed alone: of its self seed where it
+        survived, of its key where it dropped out. Which one follows from the list that was signed,
+        and this happens once, so that a server learns the sum of all honest survivors or nothing;
+        there is nothing that it could ask for.
 
         Edge cases:
-        - another list of survivors, or another model, at any that is needed for the quorum: AbortError, no share;
+        - another list of survivors, or another model, at any that is needed for the quorum:
+          AbortError, no share;
         - asked twice, or out of turn: EnvelopeError, and the round is over for this client;
         - a client that dropped out before it shared has no seed to give back.
         """
@@ -304,15 +364,21 @@ class Client:
 
         # See that a quorum signed the same.
         envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
-        said = {name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name) for name in envelopes}
-        others = [name for name in self._survivors if said.get(name, self._statement) != self._statement]
+        said = {
+            name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name)
+            for name in envelopes
+        }
+        others = [
+            name for name in self._survivors if said.get(name, self._statement) != self._statement
+        ]
         why = f"{some(others)} signed another list of survivors or another model." if others else ""
         self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
 
         # Give a share of one seed of each.
         size = shares.SIZE
         parts = {
-            name: held[:size] if name in self._survivors else held[size:] for name, held in sorted(self._held.items())
+            name: held[:size] if name in self._survivors else held[size:]
+            for name, held in sorted(self._held.items())
         }
         self._held.clear()
         return self._say("unmask", self._server, _pack(parts, self._terms))
@@ -321,7 +387,8 @@ class Client:
         if not self._phases or self._phases[0] != phase:
             expected = self._phases[0] if self._phases else "nothing more"
             raise EnvelopeError(
-                f"phase={phase} asked of {self._name!r}; expected {expected}. A phase comes once; start a new round."
+                f"phase={phase} asked of {self._name!r}; expected {expected}. A phase comes "
+                "once; start a new round."
             )
         self._phases = ()
 
@@ -335,8 +402,8 @@ class Client:
     def _enough(self, phase: str, others: Collection[str]) -> None:
         if len(others) + 1 < self._terms.threshold:
             raise AbortError(
-                f"masked round, phase {phase}: {len(others)} neighbours of {self._name!r} answered; expected "
-                f"{self._terms.threshold - 1} or more. Start the round again."
+                f"masked round, phase {phase}: {len(others)} neighbours of {self._name!r} "
+                f"answered; expected {self._terms.threshold - 1} or more. Start the round again."
             )
 
     def _seal(self, sender: str, to: str) -> bytes:
@@ -346,23 +413,32 @@ class Client:
 
     def _open_box(self, sender: str, box: bytes) -> bytes:
         if sender not in self._keys:
-            raise EnvelopeError(f"shares from {sender!r}, no neighbour with keys; expected {some(sorted(self._keys))}.")
+            raise EnvelopeError(
+                f"shares from {sender!r}, no neighbour with keys; expected "
+                f"{some(sorted(self._keys))}."
+            )
         try:
             part = AESGCM(self._seal(sender, self._name)).decrypt(bytes(12), box, None)
         except (InvalidTag, ValueError) as error:
-            raise EnvelopeError(f"shares from {sender!r} do not open for {self._name!r}; start a new round") from error
+            raise EnvelopeError(
+                f"shares from {sender!r} do not open for {self._name!r}; start a new round"
+            ) from error
         if len(part) != 2 * shares.SIZE:
-            raise EnvelopeError(f"shares from {sender!r} of {len(part)} bytes; expected {2 * shares.SIZE}. Refuse it.")
+            raise EnvelopeError(
+                f"shares from {sender!r} of {len(part)} bytes; expected {2 * shares.SIZE}. "
+                "Refuse it."
+            )
         return part
 
 
 @dataclass
 class MaskingServer:
-    """The server's side of one round: it takes each phase's envelopes by name and returns what it sends next.
+    """The server's side of one round: it takes each phase's envelopes by name and returns what it
+    sends next.
 
-    Phases come once and in order. A message that cannot be read counts as a drop-out, and one false share of a seed is
-    found and left out; `refused` says whose and why. Raises AbortError below the quorum, and where a seed cannot be
-    rebuilt.
+    Phases come once and in order. A message that cannot be read counts as a drop-out, and one false
+    share of a seed is found and left out; `refused` says whose and why. Raises AbortError below the
+    quorum, and where a seed cannot be rebuilt.
     """
 
     post: Post
@@ -386,11 +462,16 @@ class MaskingServer:
         return self.post.wrap(self.scope, "all-keys", EVERYBODY, body)
 
     def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Take the clients' sealed shares; return for each sharer the boxes that the others sent it."""
+        """Take the clients' sealed shares; return for each sharer the boxes that the others sent
+        it.
+        """
         boxes = self._read("shares", envelopes, self._keys, self._boxes)
         self._sharers = set(boxes)
         inboxes = {to: {name: box[to] for name, box in boxes.items() if to in box} for to in boxes}
-        return {to: self.post.wrap(self.scope, "boxes", to, _pack(inbox, self.terms)) for to, inbox in inboxes.items()}
+        return {
+            to: self.post.wrap(self.scope, "boxes", to, _pack(inbox, self.terms))
+            for to, inbox in inboxes.items()
+        }
 
     def rows(self, envelopes: Mapping[str, bytes]) -> bytes:
         """Take the masked rows; return the list of those who survived, for all."""
@@ -406,23 +487,42 @@ class MaskingServer:
         return self._tell("confirmed", {name: envelopes[name] for name in said})
 
     def unmask(self, envelopes: Mapping[str, bytes]) -> tuple[Integers, frozenset[str]]:
-        """Take the shares; return the sum (int64 [M], mod 2^64) of the survivors' rows, and who they are."""
-        parts = self._read("unmask", envelopes, self._survivors, lambda _, body: _unpack(body, self.terms, shares.SIZE))
+        """Take the shares; return the sum (int64 [M], mod 2^64) of the survivors' rows, and who
+        they are.
+        """
+        parts = self._read(
+            "unmask",
+            envelopes,
+            self._survivors,
+            lambda _, body: _unpack(body, self.terms, shares.SIZE),
+        )
         held = {
-            name: {self.terms.number[holder]: part[name] for holder, part in parts.items() if name in part}
+            name: {
+                self.terms.number[holder]: part[name]
+                for holder, part in parts.items()
+                if name in part
+            }
             for name in self._sharers
         }
         stream_M = np.empty_like(self._total_M)
+
         for name in sorted(self._sharers):
             if name in self._survivors:
-                seed = self._rebuild(name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96))
+                seed = self._rebuild(
+                    name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96)
+                )
                 _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
             elif linked := self._linked(name):
-                self._lift(name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M)
+                self._lift(
+                    name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M
+                )
+
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
     def _linked(self, gone: str) -> list[str]:
-        """Return the survivors whose rows hold a mask shared with a client that dropped out after it shared."""
+        """Return the survivors whose rows hold a mask shared with a client that dropped out after
+        it shared.
+        """
         return [name for name in self.terms.neighbours(gone) if name in self._survivors]
 
     def _lift(self, gone: str, linked: list[str], secret: bytes, stream_M: Words) -> None:
@@ -431,54 +531,82 @@ class MaskingServer:
             seed = _pair_seed(key, gone, name, self._keys[name][32:64], self.scope, self.terms)
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
-    def _rebuild(self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice) -> bytes:
-        """Return a seed of `name` from its shares, checked against what it advertised; one of them may be false."""
-        advertised, t = self._keys[name][where], self.terms.threshold
+    def _rebuild(
+        self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice
+    ) -> bytes:
+        """Return a seed of `name` from its shares, checked against what it advertised; one of them
+        may be false.
+        """
+        advertised = self._keys[name][where]
+        t = self.terms.threshold
         for liar in (0, *(sorted(held)[:t] if len(held) > t else ())):  # 0 is nobody
             try:
                 used = {point: share for point, share in held.items() if point != liar}
                 secret = shares.rebuild(used, t)
             except QuorumError as error:
-                raise AbortError(f"masked round, phase unmask, a seed of {name!r}: {error}") from error
+                raise AbortError(
+                    f"masked round, phase unmask, a seed of {name!r}: {error}"
+                ) from error
             except CodecError:
                 continue
+
             if hmac.compare_digest(commit(secret), advertised):
                 if liar:
-                    self.refused[self.terms.members[liar - 1]] = CodecError(f"its share of a seed of {name!r} is false")
+                    self.refused[self.terms.members[liar - 1]] = CodecError(
+                        f"its share of a seed of {name!r} is false"
+                    )
                 return secret
+
         raise AbortError(
-            f"masked round, phase unmask: shares of a seed of {name!r} do not fit its commitment; clients lied, or "
-            "it did. Nothing was opened; start the round again."
+            f"masked round, phase unmask: shares of a seed of {name!r} do not fit its "
+            "commitment; clients lied, or it did. Nothing was opened; start the round again."
         )
 
     def _boxes(self, name: str, body: bytes) -> dict[str, bytes]:
-        boxes, expected = _unpack(body, self.terms, _BOX), self._keys.keys() & set(self.terms.neighbours(name))
+        boxes = _unpack(body, self.terms, _BOX)
+        expected = self._keys.keys() & set(self.terms.neighbours(name))
         if boxes.keys() != expected:  # a pair mask that only one side adds would never cancel
             raise EnvelopeError(
-                f"{name!r} shared with {some(boxes)}; expected {some(sorted(expected))}. Do not count it."
+                f"{name!r} shared with {some(boxes)}; expected {some(sorted(expected))}. Do not "
+                "count it."
             )
         return boxes
 
     def _row(self, _: str, body: bytes) -> Words:
         if len(body) != 8 * self.terms.length:
-            raise CodecError(f"a masked row of {len(body)} bytes; expected {8 * self.terms.length}. Send all of it.")
+            raise CodecError(
+                f"a masked row of {len(body)} bytes; expected {8 * self.terms.length}. Send all "
+                "of it."
+            )
         return np.frombuffer(body, "<u8")
 
     def _read(
-        self, phase: str, envelopes: Mapping[str, bytes], allowed: Collection[str], decode: Callable[[str, bytes], _T]
+        self,
+        phase: str,
+        envelopes: Mapping[str, bytes],
+        allowed: Collection[str],
+        decode: Callable[[str, bytes], _T],
     ) -> dict[str, _T]:
-        """Return the decoded bodies by sender, of those allowed in this phase; raise AbortError below the quorum."""
+        """Return the decoded bodies by sender, of those allowed in this phase; raise AbortError
+        below the quorum.
+        """
         if self._phases[:1] != (phase,):
             expected = f"phase={self._phases[0]}" if self._phases else "none: the round is over"
-            raise AbortError(f"phase={phase} of a masked round came to its server; expected {expected}. Begin it anew.")
+            raise AbortError(
+                f"phase={phase} of a masked round came to its server; expected {expected}. Begin "
+                "it anew."
+            )
+
         self._phases = self._phases[1:]
         post = self._ear if phase in ("keys", "confirm") else self.post
         bodies: dict[str, _T] = {}
+
         for name in sorted(envelopes.keys() & set(allowed)):
             try:
                 bodies[name] = decode(name, post.unwrap(envelopes[name], self.scope, phase, name))
             except CodecError as error:
                 self.refused[name] = error
+
         why = f"Refused: {some(self.refused)}." if self.refused else ""
         self.terms.enough(phase, len(bodies), why)
         return bodies
@@ -488,9 +616,12 @@ class MaskingServer:
 
 
 def run_protocol(
-    rows: Mapping[str, Integers], terms: MaskingTerms, drops: Mapping[str, Collection[str]] | None = None
+    rows: Mapping[str, Integers],
+    terms: MaskingTerms,
+    drops: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Integers, frozenset[str]]:
-    """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that are in it.
+    """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that
+    are in it.
 
     `drops` says who falls silent before which of PHASES. Raises AbortError where too few are left.
     """
@@ -498,7 +629,8 @@ def run_protocol(
         "server": Identity.new("server", "coordinator")
     }
     roster = Roster.of(*(person.public for person in people.values()))
-    scope, model = Scope("0" * 64, "run", 1), b"the global model"
+    scope = Scope("0" * 64, "run", 1)
+    model = b"the global model"
     server = MaskingServer(Post(people["server"], roster), terms, scope)
     clients = {name: Client(Post(people[name], roster), terms, scope, "server") for name in rows}
 
@@ -509,9 +641,15 @@ def run_protocol(
 
     keys = server.keys({name: client.keys() for name, client in alive("keys").items()})
     boxes = server.shares({name: client.share(keys) for name, client in alive("shares").items()})
-    survivors = server.rows({name: client.mask(boxes[name], rows[name]) for name, client in alive("rows").items()})
-    confirmed = server.confirm({name: client.confirm(survivors, model) for name, client in alive("confirm").items()})
-    return server.unmask({name: client.unmask(confirmed) for name, client in alive("unmask").items()})
+    survivors = server.rows(
+        {name: client.mask(boxes[name], rows[name]) for name, client in alive("rows").items()}
+    )
+    confirmed = server.confirm(
+        {name: client.confirm(survivors, model) for name, client in alive("confirm").items()}
+    )
+    return server.unmask(
+        {name: client.unmask(confirmed) for name, client in alive("unmask").items()}
+    )
 
 
 def _ear(post: Post) -> Post:
@@ -522,11 +660,14 @@ def _ear(post: Post) -> Post:
 def _keys(body: bytes) -> bytes:
     if len(body) != 96:
         raise EnvelopeError(
-            f"keys of {len(body)} bytes; expected 96: two keys and a commitment. Ask their sender again."
+            f"keys of {len(body)} bytes; expected 96: two keys and a commitment. Ask their "
+            "sender again."
         )
     for public in (body[:32], body[32:64]):
         if int.from_bytes(public, "little") % 2**255 in _SMALL_ORDER:
-            raise EnvelopeError("a public key that is no key; expected a fresh one. Ask its sender again.")
+            raise EnvelopeError(
+                "a public key that is no key; expected a fresh one. Ask its sender again."
+            )
     return body
 
 
@@ -534,7 +675,9 @@ def _agree(key: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return key.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:  # a point of small order, on which everybody agrees
-        raise EnvelopeError("a public key that is no key; expected a fresh one. Ask its sender again.") from error
+        raise EnvelopeError(
+            "a public key that is no key; expected a fresh one. Ask its sender again."
+        ) from error
 
 
 def _public(secret: bytes) -> bytes:
@@ -546,7 +689,9 @@ def _derive(shared: bytes, scope: Scope, terms: MaskingTerms, *purpose: str) -> 
     return HKDF(SHA256(), 32, None, b"medfed masking 1 " + info).derive(shared)
 
 
-def _pair_seed(key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: MaskingTerms) -> bytes:
+def _pair_seed(
+    key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: MaskingTerms
+) -> bytes:
     """Return the seed of the mask that two clients share, from either one's private key."""
     return _derive(_agree(key, public), scope, terms, "pair", *sorted((mine, other)))
 
@@ -556,26 +701,35 @@ def _add(total_M: Words, stream_M: Words, plus: bool) -> None:
 
 
 def _pack(parts: Mapping[str, bytes], terms: MaskingTerms) -> bytes:
-    """Return parts by member as bytes: its number (2 bytes), the length (4) and the part, in the members' order."""
+    """Return parts by member as bytes: its number (2 bytes), the length (4) and the part, in the
+    members' order.
+    """
     records = ((terms.number[name], parts[name]) for name in sorted(parts))
     return b"".join(struct.pack("<HI", number, len(part)) + part for number, part in records)
 
 
 def _unpack(body: bytes, terms: MaskingTerms, size: int | None = None) -> dict[str, bytes]:
-    """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of `size` bytes."""
+    """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of
+    `size` bytes.
+    """
     parts: dict[str, bytes] = {}
-    at, last = 0, 0
+    at = 0
+    last = 0
+
     while at < len(body):
         if at + 6 > len(body):
             raise EnvelopeError(
-                f"a part begins {len(body) - at} bytes before the end; expected 6. Ask its sender again."
+                f"a part begins {len(body) - at} bytes before the end; expected 6. Ask its "
+                "sender again."
             )
         number, length = struct.unpack_from("<HI", body, at)
         at += 6 + length
         if not last < number <= len(terms.members) or at > len(body) or size not in (None, length):
             raise EnvelopeError(
-                f"a part with member={number}, length={length} does not belong here. Ask its sender again."
+                f"a part with member={number}, length={length} does not belong here. Ask its "
+                "sender again."
             )
         parts[terms.members[number - 1]] = body[at - length : at]
         last = number
+
     return parts

@@ -1,4 +1,6 @@
-"""A client's side of secure aggregation: its keys, the run it has agreed to, and what leaves it for a row."""
+"""A client's side of secure aggregation: its keys, the run it has agreed to, and what leaves it for
+a row.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +25,15 @@ class Party(Protocol):
         ...
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
-        """Return what leaves the site for its row; `model` is the hash of the global model that it was given."""
+        """Return what leaves the site for its row; `model` is the hash of the global model that it
+        was given.
+        """
         ...
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
-        """Play a phase of the round other than the row's: what is told to the site, and what it answers."""
+        """Play a phase of the round other than the row's: what is told to the site, and what it
+        answers.
+        """
         ...
 
 
@@ -45,7 +51,9 @@ class Sharer:
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Refuse: shares travel with the row."""
-        raise AbortError(f"phase {phase!r} belongs to masked rounds; this study shares rows among three parties")
+        raise AbortError(
+            f"phase {phase!r} belongs to masked rounds; this study shares rows among three parties"
+        )
 
 
 @dataclass
@@ -66,12 +74,17 @@ class Masker:
         return self._of(round).mask(self._boxes, row_M * self.weight)
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
-        """Play a phase: see `masking`. For "keys" the members of the round are told, else one message."""
+        """Play a phase: see `masking`. For "keys" the members of the round are told, else one
+        message.
+        """
         if phase == "keys":
             mine = self.follower
-            scope, terms = Scope(mine.study, mine.run, round), self.choose(told, round)
-            self._client, self._round = masking.Client(mine.post, terms, scope, mine.coordinator), round
+            scope = Scope(mine.study, mine.run, round)
+            terms = self.choose(told, round)
+            self._client = masking.Client(mine.post, terms, scope, mine.coordinator)
+            self._round = round
             return self._client.keys()
+
         client = self._of(round)
         match phase:
             case "shares":
@@ -83,19 +96,23 @@ class Masker:
                 return client.confirm(message, self._model)
             case "unmask":
                 return client.unmask(message)
+
         raise AbortError(f"phase={phase!r} is not known; run the same medfed everywhere")
 
     def _of(self, round: int) -> masking.Client:
         if self._client is None or self._round != round:
             raise AbortError(
-                f"{self.follower.post.me.name!r} has made no keys for round {round}; the round must begin anew"
+                f"{self.follower.post.me.name!r} has made no keys for round {round}; the round "
+                "must begin anew"
             )
         return self._client
 
 
 @dataclass(frozen=True)
 class Rehearser:
-    """Stands in for a party in a rehearsal: takes a row as it would leave the site, and lets none of it out."""
+    """Stands in for a party in a rehearsal: takes a row as it would leave the site, and lets none
+    of it out.
+    """
 
     length: int
 
@@ -105,9 +122,13 @@ class Rehearser:
         raise AbortError("a rehearsal agrees to no study and follows no model")
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
-        """Return nothing; raise PlanError for a row that is not whole numbers of the length agreed on."""
+        """Return nothing; raise PlanError for a row that is not whole numbers of the length agreed
+        on.
+        """
         if row_M.shape != (self.length,) or row_M.dtype != np.int64:
-            raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({self.length},)")
+            raise PlanError(
+                f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({self.length},)"
+            )
         return b""
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:

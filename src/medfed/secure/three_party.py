@@ -1,36 +1,40 @@
-"""Three aggregators sum rows that none of them sees: replicated secret sharing mod 2^64 (Araki et al. 2016).
+"""Three aggregators sum rows that none of them sees: replicated secret sharing mod 2^64 (Araki et
+al. 2016).
 
-A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): any two know the row, one knows nothing.
-x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two that hold it. The coordinator relays
-everything and reads nothing.
+A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): any two know the row,
+one knows nothing. x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two
+that hold it. The coordinator relays everything and reads nothing.
 
 One round, as `SharingAggregator.rounds` plays it:
 
-1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a fresh seed;
+1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a
+   fresh seed;
 2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
-3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <= B^2;
+3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <=
+   B^2;
 4. open one bit a row, 1 for every row within the bound;
-5. under a robust rule, open the Gram matrix X X^T of the accepted rows, noise and all, and let the rule weigh the rows:
-   each of the three does so by itself, and they compare;
+5. under a robust rule, open the Gram matrix X X^T of the accepted rows, noise and all, and let the
+   rule weigh the rows: each of the three does so by itself, and they compare;
 6. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
 
-Step 5 needs no more than local products: x y = sum of x_i y_i + x_i y_(i+1) + x_(i+1) y_i over the three. As rows are
-within B by then, no entry wraps and none is above B^2. Where one patient moves one row by s at most, the upper triangle
-moves by s B sqrt(K + 3): K - 1 products with other rows by s B each, and a square by (|x| + |x'|) s <= 2 s B.
+Step 5 needs no more than local products: x y = sum of x_i y_i + x_i y_(i+1) + x_(i+1) y_i over the
+three. As rows are within B by then, no entry wraps and none is above B^2. Where one patient moves
+one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with other rows by
+s B each, and a square by (|x| + |x'|) s <= 2 s B.
 
 Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
-- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of them, as entries are
-  subgaussian with proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
-- No number of a row that passes is above 2T: if |x_i| > 2T (centred mod 2^64), of the three values s, s + x_i, s - x_i
-  that a projection takes with odds 2:1:1, s excludes both others. So it passes with probability at most 1/2 each time,
-  2^-128 in all. Hence no projection wraps.
-- Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1 - h)^2 / 3. At
-  h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
-- Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| < 2.94 T, 16 B, is proven
-  (`SharingTerms.exact` says which).
+- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of
+  them, as entries are subgaussian with proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
+- No number of a row that passes is above 2T: if |x_i| > 2T (centred mod 2^64), of the three values
+  s, s + x_i, s - x_i that a projection takes with odds 2:1:1, s excludes both others. So it passes
+  with probability at most 1/2 each time, 2^-128 in all. Hence no projection wraps.
+- Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1
+  - h)^2 / 3. At h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
+- Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| <
+  2.94 T, 16 B, is proven (`SharingTerms.exact` says which).
 
-Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three that follow the
-protocol, up to hashes, signatures and the bound of what is opened.
+Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three
+that follow the protocol, up to hashes, signatures and the bound of what is opened.
 
 K clients, M numbers in a row, J projections. Words are uint64.
 """
@@ -55,7 +59,15 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
 from medfed.core import codec
-from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, QuorumError, naming, reasons
+from medfed.core.checks import (
+    AbortError,
+    CodecError,
+    EnvelopeError,
+    PlanError,
+    QuorumError,
+    naming,
+    reasons,
+)
 from medfed.core.entropy import Integers, Words, expand
 from medfed.secure import field
 from medfed.secure.identity import Post, Scope, seal
@@ -75,7 +87,9 @@ _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envel
 
 @dataclass(frozen=True)
 class SharingTerms:
-    """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds shares."""
+    """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds
+    shares.
+    """
 
     length: int
     bound: float
@@ -99,17 +113,20 @@ class SharingTerms:
         return self.bound if self.exact else 2.94 * self.reach
 
     def check(self, gram: bool = False) -> None:
-        """Raise PlanError where projections of honest rows, or with `gram` products of accepted ones, could wrap."""
+        """Raise PlanError where projections of honest rows, or with `gram` products of accepted
+        ones, could wrap.
+        """
         if gram and not self.exact:
             raise PlanError(
-                f"a robust rule under 'three-party' and rows of norm {self.bound:g} steps do not compose: "
-                "their products must stay below 2^63. Lower security.fraction_bits or security.bound, declare smaller "
-                "sites, or set noise='site'."
+                f"a robust rule under 'three-party' and rows of norm {self.bound:g} steps do not "
+                "compose: their products must stay below 2^63. Lower security.fraction_bits or "
+                "security.bound, declare smaller sites, or set noise='site'."
             )
         if self.length * 2.0 * self.reach >= 2.0**62:
             raise PlanError(
-                f"rows of {self.length:,} numbers and norm {self.bound:g} steps; expected room below 2^63 for their "
-                "projections. Lower security.fraction_bits, or declare smaller sites."
+                f"rows of {self.length:,} numbers and norm {self.bound:g} steps; expected room "
+                "below 2^63 for their projections. Lower security.fraction_bits, or declare "
+                "smaller sites."
             )
 
 
@@ -117,9 +134,9 @@ class SharingTerms:
 class Selection:
     """How rows that nobody sees are weighed: by a rule that reads their Gram matrix, opened for it.
 
-    rule: G_KK in steps squared -> w_K, which sums to 1, of rows times `scale` (public; 1 where not given). The noises
-    draw one party's part, any two of which must suffice: on the upper triangle of K rows, and on a sum of M numbers in
-    which no row has a weight above `most`.
+    rule: G_KK in steps squared -> w_K, which sums to 1, of rows times `scale` (public; 1 where not
+    given). The noises draw one party's part, any two of which must suffice: on the upper triangle
+    of K rows, and on a sum of M numbers in which no row has a weight above `most`.
     """
 
     rule: Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -134,7 +151,9 @@ class Selection:
         """
         scale_K = np.array([self.scale[name] if self.scale else 1.0 for name in names])
         try:
-            w_K = np.asarray(self.rule(gram_KK.astype(np.float64) * np.outer(scale_K, scale_K)), np.float64)
+            w_K = np.asarray(
+                self.rule(gram_KK.astype(np.float64) * np.outer(scale_K, scale_K)), np.float64
+            )
         except QuorumError as error:
             raise AbortError(str(error), error.excluded) from error
         if w_K.shape != (len(names),) or not np.isfinite(w_K).all() or abs(w_K).sum() > 2:
@@ -143,34 +162,45 @@ class Selection:
         return dict(zip(names, steps.tolist(), strict=True))
 
 
-# The client ---------------------------------------------------------------------------------------------------------
+# The client ---------------------------------------------------------------------------------------
 
 
 def share(post: Post, scope: Scope, row_M: Integers, terms: SharingTerms) -> bytes:
-    """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2 encrypted once.
+    """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2
+    encrypted once.
 
     8 M bytes and about 1 kB. Raises PlanError for a row of another length.
     """
     if row_M.shape != (terms.length,) or row_M.dtype != np.int64:
         raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({terms.length},)")
-    seeds, key = (os.urandom(32), os.urandom(32)), os.urandom(32)
+    seeds = (os.urandom(32), os.urandom(32))
+    key = os.urandom(32)
     last_M = row_M.view(np.uint64) - expand(seeds[0], terms.length)
     last_M -= expand(seeds[1], terms.length)
     hidden = _crypt(key, last_M.data.cast("B"))
-    secrets, digest = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0]), sha256(hidden).digest()
+    secrets = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0])
+    digest = sha256(hidden).digest()
     envelopes = [
-        post.wrap(scope, "shares", name, seal(post.roster[name], secret + digest, _purpose(scope, post.me.name)))
+        post.wrap(
+            scope,
+            "shares",
+            name,
+            seal(post.roster[name], secret + digest, _purpose(scope, post.me.name)),
+        )
         for name, secret in zip(terms.aggregators, secrets, strict=True)
     ]
     name = post.me.name.encode()
     front = _FRONT.pack(_MAGIC, len(name), *map(len, envelopes), len(hidden))
+
     return b"".join([front, name, *envelopes, hidden])
 
 
 def _cut(upload: bytes) -> tuple[str, list[bytes], memoryview]:
-    """Return who an upload says it is of, its three envelopes, and the encrypted x_2, which may have been left out.
+    """Return who an upload says it is of, its three envelopes, and the encrypted x_2, which may
+    have been left out.
 
-    Raises CodecError where it is no upload; nothing is believed before an envelope's signature is checked.
+    Raises CodecError where it is no upload; nothing is believed before an envelope's signature is
+    checked.
     """
     try:
         magic, *lengths, rest = _FRONT.unpack_from(upload)
@@ -179,8 +209,15 @@ def _cut(upload: bytes) -> tuple[str, list[bytes], memoryview]:
             raise ValueError(f"expected format {_MAGIC!r} and {ends[-1] + rest} bytes")
         name = upload[ends[0] : ends[1]].decode()
     except (struct.error, ValueError) as error:
-        raise CodecError(f"{len(upload)} bytes are no shares: {error}. Ask the client again.") from error
-    return name, [upload[start:end] for start, end in pairwise(ends[1:])], memoryview(upload)[ends[-1] :]
+        raise CodecError(
+            f"{len(upload)} bytes are no shares: {error}. Ask the client again."
+        ) from error
+
+    return (
+        name,
+        [upload[start:end] for start, end in pairwise(ends[1:])],
+        memoryview(upload)[ends[-1] :],
+    )
 
 
 def _purpose(scope: Scope, client: str) -> bytes:
@@ -188,11 +225,13 @@ def _purpose(scope: Scope, client: str) -> bytes:
 
 
 def _crypt(key: bytes, data: bytes | memoryview, start: int = 0) -> bytes:
-    """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple of 16."""
+    """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple
+    of 16.
+    """
     return Cipher(AES256(key), CTR((start // 16).to_bytes(16, "big"))).encryptor().update(data)
 
 
-# An aggregator ------------------------------------------------------------------------------------------------------
+# An aggregator ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -230,12 +269,16 @@ def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
 Sends = Mapping[str, bytes]
 Noise = Callable[[int], Integers]
 Steps = Generator[Sends, Sends, bytes]
-"""Yields what goes to the other two, receives what they sent; returns the message to the coordinator."""
+"""Yields what goes to the other two, receives what they sent; returns the message to the
+coordinator.
+"""
 
 
 @dataclass
 class SharingAggregator:
-    """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two parts must suffice."""
+    """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two
+    parts must suffice.
+    """
 
     post: Post
     terms: SharingTerms
@@ -247,51 +290,69 @@ class SharingAggregator:
         self.place = self.terms.aggregators.index(self.post.me.name)
         self.left, self.right = (self.terms.aggregators[(self.place + d) % 3] for d in (2, 1))
         self._steps: Steps | None = None
-        self._scope, self._uploads = Scope("", "", 0), dict[str, bytes]()
+        self._scope = Scope("", "", 0)
+        self._uploads = dict[str, bytes]()
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Serve the relay: "begin" a round, "upload" client by client, "start", then "step" until done.
+        """Serve the relay: "begin" a round, "upload" client by client, "start", then "step" until
+        done.
 
         Raises AbortError; the next "begin" starts anew.
         """
         try:
             if op == "begin":
                 header, _ = codec.decode(payload)
-                self._scope, self._uploads = Scope(header["study"], header["run"], header["round"]), {}
+                self._scope = Scope(header["study"], header["run"], header["round"])
+                self._uploads = {}
                 self._steps = None
                 return b""
             if op == "upload":
-                client, upload = _cut(payload)[0], payload
+                client = _cut(payload)[0]
+                upload = payload
                 self._uploads[client] = upload
                 return b""
             if op == "start":
                 self._steps = self.rounds(self._scope, self._uploads)
                 return _outgoing(next(self._steps))
             if op != "step" or self._steps is None:
-                raise AbortError(f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the round anew")
+                raise AbortError(
+                    f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the "
+                    "round anew"
+                )
             _, tensors = codec.decode(payload)
-            return _outgoing(self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()}))
+            return _outgoing(
+                self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()})
+            )
         except StopIteration as done:
-            self._steps, self._uploads = None, {}
+            self._steps = None
+            self._uploads = {}
             return codec.encode({"done": True}, {"result": codec.as_tensor(done.value)})
         except AbortError:
-            self._steps, self._uploads = None, {}
+            self._steps = None
+            self._uploads = {}
             raise
 
     def rounds(self, scope: Scope, uploads: Mapping[str, bytes]) -> Steps:
         """Play one round; see the module's docstring."""
-        # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment to a coin, a seed.
+        # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment
+        #    to a coin, a seed.
         held, refused = self._open_all(scope, uploads)
         names = sorted(held)
-        tags = {name: [held[name].tag(0, self.place), held[name].tag(1, self.place)] for name in names}
+        tags = {
+            name: [held[name].tag(0, self.place), held[name].tag(1, self.place)] for name in names
+        }
         coin = os.urandom(32)
         seed = os.urandom(32)
         hello = {"tags": tags, "refused": refused, "coin": sha256(b"coin" + coin).hexdigest()}
         arrived = yield {
-            name: self._greet(scope, name, {**hello, "seed": seed.hex() if name == self.right else ""})
+            name: self._greet(
+                scope, name, {**hello, "seed": seed.hex() if name == self.right else ""}
+            )
             for name in (self.left, self.right)
         }
-        hellos = {name: self._read_greeting(scope, name, arrived) for name in (self.left, self.right)}
+        hellos = {
+            name: self._read_greeting(scope, name, arrived) for name in (self.left, self.right)
+        }
         line = _Line(self, scope, seed, bytes.fromhex(str(hellos[self.left]["seed"])))
         names, why = self._common(names, refused, tags, hellos)
 
@@ -301,10 +362,15 @@ class SharingAggregator:
         # 3 and 4. Check each row in secret, and open one bit of each.
         if names:
             good = yield from self._check(line, [held[name] for name in names], public)
-            why |= {n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok}
+            why |= {
+                n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok
+            }
             names = [n for n, ok in zip(names, good, strict=True) if ok]
         if len(names) < self.terms.min_group:
-            left = f"{len(names)} rows are left, security.min_group={self.terms.min_group}: nothing is opened."
+            left = (
+                f"{len(names)} rows are left, security.min_group={self.terms.min_group}: "
+                "nothing is opened."
+            )
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
         rows = [held[name] for name in names]
         tensors: dict[str, torch.Tensor] = {}
@@ -324,21 +390,36 @@ class SharingAggregator:
         part_M += line.zero(self.terms.length)
         tensors["part"] = torch.from_numpy(part_M.view(np.int64))
         told = {name: weights[name] for name in names}
-        return codec.encode({"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors)
+        return codec.encode(
+            {"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors
+        )
 
-    def _toss(self, line: "_Line", coin: bytes, hellos: Mapping[str, dict[str, Any]]) -> Generator[Sends, Sends, bytes]:
-        """Return what the three coins come to; raise AbortError where one is not the coin that was committed to."""
+    def _toss(
+        self, line: "_Line", coin: bytes, hellos: Mapping[str, dict[str, Any]]
+    ) -> Generator[Sends, Sends, bytes]:
+        """Return what the three coins come to; raise AbortError where one is not the coin that was
+        committed to.
+        """
         coins = yield from line.swap({self.left: coin, self.right: coin})
         for name in (self.left, self.right):
             if sha256(b"coin" + coins[name]).hexdigest() != hellos[name]["coin"]:
-                raise AbortError(f"{name!r} opened another coin than it committed to; the round ends")
+                raise AbortError(
+                    f"{name!r} opened another coin than it committed to; the round ends"
+                )
         tosses = {self.post.me.name: coin, **coins}
         return sha256(b"toss" + b"".join(tosses[name] for name in self.terms.aggregators)).digest()
 
     def _weigh(
-        self, line: "_Line", names: Sequence[str], rows: "Sequence[_Held]", chosen: Selection, why: Mapping[str, str]
+        self,
+        line: "_Line",
+        names: Sequence[str],
+        rows: "Sequence[_Held]",
+        chosen: Selection,
+        why: Mapping[str, str],
     ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
-        """Return the opened Gram matrix and the rule's weights, the same for all three; see step 5."""
+        """Return the opened Gram matrix and the rule's weights, the same for all three; see
+        step 5.
+        """
         gram_KK = yield from self._gram(line, rows)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
@@ -369,7 +450,9 @@ class SharingAggregator:
         found = yield from line.swap(dict.fromkeys((self.left, self.right), part.tobytes()))
         for name, other in found.items():
             if len(other) != part.nbytes:
-                raise AbortError(f"{name!r} sent {len(other)} bytes of a Gram matrix; expected {part.nbytes}")
+                raise AbortError(
+                    f"{name!r} sent {len(other)} bytes of a Gram matrix; expected {part.nbytes}"
+                )
             part = part + np.frombuffer(other, np.uint64)
         gram_KK = np.zeros((K, K), np.int64)
         gram_KK[upper] = part.view(np.int64)
@@ -381,9 +464,13 @@ class SharingAggregator:
         found = yield from line.swap(dict.fromkeys((self.left, self.right), digest))
         for name, other in found.items():
             if other != digest:
-                raise AbortError(f"{name!r} has another Gram matrix or other weights; nothing more is opened")
+                raise AbortError(
+                    f"{name!r} has another Gram matrix or other weights; nothing more is opened"
+                )
 
-    def _open_all(self, scope: Scope, uploads: Mapping[str, bytes]) -> tuple[dict[str, _Held], dict[str, str]]:
+    def _open_all(
+        self, scope: Scope, uploads: Mapping[str, bytes]
+    ) -> tuple[dict[str, _Held], dict[str, str]]:
         held: dict[str, _Held] = {}
         refused: dict[str, str] = {}
         for client, upload in uploads.items():
@@ -396,7 +483,8 @@ class SharingAggregator:
     def _open(self, scope: Scope, client: str, upload: bytes) -> _Held:
         _, envelopes, hidden = _cut(upload)
         secret = self.post.me.unseal(
-            self.post.unwrap(envelopes[self.place], scope, "shares", client), _purpose(scope, client)
+            self.post.unwrap(envelopes[self.place], scope, "shares", client),
+            _purpose(scope, client),
         )
         if len(secret) != 96:
             raise EnvelopeError(f"{len(secret)} bytes of secrets; expected 96")
@@ -416,7 +504,9 @@ class SharingAggregator:
             body = self.post.unwrap(arrived[sender], scope, "hello", sender)
             header, _ = codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))
         except (CodecError, KeyError) as error:
-            raise AbortError(f"{sender!r} sent no greeting that can be read ({error}); the round ends") from error
+            raise AbortError(
+                f"{sender!r} sent no greeting that can be read ({error}); the round ends"
+            ) from error
         return header
 
     def _common(
@@ -426,13 +516,19 @@ class SharingAggregator:
         tags: Mapping[str, Sequence[str]],
         hellos: Mapping[str, dict[str, Any]],
     ) -> tuple[list[str], dict[str, str]]:
-        """Return who is left, the same for all three: opened by all, and with the same shares where two hold one."""
-        everyone = {self.post.me.name: tags, **{name: hello["tags"] for name, hello in hellos.items()}}
+        """Return who is left, the same for all three: opened by all, and with the same shares where
+        two hold one.
+        """
+        everyone = {
+            self.post.me.name: tags,
+            **{name: hello["tags"] for name, hello in hellos.items()},
+        }
         order = [everyone[name] for name in self.terms.aggregators]
         why = dict(refused)
         for hello in hellos.values():
             why |= {c: r for c, r in hello["refused"].items() if c not in why}
         left = []
+
         for client in sorted(set().union(*order)):
             if any(client not in one for one in order):
                 why.setdefault(client, "not all aggregators have its shares")
@@ -440,6 +536,7 @@ class SharingAggregator:
                 why[client] = "it gave two aggregators different shares"
             else:
                 left.append(client)
+
         return left, why
 
     def _columns(self, held: Sequence[_Held], which: int, start: int, count: int) -> Words:
@@ -452,10 +549,13 @@ class SharingAggregator:
             total_M += np.uint64(weight % 2**64) * one.words(self.place, 0, 0, self.terms.length)
         return total_M
 
-    def _check(self, line: "_Line", held: Sequence[_Held], public: bytes) -> Generator[Sends, Sends, NDArray[np.bool_]]:
+    def _check(
+        self, line: "_Line", held: Sequence[_Held], public: bytes
+    ) -> Generator[Sends, Sends, NDArray[np.bool_]]:
         """Return whether each row is within its bound: step 3 and 4."""
         # Project each row on J random vectors, and square it.
-        K, T = len(held), self.terms.reach
+        K = len(held)
+        T = self.terms.reach
         p_KJ = np.zeros((K, J), np.uint64)
         square_K = np.zeros(K, np.uint64)
         draw = sha256(b"projections" + public).digest()
@@ -467,10 +567,12 @@ class SharingAggregator:
                 second = self._columns(held, 1, start, count)
                 square_K += np.einsum("km,km->k", first, first + 2 * second)
         own = np.concatenate([p_KJ, square_K[:, None] + line.zero(K)[:, None]], 1)
-        other = yield from line.from_right(own)  # the linear part its right neighbour could have computed for us
+        # the linear part its right neighbour could have computed for us
+        other = yield from line.from_right(own)
         pair = _Pair(own, other)
 
-        # Compare: what must not be negative, so that no top bit is set, is T + p, T - p and B^2 - x.x.
+        # Compare: what must not be negative, so that no top bit is set, is T + p, T - p and B^2 -
+        # x.x.
         limit = int(self.terms.bound**2) if self.terms.exact else 0
         count = 2 * J + self.terms.exact
         sign = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64)
@@ -522,7 +624,9 @@ class _Pair:
 
 
 def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
-    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits a number."""
+    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits
+    a number.
+    """
     words = expand(seed, count * J // 32, start * J // 32)
     two = np.frombuffer(words.tobytes(), np.uint8).reshape(count, J // 4)
     ones = np.unpackbits(two, axis=1).view(np.int8)  # [count, 2 J]
@@ -530,7 +634,9 @@ def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
 
 
 def _fold(bits: _Pair, seed: bytes) -> _Pair:
-    """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0, else 0 once in 2^64."""
+    """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0,
+    else 0 once in 2^64.
+    """
     width = bits.first.shape[1]
     mask = expand(seed, 64 * width).reshape(64, width)
     return _Pair(_parity(bits.first, mask), _parity(bits.second, mask))
@@ -547,27 +653,43 @@ def _parity(words: Words, mask: Words) -> Words:
 
 
 class _Line:
-    """The line between the three for one round: every message encrypted under the pair's key of the round, in order."""
+    """The line between the three for one round: every message encrypted under the pair's key of the
+    round, in order.
+    """
 
-    def __init__(self, owner: SharingAggregator, scope: Scope, seed: bytes, from_left: bytes) -> None:
+    def __init__(
+        self, owner: SharingAggregator, scope: Scope, seed: bytes, from_left: bytes
+    ) -> None:
         if len(from_left) != 32:
             raise AbortError(f"{owner.left!r} sent no seed; the round ends")
-        self.left, self.right, self.place = owner.left, owner.right, owner.place
-        roster, me = owner.post.roster, owner.post.me
+        self.left = owner.left
+        self.right = owner.right
+        self.place = owner.place
+        roster = owner.post.roster
+        me = owner.post.me
         salt = _purpose(scope, "line")
         self.keys = {
             self.right: AESGCM(me.agree(roster[self.right].sealing, salt + seed)),
             self.left: AESGCM(me.agree(roster[self.left].sealing, salt + from_left)),
         }
-        self.me, self.seeds, self.drawn, self.step = me.name, (seed, from_left), 0, 0
+        self.me = me.name
+        self.seeds = (seed, from_left)
+        self.drawn = 0
+        self.step = 0
 
     def swap(self, sent: Mapping[str, bytes]) -> Generator[Sends, Sends, dict[str, bytes]]:
-        """Send to both neighbours; return what both sent. Raises AbortError for what is missing, late or changed."""
+        """Send to both neighbours; return what both sent. Raises AbortError for what is missing,
+        late or changed.
+        """
         self.step += 1
         front = self.step.to_bytes(11, "big")
-        sealed = {name: self.keys[name].encrypt(bytes([self.place]) + front, data, None) for name, data in sent.items()}
+        sealed = {
+            name: self.keys[name].encrypt(bytes([self.place]) + front, data, None)
+            for name, data in sent.items()
+        }
         arrived = yield sealed
         found = {}
+
         for name, place in ((self.left, (self.place + 2) % 3), (self.right, (self.place + 1) % 3)):
             try:
                 found[name] = self.keys[name].decrypt(bytes([place]) + front, arrived[name], None)
@@ -575,14 +697,18 @@ class _Line:
                 raise AbortError(
                     f"{name!r} sent nothing that can be read in step {self.step}; the round ends"
                 ) from error
+
         return found
 
     def from_right(self, own: Words) -> Generator[Sends, Sends, Words]:
-        """Send a first share to the left neighbour, whose second it is; return the right one's first."""
+        """Send a first share to the left neighbour, whose second it is; return the right one's
+        first.
+        """
         found = yield from self.swap({self.left: own.tobytes(), self.right: b""})
         if len(found[self.right]) != own.nbytes:
             raise AbortError(
-                f"{self.right!r} sent {len(found[self.right])} bytes; expected {own.nbytes}. The round ends."
+                f"{self.right!r} sent {len(found[self.right])} bytes; expected {own.nbytes}. The "
+                "round ends."
             )
         return np.frombuffer(found[self.right], np.uint64).reshape(own.shape)
 
@@ -592,24 +718,38 @@ class _Line:
         return own, left
 
     def zero(self, count: int) -> Words:
-        """Return this party's words of a fresh sharing of zero: the three sum to 0, two are uniform."""
+        """Return this party's words of a fresh sharing of zero: the three sum to 0, two are
+        uniform.
+        """
         own, left = self._streams(count)
         return own - left
 
     def both(self, x: _Pair, y: _Pair) -> Generator[Sends, Sends, _Pair]:
         """Return the bitwise AND of shared bits: local products, a sharing of zero, one message."""
         own, left = self._streams(x.first.size)
-        part = (x.first & y.first) ^ (x.first & y.second) ^ (x.second & y.first) ^ (own ^ left).reshape(x.first.shape)
+        part = (
+            (x.first & y.first)
+            ^ (x.first & y.second)
+            ^ (x.second & y.first)
+            ^ (own ^ left).reshape(x.first.shape)
+        )
         other = yield from self.from_right(part)
         return _Pair(part, other)
 
     def to_bits(self, x: _Pair) -> Generator[Sends, Sends, _Pair]:
-        """Return shared words as shared bits: three words are added, carries saved, then by Kogge and Stone."""
-        word = [_Pair(x.first * (self.place == j), x.second * ((self.place + 1) % 3 == j)) for j in range(3)]
+        """Return shared words as shared bits: three words are added, carries saved, then by Kogge
+        and Stone.
+        """
+        word = [
+            _Pair(x.first * (self.place == j), x.second * ((self.place + 1) % 3 == j))
+            for j in range(3)
+        ]
         some = yield from self.both(word[0].xor(word[2]), word[1].xor(word[2]))
-        carry, half = some.xor(word[2]).shift(1), _Pair(x.first, x.second)
+        carry = some.xor(word[2]).shift(1)
+        half = _Pair(x.first, x.second)
         made = yield from self.both(half, carry)
         total = passed = half.xor(carry)
+
         for d in (1, 2, 4, 8, 16, 32):
             stacked = _Pair(np.stack([passed.first] * 2), np.stack([passed.second] * 2))
             moved = _Pair(
@@ -619,6 +759,7 @@ class _Line:
             found = yield from self.both(stacked, moved)
             made = made.xor(_Pair(found.first[0], found.second[0]))
             passed = _Pair(found.first[1], found.second[1])
+
         return total.xor(made.shift(1))
 
     def open_bits(self, x: _Pair) -> Generator[Sends, Sends, Words]:
@@ -629,12 +770,13 @@ class _Line:
         return x.first ^ x.second ^ np.frombuffer(found[self.left], np.uint64)
 
 
-# The coordinator ----------------------------------------------------------------------------------------------------
+# The coordinator ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The sum, noise and all, [M] int64; whose rows are in it, how often, and why others are not; bytes by phase.
+    """The sum, noise and all, [M] int64; whose rows are in it, how often, and why others are not;
+    bytes by phase.
 
     Under a robust rule also the Gram matrix that it read, in the order of `accepted`.
     """
@@ -651,19 +793,24 @@ Ask = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
 """(op, payload of each aggregator) -> answer of each; raises AbortError where one gives none."""
 
 
-def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTerms, spread: float = 0.0) -> Opened:
+def relay(
+    ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTerms, spread: float = 0.0
+) -> Opened:
     """Carry messages until each aggregator has handed in its part, and add the three.
 
-    `spread` is the standard deviation of the noise on a sum in which no row counts more than once. Raises AbortError
-    where one stops, disagrees with the others, or the sum is larger than accepted rows and noise can make it.
+    `spread` is the standard deviation of the noise on a sum in which no row counts more than once.
+    Raises AbortError where one stops, disagrees with the others, or the sum is larger than accepted
+    rows and noise can make it.
 
-    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within `SharingTerms.proven`,
-    and the noise of all three aggregators; two parts of it are enough for the claim. A single row stays uniform to this
-    party and to each aggregator.
+    Guarantee: what is opened, here and nowhere before, is the sum of rows that are each within
+    `SharingTerms.proven`, and the noise of all three aggregators; two parts of it are enough for
+    the claim. A single row stays uniform to this party and to each aggregator.
 
     Edge cases:
-    - a row that cannot be read, is out of bound or was shared unequally is left out, and named with the reason;
-    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`: nothing is opened;
+    - a row that cannot be read, is out of bound or was shared unequally is left out, and named with
+      the reason;
+    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`:
+      nothing is opened;
     - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
     - two aggregators that work together read every row: nothing here can keep it;
     - shares of a round that was aborted are never opened again: their nonces are known.
@@ -691,8 +838,8 @@ def relay(ask: Ask, scope: Scope, uploads: Mapping[str, bytes], terms: SharingTe
     most = weights.sum() * terms.proven + field.HEADROOM * spread * weights.max(initial=0)
     if np.abs(opened.total_M.astype(np.float64)).max(initial=0) > most:
         raise AbortError(
-            f"the opened sum has a number above {most:g} steps, which no accepted rows make; an aggregator did not "
-            "follow the protocol. Nothing is used; run the round again."
+            f"the opened sum has a number above {most:g} steps, which no accepted rows make; an "
+            "aggregator did not follow the protocol. Nothing is used; run the round again."
         )
     return replace(opened, excluded=unread | opened.excluded)
 
@@ -701,7 +848,9 @@ _Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
 def _carry(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
-    """Carry the aggregators' messages to each other until they are done; return what each hands in."""
+    """Carry the aggregators' messages to each other until they are done; return what each
+    hands in.
+    """
     answers = _decode(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}
@@ -715,24 +864,33 @@ def _carry(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
     return answers
 
 
-def _decode(answers: Mapping[str, bytes]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+def _decode(
+    answers: Mapping[str, bytes],
+) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     found = {}
     for name, answer in answers.items():
         try:
             found[name] = codec.decode(answer)
         except CodecError as error:
-            raise AbortError(f"{name!r} answered with what cannot be read ({error}); the round ends") from error
+            raise AbortError(
+                f"{name!r} answered with what cannot be read ({error}); the round ends"
+            ) from error
     return found
 
 
 def _for_each(client: str, upload: bytes, terms: SharingTerms) -> dict[str, bytes] | None:
-    """Return what each aggregator needs of a client's upload; None where it is none, or another client's."""
+    """Return what each aggregator needs of a client's upload; None where it is none, or another
+    client's.
+    """
     try:
         name, _, hidden = _cut(upload)
     except CodecError:
         return None
-    whole, short = upload, upload[: len(upload) - len(hidden)]
-    return dict(zip(terms.aggregators, (short, whole, whole), strict=True)) if name == client else None
+    whole = upload
+    short = upload[: len(upload) - len(hidden)]
+    if name == client:
+        return dict(zip(terms.aggregators, (short, whole, whole), strict=True))
+    return None
 
 
 def _add_parts(
@@ -740,21 +898,33 @@ def _add_parts(
     terms: SharingTerms,
     phases: dict[str, int],
 ) -> Opened:
-    total_M, said = np.zeros(terms.length, np.uint64), []
+    total_M = np.zeros(terms.length, np.uint64)
+    said = []
     for name in terms.aggregators:
         try:
             header, tensors = codec.decode(codec.as_bytes(answers[name][1]["result"]))
             part = tensors["part"].numpy()
             if part.shape != (terms.length,) or part.dtype != np.int64:
-                raise CodecError(f"a part of {part.dtype} {part.shape}; expected int64 ({terms.length},)")
+                raise CodecError(
+                    f"a part of {part.dtype} {part.shape}; expected int64 ({terms.length},)"
+                )
             total_M += part.view(np.uint64)
             gram = tensors["gram"].numpy() if "gram" in tensors else None
-            said.append((header["accepted"], header["weights"], None if gram is None else gram.tobytes()))
-            excluded, phases["open"] = header["excluded"], phases["open"] + part.nbytes
+            said.append(
+                (header["accepted"], header["weights"], None if gram is None else gram.tobytes())
+            )
+            excluded = header["excluded"]
+            phases["open"] = phases["open"] + part.nbytes
         except (CodecError, KeyError) as error:
-            raise AbortError(f"{name!r} handed in no part ({error}); run the round again") from error
+            raise AbortError(
+                f"{name!r} handed in no part ({error}); run the round again"
+            ) from error
+
     if any(one != said[0] for one in said):
-        raise AbortError("the aggregators disagree on whose rows are in the sum; run the round again")
+        raise AbortError(
+            "the aggregators disagree on whose rows are in the sum; run the round again"
+        )
+
     return Opened(total_M.view(np.int64), said[0][0], excluded, phases, said[0][1], gram)
 
 
@@ -772,9 +942,14 @@ def run_protocol(
     selection: Selection | None = None,
     spread: float = math.inf,
 ) -> Opened:
-    """Play every party in order, in one process: clients share, aggregators check and sum, the coordinator adds."""
+    """Play every party in order, in one process: clients share, aggregators check and sum, the
+    coordinator adds.
+    """
     uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
-    aggregators = {name: SharingAggregator(posts[name], terms, noise, weights, selection) for name in terms.aggregators}
+    aggregators = {
+        name: SharingAggregator(posts[name], terms, noise, weights, selection)
+        for name in terms.aggregators
+    }
     return relay(in_turn(aggregators), scope, uploads, terms, spread)
 
 
@@ -785,14 +960,18 @@ def in_turn(aggregators: Mapping[str, SharingAggregator]) -> Ask:
 
 
 def asking(handles: Mapping[str, Callable[[str, bytes], bytes]], length: int) -> Ask:
-    """Return a way to ask aggregators by their `handle`: in turn, or for rows of a great `length` a thread each."""
+    """Return a way to ask aggregators by their `handle`: in turn, or for rows of a great `length` a
+    thread each.
+    """
     long = length > _LONG
 
     def one(name: str, op: str, payload: bytes) -> bytes:
         try:
             return handles[name](op, payload)
         except OSError as error:
-            raise AbortError(f"{name!r} stopped ({error}); the round ends. Resume the run when it is back.") from error
+            raise AbortError(
+                f"{name!r} stopped ({error}); the round ends. Resume the run when it is back."
+            ) from error
 
     def ask(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         if not long or op in ("begin", "upload"):  # too little to do

@@ -1,11 +1,11 @@
 """The study file: the whole description of one federation, as frozen dataclasses.
 
-A study is TOML. Each table is one dataclass, each key one field, and `docs/study.md` is generated from them. A key that
-is not there does not exist: it is refused with the nearest right name.
+A study is TOML. Each table is one dataclass, each key one field, and `docs/study.md` is generated
+from them. A key that is not there does not exist: it is refused with the nearest right name.
 
-`keys` declares every key; `domains` which values one may have; `reader` turns TOML into fields; `whole` is the study
-as a value; `relations` says what stands against its values; `loading` reads files; `blanks` and `dictionary` ask for
-what only a person knows.
+`keys` declares every key; `domains` which values one may have; `reader` turns TOML into fields;
+`whole` is the study as a value; `relations` says what stands against its values; `loading` reads
+files; `blanks` and `dictionary` ask for what only a person knows.
 """
 
 from medfed.study.blanks import CATEGORIES, EPSILON, FEATURE, RANGE, SIZE

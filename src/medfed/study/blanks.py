@@ -2,8 +2,15 @@
 
 from medfed.core.toml import Ask
 
-RANGE = Ask([], "the public, plausible [low, high]: from your data dictionary or a textbook, not from these patients")
-SIZE = Ask(0, "the number of each site's training patients that may be published; it never follows the data")
+RANGE = Ask(
+    [],
+    "the public, plausible [low, high]: from your data dictionary or a textbook, not from these "
+    "patients",
+)
+SIZE = Ask(
+    0,
+    "the number of each site's training patients that may be published; it never follows the data",
+)
 CATEGORIES = Ask([], "the texts that may occur, publicly known")
 FEATURE = Ask(
     {"range": [], "categories": []},

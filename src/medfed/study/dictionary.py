@@ -22,7 +22,9 @@ def described(feature: Feature) -> bool:
 
 
 def describe(names: Sequence[str], dictionary: Mapping[str, Feature]) -> dict[toml.Path, Ask]:
-    """Return the blanks that describe these features: a line each, or two keys more where an entry is there already."""
+    """Return the blanks that describe these features: a line each, or two keys more where an entry
+    is there already.
+    """
     blanks: dict[toml.Path, Ask] = {}
     for name in names:
         path = ("data", "dictionary", name)

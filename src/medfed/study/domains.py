@@ -1,4 +1,6 @@
-"""Which values a key may have, declared beside it: one declaration feeds the check, the refusal and docs/study.md."""
+"""Which values a key may have, declared beside it: one declaration feeds the check, the refusal and
+docs/study.md.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,9 @@ class Domain(Protocol):
 
     @property
     def told(self) -> bool:
-        """Whether docs/study.md says it beside the key's type; where it does not, the key's own words do."""
+        """Whether docs/study.md says it beside the key's type; where it does not, the key's own
+        words do.
+        """
 
     def holds(self, value: Any) -> bool:
         """Say whether a value is allowed; it has the key's type already."""
@@ -31,7 +35,8 @@ class Interval:
     """The numbers between two ends.
 
     low, high: the ends. open_low, open_high: whether the end itself is left out; nan never belongs.
-    special: what single values of it stand for, such as {0: "all"}. unit: what is counted, such as "seconds".
+    special: what single values of it stand for, such as {0: "all"}. unit: what is counted, such as
+    "seconds".
     why: why not further, where that needs saying.
     """
 
@@ -57,7 +62,9 @@ class Interval:
 
     @property
     def words(self) -> str:
-        """The interval in words: "1 or more", "above 0 seconds", "in [0, 0.5)", "0 or more (0: all)"."""
+        """The interval in words: "1 or more", "above 0 seconds", "in [0, 0.5)", "0 or more (0:
+        all)".
+        """
         if math.isfinite(self.high):
             left = "(" if self.open_low else "["
             right = ")" if self.open_high else "]"
@@ -77,17 +84,25 @@ def _short(number: float) -> str:
     return f"{number:g}".replace("e+0", "e").replace("e-0", "e-")
 
 
-def at_least(low: float, special: Mapping[float, str] | None = None, unit: str = "", why: str = "") -> Interval:
+def at_least(
+    low: float, special: Mapping[float, str] | None = None, unit: str = "", why: str = ""
+) -> Interval:
     """Return [low, inf): every finite number from `low` on."""
     return Interval(low, math.inf, open_high=True, special=special or {}, unit=unit, why=why)
 
 
-def above(low: float, special: Mapping[float, str] | None = None, unit: str = "", infinite: bool = False) -> Interval:
+def above(
+    low: float, special: Mapping[float, str] | None = None, unit: str = "", infinite: bool = False
+) -> Interval:
     """Return (low, inf), or with `infinite` (low, inf]."""
-    return Interval(low, math.inf, open_low=True, open_high=not infinite, special=special or {}, unit=unit)
+    return Interval(
+        low, math.inf, open_low=True, open_high=not infinite, special=special or {}, unit=unit
+    )
 
 
-def within(low: float, high: float, special: Mapping[float, str] | None = None, why: str = "") -> Interval:
+def within(
+    low: float, high: float, special: Mapping[float, str] | None = None, why: str = ""
+) -> Interval:
     """Return [low, high)."""
     return Interval(low, high, open_high=True, special=special or {}, why=why)
 
@@ -130,7 +145,9 @@ class SumToOne:
 
 
 def names_a_folder(name: str) -> bool:
-    """Say whether a study's name can be a part of a folder's name; the empty one is the file's own."""
+    """Say whether a study's name can be a part of a folder's name; the empty one is the
+    file's own.
+    """
     whole = not {"/", "\\"} & set(name) and name not in (".", "..")
     return whole and name.isprintable() and len(name.encode("utf-8", "replace")) <= MOST_BYTES
 
@@ -163,7 +180,8 @@ LARGEST = 3e38
 """Largest end of a range: about what float32 has."""
 
 FOLDER_NAME = Such(
-    f"a printable name without slashes, of at most {MOST_BYTES} bytes: runs are named by it", names_a_folder
+    f"a printable name without slashes, of at most {MOST_BYTES} bytes: runs are named by it",
+    names_a_folder,
 )
 DAY = Such("such as 2024-01-01", lambda text: not text or is_day(text), told=False)
 THRESHOLD = Such(

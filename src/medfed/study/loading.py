@@ -20,9 +20,11 @@ def bundled() -> dict[str, Path]:
 
 
 def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
-    """Read a study from a file or by the name of a bundled one, then apply settings "key=value" (TOML values).
+    """Read a study from a file or by the name of a bundled one, then apply settings "key=value"
+    (TOML values).
 
-    Raises StudyError with every key that cannot be used, its value and the way out; no data is touched.
+    Raises StudyError with every key that cannot be used, its value and the way out; no data is
+    touched.
     """
     loaded, refusals = read(study, settings)
     refuse(refusals)
@@ -36,16 +38,22 @@ def from_text(text: str, path: Path) -> Study:
 
 
 def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[Refusal]]":
-    """Return a study as far as it can be read, and what stands against it: see `load` and `parse`."""
+    """Return a study as far as it can be read, and what stands against it: see `load`
+    and `parse`.
+    """
     tables, path = read_tables(study, settings)
     loaded, refusals = parse(tables)
     if not loaded.study.name:
-        loaded = dataclasses.replace(loaded, study=dataclasses.replace(loaded.study, name=path.stem))
+        loaded = dataclasses.replace(
+            loaded, study=dataclasses.replace(loaded.study, name=path.stem)
+        )
     return dataclasses.replace(loaded, folder=path.parent.resolve()), refusals
 
 
 def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
-    """Return what a study file says, with the settings put in, and the file's path; nothing else is checked."""
+    """Return what a study file says, with the settings put in, and the file's path; nothing else is
+    checked.
+    """
     path = bundled().get(str(study), Path(study))
     text = ""
     try:
@@ -53,20 +61,25 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
         tables = tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         raise StudyError(
-            f"study={str(study)!r} is no file and no bundled study; {nearest(str(study), bundled())}"
+            f"study={str(study)!r} is no file and no bundled study; "
+            f"{nearest(str(study), bundled())}"
         ) from None
     except UnicodeDecodeError as error:
         raise StudyError(
             f"study={str(path)!r} cannot be read as TOML: not in UTF-8 ({error}); save it as UTF-8"
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {toml.explain_unreadable(text, error)}") from error
+        raise StudyError(
+            f"study={str(path)!r} cannot be read as TOML: {toml.explain_unreadable(text, error)}"
+        ) from error
     except OSError as error:
         raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
 
     for setting in settings:
         key, equals, text = toml.setting(setting)
         if not equals:
-            raise StudyError(f"--set {setting!r}; expected KEY=VALUE, as in --set training.rounds=5")
+            raise StudyError(
+                f"--set {setting!r}; expected KEY=VALUE, as in --set training.rounds=5"
+            )
         put(tables, toml.path(key.strip()), parse_value(text.strip()))
     return tables, path

@@ -40,7 +40,9 @@ def parse_value(text: str) -> Any:
 
 
 def read_tables_as(kind: type[_T], tables: Mapping[str, Any]) -> "tuple[_T | None, list[Refusal]]":
-    """Read plain tables into a dataclass, None where they are none, and return what cannot be used of them."""
+    """Read plain tables into a dataclass, None where they are none, and return what cannot be used
+    of them.
+    """
     reader = _Reader([])
     read = reader.read(kind, tables, ())
     if read is _UNREAD:
@@ -49,7 +51,9 @@ def read_tables_as(kind: type[_T], tables: Mapping[str, Any]) -> "tuple[_T | Non
 
 
 def read_as(kind: type[_T], tables: Mapping[str, Any]) -> "tuple[_T, list[Refusal]]":
-    """Read plain tables into a dataclass as a study's are read, and return what stands against its keys and values."""
+    """Read plain tables into a dataclass as a study's are read, and return what stands against its
+    keys and values.
+    """
     read, refusals = read_tables_as(kind, tables)
     return (kind() if read is None else read), refusals
 
@@ -91,14 +95,18 @@ class _Reader:
         if origin is dict:
             if not isinstance(value, Mapping):
                 return self._refuse(path, value, f"a table [{toml.key(*path)}]")
-            items = {name: self.read(arguments[1], item, (*path, name)) for name, item in value.items()}
+            items = {
+                name: self.read(arguments[1], item, (*path, name)) for name, item in value.items()
+            }
             return {name: item for name, item in items.items() if item is not _UNREAD}
         if origin is tuple:
             listed = [value] if isinstance(value, str) else value
             if not isinstance(listed, Sequence):
                 return self._refuse(path, value, "a list")
             read = tuple(self.read(arguments[0], item, path) for item in listed)
-            return _UNREAD if any(item is _UNREAD for item in read) else read
+            if any(item is _UNREAD for item in read):
+                return _UNREAD
+            return read
         if origin in (Union, types.UnionType):
             raise AssertionError(f"{path}: union types are not read")
         return self._read_scalar(kind, value, path)
@@ -108,7 +116,11 @@ class _Reader:
             return self._refuse(path, value, f"a table [{toml.key(*path)}]")
         hints = _hints(kind)
         known = {f.name for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}
-        fields = {name: self.read(hints[name], value[name], (*path, name)) for name in value if name in known}
+        fields = {
+            name: self.read(hints[name], value[name], (*path, name))
+            for name in value
+            if name in known
+        }
 
         for name in value:
             if name in known:
@@ -118,7 +130,9 @@ class _Reader:
             if meant is None or meant in value:
                 self.refusals.append(Refusal(error))
             else:
-                self.refusals.append(Refusal(error, {(*path, name): LEAVE_OUT, (*path, meant): value[name]}))
+                self.refusals.append(
+                    Refusal(error, {(*path, name): LEAVE_OUT, (*path, meant): value[name]})
+                )
                 fields[meant] = _Reader([]).read(hints[meant], value[name], (*path, meant))
         return kind(**{name: item for name, item in fields.items() if item is not _UNREAD})
 
@@ -129,12 +143,15 @@ class _Reader:
             return float(value)
         if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             whole = isinstance(value, float) and value.is_integer()
-            return str(int(value) if whole else value)  # `positive = 1`, or 1.0, means the label "1"
+            # `positive = 1`, or 1.0, means the label "1"
+            return str(int(value) if whole else value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             return self._refuse(path, value, "a number" if kind in (int, float) else kind.__name__)
         return value
 
     def _refuse(self, path: toml.Path, value: Any, expected: str, close: str | None = None) -> Any:
         mend = {path: close} if close else {}
-        self.refusals.append(Refusal(StudyError(f"{toml.key(*path)}={value!r}; expected {expected}"), mend))
+        self.refusals.append(
+            Refusal(StudyError(f"{toml.key(*path)}={value!r}; expected {expected}"), mend)
+        )
         return _UNREAD

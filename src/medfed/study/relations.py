@@ -1,4 +1,6 @@
-"""What stands against a study's values: out of the range that their key declares, or at odds with another key."""
+"""What stands against a study's values: out of the range that their key declares, or at odds with
+another key.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,8 @@ def out_of_range(study: "Study") -> list[Refusal]:
 def beyond(keys: Any, at: toml.Path) -> Iterator[tuple[toml.Path, Refusal]]:
     """Yield the path of each value that its key does not allow, and what is said of it.
 
-    keys: a table of the study, or the whole of it; tables within are looked at too. at: the path of that table.
+    keys: a table of the study, or the whole of it; tables within are looked at too. at: the path of
+    that table.
     """
     kind: Any = type(keys)
     for declared in _declared(kind):
@@ -59,7 +62,9 @@ def _declared(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
 
 def _is_plain(declared: "dataclasses.Field[Any]") -> bool:
     """Say whether a key is no table."""
-    return declared.default is not dataclasses.MISSING and not dataclasses.is_dataclass(declared.default)
+    return declared.default is not dataclasses.MISSING and not dataclasses.is_dataclass(
+        declared.default
+    )
 
 
 def _mend(declared: "dataclasses.Field[Any]") -> Any:
@@ -68,7 +73,9 @@ def _mend(declared: "dataclasses.Field[Any]") -> Any:
 
 
 def _at(path: toml.Path, value: Any, expected: str, mend: Any) -> tuple[toml.Path, Refusal]:
-    """Return the path and the refusal of a value; `mend` takes its place, unless that is for a person to choose."""
+    """Return the path and the refusal of a value; `mend` takes its place, unless that is for a
+    person to choose.
+    """
     shown = list(value) if isinstance(value, tuple) else value
     error = StudyError(f"{toml.key(*path)}={shown!r}; expected {expected}. {CHANGE_IT}")
     return path, Refusal(error, {} if mend is CHOOSE else {path: mend})
@@ -77,7 +84,9 @@ def _at(path: toml.Path, value: Any, expected: str, mend: Any) -> tuple[toml.Pat
 def _entries_beyond(
     entries: Mapping[str, Any], path: toml.Path, each: Domain, declared: "dataclasses.Field[Any]"
 ) -> Iterator[tuple[toml.Path, Refusal]]:
-    """Yield one refusal of the entries of a table that their key does not allow, however many there are."""
+    """Yield one refusal of the entries of a table that their key does not allow, however many there
+    are.
+    """
     wrong = {name: value for name, value in entries.items() if not each.holds(value)}
     if not wrong:
         return
@@ -85,13 +94,16 @@ def _entries_beyond(
     first = next(iter(wrong))
     what = f"{toml.key(*path, first)}={wrong[first]!r}"
     if len(wrong) > 1:
-        what = f"{toml.key(*path)} of {len(wrong)} {declared.metadata['of']} ({some(map(repr, wrong))})"
+        what = (
+            f"{toml.key(*path)} of {len(wrong)} {declared.metadata['of']} "
+            f"({some(map(repr, wrong))})"
+        )
     error = StudyError(f"{what}; expected {each.expected(wrong[first])}. {CHANGE_IT}")
     mend = declared.metadata["mend"]
     yield path, Refusal(error, {(*path, name): mend for name in wrong})
 
 
-# what relates two keys ------------------------------------------------------------------------------------------------
+# what relates two keys ----------------------------------------------------------------------------
 
 
 def _unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
@@ -104,7 +116,9 @@ def _unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
     for name in ("threshold_epsilon", "ranges_epsilon", "vote_epsilon"):
         part = getattr(study.privacy, name)
         if part and not part < study.privacy.epsilon:
-            yield _at(("privacy", name), part, "a number below privacy.epsilon", getattr(Privacy(), name))
+            yield _at(
+                ("privacy", name), part, "a number below privacy.epsilon", getattr(Privacy(), name)
+            )
 
     names = study.sites.names
     shares = study.sites.shares

@@ -30,7 +30,9 @@ from medfed.study.relations import out_of_range
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study. Change a value with `study.set("training.rounds", 5)`; a study is never changed in place."""
+    """A whole study. Change a value with `study.set("training.rounds", 5)`; a study is never
+    changed in place.
+    """
 
     study: About = field(default_factory=About)
     data: Data = field(default_factory=Data)
@@ -42,10 +44,13 @@ class Study:
     robustness: Robustness = field(default_factory=Robustness)
     fleet: Fleet = field(default_factory=Fleet)
     monitor: Monitor = field(default_factory=Monitor)
-    folder: Path = field(default=Path(), metadata={"hidden": True})  # where `data.table` is looked for
+    # where `data.table` is looked for
+    folder: Path = field(default=Path(), metadata={"hidden": True})
     # which keys are written down (None: all), and of the others which a recipe has chosen, and why
     given: frozenset[str] | None = field(default=None, compare=False, metadata={"hidden": True})
-    chosen: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"hidden": True})
+    chosen: Mapping[str, str] = field(
+        default_factory=dict, compare=False, metadata={"hidden": True}
+    )
 
     def rule(self) -> decision.ThresholdRule:
         """Return how the threshold of a binary target is found."""
@@ -58,7 +63,9 @@ class Study:
         return self._with({key: value})
 
     def _with(self, values: Mapping[str, Any]) -> "Study":
-        """Return the study with several values changed at once: those that must agree need no order."""
+        """Return the study with several values changed at once: those that must agree need no
+        order.
+        """
         tables = self.tables()
         for key, value in values.items():
             put(tables, toml.path(key), value)
@@ -67,7 +74,9 @@ class Study:
         if given is not None:
             given = given | written(dict.fromkeys(values)) | written(values)
         kept = {key: why for key, why in self.chosen.items() if key not in values}
-        return dataclasses.replace(from_tables(tables), folder=self.folder, given=given, chosen=kept)
+        return dataclasses.replace(
+            from_tables(tables), folder=self.folder, given=given, chosen=kept
+        )
 
     def left_open(self, key: str) -> bool:
         """Say whether nobody has written down a value of this dotted key."""
@@ -93,7 +102,11 @@ class Study:
     def tables(self) -> dict[str, Any]:
         """Return the study as plain tables, every value written out."""
         tables = dataclasses.asdict(self)
-        return {name: table for name, table in tables.items() if name not in ("folder", "given", "chosen")}
+        return {
+            name: table
+            for name, table in tables.items()
+            if name not in ("folder", "given", "chosen")
+        }
 
     def toml(self) -> str:
         """Return the study as TOML with every value written out."""
@@ -101,7 +114,8 @@ class Study:
 
     def digest(self) -> str:
         """Return the sha256 of the study: two studies of one digest ask for the same run."""
-        read_back = from_tables(self.tables()).tables()  # a range (6, 30) comes back from study.toml as [6.0, 30.0]
+        # a range (6, 30) comes back from study.toml as [6.0, 30.0]
+        read_back = from_tables(self.tables()).tables()
         return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
@@ -116,7 +130,8 @@ def from_tables(tables: Mapping[str, Any]) -> Study:
 
 
 def parse(tables: Mapping[str, Any]) -> "tuple[Study, list[Refusal]]":
-    """Build a study from plain tables as far as they can be read, and return what stands against names, types, ranges.
+    """Build a study from plain tables as far as they can be read, and return what stands against
+    names, types, ranges.
 
     A misspelt key counts for the one that it may mean; what cannot be used is left at its default.
     """

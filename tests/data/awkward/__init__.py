@@ -1,1 +1,3 @@
-"""Awkward tables, made by code: each with its right answer. `forms` writes one clean table in every form."""
+"""Awkward tables, made by code: each with its right answer. `forms` writes one clean table in every
+form.
+"""

@@ -1,5 +1,5 @@
-"""Awkward files: formats, layouts, faults of an export. Each is read as the clean table, or refused by row and
-column."""
+"""Awkward files: formats, layouts, faults of an export. Each is read as the clean table, or refused
+by row and column."""
 
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,10 +18,12 @@ AS_CLEAN = ""
 
 @dataclass(frozen=True)
 class Awkward:
-    """A table as found: `make` writes it into a folder and returns `data.table`; `right` is a pattern of the error.
+    """A table as found: `make` writes it into a folder and returns `data.table`; `right` is a
+    pattern of the error.
 
-    `declared`: keys of [data], of [data.format] under "format". `private`: the right answer under a claim, where every
-    layout is declared (`claimed` keys of [data.format] beside `declared`); None: the same.
+    `declared`: keys of [data], of [data.format] under "format". `private`: the right answer under a
+    claim, where every layout is declared (`claimed` keys of [data.format] beside `declared`); None:
+    the same.
     """
 
     name: str
@@ -41,7 +43,9 @@ def _file(name: str, content: str | bytes, encoding: str = "utf-8") -> Callable[
     return make
 
 
-def _csv(rows: Cells, name: str = "t.csv", separator: str = ",", encoding: str = "utf-8") -> Callable[[Path], str]:
+def _csv(
+    rows: Cells, name: str = "t.csv", separator: str = ",", encoding: str = "utf-8"
+) -> Callable[[Path], str]:
     return _file(name, text(rows, separator), encoding)
 
 
@@ -69,7 +73,7 @@ EUROPEAN = {"decimal": ",", "thousands": "."}
 FRENCH = {"decimal": ",", "thousands": " "}
 
 
-# workbooks and statistics packages ------------------------------------------------------------------------------------
+# workbooks and statistics packages ----------------------------------------------------------------
 
 
 def _typed() -> pd.DataFrame:
@@ -120,22 +124,31 @@ def _ods(folder: Path) -> str:
     rows = "".join(
         "<table:table-row>"
         + "".join(
-            f'<table:table-cell office:value-type="string"><text:p>{cell}</text:p></table:table-cell>' for cell in cells
+            (
+                "<table:table-cell "
+                f'office:value-type="string"><text:p>{cell}</text:p></table:table-cell>'
+            )
+            for cell in cells
         )
         + "</table:table-row>"
         for cells in clean()
     )
     spaces = " ".join(
-        f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"' for name in ("office", "table", "text")
+        f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+        for name in ("office", "table", "text")
     )
     sheet = f'<table:table table:name="Data">{rows}</table:table>'
     body = f"<office:body><office:spreadsheet>{sheet}</office:spreadsheet></office:body>"
+
     with zipfile.ZipFile(folder / "t.ods", "w") as archive:
         archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
         archive.writestr(
-            "content.xml", f"<?xml version='1.0'?><office:document-content {spaces}>{body}</office:document-content>"
+            "content.xml",
+            "<?xml version='1.0'?><office:document-content "
+            f"{spaces}>{body}</office:document-content>",
         )
         archive.writestr("META-INF/manifest.xml", "<?xml version='1.0'?><manifest/>")
+
     return "t.ods"
 
 
@@ -145,7 +158,11 @@ NAMES = {"größe": "groesse"}
 
 def _statistics(name: str, **options: Any) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
-        writers = {"sav": pyreadstat.write_sav, "dta": pyreadstat.write_dta, "xpt": pyreadstat.write_xport}
+        writers = {
+            "sav": pyreadstat.write_sav,
+            "dta": pyreadstat.write_dta,
+            "xpt": pyreadstat.write_xport,
+        }
         writers[name.rpartition(".")[2]](_typed(), str(folder / name), **options)
         return name
 
@@ -153,18 +170,25 @@ def _statistics(name: str, **options: Any) -> Callable[[Path], str]:
 
 
 def _codes(folder: Path) -> str:
-    """Write an SPSS file whose wards are codes with labels, and whose lactate has a code for missing."""
+    """Write an SPSS file whose wards are codes with labels, and whose lactate has a code for
+    missing.
+    """
     frame = _typed()
     labels = dict(enumerate(sorted(frame["ward"].unique()), 1))
     frame["ward"] = frame["ward"].map({text: code for code, text in labels.items()})
     frame["lactate"] = frame["lactate"].fillna(-9)
     pyreadstat.write_sav(
-        frame, str(folder / "t.sav"), variable_value_labels={"ward": labels}, missing_ranges={"lactate": [-9]}
+        frame,
+        str(folder / "t.sav"),
+        variable_value_labels={"ward": labels},
+        missing_ranges={"lactate": [-9]},
     )
     return "t.sav"
 
 
-def _parquet(change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> Callable[[Path], str]:
+def _parquet(
+    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame,
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         change(_typed()).to_parquet(folder / "t.parquet")
         return "t.parquet"
@@ -172,15 +196,20 @@ def _parquet(change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: fram
     return make
 
 
-# several files --------------------------------------------------------------------------------------------------------
+# several files ------------------------------------------------------------------------------------
 
 
 def _parts() -> dict[str, Cells]:
     """Return the clean table as one table a hospital, without its column."""
-    return {site: [[*row[:1], *row[2:]] for row in clean() if row[1] in (site, "hospital")] for site in ("Nord", "Süd")}
+    return {
+        site: [[*row[:1], *row[2:]] for row in clean() if row[1] in (site, "hospital")]
+        for site in ("Nord", "Süd")
+    }
 
 
-def _folder(*changes: Callable[[dict[str, str]], None], sep: str = ",", decimal: str = ".") -> Callable[[Path], str]:
+def _folder(
+    *changes: Callable[[dict[str, str]], None], sep: str = ",", decimal: str = "."
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         files = {}
         for site, rows in _parts().items():
@@ -221,7 +250,12 @@ def _glob(folder: Path) -> str:
 
 TITLES = "Export of the laboratory\nFrom 2024-01-01\n\n"
 SITE_IS_FILE = {"site": "", "site_is_file": True}
-EITHER = spelt([[row[0], row[1], row[4].replace(".", ""), row[5], row[6]] for row in clean()], ".", ",", ["cost"])
+EITHER = spelt(
+    [[row[0], row[1], row[4].replace(".", ""), row[5], row[6]] for row in clean()],
+    ".",
+    ",",
+    ["cost"],
+)
 
 
 TABLES: list[Awkward] = [
@@ -233,14 +267,24 @@ TABLES: list[Awkward] = [
     Awkward("upper-case suffix", _csv(clean(), "T.CSV")),
     Awkward("upper-case packed suffix", _csv(clean(), "T.Csv.GZ")),
     Awkward("semicolons and decimal commas", _csv(COMMA, separator=";"), claimed=DECIMAL_COMMA),
-    Awkward("the usual European export", _csv(EUROPE, separator=";", encoding="cp1252"), claimed=EUROPEAN),
+    Awkward(
+        "the usual European export",
+        _csv(EUROPE, separator=";", encoding="cp1252"),
+        claimed=EUROPEAN,
+    ),
     Awkward("decimal commas in quotes", _csv(COMMA), claimed=DECIMAL_COMMA),
     Awkward(
-        "Swiss thousands", _csv(spelt(clean(), ".", "'"), separator=";"), claimed={"decimal": ".", "thousands": "'"}
+        "Swiss thousands",
+        _csv(spelt(clean(), ".", "'"), separator=";"),
+        claimed={"decimal": ".", "thousands": "'"},
     ),
     Awkward("French thousands", _csv(spelt(clean(), ",", "\u202f"), separator=";"), claimed=FRENCH),
-    Awkward("blanks between thousands", _csv(spelt(clean(), ",", " "), separator="\t"), claimed=FRENCH),
-    Awkward("English thousands in quotes", _csv(spelt(clean(), ".", ",")), claimed={"thousands": ","}),
+    Awkward(
+        "blanks between thousands", _csv(spelt(clean(), ",", " "), separator="\t"), claimed=FRENCH
+    ),
+    Awkward(
+        "English thousands in quotes", _csv(spelt(clean(), ".", ",")), claimed={"thousands": ","}
+    ),
     Awkward("byte order mark", _csv(clean(), encoding="utf-8-sig")),
     Awkward("UTF-16", _csv(EUROPE, "t.txt", "\t", "utf-16"), claimed=EUROPEAN),
     Awkward(
@@ -249,16 +293,26 @@ TABLES: list[Awkward] = [
         r't\.csv.* bytes of zero: it is UTF-16 without a mark.*encoding = "utf-16"',
     ),
     Awkward(
-        "UTF-16 without a mark, said", _csv(clean(), encoding="utf-16-le"), declared={FORMAT: {"encoding": "utf-16"}}
+        "UTF-16 without a mark, said",
+        _csv(clean(), encoding="utf-16-le"),
+        declared={FORMAT: {"encoding": "utf-16"}},
     ),
     Awkward("latin-1", _csv(clean(), encoding="latin-1")),
-    Awkward("DOS", _csv(clean(), encoding="cp850"), r't\.csv.*fit several encodings.*encoding = "cp1252" or .*"cp850"'),
+    Awkward(
+        "DOS",
+        _csv(clean(), encoding="cp850"),
+        r't\.csv.*fit several encodings.*encoding = "cp1252" or .*"cp850"',
+    ),
     Awkward("DOS, said", _csv(clean(), encoding="cp850"), declared={FORMAT: {"encoding": "cp850"}}),
-    Awkward("Macintosh", _csv(clean(), encoding="mac-roman"), r"fit several encodings.*\"mac-roman\""),
+    Awkward(
+        "Macintosh", _csv(clean(), encoding="mac-roman"), r"fit several encodings.*\"mac-roman\""
+    ),
     Awkward("carriage returns", _file("t.csv", text(clean(), end="\r"))),
     Awkward("Windows line ends", _file("t.csv", text(clean(), end="\r\n"))),
     Awkward(
-        "decomposed umlauts", _file("t.csv", normalize("NFD", text(clean()))), declared={"features": tuple(HEADER[2:6])}
+        "decomposed umlauts",
+        _file("t.csv", normalize("NFD", text(clean()))),
+        declared={"features": tuple(HEADER[2:6])},
     ),
     Awkward(
         "commas that may be either",
@@ -268,7 +322,9 @@ TABLES: list[Awkward] = [
     ),
     Awkward(
         "commas and points",
-        _csv(spelt(spelt(clean(), ",", numbers=["lactate"]), ".", numbers=["größe"]), separator=";"),
+        _csv(
+            spelt(spelt(clean(), ",", numbers=["lactate"]), ".", numbers=["größe"]), separator=";"
+        ),
         r"decimal commas and decimal points: '\d+,\d+' in t\.csv, column 'lactate', row 2; .*'(größe|cost)', row 2",
         private=UNDER_CLAIM,
     ),
@@ -286,7 +342,11 @@ TABLES: list[Awkward] = [
         declared={FORMAT: {"skip": 3, "footer": 1}},
     ),
     Awkward("a footer", _file("t.csv", text(clean()) + "\n36 records\n"), claimed={"footer": 1}),
-    Awkward("blank lines", _file("t.csv", text([*clean()[:20], [], *clean()[20:], [], []])), private=UNDER_CLAIM),
+    Awkward(
+        "blank lines",
+        _file("t.csv", text([*clean()[:20], [], *clean()[20:], [], []])),
+        private=UNDER_CLAIM,
+    ),
     Awkward(
         "a cut last line",
         _file("t.csv", text(clean())[:-20]),
@@ -323,7 +383,9 @@ TABLES: list[Awkward] = [
         _csv([["", *HEADER], *([str(i), *r] for i, r in enumerate(clean()[1:]))]),
         r"t\.csv.*the first header is empty: an index written by pandas\?",
     ),
-    Awkward("a separator at the end of each line", _file("t.csv", text(clean()).replace("\n", ",\n"))),
+    Awkward(
+        "a separator at the end of each line", _file("t.csv", text(clean()).replace("\n", ",\n"))
+    ),
     Awkward(
         "a cell below no name",
         _csv([[*row, "x" if number == 6 else ""] for number, row in enumerate(clean(), 1)]),
@@ -335,7 +397,11 @@ TABLES: list[Awkward] = [
         _csv([["subject", "hospital", "", *HEADER[3:]], *clean()[1:]]),
         r"no name in the header of column 3",
     ),
-    Awkward("a name twice", _csv([[*HEADER[:3], "größe", *HEADER[4:]], *clean()[1:]]), r"'größe' in columns 3 and 4"),
+    Awkward(
+        "a name twice",
+        _csv([[*HEADER[:3], "größe", *HEADER[4:]], *clean()[1:]]),
+        r"'größe' in columns 3 and 4",
+    ),
     Awkward(
         "one name in two Unicode forms",
         _csv([[*HEADER[:3], normalize("NFD", "größe"), *HEADER[4:]], *clean()[1:]]),
@@ -345,20 +411,33 @@ TABLES: list[Awkward] = [
     # archives
     Awkward("zip", _csv(clean(), "t.csv.zip")),
     Awkward(
-        "zip of two", _zip_of_two, r"holds 2 files; expected one.*member = \"notes.txt\" or member = \"inner/t.csv\""
+        "zip of two",
+        _zip_of_two,
+        r"holds 2 files; expected one.*member = \"notes.txt\" or member = \"inner/t.csv\"",
     ),
     Awkward("zip of two, said", _zip_of_two, declared={FORMAT: {"member": "inner/t.csv"}}),
     # workbooks
     Awkward("a workbook", _workbook()),
-    Awkward("a workbook with a title, a margin and a footer", _workbook(2, 1, "36 records"), private=UNDER_CLAIM),
+    Awkward(
+        "a workbook with a title, a margin and a footer",
+        _workbook(2, 1, "36 records"),
+        private=UNDER_CLAIM,
+    ),
     Awkward(
         "a workbook of two sheets",
         _workbook(other="Notes"),
         r"has 2 sheets; expected one.*sheet = \"Data\" or sheet = \"Notes\"",
     ),
-    Awkward("a workbook of two sheets, said", _workbook(other="Notes"), declared={FORMAT: {"sheet": "Data"}}),
     Awkward(
-        "no such sheet", _workbook(), r"sheet='Dta' is no sheet; did you mean 'Data'\?", {FORMAT: {"sheet": "Dta"}}
+        "a workbook of two sheets, said",
+        _workbook(other="Notes"),
+        declared={FORMAT: {"sheet": "Data"}},
+    ),
+    Awkward(
+        "no such sheet",
+        _workbook(),
+        r"sheet='Dta' is no sheet; did you mean 'Data'\?",
+        {FORMAT: {"sheet": "Dta"}},
     ),
     Awkward(
         "a time in a workbook",
@@ -378,16 +457,25 @@ TABLES: list[Awkward] = [
     Awkward("SPSS with labels", _codes, declared={FORMAT: {"labels": "labels"}}),
     Awkward("no SAS file", _file("t.sas7bdat", b"no"), r"t\.sas7bdat.*cannot be read"),
     # parquet
-    Awkward("parquet with ids as its index", _parquet(lambda frame: frame.set_index("subject", append=True))),
+    Awkward(
+        "parquet with ids as its index",
+        _parquet(lambda frame: frame.set_index("subject", append=True)),
+    ),
     Awkward(
         "times in parquet",
         _parquet(lambda f: f.assign(seen=pd.Timestamp("2024-01-01 03:04").time())),
         r"column 'seen' \(times of day\)",
     ),
     Awkward(
-        "durations in parquet", _parquet(lambda f: f.assign(stay=pd.Timedelta("3h"))), r"column 'stay' \(durations\)"
+        "durations in parquet",
+        _parquet(lambda f: f.assign(stay=pd.Timedelta("3h"))),
+        r"column 'stay' \(durations\)",
     ),
-    Awkward("lists in parquet", _parquet(lambda f: f.assign(codes=[["a"]] * len(f))), r"column 'codes' \(lists\)"),
+    Awkward(
+        "lists in parquet",
+        _parquet(lambda f: f.assign(codes=[["a"]] * len(f))),
+        r"column 'codes' \(lists\)",
+    ),
     Awkward(
         "bytes and structs in parquet",
         _parquet(lambda f: f.assign(raw=b"a", one=[{"a": 1}] * len(f))),
@@ -401,7 +489,12 @@ TABLES: list[Awkward] = [
     # several files
     Awkward("a file a hospital", _folder(), declared=SITE_IS_FILE),
     Awkward("a pattern of files", _glob, declared=SITE_IS_FILE),
-    Awkward("a folder of European files", _folder(sep=";", decimal=","), declared=SITE_IS_FILE, claimed=DECIMAL_COMMA),
+    Awkward(
+        "a folder of European files",
+        _folder(sep=";", decimal=","),
+        declared=SITE_IS_FILE,
+        claimed=DECIMAL_COMMA,
+    ),
     Awkward(
         "headers that differ",
         _folder(_without("lactate")),

@@ -21,7 +21,9 @@ Cells = list[list[str]]
 
 
 def clean() -> Cells:
-    """Return header and records as texts: ids with zeros in front, gaps, umlauts, numbers with decimals."""
+    """Return header and records as texts: ids with zeros in front, gaps, umlauts, numbers with
+    decimals.
+    """
     random = np.random.default_rng(0)
     rows = [HEADER]
     for i in range(36):
@@ -29,11 +31,24 @@ def clean() -> Cells:
         lactate = "" if i % 7 == 3 else f"{random.gamma(2, 1):.2f}"
         cost = f"{random.uniform(800, 90_000):.1f}"
         ward = ("Männer", "Frauen", "Größere Kinder")[i % 3]
-        rows.append([f"{i // 2:05d}", ("Nord", "Süd")[i // 18], height, lactate, cost, ward, ("no", "yes")[i // 2 % 2]])
+        rows.append(
+            [
+                f"{i // 2:05d}",
+                ("Nord", "Süd")[i // 18],
+                height,
+                lactate,
+                cost,
+                ward,
+                ("no", "yes")[i // 2 % 2],
+            ]
+        )
+
     return rows
 
 
-def spelt(rows: Cells, decimal: str = ".", thousands: str = "", numbers: Sequence[str] = tuple(NUMBERS)) -> Cells:
+def spelt(
+    rows: Cells, decimal: str = ".", thousands: str = "", numbers: Sequence[str] = tuple(NUMBERS)
+) -> Cells:
     """Return the rows with numbers in another spelling."""
     places = [rows[0].index(name) for name in numbers]
     return [rows[0], *([_spelt(row, places, decimal, thousands) for row in rows[1:]])]
@@ -43,7 +58,9 @@ def _spelt(row: list[str], places: Sequence[int], decimal: str, thousands: str) 
     cells = list(row)
     for place in places:
         if cells[place]:
-            whole, _, part = f"{float(cells[place]):,.{len(cells[place].partition('.')[2])}f}".partition(".")
+            whole, _, part = (
+                f"{float(cells[place]):,.{len(cells[place].partition('.')[2])}f}".partition(".")
+            )
             cells[place] = whole.replace(",", thousands) + (decimal + part if part else "")
     return cells
 
