@@ -270,7 +270,10 @@ def trail_verify(
 
 @privacy_app.command("plan")
 def privacy_plan(
-    study: StudyName, set: Settings = [], data: DataFolder = None, as_json: AsJson = False
+    study: StudyName,
+    set: Settings = [],  # noqa: B006
+    data: DataFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say before training what noise the target asks for, and what signal can be left."""
     from medfed import runs
