@@ -219,9 +219,10 @@ def test_a_changed_model_or_trail_is_found(study: Study, tmp_path: Path, file: s
 def test_a_coordinator_that_signs_nothing_gets_no_row(
     study: Study, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medfed.rounds import aggregation
+    from medfed.rounds import masked, shared
 
-    monkeypatch.setattr(aggregation, "_signed", lambda publisher, number, payload: payload)
+    for module in (masked, shared):
+        monkeypatch.setattr(module, "sign", lambda publisher, number, payload: payload)
     result = medfed.simulate(study.set("security.aggregation", way))
     assert not result.complete and result.summary["rounds"] == 0
 

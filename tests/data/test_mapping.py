@@ -319,7 +319,7 @@ def _mapped(data: Data, rows: list[tuple[str, str]], private: bool) -> list[list
         ({"becomes": "age", "reference": "2024-01-01"}, "becomes='age'; expected date"),
         ({"date": "iso", "becomes": "age"}, "reference=''; expected a date, or a date column"),
         ({"date": "iso", "becomes": "month", "reference": "x"}, "reference='x'; expected none"),
-        ({"factor": 0.0}, "factor=0.0; expected a number but 0"),
+        ({"factor": 0.0}, "factor=0.0; expected a finite number but 0"),
         ({"boolean": True, "limits": "half"}, "expected one of boolean, date, and limits"),
         ({"date": "dd.mm.yy"}, "date='dd.mm.yy'; expected one of"),
     ],

@@ -175,7 +175,7 @@ def test_an_exception_at_one_site_names_the_site_and_spares_the_others(study: St
     (told,) = [e for e in log.events() if isinstance(e, SiteExcluded)]
     assert (
         told.site == "east"
-        and "op 'work' failed at site 'east': AttributeError (site.py, line" in told.reason
+        and "op 'work' failed at site 'east': AttributeError (work.py, line" in told.reason
     )
 
 

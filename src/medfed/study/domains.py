@@ -195,7 +195,7 @@ RANGE_ENDS = (
     Such("ends within 3e38, as float32 has", _fits_float32),
 )
 FINITE = Such("a number", math.isfinite, told=False)
-NOT_ZERO = Such("finite and not 0", lambda number: math.isfinite(number) and number != 0)
+NOT_ZERO = Such("a finite number but 0", lambda number: math.isfinite(number) and number != 0)
 
 
 def each_once(what: str) -> Such:
