@@ -25,6 +25,7 @@ from medfed import cli
 from medfed.data import clinical
 from medfed.monitor import events
 from medfed.monitor.metrics import Figure
+from medfed.rounds import reference
 from medfed.study import Feature, Format, Join, Study
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -416,6 +417,17 @@ def write_modules() -> None:
     page.write_text(before + modules_table() + after, encoding="utf-8")
 
 
+ROUND = "<!-- reference.play: scripts/make_docs.py -->"
+
+
+def design_page() -> str:
+    """Return docs/architecture.md with the body of the reference round in its place."""
+    source = inspect.getsource(reference.play)
+    body = source.split('"""')[2].strip("\n")
+    before, _, after = (DOCS / "architecture.md").read_text(encoding="utf-8").split(ROUND)
+    return f"{before}{ROUND}\n\n```python\n{textwrap.dedent(body)}\n```\n\n{ROUND}{after}"
+
+
 def registered_pages() -> dict[Path, str]:
     """Return the pages of the registry of guarantees, by their place."""
     return {DOCS / page.file: guarantees_page(page) for page in guarantees.read()}
@@ -434,6 +446,7 @@ def main() -> int:
         DOCS / "commands.md": commands_page(),
         DOCS / "events.md": events_page(),
         DOCS / "clinical-dictionary.md": clinical_page(),
+        DOCS / "architecture.md": design_page(),
         **registered_pages(),
     }
     faults = list(guarantees.faults(guarantees.read()))
