@@ -166,7 +166,8 @@ clinical.proposal("Kreatinin [µmol/l]")  # one entry: its range in µmol/L
 clinical.proposal("creatinine_max_24h")  # two, in mg/dL and µmol/L: the name does not say, you do
 clinical.proposal("delta_creatinine")  # none: a change of creatinine is not creatinine
 clinical.proposal("pH")  # two: of blood, of urine
-clinical.proposal("alt"), clinical.proposal("na")  # none: German for old, missing; "ALT [U/l]" is known
+# none: German for old, missing; "ALT [U/l]" is known
+clinical.proposal("alt"), clinical.proposal("na")
 clinical.conversion("glucose", "mg/dL", "mmol/L")(Fraction(90))  # exact
 ```
 
