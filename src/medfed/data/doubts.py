@@ -81,10 +81,36 @@ YES = frozenset(
 )
 NO = frozenset(("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso"))
 FEMALE = frozenset(
-    ["f", "w", "female", "weiblich", "woman", "frau", "femme", "femmina", "femenino", "mujer", "féminin", "femminile"]
+    [
+        "f",
+        "w",
+        "female",
+        "weiblich",
+        "woman",
+        "frau",
+        "femme",
+        "femmina",
+        "femenino",
+        "mujer",
+        "féminin",
+        "femminile",
+    ]
 )
 MALE = frozenset(
-    ["m", "male", "männlich", "man", "mann", "homme", "maschio", "masculino", "hombre", "masculin", "maschile", "h"]
+    [
+        "m",
+        "male",
+        "männlich",
+        "man",
+        "mann",
+        "homme",
+        "maschio",
+        "masculino",
+        "hombre",
+        "masculin",
+        "maschile",
+        "h",
+    ]
 )
 _ALSO_GAPS = ("k.A.", "k. A.", "n/d", "nd", "n.d.", "ns", "entfällt", "#NULL!")
 GAPS = frozenset(text.casefold() for text in (*NOBODY, *_ALSO_GAPS))
