@@ -16,7 +16,7 @@ MedfedError
 ├── RunError         a run folder, checkpoint or model file cannot be used
 │   └── WriteError        the system refuses to write a file or a folder
 ├── ServeError       a run cannot be shown as asked: port, token, TLS
-├── ExportError      a run cannot be exported as asked: a library is missing, a place cannot be reached
+├── ExportError      a run cannot be exported: a library is missing, a place cannot be reached
 ├── LedgerError      a budget ledger cannot be read, written or trusted
 └── BudgetError      the patients' privacy budget does not bear what is asked
 """

@@ -24,7 +24,10 @@ FORMS = (
 SHORT = "two-digit years"
 """In place of a form: dates whose century nobody can tell."""
 
-_TIME = r"(?:(?:T|\s+)(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?\s*(?:Z|[+-]\d\d:?\d\d)?)?"
+_TIME = (
+    r"(?:(?:T|\s+)(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?"
+    r"\s*(?:Z|[+-]\d\d:?\d\d)?)?"
+)
 _SHORT = r"(?:\d{1,2}[./-]){2}\d\d"
 _STRICT = {
     "iso": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)",

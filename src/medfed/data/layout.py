@@ -160,8 +160,8 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
         return _check_declared(format, start), ""
     if b"\0" in start[:4096]:
         raise DataError(
-            f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
-            'encoding = "utf-16" under [data.format]'
+            f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, "
+            'put encoding = "utf-16" under [data.format]'
         )
     if is_utf8(start):
         return ("utf-8", "")

@@ -2,12 +2,12 @@
 its rows alone.
 
     [rename]
-    krea = "creatinine"                         # its name here = its name in the study; "" leaves a column out
+    krea = "creatinine"     # its name here = its name in the study; "" leaves a column out
 
     [columns.creatinine]
-    factor = 88.42                              # mg/dl here, umol/l in the study
+    factor = 88.42          # mg/dl here, umol/l in the study
 
-    absent = ["troponin"]                       # features that are not measured here, before the first table
+    absent = ["troponin"]   # features that are not measured here, before the first table
 
 It comes before all else that the study declares, and each cell follows from its row alone. The same
 file serves where all sites are in one process and at the hospital that wrote it.

@@ -221,9 +221,10 @@ def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -
 
     if private and study.sites.kind == "hospital" and data.site and not study.privacy.sizes:
         text = (
-            f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
-            'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
-            "patients that may be published; `medfed data show` lists the table's sites."
+            f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: "
+            'sites are declared, not read from patients. Set privacy.sizes."NAME" = N for each '
+            "site, N the number of its training patients that may be published; `medfed data show` "
+            "lists the table's sites."
         )
         yield Refusal(PlanError(text), {("privacy", "sizes"): SITES})
 
@@ -236,8 +237,9 @@ def nameless(site: pd.Series, data: Data) -> np.ndarray:
 
 SITES = toml.Ask(
     {},
-    'a line for each site: "its name in the table" = the number of its training patients that may be published.\n'
-    "`medfed data show STUDY`, at the site, lists the names. The sizes need not be right, and never follow the data.",
+    'a line for each site: "its name in the table" = the number of its training patients that may '
+    "be published.\n`medfed data show STUDY`, at the site, lists the names. The sizes need not be "
+    "right, and never follow the data.",
 )
 
 

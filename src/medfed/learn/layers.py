@@ -4,9 +4,9 @@ buffers.
 No autograd. A rule knows one kind of layer and four things about it:
 
     forward        x -> y, each client with its own parameters
-    backward       dL/dy -> dL/dx; what the parameters' gradient needs is remembered, not multiplied out
-    square_norms   of each patient's gradient, from what is remembered
-    accumulate     target <- beta * target + alpha * gradient, for each parameter, one product a layer
+    backward       dL/dy -> dL/dx; what the parameters' gradient needs is kept, not multiplied out
+    square_norms   of each patient's gradient, from what is kept
+    accumulate     target <- beta * target + alpha * gradient by parameter, one product a layer
 
 Because the last is separate, plain SGD writes its step straight into the weights (target = weights,
 alpha = -lr), a gradient is the same call with beta = 0, and a sum of clipped gradients is the same
@@ -114,7 +114,8 @@ class LayerRule(ABC):
         """
         return None
 
-    def accumulate(  # noqa: B027 (nothing to add)
+    # a layer without parameters has nothing to add
+    def accumulate(  # noqa: B027
         self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None
     ) -> None:
         """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch).

@@ -18,9 +18,13 @@ Summary = Mapping[str, Any]
 CODES = {
     "loss-grew": "the training loss ended above where it began: the steps are too long",
     "loss-high": "the training loss ended above twice that of a constant predictor",
-    "not-better-than-chance": "AUROC's interval holds one half, or several classes are told no better than by share",
+    "not-better-than-chance": (
+        "AUROC's interval holds one half, or several classes are told no better than by share"
+    ),
     "not-better-than-constant": "a regression's R2 is 0 or less",
-    "chances-worse-than-constant": "patients are ranked, but their chances err more than one chance for all would",
+    "chances-worse-than-constant": (
+        "patients are ranked, but their chances err more than one chance for all would"
+    ),
     "one-class": "all or nearly all of a class is called another, or all are called one",
     "sensitivity-missed": "the threshold finds fewer positives than its rule asks for",
     "one-class-tested": "the held-out records are of one class, so that little can be said",

@@ -12,9 +12,13 @@ and how far a model may be trained follows from it. Let h be the loss's largest 
 output and R the root mean square norm of the output's gradient in the weights, taken on made-up
 rows at the first weights (for a linear model: of the encoded inputs). Then
 
-    clip  C = R min(1, max(1/4, sqrt(rho / 400)))     fixed: a first gradient is about half of R, a wrong one all of it
-    rate  eta <= 1 / (h R^2)                          the largest step that no direction of such rows overshoots
-    path  a = eta h R^2 T / (1 - beta) = 4 rho R / C  the training time, in steps of the largest rate, at most 2,000
+    clip  C = R min(1, max(1/4, sqrt(rho / 400)))
+    rate  eta <= 1 / (h R^2)
+    path  a = eta h R^2 T / (1 - beta) = 4 rho R / C
+
+The clip is fixed: a first gradient is about half of R, a wrong one all of it. The rate is the
+largest step that no direction of such rows overshoots. The path is the training time, in steps of
+the largest rate, at most 2,000.
 
 Longer training fits directions of less curvature, in which the noise is as large: gradient descent
 stopped after the time t is ridge regression of strength 1/t, and its best strength falls with rho.

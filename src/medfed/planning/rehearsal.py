@@ -47,7 +47,9 @@ WAYS_OUT = {
         "Correct what is named: security decides how rows travel, and robustness what they may "
         "hold."
     ),
-    "evaluation": f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}.",
+    "evaluation": (
+        f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}."
+    ),
     "own model": (
         "Correct the module so that it trains without noise too, or leave privacy.vote_epsilon out."
     ),
@@ -55,8 +57,8 @@ WAYS_OUT = {
 """What to do about a stage that fails."""
 
 _FILES = {
-    "wire": "link", "field": "link", "party": "link", "three_party": "link", "masking": "link", "codec": "link",
-    "dpsgd": "gradient", "local": "gradient", "layers": "gradient",
+    "wire": "link", "field": "link", "party": "link", "three_party": "link", "masking": "link",
+    "codec": "link", "dpsgd": "gradient", "local": "gradient", "layers": "gradient",
 }  # fmt: skip
 _FUNCTIONS = {
     "sample_loss": "loss",

@@ -61,7 +61,9 @@ _TABLES = {
 _REPEATED = {
     "genesis": "EXISTS (SELECT 1 FROM genesis)",
     "cohorts": "EXISTS (SELECT 1 FROM cohorts WHERE id = NEW.id)",
-    "members": "EXISTS (SELECT 1 FROM members WHERE cohort = NEW.cohort AND pseudonym = NEW.pseudonym)",
+    "members": (
+        "EXISTS (SELECT 1 FROM members WHERE cohort = NEW.cohort AND pseudonym = NEW.pseudonym)"
+    ),
     "charges": "NEW.seq IS NOT (SELECT coalesce(max(seq), 0) + 1 FROM charges)",
 }
 SCHEMA = [

@@ -395,9 +395,9 @@ def round_to_grid(x: Tensor, unit: float, sigma: float = 0.0) -> Tensor:
     """Return x in whole grid units (int64), rounded to nearest; `unit` is a power of two, so the
     scaling is exact.
 
-    |round(a) - round(b)|_2 <= |a - b|_2 / unit + sqrt(d) for d coordinates, as each moves by at most 1/2: see
-    `grid_sensitivity`. Raises PlanError where x is not finite or noise of `sigma` grid units might wrap: 8 standard
-    deviations must fit below 2^62.
+    |round(a) - round(b)|_2 <= |a - b|_2 / unit + sqrt(d) for d coordinates, as each moves by at
+    most 1/2: see `grid_sensitivity`. Raises PlanError where x is not finite or noise of `sigma`
+    grid units might wrap: 8 standard deviations must fit below 2^62.
     """
     if not (0 < unit < math.inf and math.frexp(unit)[0] == 0.5):
         raise PlanError(f"unit={unit}: expected a power of two. Set unit=2**-20, say.")

@@ -304,7 +304,8 @@ def _min_max(sight: Sight) -> Tensor:
     """Go as far as no honest row is further from the lie than the two furthest honest rows are from
     each other.
 
-    |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over i, no search.
+    |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over
+    i, no search.
     """
     seen_RM = sight.seen_RM()
     mean_M = sight.mean_M()

@@ -186,8 +186,9 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
         entry = toml.key("data", "dictionary", first, "missing")
         told.append(
             Warned(
-                f"of {some(map(repr, apart))} some values stand apart from all others (of {first!r} in [{low:g}, "
-                f"{high:g}]), and the range reaches there. If a code such as -999 stands for what is missing, name it: "
+                f"of {some(map(repr, apart))} some values stand apart from all others "
+                f"(of {first!r} in [{low:g}, {high:g}]), and the range reaches there. If a code "
+                "such as -999 stands for what is missing, name it: "
                 f'{entry} = ["-999"]'
             )
         )

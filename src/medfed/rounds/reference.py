@@ -77,9 +77,8 @@ def play(
     patients_K = torch.tensor([_patients(plan, name) for name in sent], dtype=torch.float64)
     if plan.rule and plan.rule.needs == "rows":
         combined_M = plan.fitting(len(sent)).combine(row_KM).double()
-    elif (
-        plan.rule and plan.joint
-    ):  # rows are sums: weighed as means, and opened as the sum over as many patients
+    elif plan.rule and plan.joint:
+        # rows are sums: weighed as means, and opened as the sum over as many patients
         combined_M = _weighed(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
     elif plan.rule:
         combined_M = _weighed(plan, row_KM)

@@ -279,7 +279,9 @@ def _threshold(plan: Plan, times: int) -> JSON | None:
         return None
     return {
         "rule": plan.study.data.threshold,
-        "mechanism": "discrete Gaussian noise on counts of training patients by score, one record each",
+        "mechanism": (
+            "discrete Gaussian noise on counts of training patients by score, one record each"
+        ),
         "noise_multiplier": g.queries["threshold"].noise_multiplier,
         "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
         "released": times,

@@ -24,7 +24,9 @@ STYLE = Path(__file__).parent / "static" / "style.css"  # of the pages here and 
 _STYLE = """
 body {max-width: 68rem}
 summary {cursor: pointer; color: #005a8c}
-@media print {nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}}
+@media print {
+nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}
+}
 """
 
 PAGES = {
@@ -352,9 +354,10 @@ def _privacy(story: Story) -> str:
         body += "has not ended. A model trained so can leak who was in it.</p>"
     else:
         body = (
-            '<p class="verdict">Whether any one training patient took part, with all records, changes the odds of '
-            f"whatever this run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance "
-            f"of {claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
+            '<p class="verdict">Whether any one training patient took part, with all records, '
+            "changes the odds of whatever this run released by a factor of at most "
+            f"e<sup>{claim['epsilon']:.3f}</sup>, but for a chance of "
+            f"{claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
         )
         body += elements.key_figures(
             {
@@ -533,10 +536,13 @@ def _page(title: str, story: Story, body: str) -> str:
             f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>"
         )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read_style()}</style>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}: {study}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_read_style()}</style>"
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
-        f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}</main></body></html>\n"
+        f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}"
+        "</main></body></html>\n"
     )
 
 

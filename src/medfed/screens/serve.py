@@ -40,6 +40,8 @@ from medfed.screens.feeds import EVERY, KEPT, Feed, Runs
 STATIC = Path(__file__).parent / "static"
 BEAT = 15.0  # seconds without news after which a viewer gets a sign of life
 
+_Answer = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
+
 _OWN = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
     "data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -209,11 +211,16 @@ def application(
         )
         return Response(text, media_type=exporters.PROMETHEUS_TYPE)
 
-    routes: list[tuple[str, Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]]] = [
-        ("/", home), ("/runs/{run}", run), ("/runs/{run}/view", view), ("/runs/{run}/live", live),
-        ("/runs/{run}/pages/{page}", report), ("/runs/{run}/files/{file}", file), ("/static/{file}", static),
+    routes: list[tuple[str, _Answer]] = [
+        ("/", home),
+        ("/runs/{run}", run),
+        ("/runs/{run}/view", view),
+        ("/runs/{run}/live", live),
+        ("/runs/{run}/pages/{page}", report),
+        ("/runs/{run}/files/{file}", file),
+        ("/static/{file}", static),
         ("/metrics", metrics),
-    ]  # fmt: skip
+    ]
     app = Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes])
     return Guard(app, token, cookie, secure)
 
@@ -276,9 +283,15 @@ def serve(
         lambda: bool(server and server.should_exit),
     )
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=3,
-        ssl_certfile=certificate, ssl_keyfile=key,
-    )  # fmt: skip
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=3,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
 
