@@ -237,23 +237,24 @@ class JointNoise(Link):
         return mean_M + self._draw_noise(round)
 
     def _draw_noise(self, round: int) -> Tensor:
-        g = self.guarantee
-        if g.strategy:
+        guarantee = self.guarantee
+        if guarantee.strategy:
             noise = self._correlated.next(round - 1)
         else:
-            noise = self._gradient_noise(g.parameters)
-        if g.clipping != "adaptive":
+            noise = self._gradient_noise(guarantee.parameters)
+        if guarantee.clipping != "adaptive":
             return torch.from_numpy(noise)
-        count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)
+        count = discrete_gaussian(guarantee.count_sigma() / GRID).sample(1, self._entropy)
         return torch.cat([torch.from_numpy(noise), torch.from_numpy(count)])
 
     def _seed_noise(self, round: int) -> Tensor:
-        g = self.guarantee
-        noise_M = streams.normal(streams.subkey(torch.tensor([self.key]), round), g.numbers())[0]
-        noise_M[: g.parameters] *= g.sigma_units()
-        if g.clipping == "adaptive":
-            noise_M[-1] *= g.count_sigma() / GRID
-        if g.strategy:
+        guarantee = self.guarantee
+        key_1 = streams.subkey(torch.tensor([self.key]), round)
+        noise_M = streams.normal(key_1, guarantee.numbers())[0]
+        noise_M[: guarantee.parameters] *= guarantee.sigma_units()
+        if guarantee.clipping == "adaptive":
+            noise_M[-1] *= guarantee.count_sigma() / GRID
+        if guarantee.strategy:
             raise AssertionError("plan.check refuses correlated noise in a simulation")
         return noise_M.round().to(torch.int64)
 

@@ -135,15 +135,19 @@ def _share(
     trail: Trail | None,
 ) -> Shared:
     """Return the way among three aggregators, with how far their noise may move what they open."""
-    g = plan.guarantee
-    if g is None or not plan.joint or g.simulation_only:
+    guarantee = plan.guarantee
+    if guarantee is None or not plan.joint or guarantee.simulation_only:
         return Shared(ask, publisher, terms, trail)
     parts = math.sqrt(1.5)  # three add noise, any two parts of which suffice
     if plan.rule is None:
         return Shared(
-            ask, publisher, terms, trail, parts * max(g.sigma_units(), g.count_sigma() / GRID)
+            ask,
+            publisher,
+            terms,
+            trail,
+            parts * max(guarantee.sigma_units(), guarantee.count_sigma() / GRID),
         )
-    gram, total = gram_split(g, terms)
+    gram, total = gram_split(guarantee, terms)
     return Shared(ask, publisher, terms, trail, total * parts, lambda K: gram(K) * parts)
 
 

@@ -48,7 +48,7 @@ def play(
     for the draw.
     """
     number = server.round + 1
-    g = plan.guarantee
+    guarantee = plan.guarantee
     training = plan.study.training
 
     # Draw. The study's selector says who takes part, from public facts and a public stream; they
@@ -94,13 +94,12 @@ def play(
     # Apply. A noised sum of gradients is a step of gradient descent; the algorithm's server does
     # the rest.
     if plan.joint:
-        assert g is not None
+        assert guarantee is not None
         clip = _clip(server, plan)
         patients = float(patients_K.sum())
-        gradient_P = (
-            combined_M[: g.parameters] * (clip / patients) + training.weight_decay * server.w_P
-        )
-        if g.clipping == "adaptive":
+        gradient_P = combined_M[: guarantee.parameters] * (clip / patients)
+        gradient_P = gradient_P + training.weight_decay * server.w_P
+        if guarantee.clipping == "adaptive":
             following = dpsgd.next_clip(
                 clip, float(combined_M[-1]), round(patients), plan.study.privacy.quantile
             )
@@ -124,7 +123,7 @@ def work(
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of
     the site's clipped gradients, a patient each.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     algorithm = plan.algorithm
     task = plan.algorithm.task(server)
     memory = {kept: site.memory[kept][None] for kept in algorithm.kept}
@@ -133,14 +132,16 @@ def work(
         return done.message_KM[0], {kept: value[0] for kept, value in done.memory.items()}
 
     key_K = plan.streams.key_K("batches", server.round + 1, [name])
-    if g and g.joint:
+    if guarantee and guarantee.joint:
         patients = Patients.of([site.rows])
-        size = g.releases[name].size
+        size = guarantee.releases[name].size
         target = plan.encoding.target.task
         clip = _clip(server, plan)
-        summed = dpsgd.sums(model, task.w_P, patients, target, g, clip, [name], key_K, plan.path)
+        summed = dpsgd.sums(
+            model, task.w_P, patients, target, guarantee, clip, [name], key_K, plan.path
+        )
         message_KM = into_ball(summed.total_KP, [size])
-        if g.clipping == "adaptive":
+        if guarantee.clipping == "adaptive":
             message_KM = torch.cat(
                 [message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1
             )
@@ -153,11 +154,20 @@ def work(
     start_KP = algorithm.starts_KP(task, memory, 1)
     correction = algorithm.correct(task, memory, study.training)
     steps = local_plan(study, plan.encoding)
-    if g:
+    if guarantee:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else study.training.average
         patients = Patients.of([site.rows])
         local = dpsgd.train(
-            model, start_KP, patients, steps, g, [name], key_K, correction, average, plan.path
+            model,
+            start_KP,
+            patients,
+            steps,
+            guarantee,
+            [name],
+            key_K,
+            correction,
+            average,
+            plan.path,
         )
     else:
         local = train(model, start_KP, Stack.of([site.rows]), steps, key_K, correction, plan.path)

@@ -37,7 +37,7 @@ from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
 from medfed.planning.building import build_model
 from medfed.planning.plan import Plan
-from medfed.privacy import guarantee
+from medfed.privacy import guarantee as guarantees
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
@@ -163,12 +163,14 @@ def _descend(
 
     The sum is divided by the declared patients of those whose rows count: who took part is known.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     training = plan.study.training
-    assert g is not None
-    clip = float(server.slots["clip"]) if "clip" in server.slots else g.clip
-    expected = sum(g.releases[name].expected for name in clients)
-    gradient_P = total_M[: g.parameters] * (clip / expected) + training.weight_decay * server.w_P
+    assert guarantee is not None
+    clip = float(server.slots["clip"]) if "clip" in server.slots else guarantee.clip
+    expected = sum(guarantee.releases[name].expected for name in clients)
+    gradient_P = (
+        total_M[: guarantee.parameters] * (clip / expected) + training.weight_decay * server.w_P
+    )
 
     if "clip" in server.slots:
         following = dpsgd.next_clip(
@@ -221,7 +223,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     """
     study = plan.study
     rule = plan.study.rule()
-    g = plan.guarantee
+    guarantee = plan.guarantee
     if not rule.chosen:
         return Threshold(rule.level, "declared")
     if plan.encoding.target.task != "binary":
@@ -229,7 +231,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
 
     # Ask: what the rule needs of training rows, by cells of scores.
     edges = EXACT_EDGES
-    if g:
+    if guarantee:
         budget.ask("threshold")
         edges = _edges(server, plan, CHOOSING_CELLS)
     payload = codec.encode(
@@ -243,22 +245,24 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     # Sum, with the noise that is paid for.
     counts = np.sum([*told.values()], 0) if told else np.zeros(length)
     sd = 0.0
-    if g:
-        sd = guarantee.summed_sd(study, g.query_sd("threshold", rule.sensitivity()), len(told))
-    if g and guarantee.counted_together(study):
+    if guarantee:
+        sd = guarantees.summed_sd(
+            study, guarantee.query_sd("threshold", rule.sensitivity()), len(told)
+        )
+    if guarantee and guarantees.counted_together(study):
         counts = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts))
 
     # Choose.
     found = rule.choose(edges, counts, sd) if told else None
     if found is None:
-        hidden = "the noise hides it" if g and told else "training rows do not tell"
+        hidden = "the noise hides it" if guarantee and told else "training rows do not tell"
         log.emit(
             Warned(
                 f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"
             )
         )
         return Threshold(0.5, f"{study.data.threshold} chose nothing")
-    of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
+    of = f"noised counts of training patients (sd {sd:.3g})" if guarantee else "training rows"
     return Threshold(
         found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}"
     )
@@ -267,7 +271,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
 def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
     """Draw the noise on the sum of all sites' answers to a query."""
     assert plan.guarantee is not None
-    return guarantee.query_noise(
+    return guarantees.query_noise(
         plan.guarantee, label, sensitivity, numbers, plan.streams.key(label)
     )
 
@@ -390,7 +394,7 @@ def _noised_scores(
     """
     privacy = plan.study.privacy
     total = np.sum(list(counts.values()), 0)
-    if not guarantee.counted_together(plan.study):
+    if not guarantees.counted_together(plan.study):
         each = noised.variance(privacy.evaluation_epsilon)
         per_site: dict[str, Scored] = {
             name: Noised(edges, count, each) for name, count in counts.items()
@@ -407,8 +411,8 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
     """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the
     outcome.
     """
-    g = plan.guarantee
-    if g is None or "vote" not in g.queries:
+    guarantee = plan.guarantee
+    if guarantee is None or "vote" not in guarantee.queries:
         return
     budget.ask("vote")
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
@@ -427,14 +431,14 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
         return
 
     # Sum: no site counts for more than one, and for what its noise may add.
-    together = guarantee.counted_together(plan.study)
-    each = g.query_sd("vote", guarantee.VOTE_SENSITIVITY)
+    together = guarantees.counted_together(plan.study)
+    each = guarantee.query_sd("vote", guarantees.VOTE_SENSITIVITY)
     reach = 0.0 if together else _FAR * each
     votes = float(np.clip([vote[0] for vote in told.values()], -reach, 1 + reach).sum())
     if together:
-        votes += float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0])
-    sd = guarantee.summed_sd(plan.study, each, len(told))
-    half = guarantee.vote_interval(len(told), sd)
+        votes += float(_noise(plan, "vote", guarantees.VOTE_SENSITIVITY, 1)[0])
+    sd = guarantees.summed_sd(plan.study, each, len(told))
+    half = guarantees.vote_interval(len(told), sd)
     log.emit(Voted(server.round, len(told), metrics.Figure(votes, votes - half, votes + half), sd))
 
 

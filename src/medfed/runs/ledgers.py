@@ -9,7 +9,8 @@ from medfed.core.checks import (
     LedgerError,
     PlanError,
 )
-from medfed.privacy import guarantee, ledger_file
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import ledger_file
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path
@@ -33,7 +34,7 @@ def ledger_accounts(
     if (
         path is None
         and (folder / "plan.json").exists()
-        and guarantee.asked(study := read_plan(folder)[0])
+        and guarantees.asked(study := read_plan(folder)[0])
     ):
         path = ledger_path(study, folder / "sites")
 

@@ -22,7 +22,8 @@ from medfed.data.site_table import SiteTable
 from medfed.node.consent import Consent, everybody
 from medfed.node.site import Site, open_tables
 from medfed.planning import rates, recipe
-from medfed.privacy import guarantee, ledger_file
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import ledger_file
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.places import LEDGER, ledger_path, operators_folder
 from medfed.privacy.site_ledger import SiteLedger
@@ -88,7 +89,7 @@ def _open_sites(
 ) -> list[Site]:
     # what needs no record is refused before one is read, and before a ledger is founded
     study = planned(study)
-    private = guarantee.asked(study)
+    private = guarantees.asked(study)
     if private:
         study = _identify(study, folder)
     frames, completed = sources.frames(study, data, progress, private, table)
