@@ -14,11 +14,11 @@ def declared_labels(data: Data) -> tuple[str, ...]:
     """Return the labels that the dictionary declares; raise PlanError where a claim needs them and
     it does not.
     """
-    refuse(unlabelled(data))
+    refuse(refuse_unlabelled(data))
     return data.dictionary[data.target].categories
 
 
-def unlabelled(data: Data) -> Iterator[Refusal]:
+def refuse_unlabelled(data: Data) -> Iterator[Refusal]:
     """Yield that a claim needs declared labels, where they are not."""
     if data.dictionary.get(data.target, Feature()).categories:
         return
@@ -47,7 +47,7 @@ def declared_range(data: Data) -> tuple[float, ...]:
     return ends
 
 
-def undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
+def refuse_undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
     """Yield, as one, the features that a claim needs described and the dictionary does not
     describe.
 

@@ -179,7 +179,7 @@ def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> 
     maps = site_maps.load(study)
     yield from site_maps.misfits(header, maps, data)
     mapped = site_maps.columns(header, maps)
-    yield from misplaced(mapped, study, data, private)
+    yield from refuse_misplaced(mapped, study, data, private)
     yield from mapping.misfits(mapped, data)
 
 
@@ -196,7 +196,9 @@ def misread(study: Study, private: bool) -> Iterator[Refusal]:
         yield from mapping.refuse_kinds(data)
 
 
-def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:
+def refuse_misplaced(
+    columns: Sequence[str], study: Study, data: Data, private: bool
+) -> Iterator[Refusal]:
     """Yield what stands against how a study says who is where; `data` is its completed table.
 
     `private`: also that its sites are not declared.

@@ -118,7 +118,7 @@ class Algorithm:
 
 
 def average(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-    return _moved(server, (h.server_learning_rate or 1.0) * mean_M)
+    return _move(server, (h.server_learning_rate or 1.0) * mean_M)
 
 
 # FedProx: Li et al. 2020, eq. 2: the local objective gains mu/2 |w - w_server|^2.
@@ -169,9 +169,7 @@ def local_work(steps_K: Tensor, h: Training) -> Tensor:
     return (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
 
 
-def normalised(
-    task: Task, memory: Memory, local: LocalResult, h: Training
-) -> tuple[Tensor, Memory]:
+def normalise(task: Task, memory: Memory, local: LocalResult, h: Training) -> tuple[Tensor, Memory]:
     delta_KP = local.theta_KP - task.w_P
     work_K1 = local_work(local.steps_K, h).to(delta_KP.dtype)[:, None]
     return torch.cat([delta_KP / work_K1.clamp(min=1), work_K1], 1), memory
@@ -201,7 +199,7 @@ def adaptive(
         beta1 = h.server_momentum if momentum else 0.0
         m_P = beta1 * server.slots["m"] + (1 - beta1) * mean_M
         v_P = second_moment(server.slots["v"], mean_M.square(), h)
-        moved = _moved(
+        moved = _move(
             server, (h.server_learning_rate or 0.1) * m_P / (v_P.sqrt() + h.server_epsilon)
         )
         return replace(moved, slots={"m": m_P, "v": v_P})
@@ -232,11 +230,11 @@ def nothing(task: Task, memory: Memory, local: LocalResult, h: Training) -> tupl
     return local.theta_KP[:, :0], {"offset": local.theta_KP - task.w_P}
 
 
-def unmoved(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
+def hold(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
     return replace(server, round=server.round + 1)
 
 
-def _moved(server: Server, step_P: Tensor) -> Server:
+def _move(server: Server, step_P: Tensor) -> Server:
     return replace(server, round=server.round + 1, w_P=server.w_P + step_P)
 
 
@@ -260,7 +258,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fednova": Algorithm(
         "Wang et al. 2020, arXiv:2007.07481",
         nova_average,
-        message=normalised,
+        message=normalise,
         any_sgd="it divides by the weight that SGD gives each gradient",
         joint="coincides",
         length=lambda parameters: parameters + 1,
@@ -292,7 +290,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "local": Algorithm(
         "baseline: each site alone",
-        unmoved,
+        hold,
         message=nothing,
         kept=("offset",),
         length=lambda parameters: 0,

@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
 from medfed.core.entropy import Entropy
-from medfed.core.flat import Layout, trained
+from medfed.core.flat import Layout, select_trained
 from medfed.core.types import Task
 from medfed.data.federated import Patients
 from medfed.learn.layers import CANCELLATION, LARGEST, RuledModel, has_rules
@@ -46,7 +46,7 @@ from medfed.learn.local import (
     on_threads,
     sample_loss,
 )
-from medfed.learn.zoo import Dropout, dropout_keys, fixed
+from medfed.learn.zoo import Dropout, dropout_keys, select_fixed
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import DiscreteGaussian, round_to_grid
 
@@ -480,7 +480,7 @@ class _ByFunc:
         self.model = model
         self.names = list(Layout.of(model).shapes)
         self.dropouts = dropout_keys(model)
-        self.fixed = fixed(model)
+        self.fixed = select_fixed(model)
 
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
@@ -528,7 +528,7 @@ class _ByLoop:
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
     ) -> tuple[Tensor, Tensor]:
-        parameters = list(trained(self.model).values())
+        parameters = list(select_trained(self.model).values())
 
         def gradient(a: int, slot: int) -> Tensor:
             with drawing(self.model, step.key_AB[a, slot]):

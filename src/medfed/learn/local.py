@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
-from medfed.core.flat import Layout, fill, trained, vector
+from medfed.core.flat import Layout, fill, select_trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.learn.layers import RuledModel, has_rules
@@ -532,7 +532,7 @@ def _train_one(
             losses = sample_loss(plan.task, model(data.x_NF[rows]), data.y_N[rows])
         optimizer.zero_grad()
         torch.autograd.backward(losses.mean())
-        for name, w in trained(model).items():
+        for name, w in select_trained(model).items():
             if w.grad is None:  # the forward pass did not use it
                 w.grad = torch.zeros_like(w)
             w.grad += mu * (w.detach() - anchors[name])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from medfed.core.checks import PlanError
-from medfed.core.flat import trained, untrained, vector
+from medfed.core.flat import select_trained, select_untrained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.learn import dpsgd, local
@@ -108,7 +108,7 @@ def _restore_after(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(model: nn.Module) -> dict[str, Tensor]:
-    return {**trained(model), **untrained(model)}
+    return {**select_trained(model), **select_untrained(model)}
 
 
 def _numbers(model: nn.Module) -> dict[str, Tensor]:

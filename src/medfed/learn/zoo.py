@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
-from medfed.core.flat import fingerprint, trained, untrained
+from medfed.core.flat import fingerprint, select_trained, select_untrained
 
 Norm = Literal["layer", "group", "none"]
 Init = Literal["torch", "he"]
@@ -265,12 +265,12 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(of_python)
 
 
-def fixed(module: nn.Module) -> dict[str, Tensor]:
+def select_fixed(module: nn.Module) -> dict[str, Tensor]:
     """Return what is part of the model and not trained: frozen parameters and buffers, but for
     dropout's streams.
     """
     keys = set(dropout_keys(module))
-    return {name: value for name, value in untrained(module).items() if name not in keys}
+    return {name: value for name, value in select_untrained(module).items() if name not in keys}
 
 
 def dropout_keys(module: nn.Module) -> list[str]:
@@ -298,7 +298,7 @@ def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
             "one each time."
         )
 
-    ours, theirs = ({**trained(m), **fixed(m)} for m in (one, other))
+    ours, theirs = ({**select_trained(m), **select_fixed(m)} for m in (one, other))
     for part in sorted(ours.keys() | theirs.keys()):
         if (
             part not in ours

@@ -129,7 +129,7 @@ class Noised:
         off = ranked - _GRID * total
         certain = min(p.sum(), n.sum()) > _Z * math.sqrt(self.variance * len(p))
 
-        return _bounded(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
+        return _bound(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
 
     def _ratio(self, above: np.ndarray, below: np.ndarray) -> Figure:
         """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's
@@ -139,7 +139,7 @@ class Noised:
         off = np.tensordot(self.count, weights, 2)
         noise = self.variance * np.square(weights).sum((0, 1))
         sampling = np.tensordot(self.count, np.square(weights), 2)
-        return _bounded(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
+        return _bound(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
 
     def _quotient(self, above: np.ndarray, below: np.ndarray) -> float | None:
         whole = float((self.count * below).sum())
@@ -166,7 +166,7 @@ class Noised:
         return said
 
 
-def _bounded(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
+def _bound(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
     """Return a share with the interval of all values on the grid that the data do not speak
     against.
     """

@@ -72,7 +72,7 @@ def _of_ledger(account: SiteLedger, header: Header) -> tuple[Statement, Mapping[
         queries=account.queries(),
         epsilon=found["epsilon_all_runs"],
         lifetime=found["lifetime"],
-        founded=account.founded(),
+        founded=account.read_founded(),
     )
     return statement, account.uses()
 

@@ -273,7 +273,7 @@ class Liars:
         rule = robust_rule(study, len(clients))
         known = rule if rule and rule.needs == "gram" else None
         return cls(
-            found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known
+            found, attacks.find(robust.attack), len(clients), Streams(study.study.seed), known
         )
 
     def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from medfed.core.flat import trained
+from medfed.core.flat import select_trained
 from medfed.core.types import Task
 from medfed.learn.algorithms import Server
 from medfed.learn.learners import LEARNERS
@@ -142,7 +142,7 @@ def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) ->
 
     `most`: of so many outputs alone.
     """
-    weights = list(trained(model.eval()).values())
+    weights = list(select_trained(model.eval()).values())
     for z in model(x_nF.clone()).flatten()[:most]:
         parts = torch.autograd.grad(z, weights, retain_graph=True, allow_unused=True)
         yield torch.cat([part.flatten() for part in parts if part is not None]).double()

@@ -239,7 +239,12 @@ def _vote(study: Study) -> tuple[float, str] | None:
     p = study.privacy
     sites = len(p.sizes)
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
-    if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
+    if (
+        compared
+        or study.sites.kind == "device"
+        or not sites
+        or any(guarantees.refuse_unresolved(study))
+    ):
         return None
     if sum(p.sizes.values()) < WORTH_A_MODEL * sites:
         return None

@@ -64,7 +64,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
 
     # What is read of patients, and what it may follow from.
     yield from _reading(study, claim)
-    yield from _undeclared(study, claim)
+    yield from _refuse_undeclared(study, claim)
 
     # What is released of them besides training.
     yield from _releases(study, claim)
@@ -240,11 +240,11 @@ def is_binary(data: Data) -> bool:
     return data.task in ("auto", "binary") and len(labels) <= 2
 
 
-def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
+def _refuse_undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     """Refuse inputs and targets that nothing public bounds, as far as the study alone names them.
 
     Columns that it does not name are refused when the table's header is read
-    (`data.tables.undescribed`).
+    (`data.tables.refuse_undescribed`).
     """
     data = study.data
     named = [name for name in data.features if not is_pattern(name)]

@@ -208,7 +208,9 @@ class Guarantee:
         """
         return self.queries[label].noise_multiplier * sensitivity * self.covered_sites
 
-    def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
+    def compose_paid(
+        self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING
+    ) -> Event | None:
         """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries
         as `asked`.
 
@@ -244,7 +246,7 @@ class Guarantee:
         """
         # thousands of devices are of few kinds
         kinds = {(self.releases[name], n) for name, n in uses.items()}
-        events = {self.paid(release, n, asked) for release, n in kinds}
+        events = {self.compose_paid(release, n, asked) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events if event), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
@@ -378,7 +380,7 @@ def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
     """Return where noise is added; raise PlanError where epsilon, delta and noise do not go
     together.
     """
-    refuse(unresolved(study))
+    refuse(refuse_unresolved(study))
     privacy = study.privacy
     if privacy.noise != "auto":
         return privacy.noise
@@ -387,7 +389,7 @@ def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
     return "none"
 
 
-def unresolved(study: Study) -> Iterator[Refusal]:
+def refuse_unresolved(study: Study) -> Iterator[Refusal]:
     """Yield why epsilon, delta and noise do not go together."""
     privacy = study.privacy
     bounded = privacy.epsilon < math.inf
@@ -423,7 +425,7 @@ def unresolved(study: Study) -> Iterator[Refusal]:
         )
 
 
-def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
+def refuse_unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
     """Yield, as one, the sites whose number of training patients is not declared."""
     absent = [name for name in names if name not in study.privacy.sizes]
     if study.sites.kind == "device" or not absent:
@@ -478,7 +480,7 @@ def declared_size(study: Study, site: str) -> int:
     """
     if study.sites.kind == "device":
         return 1
-    refuse(unsized([site], study))
+    refuse(refuse_unsized([site], study))
     return study.privacy.sizes[site]
 
 
@@ -624,12 +626,12 @@ def _calibrate(
     delta: float,
     accountant: str,
 ) -> float:
-    def planned(noise_multiplier: float) -> Event:
+    def plan_event(noise_multiplier: float) -> Event:
         rounds = repeat(replace(release, noise_multiplier=noise_multiplier).event(), times)
         return _compose(rounds, beside)
 
     try:
-        return accounting.calibrate(planned, epsilon, delta, accountant)
+        return accounting.calibrate(plan_event, epsilon, delta, accountant)
     except PlanError as error:
         if not beside:
             raise

@@ -436,7 +436,7 @@ class Ledger:
             self._catch_up()
             return self._balances.worst(delta, study, site, pseudonym)
 
-    def spent(
+    def list_spent(
         self,
         delta: float,
         study: str | None = None,
@@ -450,7 +450,7 @@ class Ledger:
         """
         with self._transaction("DEFERRED"):
             self._catch_up()
-            return self._balances.spent(delta, study, site, pseudonym)
+            return self._balances.list_spent(delta, study, site, pseudonym)
 
     def rows(self) -> list[JSON]:
         """Return every charge as stored, oldest first, its event parsed."""

@@ -67,7 +67,7 @@ class SiteLedger:
             )
         self.ledger.refuse_without(head)
 
-    def founded(self) -> Lifetime | None:
+    def read_founded(self) -> Lifetime | None:
         """Return the lifetime budget of a ledger that was founded just now, with what the study
         says.
         """

@@ -111,7 +111,7 @@ def every(kept: str | Mapping[str, str] | None) -> list[str]:
     return list(dict.fromkeys(kept.values()))
 
 
-def charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
+def combine_charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
     """Return what all ledgers hold together, for the claim: of each figure the worst; None where
     there is none.
 

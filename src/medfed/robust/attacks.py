@@ -139,10 +139,10 @@ class Attack:
             return own_FM
         if stage == "wire":
             return self.on_rows(sight)
-        return _cast(self.on_rows(_doubled(sight)), own_FM.dtype)
+        return _cast(self.on_rows(_widen(sight)), own_FM.dtype)
 
 
-def _doubled(sight: Sight) -> Sight:
+def _widen(sight: Sight) -> Sight:
     """Return the sight with float64 rows."""
     honest = sight.honest_HM
     before = sight.before_FM
@@ -264,7 +264,7 @@ def _sign_flip(sight: Sight) -> Tensor:
     return -4 * sight.own_FM  # by 4, so that 30 % of the clients turn the mean: .7 - .3 x 4 < 0
 
 
-def _scaled(sight: Sight) -> Tensor:
+def _scale(sight: Sight) -> Tensor:
     # n / eta with eta = 1: a row of flipped labels replaces the mean
     return sight.clients * sight.own_FM
 
@@ -397,7 +397,7 @@ def _infinite(sight: Sight) -> Tensor:
 
 FIXED = (
     _sign_flip,
-    _scaled,
+    _scale,
     _gaussian,
     _alie,
     _ipm_large,
@@ -425,7 +425,7 @@ def _adaptive(sight: Sight) -> Tensor:
     game = _Game.of(sight, sight.honest_HM)
     strengths = [2.0**e for e in range(-5, 11)]
     best = max(
-        game.fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)],
+        game.list_fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)],
         key=game.harm,
     )
     if best.direction is not None:
@@ -481,7 +481,7 @@ class _Game:
         B = len(self.basis_BM)
         return B - 2, B - 1
 
-    def fixed(self) -> list[_Lie]:
+    def list_fixed(self) -> list[_Lie]:
         """Return the fixed attacks; liars that are not at hand send what those at hand do."""
         eye_BB = torch.eye(len(self.basis_BM), dtype=torch.float64)
         member_L = torch.arange(self.liars) % self.at_hand
@@ -542,7 +542,7 @@ _ALL = (
     Attack("backdoor", "Gu et al., BadNets 2017, arXiv:1708.06733", "data", on_data=TRIGGER.poison),
     Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=_sign_flip),
     Attack(
-        "scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scaled
+        "scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scale
     ),
     Attack(
         "gaussian", "Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_gaussian
@@ -576,7 +576,7 @@ ATTACKS: Mapping[str, Attack] = {attack.name: attack for attack in _ALL}
 """The attacks by name."""
 
 
-def named(name: str) -> Attack:
+def find(name: str) -> Attack:
     """Return an attack; raise StudyError, with what is known, for a name that none has."""
     if name not in ATTACKS:
         raise StudyError(f"robustness.attack={name!r} is not an attack; {nearest(name, ATTACKS)}")

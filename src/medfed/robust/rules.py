@@ -70,7 +70,7 @@ def _block_gram(x_Km: Tensor) -> Tensor:
         if x_Km.dtype == torch.float64:
             return g_KK
         return _product(x_Km.double())
-    near = _ranked(g_KK)
+    near = _rank(g_KK)
     centre = int(near.argmin())
     if g_KK[centre, centre] <= 16 * near[centre]:  # no large common part: nothing to win
         return g_KK
@@ -94,7 +94,7 @@ def _product(x_Km: Tensor) -> Tensor:
     return g_KK
 
 
-def weighted(blocks: Iterable[Tensor], w_K: Tensor) -> Tensor:
+def weigh(blocks: Iterable[Tensor], w_K: Tensor) -> Tensor:
     """Return the combined row [M], w X, from the same blocks [K, m], in their type (float64 for
     whole numbers).
     """
@@ -133,7 +133,7 @@ def distances(g_KK: Tensor) -> Tensor:
     return d_KK.fill_diagonal_(0)
 
 
-def _ranked(g_KK: Tensor) -> Tensor:
+def _rank(g_KK: Tensor) -> Tensor:
     """Return each row's squared distance to the nearest half of the rows [K]: no liar's is small,
     unless it is near.
     """
@@ -206,12 +206,12 @@ def geometric_median(g_KK: Tensor, f: int, radius: float | None, steps: int = 10
     drawn in to there, where their pull is the same to 1e-6: so a row of 1e30 costs neither digits
     nor steps.
     """
-    near_K = _ranked(g_KK)
+    near_K = _rank(g_KK)
     c = int(near_K.argmin())
     spread = float(near_K[c].sqrt()) or float(distances(g_KK)[c].max().sqrt())
     if spread == 0:
         return mean(g_KK, f, radius)
-    b_KK = _around(g_KK, c)
+    b_KK = _center_on(g_KK, c)
     in_K = (_FAR * spread / b_KK.diagonal().clamp(min=0).sqrt()).clamp(max=1)
     b_KK = b_KK * in_K * in_K[:, None]
     w_K = torch.zeros_like(near_K)
@@ -230,7 +230,7 @@ def geometric_median(g_KK: Tensor, f: int, radius: float | None, steps: int = 10
     return w_K
 
 
-def _around(g_KK: Tensor, c: int) -> Tensor:
+def _center_on(g_KK: Tensor, c: int) -> Tensor:
     """Return the Gram matrix of the rows less row c."""
     return g_KK - g_KK[c] - g_KK[:, c : c + 1] + g_KK[c, c]
 
@@ -249,7 +249,7 @@ def centred_clipping(g_KK: Tensor, f: int, radius: float | None, steps: int = 3)
     the reference.
     """
     count = len(g_KK) - 1
-    b_KK = _around(g_KK, count)
+    b_KK = _center_on(g_KK, count)
     w_K = torch.zeros_like(g_KK[0])
     w_K[-1] = 1
     limit = float(_from_point(b_KK, w_K)[:count].median()) if radius is None else radius
@@ -630,7 +630,7 @@ class RobustRule:
         is the last row.
         """
         if isinstance(self.last, GramRule):
-            return weighted(blocks_of(row_KM), self(gram(blocks_of(row_KM)), key))
+            return weigh(blocks_of(row_KM), self(gram(blocks_of(row_KM)), key))
         self.check(len(row_KM))
         if not self.mixings:
             return self.last.fold(row_KM, self.f)

@@ -26,7 +26,7 @@ from medfed.data import preprocess, survey_doubts
 from medfed.data.encoding import Encoding
 from medfed.data.features import open_columns
 from medfed.engine.port import Counted, Fleet, gather
-from medfed.learn.zoo import fixed
+from medfed.learn.zoo import select_fixed
 from medfed.planning import rates
 from medfed.planning.building import build_model, safe_rate
 from medfed.planning.objections import check
@@ -88,7 +88,7 @@ def send_encoding(
         "encoding": plan.encoding.to_json(),
         "sizes": sizes,
         "clients": list(plan.participants),
-        "fixed": fingerprint(fixed(build_model(plan.study, plan.encoding))),
+        "fixed": fingerprint(select_fixed(build_model(plan.study, plan.encoding))),
     }
     return _ask_all(fleet, sites, "prepare", codec.encode(header))
 

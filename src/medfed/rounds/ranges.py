@@ -29,7 +29,7 @@ from medfed.rounds.prepare import send_encoding
 from medfed.study import Study
 
 
-def paid(study: Study) -> str:
+def tell_paid(study: Study) -> str:
     """Say what becomes of what training patients have paid for ranges, where no run comes of it,
     and what works.
     """
@@ -67,7 +67,7 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
         raise PlanError(
             f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are "
             "values seen above the noise, so that there is nothing to learn from. "
-            f"{paid(plan.study)}"
+            f"{tell_paid(plan.study)}"
         )
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
     out = {event.site for event in told if isinstance(event, SiteExcluded)}
@@ -126,7 +126,7 @@ def _counts(
             )
             del told[name]
     if not told:
-        then = paid(plan.study) if turn else "Nothing was charged."
+        then = tell_paid(plan.study) if turn else "Nothing was charged."
         raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {then}")
 
     total = np.sum([*told.values()], 0)

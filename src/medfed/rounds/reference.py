@@ -79,9 +79,9 @@ def play(
         combined_M = plan.fitting(len(sent)).combine(row_KM).double()
     elif plan.rule and plan.joint:
         # rows are sums: weighed as means, and opened as the sum over as many patients
-        combined_M = _weighed(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
+        combined_M = _weigh(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
     elif plan.rule:
-        combined_M = _weighed(plan, row_KM)
+        combined_M = _weigh(plan, row_KM)
     elif plan.joint:
         combined_M = row_KM.sum(0)
     else:
@@ -183,7 +183,7 @@ def _clip(server: Server, plan: Plan) -> float:
     return plan.guarantee.clip
 
 
-def _weighed(plan: Plan, row_KM: Tensor) -> Tensor:
+def _weigh(plan: Plan, row_KM: Tensor) -> Tensor:
     """Return the rows [M] as the study's rule weighs them: a function of how they compare, their
     Gram matrix, alone.
     """

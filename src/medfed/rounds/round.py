@@ -101,7 +101,7 @@ def run_round(
 
     # Tell.
     seconds = time.perf_counter() - began
-    log.emit(_finished(answer, plan, number, seconds, len(question) * len(clients), budget))
+    log.emit(_make_finished(answer, plan, number, seconds, len(question) * len(clients), budget))
     return following
 
 
@@ -122,7 +122,7 @@ def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
         log.emit(SiteExcluded(number, name, reason))
 
 
-def _finished(
+def _make_finished(
     answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter
 ) -> RoundFinished:
     """Return the event of a round that took so many seconds, and whose question was
@@ -130,7 +130,7 @@ def _finished(
     """
     reports = answer.reports
     replies = answer.replies
-    losses = [_known(reports[name].get("loss")) for name in answer.names]
+    losses = [_read_number(reports[name].get("loss")) for name in answer.names]
     known = [
         (plan.weight(n), loss)
         for n, loss in zip(answer.names, losses, strict=True)
@@ -446,7 +446,7 @@ _FAR = 6.0
 """Standard deviations of a site's own noise beyond which its vote is cut."""
 
 
-def _known(value: Any) -> float | None:
+def _read_number(value: Any) -> float | None:
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return None

@@ -32,7 +32,7 @@ from medfed.privacy.guarantee import (
 )
 from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
-from medfed.privacy.statement import Statement, charged
+from medfed.privacy.statement import Statement, combine_charged
 from medfed.screens import reports
 
 _TRUST = {
@@ -142,10 +142,10 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
-            "ledger": charged(told, counted),
+            "ledger": combine_charged(told, counted),
         },
         "max_sites_per_patient": guarantee.max_sites,
-        "unprotected": _unprotected(plan),
+        "unprotected": _list_unprotected(plan),
         "assumptions": _assumptions(plan),
         "random_generator": "SplitMix64 from the study's seed: nothing is claimed"
         if guarantee.simulation_only
@@ -238,7 +238,9 @@ def _sampling(guarantee: Guarantee) -> str:
 def _second(guarantee: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
     name = "rdp" if guarantee.accountant == "pld" else "pld"
-    events = {guarantee.paid(guarantee.releases[n], count, asked) for n, count in uses.items()}
+    events = {
+        guarantee.compose_paid(guarantee.releases[n], count, asked) for n, count in uses.items()
+    }
     found = [
         accounting.epsilon_of(event, guarantee.delta - guarantee.delta_sampler, name)
         for event in events
@@ -334,7 +336,7 @@ def _held_out(plan: Plan) -> JSON | None:
     }
 
 
-def _unprotected(plan: Plan) -> list[str]:
+def _list_unprotected(plan: Plan) -> list[str]:
     study = plan.study
     public = plan.study.data.test_is_public
     listed = [
@@ -435,8 +437,10 @@ def outlook(plan: Plan) -> dict[str, Any]:
         correlated = study.privacy.correlated and noise != "site"
         privacy = dataclasses.replace(study.privacy, noise=noise, correlated=correlated)
         other = dataclasses.replace(study, privacy=privacy)
-        found = guarantee if noise == guarantee.mode else resolve(other, sizes, plan.parameters)
-        modes[noise] = [_outlook(found, name, study.training.rounds) for name in _shown(found)]
+        each = guarantee
+        if noise != guarantee.mode:
+            each = resolve(other, sizes, plan.parameters)
+        modes[noise] = [_outlook(each, name, study.training.rounds) for name in _choose_shown(each)]
     return {
         "study": study.study.name,
         "epsilon": guarantee.epsilon,
@@ -469,7 +473,7 @@ def _ranges_ahead(plan: Plan) -> JSON | None:
     }
 
 
-def _shown(guarantee: Guarantee) -> list[str]:
+def _choose_shown(guarantee: Guarantee) -> list[str]:
     """Name one client of each kind: all alike need one line."""
     seen = {
         (r.size, r.steps, r.probability): name

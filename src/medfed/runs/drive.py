@@ -226,7 +226,7 @@ class Drive:
         summary = summarise(self.log.events())
         plan = self.plan
         folder = self.folder
-        kept = zoo.fixed(build_model(plan.study, plan.encoding))
+        kept = zoo.select_fixed(build_model(plan.study, plan.encoding))
         if folder:
             write_model(folder, self.server, plan, kept, summary["decision"])
             if written := getattr(self.aggregation, "trail", None):

@@ -126,7 +126,7 @@ def freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) ->
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can
     be resumed.
     """
-    spent = ranges.paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
+    spent = ranges.tell_paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
         own.write_to(folder / "sites" / OWN_LOG)
         if maps := site_maps.texts(plan.study):

@@ -48,7 +48,7 @@ def ledger_accounts(
         for head in (*heads, *_read_heads(folder)):
             ledger.refuse_without(head)
         delta = delta or (ledger.lifetime.delta if ledger.lifetime else 1e-6)
-        spent = [dataclasses.asdict(account) for account in ledger.spent(delta)]
+        spent = [dataclasses.asdict(account) for account in ledger.list_spent(delta)]
         return {
             "delta": delta,
             "head": ledger.head(),

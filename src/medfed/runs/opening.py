@@ -51,7 +51,7 @@ def open_sites(
         return _open_sites(study, data, folder, progress, table, consent, pays=pays)
 
 
-def planned(study: Study) -> Study:
+def complete(study: Study) -> Study:
     """Return a study as its sites have it, from its file alone: what it leaves open chosen, its
     data completed.
 
@@ -88,7 +88,7 @@ def _open_sites(
     pays: bool = True,
 ) -> list[Site]:
     # what needs no record is refused before one is read, and before a ledger is founded
-    study = planned(study)
+    study = complete(study)
     private = guarantees.asked(study)
     if private:
         study = _identify(study, folder)

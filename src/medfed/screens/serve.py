@@ -155,32 +155,32 @@ def application(
 ) -> ASGIApp:
     """Return the application; viewers' streams end when `ending` says so."""
 
-    def found(request: Request) -> Feed | None:
+    def find(request: Request) -> Feed | None:
         return runs.feed(request.path_params["run"])
 
     def home(request: Request) -> Response:
         return HTMLResponse(live_page.home(runs))
 
     def run(request: Request) -> Response:
-        feed = found(request)
+        feed = find(request)
         if feed is None:
             return _answer_missing()
         return HTMLResponse(live_page.run(request.path_params["run"], feed))
 
     def view(request: Request) -> Response:
-        feed = found(request)
+        feed = find(request)
         if feed is None:
             return _answer_missing()
         return Response(feed.data, media_type="application/json")
 
     async def live(request: Request) -> Response:
-        feed = await run_in_threadpool(found, request)
+        feed = await run_in_threadpool(find, request)
         if feed is None:
             return _answer_missing()
         return StreamingResponse(_stream(feed, ending), media_type="text/event-stream")
 
     def report(request: Request) -> Response:
-        feed = found(request)
+        feed = find(request)
         name = request.path_params["page"]
         if feed is None or name not in dashboards.PAGES:
             return _answer_missing()
@@ -189,7 +189,7 @@ def application(
         return HTMLResponse(feed.page(name), headers={"Content-Security-Policy": _REPORT})
 
     def file(request: Request) -> Response:
-        feed = found(request)
+        feed = find(request)
         name = request.path_params["file"]
         if feed is None or name not in live_page.files(feed):
             return _answer_missing()

@@ -210,7 +210,7 @@ class Post:
         or recipient, or came before; SignatureError where the signature is wrong or the sender
         unknown; RevokedError.
         """
-        fields, body = _checked(envelope, self.roster[sender], scope, kind, to or self.me.name)
+        fields, body = _check(envelope, self.roster[sender], scope, kind, to or self.me.name)
         nonce = str(fields.get("nonce")).encode()
         if scope != self._scope:  # another round's nonces cannot come again: their scope is refused
             self._scope = scope
@@ -230,10 +230,10 @@ def check(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> 
     """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps
     no nonces.
     """
-    _checked(envelope, sender, scope, kind, to)
+    _check(envelope, sender, scope, kind, to)
 
 
-def _checked(
+def _check(
     envelope: bytes, sender: Public, scope: Scope, kind: str, to: str
 ) -> tuple[dict[str, object], bytes]:
     fields, body = _open(envelope)

@@ -512,14 +512,14 @@ class MaskingServer:
                     name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96)
                 )
                 _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
-            elif linked := self._linked(name):
+            elif linked := self._find_linked(name):
                 self._lift(
                     name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M
                 )
 
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
-    def _linked(self, gone: str) -> list[str]:
+    def _find_linked(self, gone: str) -> list[str]:
         """Return the survivors whose rows hold a mask shared with a client that dropped out after
         it shared.
         """

@@ -581,12 +581,12 @@ class SharingAggregator:
         bits = yield from line.to_bits(words.plus(base[:count], self.place))
 
         # Fold a row's top bits into one: 1 where any is set.
-        bad_K = _fold(bits.masked(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
+        bad_K = _fold(bits.mask(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
         for d in (32, 16, 8, 4, 2, 1):
             lower = bad_K.shift(-d)
             both = yield from line.both(bad_K, lower)
             bad_K = bad_K.xor(lower).xor(both)
-        bad_K = bad_K.masked(_ONE)
+        bad_K = bad_K.mask(_ONE)
 
         # Open that bit.
         opened = yield from line.open_bits(bad_K)
@@ -614,7 +614,7 @@ class _Pair:
     def xor(self, other: "_Pair") -> "_Pair":
         return _Pair(self.first ^ other.first, self.second ^ other.second)
 
-    def masked(self, mask: Words | np.uint64) -> "_Pair":
+    def mask(self, mask: Words | np.uint64) -> "_Pair":
         return _Pair(self.first & mask, self.second & mask)
 
     def shift(self, left: int) -> "_Pair":
