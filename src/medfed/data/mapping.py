@@ -381,10 +381,16 @@ def _apart(values: pd.Series) -> pd.Series:
     if pd.api.types.is_float_dtype(values.dtype):
         return values + 0.0
     if values.dtype == object and not values.map(lambda cell: isinstance(cell, str)).all():
-        return values.map(
-            lambda cell: cell if pd.isna(cell) else str(cell + 0.0 if type(cell) is float else cell)
-        )
+        return values.map(_spell_apart)
     return values
+
+
+def _spell_apart(cell: Any) -> Any:
+    if pd.isna(cell):
+        return cell
+    if type(cell) is float:
+        return str(cell + 0.0)
+    return str(cell)
 
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:

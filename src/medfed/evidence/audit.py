@@ -105,13 +105,15 @@ def audit_study(
     ]
     if not quick:
         parts.append(membership(twin, rng, retrains, fpr))
+
+    patients = "invented"
+    if study.privacy.scope == "run":
+        patients = "the study's own, which are public"
     return {
         "schema": 1,
         "study": study.study.name,
         "digest": study.digest(),
-        "patients": "the study's own, which are public"
-        if study.privacy.scope == "run"
-        else "invented",
+        "patients": patients,
         "passed": all(part.passed is not False for part in parts),
         "parts": [part.to_json() for part in parts],
         "limits": " ".join([LIMITS, *_list_gaps(study)]),

@@ -309,15 +309,27 @@ def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guaran
     t = study.training
     fleet = study.fleet
     size = declared_size(study, name)
-    alone = p.noise == "site"
+    clients = list(guarantee.releases)
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    clients = list(guarantee.releases)
-    # under joint noise all draw alike
-    mean = sum(declared_size(study, each) for each in clients) / len(clients)
-    probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
-    steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
-    once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
+
+    # Under joint noise all draw alike, and a patient at several sites moves one sum several times;
+    # under a site's own noise it moves several sums once.
+    alone = p.noise == "site"
+    if alone:
+        population: float = size
+        moves, sums = 1, p.max_sites_per_patient
+    else:
+        population = sum(declared_size(study, each) for each in clients) / len(clients)
+        moves, sums = p.max_sites_per_patient, 1
+    probability = 1.0
+    if t.batch_size:
+        probability = min(1.0, t.batch_size / population)
+    steps = 1
+    if alone:
+        steps = t.local_steps or t.local_epochs * max(1, round(1 / probability))
+    once = (1 / GRID + math.sqrt(parameters)) * moves
+
     if p.correlated:
         band = noise_tests.strategy_coefficients(planned, groups)
         return (
@@ -325,7 +337,8 @@ def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guaran
             * once
             * noise_tests.needed_multiplier(p.epsilon, p.delta, 1)
         )
-    uses = -(-planned // groups) * steps * (p.max_sites_per_patient if alone else 1)
+
+    uses = -(-planned // groups) * steps * sums
     capped = (p.batch_cap, size) if p.batch_cap and probability < 1 else (0, 0)
     multiplier = noise_tests.needed_multiplier(p.epsilon, p.delta, uses, probability, *capped)
     if guarantee.clipping == "adaptive":

@@ -548,10 +548,9 @@ class NormRule(LayerRule):
 
     def __init__(self, layer: nn.LayerNorm | nn.GroupNorm) -> None:
         super().__init__(layer)
-        affine = layer.weight is not None
-        self.names = (
-            () if not affine else ("weight", "bias") if layer.bias is not None else ("weight",)
-        )
+        self.names = ()
+        if layer.weight is not None:
+            self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
 
     @abstractmethod
     def normalise(self, x: Tensor) -> Tensor:

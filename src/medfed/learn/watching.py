@@ -120,12 +120,12 @@ def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
     """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own
     passes.
     """
-    inputs = [
-        value.detach().clone().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for value in given
-    ]
+    inputs = []
+    for value in given:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().clone().requires_grad_()
+        inputs.append(value)
+
     try:
         with torch.enable_grad():
             found = part(*inputs)

@@ -34,6 +34,7 @@ from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
 from medfed.privacy.statement import Statement, combine_charged
 from medfed.screens import reports
+from medfed.study import Study
 
 _TRUST = {
     "site": (
@@ -70,6 +71,17 @@ _MECHANISM = {
         "discrete Gaussian noise on an integer grid, correlated over rounds."
     ),
 }
+_CHARGE_SCOPE = {
+    "independent": "a round",
+    "correlated": "the whole run: its noise is correlated over rounds",
+}
+_GENERATOR = {
+    "seed": "SplitMix64 from the study's seed: nothing is claimed",
+    "system": (
+        "AES-256 in counter mode, key from the operating system; exact tables of the discrete "
+        "Gaussian, whose total variation distance from the ideal is charged to delta"
+    ),
+}
 
 
 def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
@@ -82,7 +94,6 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
     spent = budget.claim()
     uses: dict[str, int] = getattr(budget, "uses", {})
     asked: dict[str, int] = getattr(budget, "asked", {})
-    first = next(iter(guarantee.releases.values()))
     patients = sum(release.size for release in guarantee.releases.values())
     counted = 0.0 if spent["epsilon"] is None else float(str(spent["epsilon"]))
 
@@ -99,23 +110,11 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "trust_model": _trust(plan),
         "mechanism": _MECHANISM["correlated" if guarantee.strategy else "independent"],
         "clipping": {"kind": guarantee.clipping, "norm": guarantee.clip, "slack": SLACK},
-        "noise": {
-            "mode": guarantee.mode,
-            "multiplier": first.noise_multiplier
-            if guarantee.joint
-            else {n: r.noise_multiplier for n, r in guarantee.releases.items()},
-            "grid": f"C x {GRID:g}",
-            "sd_in_grid_steps": guarantee.sigma_units()
-            if guarantee.joint
-            else {n: guarantee.sigma_units(n) for n in guarantee.releases},
-            "noise_sd_ratio": _noise_excess(plan),
-            "count_noise": COUNT_NOISE if guarantee.clipping == "adaptive" else None,
-            "strategy": list(guarantee.strategy) or None,
-        },
+        "noise": _noise(plan),
         "sampling": _sampling(guarantee),
-        "steps_per_round": first.steps
-        if guarantee.joint
-        else {n: r.steps for n, r in guarantee.releases.items()},
+        "steps_per_round": _once_or_by_site(
+            guarantee, {name: release.steps for name, release in guarantee.releases.items()}
+        ),
         "rounds": {
             "planned": study.training.rounds,
             "spare": study.privacy.spare_rounds,
@@ -125,9 +124,7 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "threshold": _threshold(plan, asked.get("threshold", 0)),
         "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
-        "charge_scope": "the whole run: its noise is correlated over rounds"
-        if guarantee.strategy
-        else "a round",
+        "charge_scope": _CHARGE_SCOPE["correlated" if guarantee.strategy else "independent"],
         "patients": {
             "declared": patients,
             "one_over_n": 1 / patients,
@@ -147,13 +144,7 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "max_sites_per_patient": guarantee.max_sites,
         "unprotected": _list_unprotected(plan),
         "assumptions": _assumptions(plan),
-        "random_generator": "SplitMix64 from the study's seed: nothing is claimed"
-        if guarantee.simulation_only
-        else (
-            "AES-256 in counter mode, key from the operating system; exact tables of the "
-            "discrete Gaussian, whose total variation distance from the ideal is charged to "
-            "delta"
-        ),
+        "random_generator": _GENERATOR["seed" if guarantee.simulation_only else "system"],
         "audit": None,
     }
 
@@ -183,13 +174,41 @@ def _trust(plan: Plan) -> str:
     assert plan.guarantee is not None
     mode = plan.guarantee.mode
     way = plan.study.security.aggregation
-    said = _TRUST[way if mode == "shared" else mode].format(
-        holders=holders(plan.study, plan.participants)
-    )
-    simulated = mode == "shared" and way != "plain"
-    if simulated:
+    kind = way if mode == "shared" else mode
+    said = _TRUST[kind].format(holders=holders(plan.study, plan.participants))
+    if mode == "shared" and way != "plain":
         return f"{said} In this engine all parties run in one process, whose owner sees everything."
     return said
+
+
+def _noise(plan: Plan) -> JSON:
+    """Return what noise a round's sum carries: its multiplier, and its standard deviation in steps
+    of the grid.
+    """
+    guarantee = plan.guarantee
+    assert guarantee is not None
+    releases = guarantee.releases
+
+    return {
+        "mode": guarantee.mode,
+        "multiplier": _once_or_by_site(
+            guarantee, {name: release.noise_multiplier for name, release in releases.items()}
+        ),
+        "grid": f"C x {GRID:g}",
+        "sd_in_grid_steps": _once_or_by_site(
+            guarantee, {name: guarantee.sigma_units(name) for name in releases}
+        ),
+        "noise_sd_ratio": _noise_excess(plan),
+        "count_noise": COUNT_NOISE if guarantee.clipping == "adaptive" else None,
+        "strategy": list(guarantee.strategy) or None,
+    }
+
+
+def _once_or_by_site(guarantee: Guarantee, each: Mapping[str, float]) -> float | dict[str, float]:
+    """Return a figure of all sites by site; once where noise is joint, as they are alike then."""
+    if guarantee.joint:
+        return next(iter(each.values()))
+    return dict(each)
 
 
 def _noise_excess(plan: Plan) -> float:
@@ -219,17 +238,20 @@ def _sampling(guarantee: Guarantee) -> str:
             "every patient of a participating site takes part in every step; no amplification "
             "is claimed"
         )
+
+    sites = len(guarantee.releases)
     if guarantee.joint:
-        size = sum(release.size for release in guarantee.releases.values()) / len(
-            guarantee.releases
-        )
+        size = sum(release.size for release in guarantee.releases.values()) / sites
     else:
         size = sampled[0].size
     expected = size * sampled[0].probability
     cap = sampled[0].cap
+
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
-    law += ", at a site of the mean size" if guarantee.joint and len(guarantee.releases) > 1 else ""
-    law = f"{law}, truncated to {cap} patients and counted with half the noise" if cap else law
+    if guarantee.joint and sites > 1:
+        law += ", at a site of the mean size"
+    if cap:
+        law += f", truncated to {cap} patients and counted with half the noise"
     if len(sampled) == len(guarantee.releases):
         return law
     return f"{law}; sites of no more patients take all of them"
@@ -270,7 +292,7 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
         "sensitivity": ranges_sensitivity(len(columns)),
         "noise_multiplier": query.noise_multiplier,
         "epsilon_alone": query.epsilon,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "noised_at": _noised_at(plan.study),
         "times": query.times,
         "released": times,
     }
@@ -291,7 +313,7 @@ def _threshold(plan: Plan, times: int) -> JSON | None:
             "discrete Gaussian noise on counts of training patients by score, one record each"
         ),
         "noise_multiplier": guarantee.queries["threshold"].noise_multiplier,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "noised_at": _noised_at(plan.study),
         "released": times,
     }
 
@@ -302,7 +324,10 @@ def _vote(plan: Plan, times: int) -> JSON | None:
     assert guarantee is not None
     if "vote" not in guarantee.queries:
         return None
-    public = plan.study.data.test_is_public
+    if plan.study.data.test_is_public:
+        payers = "training patients"
+    else:
+        payers = "training and held-out patients, these beside their test"
 
     return {
         "unit": (
@@ -311,10 +336,8 @@ def _vote(plan: Plan, times: int) -> JSON | None:
         ),
         "mechanism": "discrete Gaussian noise on the sum of the sites' votes, each between 0 and 1",
         "noise_multiplier": guarantee.queries["vote"].noise_multiplier,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
-        "paid_by": "training patients"
-        if public
-        else "training and held-out patients, these beside their test",
+        "noised_at": _noised_at(plan.study),
+        "paid_by": payers,
         "released": times,
     }
 
@@ -326,14 +349,17 @@ def _held_out(plan: Plan) -> JSON | None:
     study = plan.study
     if study.data.test_is_public or not study.privacy.evaluation_epsilon:
         return None
-    together = counted_together(study)
     return {
         "unit": "patient: one record of one held-out patient, for each test",
         "mechanism": "two-sided geometric noise on counts of scores by label",
         "epsilon": study.privacy.evaluation_epsilon,
-        "noised_at": "the sum of all sites" if together else "each site",
-        "paid": "once" if together else "at each site that holds the patient out",
+        "noised_at": _noised_at(study),
+        "paid": "once" if counted_together(study) else "at each site that holds the patient out",
     }
+
+
+def _noised_at(study: Study) -> str:
+    return "the sum of all sites" if counted_together(study) else "each site"
 
 
 def _list_unprotected(plan: Plan) -> list[str]:
@@ -372,23 +398,21 @@ _READ_OFF = (
     "these records are public: ranges, categories, labels or sizes were read off them "
     "(data.read_from_records=true), and nothing here covers that"
 )
+_PUBLIC = (
+    "ranges, categories and labels in the data dictionary are public knowledge, not taken from "
+    "these patients"
+)
 
 
 def _assumptions(plan: Plan) -> list[str]:
     study = plan.study
+    how = "attested, not measured"
+    if study.data.patient:
+        how = "checked by name in this process"
+
     found = [
-        f"no patient has records at more than {study.privacy.max_sites_per_patient} sites "
-        + (
-            "(checked by name in this process)"
-            if study.data.patient
-            else "(attested, not measured)"
-        ),
-        _READ_OFF
-        if study.data.read_from_records
-        else (
-            "ranges, categories and labels in the data dictionary are public knowledge, not "
-            "taken from these patients"
-        ),
+        f"no patient has records at more than {study.privacy.max_sites_per_patient} sites ({how})",
+        _READ_OFF if study.data.read_from_records else _PUBLIC,
         "model, features and settings were chosen without looking at these training patients, or "
         "that was charged",
     ]

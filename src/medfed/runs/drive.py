@@ -271,6 +271,16 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
         )
     )
 
+    positive = ""
+    threshold = ""
+    if plan.encoding.target.task == "binary":
+        positive = plan.encoding.target.labels[1]
+        threshold = study.data.threshold
+    rate = training.learning_rate
+    why = ""
+    if plan.chosen:
+        rate = plan.chosen.rate
+        why = plan.chosen.why()
     log.emit(
         events.Planned(
             algorithm=training.algorithm,
@@ -286,13 +296,11 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
-            positive=plan.encoding.target.labels[1]
-            if plan.encoding.target.task == "binary"
-            else "",
-            threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
+            positive=positive,
+            threshold=threshold,
             chosen=study.choices(),
-            learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
-            rate_chosen=plan.chosen.why() if plan.chosen else "",
+            learning_rate=rate,
+            rate_chosen=why,
         )
     )
     for event in (*told, *map(events.Warned, [*plan.warnings, *_void_test(plan)])):
