@@ -381,13 +381,11 @@ def _apart(values: pd.Series) -> pd.Series:
     if pd.api.types.is_float_dtype(values.dtype):
         return values + 0.0
     if values.dtype == object and not values.map(lambda cell: isinstance(cell, str)).all():
-        return values.map(_spell_apart)
+        return values.map(_spell_apart, na_action="ignore")
     return values
 
 
-def _spell_apart(cell: Any) -> Any:
-    if pd.isna(cell):
-        return cell
+def _spell_apart(cell: object) -> str:
     if type(cell) is float:
         return str(cell + 0.0)
     return str(cell)

@@ -67,11 +67,8 @@ def agree(
 
     # Centre and scale of each number: from the dictionary, none, or from what sites answer.
     numbers = [name for name in names if name not in texts]
-    logs = {
-        n: _log_floor(data.dictionary[n])
-        for n in numbers
-        if n in data.dictionary and data.dictionary[n].log
-    }
+    logged = [n for n in numbers if n in data.dictionary and data.dictionary[n].log]
+    logs = {n: _log_floor(data.dictionary[n]) for n in logged}
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         refuse(_refuse_unranged(numbers, data))
@@ -87,8 +84,10 @@ def agree(
 
     else:
         asked = [*numbers, ""] if target.task == "regression" else numbers
-        robust = data.preprocess == "robust"
-        fitted = fit_widely(asked, logs, ask) if robust else fit("standard", asked, logs, ask)
+        if data.preprocess == "robust":
+            fitted = fit_widely(asked, logs, ask)
+        else:
+            fitted = fit("standard", asked, logs, ask)
         scales = {name: fitted[name] for name in numbers}
         if target.task == "regression":
             centre, scale = fitted[""]
@@ -99,16 +98,13 @@ def agree(
 
     # The columns, in one order for everybody.
     cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
-    columns = []
-    for name in names:
+
+    def make_column(name: str) -> Column:
         if name in texts:
             categories = data.dictionary.get(name, Feature()).categories or texts[name]
-            columns.append(
-                Column(name, "category", categories=categories, indicator=name in indicators)
-            )
-            continue
+            return Column(name, "category", categories=categories, indicator=name in indicators)
         centre, scale = scales[name]
-        column = Column(
+        return Column(
             name,
             "number",
             centre,
@@ -120,8 +116,9 @@ def agree(
             fill=fills.get(name, 0.0),
             found=tuple(found.get(name, ())),
         )
-        columns.append(column)
-    return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
+
+    columns = tuple(make_column(name) for name in names)
+    return Encoding(columns, target, public or data.preprocess == "dictionary")
 
 
 def _choose_indicators(

@@ -73,19 +73,7 @@ def frames(
     dropped: dict[str, dict[str, int]] = {name: {} for name in names}
     if nowhere:
         dropped = {name: {"rows without site": nowhere} for name in names}
-    for what in ("rows without target", "rows without patient", "rows without time"):
-        if private and what == "rows without target":
-            continue  # they take no part, whatever the study says
-        frame, gone_N = mapping.drop(frame, what, data)
-        if site is not None:
-            for name, count in site[gone_N].value_counts().items():
-                dropped.setdefault(str(name), {})[what] = int(count)
-            site = site[~gone_N]
-        elif gone_N.any():
-            dropped |= {
-                name: {**dropped.get(name, {}), what: int(gone_N.sum())}
-                for name in study.sites.names
-            }
+    frame, site = _drop_rows(frame, site, study, data, private, dropped)
 
     # All other columns, and each row to its site.
     frame = mapping.apply(frame, data, private, site)
@@ -105,6 +93,31 @@ def frames(
     if footed:
         met[names[0]] = [*footed, *met.get(names[0], ())]
     return replace(split, dropped=dropped, doubts=met), data
+
+
+def _drop_rows(
+    frame: pd.DataFrame,
+    site: pd.Series | None,
+    study: Study,
+    data: Data,
+    private: bool,
+    dropped: dict[str, dict[str, int]],
+) -> tuple[pd.DataFrame, pd.Series | None]:
+    """Return the rows that stay, and their sites; how many are left out and why is put into
+    `dropped`, by site. Where rows name no site each site is told the count of all.
+    """
+    for what in ("rows without target", "rows without patient", "rows without time"):
+        if private and what == "rows without target":
+            continue  # they take no part, whatever the study says
+        frame, gone_N = mapping.drop(frame, what, data)
+        if site is not None:
+            for name, count in site[gone_N].value_counts().items():
+                dropped.setdefault(str(name), {})[what] = int(count)
+            site = site[~gone_N]
+        elif gone_N.any():
+            for each in study.sites.names:
+                dropped.setdefault(each, {})[what] = int(gone_N.sum())
+    return frame, site
 
 
 def _sites_of_rows(

@@ -466,18 +466,25 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     moved: dict[str, float] = {}
     for w_P in weights:
         for company in (_drop_everybody(twin.rows[name]), crowd):
-            for odd, far in _measure_moves(
-                twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng
-            ):
+            worst = _worst_labels(twin, w_P, patients)
+            for odd, far in _measure_moves(twin, site, w_P, company, worst, rng):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
     if not moved:
         why = "not run: the site answers nothing, whoever is in its rows"
         return Part("sensitivity", "one patient <= C", "-", why, None, {"patients": 0})
+    return _judge_moves(
+        moved, 1 + SLACK + GRID * math.sqrt(plan.parameters), len(crowd), len(weights)
+    )
+
+
+def _judge_moves(moved: Mapping[str, float], allowed: float, records: int, weights: int) -> Part:
+    """Return what odd patients' moves say: how far each `moved` a site's sum, in clips, beside what
+    is `allowed`.
+    """
     worst = max(moved, key=lambda which: moved[which])
-    allowed = 1 + SLACK + GRID * math.sqrt(plan.parameters)
     beyond = {which: far for which, far in moved.items() if not far <= allowed}
     told = (
-        f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} "
+        f"{len(moved)} odd patients, alone and among {records} records, at {weights} "
         f"sets of weights; {worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most "
         f"{allowed:.4g} C is allowed)"
     )

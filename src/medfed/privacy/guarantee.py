@@ -502,13 +502,36 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     - a draw of sites gains nothing, as it is seen; only coins of patients do;
     - `simulation_only`: the same numbers, and nothing is claimed.
     """
+    refuse(large_delta(sum(sizes.values()), study))
+
+    guarantee = _plan_releases(study, sizes, parameters)
+    guarantee = _take_samplers_share(study, guarantee, clients=len(sizes))
+
+    # Queries have their own price; the rounds get what these leave.
+    delta = guarantee.delta - guarantee.delta_sampler
+    queries = {
+        label: replace(
+            one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta)
+        )
+        for label, one in queries_of(study).items()
+    }
+    guarantee = replace(guarantee, queries=queries)
+    noise = {name: _noise_for(guarantee, one) for name, one in guarantee.releases.items()}
+    if guarantee.joint:  # one noise for all: the client that needs most decides
+        noise = dict.fromkeys(noise, max(noise.values()))
+    releases = {
+        name: replace(one, noise_multiplier=noise[name]) for name, one in guarantee.releases.items()
+    }
+    return replace(guarantee, releases=releases)
+
+
+def _plan_releases(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarantee:
+    """Return what is planned: how many rounds a client's patients pay for, and what each releases,
+    its noise yet unknown.
+    """
     privacy = study.privacy
     where = mode(study)
     assert where != "none"
-    refuse(large_delta(sum(sizes.values()), study))
-
-    # What is planned: how many rounds a client's patients pay for, and what each releases, its
-    # noise yet unknown.
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
     planned = study.training.rounds + privacy.spare_rounds
     mean = sum(sizes.values()) / len(sizes)
@@ -518,7 +541,8 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     if privacy.correlated:
         strategy = tuple(factorisation.coefficients(planned, groups))
         uses = 1  # a correlated run is one release
-    guarantee = Guarantee(
+
+    return Guarantee(
         mode=where,
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -537,8 +561,13 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
         separation=groups,
     )
 
-    # The sampler's share: every number that is ever drawn may be a little off the ideal law.
-    samples = _count_samples(study, guarantee, clients=len(sizes))
+
+def _take_samplers_share(study: Study, guarantee: Guarantee, clients: int) -> Guarantee:
+    """Return the guarantee with the sampler's share of delta: every number that is ever drawn may
+    be a little off the ideal law. Raises PlanError where it is more than half.
+    """
+    privacy = study.privacy
+    samples = _count_samples(study, guarantee, clients)
     if not privacy.simulation_only:
         worst = worst_total_variation(2.0**20 * guarantee.sensitivity_units())
         guarantee = replace(guarantee, delta_sampler=delta_cost(worst, samples, privacy.epsilon))
@@ -548,23 +577,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
             f"takes {guarantee.delta_sampler:.2g} of it; expected at most half. Lower "
             "training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
-
-    # Queries have their own price; the rounds get what these leave.
-    delta = guarantee.delta - guarantee.delta_sampler
-    queries = {
-        label: replace(
-            one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta)
-        )
-        for label, one in queries_of(study).items()
-    }
-    guarantee = replace(guarantee, queries=queries)
-    noise = {name: _noise_for(guarantee, release) for name, release in blank.items()}
-    if guarantee.joint:  # one noise for all: the client that needs most decides
-        noise = dict.fromkeys(noise, max(noise.values()))
-    releases = {
-        name: replace(release, noise_multiplier=noise[name]) for name, release in blank.items()
-    }
-    return replace(guarantee, releases=releases)
+    return guarantee
 
 
 def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
