@@ -69,6 +69,44 @@ def agree(
     numbers = [name for name in names if name not in texts]
     logged = [n for n in numbers if n in data.dictionary and data.dictionary[n].log]
     logs = {n: _log_floor(data.dictionary[n]) for n in logged}
+    scales, fills, target = _agree_scales(numbers, logs, target, data, ask, public)
+
+    # The columns, in one order for everybody.
+    cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
+
+    def make_column(name: str) -> Column:
+        if name in texts:
+            categories = data.dictionary.get(name, Feature()).categories or texts[name]
+            return Column(name, "category", categories=categories, indicator=name in indicators)
+        centre, scale = scales[name]
+        return Column(
+            name,
+            "number",
+            centre,
+            scale,
+            log=name in logs,
+            floor=logs.get(name, 0.0),
+            cap=cap,
+            indicator=name in indicators,
+            fill=fills.get(name, 0.0),
+            found=tuple(found.get(name, ())),
+        )
+
+    columns = tuple(make_column(name) for name in names)
+    return Encoding(columns, target, public or data.preprocess == "dictionary")
+
+
+def _agree_scales(
+    numbers: Sequence[str],
+    logs: dict[str, float],
+    target: Target,
+    data: Data,
+    ask: Ask,
+    public: bool,
+) -> tuple[dict[str, tuple[float, float]], dict[str, float], Target]:
+    """Return each number's centre and scale, what fills its gaps where that is not the centre, and
+    the target with its own.
+    """
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         refuse(_refuse_unranged(numbers, data))
@@ -95,30 +133,7 @@ def agree(
 
     if public and target.task == "regression":
         declared_range(data)
-
-    # The columns, in one order for everybody.
-    cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
-
-    def make_column(name: str) -> Column:
-        if name in texts:
-            categories = data.dictionary.get(name, Feature()).categories or texts[name]
-            return Column(name, "category", categories=categories, indicator=name in indicators)
-        centre, scale = scales[name]
-        return Column(
-            name,
-            "number",
-            centre,
-            scale,
-            log=name in logs,
-            floor=logs.get(name, 0.0),
-            cap=cap,
-            indicator=name in indicators,
-            fill=fills.get(name, 0.0),
-            found=tuple(found.get(name, ())),
-        )
-
-    columns = tuple(make_column(name) for name in names)
-    return Encoding(columns, target, public or data.preprocess == "dictionary")
+    return scales, fills, target
 
 
 def _choose_indicators(
