@@ -86,11 +86,19 @@ def audit_study(
 ) -> dict[str, Any]:
     """Test and attack a twin of a study; return the parts, and whether the claim stands.
 
-    Parts: `exact.noise`, `exact.sensitivity`, `one_run`, `inversion`, `membership`.
-
-    `canaries` 0 takes as many as the claim needs; `quick` leaves out the retrains. Coins come from
+    Parts: `exact.noise`, `exact.sensitivity`, `one_run`, `inversion`, `membership`. Coins come from
     the operating system, or from `seed`; noise always from the former. Raises PlanError where there
     is no claim to audit.
+
+    Args:
+        study: the study.
+        data: where downloaded data is looked for first.
+        canaries: how many made-up patients `one_run` hides; 0: as many as the claim needs.
+        retrains: how often `membership` trains.
+        fpr: the false positive rate at which members are told, 0 to 1.
+        quick: the retrains are left out.
+        seed: of the audit's coins.
+        encoding: a run's; None: the twin agrees on its own.
     """
     rng = np.random.default_rng(secrets.randbits(256) if seed is None else seed)
     twin = Twin.of(study, data, rng, encoding)
@@ -164,6 +172,11 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
 
     Canaries are more training rows at the sites; declared sizes stay. Their features are drawn anew
     in every round, so that noise used twice cancels and is found.
+
+    Args:
+        twin: the study's.
+        rng: draws canaries and coins.
+        canaries: how many; 0: as many as the claim needs.
     """
     guarantee = twin.guarantee
     plan = twin.plan
@@ -397,11 +410,16 @@ def _add_canaries(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
 
 
 def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: float = 0.05) -> Part:
-    """Train many times, each patient of a pool in half of them, and tell members by the released
-    models' losses.
+    """Train many times, each patient of a pool in half of them; tell members by the models' losses.
 
     Under (epsilon, delta) no attacker finds more than e^epsilon FPR + delta of the members. Raises
     PlanError for fewer than 8 retrains, and for an `fpr` outside (0, 1).
+
+    Args:
+        twin: the study's.
+        rng: draws the pool and its halves.
+        retrains: how often it trains.
+        fpr: the false positive rate at which members are told.
     """
     if not 0 < fpr < 1:
         raise PlanError(f"fpr={fpr:g}; expected a rate in (0, 1). Set --fpr 0.05.")
@@ -483,8 +501,14 @@ def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
 
 
 def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
-    """Read single records from what the first round releases of one site, with and without
-    protection.
+    """Read single records from what the first round releases of one site.
+
+    With and without protection.
+
+    Args:
+        twin: the study's.
+        rng: draws which records.
+        records: how many are tried.
     """
     study = twin.plan.study
     name = _first_layer(twin.model)

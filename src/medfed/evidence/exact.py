@@ -88,8 +88,9 @@ class _Drawn:
 
 
 def noise(twin: Twin) -> Part:
-    """Draw the noise of many rounds through sites without patients, and hold it to its law and to
-    the claim.
+    """Draw the noise of a `twin`'s sites without patients, and hold it to its law and to the claim.
+
+    Of many rounds.
     """
     drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
@@ -298,12 +299,17 @@ def _excess(plan: Plan) -> float:
 
 
 def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guarantee) -> float:
-    """Return the standard deviation in grid units that a client's claim needs, worked out from the
-    study.
+    """Return the standard deviation, in grid units, that a client's claim needs.
 
-    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive
-    clipping's count. The deviation told for the count is taken as it is, and the gradient's must
-    make up for the rest.
+    It is worked out from the study.
+
+    Args:
+        study: the study.
+        name: the client's.
+        parameters: P of the model.
+        guarantee: asked for one thing: how noise is split between the gradient and adaptive
+            clipping's count. The deviation told for the count is taken as it is, and the gradient's
+            must make up for the rest.
     """
     p = study.privacy
     t = study.training
@@ -362,10 +368,16 @@ class Odd:
 
 
 def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> list[Odd]:
-    """Return patients that break clipping where it can be broken: near-duplicates, cancellations,
-    extremes, 1 to 64.
+    """Return patients that break clipping where it can be broken.
 
-    Behind those with names come DRAWN of `privacy.odd_patients`, of up to eight records.
+    Near-duplicates, cancellations, extremes, of 1 to 64 records. Behind those with names come DRAWN
+    of `privacy.odd_patients`, of up to eight records.
+
+    Args:
+        width: F of a record.
+        kind: the target's.
+        labels: how many there are, at least 2.
+        rng: draws the records.
     """
     plain_F = torch.from_numpy(rng.standard_normal(width)).float()
     found: list[Odd] = []
@@ -433,8 +445,11 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
-    """Put odd patients into a site's rows, one at a time, and measure how far each moves what the
-    site releases.
+    """Put odd patients into a site's rows, one at a time; measure how far each moves its release.
+
+    Args:
+        twin: the study's.
+        rng: draws the patients.
     """
     bare = _limit_to_one_step(twin, _QUIET)
     plan = bare.plan

@@ -84,13 +84,20 @@ class Algorithm:
     any_sgd: str = ""
 
     def begin(self, w_P: Tensor, h: Training) -> Server:
-        """Return the state before the first round."""
+        """Return the state before the first round, from weights `w_P` and hyperparameters `h`."""
         slots = {name: torch.full_like(w_P, value) for name, value in self.start(h).items()}
         return Server(0, w_P, slots | ({"average": w_P} if h.average else {}))
 
     def step(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        """Return the state after a round; with training.average, the mean of the last rounds'
-        models goes along.
+        """Return the state after a round.
+
+        With training.average, the mean of the last rounds' models goes along.
+
+        Args:
+            server: the state before it.
+            mean_M: the combined row.
+            share: the weight of those whose rows count, of all participants': 0 to 1.
+            h: the study's hyperparameters.
         """
         after = self.apply(server, mean_M, share, h)
         common = {name: server.slots[name] for name in COMMON if name in server.slots}
@@ -100,15 +107,17 @@ class Algorithm:
         return replace(after, slots={**after.slots, **common})
 
     def task(self, server: Server) -> Task:
-        """Return what the clients of the next round receive."""
+        """Return what the clients of the round after `server` receive."""
         return Task(server.w_P, {name: server.slots[name] for name in self.sent})
 
     def blank(self, w_P: Tensor) -> dict[str, Tensor]:
-        """Return what one client remembers before its first round: name -> [P]."""
+        """Return what a client with weights `w_P` remembers before its first round: name -> [P]."""
         return {name: torch.zeros_like(w_P) for name in self.kept}
 
     def starts_KP(self, task: Task, memory: Memory, clients: int) -> Tensor:
-        """Return the weights that each client starts from."""
+        """Return the weights that each of so many `clients` starts from: the sent ones of `task`,
+        or, with a personal model, its own by `memory`.
+        """
         w_KP = task.w_P.expand(clients, -1)
         return w_KP + memory["offset"] if self.personal else w_KP
 
@@ -159,8 +168,8 @@ def control_average(server: Server, mean_M: Tensor, share: float, h: Training) -
 
 
 def local_work(steps_K: Tensor, h: Training) -> Tensor:
-    """Return |a_k|_1 [K]: the number of steps, or with momentum rho the sum of the weights its
-    gradients get.
+    """Return |a_k|_1 [K]: of `steps_K` steps their number, or with momentum rho (in `h`) the sum of
+    the weights its gradients get.
     """
     tau = steps_K.double()
     rho = h.momentum

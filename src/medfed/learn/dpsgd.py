@@ -101,6 +101,10 @@ def clip_factor(kind: str, clip: float) -> Factor:
     - a norm that is not finite has no product; whoever sums leaves that patient out (`sums`);
     - "automatic" has no C: every gradient well above 0.01 comes to about 1, a sure patient's like
       an unsure one's.
+
+    Args:
+        kind: privacy.clipping.
+        clip: C, in the gradient's units; "automatic" does not read it.
     """
     if kind == "automatic":
         return lambda norm_AI: 1 / (norm_AI + _AUTOMATIC)
@@ -192,6 +196,13 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return each client's sum [K, P] of its patients' gradients, not clipped, and their norms [K,
     I]; for probe.py.
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        w_P: the weights at which gradients are taken.
+        patients: the clients' patients and their records, end to end.
+        task: what the outputs are.
+        path: how gradients are taken.
     """
     model.train()
     members = torch.arange(len(patients))

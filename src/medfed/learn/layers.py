@@ -64,7 +64,9 @@ class Buffers:
         self._views: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised contiguous tensor [A, ...], kept under `name`."""
+        """Return an uninitialised contiguous tensor of `shape` [A, ...] and `dtype`, kept under
+        `name`.
+        """
         wanted = (name, dtype, *shape)
         view = self._views.get(wanted)
         if view is None:
@@ -95,14 +97,23 @@ class LayerRule(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        """Return y [A, B, ...] for x [A, B, ...]; `key_K` are this step's streams, of clients [A]
-        or slots [A, B].
+        """Return y [A, B, ...] for x [A, B, ...].
+
+        Args:
+            x: the layer's input.
+            params: the layer's own, [A, *shape] each.
+            key_K: this step's streams, of clients [A] or slots [A, B].
         """
 
     @abstractmethod
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        """Return dL/dx (unless this is the `first` layer with parameters: nothing below needs it);
-        may overwrite dy.
+        """Return dL/dx for dL/dy; may overwrite dy.
+
+        Args:
+            dy: dL/dy, shaped like y.
+            params: the layer's own, [A, *shape] each.
+            first: it is the first layer with parameters: nothing below needs dL/dx, and anything
+                may be returned.
         """
 
     def square_norms(self, records: int) -> Tensor | None:
@@ -126,8 +137,9 @@ class LayerRule(ABC):
         """
 
     def forget(self, patient_AN: Tensor) -> None:
-        """Take these patients out of what is remembered: a weight of zero would not, as 0 * NaN is
-        NaN.
+        """Take the patients of `patient_AN` out of what is remembered.
+
+        A weight of zero would not, as 0 * NaN is NaN.
         """
         gone = patient_AN.reshape(-1, 1)
 

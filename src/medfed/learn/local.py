@@ -58,18 +58,18 @@ class LocalPlan:
     weight_decay: float = 0.0
 
     def steps_K(self, size_K: Tensor) -> Tensor:
-        """Return how many steps each client takes [K]; a client without rows takes none."""
+        """Return how many steps clients of `size_K` rows take [K]; one without rows takes none."""
         steps = self.per_epoch_K(size_K) * self.epochs
         if self.steps:
             steps = torch.full_like(size_K, self.steps)
         return torch.where(size_K > 0, steps, 0)
 
     def per_epoch_K(self, size_K: Tensor) -> Tensor:
-        """Return how many batches an epoch has [K]; the last one may be short."""
+        """Return how many batches an epoch of `size_K` rows has [K]; the last one may be short."""
         return torch.ceil(size_K / self.width(size_K)).long().clamp(min=1)
 
     def width(self, size_K: Tensor) -> int:
-        """Return B, the padded batch."""
+        """Return B, the padded batch, of clients of `size_K` rows."""
         longest = max(1, int(size_K.max()))
         if self.batch_size:
             return min(self.batch_size, longest)
@@ -177,11 +177,15 @@ def outputs(model: nn.Module, theta_P: Tensor, x_NF: Tensor, block: int = 8192) 
 
 
 def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
-    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, cut into batches
-    of B.
+    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, in batches of B.
 
     A slot without a row (a short last batch) repeats the client's own last row and is marked not
     valid: what another client or padding holds can never reach it.
+
+    Args:
+        data: the clients' rows, end to end.
+        plan: batch, epochs and steps.
+        key_K: the clients' streams for this round, int64: they shuffle.
     """
     size_K = data.size_K
     steps_K = plan.steps_K(size_K)
@@ -220,7 +224,7 @@ CURVATURE: Mapping[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regressio
 
 
 def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each sample: outputs z [..., C] against targets y [...]."""
+    """Return the loss of each sample of a `task`: outputs z [..., C] against targets y [...]."""
     z = _wide(z)
     match task:
         case "binary":
@@ -250,8 +254,9 @@ def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
 
 
 def loss_gradient(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return d(sample loss)/dz, shaped like z [..., C]; z stays, as the last layer's rule may still
-    need it.
+    """Return d(sample loss)/dz of a `task`, shaped like z [..., C], for targets y [...].
+
+    z stays, as the last layer's rule may still need it.
     """
     match task:
         case "binary":

@@ -60,12 +60,18 @@ def probe(
     private: bool,
     asked: Path = "auto",
 ) -> Probed:
-    """Return how a module is trained; `private` asks for the gradient of each patient, else for
-    that of each client.
+    """Return how a module is trained; raise PlanError for what cannot be trained or tested rightly.
 
-    `x_BF` are ROWS made-up rows, all different; the module is left as it was. `asked` is the path
-    that a study names. Raises PlanError, beginning with `where` and naming the part, for what
-    cannot be trained or tested rightly.
+    The error begins with `where` and names the part. The module is left as it was.
+
+    Args:
+        model: the module.
+        where: what an error begins with.
+        x_BF: ROWS made-up rows, all different.
+        task: what the outputs are.
+        outputs: how many a row has, C.
+        private: the gradient of each patient is asked for, else that of each client.
+        asked: the path that a study names.
     """
     _check_parameters(model, where)
     case = _Case(model, where, x_BF, task, outputs, private, vector(model), _attributes(model))

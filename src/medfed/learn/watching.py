@@ -90,8 +90,8 @@ def _read_generators() -> tuple[object, ...]:
 
 
 def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
-    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each
-    can.
+    """Return kind and name of the innermost part of `model` whose gradient on `x_BF` cannot be
+    taken; empty where each can.
 
     A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what
     it was given.

@@ -210,8 +210,9 @@ def _join_sites(
 
 
 def bears(plan: Plan) -> str:
-    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell
-    them apart.
+    """Say what malicious clients of a `plan` can do, and how well its rule tells them apart.
+
+    Under joint noise the rule reads a noised matrix.
     """
     if plan.rule is None or plan.guarantee is None or not plan.joint:
         return plan.bears()

@@ -138,8 +138,11 @@ def _check(row_M: Tensor, numbers: int) -> Tensor:
 def read_rows(
     replies: Mapping[str, Reply], plan: Plan
 ) -> tuple[Reports, list[str], Tensor, dict[str, str]]:
-    """Return reports, the names of those whose rows can be read, these rows as sent, and the
-    others' reasons.
+    """Return reports, whose rows can be read, these rows as sent, and the others' reasons.
+
+    Args:
+        replies: what came, by site.
+        plan: the run's; its links say how a row is sent.
     """
     length, kind = sent_as(plan.message, plan.links)
     row_KM = torch.empty(len(replies), length, dtype=kind)

@@ -122,6 +122,13 @@ def work(
 
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of
     the site's clipped gradients, a patient each.
+
+    Args:
+        server: the state before the round.
+        plan: the run's.
+        model: its architecture; its own weights may be overwritten.
+        name: the site's.
+        site: its rows and memory.
     """
     guarantee = plan.guarantee
     algorithm = plan.algorithm

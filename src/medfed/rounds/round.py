@@ -54,10 +54,19 @@ def run_round(
     way: Way = PLAIN,
     out: Collection[str] = (),
 ) -> Server:
-    """Run one round, without those who are `out`, and return the server's next state.
+    """Run one round and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is
     then unchanged.
+
+    Args:
+        server: the state before it.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the round is counted in it.
+        log: takes the round's events.
+        way: how rows come together.
+        out: those who are not drawn, by name.
     """
     began = time.perf_counter()
     number = server.round + 1
@@ -106,8 +115,9 @@ def run_round(
 
 
 def ask_of(server: Server, plan: Plan) -> bytes:
-    """Return what the clients of the next round are asked: the weights, and the slots that the
-    algorithm sends.
+    """Return what the clients of the round after `server` are asked.
+
+    The weights, and the slots that the algorithm of `plan` sends.
     """
     task = plan.algorithm.task(server)
     header = {"round": server.round + 1}
@@ -215,11 +225,17 @@ class Threshold:
 
 
 def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Threshold:
-    """Return the threshold that the study declares, or have its rule choose one on the training
-    rows of all sites.
+    """Return the threshold that the study declares, or that its rule chooses on training rows.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too
     little, the threshold is 0.5, and the log warns.
+
+    Args:
+        server: the state whose model is decided by.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the query is counted in it.
+        log: takes what is warned of.
     """
     study = plan.study
     rule = plan.study.rule()
@@ -298,10 +314,18 @@ def test(
     intervals: bool = False,
     decision: Threshold | None = None,
 ) -> Tested:
-    """Test the current model at every site; emit and return the figures. Without a `decision` as
-    declared, or at 0.5.
+    """Test the current model at every site; emit and return the figures.
 
     Under a claim, where test patients are not public, figures come from noised counts.
+
+    Args:
+        server: the state whose model is tested.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        log: takes the figures.
+        model: what the figures call it.
+        intervals: figures get 95 % intervals.
+        decision: the threshold; None: as declared, or 0.5.
     """
     began = time.perf_counter()
     study = plan.study
@@ -361,8 +385,16 @@ def test(
 
 
 def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: Log) -> None:
-    """Hold each site's own model against the federated one on the same held-out records, and tell
-    the outcome.
+    """Hold each site's own model against the federated one; tell the outcome.
+
+    Both are tested on the same held-out records.
+
+    Args:
+        own: the state of the baseline of own models.
+        federated: the federated one.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        log: takes the outcome.
     """
     payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
     replies = gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline)
@@ -408,8 +440,16 @@ def _noised_scores(
 
 
 def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:
-    """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the
-    outcome.
+    """Have sites vote on whether their own models do better; tell the outcome.
+
+    The votes are noised, and paid for.
+
+    Args:
+        server: the federated state.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the vote is counted in it.
+        log: takes the outcome.
     """
     guarantee = plan.guarantee
     if guarantee is None or "vote" not in guarantee.queries:
