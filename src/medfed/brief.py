@@ -252,9 +252,7 @@ class EnhancedPrivacyPreserver:
         return noised_M
 
     def adaptive_gradient_clipping(self, *words: Any, **more: Any) -> Any:
-        """Return the factors that clip patients' gradients; see
-        `medfed.adaptive_gradient_clipping`.
-        """
+        """Return the factors that clip gradients; see `medfed.adaptive_gradient_clipping`."""
         return adaptive_gradient_clipping(*words, **more)
 
     def track_privacy_usage(self) -> tuple[PrivacyAccountingEntry, ...]:

@@ -66,9 +66,7 @@ def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
 
 
 def select_untrained(module: nn.Module) -> dict[str, Tensor]:
-    """Return what else the module's outputs depend on: frozen parameters, and buffers, kept
-    or not.
-    """
+    """Return what else a module's outputs depend on: frozen parameters; buffers, kept or not."""
     frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     return {**frozen, **dict(module.named_buffers())}
 

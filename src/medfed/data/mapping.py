@@ -222,9 +222,7 @@ class Fault:
     action: str
 
     def error(self, frame: pd.DataFrame, site: pd.Series | None, patient: str) -> DataError:
-        """Say it with site, column and rows, and cells as examples; none of what names
-        a patient.
-        """
+        """Say it with site, column, rows and cells as examples; none of what names a patient."""
         where = f"column {self.column!r}"
         if site is not None:
             names = sorted(set(site[self.which_N]))
@@ -500,9 +498,7 @@ def _date_numbers(
     data: Data,
     faults: list[Fault],
 ) -> np.ndarray:
-    """Return what a column's dates become, float64 [n]; NaN where one is missing or cannot
-    be read.
-    """
+    """Return what a column's dates become, float64 [n]; NaN for one missing or unreadable."""
     moment_N = _moments(frame, name, text_U, code_N, feature.date, faults)
     reference_N = None
     if feature.reference and feature.becomes in ("age", "days since", "days until"):
@@ -607,9 +603,7 @@ def is_missing(values: pd.Series, absent: set[str]) -> np.ndarray:
 
 
 def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the rows that are not `what`, where the study drops those, and which are left
-    out [n].
-    """
+    """Return the rows that are not `what`, where the study drops those, and which go [n]."""
     if what not in data.drop:
         return frame, np.zeros(len(frame), dtype=bool)
     gone = lacking(frame, what, data)

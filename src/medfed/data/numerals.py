@@ -113,9 +113,7 @@ def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
 
 
 def _may_be_parted(column: pa.ChunkedArray, points: bool) -> bool:
-    """Say whether a column's bytes hold any sign that a number may be parted by, besides
-    a point.
-    """
+    """Say whether a column's bytes hold a sign that may part a number, besides a point."""
     return any(_holds(chunk, points) for chunk in column.chunks)
 
 
@@ -291,9 +289,7 @@ def form_of(texts: Iterable[str]) -> str | None:
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:
-    """Say whether a chunk holds any of the marks; a blank and an apostrophe may be of several
-    bytes.
-    """
+    """Say whether a chunk holds any of the marks; a blank or apostrophe may be several bytes."""
     bytes_N = characters(chunk)
     several = any(mark in " '" for mark in marks)
     return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (

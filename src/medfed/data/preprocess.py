@@ -255,9 +255,7 @@ def fit_widely(
 def _find_quantiles(
     quantiles: Sequence[float], known_F: Tensor, header: dict[str, Any], ask: Ask
 ) -> np.ndarray:
-    """Return quantiles [F, Q], as numpy.quantile finds them; a feature that nobody has
-    gets zeros.
-    """
+    """Return quantiles [F, Q], as numpy.quantile finds them; of a feature nobody has, zeros."""
     known = known_F.numpy()
     place_FQ = np.maximum(known - 1, 0)[:, None] * np.array(quantiles)
     low_FQ = np.floor(place_FQ).astype(np.int64)
@@ -322,9 +320,7 @@ def classes(labels: Sequence[str], data: Data) -> Target:
 
 
 def _merge_categories(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, tuple[str, ...]]:
-    """Return the union of each text column's categories; a column may be wholly missing at
-    a site.
-    """
+    """Return the union of each text column's categories; a site may miss a column wholly."""
     union: dict[str, set[str]] = {}
     for survey_ in surveys.values():
         for name, categories in survey_["texts"].items():

@@ -163,9 +163,7 @@ def _drop_footer(
 
 
 def _read(table: Path, data: Data) -> readers.Reading:
-    """Read a table; where it has to be said how it is written, say where, as there is no
-    study yet.
-    """
+    """Read a table; where it must be said how it is written, say where: there is no study yet."""
     try:
         return readers.read(table, data, private=False)
     except DataError as error:

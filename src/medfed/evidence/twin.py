@@ -243,9 +243,7 @@ def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
-    """Undo the server's step: what it applied is in its weights, or in the moments that
-    it keeps.
-    """
+    """Undo the server's step: what it applied is in its weights, or in the moments it keeps."""
     h = plan.study.training
     if "momentum" in after.slots:
         return after.slots["momentum"] - h.server_momentum * before.slots["momentum"]

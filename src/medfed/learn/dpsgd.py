@@ -592,9 +592,7 @@ def _sum_patients(
 
 
 def _clip_each(g_SP: Tensor, own_S: Tensor, factor: Factor, norm_I: Tensor) -> Tensor:
-    """Return the sum [P] of some patients' clipped gradients, and write their norms
-    into `norm_I`.
-    """
+    """Return the sum [P] of some patients' clipped gradients; write their norms into `norm_I`."""
     mine, place_S = torch.unique(own_S, return_inverse=True)
     g_JP = torch.zeros(len(mine), g_SP.shape[1], dtype=torch.float64).index_add_(0, place_S, g_SP)
     mass_J = torch.zeros(len(mine), dtype=torch.float64).index_add_(0, place_S, g_SP.norm(dim=1))

@@ -287,9 +287,7 @@ class LinearRule(LayerRule):
         return self._remember_gradients([g.view(A, B, *g.shape[1:]) for g in gradients], records)
 
     def _square_norms_of_products(self, A: int, N: int) -> Tensor:
-        """Make each patient's gradient, in float64: products of two float32 numbers are
-        then exact.
-        """
+        """Make each patient's gradient in float64: products of float32 numbers are then exact."""
         x = self.x.double()
         dy = self.dy.double()
         gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
@@ -371,9 +369,7 @@ class LinearRule(LayerRule):
             )
 
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
-        """Return the sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups,
-        O, I].
-        """
+        """Return sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups, O, I]."""
         return torch.bmm(
             dy.reshape(groups, -1, dy.shape[-1]).mT, x.reshape(groups, -1, x.shape[-1])
         )
@@ -502,9 +498,7 @@ class EmbeddingRule(LayerRule):
         return dy if first else dy.new_zeros(self.shape)
 
     def square_norms(self, records: int) -> Tensor:
-        """Sum in float64 what a patient's slots and positions add to each row, and keep
-        those sums.
-        """
+        """Sum in float64 what a patient's slots and positions add to each row; keep those sums."""
         A = self.shape[0]
         N = self.shape[1] // records
         self.records = records
@@ -622,9 +616,7 @@ class NormRule(LayerRule):
 
     @abstractmethod
     def _gather(self, dy: Tensor) -> Tensor:
-        """Sum dy [A, B, *] over the axes along which `_spread` repeated the parameter:
-        [A, *units].
-        """
+        """Sum dy [A, B, *] over the axes along which `_spread` repeats a parameter: [A, *units]."""
 
 
 class LayerNormRule(NormRule):
@@ -824,9 +816,7 @@ fallback.
 
 
 class RuledModel:
-    """A Sequential of known layers as a list of rules, with its parameters in the
-    module's order.
-    """
+    """A Sequential of known layers as a list of rules, its parameters in the module's order."""
 
     def __init__(self, module: nn.Module) -> None:
         self.rules = [RULES[type(layer)](layer) for layer in _leaves(module)]
@@ -963,9 +953,7 @@ class _NoSequenceError(TypeError):
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of nested Sequentials in order; _NoSequenceError for any
-    other container.
-    """
+    """Return the layers of nested Sequentials in order; _NoSequenceError for other containers."""
     if type(module) is nn.Sequential:
         return [leaf for child in module for leaf in _leaves(child)]
     if any(True for _ in module.children()):

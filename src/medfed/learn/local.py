@@ -564,9 +564,7 @@ def _torch_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer
 def _take(
     data: Stack, laid: Batches, t: int, active: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return step t's x [A, B, ...], y [A, B], which slots are valid [A, B], and the batch sizes
-    [A].
-    """
+    """Return step t's x [A, B, ...], y [A, B], valid slots [A, B] and batch sizes [A]."""
     row_AB = laid.row_TKB[t, :active]
     rows = row_AB.reshape(-1)
     x = data.x_NF.index_select(0, rows).view(*row_AB.shape, *data.x_NF.shape[1:])

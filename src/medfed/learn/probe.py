@@ -223,9 +223,7 @@ class _Case:
         return z_BC.detach()
 
     def with_rows_it_takes(self) -> "_Case":
-        """Return the case with rows that the module takes: as made up, or as small indices, or
-        blank.
-        """
+        """Return the case with rows that the module takes: as made up, small indices, or blank."""
         tries = [self.x_BF, self.x_BF.abs().round().clamp(max=1), torch.zeros_like(self.x_BF)]
         failures: list[PlanError] = []
         for x_BF in tries:
@@ -462,9 +460,7 @@ def _say_why(path: Path, error: Exception) -> str:
 
 
 def _find_registered_twice(model: nn.Module) -> str:
-    """Return a part with two names: torch.func.functional_call leaves its own tensors in such a
-    part.
-    """
+    """Return a part with two names: torch.func.functional_call leaves its tensors in such."""
     seen = set[int]()
     for _, part in model.named_modules(remove_duplicate=False):
         if id(part) in seen and any(True for _ in part.parameters()):
@@ -474,9 +470,7 @@ def _find_registered_twice(model: nn.Module) -> str:
 
 
 def _gradients(case: _Case, path: Path) -> Tensor:
-    """Return what a path makes of the rows: each patient's gradient, or how far two
-    clients move.
-    """
+    """Return what a path makes of the rows: patients' gradients, or how far two clients move."""
     if case.private:
         return _of_patients(case, path)
     return _of_clients(case, path)

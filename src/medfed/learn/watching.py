@@ -1,6 +1,4 @@
-"""A module watched while it is called: which part runs, draws and fails, and what goes through
-each.
-"""
+"""A module watched while it is called: which part runs, draws and fails, and what each is given."""
 
 import random
 from collections import Counter

@@ -272,9 +272,7 @@ def build(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Have torch, numpy and Python draw from `seed`; all three generators are put
-    back afterwards.
-    """
+    """Have torch, numpy and Python draw from `seed`; all three generators are put back after."""
     of_numpy = np.random.get_state()
     of_python = random.getstate()
     try:
@@ -357,9 +355,7 @@ def _import_factory(name: str) -> Callable[..., nn.Module]:
 
 
 def _key_dropouts(module: nn.Module) -> nn.Module:
-    """Give every dropout layer of the module a mask of its own that comes from the
-    client's stream.
-    """
+    """Give every dropout layer of the module a mask of its own from the client's stream."""
     salt = 0
     for parent in list(module.modules()):
         # named_children() passes over one that comes twice

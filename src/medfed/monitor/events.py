@@ -238,9 +238,7 @@ class Voted(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if
-    anything.
-    """
+    """A run goes on after round `round` of `rounds`; `note` says what was damaged, if anything."""
 
     round: int
     rounds: int

@@ -149,15 +149,11 @@ class Noised:
         return None
 
     def _calls(self, threshold: float) -> np.ndarray:
-        """Return which cells are called positive [C]: those that begin at the threshold
-        or above.
-        """
+        """Return which cells are called positive [C]: those beginning at the threshold or above."""
         return np.append(-math.inf, self.edges) >= logit(threshold) - 1e-9
 
     def _probabilities(self) -> np.ndarray:
-        """Return the probability in each cell's middle [C]; open ones as wide as
-        their neighbour.
-        """
+        """Return the probability in each cell's middle [C]; open ones, as wide as the neighbour."""
         e = self.edges
         middle = np.concatenate(
             [[1.5 * e[0] - 0.5 * e[1]], (e[1:] + e[:-1]) / 2, [1.5 * e[-1] - 0.5 * e[-2]]]
@@ -167,9 +163,7 @@ class Noised:
 
 
 def _bound(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
-    """Return a share with the interval of all values on the grid that the data do not speak
-    against.
-    """
+    """Return a share with the interval of all grid values that data do not speak against."""
     if value is None:
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]

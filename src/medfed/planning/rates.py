@@ -60,9 +60,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Pace:
-    """The training losses so far: that of the first round and the lowest; None before there
-    is one.
-    """
+    """The training losses so far: of the first round, and the lowest; None before there is one."""
 
     first: float | None = None
     lowest: float | None = None

@@ -79,9 +79,7 @@ _ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
 
 @dataclass(frozen=True)
 class Facts:
-    """The public facts that decide: patients of a round, clients, D, R, h, and rho of the whole
-    run.
-    """
+    """The public facts that decide: a round's patients, clients, D, R, h, and the run's rho."""
 
     patients: int
     clients: int
@@ -180,9 +178,7 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
 
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
-    """Return R: the root mean square norm of an output's gradient in the weights, on
-    made-up rows.
-    """
+    """Return R: the root mean square norm of an output's gradient in weights, on made-up rows."""
     rows = encoding.invent_rows(_ROWS)
     squares = [
         float(g.square().sum())

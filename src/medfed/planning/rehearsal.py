@@ -227,9 +227,7 @@ def _column(column: Column, feature: Feature | None, count: int, at: int) -> Ten
 
 
 def _ends(column: Column, feature: Feature | None) -> tuple[float, float]:
-    """Return the least and the largest encoded number; 0 and 1 where nobody has declared
-    a range.
-    """
+    """Return the least and the largest encoded number; 0 and 1 where no range is declared."""
     if column.cap:
         return -column.cap, column.cap
     if feature is None or not feature.range or column.log:

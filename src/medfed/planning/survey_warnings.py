@@ -140,9 +140,7 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
 
 
 def _warn_of_dropped(surveys: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tell how many rows data.drop has left out; those that name no site once, as they are
-    nobody's.
-    """
+    """Tell how many rows data.drop leaves out; those of no site once, as they are nobody's."""
     found = []
     for name, survey in surveys.items():
         for what, count in survey.get("dropped", {}).items():
@@ -256,9 +254,7 @@ def _warn_of_strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Stu
 def _tell_rows(
     surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield whose, column and the rows of what a survey found; all devices as one, and
-    many sites.
-    """
+    """Yield whose, column and rows of what a survey found; all devices as one, many sites too."""
     columns: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, survey in surveys.items():
         for column, told in survey.get(kind, {}).items():

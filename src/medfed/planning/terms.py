@@ -31,9 +31,7 @@ def party_of(facts: Resolved, follower: Follower) -> Party:
 
 
 def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
-    """Return an aggregator's side: its noise and its weights are the study's, and never a
-    message's.
-    """
+    """Return an aggregator's side: its noise and weights are the study's, never a message's."""
     guarantee = facts.guarantee
     terms = terms_of(facts)
     noise = None

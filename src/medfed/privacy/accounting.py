@@ -278,9 +278,7 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Return the exact epsilon at `delta` of one Gaussian of noise multiplier `sigma`,
-    rounded up.
-    """
+    """Return the exact epsilon at `delta` of one Gaussian of multiplier `sigma`, rounded up."""
     _check_target(delta=delta)
     low = 0.0
     high = 1.0

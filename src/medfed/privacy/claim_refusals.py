@@ -55,9 +55,7 @@ PUBLIC_TEST = Ask(
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
-    """Yield what does not compose with the study's epsilon; `where` noise is added decides
-    on some.
-    """
+    """Yield what does not compose with the study's epsilon; on some `where` noise is decides."""
     data = study.data
     privacy = study.privacy
     claim = f"privacy.epsilon={privacy.epsilon:g}"
@@ -95,9 +93,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _reading(study: Study, claim: str) -> Iterator[Refusal]:
-    """Yield ways of reading a table that let one patient's rows show in others' rows, or in an
-    error.
-    """
+    """Yield ways of reading a table that let one patient's rows show in others', or in an error."""
     data = study.data
     p = study.privacy
     if data.preprocess in ("robust", "standard"):
@@ -283,9 +279,7 @@ def _refuse_undeclared(study: Study, claim: str) -> Iterator[Refusal]:
 
 
 def unless_paid(study: Study) -> str:
-    """Say, in a sentence after others, how ranges that nobody knows are found, and at
-    which price.
-    """
+    """Say, in a sentence after others, how ranges nobody knows are found, at which price."""
     quarter = study.privacy.epsilon / 4
     return (
         " Ranges of numbers that nobody can say are found from noised counts of training "
@@ -589,9 +583,7 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _places(study: Study) -> Iterator[Refusal]:
-    """Refuse, under joint noise, patients of several sites that do not always take
-    part together.
-    """
+    """Refuse, under joint noise, patients of several sites that do not always join together."""
     fleet = study.fleet
     training = study.training
     most = study.privacy.max_sites_per_patient

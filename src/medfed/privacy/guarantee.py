@@ -147,9 +147,7 @@ class Guarantee:
 
     @property
     def covered_sites(self) -> int:
-        """At how many of a patient's sites one noise hides it: all of them if it is joint, else
-        one.
-        """
+        """At how many of a patient's sites one noise hides it: at all if it is joint, else one."""
         if self.joint:
             return self.max_sites
         return 1
@@ -168,9 +166,7 @@ class Guarantee:
         return each * self.covered_sites
 
     def run_sensitivity_units(self) -> float:
-        """Return the same over a whole run of correlated noise; without correlation, of
-        one step.
-        """
+        """Return the same over a whole run of correlated noise; uncorrelated, of one step."""
         once = self.sensitivity_units()
         if not self.strategy:
             return once
@@ -377,9 +373,7 @@ def query_noise(
 
 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
-    """Return where noise is added; raise PlanError where epsilon, delta and noise do not go
-    together.
-    """
+    """Return where noise is added; raise PlanError where epsilon, delta and noise do not fit."""
     refuse(refuse_unresolved(study))
     privacy = study.privacy
     if privacy.noise != "auto":
@@ -475,9 +469,7 @@ def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
 
 
 def declared_size(study: Study, site: str) -> int:
-    """Return the declared number of training patients of a site; raise PlanError where there is
-    none.
-    """
+    """Return a site's declared number of training patients; raise PlanError where there is none."""
     if study.sites.kind == "device":
         return 1
     refuse(refuse_unsized([site], study))

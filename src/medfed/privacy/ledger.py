@@ -72,9 +72,7 @@ from medfed.privacy.ledger_file import (
 
 
 class Ledger:
-    """An append-only file of charges, shared by all processes of a site; open it with
-    `Ledger.open`.
-    """
+    """An append-only file of charges, shared by a site's processes; open it by `Ledger.open`."""
 
     def __init__(self, sql: sqlite3.Connection, path: Path | None, key: bytes | None) -> None:
         self.path = path
@@ -134,9 +132,7 @@ class Ledger:
 
     @classmethod
     def _connect(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
-        """Return the ledger at `path` before anything in it was read; found it where there
-        is none.
-        """
+        """Return the ledger at `path`, with nothing in it read; found it where there is none."""
         if path is None:
             key = secrets.token_bytes(32)
             ledger = cls(connect(":memory:"), None, key)

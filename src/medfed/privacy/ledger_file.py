@@ -225,9 +225,7 @@ def link(beside: Path, place: Path) -> None:
 
 
 def write_genesis(sql: sqlite3.Connection, key: bytes, lifetime: Lifetime | None) -> None:
-    """Write schema and genesis: a random id, what the key must agree with, and the
-    lifetime budget.
-    """
+    """Write schema and genesis: a random id, what the key must fit, and the lifetime budget."""
     genesis = {
         "id": secrets.token_hex(16),
         "created": now(),

@@ -199,9 +199,7 @@ def _table(variance: Fraction) -> _Table:
 
 
 def _beyond(most: float, sigma: float) -> float:
-    """Bound the probability beyond -most .. most: both tails' integral over the
-    least normaliser.
-    """
+    """Bound the probability beyond -most .. most: both tails' integral by the least normaliser."""
     return (
         2
         * sigma**2

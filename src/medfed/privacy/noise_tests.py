@@ -168,9 +168,7 @@ def against_law(noise_VP: Floats, sigma_V: Floats) -> Law:
 
 
 def too_small(square: float, numbers: int) -> float:
-    """Return how likely so small a sum of squares is, in units of the variance, or a
-    smaller one.
-    """
+    """Return how likely a sum of squares so small or smaller is, in units of the variance."""
     return float(stats.chi2.cdf(square, numbers))
 
 

@@ -65,9 +65,7 @@ class NoClaim:
 
 
 class Metered:
-    """The budget of a run under a guarantee: counts each client's rounds against the calibrated
-    plan.
-    """
+    """The budget of a run under a guarantee: counts clients' rounds against the calibrated plan."""
 
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
         self.guarantee = guarantee

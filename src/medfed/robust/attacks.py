@@ -81,9 +81,7 @@ class Sight:
         return seen_RM.mean(0)
 
     def spread_M(self) -> Tensor:
-        """Return what the liars take for the standard deviation between clients, number
-        by number.
-        """
+        """Return what liars take for the standard deviation between clients, number by number."""
         seen_RM = self.seen_RM()
         if len(seen_RM) > 1:
             return seen_RM.std(0)
@@ -455,9 +453,7 @@ class _Lie:
 
 @dataclass(frozen=True)
 class _Game:
-    """The honest rows, the fixed attacks' rows and the directions as one basis, with its Gram
-    matrix.
-    """
+    """The honest rows, the fixed attacks' and the directions as one basis, and its Gram matrix."""
 
     basis_BM: Tensor
     gram_BB: Tensor

@@ -125,9 +125,7 @@ def augment(g_KK: Tensor, cross_K: Tensor, square: float) -> Tensor:
 
 
 def distances(g_KK: Tensor) -> Tensor:
-    """Return squared distances [K, K]; those that noise made negative are 0, and the diagonal
-    is 0.
-    """
+    """Return squared distances [K, K]; those that noise made negative, and the diagonal, are 0."""
     square_K = g_KK.diagonal()
     d_KK = (square_K[:, None] - g_KK + (square_K - g_KK)).clamp(min=0)
     return d_KK.fill_diagonal_(0)
@@ -144,9 +142,7 @@ def _rank(g_KK: Tensor) -> Tensor:
 
 
 def nearest_mixing(g_KK: Tensor, f: int, key: int) -> Tensor:
-    """Return T [K, K]: each row becomes the mean of the K - f rows nearest to it, itself among
-    them.
-    """
+    """Return T [K, K]: each row becomes the mean of the K - f rows nearest to it, with itself."""
     count = len(g_KK) - f
     d_KK = distances(g_KK).fill_diagonal_(-1)  # a row is nearest to itself, also among equals
     chosen = d_KK.argsort(dim=1, stable=True)[:, :count]
@@ -444,9 +440,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class GramRule:
-    """A rule of the Gram matrix; `breakdown` is the share of liars from which on it promises
-    nothing.
-    """
+    """A rule of the Gram matrix; from a share `breakdown` of liars on it promises nothing."""
 
     weigh: Callable[[Tensor, int, float | None], Tensor]
     smallest_n: Callable[[int], int]

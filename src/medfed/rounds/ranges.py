@@ -93,9 +93,7 @@ def _after(plan: Plan, fleet: Counted) -> Plan:
 
 
 def refuse_unfound(plan: Plan) -> None:
-    """Raise PlanError where a plan's ranges are still to be found, and nobody will look
-    for them.
-    """
+    """Raise PlanError where a plan's ranges are still to be found, and nobody will look."""
     if found := plan.encoding.found_ranges():
         raise PlanError(
             f"the ranges of {some(found)} are found in a run alone, which training patients pay "

@@ -29,9 +29,7 @@ from medfed.robust import rules
 
 @dataclass
 class SiteState:
-    """What one site holds: its training rows, and what its algorithm remembers of
-    earlier rounds.
-    """
+    """What a site holds: its training rows, and what its algorithm remembers of earlier rounds."""
 
     rows: Rows
     memory: dict[str, Tensor]

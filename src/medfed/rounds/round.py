@@ -135,9 +135,7 @@ def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
 def _make_finished(
     answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter
 ) -> RoundFinished:
-    """Return the event of a round that took so many seconds, and whose question was
-    `asked` bytes.
-    """
+    """Return the event of a round that took so many `seconds`; its question was `asked` bytes."""
     reports = answer.reports
     replies = answer.replies
     losses = [_read_number(reports[name].get("loss")) for name in answer.names]

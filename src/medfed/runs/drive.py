@@ -47,9 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Drive:
-    """A coordinator driving one run to its end. It knows the other parties by their
-    messages alone.
-    """
+    """A coordinator driving one run to its end. It knows other parties by their messages alone."""
 
     def __init__(
         self,
@@ -191,9 +189,7 @@ class Drive:
         self.hear_ledgers()
 
     def measure_baselines(self) -> None:
-        """Measure what the federation is held against, where somebody can and no claim
-        forbids it.
-        """
+        """Measure what the federation is held against, where one can and no claim forbids it."""
         study = self.study
         # trained and tested without noise
         public = study.privacy.scope == "run" and study.data.test_is_public

@@ -91,9 +91,7 @@ def _make_numbered(parent: Path, study: str, made: list[Path]) -> Path:
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
-    """Make a folder and those above it; `made` gets those that were not there, the
-    innermost first.
-    """
+    """Make a folder and those above it; `made` gets those not there before, innermost first."""
     absent: list[Path] = []
     place = folder
     with files.explained(folder):

@@ -95,9 +95,7 @@ def found_ledger(folder: Path | None, founding: Lifetime) -> Path:
 def decide_budget(
     folder: Path | None, epsilon: float, delta: float | None, operator: str, reason: str
 ) -> Lifetime:
-    """Have a site's operator change its lifetime budget, on record; without `delta` that
-    one stays.
-    """
+    """Have a site's operator change its lifetime budget, on record; without `delta` it stays."""
     path = (folder or home()) / LEDGER
     if not path.exists():
         raise LedgerError(f"{path} does not exist; found it by `medfed privacy found`")

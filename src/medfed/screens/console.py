@@ -43,9 +43,7 @@ _MODELS = {"local": "each site's own", "pooled": "pooled rows (simulation)"}
 
 
 class Progressing:
-    """A listener that shows a run's progress: one moving line in a terminal, else a line
-    a round.
-    """
+    """A listener that shows a run's progress: a moving line in a terminal, else a line a round."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,6 +1,4 @@
-"""Events in words: for the log on the live page, for spans, and as lines for whatever collects
-logs.
-"""
+"""Events in words: for the live page's log, for spans, and as lines for what collects logs."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO

@@ -70,9 +70,7 @@ class Identity:
         return cls(name, role, signing, X25519PrivateKey.from_private_bytes(secret[32:]))
 
     def secret(self) -> bytes:
-        """Return both private keys, 64 bytes, for a key file (`key_files.save`) and
-        nowhere else.
-        """
+        """Return both private keys, 64 bytes, for a key file (`key_files.save`), nowhere else."""
         return self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()
 
     @property
@@ -182,9 +180,7 @@ class Scope:
 
 @dataclass
 class Post:
-    """A party's way to send and to receive envelopes. It remembers nonces, so that none counts
-    twice.
-    """
+    """A party's way to send and receive envelopes. It remembers nonces: none counts twice."""
 
     me: Identity
     roster: Roster

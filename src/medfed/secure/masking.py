@@ -462,9 +462,7 @@ class MaskingServer:
         return self.post.wrap(self.scope, "all-keys", EVERYBODY, body)
 
     def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Take the clients' sealed shares; return for each sharer the boxes that the others sent
-        it.
-        """
+        """Take the clients' sealed shares; return for each sharer the boxes others sent it."""
         boxes = self._read("shares", envelopes, self._keys, self._boxes)
         self._sharers = set(boxes)
         inboxes = {to: {name: box[to] for name, box in boxes.items() if to in box} for to in boxes}

@@ -417,9 +417,7 @@ class SharingAggregator:
         chosen: Selection,
         why: Mapping[str, str],
     ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
-        """Return the opened Gram matrix and the rule's weights, the same for all three; see
-        step 5.
-        """
+        """Return the opened Gram matrix and the rule's weights, alike for all three: see step 5."""
         gram_KK = yield from self._gram(line, rows)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
@@ -624,9 +622,7 @@ class _Pair:
 
 
 def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
-    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits
-    a number.
-    """
+    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits each."""
     words = expand(seed, count * J // 32, start * J // 32)
     two = np.frombuffer(words.tobytes(), np.uint8).reshape(count, J // 4)
     ones = np.unpackbits(two, axis=1).view(np.int8)  # [count, 2 J]
@@ -718,9 +714,7 @@ class _Line:
         return own, left
 
     def zero(self, count: int) -> Words:
-        """Return this party's words of a fresh sharing of zero: the three sum to 0, two are
-        uniform.
-        """
+        """Return this party's words of a fresh sharing of zero: three sum to 0, two are uniform."""
         own, left = self._streams(count)
         return own - left
 
@@ -848,9 +842,7 @@ _Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
 def _carry(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
-    """Carry the aggregators' messages to each other until they are done; return what each
-    hands in.
-    """
+    """Carry the aggregators' messages to each other until done; return what each hands in."""
     answers = _decode(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}

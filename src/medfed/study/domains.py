@@ -145,9 +145,7 @@ class SumToOne:
 
 
 def names_a_folder(name: str) -> bool:
-    """Say whether a study's name can be a part of a folder's name; the empty one is the
-    file's own.
-    """
+    """Say whether a study's name can be part of a folder's name; the empty one is the file's."""
     whole = not {"/", "\\"} & set(name) and name not in (".", "..")
     return whole and name.isprintable() and len(name.encode("utf-8", "replace")) <= MOST_BYTES
 
