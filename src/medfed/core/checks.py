@@ -187,9 +187,7 @@ def strip_name(name: str, reason: object) -> str:
 
 
 def those(names: Sequence[str], most: int = 5) -> str:
-    """Name sites, with their number where they are many: "1,000 sites, c0, c1, c2, c3, c4 and 995
-    more".
-    """
+    """Name sites, and how many where many: "1,000 sites, c0, c1, c2, c3, c4 and 995 more"."""
     count = f"{len(names):,} sites, " if len(names) > _FEW else ""
     return count + some(names, most)
 

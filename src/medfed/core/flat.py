@@ -1,5 +1,4 @@
-"""A module's trained parameters as one vector, and a stack of clients' vectors as a stack of
-modules.
+"""A module's trained parameters as one vector, a stack of clients' vectors as one of modules.
 
 K clients, P parameters.
 """

@@ -1,6 +1,4 @@
-"""What the dictionary has to declare under a privacy claim, as it may not be read off patients'
-cells.
-"""
+"""What the dictionary declares under a privacy claim, as it may not be read off patients' cells."""
 
 from collections.abc import Iterator, Sequence
 
@@ -48,8 +46,7 @@ def declared_range(data: Data) -> tuple[float, ...]:
 
 
 def refuse_undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
-    """Yield, as one, the features that a claim needs described and the dictionary does not
-    describe.
+    """Yield, as one, the features that a claim needs described and the dictionary does not.
 
     `otherwise` says, in a sentence, what else there is for numbers.
     """

@@ -83,9 +83,7 @@ Mend = Mapping[toml.Path, Any]
 
 @dataclass(frozen=True)
 class Doubt:
-    """Something about a column that is probably wrong: what, where, cells of it, and what would
-    mend it.
-    """
+    """Something probably wrong with a column: what, where, cells of it, and what would mend it."""
 
     code: str
     column: str

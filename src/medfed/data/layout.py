@@ -236,8 +236,7 @@ def guess(
 
 
 def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
-    """Return how a file is written, from its mark and header line alone, and the cells of that
-    line.
+    """Return how a file is written, by its mark and header line alone, and that line's cells.
 
     What `format` leaves open: a decimal point, nothing between thousands, no title lines, no
     footer. Raises DataError as `guess` does.

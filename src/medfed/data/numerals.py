@@ -1,5 +1,4 @@
-"""How numbers are spelt in a text table: decimal points or commas, and what stands between
-thousands.
+"""How numbers are spelt in a text table: decimal points or commas, and what parts thousands.
 
 `1,5` is a decimal comma and `1,234,567` is not; `1,234` alone may be either. A whole file, and all
 files of a study, are looked at, cell by cell; what no cell decides is asked for. Cells that are

@@ -86,9 +86,7 @@ def read(path: Path, data: Data, private: bool) -> Reading:
 def _frames(
     files: Sequence[Path], data: Data, private: bool, where: str
 ) -> tuple[list[pd.DataFrame], dict[str, TextLayout]]:
-    """Return each file's rows, and how the text files are written: without a claim looked at
-    together.
-    """
+    """Return each file's rows, and how text files are written: judged together without a claim."""
     if private:
         headers = {file: _read_layout(file, data) for file in files if kind_of(file) in TEXTS}
         frames = [_read(file, data, private, headers.get(file)) for file in files]

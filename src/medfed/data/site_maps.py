@@ -417,9 +417,7 @@ def _dates(text_U: Texts, form: str, wanted: str, absent: set[str]) -> tuple[Tex
 def _empty_absent(
     frame: pd.DataFrame, names: Sequence[str], rows_N: np.ndarray, data: Data, faults: list[Fault]
 ) -> pd.DataFrame:
-    """Return a table in which a site lacks what it declares absent; a value there all the same is
-    told.
-    """
+    """Return a table in which a site lacks what it declares absent; a value there is told."""
     for name in names:
         absent = {*data.missing_values, *data.dictionary.get(name, Feature()).missing}
         known_N = ~mapping.is_missing(frame[name], absent)

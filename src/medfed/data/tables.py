@@ -324,8 +324,7 @@ def _read_label(frames: Frames, data: Data) -> np.ndarray:
 
 
 def _read_declared_label(frames: Frames, data: Data, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels, and which records take no part as theirs is missing or not declared
-    [rows].
+    """Return the labels, and which records take no part [rows]: theirs is missing or undeclared.
 
     Such a record has some label all the same, which nobody reads.
     """

@@ -78,9 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sums:
-    """Clipped sums [K, P] float64 in units of C, and how many patients lay below C less half of all
-    [K].
-    """
+    """Clipped sums [K, P] float64 in C, and how many patients are below C, less half of all [K]."""
 
     total_KP: Tensor
     below_K: Tensor

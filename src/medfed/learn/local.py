@@ -111,9 +111,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class Batches:
-    """Which rows each client takes in each step; clients are sorted so that the active ones come
-    first.
-    """
+    """Which rows each client takes in each step; clients are sorted, the active ones first."""
 
     row_TKB: Tensor
     valid_TKB: Tensor | None  # None: no batch is short
@@ -387,9 +385,7 @@ class Descent:
             w[:active].add_(constant[:active], alpha=-self.plan.learning_rate)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Take one step of the first A clients, gradients being [A, *shape]; overwrites the
-        gradients.
-        """
+        """Take one step of the first A clients, by gradients [A, *shape]; overwrites these."""
         self.step_number += 1
         for index, g in enumerate(gradients):
             w = self.params[index][: len(g)]

@@ -122,9 +122,7 @@ def _numbers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _attributes(model: nn.Module) -> dict[str, object]:
-    """Return a fingerprint of every attribute of every part that is no parameter, buffer, part or
-    hook.
-    """
+    """Return a fingerprint of all parts' attributes that are no parameter, buffer, part or hook."""
     found: dict[str, object] = {}
     for name, part in model.named_modules():
         for attribute, value in vars(part).items():
@@ -488,9 +486,7 @@ def _of_clients(case: _Case, path: Path) -> Tensor:
 
 
 def _patients(case: _Case, clients: list[list[int]]) -> Patients:
-    """Return clients with made-up patients, by number: the first has three records, the others have
-    one.
-    """
+    """Return clients with made-up patients, by number: the first has three records, others one."""
     rows = [[0, 1, 2], [3], [4], [5]]
     held = []
     for order in clients:

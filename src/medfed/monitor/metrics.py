@@ -1,5 +1,4 @@
-"""What a model is worth on test patients: figures equal to scikit-learn's, intervals in closed
-form.
+"""What a model is worth on test patients: figures as scikit-learn's, intervals in closed form.
 
 A site does not send its test patients' outputs as they are. It sends a `Scores`: probabilities
 rounded to 1/128 of a logit, with their labels, sorted, without ids; for regression five sums.

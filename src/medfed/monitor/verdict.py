@@ -429,9 +429,7 @@ def _entropy(shares: Sequence[float]) -> float:
 
 
 def _hanley_interval(auroc: float, negative: int, positive: int) -> tuple[float, float]:
-    """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil
-    1982).
-    """
+    """Return an AUROC's 95 % interval from value and numbers alone (Hanley and McNeil 1982)."""
     q1 = auroc / (2 - auroc)
     q2 = 2 * auroc**2 / (1 + auroc)
     spread = (

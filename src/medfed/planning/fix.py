@@ -45,9 +45,7 @@ READ = "read from the records"
 
 @dataclass(frozen=True)
 class Fixed:
-    """A mended study: its TOML, what stood against it, the blanks that are left, and what nothing
-    mends.
-    """
+    """A mended study: its TOML, what was against it, the blanks left, and what nothing mends."""
 
     text: str
     stood: tuple[str, ...]

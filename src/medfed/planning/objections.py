@@ -365,9 +365,7 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
 
 
 def _added_refusals(study: Study) -> Iterator[Refusal]:
-    """Yield what a selector, links or a learner do not compose with; names come from their
-    registries.
-    """
+    """Yield what a selector, links or a learner do not compose with; registries give the names."""
     schedule = study.fleet.schedule
     links = study.training.links
     model = study.model.name

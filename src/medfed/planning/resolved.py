@@ -1,5 +1,4 @@
-"""What follows from a signed study and public facts, worked out once: every party does it for
-itself.
+"""What follows from a signed study and public facts, worked out once, by every party itself.
 
 Nobody takes these from the coordinator. A party that knows the study, who takes part, their public
 sizes and how many numbers the model has, knows how long a row is, which noise it bears, which rule

@@ -168,9 +168,7 @@ NEGATIVE = (
 
 
 def _is_guessed(labels: Sequence[str], study: Study) -> bool:
-    """Say whether nobody has written down which label is positive, and the labels do not say it
-    either.
-    """
+    """Say whether nobody has written which label is positive, and the labels do not say it."""
     return (
         study.left_open("data.positive")
         and not study.data.positive

@@ -224,8 +224,7 @@ class Ledger:
     # Deciding -------------------------------------------------------------------------------------
 
     def decide(self, epsilon: float, delta: float, operator: str, reason: str) -> Lifetime:
-        """Write down a new lifetime budget, by whom and why; it is in force from the next charge
-        on.
+        """Write down a new lifetime budget, by whom and why; it holds from the next charge on.
 
         It is a filter of its own, with its own order, and asked of all that was charged since the
         founding. The rule of identity stays: under another, patients who have paid would look new.
@@ -458,9 +457,7 @@ class Ledger:
         return [{**row, "event": json.loads(row["event"])} for row in rows]
 
     def decisions(self) -> list[JSON]:
-        """Return what was decided of the lifetime budget, its founding first: when, by
-        whom, why.
-        """
+        """Return what was decided of the lifetime budget, founding first: when, by whom, why."""
         with self._transaction("DEFERRED"):
             self._catch_up()
             found = self._sql.execute(
@@ -671,9 +668,7 @@ class Ledger:
             )
 
     def _complete_founding(self) -> None:
-        """Put anchor and key in their places where a crash, or a process that is not yet there, has
-        not.
-        """
+        """Put anchor and key in place where a crash, or a process not yet there, has not."""
         if self.path is None or self.path.with_name(KEY).exists():
             return
         for spare in self.path.parent.glob(f".{self.path.name}.*.key"):

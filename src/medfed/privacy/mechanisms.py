@@ -91,8 +91,7 @@ class _AliasTable:
 
 
 def _masses(variance: Fraction) -> list[int]:
-    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.16
-    sigma.
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers of sum 2^128; n/2 > 10.16 sigma.
 
     70 digits: by recurrence 8192 steps lose 9 of them, and 39 are used.
     """
@@ -189,9 +188,7 @@ class _Table:
 
 @lru_cache(maxsize=64)
 def _table(variance: Fraction) -> _Table:
-    """Return the table of the discrete Gaussian; the total variation is derived at
-    `DiscreteGaussian`.
-    """
+    """Return the discrete Gaussian's table; `DiscreteGaussian` derives the total variation."""
     masses = _masses(variance)
     return _Table.of(
         masses, _beyond(len(masses) // 2 - 1, math.sqrt(variance)) + len(masses) * 2.0**-128

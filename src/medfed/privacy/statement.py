@@ -1,6 +1,4 @@
-"""What a site tells of its ledger: what the coordinator needs for its claim, and nothing of a
-patient.
-"""
+"""What a site tells of its ledger: what a coordinator's claim needs, and nothing of a patient."""
 
 import math
 from collections.abc import Mapping

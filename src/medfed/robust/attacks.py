@@ -40,8 +40,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Sight:
-    """What liars see when they make their rows: what they would have sent honestly, and perhaps
-    more.
+    """What liars see when they make their rows: what they would honestly send, and perhaps more.
 
     `clients` and `liars` are the whole cohort's n and f, even where one liar acts at a time. Raises
     PlanError unless 0 < f < n/2.
@@ -197,8 +196,7 @@ def _poison_features(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A mark that a backdoored model obeys: `value` in the named feature columns means class
-    `label`.
+    """A mark that a backdoored model obeys: `value` in the named columns means class `label`.
 
     Features are encoded: 0 is their centre, 1 their scale. Columns that the records lack are left
     out.
@@ -375,9 +373,7 @@ def _stale(sight: Sight) -> Tensor:
 
 
 def _colluding(sight: Sight) -> Tensor:
-    """One random direction for all liars and all rounds, a hundred times as long as the liar's own
-    row.
-    """
+    """A random direction for all liars and rounds, a hundred times as long as the liar's row."""
     direction_M = streams.normal(sight.shared_key(), sight.own_FM.shape[1])[0]
     lies_FM: Tensor = (
         100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
@@ -442,9 +438,7 @@ def _imagined_HM(sight: Sight) -> Tensor:
 
 @dataclass(frozen=True)
 class _Lie:
-    """A candidate: how the L liars' rows are mixed from the basis; and its direction, where it has
-    one.
-    """
+    """A candidate: how the L liars' rows are mixed from the basis; its direction, if it has one."""
 
     mix_LB: Tensor
     direction: int | None = None

@@ -44,8 +44,7 @@ def blocks_of(row_KM: Tensor, width: int = _BLOCK) -> Iterator[Tensor]:
 
 
 def gram(blocks: Iterable[Tensor]) -> Tensor:
-    """Return G [K, K] (float64) of rows that come as blocks of columns [K, m], summed block by
-    block.
+    """Return G [K, K] (float64) of rows in blocks of columns [K, m], summed block by block.
 
     Float32 blocks are multiplied in float32, around one of their rows where all rows share a large
     part: this adds a_i + a_j to G_ij and an error in `a` leaves distances as they are. Other types,
@@ -111,8 +110,7 @@ def _as(w_K: Tensor, block_Km: Tensor) -> Tensor:
 
 
 def augment(g_KK: Tensor, cross_K: Tensor, square: float) -> Tensor:
-    """Return G [K+1, K+1] with a reference r as last row: its products with the rows [K], and
-    |r|^2.
+    """Return G [K+1, K+1] with a reference r as last row: its products with rows [K], and |r|^2.
 
     The origin is the reference of zeros: augment(G, zeros, 0).
     """
@@ -550,9 +548,7 @@ class RobustRule:
 
     @property
     def needs(self) -> Needs:
-        """What the rule reads: the Gram matrix, that and a reference row, or the rows in plain
-        sight.
-        """
+        """What the rule reads: the Gram matrix, also a reference row, or rows in plain sight."""
         return self.last.needs
 
     @property

@@ -115,9 +115,7 @@ def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
 
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what `sites` of a `fleet` tell of their tables: sizes, columns, categories, labels,
-    gaps.
-    """
+    """Return what `sites` of a `fleet` tell of tables: sizes, columns, categories, labels, gaps."""
     return {
         name: header["survey"]
         for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()

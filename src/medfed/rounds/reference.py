@@ -115,8 +115,7 @@ def play(
 def work(
     server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the row [M] that a site's records come to, and what it will remember if the row
-    counts.
+    """Return the row [M] that a site's records come to, and what it remembers if the row counts.
 
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of
     the site's clipped gradients, a patient each.

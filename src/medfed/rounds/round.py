@@ -291,9 +291,7 @@ def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarr
 
 
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
-    """Return edges between cells of scores from public facts: the released model, on
-    made-up rows.
-    """
+    """Return edges between cells of scores by public facts: the released model on made-up rows."""
     model = build_model(plan.study, plan.encoding).eval()
     z_NC = outputs(model, server.released_P, plan.encoding.invent_rows(MADE_UP))
     return noised.edges_for(z_NC[:, 0].double().numpy(), cells, threshold)

@@ -299,9 +299,7 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
 
 
 def _threshold(plan: Plan, times: int) -> JSON | None:
-    """Return what choosing the decision threshold on training patients has released; None where
-    nothing.
-    """
+    """Return what choosing the threshold on training patients has released; None where nothing."""
     guarantee = plan.guarantee
     rule = plan.study.rule()
     assert guarantee is not None
@@ -440,8 +438,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def outlook(plan: Plan) -> dict[str, Any]:
-    """Return what the noise will be, before training: for the study's own mode and for the other
-    one.
+    """Return what the noise will be, before training: for the study's own mode and the other one.
 
     snr is the largest possible ratio of signal to noise in the gradient of one step, all patients
     pulling one way; over a round's and a run's steps it grows by their square root where they are

@@ -165,9 +165,7 @@ def _check_places(tables: Iterable[SiteTable], study: Study) -> None:
 
 
 def _check_scope(tables: Iterable[SiteTable], study: Study) -> None:
-    """Refuse a ledger for this run alone where some of its patients have a lifetime budget at this
-    site.
-    """
+    """Refuse a ledger for this run alone where some of its patients have a lifetime budget here."""
     mine = operators_folder()
     p = study.privacy
     if p.scope != "run" or p.simulation_only or not mine or not (mine / LEDGER).exists():

@@ -112,8 +112,7 @@ class Result:
         return read(Path(table), data=dataclasses.replace(self.study.data, site_is_file=False))
 
     def decide(self, table: pd.DataFrame | str | Path) -> pd.Series:
-        """Return the label that is called for each row: the positive one from the run's threshold
-        on.
+        """Return the label called for each row: the positive one from the run's threshold on.
 
         Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
         """

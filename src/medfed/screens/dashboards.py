@@ -501,9 +501,7 @@ _BODIES: Mapping[str, Callable[[Story], str]] = {
 
 
 def _mean_weights(story: Story) -> dict[str, float]:
-    """Return each site's mean weight: a rule's, else its share of the records of those that took
-    part.
-    """
+    """Return each site's mean weight: a rule's, else its share of the records that took part."""
     total: Counter[str] = Counter()
     for number, one in story.rounds.items():
         inspected = story.inspected.get(number)

@@ -88,9 +88,7 @@ class LeftOut:
         self._held: list[SiteExcluded] = []
 
     def before(self, event: Event) -> list[SiteExcluded]:
-        """Take in the next event; return what is to be told before it. One that is held is told
-        later.
-        """
+        """Take in the next event; return what is told before it. One that is held is told later."""
         if isinstance(event, SiteExcluded):
             self._held.append(event)
             return []

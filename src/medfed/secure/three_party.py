@@ -225,9 +225,7 @@ def _purpose(scope: Scope, client: str) -> bytes:
 
 
 def _crypt(key: bytes, data: bytes | memoryview, start: int = 0) -> bytes:
-    """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple
-    of 16.
-    """
+    """Encrypt or decrypt under a key used once; `data` begins at byte `start`, a multiple of 16."""
     return Cipher(AES256(key), CTR((start // 16).to_bytes(16, "big"))).encryptor().update(data)
 
 
@@ -697,9 +695,7 @@ class _Line:
         return found
 
     def from_right(self, own: Words) -> Generator[Sends, Sends, Words]:
-        """Send a first share to the left neighbour, whose second it is; return the right one's
-        first.
-        """
+        """Send a first share to the left, whose second it is; return the right one's first."""
         found = yield from self.swap({self.left: own.tobytes(), self.right: b""})
         if len(found[self.right]) != own.nbytes:
             raise AbortError(

@@ -84,9 +84,7 @@ def _at(path: toml.Path, value: Any, expected: str, mend: Any) -> tuple[toml.Pat
 def _entries_beyond(
     entries: Mapping[str, Any], path: toml.Path, each: Domain, declared: "dataclasses.Field[Any]"
 ) -> Iterator[tuple[toml.Path, Refusal]]:
-    """Yield one refusal of the entries of a table that their key does not allow, however many there
-    are.
-    """
+    """Yield one refusal of all entries of a table that their key does not allow."""
     wrong = {name: value for name, value in entries.items() if not each.holds(value)}
     if not wrong:
         return
