@@ -233,7 +233,9 @@ def _find_variables(
     """
     sure = _index_names().get(name, ())
     certain = len(sure) == 1
-    meant = sure if certain or not measured else _index_names_with_unit().get(name, ())
+    meant = sure
+    if measured and not certain:
+        meant = _index_names_with_unit().get(name, ())
     if taken and any(variable.whole for variable in meant):
         return None
     meant = tuple(

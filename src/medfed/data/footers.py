@@ -82,7 +82,8 @@ def find(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
 
     if not columns:
         return None
-    return Footer(which_N, counts[0] if len(set(counts)) == 1 else 0, columns[0])
+    lines = counts[0] if len(set(counts)) == 1 else 0
+    return Footer(which_N, lines, columns[0])
 
 
 def _ends(rows: pd.Index) -> Iterator[tuple[int, int]]:

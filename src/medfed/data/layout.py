@@ -213,18 +213,23 @@ def guess(
     """
     with open_bytes(path, format) as file:
         start = file.read(BEGINNING)
-    encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
+    why = ""
+    if not encoding:
+        encoding, why = encoding_of(start, format, where)
     text = _decode(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
         raise DataError(
             f"{where} cannot be read: it has no header; name its columns in the first line"
         )
-    guessed = {"encoding": why} if why else {}
+    guessed = {}
+    if why:
+        guessed["encoding"] = why
 
     ways = {s: _Way.of(text, s, format.skip) for s in SEPARATORS if format.separator in ("auto", s)}
     if format.separator == "auto":
         separator, why = _choose(ways, where)
-        guessed |= {"separator": why} if why else {}
+        if why:
+            guessed["separator"] = why
     else:
         separator = format.separator
     way = ways[separator]
@@ -319,12 +324,14 @@ class _Way:
         """Part a text; `skip` is the declared number of title lines, or -1."""
         rows = list(itertools.islice(_rows(text, separator), ROWS))
         filled = [(line, cells) for line, cells in rows if any(cells)]
-        width = Counter(len(cells) for _, cells in filled).most_common(1)[0][0] if filled else 0
         if skip >= 0:
             below = [(line, cells) for line, cells in rows if line >= skip]
             line, header = below[0] if below else (skip, [])
+        elif filled:
+            width = Counter(len(cells) for _, cells in filled).most_common(1)[0][0]
+            line, header = _header(filled, width)
         else:
-            line, header = _header(filled, width) if filled else (0, [])
+            line, header = 0, []
         records = [cells for n, cells in filled if n >= line]
         share = sum(len(cells) == len(header) for cells in records) / max(1, len(records))
         return cls(line, header, share)

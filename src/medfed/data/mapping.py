@@ -339,7 +339,8 @@ def _map_column(
         text_U, side_U = _limits(text_U, feature.limits, absent)
     if (feature.factor, feature.offset) != (1.0, 0.0):
         text_U = convert(text_U, feature.factor, feature.offset, absent)
-        side_U = side_U if feature.factor > 0 else -side_U
+        if not feature.factor > 0:
+            side_U = -side_U
 
     beside = zip(limit_columns(name, feature), (-1, 1), strict=False)
     return {name: _at(text_U, code_N)} | {

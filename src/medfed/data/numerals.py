@@ -272,7 +272,10 @@ def form_of(texts: Iterable[str]) -> str | None:
         return None
     decimals = {e.decimal for e in found} - {""}
     parted = {e.thousands for e in found} - {""}
-    if {e.either for e in found} - {""} - (decimals if len(decimals) == 1 else set()) - parted:
+    either = {e.either for e in found} - {""} - parted
+    if len(decimals) == 1:
+        either -= decimals
+    if either:
         return ""  # beside 4,5 a workbook's cell of the number 1.234 is no thousand
     both = len(decimals) > 1 and not parted
     try:

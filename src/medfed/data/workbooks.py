@@ -290,7 +290,8 @@ def _plain(values: pd.Series, kind: re.Match[str] | None, suffix: str) -> pd.Ser
     for table, day in ((_MOMENTS, False), (_DATES, True)):
         for suffixes, (formats, seconds, since) in table.items():
             found = kind.group() if kind else ""
-            found = found[:3] if suffix == ".dta" else found  # %tcHH:MM is a %tc
+            if suffix == ".dta":  # %tcHH:MM is a %tc
+                found = found[:3]
             if suffix in suffixes and found in formats and pd.api.types.is_numeric_dtype(values):
                 return _dates(values, seconds, since, day)
     if pd.api.types.is_numeric_dtype(values):

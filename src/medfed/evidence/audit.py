@@ -197,9 +197,8 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     if residual:
         beside = (
             f"; all that is known taken away, the noise of {residual.numbers:,} numbers is left "
-            "with sd "
+            f"with sd {residual.ratio:.3f} of what is told"
         )
-        beside += f"{residual.ratio:.3f} of what is told"
         if wrong:
             beside += " and that is refused"
     figures: JSON = {"residual": residual._asdict() if residual else None}

@@ -88,10 +88,7 @@ class _Drawn:
 
 
 def noise(twin: Twin) -> Part:
-    """Draw the noise of a `twin`'s sites without patients, and hold it to its law and to the claim.
-
-    Of many rounds.
-    """
+    """Draw the noise of many rounds of a `twin` without patients; hold it to its law and claim."""
     drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
@@ -256,12 +253,8 @@ def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     guarantee = replace(guarantee, releases=releases)
     study = replace(plan.study, training=_simplify(plan.study.training))
     sites = {name: site.like(study, guarantee) for name, site in twin.sites.items()}
-    plan = replace(
-        plan,
-        study=study,
-        guarantee=guarantee,
-        message=plan.parameters if not plan.joint else plan.message,
-    )
+    message = plan.message if plan.joint else plan.parameters
+    plan = replace(plan, study=study, guarantee=guarantee, message=message)
 
     return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 

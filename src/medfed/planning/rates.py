@@ -77,8 +77,11 @@ class Pace:
             return Pace(loss, loss), loss is None
         if loss is None:
             return self, True
-        again = loss > 1.5 * self.lowest and loss > self.lowest + 0.1 * self.first
-        grew = loss > 1.1 * self.first or again if everybody else loss > 2 * self.first
+        if everybody:
+            again = loss > 1.5 * self.lowest and loss > self.lowest + 0.1 * self.first
+            grew = loss > 1.1 * self.first or again
+        else:
+            grew = loss > 2 * self.first
         return Pace(self.first, min(self.lowest, loss)), grew
 
 

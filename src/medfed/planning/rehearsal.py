@@ -107,8 +107,12 @@ def place_of(error: BaseException, model: nn.Module | None) -> str:
     """
     stage = stage_of(error)
     module = module_of(error, model)
-    where = f" at stage {stage}" if stage else ""
-    return f"{where}, in module {module}" if module else where
+    where = ""
+    if stage:
+        where = f" at stage {stage}"
+    if module:
+        where += f", in module {module}"
+    return where
 
 
 def _frames(error: BaseException) -> list[FrameType]:
