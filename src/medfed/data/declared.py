@@ -54,8 +54,8 @@ def refuse_undescribed(names: Sequence[str], data: Data, otherwise: str = "") ->
     if not absent:
         return
     first = absent[0]
-    several = len(absent) > 1
 
+    several = len(absent) > 1
     if several:
         which = f"{len(absent)} features ({some(map(repr, absent))})"
     else:

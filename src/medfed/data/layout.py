@@ -436,8 +436,8 @@ def names_of(cells: Sequence[str], where: str) -> list[str]:
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names, 1):
         places.setdefault(name, []).append(place)
-    twice = {name: at for name, at in places.items() if len(at) > 1}
 
+    twice = {name: at for name, at in places.items() if len(at) > 1}
     if twice:
         told = "; ".join(
             f"{name!r} in columns {' and '.join(map(str, at))}" for name, at in twice.items()

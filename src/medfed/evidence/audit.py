@@ -536,8 +536,8 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         guarded = twin.sites[everyone[k][0]]
         n = everyone[k][1]
         record = twin.rows[guarded.name].at(torch.tensor([n]))
-        open_ = guarded.bare(bare)
 
+        open_ = guarded.bare(bare)
         for kind, site in (("without", open_), ("with", guarded)):
             site.hold(record)
             site.forget()

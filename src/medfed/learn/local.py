@@ -525,8 +525,8 @@ def _train_one(
     anchors = dict(Layout.of(model).pieces(start_P))
     total = 0.0
     seen = 0
-    laid = batches(data, plan, key_1)
 
+    laid = batches(data, plan, key_1)
     for t in range(len(laid.active_T)):
         rows = laid.row_TKB[t, 0, : int(laid.size_TK[t, 0])]
         with drawing(model, streams.subkey(key_1, t)[0]):

@@ -226,8 +226,8 @@ def _warn_of_strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Stu
     none is declared.
     """
     found = []
-    devices = study.sites.kind == "device"
 
+    devices = study.sites.kind == "device"
     for whose, column, rows in _tell_rows(surveys, "outside", devices):
         low, high = study.data.dictionary[column].range
         if column != study.data.target:

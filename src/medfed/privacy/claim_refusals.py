@@ -244,8 +244,8 @@ def _refuse_undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     """
     data = study.data
     named = [name for name in data.features if not is_pattern(name)]
-    names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
 
+    names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
     if names and not study.privacy.ranges_epsilon:
         first = names[0]
         more = len(names) > 1
@@ -436,8 +436,8 @@ def _queries(study: Study) -> Iterator[Refusal]:
     p = study.privacy
     asked = queries_of(study)
     spent = sum(accounting.budget_mu(one.epsilon, p.delta) ** 2 for one in asked.values())
-    part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
 
+    part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
     if asked and part > _MOST_ASKED:
         told = " and ".join(
             f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items()

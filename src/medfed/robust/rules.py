@@ -301,9 +301,9 @@ def minimum_diameter(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
 
     d_KK = distances(g_KK)
     levels = torch.unique(d_KK)
+
     low = 0
     high = len(levels) - 1
-
     while low < high:
         middle = (low + high) // 2
         if next(_covers(d_KK > levels[middle], f), None) is None:
@@ -314,8 +314,8 @@ def minimum_diameter(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
     everyone = set(range(len(d_KK)))
     kept = [sorted(everyone - set(cover)) for cover in _covers(d_KK > levels[low], f)]
     best = min((k for k in kept), key=lambda k: (float(d_KK[k][:, k].sum()), k))
-    spare = len(best) - (len(d_KK) - f)  # all distances equal, or zero: fewer than f had to go
 
+    spare = len(best) - (len(d_KK) - f)  # all distances equal, or zero: fewer than f had to go
     if spare:
         if d_KK.any():
             best = sorted(best, key=lambda i: float(d_KK[i, best].sum()))[: len(best) - spare]

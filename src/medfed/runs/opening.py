@@ -148,8 +148,8 @@ def _check_places(tables: Iterable[SiteTable], study: Study) -> None:
     seen = Counter(
         name for table in tables for name in table.ids if not str(name).startswith(partition.OWN)
     )
-    most = study.privacy.max_sites_per_patient
 
+    most = study.privacy.max_sites_per_patient
     if many := sum(count > most for count in seen.values()):
         logger.warning(
             "%d patients have records at more than %d sites, up to %d",
