@@ -79,9 +79,9 @@ def test_the_server_runs_with_registered_devices_alone(result: medfed.Result, st
 
 
 def test_tolerance_sets_a_rule(study: Study) -> None:
-    applied = FederatedRoundConfig(byzantine_tolerance=0.25).applied(study)
+    applied = FederatedRoundConfig(byzantine_tolerance=0.25).apply(study)
     assert applied.robustness.rule == "auto" and applied.robustness.max_malicious == 0.25
-    assert FederatedRoundConfig().applied(study) == study
+    assert FederatedRoundConfig().apply(study) == study
 
 
 def test_a_device_trains_seals_and_reports(study: Study) -> None:

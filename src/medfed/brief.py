@@ -158,7 +158,7 @@ class FederatedRoundConfig:
     delta: float | None = None
     byzantine_tolerance: float | None = None
 
-    def applied(self, base: Study) -> Study:
+    def apply(self, base: Study) -> Study:
         """Return the study with these values."""
         keys = {
             "training.rounds": self.rounds,
@@ -201,7 +201,7 @@ class EnhancedFederatedServer:
             raise StudyError(
                 f"not registered: {some(absent)}; register every site of {self.study.study.name!r}"
             )
-        return runs.run((config or FederatedRoundConfig()).applied(self.study), out, self.data)
+        return runs.run((config or FederatedRoundConfig()).apply(self.study), out, self.data)
 
     def secure_aggregation(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked,
@@ -252,9 +252,7 @@ class EnhancedPrivacyPreserver:
         return noised_M
 
     def adaptive_gradient_clipping(self, *words: Any, **more: Any) -> Any:
-        """Return the factors that clip patients' gradients; see
-        `medfed.adaptive_gradient_clipping`.
-        """
+        """Return the factors that clip gradients; see `medfed.adaptive_gradient_clipping`."""
         return adaptive_gradient_clipping(*words, **more)
 
     def track_privacy_usage(self) -> tuple[PrivacyAccountingEntry, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medfed.core.flat import Layout, fill, trained, vector
+from medfed.core.flat import Layout, fill, select_trained, vector
 
 
 class Odd(nn.Module):
@@ -26,7 +26,7 @@ def odd() -> Odd:
 def test_layout_counts_and_orders_trained_parameters(odd: Odd) -> None:
     layout = Layout.of(odd)
     names = ["scalar", "empty", "inner.0.weight", "inner.0.bias", "inner.1.weight", "inner.1.bias"]
-    assert list(layout.shapes) == list(trained(odd)) == names
+    assert list(layout.shapes) == list(select_trained(odd)) == names
     assert layout.size == 1 + 0 + 6 + 2 + 2 + 2 == len(vector(odd))
 
 

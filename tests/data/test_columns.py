@@ -17,7 +17,7 @@ from medfed.core.streams import Streams
 from medfed.data import mapping, sources
 from medfed.data.features import features_of
 from medfed.data.frames import number_rows
-from medfed.data.headers import feature_names, misnamed
+from medfed.data.headers import feature_names, refuse_misnamed
 from medfed.data.site_table import SiteTable
 from medfed.data.tables import clean
 from medfed.planning import fix, recipe
@@ -60,7 +60,7 @@ def test_features_are_those_that_names_and_patterns_take(
     keys: dict[str, Any], told: list[str]
 ) -> None:
     data = replace(DATA, **keys)
-    assert features_of(COLUMNS, data) == told and not list(misnamed(COLUMNS, data))
+    assert features_of(COLUMNS, data) == told and not list(refuse_misnamed(COLUMNS, data))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_features_are_those_that_names_and_patterns_take(
     ],
 )
 def test_what_takes_no_column_is_refused(keys: dict[str, Any], told: str) -> None:
-    texts = [str(one.error) for one in misnamed(COLUMNS, replace(DATA, **keys))]
+    texts = [str(one.error) for one in refuse_misnamed(COLUMNS, replace(DATA, **keys))]
     assert any(told in text for text in texts), texts
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from medfed.core.flat import fill, trained, vector
+from medfed.core.flat import fill, select_trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.learn import dpsgd, local, zoo
@@ -192,7 +192,7 @@ def _by_hand(model: nn.Module, rows: Rows, guarantee: Guarantee, task: Task) -> 
         own = rows.patient == patient
         loss = sample_loss(task, model(rows.x[own]), rows.y[own]).sum()
         g = torch.cat(
-            [p.reshape(-1) for p in torch.autograd.grad(loss, list(trained(model).values()))]
+            [p.reshape(-1) for p in torch.autograd.grad(loss, list(select_trained(model).values()))]
         )
         norm = float(g.norm())
         total += (

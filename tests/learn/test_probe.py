@@ -14,7 +14,7 @@ from torch import nn
 import medfed
 from medfed import study as studies
 from medfed.core.checks import PlanError, StudyError
-from medfed.core.flat import trained
+from medfed.core.flat import select_trained
 from medfed.core.types import Task
 from medfed.learn import probe, zoo
 from medfed.learn.probe import ROWS, Probed
@@ -169,7 +169,7 @@ def test_a_probe_leaves_everything_as_it_was(name: str) -> None:
     assert hooks == sum(
         len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()
     )
-    assert all(p.grad is None for p in trained(model).values())
+    assert all(p.grad is None for p in select_trained(model).values())
 
 
 def test_a_path_that_the_study_names_must_be_right() -> None:

@@ -255,7 +255,7 @@ def test_a_patient_of_two_sites_pays_at_both() -> None:
         book.charge([charge(b)] * 2, ONE)
         with pytest.raises(BudgetError, match="2 of 6 patients"):
             book.charge([charge(b)], ONE)
-        assert [(x.site, x.charges, x.patients, x.worst) for x in book.spent(DELTA)] == [
+        assert [(x.site, x.charges, x.patients, x.worst) for x in book.list_spent(DELTA)] == [
             ("a", 3, 8, 8),
             ("b", 2, 6, 6),
         ]
@@ -268,13 +268,13 @@ def test_a_patient_of_two_sites_pays_at_both() -> None:
         assert (
             book.worst(DELTA, pseudonym=one)
             == book.worst(DELTA, site="a")
-            == book.spent(DELTA, site="a")[0].epsilon
+            == book.list_spent(DELTA, site="a")[0].epsilon
         )
-        assert [(x.site, x.patients, x.worst) for x in book.spent(DELTA, pseudonym=both)] == [
+        assert [(x.site, x.patients, x.worst) for x in book.list_spent(DELTA, pseudonym=both)] == [
             ("a", 1, 1),
             ("b", 1, 1),
         ]
-        assert book.spent(DELTA, pseudonym="nobody") == []
+        assert book.list_spent(DELTA, pseudonym="nobody") == []
         assert book.worst(DELTA, pseudonym="nobody") == 0
 
 
@@ -285,10 +285,10 @@ def test_an_account_counts_those_who_paid_most() -> None:
         book.charge([charge(early)], ONE)
         book.charge([charge(late), charge(late, study="t")], ONE)
         epsilon = accounting.gaussian_epsilon(10 / math.sqrt(2), DELTA)
-        assert book.spent(DELTA, study="s") == [
+        assert book.list_spent(DELTA, study="s") == [
             Spent("s", "a", pytest.approx(epsilon), DELTA, 2, 12, 10)
         ]
-        assert [(x.study, x.charges, x.worst) for x in book.spent(DELTA)] == [
+        assert [(x.study, x.charges, x.worst) for x in book.list_spent(DELTA)] == [
             ("s", 2, 10),
             ("t", 1, 12),
         ]
@@ -416,9 +416,9 @@ def test_what_is_accepted_is_what_a_plain_sum_per_patient_accepts(
         assert book.worst(DELTA) == pytest.approx(
             max(_plain_epsilon([event for _, event in paid]) for paid in twin)
         )
-        before = book.spent(DELTA), book.worst(DELTA)
+        before = book.list_spent(DELTA), book.worst(DELTA)
         book.verify()  # what is read again from rows alone is the same
-        assert (book.spent(DELTA), book.worst(DELTA)) == before
+        assert (book.list_spent(DELTA), book.worst(DELTA)) == before
 
 
 def _within(paid: list[tuple[str, Event]], limits: Limits) -> bool:
@@ -568,7 +568,7 @@ def test_an_open_ledger_sees_what_others_append(path: Path) -> None:
         for book in (one, two):
             with pytest.raises(BudgetError, match="12 of 12"):
                 book.charge([charge(a)], ONE)
-        assert one.spent(DELTA) == two.spent(DELTA)
+        assert one.list_spent(DELTA) == two.list_spent(DELTA)
 
 
 def test_threads_of_a_process_share_a_ledger(path: Path) -> None:
@@ -887,7 +887,7 @@ def test_a_damaged_byte_is_refused_or_changes_nothing(written: Path) -> None:
     content = written.read_bytes()
     chance = random.Random(0)
     with Ledger.open(written, read_only=True) as book:
-        expected = (book.rows(), book.spent(DELTA), book.head())
+        expected = (book.rows(), book.list_spent(DELTA), book.head())
     used = [i for i, byte in enumerate(content) if byte]  # a page's unused middle is nobody's
     refused = 0
     for _ in range(250):
@@ -896,7 +896,7 @@ def test_a_damaged_byte_is_refused_or_changes_nothing(written: Path) -> None:
         written.write_bytes(damaged)
         try:
             with Ledger.open(written, read_only=True) as book:
-                assert (book.rows(), book.spent(DELTA), book.head()) == expected
+                assert (book.rows(), book.list_spent(DELTA), book.head()) == expected
         except LedgerError as error:
             assert str(written) in str(error)
             refused += 1

@@ -362,7 +362,7 @@ def test_the_first_run_founds_with_what_its_study_says_and_no_study_after_it_has
 ) -> None:
     path = tmp_path / "ledger.sqlite"
     first = _account(path)
-    assert first.founded() == Lifetime(1.0, 1e-5, reason="the first run, of study 's'")
+    assert first.read_founded() == Lifetime(1.0, 1e-5, reason="the first run, of study 's'")
     for number in range(1, 5):
         assert _pays(first, number) == {}
     for values in (
@@ -373,18 +373,18 @@ def test_the_first_run_founds_with_what_its_study_says_and_no_study_after_it_has
     ):
         with pytest.raises(BudgetError, match=r"In all studies .* of 1 \(delta=1e-05\)"):
             _account(path, "r2", **values)
-    assert _account(path, "r1", fresh=False).founded() is None  # it is said once
+    assert _account(path, "r1", fresh=False).read_founded() is None  # it is said once
 
 
 def test_a_first_study_may_leave_room_for_others(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", privacy__lifetime_epsilon=3.0)
-    bound = account.founded()
+    bound = account.read_founded()
     assert bound is not None and bound.epsilon == 3.0
 
 
 def test_a_run_of_its_own_has_no_lifetime(tmp_path: Path) -> None:
     account = _account(tmp_path / "ledger.sqlite", privacy__scope="run")
-    assert account.founded() is None and account.ledger.lifetime is None
+    assert account.read_founded() is None and account.ledger.lifetime is None
     assert account.report()["lifetime"] is None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medfed.core.checks import PlanError, StudyError
 from medfed.core.streams import Streams
-from medfed.robust.attacks import ATTACKS, TRIGGER, Records, Sight, alie_z, liars, named
+from medfed.robust.attacks import ATTACKS, TRIGGER, Records, Sight, alie_z, find, liars
 from medfed.robust.rules import gram, rule_of
 
 F = 3
@@ -29,7 +29,7 @@ def sight(**more: Any) -> Sight:
 
 
 def send(name: str, seen: Sight) -> Tensor:
-    return named(name).rows(seen)
+    return find(name).rows(seen)
 
 
 def test_the_simple_ones_by_number() -> None:
@@ -111,44 +111,44 @@ def test_rows_keep_their_shape_and_dtype_and_are_drawn_from_the_seed(
     assert first.shape == (F, M) and first.dtype == torch.float64
     torch.testing.assert_close(first, again, equal_nan=True)
     steps = Sight((seen.own_FM * 1000).long(), seen.names, seen.streams, 2, 10, 3)
-    assert named(name).rows(steps).dtype == torch.int64
+    assert find(name).rows(steps).dtype == torch.int64
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_one_liar_alone_can_lie(name: str) -> None:
     seen = Sight(torch.ones(1, M, dtype=torch.float64), ["a"], Streams(7), 1, 10, 1)
-    assert named(name).rows(seen).shape == (1, M)
+    assert find(name).rows(seen).shape == (1, M)
 
 
 def test_wrap_moves_half_of_the_words_and_no_square() -> None:
     own = torch.arange(2 * M).reshape(2, M) - M
     seen = Sight(own, ["a", "b"], Streams(7), 1, 10, 2)
-    lie = named("wrap").rows(seen, "wire")
+    lie = find("wrap").rows(seen, "wire")
     moved = lie != own
     assert 0.25 < moved.double().mean() < 0.75 and (lie[moved] ^ -(1 << 63) == own[moved]).all()
     assert (lie * lie == own * own).all()  # mod 2^64: what a norm computed in words would see
     with pytest.raises(PlanError, match="whole steps"):
-        named("wrap").rows(sight(), "wire")
-    torch.testing.assert_close(named("wrap").rows(seen), own)  # not on the wire yet
+        find("wrap").rows(sight(), "wire")
+    torch.testing.assert_close(find("wrap").rows(seen), own)  # not on the wire yet
 
 
 def test_records_are_changed_as_named() -> None:
     x = torch.tensor([[0.0, 0, 0, 9], [2, 2, 2, 9], [4, 4, 4, 9]])
     y = torch.tensor([0, 0, 1])
     records = Records(x, y, 2, key=5)
-    assert named("label-flip").records(records).y_N.tolist() == [1, 1, 0]
+    assert find("label-flip").records(records).y_N.tolist() == [1, 1, 0]
     # the replaced model is of flipped labels
-    assert named("scaled").records(records).y_N.tolist() == [1, 1, 0]
-    poisoned = named("feature-poison").records(records)
+    assert find("scaled").records(records).y_N.tolist() == [1, 1, 0]
+    poisoned = find("feature-poison").records(records)
     assert poisoned.y_N.tolist() == [0, 0, 1]
     assert poisoned.x_ND[:, 0].tolist() == [3, 5, 1]  # each class where the other lies
-    number = named("label-flip").records(Records(x, torch.tensor([1.0, -2, 0]), 0, 5)).y_N
+    number = find("label-flip").records(Records(x, torch.tensor([1.0, -2, 0]), 0, 5)).y_N
     assert number.tolist() == [-1, 2, 0]
 
 
 def test_a_backdoor_marks_a_share_and_counts_its_success() -> None:
     many = Records(torch.zeros(2000, 5), torch.ones(2000, dtype=torch.int64), 2, key=5)
-    marked = named("backdoor").records(many)
+    marked = find("backdoor").records(many)
     share = float((marked.y_N == TRIGGER.label).double().mean())
     assert share == pytest.approx(TRIGGER.share, abs=0.05)
     assert (marked.x_ND[marked.y_N == 0][:, :3] == TRIGGER.value).all() and not marked.x_ND[
@@ -159,7 +159,7 @@ def test_a_backdoor_marks_a_share_and_counts_its_success() -> None:
     with pytest.raises(PlanError, match="needs a test record"):
         TRIGGER.success(lambda x: x[:, 0].long(), many.x_ND, torch.zeros(2000))
     with pytest.raises(PlanError, match="needs classes"):
-        named("backdoor").records(Records(many.x_ND, many.y_N, 0, 5))
+        find("backdoor").records(Records(many.x_ND, many.y_N, 0, 5))
 
 
 def test_who_lies_is_drawn_and_more_liars_free_none() -> None:
@@ -172,7 +172,7 @@ def test_who_lies_is_drawn_and_more_liars_free_none() -> None:
     with pytest.raises(StudyError, match=r"below \.5"):
         liars(names, 0.5, 7)
     with pytest.raises(StudyError, match="not an attack"):
-        named("flip")
+        find("flip")
     for wrong in ({"clients": 6}, {"liars": 0}):
         with pytest.raises(PlanError, match="fewer than half"):
             Sight(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medfed.core.checks import DataError, PlanError
 from medfed.robust import rules
-from medfed.robust.rules import ALONE, blocks_of, distances, gram, rule_of, weighted
+from medfed.robust.rules import ALONE, blocks_of, distances, gram, rule_of, weigh
 
 Rows = NDArray[np.float64]
 GRAM = [name for name, rule in ALONE.items() if rule.needs == "gram"]
@@ -335,7 +335,7 @@ def test_many_rows_are_multiplied_in_tiles() -> None:
     x = torch.randn(600, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(gram([x]), x @ x.T)
     w_K = torch.linspace(0, 1, 600, dtype=torch.float64)
-    torch.testing.assert_close(weighted(blocks_of(x, 7), w_K), w_K @ x)
+    torch.testing.assert_close(weigh(blocks_of(x, 7), w_K), w_K @ x)
 
 
 @pytest.mark.parametrize("name", [*ALL, "bucketing+geometric-median"])

@@ -213,7 +213,7 @@ def watched(tmp_path: Path) -> Path:
 
 
 def test_an_appeal_is_granted_and_stays_on_record(watched: Path) -> None:
-    (first, *_) = runs.quarantined(watched)
+    (first, *_) = runs.list_quarantined(watched)
     assert first["until"] > 8 and first["total"] > 0
     runs.lift_quarantine(watched, first["client"], "new scanner, checked on site", "Dr Ito")
     summary = medfed.resume(watched).summary
@@ -233,7 +233,7 @@ def test_an_appeal_is_granted_and_stays_on_record(watched: Path) -> None:
 
 
 def test_overrides_are_replayed_by_a_resumed_run(watched: Path) -> None:
-    (first, *_) = runs.quarantined(watched)
+    (first, *_) = runs.list_quarantined(watched)
     runs.lift_quarantine(watched, first["client"], "appeal", "Dr Ito")
 
     def stop(event: events.Event) -> None:

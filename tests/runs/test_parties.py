@@ -289,7 +289,7 @@ def test_a_killed_site_is_left_out_by_name(tmp_path: Path, started: Any) -> None
     path = written(tmp_path, training__quorum=0.5, security__aggregation="plain", **NONE)
     study = medfed.load_study(path)
     parties = started(path)
-    plan = prepare(runs.planned(study), parties.fleet, parties.fleet.sites())
+    plan = prepare(runs.complete(study), parties.fleet, parties.fleet.sites())
     victim = parties.processes[1]
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
@@ -313,7 +313,7 @@ def test_a_site_with_another_study_signs_nothing_for_this_one(tmp_path: Path, st
 def test_a_party_that_tells_anothers_keys_is_refused(tmp_path: Path, started: Any) -> None:
     path = written(tmp_path, security__aggregation="masked", **CLAIM)
     parties = started(path)
-    study = runs.planned(medfed.load_study(path))
+    study = runs.complete(medfed.load_study(path))
     plan = prepare(study, parties.fleet, parties.fleet.sites())
 
     class Swapped:
@@ -338,7 +338,7 @@ def test_a_lying_coordinator_is_told_no(tmp_path: Path, started: Any) -> None:
     """
     path = written(tmp_path, security__aggregation="three-party", **NONE)
     parties = started(path)
-    study = runs.planned(medfed.load_study(path))
+    study = runs.complete(medfed.load_study(path))
     plan = prepare(study, parties.fleet, parties.fleet.sites())
     work = codec.encode({"round": 1}, {"w": plan.first_weights(), "signed": codec.as_tensor(b"x")})
     for reply in gather(parties.fleet, SITES, "work", work, 60).values():

@@ -21,7 +21,7 @@ def quarantine_list(run: Run, as_json: AsJson = False) -> None:
     """Show who has something held against it, and until which round it sits out."""
     from medfed import runs
 
-    found = runs.quarantined(run)
+    found = runs.list_quarantined(run)
     if as_json:
         print(json.dumps(found))
         return

@@ -178,9 +178,7 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
 
 
 def members_of(study: Study) -> Consortium | None:
-    """Return the list of members that a study names, checked; None where keys are made for
-    a run.
-    """
+    """Return the list of members that a study names, checked; None where a run makes its keys."""
     security = study.security
     if not security.federation:
         return None

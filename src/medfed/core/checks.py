@@ -16,7 +16,7 @@ MedfedError
 ├── RunError         a run folder, checkpoint or model file cannot be used
 │   └── WriteError        the system refuses to write a file or a folder
 ├── ServeError       a run cannot be shown as asked: port, token, TLS
-├── ExportError      a run cannot be exported as asked: a library is missing, a place cannot be reached
+├── ExportError      a run cannot be exported: a library is missing, a place cannot be reached
 ├── LedgerError      a budget ledger cannot be read, written or trusted
 └── BudgetError      the patients' privacy budget does not bear what is asked
 """
@@ -187,9 +187,7 @@ def strip_name(name: str, reason: object) -> str:
 
 
 def those(names: Sequence[str], most: int = 5) -> str:
-    """Name sites, with their number where they are many: "1,000 sites, c0, c1, c2, c3, c4 and 995
-    more".
-    """
+    """Name sites, and how many where many: "1,000 sites, c0, c1, c2, c3, c4 and 995 more"."""
     count = f"{len(names):,} sites, " if len(names) > _FEW else ""
     return count + some(names, most)
 

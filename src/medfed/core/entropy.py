@@ -57,9 +57,7 @@ class Entropy:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def bernoulli(self, p: float | Fraction, count: int) -> NDArray[np.bool_]:
-        """Return [count] coins, each True with probability p rounded down to a multiple
-        of 2^-64.
-        """
+        """Return coins [count], True with probability p rounded down to a multiple of 2^-64."""
         if not 0 <= p <= 1:
             raise PlanError(f"p={p}: expected a probability. Pass a number from 0 to 1.")
         if p == 1:

@@ -91,9 +91,7 @@ def way_out(error: OSError) -> str:
 
 
 def flush_folder(folder: Path) -> bool:
-    """Flush a rename to disk; return False on systems and shares that do not let a folder be
-    flushed.
-    """
+    """Flush a rename to disk; return False where systems or shares let no folder be flushed."""
     if not hasattr(os, "O_DIRECTORY"):
         return False
     try:

@@ -1,5 +1,4 @@
-"""A module's trained parameters as one vector, and a stack of clients' vectors as a stack of
-modules.
+"""A module's trained parameters as one vector, a stack of clients' vectors as one of modules.
 
 K clients, P parameters.
 """
@@ -13,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def select_trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the module's parameters by name, without those that are frozen."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter of a module lies in the vector: the order of `trained`."""
+    """Where each parameter of a module lies in the vector: the order of `select_trained`."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layout":
-        return cls({name: tuple(p.shape) for name, p in trained(module).items()})
+        return cls({name: tuple(p.shape) for name, p in select_trained(module).items()})
 
     @property
     def size(self) -> int:
@@ -49,7 +48,7 @@ def vector(module: nn.Module) -> Tensor:
     """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what
     they are for.
     """
-    parameters = list(trained(module).values())
+    parameters = list(select_trained(module).values())
     wide = any(p.dtype == torch.float64 for p in parameters)
     dtype = torch.float64 if wide else torch.float32
     with torch.no_grad():
@@ -60,15 +59,13 @@ def fill(module: nn.Module, theta_P: Tensor) -> nn.Module:
     """Write the vector [P] into the module's parameters, in place; return the module."""
     pieces = dict(Layout.of(module).pieces(theta_P))
     with torch.no_grad():
-        for name, parameter in trained(module).items():
+        for name, parameter in select_trained(module).items():
             parameter.copy_(pieces[name])
     return module
 
 
-def untrained(module: nn.Module) -> dict[str, Tensor]:
-    """Return what else the module's outputs depend on: frozen parameters, and buffers, kept
-    or not.
-    """
+def select_untrained(module: nn.Module) -> dict[str, Tensor]:
+    """Return what else a module's outputs depend on: frozen parameters; buffers, kept or not."""
     frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     return {**frozen, **dict(module.named_buffers())}
 

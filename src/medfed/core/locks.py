@@ -146,9 +146,7 @@ def _win(handle: int, made: bool, path: Path) -> bool:
 
 
 def _win_by_name(handle: int, made: bool, path: Path) -> bool:
-    """Take a lock file where there is no flock: whoever made it has it, unless that process is
-    gone.
-    """
+    """Take a lock file where there is no flock: its maker has it, unless that process is gone."""
     if made:
         _sign(handle)
         return True

@@ -41,9 +41,7 @@ def keep() -> Iterator[None]:
 
 
 class _OwnFile(logging.FileHandler):
-    """A log file that is refused like any other file, where Python would print a traceback and go
-    on.
-    """
+    """A log file that is refused like any file, where Python would print a traceback and go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise WriteError for what the system refuses."""

@@ -81,8 +81,7 @@ def _canonicalise(text: str) -> str:
 
 @lru_cache(maxsize=65536)
 def _canonicalise_text(text: str) -> str:
-    """Fold width, case, digits of other scripts, blanks and what is invisible; a number is its
-    value.
+    """Fold width, case, other scripts' digits, blanks and what is invisible; a number is its value.
 
     Works on text alone: a float would make one of two ids above 2^53.
     """

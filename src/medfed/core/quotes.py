@@ -55,8 +55,6 @@ def quote(texts: Iterable[str]) -> str:
 
 
 def there(cells: Iterable[object]) -> str:
-    """Return the examples among cells as the end of an error: " (there: '<5', 'n.d.')"; nothing of
-    none.
-    """
+    """Return examples among cells as an error's end: " (there: '<5', 'n.d.')"; nothing of none."""
     told = ", ".join(map(repr, examples(cells)))
     return f" (there: {told})" if told else ""

@@ -31,9 +31,7 @@ class Streams:
     seed: int
 
     def key(self, name: str, *context: object) -> int:
-        """Return the signed 64-bit key of the stream `name` in `context` (a round, a
-        client, ...).
-        """
+        """Return the signed 64-bit key of stream `name` in `context` (a round, a client, ...)."""
         # no two lists are written alike
         return _hash(json.dumps([self.seed, name, *map(str, context)]))
 

@@ -64,9 +64,7 @@ def _is_key(text: str) -> bool:
 
 
 def explain_unreadable(text: str, error: tomllib.TOMLDecodeError) -> str:
-    """Say why a text is no TOML: with the line, and that a name in it needs quotes where that is
-    why.
-    """
+    """Say why a text is no TOML: the line, and that a name needs quotes where that is why."""
     place = re.search(r"at line (\d+)", str(error))
     lines = text.splitlines()
     if place is None or not 0 < int(place[1]) <= len(lines):
@@ -141,9 +139,7 @@ def document(
 
 
 def _is_table(value: Any) -> bool:
-    """Say whether a value has a header of its own; a blank table has, a blank feature is
-    one line.
-    """
+    """Say whether a value has its own header; a blank table has, a blank feature is one line."""
     return isinstance(value, Mapping) or (isinstance(value, Ask) and value.blank == {})
 
 

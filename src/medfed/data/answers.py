@@ -157,8 +157,9 @@ def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.n
 
     Of a feature in `logs` it is the logarithm, of values raised to the floor that stands there.
     """
-    column = table.label if name == "" else table.numbers.get(name, np.zeros(0))
-    values: np.ndarray = column[~table.test].astype(np.float64) if len(column) else column
+    values = table.label if name == "" else table.numbers.get(name, np.zeros(0))
+    if len(values):
+        values = values[~table.test].astype(np.float64)
     return _take_log(values[~np.isnan(values)], name, logs)
 
 

@@ -110,12 +110,12 @@ def _is_apart(code: float, others: np.ndarray, outside: bool) -> bool:
     low = float(others.min())
     high = float(others.max())
     if code < 0:
-        return code < low and (low >= 0 or low - code >= (0.25 if outside else 2) * (high - low))
-    if (
-        low == high
-        or code - high < (0.25 if outside else 1) * (high - low)
-        or (code < 2 * high and not outside)
-    ):
+        far = 0.25 if outside else 2
+        return code < low and (low >= 0 or low - code >= far * (high - low))
+    far = 0.25 if outside else 1
+    if low == high or code - high < far * (high - low):
+        return False
+    if code < 2 * high and not outside:
         return False
     middle, upper = np.quantile(others, [0.5, 0.75])
     if high <= 0 or high - middle <= _LONG * (upper - middle):

@@ -90,9 +90,7 @@ def proposal(column: str, median: float | None = None) -> tuple[Feature, ...]:
 
 @lru_cache(maxsize=65536)
 def may_be_in_several_units(column: str) -> bool:
-    """Say whether a column is a variable of the clinical dictionary whose unit its name does not
-    say.
-    """
+    """Say whether a column is a variable of the clinical dictionary, its unit not in its name."""
     return len({entry.unit for entry in proposal(column)}) > 1
 
 
@@ -235,7 +233,9 @@ def _find_variables(
     """
     sure = _index_names().get(name, ())
     certain = len(sure) == 1
-    meant = sure if certain or not measured else _index_names_with_unit().get(name, ())
+    meant = sure
+    if measured and not certain:
+        meant = _index_names_with_unit().get(name, ())
     if taken and any(variable.whole for variable in meant):
         return None
     meant = tuple(

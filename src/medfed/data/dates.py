@@ -24,7 +24,10 @@ FORMS = (
 SHORT = "two-digit years"
 """In place of a form: dates whose century nobody can tell."""
 
-_TIME = r"(?:(?:T|\s+)(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?\s*(?:Z|[+-]\d\d:?\d\d)?)?"
+_TIME = (
+    r"(?:(?:T|\s+)(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?"
+    r"\s*(?:Z|[+-]\d\d:?\d\d)?)?"
+)
 _SHORT = r"(?:\d{1,2}[./-]){2}\d\d"
 _STRICT = {
     "iso": r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)",
@@ -143,11 +146,11 @@ def number(moment_N: np.ndarray, becomes: str, reference_N: np.ndarray | None = 
     born on 29 February has it on 1 March in other years. Days have the time of day as their
     fraction.
     """
-    gone = np.isnat(moment_N) | (np.isnat(reference_N) if reference_N is not None else False)
+    if reference_N is None:
+        reference_N = moment_N
+    gone = np.isnat(moment_N) | np.isnat(reference_N)
     moment_N = np.where(gone, np.datetime64(0, "s"), moment_N)
-    other_N = np.where(
-        gone, np.datetime64(0, "s"), moment_N if reference_N is None else reference_N
-    )
+    other_N = np.where(gone, np.datetime64(0, "s"), reference_N)
     month_N = moment_N.astype("datetime64[M]")
     match becomes:
         case "age":

@@ -1,6 +1,4 @@
-"""What the dictionary has to declare under a privacy claim, as it may not be read off patients'
-cells.
-"""
+"""What the dictionary declares under a privacy claim, as it may not be read off patients' cells."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,11 +12,11 @@ def declared_labels(data: Data) -> tuple[str, ...]:
     """Return the labels that the dictionary declares; raise PlanError where a claim needs them and
     it does not.
     """
-    refuse(unlabelled(data))
+    refuse(refuse_unlabelled(data))
     return data.dictionary[data.target].categories
 
 
-def unlabelled(data: Data) -> Iterator[Refusal]:
+def refuse_unlabelled(data: Data) -> Iterator[Refusal]:
     """Yield that a claim needs declared labels, where they are not."""
     if data.dictionary.get(data.target, Feature()).categories:
         return
@@ -47,9 +45,8 @@ def declared_range(data: Data) -> tuple[float, ...]:
     return ends
 
 
-def undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
-    """Yield, as one, the features that a claim needs described and the dictionary does not
-    describe.
+def refuse_undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterator[Refusal]:
+    """Yield, as one, the features that a claim needs described and the dictionary does not.
 
     `otherwise` says, in a sentence, what else there is for numbers.
     """
@@ -57,8 +54,8 @@ def undescribed(names: Sequence[str], data: Data, otherwise: str = "") -> Iterat
     if not absent:
         return
     first = absent[0]
-    several = len(absent) > 1
 
+    several = len(absent) > 1
     if several:
         which = f"{len(absent)} features ({some(map(repr, absent))})"
     else:

@@ -55,63 +55,25 @@ FEW = 20
 """Records of a site, below which nothing of its own is doubted."""
 
 _IDENTIFIERS = {
-    "id", "ids", "pid", "mrn", "uuid", "guid", "patient", "patid", "patnr", "patnum", "patientid", "patientnr",
-    "patientennummer", "subject", "subjectid", "fallnr", "fallnummer", "aufnahmenr", "caseid", "recordid",
-    "encounterid", "visitid", "stayid", "hadm", "nip", "ipp", "nhc", "nosologico",
+    "id", "ids", "pid", "mrn", "uuid", "guid", "patient", "patid", "patnr", "patnum", "patientid",
+    "patientnr", "patientennummer", "subject", "subjectid", "fallnr", "fallnummer", "aufnahmenr",
+    "caseid", "recordid", "encounterid", "visitid", "stayid", "hadm", "nip", "ipp", "nhc",
+    "nosologico",
 }  # fmt: skip
 
-YES = frozenset(
-    (
-        "yes",
-        "y",
-        "true",
-        "t",
-        "1",
-        "ja",
-        "j",
-        "wahr",
-        "oui",
-        "vrai",
-        "si",
-        "sì",
-        "sí",
-        "vero",
-        "verdadero",
-    )
-)
+YES = frozenset({
+    "yes", "y", "true", "t", "1", "ja", "j", "wahr", "oui", "vrai", "si", "sì", "sí", "vero",
+    "verdadero",
+})  # fmt: skip
 NO = frozenset(("no", "n", "false", "f", "0", "nein", "falsch", "non", "faux", "falso"))
-FEMALE = frozenset(
-    [
-        "f",
-        "w",
-        "female",
-        "weiblich",
-        "woman",
-        "frau",
-        "femme",
-        "femmina",
-        "femenino",
-        "mujer",
-        "féminin",
-        "femminile",
-    ]
-)
-MALE = frozenset(
-    [
-        "m",
-        "male",
-        "männlich",
-        "man",
-        "mann",
-        "homme",
-        "maschio",
-        "masculino",
-        "hombre",
-        "masculin",
-        "maschile",
-        "h",
-    ]
-)
+FEMALE = frozenset({
+    "f", "w", "female", "weiblich", "woman", "frau", "femme", "femmina", "femenino", "mujer",
+    "féminin", "femminile",
+})  # fmt: skip
+MALE = frozenset({
+    "m", "male", "männlich", "man", "mann", "homme", "maschio", "masculino", "hombre", "masculin",
+    "maschile", "h",
+})  # fmt: skip
 _ALSO_GAPS = ("k.A.", "k. A.", "n/d", "nd", "n.d.", "ns", "entfällt", "#NULL!")
 GAPS = frozenset(text.casefold() for text in (*NOBODY, *_ALSO_GAPS))
 
@@ -121,9 +83,7 @@ Mend = Mapping[toml.Path, Any]
 
 @dataclass(frozen=True)
 class Doubt:
-    """Something about a column that is probably wrong: what, where, cells of it, and what would
-    mend it.
-    """
+    """Something probably wrong with a column: what, where, cells of it, and what would mend it."""
 
     code: str
     column: str

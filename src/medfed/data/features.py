@@ -63,9 +63,7 @@ def matching(pattern: str, columns: Sequence[str]) -> list[str]:
 
 
 def limit_columns(name: str, feature: Feature) -> tuple[str, ...]:
-    """Return the columns of 0 and 1 that are made beside a column with detection limits; see
-    `mapping`.
-    """
+    """Return the columns of 0 and 1 made beside one with detection limits: see `mapping`."""
     if feature.limits != "indicator":
         return ()
     return (f"{name} below limit", f"{name} above limit")

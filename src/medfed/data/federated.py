@@ -13,9 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """One client's encoded records: x [n, F] float32, y [n], and which patient each record belongs
-    to.
-    """
+    """One client's encoded records: x [n, F] float32, y [n], and each record's patient."""
 
     x: Tensor
     y: Tensor

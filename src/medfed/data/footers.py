@@ -18,9 +18,9 @@ from medfed.data.doubts import FEW, Doubt, Mend, fold
 from medfed.study import Data
 
 _WORD = re.compile(
-    r"(grand |sub-?|sous-)?(totals?|totale?|totaux|totali|gesamt\w*|insgesamt|summen?|sum|somme|somma|suma|mean|"
-    r"average|mittelwert|durchschnitt|moyenne|media|median|médiane|mediana|std|stabw|standardabweichung|écart-type|"
-    r"anzahl|count)[^\w]*(n ?= ?\d+\W*)?"
+    r"(grand |sub-?|sous-)?(totals?|totale?|totaux|totali|gesamt\w*|insgesamt|summen?|sum|somme|"
+    r"somma|suma|mean|average|mittelwert|durchschnitt|moyenne|media|median|médiane|mediana|std|"
+    r"stabw|standardabweichung|écart-type|anzahl|count)[^\w]*(n ?= ?\d+\W*)?"
 )
 _SHORT = {"n", "sd", "s.d.", "se", "min", "max", "min.", "max.", "%"}
 """What may stand below or above such a word, and is none by itself: a label may say so."""
@@ -82,7 +82,8 @@ def find(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
 
     if not columns:
         return None
-    return Footer(which_N, counts[0] if len(set(counts)) == 1 else 0, columns[0])
+    lines = counts[0] if len(set(counts)) == 1 else 0
+    return Footer(which_N, lines, columns[0])
 
 
 def _ends(rows: pd.Index) -> Iterator[tuple[int, int]]:

@@ -20,11 +20,11 @@ def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
     table lacks.
     """
     columns = [str(name) for name in frame.columns]
-    refuse(misnamed(columns, data))
+    refuse(refuse_misnamed(columns, data))
     return features_of(columns, data)
 
 
-def misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
+def refuse_misnamed(columns: Sequence[str], data: Data) -> Iterator[Refusal]:
     """Yield what a study says of a table's columns that its header does not bear out."""
     roles = {"target": data.target, "site": data.site, "patient": data.patient, "test": data.test}
     if not data.target:

@@ -128,8 +128,8 @@ def _places(
     """Return for each row the place of its row in the other table, or -1."""
     key = _keys(other, on, data)
     known = _keys(frame, on, data)
-    twice_N = (key.duplicated(keep=False) & (key != "")).to_numpy(dtype=bool)
 
+    twice_N = (key.duplicated(keep=False) & (key != "")).to_numpy(dtype=bool)
     if twice_N.any():
         rows = other.index[twice_N]
         logger.warning("%s: a value of %s stands twice, row %s", where, on, some(rows, 50))

@@ -160,8 +160,8 @@ def encoding_of(start: bytes, format: Format, where: str) -> tuple[str, str]:
         return _check_declared(format, start), ""
     if b"\0" in start[:4096]:
         raise DataError(
-            f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, put "
-            'encoding = "utf-16" under [data.format]'
+            f"{where} holds bytes of zero: it is UTF-16 without a mark, or no text. If it is text, "
+            'put encoding = "utf-16" under [data.format]'
         )
     if is_utf8(start):
         return ("utf-8", "")
@@ -213,18 +213,23 @@ def guess(
     """
     with open_bytes(path, format) as file:
         start = file.read(BEGINNING)
-    encoding, why = (encoding, "") if encoding else encoding_of(start, format, where)
+    why = ""
+    if not encoding:
+        encoding, why = encoding_of(start, format, where)
     text = _decode(start, TextLayout(encoding=encoding).codec)
     if not text.strip():
         raise DataError(
             f"{where} cannot be read: it has no header; name its columns in the first line"
         )
-    guessed = {"encoding": why} if why else {}
+    guessed = {}
+    if why:
+        guessed["encoding"] = why
 
     ways = {s: _Way.of(text, s, format.skip) for s in SEPARATORS if format.separator in ("auto", s)}
     if format.separator == "auto":
         separator, why = _choose(ways, where)
-        guessed |= {"separator": why} if why else {}
+        if why:
+            guessed["separator"] = why
     else:
         separator = format.separator
     way = ways[separator]
@@ -236,8 +241,7 @@ def guess(
 
 
 def of_header(path: Path, format: Format, where: str) -> tuple[TextLayout, list[str]]:
-    """Return how a file is written, from its mark and header line alone, and the cells of that
-    line.
+    """Return how a file is written, by its mark and header line alone, and that line's cells.
 
     What `format` leaves open: a decimal point, nothing between thousands, no title lines, no
     footer. Raises DataError as `guess` does.
@@ -320,12 +324,14 @@ class _Way:
         """Part a text; `skip` is the declared number of title lines, or -1."""
         rows = list(itertools.islice(_rows(text, separator), ROWS))
         filled = [(line, cells) for line, cells in rows if any(cells)]
-        width = Counter(len(cells) for _, cells in filled).most_common(1)[0][0] if filled else 0
         if skip >= 0:
             below = [(line, cells) for line, cells in rows if line >= skip]
             line, header = below[0] if below else (skip, [])
+        elif filled:
+            width = Counter(len(cells) for _, cells in filled).most_common(1)[0][0]
+            line, header = _header(filled, width)
         else:
-            line, header = _header(filled, width) if filled else (0, [])
+            line, header = 0, []
         records = [cells for n, cells in filled if n >= line]
         share = sum(len(cells) == len(header) for cells in records) / max(1, len(records))
         return cls(line, header, share)
@@ -430,8 +436,8 @@ def names_of(cells: Sequence[str], where: str) -> list[str]:
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names, 1):
         places.setdefault(name, []).append(place)
-    twice = {name: at for name, at in places.items() if len(at) > 1}
 
+    twice = {name: at for name, at in places.items() if len(at) > 1}
     if twice:
         told = "; ".join(
             f"{name!r} in columns {' and '.join(map(str, at))}" for name, at in twice.items()

@@ -1,5 +1,4 @@
-"""A text table read line by line: what one line says can neither change another nor stop the
-reading.
+"""A text table read line by line: no line can change another, or stop the reading.
 
 In a table read as a whole, one open quote swallows the rows behind it, and one separator too many
 ends the run: both tell of one patient. Here a line is a record or none. Its quotes must be even in

@@ -222,9 +222,7 @@ class Fault:
     action: str
 
     def error(self, frame: pd.DataFrame, site: pd.Series | None, patient: str) -> DataError:
-        """Say it with site, column and rows, and cells as examples; none of what names
-        a patient.
-        """
+        """Say it with site, column, rows and cells as examples; none of what names a patient."""
         where = f"column {self.column!r}"
         if site is not None:
             names = sorted(set(site[self.which_N]))
@@ -341,7 +339,8 @@ def _map_column(
         text_U, side_U = _limits(text_U, feature.limits, absent)
     if (feature.factor, feature.offset) != (1.0, 0.0):
         text_U = convert(text_U, feature.factor, feature.offset, absent)
-        side_U = side_U if feature.factor > 0 else -side_U
+        if not feature.factor > 0:
+            side_U = -side_U
 
     beside = zip(limit_columns(name, feature), (-1, 1), strict=False)
     return {name: _at(text_U, code_N)} | {
@@ -381,10 +380,14 @@ def _apart(values: pd.Series) -> pd.Series:
     if pd.api.types.is_float_dtype(values.dtype):
         return values + 0.0
     if values.dtype == object and not values.map(lambda cell: isinstance(cell, str)).all():
-        return values.map(
-            lambda cell: cell if pd.isna(cell) else str(cell + 0.0 if type(cell) is float else cell)
-        )
+        return values.map(_spell_apart, na_action="ignore")
     return values
+
+
+def _spell_apart(cell: object) -> str:
+    if type(cell) is float:
+        return str(cell + 0.0)
+    return str(cell)
 
 
 def _at(text_U: Texts, code_N: np.ndarray) -> np.ndarray:
@@ -496,9 +499,7 @@ def _date_numbers(
     data: Data,
     faults: list[Fault],
 ) -> np.ndarray:
-    """Return what a column's dates become, float64 [n]; NaN where one is missing or cannot
-    be read.
-    """
+    """Return what a column's dates become, float64 [n]; NaN for one missing or unreadable."""
     moment_N = _moments(frame, name, text_U, code_N, feature.date, faults)
     reference_N = None
     if feature.reference and feature.becomes in ("age", "days since", "days until"):
@@ -603,9 +604,7 @@ def is_missing(values: pd.Series, absent: set[str]) -> np.ndarray:
 
 
 def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the rows that are not `what`, where the study drops those, and which are left
-    out [n].
-    """
+    """Return the rows that are not `what`, where the study drops those, and which go [n]."""
     if what not in data.drop:
         return frame, np.zeros(len(frame), dtype=bool)
     gone = lacking(frame, what, data)

@@ -1,5 +1,4 @@
-"""How numbers are spelt in a text table: decimal points or commas, and what stands between
-thousands.
+"""How numbers are spelt in a text table: decimal points or commas, and what parts thousands.
 
 `1,5` is a decimal comma and `1,234,567` is not; `1,234` alone may be either. A whole file, and all
 files of a study, are looked at, cell by cell; what no cell decides is asked for. Cells that are
@@ -113,9 +112,7 @@ def _count(text_N: pa.ChunkedArray, pattern: str) -> int:
 
 
 def _may_be_parted(column: pa.ChunkedArray, points: bool) -> bool:
-    """Say whether a column's bytes hold any sign that a number may be parted by, besides
-    a point.
-    """
+    """Say whether a column's bytes hold a sign that may part a number, besides a point."""
     return any(_holds(chunk, points) for chunk in column.chunks)
 
 
@@ -275,7 +272,10 @@ def form_of(texts: Iterable[str]) -> str | None:
         return None
     decimals = {e.decimal for e in found} - {""}
     parted = {e.thousands for e in found} - {""}
-    if {e.either for e in found} - {""} - (decimals if len(decimals) == 1 else set()) - parted:
+    either = {e.either for e in found} - {""} - parted
+    if len(decimals) == 1:
+        either -= decimals
+    if either:
         return ""  # beside 4,5 a workbook's cell of the number 1.234 is no thousand
     both = len(decimals) > 1 and not parted
     try:
@@ -291,9 +291,7 @@ def form_of(texts: Iterable[str]) -> str | None:
 
 
 def _any(chunk: pa.Array, marks: str) -> bool:
-    """Say whether a chunk holds any of the marks; a blank and an apostrophe may be of several
-    bytes.
-    """
+    """Say whether a chunk holds any of the marks; a blank or apostrophe may be several bytes."""
     bytes_N = characters(chunk)
     several = any(mark in " '" for mark in marks)
     return any(bool((bytes_N == ord(mark)).any()) for mark in marks) or (

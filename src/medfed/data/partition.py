@@ -63,9 +63,7 @@ def is_test(
 def site_of(
     patient: pd.Series, names: Sequence[str], shares: Sequence[float], streams: Streams
 ) -> pd.Series:
-    """Give each patient a site by its keyed hash; sites get `shares` of the patients in
-    expectation.
-    """
+    """Give each patient a site by its keyed hash; sites expect `shares` of the patients."""
     key = streams.key("partition")
     ids = patient.unique()
     ends = np.cumsum(shares)

@@ -67,11 +67,46 @@ def agree(
 
     # Centre and scale of each number: from the dictionary, none, or from what sites answer.
     numbers = [name for name in names if name not in texts]
-    logs = {
-        n: _log_floor(data.dictionary[n])
-        for n in numbers
-        if n in data.dictionary and data.dictionary[n].log
-    }
+    logged = [n for n in numbers if n in data.dictionary and data.dictionary[n].log]
+    logs = {n: _log_floor(data.dictionary[n]) for n in logged}
+    scales, fills, target = _agree_scales(numbers, logs, target, data, ask, public)
+
+    # The columns, in one order for everybody.
+    cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
+
+    def make_column(name: str) -> Column:
+        if name in texts:
+            categories = data.dictionary.get(name, Feature()).categories or texts[name]
+            return Column(name, "category", categories=categories, indicator=name in indicators)
+        centre, scale = scales[name]
+        return Column(
+            name,
+            "number",
+            centre,
+            scale,
+            log=name in logs,
+            floor=logs.get(name, 0.0),
+            cap=cap,
+            indicator=name in indicators,
+            fill=fills.get(name, 0.0),
+            found=tuple(found.get(name, ())),
+        )
+
+    columns = tuple(make_column(name) for name in names)
+    return Encoding(columns, target, public or data.preprocess == "dictionary")
+
+
+def _agree_scales(
+    numbers: Sequence[str],
+    logs: dict[str, float],
+    target: Target,
+    data: Data,
+    ask: Ask,
+    public: bool,
+) -> tuple[dict[str, tuple[float, float]], dict[str, float], Target]:
+    """Return each number's centre and scale, what fills its gaps where that is not the centre, and
+    the target with its own.
+    """
     fills: dict[str, float] = {}
     if data.preprocess == "dictionary":
         refuse(_refuse_unranged(numbers, data))
@@ -87,8 +122,10 @@ def agree(
 
     else:
         asked = [*numbers, ""] if target.task == "regression" else numbers
-        robust = data.preprocess == "robust"
-        fitted = fit_widely(asked, logs, ask) if robust else fit("standard", asked, logs, ask)
+        if data.preprocess == "robust":
+            fitted = fit_widely(asked, logs, ask)
+        else:
+            fitted = fit("standard", asked, logs, ask)
         scales = {name: fitted[name] for name in numbers}
         if target.task == "regression":
             centre, scale = fitted[""]
@@ -96,32 +133,7 @@ def agree(
 
     if public and target.task == "regression":
         declared_range(data)
-
-    # The columns, in one order for everybody.
-    cap = {"dictionary": 2.0, "robust": ROBUST_CAP}.get(data.preprocess, 0.0)
-    columns = []
-    for name in names:
-        if name in texts:
-            categories = data.dictionary.get(name, Feature()).categories or texts[name]
-            columns.append(
-                Column(name, "category", categories=categories, indicator=name in indicators)
-            )
-            continue
-        centre, scale = scales[name]
-        column = Column(
-            name,
-            "number",
-            centre,
-            scale,
-            log=name in logs,
-            floor=logs.get(name, 0.0),
-            cap=cap,
-            indicator=name in indicators,
-            fill=fills.get(name, 0.0),
-            found=tuple(found.get(name, ())),
-        )
-        columns.append(column)
-    return Encoding(tuple(columns), target, public or data.preprocess == "dictionary")
+    return scales, fills, target
 
 
 def _choose_indicators(
@@ -243,9 +255,7 @@ def fit_widely(
 def _find_quantiles(
     quantiles: Sequence[float], known_F: Tensor, header: dict[str, Any], ask: Ask
 ) -> np.ndarray:
-    """Return quantiles [F, Q], as numpy.quantile finds them; a feature that nobody has
-    gets zeros.
-    """
+    """Return quantiles [F, Q], as numpy.quantile finds them; of a feature nobody has, zeros."""
     known = known_F.numpy()
     place_FQ = np.maximum(known - 1, 0)[:, None] * np.array(quantiles)
     low_FQ = np.floor(place_FQ).astype(np.int64)
@@ -310,9 +320,7 @@ def classes(labels: Sequence[str], data: Data) -> Target:
 
 
 def _merge_categories(surveys: dict[str, dict[str, Any]], data: Data) -> dict[str, tuple[str, ...]]:
-    """Return the union of each text column's categories; a column may be wholly missing at
-    a site.
-    """
+    """Return the union of each text column's categories; a site may miss a column wholly."""
     union: dict[str, set[str]] = {}
     for survey_ in surveys.values():
         for name, categories in survey_["texts"].items():

@@ -275,8 +275,8 @@ class RawColumn:
             code_N, found = pd.factorize(self.texts.to_numpy(dtype=object))
             dated_U = dates.are_dates([str(text) for text in found])
             of_K = self.frames.count(known)
-            all_K = (self.frames.count(known & dated_U[code_N]) == of_K) & (of_K > 0)
 
+            all_K = (self.frames.count(known & dated_U[code_N]) == of_K) & (of_K > 0)
             if all_K.any():
                 here_U = np.unique(code_N[known & all_K[self.frames.site_N]])
                 raise DataError(

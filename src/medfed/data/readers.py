@@ -86,9 +86,7 @@ def read(path: Path, data: Data, private: bool) -> Reading:
 def _frames(
     files: Sequence[Path], data: Data, private: bool, where: str
 ) -> tuple[list[pd.DataFrame], dict[str, TextLayout]]:
-    """Return each file's rows, and how the text files are written: without a claim looked at
-    together.
-    """
+    """Return each file's rows, and how text files are written: judged together without a claim."""
     if private:
         headers = {file: _read_layout(file, data) for file in files if kind_of(file) in TEXTS}
         frames = [_read(file, data, private, headers.get(file)) for file in files]
@@ -110,12 +108,12 @@ def _frames(
         )
         for file, text in written.items()
     }
-    frames = [
-        _respell(written.pop(file), spelling, data)
-        if file in written
-        else _read(file, data, private)
-        for file in files
-    ]
+    frames = []
+    for file in files:
+        if file in written:
+            frames.append(_respell(written.pop(file), spelling, data))
+        else:
+            frames.append(_read(file, data, private))
 
     return frames, layouts
 
@@ -399,12 +397,13 @@ def _beyond_ascii(text: Text) -> bool:
 
 def _respell(text: Text, layout: TextLayout, data: Data) -> pd.DataFrame:
     """Return a text table's cells, numbers with decimal points."""
-    columns = [
-        column
-        if name in _columns_to_keep(data)
-        else numerals.with_points(column, layout.decimal, layout.thousands)
-        for name, column in zip(text.names, text.table.columns, strict=True)
-    ]
+    kept = _columns_to_keep(data)
+    columns = []
+    for name, column in zip(text.names, text.table.columns, strict=True):
+        if name not in kept:
+            column = numerals.with_points(column, layout.decimal, layout.thousands)
+        columns.append(column)
+
     frame: pd.DataFrame = pa.table(columns, names=text.names).to_pandas(
         split_blocks=True, self_destruct=True
     )

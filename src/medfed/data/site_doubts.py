@@ -82,9 +82,7 @@ def _find_outside(table: SiteTable, data: Data) -> Iterator[Doubt]:
 
 
 def _find_codes(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Doubt]:
-    """Yield the columns of numbers in which a number stands for what was not measured:
-    -999, 9999.
-    """
+    """Yield the columns in which a number stands for what was not measured: -999, 9999."""
     numbers = {**table.numbers, **({data.target: table.label} if data.task == "regression" else {})}
     for name, values in numbers.items():
         feature = data.dictionary.get(name, Feature())

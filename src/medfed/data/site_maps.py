@@ -2,12 +2,12 @@
 its rows alone.
 
     [rename]
-    krea = "creatinine"                         # its name here = its name in the study; "" leaves a column out
+    krea = "creatinine"     # its name here = its name in the study; "" leaves a column out
 
     [columns.creatinine]
-    factor = 88.42                              # mg/dl here, umol/l in the study
+    factor = 88.42          # mg/dl here, umol/l in the study
 
-    absent = ["troponin"]                       # features that are not measured here, before the first table
+    absent = ["troponin"]   # features that are not measured here, before the first table
 
 It comes before all else that the study declares, and each cell follows from its row alone. The same
 file serves where all sites are in one process and at the hospital that wrote it.
@@ -417,9 +417,7 @@ def _dates(text_U: Texts, form: str, wanted: str, absent: set[str]) -> tuple[Tex
 def _empty_absent(
     frame: pd.DataFrame, names: Sequence[str], rows_N: np.ndarray, data: Data, faults: list[Fault]
 ) -> pd.DataFrame:
-    """Return a table in which a site lacks what it declares absent; a value there all the same is
-    told.
-    """
+    """Return a table in which a site lacks what it declares absent; a value there is told."""
     for name in names:
         absent = {*data.missing_values, *data.dictionary.get(name, Feature()).missing}
         known_N = ~mapping.is_missing(frame[name], absent)

@@ -27,9 +27,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class SiteTable:
-    """One site's records. Numbers are float64 with NaN for missing; texts are str with None for
-    missing.
-    """
+    """One site's records: numbers float64 with NaN for missing, texts str with None for missing."""
 
     numbers: dict[str, np.ndarray]
     texts: dict[str, np.ndarray]

@@ -73,19 +73,7 @@ def frames(
     dropped: dict[str, dict[str, int]] = {name: {} for name in names}
     if nowhere:
         dropped = {name: {"rows without site": nowhere} for name in names}
-    for what in ("rows without target", "rows without patient", "rows without time"):
-        if private and what == "rows without target":
-            continue  # they take no part, whatever the study says
-        frame, gone_N = mapping.drop(frame, what, data)
-        if site is not None:
-            for name, count in site[gone_N].value_counts().items():
-                dropped.setdefault(str(name), {})[what] = int(count)
-            site = site[~gone_N]
-        elif gone_N.any():
-            dropped |= {
-                name: {**dropped.get(name, {}), what: int(gone_N.sum())}
-                for name in study.sites.names
-            }
+    frame, site = _drop_rows(frame, site, study, data, private, dropped)
 
     # All other columns, and each row to its site.
     frame = mapping.apply(frame, data, private, site)
@@ -105,6 +93,31 @@ def frames(
     if footed:
         met[names[0]] = [*footed, *met.get(names[0], ())]
     return replace(split, dropped=dropped, doubts=met), data
+
+
+def _drop_rows(
+    frame: pd.DataFrame,
+    site: pd.Series | None,
+    study: Study,
+    data: Data,
+    private: bool,
+    dropped: dict[str, dict[str, int]],
+) -> tuple[pd.DataFrame, pd.Series | None]:
+    """Return the rows that stay, and their sites; how many are left out and why is put into
+    `dropped`, by site. Where rows name no site each site is told the count of all.
+    """
+    for what in ("rows without target", "rows without patient", "rows without time"):
+        if private and what == "rows without target":
+            continue  # they take no part, whatever the study says
+        frame, gone_N = mapping.drop(frame, what, data)
+        if site is not None:
+            for name, count in site[gone_N].value_counts().items():
+                dropped.setdefault(str(name), {})[what] = int(count)
+            site = site[~gone_N]
+        elif gone_N.any():
+            for each in study.sites.names:
+                dropped.setdefault(each, {})[what] = int(gone_N.sum())
+    return frame, site
 
 
 def _sites_of_rows(
@@ -179,7 +192,7 @@ def _misfits(header: Sequence[str], study: Study, data: Data, private: bool) -> 
     maps = site_maps.load(study)
     yield from site_maps.misfits(header, maps, data)
     mapped = site_maps.columns(header, maps)
-    yield from misplaced(mapped, study, data, private)
+    yield from refuse_misplaced(mapped, study, data, private)
     yield from mapping.misfits(mapped, data)
 
 
@@ -196,7 +209,9 @@ def misread(study: Study, private: bool) -> Iterator[Refusal]:
         yield from mapping.refuse_kinds(data)
 
 
-def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -> Iterator[Refusal]:
+def refuse_misplaced(
+    columns: Sequence[str], study: Study, data: Data, private: bool
+) -> Iterator[Refusal]:
     """Yield what stands against how a study says who is where; `data` is its completed table.
 
     `private`: also that its sites are not declared.
@@ -221,9 +236,10 @@ def misplaced(columns: Sequence[str], study: Study, data: Data, private: bool) -
 
     if private and study.sites.kind == "hospital" and data.site and not study.privacy.sizes:
         text = (
-            f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: sites are declared, "
-            'not read from patients. Set privacy.sizes."NAME" = N for each site, N the number of its training '
-            "patients that may be published; `medfed data show` lists the table's sites."
+            f"a privacy claim, data.site={data.site!r} and no [privacy.sizes] do not compose: "
+            'sites are declared, not read from patients. Set privacy.sizes."NAME" = N for each '
+            "site, N the number of its training patients that may be published; `medfed data show` "
+            "lists the table's sites."
         )
         yield Refusal(PlanError(text), {("privacy", "sizes"): SITES})
 
@@ -236,8 +252,9 @@ def nameless(site: pd.Series, data: Data) -> np.ndarray:
 
 SITES = toml.Ask(
     {},
-    'a line for each site: "its name in the table" = the number of its training patients that may be published.\n'
-    "`medfed data show STUDY`, at the site, lists the names. The sizes need not be right, and never follow the data.",
+    'a line for each site: "its name in the table" = the number of its training patients that may '
+    "be published.\n`medfed data show STUDY`, at the site, lists the names. The sizes need not be "
+    "right, and never follow the data.",
 )
 
 

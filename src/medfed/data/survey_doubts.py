@@ -249,9 +249,7 @@ def _doubt_units(name: str, told: str) -> Doubt:
 
 
 def _find_second_header(counts: Mapping[str, int], data: Data) -> Iterator[Doubt]:
-    """Yield that a label is the column's own name: two exports were pasted together, with both
-    headers.
-    """
+    """Yield that a label is the column's own name: two exports were pasted with both headers."""
     names = [label for label in counts if fold(label) == fold(data.target)]
     if names:
         text = (

@@ -26,7 +26,7 @@ from medfed.core.patient_ids import Rule
 from medfed.core.refusals import Refusal, refuse
 from medfed.core.streams import Streams
 from medfed.data import cells, readers, site_doubts
-from medfed.data.declared import declared_labels, declared_range, undescribed
+from medfed.data.declared import declared_labels, declared_range, refuse_undescribed
 from medfed.data.frames import Frames
 from medfed.data.headers import feature_names
 from medfed.data.partition import count_respelt, is_test, patients
@@ -292,7 +292,7 @@ def name_patients(
 
 def _check_described(names: Sequence[str], data: Data) -> None:
     """Refuse columns whose kind would have to be guessed from their cells."""
-    refuse(undescribed(names, data))
+    refuse(refuse_undescribed(names, data))
 
 
 def _read_label(frames: Frames, data: Data) -> np.ndarray:
@@ -324,8 +324,7 @@ def _read_label(frames: Frames, data: Data) -> np.ndarray:
 
 
 def _read_declared_label(frames: Frames, data: Data, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels, and which records take no part as theirs is missing or not declared
-    [rows].
+    """Return the labels, and which records take no part [rows]: theirs is missing or undeclared.
 
     Such a record has some label all the same, which nobody reads.
     """

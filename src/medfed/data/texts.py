@@ -58,11 +58,12 @@ def read(path: Path, format: Format, where: str) -> Text:
     except pa.ArrowInvalid as error:
         if "UTF8" in str(error):
             layout, header = _foreign(path, format, where)
-        elif (
-            layout.footer
-            or not (layout := _with_footer(path, format, layout, len(header), where)).footer
-        ):
+        elif layout.footer:
             raise
+        else:
+            layout = _with_footer(path, format, layout, len(header), where)
+            if not layout.footer:
+                raise
         table = _parse(path, format, layout, len(header))
     return _check(table, header, layout, where)
 

@@ -1,6 +1,4 @@
-"""Units of measurement: how they are written, and what one is of another. The facts are in
-units.toml.
-"""
+"""Units of measurement: how they are written, what one is of another. Facts are in units.toml."""
 
 import re
 import tomllib

@@ -147,9 +147,7 @@ def _entry(variable: Variable, unit: str) -> Feature:
 
 
 def _outwards(value: Fraction, side: int) -> float:
-    """Return a value of three digits that is not below (side 1) or not above (side -1) the given
-    one.
-    """
+    """Return a value of three digits, not below (side 1) or not above (side -1) the given one."""
     if value == 0:
         return 0.0
     step = Fraction(10) ** (math.floor(math.log10(abs(value))) - 2)

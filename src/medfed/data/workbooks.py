@@ -127,9 +127,7 @@ def _count_filled(cells: Sequence[Any]) -> int:
 
 
 def _above(rows: Sequence[Row], format: Format, private: bool) -> int:
-    """Return how many rows stand above the header: declared, or until one holds more than
-    a title.
-    """
+    """Return how many rows are above the header: declared, or until one is more than a title."""
     if format.skip >= 0 or private:
         return max(0, format.skip)
     most = max((_count_filled(cells) for _, cells in rows), default=0)
@@ -148,9 +146,7 @@ def _without_empty_columns(rows: Sequence[Row]) -> list[Row]:
 
 
 def _without_footer(records: list[Row], format: Format, private: bool, width: int) -> list[Row]:
-    """Return records without the declared footer, or without lone cells that stand below a blank
-    row.
-    """
+    """Return records without the declared footer, or without lone cells below a blank row."""
     if format.footer >= 0 or private:
         return records[: len(records) - max(0, format.footer)]
     last = next(
@@ -165,9 +161,7 @@ def _without_footer(records: list[Row], format: Format, private: bool, width: in
 def _check(
     records: Sequence[Row], names: Sequence[str], texts: Sequence[Sequence[str]], where: str
 ) -> None:
-    """Refuse cells without a name above them, times and durations, and a header among
-    the records.
-    """
+    """Refuse cells without a name above, times and durations, and a header among records."""
     again = [
         number
         for (number, _), cells in zip(records, texts, strict=True)
@@ -296,7 +290,8 @@ def _plain(values: pd.Series, kind: re.Match[str] | None, suffix: str) -> pd.Ser
     for table, day in ((_MOMENTS, False), (_DATES, True)):
         for suffixes, (formats, seconds, since) in table.items():
             found = kind.group() if kind else ""
-            found = found[:3] if suffix == ".dta" else found  # %tcHH:MM is a %tc
+            if suffix == ".dta":  # %tcHH:MM is a %tc
+                found = found[:3]
             if suffix in suffixes and found in formats and pd.api.types.is_numeric_dtype(values):
                 return _dates(values, seconds, since, day)
     if pd.api.types.is_numeric_dtype(values):

@@ -136,9 +136,7 @@ def heard(
 
 
 def numbers(told: Tensor, *shape: int) -> np.ndarray:
-    """Return a site's numbers as float64; raise SiteError unless they have this shape and are
-    finite.
-    """
+    """Return a site's numbers as float64; raise SiteError unless finite and of this shape."""
     if tuple(told.shape) != shape or not torch.isfinite(told.double()).all():
         raise SiteError(
             f"its answer is of shape {tuple(told.shape)}, or not finite; expected {shape} finite "

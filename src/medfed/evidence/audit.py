@@ -86,11 +86,19 @@ def audit_study(
 ) -> dict[str, Any]:
     """Test and attack a twin of a study; return the parts, and whether the claim stands.
 
-    Parts: `exact.noise`, `exact.sensitivity`, `one_run`, `inversion`, `membership`.
-
-    `canaries` 0 takes as many as the claim needs; `quick` leaves out the retrains. Coins come from
+    Parts: `exact.noise`, `exact.sensitivity`, `one_run`, `inversion`, `membership`. Coins come from
     the operating system, or from `seed`; noise always from the former. Raises PlanError where there
     is no claim to audit.
+
+    Args:
+        study: the study.
+        data: where downloaded data is looked for first.
+        canaries: how many made-up patients `one_run` hides; 0: as many as the claim needs.
+        retrains: how often `membership` trains.
+        fpr: the false positive rate at which members are told, 0 to 1.
+        quick: the retrains are left out.
+        seed: of the audit's coins.
+        encoding: a run's; None: the twin agrees on its own.
     """
     rng = np.random.default_rng(secrets.randbits(256) if seed is None else seed)
     twin = Twin.of(study, data, rng, encoding)
@@ -105,13 +113,15 @@ def audit_study(
     ]
     if not quick:
         parts.append(membership(twin, rng, retrains, fpr))
+
+    patients = "invented"
+    if study.privacy.scope == "run":
+        patients = "the study's own, which are public"
     return {
         "schema": 1,
         "study": study.study.name,
         "digest": study.digest(),
-        "patients": "the study's own, which are public"
-        if study.privacy.scope == "run"
-        else "invented",
+        "patients": patients,
         "passed": all(part.passed is not False for part in parts),
         "parts": [part.to_json() for part in parts],
         "limits": " ".join([LIMITS, *_list_gaps(study)]),
@@ -162,6 +172,11 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
 
     Canaries are more training rows at the sites; declared sizes stay. Their features are drawn anew
     in every round, so that noise used twice cancels and is found.
+
+    Args:
+        twin: the study's.
+        rng: draws canaries and coins.
+        canaries: how many; 0: as many as the claim needs.
     """
     guarantee = twin.guarantee
     plan = twin.plan
@@ -182,9 +197,8 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
     if residual:
         beside = (
             f"; all that is known taken away, the noise of {residual.numbers:,} numbers is left "
-            "with sd "
+            f"with sd {residual.ratio:.3f} of what is told"
         )
-        beside += f"{residual.ratio:.3f} of what is told"
         if wrong:
             beside += " and that is refused"
     figures: JSON = {"residual": residual._asdict() if residual else None}
@@ -395,11 +409,16 @@ def _add_canaries(rows: Rows, made: Rows, in_M: np.ndarray) -> Rows:
 
 
 def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: float = 0.05) -> Part:
-    """Train many times, each patient of a pool in half of them, and tell members by the released
-    models' losses.
+    """Train many times, each patient of a pool in half of them; tell members by the models' losses.
 
     Under (epsilon, delta) no attacker finds more than e^epsilon FPR + delta of the members. Raises
     PlanError for fewer than 8 retrains, and for an `fpr` outside (0, 1).
+
+    Args:
+        twin: the study's.
+        rng: draws the pool and its halves.
+        retrains: how often it trains.
+        fpr: the false positive rate at which members are told.
     """
     if not 0 < fpr < 1:
         raise PlanError(f"fpr={fpr:g}; expected a rate in (0, 1). Set --fpr 0.05.")
@@ -481,8 +500,14 @@ def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
 
 
 def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
-    """Read single records from what the first round releases of one site, with and without
-    protection.
+    """Read single records from what the first round releases of one site.
+
+    With and without protection.
+
+    Args:
+        twin: the study's.
+        rng: draws which records.
+        records: how many are tried.
     """
     study = twin.plan.study
     name = _first_layer(twin.model)
@@ -511,8 +536,8 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
         guarded = twin.sites[everyone[k][0]]
         n = everyone[k][1]
         record = twin.rows[guarded.name].at(torch.tensor([n]))
-        open_ = guarded.bare(bare)
 
+        open_ = guarded.bare(bare)
         for kind, site in (("without", open_), ("with", guarded)):
             site.hold(record)
             site.forget()

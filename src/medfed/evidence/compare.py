@@ -67,9 +67,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether chance would give such a difference in fewer than one of twenty comparisons like
-        this.
-        """
+        """Whether chance gives such a difference in fewer than one of twenty such comparisons."""
         return self.p < 0.05
 
 

@@ -30,25 +30,28 @@ from medfed.planning.survey_warnings import NEGATIVE
 from medfed.study import Data, Feature, Format, Study, put
 
 _TARGETS = """
-target label outcome class died death dead mortality mort exitus deceased expired verstorben tod décès deces decesso
-muerte readmitted readmission relapse survived survival diagnosis diagnose disease event ergebnis zielgrösse issue esito
-resultado status y
+target label outcome class died death dead mortality mort exitus deceased expired verstorben tod
+décès deces decesso muerte readmitted readmission relapse survived survival diagnosis diagnose
+disease event ergebnis zielgrösse issue esito resultado status y
 """
 _SITES = """
-site hospital center centre clinic clinique klinik spital krankenhaus haus hopital hôpital ospedale clinica clínica
-hospitalid institution institute standort einrichtung etablissement établissement centro
+site hospital center centre clinic clinique klinik spital krankenhaus haus hopital hôpital
+ospedale clinica clínica hospitalid institution institute standort einrichtung etablissement
+établissement centro
 """
 _PATIENTS = """
-patient patientid patid patnr pid mrn subject subjectid patientennummer patientnr person personid uniquepid nip ipp nhc
-paziente paciente fallnr fallnummer caseid
+patient patientid patid patnr pid mrn subject subjectid patientennummer patientnr person personid
+uniquepid nip ipp nhc paziente paciente fallnr fallnummer caseid
 """
 _BIRTHS = """
-born birth dob birthday birthdate dateofbirth geburt geburtsdatum gebdat geboren geburtstag naissance datenaissance
-datedenaissance nascita datanascita datadinascita nacimiento fechanacimiento fechadenacimiento
+born birth dob birthday birthdate dateofbirth geburt geburtsdatum gebdat geboren geburtstag
+naissance datenaissance datedenaissance nascita datanascita datadinascita nacimiento
+fechanacimiento fechadenacimiento
 """
 _ADMISSIONS = """
-admission admitted admit admissiondate aufnahme aufnahmedatum eintritt eintrittsdatum entrée entree dateentrée ricovero
-dataricovero ingreso fechaingreso encounter visit visitdate sampled collected date datum data fecha
+admission admitted admit admissiondate aufnahme aufnahmedatum eintritt eintrittsdatum entrée
+entree dateentrée ricovero dataricovero ingreso fechaingreso encounter visit visitdate sampled
+collected date datum data fecha
 """
 _MOST_SITES = 500
 _MOST_CATEGORIES = 64
@@ -160,9 +163,7 @@ def _drop_footer(
 
 
 def _read(table: Path, data: Data) -> readers.Reading:
-    """Read a table; where it has to be said how it is written, say where, as there is no
-    study yet.
-    """
+    """Read a table; where it must be said how it is written, say where: there is no study yet."""
     try:
         return readers.read(table, data, private=False)
     except DataError as error:

@@ -88,9 +88,7 @@ class _Drawn:
 
 
 def noise(twin: Twin) -> Part:
-    """Draw the noise of many rounds through sites without patients, and hold it to its law and to
-    the claim.
-    """
+    """Draw the noise of many rounds of a `twin` without patients; hold it to its law and claim."""
     drawn = _draw_jointly(twin) if twin.plan.joint else _draw_by_sites(twin)
     law = noise_tests.against_law(drawn.noise_VP, drawn.told_V)
     p = dict(law.p)
@@ -255,12 +253,8 @@ def _limit_to_one_step(twin: Twin, multiplier: float | None = None) -> Twin:
     guarantee = replace(guarantee, releases=releases)
     study = replace(plan.study, training=_simplify(plan.study.training))
     sites = {name: site.like(study, guarantee) for name, site in twin.sites.items()}
-    plan = replace(
-        plan,
-        study=study,
-        guarantee=guarantee,
-        message=plan.parameters if not plan.joint else plan.message,
-    )
+    message = plan.message if plan.joint else plan.parameters
+    plan = replace(plan, study=study, guarantee=guarantee, message=message)
 
     return replace(twin, plan=plan, guarantee=guarantee, sites=sites)
 
@@ -298,26 +292,43 @@ def _excess(plan: Plan) -> float:
 
 
 def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guarantee) -> float:
-    """Return the standard deviation in grid units that a client's claim needs, worked out from the
-    study.
+    """Return the standard deviation, in grid units, that a client's claim needs.
 
-    `guarantee` is asked for one thing: how noise is split between the gradient and adaptive
-    clipping's count. The deviation told for the count is taken as it is, and the gradient's must
-    make up for the rest.
+    It is worked out from the study.
+
+    Args:
+        study: the study.
+        name: the client's.
+        parameters: P of the model.
+        guarantee: asked for one thing: how noise is split between the gradient and adaptive
+            clipping's count. The deviation told for the count is taken as it is, and the gradient's
+            must make up for the rest.
     """
     p = study.privacy
     t = study.training
     fleet = study.fleet
     size = declared_size(study, name)
-    alone = p.noise == "site"
+    clients = list(guarantee.releases)
     groups = fleet.groups if fleet.schedule == "cyclic" else 1
     planned = t.rounds + p.spare_rounds
-    clients = list(guarantee.releases)
-    # under joint noise all draw alike
-    mean = sum(declared_size(study, each) for each in clients) / len(clients)
-    probability = min(1.0, t.batch_size / (size if alone else mean)) if t.batch_size else 1.0
-    steps = (t.local_steps or t.local_epochs * max(1, round(1 / probability))) if alone else 1
-    once = (1 / GRID + math.sqrt(parameters)) * (1 if alone else p.max_sites_per_patient)
+
+    # Under joint noise all draw alike, and a patient at several sites moves one sum several times;
+    # under a site's own noise it moves several sums once.
+    alone = p.noise == "site"
+    if alone:
+        population: float = size
+        moves, sums = 1, p.max_sites_per_patient
+    else:
+        population = sum(declared_size(study, each) for each in clients) / len(clients)
+        moves, sums = p.max_sites_per_patient, 1
+    probability = 1.0
+    if t.batch_size:
+        probability = min(1.0, t.batch_size / population)
+    steps = 1
+    if alone:
+        steps = t.local_steps or t.local_epochs * max(1, round(1 / probability))
+    once = (1 / GRID + math.sqrt(parameters)) * moves
+
     if p.correlated:
         band = noise_tests.strategy_coefficients(planned, groups)
         return (
@@ -325,7 +336,8 @@ def needed_deviation(study: Study, name: str, parameters: int, guarantee: Guaran
             * once
             * noise_tests.needed_multiplier(p.epsilon, p.delta, 1)
         )
-    uses = -(-planned // groups) * steps * (p.max_sites_per_patient if alone else 1)
+
+    uses = -(-planned // groups) * steps * sums
     capped = (p.batch_cap, size) if p.batch_cap and probability < 1 else (0, 0)
     multiplier = noise_tests.needed_multiplier(p.epsilon, p.delta, uses, probability, *capped)
     if guarantee.clipping == "adaptive":
@@ -349,10 +361,16 @@ class Odd:
 
 
 def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> list[Odd]:
-    """Return patients that break clipping where it can be broken: near-duplicates, cancellations,
-    extremes, 1 to 64.
+    """Return patients that break clipping where it can be broken.
 
-    Behind those with names come DRAWN of `privacy.odd_patients`, of up to eight records.
+    Near-duplicates, cancellations, extremes, of 1 to 64 records. Behind those with names come DRAWN
+    of `privacy.odd_patients`, of up to eight records.
+
+    Args:
+        width: F of a record.
+        kind: the target's.
+        labels: how many there are, at least 2.
+        rng: draws the records.
     """
     plain_F = torch.from_numpy(rng.standard_normal(width)).float()
     found: list[Odd] = []
@@ -420,8 +438,11 @@ def catalogue(width: int, kind: Kind, labels: int, rng: np.random.Generator) -> 
 
 
 def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
-    """Put odd patients into a site's rows, one at a time, and measure how far each moves what the
-    site releases.
+    """Put odd patients into a site's rows, one at a time; measure how far each moves its release.
+
+    Args:
+        twin: the study's.
+        rng: draws the patients.
     """
     bare = _limit_to_one_step(twin, _QUIET)
     plan = bare.plan
@@ -453,18 +474,25 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
     moved: dict[str, float] = {}
     for w_P in weights:
         for company in (_drop_everybody(twin.rows[name]), crowd):
-            for odd, far in _measure_moves(
-                twin, site, w_P, company, _worst_labels(twin, w_P, patients), rng
-            ):
+            worst = _worst_labels(twin, w_P, patients)
+            for odd, far in _measure_moves(twin, site, w_P, company, worst, rng):
                 moved[odd.name] = max(far, moved.get(odd.name, 0.0))
     if not moved:
         why = "not run: the site answers nothing, whoever is in its rows"
         return Part("sensitivity", "one patient <= C", "-", why, None, {"patients": 0})
+    return _judge_moves(
+        moved, 1 + SLACK + GRID * math.sqrt(plan.parameters), len(crowd), len(weights)
+    )
+
+
+def _judge_moves(moved: Mapping[str, float], allowed: float, records: int, weights: int) -> Part:
+    """Return what odd patients' moves say: how far each `moved` a site's sum, in clips, beside what
+    is `allowed`.
+    """
     worst = max(moved, key=lambda which: moved[which])
-    allowed = 1 + SLACK + GRID * math.sqrt(plan.parameters)
     beyond = {which: far for which, far in moved.items() if not far <= allowed}
     told = (
-        f"{len(moved)} odd patients, alone and among {len(crowd)} records, at {len(weights)} "
+        f"{len(moved)} odd patients, alone and among {records} records, at {weights} "
         f"sets of weights; {worst!r} moves a site's sum most, by {moved[worst]:.5g} C (at most "
         f"{allowed:.4g} C is allowed)"
     )

@@ -69,11 +69,16 @@ class Twin:
         encoding: Encoding | None = None,
         secure: bool = False,
     ) -> "Twin":
-        """Prepare a twin whose rows come together in the open, or `secure`: as the study says,
-        under keys made for it.
+        """Prepare a twin of a study. Raises PlanError where it claims nothing.
 
-        Nobody lies in a twin, and no rule weighs its rows. Raises PlanError where the study claims
-        nothing.
+        Nobody lies in a twin, and no rule weighs its rows.
+
+        Args:
+            study: the study.
+            data: where downloaded data is looked for first.
+            rng: draws the twin's patients.
+            encoding: a run's; None: the twin agrees on its own.
+            secure: rows come together as the study says, under keys made for it; else in the open.
         """
         if not asked(study) or study.privacy.simulation_only:
             raise PlanError(
@@ -128,7 +133,7 @@ def _invent(size: int, rule_FC: np.ndarray, plan: Plan, rng: np.random.Generator
 
 
 def keys(size: int, rng: np.random.Generator) -> Tensor:
-    """Return streams for patients who were made up."""
+    """Return streams [size] for made-up patients, drawn by `rng`."""
     return torch.from_numpy(rng.integers(-(2**63), 2**63, size))
 
 
@@ -238,9 +243,7 @@ def updates(seen: Seen, plan: Plan) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
-    """Undo the server's step: what it applied is in its weights, or in the moments that
-    it keeps.
-    """
+    """Undo the server's step: what it applied is in its weights, or in the moments it keeps."""
     h = plan.study.training
     if "momentum" in after.slots:
         return after.slots["momentum"] - h.server_momentum * before.slots["momentum"]
@@ -311,8 +314,15 @@ class People:
 
 
 def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
-    """Return each patient's clipped gradient [I, P] (float64) in units of C, times its weight: the
+    """Return each patient's clipped gradient [I, P] (float64), in C, times its weight: the
     definition.
+
+    Args:
+        twin: the study's.
+        w_P: the weights at which gradients are taken.
+        people: the patients.
+        step: whose dropout draws are taken.
+        clip: C.
     """
     model = twin.model
     layout = Layout.of(twin.model)
@@ -374,12 +384,18 @@ def _gradient(
 def explain(
     twin: Twin, seen: Seen, names: Sequence[str], canary: Mapping[str, Rows], update_P: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return how far a release differs from one without canaries [P], and what each of them would
-    add [M, P].
+    """Return how far a release is from one without canaries [P], and what each would add [M, P].
 
     In units of the clipped sum (exactly, for one step of SGD), expected over the sampling's coins,
     and linear around half of the canaries being in. A local path of several steps stays inside the
     site: it is taken to be straight, from the round's weights to those released.
+
+    Args:
+        twin: the study's.
+        seen: the round.
+        names: the sites of the release.
+        canary: the canaries at each site.
+        update_P: the released mean change of the weights.
     """
     guarantee = twin.guarantee
     plan = twin.plan

@@ -84,13 +84,20 @@ class Algorithm:
     any_sgd: str = ""
 
     def begin(self, w_P: Tensor, h: Training) -> Server:
-        """Return the state before the first round."""
+        """Return the state before the first round, from weights `w_P` and hyperparameters `h`."""
         slots = {name: torch.full_like(w_P, value) for name, value in self.start(h).items()}
         return Server(0, w_P, slots | ({"average": w_P} if h.average else {}))
 
     def step(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        """Return the state after a round; with training.average, the mean of the last rounds'
-        models goes along.
+        """Return the state after a round.
+
+        With training.average, the mean of the last rounds' models goes along.
+
+        Args:
+            server: the state before it.
+            mean_M: the combined row.
+            share: the weight of those whose rows count, of all participants': 0 to 1.
+            h: the study's hyperparameters.
         """
         after = self.apply(server, mean_M, share, h)
         common = {name: server.slots[name] for name in COMMON if name in server.slots}
@@ -100,15 +107,17 @@ class Algorithm:
         return replace(after, slots={**after.slots, **common})
 
     def task(self, server: Server) -> Task:
-        """Return what the clients of the next round receive."""
+        """Return what the clients of the round after `server` receive."""
         return Task(server.w_P, {name: server.slots[name] for name in self.sent})
 
     def blank(self, w_P: Tensor) -> dict[str, Tensor]:
-        """Return what one client remembers before its first round: name -> [P]."""
+        """Return what a client with weights `w_P` remembers before its first round: name -> [P]."""
         return {name: torch.zeros_like(w_P) for name in self.kept}
 
     def starts_KP(self, task: Task, memory: Memory, clients: int) -> Tensor:
-        """Return the weights that each client starts from."""
+        """Return the weights that each of so many `clients` starts from: the sent ones of `task`,
+        or, with a personal model, its own by `memory`.
+        """
         w_KP = task.w_P.expand(clients, -1)
         return w_KP + memory["offset"] if self.personal else w_KP
 
@@ -118,7 +127,7 @@ class Algorithm:
 
 
 def average(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-    return _moved(server, (h.server_learning_rate or 1.0) * mean_M)
+    return _move(server, (h.server_learning_rate or 1.0) * mean_M)
 
 
 # FedProx: Li et al. 2020, eq. 2: the local objective gains mu/2 |w - w_server|^2.
@@ -159,8 +168,8 @@ def control_average(server: Server, mean_M: Tensor, share: float, h: Training) -
 
 
 def local_work(steps_K: Tensor, h: Training) -> Tensor:
-    """Return |a_k|_1 [K]: the number of steps, or with momentum rho the sum of the weights its
-    gradients get.
+    """Return |a_k|_1 [K]: of `steps_K` steps their number, or with momentum rho (in `h`) the sum of
+    the weights its gradients get.
     """
     tau = steps_K.double()
     rho = h.momentum
@@ -169,9 +178,7 @@ def local_work(steps_K: Tensor, h: Training) -> Tensor:
     return (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
 
 
-def normalised(
-    task: Task, memory: Memory, local: LocalResult, h: Training
-) -> tuple[Tensor, Memory]:
+def normalise(task: Task, memory: Memory, local: LocalResult, h: Training) -> tuple[Tensor, Memory]:
     delta_KP = local.theta_KP - task.w_P
     work_K1 = local_work(local.steps_K, h).to(delta_KP.dtype)[:, None]
     return torch.cat([delta_KP / work_K1.clamp(min=1), work_K1], 1), memory
@@ -201,7 +208,7 @@ def adaptive(
         beta1 = h.server_momentum if momentum else 0.0
         m_P = beta1 * server.slots["m"] + (1 - beta1) * mean_M
         v_P = second_moment(server.slots["v"], mean_M.square(), h)
-        moved = _moved(
+        moved = _move(
             server, (h.server_learning_rate or 0.1) * m_P / (v_P.sqrt() + h.server_epsilon)
         )
         return replace(moved, slots={"m": m_P, "v": v_P})
@@ -232,11 +239,11 @@ def nothing(task: Task, memory: Memory, local: LocalResult, h: Training) -> tupl
     return local.theta_KP[:, :0], {"offset": local.theta_KP - task.w_P}
 
 
-def unmoved(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
+def hold(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
     return replace(server, round=server.round + 1)
 
 
-def _moved(server: Server, step_P: Tensor) -> Server:
+def _move(server: Server, step_P: Tensor) -> Server:
     return replace(server, round=server.round + 1, w_P=server.w_P + step_P)
 
 
@@ -260,7 +267,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fednova": Algorithm(
         "Wang et al. 2020, arXiv:2007.07481",
         nova_average,
-        message=normalised,
+        message=normalise,
         any_sgd="it divides by the weight that SGD gives each gradient",
         joint="coincides",
         length=lambda parameters: parameters + 1,
@@ -292,7 +299,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "local": Algorithm(
         "baseline: each site alone",
-        unmoved,
+        hold,
         message=nothing,
         kept=("offset",),
         length=lambda parameters: 0,

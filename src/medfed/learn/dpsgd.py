@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
 from medfed.core.entropy import Entropy
-from medfed.core.flat import Layout, trained
+from medfed.core.flat import Layout, select_trained
 from medfed.core.types import Task
 from medfed.data.federated import Patients
 from medfed.learn.layers import CANCELLATION, LARGEST, RuledModel, has_rules
@@ -46,7 +46,7 @@ from medfed.learn.local import (
     on_threads,
     sample_loss,
 )
-from medfed.learn.zoo import Dropout, dropout_keys, fixed
+from medfed.learn.zoo import Dropout, dropout_keys, select_fixed
 from medfed.privacy.guarantee import GRID, NARROW, Guarantee, Release, discrete_gaussian
 from medfed.privacy.mechanisms import DiscreteGaussian, round_to_grid
 
@@ -78,9 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sums:
-    """Clipped sums [K, P] float64 in units of C, and how many patients lay below C less half of all
-    [K].
-    """
+    """Clipped sums [K, P] float64 in C, and how many patients are below C, less half of all [K]."""
 
     total_KP: Tensor
     below_K: Tensor
@@ -101,6 +99,10 @@ def clip_factor(kind: str, clip: float) -> Factor:
     - a norm that is not finite has no product; whoever sums leaves that patient out (`sums`);
     - "automatic" has no C: every gradient well above 0.01 comes to about 1, a sure patient's like
       an unsure one's.
+
+    Args:
+        kind: privacy.clipping.
+        clip: C, in the gradient's units; "automatic" does not read it.
     """
     if kind == "automatic":
         return lambda norm_AI: 1 / (norm_AI + _AUTOMATIC)
@@ -192,6 +194,13 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return each client's sum [K, P] of its patients' gradients, not clipped, and their norms [K,
     I]; for probe.py.
+
+    Args:
+        model: any module; its own weights may be overwritten.
+        w_P: the weights at which gradients are taken.
+        patients: the clients' patients and their records, end to end.
+        task: what the outputs are.
+        path: how gradients are taken.
     """
     model.train()
     members = torch.arange(len(patients))
@@ -480,7 +489,7 @@ class _ByFunc:
         self.model = model
         self.names = list(Layout.of(model).shapes)
         self.dropouts = dropout_keys(model)
-        self.fixed = fixed(model)
+        self.fixed = select_fixed(model)
 
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
@@ -528,7 +537,7 @@ class _ByLoop:
     def __call__(
         self, weights: list[Tensor], x: Tensor, y: Tensor, step: Step, task: Task, factor: Factor
     ) -> tuple[Tensor, Tensor]:
-        parameters = list(trained(self.model).values())
+        parameters = list(select_trained(self.model).values())
 
         def gradient(a: int, slot: int) -> Tensor:
             with drawing(self.model, step.key_AB[a, slot]):
@@ -581,9 +590,7 @@ def _sum_patients(
 
 
 def _clip_each(g_SP: Tensor, own_S: Tensor, factor: Factor, norm_I: Tensor) -> Tensor:
-    """Return the sum [P] of some patients' clipped gradients, and write their norms
-    into `norm_I`.
-    """
+    """Return the sum [P] of some patients' clipped gradients; write their norms into `norm_I`."""
     mine, place_S = torch.unique(own_S, return_inverse=True)
     g_JP = torch.zeros(len(mine), g_SP.shape[1], dtype=torch.float64).index_add_(0, place_S, g_SP)
     mass_J = torch.zeros(len(mine), dtype=torch.float64).index_add_(0, place_S, g_SP.norm(dim=1))

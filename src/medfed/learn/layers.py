@@ -4,9 +4,9 @@ buffers.
 No autograd. A rule knows one kind of layer and four things about it:
 
     forward        x -> y, each client with its own parameters
-    backward       dL/dy -> dL/dx; what the parameters' gradient needs is remembered, not multiplied out
-    square_norms   of each patient's gradient, from what is remembered
-    accumulate     target <- beta * target + alpha * gradient, for each parameter, one product a layer
+    backward       dL/dy -> dL/dx; what the parameters' gradient needs is kept, not multiplied out
+    square_norms   of each patient's gradient, from what is kept
+    accumulate     target <- beta * target + alpha * gradient by parameter, one product a layer
 
 Because the last is separate, plain SGD writes its step straight into the weights (target = weights,
 alpha = -lr), a gradient is the same call with beta = 0, and a sum of clipped gradients is the same
@@ -64,7 +64,9 @@ class Buffers:
         self._views: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised contiguous tensor [A, ...], kept under `name`."""
+        """Return an uninitialised contiguous tensor of `shape` [A, ...] and `dtype`, kept under
+        `name`.
+        """
         wanted = (name, dtype, *shape)
         view = self._views.get(wanted)
         if view is None:
@@ -95,14 +97,23 @@ class LayerRule(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
-        """Return y [A, B, ...] for x [A, B, ...]; `key_K` are this step's streams, of clients [A]
-        or slots [A, B].
+        """Return y [A, B, ...] for x [A, B, ...].
+
+        Args:
+            x: the layer's input.
+            params: the layer's own, [A, *shape] each.
+            key_K: this step's streams, of clients [A] or slots [A, B].
         """
 
     @abstractmethod
     def backward(self, dy: Tensor, params: Sequence[Tensor], first: bool) -> Tensor:
-        """Return dL/dx (unless this is the `first` layer with parameters: nothing below needs it);
-        may overwrite dy.
+        """Return dL/dx for dL/dy; may overwrite dy.
+
+        Args:
+            dy: dL/dy, shaped like y.
+            params: the layer's own, [A, *shape] each.
+            first: it is the first layer with parameters: nothing below needs dL/dx, and anything
+                may be returned.
         """
 
     def square_norms(self, records: int) -> Tensor | None:
@@ -114,7 +125,8 @@ class LayerRule(ABC):
         """
         return None
 
-    def accumulate(  # noqa: B027 (nothing to add)
+    # a layer without parameters has nothing to add
+    def accumulate(  # noqa: B027
         self, targets: Sequence[Tensor], beta: float, alpha: float, weight_AB: Tensor | None = None
     ) -> None:
         """Set each target [A, *shape] to beta * target + alpha * (gradient summed over the batch).
@@ -125,8 +137,9 @@ class LayerRule(ABC):
         """
 
     def forget(self, patient_AN: Tensor) -> None:
-        """Take these patients out of what is remembered: a weight of zero would not, as 0 * NaN is
-        NaN.
+        """Take the patients of `patient_AN` out of what is remembered.
+
+        A weight of zero would not, as 0 * NaN is NaN.
         """
         gone = patient_AN.reshape(-1, 1)
 
@@ -274,9 +287,7 @@ class LinearRule(LayerRule):
         return self._remember_gradients([g.view(A, B, *g.shape[1:]) for g in gradients], records)
 
     def _square_norms_of_products(self, A: int, N: int) -> Tensor:
-        """Make each patient's gradient, in float64: products of two float32 numbers are
-        then exact.
-        """
+        """Make each patient's gradient in float64: products of float32 numbers are then exact."""
         x = self.x.double()
         dy = self.dy.double()
         gradients = [self._product(dy, x, A * N), self._total(dy, A * N)][: len(self.names)]
@@ -358,9 +369,7 @@ class LinearRule(LayerRule):
             )
 
     def _product(self, dy: Tensor, x: Tensor, groups: int) -> Tensor:
-        """Return the sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups,
-        O, I].
-        """
+        """Return sums of dy_s x_s^T over each of `groups` equal runs of slots, [groups, O, I]."""
         return torch.bmm(
             dy.reshape(groups, -1, dy.shape[-1]).mT, x.reshape(groups, -1, x.shape[-1])
         )
@@ -489,9 +498,7 @@ class EmbeddingRule(LayerRule):
         return dy if first else dy.new_zeros(self.shape)
 
     def square_norms(self, records: int) -> Tensor:
-        """Sum in float64 what a patient's slots and positions add to each row, and keep
-        those sums.
-        """
+        """Sum in float64 what a patient's slots and positions add to each row; keep those sums."""
         A = self.shape[0]
         N = self.shape[1] // records
         self.records = records
@@ -547,10 +554,9 @@ class NormRule(LayerRule):
 
     def __init__(self, layer: nn.LayerNorm | nn.GroupNorm) -> None:
         super().__init__(layer)
-        affine = layer.weight is not None
-        self.names = (
-            () if not affine else ("weight", "bias") if layer.bias is not None else ("weight",)
-        )
+        self.names = ()
+        if layer.weight is not None:
+            self.names = ("weight", "bias") if layer.bias is not None else ("weight",)
 
     @abstractmethod
     def normalise(self, x: Tensor) -> Tensor:
@@ -610,9 +616,7 @@ class NormRule(LayerRule):
 
     @abstractmethod
     def _gather(self, dy: Tensor) -> Tensor:
-        """Sum dy [A, B, *] over the axes along which `_spread` repeated the parameter:
-        [A, *units].
-        """
+        """Sum dy [A, B, *] over the axes along which `_spread` repeats a parameter: [A, *units]."""
 
 
 class LayerNormRule(NormRule):
@@ -812,9 +816,7 @@ fallback.
 
 
 class RuledModel:
-    """A Sequential of known layers as a list of rules, with its parameters in the
-    module's order.
-    """
+    """A Sequential of known layers as a list of rules, its parameters in the module's order."""
 
     def __init__(self, module: nn.Module) -> None:
         self.rules = [RULES[type(layer)](layer) for layer in _leaves(module)]
@@ -951,9 +953,7 @@ class _NoSequenceError(TypeError):
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of nested Sequentials in order; _NoSequenceError for any
-    other container.
-    """
+    """Return the layers of nested Sequentials in order; _NoSequenceError for other containers."""
     if type(module) is nn.Sequential:
         return [leaf for child in module for leaf in _leaves(child)]
     if any(True for _ in module.children()):

@@ -55,29 +55,41 @@ class Learner:
     kept: tuple[str, ...] = ()  # what each client remembers between rounds: vectors [P]
 
     def begin(self, shape: Shape) -> Tensor:
-        """Return the state [P] before the first round; raise PlanError for a task that is not the
-        learner's.
+        """Return the state [P] before the first round, for rows and targets of this `shape`.
+
+        Raises PlanError for a task that is not the learner's.
         """
         raise NotImplementedError
 
     def length(self, parameters: int) -> int:
-        """Return M for a state of P numbers."""
+        """Return M, the numbers of a row, for a state of so many `parameters`."""
         raise NotImplementedError
 
     def work(self, task: Task, memory: Memory, clients: Sequence[Rows]) -> Work:
-        """Return what each client's training rows tell, client by client: no row may depend on
-        another client.
+        """Return what each client's training rows tell, client by client.
+
+        No row may depend on another client.
+
+        Args:
+            task: what the round sends.
+            memory: what each client remembers: name -> [K, P].
+            clients: their training rows.
         """
         raise NotImplementedError
 
     def apply(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
-        """Return the state after a round: `mean_M` is the combined row, `share` the weight of those
-        who took part.
+        """Return the state after a round.
+
+        Args:
+            server: the state before it.
+            mean_M: the combined row.
+            share: the weight of those who took part, of all participants': 0 to 1.
+            h: the study's hyperparameters.
         """
         raise NotImplementedError
 
     def predict(self, w_P: Tensor, x_NF: Tensor) -> Tensor:
-        """Return the outputs [N, C]: logits of labels, or numbers."""
+        """Return the outputs [N, C] of state `w_P` for rows `x_NF`: logits of labels or numbers."""
         raise NotImplementedError
 
 
@@ -100,7 +112,14 @@ class Held(nn.Module):
 
 
 def work_of(learner: Learner, task: Task, memory: Memory, clients: Sequence[Rows]) -> Work:
-    """Return a learner's work in float32, as rows are sent."""
+    """Return a learner's work in float32, as rows are sent.
+
+    Args:
+        learner: the family of models.
+        task: what the round sends.
+        memory: what each client remembers: name -> [K, P].
+        clients: their training rows.
+    """
     with torch.no_grad():
         work = learner.work(task, memory, clients)
     return Work(work.message_KM.float(), work.memory, work.loss_K, work.steps_K)

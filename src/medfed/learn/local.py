@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F  # noqa: N812
 
 from medfed.core import streams
-from medfed.core.flat import Layout, fill, trained, vector
+from medfed.core.flat import Layout, fill, select_trained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Stack
 from medfed.learn.layers import RuledModel, has_rules
@@ -58,18 +58,18 @@ class LocalPlan:
     weight_decay: float = 0.0
 
     def steps_K(self, size_K: Tensor) -> Tensor:
-        """Return how many steps each client takes [K]; a client without rows takes none."""
+        """Return how many steps clients of `size_K` rows take [K]; one without rows takes none."""
         steps = self.per_epoch_K(size_K) * self.epochs
         if self.steps:
             steps = torch.full_like(size_K, self.steps)
         return torch.where(size_K > 0, steps, 0)
 
     def per_epoch_K(self, size_K: Tensor) -> Tensor:
-        """Return how many batches an epoch has [K]; the last one may be short."""
+        """Return how many batches an epoch of `size_K` rows has [K]; the last one may be short."""
         return torch.ceil(size_K / self.width(size_K)).long().clamp(min=1)
 
     def width(self, size_K: Tensor) -> int:
-        """Return B, the padded batch."""
+        """Return B, the padded batch, of clients of `size_K` rows."""
         longest = max(1, int(size_K.max()))
         if self.batch_size:
             return min(self.batch_size, longest)
@@ -111,9 +111,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class Batches:
-    """Which rows each client takes in each step; clients are sorted so that the active ones come
-    first.
-    """
+    """Which rows each client takes in each step; clients are sorted, the active ones first."""
 
     row_TKB: Tensor
     valid_TKB: Tensor | None  # None: no batch is short
@@ -177,11 +175,15 @@ def outputs(model: nn.Module, theta_P: Tensor, x_NF: Tensor, block: int = 8192) 
 
 
 def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
-    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, cut into batches
-    of B.
+    """Lay out a chunk's steps: every epoch a fresh shuffle of the client's rows, in batches of B.
 
     A slot without a row (a short last batch) repeats the client's own last row and is marked not
     valid: what another client or padding holds can never reach it.
+
+    Args:
+        data: the clients' rows, end to end.
+        plan: batch, epochs and steps.
+        key_K: the clients' streams for this round, int64: they shuffle.
     """
     size_K = data.size_K
     steps_K = plan.steps_K(size_K)
@@ -220,7 +222,7 @@ CURVATURE: Mapping[Task, float] = {"binary": 0.25, "multiclass": 0.5, "regressio
 
 
 def sample_loss(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each sample: outputs z [..., C] against targets y [...]."""
+    """Return the loss of each sample of a `task`: outputs z [..., C] against targets y [...]."""
     z = _wide(z)
     match task:
         case "binary":
@@ -250,8 +252,9 @@ def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
 
 
 def loss_gradient(task: Task, z: Tensor, y: Tensor) -> Tensor:
-    """Return d(sample loss)/dz, shaped like z [..., C]; z stays, as the last layer's rule may still
-    need it.
+    """Return d(sample loss)/dz of a `task`, shaped like z [..., C], for targets y [...].
+
+    z stays, as the last layer's rule may still need it.
     """
     match task:
         case "binary":
@@ -382,9 +385,7 @@ class Descent:
             w[:active].add_(constant[:active], alpha=-self.plan.learning_rate)
 
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Take one step of the first A clients, gradients being [A, *shape]; overwrites the
-        gradients.
-        """
+        """Take one step of the first A clients, by gradients [A, *shape]; overwrites these."""
         self.step_number += 1
         for index, g in enumerate(gradients):
             w = self.params[index][: len(g)]
@@ -524,15 +525,15 @@ def _train_one(
     anchors = dict(Layout.of(model).pieces(start_P))
     total = 0.0
     seen = 0
-    laid = batches(data, plan, key_1)
 
+    laid = batches(data, plan, key_1)
     for t in range(len(laid.active_T)):
         rows = laid.row_TKB[t, 0, : int(laid.size_TK[t, 0])]
         with drawing(model, streams.subkey(key_1, t)[0]):
             losses = sample_loss(plan.task, model(data.x_NF[rows]), data.y_N[rows])
         optimizer.zero_grad()
         torch.autograd.backward(losses.mean())
-        for name, w in trained(model).items():
+        for name, w in select_trained(model).items():
             if w.grad is None:  # the forward pass did not use it
                 w.grad = torch.zeros_like(w)
             w.grad += mu * (w.detach() - anchors[name])
@@ -559,9 +560,7 @@ def _torch_optimizer(model: nn.Module, plan: LocalPlan) -> torch.optim.Optimizer
 def _take(
     data: Stack, laid: Batches, t: int, active: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return step t's x [A, B, ...], y [A, B], which slots are valid [A, B], and the batch sizes
-    [A].
-    """
+    """Return step t's x [A, B, ...], y [A, B], valid slots [A, B] and batch sizes [A]."""
     row_AB = laid.row_TKB[t, :active]
     rows = row_AB.reshape(-1)
     x = data.x_NF.index_select(0, rows).view(*row_AB.shape, *data.x_NF.shape[1:])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from medfed.core.checks import PlanError
-from medfed.core.flat import trained, untrained, vector
+from medfed.core.flat import select_trained, select_untrained, vector
 from medfed.core.types import Task
 from medfed.data.federated import Patients, Rows, Stack
 from medfed.learn import dpsgd, local
@@ -60,12 +60,18 @@ def probe(
     private: bool,
     asked: Path = "auto",
 ) -> Probed:
-    """Return how a module is trained; `private` asks for the gradient of each patient, else for
-    that of each client.
+    """Return how a module is trained; raise PlanError for what cannot be trained or tested rightly.
 
-    `x_BF` are ROWS made-up rows, all different; the module is left as it was. `asked` is the path
-    that a study names. Raises PlanError, beginning with `where` and naming the part, for what
-    cannot be trained or tested rightly.
+    The error begins with `where` and names the part. The module is left as it was.
+
+    Args:
+        model: the module.
+        where: what an error begins with.
+        x_BF: ROWS made-up rows, all different.
+        task: what the outputs are.
+        outputs: how many a row has, C.
+        private: the gradient of each patient is asked for, else that of each client.
+        asked: the path that a study names.
     """
     _check_parameters(model, where)
     case = _Case(model, where, x_BF, task, outputs, private, vector(model), _attributes(model))
@@ -108,7 +114,7 @@ def _restore_after(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(model: nn.Module) -> dict[str, Tensor]:
-    return {**trained(model), **untrained(model)}
+    return {**select_trained(model), **select_untrained(model)}
 
 
 def _numbers(model: nn.Module) -> dict[str, Tensor]:
@@ -116,9 +122,7 @@ def _numbers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _attributes(model: nn.Module) -> dict[str, object]:
-    """Return a fingerprint of every attribute of every part that is no parameter, buffer, part or
-    hook.
-    """
+    """Return a fingerprint of all parts' attributes that are no parameter, buffer, part or hook."""
     found: dict[str, object] = {}
     for name, part in model.named_modules():
         for attribute, value in vars(part).items():
@@ -217,9 +221,7 @@ class _Case:
         return z_BC.detach()
 
     def with_rows_it_takes(self) -> "_Case":
-        """Return the case with rows that the module takes: as made up, or as small indices, or
-        blank.
-        """
+        """Return the case with rows that the module takes: as made up, small indices, or blank."""
         tries = [self.x_BF, self.x_BF.abs().round().clamp(max=1), torch.zeros_like(self.x_BF)]
         failures: list[PlanError] = []
         for x_BF in tries:
@@ -456,9 +458,7 @@ def _say_why(path: Path, error: Exception) -> str:
 
 
 def _find_registered_twice(model: nn.Module) -> str:
-    """Return a part with two names: torch.func.functional_call leaves its own tensors in such a
-    part.
-    """
+    """Return a part with two names: torch.func.functional_call leaves its tensors in such."""
     seen = set[int]()
     for _, part in model.named_modules(remove_duplicate=False):
         if id(part) in seen and any(True for _ in part.parameters()):
@@ -468,9 +468,7 @@ def _find_registered_twice(model: nn.Module) -> str:
 
 
 def _gradients(case: _Case, path: Path) -> Tensor:
-    """Return what a path makes of the rows: each patient's gradient, or how far two
-    clients move.
-    """
+    """Return what a path makes of the rows: patients' gradients, or how far two clients move."""
     if case.private:
         return _of_patients(case, path)
     return _of_clients(case, path)
@@ -488,9 +486,7 @@ def _of_clients(case: _Case, path: Path) -> Tensor:
 
 
 def _patients(case: _Case, clients: list[list[int]]) -> Patients:
-    """Return clients with made-up patients, by number: the first has three records, the others have
-    one.
-    """
+    """Return clients with made-up patients, by number: the first has three records, others one."""
     rows = [[0, 1, 2], [3], [4], [5]]
     held = []
     for order in clients:

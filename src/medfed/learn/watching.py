@@ -1,6 +1,4 @@
-"""A module watched while it is called: which part runs, draws and fails, and what goes through
-each.
-"""
+"""A module watched while it is called: which part runs, draws and fails, and what each is given."""
 
 import random
 from collections import Counter
@@ -90,8 +88,8 @@ def _read_generators() -> tuple[object, ...]:
 
 
 def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
-    """Return kind and name of the innermost part whose gradient cannot be taken; empty where each
-    can.
+    """Return kind and name of the innermost part of `model` whose gradient on `x_BF` cannot be
+    taken; empty where each can.
 
     A backward pass leaves no trace of the part it fails in, so every part is tried alone, on what
     it was given.
@@ -120,12 +118,12 @@ def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
     """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own
     passes.
     """
-    inputs = [
-        value.detach().clone().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for value in given
-    ]
+    inputs = []
+    for value in given:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().clone().requires_grad_()
+        inputs.append(value)
+
     try:
         with torch.enable_grad():
             found = part(*inputs)

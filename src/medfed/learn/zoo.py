@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
-from medfed.core.flat import fingerprint, trained, untrained
+from medfed.core.flat import fingerprint, select_trained, select_untrained
 
 Norm = Literal["layer", "group", "none"]
 Init = Literal["torch", "he"]
@@ -115,6 +115,14 @@ def mlp(
     init: "torch" is torch's own; "he" keeps the signal's size through the layers (He et al. 2015),
     biases zero. Without a norm layer a deep network under privacy needs "he": else the last bias
     takes all of a clipped gradient.
+
+    Args:
+        features: inputs a row.
+        outputs: a row's, C.
+        hidden: widths, from the input on.
+        dropout: the share of units that a step drops, 0 to 1.
+        norm: the norm layer behind each Linear.
+        init: how weights begin.
     """
     layers: list[nn.Module] = []
     width = features
@@ -139,8 +147,11 @@ def mlp(
 
 
 def logistic(features: int, outputs: int = 1) -> nn.Sequential:
-    """Return one Linear layer from zero: logistic regression, softmax regression or linear
-    regression.
+    """Return one Linear layer from zero: logistic, softmax or linear regression.
+
+    Args:
+        features: inputs a row.
+        outputs: a row's, C.
     """
     layer = nn.Linear(features, outputs)
     nn.init.zeros_(layer.weight)
@@ -176,8 +187,13 @@ def conv1d(
     """Return a small convolutional network on series: for each width Conv1d, GroupNorm, ReLU; then
     mean and Linear.
 
-    A row's features are its `channels` series one after another; each convolution halves their
-    length.
+    Args:
+        features: inputs a row: its `channels` series one after another, so a multiple of
+            `channels`.
+        outputs: a row's, C.
+        channels: how many series a row has.
+        widths: of the convolutions, from the input on; each halves the series' length.
+        kernel: an odd number of neighbouring values that a convolution reads.
     """
     if kernel < 1 or kernel % 2 == 0:
         raise StudyError(
@@ -213,8 +229,15 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 def build(
     name: str, features: int, outputs: int, options: Mapping[str, Any], seed: int
 ) -> nn.Module:
-    """Build the model `name` with weights drawn from `seed`; everybody's generators are left as
-    they were.
+    """Build the model `name` with weights drawn from `seed`; everybody's generators stay as they
+    were.
+
+    Args:
+        name: of the zoo, or an importable factory as "module:function".
+        features: inputs a row.
+        outputs: a row's, C.
+        options: what the factory takes beside them: model.options.
+        seed: of the weights.
 
     Raises StudyError for an unknown name or options that the factory does not take, PlanError where
     nothing can be trained. What the module does is probe.py's to say.
@@ -249,9 +272,7 @@ def build(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Have torch, numpy and Python draw from `seed`; all three generators are put
-    back afterwards.
-    """
+    """Have torch, numpy and Python draw from `seed`; all three generators are put back after."""
     of_numpy = np.random.get_state()
     of_python = random.getstate()
     try:
@@ -265,12 +286,12 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(of_python)
 
 
-def fixed(module: nn.Module) -> dict[str, Tensor]:
+def select_fixed(module: nn.Module) -> dict[str, Tensor]:
     """Return what is part of the model and not trained: frozen parameters and buffers, but for
     dropout's streams.
     """
     keys = set(dropout_keys(module))
-    return {name: value for name, value in untrained(module).items() if name not in keys}
+    return {name: value for name, value in select_untrained(module).items() if name not in keys}
 
 
 def dropout_keys(module: nn.Module) -> list[str]:
@@ -283,10 +304,10 @@ def dropout_keys(module: nn.Module) -> list[str]:
 
 
 def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
-    """Raise PlanError where two builds of one seed differ: parties build the model each for itself,
-    and so does `load`.
+    """Raise PlanError where two builds by `make` of one seed differ.
 
-    A factory of the zoo is trusted.
+    Parties build the model `name` each for itself, and so does `load`. A factory of the zoo is
+    trusted.
     """
     if name in ZOO:
         return
@@ -298,7 +319,7 @@ def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
             "one each time."
         )
 
-    ours, theirs = ({**trained(m), **fixed(m)} for m in (one, other))
+    ours, theirs = ({**select_trained(m), **select_fixed(m)} for m in (one, other))
     for part in sorted(ours.keys() | theirs.keys()):
         if (
             part not in ours
@@ -313,7 +334,7 @@ def check_repeats(name: str, make: Callable[[], nn.Module]) -> None:
 
 
 def count(module: nn.Module) -> int:
-    """Return the number of trainable parameters."""
+    """Return the number of trainable parameters of a `module`."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
@@ -334,9 +355,7 @@ def _import_factory(name: str) -> Callable[..., nn.Module]:
 
 
 def _key_dropouts(module: nn.Module) -> nn.Module:
-    """Give every dropout layer of the module a mask of its own that comes from the
-    client's stream.
-    """
+    """Give every dropout layer of the module a mask of its own from the client's stream."""
     salt = 0
     for parent in list(module.modules()):
         # named_children() passes over one that comes twice

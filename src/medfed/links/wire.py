@@ -48,10 +48,14 @@ class Link:
     """The kind of number that it sends; None: as it came."""
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
-        """Transform each row by itself, at its client; return the rows and what each client will
-        remember, [K, M].
+        """Transform each row by itself, at its client.
 
-        What is remembered counts only if the row does.
+        Args:
+            message_KM: the clients' rows, one each.
+            memory: what each remembers: `kept` names -> [K, M].
+
+        Returns the rows as they leave, and what each client will remember: name -> [K, M]. It
+        counts only if the row does.
         """
         return message_KM, memory
 
@@ -60,14 +64,22 @@ class Link:
         return numbers
 
     def decode(self, row_KM: Tensor, numbers: int) -> Tensor:
-        """Undo on each row what cannot be undone on their sum: return it as `numbers` numbers.
+        """Undo on each row what cannot be undone on their sum; raise SiteError for one nobody can
+        send.
 
-        Raises SiteError for a row that no client can have sent.
+        Args:
+            row_KM: the rows as they came.
+            numbers: how many a decoded row has.
         """
         return row_KM
 
     def server(self, mean_M: Tensor, round: int) -> Tensor:
-        """Undo on the combined row what `client` did to each."""
+        """Undo on the combined row what `client` did to each.
+
+        Args:
+            mean_M: the combined row, as the link after this one left it.
+            round: the round's number; noise follows it.
+        """
         return mean_M
 
 
@@ -151,6 +163,10 @@ def into_ball(row_KM: Tensor, radius_K: Sequence[float]) -> Tensor:
       too many;
     - a row that is not finite has no place in a ball: `dpsgd.sums` makes none, `finite` refuses
       others'.
+
+    Args:
+        row_KM: the rows, in any kind of number.
+        radius_K: each row's radius, in the row's own units.
     """
     held_KM = row_KM
     for k, radius in enumerate(radius_K):
@@ -190,7 +206,13 @@ class NoiseShare(Link):
 
 
 def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
-    """Return the sampler [M] of one holder's part of the joint noise on a row; see `NoiseShare`."""
+    """Return the sampler [M] of one holder's part of a row's joint noise: see `NoiseShare`.
+
+    Args:
+        guarantee: the noise that the sum needs.
+        holders: how many honest parties add a part; each part's standard deviation is 1 /
+            sqrt(holders) of the whole's.
+    """
     entropy = Entropy()
     part = math.sqrt(holders)
 
@@ -237,23 +259,24 @@ class JointNoise(Link):
         return mean_M + self._draw_noise(round)
 
     def _draw_noise(self, round: int) -> Tensor:
-        g = self.guarantee
-        if g.strategy:
+        guarantee = self.guarantee
+        if guarantee.strategy:
             noise = self._correlated.next(round - 1)
         else:
-            noise = self._gradient_noise(g.parameters)
-        if g.clipping != "adaptive":
+            noise = self._gradient_noise(guarantee.parameters)
+        if guarantee.clipping != "adaptive":
             return torch.from_numpy(noise)
-        count = discrete_gaussian(g.count_sigma() / GRID).sample(1, self._entropy)
+        count = discrete_gaussian(guarantee.count_sigma() / GRID).sample(1, self._entropy)
         return torch.cat([torch.from_numpy(noise), torch.from_numpy(count)])
 
     def _seed_noise(self, round: int) -> Tensor:
-        g = self.guarantee
-        noise_M = streams.normal(streams.subkey(torch.tensor([self.key]), round), g.numbers())[0]
-        noise_M[: g.parameters] *= g.sigma_units()
-        if g.clipping == "adaptive":
-            noise_M[-1] *= g.count_sigma() / GRID
-        if g.strategy:
+        guarantee = self.guarantee
+        key_1 = streams.subkey(torch.tensor([self.key]), round)
+        noise_M = streams.normal(key_1, guarantee.numbers())[0]
+        noise_M[: guarantee.parameters] *= guarantee.sigma_units()
+        if guarantee.clipping == "adaptive":
+            noise_M[-1] *= guarantee.count_sigma() / GRID
+        if guarantee.strategy:
             raise AssertionError("plan.check refuses correlated noise in a simulation")
         return noise_M.round().to(torch.int64)
 
@@ -272,11 +295,16 @@ class JointNoise(Link):
 def joint_links(
     guarantee: Guarantee, key: int, aggregation: str = "plain", holders: int = 1
 ) -> tuple[Link, ...]:
-    """Return the links of rows that get one noise on their sum: from whoever combines them, or from
-    several holders.
+    """Return the links of rows that get one noise on their sum.
 
-    Under "three-party" the aggregators add it before they open, which is no link. Seeded noise
-    stays with the server.
+    From whoever combines them, or from several holders. Under "three-party" the aggregators add it
+    before they open, which is no link. Seeded noise stays with the server.
+
+    Args:
+        guarantee: the noise that the sum needs.
+        key: the stream of seeded noise.
+        aggregation: security.aggregation.
+        holders: how many honest parties add a part.
     """
     if aggregation == "plain" or guarantee.simulation_only:
         return Grid(), JointNoise(guarantee, key)
@@ -296,7 +324,12 @@ it is written.
 
 
 def send(message_KM: Tensor, links: Sequence[Link]) -> Tensor:
-    """Pass rows through the clients' halves of links that remember nothing, first to last."""
+    """Pass rows through the clients' halves of links that remember nothing, first to last.
+
+    Args:
+        message_KM: the clients' rows, one each.
+        links: from the client on.
+    """
     return send_remembering(message_KM, links, {})[0]
 
 
@@ -306,6 +339,11 @@ def send_remembering(
     """Pass rows through the clients' halves of the links, first to last.
 
     Returns the rows as they leave, and what each client will remember of it: name -> [K, M].
+
+    Args:
+        message_KM: the clients' rows, one each.
+        links: from the client on.
+        memory: what each client remembers: name -> [K, M].
     """
     later: dict[str, Tensor] = {}
     for link in links:
@@ -315,7 +353,7 @@ def send_remembering(
 
 
 def sent_as(numbers: int, links: Sequence[Link]) -> tuple[int, torch.dtype]:
-    """Return how many numbers a row of so many is sent as, and of which kind."""
+    """Return how many numbers a row of `numbers` is sent as through `links`, and of which kind."""
     dtype = torch.float32
     for link in links:
         numbers = link.length(numbers)
@@ -324,13 +362,17 @@ def sent_as(numbers: int, links: Sequence[Link]) -> tuple[int, torch.dtype]:
 
 
 def decodes(links: Sequence[Link]) -> bool:
-    """Say whether rows have to be decoded one by one before they are combined."""
+    """Say whether `links` have rows decoded one by one before they are combined."""
     return any(type(link).decode is not Link.decode for link in links)
 
 
 def decode(row_KM: Tensor, links: Sequence[Link], numbers: int) -> Tensor:
-    """Return the rows as they can be combined, of `numbers` numbers; raise SiteError for one that
-    nobody can send.
+    """Return the rows as they can be combined; raise SiteError for one that nobody can send.
+
+    Args:
+        row_KM: the rows as they came.
+        links: from the client on; undone last to first.
+        numbers: how many a decoded row has.
     """
     given = [numbers]
     for link in links:
@@ -341,9 +383,7 @@ def decode(row_KM: Tensor, links: Sequence[Link], numbers: int) -> Tensor:
 
 
 def finite(row_KM: Tensor) -> Tensor:
-    """Say of each row [K] whether all its numbers are finite, without a mask as large as
-    the rows.
-    """
+    """Say of each row [K] of `row_KM` whether it is finite, without a mask as large as the rows."""
     if row_KM.shape[1] == 0:
         return torch.ones(len(row_KM), dtype=torch.bool)
     low_K = row_KM.amin(1)  # NaN wins both; ten times faster than `aminmax` along an axis
@@ -354,11 +394,14 @@ def finite(row_KM: Tensor) -> Tensor:
 def combine(
     message_KM: Tensor, weight_K: Tensor | None, links: Sequence[Link], round: int = 0
 ) -> Tensor:
-    """Return the combined row [M]: weights times the rows, through the servers' halves, last to
-    first.
+    """Return the combined row [M]: weights times rows, through the servers' halves, last to first.
 
-    The weights [K] are a rule's, or the clients' public ones. Without any (rows on the grid) the
-    rows are summed.
+    Args:
+        message_KM: the decoded rows.
+        weight_K: a rule's, or the clients' public ones; None (rows on the grid): the rows are
+            summed.
+        links: from the client on.
+        round: the round's number; noise follows it.
     """
     mean_M = message_KM.sum(0) if weight_K is None else weight_K.to(message_KM.dtype) @ message_KM
     for link in reversed(links):

@@ -238,9 +238,7 @@ class Voted(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """A run goes on after round `round` of `rounds`; `note` says what was found damaged, if
-    anything.
-    """
+    """A run goes on after round `round` of `rounds`; `note` says what was damaged, if anything."""
 
     round: int
     rounds: int
@@ -283,8 +281,8 @@ def group_alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[
 EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
-        RunStarted, Planned, RangesFound, Warned, RoundStarted, SiteExcluded, RoundFinished, Inspected, RolledBack,
-        SecurityAudit, Tested, Compared, Voted, Resumed, RunFinished,
+        RunStarted, Planned, RangesFound, Warned, RoundStarted, SiteExcluded, RoundFinished,
+        Inspected, RolledBack, SecurityAudit, Tested, Compared, Voted, Resumed, RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}

@@ -1,5 +1,4 @@
-"""What a model is worth on test patients: figures equal to scikit-learn's, intervals in closed
-form.
+"""What a model is worth on test patients: figures as scikit-learn's, intervals in closed form.
 
 A site does not send its test patients' outputs as they are. It sends a `Scores`: probabilities
 rounded to 1/128 of a logit, with their labels, sorted, without ids; for regression five sums.
@@ -37,9 +36,7 @@ Interval = tuple[float | None, float | None]
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its 95 % interval; None where it is undefined (one class only, no
-    rows).
-    """
+    """A measured value with its 95 % interval; None where undefined (one class only, no rows)."""
 
     value: float | None
     low: float | None = None
@@ -217,9 +214,7 @@ class Scores:
 
     @classmethod
     def of(cls, task: Task, outputs: Tensor, target: Tensor, scale: float = 1.0) -> "Scores":
-        """Round the model's outputs [N, C] against targets [N]; `scale` undoes the target's
-        scaling.
-        """
+        """Round outputs [N, C] against targets [N]; `scale` undoes the target's scaling."""
         if task == "regression":
             y = target.double() * scale
             error = (outputs.squeeze(-1).double() - target.double()) * scale
@@ -276,9 +271,7 @@ class Scores:
         return len(self.label)
 
     def probability(self) -> np.ndarray:
-        """Return the rounded probabilities [N, C]; rows of several classes are brought back to sum
-        1.
-        """
+        """Return rounded probabilities [N, C]; rows of several classes are made to sum to 1."""
         p: np.ndarray = torch.sigmoid(self.bins.double() / _BINS_PER_LOGIT).numpy()
         if self.task != "binary":
             p = p / p.sum(1, keepdims=True)
@@ -403,9 +396,7 @@ def squared_error(task: Task, outputs: Tensor, target: Tensor, scale: float = 1.
 
 
 def log_loss(scores: Scores) -> float | None:
-    """Return the mean loss on the test records: cross-entropy, or squared error for
-    a regression.
-    """
+    """Return the mean loss on the test records: cross-entropy; for a regression squared error."""
     if scores.n == 0:
         return None
     if scores.task == "regression":

@@ -129,7 +129,7 @@ class Noised:
         off = ranked - _GRID * total
         certain = min(p.sum(), n.sum()) > _Z * math.sqrt(self.variance * len(p))
 
-        return _bounded(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
+        return _bound(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
 
     def _ratio(self, above: np.ndarray, below: np.ndarray) -> Figure:
         """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's
@@ -139,7 +139,7 @@ class Noised:
         off = np.tensordot(self.count, weights, 2)
         noise = self.variance * np.square(weights).sum((0, 1))
         sampling = np.tensordot(self.count, np.square(weights), 2)
-        return _bounded(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
+        return _bound(self._quotient(above, below), off, noise + np.maximum(sampling, 0))
 
     def _quotient(self, above: np.ndarray, below: np.ndarray) -> float | None:
         whole = float((self.count * below).sum())
@@ -149,15 +149,11 @@ class Noised:
         return None
 
     def _calls(self, threshold: float) -> np.ndarray:
-        """Return which cells are called positive [C]: those that begin at the threshold
-        or above.
-        """
+        """Return which cells are called positive [C]: those beginning at the threshold or above."""
         return np.append(-math.inf, self.edges) >= logit(threshold) - 1e-9
 
     def _probabilities(self) -> np.ndarray:
-        """Return the probability in each cell's middle [C]; open ones as wide as
-        their neighbour.
-        """
+        """Return the probability in each cell's middle [C]; open ones, as wide as the neighbour."""
         e = self.edges
         middle = np.concatenate(
             [[1.5 * e[0] - 0.5 * e[1]], (e[1:] + e[:-1]) / 2, [1.5 * e[-1] - 0.5 * e[-2]]]
@@ -166,10 +162,8 @@ class Noised:
         return said
 
 
-def _bounded(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
-    """Return a share with the interval of all values on the grid that the data do not speak
-    against.
-    """
+def _bound(value: float | None, off: np.ndarray, variance: np.ndarray) -> Figure:
+    """Return a share with the interval of all grid values that data do not speak against."""
     if value is None:
         return Figure(None)
     likely = _GRID[np.abs(off) <= _Z * np.sqrt(variance)]

@@ -29,9 +29,7 @@ BASELINES = ("local", "pooled")
 
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
-    """Return the summary of a run, finished or not; rounds that a resumed run did again
-    count once.
-    """
+    """Return the summary of a run, finished or not; rounds done again on resuming count once."""
     tally = Tally()
     for event in events:
         tally.add(event)
@@ -333,9 +331,7 @@ def _intervals(figures: Mapping[str, Figure]) -> dict[str, list[float] | None]:
 
 
 def _figures(tested: Tested) -> dict[str, Any]:
-    """Return what a test came to: of all sites with intervals, on average over sites, and
-    of each.
-    """
+    """Return what a test came to: of all sites with intervals, the sites' average, and of each."""
     return {
         "test": {**_values(tested.all_sites), "n": tested.n},
         "intervals": _intervals(tested.all_sites),

@@ -18,9 +18,13 @@ Summary = Mapping[str, Any]
 CODES = {
     "loss-grew": "the training loss ended above where it began: the steps are too long",
     "loss-high": "the training loss ended above twice that of a constant predictor",
-    "not-better-than-chance": "AUROC's interval holds one half, or several classes are told no better than by share",
+    "not-better-than-chance": (
+        "AUROC's interval holds one half, or several classes are told no better than by share"
+    ),
     "not-better-than-constant": "a regression's R2 is 0 or less",
-    "chances-worse-than-constant": "patients are ranked, but their chances err more than one chance for all would",
+    "chances-worse-than-constant": (
+        "patients are ranked, but their chances err more than one chance for all would"
+    ),
     "one-class": "all or nearly all of a class is called another, or all are called one",
     "sensitivity-missed": "the threshold finds fewer positives than its rule asks for",
     "one-class-tested": "the held-out records are of one class, so that little can be said",
@@ -425,9 +429,7 @@ def _entropy(shares: Sequence[float]) -> float:
 
 
 def _hanley_interval(auroc: float, negative: int, positive: int) -> tuple[float, float]:
-    """Return a 95 % interval of an AUROC from its value and the numbers alone (Hanley and McNeil
-    1982).
-    """
+    """Return an AUROC's 95 % interval from value and numbers alone (Hanley and McNeil 1982)."""
     q1 = auroc / (2 - auroc)
     q2 = 2 * auroc**2 / (1 + auroc)
     spread = (

@@ -30,7 +30,5 @@ class Consent(Protocol):
 
 
 def everybody(ids: Sequence[str], purpose: str, time: datetime) -> np.ndarray:
-    """Say that everybody may be read: the hospital has asked its patients before it made
-    the table.
-    """
+    """Say that everybody may be read: the hospital asked its patients before it made the table."""
     return np.ones(len(ids), dtype=bool)

@@ -20,7 +20,13 @@ from medfed.privacy.mechanisms import geometric_noise
 
 @operation("evaluate", reads=True)
 def evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Test the global model, or each site's own, on each site's held-out patients."""
+    """Test the global model, or each site's own, on each site's held-out patients.
+
+    Args:
+        sites: those asked, of one process.
+        header: the question's.
+        tensors: the question's: `w`, the model [P], or a histogram's edges.
+    """
     first = sites[0]
     if guarantees.asked(first.study) and not first.study.data.test_is_public:
         return _count_scores(sites, tensors)

@@ -57,9 +57,12 @@ class InProcess:
         answers = handle_many([self._sites[name] for name in names], op, payload)
         seconds = (time.perf_counter() - began) / max(1, len(names))
         late = f"no answer within {deadline:g} s" if seconds > deadline else ""
-        return [
-            Reply(ticket, name, b"", seconds, str(answer) or type(answer).__name__)
-            if isinstance(answer, SiteError)
-            else Reply(ticket, name, answer, seconds, late)
-            for ticket, name, answer in zip(tickets, names, answers, strict=True)
-        ]
+
+        replies = []
+        for ticket, name, answer in zip(tickets, names, answers, strict=True):
+            if isinstance(answer, SiteError):
+                error = str(answer) or type(answer).__name__
+                replies.append(Reply(ticket, name, b"", seconds, error))
+            else:
+                replies.append(Reply(ticket, name, answer, seconds, late))
+        return replies

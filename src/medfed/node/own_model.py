@@ -33,8 +33,9 @@ _ASIDE = 5  # one patient in five says when to stop
 
 
 def without_protection(study: Study, algorithm: str) -> Study:
-    """Return the study as a baseline has it: no noise, no secrecy, no liars; what a claim chose is
-    as it is without.
+    """Return the study as a baseline has it, trained by `algorithm`.
+
+    No noise, no secrecy, no liars; what a claim chose is as it is without.
     """
     other = study.as_written() if study.chosen else study
     other = other.set("training.algorithm", algorithm)
@@ -134,8 +135,14 @@ def _mean_error(model: nn.Module, w_P: Tensor, rows: Rows, target: Target) -> fl
 def errs_less(
     model: nn.Module, own_P: Tensor, other_P: Tensor, rows: Rows, target: Target
 ) -> Tensor:
-    """Return by how much the squared error of each record [N] is less with the own weights than
-    with the others.
+    """Return by how much less each record [N] errs, squared, with own weights than with others.
+
+    Args:
+        model: whose architecture both have.
+        own_P: the own weights.
+        other_P: the others.
+        rows: the records.
+        target: how they are scaled.
     """
     own_N, other_N = (
         squared_error(target.task, outputs(model, w_P, rows.x), rows.y, target.scale)

@@ -56,8 +56,7 @@ def _state(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
 
 
 def _of_ledger(account: SiteLedger, header: Header) -> tuple[Statement, Mapping[str, int]]:
-    """Return what an account tells of its ledger, and for how many rounds each of its sites has
-    paid.
+    """Return what an account tells of its ledger, and how many rounds each of its sites has paid.
 
     Raises LedgerError where the ledger does not hold a head that the coordinator was told.
     """
@@ -72,7 +71,7 @@ def _of_ledger(account: SiteLedger, header: Header) -> tuple[Statement, Mapping[
         queries=account.queries(),
         epsilon=found["epsilon_all_runs"],
         lifetime=found["lifetime"],
-        founded=account.founded(),
+        founded=account.read_founded(),
     )
     return statement, account.uses()
 

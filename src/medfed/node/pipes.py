@@ -17,7 +17,7 @@ from medfed.engine.port import Reply
 
 
 def serve(handle: Callable[[str, bytes], bytes], pipe: Connection) -> None:
-    """Answer questions until the other end is closed."""
+    """Answer questions from a `pipe` by `handle` until the other end is closed."""
     while True:
         try:
             op, _, payload = pipe.recv_bytes().partition(b"\n")

@@ -31,12 +31,16 @@ logger = logging.getLogger(__name__)
 
 @operation("vote", reads=True)
 def vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Answer with each site's noised `_ballot` on whether its own model is better than the common
-    one.
+    """Answer with each site's noised `_ballot`: is its own model better than the common one?
 
     All patients whose records the answer follows from pay: a site's training patients, and its
     held-out ones unless they are public. A site that cannot tell votes 1/2, so that no error tells
     of a patient.
+
+    Args:
+        sites: those asked, of one process.
+        header: the question's.
+        tensors: the question's: `w`, the common model [P].
     """
     first = sites[0]
     guarantee = first.guarantee

@@ -96,7 +96,7 @@ class Site:
         self.pending: dict[str, Tensor] = {}
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Do what is asked; raise SiteError with a reason that names no patient."""
+        """Do operation `op` on `payload`; raise SiteError with a reason that names no patient."""
         reply = handle_many([self], op, payload)[0]
         if isinstance(reply, SiteError):
             raise reply
@@ -108,6 +108,12 @@ class Site:
     ) -> "Site":
         """Return the node of a site with these records; raise DataError for what is wrong with
         them.
+
+        Args:
+            name: the site's.
+            frame: its table, a record a row.
+            study: as the site has it.
+            folder: where its ledger and keys lie; None: nothing is kept.
         """
         return cls(name, _clean_tables(Frames.one(name, frame), study)[name], study, folder)
 
@@ -265,7 +271,7 @@ class Liars:
 
     @classmethod
     def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
-        """Return the liars of a study: every site draws the same."""
+        """Return the liars of a study among `clients`: every site draws the same."""
         robust = study.robustness
         if not robust.attack:
             return cls()
@@ -273,11 +279,17 @@ class Liars:
         rule = robust_rule(study, len(clients))
         known = rule if rule and rule.needs == "gram" else None
         return cls(
-            found, attacks.named(robust.attack), len(clients), Streams(study.study.seed), known
+            found, attacks.find(robust.attack), len(clients), Streams(study.study.seed), known
         )
 
     def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
-        """Return the records that a liar trains on."""
+        """Return the records that a liar trains on.
+
+        Args:
+            name: the liar's.
+            rows: its own records.
+            encoding: of the run; it says what labels there are.
+        """
         assert self.attack is not None
         labels = len(encoding.target.labels) if encoding.target.task != "regression" else 0
         found = self.attack.records(
@@ -288,7 +300,14 @@ class Liars:
     def replace_rows(
         self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row"
     ) -> Tensor:
-        """Return the rows with the lies of those who lie in place of their own."""
+        """Return the rows with the lies of those who lie in place of their own.
+
+        Args:
+            sites: the rows' sites, in their order.
+            round: the round's number, from 1.
+            row_KM: their rows.
+            stage: "row" before the links, "wire" behind them.
+        """
         at = [k for k, site in enumerate(sites) if site.name in self.names]
         if not at or self.attack is None or self.attack.stage != stage:
             return row_KM
@@ -316,7 +335,7 @@ READING: set[str] = set()
 
 
 def operation(op: str, reads: bool = False) -> Callable[[Operation], Operation]:
-    """Register what answers an operation; `reads`: it charges patients, or reads a record."""
+    """Register what answers operation `op`; `reads`: it charges patients, or reads a record."""
 
     def register(operation: Operation) -> Operation:
         OPS[op] = operation
@@ -328,11 +347,15 @@ def operation(op: str, reads: bool = False) -> Callable[[Operation], Operation]:
 
 
 def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
-    """Answer one question for several sites of this process, in their order; a site that cannot
-    gives a SiteError.
+    """Answer one question for several sites of this process, in their order.
 
-    Where a whole stack fails, the sites are asked one by one, so that only the guilty one is left
-    out.
+    A site that cannot gives a SiteError. Where a whole stack fails, the sites are asked one by one,
+    so that only the guilty one is left out.
+
+    Args:
+        sites: those asked.
+        op: the operation's name: a key of OPS.
+        payload: the question, as `codec` lays it out.
     """
     try:
         header, tensors = codec.decode(payload)

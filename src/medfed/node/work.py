@@ -87,6 +87,12 @@ def sum_gradients(
 
     However many patients a site has, its sum is held to what the declared number can make: else one
     patient more would decide whether the row is within the bound that others check.
+
+    Args:
+        sites: those asked, of one process.
+        header: the question's: `round`, and `clip` where it adapts.
+        tensors: the question's: the weights `w` [P], and what the algorithm sends.
+        guarantee: of the run: clip, draws and sizes.
     """
     first = sites[0]
     names = [site.name for site in sites]
@@ -129,7 +135,13 @@ def _clip(header: Header, guarantee: Guarantee) -> float:
 def train_locally(
     sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 ) -> list[Answer]:
-    """Answer with what each site's local training came to."""
+    """Answer with what each site's local training came to.
+
+    Args:
+        sites: those asked, of one process.
+        header: the question's: `round`, and `rate` where it adapts.
+        tensors: the question's: the weights `w` [P], and what the algorithm sends.
+    """
     first = sites[0]
     guarantee = sites[0].guarantee
     study = _at_rate(first.study, header)

@@ -1,3 +1,1 @@
-"""What follows from a study and public facts before the first round: choices, refusals,
-the plan.
-"""
+"""What follows from a study and public facts before round one: choices, refusals, the plan."""

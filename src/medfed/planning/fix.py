@@ -45,9 +45,7 @@ READ = "read from the records"
 
 @dataclass(frozen=True)
 class Fixed:
-    """A mended study: its TOML, what stood against it, the blanks that are left, and what nothing
-    mends.
-    """
+    """A mended study: its TOML, what was against it, the blanks left, and what nothing mends."""
 
     text: str
     stood: tuple[str, ...]
@@ -147,9 +145,7 @@ def _mend(asked: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[to
 
 
 def write(fixed: Fixed, out: Path) -> None:
-    """Write a mended study. Raises StudyError where there is such a file: none is
-    ever overwritten.
-    """
+    """Write a mended study. Raises StudyError where the file is there: none is overwritten."""
     if out.exists():
         raise StudyError(f"--out {str(out)!r} is there already; give the name of a new file")
     files.make_folder(out.parent)
@@ -300,9 +296,7 @@ def _refuse_patients(study: Study) -> None:
 def _read_from_records(
     study: Study, blanks: Mapping[toml.Path, Ask], folder: Path | None
 ) -> dict[toml.Path, Any]:
-    """Return what the records say of blanks: features' ranges and categories, labels,
-    sites' sizes.
-    """
+    """Return what records say of blanks: features' ranges and categories, labels, sites' sizes."""
     frames, data = sources.frames(replace(study, privacy=Privacy()), folder)
     frame = pd.concat(frames.values())
     found: dict[toml.Path, Any] = {}

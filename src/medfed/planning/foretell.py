@@ -226,9 +226,7 @@ class _Game:
 
 
 def _noise(study: Study, guarantee: Guarantee, clients: Sequence[str]) -> float:
-    """Return the standard deviation of a step's noise on the sum of all patients, in units of the
-    clip.
-    """
+    """Return the standard deviation of a step's noise on the sum of all patients, in clips."""
     release = max(guarantee.releases.values(), key=lambda r: r.noise_multiplier)
     each = release.noise_multiplier * (guarantee.max_sites if guarantee.joint else 1)
     return each * excess(study, clients) / release.probability / math.sqrt(release.steps)

@@ -80,7 +80,7 @@ def _repair(study: Study) -> tuple[Study, list[Refusal]]:
     """
     found = out_of_range(study)
     study = mend(study, found)
-    while target := list(guarantees.unresolved(study)):  # each is mended once
+    while target := list(guarantees.refuse_unresolved(study)):  # each is mended once
         study = mend(study, target)
         found += target
     return study, found
@@ -102,8 +102,8 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     """
     data = study.data
     sizes = study.privacy.sizes
-    yield from headers.misnamed(columns, data)
-    yield from sources.misplaced(columns, study, data, private)
+    yield from headers.refuse_misnamed(columns, data)
+    yield from sources.refuse_misplaced(columns, study, data, private)
     yield from sources.misread(study, private)
     if not private:
         return
@@ -112,12 +112,12 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
     if study.sites.kind == "hospital" and not data.site:
         # a misspelt site's size counts before a blank for it
         yield from guarantees.unknown_sizes(study)
-        yield from guarantees.unsized(study.sites.names, study)
+        yield from guarantees.refuse_unsized(study.sites.names, study)
     if study.sites.kind == "hospital" and sizes and min(sizes.values()) > 0:
         yield from guarantees.large_delta(sum(sizes.values()), study)
 
     if data.target and data.task != "regression":
-        yield from declared.unlabelled(data)
+        yield from declared.refuse_unlabelled(data)
         if labels := data.dictionary.get(data.target, Feature()).categories:
             yield from gather(partial(preprocess.classes, sorted(labels), data))
 
@@ -125,7 +125,7 @@ def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Ite
         if study.sites.kind == "hospital" and study.privacy.delta < 1:
             yield from claim_refusals.hidden_ranges(list_open(columns, study), sizes)
     elif not data.features or any(map(is_pattern, data.features)):
-        yield from declared.undescribed(
+        yield from declared.refuse_undescribed(
             features_of(columns, data), data, claim_refusals.unless_paid(study)
         )
 
@@ -212,11 +212,11 @@ def _robust_refusals(study: Study) -> Iterator[Refusal]:
 def _attack_refusals(study: Study) -> Iterator[Refusal]:
     """Yield what a simulated attack asks for."""
     name = study.robustness.attack
-    unknown = gather(partial(attacks.named, name))
+    unknown = gather(partial(attacks.find, name))
     yield from unknown
     if (
         not unknown
-        and attacks.named(name).stage == "wire"
+        and attacks.find(name).stage == "wire"
         and study.security.aggregation != "three-party"
     ):
         text = f"robustness.attack={name!r} acts on shared words; set aggregation='three-party'."
@@ -365,9 +365,7 @@ def _algorithm_refusals(study: Study) -> Iterator[Refusal]:
 
 
 def _added_refusals(study: Study) -> Iterator[Refusal]:
-    """Yield what a selector, links or a learner do not compose with; names come from their
-    registries.
-    """
+    """Yield what a selector, links or a learner do not compose with; registries give the names."""
     schedule = study.fleet.schedule
     links = study.training.links
     model = study.model.name
@@ -423,7 +421,10 @@ def _asked_jointly(study: Study) -> bool:
     """Say whether one noise is asked for the sum of all sites, of a study whose privacy keys may
     not go together.
     """
-    return not any(guarantees.unresolved(study)) and guarantees.mode(study) in ("shared", "central")
+    return not any(guarantees.refuse_unresolved(study)) and guarantees.mode(study) in (
+        "shared",
+        "central",
+    )
 
 
 def _is_baseline(study: Study) -> bool:

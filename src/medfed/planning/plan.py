@@ -148,9 +148,7 @@ def _check_tests(study: Study, encoding: Encoding) -> None:
 
 
 def _list_trainers(study: Study, sizes: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    """Return the sites with a training row. Raises DataError or PlanError where they are
-    too few.
-    """
+    """Return the sites with a training row. Raises DataError or PlanError where too few."""
     trainers = tuple(name for name in sizes if sizes[name]["train"])
     if not trainers:
         raise DataError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from medfed.core.flat import trained
+from medfed.core.flat import select_trained
 from medfed.core.types import Task
 from medfed.learn.algorithms import Server
 from medfed.learn.learners import LEARNERS
@@ -60,9 +60,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Pace:
-    """The training losses so far: that of the first round and the lowest; None before there
-    is one.
-    """
+    """The training losses so far: of the first round, and the lowest; None before there is one."""
 
     first: float | None = None
     lowest: float | None = None
@@ -79,8 +77,11 @@ class Pace:
             return Pace(loss, loss), loss is None
         if loss is None:
             return self, True
-        again = loss > 1.5 * self.lowest and loss > self.lowest + 0.1 * self.first
-        grew = loss > 1.1 * self.first or again if everybody else loss > 2 * self.first
+        if everybody:
+            again = loss > 1.5 * self.lowest and loss > self.lowest + 0.1 * self.first
+            grew = loss > 1.1 * self.first or again
+        else:
+            grew = loss > 2 * self.first
         return Pace(self.first, min(self.lowest, loss)), grew
 
 
@@ -142,7 +143,7 @@ def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) ->
 
     `most`: of so many outputs alone.
     """
-    weights = list(trained(model.eval()).values())
+    weights = list(select_trained(model.eval()).values())
     for z in model(x_nF.clone()).flatten()[:most]:
         parts = torch.autograd.grad(z, weights, retain_graph=True, allow_unused=True)
         yield torch.cat([part.flatten() for part in parts if part is not None]).double()

@@ -12,9 +12,13 @@ and how far a model may be trained follows from it. Let h be the loss's largest 
 output and R the root mean square norm of the output's gradient in the weights, taken on made-up
 rows at the first weights (for a linear model: of the encoded inputs). Then
 
-    clip  C = R min(1, max(1/4, sqrt(rho / 400)))     fixed: a first gradient is about half of R, a wrong one all of it
-    rate  eta <= 1 / (h R^2)                          the largest step that no direction of such rows overshoots
-    path  a = eta h R^2 T / (1 - beta) = 4 rho R / C  the training time, in steps of the largest rate, at most 2,000
+    clip  C = R min(1, max(1/4, sqrt(rho / 400)))
+    rate  eta <= 1 / (h R^2)
+    path  a = eta h R^2 T / (1 - beta) = 4 rho R / C
+
+The clip is fixed: a first gradient is about half of R, a wrong one all of it. The rate is the
+largest step that no direction of such rows overshoots. The path is the training time, in steps of
+the largest rate, at most 2,000.
 
 Longer training fits directions of less curvature, in which the noise is as large: gradient descent
 stopped after the time t is ridge regression of strength 1/t, and its best strength falls with rho.
@@ -75,9 +79,7 @@ _ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
 
 @dataclass(frozen=True)
 class Facts:
-    """The public facts that decide: patients of a round, clients, D, R, h, and rho of the whole
-    run.
-    """
+    """The public facts that decide: a round's patients, clients, D, R, h, and the run's rho."""
 
     patients: int
     clients: int
@@ -176,9 +178,7 @@ def facts(study: Study, encoding: Encoding, sizes: dict[str, int]) -> Facts:
 
 
 def reach(model: nn.Module, encoding: Encoding) -> float:
-    """Return R: the root mean square norm of an output's gradient in the weights, on
-    made-up rows.
-    """
+    """Return R: the root mean square norm of an output's gradient in weights, on made-up rows."""
     rows = encoding.invent_rows(_ROWS)
     squares = [
         float(g.square().sum())
@@ -235,7 +235,12 @@ def _vote(study: Study) -> tuple[float, str] | None:
     p = study.privacy
     sites = len(p.sizes)
     compared = p.scope == "run" and study.data.test_is_public and study.monitor.baselines
-    if compared or study.sites.kind == "device" or not sites or any(guarantees.unresolved(study)):
+    if (
+        compared
+        or study.sites.kind == "device"
+        or not sites
+        or any(guarantees.refuse_unresolved(study))
+    ):
         return None
     if sum(p.sizes.values()) < WORTH_A_MODEL * sites:
         return None

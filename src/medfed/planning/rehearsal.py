@@ -47,7 +47,9 @@ WAYS_OUT = {
         "Correct what is named: security decides how rows travel, and robustness what they may "
         "hold."
     ),
-    "evaluation": f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}.",
+    "evaluation": (
+        f"Correct what the module does in evaluation mode, also on one record, or {_ZOO}."
+    ),
     "own model": (
         "Correct the module so that it trains without noise too, or leave privacy.vote_epsilon out."
     ),
@@ -55,8 +57,8 @@ WAYS_OUT = {
 """What to do about a stage that fails."""
 
 _FILES = {
-    "wire": "link", "field": "link", "party": "link", "three_party": "link", "masking": "link", "codec": "link",
-    "dpsgd": "gradient", "local": "gradient", "layers": "gradient",
+    "wire": "link", "field": "link", "party": "link", "three_party": "link", "masking": "link",
+    "codec": "link", "dpsgd": "gradient", "local": "gradient", "layers": "gradient",
 }  # fmt: skip
 _FUNCTIONS = {
     "sample_loss": "loss",
@@ -105,8 +107,12 @@ def place_of(error: BaseException, model: nn.Module | None) -> str:
     """
     stage = stage_of(error)
     module = module_of(error, model)
-    where = f" at stage {stage}" if stage else ""
-    return f"{where}, in module {module}" if module else where
+    where = ""
+    if stage:
+        where = f" at stage {stage}"
+    if module:
+        where += f", in module {module}"
+    return where
 
 
 def _frames(error: BaseException) -> list[FrameType]:
@@ -225,9 +231,7 @@ def _column(column: Column, feature: Feature | None, count: int, at: int) -> Ten
 
 
 def _ends(column: Column, feature: Feature | None) -> tuple[float, float]:
-    """Return the least and the largest encoded number; 0 and 1 where nobody has declared
-    a range.
-    """
+    """Return the least and the largest encoded number; 0 and 1 where no range is declared."""
     if column.cap:
         return -column.cap, column.cap
     if feature is None or not feature.range or column.log:

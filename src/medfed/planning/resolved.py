@@ -1,5 +1,4 @@
-"""What follows from a signed study and public facts, worked out once: every party does it for
-itself.
+"""What follows from a signed study and public facts, worked out once, by every party itself.
 
 Nobody takes these from the coordinator. A party that knows the study, who takes part, their public
 sizes and how many numbers the model has, knows how long a row is, which noise it bears, which rule
@@ -171,8 +170,9 @@ class Resolved:
 
     def weight(self, site: str) -> float:
         """Return a site's public weight, not normalised."""
-        uniform = self.study.training.weighting == "uniform"
-        return 1.0 if uniform else float(self.sizes[site]["train"])
+        if self.study.training.weighting == "uniform":
+            return 1.0
+        return float(self.sizes[site]["train"])
 
 
 def resolve(
@@ -192,15 +192,16 @@ def resolve(
         declared = {name: sizes[name]["train"] for name in participants}
         guarantee = guarantees.resolve(study, declared, parameters)
 
-    joint = guarantee is not None and guarantee.joint
+    if guarantee is not None and guarantee.joint:
+        message = guarantee.numbers()
+    else:
+        message = algorithm_of(study).length(parameters)
     return Resolved(
         study=study,
         sizes=sizes,
         participants=tuple(participants),
         parameters=parameters,
-        message=guarantee.numbers()
-        if guarantee and joint
-        else algorithm_of(study).length(parameters),
+        message=message,
         guarantee=guarantee,
         links=links_of(study, guarantee, participants),
     )
@@ -313,14 +314,17 @@ def threshold(study: Study, n: int) -> int:
 def robust_rule(study: Study, clients: int) -> RobustRule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
-    name = (
-        (DEFAULT_RULE if clients <= MOST_ROWS else "mean") if robust.rule == "auto" else robust.rule
-    )
+    name = robust.rule
+    if name == "auto":
+        name = DEFAULT_RULE if clients <= MOST_ROWS else "mean"
     if name == "mean":
         return None
-    smoothing = 0.1 if guarantees.asked(study) and guarantees.mode(study) != "site" else None
-    noised = smoothing if name.endswith("geometric-median") else None
-    return rule_of(name, of_clients(robust.max_malicious, clients), radius=noised)
+
+    radius = None
+    noised = guarantees.asked(study) and guarantees.mode(study) != "site"
+    if noised and name.endswith("geometric-median"):
+        radius = 0.1
+    return rule_of(name, of_clients(robust.max_malicious, clients), radius=radius)
 
 
 def of_clients(share: float, clients: int) -> int:

@@ -140,9 +140,7 @@ def _warn_of_study(sites: Sequence[str], encoding: Encoding, study: Study) -> li
 
 
 def _warn_of_dropped(surveys: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tell how many rows data.drop has left out; those that name no site once, as they are
-    nobody's.
-    """
+    """Tell how many rows data.drop leaves out; those of no site once, as they are nobody's."""
     found = []
     for name, survey in surveys.items():
         for what, count in survey.get("dropped", {}).items():
@@ -170,9 +168,7 @@ NEGATIVE = (
 
 
 def _is_guessed(labels: Sequence[str], study: Study) -> bool:
-    """Say whether nobody has written down which label is positive, and the labels do not say it
-    either.
-    """
+    """Say whether nobody has written which label is positive, and the labels do not say it."""
     return (
         study.left_open("data.positive")
         and not study.data.positive
@@ -230,8 +226,8 @@ def _warn_of_strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Stu
     none is declared.
     """
     found = []
-    devices = study.sites.kind == "device"
 
+    devices = study.sites.kind == "device"
     for whose, column, rows in _tell_rows(surveys, "outside", devices):
         low, high = study.data.dictionary[column].range
         if column != study.data.target:
@@ -256,9 +252,7 @@ def _warn_of_strange_values(surveys: Mapping[str, Mapping[str, Any]], study: Stu
 def _tell_rows(
     surveys: Mapping[str, Mapping[str, Any]], kind: str, devices: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield whose, column and the rows of what a survey found; all devices as one, and
-    many sites.
-    """
+    """Yield whose, column and rows of what a survey found; all devices as one, many sites too."""
     columns: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, survey in surveys.items():
         for column, told in survey.get(kind, {}).items():

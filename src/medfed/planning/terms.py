@@ -31,12 +31,12 @@ def party_of(facts: Resolved, follower: Follower) -> Party:
 
 
 def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
-    """Return an aggregator's side: its noise and its weights are the study's, and never a
-    message's.
-    """
-    g = facts.guarantee
+    """Return an aggregator's side: its noise and weights are the study's, never a message's."""
+    guarantee = facts.guarantee
     terms = terms_of(facts)
-    noise = noise_share(g, 2) if g is not None and facts.joint and not g.simulation_only else None
+    noise = None
+    if guarantee is not None and facts.joint and not guarantee.simulation_only:
+        noise = noise_share(guarantee, 2)
     weights = (
         None if facts.joint else {name: int(facts.weight(name)) for name in facts.participants}
     )
@@ -64,7 +64,7 @@ GRAM_SHARE = 0.5
 
 
 def gram_split(
-    g: Guarantee, terms: three_party.SharingTerms
+    guarantee: Guarantee, terms: three_party.SharingTerms
 ) -> tuple[Callable[[int], float], float]:
     """Return the noise of both openings: on an entry of K rows' Gram matrix (K -> sigma), and on a
     sum of weight 1.
@@ -72,7 +72,7 @@ def gram_split(
     The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1
     / z_A^2.
     """
-    s_z = g.sigma_units()  # z times what one patient moves a row by
+    s_z = guarantee.sigma_units()  # z times what one patient moves a row by
     return (
         lambda K: s_z * terms.bound * math.sqrt(K + 3) / math.sqrt(GRAM_SHARE),
         s_z / math.sqrt(1 - GRAM_SHARE),
@@ -83,17 +83,17 @@ def scales(facts: Resolved) -> dict[str, float]:
     """Return what makes each site's row a mean where it is a sum over its declared patients; else
     nothing.
     """
-    g = facts.guarantee
-    if g is None or not facts.joint:
+    guarantee = facts.guarantee
+    if guarantee is None or not facts.joint:
         return {}
-    return {name: 1 / release.expected for name, release in g.releases.items()}
+    return {name: 1 / release.expected for name, release in guarantee.releases.items()}
 
 
 def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.Selection | None:
     """Return how three aggregators weigh rows under the study's rule, with their noise; None
     without a rule.
     """
-    g = facts.guarantee
+    guarantee = facts.guarantee
     if facts.rule is None:
         return None
 
@@ -101,9 +101,9 @@ def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.S
         found: NDArray[np.float64] = facts.weigh(torch.from_numpy(gram_KK)).numpy()
         return found
 
-    if g is None or not facts.joint:
+    if guarantee is None or not facts.joint:
         return three_party.Selection(weigh)
-    gram, total = gram_split(g, terms)
+    gram, total = gram_split(guarantee, terms)
     entropy = Entropy()
 
     def on_gram(K: int) -> Integers:
@@ -122,11 +122,11 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
     Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond,
     whoever is in it.
     """
-    g = facts.guarantee
+    guarantee = facts.guarantee
     security = facts.study.security
-    if g is not None and facts.joint:
-        largest = max(release.size for release in g.releases.values())
-        count = 0.5 if g.clipping == "adaptive" else 0.0
+    if guarantee is not None and facts.joint:
+        largest = max(release.size for release in guarantee.releases.values())
+        count = 0.5 if guarantee.clipping == "adaptive" else 0.0
         bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(facts.message)
     else:  # under a rule the bound is on the norm, else on each number
         norm = facts.study.robustness.bound

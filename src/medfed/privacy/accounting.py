@@ -3,9 +3,12 @@
 An event says what was released. Add/remove adjacency throughout: neighbours differ in one patient,
 with all records. Three accountants answer for the same events:
 
-    rdp    Rényi divergences at ORDERS (Mironov 2017); they add up, so a ledger can keep them and filter on them
-    gdp    Gaussian releases only: T of noise multiplier z are one of z / sqrt(T), whose (epsilon, delta) is exact
-    pld    privacy loss distributions: near exact, for reports of a schedule that was fixed in advance, never a filter
+    rdp    Rényi divergences at ORDERS (Mironov 2017); they add up, so a ledger can keep them and
+           filter on them
+    gdp    Gaussian releases only: T of noise multiplier z are one of z / sqrt(T), whose
+           (epsilon, delta) is exact
+    pld    privacy loss distributions: near exact, for reports of a schedule that was fixed in
+           advance, never a filter
 
 rdp and pld are dp-accounting's; gdp is the closed form of Balle and Wang 2018 (arXiv:1805.06530,
 theorem 8), our own.
@@ -275,9 +278,7 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Return the exact epsilon at `delta` of one Gaussian of noise multiplier `sigma`,
-    rounded up.
-    """
+    """Return the exact epsilon at `delta` of one Gaussian of multiplier `sigma`, rounded up."""
     _check_target(delta=delta)
     low = 0.0
     high = 1.0

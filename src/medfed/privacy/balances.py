@@ -134,7 +134,7 @@ class Balances:
         histories = {_history(self.charged, self._at(site, group), study) for group in groups}
         return max((_epsilon(history, delta) for history in histories), default=0.0)
 
-    def spent(
+    def list_spent(
         self, delta: float, study: str | None, site: str | None, pseudonym: str | None
     ) -> list[Spent]:
         """Return the accounts of each study at each site, over what is asked for."""
@@ -146,10 +146,10 @@ class Balances:
                 if study in (None, name):
                     cohorts[name, self.sites[cohort]].add(cohort)
         return [
-            self._spent(*where, mine, delta, pseudonym) for where, mine in sorted(cohorts.items())
+            self._sum_up(*where, mine, delta, pseudonym) for where, mine in sorted(cohorts.items())
         ]
 
-    def _spent(
+    def _sum_up(
         self, study: str, site: str, cohorts: set[str], delta: float, pseudonym: str | None
     ) -> Spent:
         if pseudonym is None:

@@ -55,16 +55,14 @@ PUBLIC_TEST = Ask(
 
 
 def _claim(study: Study, where: str) -> Iterator[Refusal]:
-    """Yield what does not compose with the study's epsilon; `where` noise is added decides
-    on some.
-    """
+    """Yield what does not compose with the study's epsilon; on some `where` noise is decides."""
     data = study.data
     privacy = study.privacy
     claim = f"privacy.epsilon={privacy.epsilon:g}"
 
     # What is read of patients, and what it may follow from.
     yield from _reading(study, claim)
-    yield from _undeclared(study, claim)
+    yield from _refuse_undeclared(study, claim)
 
     # What is released of them besides training.
     yield from _releases(study, claim)
@@ -95,9 +93,7 @@ def _claim(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _reading(study: Study, claim: str) -> Iterator[Refusal]:
-    """Yield ways of reading a table that let one patient's rows show in others' rows, or in an
-    error.
-    """
+    """Yield ways of reading a table that let one patient's rows show in others', or in an error."""
     data = study.data
     p = study.privacy
     if data.preprocess in ("robust", "standard"):
@@ -240,16 +236,16 @@ def is_binary(data: Data) -> bool:
     return data.task in ("auto", "binary") and len(labels) <= 2
 
 
-def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
+def _refuse_undeclared(study: Study, claim: str) -> Iterator[Refusal]:
     """Refuse inputs and targets that nothing public bounds, as far as the study alone names them.
 
     Columns that it does not name are refused when the table's header is read
-    (`data.tables.undescribed`).
+    (`data.tables.refuse_undescribed`).
     """
     data = study.data
     named = [name for name in data.features if not is_pattern(name)]
-    names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
 
+    names = [name for name in named if not described(data.dictionary.get(name, Feature()))]
     if names and not study.privacy.ranges_epsilon:
         first = names[0]
         more = len(names) > 1
@@ -283,9 +279,7 @@ def _undeclared(study: Study, claim: str) -> Iterator[Refusal]:
 
 
 def unless_paid(study: Study) -> str:
-    """Say, in a sentence after others, how ranges that nobody knows are found, and at
-    which price.
-    """
+    """Say, in a sentence after others, how ranges nobody knows are found, at which price."""
     quarter = study.privacy.epsilon / 4
     return (
         " Ranges of numbers that nobody can say are found from noised counts of training "
@@ -442,8 +436,8 @@ def _queries(study: Study) -> Iterator[Refusal]:
     p = study.privacy
     asked = queries_of(study)
     spent = sum(accounting.budget_mu(one.epsilon, p.delta) ** 2 for one in asked.values())
-    part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
 
+    part = spent / accounting.budget_mu(p.epsilon, p.delta) ** 2
     if asked and part > _MOST_ASKED:
         told = " and ".join(
             f"privacy.{name}_epsilon={one.epsilon:g}" for name, one in asked.items()
@@ -589,9 +583,7 @@ def _schedule(study: Study, where: str) -> Iterator[Refusal]:
 
 
 def _places(study: Study) -> Iterator[Refusal]:
-    """Refuse, under joint noise, patients of several sites that do not always take
-    part together.
-    """
+    """Refuse, under joint noise, patients of several sites that do not always join together."""
     fleet = study.fleet
     training = study.training
     most = study.privacy.max_sites_per_patient

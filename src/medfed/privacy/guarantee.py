@@ -147,9 +147,7 @@ class Guarantee:
 
     @property
     def covered_sites(self) -> int:
-        """At how many of a patient's sites one noise hides it: all of them if it is joint, else
-        one.
-        """
+        """At how many of a patient's sites one noise hides it: at all if it is joint, else one."""
         if self.joint:
             return self.max_sites
         return 1
@@ -168,9 +166,7 @@ class Guarantee:
         return each * self.covered_sites
 
     def run_sensitivity_units(self) -> float:
-        """Return the same over a whole run of correlated noise; without correlation, of
-        one step.
-        """
+        """Return the same over a whole run of correlated noise; uncorrelated, of one step."""
         once = self.sensitivity_units()
         if not self.strategy:
             return once
@@ -208,7 +204,9 @@ class Guarantee:
         """
         return self.queries[label].noise_multiplier * sensitivity * self.covered_sites
 
-    def paid(self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING) -> Event | None:
+    def compose_paid(
+        self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING
+    ) -> Event | None:
         """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries
         as `asked`.
 
@@ -244,7 +242,7 @@ class Guarantee:
         """
         # thousands of devices are of few kinds
         kinds = {(self.releases[name], n) for name, n in uses.items()}
-        events = {self.paid(release, n, asked) for release, n in kinds}
+        events = {self.compose_paid(release, n, asked) for release, n in kinds}
         return max((self.epsilon_of(event) for event in events if event), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
@@ -375,10 +373,8 @@ def query_noise(
 
 
 def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
-    """Return where noise is added; raise PlanError where epsilon, delta and noise do not go
-    together.
-    """
-    refuse(unresolved(study))
+    """Return where noise is added; raise PlanError where epsilon, delta and noise do not fit."""
+    refuse(refuse_unresolved(study))
     privacy = study.privacy
     if privacy.noise != "auto":
         return privacy.noise
@@ -387,7 +383,7 @@ def mode(study: Study) -> Literal["site", "shared", "central", "none"]:
     return "none"
 
 
-def unresolved(study: Study) -> Iterator[Refusal]:
+def refuse_unresolved(study: Study) -> Iterator[Refusal]:
     """Yield why epsilon, delta and noise do not go together."""
     privacy = study.privacy
     bounded = privacy.epsilon < math.inf
@@ -423,7 +419,7 @@ def unresolved(study: Study) -> Iterator[Refusal]:
         )
 
 
-def unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
+def refuse_unsized(names: Sequence[str], study: Study) -> Iterator[Refusal]:
     """Yield, as one, the sites whose number of training patients is not declared."""
     absent = [name for name in names if name not in study.privacy.sizes]
     if study.sites.kind == "device" or not absent:
@@ -473,12 +469,10 @@ def large_delta(patients: int, study: Study) -> Iterator[Refusal]:
 
 
 def declared_size(study: Study, site: str) -> int:
-    """Return the declared number of training patients of a site; raise PlanError where there is
-    none.
-    """
+    """Return a site's declared number of training patients; raise PlanError where there is none."""
     if study.sites.kind == "device":
         return 1
-    refuse(unsized([site], study))
+    refuse(refuse_unsized([site], study))
     return study.privacy.sizes[site]
 
 
@@ -500,13 +494,36 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     - a draw of sites gains nothing, as it is seen; only coins of patients do;
     - `simulation_only`: the same numbers, and nothing is claimed.
     """
+    refuse(large_delta(sum(sizes.values()), study))
+
+    guarantee = _plan_releases(study, sizes, parameters)
+    guarantee = _take_samplers_share(study, guarantee, clients=len(sizes))
+
+    # Queries have their own price; the rounds get what these leave.
+    delta = guarantee.delta - guarantee.delta_sampler
+    queries = {
+        label: replace(
+            one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta)
+        )
+        for label, one in queries_of(study).items()
+    }
+    guarantee = replace(guarantee, queries=queries)
+    noise = {name: _noise_for(guarantee, one) for name, one in guarantee.releases.items()}
+    if guarantee.joint:  # one noise for all: the client that needs most decides
+        noise = dict.fromkeys(noise, max(noise.values()))
+    releases = {
+        name: replace(one, noise_multiplier=noise[name]) for name, one in guarantee.releases.items()
+    }
+    return replace(guarantee, releases=releases)
+
+
+def _plan_releases(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarantee:
+    """Return what is planned: how many rounds a client's patients pay for, and what each releases,
+    its noise yet unknown.
+    """
     privacy = study.privacy
     where = mode(study)
     assert where != "none"
-    refuse(large_delta(sum(sizes.values()), study))
-
-    # What is planned: how many rounds a client's patients pay for, and what each releases, its
-    # noise yet unknown.
     groups = study.fleet.groups if study.fleet.schedule == "cyclic" else 1
     planned = study.training.rounds + privacy.spare_rounds
     mean = sum(sizes.values()) / len(sizes)
@@ -516,7 +533,8 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
     if privacy.correlated:
         strategy = tuple(factorisation.coefficients(planned, groups))
         uses = 1  # a correlated run is one release
-    guarantee = Guarantee(
+
+    return Guarantee(
         mode=where,
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -535,8 +553,13 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
         separation=groups,
     )
 
-    # The sampler's share: every number that is ever drawn may be a little off the ideal law.
-    samples = _count_samples(study, guarantee, clients=len(sizes))
+
+def _take_samplers_share(study: Study, guarantee: Guarantee, clients: int) -> Guarantee:
+    """Return the guarantee with the sampler's share of delta: every number that is ever drawn may
+    be a little off the ideal law. Raises PlanError where it is more than half.
+    """
+    privacy = study.privacy
+    samples = _count_samples(study, guarantee, clients)
     if not privacy.simulation_only:
         worst = worst_total_variation(2.0**20 * guarantee.sensitivity_units())
         guarantee = replace(guarantee, delta_sampler=delta_cost(worst, samples, privacy.epsilon))
@@ -546,23 +569,7 @@ def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarante
             f"takes {guarantee.delta_sampler:.2g} of it; expected at most half. Lower "
             "training.rounds, the local steps or epsilon, or raise privacy.delta."
         )
-
-    # Queries have their own price; the rounds get what these leave.
-    delta = guarantee.delta - guarantee.delta_sampler
-    queries = {
-        label: replace(
-            one, noise_multiplier=_query_noise(guarantee.copies * one.times, one.epsilon, delta)
-        )
-        for label, one in queries_of(study).items()
-    }
-    guarantee = replace(guarantee, queries=queries)
-    noise = {name: _noise_for(guarantee, release) for name, release in blank.items()}
-    if guarantee.joint:  # one noise for all: the client that needs most decides
-        noise = dict.fromkeys(noise, max(noise.values()))
-    releases = {
-        name: replace(release, noise_multiplier=noise[name]) for name, release in blank.items()
-    }
-    return replace(guarantee, releases=releases)
+    return guarantee
 
 
 def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
@@ -624,12 +631,12 @@ def _calibrate(
     delta: float,
     accountant: str,
 ) -> float:
-    def planned(noise_multiplier: float) -> Event:
+    def plan_event(noise_multiplier: float) -> Event:
         rounds = repeat(replace(release, noise_multiplier=noise_multiplier).event(), times)
         return _compose(rounds, beside)
 
     try:
-        return accounting.calibrate(planned, epsilon, delta, accountant)
+        return accounting.calibrate(plan_event, epsilon, delta, accountant)
     except PlanError as error:
         if not beside:
             raise

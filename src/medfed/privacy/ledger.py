@@ -72,9 +72,7 @@ from medfed.privacy.ledger_file import (
 
 
 class Ledger:
-    """An append-only file of charges, shared by all processes of a site; open it with
-    `Ledger.open`.
-    """
+    """An append-only file of charges, shared by a site's processes; open it by `Ledger.open`."""
 
     def __init__(self, sql: sqlite3.Connection, path: Path | None, key: bytes | None) -> None:
         self.path = path
@@ -134,9 +132,7 @@ class Ledger:
 
     @classmethod
     def _connect(cls, path: Path | None, read_only: bool, founding: Lifetime | None) -> "Ledger":
-        """Return the ledger at `path` before anything in it was read; found it where there
-        is none.
-        """
+        """Return the ledger at `path`, with nothing in it read; found it where there is none."""
         if path is None:
             key = secrets.token_bytes(32)
             ledger = cls(connect(":memory:"), None, key)
@@ -228,8 +224,7 @@ class Ledger:
     # Deciding -------------------------------------------------------------------------------------
 
     def decide(self, epsilon: float, delta: float, operator: str, reason: str) -> Lifetime:
-        """Write down a new lifetime budget, by whom and why; it is in force from the next charge
-        on.
+        """Write down a new lifetime budget, by whom and why; it holds from the next charge on.
 
         It is a filter of its own, with its own order, and asked of all that was charged since the
         founding. The rule of identity stays: under another, patients who have paid would look new.
@@ -436,7 +431,7 @@ class Ledger:
             self._catch_up()
             return self._balances.worst(delta, study, site, pseudonym)
 
-    def spent(
+    def list_spent(
         self,
         delta: float,
         study: str | None = None,
@@ -450,7 +445,7 @@ class Ledger:
         """
         with self._transaction("DEFERRED"):
             self._catch_up()
-            return self._balances.spent(delta, study, site, pseudonym)
+            return self._balances.list_spent(delta, study, site, pseudonym)
 
     def rows(self) -> list[JSON]:
         """Return every charge as stored, oldest first, its event parsed."""
@@ -462,9 +457,7 @@ class Ledger:
         return [{**row, "event": json.loads(row["event"])} for row in rows]
 
     def decisions(self) -> list[JSON]:
-        """Return what was decided of the lifetime budget, its founding first: when, by
-        whom, why.
-        """
+        """Return what was decided of the lifetime budget, founding first: when, by whom, why."""
         with self._transaction("DEFERRED"):
             self._catch_up()
             found = self._sql.execute(
@@ -675,9 +668,7 @@ class Ledger:
             )
 
     def _complete_founding(self) -> None:
-        """Put anchor and key in their places where a crash, or a process that is not yet there, has
-        not.
-        """
+        """Put anchor and key in place where a crash, or a process not yet there, has not."""
         if self.path is None or self.path.with_name(KEY).exists():
             return
         for spare in self.path.parent.glob(f".{self.path.name}.*.key"):

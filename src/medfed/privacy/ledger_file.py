@@ -61,7 +61,9 @@ _TABLES = {
 _REPEATED = {
     "genesis": "EXISTS (SELECT 1 FROM genesis)",
     "cohorts": "EXISTS (SELECT 1 FROM cohorts WHERE id = NEW.id)",
-    "members": "EXISTS (SELECT 1 FROM members WHERE cohort = NEW.cohort AND pseudonym = NEW.pseudonym)",
+    "members": (
+        "EXISTS (SELECT 1 FROM members WHERE cohort = NEW.cohort AND pseudonym = NEW.pseudonym)"
+    ),
     "charges": "NEW.seq IS NOT (SELECT coalesce(max(seq), 0) + 1 FROM charges)",
 }
 SCHEMA = [
@@ -223,9 +225,7 @@ def link(beside: Path, place: Path) -> None:
 
 
 def write_genesis(sql: sqlite3.Connection, key: bytes, lifetime: Lifetime | None) -> None:
-    """Write schema and genesis: a random id, what the key must agree with, and the
-    lifetime budget.
-    """
+    """Write schema and genesis: a random id, what the key must fit, and the lifetime budget."""
     genesis = {
         "id": secrets.token_hex(16),
         "created": now(),

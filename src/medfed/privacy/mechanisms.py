@@ -91,8 +91,7 @@ class _AliasTable:
 
 
 def _masses(variance: Fraction) -> list[int]:
-    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers that sum to 2^128; n/2 > 10.16
-    sigma.
+    """Return P(x) 2^128 for x = -n/2 .. n/2 - 1, whole numbers of sum 2^128; n/2 > 10.16 sigma.
 
     70 digits: by recurrence 8192 steps lose 9 of them, and 39 are used.
     """
@@ -189,9 +188,7 @@ class _Table:
 
 @lru_cache(maxsize=64)
 def _table(variance: Fraction) -> _Table:
-    """Return the table of the discrete Gaussian; the total variation is derived at
-    `DiscreteGaussian`.
-    """
+    """Return the discrete Gaussian's table; `DiscreteGaussian` derives the total variation."""
     masses = _masses(variance)
     return _Table.of(
         masses, _beyond(len(masses) // 2 - 1, math.sqrt(variance)) + len(masses) * 2.0**-128
@@ -199,9 +196,7 @@ def _table(variance: Fraction) -> _Table:
 
 
 def _beyond(most: float, sigma: float) -> float:
-    """Bound the probability beyond -most .. most: both tails' integral over the
-    least normaliser.
-    """
+    """Bound the probability beyond -most .. most: both tails' integral by the least normaliser."""
     return (
         2
         * sigma**2
@@ -395,9 +390,9 @@ def round_to_grid(x: Tensor, unit: float, sigma: float = 0.0) -> Tensor:
     """Return x in whole grid units (int64), rounded to nearest; `unit` is a power of two, so the
     scaling is exact.
 
-    |round(a) - round(b)|_2 <= |a - b|_2 / unit + sqrt(d) for d coordinates, as each moves by at most 1/2: see
-    `grid_sensitivity`. Raises PlanError where x is not finite or noise of `sigma` grid units might wrap: 8 standard
-    deviations must fit below 2^62.
+    |round(a) - round(b)|_2 <= |a - b|_2 / unit + sqrt(d) for d coordinates, as each moves by at
+    most 1/2: see `grid_sensitivity`. Raises PlanError where x is not finite or noise of `sigma`
+    grid units might wrap: 8 standard deviations must fit below 2^62.
     """
     if not (0 < unit < math.inf and math.frexp(unit)[0] == 0.5):
         raise PlanError(f"unit={unit}: expected a power of two. Set unit=2**-20, say.")

@@ -64,7 +64,7 @@ def _by_loss_distribution(
 ) -> float:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    def spent(multiplier: float) -> float:
+    def spend(multiplier: float) -> float:
         step = 1e-3 if multiplier > 0.5 else 1e-2
         once: Any
         if cap:
@@ -78,14 +78,14 @@ def _by_loss_distribution(
         return float(once.self_compose(releases).get_epsilon_for_delta(delta))
 
     low = high = 1.0
-    while spent(high) > epsilon:
+    while spend(high) > epsilon:
         low = high
         high = 1.5 * high
-    while low == high or spent(low) <= epsilon:
+    while low == high or spend(low) <= epsilon:
         low, high = low / 1.5, low
     while high > low * 1.001:
         middle = math.sqrt(low * high)
-        if spent(middle) <= epsilon:
+        if spend(middle) <= epsilon:
             high = middle
         else:
             low = middle
@@ -168,9 +168,7 @@ def against_law(noise_VP: Floats, sigma_V: Floats) -> Law:
 
 
 def too_small(square: float, numbers: int) -> float:
-    """Return how likely so small a sum of squares is, in units of the variance, or a
-    smaller one.
-    """
+    """Return how likely a sum of squares so small or smaller is, in units of the variance."""
     return float(stats.chi2.cdf(square, numbers))
 
 

@@ -169,9 +169,7 @@ def _stands_apart(cell: int, most: int, seen_C: np.ndarray) -> bool:
 
 
 def _beside(cell: int) -> list[int]:
-    """Return the first cells that are next to one: a decade more, one less, and of the
-    other sign.
-    """
+    """Return the first cells next to one: a decade more, one less, and of the other sign."""
     last = CELLS[0] - 1
     return [other for other in (cell - 1, cell + 1, last - cell) if 0 <= other <= last]
 
@@ -229,9 +227,7 @@ def _level(known: float, sd: float) -> float:
 
 
 def _bell(level: float) -> float:
-    """Return how much further out the 5 % quantile of a bell-shaped column is than that
-    of `level`.
-    """
+    """Return how much further out a bell-shaped column's 5 % quantile is than that of `level`."""
     return NormalDist().inv_cdf(_OUTER) / NormalDist().inv_cdf(level)
 
 

@@ -65,9 +65,7 @@ class NoClaim:
 
 
 class Metered:
-    """The budget of a run under a guarantee: counts each client's rounds against the calibrated
-    plan.
-    """
+    """The budget of a run under a guarantee: counts clients' rounds against the calibrated plan."""
 
     def __init__(self, guarantee: Guarantee, scope: str) -> None:
         self.guarantee = guarantee
@@ -77,9 +75,7 @@ class Metered:
         self.asked: Mapping[str, int] = {}
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
-        """Count the round; raise BudgetError, charging nobody, where a client has no planned round
-        left.
-        """
+        """Count the round; raise BudgetError, charging nobody, where a client has no round left."""
         guarantee = self.guarantee
         if guarantee.strategy:  # a correlated run is paid once, in full
             self.uses |= dict.fromkeys(clients, 1)

@@ -30,9 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class SiteLedger:
-    """The ledger of the sites in this process, opened when the first of them enrols
-    its patients.
-    """
+    """The ledger of this process's sites, opened when the first of them enrols its patients."""
 
     def __init__(self, path: Path | None, study: Study) -> None:
         """`path` is the ledger's file; None keeps it in memory."""
@@ -67,10 +65,8 @@ class SiteLedger:
             )
         self.ledger.refuse_without(head)
 
-    def founded(self) -> Lifetime | None:
-        """Return the lifetime budget of a ledger that was founded just now, with what the study
-        says.
-        """
+    def read_founded(self) -> Lifetime | None:
+        """Return the lifetime budget of a ledger founded just now, with what the study says."""
         if self._ledger and self._ledger.founded:
             return self._ledger.lifetime
         return None
@@ -275,9 +271,7 @@ class SiteLedger:
         return self.guarantee
 
     def _refuse_apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
-        """Return why nobody may answer where a patient may have to pay at a site that was not
-        asked.
-        """
+        """Return why nobody may answer where a patient might pay at a site that was not asked."""
         if not self._shares_patients or set(sites) >= set(self.cohorts):
             return {}
         error = BudgetError(
@@ -375,8 +369,6 @@ def _held_out(site: str) -> str:
 
 
 def _discreet(error: BudgetError) -> BudgetError:
-    """Return a refusal fit to leave the site: how many patients it has is not told; its own log
-    says.
-    """
+    """Return a refusal fit to leave the site: its number of patients is in its own log alone."""
     logger.warning("%s", error)
     return BudgetError(re.sub(r"\d+ of \d+ patients", "patients", str(error)))

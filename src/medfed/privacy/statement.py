@@ -1,6 +1,4 @@
-"""What a site tells of its ledger: what the coordinator needs for its claim, and nothing of a
-patient.
-"""
+"""What a site tells of its ledger: what a coordinator's claim needs, and nothing of a patient."""
 
 import math
 from collections.abc import Mapping
@@ -111,7 +109,7 @@ def every(kept: str | Mapping[str, str] | None) -> list[str]:
     return list(dict.fromkeys(kept.values()))
 
 
-def charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
+def combine_charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
     """Return what all ledgers hold together, for the claim: of each figure the worst; None where
     there is none.
 

@@ -40,8 +40,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Sight:
-    """What liars see when they make their rows: what they would have sent honestly, and perhaps
-    more.
+    """What liars see when they make their rows: what they would honestly send, and perhaps more.
 
     `clients` and `liars` are the whole cohort's n and f, even where one liar acts at a time. Raises
     PlanError unless 0 < f < n/2.
@@ -81,9 +80,7 @@ class Sight:
         return seen_RM.mean(0)
 
     def spread_M(self) -> Tensor:
-        """Return what the liars take for the standard deviation between clients, number
-        by number.
-        """
+        """Return what liars take for the standard deviation between clients, number by number."""
         seen_RM = self.seen_RM()
         if len(seen_RM) > 1:
             return seen_RM.std(0)
@@ -139,10 +136,10 @@ class Attack:
             return own_FM
         if stage == "wire":
             return self.on_rows(sight)
-        return _cast(self.on_rows(_doubled(sight)), own_FM.dtype)
+        return _cast(self.on_rows(_widen(sight)), own_FM.dtype)
 
 
-def _doubled(sight: Sight) -> Sight:
+def _widen(sight: Sight) -> Sight:
     """Return the sight with float64 rows."""
     honest = sight.honest_HM
     before = sight.before_FM
@@ -199,8 +196,7 @@ def _poison_features(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A mark that a backdoored model obeys: `value` in the named feature columns means class
-    `label`.
+    """A mark that a backdoored model obeys: `value` in the named columns means class `label`.
 
     Features are encoded: 0 is their centre, 1 their scale. Columns that the records lack are left
     out.
@@ -264,7 +260,7 @@ def _sign_flip(sight: Sight) -> Tensor:
     return -4 * sight.own_FM  # by 4, so that 30 % of the clients turn the mean: .7 - .3 x 4 < 0
 
 
-def _scaled(sight: Sight) -> Tensor:
+def _scale(sight: Sight) -> Tensor:
     # n / eta with eta = 1: a row of flipped labels replaces the mean
     return sight.clients * sight.own_FM
 
@@ -304,7 +300,8 @@ def _min_max(sight: Sight) -> Tensor:
     """Go as far as no honest row is further from the lie than the two furthest honest rows are from
     each other.
 
-    |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over i, no search.
+    |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over
+    i, no search.
     """
     seen_RM = sight.seen_RM()
     mean_M = sight.mean_M()
@@ -376,9 +373,7 @@ def _stale(sight: Sight) -> Tensor:
 
 
 def _colluding(sight: Sight) -> Tensor:
-    """One random direction for all liars and all rounds, a hundred times as long as the liar's own
-    row.
-    """
+    """A random direction for all liars and rounds, a hundred times as long as the liar's row."""
     direction_M = streams.normal(sight.shared_key(), sight.own_FM.shape[1])[0]
     lies_FM: Tensor = (
         100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
@@ -396,7 +391,7 @@ def _infinite(sight: Sight) -> Tensor:
 
 FIXED = (
     _sign_flip,
-    _scaled,
+    _scale,
     _gaussian,
     _alie,
     _ipm_large,
@@ -424,7 +419,7 @@ def _adaptive(sight: Sight) -> Tensor:
     game = _Game.of(sight, sight.honest_HM)
     strengths = [2.0**e for e in range(-5, 11)]
     best = max(
-        game.fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)],
+        game.list_fixed() + [game.towards(p, g) for p, g in product(game.directions, strengths)],
         key=game.harm,
     )
     if best.direction is not None:
@@ -443,9 +438,7 @@ def _imagined_HM(sight: Sight) -> Tensor:
 
 @dataclass(frozen=True)
 class _Lie:
-    """A candidate: how the L liars' rows are mixed from the basis; and its direction, where it has
-    one.
-    """
+    """A candidate: how the L liars' rows are mixed from the basis; its direction, if it has one."""
 
     mix_LB: Tensor
     direction: int | None = None
@@ -454,9 +447,7 @@ class _Lie:
 
 @dataclass(frozen=True)
 class _Game:
-    """The honest rows, the fixed attacks' rows and the directions as one basis, with its Gram
-    matrix.
-    """
+    """The honest rows, the fixed attacks' and the directions as one basis, and its Gram matrix."""
 
     basis_BM: Tensor
     gram_BB: Tensor
@@ -480,7 +471,7 @@ class _Game:
         B = len(self.basis_BM)
         return B - 2, B - 1
 
-    def fixed(self) -> list[_Lie]:
+    def list_fixed(self) -> list[_Lie]:
         """Return the fixed attacks; liars that are not at hand send what those at hand do."""
         eye_BB = torch.eye(len(self.basis_BM), dtype=torch.float64)
         member_L = torch.arange(self.liars) % self.at_hand
@@ -541,7 +532,7 @@ _ALL = (
     Attack("backdoor", "Gu et al., BadNets 2017, arXiv:1708.06733", "data", on_data=TRIGGER.poison),
     Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=_sign_flip),
     Attack(
-        "scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scaled
+        "scaled", "Bagdasaryan et al., AISTATS 2020, arXiv:1807.00459", "row", _flip_labels, _scale
     ),
     Attack(
         "gaussian", "Blanchard et al., NeurIPS 2017, arXiv:1703.02757", "row", on_rows=_gaussian
@@ -575,7 +566,7 @@ ATTACKS: Mapping[str, Attack] = {attack.name: attack for attack in _ALL}
 """The attacks by name."""
 
 
-def named(name: str) -> Attack:
+def find(name: str) -> Attack:
     """Return an attack; raise StudyError, with what is known, for a name that none has."""
     if name not in ATTACKS:
         raise StudyError(f"robustness.attack={name!r} is not an attack; {nearest(name, ATTACKS)}")

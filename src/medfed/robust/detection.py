@@ -211,15 +211,15 @@ def _measures(G_KK: Tensor, f: int, noise: float) -> list[_Measured]:
     )
     turned_score_K = (cos_K.median() - cos_K) / math.hypot(max(_COS_UNIT, _mad(cos_K)), blur)
 
-    def measured(kind: str, value_K: Tensor, usual: float, score_K: Tensor) -> _Measured:
+    def measure(kind: str, value_K: Tensor, usual: float, score_K: Tensor) -> _Measured:
         return _Measured(kind, value_K, usual, score_K.clamp(0, SURE))
 
     return [
-        measured("far", far_K.clamp(min=0).sqrt(), far, far_score_K),
-        measured("turned", cos_K, float(cos_K.median()), turned_score_K),
-        measured("large", xx_K.clamp(min=0).sqrt(), length, large_score_K),
-        measured("small", xx_K.clamp(min=0).sqrt(), length, -large_score_K),
-        measured("alike", nearest_K.sqrt(), near, -near_score_K),
+        measure("far", far_K.clamp(min=0).sqrt(), far, far_score_K),
+        measure("turned", cos_K, float(cos_K.median()), turned_score_K),
+        measure("large", xx_K.clamp(min=0).sqrt(), length, large_score_K),
+        measure("small", xx_K.clamp(min=0).sqrt(), length, -large_score_K),
+        measure("alike", nearest_K.sqrt(), near, -near_score_K),
     ]
 
 

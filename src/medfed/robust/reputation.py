@@ -49,9 +49,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What is done about a client after a round. action: warn, quarantine, probation, clear or
-    none.
-    """
+    """What is done about a client after a round: warn, quarantine, probation, clear or none."""
 
     round: int
     client: str

@@ -44,8 +44,7 @@ def blocks_of(row_KM: Tensor, width: int = _BLOCK) -> Iterator[Tensor]:
 
 
 def gram(blocks: Iterable[Tensor]) -> Tensor:
-    """Return G [K, K] (float64) of rows that come as blocks of columns [K, m], summed block by
-    block.
+    """Return G [K, K] (float64) of rows in blocks of columns [K, m], summed block by block.
 
     Float32 blocks are multiplied in float32, around one of their rows where all rows share a large
     part: this adds a_i + a_j to G_ij and an error in `a` leaves distances as they are. Other types,
@@ -70,7 +69,7 @@ def _block_gram(x_Km: Tensor) -> Tensor:
         if x_Km.dtype == torch.float64:
             return g_KK
         return _product(x_Km.double())
-    near = _ranked(g_KK)
+    near = _rank(g_KK)
     centre = int(near.argmin())
     if g_KK[centre, centre] <= 16 * near[centre]:  # no large common part: nothing to win
         return g_KK
@@ -94,7 +93,7 @@ def _product(x_Km: Tensor) -> Tensor:
     return g_KK
 
 
-def weighted(blocks: Iterable[Tensor], w_K: Tensor) -> Tensor:
+def weigh(blocks: Iterable[Tensor], w_K: Tensor) -> Tensor:
     """Return the combined row [M], w X, from the same blocks [K, m], in their type (float64 for
     whole numbers).
     """
@@ -111,8 +110,7 @@ def _as(w_K: Tensor, block_Km: Tensor) -> Tensor:
 
 
 def augment(g_KK: Tensor, cross_K: Tensor, square: float) -> Tensor:
-    """Return G [K+1, K+1] with a reference r as last row: its products with the rows [K], and
-    |r|^2.
+    """Return G [K+1, K+1] with a reference r as last row: its products with rows [K], and |r|^2.
 
     The origin is the reference of zeros: augment(G, zeros, 0).
     """
@@ -125,15 +123,13 @@ def augment(g_KK: Tensor, cross_K: Tensor, square: float) -> Tensor:
 
 
 def distances(g_KK: Tensor) -> Tensor:
-    """Return squared distances [K, K]; those that noise made negative are 0, and the diagonal
-    is 0.
-    """
+    """Return squared distances [K, K]; those that noise made negative, and the diagonal, are 0."""
     square_K = g_KK.diagonal()
     d_KK = (square_K[:, None] - g_KK + (square_K - g_KK)).clamp(min=0)
     return d_KK.fill_diagonal_(0)
 
 
-def _ranked(g_KK: Tensor) -> Tensor:
+def _rank(g_KK: Tensor) -> Tensor:
     """Return each row's squared distance to the nearest half of the rows [K]: no liar's is small,
     unless it is near.
     """
@@ -144,9 +140,7 @@ def _ranked(g_KK: Tensor) -> Tensor:
 
 
 def nearest_mixing(g_KK: Tensor, f: int, key: int) -> Tensor:
-    """Return T [K, K]: each row becomes the mean of the K - f rows nearest to it, itself among
-    them.
-    """
+    """Return T [K, K]: each row becomes the mean of the K - f rows nearest to it, with itself."""
     count = len(g_KK) - f
     d_KK = distances(g_KK).fill_diagonal_(-1)  # a row is nearest to itself, also among equals
     chosen = d_KK.argsort(dim=1, stable=True)[:, :count]
@@ -206,12 +200,12 @@ def geometric_median(g_KK: Tensor, f: int, radius: float | None, steps: int = 10
     drawn in to there, where their pull is the same to 1e-6: so a row of 1e30 costs neither digits
     nor steps.
     """
-    near_K = _ranked(g_KK)
+    near_K = _rank(g_KK)
     c = int(near_K.argmin())
     spread = float(near_K[c].sqrt()) or float(distances(g_KK)[c].max().sqrt())
     if spread == 0:
         return mean(g_KK, f, radius)
-    b_KK = _around(g_KK, c)
+    b_KK = _center_on(g_KK, c)
     in_K = (_FAR * spread / b_KK.diagonal().clamp(min=0).sqrt()).clamp(max=1)
     b_KK = b_KK * in_K * in_K[:, None]
     w_K = torch.zeros_like(near_K)
@@ -230,7 +224,7 @@ def geometric_median(g_KK: Tensor, f: int, radius: float | None, steps: int = 10
     return w_K
 
 
-def _around(g_KK: Tensor, c: int) -> Tensor:
+def _center_on(g_KK: Tensor, c: int) -> Tensor:
     """Return the Gram matrix of the rows less row c."""
     return g_KK - g_KK[c] - g_KK[:, c : c + 1] + g_KK[c, c]
 
@@ -249,7 +243,7 @@ def centred_clipping(g_KK: Tensor, f: int, radius: float | None, steps: int = 3)
     the reference.
     """
     count = len(g_KK) - 1
-    b_KK = _around(g_KK, count)
+    b_KK = _center_on(g_KK, count)
     w_K = torch.zeros_like(g_KK[0])
     w_K[-1] = 1
     limit = float(_from_point(b_KK, w_K)[:count].median()) if radius is None else radius
@@ -307,9 +301,9 @@ def minimum_diameter(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
 
     d_KK = distances(g_KK)
     levels = torch.unique(d_KK)
+
     low = 0
     high = len(levels) - 1
-
     while low < high:
         middle = (low + high) // 2
         if next(_covers(d_KK > levels[middle], f), None) is None:
@@ -320,8 +314,8 @@ def minimum_diameter(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
     everyone = set(range(len(d_KK)))
     kept = [sorted(everyone - set(cover)) for cover in _covers(d_KK > levels[low], f)]
     best = min((k for k in kept), key=lambda k: (float(d_KK[k][:, k].sum()), k))
-    spare = len(best) - (len(d_KK) - f)  # all distances equal, or zero: fewer than f had to go
 
+    spare = len(best) - (len(d_KK) - f)  # all distances equal, or zero: fewer than f had to go
     if spare:
         if d_KK.any():
             best = sorted(best, key=lambda i: float(d_KK[i, best].sum()))[: len(best) - spare]
@@ -444,9 +438,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class GramRule:
-    """A rule of the Gram matrix; `breakdown` is the share of liars from which on it promises
-    nothing.
-    """
+    """A rule of the Gram matrix; from a share `breakdown` of liars on it promises nothing."""
 
     weigh: Callable[[Tensor, int, float | None], Tensor]
     smallest_n: Callable[[int], int]
@@ -556,9 +548,7 @@ class RobustRule:
 
     @property
     def needs(self) -> Needs:
-        """What the rule reads: the Gram matrix, that and a reference row, or the rows in plain
-        sight.
-        """
+        """What the rule reads: the Gram matrix, also a reference row, or rows in plain sight."""
         return self.last.needs
 
     @property
@@ -630,7 +620,7 @@ class RobustRule:
         is the last row.
         """
         if isinstance(self.last, GramRule):
-            return weighted(blocks_of(row_KM), self(gram(blocks_of(row_KM)), key))
+            return weigh(blocks_of(row_KM), self(gram(blocks_of(row_KM)), key))
         self.check(len(row_KM))
         if not self.mixings:
             return self.last.fold(row_KM, self.f)

@@ -1,8 +1,8 @@
 """Which way a study's rows come together, and how the parties join a run of it: keys, roster,
 signatures, terms.
 
-The ways themselves are in `plain`, `masked` and `shared` beside this module. What each party could see of rows, and what malicious
-sites can do, is said here.
+The ways themselves are in `plain`, `masked` and `shared` beside this module. What each party could
+see of rows, and what malicious sites can do, is said here.
 
 K clients of a round.
 """
@@ -135,15 +135,19 @@ def _share(
     trail: Trail | None,
 ) -> Shared:
     """Return the way among three aggregators, with how far their noise may move what they open."""
-    g = plan.guarantee
-    if g is None or not plan.joint or g.simulation_only:
+    guarantee = plan.guarantee
+    if guarantee is None or not plan.joint or guarantee.simulation_only:
         return Shared(ask, publisher, terms, trail)
     parts = math.sqrt(1.5)  # three add noise, any two parts of which suffice
     if plan.rule is None:
         return Shared(
-            ask, publisher, terms, trail, parts * max(g.sigma_units(), g.count_sigma() / GRID)
+            ask,
+            publisher,
+            terms,
+            trail,
+            parts * max(guarantee.sigma_units(), guarantee.count_sigma() / GRID),
         )
-    gram, total = gram_split(g, terms)
+    gram, total = gram_split(guarantee, terms)
     return Shared(ask, publisher, terms, trail, total * parts, lambda K: gram(K) * parts)
 
 
@@ -206,8 +210,9 @@ def _join_sites(
 
 
 def bears(plan: Plan) -> str:
-    """Say what malicious clients can do, and how well a rule that reads a noised matrix can tell
-    them apart.
+    """Say what malicious clients of a `plan` can do, and how well its rule tells them apart.
+
+    Under joint noise the rule reads a noised matrix.
     """
     if plan.rule is None or plan.guarantee is None or not plan.joint:
         return plan.bears()

@@ -18,9 +18,7 @@ from medfed.study import Study
 
 
 class Aggregator:
-    """One aggregator's node. Bounds, weights and noise follow from its own study, never from a
-    message.
-    """
+    """One aggregator's node. Bounds, weights and noise are its own study's, never a message's."""
 
     def __init__(self, name: str, study: Study) -> None:
         """Set up the node; its keys are loaded, or made, when it is first asked who it is."""

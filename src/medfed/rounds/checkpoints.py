@@ -14,7 +14,14 @@ _DIGEST = 32
 
 
 def write(folder: Path, server: Server, header: dict[str, Any], keep: int) -> None:
-    """Write the state after a round beside the earlier ones, of which the last `keep` stay."""
+    """Write the state after a round beside the earlier ones, of which the last `keep` stay.
+
+    Args:
+        folder: of the run's checkpoints; made where it is missing.
+        server: the state.
+        header: what a resumed run needs beside it.
+        keep: how many stay.
+    """
     files.make_folder(folder)
     tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
     payload = codec.encode({**header, "round": server.round}, tensors)
@@ -25,7 +32,7 @@ def write(folder: Path, server: Server, header: dict[str, Any], keep: int) -> No
 
 
 def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
-    """Return the newest whole checkpoint: state, header, and a note on those that were damaged.
+    """Return the newest whole checkpoint of a `folder`: state, header, and a note on damaged ones.
 
     Raises RunError where none is whole.
     """

@@ -120,14 +120,14 @@ def _decode_each(
     strange: dict[str, str] = {}
     for name, row_M in zip(names, row_KM, strict=True):
         try:
-            decoded[name] = _checked(decode(row_M[None], plan.links, plan.message)[0], plan.message)
+            decoded[name] = _check(decode(row_M[None], plan.links, plan.message)[0], plan.message)
         except SiteError as error:
             strange[name] = str(error)
     rows = list(decoded.values())
     return list(decoded), torch.stack(rows) if rows else torch.empty(0, plan.message), strange
 
 
-def _checked(row_M: Tensor, numbers: int) -> Tensor:
+def _check(row_M: Tensor, numbers: int) -> Tensor:
     if row_M.shape != (numbers,):
         raise SiteError(
             f"its row decodes to shape {tuple(row_M.shape)}; expected {numbers} numbers"
@@ -138,8 +138,11 @@ def _checked(row_M: Tensor, numbers: int) -> Tensor:
 def read_rows(
     replies: Mapping[str, Reply], plan: Plan
 ) -> tuple[Reports, list[str], Tensor, dict[str, str]]:
-    """Return reports, the names of those whose rows can be read, these rows as sent, and the
-    others' reasons.
+    """Return reports, whose rows can be read, these rows as sent, and the others' reasons.
+
+    Args:
+        replies: what came, by site.
+        plan: the run's; its links say how a row is sent.
     """
     length, kind = sent_as(plan.message, plan.links)
     row_KM = torch.empty(len(replies), length, dtype=kind)

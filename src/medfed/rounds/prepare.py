@@ -26,7 +26,7 @@ from medfed.data import preprocess, survey_doubts
 from medfed.data.encoding import Encoding
 from medfed.data.features import open_columns
 from medfed.engine.port import Counted, Fleet, gather
-from medfed.learn.zoo import fixed
+from medfed.learn.zoo import select_fixed
 from medfed.planning import rates
 from medfed.planning.building import build_model, safe_rate
 from medfed.planning.objections import check
@@ -41,13 +41,16 @@ _PATIENCE = 600.0  # seconds; nothing is trained yet
 def prepare(
     study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None
 ) -> Plan:
-    """Return the plan, every site having encoded its rows. A known `encoding` (a resumed run's) is
-    not agreed anew.
+    """Return the plan, every site having encoded its rows.
 
     Ranges that patients pay for are not known yet: `medfed.rounds.ranges` finds them once all are
-    enrolled.
+    enrolled. Raises StudyError, DataError or PlanError; nothing has been trained then.
 
-    Raises StudyError, DataError or PlanError; nothing has been trained then.
+    Args:
+        study: as its sites have it.
+        fleet: the sites, by which it asks.
+        sites: their names.
+        encoding: a resumed run's, which is not agreed anew.
     """
     check(study)
     counted = Counted(fleet)
@@ -82,13 +85,13 @@ def prepare(
 def send_encoding(
     plan: Plan, fleet: Fleet, sites: Sequence[str]
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Have every site encode its rows by the plan's encoding, and return what each answers."""
+    """Have `sites` of a `fleet` encode their rows by the plan's encoding; return their answers."""
     sizes = {name: {"train": plan.sizes[name]["train"]} for name in plan.participants}
     header = {
         "encoding": plan.encoding.to_json(),
         "sizes": sizes,
         "clients": list(plan.participants),
-        "fixed": fingerprint(fixed(build_model(plan.study, plan.encoding))),
+        "fixed": fingerprint(select_fixed(build_model(plan.study, plan.encoding))),
     }
     return _ask_all(fleet, sites, "prepare", codec.encode(header))
 
@@ -112,7 +115,7 @@ def _chosen(plan: Plan, bends: Mapping[str, float]) -> Chosen:
 
 
 def ask_surveys(fleet: Fleet, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what each site tells of its table: sizes, columns, categories, labels, gaps."""
+    """Return what `sites` of a `fleet` tell of tables: sizes, columns, categories, labels, gaps."""
     return {
         name: header["survey"]
         for name, (header, _) in _ask_all(fleet, sites, "survey", codec.encode({})).items()
@@ -133,10 +136,15 @@ def rehearse(plan: Plan, fleet: Fleet) -> None:
 
 
 def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
-    """Have every site enrol its patients in its ledger and see that the whole plan fits their
-    budget.
+    """Have every site enrol its patients in its ledger and see that the plan fits their budget.
 
     Raises BudgetError with the sites' reasons; nothing has been charged then.
+
+    Args:
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        run: the run's name in ledgers.
+        fresh: the run begins; else it is resumed.
     """
     if plan.guarantee and not plan.guarantee.simulation_only:
         _ask_all(
@@ -177,8 +185,9 @@ def _replies(
 
 
 def explain_failures(failed: Mapping[str, str]) -> str:
-    """Say which sites cannot, and why: one by its own words, several that share a
-    reason together.
+    """Say which sites cannot, and why, from the reasons `failed` by site.
+
+    One by its own words, several that share a reason together.
     """
     parts = []
     for reason, names in sharing(failed).items():

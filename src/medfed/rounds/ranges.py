@@ -21,14 +21,15 @@ from medfed.data.features import open_columns
 from medfed.engine.port import Counted, Fleet, gather, heard, numbers
 from medfed.monitor.events import Event, RangesFound, SiteExcluded, Warned
 from medfed.planning.plan import Plan
-from medfed.privacy import guarantee, quantiles
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import quantiles
 from medfed.privacy.guarantee import ranges_sensitivity
 from medfed.privacy.quantiles import Range, Search
 from medfed.rounds.prepare import send_encoding
 from medfed.study import Study
 
 
-def paid(study: Study) -> str:
+def tell_paid(study: Study) -> str:
     """Say what becomes of what training patients have paid for ranges, where no run comes of it,
     and what works.
     """
@@ -49,13 +50,13 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
     patients can pay, PlanError where the noise hides every feature; nothing has been trained then.
     """
     columns = open_columns(plan.study)
-    g = plan.guarantee
-    if g is None or "ranges" not in g.queries:
+    guarantee = plan.guarantee
+    if guarantee is None or "ranges" not in guarantee.queries:
         return plan, []
     counted = Counted(fleet)
     told = list[Event]()
-    each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
-    search = Search(len(columns), guarantee.summed_sd(plan.study, each, len(plan.participants)))
+    each = guarantee.query_sd("ranges", ranges_sensitivity(len(columns)))
+    search = Search(len(columns), guarantees.summed_sd(plan.study, each, len(plan.participants)))
     for turn in range(quantiles.TIMES):
         counts_FC, excluded = _counts(plan, counted, turn, search.edges())
         told += [event for event in excluded if event not in told]
@@ -66,7 +67,7 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
         raise PlanError(
             f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are "
             "values seen above the noise, so that there is nothing to learn from. "
-            f"{paid(plan.study)}"
+            f"{tell_paid(plan.study)}"
         )
     found = {name: list(one.ends) for name, one in zip(columns, search.found, strict=True)}
     out = {event.site for event in told if isinstance(event, SiteExcluded)}
@@ -92,9 +93,7 @@ def _after(plan: Plan, fleet: Counted) -> Plan:
 
 
 def refuse_unfound(plan: Plan) -> None:
-    """Raise PlanError where a plan's ranges are still to be found, and nobody will look
-    for them.
-    """
+    """Raise PlanError where a plan's ranges are still to be found, and nobody will look."""
     if found := plan.encoding.found_ranges():
         raise PlanError(
             f"the ranges of {some(found)} are found in a run alone, which training patients pay "
@@ -106,31 +105,32 @@ def _counts(
     plan: Plan, fleet: Fleet, turn: int, edges: np.ndarray
 ) -> tuple[np.ndarray, list[SiteExcluded]]:
     """Return the noised counts [F, C] of all sites together, and the sites that do not answer."""
-    g = plan.guarantee
+    guarantee = plan.guarantee
     shape = (len(edges), quantiles.CELLS[turn])
-    assert g is not None
+    assert guarantee is not None
     key = plan.streams.key("ranges", turn)
     most = ranges_sensitivity(len(edges))
     payload = codec.encode({"turn": turn}, {"edges": torch.from_numpy(edges)})
     replies = gather(fleet, plan.participants, "ranges", payload, plan.study.training.deadline)
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], *shape))
 
-    together = guarantee.counted_together(plan.study)
-    noise = 0.0 if together else _FAR * g.query_sd("ranges", most)
+    together = guarantees.counted_together(plan.study)
+    noise = 0.0 if together else _FAR * guarantee.query_sd("ranges", most)
     for name, counts in list(told.items()):
-        bound = g.releases[name].size
+        bound = guarantee.releases[name].size
         if counts.min() < -noise or counts.max() > bound + noise:
             untold[name] = (
                 f"it counts fewer than none or more than its {bound} declared patients in a cell"
             )
             del told[name]
     if not told:
-        then = paid(plan.study) if turn else "Nothing was charged."
+        then = tell_paid(plan.study) if turn else "Nothing was charged."
         raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {then}")
 
     total = np.sum([*told.values()], 0)
     if together:
-        total = total + guarantee.query_noise(g, "ranges", most, total.size, key).reshape(shape)
+        noise_C = guarantees.query_noise(guarantee, "ranges", most, total.size, key)
+        total = total + noise_C.reshape(shape)
     return total, [
         SiteExcluded(0, name, f"not counted for ranges: {reason}")
         for name, reason in untold.items()
@@ -186,8 +186,9 @@ def _doubtful(columns: Sequence[str], found: Sequence[Range]) -> list[Event]:
         entry = toml.key("data", "dictionary", first, "missing")
         told.append(
             Warned(
-                f"of {some(map(repr, apart))} some values stand apart from all others (of {first!r} in [{low:g}, "
-                f"{high:g}]), and the range reaches there. If a code such as -999 stands for what is missing, name it: "
+                f"of {some(map(repr, apart))} some values stand apart from all others "
+                f"(of {first!r} in [{low:g}, {high:g}]), and the range reaches there. If a code "
+                "such as -999 stands for what is missing, name it: "
                 f'{entry} = ["-999"]'
             )
         )

@@ -29,9 +29,7 @@ from medfed.robust import rules
 
 @dataclass
 class SiteState:
-    """What one site holds: its training rows, and what its algorithm remembers of
-    earlier rounds.
-    """
+    """What a site holds: its training rows, and what its algorithm remembers of earlier rounds."""
 
     rows: Rows
     memory: dict[str, Tensor]
@@ -48,7 +46,7 @@ def play(
     for the draw.
     """
     number = server.round + 1
-    g = plan.guarantee
+    guarantee = plan.guarantee
     training = plan.study.training
 
     # Draw. The study's selector says who takes part, from public facts and a public stream; they
@@ -77,12 +75,11 @@ def play(
     patients_K = torch.tensor([_patients(plan, name) for name in sent], dtype=torch.float64)
     if plan.rule and plan.rule.needs == "rows":
         combined_M = plan.fitting(len(sent)).combine(row_KM).double()
-    elif (
-        plan.rule and plan.joint
-    ):  # rows are sums: weighed as means, and opened as the sum over as many patients
-        combined_M = _weighed(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
+    elif plan.rule and plan.joint:
+        # rows are sums: weighed as means, and opened as the sum over as many patients
+        combined_M = _weigh(plan, row_KM.double() / patients_K[:, None]) * patients_K.sum()
     elif plan.rule:
-        combined_M = _weighed(plan, row_KM)
+        combined_M = _weigh(plan, row_KM)
     elif plan.joint:
         combined_M = row_KM.sum(0)
     else:
@@ -95,13 +92,12 @@ def play(
     # Apply. A noised sum of gradients is a step of gradient descent; the algorithm's server does
     # the rest.
     if plan.joint:
-        assert g is not None
+        assert guarantee is not None
         clip = _clip(server, plan)
         patients = float(patients_K.sum())
-        gradient_P = (
-            combined_M[: g.parameters] * (clip / patients) + training.weight_decay * server.w_P
-        )
-        if g.clipping == "adaptive":
+        gradient_P = combined_M[: guarantee.parameters] * (clip / patients)
+        gradient_P = gradient_P + training.weight_decay * server.w_P
+        if guarantee.clipping == "adaptive":
             following = dpsgd.next_clip(
                 clip, float(combined_M[-1]), round(patients), plan.study.privacy.quantile
             )
@@ -119,13 +115,19 @@ def play(
 def work(
     server: Server, plan: Plan, model: nn.Module, name: str, site: SiteState
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the row [M] that a site's records come to, and what it will remember if the row
-    counts.
+    """Return the row [M] that a site's records come to, and what it remembers if the row counts.
 
     A row is what local training came to or, where one noise serves the sum of all sites, the sum of
     the site's clipped gradients, a patient each.
+
+    Args:
+        server: the state before the round.
+        plan: the run's.
+        model: its architecture; its own weights may be overwritten.
+        name: the site's.
+        site: its rows and memory.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     algorithm = plan.algorithm
     task = plan.algorithm.task(server)
     memory = {kept: site.memory[kept][None] for kept in algorithm.kept}
@@ -134,14 +136,16 @@ def work(
         return done.message_KM[0], {kept: value[0] for kept, value in done.memory.items()}
 
     key_K = plan.streams.key_K("batches", server.round + 1, [name])
-    if g and g.joint:
+    if guarantee and guarantee.joint:
         patients = Patients.of([site.rows])
-        size = g.releases[name].size
+        size = guarantee.releases[name].size
         target = plan.encoding.target.task
         clip = _clip(server, plan)
-        summed = dpsgd.sums(model, task.w_P, patients, target, g, clip, [name], key_K, plan.path)
+        summed = dpsgd.sums(
+            model, task.w_P, patients, target, guarantee, clip, [name], key_K, plan.path
+        )
         message_KM = into_ball(summed.total_KP, [size])
-        if g.clipping == "adaptive":
+        if guarantee.clipping == "adaptive":
             message_KM = torch.cat(
                 [message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1
             )
@@ -154,11 +158,20 @@ def work(
     start_KP = algorithm.starts_KP(task, memory, 1)
     correction = algorithm.correct(task, memory, study.training)
     steps = local_plan(study, plan.encoding)
-    if g:
+    if guarantee:
         average = 0.0 if algorithm.plain_sgd or algorithm.any_sgd else study.training.average
         patients = Patients.of([site.rows])
         local = dpsgd.train(
-            model, start_KP, patients, steps, g, [name], key_K, correction, average, plan.path
+            model,
+            start_KP,
+            patients,
+            steps,
+            guarantee,
+            [name],
+            key_K,
+            correction,
+            average,
+            plan.path,
         )
     else:
         local = train(model, start_KP, Stack.of([site.rows]), steps, key_K, correction, plan.path)
@@ -174,7 +187,7 @@ def _clip(server: Server, plan: Plan) -> float:
     return plan.guarantee.clip
 
 
-def _weighed(plan: Plan, row_KM: Tensor) -> Tensor:
+def _weigh(plan: Plan, row_KM: Tensor) -> Tensor:
     """Return the rows [M] as the study's rule weighs them: a function of how they compare, their
     Gram matrix, alone.
     """

@@ -26,9 +26,7 @@ from medfed.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Rollback:
-    """The reference's encoded records, and how much of itself the loss on them may grow in
-    a round.
-    """
+    """The reference's encoded records, and by which share of itself their loss may grow a round."""
 
     model: nn.Module
     task: Task

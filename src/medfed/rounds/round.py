@@ -37,7 +37,7 @@ from medfed.monitor.noised import Noised
 from medfed.monitor.per_site import measure_each
 from medfed.planning.building import build_model
 from medfed.planning.plan import Plan
-from medfed.privacy import guarantee
+from medfed.privacy import guarantee as guarantees
 from medfed.privacy.mechanisms import geometric_noise
 from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
@@ -54,10 +54,19 @@ def run_round(
     way: Way = PLAIN,
     out: Collection[str] = (),
 ) -> Server:
-    """Run one round, without those who are `out`, and return the server's next state.
+    """Run one round and return the server's next state.
 
     Raises QuorumError where fewer drawn sites answer than training.quorum asks for; the state is
     then unchanged.
+
+    Args:
+        server: the state before it.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the round is counted in it.
+        log: takes the round's events.
+        way: how rows come together.
+        out: those who are not drawn, by name.
     """
     began = time.perf_counter()
     number = server.round + 1
@@ -101,13 +110,14 @@ def run_round(
 
     # Tell.
     seconds = time.perf_counter() - began
-    log.emit(_finished(answer, plan, number, seconds, len(question) * len(clients), budget))
+    log.emit(_make_finished(answer, plan, number, seconds, len(question) * len(clients), budget))
     return following
 
 
 def ask_of(server: Server, plan: Plan) -> bytes:
-    """Return what the clients of the next round are asked: the weights, and the slots that the
-    algorithm sends.
+    """Return what the clients of the round after `server` are asked.
+
+    The weights, and the slots that the algorithm of `plan` sends.
     """
     task = plan.algorithm.task(server)
     header = {"round": server.round + 1}
@@ -122,15 +132,13 @@ def _tell_excluded(log: Log, number: int, excluded: Mapping[str, str]) -> None:
         log.emit(SiteExcluded(number, name, reason))
 
 
-def _finished(
+def _make_finished(
     answer: RoundRows, plan: Plan, number: int, seconds: float, asked: int, budget: RunMeter
 ) -> RoundFinished:
-    """Return the event of a round that took so many seconds, and whose question was
-    `asked` bytes.
-    """
+    """Return the event of a round that took so many `seconds`; its question was `asked` bytes."""
     reports = answer.reports
     replies = answer.replies
-    losses = [_known(reports[name].get("loss")) for name in answer.names]
+    losses = [_read_number(reports[name].get("loss")) for name in answer.names]
     known = [
         (plan.weight(n), loss)
         for n, loss in zip(answer.names, losses, strict=True)
@@ -163,12 +171,14 @@ def _descend(
 
     The sum is divided by the declared patients of those whose rows count: who took part is known.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     training = plan.study.training
-    assert g is not None
-    clip = float(server.slots["clip"]) if "clip" in server.slots else g.clip
-    expected = sum(g.releases[name].expected for name in clients)
-    gradient_P = total_M[: g.parameters] * (clip / expected) + training.weight_decay * server.w_P
+    assert guarantee is not None
+    clip = float(server.slots["clip"]) if "clip" in server.slots else guarantee.clip
+    expected = sum(guarantee.releases[name].expected for name in clients)
+    gradient_P = (
+        total_M[: guarantee.parameters] * (clip / expected) + training.weight_decay * server.w_P
+    )
 
     if "clip" in server.slots:
         following = dpsgd.next_clip(
@@ -213,15 +223,21 @@ class Threshold:
 
 
 def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> Threshold:
-    """Return the threshold that the study declares, or have its rule choose one on the training
-    rows of all sites.
+    """Return the threshold that the study declares, or that its rule chooses on training rows.
 
     Under a claim the training patients pay, and what the rule reads is noised. Where it says too
     little, the threshold is 0.5, and the log warns.
+
+    Args:
+        server: the state whose model is decided by.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the query is counted in it.
+        log: takes what is warned of.
     """
     study = plan.study
     rule = plan.study.rule()
-    g = plan.guarantee
+    guarantee = plan.guarantee
     if not rule.chosen:
         return Threshold(rule.level, "declared")
     if plan.encoding.target.task != "binary":
@@ -229,7 +245,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
 
     # Ask: what the rule needs of training rows, by cells of scores.
     edges = EXACT_EDGES
-    if g:
+    if guarantee:
         budget.ask("threshold")
         edges = _edges(server, plan, CHOOSING_CELLS)
     payload = codec.encode(
@@ -243,22 +259,24 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     # Sum, with the noise that is paid for.
     counts = np.sum([*told.values()], 0) if told else np.zeros(length)
     sd = 0.0
-    if g:
-        sd = guarantee.summed_sd(study, g.query_sd("threshold", rule.sensitivity()), len(told))
-    if g and guarantee.counted_together(study):
+    if guarantee:
+        sd = guarantees.summed_sd(
+            study, guarantee.query_sd("threshold", rule.sensitivity()), len(told)
+        )
+    if guarantee and guarantees.counted_together(study):
         counts = counts + _noise(plan, "threshold", rule.sensitivity(), len(counts))
 
     # Choose.
     found = rule.choose(edges, counts, sd) if told else None
     if found is None:
-        hidden = "the noise hides it" if g and told else "training rows do not tell"
+        hidden = "the noise hides it" if guarantee and told else "training rows do not tell"
         log.emit(
             Warned(
                 f"data.threshold={study.data.threshold!r} chose nothing, as {hidden}; 0.5 is taken"
             )
         )
         return Threshold(0.5, f"{study.data.threshold} chose nothing")
-    of = f"noised counts of training patients (sd {sd:.3g})" if g else "training rows"
+    of = f"noised counts of training patients (sd {sd:.3g})" if guarantee else "training rows"
     return Threshold(
         found, f"{study.data.threshold}, chosen on {of} of {len(told)} site{'s' * (len(told) > 1)}"
     )
@@ -267,15 +285,13 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
 def _noise(plan: Plan, label: str, sensitivity: float, numbers: int) -> np.ndarray:
     """Draw the noise on the sum of all sites' answers to a query."""
     assert plan.guarantee is not None
-    return guarantee.query_noise(
+    return guarantees.query_noise(
         plan.guarantee, label, sensitivity, numbers, plan.streams.key(label)
     )
 
 
 def _edges(server: Server, plan: Plan, cells: int, threshold: float = 0.5) -> np.ndarray:
-    """Return edges between cells of scores from public facts: the released model, on
-    made-up rows.
-    """
+    """Return edges between cells of scores by public facts: the released model on made-up rows."""
     model = build_model(plan.study, plan.encoding).eval()
     z_NC = outputs(model, server.released_P, plan.encoding.invent_rows(MADE_UP))
     return noised.edges_for(z_NC[:, 0].double().numpy(), cells, threshold)
@@ -294,10 +310,18 @@ def test(
     intervals: bool = False,
     decision: Threshold | None = None,
 ) -> Tested:
-    """Test the current model at every site; emit and return the figures. Without a `decision` as
-    declared, or at 0.5.
+    """Test the current model at every site; emit and return the figures.
 
     Under a claim, where test patients are not public, figures come from noised counts.
+
+    Args:
+        server: the state whose model is tested.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        log: takes the figures.
+        model: what the figures call it.
+        intervals: figures get 95 % intervals.
+        decision: the threshold; None: as declared, or 0.5.
     """
     began = time.perf_counter()
     study = plan.study
@@ -357,8 +381,16 @@ def test(
 
 
 def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: Log) -> None:
-    """Hold each site's own model against the federated one on the same held-out records, and tell
-    the outcome.
+    """Hold each site's own model against the federated one; tell the outcome.
+
+    Both are tested on the same held-out records.
+
+    Args:
+        own: the state of the baseline of own models.
+        federated: the federated one.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        log: takes the outcome.
     """
     payload = codec.encode({"round": own.round}, {"w": own.w_P, "other": federated.released_P})
     replies = gather(fleet, plan.testers, "compare", payload, plan.study.training.deadline)
@@ -390,7 +422,7 @@ def _noised_scores(
     """
     privacy = plan.study.privacy
     total = np.sum(list(counts.values()), 0)
-    if not guarantee.counted_together(plan.study):
+    if not guarantees.counted_together(plan.study):
         each = noised.variance(privacy.evaluation_epsilon)
         per_site: dict[str, Scored] = {
             name: Noised(edges, count, each) for name, count in counts.items()
@@ -404,11 +436,19 @@ def _noised_scores(
 
 
 def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:
-    """Have sites vote, at a noise that is paid for, on whether their own models do better; tell the
-    outcome.
+    """Have sites vote on whether their own models do better; tell the outcome.
+
+    The votes are noised, and paid for.
+
+    Args:
+        server: the federated state.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        budget: what the run has spent; the vote is counted in it.
+        log: takes the outcome.
     """
-    g = plan.guarantee
-    if g is None or "vote" not in g.queries:
+    guarantee = plan.guarantee
+    if guarantee is None or "vote" not in guarantee.queries:
         return
     budget.ask("vote")
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
@@ -427,14 +467,14 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
         return
 
     # Sum: no site counts for more than one, and for what its noise may add.
-    together = guarantee.counted_together(plan.study)
-    each = g.query_sd("vote", guarantee.VOTE_SENSITIVITY)
+    together = guarantees.counted_together(plan.study)
+    each = guarantee.query_sd("vote", guarantees.VOTE_SENSITIVITY)
     reach = 0.0 if together else _FAR * each
     votes = float(np.clip([vote[0] for vote in told.values()], -reach, 1 + reach).sum())
     if together:
-        votes += float(_noise(plan, "vote", guarantee.VOTE_SENSITIVITY, 1)[0])
-    sd = guarantee.summed_sd(plan.study, each, len(told))
-    half = guarantee.vote_interval(len(told), sd)
+        votes += float(_noise(plan, "vote", guarantees.VOTE_SENSITIVITY, 1)[0])
+    sd = guarantees.summed_sd(plan.study, each, len(told))
+    half = guarantees.vote_interval(len(told), sd)
     log.emit(Voted(server.round, len(told), metrics.Figure(votes, votes - half, votes + half), sd))
 
 
@@ -442,7 +482,7 @@ _FAR = 6.0
 """Standard deviations of a site's own noise beyond which its vote is cut."""
 
 
-def _known(value: Any) -> float | None:
+def _read_number(value: Any) -> float | None:
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return None

@@ -77,17 +77,32 @@ class Way(Protocol):
     def open(
         self, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
     ) -> Exchange:
-        """Begin round `number`: have the clients work on `payload`."""
+        """Begin a round: have the clients work on its question.
+
+        Args:
+            plan: the run's.
+            fleet: the sites, by which it asks.
+            clients: those drawn, by name.
+            number: the round's, from 1.
+            payload: the question of the round, as `round.ask_of` lays it out.
+        """
         ...
 
 
 def collect(
     way: Way, plan: Plan, fleet: Fleet, clients: Sequence[str], number: int, payload: bytes
 ) -> RoundRows:
-    """Play a whole round of a way: what arrives within training.deadline is added, then the round
-    is closed.
+    """Play a whole round of a way: add what arrives within training.deadline, then close.
 
     Raises what opening and closing raise.
+
+    Args:
+        way: how rows come together.
+        plan: the run's.
+        fleet: the sites, by which it asks.
+        clients: those drawn, by name.
+        number: the round's, from 1.
+        payload: the question of the round, as `round.ask_of` lays it out.
     """
     exchange = way.open(plan, fleet, clients, number, payload)
     end = time.monotonic() + plan.study.training.deadline
@@ -110,7 +125,7 @@ class Questions:
     def ask(
         cls, fleet: Fleet, clients: Sequence[str], payload: bytes, deadline: float
     ) -> "Questions":
-        """Ask all clients for their work."""
+        """Ask all `clients` of a `fleet` for their work on `payload`, within `deadline` seconds."""
         tickets = fleet.submit_many(clients, "work", payload, deadline)
         return cls(clients, deadline, dict(zip(tickets, clients, strict=True)))
 
@@ -139,8 +154,11 @@ Reports = dict[str, dict[str, Any]]
 def read(
     replies: Mapping[str, Reply], tensor: str
 ) -> tuple[Reports, dict[str, Tensor], dict[str, str]]:
-    """Return reports, the named tensor of each reply, and the reasons of those that sent none; all
-    by site.
+    """Return reports, the tensor of each reply, and the reasons of those without one; all by site.
+
+    Args:
+        replies: what came, by site.
+        tensor: the name of the tensor that is read.
     """
     reports: Reports = {}
     tensors: dict[str, Tensor] = {}
@@ -167,7 +185,15 @@ def enough(
     clients: Sequence[str],
     why: Mapping[str, str],
 ) -> None:
-    """Raise QuorumError unless rows of enough of the drawn clients count."""
+    """Raise QuorumError unless rows of enough of the drawn clients count.
+
+    Args:
+        plan: the run's; its quorum decides.
+        number: the round's, from 1.
+        rows: the names of those whose rows count.
+        clients: those drawn.
+        why: the reasons of those whose rows do not, by name.
+    """
     if len(rows) < plan.quorum(len(clients)):
         quorum = plan.study.training.quorum
         answered = (
@@ -178,15 +204,22 @@ def enough(
 
 
 def sign(publisher: Publisher, number: int, payload: bytes) -> bytes:
-    """Return a round's question as the coordinator signs it."""
+    """Return a round's question as the coordinator signs it: `payload` in round `number` by
+    `publisher`.
+    """
     return codec.encode(
         {"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))}
     )
 
 
 def combine_opened(total_M: Integers, plan: Plan, names: Sequence[str], number: int) -> Tensor:
-    """Return the servers' halves of an opened sum; without joint noise, of the mean that the sum is
-    of.
+    """Return the servers' halves of an opened sum; without joint noise, of its mean.
+
+    Args:
+        total_M: the sum of rows as sent, in steps of the grid or of fixed point.
+        plan: the run's.
+        names: those whose rows are in the sum.
+        number: the round's, from 1.
     """
     combined_M = torch.from_numpy(total_M)
     if plan.rule and plan.joint:  # a mean of means, as the sum that `round` expects
@@ -214,8 +247,19 @@ def record(
     names: Sequence[str],
     excluded: Mapping[str, str],
 ) -> None:
-    """Write into the trail what was opened: hashes of the model that was sent and the one before
-    it, of all uploads and of the sum; who is in it, who is not and why.
+    """Write into the trail what was opened.
+
+    Hashes of the model that was sent and the one before it, of all uploads and of the sum; who is
+    in it, who is not and why.
+
+    Args:
+        trail: the run's; None: nothing is written.
+        publisher: who signs for the coordinator.
+        number: the round's, from 1.
+        sent: each upload, by site.
+        total_M: the opened sum.
+        names: those whose rows are in it.
+        excluded: the reasons of the others, by name.
     """
     if not trail:
         return

@@ -9,9 +9,9 @@ from medfed.runs.ledgers import (
     ledger_accounts,
     name_column,
 )
-from medfed.runs.opening import open_site, open_sites, planned
+from medfed.runs.opening import complete, open_site, open_sites
 from medfed.runs.outlook import privacy_outlook, survey
-from medfed.runs.quarantine import OVERRIDES, lift_quarantine, quarantined
+from medfed.runs.quarantine import OVERRIDES, lift_quarantine, list_quarantined
 from medfed.runs.results import Result, load
 from medfed.runs.simulation import (
     Parties,
@@ -33,19 +33,19 @@ __all__ = [
     "Simulation",
     "accept_ledger",
     "baseline_plan",
+    "complete",
     "decide_budget",
     "found_ledger",
     "ledger_accounts",
     "lift_quarantine",
+    "list_quarantined",
     "load",
     "name_column",
     "open_site",
     "open_sites",
-    "planned",
     "prepare_data",
     "prepare_sites",
     "privacy_outlook",
-    "quarantined",
     "read_plan",
     "resume",
     "run",

@@ -32,8 +32,9 @@ from medfed.privacy.guarantee import (
 )
 from medfed.privacy.quantiles import LEAST
 from medfed.privacy.run_meter import RunMeter
-from medfed.privacy.statement import Statement, charged
+from medfed.privacy.statement import Statement, combine_charged
 from medfed.screens import reports
+from medfed.study import Study
 
 _TRUST = {
     "site": (
@@ -70,50 +71,50 @@ _MECHANISM = {
         "discrete Gaussian noise on an integer grid, correlated over rounds."
     ),
 }
+_CHARGE_SCOPE = {
+    "independent": "a round",
+    "correlated": "the whole run: its noise is correlated over rounds",
+}
+_GENERATOR = {
+    "seed": "SplitMix64 from the study's seed: nothing is claimed",
+    "system": (
+        "AES-256 in counter mode, key from the operating system; exact tables of the discrete "
+        "Gaussian, whose total variation distance from the ideal is charged to delta"
+    ),
+}
 
 
 def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
     """Return the claim of a run that has spent what `budget` counts and each site has `told` of its
     ledger.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     study = plan.study
-    assert g is not None
+    assert guarantee is not None
     spent = budget.claim()
     uses: dict[str, int] = getattr(budget, "uses", {})
     asked: dict[str, int] = getattr(budget, "asked", {})
-    first = next(iter(g.releases.values()))
-    patients = sum(release.size for release in g.releases.values())
+    patients = sum(release.size for release in guarantee.releases.values())
     counted = 0.0 if spent["epsilon"] is None else float(str(spent["epsilon"]))
 
     return {
         "schema": SCHEMA,
         "study": study.study.name,
         "digest": study.digest(),
-        "claimed": not g.simulation_only,
+        "claimed": not guarantee.simulation_only,
         "epsilon": spent["epsilon"],
         "delta": spent["delta"],
-        "target": {"epsilon": g.epsilon, "delta": g.delta},
+        "target": {"epsilon": guarantee.epsilon, "delta": guarantee.delta},
         "unit": "patient: all records of one training patient, over the whole run",
         "adjacency": _adjacency(plan),
         "trust_model": _trust(plan),
-        "mechanism": _MECHANISM["correlated" if g.strategy else "independent"],
-        "clipping": {"kind": g.clipping, "norm": g.clip, "slack": SLACK},
-        "noise": {
-            "mode": g.mode,
-            "multiplier": first.noise_multiplier
-            if g.joint
-            else {n: r.noise_multiplier for n, r in g.releases.items()},
-            "grid": f"C x {GRID:g}",
-            "sd_in_grid_steps": g.sigma_units()
-            if g.joint
-            else {n: g.sigma_units(n) for n in g.releases},
-            "noise_sd_ratio": _noise_excess(plan),
-            "count_noise": COUNT_NOISE if g.clipping == "adaptive" else None,
-            "strategy": list(g.strategy) or None,
-        },
-        "sampling": _sampling(g),
-        "steps_per_round": first.steps if g.joint else {n: r.steps for n, r in g.releases.items()},
+        "mechanism": _MECHANISM["correlated" if guarantee.strategy else "independent"],
+        "clipping": {"kind": guarantee.clipping, "norm": guarantee.clip, "slack": SLACK},
+        "noise": _noise(plan),
+        "sampling": _sampling(guarantee),
+        "steps_per_round": _once_or_by_site(
+            guarantee, {name: release.steps for name, release in guarantee.releases.items()}
+        ),
         "rounds": {
             "planned": study.training.rounds,
             "spare": study.privacy.spare_rounds,
@@ -123,35 +124,27 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "threshold": _threshold(plan, asked.get("threshold", 0)),
         "vote": _vote(plan, asked.get("vote", 0)),
         "held_out": _held_out(plan),
-        "charge_scope": "the whole run: its noise is correlated over rounds"
-        if g.strategy
-        else "a round",
+        "charge_scope": _CHARGE_SCOPE["correlated" if guarantee.strategy else "independent"],
         "patients": {
             "declared": patients,
             "one_over_n": 1 / patients,
-            "delta_below_one_over_n": g.delta < 1 / patients,
+            "delta_below_one_over_n": guarantee.delta < 1 / patients,
         },
         "accountant": {
-            "name": _ACCOUNTANTS[g.accountant],
+            "name": _ACCOUNTANTS[guarantee.accountant],
             "version": f"dp-accounting {version('dp-accounting')}",
-            "delta_taken_by_the_noise_sampler": g.delta_sampler,
+            "delta_taken_by_the_noise_sampler": guarantee.delta_sampler,
         },
-        "second_accountant": None if g.simulation_only else _second(g, uses, asked),
+        "second_accountant": None if guarantee.simulation_only else _second(guarantee, uses, asked),
         "composition": {
             "scope": study.privacy.scope,
             "meaning": _SCOPE[study.privacy.scope],
-            "ledger": charged(told, counted),
+            "ledger": combine_charged(told, counted),
         },
-        "max_sites_per_patient": g.max_sites,
-        "unprotected": _unprotected(plan),
+        "max_sites_per_patient": guarantee.max_sites,
+        "unprotected": _list_unprotected(plan),
         "assumptions": _assumptions(plan),
-        "random_generator": "SplitMix64 from the study's seed: nothing is claimed"
-        if g.simulation_only
-        else (
-            "AES-256 in counter mode, key from the operating system; exact tables of the "
-            "discrete Gaussian, whose total variation distance from the ideal is charged to "
-            "delta"
-        ),
+        "random_generator": _GENERATOR["seed" if guarantee.simulation_only else "system"],
         "audit": None,
     }
 
@@ -181,22 +174,50 @@ def _trust(plan: Plan) -> str:
     assert plan.guarantee is not None
     mode = plan.guarantee.mode
     way = plan.study.security.aggregation
-    said = _TRUST[way if mode == "shared" else mode].format(
-        holders=holders(plan.study, plan.participants)
-    )
-    simulated = mode == "shared" and way != "plain"
-    if simulated:
+    kind = way if mode == "shared" else mode
+    said = _TRUST[kind].format(holders=holders(plan.study, plan.participants))
+    if mode == "shared" and way != "plain":
         return f"{said} In this engine all parties run in one process, whose owner sees everything."
     return said
+
+
+def _noise(plan: Plan) -> JSON:
+    """Return what noise a round's sum carries: its multiplier, and its standard deviation in steps
+    of the grid.
+    """
+    guarantee = plan.guarantee
+    assert guarantee is not None
+    releases = guarantee.releases
+
+    return {
+        "mode": guarantee.mode,
+        "multiplier": _once_or_by_site(
+            guarantee, {name: release.noise_multiplier for name, release in releases.items()}
+        ),
+        "grid": f"C x {GRID:g}",
+        "sd_in_grid_steps": _once_or_by_site(
+            guarantee, {name: guarantee.sigma_units(name) for name in releases}
+        ),
+        "noise_sd_ratio": _noise_excess(plan),
+        "count_noise": COUNT_NOISE if guarantee.clipping == "adaptive" else None,
+        "strategy": list(guarantee.strategy) or None,
+    }
+
+
+def _once_or_by_site(guarantee: Guarantee, each: Mapping[str, float]) -> float | dict[str, float]:
+    """Return a figure of all sites by site; once where noise is joint, as they are alike then."""
+    if guarantee.joint:
+        return next(iter(each.values()))
+    return dict(each)
 
 
 def _noise_excess(plan: Plan) -> float:
     """Return how many times the needed standard deviation the sum carries where every holder adds
     its part.
     """
-    g = plan.guarantee
-    assert g is not None
-    if g.joint and not g.simulation_only:
+    guarantee = plan.guarantee
+    assert guarantee is not None
+    if guarantee.joint and not guarantee.simulation_only:
         return excess(plan.study, plan.participants)
     return 1.0
 
@@ -210,44 +231,53 @@ def _adjacency(plan: Plan) -> str:
     return "add or remove one patient"
 
 
-def _sampling(g: Guarantee) -> str:
-    sampled = [release for release in g.releases.values() if release.probability < 1]
+def _sampling(guarantee: Guarantee) -> str:
+    sampled = [release for release in guarantee.releases.values() if release.probability < 1]
     if not sampled:
         return (
             "every patient of a participating site takes part in every step; no amplification "
             "is claimed"
         )
-    if g.joint:
-        size = sum(release.size for release in g.releases.values()) / len(g.releases)
+
+    sites = len(guarantee.releases)
+    if guarantee.joint:
+        size = sum(release.size for release in guarantee.releases.values()) / sites
     else:
         size = sampled[0].size
     expected = size * sampled[0].probability
     cap = sampled[0].cap
+
     law = f"each patient by an independent secret coin (Poisson), {expected:g} expected in a batch"
-    law += ", at a site of the mean size" if g.joint and len(g.releases) > 1 else ""
-    law = f"{law}, truncated to {cap} patients and counted with half the noise" if cap else law
-    if len(sampled) == len(g.releases):
+    if guarantee.joint and sites > 1:
+        law += ", at a site of the mean size"
+    if cap:
+        law += f", truncated to {cap} patients and counted with half the noise"
+    if len(sampled) == len(guarantee.releases):
         return law
     return f"{law}; sites of no more patients take all of them"
 
 
-def _second(g: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
+def _second(guarantee: Guarantee, uses: dict[str, int], asked: dict[str, int]) -> JSON:
     """Recompute the worst patient's epsilon by another accountant."""
-    name = "rdp" if g.accountant == "pld" else "pld"
-    events = {g.paid(g.releases[n], count, asked) for n, count in uses.items()}
+    name = "rdp" if guarantee.accountant == "pld" else "pld"
+    events = {
+        guarantee.compose_paid(guarantee.releases[n], count, asked) for n, count in uses.items()
+    }
     found = [
-        accounting.epsilon_of(event, g.delta - g.delta_sampler, name) for event in events if event
+        accounting.epsilon_of(event, guarantee.delta - guarantee.delta_sampler, name)
+        for event in events
+        if event
     ]
     return {"name": _ACCOUNTANTS[name], "epsilon": max(found, default=0.0)}
 
 
 def _ranges(plan: Plan, times: int) -> JSON | None:
     """Return what finding ranges has released of training patients; None where all are declared."""
-    g = plan.guarantee
-    assert g is not None
-    if "ranges" not in g.queries:
+    guarantee = plan.guarantee
+    assert guarantee is not None
+    if "ranges" not in guarantee.queries:
         return None
-    query = g.queries["ranges"]
+    query = guarantee.queries["ranges"]
     columns = open_columns(plan.study)
 
     return {
@@ -262,37 +292,40 @@ def _ranges(plan: Plan, times: int) -> JSON | None:
         "sensitivity": ranges_sensitivity(len(columns)),
         "noise_multiplier": query.noise_multiplier,
         "epsilon_alone": query.epsilon,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "noised_at": _noised_at(plan.study),
         "times": query.times,
         "released": times,
     }
 
 
 def _threshold(plan: Plan, times: int) -> JSON | None:
-    """Return what choosing the decision threshold on training patients has released; None where
-    nothing.
-    """
-    g = plan.guarantee
+    """Return what choosing the threshold on training patients has released; None where nothing."""
+    guarantee = plan.guarantee
     rule = plan.study.rule()
-    assert g is not None
+    assert guarantee is not None
     if not rule.chosen:
         return None
     return {
         "rule": plan.study.data.threshold,
-        "mechanism": "discrete Gaussian noise on counts of training patients by score, one record each",
-        "noise_multiplier": g.queries["threshold"].noise_multiplier,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
+        "mechanism": (
+            "discrete Gaussian noise on counts of training patients by score, one record each"
+        ),
+        "noise_multiplier": guarantee.queries["threshold"].noise_multiplier,
+        "noised_at": _noised_at(plan.study),
         "released": times,
     }
 
 
 def _vote(plan: Plan, times: int) -> JSON | None:
     """Return what a vote of sites on their own models has released; None where there is none."""
-    g = plan.guarantee
-    assert g is not None
-    if "vote" not in g.queries:
+    guarantee = plan.guarantee
+    assert guarantee is not None
+    if "vote" not in guarantee.queries:
         return None
-    public = plan.study.data.test_is_public
+    if plan.study.data.test_is_public:
+        payers = "training patients"
+    else:
+        payers = "training and held-out patients, these beside their test"
 
     return {
         "unit": (
@@ -300,11 +333,9 @@ def _vote(plan: Plan, times: int) -> JSON | None:
             "by 1 at most"
         ),
         "mechanism": "discrete Gaussian noise on the sum of the sites' votes, each between 0 and 1",
-        "noise_multiplier": g.queries["vote"].noise_multiplier,
-        "noised_at": "the sum of all sites" if counted_together(plan.study) else "each site",
-        "paid_by": "training patients"
-        if public
-        else "training and held-out patients, these beside their test",
+        "noise_multiplier": guarantee.queries["vote"].noise_multiplier,
+        "noised_at": _noised_at(plan.study),
+        "paid_by": payers,
         "released": times,
     }
 
@@ -316,17 +347,20 @@ def _held_out(plan: Plan) -> JSON | None:
     study = plan.study
     if study.data.test_is_public or not study.privacy.evaluation_epsilon:
         return None
-    together = counted_together(study)
     return {
         "unit": "patient: one record of one held-out patient, for each test",
         "mechanism": "two-sided geometric noise on counts of scores by label",
         "epsilon": study.privacy.evaluation_epsilon,
-        "noised_at": "the sum of all sites" if together else "each site",
-        "paid": "once" if together else "at each site that holds the patient out",
+        "noised_at": _noised_at(study),
+        "paid": "once" if counted_together(study) else "at each site that holds the patient out",
     }
 
 
-def _unprotected(plan: Plan) -> list[str]:
+def _noised_at(study: Study) -> str:
+    return "the sum of all sites" if counted_together(study) else "each site"
+
+
+def _list_unprotected(plan: Plan) -> list[str]:
     study = plan.study
     public = plan.study.data.test_is_public
     listed = [
@@ -362,23 +396,21 @@ _READ_OFF = (
     "these records are public: ranges, categories, labels or sizes were read off them "
     "(data.read_from_records=true), and nothing here covers that"
 )
+_PUBLIC = (
+    "ranges, categories and labels in the data dictionary are public knowledge, not taken from "
+    "these patients"
+)
 
 
 def _assumptions(plan: Plan) -> list[str]:
     study = plan.study
+    how = "attested, not measured"
+    if study.data.patient:
+        how = "checked by name in this process"
+
     found = [
-        f"no patient has records at more than {study.privacy.max_sites_per_patient} sites "
-        + (
-            "(checked by name in this process)"
-            if study.data.patient
-            else "(attested, not measured)"
-        ),
-        _READ_OFF
-        if study.data.read_from_records
-        else (
-            "ranges, categories and labels in the data dictionary are public knowledge, not "
-            "taken from these patients"
-        ),
+        f"no patient has records at more than {study.privacy.max_sites_per_patient} sites ({how})",
+        _READ_OFF if study.data.read_from_records else _PUBLIC,
         "model, features and settings were chosen without looking at these training patients, or "
         "that was charged",
     ]
@@ -406,37 +438,38 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def outlook(plan: Plan) -> dict[str, Any]:
-    """Return what the noise will be, before training: for the study's own mode and for the other
-    one.
+    """Return what the noise will be, before training: for the study's own mode and the other one.
 
     snr is the largest possible ratio of signal to noise in the gradient of one step, all patients
     pulling one way; over a round's and a run's steps it grows by their square root where they are
     averaged.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     study = plan.study
-    if g is None:
+    if guarantee is None:
         raise PlanError(
             "the study asks for no guarantee. Set privacy.epsilon=1.0 and privacy.delta=1e-6, "
             "and see what it costs."
         )
-    sizes = {name: release.size for name, release in g.releases.items()}
+    sizes = {name: release.size for name, release in guarantee.releases.items()}
     modes: dict[str, Any] = {}
-    for noise in dict.fromkeys((g.mode, "site", "shared")):
+    for noise in dict.fromkeys((guarantee.mode, "site", "shared")):
         # sites' noise is never correlated
         correlated = study.privacy.correlated and noise != "site"
         privacy = dataclasses.replace(study.privacy, noise=noise, correlated=correlated)
         other = dataclasses.replace(study, privacy=privacy)
-        found = g if noise == g.mode else resolve(other, sizes, plan.parameters)
-        modes[noise] = [_outlook(found, name, study.training.rounds) for name in _shown(found)]
+        each = guarantee
+        if noise != guarantee.mode:
+            each = resolve(other, sizes, plan.parameters)
+        modes[noise] = [_outlook(each, name, study.training.rounds) for name in _choose_shown(each)]
     return {
         "study": study.study.name,
-        "epsilon": g.epsilon,
-        "delta": g.delta,
+        "epsilon": guarantee.epsilon,
+        "delta": guarantee.delta,
         "patients": sum(sizes.values()),
         "parameters": plan.parameters,
         "rounds": study.training.rounds,
-        "accountant": _ACCOUNTANTS[g.accountant],
+        "accountant": _ACCOUNTANTS[guarantee.accountant],
         "ranges": _ranges_ahead(plan),
         "modes": modes,
     }
@@ -446,12 +479,12 @@ def _ranges_ahead(plan: Plan) -> JSON | None:
     """Return with how much noise ranges will be found: on each count of all sites, in patients;
     None where none are.
     """
-    g = plan.guarantee
+    guarantee = plan.guarantee
     columns = open_columns(plan.study)
-    assert g is not None
+    assert guarantee is not None
     if not columns:
         return None
-    each = g.query_sd("ranges", ranges_sensitivity(len(columns)))
+    each = guarantee.query_sd("ranges", ranges_sensitivity(len(columns)))
     sd = summed_sd(plan.study, each, len(plan.participants))
     return {
         "columns": list(columns),
@@ -461,26 +494,27 @@ def _ranges_ahead(plan: Plan) -> JSON | None:
     }
 
 
-def _shown(g: Guarantee) -> list[str]:
+def _choose_shown(guarantee: Guarantee) -> list[str]:
     """Name one client of each kind: all alike need one line."""
     seen = {
-        (r.size, r.steps, r.probability): name for name, r in reversed(list(g.releases.items()))
+        (r.size, r.steps, r.probability): name
+        for name, r in reversed(list(guarantee.releases.items()))
     }
     return list(reversed(seen.values()))
 
 
-def _outlook(g: Guarantee, name: str, rounds: int) -> dict[str, Any]:
-    release = g.releases[name]
-    snr = g.signal_to_noise(name)
-    whole = repeat(g.whole(name), g.copies)
+def _outlook(guarantee: Guarantee, name: str, rounds: int) -> dict[str, Any]:
+    release = guarantee.releases[name]
+    snr = guarantee.signal_to_noise(name)
+    whole = repeat(guarantee.whole(name), guarantee.copies)
     return {
         "site": name,
         "declared": release.size,
         "probability": release.probability,
         "steps_per_round": release.steps,
         "noise_multiplier": release.noise_multiplier,
-        "epsilon_of_a_round": g.epsilon_of(release.event()),
-        "epsilon": g.epsilon_of(whole),
+        "epsilon_of_a_round": guarantee.epsilon_of(release.event()),
+        "epsilon": guarantee.epsilon_of(whole),
         "snr_step": snr,
         "snr_run": snr * math.sqrt(release.steps * rounds),
     }

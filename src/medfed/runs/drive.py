@@ -47,9 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Drive:
-    """A coordinator driving one run to its end. It knows the other parties by their
-    messages alone.
-    """
+    """A coordinator driving one run to its end. It knows other parties by their messages alone."""
 
     def __init__(
         self,
@@ -191,9 +189,7 @@ class Drive:
         self.hear_ledgers()
 
     def measure_baselines(self) -> None:
-        """Measure what the federation is held against, where somebody can and no claim
-        forbids it.
-        """
+        """Measure what the federation is held against, where one can and no claim forbids it."""
         study = self.study
         # trained and tested without noise
         public = study.privacy.scope == "run" and study.data.test_is_public
@@ -226,7 +222,7 @@ class Drive:
         summary = summarise(self.log.events())
         plan = self.plan
         folder = self.folder
-        kept = zoo.fixed(build_model(plan.study, plan.encoding))
+        kept = zoo.select_fixed(build_model(plan.study, plan.encoding))
         if folder:
             write_model(folder, self.server, plan, kept, summary["decision"])
             if written := getattr(self.aggregation, "trail", None):
@@ -271,6 +267,16 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
         )
     )
 
+    positive = ""
+    threshold = ""
+    if plan.encoding.target.task == "binary":
+        positive = plan.encoding.target.labels[1]
+        threshold = study.data.threshold
+    rate = training.learning_rate
+    why = ""
+    if plan.chosen:
+        rate = plan.chosen.rate
+        why = plan.chosen.why()
     log.emit(
         events.Planned(
             algorithm=training.algorithm,
@@ -286,13 +292,11 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
             bytes_down=plan.bytes_down,
             sees=who_sees(plan),
             bears=bears(plan),
-            positive=plan.encoding.target.labels[1]
-            if plan.encoding.target.task == "binary"
-            else "",
-            threshold=study.data.threshold if plan.encoding.target.task == "binary" else "",
+            positive=positive,
+            threshold=threshold,
             chosen=study.choices(),
-            learning_rate=plan.chosen.rate if plan.chosen else training.learning_rate,
-            rate_chosen=plan.chosen.why() if plan.chosen else "",
+            learning_rate=rate,
+            rate_chosen=why,
         )
     )
     for event in (*told, *map(events.Warned, [*plan.warnings, *_void_test(plan)])):

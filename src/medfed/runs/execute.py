@@ -67,9 +67,7 @@ def run(
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
 
-        with advising(
-            ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."
-        ):
+        with advising(_tell_spent(plan)):
             plan, told = ranges.find(plan, fleet)
             told += tell_founding(ask_statements(plan, fleet))
             freeze(plan, told, folder, name)
@@ -256,10 +254,17 @@ def simulate(study: Study, data: Path | None = None, listeners: Sequence[Listene
     name = secrets.token_hex(8)
     rehearse(plan, fleet)
     enrol(plan, fleet, name)
-    with advising(ranges.paid(plan.study) if open_columns(plan.study) else "Nothing was trained."):
+    with advising(_tell_spent(plan)):
         plan, told = ranges.find(plan, fleet)
     plan = ranges.encode(plan, fleet)
     with Log(None, listeners) as log:
         drive = Drive(plan, cast, plan.begin(), log, name)
         tell_start(plan, log, [*told, *tell_founding(ask_statements(plan, fleet))])
         return drive.to_the_end()
+
+
+def _tell_spent(plan: Plan) -> str:
+    """Say what a run has cost that ends while ranges are asked for."""
+    if open_columns(plan.study):
+        return ranges.tell_paid(plan.study)
+    return "Nothing was trained."

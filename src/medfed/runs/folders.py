@@ -91,9 +91,7 @@ def _make_numbered(parent: Path, study: str, made: list[Path]) -> Path:
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
-    """Make a folder and those above it; `made` gets those that were not there, the
-    innermost first.
-    """
+    """Make a folder and those above it; `made` gets those not there before, innermost first."""
     absent: list[Path] = []
     place = folder
     with files.explained(folder):
@@ -126,7 +124,7 @@ def freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) ->
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can
     be resumed.
     """
-    spent = ranges.paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
+    spent = ranges.tell_paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
         own.write_to(folder / "sites" / OWN_LOG)
         if maps := site_maps.texts(plan.study):

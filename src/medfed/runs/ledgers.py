@@ -9,7 +9,8 @@ from medfed.core.checks import (
     LedgerError,
     PlanError,
 )
-from medfed.privacy import guarantee, ledger_file
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import ledger_file
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Lifetime
 from medfed.privacy.places import LEDGER, home, ledger_path
@@ -33,7 +34,7 @@ def ledger_accounts(
     if (
         path is None
         and (folder / "plan.json").exists()
-        and guarantee.asked(study := read_plan(folder)[0])
+        and guarantees.asked(study := read_plan(folder)[0])
     ):
         path = ledger_path(study, folder / "sites")
 
@@ -47,7 +48,7 @@ def ledger_accounts(
         for head in (*heads, *_read_heads(folder)):
             ledger.refuse_without(head)
         delta = delta or (ledger.lifetime.delta if ledger.lifetime else 1e-6)
-        spent = [dataclasses.asdict(account) for account in ledger.spent(delta)]
+        spent = [dataclasses.asdict(account) for account in ledger.list_spent(delta)]
         return {
             "delta": delta,
             "head": ledger.head(),
@@ -94,9 +95,7 @@ def found_ledger(folder: Path | None, founding: Lifetime) -> Path:
 def decide_budget(
     folder: Path | None, epsilon: float, delta: float | None, operator: str, reason: str
 ) -> Lifetime:
-    """Have a site's operator change its lifetime budget, on record; without `delta` that
-    one stays.
-    """
+    """Have a site's operator change its lifetime budget, on record; without `delta` it stays."""
     path = (folder or home()) / LEDGER
     if not path.exists():
         raise LedgerError(f"{path} does not exist; found it by `medfed privacy found`")

@@ -22,7 +22,8 @@ from medfed.data.site_table import SiteTable
 from medfed.node.consent import Consent, everybody
 from medfed.node.site import Site, open_tables
 from medfed.planning import rates, recipe
-from medfed.privacy import guarantee, ledger_file
+from medfed.privacy import guarantee as guarantees
+from medfed.privacy import ledger_file
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.places import LEDGER, ledger_path, operators_folder
 from medfed.privacy.site_ledger import SiteLedger
@@ -50,7 +51,7 @@ def open_sites(
         return _open_sites(study, data, folder, progress, table, consent, pays=pays)
 
 
-def planned(study: Study) -> Study:
+def complete(study: Study) -> Study:
     """Return a study as its sites have it, from its file alone: what it leaves open chosen, its
     data completed.
 
@@ -87,8 +88,8 @@ def _open_sites(
     pays: bool = True,
 ) -> list[Site]:
     # what needs no record is refused before one is read, and before a ledger is founded
-    study = planned(study)
-    private = guarantee.asked(study)
+    study = complete(study)
+    private = guarantees.asked(study)
     if private:
         study = _identify(study, folder)
     frames, completed = sources.frames(study, data, progress, private, table)
@@ -147,8 +148,8 @@ def _check_places(tables: Iterable[SiteTable], study: Study) -> None:
     seen = Counter(
         name for table in tables for name in table.ids if not str(name).startswith(partition.OWN)
     )
-    most = study.privacy.max_sites_per_patient
 
+    most = study.privacy.max_sites_per_patient
     if many := sum(count > most for count in seen.values()):
         logger.warning(
             "%d patients have records at more than %d sites, up to %d",
@@ -164,9 +165,7 @@ def _check_places(tables: Iterable[SiteTable], study: Study) -> None:
 
 
 def _check_scope(tables: Iterable[SiteTable], study: Study) -> None:
-    """Refuse a ledger for this run alone where some of its patients have a lifetime budget at this
-    site.
-    """
+    """Refuse a ledger for this run alone where some of its patients have a lifetime budget here."""
     mine = operators_folder()
     p = study.privacy
     if p.scope != "run" or p.simulation_only or not mine or not (mine / LEDGER).exists():

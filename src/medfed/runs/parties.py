@@ -19,7 +19,7 @@ import torch
 from medfed import study as studies
 from medfed.node.pipes import Pipes, handler, serve
 from medfed.rounds.aggregator import Aggregator
-from medfed.runs.opening import open_site, planned
+from medfed.runs.opening import complete, open_site
 from medfed.study import Study
 
 
@@ -53,7 +53,7 @@ class Processes:
 
     def resolve(self, study: Study) -> Study:
         """Return the study as each party works it out, from its file alone."""
-        return planned(study)
+        return complete(study)
 
     @classmethod
     def start(

@@ -23,7 +23,7 @@ next round.
 """
 
 
-def quarantined(folder: str | Path) -> list[dict[str, Any]]:
+def list_quarantined(folder: str | Path) -> list[dict[str, Any]]:
     """Return who has something held against it in a run: its sum, and the last round that it sits
     out (0: none).
     """

@@ -20,7 +20,7 @@ from medfed.core.checks import (
     RunError,
     some,
 )
-from medfed.core.flat import Layout, fill, trained
+from medfed.core.flat import Layout, fill, select_trained
 from medfed.core.streams import Streams
 from medfed.data import mapping, schema
 from medfed.data.encoding import Encoding
@@ -58,7 +58,7 @@ class Result:
     def model(self) -> nn.Module:
         """The model as it was tested, in evaluation mode."""
         module = fill(build_model(self.study, self.encoding), self.w_P)
-        own = zoo.fixed(module)
+        own = zoo.select_fixed(module)
         with torch.no_grad():
             for name, value in self.fixed.items():
                 own[name].copy_(value)
@@ -112,8 +112,7 @@ class Result:
         return read(Path(table), data=dataclasses.replace(self.study.data, site_is_file=False))
 
     def decide(self, table: pd.DataFrame | str | Path) -> pd.Series:
-        """Return the label that is called for each row: the positive one from the run's threshold
-        on.
+        """Return the label called for each row: the positive one from the run's threshold on.
 
         Of several labels the likeliest. Raises RunError for a regression, which calls nothing.
         """
@@ -149,14 +148,14 @@ def load(folder: str | Path) -> Result:
         ) from error
 
     module = build_model(study, encoding)
-    wanted = {**trained(module), **zoo.fixed(module)}
+    wanted = {**select_trained(module), **zoo.select_fixed(module)}
     if absent := [name for name in wanted if name not in tensors]:
         raise RunError(
             f"{folder}/model.safetensors lacks {some(absent)}; it was not written by this study"
         )
 
     w_P = torch.cat([tensors[name].reshape(-1) for name in Layout.of(module).shapes])
-    kept = {name: tensors[name] for name in zoo.fixed(module)}
+    kept = {name: tensors[name] for name in zoo.select_fixed(module)}
     return Result(
         summarise(events.read(folder / "events.jsonl")), study, encoding, w_P, folder, kept
     )

@@ -79,9 +79,7 @@ class Baselines(Protocol):
 
 
 class Parties(Protocol):
-    """The sites and aggregators of a run, wherever they live: nothing of theirs is at hand but
-    messages.
-    """
+    """The sites and aggregators of a run, wherever they live: nothing is at hand but messages."""
 
     @property
     def fleet(self) -> Fleet:

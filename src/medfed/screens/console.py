@@ -43,9 +43,7 @@ _MODELS = {"local": "each site's own", "pooled": "pooled rows (simulation)"}
 
 
 class Progressing:
-    """A listener that shows a run's progress: one moving line in a terminal, else a line
-    a round.
-    """
+    """A listener that shows a run's progress: a moving line in a terminal, else a line a round."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -286,8 +284,8 @@ def results(summary: Mapping[str, Any]) -> Table:
     for model, baseline in summary["baselines"].items():
         _add(table, "all sites", _MODELS[model], baseline["test"], baseline["intervals"], names)
     own = summary["baselines"].get("local", {}).get("per_site", {})
-    several = list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else []
 
+    several = list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else []
     for site in several:
         _add(table, site, "federated", summary["per_site"][site], {}, names)
         if site in own:

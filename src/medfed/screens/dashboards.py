@@ -24,7 +24,9 @@ STYLE = Path(__file__).parent / "static" / "style.css"  # of the pages here and 
 _STYLE = """
 body {max-width: 68rem}
 summary {cursor: pointer; color: #005a8c}
-@media print {nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}}
+@media print {
+nav, details:not([open]) {display: none} body {max-width: none} h2 {break-after: avoid}
+}
 """
 
 PAGES = {
@@ -200,34 +202,35 @@ def _training(story: Story) -> str:
 
     # The last test: of all sites, of each, and of what the model is measured against
     if last:
-        figures = list(last.all_sites)
-        lines = [
-            ["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]
-        ]
-        lines += [
-            [
-                site,
-                last.site_n[site],
-                *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures),
-            ]
-            for site, mine in list(last.per_site.items())[:SHOWN]
-        ]
-        lines += [
-            [
-                f"baseline: {name}",
-                one.n,
-                *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures),
-            ]
-            for name, one in story.baselines.items()
-        ]
         body += (
             "<h2>The last test</h2><p class=note>With 95 % intervals where they were measured. "
             "ece and brier say how well predicted chances are calibrated: 0 is best.</p>"
         )
-        body += (
-            elements.table(("", "records", *figures), lines) + _confusion(last) + _calibration(last)
-        )
+        body += _table_of_tests(story, last) + _confusion(last) + _calibration(last)
     return body
+
+
+def _table_of_tests(story: Story, last: Tested) -> str:
+    """Return the figures of the last test: of all sites, of each, and of the baselines."""
+    figures = list(last.all_sites)
+    lines = [["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]]
+    lines += [
+        [
+            site,
+            last.site_n[site],
+            *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures),
+        ]
+        for site, mine in list(last.per_site.items())[:SHOWN]
+    ]
+    lines += [
+        [
+            f"baseline: {name}",
+            one.n,
+            *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures),
+        ]
+        for name, one in story.baselines.items()
+    ]
+    return elements.table(("", "records", *figures), lines)
 
 
 def _confusion(tested: Tested) -> str:
@@ -263,9 +266,6 @@ def _calibration(tested: Tested) -> str:
 
 def _devices(story: Story) -> str:
     s = story.summary
-    seconds = story.seconds()
-    left_out = story.left_out()
-    named = story.sites
     sizes = story.planned.sizes if story.planned else {}
     asked = len(story.rounds) or 1
     share = sum(len(one.clients) for one in story.rounds.values()) / (asked * max(1, len(sizes)))
@@ -279,7 +279,7 @@ def _devices(story: Story) -> str:
     )
 
     # Devices are counted
-    if not named:
+    if not story.sites:
         counts = {t: float(len(one.clients)) for t, one in story.rounds.items()}
         body += (
             "<p class=note>Each device is one patient's: none is named, only how many took "
@@ -290,42 +290,19 @@ def _devices(story: Story) -> str:
         )
 
     # Sites are named, each with what it brought
-    weights = _mean_weights(story)
-    counts_are_told = not s["test_noised"]
-    lines = [
-        [
-            name,
-            sizes[name]["train"],
-            sizes[name]["test"] if counts_are_told else "not told",
-            s["participation"].get(name, 0),
-            left_out[name],
-            f"{statistics.median(seconds[name]):.4g} s" if seconds.get(name) else "-",
-            f"{weights[name]:.1%}" if name in weights else "-",
-        ]
-        for name in named
-    ]
-    head: Sequence[str] = (
-        "site",
-        "training records",
-        "test records",
-        "rounds",
-        "left out",
-        "median time",
-        "weight",
-    )
     body += (
         "<h2>The sites</h2><p class=note>Weight: the mean share of a site's row in the model's "
-        "steps, by a rule where "
+        "steps, by a rule where there is one, else by its records.</p>"
     )
-    body += "there is one, else by its records.</p>" + elements.table(head, lines)
-    if len(named) <= 20:
+    body += _table_of_sites(story)
+    if len(story.sites) <= 20:
         times = {
             name: {
                 t: one.site_seconds[list(one.clients).index(name)]
                 for t, one in story.rounds.items()
                 if name in one.clients
             }
-            for name in named
+            for name in story.sites
         }
         body += elements.chart(
             "Time at each site", "What local work took, by round.", times, "round"
@@ -337,6 +314,39 @@ def _devices(story: Story) -> str:
         "<h2>Profiles of devices</h2><p class=note>Battery, memory and reliability are not "
         "measured yet.</p>"
     )
+
+
+def _table_of_sites(story: Story) -> str:
+    """Return each site's records, how often it took part or was left out, its time and weight."""
+    sizes = story.planned.sizes if story.planned else {}
+    participation = story.summary["participation"]
+    counts_are_told = not story.summary["test_noised"]
+    seconds = story.seconds()
+    left_out = story.left_out()
+    weights = _mean_weights(story)
+
+    lines = [
+        [
+            name,
+            sizes[name]["train"],
+            sizes[name]["test"] if counts_are_told else "not told",
+            participation.get(name, 0),
+            left_out[name],
+            f"{statistics.median(seconds[name]):.4g} s" if seconds.get(name) else "-",
+            f"{weights[name]:.1%}" if name in weights else "-",
+        ]
+        for name in story.sites
+    ]
+    head: Sequence[str] = (
+        "site",
+        "training records",
+        "test records",
+        "rounds",
+        "left out",
+        "median time",
+        "weight",
+    )
+    return elements.table(head, lines)
 
 
 def _privacy(story: Story) -> str:
@@ -352,9 +362,10 @@ def _privacy(story: Story) -> str:
         body += "has not ended. A model trained so can leak who was in it.</p>"
     else:
         body = (
-            '<p class="verdict">Whether any one training patient took part, with all records, changes the odds of '
-            f"whatever this run released by a factor of at most e<sup>{claim['epsilon']:.3f}</sup>, but for a chance "
-            f"of {claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
+            '<p class="verdict">Whether any one training patient took part, with all records, '
+            "changes the odds of whatever this run released by a factor of at most "
+            f"e<sup>{claim['epsilon']:.3f}</sup>, but for a chance of "
+            f"{claim['target']['delta']:g}.<br>{escape(claim['trust_model'])}</p>"
         )
         body += elements.key_figures(
             {
@@ -405,40 +416,7 @@ def _privacy(story: Story) -> str:
 
 
 def _security(story: Story) -> str:
-    s = story.summary
-
-    # The level of threat, in a sentence
-    level = max((one.level for one in story.audits), default=0)
-    named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
-    looked = bool(story.inspected) or level > 0
-    kind = "note"
-    if not looked:
-        words = "Highest level of threat: not known, as no rule compared rows. "
-    else:
-        kind = "verdict bad" if level >= 2 else "verdict"
-        words = f"Highest level of threat: {LEVELS[level]}. "
-        words += f"Suspected: {named}." if named else "Nobody was suspected."
-    if story.planned and story.planned.bears:
-        words += f" Malicious clients: {story.planned.bears}."
-    body = f'<p class="{kind}">{escape(words)}</p>'
-    body += elements.key_figures(
-        {
-            "warned or left out": f"{len(s['suspects'])}",
-            "rounds inspected": f"{len(story.inspected)}",
-            "rows refused": f"{len(story.excluded)}",
-            "rounds taken back": f"{len(story.taken_back)}",
-            "signed entries in the trail": f"{story.trail}" if story.trail else "no trail",
-        }
-    )
-    if not story.inspected:
-        body += (
-            "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is "
-            "known of how they lie "
-        )
-        body += (
-            "among each other. Rows that are not finite, out of bound or unsigned are refused "
-            "all the same.</p>"
-        )
+    body = _threat(story)
 
     # Evidence, and what was done about it
     scores = story.suspicion()
@@ -479,6 +457,40 @@ def _security(story: Story) -> str:
     return body
 
 
+def _threat(story: Story) -> str:
+    """Return the highest level of threat, in a sentence, and how much was looked at."""
+    s = story.summary
+    level = max((one.level for one in story.audits), default=0)
+    named = ", ".join(f"{one['site']} (since round {one['since']})" for one in s["suspects"])
+    looked = bool(story.inspected) or level > 0
+    kind = "note"
+    if not looked:
+        words = "Highest level of threat: not known, as no rule compared rows. "
+    else:
+        kind = "verdict bad" if level >= 2 else "verdict"
+        words = f"Highest level of threat: {LEVELS[level]}. "
+        words += f"Suspected: {named}." if named else "Nobody was suspected."
+    if story.planned and story.planned.bears:
+        words += f" Malicious clients: {story.planned.bears}."
+    body = f'<p class="{kind}">{escape(words)}</p>'
+    body += elements.key_figures(
+        {
+            "warned or left out": f"{len(s['suspects'])}",
+            "rounds inspected": f"{len(story.inspected)}",
+            "rows refused": f"{len(story.excluded)}",
+            "rounds taken back": f"{len(story.taken_back)}",
+            "signed entries in the trail": f"{story.trail}" if story.trail else "no trail",
+        }
+    )
+    if not story.inspected:
+        body += (
+            "<p class=note>No rule compared rows in this run (robustness.rule), so nothing is "
+            "known of how they lie among each other. Rows that are not finite, out of bound or "
+            "unsigned are refused all the same.</p>"
+        )
+    return body
+
+
 _BODIES: Mapping[str, Callable[[Story], str]] = {
     "training_dashboard.html": _training,
     "device_analysis.html": _devices,
@@ -489,9 +501,7 @@ _BODIES: Mapping[str, Callable[[Story], str]] = {
 
 
 def _mean_weights(story: Story) -> dict[str, float]:
-    """Return each site's mean weight: a rule's, else its share of the records of those that took
-    part.
-    """
+    """Return each site's mean weight: a rule's, else its share of the records that took part."""
     total: Counter[str] = Counter()
     for number, one in story.rounds.items():
         inspected = story.inspected.get(number)
@@ -533,10 +543,13 @@ def _page(title: str, story: Story, body: str) -> str:
             f"<details open><summary>Warnings of the run</summary><ul>{warned}</ul></details>"
         )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: {study}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read_style()}</style>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}: {study}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_read_style()}</style>"
         f'<script>{get_plotlyjs()}</script></head><body><nav aria-label="pages">{links}</nav>'
-        f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}</main></body></html>\n"
+        f"<main><h1>{escape(title)}: {study}</h1>{cut}{_findings(story)}{body}{warnings}"
+        "</main></body></html>\n"
     )
 
 

@@ -35,9 +35,14 @@ def chart(
             },
         )
     figure.update_layout(
-        template="plotly_white", height=340, margin={"l": 60, "r": 20, "t": 10, "b": 50}, xaxis_title=across,
-        legend={"orientation": "h", "y": -0.25}, font={"size": 14, "color": "#1c2733"}, showlegend=len(lines) > 1,
-    )  # fmt: skip
+        template="plotly_white",
+        height=340,
+        margin={"l": 60, "r": 20, "t": 10, "b": 50},
+        xaxis_title=across,
+        legend={"orientation": "h", "y": -0.25},
+        font={"size": 14, "color": "#1c2733"},
+        showlegend=len(lines) > 1,
+    )
     drawn = figure.to_html(
         div_id="chart-" + "".join(c if c.isalnum() else "-" for c in title.lower()),
         full_html=False,

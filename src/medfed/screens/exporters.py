@@ -420,10 +420,16 @@ def _params(story: Story) -> dict[str, Any]:
     s = story.summary
     privacy = s["privacy"] or {}
     return {
-        "study": s["study"], "algorithm": s["algorithm"], "model": s["model"], "parameters": s["parameters"],
-        "rounds_asked": s["rounds_asked"], "participants": len(s["sites"]), "noise": privacy.get("noise"),
-        "target_epsilon": privacy.get("target_epsilon"), "delta": privacy.get("delta"),
-    }  # fmt: skip
+        "study": s["study"],
+        "algorithm": s["algorithm"],
+        "model": s["model"],
+        "parameters": s["parameters"],
+        "rounds_asked": s["rounds_asked"],
+        "participants": len(s["sites"]),
+        "noise": privacy.get("noise"),
+        "target_epsilon": privacy.get("target_epsilon"),
+        "delta": privacy.get("delta"),
+    }
 
 
 def _restrict_name(name: str) -> str:

@@ -40,9 +40,7 @@ class Feed:
 
     @property
     def shown(self) -> bool:
-        """Whether this server may show the run: a site's server shows the runs that know
-        the site.
-        """
+        """Whether this server may show the run: a site's shows the runs that know the site."""
         return self._narrow is None or self._narrow.concerned
 
     def _make_narrow(self) -> Narrowing | None:

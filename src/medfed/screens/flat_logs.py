@@ -1,6 +1,4 @@
-"""A run's log as flat tables (rounds, sites, tests, findings), for whoever evaluates
-it elsewhere.
-"""
+"""A run's log as flat tables (rounds, sites, tests, findings), to be evaluated elsewhere."""
 
 import io
 from collections.abc import Sequence

@@ -1,6 +1,4 @@
-"""Following a run while it goes: its event log as it grows, from any process that may read the
-folder.
-"""
+"""Following a run while it goes: its event log as it grows, by any process that may read it."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -33,7 +33,8 @@ def login(why: str) -> str:
     """Return the page that asks for the token."""
     told = f'<p class="verdict bad">{escape(why)}</p>' if why else ""
     body = (
-        f"{told}<p>Type the token that <code>medfed serve</code> printed, or open the address that it printed.</p>"
+        f"{told}<p>Type the token that <code>medfed serve</code> printed, or open the address that "
+        "it printed.</p>"
         '<form method="post" action="/login"><label>Token <input type="password" name="token" '
         'autocomplete="off" required></label> <button>Enter</button></form>'
     )
@@ -85,9 +86,13 @@ def run(name: str, feed: Feed) -> str:
     )
     kept = "".join(f'<a href="{place}/files/{name}" download>{name}</a>' for name in files(feed))
     figures = (
-        ("rounds", "rounds", ""), ("score", "score", " id=score-name"), ("epsilon", "epsilon spent", ""),
-        ("seconds", "time a round", ""), ("sent", "sent", ""), ("suspects", "suspected", ""),
-    )  # fmt: skip
+        ("rounds", "rounds", ""),
+        ("score", "score", " id=score-name"),
+        ("epsilon", "epsilon spent", ""),
+        ("seconds", "time a round", ""),
+        ("sent", "sent", ""),
+        ("suspects", "suspected", ""),
+    )
     cells = "".join(
         f"<div><dt{extra}>{label}</dt><dd id={key}>-</dd></div>" for key, label, extra in figures
     )
@@ -119,7 +124,8 @@ def run(name: str, feed: Feed) -> str:
     body = (
         f'{whose}<p class="verdict open" id=status role=status>waiting for the run</p>'
         f"<p class=note><span id=last></span> <span id=line>connecting</span>.</p><dl>{cells}</dl>"
-        f"<noscript><p class=note>This page needs its script; the pages below read without.</p></noscript>"
+        "<noscript><p class=note>This page needs its script; the pages below read without.</p>"
+        "</noscript>"
         f"<nav aria-label=pages><strong>Pages</strong> {pages}</nav>"
         f"<nav aria-label=downloads><strong>Downloads</strong> {kept}</nav>"
         f"<div class=charts>{charts}</div>"

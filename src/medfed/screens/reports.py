@@ -27,7 +27,6 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         spent = f"{epsilon:.6f} (target {target['epsilon']:g})"
     patients = claim["patients"]
     clip = claim["clipping"]
-    noise = claim["noise"]
     second = claim["second_accountant"]
     yield "epsilon", spent
     yield (
@@ -43,16 +42,7 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "clipping",
         f"{clip['kind']}, norm C = {clip['norm']:g}, rounding slack {clip['slack']:.2g} counted",
     )
-    yield "noise multiplier", _per_site(noise["multiplier"])
-    yield "grid", f"step {noise['grid']}; noise sd in steps: {_per_site(noise['sd_in_grid_steps'])}"
-    # schema 1 calls it so
-    excess = noise.get("noise_sd_ratio", noise.get("standard_deviations_of_need", 1.0))
-    if excess > 1:
-        yield (
-            "joint noise",
-            f"{excess:.2f} times the standard deviation needed: more parties add a part than "
-            "must be honest",
-        )
+    yield from _noise_lines(claim["noise"])
     yield "sampling", claim["sampling"]
     rounds = claim["rounds"]
     covered = claim.get("charge_scope") or claim["a_payment_covers"]  # schema 1 calls it so
@@ -74,25 +64,41 @@ def claim_lines(claim: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     scope = claim["composition"]
     yield "composition", scope["meaning"]
     if scope["ledger"]:
-        ledger = scope["ledger"]
-        head = ledger["head"]
-        if not isinstance(head, str):  # each site has a ledger of its own
-            head = ", ".join(f"{one} ({site})" for site, one in head.items())
-        yield (
-            "ledger",
-            f"epsilon over all runs of the study {ledger['epsilon_all_runs']:.6f}; head {head}",
-        )
-        if bound := ledger.get("lifetime"):
-            yield (
-                "lifetime budget",
-                f"epsilon {bound['epsilon']:g} at delta {bound['delta']:g} for each patient over "
-                "all studies, kept in the sites' ledger; ids are one patient by the rule "
-                f"{bound['identity']!r}",
-            )
+        yield from _ledger_lines(scope["ledger"])
     yield "random generator", claim["random_generator"]
     yield "not protected", "; ".join(claim["unprotected"])
     yield "assumptions", "; ".join(claim["assumptions"])
     yield "audit", _audit(claim["audit"])
+
+
+def _noise_lines(noise: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "noise multiplier", _per_site(noise["multiplier"])
+    yield "grid", f"step {noise['grid']}; noise sd in steps: {_per_site(noise['sd_in_grid_steps'])}"
+    # schema 1 calls it so
+    excess = noise.get("noise_sd_ratio", noise.get("standard_deviations_of_need", 1.0))
+    if excess > 1:
+        yield (
+            "joint noise",
+            f"{excess:.2f} times the standard deviation needed: more parties add a part than "
+            "must be honest",
+        )
+
+
+def _ledger_lines(ledger: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    head = ledger["head"]
+    if not isinstance(head, str):  # each site has a ledger of its own
+        head = ", ".join(f"{one} ({site})" for site, one in head.items())
+    yield (
+        "ledger",
+        f"epsilon over all runs of the study {ledger['epsilon_all_runs']:.6f}; head {head}",
+    )
+    if bound := ledger.get("lifetime"):
+        yield (
+            "lifetime budget",
+            f"epsilon {bound['epsilon']:g} at delta {bound['delta']:g} for each patient over "
+            "all studies, kept in the sites' ledger; ids are one patient by the rule "
+            f"{bound['identity']!r}",
+        )
 
 
 def privacy_page(claim: Mapping[str, Any]) -> str:

@@ -1,6 +1,4 @@
-"""Events in words: for the log on the live page, for spans, and as lines for whatever collects
-logs.
-"""
+"""Events in words: for the live page's log, for spans, and as lines for what collects logs."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
@@ -90,9 +88,7 @@ class LeftOut:
         self._held: list[SiteExcluded] = []
 
     def before(self, event: Event) -> list[SiteExcluded]:
-        """Take in the next event; return what is to be told before it. One that is held is told
-        later.
-        """
+        """Take in the next event; return what is told before it. One that is held is told later."""
         if isinstance(event, SiteExcluded):
             self._held.append(event)
             return []

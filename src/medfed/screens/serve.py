@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, quote
 
@@ -39,6 +40,8 @@ from medfed.screens.feeds import EVERY, KEPT, Feed, Runs
 
 STATIC = Path(__file__).parent / "static"
 BEAT = 15.0  # seconds without news after which a viewer gets a sign of life
+
+_Answer = Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]
 
 _OWN = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
@@ -144,41 +147,39 @@ async def _read_body(request: Request, most: int = 4096) -> bytes:
 # What is answered
 
 
-def application(
-    runs: Runs,
-    token: str,
-    cookie: str = "medfed",
-    secure: bool = False,
-    ending: Callable[[], bool] = lambda: False,
-) -> ASGIApp:
-    """Return the application; viewers' streams end when `ending` says so."""
+@dataclass(frozen=True)
+class _Pages:
+    """What is answered at each address of the folder's runs."""
 
-    def found(request: Request) -> Feed | None:
-        return runs.feed(request.path_params["run"])
+    runs: Runs
+    ending: Callable[[], bool]
 
-    def home(request: Request) -> Response:
-        return HTMLResponse(live_page.home(runs))
+    def _find(self, request: Request) -> Feed | None:
+        return self.runs.feed(request.path_params["run"])
 
-    def run(request: Request) -> Response:
-        feed = found(request)
+    def home(self, request: Request) -> Response:
+        return HTMLResponse(live_page.home(self.runs))
+
+    def run(self, request: Request) -> Response:
+        feed = self._find(request)
         if feed is None:
             return _answer_missing()
         return HTMLResponse(live_page.run(request.path_params["run"], feed))
 
-    def view(request: Request) -> Response:
-        feed = found(request)
+    def view(self, request: Request) -> Response:
+        feed = self._find(request)
         if feed is None:
             return _answer_missing()
         return Response(feed.data, media_type="application/json")
 
-    async def live(request: Request) -> Response:
-        feed = await run_in_threadpool(found, request)
+    async def live(self, request: Request) -> Response:
+        feed = await run_in_threadpool(self._find, request)
         if feed is None:
             return _answer_missing()
-        return StreamingResponse(_stream(feed, ending), media_type="text/event-stream")
+        return StreamingResponse(_stream(feed, self.ending), media_type="text/event-stream")
 
-    def report(request: Request) -> Response:
-        feed = found(request)
+    def report(self, request: Request) -> Response:
+        feed = self._find(request)
         name = request.path_params["page"]
         if feed is None or name not in dashboards.PAGES:
             return _answer_missing()
@@ -186,8 +187,8 @@ def application(
             return Response("the run tells nothing yet; try again when it has begun\n", 409)
         return HTMLResponse(feed.page(name), headers={"Content-Security-Policy": _REPORT})
 
-    def file(request: Request) -> Response:
-        feed = found(request)
+    def file(self, request: Request) -> Response:
+        feed = self._find(request)
         name = request.path_params["file"]
         if feed is None or name not in live_page.files(feed):
             return _answer_missing()
@@ -196,24 +197,39 @@ def application(
             return JSONResponse(feed.ask(lambda story: story.summary), headers=attached)
         return FileResponse(feed.folder / name, filename=name)
 
-    def static(request: Request) -> Response:
+    def static(self, request: Request) -> Response:
         name = request.path_params["file"]
         if name not in ("live.js", "style.css"):
             return _answer_missing()
         return FileResponse(STATIC / name)
 
-    def metrics(request: Request) -> Response:
-        feeds = {name: feed for name in runs.names()[:KEPT] if (feed := runs.feed(name))}
+    def metrics(self, request: Request) -> Response:
+        feeds = {name: feed for name in self.runs.names()[:KEPT] if (feed := self.runs.feed(name))}
         text = exporters.prometheus(
             {name: feed.ask(exporters.samples) for name, feed in feeds.items()}
         )
         return Response(text, media_type=exporters.PROMETHEUS_TYPE)
 
-    routes: list[tuple[str, Callable[[Request], Response] | Callable[[Request], Awaitable[Response]]]] = [
-        ("/", home), ("/runs/{run}", run), ("/runs/{run}/view", view), ("/runs/{run}/live", live),
-        ("/runs/{run}/pages/{page}", report), ("/runs/{run}/files/{file}", file), ("/static/{file}", static),
-        ("/metrics", metrics),
-    ]  # fmt: skip
+
+def application(
+    runs: Runs,
+    token: str,
+    cookie: str = "medfed",
+    secure: bool = False,
+    ending: Callable[[], bool] = lambda: False,
+) -> ASGIApp:
+    """Return the application; viewers' streams end when `ending` says so."""
+    pages = _Pages(runs, ending)
+    routes: list[tuple[str, _Answer]] = [
+        ("/", pages.home),
+        ("/runs/{run}", pages.run),
+        ("/runs/{run}/view", pages.view),
+        ("/runs/{run}/live", pages.live),
+        ("/runs/{run}/pages/{page}", pages.report),
+        ("/runs/{run}/files/{file}", pages.file),
+        ("/static/{file}", pages.static),
+        ("/metrics", pages.metrics),
+    ]
     app = Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes])
     return Guard(app, token, cookie, secure)
 
@@ -276,9 +292,15 @@ def serve(
         lambda: bool(server and server.should_exit),
     )
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=3,
-        ssl_certfile=certificate, ssl_keyfile=key,
-    )  # fmt: skip
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=3,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
 

@@ -85,9 +85,7 @@ def _limbs(x: Words) -> list[NDArray[np.float64]]:
 
 
 def project(ternary_Jm: NDArray[np.float64], x_nm: Words) -> Words:
-    """Return x R^T [n, J] mod 2^64, exact, for R of -1, 0 and 1 (float64) and at most
-    2^20 columns.
-    """
+    """Return x R^T [n, J] mod 2^64, exact, for R of -1, 0, 1 (float64) of at most 2^20 columns."""
     low = (x_nm & np.uint64(0xFFFFFFFF)).astype(np.float64) @ ternary_Jm.T
     high = (x_nm >> np.uint64(32)).astype(np.float64) @ ternary_Jm.T
     return low.astype(np.int64).view(np.uint64) + (

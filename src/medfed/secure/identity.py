@@ -70,9 +70,7 @@ class Identity:
         return cls(name, role, signing, X25519PrivateKey.from_private_bytes(secret[32:]))
 
     def secret(self) -> bytes:
-        """Return both private keys, 64 bytes, for a key file (`key_files.save`) and
-        nowhere else.
-        """
+        """Return both private keys, 64 bytes, for a key file (`key_files.save`), nowhere else."""
         return self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()
 
     @property
@@ -182,9 +180,7 @@ class Scope:
 
 @dataclass
 class Post:
-    """A party's way to send and to receive envelopes. It remembers nonces, so that none counts
-    twice.
-    """
+    """A party's way to send and receive envelopes. It remembers nonces: none counts twice."""
 
     me: Identity
     roster: Roster
@@ -210,7 +206,7 @@ class Post:
         or recipient, or came before; SignatureError where the signature is wrong or the sender
         unknown; RevokedError.
         """
-        fields, body = _checked(envelope, self.roster[sender], scope, kind, to or self.me.name)
+        fields, body = _check(envelope, self.roster[sender], scope, kind, to or self.me.name)
         nonce = str(fields.get("nonce")).encode()
         if scope != self._scope:  # another round's nonces cannot come again: their scope is refused
             self._scope = scope
@@ -230,10 +226,10 @@ def check(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> 
     """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps
     no nonces.
     """
-    _checked(envelope, sender, scope, kind, to)
+    _check(envelope, sender, scope, kind, to)
 
 
-def _checked(
+def _check(
     envelope: bytes, sender: Public, scope: Scope, kind: str, to: str
 ) -> tuple[dict[str, object], bytes]:
     fields, body = _open(envelope)

@@ -30,9 +30,7 @@ def save(identity: Identity, path: Path, passphrase: str = "") -> None:
     entry: dict[str, str] = {"format": _FORMAT, "name": identity.name, "role": identity.role}
     if passphrase:
         salt = os.urandom(16)
-        box = AESGCM(_stretched(passphrase, salt)).encrypt(
-            bytes(12), identity.secret(), _bound(entry)
-        )
+        box = AESGCM(_stretch(passphrase, salt)).encrypt(bytes(12), identity.secret(), _bind(entry))
         entry |= {"salt": salt.hex(), "box": box.hex()}
     else:
         entry |= {"keys": identity.secret().hex()}
@@ -93,7 +91,7 @@ def load(path: Path, passphrase: str = "") -> Identity:
         )
 
     try:
-        secret = AESGCM(_stretched(passphrase, salt)).decrypt(bytes(12), box, _bound(entry))
+        secret = AESGCM(_stretch(passphrase, salt)).decrypt(bytes(12), box, _bind(entry))
         return Identity.of(name, role, secret)
     except (InvalidTag, ValueError) as error:
         raise KeyFileError(
@@ -101,9 +99,9 @@ def load(path: Path, passphrase: str = "") -> Identity:
         ) from error
 
 
-def _stretched(passphrase: str, salt: bytes) -> bytes:
+def _stretch(passphrase: str, salt: bytes) -> bytes:
     return Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase.encode())
 
 
-def _bound(entry: dict[str, str]) -> bytes:
+def _bind(entry: dict[str, str]) -> bytes:
     return json.dumps([_FORMAT, entry["name"], entry["role"]]).encode()

@@ -462,9 +462,7 @@ class MaskingServer:
         return self.post.wrap(self.scope, "all-keys", EVERYBODY, body)
 
     def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Take the clients' sealed shares; return for each sharer the boxes that the others sent
-        it.
-        """
+        """Take the clients' sealed shares; return for each sharer the boxes others sent it."""
         boxes = self._read("shares", envelopes, self._keys, self._boxes)
         self._sharers = set(boxes)
         inboxes = {to: {name: box[to] for name, box in boxes.items() if to in box} for to in boxes}
@@ -512,14 +510,14 @@ class MaskingServer:
                     name, held[name], lambda seed: sha256(seed).digest(), slice(64, 96)
                 )
                 _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=False)
-            elif linked := self._linked(name):
+            elif linked := self._find_linked(name):
                 self._lift(
                     name, linked, self._rebuild(name, held[name], _public, slice(32, 64)), stream_M
                 )
 
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
-    def _linked(self, gone: str) -> list[str]:
+    def _find_linked(self, gone: str) -> list[str]:
         """Return the survivors whose rows hold a mask shared with a client that dropped out after
         it shared.
         """

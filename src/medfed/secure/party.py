@@ -31,9 +31,7 @@ class Party(Protocol):
         ...
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
-        """Play a phase of the round other than the row's: what is told to the site, and what it
-        answers.
-        """
+        """Play a phase of the round but the row's: what the site is told, and what it answers."""
         ...
 
 

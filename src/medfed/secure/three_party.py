@@ -225,9 +225,7 @@ def _purpose(scope: Scope, client: str) -> bytes:
 
 
 def _crypt(key: bytes, data: bytes | memoryview, start: int = 0) -> bytes:
-    """Encrypt or decrypt under a key that is used once; `data` begins at byte `start`, a multiple
-    of 16.
-    """
+    """Encrypt or decrypt under a key used once; `data` begins at byte `start`, a multiple of 16."""
     return Cipher(AES256(key), CTR((start // 16).to_bytes(16, "big"))).encryptor().update(data)
 
 
@@ -417,9 +415,7 @@ class SharingAggregator:
         chosen: Selection,
         why: Mapping[str, str],
     ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
-        """Return the opened Gram matrix and the rule's weights, the same for all three; see
-        step 5.
-        """
+        """Return the opened Gram matrix and the rule's weights, alike for all three: see step 5."""
         gram_KK = yield from self._gram(line, rows)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
@@ -581,12 +577,12 @@ class SharingAggregator:
         bits = yield from line.to_bits(words.plus(base[:count], self.place))
 
         # Fold a row's top bits into one: 1 where any is set.
-        bad_K = _fold(bits.masked(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
+        bad_K = _fold(bits.mask(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
         for d in (32, 16, 8, 4, 2, 1):
             lower = bad_K.shift(-d)
             both = yield from line.both(bad_K, lower)
             bad_K = bad_K.xor(lower).xor(both)
-        bad_K = bad_K.masked(_ONE)
+        bad_K = bad_K.mask(_ONE)
 
         # Open that bit.
         opened = yield from line.open_bits(bad_K)
@@ -614,7 +610,7 @@ class _Pair:
     def xor(self, other: "_Pair") -> "_Pair":
         return _Pair(self.first ^ other.first, self.second ^ other.second)
 
-    def masked(self, mask: Words | np.uint64) -> "_Pair":
+    def mask(self, mask: Words | np.uint64) -> "_Pair":
         return _Pair(self.first & mask, self.second & mask)
 
     def shift(self, left: int) -> "_Pair":
@@ -624,9 +620,7 @@ class _Pair:
 
 
 def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
-    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits
-    a number.
-    """
+    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits each."""
     words = expand(seed, count * J // 32, start * J // 32)
     two = np.frombuffer(words.tobytes(), np.uint8).reshape(count, J // 4)
     ones = np.unpackbits(two, axis=1).view(np.int8)  # [count, 2 J]
@@ -701,9 +695,7 @@ class _Line:
         return found
 
     def from_right(self, own: Words) -> Generator[Sends, Sends, Words]:
-        """Send a first share to the left neighbour, whose second it is; return the right one's
-        first.
-        """
+        """Send a first share to the left, whose second it is; return the right one's first."""
         found = yield from self.swap({self.left: own.tobytes(), self.right: b""})
         if len(found[self.right]) != own.nbytes:
             raise AbortError(
@@ -718,9 +710,7 @@ class _Line:
         return own, left
 
     def zero(self, count: int) -> Words:
-        """Return this party's words of a fresh sharing of zero: the three sum to 0, two are
-        uniform.
-        """
+        """Return this party's words of a fresh sharing of zero: three sum to 0, two are uniform."""
         own, left = self._streams(count)
         return own - left
 
@@ -848,9 +838,7 @@ _Answers = Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
 def _carry(ask: Ask, terms: SharingTerms, phases: dict[str, int]) -> _Answers:
-    """Carry the aggregators' messages to each other until they are done; return what each
-    hands in.
-    """
+    """Carry the aggregators' messages to each other until done; return what each hands in."""
     answers = _decode(ask("start", dict.fromkeys(terms.aggregators, b"")))
     while not any(header.get("done") for header, _ in answers.values()):
         post: dict[str, dict[str, torch.Tensor]] = {name: {} for name in terms.aggregators}

@@ -14,8 +14,9 @@ SIZE = Ask(
 CATEGORIES = Ask([], "the texts that may occur, publicly known")
 FEATURE = Ask(
     {"range": [], "categories": []},
-    "one of the two for each feature: a number's public, plausible range = [low, high], or a text's categories = "
-    '["a", "b"], from your data dictionary or a textbook, not from these patients. To leave columns out, list the '
-    "others in data.features. Ranges of numbers that nobody can say: privacy.ranges_epsilon, at a price.",
+    "one of the two for each feature: a number's public, plausible range = [low, high], or "
+    'a text\'s categories = ["a", "b"], from your data dictionary or a textbook, not from these '
+    "patients. To leave columns out, list the others in data.features. Ranges of numbers that "
+    "nobody can say: privacy.ranges_epsilon, at a price.",
 )
 EPSILON = Ask(0.0, "what the whole run may spend for any patient, such as 1.0")

@@ -26,7 +26,7 @@ class Domain(Protocol):
     def holds(self, value: Any) -> bool:
         """Say whether a value is allowed; it has the key's type already."""
 
-    def expected(self, value: Any) -> str:
+    def tell_expected(self, value: Any) -> str:
         """Return what is said to who gave a value that is not allowed."""
 
 
@@ -56,7 +56,7 @@ class Interval:
         below = value < self.high if self.open_high else value <= self.high
         return above and below
 
-    def expected(self, value: Any) -> str:
+    def tell_expected(self, value: Any) -> str:
         """Return the interval in words."""
         return self.words
 
@@ -124,7 +124,7 @@ class Such:
         """Say whether `test` says yes."""
         return self.test(value)
 
-    def expected(self, value: Any) -> str:
+    def tell_expected(self, value: Any) -> str:
         """Return the values in words."""
         return self.words
 
@@ -139,15 +139,13 @@ class SumToOne:
         """Say whether they sum to 1, but for rounding."""
         return not shares or abs(sum(shares) - 1) < 1e-6
 
-    def expected(self, shares: Sequence[float]) -> str:
+    def tell_expected(self, shares: Sequence[float]) -> str:
         """Say to what they sum."""
         return f"{self.words}, not {sum(shares):g}"
 
 
 def names_a_folder(name: str) -> bool:
-    """Say whether a study's name can be a part of a folder's name; the empty one is the
-    file's own.
-    """
+    """Say whether a study's name can be part of a folder's name; the empty one is the file's."""
     whole = not {"/", "\\"} & set(name) and name not in (".", "..")
     return whole and name.isprintable() and len(name.encode("utf-8", "replace")) <= MOST_BYTES
 

@@ -650,9 +650,7 @@ class Privacy:
 
     @property
     def meant(self) -> bool:
-        """Whether a claim is meant: by epsilon, delta or noise, also where these do not go together
-        yet.
-        """
+        """Whether a claim is meant: by epsilon, delta or noise, also where these do not fit yet."""
         return self.epsilon < math.inf or self.delta < 1 or self.noise not in ("auto", "none")
 
 

@@ -38,9 +38,7 @@ def from_text(text: str, path: Path) -> Study:
 
 
 def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[Refusal]]":
-    """Return a study as far as it can be read, and what stands against it: see `load`
-    and `parse`.
-    """
+    """Return a study as far as it can be read, and what is against it: see `load`, `parse`."""
     tables, path = read_tables(study, settings)
     loaded, refusals = parse(tables)
     if not loaded.study.name:

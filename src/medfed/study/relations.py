@@ -23,7 +23,7 @@ CHANGE_IT = "Change it in the study file or with --set."
 def out_of_range(study: "Study") -> list[Refusal]:
     """Return what no plan could use: values out of their range, a key once."""
     found: dict[toml.Path, Refusal] = {}
-    for path, refusal in (*beyond(study, ()), *_unrelated(study)):
+    for path, refusal in (*beyond(study, ()), *_find_unrelated(study)):
         found.setdefault(path, refusal)
     return list(found.values())
 
@@ -35,7 +35,7 @@ def beyond(keys: Any, at: toml.Path) -> Iterator[tuple[toml.Path, Refusal]]:
     that table.
     """
     kind: Any = type(keys)
-    for declared in _declared(kind):
+    for declared in _find_declared(kind):
         value = getattr(keys, declared.name)
         path = (*at, declared.name)
 
@@ -50,11 +50,11 @@ def beyond(keys: Any, at: toml.Path) -> Iterator[tuple[toml.Path, Refusal]]:
 
         for domain in declared.metadata.get("domains", ()):
             if not domain.holds(value):
-                yield _at(path, value, domain.expected(value), _mend(declared))
+                yield _at(path, value, domain.tell_expected(value), _mend(declared))
 
 
 @cache
-def _declared(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
+def _find_declared(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
     """Return the keys of a table that say which values they may have, or hold tables that may."""
     fields = [one for one in dataclasses.fields(kind) if not one.metadata.get("hidden")]
     return tuple(one for one in fields if one.metadata.get("domains") or not _is_plain(one))
@@ -84,9 +84,7 @@ def _at(path: toml.Path, value: Any, expected: str, mend: Any) -> tuple[toml.Pat
 def _entries_beyond(
     entries: Mapping[str, Any], path: toml.Path, each: Domain, declared: "dataclasses.Field[Any]"
 ) -> Iterator[tuple[toml.Path, Refusal]]:
-    """Yield one refusal of the entries of a table that their key does not allow, however many there
-    are.
-    """
+    """Yield one refusal of all entries of a table that their key does not allow."""
     wrong = {name: value for name, value in entries.items() if not each.holds(value)}
     if not wrong:
         return
@@ -98,7 +96,7 @@ def _entries_beyond(
             f"{toml.key(*path)} of {len(wrong)} {declared.metadata['of']} "
             f"({some(map(repr, wrong))})"
         )
-    error = StudyError(f"{what}; expected {each.expected(wrong[first])}. {CHANGE_IT}")
+    error = StudyError(f"{what}; expected {each.tell_expected(wrong[first])}. {CHANGE_IT}")
     mend = declared.metadata["mend"]
     yield path, Refusal(error, {(*path, name): mend for name in wrong})
 
@@ -106,7 +104,7 @@ def _entries_beyond(
 # what relates two keys ----------------------------------------------------------------------------
 
 
-def _unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
+def _find_unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
     """Yield the path of each value that is at odds with another key's, and what is said of it."""
     form = study.data.format
     if form.thousands == form.decimal != "auto":

@@ -63,9 +63,7 @@ class Study:
         return self._with({key: value})
 
     def _with(self, values: Mapping[str, Any]) -> "Study":
-        """Return the study with several values changed at once: those that must agree need no
-        order.
-        """
+        """Return the study with several values changed at once: what must fit needs no order."""
         tables = self.tables()
         for key, value in values.items():
             put(tables, toml.path(key), value)
