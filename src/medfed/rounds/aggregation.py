@@ -106,9 +106,9 @@ def introduce(
     if folder:
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, me.name, me.public.signing, me.sign)
-        consortium = keys.members.authority.fingerprint if keys.members else ""
+        authority = keys.members.authority.fingerprint if keys.members else ""
         trail.append(
-            "study", {"digest": study, "run": run, "consortium": consortium, "signed": signed}
+            "study", {"digest": study, "run": run, "consortium": authority, "signed": signed}
         )
     if security.aggregation == "masked":
         return Masked(publisher, masking_terms(plan, run), trail)
