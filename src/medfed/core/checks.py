@@ -66,7 +66,9 @@ class QuorumError(MedfedError):
 
 
 class KeyFileError(MedfedError):
-    """A key file is missing, open to others, damaged, or its passphrase is wrong."""
+    """A party cannot open its keys: the file is missing, open to others, damaged, or under another
+    passphrase.
+    """
 
 
 class TrailError(MedfedError):

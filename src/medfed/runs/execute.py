@@ -63,7 +63,7 @@ def run(
         study = cast.resolve(study)
         fleet = cast.fleet
         plan = prepare(study, fleet, fleet.sites())
-        keys = ways.coordinator_keys(plan)
+        keys = ways.identify(plan, fleet, cast.aggregators or None)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
 
