@@ -90,7 +90,7 @@ def _open_sites(
     study = planned(study)
     private = guarantee.asked(study)
     if private:
-        study = _identify(study, folder)
+        study = settle_identity(study, folder)
     frames, completed = sources.frames(study, data, progress, private, table)
     study = dataclasses.replace(study, data=completed)
     if only:
@@ -115,7 +115,7 @@ def _open_sites(
     return [Site(name, table, study, folder, account, consent) for name, table in tables.items()]
 
 
-def _identify(study: Study, folder: Path | None) -> Study:
+def settle_identity(study: Study, folder: Path | None) -> Study:
     """Return the study with the identity rule of the site's ledger; refuse another: everybody would
     look new.
     """
