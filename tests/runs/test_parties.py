@@ -316,12 +316,15 @@ def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(
 
 
 def test_a_statement_of_more_is_counted(tmp_path: Path) -> None:
-    """Rounds that a crash lost look so: what a site says above the coordinator's count stands."""
+    """Rounds that a crash lost look so: what a site says above the coordinator's count stands, so
+    that a lie ends the run, by the site's name.
+    """
     study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
     honest = medfed.run(study, tmp_path / "honest")
     more = stating({"uses": 9, "epsilon": 50.0})
     lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), more)
-    medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
+    lied = medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
+    assert not lied.complete and "site 'clinic 0' has paid for 4 rounds" in lied.summary["reason"]
     told = claims.read(tmp_path / "lied")
     assert told["epsilon"] > honest.summary["privacy"]["epsilon"]
     assert told["composition"]["ledger"]["epsilon_all_runs"] == 50.0
@@ -375,7 +378,7 @@ def test_a_site_whose_ledger_was_taken_back_refuses_to_go_on(tmp_path: Path) -> 
         medfed.run(study, tmp_path / "run", listeners=[stop], parties=parties)
     shutil.rmtree(nodes)
     kept.rename(nodes)
-    with pytest.raises(LedgerError, match="ledger"):
+    with pytest.raises(LedgerError, match=r"head \w+\.\.\. of an earlier claim is not in it"):
         medfed.resume(tmp_path / "run", parties=Simulation.open(study, folder=nodes))
 
 

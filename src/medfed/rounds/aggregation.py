@@ -1,8 +1,8 @@
 """Which way a study's rows come together, and how the parties join a run of it: keys, roster,
 signatures, terms.
 
-The ways themselves are in `plain`, `masked` and `shared` beside this module. What each party could see of rows, and what malicious
-sites can do, is said here.
+The ways themselves are in `plain`, `masked` and `shared` beside this module. What each party could
+see of rows, and what malicious sites can do, is said here.
 
 K clients of a round.
 """

@@ -153,9 +153,8 @@ def freeze(
             "chosen": dict(plan.study.chosen),
             "told": first,
             "surveyed": plan.surveyed,
+            "processes": processes,
         }
-        if processes:
-            frozen["processes"] = True
         files.write(folder / "study.toml", plan.study.toml())
         files.write(folder / "plan.json", json.dumps(frozen))
 
