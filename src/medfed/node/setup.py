@@ -180,7 +180,7 @@ def _check_encoding(site: Site, encoding: Encoding) -> None:
         )
 
     own = preprocess.agree(
-        {site.name: tell_survey(site)}, site.study.data, _unasked, public=True, found=found
+        {site.name: tell_survey(site)}, site.study.data, _refuse_to_ask, public=True, found=found
     )
     columns = {column.name: column for column in own.columns}
     strange = [
@@ -199,7 +199,7 @@ def _is_range(ends: Sequence[object]) -> bool:
     return len(ends) == len(numbers) == 2 and numbers[0] < numbers[1]
 
 
-def _unasked(*_: object) -> Tensor:
+def _refuse_to_ask(*_: object) -> Tensor:
     raise SiteError("a public encoding asks nothing of patients")
 
 
