@@ -3,6 +3,7 @@ on it.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,25 @@ def test_a_consortium_is_made_by_commands(tmp_path: Path, monkeypatch: pytest.Mo
         ],
     ):
         assert isinstance(run(app, words).exception, MedfedError)
+
+
+def test_each_key_file_is_read_once_by_its_own_party(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator opens no key but its own: the sites and the three tell their public ones."""
+    opened: list[Path] = []
+    callers: list[str] = []
+    load = key_files.load
+
+    def load_seen(path: Path, passphrase: str = "") -> Identity:
+        opened.append(path)
+        callers.append(sys._getframe(2).f_globals["__name__"])
+        return load(path, passphrase)
+
+    monkeypatch.setattr(key_files, "load", load_seen)
+    assert medfed.run(study, tmp_path / "run").complete
+    assert sorted(opened) == sorted((tmp_path / "keys").glob("*.key"))
+    own = {path.stem: caller for path, caller in zip(opened, callers, strict=True)}
+    assert own.pop("coordinator") == "medfed.rounds.aggregation"
+    assert {own.pop(name) for name in study.security.aggregators} == {"medfed.rounds.aggregator"}
+    assert set(own) == set(runs.survey(study)) and set(own.values()) == {"medfed.node.setup"}

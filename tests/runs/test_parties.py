@@ -4,8 +4,9 @@ bits are the same.
 
 import dataclasses
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 import medfed
 from medfed import runs
 from medfed.core import codec
-from medfed.core.checks import LedgerError, PlanError, SignatureError
+from medfed.core.checks import LedgerError, PlanError, SignatureError, SiteError
 from medfed.engine.port import Reply, gather
 from medfed.monitor.events import Log, RoundStarted
 from medfed.monitor.summary import summarise
 from medfed.privacy.ledger import Ledger
+from medfed.privacy.statement import Statement
 from medfed.rounds import aggregation, checkpoints
 from medfed.rounds.prepare import prepare
 from medfed.rounds.round import run_round
@@ -196,11 +198,14 @@ def test_a_site_whose_ledger_lacks_the_head_it_told_refuses_to_go_on(
 
 
 class Lying:
-    """Parties of which one site tells what it likes of its ledger."""
+    """Parties of which one site answers one operation as it likes."""
 
-    def __init__(self, simulation: Simulation, lie: dict[str, Any]) -> None:
+    def __init__(
+        self, simulation: Simulation, lie: Callable[[bytes], bytes], op: str = "statement"
+    ) -> None:
         self.inner = simulation
         self.lie = lie
+        self.op = op
         self.asked = dict[int, str]()
         self.aggregators = simulation.aggregators
         self.baselines = None
@@ -219,34 +224,162 @@ class Lying:
         return [self._changed(reply) for reply in self.inner.fleet.poll(wait)]
 
     def _changed(self, reply: Reply) -> Reply:
-        if self.asked[reply.ticket] != "statement" or reply.site != SITES[0]:
+        if self.asked[reply.ticket] != self.op or reply.site != SITES[0]:
             return reply
-        told = codec.decode(reply.payload)[0]["statement"]
-        return dataclasses.replace(reply, payload=codec.encode({"statement": {**told, **self.lie}}))
+        try:
+            return dataclasses.replace(reply, payload=self.lie(reply.payload))
+        except TimeoutError as silent:
+            return dataclasses.replace(reply, payload=b"", error=str(silent))
+
+
+def stating(lie: dict[str, Any]) -> Callable[[bytes], bytes]:
+    """Return what tells these of a ledger in place of what is so."""
+
+    def state(payload: bytes) -> bytes:
+        told = codec.decode(payload)[0]["statement"]
+        return codec.encode({"statement": {**told, **lie}})
+
+    return state
 
 
 LESS: dict[str, Any] = {"uses": 0, "queries": {}, "epsilon": 0.0}
+UNREADABLE: list[dict[str, Any]] = [
+    {"uses": -4},
+    {"uses": 1.5},
+    {"uses": "4"},
+    {"uses": 10**7},
+    {"queries": {"vote": "1"}},
+    {"queries": ["vote"]},
+    {"epsilon": -1.0},
+    {"epsilon": "1"},
+    {"lifetime": "wide"},
+    {"founded": {"epsilon": 1.0}},
+    {"head": 3},
+]
 
 
-@pytest.mark.parametrize("lie", [LESS, {"uses": -4}, {"uses": 1.5}, {"epsilon": -1.0}, {"head": 3}])
-def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(
+@pytest.mark.parametrize("lie", UNREADABLE, ids=str)
+def test_a_statement_that_is_none_ends_the_run_before_its_first_round(
     tmp_path: Path, lie: dict[str, Any]
+) -> None:
+    study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
+    lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), stating(lie))
+    with pytest.raises(
+        LedgerError, match="site 'clinic 0': its statement of its ledger cannot be read"
+    ):
+        medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_statement_of_no_number_is_none(value: float) -> None:
+    told = Statement("0" * 64, 1, {}, 0.5).to_json()
+    assert Statement.read(told).epsilon == 0.5
+    with pytest.raises(SiteError, match="cannot be read"):
+        Statement.read({**told, "epsilon": value})
+
+
+def silent_at_the_end() -> Callable[[bytes], bytes]:
+    """Return what tells of a ledger before the first round, and never again."""
+    asked = 0
+
+    def state(payload: bytes) -> bytes:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise TimeoutError("no answer within 600 s")
+        return payload
+
+    return state
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        stating(LESS),
+        stating({**LESS, "head": "0" * 64}),  # of another study's ledger, where nobody has paid
+        silent_at_the_end(),
+    ],
+    ids=["less", "another study's", "silent at the end"],
+)
+def test_no_statement_of_a_site_lowers_what_the_coordinator_counts(
+    tmp_path: Path, lie: Callable[[bytes], bytes]
 ) -> None:
     study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
     honest = medfed.run(study, tmp_path / "honest")
     lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), lie)
-    if lie is not LESS:
-        with pytest.raises(
-            LedgerError, match="site 'clinic 0': its statement of its ledger cannot be read"
-        ):
-            medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
-        return
     medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
     told = claims.read(tmp_path / "lied")
     true = claims.read(tmp_path / "honest")
     assert told["epsilon"] == true["epsilon"] == honest.summary["privacy"]["epsilon"]
     assert told["rounds"] == true["rounds"]
     assert told["composition"]["ledger"]["epsilon_all_runs"] >= told["epsilon"]
+
+
+def test_a_statement_of_more_is_counted(tmp_path: Path) -> None:
+    """Rounds that a crash lost look so: what a site says above the coordinator's count stands, so
+    that a lie ends the run, by the site's name.
+    """
+    study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
+    honest = medfed.run(study, tmp_path / "honest")
+    more = stating({"uses": 9, "epsilon": 50.0})
+    lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), more)
+    lied = medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
+    assert not lied.complete and "site 'clinic 0' has paid for 4 rounds" in lied.summary["reason"]
+    told = claims.read(tmp_path / "lied")
+    assert told["epsilon"] > honest.summary["privacy"]["epsilon"]
+    assert told["composition"]["ledger"]["epsilon_all_runs"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("op", "refusal", "text"),
+    [
+        ("identify", SignatureError, "'clinic 0' tells keys of 'clinic 2', site; expected its own"),
+        ("join", PlanError, "site 'clinic 0' has not signed this study"),
+    ],
+)
+def test_a_site_that_answers_for_another_is_refused(
+    tmp_path: Path, op: str, refusal: type[Exception], text: str
+) -> None:
+    """It tells the keys, or hands on the signature, of a site that is honest."""
+    study = medfed.load_study(written(tmp_path, security__aggregation="masked", **CLAIM))
+    simulation = Simulation.open(study, folder=tmp_path / "nodes")
+    other = simulation.fleet.site(SITES[2])
+    asked: list[bytes] = []
+    handle = simulation.fleet.submit_many
+
+    def overhear(sites: Any, name: str, payload: bytes, deadline: float) -> list[int]:
+        if name == op:
+            asked.append(payload)
+        return handle(sites, name, payload, deadline)
+
+    object.__setattr__(simulation.fleet, "submit_many", overhear)
+    lying = Lying(simulation, lambda _: other.handle(op, asked[-1]), op)
+    with pytest.raises(refusal, match=text):
+        medfed.run(study, tmp_path / "run", parties=lying)  # type: ignore[arg-type]
+
+
+def test_a_site_whose_ledger_was_taken_back_refuses_to_go_on(tmp_path: Path) -> None:
+    """A copy of the ledger from before the run's last rounds lacks the head that the site told."""
+    study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
+    nodes = tmp_path / "nodes"
+    kept = tmp_path / "kept"
+
+    class Stop(BaseException):
+        pass
+
+    def stop(event: Any) -> None:
+        if isinstance(event, RoundStarted) and event.round == 2:
+            shutil.copytree(nodes, kept)
+        if isinstance(event, RoundStarted) and event.round == 4:
+            raise Stop
+
+    parties = Simulation.open(study, folder=nodes)
+    with pytest.raises(Stop):
+        medfed.run(study, tmp_path / "run", listeners=[stop], parties=parties)
+    shutil.rmtree(nodes)
+    kept.rename(nodes)
+    with pytest.raises(LedgerError, match=r"head \w+\.\.\. of an earlier claim is not in it"):
+        medfed.resume(tmp_path / "run", parties=Simulation.open(study, folder=nodes))
 
 
 def test_a_statement_names_no_patient_and_is_the_same_without_one(tmp_path: Path) -> None:

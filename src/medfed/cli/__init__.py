@@ -15,7 +15,16 @@ from rich.table import Table
 
 from medfed.cli.alone import alone
 from medfed.cli.budget import accept, budget, column, found
-from medfed.cli.common import AsJson, DataFolder, LogForm, Quiet, RunFolder, Settings, StudyName
+from medfed.cli.common import (
+    Apart,
+    AsJson,
+    DataFolder,
+    LogForm,
+    Quiet,
+    RunFolder,
+    Settings,
+    StudyName,
+)
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
 from medfed.cli.data import app as data_app
@@ -94,6 +103,7 @@ def run(
         Path | None, typer.Option(help="Run folder to make; default: runs/STUDY-TIME.")
     ] = None,
     data: DataFolder = None,
+    processes: Apart = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     log: LogForm = None,
@@ -105,6 +115,11 @@ def run(
     console = _console(quiet or as_json)
     loaded = fix.load(study, set)
     heard = _listeners(console, log)
+    if processes:
+        from medfed.runs.parties import run_apart
+
+        _finish(run_apart(loaded, out, data, heard), console, as_json, " --processes")
+        return
     _finish(
         runs.run(loaded, out, data, heard, progress=not (quiet or as_json or log)), console, as_json
     )
@@ -114,6 +129,7 @@ def run(
 def resume(
     run: RunFolder,
     data: DataFolder = None,
+    processes: Apart = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     log: LogForm = None,
@@ -122,6 +138,12 @@ def resume(
     from medfed import runs
 
     console = _console(quiet or as_json)
+    if processes:
+        from medfed.runs.parties import resume_apart
+
+        found = resume_apart(run, data, _listeners(console, log))
+        _finish(found, console, as_json, " --processes")
+        return
     _finish(runs.resume(run, data, _listeners(console, log)), console, as_json)
 
 
@@ -361,8 +383,11 @@ def _listeners(console: Console, log: LogForm = None) -> list[Callable[[Any], No
     return [Warnings(Console(stderr=True)) if console.quiet else Progressing(console)]
 
 
-def _finish(result: Any, console: Console, as_json: bool) -> None:
-    """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites."""
+def _finish(result: Any, console: Console, as_json: bool, parties: str = "") -> None:
+    """Show what a run came to; exit with 1 where not all asked rounds ran with all asked sites.
+
+    `parties` is the option that a run whose parties are processes is resumed with.
+    """
     from medfed.screens.console import decision_lines, results, suspects, tell_findings
 
     tell_findings(result.summary, Console(stderr=True) if console.quiet else console)
@@ -376,5 +401,8 @@ def _finish(result: Any, console: Console, as_json: bool) -> None:
             console.print(line, highlight=False, markup=False)
         console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
         console.print(f"pages: medfed report {result.folder}", highlight=False, soft_wrap=True)
+        if parties and result.summary["rounds"] < result.summary["rounds_asked"]:
+            way = f"go on: medfed resume {result.folder}{parties}"
+            console.print(way, highlight=False, soft_wrap=True)
     if not result.complete:
         raise typer.Exit(1)

@@ -18,6 +18,13 @@ Settings = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with downloaded data; default: MEDFED_DATA.")
 ]
+Apart = Annotated[
+    bool,
+    typer.Option(
+        "--processes",
+        help="Each site and each aggregator as a process of its own on this machine; no baselines.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 LogForm = Annotated[
     Literal["json", "text"] | None,

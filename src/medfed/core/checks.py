@@ -22,9 +22,11 @@ MedfedError
 """
 
 import difflib
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -66,7 +68,9 @@ class QuorumError(MedfedError):
 
 
 class KeyFileError(MedfedError):
-    """A key file is missing, open to others, damaged, or its passphrase is wrong."""
+    """A party cannot open its keys: the file is missing, open to others, damaged, or under another
+    passphrase.
+    """
 
 
 class TrailError(MedfedError):
@@ -153,6 +157,15 @@ def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
     return "; ".join(
         f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items()
     )
+
+
+def describe(error: BaseException) -> str:
+    """Return what may leave a party of an unforeseen error: its kind, module and line.
+
+    Not its words, which may quote a record.
+    """
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} ({Path(line.filename).name}, line {line.lineno})"
 
 
 def rows_of(first: Sequence[int], count: int) -> str:

@@ -7,26 +7,41 @@ A question is one message, `op`, a line end, the payload; an answer `+` and the 
 the reason.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
-from medfed.core.checks import AbortError, MedfedError
+from medfed.core.checks import AbortError, MedfedError, describe
 from medfed.engine.port import Reply
 
+logger = logging.getLogger(__name__)
 
-def serve(handle: Callable[[str, bytes], bytes], pipe: Connection) -> None:
-    """Answer questions from a `pipe` by `handle` until the other end is closed."""
+Handle = Callable[[str, bytes], bytes]
+"""A party as others reach it: (op, payload) -> answer."""
+
+
+def serve(handle: Handle, pipe: Connection) -> None:
+    """Answer questions from a `pipe` by `handle` until the other end is closed; none ends it."""
     while True:
         try:
             op, _, payload = pipe.recv_bytes().partition(b"\n")
         except (EOFError, OSError):
             return
-        try:
-            pipe.send_bytes(b"+" + handle(op.decode(), payload))
-        except MedfedError as error:
-            pipe.send_bytes(b"-" + str(error).encode())
+        answer = _answer(handle, op.decode(errors="replace"), payload)
+        with suppress(OSError):  # its end is closed, which the next question will say
+            pipe.send_bytes(answer)
+
+
+def _answer(handle: Handle, op: str, payload: bytes) -> bytes:
+    try:
+        return b"+" + handle(op, payload)
+    except MedfedError as error:
+        return b"-" + str(error).encode()
+    except Exception as error:
+        logger.error("op %r failed", op, exc_info=error)
+        return b"-" + describe(error).encode()
 
 
 class Pipes:
@@ -85,7 +100,7 @@ class Pipes:
             self._pipes[site].send_bytes(op.encode() + b"\n" + payload)
 
 
-def handler(name: str, pipe: Connection) -> Callable[[str, bytes], bytes]:
+def handler(name: str, pipe: Connection) -> Handle:
     """Return the `handle` of a party that is asked one thing at a time: an aggregator."""
 
     def handle(op: str, payload: bytes) -> bytes:

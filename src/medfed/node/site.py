@@ -7,7 +7,6 @@ registers.
 """
 
 import logging
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medfed.core import codec
-from medfed.core.checks import MedfedError, SiteError
+from medfed.core.checks import MedfedError, SiteError, describe
 from medfed.core.flat import vector
 from medfed.core.streams import Streams
 from medfed.data.encoding import Encoding
@@ -381,12 +380,9 @@ def _explain(site: Site, op: str, error: Exception) -> SiteError:
     Not its words, which may quote a record.
     """
     logger.error("op %r failed at site %r", op, site.name, exc_info=error)
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(line.filename).name}, line {line.lineno}"
     place = rehearsal.place_of(error, getattr(site, "model", None))
-    kind = type(error).__name__
     return SiteError(
-        f"op {op!r} failed at site {site.name!r}: {kind} ({where}){place}; what it says is in "
+        f"op {op!r} failed at site {site.name!r}: {describe(error)}{place}; what it says is in "
         "its own log"
     )
 

@@ -16,7 +16,14 @@ from typing import Any
 from medfed.compliance import consortium
 from medfed.compliance.trail import Trail
 from medfed.core import codec
-from medfed.core.checks import CodecError, PlanError, SignatureError, SiteError, reasons
+from medfed.core.checks import (
+    CodecError,
+    KeyFileError,
+    PlanError,
+    SignatureError,
+    SiteError,
+    reasons,
+)
 from medfed.engine.port import Fleet, gather
 from medfed.planning.plan import Plan
 from medfed.planning.resolved import cohort
@@ -29,7 +36,7 @@ from medfed.rounds.shared import Shared
 from medfed.rounds.way import Way
 from medfed.secure import three_party
 from medfed.secure.chain import Publisher
-from medfed.secure.identity import ANYBODY, Identity, Post, Roster, Scope
+from medfed.secure.identity import ANYBODY, Identity, Post, Public, Roster, Scope
 
 Handler = Callable[[str, bytes], bytes]
 """A party as others reach it: (op, payload) -> answer."""
@@ -37,31 +44,44 @@ Handler = Callable[[str, bytes], bytes]
 
 @dataclass(frozen=True)
 class Keys:
-    """The coordinator's own keys, and the consortium's list where the study names one."""
+    """Who takes part in a run: the coordinator's own keys, everybody's public ones, and the three.
+
+    `members` is the consortium's list, where the study names one.
+    """
 
     coordinator: Identity
+    roster: Roster
+    aggregators: Mapping[str, Handler]
     members: consortium.Consortium | None = None
 
 
-def coordinator_keys(plan: Plan) -> Keys | None:
-    """Return the coordinator's keys; None for plain rows. In this engine every party's key file is
-    looked at, too.
+def identify(
+    plan: Plan, fleet: Fleet, aggregators: Mapping[str, Handler] | None = None
+) -> Keys | None:
+    """Have all parties tell their public keys; None for plain rows.
 
-    Raises SignatureError, RevokedError, KeyFileError or TrailError where one is not what the
-    consortium approved.
+    Each party reads its own key file, and the coordinator no other than its own. `aggregators` are
+    the three, where they live elsewhere; else they are made in this process.
+
+    Raises KeyFileError where a party cannot open its keys, SignatureError or RevokedError where
+    they are not what the consortium approved, TrailError where its list does not hold.
     """
     study = plan.study
     if study.security.aggregation == "plain":
         return None
+
+    # The coordinator: its own keys, and the list that says whose count.
     members = consortium.members_of(study)
-    roles = {COORDINATOR: "coordinator"} | dict.fromkeys(plan.participants, "site")
-    if study.security.aggregation == "three-party":
-        roles |= dict.fromkeys(study.security.aggregators, "aggregator")
-    held = {name: consortium.own_keys(study, name, role) for name, role in roles.items() if members}
-    for name, identity in held.items():
-        assert members is not None
-        consortium.refuse_unapproved(members, identity.public, roles[name])
-    return Keys(held.get(COORDINATOR) or Identity.new(COORDINATOR, "coordinator"), members)
+    me = consortium.own_keys(study, COORDINATOR, "coordinator")
+    if members:
+        consortium.refuse_unapproved(members, me.public, "coordinator")
+
+    # The others: what they tell of themselves.
+    three = study.security.aggregators if study.security.aggregation == "three-party" else ()
+    handlers = aggregators or {name: Aggregator(name, study).handle for name in three}
+    publics = _ask_keys(plan, fleet, handlers, members)
+    roster = members.roster if members else Roster.of(me.public, *publics)
+    return Keys(me, roster, handlers, members)
 
 
 COORDINATOR = "coordinator"
@@ -69,31 +89,21 @@ COORDINATOR = "coordinator"
 
 
 def introduce(
-    plan: Plan,
-    fleet: Fleet,
-    run: str,
-    folder: Path | None = None,
-    keys: Keys | None = None,
-    aggregators: Mapping[str, Handler] | None = None,
+    plan: Plan, fleet: Fleet, run: str, folder: Path | None = None, keys: Keys | None = None
 ) -> Way:
-    """Have all parties tell their public keys and join the run; return how rows come together.
-    `folder` gets the trail.
+    """Have all parties join the run, and return how rows come together. `folder` gets the trail.
 
     Every site signs the study as it has it; one that has another is refused here. Each party works
-    out bounds, weights and noise for itself. `aggregators` are the three, where they live
-    elsewhere; else they are made in this process.
+    out bounds, weights and noise for itself. `keys` are those of `identify`, where it was asked
+    before. Raises PlanError for a site that has not signed.
     """
-    keys = keys or coordinator_keys(plan)
+    keys = keys or identify(plan, fleet)
     if keys is None:
         return PLAIN
     study = plan.study.digest()
     security = plan.study.security
     me = keys.coordinator
-
-    # Identify: who takes part, under which keys.
-    three = security.aggregators if security.aggregation == "three-party" else ()
-    handlers = aggregators or {name: Aggregator(name, plan.study).handle for name in three}
-    roster = _roster(plan, fleet, keys, handlers)
+    roster = keys.roster
     publisher = Publisher(Post(me, roster), study, run)
 
     # Join: every site signs the study.
@@ -122,9 +132,10 @@ def introduce(
         "sizes": sizes,
         "parameters": plan.parameters,
     }
-    for handle in handlers.values():
+    for handle in keys.aggregators.values():
         handle("join", codec.encode(joining))
-    return _share(plan, three_party.asking(handlers, terms.length), publisher, terms, trail)
+    ask = three_party.asking(keys.aggregators, terms.length)
+    return _share(plan, ask, publisher, terms, trail)
 
 
 def _share(
@@ -151,32 +162,35 @@ def _share(
     return Shared(ask, publisher, terms, trail, total * parts, lambda K: gram(K) * parts)
 
 
-def _roster(plan: Plan, fleet: Fleet, keys: Keys, handlers: Mapping[str, Handler]) -> Roster:
-    """Return the public keys of all parties: those that they tell or, with a list of members, those
-    on it.
+def _ask_keys(
+    plan: Plan,
+    fleet: Fleet,
+    aggregators: Mapping[str, Handler],
+    members: consortium.Consortium | None,
+) -> list[Public]:
+    """Return the public keys that sites and aggregators tell, each its own and, where there is a
+    list of members, as it was approved.
     """
     replies = gather(fleet, plan.participants, "identify", codec.encode({}), _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
-        raise SignatureError(reasons(failed))
+        raise KeyFileError(reasons(failed))
     told = {name: reply.payload for name, reply in replies.items()}
-    told |= {name: handle("identify", codec.encode({})) for name, handle in handlers.items()}
-    publics = [
-        consortium.from_json(codec.decode(payload)[0]["public"]) for payload in told.values()
-    ]
+    told |= {name: handle("identify", codec.encode({})) for name, handle in aggregators.items()}
+    publics: list[Public] = []
 
-    for name, public in zip(told, publics, strict=True):
-        role = "aggregator" if name in handlers else "site"
+    for name, payload in told.items():
+        role = "aggregator" if name in aggregators else "site"
+        public = consortium.from_json(codec.decode(payload)[0]["public"])
         if (public.name, public.role) != (name, role):
             raise SignatureError(
                 f"{name!r} tells keys of {public.name!r}, {public.role}; expected its own, as "
                 f"{role}"
             )
-        if keys.members:
-            consortium.refuse_unapproved(keys.members, public, role)
+        if members:
+            consortium.refuse_unapproved(members, public, role)
+        publics.append(public)
 
-    if keys.members:
-        return keys.members.roster
-    return Roster.of(keys.coordinator.public, *publics)
+    return publics
 
 
 _PATIENCE = 600.0  # seconds; nothing is trained yet

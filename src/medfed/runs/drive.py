@@ -104,10 +104,8 @@ class Drive:
 
     def introduce(self, keys: Keys | None) -> None:
         """Have all parties join the run, each by its own study."""
-        aggregators = self.parties.aggregators or None
-        self.aggregation = ways.introduce(
-            self.plan, self.fleet, self.run, self.folder, keys, aggregators
-        )
+        keys = keys or ways.identify(self.plan, self.fleet, self.parties.aggregators or None)
+        self.aggregation = ways.introduce(self.plan, self.fleet, self.run, self.folder, keys)
 
     def count_the_paid(self, known: Collection[type[events.Event]]) -> None:
         """Count what patients have paid for before: by the rounds behind, by what is `known`, and

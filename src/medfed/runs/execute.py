@@ -29,7 +29,7 @@ from medfed.rounds.prepare import enrol, prepare, rehearse
 from medfed.runs.drive import Drive, tell_start
 from medfed.runs.folders import OWN_LOG, freeze, hold_fresh, read_plan
 from medfed.runs.results import Result, load
-from medfed.runs.simulation import Parties, Simulation
+from medfed.runs.simulation import Opener, Parties, Simulation
 from medfed.runs.statements import ask_statements, tell_founding
 from medfed.study import Study
 
@@ -41,14 +41,14 @@ def run(
     data: Path | None = None,
     listeners: Sequence[Listener] = (),
     progress: bool = False,
-    parties: Parties | None = None,
+    parties: Parties | Opener | None = None,
 ) -> Result:
     """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data
     is looked for.
 
     `parties` are the sites and aggregators, where they run elsewhere: each with a study, records,
-    keys and a ledger of its own, so that `data` is theirs to find. Without it all are made in this
-    process: a `Simulation`.
+    keys and a ledger of its own, so that `data` is theirs to find; or what starts them once there
+    is a folder (`runs.parties`). Without it all are made in this process: a `Simulation`.
 
     Raises a MedfedError before any training for whatever is wrong with study, data or folder. The
     folder belongs to this run alone from the first moment on, and is gone again where the plan does
@@ -59,22 +59,43 @@ def run(
         advising("Nothing was trained."),
         hold_fresh(Path(out) if out else None, study.study.name) as folder,
     ):
-        cast = parties or Simulation.open(study, data, folder / "sites", progress)
+        started = callable(parties)
+        cast = _open_parties(parties, study, data, folder, progress)
         study = cast.resolve(study)
         fleet = cast.fleet
         plan = prepare(study, fleet, fleet.sites())
-        keys = ways.coordinator_keys(plan)
+        keys = ways.identify(plan, fleet, cast.aggregators or None)
         rehearse(plan, fleet)
         enrol(plan, fleet, name)
 
         with advising(_tell_spent(plan)):
             plan, told = ranges.find(plan, fleet)
             told += tell_founding(ask_statements(plan, fleet))
-            freeze(plan, told, folder, name)
+            freeze(plan, told, folder, name, started)
 
-        with advising(f"Nothing was trained; `medfed resume {folder}` begins."):
+        with advising(f"Nothing was trained; `{_resuming(folder, started)}` begins."):
             plan = ranges.encode(plan, fleet)
-            return _begin(plan, cast, folder, name, keys, listeners, told)
+            return _begin(plan, cast, folder, name, started, keys, listeners, told)
+
+
+def _open_parties(
+    parties: Parties | Opener | None,
+    study: Study,
+    data: Path | None,
+    folder: Path,
+    progress: bool = False,
+) -> Parties:
+    """Return a run's parties: those that were given, started, or else made in this process."""
+    if parties is None:
+        return Simulation.open(study, data, folder / "sites", progress)
+    if callable(parties):
+        return parties(study, folder / "sites")
+    return parties
+
+
+def _resuming(folder: Path, started: bool) -> str:
+    """Return the command that goes on with a run."""
+    return f"medfed resume {folder}{' --processes' if started else ''}"
 
 
 def _begin(
@@ -82,6 +103,7 @@ def _begin(
     cast: Parties,
     folder: Path,
     name: str,
+    started: bool,
     keys: Keys | None = None,
     listeners: Sequence[Listener] = (),
     told: Sequence[events.Event] = (),
@@ -91,7 +113,7 @@ def _begin(
         drive = Drive(plan, cast, plan.begin(), log, name, folder)
         tell_start(plan, log, told)
         drive.checkpoint()
-        with advising(_way_on(plan, folder)):
+        with advising(_way_on(plan, folder, started)):
             return drive.to_the_end(keys)
 
 
@@ -114,11 +136,11 @@ def _refuse_begun(plan: Plan, told: Mapping[str, Statement], folder: Path) -> No
         )
 
 
-def _way_on(plan: Plan, folder: Path) -> str:
+def _way_on(plan: Plan, folder: Path, started: bool) -> str:
     """Say how a run that is cut short goes on."""
     if plan.guarantee and plan.guarantee.strategy:
         return "A run with correlated noise cannot be resumed: start the study again."
-    return f"`medfed resume {folder}` goes on from its last whole round."
+    return f"`{_resuming(folder, started)}` goes on from its last whole round."
 
 
 @own.keep()
@@ -126,7 +148,7 @@ def resume(
     folder: str | Path,
     data: Path | None = None,
     listeners: Sequence[Listener] = (),
-    parties: Parties | None = None,
+    parties: Parties | Opener | None = None,
 ) -> Result:
     """Go on with a run from its last whole round; it ends with the bits of an uninterrupted one.
 
@@ -144,7 +166,9 @@ def resume(
         # by whoever held it before
         if (folder / "summary.json").exists() and (finished := load(folder)).complete:
             return finished
-        with advising(f"`medfed resume {folder}` goes on from its last whole round."):
+        with advising(
+            f"`{_resuming(folder, callable(parties))}` goes on from its last whole round."
+        ):
             return _go_on(folder, study, encoding, data, listeners, parties)
 
 
@@ -154,15 +178,17 @@ def _go_on(
     encoding: Encoding,
     data: Path | None,
     listeners: Sequence[Listener],
-    parties: Parties | None,
+    parties: Parties | Opener | None,
 ) -> Result:
     """Drive a run from its last whole checkpoint."""
     frozen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    started = bool(frozen.get("processes"))
+    _refuse_other_parties(folder, started, parties)
     unbegun = "told" in frozen and not any((folder / "checkpoints").glob("*"))
     if not unbegun:
         server, header, note = checkpoints.read_last(folder / "checkpoints")
     own.write_to(folder / "sites" / OWN_LOG)
-    cast = parties or Simulation.open(study, data, folder / "sites")
+    cast = _open_parties(parties, study, data, folder)
     study = cast.resolve(study)
     fleet = cast.fleet
     plan = prepare(study, fleet, fleet.sites(), encoding)
@@ -186,7 +212,7 @@ def _go_on(
         with files.explained(folder):
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
-        return _begin(plan, cast, folder, name, listeners=listeners, told=told)
+        return _begin(plan, cast, folder, name, started, listeners=listeners, told=told)
 
     if plan.keeps:
         for reply in gather(
@@ -218,6 +244,25 @@ def _go_on(
             log.emit(event)
         return Drive(plan, cast, server, log, name, folder).to_the_end(
             known={type(event) for event in paid}
+        )
+
+
+def _refuse_other_parties(folder: Path, started: bool, parties: Parties | Opener | None) -> None:
+    """Raise RunError where a run would go on with parties that do not hold what its own have kept.
+
+    Args:
+        folder: the run's.
+        started: whether its parties were processes that the run started.
+        parties: those of now.
+    """
+    if started and parties is None:
+        raise RunError(
+            f"{folder}: each party of this run was a process with a folder of its own. Resume it "
+            "with --processes."
+        )
+    if not started and callable(parties):
+        raise RunError(
+            f"{folder}: the parties of this run were one process. Resume it without --processes."
         )
 
 

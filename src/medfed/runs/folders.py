@@ -120,9 +120,11 @@ def _refuse_used(folder: Path, mine: bool = False) -> None:
         )
 
 
-def freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) -> None:
+def freeze(
+    plan: Plan, told: Sequence[events.Event], folder: Path, name: str, processes: bool = False
+) -> None:
     """Write down what a run is, and what was `told` of its ranges and ledger: all that follows can
-    be resumed.
+    be resumed. `processes`: its parties are started as such, and keep what is theirs.
     """
     spent = ranges.tell_paid(plan.study) if plan.encoding.found_ranges() else "Nothing was trained."
     with advising(f"{spent} {folder} holds no whole run: a next one needs another --out."):
@@ -149,6 +151,7 @@ def freeze(plan: Plan, told: Sequence[events.Event], folder: Path, name: str) ->
             "chosen": dict(plan.study.chosen),
             "told": first,
             "surveyed": plan.surveyed,
+            "processes": processes,
         }
         files.write(folder / "study.toml", plan.study.toml())
         files.write(folder / "plan.json", json.dumps(frozen))

@@ -8,6 +8,7 @@ from typing import Any
 from medfed.core.checks import (
     LedgerError,
     PlanError,
+    some,
 )
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy import ledger_file
@@ -38,6 +39,11 @@ def ledger_accounts(
     ):
         path = ledger_path(study, folder / "sites")
 
+    if path and not path.exists() and (own := sorted(folder.glob(f"sites/*/{LEDGER}"))):
+        raise LedgerError(
+            f"{folder}: each site of this run has a ledger of its own; give one's folder: "
+            f"{some([str(one.parent) for one in own])}"
+        )
     if path is None:
         ledger_file.rule_of(folder / LEDGER)  # says where one is lost
         raise LedgerError(

@@ -91,7 +91,7 @@ def _open_sites(
     study = complete(study)
     private = guarantees.asked(study)
     if private:
-        study = _identify(study, folder)
+        study = settle_identity(study, folder)
     frames, completed = sources.frames(study, data, progress, private, table)
     study = dataclasses.replace(study, data=completed)
     if only:
@@ -116,7 +116,7 @@ def _open_sites(
     return [Site(name, table, study, folder, account, consent) for name, table in tables.items()]
 
 
-def _identify(study: Study, folder: Path | None) -> Study:
+def settle_identity(study: Study, folder: Path | None) -> Study:
     """Return the study with the identity rule of the site's ledger; refuse another: everybody would
     look new.
     """

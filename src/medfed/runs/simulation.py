@@ -2,7 +2,7 @@
 records at hand.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -99,6 +99,10 @@ class Parties(Protocol):
     def resolve(self, study: Study) -> Study:
         """Return the study as its parties have it, from its file alone."""
         ...
+
+
+Opener = Callable[[Study, Path], Parties]
+"""What starts the parties of a study, each to keep what is its own under a folder."""
 
 
 @dataclass(frozen=True)
