@@ -29,7 +29,7 @@ class RunMeter(Protocol):
         ...
 
     def ask(self, label: str) -> None:
-        """Count a query of training patients, before any is asked."""
+        """Count a query that training patients were asked."""
         ...
 
     def claim(self) -> JSON:

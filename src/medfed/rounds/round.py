@@ -246,12 +246,13 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     # Ask: what the rule needs of training rows, by cells of scores.
     edges = EXACT_EDGES
     if guarantee:
-        budget.ask("threshold")
         edges = _edges(server, plan, CHOOSING_CELLS)
     payload = codec.encode(
         {"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)}
     )
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
+    if any(not reply.error for reply in replies.values()):
+        budget.ask("threshold")  # where all refuse nothing was released
     length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], length))
     _left_out(log, server.round, "not counted for data.threshold", untold)
