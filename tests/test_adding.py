@@ -181,9 +181,7 @@ def test_an_added_rule_runs_everywhere_and_is_not_let_open_single_rows(
 
 
 class Largest(Link):
-    """Sends the places and values of the largest numbers of a row, [2 S], and remembers the rest of
-    it.
-    """
+    """Sends places and values of a row's largest numbers, [2 S], and remembers the rest."""
 
     kept = ("unsent",)
 
@@ -350,9 +348,7 @@ def test_a_selector_that_is_none_is_refused_by_the_registry(tmp_path: Path) -> N
 
 
 class NaiveBayes(Learner):
-    """State: log odds, means and variances of both labels [1 + 4 F]. A row: shares and sums of
-    labels [2 + 2 F].
-    """
+    """State: log odds, means, variances [1 + 4 F]. A row: shares and sums [2 + 2 F]."""
 
     paper = "Maron 1961"
     start: ClassVar = {"phase": 0.0}

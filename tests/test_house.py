@@ -150,7 +150,9 @@ def _in_the_locale_s_encoding(path: Path) -> Iterator[int]:
         binary = any(re.fullmatch(r"[rwxab+]*b[rwxab+]*", mode) for mode in modes)
         whose = ast.unparse(node.func)
         ours = re.fullmatch(
-            r"(os|Ledger|Trail|webbrowser|Site|cls|self|archive)\.open|_open", whose
+            r"(os|Ledger|Trail|webbrowser|Site|Simulation|runs\.Simulation|cls|self|archive|way|self\.inner)\.open"
+            r"|_open",
+            whose,
         )
 
         if (
