@@ -43,7 +43,7 @@ from medfed.robust.rules import ALONE, GramRule, rule_of
 from medfed.rounds.plain import Plain, read_rows
 from medfed.rounds.round import run_round
 from medfed.rounds.way import RoundRows
-from medfed.runs import Result
+from medfed.runs import Result, drive
 from medfed.study import Study, Training
 from tests.learn.test_algorithms import (
     FULL_BATCH,
@@ -215,14 +215,14 @@ def run_twice(folder: Path, study: Study) -> Result:
     whole = medfed.run(study, folder / "whole")
     assert whole.complete
     with pytest.MonkeyPatch.context() as patch:
-        real = runs.run_round
+        real = drive.run_round
 
         def cut(server: Server, *rest: Any) -> Server:
             if server.round == 2:
                 raise KeyboardInterrupt
             return real(server, *rest)
 
-        patch.setattr(runs, "run_round", cut)
+        patch.setattr(drive, "run_round", cut)
         with pytest.raises(KeyboardInterrupt):
             medfed.run(study, folder / "cut")
     assert torch.equal(medfed.resume(folder / "cut").w_P, whole.w_P)
@@ -332,7 +332,7 @@ def test_an_added_selector_draws_a_whole_study_and_promises_nothing(
 
 def planned(study: Study) -> Plan:
     sites = runs.open_sites(study, None)
-    return runs._ready(sites[0].study, sites)[1]
+    return runs.prepare_sites(sites[0].study, sites)[1]
 
 
 def test_a_selector_that_is_none_is_refused_by_the_registry(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_an_added_learner_is_the_one_on_pooled_rows_and_runs_a_whole_study(tmp_p
     )
     whole = run_twice(tmp_path, study)
     sites = runs.open_sites(study, None)
-    runs._ready(sites[0].study, sites)
+    runs.prepare_sites(sites[0].study, sites)
     x_NF = torch.cat([site.train.x for site in sites]).double()
     y_N = torch.cat([site.train.y for site in sites])
     state = [(y_N == 1).double().mean() / (y_N == 0).double().mean()]
@@ -568,7 +568,7 @@ class Slow(InProcess):
 def test_an_added_way_takes_late_rows_into_the_next_round(tmp_path: Path) -> None:
     study = medfed.load_study(write_study(tmp_path, STUDY))
     sites = runs.open_sites(study, None)
-    _, plan = runs._ready(sites[0].study, sites)
+    _, plan = runs.prepare_sites(sites[0].study, sites)
     fleet = Slow(sites, plan.participants[0])
     way = Buffer(len(plan.participants) - 1)
     server = plan.begin()

@@ -145,12 +145,12 @@ def test_who_resumes_what_another_has_just_finished_writes_nothing(
     left = dict[str, bytes]()
 
     def first(place: Path, *name: str) -> Any:
-        monkeypatch.setattr(files, "held", held)
+        monkeypatch.setattr(files, "hold", held)
         assert medfed.resume(folder).complete
         left.update(contents(folder))
         return held(place, *name)
 
-    monkeypatch.setattr(files, "held", first)
+    monkeypatch.setattr(files, "hold", first)
     assert medfed.resume(folder).complete
     assert contents(folder) == left
     if way == "masked":

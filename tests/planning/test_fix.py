@@ -307,7 +307,7 @@ def test_a_study_without_a_claim_is_told_at_once_too(
 
     for part in (
         "unknown key 'training.round'; did you mean 'rounds'?",
-        "training.learning_rate=-1.0; expected in [0, 1e6) (0: chosen)",
+        "training.learning_rate=-1.0; expected a number in [0, 1e6) (0: chosen)",
         "unknown key 'data.targt'",
         "training.optimizer='addam'; expected one of",
         "training.algorithm='fedavgg' is unknown; did you mean 'fedavg'?",

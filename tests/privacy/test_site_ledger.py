@@ -592,7 +592,7 @@ def test_seeded_noise_claims_nothing() -> None:
     assert claim["epsilon"] is None and claim["delta"] is None and claim["simulation_only"] is True
     plain = NoClaim()
     plain.charge(1, ["north"])
-    plain.found({"north": 7})
+    plain.take_over({"north": 7})
     assert plain.claim()["epsilon"] is None and not math.isnan(
         float(str(claim["noise_multiplier"]))
     )

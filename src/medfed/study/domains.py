@@ -57,7 +57,9 @@ class Interval:
         return above and below
 
     def tell_expected(self, value: Any) -> str:
-        """Return the interval in words."""
+        """Return the interval in words that follow "expected"."""
+        if self.words.startswith(("above", "in")):
+            return f"a number {self.words}"
         return self.words
 
     @property
