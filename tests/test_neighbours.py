@@ -242,9 +242,11 @@ def released(
     secret = settings.get("security.aggregation", "plain") != "plain"
     for number, (place, op, payload) in enumerate(Tap.heard):
         random = secret and op in ("work", "phase", "identify", "join")
-        said[f"message {number}: {place}"] = (
-            _blank(_blank(payload, "wire"), "keys") if random else payload
-        )
+        if random:
+            payload = _blank(_blank(payload, "wire"), "keys")
+        elif op == "statement":  # it tells the ledger's head, a hash under the ledger's key
+            payload = _blank(payload, "head")
+        said[f"message {number}: {place}"] = payload
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
         if file.is_file() and not name.startswith("sites/"):

@@ -14,9 +14,12 @@ from medfed.privacy.ledger_entries import Lifetime
 class Statement:
     """A site's own words on its ledger.
 
-    Guarantee: functions of public facts alone: how often its patients were asked in this run, what
-    that costs the one who has paid most, the bound that its operator set, and the head of a chain
-    of hashes.
+    Guarantee: within one run, functions of public facts alone: how often its patients were asked,
+    the bound that its operator set, and the head of a chain of keyed hashes.
+
+    Edge cases:
+    - `epsilon` is of the patient who has paid most over all runs of the study: beside an earlier run
+      with other patients it says whether anybody was in both.
     """
 
     head: str
