@@ -14,6 +14,7 @@ import torch
 import medfed
 from medfed.core import codec
 from medfed.engine.port import gather
+from medfed.node.site import OPS
 from medfed.rounds.prepare import enrol, prepare
 from medfed.runs import Simulation
 from tests.tables import PRIVATE, STUDY, invented, write_study
@@ -119,3 +120,21 @@ def test_a_register_that_fails_lets_nobody_be_read(tmp_path: Path) -> None:
         with pytest.raises(medfed.MedfedError, match="in its own log") as refused:
             medfed.run(study, tmp_path / "run", parties=Simulation.open(study, consent=register))
         assert "0007" not in str(refused.value)
+
+
+def test_an_operation_that_says_nothing_of_records_asks_consent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever adds an operation and forgets consent has it asked all the same."""
+    study = medfed.load_study(write_study(tmp_path, STUDY))
+    site = Simulation.open(study).sites[0]
+    assert site.table
+    one = str(site.table.ids[0])
+    (withheld, *_) = Simulation.open(study, consent=Register(one)).sites
+
+    def list_ids(sites: Sequence[Any], header: Any, tensors: Any) -> list[bytes]:
+        return [codec.encode({"ids": [str(name) for name in site.table.ids]}) for site in sites]
+
+    monkeypatch.setitem(OPS, "list ids", list_ids)
+    ids = codec.decode(withheld.handle("list ids", codec.encode({})))[0]["ids"]
+    assert one not in ids and len(ids) == len(site.table.ids) - 1

@@ -134,7 +134,7 @@ class RawColumn:
         self.not_number = ~self.missing & self.numeric.isna().to_numpy()
 
     def _read(self, absent: set[str]) -> tuple[pd.Series, np.ndarray]:
-        """Return what `_plain_numbers` does, of any column: what is no number is NaN."""
+        """Return what `_read_plain_numbers` does, of any column: what is no number is NaN."""
         missing: np.ndarray = (self.values.isna() | self.texts.isin(absent)).to_numpy(dtype=bool)
         if self.feature.categories:
             strange = ~missing & ~self.texts.isin(self.feature.categories).to_numpy(dtype=bool)

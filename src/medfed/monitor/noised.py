@@ -4,7 +4,7 @@ that know the noise.
 One record of each test patient is counted, in a cell of logits and under its label. A patient more
 or less moves one count by one, so that whole-number Laplace noise of P(z) ~ exp(-epsilon |z|) on
 every count is epsilon-private with delta = 0, whatever the cells are, as long as they do not follow
-from test patients. They are placed by the released model on made-up rows (`Encoding.invented`):
+from test patients. They are placed by the released model on made-up rows (`Encoding.invent_rows`):
 public facts. Everything here is computed from noised counts, and costs nothing more.
 
 Where sites trust whoever combines their rows, their counts are summed first and noised once; else

@@ -18,7 +18,7 @@ from medfed.privacy import guarantee as guarantees
 from medfed.privacy.mechanisms import geometric_noise
 
 
-@operation("evaluate", reads=True)
+@operation("evaluate")
 def evaluate(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Test the global model, or each site's own, on each site's held-out patients.
 
@@ -62,7 +62,7 @@ def _find_strange(z_NC: Tensor, sizes: Sequence[int]) -> list[bool]:
     return found
 
 
-@operation("compare", reads=True)
+@operation("compare")
 def _compare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Tell by how much each site's own model errs less than another, on its held-out records.
 

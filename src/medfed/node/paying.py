@@ -15,7 +15,7 @@ from medfed.privacy.site_ledger import SiteLedger
 from medfed.privacy.statement import Statement
 
 
-@operation("enrol", reads=True)
+@operation("enrol")
 def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Enrol the sites' training patients in their ledger; refuse a plan that their budget does not
     bear.
@@ -28,7 +28,7 @@ def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor])
     return tell_nothing(sites)
 
 
-@operation("statement")
+@operation("statement", blind=True)
 def _state(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Tell of each site's ledger what the coordinator needs, once it holds the head that the
     coordinator was told.

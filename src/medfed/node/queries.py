@@ -29,7 +29,7 @@ from medfed.privacy.guarantee import Guarantee
 logger = logging.getLogger(__name__)
 
 
-@operation("vote", reads=True)
+@operation("vote")
 def vote(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Answer with each site's noised `_ballot`: is its own model better than the common one?
 
@@ -106,7 +106,7 @@ def _ballot(site: Site, w_P: Tensor) -> float:
 
     Guarantee: within [0, 1] whatever the records are, so that one patient moves it by
     VOTE_SENSITIVITY at most. It is told to nobody as it is, as any patient may move it wholly: the
-    noise is paid for (`Account.pay_query`).
+    noise is paid for (`SiteLedger.pay_query`).
 
     Edge cases:
     - training or testing the own model fails, or does not stay finite: 0.5, and the reason in the
@@ -128,7 +128,7 @@ def _ballot(site: Site, w_P: Tensor) -> float:
     return 0.5 + 0.5 * min(1.0, max(-1.0, less / guarantees.FULL_VOTE))
 
 
-@operation("count", reads=True)
+@operation("count")
 def count_scores(
     sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 ) -> list[Answer]:
@@ -168,7 +168,7 @@ def count_scores(
     return _answer_query(sites, "threshold", "counts", tell)
 
 
-@operation("ranges", reads=True)
+@operation("ranges")
 def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Answer with how many training patients have each open column's value in which cell, paid and
     noised.

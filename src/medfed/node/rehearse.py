@@ -23,7 +23,7 @@ from medfed.privacy.guarantee import SLACK, Guarantee
 from medfed.secure.party import Rehearser
 
 
-@operation("rehearse")
+@operation("rehearse", blind=True)
 def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Play a round and a test once on made-up rows, before anybody pays; refuse with stage, module
     and way out.

@@ -30,7 +30,7 @@ from medfed.secure.identity import Identity, Post, Roster
 from medfed.study import LARGEST
 
 
-@operation("survey", reads=True)
+@operation("survey")
 def _survey(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     return [codec.encode({"survey": tell_survey(site)}) for site in sites]
 
@@ -51,7 +51,7 @@ def tell_survey(site: Site) -> dict[str, Any]:
     )
 
 
-@operation("answer", reads=True)
+@operation("answer")
 def _answer_question(
     sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 ) -> list[Answer]:
@@ -67,7 +67,7 @@ def _answer_question(
     return list(codec.encode_each({}, "answer", answer_K))
 
 
-@operation("prepare", reads=True)
+@operation("prepare")
 def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     encoding = Encoding.from_json(header["encoding"])
     model = build_model(sites[0].study, encoding)
@@ -120,7 +120,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     return [codec.encode({"bend": rates.bend(site.train.x, batch)}) for site in sites]
 
 
-@operation("identify")
+@operation("identify", blind=True)
 def _identify(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Tell each site's public keys."""
     return [codec.encode({"public": consortium.to_json(_own_keys(site).public)}) for site in sites]
@@ -132,7 +132,7 @@ def _own_keys(site: Site) -> Identity:
     return site.identity
 
 
-@operation("join")
+@operation("join", blind=True)
 def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Join a run: sign the study as the site has it, and work out for itself what its rounds agree
     on.

@@ -329,17 +329,17 @@ Operation = Callable[[Sequence["Site"], Header, Mapping[str, Tensor]], list[Answ
 OPS: dict[str, Operation] = {}
 """What a site answers to, by name."""
 
-READING: set[str] = set()
-"""Of these, what charges patients or reads a record: before each a site asks who may be read."""
+BLIND: set[str] = set()
+"""Those that read no record and charge nobody: before every other one consent is asked."""
 
 
-def operation(op: str, reads: bool = False) -> Callable[[Operation], Operation]:
-    """Register what answers operation `op`; `reads`: it charges patients, or reads a record."""
+def operation(op: str, blind: bool = False) -> Callable[[Operation], Operation]:
+    """Register what answers operation `op`; `blind`: it reads no record and charges nobody."""
 
     def register(operation: Operation) -> Operation:
         OPS[op] = operation
-        if reads:
-            READING.add(op)
+        if blind:
+            BLIND.add(op)
         return operation
 
     return register
@@ -360,7 +360,7 @@ def handle_many(sites: Sequence[Site], op: str, payload: bytes) -> list[Answer]:
         header, tensors = codec.decode(payload)
         if op not in OPS:
             raise SiteError(f"op={op!r} is not known; run the same medfed everywhere")
-        if op in READING:
+        if op not in BLIND:
             for site in sites:
                 site.ask_consent()
         return OPS[op](sites, header, tensors)

@@ -11,7 +11,7 @@ from medfed.core.checks import SiteError
 from medfed.node.site import Answer, Header, Site, operation, tell_nothing
 
 
-@operation("keep")
+@operation("keep", blind=True)
 def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Remember what the last work left: its row has counted."""
     for site in sites:
@@ -20,7 +20,7 @@ def _keep(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     return tell_nothing(sites)
 
 
-@operation("save")
+@operation("save", blind=True)
 def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Write down what the sites remember after a round; sites that share a folder share a file."""
     for folder, members in _by_folder(sites).items():
@@ -36,7 +36,7 @@ def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     return tell_nothing(sites)
 
 
-@operation("restore")
+@operation("restore", blind=True)
 def _restore(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Go back to what was remembered after a round; round 0 is before the first."""
     if header["round"] == 0:

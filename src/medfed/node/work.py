@@ -30,7 +30,7 @@ from medfed.study import LEAST_CLIP, Study
 logger = logging.getLogger(__name__)
 
 
-@operation("work", reads=True)
+@operation("work")
 def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Train, and answer with one row a site; under a claim each site's patients pay first.
 
@@ -271,7 +271,7 @@ def _send_rows(
     return answers
 
 
-@operation("phase")
+@operation("phase", blind=True)
 def _phase(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Play a phase of a masked round, other than the row's."""
     message = codec.as_bytes(tensors["message"])

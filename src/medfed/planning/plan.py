@@ -77,7 +77,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     """Check a study against what its sites told; return the plan.
 
     Args:
-        surveys: by site, what it told of its table (`site.survey`).
+        surveys: by site, what it told of its table (operation `survey`).
         encoding: how records become numbers.
 
     Raises:

@@ -2,7 +2,7 @@
 to let it fail on.
 
 Patients are charged before their records are touched, so what cannot run must be found before the
-first charge: a site plays its part once on rows that nobody's are (`site._rehearse`). There an
+first charge: a site plays its part once on rows that nobody's are (`node.rehearse`). There an
 exception may be quoted in full, as all that it can quote is made up; in a round on real records
 only its kind, stage and module are told.
 

@@ -119,8 +119,8 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
     """Return what three aggregators hold rows to: under joint noise the norm of the largest
     declared site's sum.
 
-    Every site holds its own sum to its declared size (`site._summed`), so no honest row is beyond,
-    whoever is in it.
+    Every site holds its own sum to its declared size (`node.work.sum_gradients`), so no honest row
+    is beyond, whoever is in it.
     """
     guarantee = facts.guarantee
     security = facts.study.security

@@ -18,8 +18,8 @@ class Statement:
     the bound that its operator set, and the head of a chain of keyed hashes.
 
     Edge cases:
-    - `epsilon` is of the patient who has paid most over all runs of the study: beside an earlier run
-      with other patients it says whether anybody was in both.
+    - `epsilon` is of the patient who has paid most over all runs of the study: beside an earlier
+      run with other patients it says whether anybody was in both.
     """
 
     head: str

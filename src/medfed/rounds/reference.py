@@ -54,8 +54,8 @@ def play(
     if drawn is None:
         drawn = plan.draw(number)
 
-    # Pay, work and send. Each site charges its patients (`privacy.account`), computes its row by
-    # itself, and passes it through the client's halves of the links: cut, rounded, noised. The
+    # Pay, work and send. Each site charges its patients (`privacy.site_ledger`), computes its row
+    # by itself, and passes it through the client's halves of the links: cut, rounded, noised. The
     # coordinator undoes what it can row by row. A row that is not finite does not count.
     sent: dict[str, Tensor] = {}
     remembered: dict[str, dict[str, Tensor]] = {}

@@ -286,6 +286,11 @@ def _agree(study: Study, data: Path | None, place: Path) -> tuple[Study, Sequenc
             "--processes and sites.kind='device' do not compose: a process for each device is "
             "too many. Leave --processes out."
         )
+    if study.training.algorithm == "pooled":
+        raise PlanError(
+            "--processes and training.algorithm='pooled' do not compose: no process holds the rows "
+            "of all sites. Leave --processes out."
+        )
     study = complete(study)
     if guarantee.asked(study):
         names = tuple(study.privacy.sizes) if study.data.site else study.sites.names
