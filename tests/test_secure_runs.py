@@ -110,9 +110,8 @@ def test_any_holders_make_the_variance_that_is_asked(private: Study, holders: in
 
 def test_each_client_adds_its_own_part(private: Study) -> None:
     g = resolve(private, dict(private.privacy.sizes), 500)
-    rows = (
-        NoiseShare(g, 2).client(torch.zeros(4, 500, dtype=torch.int64)).double() / g.sigma_units()
-    )
+    noised_KM, _ = NoiseShare(g, 2).client(torch.zeros(4, 500, dtype=torch.int64), {})
+    rows = noised_KM.double() / g.sigma_units()
     assert np.allclose(rows.square().mean(1), 0.5, atol=0.2)
     assert abs(np.corrcoef(rows.numpy()) - np.eye(4)).max() < 0.25
 

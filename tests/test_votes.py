@@ -22,7 +22,7 @@ from medfed.core.checks import BudgetError, PlanError, SiteError, StudyError
 from medfed.core.flat import vector
 from medfed.monitor import events, verdict
 from medfed.monitor.metrics import Figure
-from medfed.node import own_model, queries
+from medfed.node import own_model, queries, rehearse
 from medfed.node import site as sites_
 from medfed.node.site import Site, handle_many
 from medfed.planning import recipe
@@ -340,7 +340,7 @@ def test_a_module_that_trains_only_with_noise_is_found_before_anybody_pays(
 ) -> None:
     """All sites would vote no, and their patients would have paid for it."""
     monkeypatch.setattr(
-        queries, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass"))
+        rehearse, "train_own", lambda *_: (_ for _ in ()).throw(RuntimeError("no backward pass"))
     )
     with pytest.raises(
         PlanError, match=r"(?s)stage own model.*no backward pass.*leave privacy.vote_epsilon out"

@@ -16,7 +16,7 @@ import pytest
 import medfed
 from medfed import runs, study
 from medfed.data.preprocess import ROBUST_CAP
-from medfed.study import Fleet, Privacy
+from medfed.study import Participation, Privacy
 from tests.wide_tables import intensive_care, laboratory, narrow_counts, write
 
 TABLES = {
@@ -81,7 +81,7 @@ sorted.
 def test_encodings_of_the_bundled_studies_keep_their_bits(name: str) -> None:
     asked = replace(study.load(name), privacy=Privacy())
     if asked.sites.kind == "device":
-        asked = replace(asked.set("sites.kind", "hospital"), fleet=Fleet())
+        asked = replace(asked.set("sites.kind", "hospital"), fleet=Participation())
     prepared = runs.prepare_data(asked)
     digest = hashlib.sha256()
     for part in (prepared.train, prepared.test):

@@ -23,7 +23,7 @@ from medfed import study as studies
 from medfed.core.types import Task
 from medfed.monitor import metrics
 from medfed.monitor.metrics import CLASS_METRICS, NUMBER_METRICS, Figure, Scores, macro, measure
-from medfed.study import Fleet, Privacy
+from medfed.study import Participation, Privacy
 from tests.screens import bootstrap
 
 
@@ -248,7 +248,9 @@ def test_closed_intervals_are_the_bootstraps_on_our_data(name: str, data_dir: Pa
     study = studies.load(name)
     for key, value in settings.items():
         study = study.set(key, value)
-    data = runs.prepare_data(dataclasses.replace(study, privacy=Privacy(), fleet=Fleet()), data_dir)
+    data = runs.prepare_data(
+        dataclasses.replace(study, privacy=Privacy(), fleet=Participation()), data_dir
+    )
     (x, y), (test_x, test_y) = (_pooled(part) for part in (data.train, data.test))
     logits = LogisticRegression(max_iter=5000, C=0.1).fit(x, y).decision_function(test_x)
     scores = Scores.of("binary", torch.from_numpy(logits)[:, None], torch.from_numpy(test_y))

@@ -33,7 +33,7 @@ from tests.tables import PRIVATE, SITES, invented, plain, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = "tests.test_rehearsal"
+HERE = "tests.planning.test_rehearsal"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ class Reply:
     error: str = ""
 
 
-class Site(Protocol):
+class Node(Protocol):
     """The one entry at the client."""
 
     name: str

@@ -18,7 +18,7 @@ _EIGHT_DIGITS = r"\d{8}"
 
 
 @dataclass(frozen=True)
-class Shape:
+class ColumnShape:
     """What a column's cells look like."""
 
     name: str
@@ -41,7 +41,7 @@ class Shape:
         return {*parts, "".join(parts)}
 
 
-def describe_shape(values: pd.Series) -> Shape:
+def describe_shape(values: pd.Series) -> ColumnShape:
     """Return what the cells of a column look like, those that mean 'not measured' left out."""
     texts = canonical(values)
     known_N = ~(values.isna() | texts.isin(Data().missing_values)).to_numpy(dtype=bool)
@@ -61,7 +61,7 @@ def describe_shape(values: pd.Series) -> Shape:
         share = float(pd.to_numeric(texts, errors="coerce").notna().mean())
 
     dated = _is_dated(texts)
-    return Shape(
+    return ColumnShape(
         name=str(values.name),
         known=len(texts),
         distinct=len(different),
@@ -99,7 +99,7 @@ def _limits(different: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...
     return ()
 
 
-def find_named(shapes: Sequence[Shape], words: str) -> list[Shape]:
+def find_named(shapes: Sequence[ColumnShape], words: str) -> list[ColumnShape]:
     """Return the columns one of whose words is asked for, in the order of what is asked."""
     order = words.split()
     rank = {word: place for place, word in enumerate(order)}

@@ -25,7 +25,7 @@ from medfed.core.toml import Ask
 from medfed.data import clinical, dates, footers, readers, sources, survey_doubts, workbooks
 from medfed.data import units as measures
 from medfed.data.doubts import Doubt
-from medfed.evidence.column_shapes import MOST_LABELS, Shape, describe_shape, find_named
+from medfed.evidence.column_shapes import MOST_LABELS, ColumnShape, describe_shape, find_named
 from medfed.planning.survey_warnings import NEGATIVE
 from medfed.study import Data, Feature, Format, Study, put
 
@@ -254,7 +254,7 @@ def _propose_format(
 
 
 def _propose_roles(
-    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]
+    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[ColumnShape]
 ) -> None:
     data = asked["data"]
     free = [
@@ -295,7 +295,7 @@ def _propose_roles(
 
 
 def _propose_task(
-    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]
+    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[ColumnShape]
 ) -> None:
     """Predict a number where the target's cells are so many numbers that they are no labels."""
     data = asked["data"]
@@ -311,7 +311,9 @@ def _propose_task(
             notes["data", "task"] = f"{shape.distinct} different numbers"
 
 
-def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target: Shape) -> None:
+def _propose_positive(
+    data: dict[str, Any], notes: dict[toml.Path, str], target: ColumnShape
+) -> None:
     """Say which of two labels is meant by positive, where one of them says that it is not."""
     if len(target.labels) != 2 or "positive" in data:
         return
@@ -322,7 +324,7 @@ def _propose_positive(data: dict[str, Any], notes: dict[toml.Path, str], target:
 
 
 def _propose_columns(
-    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[Shape]
+    asked: dict[str, Any], notes: dict[toml.Path, str], shapes: Sequence[ColumnShape]
 ) -> None:
     """Leave out what is no feature, take gap words for gaps, and describe what the clinical
     dictionary knows.
@@ -354,7 +356,7 @@ def _propose_columns(
             _propose_column(asked, notes, shape)
 
 
-def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: Shape) -> None:
+def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: ColumnShape) -> None:
     """Describe a feature: what stands beside its numbers, and its range where the dictionary knows
     its name.
     """
@@ -401,7 +403,7 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: S
 
 
 def _propose_dates(
-    asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[Shape]
+    asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[ColumnShape]
 ) -> set[str]:
     """Make ages of dates of birth, and say how the others are written; return the columns that are
     used so.
@@ -445,7 +447,7 @@ def _propose_dates(
     return used
 
 
-def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: Shape) -> None:
+def _put_form(asked: dict[str, Any], notes: dict[toml.Path, str], shape: ColumnShape) -> None:
     """Say in which form a column's dates are written, or ask whether day or month stands first."""
     path = ("data", "dictionary", shape.name, "date")
     if asked["data"].get("dictionary", {}).get(shape.name, {}).get("date"):
@@ -469,7 +471,7 @@ def _describe(entry: Feature) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value}
 
 
-def _no_feature(shape: Shape) -> str:
+def _no_feature(shape: ColumnShape) -> str:
     """Return why a column can be no feature as it is; empty where it may be one."""
     if not shape.known:
         return "empty"

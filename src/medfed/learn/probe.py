@@ -29,7 +29,7 @@ from medfed.data.federated import Patients, Rows, Stack
 from medfed.learn import dpsgd, local
 from medfed.learn.layers import without_rule
 from medfed.learn.local import LocalPlan, Path, drawing
-from medfed.learn.watching import Watch, find_failing_part
+from medfed.learn.watching import ModuleWatch, find_failing_part
 from medfed.learn.zoo import Dropout, seeded
 
 PATHS: tuple[Path, ...] = ("rules", "func", "loop")
@@ -186,12 +186,14 @@ class _Case:
     def refusal(self, what: str, action: str) -> PlanError:
         return PlanError(f"{self.where}: {what}. {action}")
 
-    def run(self, training: bool, x_BF: Tensor | None = None, watch: Watch | None = None) -> Tensor:
+    def run(
+        self, training: bool, x_BF: Tensor | None = None, watch: ModuleWatch | None = None
+    ) -> Tensor:
         """Return the module's outputs, all draws from one seed; raise PlanError where it fails,
         naming the part.
         """
         x_BF = self.x_BF if x_BF is None else x_BF
-        watch = watch or Watch(self.model)
+        watch = watch or ModuleWatch(self.model)
         self.model.train(training)
         try:
             with watch.watch(), seeded(1), drawing(self.model, torch.tensor(1)):
@@ -238,7 +240,7 @@ class _Case:
         would repeat.
         """
         for training in (False, True):
-            watch = Watch(self.model)
+            watch = ModuleWatch(self.model)
             self.run(training, watch=watch)
             if watch.drew and not training:
                 raise self.refusal(
@@ -276,8 +278,9 @@ class _Case:
             if name not in after or name not in before or not _same(before[name], after[name]):
                 kind = "parameter" if name in dict(self.model.named_parameters()) else "buffer"
                 owner = self.model.get_submodule(name.rpartition(".")[0])
+                part = ModuleWatch(self.model).name_of(owner)
                 raise self.refusal(
-                    f"{Watch(self.model).name_of(owner)} changes its {kind} {name!r} when it is "
+                    f"{part} changes its {kind} {name!r} when it is "
                     "called: that is neither averaged nor under the clip",
                     "Take a layer that keeps nothing: nn.LayerNorm or nn.GroupNorm for a norm "
                     "over the batch, weight_norm for spectral_norm.",
@@ -287,7 +290,7 @@ class _Case:
         for name, value in _attributes(self.model).items():
             if self.attributes.get(name) != value:
                 part, _, attribute = name.rpartition(".")
-                told = Watch(self.model).name_of(self.model.get_submodule(part))
+                told = ModuleWatch(self.model).name_of(self.model.get_submodule(part))
                 raise self.refusal(
                     f"{told} changes its attribute {attribute!r} when it is called: that "
                     "is not saved, and may hand on what it has seen of a patient",
@@ -296,7 +299,7 @@ class _Case:
                 )
 
         # what no look at it shows: another answer
-        watches = [Watch(self.model) for _ in range(2)]
+        watches = [ModuleWatch(self.model) for _ in range(2)]
         second = [
             self.run(training, watch=w) for training, w in zip((True, False), watches, strict=True)
         ]
@@ -310,10 +313,10 @@ class _Case:
     def check_rows(self) -> None:
         """Refuse a row whose outputs follow from the other rows, in training or in evaluation."""
         for training in (False, True):
-            watch = Watch(self.model)
+            watch = ModuleWatch(self.model)
             z_BC = self.run(training, watch=watch)
             for other_BF in self._others():
-                changed = Watch(self.model)
+                changed = ModuleWatch(self.model)
                 try:
                     z2_BC = self.run(training, other_BF, changed)
                 except PlanError:
@@ -333,7 +336,7 @@ class _Case:
                 if not _near(z_BC[n], alone_1C[0]) and not (
                     training and (self.draws or random_masks)
                 ):
-                    raise self._mixing(Watch(self.model).name_of(self.model))
+                    raise self._mixing(ModuleWatch(self.model).name_of(self.model))
 
     def _others(self) -> Iterator[Tensor]:
         """Yield the rows with the last one changed: into another's, into a large one, into one that
@@ -354,7 +357,7 @@ class _Case:
         )
 
 
-def _find_mixer(one: Watch, other: Watch, model: nn.Module) -> str:
+def _find_mixer(one: ModuleWatch, other: ModuleWatch, model: nn.Module) -> str:
     """Return the part in which rows that went in alike came out different."""
     for (told, before, y), (_, before2, y2) in zip(one.seen, other.seen, strict=False):
         rows = len(y) - 1 if y.dim() else 0
@@ -405,7 +408,9 @@ def _find_fastest(case: _Case, paths: tuple[Path, ...]) -> Probed:
     try:
         wanted = _gradients(case, "loop")
     except Exception as error:
-        part = find_failing_part(case.model, case.x_BF) or Watch(case.model).name_of(case.model)
+        part = find_failing_part(case.model, case.x_BF) or ModuleWatch(case.model).name_of(
+            case.model
+        )
         told = f"the gradient of {part} cannot be taken: {_words(error)}"
         raise case.refusal(told, "Correct its backward pass.") from error
     if not wanted.isfinite().all():
@@ -462,7 +467,7 @@ def _find_registered_twice(model: nn.Module) -> str:
     seen = set[int]()
     for _, part in model.named_modules(remove_duplicate=False):
         if id(part) in seen and any(True for _ in part.parameters()):
-            return Watch(model).name_of(part)
+            return ModuleWatch(model).name_of(part)
         seen.add(id(part))
     return ""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Watch:
+class ModuleWatch:
     """What happens while a module is called: which part runs, which draw, what goes in and comes
     out of each.
     """
@@ -28,7 +28,7 @@ class Watch:
         self._states: list[tuple[object, ...]] = []
 
     @contextmanager
-    def watch(self) -> Iterator["Watch"]:
+    def watch(self) -> Iterator["ModuleWatch"]:
         """Watch every part of the module."""
         handles = []
         for part in self.model.modules():
@@ -110,7 +110,7 @@ def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
 
     for part, given in calls:  # those inside come first, as they end first
         if not _goes_back(part, given):
-            return Watch(model).name_of(part)
+            return ModuleWatch(model).name_of(part)
     return ""
 
 

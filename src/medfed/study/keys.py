@@ -744,7 +744,7 @@ class Robustness:
 
 
 @dataclass(frozen=True)
-class Fleet:
+class Participation:
     """Who takes part in a round."""
 
     clients_per_round: int = key(0, "Sites drawn at random each round.", at_least(0, {0: "all"}))

@@ -15,9 +15,9 @@ from medfed.core.refusals import Refusal, refuse
 from medfed.study.keys import (
     About,
     Data,
-    Fleet,
     Model,
     Monitor,
+    Participation,
     Privacy,
     Robustness,
     Security,
@@ -42,7 +42,7 @@ class Study:
     privacy: Privacy = field(default_factory=Privacy)
     security: Security = field(default_factory=Security)
     robustness: Robustness = field(default_factory=Robustness)
-    fleet: Fleet = field(default_factory=Fleet)
+    fleet: Participation = field(default_factory=Participation)
     monitor: Monitor = field(default_factory=Monitor)
     # where `data.table` is looked for
     folder: Path = field(default=Path(), metadata={"hidden": True})
