@@ -1,5 +1,5 @@
-"""The names of the brief that asked for this system, each a thin entry over the part that does the
-work.
+"""The names of the brief that asked for this system,
+each a thin entry over the part that does the work.
 
 For whoever comes with those names in hand; docs/from-the-brief.md maps all of them. Of the package
 only `medfed` itself, which hands out some of these names, knows this module. Names whose part is
@@ -99,8 +99,8 @@ class EnhancedMedicalIoMTDevice:
         return [cls(site.name, source, data) for site in runs.open_sites(_open(source), data)]
 
     def train_local_model(self) -> Tensor:
-        """Return the row [M] of the site's first local training: what it would send, before noise
-        and sealing.
+        """Return the row [M] of the site's first local training:
+        what it would send, before noise and sealing.
 
         It stays in this process. Raises StudyError for a site that the study does not have.
         """
@@ -135,8 +135,8 @@ class EnhancedMedicalIoMTDevice:
         )
 
     def get_medical_privacy_report(self) -> dict[str, Any]:
-        """Return what this site's patients will pay, before training: noise, epsilon of a round and
-        of the run.
+        """Return what this site's patients will pay, before training:
+        noise, epsilon of a round and of the run.
         """
         found = runs.privacy_outlook(self.study, self.data)
         mode = next(iter(found["modes"]))
@@ -193,8 +193,8 @@ class EnhancedFederatedServer:
     def run_enhanced_federated_learning(
         self, config: FederatedRoundConfig | None = None, out: Path | None = None
     ) -> Result:
-        """Run the study, in a folder of its own; raises StudyError where a site of it is not
-        registered.
+        """Run the study, in a folder of its own;
+        raises StudyError where a site of it is not registered.
         """
         sites = [site.name for site in runs.open_sites(_open(self.study), self.data)]
         if absent := [name for name in sites if name not in self.devices]:
@@ -204,23 +204,23 @@ class EnhancedFederatedServer:
         return runs.run((config or FederatedRoundConfig()).apply(self.study), out, self.data)
 
     def secure_aggregation(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked,
-        opened.
+        """Return the sum [M] of rows that nobody sees:
+        shared among three aggregators, checked, opened.
         """
         return AdvancedSecurityManager().secure_aggregation(rows)
 
     def privacy_preserving_update(
         self, total_M: Tensor, clip: float, preserver: "EnhancedPrivacyPreserver"
     ) -> Tensor:
-        """Return a sum of clipped rows with the noise that the preserver's budget asks for, and
-        count it.
+        """Return a sum of clipped rows with the noise that
+        the preserver's budget asks for, and count it.
         """
         return preserver.add_noise(total_M, clip)
 
 
 class EnhancedPrivacyPreserver:
-    """Noise for a number of releases that together cost (epsilon, delta), and the count of what was
-    spent.
+    """Noise for a number of releases that together cost (epsilon,
+    delta), and the count of what was spent.
     """
 
     def __init__(self, epsilon: float = 1.0, delta: float = 1e-6, releases: int = 1) -> None:
@@ -284,8 +284,8 @@ class AdvancedSecurityManager:
         return reputation.detect_byzantine_devices(told, most)
 
     def secure_aggregation(self, rows: Mapping[str, Tensor], bits: int = 20) -> Tensor:
-        """Return the sum [M] of rows that nobody sees: shared among three aggregators, checked,
-        opened.
+        """Return the sum [M] of rows that nobody sees:
+        shared among three aggregators, checked, opened.
         """
         steps = {
             name: torch.round(row.double() * 2.0**bits).to(torch.int64).numpy()

@@ -353,8 +353,8 @@ def privacy_claim(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a finished run guarantees to a patient, in words and numbers a reviewer
-    can check.
+    """Show what a finished run guarantees to a patient,
+    in words and numbers a reviewer can check.
     """
     from medfed.runs import claims
     from medfed.screens.console import claim

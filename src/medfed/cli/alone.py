@@ -22,8 +22,8 @@ def alone(
     data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a site's own model, at the site and for its eyes only, and hold it against a finished
-    run's.
+    """Train a site's own model, at the site and for its eyes only,
+    and hold it against a finished run's.
 
     No claim covers what is printed: it follows from the site's records without noise. Nothing is
     written or sent.

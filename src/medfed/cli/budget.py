@@ -61,8 +61,8 @@ def budget(
     folder: Place = None,
     delta: Annotated[float | None, typer.Option(help="At which delta; default: as it was.")] = None,
 ) -> None:
-    """Change the lifetime budget of a site's patients, on record: for all studies, from the next
-    charge on.
+    """Change the lifetime budget of a site's patients, on record:
+    for all studies, from the next charge on.
     """
     from medfed import runs
 

@@ -1,5 +1,5 @@
-"""`medfed data`: the sources, and what lies in a table: the doctor that names all that is wrong
-with it.
+"""`medfed data`: the sources, and what lies in a table:
+the doctor that names all that is wrong with it.
 """
 
 import json
@@ -48,8 +48,8 @@ def data_list(as_json: AsJson = False) -> None:
 def data_get(
     source: Annotated[str, typer.Argument(help="A built-in source.")], data: DataFolder = None
 ) -> None:
-    """Download a source, checked by sha256, into the cache; what is at hand is not downloaded
-    again.
+    """Download a source, checked by sha256, into the cache;
+    what is at hand is not downloaded again.
     """
     from medfed.data.bundled import SOURCES, get
 
@@ -84,8 +84,8 @@ def data_show(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show each site's rows, features, gaps, classes and label skew, and what is doubtful, without
-    training.
+    """Show each site's rows, features, gaps, classes and label skew,
+    and what is doubtful, without training.
 
     Exit code 1 where the study that is written cannot run as it is, but for its blanks.
     """

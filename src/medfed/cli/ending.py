@@ -1,5 +1,5 @@
-"""How a command ends: its exit code, and what is said of a failure, in one line unless `--debug`
-asks for more.
+"""How a command ends: its exit code, and what is said of a failure,
+in one line unless `--debug` asks for more.
 """
 
 import errno
@@ -66,8 +66,8 @@ def tell(error: BaseException, debug: bool) -> int:
 
 
 def flush(code: int) -> int:
-    """Return the exit code once standard output is written out: quietly where nobody reads it any
-    more.
+    """Return the exit code once standard output is written out:
+    quietly where nobody reads it any more.
     """
     if sys.stdout is None:
         return code
@@ -143,8 +143,8 @@ def _print(text: str) -> None:
 
 
 def _drop_output() -> None:
-    """Point standard output at nothing, so that the interpreter's own last flush does not
-    fail too.
+    """Point standard output at nothing,
+    so that the interpreter's own last flush does not fail too.
     """
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

@@ -32,8 +32,8 @@ def key_new(
         Path | None, typer.Option(help="Key file to make; default: keys/NAME.key.")
     ] = None,
 ) -> None:
-    """Make a party's keys, at the party, under MEDFED_PASSPHRASE or what is typed; the file never
-    leaves it.
+    """Make a party's keys, at the party, under MEDFED_PASSPHRASE or what is typed;
+    the file never leaves it.
     """
     from urllib.parse import quote
 
@@ -82,8 +82,8 @@ def key_request(
         Path | None, typer.Option(help="The key file that this one takes the place of.")
     ] = None,
 ) -> None:
-    """Write an enrolment request: public keys, signed. Send it to the consortium, and tell it the
-    fingerprint.
+    """Write an enrolment request: public keys, signed.
+    Send it to the consortium, and tell it the fingerprint.
     """
     from medfed.compliance import consortium
     from medfed.core import files

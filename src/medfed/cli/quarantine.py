@@ -43,8 +43,8 @@ def quarantine_lift(
     reason: Annotated[str, typer.Option(help="Why; it stays on record.")],
     operator: Annotated[str, typer.Option(help="Who decides; default: who is logged in.")] = "",
 ) -> None:
-    """Let a client take part from the next round on, with nothing held against it; the decision is
-    an event.
+    """Let a client take part from the next round on,
+    with nothing held against it; the decision is an event.
     """
     from medfed import runs
 

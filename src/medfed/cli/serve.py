@@ -25,8 +25,8 @@ def serve(
         str, typer.Option(help="Show what this site may see, and no other site's figures.")
     ] = "",
 ) -> None:
-    """Show runs in a browser as they happen, with their pages, downloads and /metrics; read-only,
-    until Ctrl-C.
+    """Show runs in a browser as they happen, with their pages,
+    downloads and /metrics; read-only, until Ctrl-C.
 
     The address that is printed holds a token; without it nothing is shown. MEDFED_TOKEN sets it (20
     characters or more), as a scraper of /metrics needs.

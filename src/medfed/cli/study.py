@@ -1,5 +1,5 @@
-"""`medfed study check`, `fix`: what stands against a study, all at once, and the study that would
-be accepted.
+"""`medfed study check`, `fix`: what stands against a study,
+all at once, and the study that would be accepted.
 """
 
 import json
@@ -20,8 +20,8 @@ app = typer.Typer(
 
 @app.command()
 def check(study: StudyName, set: Settings = []) -> None:  # noqa: B006
-    """Tell all that stands against a study, from its file and its table's header; no record is
-    read.
+    """Tell all that stands against a study,
+    from its file and its table's header; no record is read.
 
     Sites and cells are looked at by `medfed data show`, and by a run before it trains.
     """
@@ -51,8 +51,8 @@ def fix(
     data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the study that would be accepted: what has a safe answer is set, what only you know is
-    a blank.
+    """Print the study that would be accepted:
+    what has a safe answer is set, what only you know is a blank.
 
     A blank (range = [], categories = [], a size of 0) is refused until it is filled in. Columns are
     named from the table's header; no record is read but by --from-data. Comments of the file are

@@ -91,8 +91,8 @@ def approve(
 
 
 def revoke(folder: Path, authority: Identity, name: str, reason: str) -> None:
-    """Take a member off the list: from now on its messages count nowhere. Raises SignatureError,
-    RevokedError.
+    """Take a member off the list: from now on its messages count nowhere.
+    Raises SignatureError, RevokedError.
     """
     _ = read(folder, authority.public).roster[name]
     _append(folder, authority, "revoked", {"name": name, "reason": reason})
@@ -164,8 +164,8 @@ def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, An
 
 
 def own_keys(study: Study, name: str, role: str) -> Identity:
-    """Return a party's own keys: made now, or from its key file where the study names a list of
-    members.
+    """Return a party's own keys:
+    made now, or from its key file where the study names a list of members.
 
     The passphrase is MEDFED_PASSPHRASE. Raises KeyFileError where there is none, or it cannot be
     opened.

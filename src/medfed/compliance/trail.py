@@ -37,8 +37,8 @@ class Trail:
     def open(
         cls, path: Path, writer: str, public: bytes, sign: Callable[[bytes], bytes]
     ) -> "Trail":
-        """Begin a trail, or go on with one; its first line says with which key, `public`, the next
-        are signed.
+        """Begin a trail, or go on with one;
+        its first line says with which key, `public`, the next are signed.
 
         A last line that a crash tore is cut off, and the opening line says so. Raises WriteError
         where the system refuses.

@@ -68,8 +68,8 @@ class QuorumError(MedfedError):
 
 
 class KeyFileError(MedfedError):
-    """A party cannot open its keys: the file is missing, open to others, damaged, or under another
-    passphrase.
+    """A party cannot open its keys: the file is missing,
+    open to others, damaged, or under another passphrase.
     """
 
 
@@ -106,8 +106,8 @@ class RevokedError(EnvelopeError):
 
 
 class AbortError(QuorumError):
-    """A secure round ended without opening anything. The reason names the party; the run can be
-    resumed.
+    """A secure round ended without opening anything.
+    The reason names the party; the run can be resumed.
     """
 
 
@@ -151,8 +151,8 @@ _FEW = 5
 
 
 def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
-    """Say why whom, those who share a reason together: "north, south: late; east: its row is not
-    finite".
+    """Say why whom, those who share a reason together:
+    "north, south: late; east: its row is not finite".
     """
     return "; ".join(
         f"{those(names, most)}: {reason}" for reason, names in sharing(excluded).items()
@@ -177,8 +177,8 @@ def rows_of(first: Sequence[int], count: int) -> str:
 
 
 def sharing(excluded: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the reasons, each with those who share it; a site's own name in its reason makes no
-    other reason.
+    """Return the reasons, each with those who share it;
+    a site's own name in its reason makes no other reason.
 
     A reason that several are told word for word may name one of them: who pays together is refused
     together.
@@ -207,8 +207,8 @@ def those(names: Sequence[str], most: int = 5) -> str:
 
 @contextmanager
 def naming(excluded: Mapping[str, object]) -> Iterator[None]:
-    """Have a QuorumError that leaves the block say whom it was without, and why: in its text and in
-    `excluded`.
+    """Have a QuorumError that leaves the block say whom it was without, and why:
+    in its text and in `excluded`.
 
     Whom its own `excluded` names, its text has told already. `excluded` may grow while the block
     runs.
@@ -226,8 +226,8 @@ def naming(excluded: Mapping[str, object]) -> Iterator[None]:
 
 @contextmanager
 def advising(then: str) -> Iterator[None]:
-    """Have what ends the block early carry, as a note, what to do next; of several, the innermost
-    speaks.
+    """Have what ends the block early carry, as a note, what to do next;
+    of several, the innermost speaks.
 
     A refusal that medfed words says so itself: only where the system refuses to write is there more
     to say.

@@ -1,5 +1,5 @@
-"""Where a probability becomes a call: a threshold that is declared, or chosen on training rows by a
-declared rule.
+"""Where a probability becomes a call:
+a threshold that is declared, or chosen on training rows by a declared rule.
 
 What a rule needs of training rows is a vector of counts that adds up over sites, so that one sum
 can be noised once.
@@ -19,8 +19,8 @@ EXACT_EDGES = np.linspace(-12, 12, 769)
 
 
 CELLS = 32
-"""Cells of a noised test: few, as each has noise of its own; enough that ties within one hardly
-matter.
+"""Cells of a noised test: few, as each has noise of its own;
+enough that ties within one hardly matter.
 """
 
 CHOOSING_CELLS = 16
@@ -53,8 +53,8 @@ def logit(p: float) -> float:
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """How the threshold is found. level: the probability itself, or the least share of positives to
-    be called.
+    """How the threshold is found. level:
+    the probability itself, or the least share of positives to be called.
     """
 
     name: Literal["fixed", "prevalence", "sensitivity", "youden"]
@@ -82,8 +82,8 @@ class ThresholdRule:
         return count_C2.ravel()
 
     def choose(self, edges: np.ndarray, vector: np.ndarray, sd: float = 0.0) -> float | None:
-        """Return the probability from which records are called positive; None where the noise `sd`
-        hides it.
+        """Return the probability from which records are called positive;
+        None where the noise `sd` hides it.
 
         prevalence: as many are called as are positive. sensitivity: the highest edge above which at
         least `level` of the positives lie, by two standard deviations of the noise. youden: the
@@ -118,8 +118,8 @@ class ThresholdRule:
 
 
 def parse(text: str) -> ThresholdRule | None:
-    """Read a rule: a probability in (0, 1), "prevalence", "sensitivity>=S" or "youden"; None for
-    anything else.
+    """Read a rule: a probability in (0, 1), "prevalence",
+    "sensitivity>=S" or "youden"; None for anything else.
     """
     if text in ("prevalence", "youden"):
         return ThresholdRule(text)  # type: ignore[arg-type]
@@ -134,8 +134,8 @@ def parse(text: str) -> ThresholdRule | None:
 
 
 def _count_above(count_C: np.ndarray) -> np.ndarray:
-    """Return how many lie in each cell and above [C]; noise must not make it grow from one cell to
-    the next.
+    """Return how many lie in each cell and above [C];
+    noise must not make it grow from one cell to the next.
     """
     return np.maximum.accumulate(np.maximum(np.cumsum(count_C[::-1]), 0))[::-1]
 

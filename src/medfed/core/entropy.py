@@ -65,8 +65,8 @@ class Entropy:
         return self.words(count) < np.uint64(math.floor(Fraction(p) * 2**64))
 
     def below(self, n: int, count: int) -> Integers:
-        """Return [count] integers uniform on 0 .. n - 1, n at most 2^63; a word that would lean is
-        drawn again.
+        """Return [count] integers uniform on 0 ..
+        n - 1, n at most 2^63; a word that would lean is drawn again.
         """
         if not 1 <= n <= 2**63:
             raise PlanError(f"n={n}: expected 1 to 2^63. Draw from fewer numbers.")

@@ -1,5 +1,5 @@
-"""Writing that survives a crash: beside the place, flushed to disk, then renamed; by one process at
-a time.
+"""Writing that survives a crash: beside the place,
+flushed to disk, then renamed; by one process at a time.
 """
 
 import errno
@@ -22,8 +22,8 @@ _UNFLUSHED = {
     errno.EACCES,
     errno.EPERM,
 }
-"""What shares answer (CIFS, FUSE) that cannot open or flush a folder, though what is in it is
-whole.
+"""What shares answer (CIFS, FUSE) that cannot open or flush a folder,
+though what is in it is whole.
 """
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

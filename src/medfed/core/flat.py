@@ -45,8 +45,8 @@ class Layout:
 
 
 def vector(module: nn.Module) -> Tensor:
-    """Return a copy [P] of the module's parameters, in float32 or wider: means of halves lose what
-    they are for.
+    """Return a copy [P] of the module's parameters, in float32 or wider:
+    means of halves lose what they are for.
     """
     parameters = list(select_trained(module).values())
     wide = any(p.dtype == torch.float64 for p in parameters)

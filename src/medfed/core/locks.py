@@ -1,5 +1,5 @@
-"""Lock files: one process at a time, named to whoever comes second, and known to be gone when it
-died.
+"""Lock files: one process at a time, named to whoever comes second,
+and known to be gone when it died.
 
 The kernel decides where it has locks (flock): it lets go of a dead process's. Shares without them
 answer ENOLCK or EOPNOTSUPP; there the file itself is the lock, as only one process can make it, and
@@ -120,8 +120,8 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _win(handle: int, made: bool, path: Path) -> bool:
-    """Take an open lock file, or return False where it is no longer the one at `path`. Raises
-    HeldError.
+    """Take an open lock file, or return False where it is no longer the one at `path`.
+    Raises HeldError.
     """
     locked = _flock(handle)
     if locked is None:
@@ -165,8 +165,8 @@ def _win_by_name(handle: int, made: bool, path: Path) -> bool:
 
 
 def _clear(path: Path, gone: Holder) -> None:
-    """Take away a dead process's file; one process at a time, so that nobody takes away the next
-    one's.
+    """Take away a dead process's file;
+    one process at a time, so that nobody takes away the next one's.
     """
     guard = path.with_name(f"{path.name}.clearing")
     try:
@@ -205,8 +205,8 @@ def _flock(handle: int) -> bool | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Say whether an open file is still the one at its place: a lock on an unlinked file holds
-    nobody off.
+    """Say whether an open file is still the one at its place:
+    a lock on an unlinked file holds nobody off.
     """
     try:
         there = path.stat()
@@ -251,8 +251,8 @@ def _read_namespace() -> str:
 
 
 def _read_start(pid: int) -> str:
-    """Return when a process began, in ticks since the machine did; empty where it has ended, or
-    nobody says.
+    """Return when a process began, in ticks since the machine did;
+    empty where it has ended, or nobody says.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()

@@ -71,8 +71,8 @@ def is_nobody(text: str, absent: frozenset[str]) -> bool:
 
 
 def _canonicalise(text: str) -> str:
-    """Return the canonical name; a table of a million ids has mostly plain numbers, which need no
-    folding.
+    """Return the canonical name;
+    a table of a million ids has mostly plain numbers, which need no folding.
     """
     if len(text) <= _PLAIN and text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"

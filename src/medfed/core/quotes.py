@@ -1,5 +1,5 @@
-"""Cells that errors and doubts quote as examples: up to three, as they were read, cut short; under
-a claim none.
+"""Cells that errors and doubts quote as examples:
+up to three, as they were read, cut short; under a claim none.
 
 Every example is made here, so that one switch (`withhold`) keeps all of them back. The site's own
 log is another matter: it may quote rows. A patient's id is never an example: rows are told by their
@@ -18,8 +18,8 @@ _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
 @contextmanager
 def withhold(claimed: bool = True) -> Iterator[None]:
-    """Have no cell quoted in here where something is `claimed`; what an outer block keeps back
-    stays back.
+    """Have no cell quoted in here where something is `claimed`;
+    what an outer block keeps back stays back.
     """
     token = _withheld.set(claimed or _withheld.get())
     try:

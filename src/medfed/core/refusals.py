@@ -27,8 +27,8 @@ LEAVE_OUT = toml.Ask(None, "")
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that stands against a study: the error that tells it, and the settings by path that
-    would mend it.
+    """One thing that stands against a study:
+    the error that tells it, and the settings by path that would mend it.
 
     A value is one that is right whatever the records are, or a blank (`toml.Ask`). Without any, a
     person has to choose.

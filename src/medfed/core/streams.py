@@ -1,5 +1,5 @@
-"""Named randomness: one stream for each purpose, round and client, so that no draw ever moves
-another.
+"""Named randomness: one stream for each purpose,
+round and client, so that no draw ever moves another.
 
 A stream is a 64-bit key made from the study's seed and a name. Numbers come from SplitMix64
 (Steele, Lea and Flood, OOPSLA 2014) as a counter generator: number i of a stream is a function of
@@ -55,8 +55,8 @@ def _hash(text: str) -> int:
 
 
 def patient_fraction(key: int, patient: str) -> float:
-    """Map a patient to [0, 1) by a keyed hash: a function of this patient alone, so that no patient
-    moves another.
+    """Map a patient to [0, 1) by a keyed hash:
+    a function of this patient alone, so that no patient moves another.
     """
     digest = hashlib.blake2b(
         patient.encode(), digest_size=8, key=(key % (1 << 64)).to_bytes(8, "little")
@@ -95,8 +95,8 @@ def normal(key_K: Tensor, count: int) -> Tensor:
 
 
 def shuffles(key_K: Tensor, size_K: Tensor) -> Tensor:
-    """Return a random order [K, S] of 0 .. size-1 for each client, S = max size; entries from size
-    on are filler.
+    """Return a random order [K, S] of 0 ..
+    size-1 for each client, S = max size; entries from size on are filler.
     """
     longest = int(size_K.max())
     rank_KS = _shift(words(key_K, longest), 2)

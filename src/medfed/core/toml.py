@@ -1,5 +1,5 @@
-"""TOML as people paste it: keys quoted where a name needs it, values on one line, blanks with what
-they ask for.
+"""TOML as people paste it: keys quoted where a name needs it,
+values on one line, blanks with what they ask for.
 """
 
 import re
@@ -17,8 +17,8 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Ask:
-    """A blank for what only a person knows: `blank` is refused until it is filled in, `what` says
-    with what.
+    """A blank for what only a person knows:
+    `blank` is refused until it is filled in, `what` says with what.
     """
 
     blank: Any
@@ -107,8 +107,8 @@ def nest(settings: Mapping[Path, Any]) -> dict[str, Any]:
 def document(
     tables: Mapping[str, Any], notes: Mapping[Path, str] | None = None, at: Path = ()
 ) -> Iterator[str]:
-    """Yield the lines of tables that may hold blanks (`Ask`); `notes` are said beside the value of
-    their path.
+    """Yield the lines of tables that may hold blanks (`Ask`);
+    `notes` are said beside the value of their path.
 
     What a blank asks for stands above it, once for neighbours that ask alike.
     """

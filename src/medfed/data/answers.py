@@ -1,5 +1,5 @@
-"""Sites' answers to the questions by which scales are agreed: counts and sums of training values,
-never a value.
+"""Sites' answers to the questions by which scales are agreed:
+counts and sums of training values, never a value.
 
 A float64 is asked for as a `word`, a uint64 of the same order, so that quantiles are found digit by
 digit.
@@ -24,8 +24,8 @@ def answer(
     logs: dict[str, float],
     ask: dict[str, Tensor],
 ) -> Tensor:
-    """Answer a coordinator's question about the site's training values: counts (int64) or sums
-    (float64).
+    """Answer a coordinator's question about the site's training values:
+    counts (int64) or sums (float64).
 
     "known": how many values each feature has. "below": how many lie below thresholds [F, Q, 16].
     "sum": their sum. "squares": the sum of squared distances from the centres [F].
@@ -66,8 +66,8 @@ def answer_each(
     logs: dict[str, float],
     ask: dict[str, Tensor],
 ) -> Tensor:
-    """Return `answer` of each of `tables`, [K, ...]; `question`, `names`, `logs` and `ask` as
-    there.
+    """Return `answer` of each of `tables`, [K, ...];
+    `question`, `names`, `logs` and `ask` as there.
 
     Counts of many sites come from one pass over all values of a feature.
     """
@@ -114,8 +114,8 @@ sites that are kept.
 
 
 def _is_worth_sorting(tables: Sequence[SiteTable], names: Sequence[str]) -> bool:
-    """Say whether sites are few and large, so that values in order answer sooner than a pass over
-    all of them.
+    """Say whether sites are few and large,
+    so that values in order answer sooner than a pass over all of them.
     """
     rows = sum(map(len, tables))
     return rows >= _LARGE * len(tables) and rows * len(names) <= _MOST_SORTED
@@ -152,8 +152,8 @@ def _count_below_each(
 
 
 def training_values(table: SiteTable, name: str, logs: dict[str, float]) -> np.ndarray:
-    """Return the known training values [n] of a feature of `table` or (`name` "") of its target,
-    float64.
+    """Return the known training values [n] of a feature
+    of `table` or (`name` "") of its target, float64.
 
     Of a feature in `logs` it is the logarithm, of values raised to the floor that stands there.
     """
@@ -170,8 +170,8 @@ def _take_log(values: np.ndarray, name: str, logs: dict[str, float]) -> np.ndarr
 
 
 def to_word(value: np.ndarray) -> np.ndarray:
-    """Map float64 to uint64 so that order is kept: flip all bits of negatives, the sign bit of the
-    others.
+    """Map float64 to uint64 so that order is kept:
+    flip all bits of negatives, the sign bit of the others.
     """
     bits = (np.asarray(value, dtype=np.float64) + 0.0).view(np.uint64)  # + 0.0 makes -0 a 0
     return np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(1 << 63))

@@ -131,8 +131,8 @@ def _heart(folder: Path | None, progress: bool) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# An indicator where a hospital may not make the test at all: laboratory, fluoroscopy, scintigraphy,
-# slope.
+# An indicator where a hospital may not make the test at all:
+# laboratory, fluoroscopy, scintigraphy, slope.
 _HEART_DICTIONARY = {
     "age": Feature(range=(20, 100), unit="years"),
     "sex": Feature(categories=("0", "1"), doc="1 is male"),

@@ -142,8 +142,8 @@ def far_all(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _gaps(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the sites [K'] of whose distances from the median, its own from zero among them, two
-    lie far apart.
+    """Return the sites [K'] of whose distances from the median,
+    its own from zero among them, two lie far apart.
     """
     sites = len(ends) - 1
     known = np.isfinite(values)

@@ -30,8 +30,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Match:
-    """What a column's name says: a variable, or the few that it may be; a unit, if any; what else
-    stood there.
+    """What a column's name says: a variable, or the few that it may be;
+    a unit, if any; what else stood there.
     """
 
     variables: tuple[Variable, ...]
@@ -167,8 +167,8 @@ def _groups() -> frozenset[str]:
 
 
 def _beside(word: str) -> frozenset[str]:
-    """Return the groups beside whose variables a word or a time may stand; none where it makes them
-    others.
+    """Return the groups beside whose variables a word or a time may stand;
+    none where it makes them others.
     """
     return _affixes().get(word) or (_groups() if _TIME.fullmatch(word) else frozenset())
 
@@ -207,8 +207,8 @@ def _read(words: list[str], letters: int) -> Match | None:
 
 
 def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | None:
-    """Return what was found where an abbreviation in brackets behind it says the same: Prothrombin
-    time (PT).
+    """Return what was found where an abbreviation in brackets behind it says the same:
+    Prothrombin time (PT).
     """
     if found is None:
         return None
@@ -225,8 +225,8 @@ def _confirm_abbreviation(found: Match | None, abbreviation: str) -> Match | Non
 def _find_variables(
     name: str, measured: tuple[units.Unit, ...], clear: bool, taken: list[str]
 ) -> Match | None:
-    """Return the variables of a bare name that have the unit, and that the words taken off can be
-    said of.
+    """Return the variables of a bare name that have the unit,
+    and that the words taken off can be said of.
 
     A unit makes an uncertain name certain only where it is clear and usual: pt_sec is a prothrombin
     time, pt_days not.
@@ -260,8 +260,8 @@ def _find_variables(
 
 
 def _unit_at_end(left: list[str]) -> tuple[int, tuple[units.Unit, ...]]:
-    """Return how many words at the end are a unit, and which it may be; the longest counts, and a
-    name is left.
+    """Return how many words at the end are a unit, and which it may be;
+    the longest counts, and a name is left.
     """
     for cut in range(min(_LONGEST_UNIT, len(left) - 1), 0, -1):
         meant = units.units_by_spelling().get("".join(left[-cut:]))

@@ -1,5 +1,5 @@
-"""What a database answers to one SELECT, read only: DuckDB, SQLite, and whatever SQLAlchemy has a
-dialect for.
+"""What a database answers to one SELECT, read only:
+DuckDB, SQLite, and whatever SQLAlchemy has a dialect for.
 
 Nothing is written: another statement than SELECT is refused, files are opened read only, and a
 transaction is rolled back. A password never stands in a study: `${NAME}` in the address is taken
@@ -37,8 +37,8 @@ _WRITES = re.compile(
 
 
 def read(data: Data, folder: Path, private: bool) -> pd.DataFrame:
-    """Return the rows that the database answers, numbered from 2; a relative file is looked for in
-    `folder`.
+    """Return the rows that the database answers, numbered from 2;
+    a relative file is looked for in `folder`.
 
     Raises StudyError for a query that may write and a password in the study, DataError where there
     is no answer; `private`: what the database says of it, which may quote a cell, stays in the
@@ -162,8 +162,8 @@ def _import_driver(name: str) -> Any:
 def _to_frame(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], data: Data, where: str, private: bool
 ) -> pd.DataFrame:
-    """Return rows as pandas has them. A cell that is no number and no text is refused, under a
-    claim missing.
+    """Return rows as pandas has them.
+    A cell that is no number and no text is refused, under a claim missing.
     """
     known = names_of([str(name) for name in columns], where)
     cells = [[_cell(cell) for cell in row] for row in rows]

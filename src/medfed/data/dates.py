@@ -1,5 +1,5 @@
-"""Dates as tables write them: the forms that a text may have, what a declared form reads, what a
-date becomes.
+"""Dates as tables write them: the forms that a text may have,
+what a declared form reads, what a date becomes.
 
 Whether 03.04.2024 is in March or in April no text says, so a form is declared and nothing is
 guessed; where several forms would read all of a column, all of them are named. A time of day may
@@ -108,8 +108,8 @@ def forms(texts: Sequence[str]) -> list[str]:
 
 
 def are_dates(texts: Sequence[str]) -> np.ndarray:
-    """Say of each text [n] whether some form reads it, or it is a date with a year of two digits,
-    bool [n].
+    """Say of each text [n] whether some form reads it,
+    or it is a date with a year of two digits, bool [n].
     """
     found: np.ndarray = np.array(
         [bool(re.fullmatch(_SHORT + _TIME, text)) for text in texts], dtype=bool

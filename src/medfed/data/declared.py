@@ -9,8 +9,8 @@ from medfed.study import Data, Feature, describe, described
 
 
 def declared_labels(data: Data) -> tuple[str, ...]:
-    """Return the labels that the dictionary declares; raise PlanError where a claim needs them and
-    it does not.
+    """Return the labels that the dictionary declares;
+    raise PlanError where a claim needs them and it does not.
     """
     refuse(refuse_unlabelled(data))
     return data.dictionary[data.target].categories
@@ -32,8 +32,8 @@ LABELS = toml.Ask([], "the labels that may occur, publicly known")
 
 
 def declared_range(data: Data) -> tuple[float, ...]:
-    """Return the range of a number that is predicted; raise PlanError where a claim needs one and
-    there is none.
+    """Return the range of a number that is predicted;
+    raise PlanError where a claim needs one and there is none.
     """
     ends = data.dictionary.get(data.target, Feature()).range
     if not ends:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 
 def skew(labels: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    """Return each site's label skew: total variation distance between its class shares and those of
-    all sites.
+    """Return each site's label skew:
+    total variation distance between its class shares and those of all sites.
 
     0: the same mix; 1: nothing in common.
     """
@@ -144,8 +144,8 @@ def _each(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
 
 
 def _sum_gaps(sites: Mapping[str, Mapping[str, Any]], gaps: Sequence[str]) -> Table:
-    """Return where values are missing most: over all rows, at how many sites wholly, and at which
-    most of all.
+    """Return where values are missing most:
+    over all rows, at how many sites wholly, and at which most of all.
     """
     rows = sum(s["rows"] for s in sites.values())
     share = {

@@ -148,16 +148,16 @@ def quote_cells(name: str, cells: Iterable[object]) -> tuple[str, ...]:
 
 
 def quotable(name: str) -> bool:
-    """Say whether a feature's cells may be shown as examples: not where it sounds as if they named
-    patients.
+    """Say whether a feature's cells may be shown as examples:
+    not where it sounds as if they named patients.
     """
     words = re.split(r"[^a-z0-9#]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).casefold())
     return _IDENTIFIERS.isdisjoint((*words, "".join(words)))
 
 
 def is_accepted(doubt: Doubt, data: Data) -> bool:
-    """Say whether the study says that it is right so: by the doubt's code, for all columns or for
-    this one.
+    """Say whether the study says that it is right so:
+    by the doubt's code, for all columns or for this one.
     """
     return doubt.code in data.accept or f"{doubt.code}:{doubt.column}" in data.accept
 

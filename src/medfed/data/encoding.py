@@ -53,8 +53,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Target:
-    """What is predicted: the labels in order (the last of two is positive), or a number's centre
-    and scale.
+    """What is predicted:
+    the labels in order (the last of two is positive), or a number's centre and scale.
     """
 
     name: str
@@ -128,8 +128,8 @@ class Encoding:
         fit_rows: np.ndarray,
         site: np.ndarray | None = None,
     ) -> Rows:
-        """Encode the rows marked in `rows`; what is missing is filled from those marked in
-        `fit_rows`.
+        """Encode the rows marked in `rows`;
+        what is missing is filled from those marked in `fit_rows`.
 
         A number is filled with the median of the site's own encoded training values, a category
         with the share of each category among them; a feature that the whole site lacks with zero,
@@ -185,8 +185,8 @@ class Encoding:
                 column, table.texts.get(column.name, np.full(len(table), None))
             )
 
-        # What stands in a gap: the constant of the column, or what the site's own training values
-        # say.
+        # What stands in a gap: the constant of the column,
+        # or what the site's own training values say.
         missing = np.isnan(values[:, 0])
         known = fit_rows & ~missing
         sites = int(site_N.max(initial=0)) + 1

@@ -10,8 +10,8 @@ from medfed.study import KINDS, Data, Feature, Study, described, is_pattern
 
 
 def features_of(columns: Sequence[str], data: Data) -> list[str]:
-    """Return the feature columns of a table: those that the study lists, else all that are nothing
-    else.
+    """Return the feature columns of a table:
+    those that the study lists, else all that are nothing else.
 
     A pattern takes what it matches; what is excluded is none, and what is made beside a feature is
     one with it.
@@ -51,8 +51,8 @@ def excluded_columns(columns: Sequence[str], data: Data) -> set[str]:
 
 
 def matching(pattern: str, columns: Sequence[str]) -> list[str]:
-    """Return the columns that a pattern takes: * stands for any text, ? for a character; a kind may
-    be any column.
+    """Return the columns that a pattern takes:
+    * stands for any text, ? for a character; a kind may be any column.
     """
     if pattern in KINDS:
         return list(columns)

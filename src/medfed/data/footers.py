@@ -1,5 +1,5 @@
-"""A footer that reads like a record: "Total,,312" below the last one, with as many cells as the
-header.
+"""A footer that reads like a record:
+"Total,,312" below the last one, with as many cells as the header.
 
 Under a claim nobody looks: there a footer is declared (`data.format.footer`).
 """
@@ -60,8 +60,8 @@ class Footer:
 
 
 def find(frame: pd.DataFrame, roles: Sequence[str]) -> Footer | None:
-    """Return the footer of a table, at the end of each of its files; `roles`: the columns that name
-    a record.
+    """Return the footer of a table, at the end of each of its files;
+    `roles`: the columns that name a record.
 
     A row is one where the first column or one of the roles says a word such as Total, which stands
     there nowhere else; or where the roles are all empty (of fewer than two: and hardly a cell is

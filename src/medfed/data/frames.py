@@ -32,8 +32,8 @@ class Frames(Mapping[str, pd.DataFrame]):
 
     @classmethod
     def split(cls, frame: pd.DataFrame, site: np.ndarray, names: Sequence[str]) -> "Frames":
-        """Give each row to the site that it names [rows], in the order of rows; one of no such site
-        is left out.
+        """Give each row to the site that it names [rows], in the order of rows;
+        one of no such site is left out.
         """
         code_N = pd.Index(names).get_indexer(pd.Index(site))
         order = np.argsort(code_N, kind="stable")

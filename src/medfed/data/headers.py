@@ -16,8 +16,8 @@ _MOST_MISNAMED = 10  # columns that are looked up one by one for a name that the
 
 
 def feature_names(frame: pd.DataFrame, data: Data) -> list[str]:
-    """Return the feature columns; raise DataError for the columns that the study names and the
-    table lacks.
+    """Return the feature columns;
+    raise DataError for the columns that the study names and the table lacks.
     """
     columns = [str(name) for name in frame.columns]
     refuse(refuse_misnamed(columns, data))

@@ -40,8 +40,8 @@ def header(names: Sequence[str], data: Data, folder: Path, private: bool) -> lis
 def join(
     frame: pd.DataFrame, data: Data, folder: Path, private: bool
 ) -> tuple[pd.DataFrame, dict[str, pd.Index]]:
-    """Return rows with the columns of the joined tables, and the rows that each of these does not
-    know.
+    """Return rows with the columns of the joined tables,
+    and the rows that each of these does not know.
 
     Raises DataError as `header` does, and without a claim for a value that stands twice in a joined
     table, by rows.
@@ -181,8 +181,8 @@ def _keys(frame: pd.DataFrame, on: Sequence[str], data: Data) -> pd.Series:
 def _beside(
     other: pd.DataFrame, place_N: np.ndarray, rows: pd.Index
 ) -> Iterator[tuple[str, pd.Series]]:
-    """Yield the other table's columns in the order of the first's rows; a row that it lacks holds
-    nothing.
+    """Yield the other table's columns in the order of the first's rows;
+    a row that it lacks holds nothing.
     """
     gone_N = place_N < 0
     for name in other.columns:

@@ -1,5 +1,5 @@
-"""How a text table is written: its encoding, the lines above its header, the sign between its
-columns.
+"""How a text table is written:
+its encoding, the lines above its header, the sign between its columns.
 
 What a study declares (`data.format`) counts. Without a claim the rest follows from the first 1,000
 rows; where two ways fit, the study is asked. Under a claim it follows from the mark at the file's
@@ -68,8 +68,8 @@ _FOREIGN = re.compile(
 
 @dataclass(frozen=True)
 class TextLayout:
-    """How one text table is written; `guessed` says why, key by key, where neither study nor file
-    says it.
+    """How one text table is written; `guessed` says why,
+    key by key, where neither study nor file says it.
     """
 
     separator: str = ","
@@ -178,8 +178,8 @@ def is_utf8(start: bytes) -> bool:
 
 
 def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
-    """Return cp1252, and why, for lines that are not all UTF-8: where every byte is what a western
-    text holds.
+    """Return cp1252, and why, for lines that are not all UTF-8:
+    where every byte is what a western text holds.
 
     Raises DataError where one is not, and where other lines are UTF-8 with more than ASCII.
     """
@@ -206,8 +206,8 @@ def western(lines: Sequence[bytes], where: str) -> tuple[str, str]:
 def guess(
     path: Path, format: Format, where: str, encoding: str = ""
 ) -> tuple[TextLayout, list[str]]:
-    """Return how a file is written, from its first rows, and the cells of its header; `encoding`:
-    what is known.
+    """Return how a file is written, from its first rows,
+    and the cells of its header; `encoding`: what is known.
 
     Raises DataError for a file without a header, and where two ways fit.
     """
@@ -338,8 +338,8 @@ class _Way:
 
 
 def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a text, and before how many lines each begins; a last one that may be cut
-    is left out.
+    """Yield the rows of a text, and before how many lines each begins;
+    a last one that may be cut is left out.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     cut = len(text) >= BEGINNING // 4
@@ -376,8 +376,8 @@ _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*\s*")
 
 
 def _choose(ways: Mapping[str, _Way], where: str) -> tuple[str, str]:
-    """Return the separator that leaves the fewest lines above the header, then the fewest odd rows,
-    and why.
+    """Return the separator that leaves the fewest lines above the header,
+    then the fewest odd rows, and why.
     """
     several = {separator: way for separator, way in ways.items() if len(way.header) > 1}
     if not several:

@@ -1,5 +1,5 @@
-"""What stands in cells and rows, as the study declares it: a step between reading a table and
-cleaning it.
+"""What stands in cells and rows, as the study declares it:
+a step between reading a table and cleaning it.
 
 A table of texts goes in and one comes out, its rows numbered as before. What becomes of a cell
 follows from its row and from what is declared alone, never from another row: so a privacy claim
@@ -42,8 +42,8 @@ _MORE_NO = (
     "negativo",
 )
 BOOLEAN = {**dict.fromkeys((*YES, *_MORE_YES), "yes"), **dict.fromkeys((*NO, *_MORE_NO), "no")}
-"""How yes and no are spelt, in lower case: also as nobody would guess who is not told that a column
-is boolean.
+"""How yes and no are spelt, in lower case:
+also as nobody would guess who is not told that a column is boolean.
 """
 
 _LIMIT = re.compile(
@@ -59,8 +59,8 @@ Texts = list[str | None]
 
 
 def complete(data: Data) -> Data:
-    """Return a data table with what follows from what it declares; completing it again changes
-    nothing.
+    """Return a data table with what follows from what it declares;
+    completing it again changes nothing.
 
     A boolean's categories, the entries of columns that are made, and the column that marks rows by
     their date.
@@ -102,8 +102,8 @@ def columns(header: Sequence[str], data: Data) -> list[str]:
 
 
 def misfits(header: Sequence[str], data: Data) -> Iterator[Refusal]:
-    """Yield what a study says of rows and cells that does not go together, or not with its table's
-    header.
+    """Yield what a study says of rows and cells that does not go together,
+    or not with its table's header.
 
     The header is that before anything is made.
     """
@@ -212,8 +212,8 @@ def maps(feature: Feature) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """Cells of a column that are not what is declared: which rows [n], what they are not, and what
-    to do.
+    """Cells of a column that are not what is declared:
+    which rows [n], what they are not, and what to do.
     """
 
     column: str
@@ -251,8 +251,8 @@ def settle(
     site: pd.Series | None = None,
     patient: str = "",
 ) -> None:
-    """Refuse all faults at once; `private`: note them. `site` names the site of each row, `patient`
-    who it is.
+    """Refuse all faults at once; `private`: note them.
+    `site` names the site of each row, `patient` who it is.
     """
     if not private:
         refuse(Refusal(fault.error(frame, site, patient)) for fault in faults)
@@ -362,8 +362,8 @@ def without_suffix(text: str | None, suffixes: Sequence[str], decimal: str = "."
 
 
 def find_different(values: pd.Series) -> tuple[np.ndarray, Texts]:
-    """Return which text each row holds [n], and the different texts [U] as `canonical` has them,
-    None the last.
+    """Return which text each row holds [n],
+    and the different texts [U] as `canonical` has them, None the last.
     """
     values = _apart(dates.texts(values))
     code_N, found = pd.factorize(values)
@@ -576,8 +576,8 @@ def _marks(frame: pd.DataFrame, data: Data, faults: list[Fault], private: bool) 
 
 
 def lacking(frame: pd.DataFrame, what: str, data: Data) -> np.ndarray:
-    """Say of each row [n] whether it is one of "rows without target", "... site", "... patient",
-    "... time".
+    """Say of each row [n] whether it is one of "rows without target", "...
+    site", "... patient", "... time".
     """
     name = {"target": data.target, "site": data.site, "patient": data.patient, "time": data.time}[
         what.split()[-1]
@@ -614,8 +614,8 @@ def drop(frame: pd.DataFrame, what: str, data: Data) -> tuple[pd.DataFrame, np.n
 
 
 def refuse_kinds(data: Data) -> Iterator[Refusal]:
-    """Yield the words that take features by what their cells hold: under a claim nothing follows
-    from cells.
+    """Yield the words that take features by what their cells hold:
+    under a claim nothing follows from cells.
     """
     if words := [word for word in data.features if word in KINDS]:
         text = (

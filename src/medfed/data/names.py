@@ -23,8 +23,8 @@ _KINDS = (
 
 
 def create_medical_device_names(count: int = 4) -> list[str]:
-    """Return `count` different names of invented institutions, always the same ones in the same
-    order.
+    """Return `count` different names of invented institutions,
+    always the same ones in the same order.
 
     The brief's function. The first four are the sites of the bundled breast-cancer study.
     """

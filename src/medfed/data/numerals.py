@@ -27,8 +27,8 @@ _EXPONENT = r"(?:[eE][+-]?\d+)?"
 
 @dataclass(frozen=True)
 class Spelling:
-    """A kind of cell, and what it says: the decimal sign, what parts thousands; "" where it says
-    nothing of it.
+    """A kind of cell, and what it says: the decimal sign,
+    what parts thousands; "" where it says nothing of it.
     """
 
     pattern: str
@@ -202,8 +202,8 @@ def _decimal(
         guessed["decimal"] = place
         return _OTHER[mark]
 
-    # Cells that may be read in two ways: by what is declared of thousands, else a person has to
-    # say.
+    # Cells that may be read in two ways:
+    # by what is declared of thousands, else a person has to say.
     either = {e.either: e.place for e in reversed(found) if e.either}
     if format.thousands in either:
         return _OTHER.get(format.thousands, ".")
@@ -247,8 +247,8 @@ FORMS = {
     for decimal, marks in ((",", ("none", ".", " ", "'")), (".", (",", " ", "'")))
     for thousands in marks
 }
-"""How an entry of the dictionary says that its column spells numbers: decimal sign, and what parts
-thousands.
+"""How an entry of the dictionary says that its column spells numbers:
+decimal sign, and what parts thousands.
 """
 
 

@@ -81,8 +81,8 @@ def patients(
     claimed: bool = False,
     site: np.ndarray | None = None,
 ) -> pd.Series:
-    """Name the patient of each row: by a column, under the identity rule, or by the row's content
-    without one.
+    """Name the patient of each row:
+    by a column, under the identity rule, or by the row's content without one.
 
     A row that names nobody is refused, or with missing_patient = "own" a patient by itself. Raises
     DataError; where a guarantee is `claimed`, it does not say which rows: `medfed data show`, at
@@ -128,8 +128,8 @@ _ROUNDED = re.compile(r"[+-]?\d[.,]\d+e\+?(1[5-9]|[2-9]\d)|[+-]?\d{16,}[.,]0*", 
 
 
 def _refuse_rounded(text: pd.Series, where: str, claimed: bool) -> None:
-    """Raise DataError for ids that were rounded when they were written: several patients may have
-    become one.
+    """Raise DataError for ids that were rounded when they were written:
+    several patients may have become one.
 
     Under a claim it goes into the site's own log alone: as one they are bounded together, and pay
     together.
@@ -215,8 +215,8 @@ def count_respelt(column: pd.Series, site_N: np.ndarray, sites: int) -> np.ndarr
 
 
 def row_patients(frame: pd.DataFrame, site: np.ndarray | None = None) -> pd.Series:
-    """Name the patient of each row where no column does: by the row's content, so that row order
-    means nothing.
+    """Name the patient of each row where no column does:
+    by the row's content, so that row order means nothing.
 
     Rows of equal content are told apart by their order among themselves; of several sites (`site`
     [rows]), in each.

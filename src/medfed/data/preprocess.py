@@ -139,8 +139,8 @@ def _agree_scales(
 def _choose_indicators(
     surveys: dict[str, dict[str, Any]], names: Sequence[str], data: Data, public: bool
 ) -> set[str]:
-    """Return the features that get a column of gaps: those that declare it, and with gaps in
-    training rows.
+    """Return the features that get a column of gaps:
+    those that declare it, and with gaps in training rows.
 
     `public`: the first alone, as gaps are patients'. A column that a site lacks is a gap in all of
     its rows.
@@ -157,8 +157,8 @@ def _choose_indicators(
 
 
 def _scale_by_dictionary(target: Target, data: Data) -> Target:
-    """Return a regression's target with the centre and scale of its declared range, which becomes
-    [-2, 2].
+    """Return a regression's target with the centre and scale of its declared range,
+    which becomes [-2, 2].
     """
     low, high = data.dictionary.get(data.target, Feature()).range or (0.0, 0.0)
     if low == high:
@@ -187,8 +187,8 @@ def _with_ranges(data: Data, found: Mapping[str, tuple[float, ...]]) -> Data:
 def fit(
     kind: Literal["robust", "standard"], names: Sequence[str], logs: dict[str, float], ask: Ask
 ) -> dict[str, tuple[float, float]]:
-    """Return each feature's (centre, scale) over all sites' training values; a constant feature has
-    scale 1.
+    """Return each feature's (centre, scale) over all sites' training values;
+    a constant feature has scale 1.
 
     Args:
         kind: robust is median and interquartile range, equal to numpy.quantile of the pooled values
@@ -270,8 +270,8 @@ def _find_quantiles(
 
 
 def _find_order_statistics(rank_FQ: np.ndarray, header: dict[str, Any], ask: Ask) -> np.ndarray:
-    """Return the values of given ranks, digit by digit from the highest, sixteen thresholds a
-    question.
+    """Return the values of given ranks,
+    digit by digit from the highest, sixteen thresholds a question.
     """
     prefix_FQ = np.zeros(rank_FQ.shape, dtype=np.uint64)
     digits = np.arange(1 << _DIGIT_BITS, dtype=np.uint64)

@@ -64,8 +64,8 @@ def _is_text(values: pd.Series, name: str, data: Data) -> bool:
 
 
 def canonical(values: pd.Series) -> pd.Series:
-    """Return texts without outer blanks, whole numbers without '.0': so that '1.0', ' 1' and 1 are
-    one category.
+    """Return texts without outer blanks, whole numbers without '.0':
+    so that '1.0', ' 1' and 1 are one category.
     """
     values = dates.texts(values)
     if pd.api.types.is_float_dtype(values.dtype):
@@ -104,8 +104,8 @@ def _read_plain_numbers(values: pd.Series, absent: set[str]) -> tuple[pd.Series,
 
 
 class RawColumn:
-    """One feature column of several sites while it is being understood; an error is worded for the
-    first of them.
+    """One feature column of several sites while it is being understood;
+    an error is worded for the first of them.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class RawColumn:
         return f"dates are not features{which}. {say} what they become: {way}; {leave}"
 
     def _all_dates(self) -> bool:
-        """Say whether all cells of a column without a range are numbers of eight digits that are
-        days.
+        """Say whether all cells of a column without a
+        range are numbers of eight digits that are days.
         """
         if self.private or self.feature.range or self.feature.categories:
             return False
@@ -187,8 +187,8 @@ class RawColumn:
         return np.full(len(self.frames), bool(self.feature.categories))
 
     def is_text(self) -> np.ndarray:
-        """Return at which sites it is text [K]: where the dictionary says so, or most cells are no
-        numbers.
+        """Return at which sites it is text [K]:
+        where the dictionary says so, or most cells are no numbers.
         """
         if self.feature.categories or self.feature.range:
             return self.is_declared_text()
@@ -227,8 +227,8 @@ class RawColumn:
         return self.numeric.to_numpy(dtype=np.float64)
 
     def _no_numbers(self, which: np.ndarray) -> str:
-        """Say what stands against a column of numbers that holds text, and the way out: most of it,
-        or some cells.
+        """Say what stands against a column of numbers that holds text,
+        and the way out: most of it, or some cells.
         """
         declared = self.key("categories")
         rows = self.rows(which)

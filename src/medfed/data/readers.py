@@ -134,8 +134,8 @@ def header(path: Path, data: Data, private: bool) -> list[str]:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that says what a file is, in lower case and without that of its packing; ""
-    for none.
+    """Return the suffix that says what a file is,
+    in lower case and without that of its packing; "" for none.
     """
     name = path.name.lower()
     packed = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
@@ -148,8 +148,8 @@ def kind_of(path: Path) -> str:
 
 
 def files_of(path: Path, data: Data) -> list[Path]:
-    """Return the files of a table in the order of their names: one, or those of a folder or a
-    pattern.
+    """Return the files of a table in the order of their names:
+    one, or those of a folder or a pattern.
     """
     where = f"data.table={str(path)!r}"
     if path.is_dir():
@@ -212,8 +212,8 @@ def site_of(file: Path) -> str:
 
 
 def _name_rows(frame: pd.DataFrame, file: Path, data: Data) -> pd.DataFrame:
-    """Put the file's name before the numbers of its rows, and into the site's column where it says
-    the site.
+    """Put the file's name before the numbers of its rows,
+    and into the site's column where it says the site.
     """
     rows = [f"{file.name}:{row}" for row in frame.index]
     named = frame.set_axis(pd.Index(rows, dtype=object), axis=0)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 FACTORS = (7.0, 10.0, 18.0182, 24.0, 38.67, 60.0, 88.42, 113.12, 365.0, 1000.0, 3600.0)
-"""How far units of one quantity lie apart: g/dL and g/L, glucose, cholesterol, creatinine, mg and
-g; durations.
+"""How far units of one quantity lie apart:
+g/dL and g/L, glucose, cholesterol, creatinine, mg and g; durations.
 """
 
 _SHARES = np.array([0.1, 0.25, 0.5, 0.75, 0.9])

@@ -1,5 +1,5 @@
-"""New records held to what a model was trained on: a number is a number, a category one that it
-knows.
+"""New records held to what a model was trained on:
+a number is a number, a category one that it knows.
 
 Without it a batch of `1,5` and `2,5` would count as missing, and `M` for `m` as a category never
 met.
@@ -26,8 +26,8 @@ from medfed.study import Data, Feature
 Unseen = Literal["missing", "refuse"]
 
 _MANY = 5
-"""Unknown cells of a column, from which on most of it is a coding of its own and no single new
-category.
+"""Unknown cells of a column,
+from which on most of it is a coding of its own and no single new category.
 """
 
 
@@ -57,8 +57,8 @@ def fit(frame: pd.DataFrame, encoding: Encoding, data: Data) -> tuple[pd.DataFra
 
 
 def _needed_columns(encoding: Encoding, data: Data) -> dict[str, str]:
-    """Return the columns that the model is given or is counted from, each with the one that it is
-    for, or "".
+    """Return the columns that the model is given or is counted from,
+    each with the one that it is for, or "".
     """
     made = {
         column: name
@@ -102,8 +102,8 @@ def _texts_in_one_form(values: pd.Series) -> pd.Series:
 def hold(
     frame: pd.DataFrame, encoding: Encoding, data: Data, unseen: Unseen = "missing"
 ) -> pd.DataFrame:
-    """Return the records with numbers as numbers, or raise DataError for all that is not as it was
-    in training.
+    """Return the records with numbers as numbers,
+    or raise DataError for all that is not as it was in training.
 
     Rows are named by the frame's index. A category that no site had is missing, or refused
     (`unseen`); one that is known in another spelling is refused.

@@ -66,8 +66,8 @@ def _find_each(table: SiteTable, frame: pd.DataFrame, data: Data) -> Iterator[Do
 
 
 def _find_outside(table: SiteTable, data: Data) -> Iterator[Doubt]:
-    """Yield the columns of which most values lie beyond their declared range: another unit, a lost
-    decimal sign.
+    """Yield the columns of which most values lie beyond their declared range:
+    another unit, a lost decimal sign.
     """
     for name, rows in table.findings.outside.items():
         values = table.numbers.get(name)
@@ -196,8 +196,8 @@ def _is_linear(values: np.ndarray, target: np.ndarray) -> bool:
 
 
 def _is_unlikely(label_N: np.ndarray, columns: int) -> bool:
-    """Say whether labels could hardly fall so that a column that knows nothing of them tells them
-    apart.
+    """Say whether labels could hardly fall so that a
+    column that knows nothing of them tells them apart.
     """
     counts = np.unique(label_N, return_counts=True)[1]
     if len(counts) < 2:

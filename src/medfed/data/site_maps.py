@@ -32,8 +32,8 @@ from medfed.study import Data, Feature, Study, read_as
 
 @dataclass(frozen=True)
 class SiteColumn:
-    """How a column's cells differ at a site. Applied in this order; the column has the study's name
-    already.
+    """How a column's cells differ at a site. Applied in this order;
+    the column has the study's name already.
     """
 
     decimal: Literal[".", ","] = "."  # ",": 1,5 is one and a half and 1.234,5 has a thousand
@@ -117,8 +117,8 @@ def _parse_all(read: Mapping[str, str], study: Study) -> dict[str, SiteMap]:
 
 
 def parse(text: str, name: str) -> tuple[SiteMap, list[Refusal]]:
-    """Read a map as far as it can be read, and return what stands against it; `name` is the file's,
-    for errors.
+    """Read a map as far as it can be read, and return what stands against it;
+    `name` is the file's, for errors.
     """
     try:
         tables = tomllib.loads(text)
@@ -179,8 +179,8 @@ def columns(header: Sequence[str], maps: Maps) -> list[str]:
 
 
 def misfits(header: Sequence[str], maps: Maps, data: Data) -> Iterator[Refusal]:
-    """Yield what maps say of columns that the table's header does not bear out; for each its site
-    is named.
+    """Yield what maps say of columns that the table's header does not bear out;
+    for each its site is named.
     """
     if maps and not data.site:
         yield Refusal(
@@ -383,8 +383,8 @@ def _cells(
 
 
 def set_point(text: str | None) -> str | None:
-    """Return a number with a decimal comma as one with a point: "1.234,5" as "1234.5"; any other
-    text as it is.
+    """Return a number with a decimal comma as one with a point:
+    "1.234,5" as "1234.5"; any other text as it is.
     """
     if text is None:
         return None

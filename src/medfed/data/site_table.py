@@ -60,8 +60,8 @@ class SiteTable:
 
     @cached_property
     def sorted_words(self) -> dict[tuple[str, float | None], np.ndarray]:
-        """Training values in order, by column and floor of its logarithm, while questions are asked
-        of them.
+        """Training values in order, by column and floor of its logarithm,
+        while questions are asked of them.
         """
         return {}
 

@@ -1,5 +1,5 @@
-"""Where records come from: a bundled source, a file or folder, a database. Each site gets its own
-frame.
+"""Where records come from: a bundled source, a file or folder, a database.
+Each site gets its own frame.
 
 Here a study says who is where: the rows that name a site, or patients dealt to sites by a keyed
 hash.
@@ -62,8 +62,8 @@ def frames(
     if site is not None:
         names = _sites_of_rows(frame, site, study, data, private)
 
-    # Cells as the study expects them: by each site's map, then the columns by which rows are told
-    # apart.
+    # Cells as the study expects them: by each site's map,
+    # then the columns by which rows are told apart.
     frame = site_maps.apply(frame, site_maps.load(study), data, site, private)
     frame = mapping.apply(
         frame, data, private, site, [name for name in mapping.roles_of(data) if name != data.site]
@@ -123,8 +123,8 @@ def _drop_rows(
 def _sites_of_rows(
     frame: pd.DataFrame, site: pd.Series, study: Study, data: Data, private: bool
 ) -> tuple[str, ...]:
-    """Return the names of the sites where rows say whose they are; `private`: those that the study
-    declares.
+    """Return the names of the sites where rows say whose they are;
+    `private`: those that the study declares.
 
     Raises DataError for rows of no site, or of one that is not declared, and for settings of a site
     that is none.
@@ -152,8 +152,8 @@ def _sites_of_rows(
 def _take_off_footer(
     frame: pd.DataFrame, study: Study, data: Data
 ) -> tuple[pd.DataFrame, list[Doubt]]:
-    """Return a table without a footer that reads like records, and the doubt about it, which stops
-    a run.
+    """Return a table without a footer that reads like records,
+    and the doubt about it, which stops a run.
 
     So all else is looked at without it. Devices have no doubts: there it is an error at once.
     """
@@ -347,8 +347,8 @@ def read(
     private: bool = False,
     table: Reading | None = None,
 ) -> Reading:
-    """Return a study's rows as read, joined tables beside them, and how its files are written: see
-    `readers`.
+    """Return a study's rows as read, joined tables beside them,
+    and how its files are written: see `readers`.
 
     Args:
         study: names the table, file, database or source.
@@ -375,8 +375,8 @@ def read(
 
 
 def _fill_in(asked: Data, known: Data) -> Data:
-    """Fill in from the source what the study leaves at its default; the study's own dictionary
-    entries win.
+    """Fill in from the source what the study leaves at its default;
+    the study's own dictionary entries win.
     """
     default = Data()
     changes = {

@@ -1,5 +1,5 @@
-"""What is doubtful about several sites' tables, found from their surveys by whoever compares them:
-see `doubts`.
+"""What is doubtful about several sites' tables,
+found from their surveys by whoever compares them: see `doubts`.
 
 A site's own doubts come in with its survey (`surveys.survey`); the others show only between sites:
 one label in two spellings, a column that names the site, one unit here and another there.
@@ -38,8 +38,8 @@ from medfed.study import Data, Feature, described
 def find(
     surveys: Mapping[str, Mapping[str, Any]], data: Data, claimed: bool = False
 ) -> list[Doubt]:
-    """Return what is doubtful about the sites' tables, from what they tell (`surveys.survey`), in
-    order of harm.
+    """Return what is doubtful about the sites' tables,
+    from what they tell (`surveys.survey`), in order of harm.
 
     Under a claim, which is for who holds the table alone, no cell is quoted.
     """
@@ -152,8 +152,8 @@ _WITH_UNIT = re.compile(r"[<>≤≥]?\s*[+-]?\d+(?:[.,]\d+)?\s*(%|°?[^\W\d_][\w
 
 
 def units_of(texts: Iterable[str]) -> list[str]:
-    """Return what stands behind numbers, the longest first, where it does so in most texts; else
-    nothing.
+    """Return what stands behind numbers, the longest first,
+    where it does so in most texts; else nothing.
     """
     every = list(texts)
     units = Counter(match[1] for text in every if (match := _WITH_UNIT.fullmatch(str(text))))
@@ -214,8 +214,8 @@ def _find_kinds(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterato
 
 
 def _doubt_numbers_as_text(name: str, texts: Collection[str]) -> Doubt | None:
-    """Return that most texts of a column are numbers, once their decimal signs or thousands are
-    taken as such.
+    """Return that most texts of a column are numbers,
+    once their decimal signs or thousands are taken as such.
     """
     if (form := numerals.form_of(texts)) is None:
         return None
@@ -273,8 +273,8 @@ def _find_text_spellings(surveys: Mapping[str, Mapping[str, Any]], data: Data) -
 
 
 def _find_units(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterator[Doubt]:
-    """Yield the columns whose sites' medians belong to different units of the variable that the
-    name says.
+    """Yield the columns whose sites' medians belong to
+    different units of the variable that the name says.
     """
     for name in dict.fromkeys(
         name for survey in surveys.values() for name in survey.get("medians", ())
@@ -301,8 +301,8 @@ def _find_units(surveys: Mapping[str, Mapping[str, Any]], data: Data) -> Iterato
 
 
 def _find_scales(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]:
-    """Yield the columns whose medians lie a factor between units apart, while all sites are spread
-    alike.
+    """Yield the columns whose medians lie a factor between units apart,
+    while all sites are spread alike.
     """
     for name in dict.fromkeys(
         name for survey in surveys.values() for name in survey.get("spreads", ())
@@ -373,8 +373,8 @@ def _find_constants(surveys: Mapping[str, Mapping[str, Any]]) -> Iterator[Doubt]
 
 
 def _find_spellings(code: str, column: str, counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Yield that texts mean the same: they differ in case, width or blanks, or are yes and no in
-    several ways.
+    """Yield that texts mean the same: they differ in case,
+    width or blanks, or are yes and no in several ways.
     """
     groups: dict[str, list[str]] = {}
     for text in counts:

@@ -47,8 +47,8 @@ def survey(table: SiteTable, data: Data) -> dict[str, Any]:
 
 
 def _medians(table: SiteTable, data: Data) -> dict[str, float]:
-    """Return the median of each number that may be in several units, at a site of more than a few
-    records.
+    """Return the median of each number that may be in several units,
+    at a site of more than a few records.
     """
     if len(table) < doubts.FEW:
         return {}
@@ -65,8 +65,8 @@ def _medians(table: SiteTable, data: Data) -> dict[str, float]:
 
 
 def _spreads(table: SiteTable, data: Data) -> dict[str, list[float]]:
-    """Return quantiles of each number without a range, by which units show, at a site of more than
-    a few records.
+    """Return quantiles of each number without a range,
+    by which units show, at a site of more than a few records.
     """
     if len(table) < doubts.FEW:
         return {}

@@ -114,8 +114,8 @@ def _write_log(notes: Sequence[tuple[object, ...]]) -> None:
 
 @dataclass(frozen=True)
 class _Features:
-    """The feature columns of all sites, cleaned: values of all rows, and for which sites [K] they
-    count.
+    """The feature columns of all sites, cleaned:
+    values of all rows, and for which sites [K] they count.
     """
 
     numbers: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -127,8 +127,8 @@ class _Features:
 def _clean_sites(
     frames: Frames, data: Data, streams: Streams, private: bool, notes: Notes
 ) -> list[SiteTable]:
-    """Return each site's table; raise what stands against any of them. `notes` gets what goes into
-    their own log.
+    """Return each site's table; raise what stands against any of them.
+    `notes` gets what goes into their own log.
     """
     empty = [name for name, size in zip(frames, np.diff(frames.ends), strict=True) if size == 0]
     if empty and not private:
@@ -198,8 +198,8 @@ def _clean_sites(
 
 
 def _clean_features(frames: Frames, data: Data, private: bool, notes: Notes) -> _Features:
-    """Return all feature columns; raise DataError for all that stands against any of them, told
-    together.
+    """Return all feature columns;
+    raise DataError for all that stands against any of them, told together.
     """
     site_N = frames.site_N
     features = _Features({}, {}, [{} for _ in frames], [{} for _ in frames])
@@ -357,8 +357,8 @@ def _read_declared_label(frames: Frames, data: Data, notes: Notes) -> tuple[np.n
 def _read_marks(
     frames: Frames, data: Data, patient: np.ndarray, private: bool, notes: Notes
 ) -> np.ndarray:
-    """Return which rows the table itself marks as held out; a patient [rows] must be wholly on one
-    side.
+    """Return which rows the table itself marks as held out;
+    a patient [rows] must be wholly on one side.
 
     `private`: who is not wholly held out is trained on, under the noise. With data.test_from, claim
     or none, a patient with one row of the day or later is held out.

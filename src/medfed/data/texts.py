@@ -35,8 +35,8 @@ _LARGEST_BLOCK = 1 << 30
 
 @dataclass(frozen=True)
 class Text:
-    """A text table: columns of texts, and each row's number in the file. Decimal signs are as they
-    stand.
+    """A text table: columns of texts, and each row's number in the file.
+    Decimal signs are as they stand.
     """
 
     table: pa.Table
@@ -105,8 +105,8 @@ def _parse(
 
 
 def _may_quote(path: Path) -> bool:
-    """Say whether a file may hold a quote, without which every line is a row, and it is read in
-    half the time.
+    """Say whether a file may hold a quote,
+    without which every line is a row, and it is read in half the time.
     """
     if path.suffix.lower() in layouts.COMPRESSED or not path.stat().st_size:
         return True
@@ -142,8 +142,8 @@ def _byte_lines(file: IO[bytes]) -> Iterator[bytes]:
 def _with_footer(
     path: Path, format: Format, layout: TextLayout, width: int, where: str
 ) -> TextLayout:
-    """Return the layout with the lines that stand, after a blank one, below the last record: a
-    footer.
+    """Return the layout with the lines that stand,
+    after a blank one, below the last record: a footer.
 
     Raises DataError for other rows that have more or fewer fields than the header.
     """

@@ -42,8 +42,8 @@ class Conversion(NamedTuple):
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Read a file of facts beside this module; a number with a point is the fraction that is
-    written there.
+    """Read a file of facts beside this module;
+    a number with a point is the fraction that is written there.
     """
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return tomllib.loads(text, parse_float=Fraction)
@@ -74,8 +74,8 @@ def units_by_spelling() -> Mapping[str, tuple[Unit, ...]]:
 
 
 def conversion(unit: str, into: str, molar_mass: Fraction | None = None) -> Conversion:
-    """Return how a number in one unit becomes one in another; mass and substance need a molar mass
-    in g/mol.
+    """Return how a number in one unit becomes one in another;
+    mass and substance need a molar mass in g/mol.
 
     Raises StudyError where a unit is unknown, or no number of one is one of the other.
     """

@@ -73,8 +73,8 @@ class Variable:
         )
 
     def range_in(self, unit: str) -> tuple[float, float]:
-        """Return the plausible range in a unit; other than in the first, three digits, rounded
-        outwards.
+        """Return the plausible range in a unit;
+        other than in the first, three digits, rounded outwards.
         """
         low, high = self.range
         if unit == self.units[0]:

@@ -33,8 +33,8 @@ class Node(Protocol):
     name: str
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Do what is asked and return the answer; raise SiteError with a reason that names no
-        patient.
+        """Do what is asked and return the answer;
+        raise SiteError with a reason that names no patient.
         """
         ...
 
@@ -57,8 +57,8 @@ class Fleet(Protocol):
         ...
 
     def poll(self, wait: float) -> list[Reply]:
-        """Return replies in the order in which they arrived, waiting at most `wait` seconds for the
-        first.
+        """Return replies in the order in which they arrived,
+        waiting at most `wait` seconds for the first.
         """
         ...
 
@@ -96,8 +96,8 @@ class Counted:
 def gather(
     fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float
 ) -> dict[str, Reply]:
-    """Ask the sites and wait for all of them, or until the deadline; a site that is late gets an
-    error reply.
+    """Ask the sites and wait for all of them, or until the deadline;
+    a site that is late gets an error reply.
 
     The answers are in the order of `sites`.
     """

@@ -47,8 +47,8 @@ class Alone:
 
 
 def compare(folder: str | Path, site: str, data: Path | None = None) -> Alone:
-    """Train `site`'s own model on its own records, without noise, and hold it against a finished
-    run's.
+    """Train `site`'s own model on its own records,
+    without noise, and hold it against a finished run's.
 
     It gets the run's encoding and model, and is trained by `own_model.train_own`: under a claim to
     its own end. Nothing is written and no budget is touched: the answer is for the site alone.

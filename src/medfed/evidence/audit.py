@@ -45,8 +45,8 @@ EACH = 1 - (1 - CONFIDENCE) / 2
 """Confidence of each of two attackers, so that together they err as rarely as one."""
 
 LARGE = 10.0
-"""Standard deviation of a canary's features: far from any patient's, so that a gradient that is not
-clipped shows.
+"""Standard deviation of a canary's features:
+far from any patient's, so that a gradient that is not clipped shows.
 """
 
 RESIDUAL = 1e-4
@@ -56,8 +56,8 @@ WIDE = 1.1
 """By how much an attacker's own reckoning may be off, as a factor of the noise's deviation."""
 
 FEW = 100
-"""Canaries where no number of them could refute the claim, and only the rest of the release is
-tested.
+"""Canaries where no number of them could refute the claim,
+and only the rest of the release is tested.
 """
 
 TWINS = 10
@@ -235,8 +235,8 @@ def one_run(twin: Twin, rng: np.random.Generator, canaries: int = 0) -> Part:
 
 
 class _Residual(NamedTuple):
-    """How many numbers were left unexplained, their deviation over what is told, and how likely
-    that is.
+    """How many numbers were left unexplained,
+    their deviation over what is told, and how likely that is.
     """
 
     numbers: int
@@ -246,8 +246,8 @@ class _Residual(NamedTuple):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a training with canaries gave away: each attacker's scores [M], and what it left
-    unexplained.
+    """What a training with canaries gave away:
+    each attacker's scores [M], and what it left unexplained.
     """
 
     scores: dict[str, np.ndarray]
@@ -330,8 +330,8 @@ def _score_canaries(twin: Twin, in_M: np.ndarray, rng: np.random.Generator) -> _
 
 
 def _is_straight(twin: Twin) -> bool:
-    """Say whether the attacker works out each release exactly: one step of plain SGD on every
-    patient.
+    """Say whether the attacker works out each release exactly:
+    one step of plain SGD on every patient.
     """
     t = twin.plan.study.training
     releases = twin.guarantee.releases.values()
@@ -474,8 +474,8 @@ def membership(twin: Twin, rng: np.random.Generator, retrains: int = 64, fpr: fl
 
 
 def _confidence(twin: Twin, everybody: People, in_I: np.ndarray) -> np.ndarray:
-    """Train on the patients that are in; return how sure the released model is of each patient's
-    label [I].
+    """Train on the patients that are in;
+    return how sure the released model is of each patient's label [I].
     """
     inside = torch.split(
         torch.from_numpy(in_I)[everybody.patient_N], [len(rows) for rows in twin.rows.values()]
@@ -571,8 +571,8 @@ def inversion(twin: Twin, rng: np.random.Generator, records: int = 16) -> Part:
 
 
 def _first_layer(model: nn.Module) -> str | None:
-    """Return what the names of the first layer's parameters begin with, where it is Linear and has
-    a bias.
+    """Return what the names of the first layer's parameters begin with,
+    where it is Linear and has a bias.
     """
     layers = (
         (name, m)

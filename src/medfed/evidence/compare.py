@@ -98,8 +98,8 @@ class Comparison:
         )
 
     def rounds_to_target(self, run: Trained) -> int:
-        """Return the first round whose score reaches the target; one more than there are where none
-        does.
+        """Return the first round whose score reaches the target;
+        one more than there are where none does.
         """
         return next(
             (t for t, score in enumerate(run.curve_T, 1) if score >= self.target),
@@ -280,8 +280,8 @@ def _check(study: Study, algorithms: Sequence[str], seeds: int, noise: str) -> N
 
 
 def variant(study: Study, noise: str, algorithm: str, seed: int) -> Study:
-    """Return the study that one run trains: tested after each round, without secrecy, which changes
-    no algorithm.
+    """Return the study that one run trains:
+    tested after each round, without secrecy, which changes no algorithm.
 
     Without noise nobody pays for ranges: those that a claim would find from noised counts are
     fitted.

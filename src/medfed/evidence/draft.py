@@ -132,8 +132,8 @@ def _draft(table: Path, out: Path, asked: dict[str, Any]) -> Draft:
 
 
 def _is_plain(reading: readers.Reading, held: Sequence[Path]) -> bool:
-    """Say whether a table reads alike once it is known who is patient and site: no number of it was
-    respelt.
+    """Say whether a table reads alike once it is known who is patient and site:
+    no number of it was respelt.
     """
     layouts = [reading.layouts.get(file.name) for file in held]
     return all(
@@ -183,8 +183,8 @@ def write(made: Draft, out: Path) -> None:
 
 
 def is_table(name: str) -> bool:
-    """Say whether a word names a table and no study: a folder, a pattern, or a file of a kind that
-    is read.
+    """Say whether a word names a table and no study:
+    a folder, a pattern, or a file of a kind that is read.
     """
     path = Path(name)
     return not name.endswith(".toml") and (
@@ -357,8 +357,8 @@ def _propose_columns(
 
 
 def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: ColumnShape) -> None:
-    """Describe a feature: what stands beside its numbers, and its range where the dictionary knows
-    its name.
+    """Describe a feature: what stands beside its numbers,
+    and its range where the dictionary knows its name.
     """
     path = ("data", "dictionary", shape.name)
     if len(apart := measures.apart(shape.suffixes)) > 1:
@@ -405,8 +405,8 @@ def _propose_column(asked: dict[str, Any], notes: dict[toml.Path, str], shape: C
 def _propose_dates(
     asked: dict[str, Any], notes: dict[toml.Path, str], features: Sequence[ColumnShape]
 ) -> set[str]:
-    """Make ages of dates of birth, and say how the others are written; return the columns that are
-    used so.
+    """Make ages of dates of birth, and say how the others are written;
+    return the columns that are used so.
 
     What another date becomes is left to a person: days from it often tell what is to be predicted.
     """

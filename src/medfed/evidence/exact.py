@@ -53,14 +53,14 @@ PATIENCE = 15.0
 """Seconds after which no more rounds are drawn, once there are the fewest."""
 
 SLACK = 0.01
-"""How far rounding may lift what one patient moves above C, as a share of C, before it is called a
-bug.
+"""How far rounding may lift what one patient moves above C,
+as a share of C, before it is called a bug.
 """
 
 SHORT = 0.99
 LONG = 1.5
-"""Told noise over what is needed: below, the claim does not hold; above, something else than the
-claim was met.
+"""Told noise over what is needed: below, the claim does not hold;
+above, something else than the claim was met.
 
 A Renyi accountant asks for up to 35 % more than the loss distributions of the second reckoning."""
 
@@ -182,8 +182,8 @@ def _draw_jointly(twin: Twin) -> _Drawn:
 
 
 def _draw_by_sites(twin: Twin) -> _Drawn:
-    """Take the rows of sites without patients after one step from weights of 0: each is its noise,
-    scaled.
+    """Take the rows of sites without patients after one step from weights of 0:
+    each is its noise, scaled.
     """
     plan = twin.plan
     still = _limit_to_one_step(twin)
@@ -280,8 +280,8 @@ def _kinds(guarantee: Guarantee) -> list[str]:
 
 
 def _excess(plan: Plan) -> float:
-    """Return the deviation of all parts of the joint noise together, over that of those that must
-    suffice.
+    """Return the deviation of all parts of the joint noise together,
+    over that of those that must suffice.
     """
     if not plan.joint or plan.study.security.aggregation == "plain":
         return 1.0
@@ -486,8 +486,8 @@ def sensitivity(twin: Twin, rng: np.random.Generator) -> Part:
 
 
 def _judge_moves(moved: Mapping[str, float], allowed: float, records: int, weights: int) -> Part:
-    """Return what odd patients' moves say: how far each `moved` a site's sum, in clips, beside what
-    is `allowed`.
+    """Return what odd patients' moves say:
+    how far each `moved` a site's sum, in clips, beside what is `allowed`.
     """
     worst = max(moved, key=lambda which: moved[which])
     beyond = {which: far for which, far in moved.items() if not far <= allowed}
@@ -532,8 +532,8 @@ def _drop_everybody(rows: Rows) -> Rows:
 
 
 def _worst_labels(twin: Twin, w_P: Tensor, patients: Sequence[Odd]) -> list[Odd]:
-    """Return the patients, and those of one record once more with the label that the model finds
-    least likely.
+    """Return the patients,
+    and those of one record once more with the label that the model finds least likely.
     """
     kind = twin.plan.encoding.target.task
     if kind == "regression":
@@ -553,8 +553,8 @@ def _measure_moves(
     patients: Sequence[Odd],
     rng: np.random.Generator,
 ) -> list[tuple[Odd, float]]:
-    """Return by how many C each patient moves the site's row; a site that then refuses tells of the
-    patient: inf.
+    """Return by how many C each patient moves the site's row;
+    a site that then refuses tells of the patient: inf.
 
     Patients of one number of records go together: more records of another would be padding to them,
     and lead the code another way.
@@ -618,8 +618,8 @@ def _mute() -> Iterator[None]:
 def _ask_site(
     site: Site, w_P: Tensor, held: Sequence[Rows], joint: bool
 ) -> list[np.ndarray | None]:
-    """Return what the site would release [P] in units of C, holding each of these rows; None where
-    it refuses.
+    """Return what the site would release [P] in units of C,
+    holding each of these rows; None where it refuses.
     """
     assert site.guarantee is not None
     nodes = [site.like(site.study, site.guarantee) for _ in held]

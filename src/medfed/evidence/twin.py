@@ -258,8 +258,8 @@ def _mean_update(before: Server, after: Server, plan: Plan) -> Tensor:
 
 @dataclass(frozen=True)
 class People:
-    """Patients of several sites: their records, each record's stream, and each patient's weight in
-    the mean.
+    """Patients of several sites:
+    their records, each record's stream, and each patient's weight in the mean.
     """
 
     x_NF: Tensor
@@ -314,8 +314,8 @@ class People:
 
 
 def clip_gradients(twin: Twin, w_P: Tensor, people: People, step: int, clip: float) -> Tensor:
-    """Return each patient's clipped gradient [I, P] (float64), in C, times its weight: the
-    definition.
+    """Return each patient's clipped gradient [I,
+    P] (float64), in C, times its weight: the definition.
 
     Args:
         twin: the study's.
@@ -354,8 +354,8 @@ _Loss = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
 def _gradients(
     loss: _Loss, weights: dict[str, Tensor], x_NF: Tensor, y_N: Tensor, key_N: Tensor
 ) -> Tensor:
-    """Return each record's gradient [N, P]: by torch.func, or where it cannot by autograd, record
-    by record.
+    """Return each record's gradient [N, P]:
+    by torch.func, or where it cannot by autograd, record by record.
     """
     try:
         parts = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x_NF, y_N, key_N).values()

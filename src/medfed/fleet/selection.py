@@ -41,8 +41,8 @@ class Selector:
 
 
 def draw(sites: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """Draw `count` of the sites uniformly without replacement, or take all where count is 0; order
-    is kept.
+    """Draw `count` of the sites uniformly without replacement,
+    or take all where count is 0; order is kept.
     """
     if count == 0 or count >= len(sites):
         return list(sites)
@@ -51,8 +51,8 @@ def draw(sites: Sequence[str], count: int, rng: np.random.Generator) -> list[str
 
 
 def turn(sites: Sequence[str], round: int, groups: int, streams: Streams) -> list[str]:
-    """Return the group whose turn it is: a site's keyed hash decides its group, so nobody joining
-    moves another.
+    """Return the group whose turn it is:
+    a site's keyed hash decides its group, so nobody joining moves another.
 
     Rounds count from 1. Guarantee: no site takes part twice within `groups` rounds.
     """

@@ -19,8 +19,8 @@ from medfed.learn.local import Correction, LocalResult
 from medfed.study import Training
 
 COMMON = ("average", "clip", "rate")
-"""Server slots that belong to no algorithm: the averaged model, the norm of adaptive clipping, a
-chosen rate.
+"""Server slots that belong to no algorithm:
+the averaged model, the norm of adaptive clipping, a chosen rate.
 """
 
 Joint = Literal["refused", "server step", "coincides"]
@@ -64,24 +64,19 @@ class Algorithm:
     apply: "Callable[[Server, Tensor, float, Training], Server]"
     correct: "Callable[[Task, Memory, Training], Correction]" = lambda task, memory, h: Correction()
     message: "Callable[[Task, Memory, LocalResult, Training], tuple[Tensor, Memory]]" = (
-        lambda task, memory, local, h: (
-            local.theta_KP - task.w_P,
-            memory,
-        )
+        lambda task, memory, local, h: (local.theta_KP - task.w_P, memory)
     )
-    # server slots and what fills them
-    start: "Callable[[Training], Mapping[str, float]]" = lambda h: {}
+    start: "Callable[[Training], Mapping[str, float]]" = lambda h: {}  # server slots, filled
     sent: tuple[str, ...] = ()  # which server slots the clients receive
     kept: tuple[str, ...] = ()  # what each client remembers
     joint: Joint = "refused"
     length: "Callable[[int], int]" = lambda parameters: parameters  # M, numbers in a row
-    # of the weights, by a row
+    # how the weights move by a combined row
     update: "Callable[[Tensor, int], Tensor]" = lambda row_M, parameters: row_M[:parameters]
     baseline: bool = False  # nothing is federated: no claim, no secrecy, no rule
     personal: bool = False  # the model to test is the site's own, w + memory["offset"]
     plain_sgd: str = ""  # why the local optimiser must be plain SGD, where it must
-    # why the local optimiser must be SGD, with or without momentum, where it must
-    any_sgd: str = ""
+    any_sgd: str = ""  # why it must be SGD, with or without momentum, where it must
 
     def begin(self, w_P: Tensor, h: Training) -> Server:
         """Return the state before the first round, from weights `w_P` and hyperparameters `h`."""
@@ -122,8 +117,8 @@ class Algorithm:
         return w_KP + memory["offset"] if self.personal else w_KP
 
 
-# Weighted mean: McMahan et al. 2017, algorithm 1; with a server step, Reddi et al. 2021, algorithm
-# 1.
+# Weighted mean: McMahan et al. 2017, algorithm 1;
+# with a server step, Reddi et al. 2021, algorithm 1.
 
 
 def average(server: Server, mean_M: Tensor, share: float, h: Training) -> Server:

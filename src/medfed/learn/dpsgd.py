@@ -1,5 +1,5 @@
-"""Training under differential privacy: sums of clipped per-patient gradients, for a whole cohort as
-one stack.
+"""Training under differential privacy:
+sums of clipped per-patient gradients, for a whole cohort as one stack.
 
 A patient's gradient is the sum over its records. It is held to norm C, patients are summed, and the
 sum goes onto an integer grid, where noise is added: at the site after every step (`train`), or
@@ -59,8 +59,8 @@ _RELEASED = 1 << 16  # numbers that are noised at once
 _BLOCK = 32  # records of which torch.func takes gradients at once
 
 Factor = Callable[[Tensor], Tensor]
-"""Norms [A, I] -> what each patient's gradient is multiplied by, so that it comes to at most 1 (the
-unit is C).
+"""Norms [A, I] -> what each patient's gradient is multiplied by,
+so that it comes to at most 1 (the unit is C).
 """
 
 
@@ -112,8 +112,8 @@ def clip_factor(kind: str, clip: float) -> Factor:
 def next_clip(
     clip: float, noised_below: float, patients: int, quantile: float, rate: float = 0.2
 ) -> float:
-    """Return the next clipping norm: C exp(-0.2 (b - quantile)), b the noised share below C (Andrew
-    et al. 2021).
+    """Return the next clipping norm: C exp(-0.2 (b - quantile)),
+    b the noised share below C (Andrew et al. 2021).
 
     Args:
         clip: C, the norm of this round.
@@ -385,8 +385,8 @@ def _lay_out_step(
 
 
 def _width(patients: int, records: int, releases: Sequence[Release]) -> int:
-    """Return for how many patients there are slots: at least _FEWEST slots, in multiples, but for
-    lone devices.
+    """Return for how many patients there are slots:
+    at least _FEWEST slots, in multiples, but for lone devices.
     """
     if patients * records == 1 and all(release.size == 1 for release in releases):
         return 1
@@ -398,8 +398,8 @@ def _width(patients: int, records: int, releases: Sequence[Release]) -> int:
 def _chunks(
     patients: Patients, parameters: int, guarantee: Guarantee, names: Sequence[str]
 ) -> list[Tensor]:
-    """Cut the clients into chunks that fit the cache, clients of one number of steps and like sizes
-    together.
+    """Cut the clients into chunks that fit the cache,
+    clients of one number of steps and like sizes together.
 
     Clients that declare one patient and have one record stay among themselves: see `_width`.
     """
@@ -504,8 +504,8 @@ class _ByFunc:
         block = 1 if x.shape[1] == 1 else _BLOCK
 
         def for_each_record(named: Named) -> Named:
-            """Repeat weights: products of one row, whose bits do not depend on its place in the
-            block.
+            """Repeat weights: products of one row,
+            whose bits do not depend on its place in the block.
             """
             return {name: w.expand(block, *w.shape) for name, w in named.items()}
 
@@ -525,8 +525,8 @@ class _ByFunc:
 
 
 class _ByLoop:
-    """Autograd on one record at a time, the module being called as it is: hooks, random numbers and
-    all.
+    """Autograd on one record at a time, the module being called as it is:
+    hooks, random numbers and all.
 
     What the module draws comes from the record's stream.
     """
@@ -641,8 +641,8 @@ def _make_noise(
 
 
 def _release(total_N: Tensor, noise: DiscreteGaussian, entropy: Entropy, out: Tensor) -> None:
-    """Write sums into `out` [N] (float64), rounded to the grid and noised; so many at a time as the
-    cache holds.
+    """Write sums into `out` [N] (float64), rounded to the grid and noised;
+    so many at a time as the cache holds.
     """
     pieces = zip(torch.split(total_N, _RELEASED), torch.split(out, _RELEASED), strict=True)
     for total, released in pieces:

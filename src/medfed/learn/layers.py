@@ -1,5 +1,5 @@
-"""Rules of stacked layers: forward and backward of K clients at once by batched products into kept
-buffers.
+"""Rules of stacked layers:
+forward and backward of K clients at once by batched products into kept buffers.
 
 No autograd. A rule knows one kind of layer and four things about it:
 
@@ -40,8 +40,8 @@ from medfed.learn.zoo import Dropout, Embedding, Series
 _aten: Any = torch.ops.aten
 
 LARGEST = 2.0**100
-"""A norm above it counts as not finite: a weight of 1 / norm would be subnormal in float32, and no
-longer exact.
+"""A norm above it counts as not finite:
+a weight of 1 / norm would be subnormal in float32, and no longer exact.
 """
 
 # columns of a product that are enough for a row's bits not to depend on its place or company
@@ -64,8 +64,8 @@ class Buffers:
         self._views: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised contiguous tensor of `shape` [A, ...] and `dtype`, kept under
-        `name`.
+        """Return an uninitialised contiguous tensor of `shape` [A,
+        ...] and `dtype`, kept under `name`.
         """
         wanted = (name, dtype, *shape)
         view = self._views.get(wanted)
@@ -262,8 +262,8 @@ class LinearRule(LayerRule):
         return found
 
     def square_norms(self, records: int) -> Tensor:
-        """One slot: |dy|^2 (|x|^2 + 1). S of them: of their basis, or of the gradients where those
-        are smaller.
+        """One slot: |dy|^2 (|x|^2 + 1). S of them:
+        of their basis, or of the gradients where those are smaller.
         """
         x = self.x
         dy = self.dy
@@ -383,8 +383,8 @@ class LinearRule(LayerRule):
 
 
 class ConvRule(LinearRule):
-    """Conv1d and Conv2d: a Linear on patches of C channels and Q places of the kernel, at S
-    positions.
+    """Conv1d and Conv2d:
+    a Linear on patches of C channels and Q places of the kernel, at S positions.
 
     Patches lie as [A * B, C * Q, S], along the signal: made, multiplied and folded back without a
     transposition. `x` and `dy` are remembered as [A * B, S, .], views of what lies the other way
@@ -436,8 +436,8 @@ class ConvRule(LinearRule):
         return dx[:, :, *inside].reshape(self.shape)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """Return the view [A * B, C, *kernel, *sizes] of padded x: what each place of the kernel
-        reads.
+        """Return the view [A * B, C, *kernel, *sizes] of padded x:
+        what each place of the kernel reads.
         """
         kernel = self.layer.kernel_size
         stride = self.layer.stride
@@ -450,8 +450,8 @@ class ConvRule(LinearRule):
         return x.as_strided((*x.shape[:2], *kernel, *sizes), (*steps[:2], *places, *moves))
 
     def _weight(self, weight: Tensor) -> Tensor:
-        """Return the kernel [A * B, O, C * Q] of each slot's client; a view where there is one
-        client.
+        """Return the kernel [A * B, O, C * Q] of each slot's client;
+        a view where there is one client.
         """
         flat = weight.flatten(2)
         return flat[:, None].expand(*self.slots, -1, -1).reshape(-1, *flat.shape[1:])
@@ -682,8 +682,8 @@ class GroupNormRule(NormRule):
 
 
 class DropoutRule(LayerRule):
-    """The keyed dropout of `medfed.learn.zoo`: each client's mask, or each slot's, comes from its
-    own stream.
+    """The keyed dropout of `medfed.learn.zoo`:
+    each client's mask, or each slot's, comes from its own stream.
     """
 
     layer: Dropout
@@ -699,8 +699,8 @@ class DropoutRule(LayerRule):
 
 
 class ShapeRule(LayerRule):
-    """Flatten from a sample's first axis on, cut a sample into series or pictures, or do nothing
-    (Identity).
+    """Flatten from a sample's first axis on,
+    cut a sample into series or pictures, or do nothing (Identity).
     """
 
     def forward(self, x: Tensor, params: Sequence[Tensor], key_K: Tensor) -> Tensor:
@@ -810,8 +810,8 @@ RULES: dict[type[nn.Module], type[LayerRule]] = {
     nn.AdaptiveAvgPool2d: MeanRule,
     **dict.fromkeys(ActivationRule.KERNELS, ActivationRule),
 }
-"""Which rule serves which layer; a layer type not listed here sends its model to the torch.func
-fallback.
+"""Which rule serves which layer;
+a layer type not listed here sends its model to the torch.func fallback.
 """
 
 

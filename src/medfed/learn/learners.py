@@ -45,8 +45,8 @@ class Work:
 
 
 class Learner:
-    """What every learner says; what stands here is right for one that remembers nothing and sends
-    no slot.
+    """What every learner says;
+    what stands here is right for one that remembers nothing and sends no slot.
     """
 
     paper: str = ""

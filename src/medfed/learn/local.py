@@ -88,8 +88,8 @@ class Correction:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training leaves: weights [K, P], mean loss over all samples seen [K], steps taken
-    [K].
+    """What local training leaves: weights [K, P],
+    mean loss over all samples seen [K], steps taken [K].
     """
 
     theta_KP: Tensor
@@ -240,8 +240,8 @@ def _wide(z: Tensor) -> Tensor:
 
 @contextmanager
 def drawing(model: nn.Module, key: Tensor) -> Iterator[None]:
-    """Have what the model draws, by its dropout layers or by torch's generator, follow from the
-    stream `key`.
+    """Have what the model draws, by its dropout layers or by torch's generator,
+    follow from the stream `key`.
     """
     for layer in model.modules():
         if isinstance(layer, Dropout):
@@ -320,16 +320,16 @@ def on_threads(
 
 
 _FEW_PRODUCTS = 1 << 22
-"""Products of a step that one thread does in less than a millisecond: a second one gains less than
-it may lose.
+"""Products of a step that one thread does in less than a millisecond:
+a second one gains less than it may lose.
 """
 
 
 def _chunks(
     steps_K: Tensor, start_KP: Tensor, data: Stack, plan: LocalPlan, path: Path
 ) -> Iterator[Tensor | slice]:
-    """Yield chunks of clients that still have steps to take, longest first, so that those active
-    are a prefix.
+    """Yield chunks of clients that still have steps to take,
+    longest first, so that those active are a prefix.
     """
     order = torch.argsort(steps_K, descending=True, stable=True)
     order = order[: int((steps_K > 0).sum())]
@@ -369,8 +369,8 @@ class Descent:
 
     @property
     def fusable(self) -> bool:
-        """Whether a step is linear in the gradient alone, so that a rule can write it straight into
-        the weights.
+        """Whether a step is linear in the gradient alone,
+        so that a rule can write it straight into the weights.
         """
         return not self.moments
 

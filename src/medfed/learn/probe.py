@@ -1,5 +1,5 @@
-"""A look at a module before any record is: on made-up rows, which path trains it rightly, or why
-none does.
+"""A look at a module before any record is:
+on made-up rows, which path trains it rightly, or why none does.
 
 No list of good or bad layers: the module is run. It must compute each row by itself, keep nothing
 from one call to the next, and draw at random in training only, from torch's generator. Then the
@@ -140,14 +140,14 @@ _REGISTRIES = {
     "_flat_weight_refs",
     *vars(nn.Module()),
 }
-"""What torch keeps itself: of every module, and of recurrent ones, which look at their weights anew
-in each call.
+"""What torch keeps itself: of every module, and of recurrent ones,
+which look at their weights anew in each call.
 """
 
 
 def _print_of(value: object) -> object:
-    """Return what tells two states of a value apart: its bytes where it can be written down, else
-    only its kind.
+    """Return what tells two states of a value apart:
+    its bytes where it can be written down, else only its kind.
     """
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
@@ -236,8 +236,8 @@ class _Case:
         raise failures[0]
 
     def with_draws(self) -> "_Case":
-        """Return the case with what draws in training; refuse draws that no prediction, or no seed,
-        would repeat.
+        """Return the case with what draws in training;
+        refuse draws that no prediction, or no seed, would repeat.
         """
         for training in (False, True):
             watch = ModuleWatch(self.model)
@@ -267,8 +267,8 @@ class _Case:
         return replace(self, draws=watch.drew)
 
     def check_memory(self) -> None:
-        """Refuse what a call leaves behind: it would be neither averaged nor saved, and may tell of
-        patients.
+        """Refuse what a call leaves behind:
+        it would be neither averaged nor saved, and may tell of patients.
         """
         # parameters and buffers
         before = _numbers(self.model)
@@ -325,8 +325,8 @@ class _Case:
                     raise self._mixing(_find_mixer(watch, changed, self.model))
 
     def check_single_rows(self) -> None:
-        """Refuse what a row alone is given otherwise than among others; draws apart, which are then
-        others.
+        """Refuse what a row alone is given otherwise than among others;
+        draws apart, which are then others.
         """
         random_masks = any(isinstance(part, Dropout) and part.p for part in self.model.modules())
         for training in (False, True):
@@ -339,8 +339,8 @@ class _Case:
                     raise self._mixing(ModuleWatch(self.model).name_of(self.model))
 
     def _others(self) -> Iterator[Tensor]:
-        """Yield the rows with the last one changed: into another's, into a large one, into one that
-        is not finite.
+        """Yield the rows with the last one changed:
+        into another's, into a large one, into one that is not finite.
         """
         for last_F in (
             self.x_BF[0],
@@ -512,8 +512,8 @@ def _of_patients(case: _Case, path: Path) -> Tensor:
 
 
 def _moves_with_company(case: _Case, path: Path) -> bool:
-    """Say whether a patient's norm is another in a larger batch, at another place, in a stack of
-    clients.
+    """Say whether a patient's norm is another in a larger batch,
+    at another place, in a stack of clients.
     """
     few = [0, 1, 2, 3]
     many = [3, 2, 1, 0] + [1, 2, 3] * 24

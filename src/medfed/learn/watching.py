@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 class ModuleWatch:
-    """What happens while a module is called: which part runs, which draw, what goes in and comes
-    out of each.
+    """What happens while a module is called:
+    which part runs, which draw, what goes in and comes out of each.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,8 +115,8 @@ def find_failing_part(model: nn.Module, x_BF: Tensor) -> str:
 
 
 def _goes_back(part: nn.Module, given: tuple[Any, ...]) -> bool:
-    """Say whether a part's backward pass runs on these inputs; a part without a gradient of its own
-    passes.
+    """Say whether a part's backward pass runs on these inputs;
+    a part without a gradient of its own passes.
     """
     inputs = []
     for value in given:

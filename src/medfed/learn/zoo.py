@@ -109,8 +109,8 @@ def mlp(
     norm: Norm = "none",
     init: Init = "torch",
 ) -> nn.Sequential:
-    """Return a multi-layer perceptron: for each hidden width Linear, norm, ReLU, dropout; then
-    Linear.
+    """Return a multi-layer perceptron:
+    for each hidden width Linear, norm, ReLU, dropout; then Linear.
 
     init: "torch" is torch's own; "he" keeps the signal's size through the layers (He et al. 2015),
     biases zero. Without a norm layer a deep network under privacy needs "he": else the last bias
@@ -229,8 +229,8 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 def build(
     name: str, features: int, outputs: int, options: Mapping[str, Any], seed: int
 ) -> nn.Module:
-    """Build the model `name` with weights drawn from `seed`; everybody's generators stay as they
-    were.
+    """Build the model `name` with weights drawn from `seed`;
+    everybody's generators stay as they were.
 
     Args:
         name: of the zoo, or an importable factory as "module:function".

@@ -40,8 +40,8 @@ class Link:
     """
 
     kept: tuple[str, ...] = ()
-    """What each client remembers: names of vectors as long as the link's input, that nobody else
-    has.
+    """What each client remembers:
+    names of vectors as long as the link's input, that nobody else has.
     """
 
     dtype: torch.dtype | None = None
@@ -64,8 +64,8 @@ class Link:
         return numbers
 
     def decode(self, row_KM: Tensor, numbers: int) -> Tensor:
-        """Undo on each row what cannot be undone on their sum; raise SiteError for one nobody can
-        send.
+        """Undo on each row what cannot be undone on their sum;
+        raise SiteError for one nobody can send.
 
         Args:
             row_KM: the rows as they came.
@@ -93,8 +93,8 @@ class Float32(Link):
 
 
 class Grid(Link):
-    """Rows are whole steps of the clipping norm's grid (int64), so that sums are exact; GRID steps
-    make one norm.
+    """Rows are whole steps of the clipping norm's grid (int64),
+    so that sums are exact; GRID steps make one norm.
     """
 
     dtype = torch.int64
@@ -132,8 +132,8 @@ class FixedPoint(Link):
 
 @dataclass(frozen=True)
 class Bounded(Link):
-    """Rows longer than `norm` are cut to it, so that no client weighs more than that, whatever its
-    records.
+    """Rows longer than `norm` are cut to it,
+    so that no client weighs more than that, whatever its records.
 
     The promise rests on whoever checks rows: the coordinator, or three aggregators in secret.
     """
@@ -200,9 +200,8 @@ class NoiseShare(Link):
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         draw = noise_share(self.guarantee, self.holders)
-        return message_KM + torch.from_numpy(
-            np.stack([draw(message_KM.shape[1]) for _ in message_KM])
-        ), memory
+        noise_KM = np.stack([draw(message_KM.shape[1]) for _ in message_KM])
+        return message_KM + torch.from_numpy(noise_KM), memory
 
 
 def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
@@ -318,8 +317,8 @@ PLAIN: tuple[Link, ...] = (Float32(),)
 
 
 LINKS: dict[str, Link] = {}
-"""Links that a study adds by name (`training.links`), after its own. One more is an entry, wherever
-it is written.
+"""Links that a study adds by name (`training.links`), after its own.
+One more is an entry, wherever it is written.
 """
 
 

@@ -70,16 +70,16 @@ class Planned(Event):
 
     @property
     def devices(self) -> bool:
-        """Whether nobody holds more than one record: a fleet, each device one patient's, of which
-        none is named.
+        """Whether nobody holds more than one record:
+        a fleet, each device one patient's, of which none is named.
         """
         return all(one["train"] + one["test"] <= 1 for one in self.sizes.values())
 
 
 @dataclass(frozen=True)
 class RangesFound(Event):
-    """The ranges of columns that declare none, from noised counts of the training patients of
-    `sites` sites.
+    """The ranges of columns that declare none,
+    from noised counts of the training patients of `sites` sites.
 
     ranges: column -> [low, high]; noise_sd: standard deviation of the noise on each count, in
     patients.
@@ -205,8 +205,8 @@ class Tested(Event):
 
 @dataclass(frozen=True)
 class Compared(Event):
-    """The federated model against each site's own, on the same held-out records. n: those of all
-    sites.
+    """The federated model against each site's own,
+    on the same held-out records. n: those of all sites.
 
     own_better: by how much the own models' squared error is less, a record on average, with its
     paired 95 % interval;
@@ -221,8 +221,8 @@ class Compared(Event):
 
 @dataclass(frozen=True)
 class Voted(Event):
-    """How many votes `sites` have for models of their own: each from 0 to 1, noised; half of them
-    is a draw.
+    """How many votes `sites` have for models of their own:
+    each from 0 to 1, noised; half of them is a draw.
 
     A site's vote is 1 where its own model's mean squared error on its held-out records is less than
     the federated one's by .02 or more, 0 where it is more by as much, else between. own_better:
@@ -262,8 +262,8 @@ class RunFinished(Event):
 
 
 def group_alike(excluded: Iterable[SiteExcluded]) -> dict[tuple[int, str], list[SiteExcluded]]:
-    """Return by round and reason who was left out; a site's own name in its reason makes no other
-    reason.
+    """Return by round and reason who was left out;
+    a site's own name in its reason makes no other reason.
 
     A reason that several are told word for word may name one of them: who pays together is refused
     together.

@@ -88,8 +88,8 @@ class Histogram:
         return np.stack([self.count[~called].sum(0), self.count[called].sum(0)], 1)
 
     def auroc(self) -> float | None:
-        """Return the share of pairs, a positive and a negative, that are in order, ties half; None
-        for one class.
+        """Return the share of pairs, a positive and a negative,
+        that are in order, ties half; None for one class.
         """
         negative, positive = self.count.sum(0)
         if negative * positive == 0:
@@ -97,8 +97,8 @@ class Histogram:
         return float(self.count[:, 1] @ self._below() / positive)
 
     def auroc_interval(self) -> Interval:
-        """Return DeLong's interval, corrected for skewness: what the bootstrap of both labels tends
-        to, in O(C).
+        """Return DeLong's interval, corrected for skewness:
+        what the bootstrap of both labels tends to, in O(C).
 
         With h(x, y) = 1 where positive x lies above negative y and 1/2 at a tie, resampling n
         positives and m negatives gives h's Hoeffding parts a variance of s10/n + s01/m + s11/(nm),
@@ -139,8 +139,8 @@ class Histogram:
         return _skewed_interval(value, variance / n, third / n**2)
 
     def reliability(self) -> np.ndarray:
-        """Return (records, mean probability said, share that was so) [bins, 3] of each tenth that
-        holds records.
+        """Return (records, mean probability said,
+        share that was so) [bins, 3] of each tenth that holds records.
         """
         inner = np.linspace(0, 1, ECE_BINS + 1)[1:-1]
         place = np.searchsorted(inner, self.said)
@@ -236,8 +236,8 @@ class Scores:
 
     @classmethod
     def from_tensors(cls, task: Task, tensors: Mapping[str, Tensor], outputs: int) -> "Scores":
-        """Take what a site tells, of a model of so many outputs; raise SiteError where that is no
-        test's scores.
+        """Take what a site tells, of a model of so many outputs;
+        raise SiteError where that is no test's scores.
         """
         bins = tensors["bins"]
         label = tensors["label"]
@@ -368,8 +368,8 @@ def macro(per_site: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
 
 
 def mean_difference(n: float, total: float, square: float) -> Figure:
-    """Return the mean of n paired differences with its 95 % interval, from their sum and sum of
-    squares.
+    """Return the mean of n paired differences with its 95 % interval,
+    from their sum and sum of squares.
     """
     if n == 0:
         return Figure(None)
@@ -430,8 +430,8 @@ def _measure_classes(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
 
 
 def confusion(scores: Scores, threshold: float = 0.5) -> list[list[int]]:
-    """Return how many records of each label [row] were predicted as each label [column]; empty for
-    a regression.
+    """Return how many records of each label [row] were predicted as each label [column];
+    empty for a regression.
     """
     if scores.task == "regression" or scores.n == 0:
         return []
@@ -515,8 +515,8 @@ def f1_interval(true: float, wrong: float) -> Interval:
 
 
 def _skewed_interval(value: float, variance: float, third: float) -> Interval:
-    """Return the central interval of a share's law from its first three cumulants (Cornish and
-    Fisher 1938).
+    """Return the central interval of a share's law from
+    its first three cumulants (Cornish and Fisher 1938).
     """
     if variance < 1e-15:
         return None, None

@@ -106,8 +106,8 @@ class Noised:
         return []
 
     def _auroc(self) -> Figure:
-        """Mann and Whitney's U over noised counts: unbiased, as the noises of both labels are
-        independent.
+        """Mann and Whitney's U over noised counts:
+        unbiased, as the noises of both labels are independent.
 
         The interval holds every A for which T(A) = sum of p_i n_j (h_ij - A) may be 0, as Fieller's
         does: T(A) has no division, and its variance is known, from the noise exactly and from
@@ -132,8 +132,8 @@ class Noised:
         return _bound(ranked / total if certain else None, off, noise + np.maximum(sampling, 0))
 
     def _ratio(self, above: np.ndarray, below: np.ndarray) -> Figure:
-        """Return the quotient of two sums over counts, with weights [C, 2] each, and Fieller's
-        interval.
+        """Return the quotient of two sums over counts,
+        with weights [C, 2] each, and Fieller's interval.
         """
         weights = above[..., None] - below[..., None] * _GRID
         off = np.tensordot(self.count, weights, 2)

@@ -16,8 +16,8 @@ from medfed.monitor.metrics import ECE_BINS, Figure, Scored, Scores, round_outpu
 def scores_each(
     task: Task, outputs: Tensor, target: Tensor, sizes: Sequence[int], scale: float = 1.0
 ) -> list[Scores]:
-    """Return `Scores.of` for each site, of outputs [N, C] and targets [N]; site k owns the next
-    sizes[k] rows.
+    """Return `Scores.of` for each site, of outputs [N, C] and targets [N];
+    site k owns the next sizes[k] rows.
     """
     if task == "regression":
         parts = zip(

@@ -198,8 +198,8 @@ def _field(event: Event | None, name: str, default: Any = None) -> Any:
 
 
 def _decision(planned: Planned | None, final: Tested | None) -> dict[str, Any] | None:
-    """Return from which probability which label is called, and from what that follows; None but of
-    two labels.
+    """Return from which probability which label is called,
+    and from what that follows; None but of two labels.
     """
     if planned is None or final is None or final.threshold is None:
         return None
@@ -227,8 +227,8 @@ def left_out(excluded: Iterable[SiteExcluded]) -> list[dict[str, Any]]:
 
 
 def _suspects(audits: Iterable[SecurityAudit]) -> list[dict[str, Any]]:
-    """Return who was warned or left out, the first to be so first: since when, what was done, on
-    what evidence.
+    """Return who was warned or left out, the first to be so first:
+    since when, what was done, on what evidence.
     """
     found: dict[str, dict[str, Any]] = {}
     for one in audits:
@@ -257,8 +257,8 @@ def _privacy(
 def _seconds(
     earlier: float, rounds: Mapping[int, RoundFinished], finished: RunFinished | None
 ) -> dict[str, float | None]:
-    """Return how long the run took, with the seconds before its last resumption, and a round of it
-    on average.
+    """Return how long the run took, with the seconds before its last resumption,
+    and a round of it on average.
     """
     seconds: dict[str, float | None] = {"total": None, "per_round": None}
     if finished:
@@ -311,8 +311,8 @@ def _vote(told: Voted | None) -> dict[str, Any] | None:
 
 
 def main_model(algorithm: str) -> str:
-    """Return under which name the model that a run is about is tested; other tested models are its
-    baselines.
+    """Return under which name the model that a run is about is tested;
+    other tested models are its baselines.
     """
     return algorithm if algorithm in BASELINES else "federated"
 

@@ -1,5 +1,5 @@
-"""What a run's figures mean, said first: it learned nothing, calls one class only, its sites do
-better alone.
+"""What a run's figures mean, said first:
+it learned nothing, calls one class only, its sites do better alone.
 
 A function of the summary. Each finding has a stable code, a sentence, what to do next, and a level:
 `warning` where the model is not what one would want, `note` where something is not known.
@@ -250,8 +250,8 @@ def _describe_noise(summary: Summary, intervals: Mapping[str, Any]) -> str:
 def _describe_worse_chances(
     summary: Summary, test: Mapping[str, Any], shares: Sequence[float]
 ) -> str:
-    """Say in figures that chances err more than the shares of the classes would; empty where they
-    do not.
+    """Say in figures that chances err more than the shares of the classes would;
+    empty where they do not.
 
     A noised test rounds chances to few cells, and its shares are noised too: it does not tell.
     """
@@ -309,8 +309,8 @@ def _describe_one_class(summary: Summary) -> str:
 def _describe_sensitivity(
     summary: Summary, test: Mapping[str, Any], intervals: Mapping[str, Any]
 ) -> str:
-    """Say that less of the positives is found than the study's rule asks for, beyond chance; empty
-    where not.
+    """Say that less of the positives is found than the study's rule asks for, beyond chance;
+    empty where not.
     """
     rule = decision.parse((summary.get("decision") or {}).get("rule", ""))
     recall = test.get("recall")

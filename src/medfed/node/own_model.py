@@ -93,8 +93,8 @@ def train_own(name: str, rows: Rows, encoding: Encoding, study: Study) -> Tensor
 def _train_until_it_helps_no_more(
     name: str, rows: Rows, encoding: Encoding, study: Study
 ) -> Tensor:
-    """Train on all rows for as many steps as serve every fifth patient best when trained on the
-    others.
+    """Train on all rows for as many steps as serve every
+    fifth patient best when trained on the others.
     """
     model = build_model(study, encoding)
     path = find_path(study, encoding, model).path

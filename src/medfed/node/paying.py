@@ -17,8 +17,8 @@ from medfed.privacy.statement import Statement
 
 @operation("enrol")
 def _enrol(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Enrol the sites' training patients in their ledger; refuse a plan that their budget does not
-    bear.
+    """Enrol the sites' training patients in their ledger;
+    refuse a plan that their budget does not bear.
     """
     account = sites[0].account
     guarantee = sites[0].guarantee
@@ -82,8 +82,8 @@ def _training_ids(table: SiteTable) -> np.ndarray:
 
 
 def charge(sites: Sequence[Site], round: int) -> dict[str, SiteError]:
-    """Charge the patients of each site for a round, all sites of one ledger at once; return who
-    refuses.
+    """Charge the patients of each site for a round,
+    all sites of one ledger at once; return who refuses.
     """
     paying = [
         site

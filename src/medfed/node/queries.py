@@ -70,8 +70,8 @@ def _answer_query(
     tell: Callable[[Site], np.ndarray],
     held_out: Mapping[str, Sequence[str]] = {},
 ) -> list[Answer]:
-    """Answer a query of training patients: they pay, who cannot is refused, the others' numbers are
-    told.
+    """Answer a query of training patients:
+    they pay, who cannot is refused, the others' numbers are told.
 
     Guarantee: `tell` is called for no site whose patients have not paid. Where `held_out` names
     patients, by site, these pay too.
@@ -170,8 +170,8 @@ def count_scores(
 
 @operation("ranges")
 def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Answer with how many training patients have each open column's value in which cell, paid and
-    noised.
+    """Answer with how many training patients have each
+    open column's value in which cell, paid and noised.
 
     Of each patient the middle one of the known cells counts, so that it moves one count of each
     column by one; who has none counts nowhere. No count is above the declared size: so no patient
@@ -200,8 +200,8 @@ def _ranges(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 
 
 def _range_edges(header: Header, tensors: Mapping[str, Tensor], columns: int) -> np.ndarray:
-    """Return the coordinator's edges between cells [F, C - 1]; refuse what is not paid for, or not
-    sound.
+    """Return the coordinator's edges between cells [F, C - 1];
+    refuse what is not paid for, or not sound.
     """
     turn: Any = header.get("turn")
     edges = tensors["edges"].numpy() if "edges" in tensors else np.empty(0)

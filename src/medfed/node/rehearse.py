@@ -25,8 +25,8 @@ from medfed.secure.party import Rehearser
 
 @operation("rehearse", blind=True)
 def _rehearse(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Play a round and a test once on made-up rows, before anybody pays; refuse with stage, module
-    and way out.
+    """Play a round and a test once on made-up rows, before anybody pays;
+    refuse with stage, module and way out.
 
     The sites of a process run the same code, so one stands for all. No record of a site is read and
     nothing is kept: a node of its own plays, whose model, memory, keys and rows are thrown away.

@@ -134,8 +134,8 @@ def _own_keys(site: Site) -> Identity:
 
 @operation("join", blind=True)
 def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
-    """Join a run: sign the study as the site has it, and work out for itself what its rounds agree
-    on.
+    """Join a run: sign the study as the site has it,
+    and work out for itself what its rounds agree on.
 
     Whose keys count is the consortium's list to say, where the site's own study names one, and else
     the coordinator.
@@ -224,8 +224,8 @@ _SMALL = 1000
 
 
 def _patient_keys(site: Site, table: SiteTable) -> Tensor:
-    """Return the stream of each record's patient: a function of who it is, whoever else is at the
-    site.
+    """Return the stream of each record's patient:
+    a function of who it is, whoever else is at the site.
     """
     seed = Streams(site.study.study.seed)
     return torch.tensor([seed.key("patient", who) for who in table.ids], dtype=torch.int64)[

@@ -105,8 +105,8 @@ class Site:
     def open(
         cls, name: str, frame: pd.DataFrame, study: Study, folder: Path | None = None
     ) -> "Site":
-        """Return the node of a site with these records; raise DataError for what is wrong with
-        them.
+        """Return the node of a site with these records;
+        raise DataError for what is wrong with them.
 
         Args:
             name: the site's.
@@ -126,8 +126,8 @@ class Site:
         )
 
     def like(self, study: Study, guarantee: Guarantee) -> "Site":
-        """Return a node that does what this one does, for another study and guarantee; it keeps
-        nothing.
+        """Return a node that does what this one does,
+        for another study and guarantee; it keeps nothing.
 
         For a simulation: the twin of a study is such nodes.
         """
@@ -176,8 +176,8 @@ class Site:
         return pooled
 
     def ask_consent(self) -> None:
-        """Ask who may be read now, and let go of everybody else; raise TypeError where no mask
-        comes of it.
+        """Ask who may be read now, and let go of everybody else;
+        raise TypeError where no mask comes of it.
 
         Who is let go of stays so until the node is opened anew.
         """

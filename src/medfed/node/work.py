@@ -51,8 +51,8 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
 def _accept_signed(
     sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]
 ) -> tuple[Header, Mapping[str, Tensor], dict[str, SiteError]]:
-    """Return what the coordinator signed for this round, and which sites do not take it, with the
-    reasons.
+    """Return what the coordinator signed for this round,
+    and which sites do not take it, with the reasons.
     """
     if "signed" not in tensors:
         raise SiteError("the coordinator has not signed its model; run the same medfed everywhere")
@@ -185,8 +185,8 @@ def train_locally(
 def _report(
     sites: Sequence[Site], header: Header, w_P: Tensor, work: Work, good_K: Tensor
 ) -> list[Answer]:
-    """Answer with the rows of those whose training stayed finite, and hold ready what each will
-    remember.
+    """Answer with the rows of those whose training stayed finite,
+    and hold ready what each will remember.
     """
     losses = work.loss_K.tolist()
     steps = work.steps_K.tolist()
@@ -228,8 +228,8 @@ def _send_rows(
     message_KM: Tensor,
     reports: Sequence[Report],
 ) -> list[Answer]:
-    """Pass the rows through the clients' halves of the links and answer with them, in the study's
-    aggregation.
+    """Pass the rows through the clients' halves of the links and answer with them,
+    in the study's aggregation.
     """
     first = sites[0]
     message_KM = first.liars.replace_rows(sites, header["round"], message_KM)

@@ -54,8 +54,8 @@ class Fixed:
 
 
 def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
-    """Read a study as `study.load` does; where a key cannot be used, tell what else stands against
-    it too.
+    """Read a study as `study.load` does;
+    where a key cannot be used, tell what else stands against it too.
     """
     loaded, unread = studies.read(study, settings)
     refuse([*unread, *_beside(unread, loaded)])
@@ -63,8 +63,8 @@ def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
 
 
 def _beside(unread: Sequence[Refusal], study: Study) -> Iterator[Refusal]:
-    """Yield what else stands against a study that could not be wholly read, but what follows from
-    that alone.
+    """Yield what else stands against a study that could not be wholly read,
+    but what follows from that alone.
     """
     keys = [str(refusal.error).split("=")[0] for refusal in unread]
     if unread:
@@ -91,8 +91,8 @@ def fix(
     from_records: bool = False,
     out: Path | None = None,
 ) -> Fixed:
-    """Return the study that would be accepted; nothing is written, `out` is where its paths shall
-    hold.
+    """Return the study that would be accepted;
+    nothing is written, `out` is where its paths shall hold.
 
     `from_records` fills blanks from the records of a study that declares them public; `data` as in
     `runs.run`. Raises StudyError where the file is no TOML, PlanError for records that are not

@@ -41,8 +41,8 @@ EPSILONS = (8.0, 3.0, 1.0, 0.5)
 """What is foretold beside the study's own epsilon."""
 
 MOST_NUMBERS = 2e8
-"""Numbers that the gradients of one play may touch: rows x parameters x steps; fewer rows are made
-up beyond it.
+"""Numbers that the gradients of one play may touch:
+rows x parameters x steps; fewer rows are made up beyond it.
 """
 
 
@@ -69,8 +69,8 @@ TEACHERS = (
 
 @dataclass(frozen=True)
 class Foretold:
-    """Loss of `figure` (AUROC, or R2 of numbers) at an epsilon against the same table without
-    privacy.
+    """Loss of `figure` (AUROC,
+    or R2 of numbers) at an epsilon against the same table without privacy.
     """
 
     epsilon: float
@@ -119,8 +119,8 @@ def foretell(plan: Plan, epsilons: Sequence[float] = EPSILONS) -> list[Foretold]
 
 
 def _set_epsilon(study: Study, epsilon: float, sizes: dict[str, int]) -> Study:
-    """Return the study at another epsilon, its parts in proportion, what it leaves open chosen for
-    that.
+    """Return the study at another epsilon, its parts in proportion,
+    what it leaves open chosen for that.
     """
     share = epsilon / study.privacy.epsilon
     written = study.as_written()
@@ -179,8 +179,8 @@ class _Game:
         return torch.tensor(drawn > np.quantile(drawn, 1 - teacher.prevalence), dtype=torch.float32)
 
     def play(self, study: Study, guarantee: Guarantee | None) -> float:
-        """Return the figure on unseen made-up rows after a study's steps, noised and clipped as
-        guaranteed.
+        """Return the figure on unseen made-up rows after a study's steps,
+        noised and clipped as guaranteed.
         """
         t = study.training
         whole = {"rows": Release(self.rows, 1, 1.0, 1.0)}
@@ -233,8 +233,8 @@ def _noise(study: Study, guarantee: Guarantee, clients: Sequence[str]) -> float:
 
 
 def make_up(encoding: Encoding, rows: int, together: float, rng: np.random.Generator) -> Tensor:
-    """Return encoded rows [N, F]: the dictionary's inputs, numbers and categories moved by five
-    common causes.
+    """Return encoded rows [N, F]: the dictionary's inputs,
+    numbers and categories moved by five common causes.
     """
     x_NF = encoding.invent_rows(rows).numpy().copy()
     shift = rng.normal(size=(rows, 5)) @ (rng.normal(size=(5, x_NF.shape[1])) / math.sqrt(5))
@@ -282,8 +282,8 @@ class PaidTest:
 
 
 def paid_test(plan: Plan) -> PaidTest | None:
-    """Foretell what a paid test will be able to say, from declared sizes alone; None where nobody
-    pays for one.
+    """Foretell what a paid test will be able to say, from declared sizes alone;
+    None where nobody pays for one.
 
     Where marks or dates say who is held out, how many those are is not public: then None, too.
     """

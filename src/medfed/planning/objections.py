@@ -1,5 +1,5 @@
-"""What stands against a study: parts that are fine alone and do not compose, both sides named, with
-the way out.
+"""What stands against a study:
+parts that are fine alone and do not compose, both sides named, with the way out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,8 +75,8 @@ def find_with_header(study: Study) -> list[Refusal]:
 
 
 def _repair(study: Study) -> tuple[Study, list[Refusal]]:
-    """Return a study whose values can be used and whose target is whole, and what had to be mended
-    for that.
+    """Return a study whose values can be used and whose target is whole,
+    and what had to be mended for that.
     """
     found = out_of_range(study)
     study = mend(study, found)
@@ -97,8 +97,8 @@ def mend(study: Study, found: Sequence[Refusal]) -> Study:
 
 
 def _header_refusals(study: Study, columns: Sequence[str], private: bool) -> Iterator[Refusal]:
-    """Yield what stands against a study beside a table's header; `private`: also what a claim needs
-    declared.
+    """Yield what stands against a study beside a table's header;
+    `private`: also what a claim needs declared.
     """
     data = study.data
     sizes = study.privacy.sizes

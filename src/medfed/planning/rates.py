@@ -95,8 +95,8 @@ def halve(server: Server) -> Server:
 
 
 def left_open(study: Study) -> bool:
-    """Say whether the rate is to be chosen from the sites' inputs: nobody has set one, and nothing
-    is claimed.
+    """Say whether the rate is to be chosen from the sites' inputs:
+    nobody has set one, and nothing is claimed.
     """
     return (
         study.training.learning_rate == 0 and not asked(study) and study.model.name not in LEARNERS
@@ -104,8 +104,8 @@ def left_open(study: Study) -> bool:
 
 
 def settle(study: Study) -> Study:
-    """Return the study with the rate `MOST` where it claims privacy and neither it nor the recipe
-    has set one.
+    """Return the study with the rate `MOST` where it claims
+    privacy and neither it nor the recipe has set one.
     """
     return at(study, MOST) if asked(study) else study
 
@@ -118,8 +118,8 @@ def at(study: Study, rate: float) -> Study:
 
 
 def bend(x_nF: Tensor, batch: int) -> float:
-    """Return the mean over batches of the top eigenvalue of their mean (x, 1)(x, 1)': one number of
-    a site's rows.
+    """Return the mean over batches of the top eigenvalue of their mean (x, 1)(x, 1)':
+    one number of a site's rows.
 
     Batches are `batch` rows (0: all) taken at equal distances through the table, at most 8 of at
     most 256. Exact for them, as the eigenvalues of the B by B matrix of products.
@@ -150,8 +150,8 @@ def output_gradients(model: nn.Module, x_nF: Tensor, most: int | None = None) ->
 
 
 def stretch(model: nn.Module, x_nF: Tensor, bends: float) -> float:
-    """Return how many times a model's loss bends more than a linear model's on the same rows, 1 or
-    more.
+    """Return how many times a model's loss bends more
+    than a linear model's on the same rows, 1 or more.
 
     By the products of its outputs' gradients at the first weights, in evaluation mode, over at most
     16 made-up rows, made so large that a linear model's loss bends by `bends`: norm layers take

@@ -1,5 +1,5 @@
-"""The recipe: what a claim's own settings are where a study leaves them open, from public facts
-alone.
+"""The recipe:
+what a claim's own settings are where a study leaves them open, from public facts alone.
 
 A federation under a claim descends by noised full-batch steps. With n declared patients, z the
 noise multiplier of the whole run spent on one sum, and D directions that rows can tell apart (the
@@ -70,8 +70,8 @@ SHORTEST = 12.0
 MOST_MOMENTUM = 0.95
 
 WORTH_A_MODEL = 20
-"""Training patients of the mean site, below which a vote on models of their own is not taken
-unasked.
+"""Training patients of the mean site,
+below which a vote on models of their own is not taken unasked.
 """
 
 _ROWS, _OUTPUTS = 64, 8  # made-up rows on which R is taken, and outputs of each
@@ -119,8 +119,8 @@ SOME_DEVICES = tuple(f"device {k}" for k in range(1000))
 
 
 def examine(study: Study) -> tuple[Study, list[Refusal]]:
-    """Return a study, its data completed and what it leaves open chosen, and what stands against it
-    all the same.
+    """Return a study, its data completed and what it leaves open chosen,
+    and what stands against it all the same.
     """
     with suppress(MedfedError):  # `standing` tells it
         study = dataclasses.replace(study, data=sources.complete(study))
@@ -136,8 +136,8 @@ def examine(study: Study) -> tuple[Study, list[Refusal]]:
 
 
 def declared_encoding(study: Study) -> Encoding:
-    """Return the encoding that the dictionary declares. Raises PlanError where it declares too
-    little.
+    """Return the encoding that the dictionary declares.
+    Raises PlanError where it declares too little.
     """
     data = study.data
     names = features_of(sorted(data.dictionary), data)
@@ -201,8 +201,8 @@ Choices = dict[str, tuple[Any, str]]
 
 
 def _basics(study: Study, patients: int) -> Choices:
-    """Choose what a claim needs before there is any noise: delta, encoding, and who pays for test
-    figures.
+    """Choose what a claim needs before there is any noise:
+    delta, encoding, and who pays for test figures.
     """
     choices = Choices()
     choices["privacy.delta"] = (
@@ -229,8 +229,8 @@ def _basics(study: Study, patients: int) -> Choices:
 
 
 def _vote(study: Study) -> tuple[float, str] | None:
-    """Choose a vote on sites' own models where its answer is known to a quarter of the sites; else
-    none.
+    """Choose a vote on sites' own models where its answer is known to a quarter of the sites;
+    else none.
     """
     p = study.privacy
     sites = len(p.sizes)

@@ -28,8 +28,8 @@ from medfed.learn.watching import find_failing_part
 from medfed.study import Feature
 
 TABLES: tuple[tuple[int, ...], ...] = ((1,), (1, 1, 1, 1), (3, 1, 2, 1))
-"""Made-up tables, as how many records each patient has: one patient alone, one record each, and
-several.
+"""Made-up tables, as how many records each patient has:
+one patient alone, one record each, and several.
 """
 
 _ZOO = f"take a model of the zoo ({', '.join(sorted(zoo.ZOO))})"
@@ -73,8 +73,8 @@ _HERE = Path(__file__).parent.parent
 
 
 def stage_of(error: BaseException) -> str:
-    """Return the stage that an exception comes from, by the code it passed through; "" where that
-    says nothing.
+    """Return the stage that an exception comes from,
+    by the code it passed through; "" where that says nothing.
     """
     for frame in reversed(_frames(error)):
         code = frame.f_code
@@ -102,8 +102,8 @@ def module_of(error: BaseException, model: nn.Module | None) -> str:
 
 
 def place_of(error: BaseException, model: nn.Module | None) -> str:
-    """Return stage and module in words, of those that are known: " at stage gradient, in module
-    'gru' (GRU)".
+    """Return stage and module in words, of those that are known:
+    " at stage gradient, in module 'gru' (GRU)".
     """
     stage = stage_of(error)
     module = module_of(error, model)
@@ -116,8 +116,8 @@ def place_of(error: BaseException, model: nn.Module | None) -> str:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """Return the frames that an exception passed through, outermost first; of its cause, where it
-    was told anew.
+    """Return the frames that an exception passed through, outermost first;
+    of its cause, where it was told anew.
     """
     cause = error.__cause__
     return [frame for frame, _ in traceback.walk_tb((cause or error).__traceback__)]

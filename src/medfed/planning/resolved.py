@@ -81,8 +81,8 @@ class Resolved:
         return rule(augment(gram_KK, torch.zeros(len(gram_KK), dtype=torch.float64), 0.0), key)[:-1]
 
     def fitting(self, rows: int) -> RobustRule:
-        """Return the rule for as many rows as came: who did not come counts as malicious where it
-        needs that.
+        """Return the rule for as many rows as came:
+        who did not come counts as malicious where it needs that.
 
         Raises QuorumError where even so they are too few.
         """
@@ -100,8 +100,8 @@ class Resolved:
         return replace(rule, f=f)
 
     def quorum(self, clients: int) -> int:
-        """Return how many rows of so many clients must count; malicious ones may stay out, or be
-        left out.
+        """Return how many rows of so many clients must count;
+        malicious ones may stay out, or be left out.
         """
         return max(1, math.ceil(self.study.training.quorum * clients - 1e-9) - self.malicious)
 
@@ -157,8 +157,8 @@ class Resolved:
         )
 
     def draw(self, round: int, out: Collection[str] = ()) -> list[str]:
-        """Return who takes part in a round, without those who are `out`: a function of the seed and
-        public facts.
+        """Return who takes part in a round, without those who are `out`:
+        a function of the seed and public facts.
         """
         rng = self.streams.generator("selection", round)
         able = {
@@ -181,8 +181,8 @@ def resolve(
     participants: Sequence[str],
     parameters: int,
 ) -> Resolved:
-    """Return what follows for these participants; under a claim from the sizes that the study
-    declares.
+    """Return what follows for these participants;
+    under a claim from the sizes that the study declares.
 
     Raises PlanError where the study's target cannot be met.
     """
@@ -217,8 +217,8 @@ def algorithm_name(study: Study) -> str:
 
 
 def algorithm_of(study: Study) -> Algorithm:
-    """Return what runs at the server: the study's algorithm or, of a model that no gradient trains,
-    its learner's.
+    """Return what runs at the server: the study's algorithm or,
+    of a model that no gradient trains, its learner's.
     """
     learner = LEARNERS.get(study.model.name)
     if learner is None:
@@ -234,8 +234,8 @@ def algorithm_of(study: Study) -> Algorithm:
 
 
 def blank(algorithm: Algorithm, links: Sequence[Link], w_P: Tensor) -> dict[str, Tensor]:
-    """Return what a site remembers before its first round, of its algorithm and of its links: name
-    -> vector.
+    """Return what a site remembers before its first round,
+    of its algorithm and of its links: name -> vector.
     """
     memory = algorithm.blank(w_P)
     numbers = algorithm.length(len(w_P))
@@ -305,8 +305,8 @@ def excess(study: Study, clients: Sequence[str]) -> float:
 
 
 def threshold(study: Study, n: int) -> int:
-    """Return how many of n clients must stay to the end of a masked round: the least t with 2t > n
-    + f.
+    """Return how many of n clients must stay to the end of a masked round:
+    the least t with 2t > n + f.
     """
     return (n + math.floor(study.security.colluding * n)) // 2 + 1
 

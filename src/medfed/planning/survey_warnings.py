@@ -1,5 +1,5 @@
-"""What surveys of the sites' tables say before training: columns that are renamed, values to be
-warned of.
+"""What surveys of the sites' tables say before training:
+columns that are renamed, values to be warned of.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""What the parties of a secure round agree on, each by itself: bounds, thresholds, noise, weights,
-the rule.
+"""What the parties of a secure round agree on, each by itself:
+bounds, thresholds, noise, weights, the rule.
 
 All of it follows from what is resolved. A site makes its `Party` of a run here, an aggregator its
 side of the protocol.
@@ -80,8 +80,8 @@ def gram_split(
 
 
 def scales(facts: Resolved) -> dict[str, float]:
-    """Return what makes each site's row a mean where it is a sum over its declared patients; else
-    nothing.
+    """Return what makes each site's row a mean where it is a sum over its declared patients;
+    else nothing.
     """
     guarantee = facts.guarantee
     if guarantee is None or not facts.joint:

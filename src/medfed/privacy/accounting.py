@@ -83,8 +83,8 @@ _ORDERS = np.array(ORDERS)
 
 @lru_cache(maxsize=4096)
 def rdp(event: Event) -> Floats:
-    """Return the Rényi divergences [O] at ORDERS between neighbours, the larger of both directions;
-    read-only.
+    """Return the Rényi divergences [O] at ORDERS between neighbours,
+    the larger of both directions; read-only.
     """
     total = _rdp(event, ORDERS)
     total.flags.writeable = False
@@ -125,8 +125,8 @@ def _engine(event: object, orders: Sequence[float], adjacency: str = "ADD_OR_REM
 
 
 def _blur(categories: int, epsilon: float) -> float:
-    """Return the probability with which dp-accounting's randomised response draws any category, the
-    true one too.
+    """Return the probability with which dp-accounting's randomised response draws any category,
+    the true one too.
     """
     return categories / (math.exp(epsilon) + categories - 1)
 
@@ -142,16 +142,16 @@ def _price_sampled(q: float, z: float, orders: Sequence[float]) -> Floats:
     # For broken orders dp-accounting sums a series of magnitudes: a bound, which need not converge.
     # Divergences grow with the order, so the next whole one is a bound as well.
     found[broken] = np.minimum(found[broken], _engine(event, np.ceil(order[broken])))
-    # Room for rounding, 10 times the worst met: a tiny divergence that came out as 0 would be free
-    # for ever.
+    # Room for rounding, 10 times the worst met:
+    # a tiny divergence that came out as 0 would be free for ever.
     bound: Floats = found.clip(0) + 1e-14 * order / (order - 1)
     return bound
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """dp-accounting warns of every order whose series does not converge; `_price_sampled` needs
-    none of them.
+    """dp-accounting warns of every order whose series does not converge;
+    `_price_sampled` needs none of them.
     """
     from absl import logging
 
@@ -241,8 +241,8 @@ def left(spent_rdp: Floats, epsilon: float, delta: float) -> float:
 
 
 def gdp_mu(event: Event) -> float | None:
-    """Return mu where the event is mu-GDP, as tight as can be; None unless it is made of Gaussians
-    alone.
+    """Return mu where the event is mu-GDP, as tight as can be;
+    None unless it is made of Gaussians alone.
 
     mu^2 adds up, exactly (Dong, Roth and Su 2022, corollary 3.3), also where noise multipliers are
     chosen after seeing earlier answers: the sum against `budget_mu(...)**2` is a filter at no extra
@@ -258,8 +258,8 @@ def gdp_mu(event: Event) -> float | None:
 
 @lru_cache(maxsize=256)
 def budget_mu(epsilon: float, delta: float) -> float:
-    """Return the largest mu that is within (epsilon, delta): 1 / noise multiplier of the single
-    Gaussian.
+    """Return the largest mu that is within (epsilon, delta):
+    1 / noise multiplier of the single Gaussian.
     """
     _check_target(epsilon, delta)
     sigma = _smallest(lambda sigma: gaussian_delta(sigma, epsilon) <= delta, rtol=1e-12)
@@ -267,8 +267,8 @@ def budget_mu(epsilon: float, delta: float) -> float:
 
 
 def gaussian_delta(sigma: float, epsilon: float) -> float:
-    """Return the exact delta at `epsilon` of one Gaussian of noise multiplier `sigma` (Balle and
-    Wang 2018).
+    """Return the exact delta at `epsilon` of one Gaussian
+    of noise multiplier `sigma` (Balle and Wang 2018).
     """
     from scipy.special import log_ndtr
 
@@ -339,8 +339,8 @@ def _pld(leaf: Leaf) -> Any:
 
 
 def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
-    """Return the event's epsilon at `delta` by one accountant, for a schedule that was fixed in
-    advance.
+    """Return the event's epsilon at `delta` by one accountant,
+    for a schedule that was fixed in advance.
 
     Raises PlanError for an unknown accountant, and for "gdp" where the event is not made of
     Gaussians.
@@ -358,8 +358,8 @@ def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
 def calibrate(
     event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp"
 ) -> float:
-    """Return the smallest noise multiplier, rounded up by at most 1e-4 of it, whose event is within
-    the target.
+    """Return the smallest noise multiplier,
+    rounded up by at most 1e-4 of it, whose event is within the target.
 
     event_of: noise multiplier -> everything that one patient pays for, fixed in advance. By "rdp"
     it is what the filter (`budget_rdp`) lets through at its one order. Over many steps that asks
@@ -411,8 +411,8 @@ def _refuse_accountant(accountant: str) -> PlanError:
 def _smallest(
     meets: Callable[[float], bool], start: float = 1.0, step: float = 2.0, rtol: float = 1e-4
 ) -> float:
-    """Return a value that `meets`, at most 1 + rtol times the smallest one; `meets` must stay true
-    from there on.
+    """Return a value that `meets`, at most 1 + rtol times the smallest one;
+    `meets` must stay true from there on.
     """
     low = high = start
     while not meets(high):
@@ -489,8 +489,8 @@ class RenyiDPAccountant:
         self.entries: tuple[PrivacyAccountingEntry, ...] = ()
 
     def charge(self, event: Event, label: str = "") -> PrivacyAccountingEntry:
-        """Count an event and return its entry; raises PlanError, counting nothing, for an event it
-        does not know.
+        """Count an event and return its entry;
+        raises PlanError, counting nothing, for an event it does not know.
         """
         self.rdp = self.rdp + rdp(event)
         entry = PrivacyAccountingEntry(label, event, self.epsilon(), self.delta)
@@ -502,7 +502,7 @@ class RenyiDPAccountant:
         return epsilon_from_rdp(self.rdp, self.delta if delta is None else delta)
 
     def noise_for(self, event_of: Callable[[float], Event], epsilon: float) -> float:
-        """Return the smallest noise multiplier whose event still fits into `epsilon` after what was
-        charged.
+        """Return the smallest noise multiplier whose event
+        still fits into `epsilon` after what was charged.
         """
         return _smallest(lambda z: _event_fits(self.rdp, event_of(z), epsilon, self.delta))

@@ -1,5 +1,5 @@
-"""What an attacker measures: canaries in one run, membership over many retrains, and inversion of a
-gradient.
+"""What an attacker measures: canaries in one run,
+membership over many retrains, and inversion of a gradient.
 
 A claim is an upper bound on epsilon, proved; an audit is a lower bound, measured. A lower bound
 above the claim proves a bug; one below it proves little. The one-run audit finds gross bugs (no
@@ -56,8 +56,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One audit beside its claim: `refuted` is the largest epsilon that the attack rules out at
-    `confidence`.
+    """One audit beside its claim:
+    `refuted` is the largest epsilon that the attack rules out at `confidence`.
 
     The claim (`epsilon`, `delta`) is broken where `refuted` lies above it. `epsilon` None claims
     nothing. The counts are None for attacks without canaries.
@@ -100,8 +100,8 @@ def p_value(correct: int, epsilon: float, guesses: int, canaries: int, delta: fl
 def refuting_epsilon(
     correct: int, guesses: int, canaries: int, delta: float, confidence: float = 0.95
 ) -> float:
-    """Return the largest epsilon that `correct` right guesses refute at `confidence`; 0 where they
-    refute none.
+    """Return the largest epsilon that `correct` right guesses refute at `confidence`;
+    0 where they refute none.
 
     A mechanism that is (epsilon, delta)-DP gives a larger answer than epsilon with probability 1 -
     confidence at most. Errors: PlanError unless 0 <= correct <= guesses <= canaries, 0 <= delta < 1
@@ -136,8 +136,8 @@ def refuting_epsilon(
 def correct_to_refute(
     epsilon: float, guesses: int, canaries: int, delta: float, confidence: float = 0.95
 ) -> int | None:
-    """Return how many right guesses refute `epsilon` at `confidence`; None where even all of them
-    would not.
+    """Return how many right guesses refute `epsilon` at `confidence`;
+    None where even all of them would not.
     """
     _check(guesses, canaries, delta, confidence)
     counts = range(guesses + 1)
@@ -150,8 +150,8 @@ def correct_to_refute(
 
 
 def guess(scores_M: np.ndarray, in_M: np.ndarray, guesses: int) -> tuple[int, int]:
-    """Call the highest scores in and the lowest out, half of `guesses` each, and return (correct,
-    guesses).
+    """Call the highest scores in and the lowest out,
+    half of `guesses` each, and return (correct, guesses).
 
     The middle is not guessed. `guesses` must be fixed before the coins are seen: the bound holds
     for one number, and the best of several is right too often by selection alone (for several
@@ -234,8 +234,8 @@ def _check(guesses: int, canaries: int, delta: float, confidence: float) -> None
 
 
 class CoinEvidence:
-    """What T releases tell of M coins b: the normal equations of residual_t = sum_i b_i gradient_ti
-    + noise_t.
+    """What T releases tell of M coins b:
+    the normal equations of residual_t = sum_i b_i gradient_ti + noise_t.
 
     A residual [P] is the released sum less the sum without canaries; gradients [M, P] are the
     clipped rows that the canaries would have added (under Poisson sampling times its rate). Where
@@ -293,8 +293,8 @@ class CoinEvidence:
         return _ridge(gram_MM, moment_M, square, self._rounds * len(self._residual_P))
 
     def scores_common_noise(self) -> np.ndarray:
-        """Return estimates [M] of b - 1/2, if all rounds had one noise: what is left of it less the
-        mean is none.
+        """Return estimates [M] of b - 1/2, if all rounds had one noise:
+        what is left of it less the mean is none.
 
         It lives from gradients that change between rounds; where they do not, it knows nothing.
         """
@@ -306,8 +306,8 @@ class CoinEvidence:
 def canary_scores(
     residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]
 ) -> np.ndarray:
-    """Return estimates [M] of b - 1/2, up to scale, from a residual [P] and gradients [M, P] of
-    each round.
+    """Return estimates [M] of b - 1/2, up to scale,
+    from a residual [P] and gradients [M, P] of each round.
 
     Ridge regression of the residuals on the gradients: of linear estimates the nearest, where noise
     is white. See `CoinEvidence` for both arguments.
@@ -318,8 +318,8 @@ def canary_scores(
 def canary_scores_common_noise(
     residual_TP: Iterable[np.ndarray], gradient_TMP: Iterable[np.ndarray]
 ) -> np.ndarray:
-    """Return the same estimates [M] after taking the mean over rounds from both: exact where noise
-    was reused.
+    """Return the same estimates [M] after taking the mean over rounds from both:
+    exact where noise was reused.
     """
     return _evidence(residual_TP, gradient_TMP).scores_common_noise()
 
@@ -338,8 +338,8 @@ def _blocks(width: int) -> list[slice]:
 
 
 def _ridge(gram_MM: np.ndarray, moment_M: np.ndarray, square: float, observed: int) -> np.ndarray:
-    """Return the posterior mean of b - 1/2, its prior white and the ridge the likeliest for what
-    was observed.
+    """Return the posterior mean of b - 1/2,
+    its prior white and the ridge the likeliest for what was observed.
 
     `square` is the sum of squares of the `observed` residuals. Along eigenvector j with eigenvalue
     l_j they have variance s^2 (l_j + ridge), everywhere else s^2 ridge, s^2 profiled out. The
@@ -495,8 +495,8 @@ def epsilon_from_rate(
 
 
 def _log_density(score_RM: np.ndarray, member_RM: np.ndarray, prior: float) -> np.ndarray:
-    """Return each score's log density, less a constant, under the Gaussian of the other retrains in
-    `member_RM`.
+    """Return each score's log density, less a constant,
+    under the Gaussian of the other retrains in `member_RM`.
     """
     n_RM = member_RM.sum(0) - member_RM
     mean_RM = _sum_others(score_RM, member_RM) / n_RM
@@ -531,8 +531,8 @@ class Similarity(NamedTuple):
 
 
 def invert_first_layer(weight_grad_OI: np.ndarray, bias_grad_O: np.ndarray) -> np.ndarray:
-    """Return the input [I] of a Linear layer from one patient's gradient: dW = db x^T, so x = dW_o
-    / db_o.
+    """Return the input [I] of a Linear layer from one patient's gradient:
+    dW = db x^T, so x = dW_o / db_o.
 
     The row with the largest |db| is read, which noise disturbs least (Phong et al. 2017). A
     gradient of several patients gives a weighted mean of them. Errors: ValueError where every db is

@@ -156,8 +156,8 @@ def _reading(study: Study, claim: str) -> Iterator[Refusal]:
 
 
 def _releases(study: Study, claim: str) -> Iterator[Refusal]:
-    """Yield what would be released without noise, or be composed by an accountant that does not
-    hold for it.
+    """Yield what would be released without noise,
+    or be composed by an accountant that does not hold for it.
     """
     data = study.data
     t = study.training
@@ -204,8 +204,8 @@ def _releases(study: Study, claim: str) -> Iterator[Refusal]:
 
 
 def _unpaid_test(study: Study, claim: str) -> Refusal:
-    """Refuse raw figures of test patients; a binary test can be paid for, whatever else is declared
-    public.
+    """Refuse raw figures of test patients;
+    a binary test can be paid for, whatever else is declared public.
     """
     rounds = study.training.rounds
     price = ""
@@ -472,8 +472,8 @@ def bears(study: Study, evaluation_epsilon: float) -> bool:
 
 
 def affordable(study: Study) -> float:
-    """Return the largest of a half, a quarter, ... of epsilon that buys a noised histogram beside a
-    vote.
+    """Return the largest of a half, a quarter, ...
+    of epsilon that buys a noised histogram beside a vote.
 
     Where nothing does, a quarter: the vote is refused then.
     """

@@ -1,5 +1,5 @@
-"""Correlated joint noise: banded matrix factorisation (BandMF), for schedules that keep a patient's
-uses apart.
+"""Correlated joint noise: banded matrix factorisation (BandMF),
+for schedules that keep a patient's uses apart.
 
 A model is the sum of all steps so far, so what hurts is not the noise of a round but the sum of all
 noise. Let z_t be fresh draws and C a lower triangular Toeplitz matrix with coefficients c_0 = 1,
@@ -68,8 +68,8 @@ def coefficients(rounds: int, band: int) -> Floats:
 
 
 def most_uses(rounds: int, separation: int) -> int:
-    """Return how often a patient can be used in T rounds with uses at least `separation` rounds
-    apart.
+    """Return how often a patient can be used in T rounds
+    with uses at least `separation` rounds apart.
     """
     return -(-rounds // separation)
 
@@ -101,8 +101,8 @@ def sensitivity(c: ArrayLike, rounds: int, separation: int, uses: int | None = N
 def grid_sensitivity(
     c: ArrayLike, rounds: int, separation: int, per_use: float, dimension: int
 ) -> float:
-    """Return the L2 sensitivity of a whole run of `Correlated`, in grid units; `per_use` is that of
-    one use.
+    """Return the L2 sensitivity of a whole run of `Correlated`, in grid units;
+    `per_use` is that of one use.
 
     `sensitivity` times per_use, and sqrt(rounds reached * P) for the rounding of the noise taken
     back (module's docstring): each use reaches the B-1 rounds after it.
@@ -125,8 +125,8 @@ def expected_error(c: ArrayLike, rounds: int) -> float:
 
 
 def gain(c: ArrayLike, rounds: int, separation: int, uses: int | None = None) -> float:
-    """Return how many times smaller `expected_error` is than that of independent noise of the same
-    privacy.
+    """Return how many times smaller `expected_error` is
+    than that of independent noise of the same privacy.
     """
     most = most_uses(rounds, separation)
     independent = math.sqrt(most if uses is None else min(uses, most)) * math.sqrt((rounds + 1) / 2)

@@ -1,5 +1,5 @@
-"""The guarantee a study asks for, resolved: which noise, how much of it, and what every round costs
-every patient.
+"""The guarantee a study asks for, resolved:
+which noise, how much of it, and what every round costs every patient.
 
 A release is what one client's patients pay for: the noised sum of their clipped gradients, on an
 integer grid. Its sensitivity is asked here and nowhere else, so that noise, accountant and claim
@@ -38,8 +38,8 @@ GRID = 2.0**-16
 """One step of the integer grid, as a share of the clipping norm."""
 
 NARROW = 128
-"""Slots of a step whose clipped gradients may be summed in float32; wider steps are summed in
-float64.
+"""Slots of a step whose clipped gradients may be summed in float32;
+wider steps are summed in float64.
 """
 
 SLACK = 2.0**-12 + 2 * NARROW**2 * 2.0**-24 + 2.0**-20
@@ -63,8 +63,8 @@ VOTE_SENSITIVITY = 1.0
 """How far one patient moves the sum of the sites' votes, each in [0, 1], at one of its sites."""
 
 FULL_VOTE = 0.02
-"""By how much a model's mean squared error must be less for a whole vote: of chances, or of scaled
-numbers.
+"""By how much a model's mean squared error must be less for a whole vote:
+of chances, or of scaled numbers.
 """
 
 Mode = Literal["site", "shared", "central"]
@@ -78,8 +78,8 @@ def discrete_gaussian(sigma: float) -> DiscreteGaussian:
 
 @dataclass(frozen=True)
 class Release:
-    """What a client does with its patients in a round: `steps` noised sums, each patient in it with
-    `probability`.
+    """What a client does with its patients in a round:
+    `steps` noised sums, each patient in it with `probability`.
     """
 
     size: int  # m
@@ -108,8 +108,8 @@ class Release:
 
 @dataclass(frozen=True)
 class Query:
-    """What training patients are asked beside the gradient: numbers of each answer, and how often
-    they answer.
+    """What training patients are asked beside the gradient:
+    numbers of each answer, and how often they answer.
     """
 
     epsilon: float  # what all answers would cost alone
@@ -153,8 +153,8 @@ class Guarantee:
         return 1
 
     def numbers(self) -> int:
-        """Return how many numbers a noised sum has: the gradient, and for adaptive clipping one
-        count.
+        """Return how many numbers a noised sum has:
+        the gradient, and for adaptive clipping one count.
         """
         return self.parameters + (self.clipping == "adaptive")
 
@@ -175,8 +175,8 @@ class Guarantee:
         )
 
     def sigma_units(self, client: str = "") -> float:
-        """Return the standard deviation of the noise in grid units: of the joint noise, or of one
-        site's.
+        """Return the standard deviation of the noise in grid units:
+        of the joint noise, or of one site's.
         """
         if not client:
             client = next(iter(self.releases))
@@ -186,8 +186,8 @@ class Guarantee:
         return multiplier * self.run_sensitivity_units()
 
     def count_sigma(self) -> float:
-        """Return the standard deviation of the noised count of adaptive clipping (one patient moves
-        it by 1/2).
+        """Return the standard deviation of the noised count
+        of adaptive clipping (one patient moves it by 1/2).
         """
         return COUNT_NOISE * next(iter(self.releases.values())).noise_multiplier * self.max_sites
 
@@ -207,8 +207,8 @@ class Guarantee:
     def compose_paid(
         self, release: Release, uses: int, asked: Mapping[str, int] = NOTHING
     ) -> Event | None:
-        """Return what a patient has paid, at all its sites: `uses` rounds of a client, and queries
-        as `asked`.
+        """Return what a patient has paid, at all its sites:
+        `uses` rounds of a client, and queries as `asked`.
 
         None where that is nothing.
         """
@@ -235,8 +235,8 @@ class Guarantee:
         )
 
     def cost(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> float:
-        """Return the epsilon, at the study's delta, of those who have paid most: `uses` rounds of
-        each client.
+        """Return the epsilon, at the study's delta, of those who have paid most:
+        `uses` rounds of each client.
 
         `asked` says how often each query was asked.
         """
@@ -246,14 +246,14 @@ class Guarantee:
         return max((self.epsilon_of(event) for event in events if event), default=0.0)
 
     def epsilon_of(self, event: Event) -> float:
-        """Return the epsilon of an event at what the sampler leaves of delta, by the study's
-        accountant.
+        """Return the epsilon of an event at what the sampler leaves of delta,
+        by the study's accountant.
         """
         return accounting.epsilon_of(event, self.delta - self.delta_sampler, self.accountant)
 
     def signal_to_noise(self, client: str) -> float:
-        """Return the best possible signal-to-noise ratio of one step: all gradients alike, over the
-        noise's norm.
+        """Return the best possible signal-to-noise ratio of one step:
+        all gradients alike, over the noise's norm.
 
         It is n C / (sigma sqrt(P)): below 1 a single step is mostly noise, and only the mean over
         many steps learns.
@@ -310,8 +310,8 @@ def _copies(study: Study) -> int:
 
 
 def vote_multiplier(study: Study, epsilon: float) -> float:
-    """Return the noise multiplier of a vote that would cost `epsilon` alone, at all of a patient's
-    sites.
+    """Return the noise multiplier of a vote that would cost `epsilon` alone,
+    at all of a patient's sites.
     """
     return _query_noise(_copies(study), epsilon, study.privacy.delta)
 
@@ -338,8 +338,8 @@ def ranges_sensitivity(columns: int) -> float:
 
 
 def vote_interval(sites: int, noise_sd: float) -> float:
-    """Return half the width of a vote's 95 % interval: its noise, and the most that votes in [0, 1]
-    may scatter.
+    """Return half the width of a vote's 95 % interval:
+    its noise, and the most that votes in [0, 1] may scatter.
     """
     return NormalDist().inv_cdf(0.975) * math.sqrt(noise_sd**2 + sites / 4)
 
@@ -350,8 +350,8 @@ def asked(study: Study) -> bool:
 
 
 def counted_together(study: Study) -> bool:
-    """Say whether sites' counts are summed and noised once: whoever combines rows sees them without
-    noise anyway.
+    """Say whether sites' counts are summed and noised once:
+    whoever combines rows sees them without noise anyway.
 
     Under secure aggregation nobody may see a site's counts, so there each site noises its own.
     """
@@ -361,8 +361,8 @@ def counted_together(study: Study) -> bool:
 def query_noise(
     guarantee: Guarantee, label: str, sensitivity: float, numbers: int, key: int
 ) -> np.ndarray:
-    """Draw the noise [numbers] on a query's answer, in steps of GRID; in a simulation from the
-    stream `key`.
+    """Draw the noise [numbers] on a query's answer, in steps of GRID;
+    in a simulation from the stream `key`.
 
     `label` names the query, whose answer one patient moves by `sensitivity` in L2 norm.
     """
@@ -477,8 +477,8 @@ def declared_size(study: Study, site: str) -> int:
 
 
 def resolve(study: Study, sizes: Mapping[str, int], parameters: int) -> Guarantee:
-    """Return the guarantee of a study whose clients have declared `sizes`, the noise calibrated to
-    its target.
+    """Return the guarantee of a study whose clients have declared `sizes`,
+    the noise calibrated to its target.
 
     Raises PlanError where the target cannot be met.
 
@@ -573,8 +573,8 @@ def _take_samplers_share(study: Study, guarantee: Guarantee, clients: int) -> Gu
 
 
 def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
-    """Return how many numbers the noise sampler draws for one patient over the whole plan, queries
-    included.
+    """Return how many numbers the noise sampler draws for
+    one patient over the whole plan, queries included.
     """
     steps = max(release.steps for release in guarantee.releases.values())
     samples = guarantee.numbers() * steps * guarantee.rounds * guarantee.copies
@@ -586,8 +586,8 @@ def _count_samples(study: Study, guarantee: Guarantee, clients: int) -> int:
 
 
 def _release(study: Study, size: int, where: str, mean: float) -> Release:
-    """Return a client's release before its noise is known. Steps and sampling follow from declared
-    sizes alone.
+    """Return a client's release before its noise is known.
+    Steps and sampling follow from declared sizes alone.
 
     Under joint noise all patients are drawn alike, batch_size of them at a site of the mean size:
     where a small site drew more of its own, its patients would need more noise, and all sites would
@@ -607,8 +607,8 @@ def _release(study: Study, size: int, where: str, mean: float) -> Release:
 
 
 def _noise_for(guarantee: Guarantee, release: Release) -> float:
-    """Return the noise multiplier of a client's release at which its patients' whole plan meets the
-    target.
+    """Return the noise multiplier of a client's release
+    at which its patients' whole plan meets the target.
     """
     # neither matters to what it costs
     alike = replace(release, size=0, cap=min(release.cap, 1), noise_multiplier=0)
@@ -648,8 +648,8 @@ def _calibrate(
 
 
 def queries_of(study: Study) -> dict[str, Query]:
-    """Return what training patients are asked beside the gradient, by label; their noise is not
-    known yet.
+    """Return what training patients are asked beside the gradient, by label;
+    their noise is not known yet.
     """
     privacy = study.privacy
     queries: dict[str, Query] = {}
@@ -668,8 +668,8 @@ def queries_of(study: Study) -> dict[str, Query]:
 
 @lru_cache(maxsize=256)
 def _query_noise(copies: int, epsilon: float, delta: float) -> float:
-    """Return the noise multiplier at which a query, at all of a patient's sites, would cost
-    `epsilon`.
+    """Return the noise multiplier at which a query,
+    at all of a patient's sites, would cost `epsilon`.
 
     The answer's noise is Gaussian, as training's is, so that the two compose without loss.
     """
@@ -677,8 +677,8 @@ def _query_noise(copies: int, epsilon: float, delta: float) -> float:
 
 
 def _accountant(study: Study, releases: Mapping[str, Release]) -> str:
-    """Return the accountant that the study names; else the exact one where all that is released is
-    Gaussian.
+    """Return the accountant that the study names;
+    else the exact one where all that is released is Gaussian.
     """
     if study.privacy.accountant != "auto":
         return study.privacy.accountant

@@ -94,8 +94,8 @@ class Ledger:
     def open(
         cls, path: Path | None, read_only: bool = False, founding: Lifetime | None = None
     ) -> "Ledger":
-        """Open the ledger at `path` and verify all of it; where none is, found one. None keeps it
-        in memory.
+        """Open the ledger at `path` and verify all of it;
+        where none is, found one. None keeps it in memory.
 
         `founding` is the lifetime budget that a new ledger gets; who names one can charge no ledger
         without. Unless `read_only`, proves by writing that charges can be written. Raises
@@ -105,16 +105,16 @@ class Ledger:
         """
         ledger = cls._connect(path, read_only, founding)
         try:
-            # To read: the anchor before the rows, as others may charge meanwhile, and then tell
-            # theirs.
+            # To read: the anchor before the rows,
+            # as others may charge meanwhile, and then tell theirs.
             if read_only:
                 anchor = ledger._read_anchor()
                 with ledger._transaction("DEFERRED"):
                     ledger._load()
                     ledger._refuse_older_than(anchor)
 
-            # To charge: all of it under one lock, with a write that proves that charges can be
-            # written.
+            # To charge: all of it under one lock,
+            # with a write that proves that charges can be written.
             else:
                 with ledger._transaction("IMMEDIATE"):
                     ledger._load()
@@ -188,8 +188,8 @@ class Ledger:
         return hmac.digest(self._key, patient.encode("utf-8", "surrogatepass"), "sha256").hex()
 
     def enrol(self, site: str, patients: Iterable[str]) -> Cohort:
-        """Enrol a site's patients, under pseudonyms, as one cohort; the same roster gives the same
-        cohort again.
+        """Enrol a site's patients, under pseudonyms, as one cohort;
+        the same roster gives the same cohort again.
         """
         return self.enrol_all({site: patients})[site]
 
@@ -245,8 +245,8 @@ class Ledger:
 
     @classmethod
     def accept(cls, path: Path, head: str, operator: str, reason: str) -> None:
-        """Take the ledger at `path` as the newest there is, though its anchor is lost or knows a
-        later head.
+        """Take the ledger at `path` as the newest there is,
+        though its anchor is lost or knows a later head.
 
         On record, by whom and why; what was charged after its last row is forgotten. `head` is its
         own head, as the operator has compared it with the last claim. Raises LedgerError where it
@@ -272,8 +272,8 @@ class Ledger:
             ledger._write_anchor(Anchor(ledger._genesis["id"], seq, head))
 
     def know_column(self, column: str, operator: str = "", reason: str = "") -> None:
-        """Hold that patients are named by this column of tables: by an operator's word, or the
-        first study's.
+        """Hold that patients are named by this column of tables:
+        by an operator's word, or the first study's.
 
         Under another column the same people would look new. Raises PlanError for an operator
         without name or reason.
@@ -424,8 +424,8 @@ class Ledger:
         site: str | None = None,
         pseudonym: str | None = None,
     ) -> float:
-        """Return the epsilon at `delta` of the patient who has paid most, over the charges that are
-        asked for.
+        """Return the epsilon at `delta` of the patient who has paid most,
+        over the charges that are asked for.
         """
         with self._transaction("DEFERRED"):
             self._catch_up()
@@ -477,8 +477,8 @@ class Ledger:
             return self._head
 
     def verify(self, expected_head: str | None = None) -> None:
-        """Read and verify everything again, and that a head told by an earlier claim is still part
-        of it.
+        """Read and verify everything again,
+        and that a head told by an earlier claim is still part of it.
 
         Raises LedgerError where the ledger is damaged, was cut short or replaced.
         """
@@ -488,8 +488,8 @@ class Ledger:
                 self._refuse_without(expected_head)
 
     def refuse_without(self, head: str) -> None:
-        """Raise LedgerError unless a head told by an earlier claim, or kept by a run, is still part
-        of the chain.
+        """Raise LedgerError unless a head told by an earlier claim,
+        or kept by a run, is still part of the chain.
         """
         with self._transaction("DEFERRED"):
             self._catch_up()
@@ -508,8 +508,8 @@ class Ledger:
     # The chain ------------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        """Read and verify everything: header, pages, schema, genesis, every row and every cohort
-        that paid.
+        """Read and verify everything: header, pages, schema,
+        genesis, every row and every cohort that paid.
         """
         if self._one("PRAGMA application_id") != APPLICATION:
             raise LedgerError(
@@ -632,8 +632,8 @@ class Ledger:
             ) from error
 
     def _refuse_older_than(self, anchor: Anchor | None) -> None:
-        """Raise LedgerError where the ledger is not the one that was left here last, or an older
-        copy of it.
+        """Raise LedgerError where the ledger is not the one that was left here last,
+        or an older copy of it.
         """
         if self.path is None:
             return
@@ -644,8 +644,8 @@ class Ledger:
                 or self._read_anchor()
                 or (self._seq == 0 and not self.path.with_name(KEY).exists())
             ):
-                # founded by an older medfed; by another process right now; or only half, and looked
-                # at
+                # founded by an older medfed; by another process right now;
+                # or only half, and looked at
                 return
             raise LedgerError(
                 f"{anchor_of(self.path)} is missing: nothing says that {self.path} is the "

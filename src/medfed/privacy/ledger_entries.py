@@ -51,8 +51,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Lifetime:
-    """What no patient of a site may exceed over all studies, who is one patient, and who decided
-    so, and why.
+    """What no patient of a site may exceed over all studies,
+    who is one patient, and who decided so, and why.
     """
 
     epsilon: float

@@ -131,8 +131,8 @@ def anchor_of(path: Path) -> Path:
 
 
 def rule_of(path: Path) -> Rule | None:
-    """Return the identity rule of the ledger at `path`, from its first row alone; None where there
-    is no ledger.
+    """Return the identity rule of the ledger at `path`,
+    from its first row alone; None where there is no ledger.
 
     Raises LedgerError where it cannot be read, or is missing though its key or anchor is there.
     What an old ledger or a run's own goes by is "exact".

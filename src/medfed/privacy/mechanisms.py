@@ -1,5 +1,5 @@
-"""Noise that a guarantee can rest on: integers on a grid, from a cipher keyed by the operating
-system.
+"""Noise that a guarantee can rest on:
+integers on a grid, from a cipher keyed by the operating system.
 
 Float noise on float sums leaks through its rounding (Mironov 2012; arXiv:2112.05307). So a release
 is rounded to a grid and gets discrete Gaussian noise, P(x) proportional to exp(-x^2 / 2 sigma^2)
@@ -65,8 +65,8 @@ class _AliasTable:
 
     @classmethod
     def of(cls, masses: Sequence[int]) -> "_AliasTable":
-        """Return the table of integers -n/2 .. n/2 - 1 with these masses, whole numbers that sum to
-        2^128.
+        """Return the table of integers -n/2 ..
+        n/2 - 1 with these masses, whole numbers that sum to 2^128.
         """
         n = len(masses)
         edges, owner = _alias(masses)
@@ -157,8 +157,8 @@ class _Table:
 
     @classmethod
     def of(cls, masses: Sequence[int], total_variation: float) -> "_Table":
-        """Return the table of integers -n/2 .. n/2 - 1 with these masses, whole numbers that sum to
-        2^128.
+        """Return the table of integers -n/2 ..
+        n/2 - 1 with these masses, whole numbers that sum to 2^128.
         """
         unit = 2**128 // _QUARTERS
         whole = [mass // unit for mass in masses]
@@ -290,8 +290,8 @@ class DiscreteGaussian:
 
 
 def worst_total_variation(sigma: float) -> float:
-    """Bound `DiscreteGaussian.total_variation` of every noise up to this sigma, whatever tables it
-    is drawn from.
+    """Bound `DiscreteGaussian.total_variation` of every noise up to this sigma,
+    whatever tables it is drawn from.
     """
     tables = 1
     rest = sigma
@@ -416,8 +416,8 @@ def _largest(x: Tensor) -> float:
 
 
 def grid_sensitivity(clip: float, unit: float, dimension: int) -> float:
-    """Return the L2 sensitivity, in grid units, of a rounded sum of [dimension] rows of norm at
-    most `clip`.
+    """Return the L2 sensitivity, in grid units,
+    of a rounded sum of [dimension] rows of norm at most `clip`.
     """
     return clip / unit + math.sqrt(dimension)
 
@@ -435,8 +435,8 @@ def gaussian_float(shape: Sequence[int], sigma: float, generator: np.random.Gene
 def randomised_response(
     value: ArrayLike, categories: int, epsilon: float, entropy: Entropy
 ) -> Integers:
-    """Report each value (0 .. k-1) truly with probability e^epsilon / (e^epsilon + k - 1), else one
-    of the others.
+    """Report each value (0 ..
+    k-1) truly with probability e^epsilon / (e^epsilon + k - 1), else one of the others.
 
     Each report is epsilon-locally private, delta = 0 (Kairouz, Bonawitz and Ramage 2016): the odds
     are rounded down to multiples of 2^-64, so no two values' probabilities of a report have a ratio
@@ -452,8 +452,8 @@ def randomised_response(
 def randomised_response_frequencies(
     reports: ArrayLike, categories: int, epsilon: float
 ) -> tuple[Floats, Floats]:
-    """Return unbiased estimates [k] of the values' shares from reports [N], and their standard
-    errors [k].
+    """Return unbiased estimates [k] of the values' shares from reports [N],
+    and their standard errors [k].
 
     The error is that of the noise, for shares among these N devices; estimates may lie outside 0 ..
     1.

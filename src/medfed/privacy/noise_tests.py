@@ -93,16 +93,16 @@ def _by_loss_distribution(
 
 
 def strategy_coefficients(rounds: int, band: int) -> Floats:
-    """Return the banded square root of the prefix-sum matrix, c_j = c_(j-1) (2j - 1) / 2j, by
-    recurrence.
+    """Return the banded square root of the prefix-sum matrix,
+    c_j = c_(j-1) (2j - 1) / 2j, by recurrence.
     """
     j = np.arange(1, min(band, rounds))
     return np.concatenate([[1.0], np.cumprod((2 * j - 1) / (2 * j))])
 
 
 def strategy_norm(c_B: ArrayLike, rounds: int, separation: int) -> float:
-    """Return the norm of the columns of the strategy's matrix that one patient uses, from the
-    matrix itself.
+    """Return the norm of the columns of the strategy's matrix that one patient uses,
+    from the matrix itself.
     """
     c = np.asarray(c_B, np.float64)
     total = 0.0
@@ -115,8 +115,8 @@ def strategy_norm(c_B: ArrayLike, rounds: int, separation: int) -> float:
 
 
 def whiten(noise_TP: Floats, c_B: ArrayLike) -> Floats:
-    """Return what correlated noise was made from, C n: independent draws, up to a rounding of half
-    a step.
+    """Return what correlated noise was made from, C n:
+    independent draws, up to a rounding of half a step.
     """
     fresh_TP = np.zeros_like(noise_TP)
     for lag, c in enumerate(np.asarray(c_B, np.float64)[: len(noise_TP)]):
@@ -178,8 +178,8 @@ def too_large(square: float, numbers: int) -> float:
 
 
 def on_grid(noise_VP: Floats) -> float | None:
-    """Return the share of numbers that are whole, of those small enough to tell; None where fewer
-    than 20 are.
+    """Return the share of numbers that are whole, of those small enough to tell;
+    None where fewer than 20 are.
     """
     small = noise_VP[np.abs(noise_VP) < _SMALL]
     if len(small) < 20:
@@ -188,8 +188,8 @@ def on_grid(noise_VP: Floats) -> float | None:
 
 
 def power(numbers: int, alpha: float, chance: float = 0.95) -> tuple[float, float]:
-    """Return the factors of the standard deviation, below 1 and above, that "variance" refuses with
-    that chance.
+    """Return the factors of the standard deviation,
+    below 1 and above, that "variance" refuses with that chance.
 
     `numbers` are what was drawn and `alpha` is the p-value below which the test refuses: computed
     from chi-square.

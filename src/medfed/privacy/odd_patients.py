@@ -35,8 +35,8 @@ def draw(
     finite: bool = True,
     most: int = MOST_RECORDS,
 ) -> Records:
-    """Return one odd patient of at most `most` records, 2 or more; `finite` leaves out NaN and
-    infinity.
+    """Return one odd patient of at most `most` records, 2 or more;
+    `finite` leaves out NaN and infinity.
 
     Kinds, one at random: records that are one another's neighbours in float32 or exact copies, with
     targets that cancel (the norm of what they sum to is far below that of each); many records of
@@ -84,8 +84,8 @@ def _several(rng: np.random.Generator, most: int) -> int:
 
 
 def _neighbours(rng: np.random.Generator, features: int, most: int) -> Drawn:
-    """Two records that differ by a few units in the last place, or by little, in one feature or in
-    all.
+    """Two records that differ by a few units in the last place,
+    or by little, in one feature or in all.
     """
     x_F = rng.standard_normal(features) * _size(rng)
     gap = x_F * 10.0 ** rng.uniform(-8.5, -2)

@@ -17,8 +17,8 @@ HOME = "MEDFED_HOME"
 
 
 def ledger_path(study: Study, folder: Path | None) -> Path | None:
-    """Return where a study's budget ledger lies: the lifetime ledger, or the run's own; None keeps
-    it in memory.
+    """Return where a study's budget ledger lies:
+    the lifetime ledger, or the run's own; None keeps it in memory.
 
     Raises LedgerError where the study names another folder than the operator, or one without a
     ledger.

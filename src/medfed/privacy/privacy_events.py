@@ -46,8 +46,8 @@ class _Checked:
 
 @dataclass(frozen=True)
 class Gaussian(_Checked):
-    """`count` sums over all patients, each with noise of standard deviation noise_multiplier times
-    sensitivity.
+    """`count` sums over all patients,
+    each with noise of standard deviation noise_multiplier times sensitivity.
     """
 
     kind = "gaussian"
@@ -57,8 +57,8 @@ class Gaussian(_Checked):
 
 @dataclass(frozen=True)
 class PoissonGaussian(_Checked):
-    """`count` noised sums, each over patients who each took part by a coin of their own, unseen by
-    the adversary.
+    """`count` noised sums, each over patients who each took part by a coin of their own,
+    unseen by the adversary.
     """
 
     kind = "poisson_gaussian"
@@ -69,8 +69,8 @@ class PoissonGaussian(_Checked):
 
 @dataclass(frozen=True)
 class TruncatedPoissonGaussian(_Checked):
-    """Poisson sampling from `population` patients where, above `cap`, a uniformly random subset of
-    `cap` stays.
+    """Poisson sampling from `population` patients where,
+    above `cap`, a uniformly random subset of `cap` stays.
 
     Ledgers of before hold it; nothing charges it any more. Ganesh 2025, arXiv:2508.15089, prices it
     by `population`, which nobody can vouch for: with more patients than that it costs more. So it
@@ -87,8 +87,8 @@ class TruncatedPoissonGaussian(_Checked):
 
 @dataclass(frozen=True)
 class Laplace(_Checked):
-    """`count` numbers with Laplace noise of the given scale over their L1 sensitivity: epsilon = 1
-    / scale each.
+    """`count` numbers with Laplace noise of the given scale over their L1 sensitivity:
+    epsilon = 1 / scale each.
     """
 
     kind = "laplace"
@@ -113,8 +113,8 @@ class RandomisedResponse(_Checked):
 
 
 def capped(probability: float, noise_multiplier: float, count: int = 1) -> PoissonGaussian:
-    """Return the event of Poisson sampling with a cap, whatever the cap and however many patients
-    there are.
+    """Return the event of Poisson sampling with a cap,
+    whatever the cap and however many patients there are.
 
     Each patient is drawn by a coin below `probability`; of those drawn the `cap` lowest coins stay.
     Not Poisson: in a full batch one patient's presence puts another out. Yet it costs no more than

@@ -28,24 +28,24 @@ INNER = 8
 """Equal cells of what was found so far; there is one more at each end, for what lies beyond."""
 
 CELLS = (len(_FIRST_EDGES) + 1, INNER + 2, INNER + 2, INNER + 2)
-"""Cells of each query. Four of few cells: a quantile is a sum of cells, each of which has noise of
-its own.
+"""Cells of each query. Four of few cells:
+a quantile is a sum of cells, each of which has noise of its own.
 """
 
 TIMES = len(CELLS)
 """How often counts are asked for."""
 
 WIDEST = (float(_FIRST_EDGES[0]), float(_FIRST_EDGES[-1]))
-"""The range of a column of which the noise shows nothing: whatever may be in it is encoded as about
-0.
+"""The range of a column of which the noise shows nothing:
+whatever may be in it is encoded as about 0.
 """
 
 LEAST = 12.0
 """Patients, as a multiple of the noise on a cell, whose quantiles the noise lets be seen."""
 
 _ENOUGH = LEAST / 2
-"""Known values of a column, as the same multiple, from which on they are told: fewer are known by
-their decades.
+"""Known values of a column, as the same multiple, from which on they are told:
+fewer are known by their decades.
 """
 
 _OUTER = 0.05
@@ -54,15 +54,15 @@ _CHANCE = 0.02
 """The chance that noise alone makes any of all columns' first cells look filled."""
 
 _CHANCE_FAR = 1e-4
-"""The same of cells decades larger than those of other values: what they widen, later cells cannot
-narrow again.
+"""The same of cells decades larger than those of other values:
+what they widen, later cells cannot narrow again.
 """
 
 
 @dataclass(frozen=True)
 class Range:
-    """What was found of a column. told: whether by quantiles; else its decades, or WIDEST where
-    `known` is 0.
+    """What was found of a column. told: whether by quantiles;
+    else its decades, or WIDEST where `known` is 0.
     """
 
     low: float
@@ -81,8 +81,8 @@ class Range:
 
 
 class Search:
-    """The search for F ranges at once: `edges` to count by, then `take` the noised counts; TIMES
-    times.
+    """The search for F ranges at once:
+    `edges` to count by, then `take` the noised counts; TIMES times.
     """
 
     def __init__(self, columns: int, noise_sd: float) -> None:
@@ -112,15 +112,15 @@ class Search:
         self.turn += 1
 
     def _bar(self, chance: float) -> float:
-        """Return how many patients a first cell must hold to be seen above the noise, but for such
-        a chance.
+        """Return how many patients a first cell must hold to be seen above the noise,
+        but for such a chance.
         """
         return self.sd * NormalDist().inv_cdf(1 - chance / (len(self.found) * CELLS[0]))
 
 
 def _decades(count_C: np.ndarray, sd: float, near: float, far: float) -> Range:
-    """Return the decades that hold all but a few of the values, among cells that stand out of the
-    noise.
+    """Return the decades that hold all but a few of the values,
+    among cells that stand out of the noise.
 
     Those out to one decade more than is seen must hold `near`, larger ones `far`.
     """
@@ -154,8 +154,8 @@ def _ends(cell: int) -> tuple[float, float]:
 
 
 def _stands_apart(cell: int, most: int, seen_C: np.ndarray) -> bool:
-    """Say whether a cell is larger than all that is joined to the fullest by filled neighbours, of
-    either sign.
+    """Say whether a cell is larger than all that is joined
+    to the fullest by filled neighbours, of either sign.
 
     A column of which most is 0 has none: a flag is no code.
     """
@@ -175,8 +175,8 @@ def _beside(cell: int) -> list[int]:
 
 
 def _narrow(one: Range, count_C: np.ndarray, edges: np.ndarray, sd: float, last: bool) -> Range:
-    """Return what is left of a range: between the cells of its outer quantiles, the last time
-    between these.
+    """Return what is left of a range:
+    between the cells of its outer quantiles, the last time between these.
     """
     level = _level(one.known, sd)
     width = float(edges[1] - edges[0])
@@ -208,8 +208,8 @@ def _in_one_cell(count_C: np.ndarray, known: float, sd: float) -> bool:
 
 
 def _crossing(count_C: np.ndarray, edges: np.ndarray, wanted: float) -> tuple[float, float]:
-    """Return where the sum of cells from an end on reaches `wanted`: that cell's edge on this side,
-    and the place.
+    """Return where the sum of cells from an end on reaches `wanted`:
+    that cell's edge on this side, and the place.
     """
     sum_C = np.maximum.accumulate(np.maximum(np.cumsum(count_C), 0.0))
     cell = int(np.argmax(sum_C >= wanted)) if sum_C[-1] >= wanted else len(edges)
@@ -236,8 +236,8 @@ def _cut(low: float, high: float) -> np.ndarray:
 
 
 def count(values_F: Sequence[np.ndarray], edges: np.ndarray) -> np.ndarray:
-    """Return how many values of each column lie in each cell, int64 [F, C]; an edge belongs to the
-    cell above.
+    """Return how many values of each column lie in each cell, int64 [F, C];
+    an edge belongs to the cell above.
     """
     cells = edges.shape[1] + 1
     pairs = zip(values_F, edges, strict=True)

@@ -42,8 +42,8 @@ from medfed.privacy.privacy_events import RandomisedResponse
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate without bias, and its standard error: that of the noise, for what is true of
-    these devices.
+    """An estimate without bias, and its standard error:
+    that of the noise, for what is true of these devices.
     """
 
     value: float
@@ -78,8 +78,8 @@ def report_number(
     epsilon: float,
     entropy: Entropy | None = None,
 ) -> tuple[float, RandomisedResponse]:
-    """Report a number held in the public [low, high], rounded to steps of `unit`, plus discrete
-    Laplace noise.
+    """Report a number held in the public [low, high],
+    rounded to steps of `unit`, plus discrete Laplace noise.
 
     Guarantee: epsilon-locally private between any two numbers, delta = 0. It is accounted as
     randomised response of two answers, the worst of all epsilon-private mechanisms (Kairouz, Oh and

@@ -21,8 +21,8 @@ class RunMeter(Protocol):
         ...
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
-        """Take over for how many rounds clients have paid by their own ledgers, where that is more
-        than is known.
+        """Take over for how many rounds clients have paid by their own ledgers,
+        where that is more than is known.
 
         And for how many queries of each label, as the ledgers have it.
         """

@@ -55,8 +55,8 @@ class SiteLedger:
         return self._ledger
 
     def refuse_without(self, head: str) -> None:
-        """Raise LedgerError unless the ledger is there and still holds a head that it told; found
-        none instead.
+        """Raise LedgerError unless the ledger is there and still holds a head that it told;
+        found none instead.
         """
         if self._ledger is None and (self.path is None or not self.path.exists()):
             raise LedgerError(
@@ -88,8 +88,8 @@ class SiteLedger:
         )
 
     def _refuse_another_rule(self) -> None:
-        """Raise LedgerError where patients were named under another rule than the ledger's, founded
-        in between.
+        """Raise LedgerError where patients were named under another rule than the ledger's,
+        founded in between.
         """
         asked = self.study.data.identity
         bound = self._ledger.lifetime if self._ledger else None
@@ -287,8 +287,8 @@ class SiteLedger:
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
     def _charge_all(self, charges: Mapping[str, Charge]) -> dict[str, BudgetError]:
-        """Charge sites all at once; where that is refused one by one, or nobody where they share
-        patients.
+        """Charge sites all at once;
+        where that is refused one by one, or nobody where they share patients.
         """
         limits = self._limits()
         try:
@@ -315,8 +315,8 @@ class SiteLedger:
         )
 
     def uses(self) -> dict[str, int]:
-        """Return for how many rounds each site's patients have paid in this run, those that a crash
-        lost too.
+        """Return for how many rounds each site's patients have paid in this run,
+        those that a crash lost too.
         """
         return {site: n for (site, label), n in self._paid_kinds().items() if label == ROUND}
 

@@ -94,8 +94,8 @@ Heads = Mapping[str, str]
 
 
 def compact(heads: Heads) -> str | dict[str, str] | None:
-    """Return heads as they are kept: one where all sites have one ledger, else by site; None where
-    none has any.
+    """Return heads as they are kept:
+    one where all sites have one ledger, else by site; None where none has any.
     """
     if not heads:
         return None
@@ -113,8 +113,8 @@ def every(kept: str | Mapping[str, str] | None) -> list[str]:
 
 
 def combine_charged(told: Mapping[str, Statement], counted: float) -> JSON | None:
-    """Return what all ledgers hold together, for the claim: of each figure the worst; None where
-    there is none.
+    """Return what all ledgers hold together, for the claim:
+    of each figure the worst; None where there is none.
 
     No statement lowers what the coordinator has `counted` for this run itself. The bound of a
     lifetime is the widest: it is what some patient may have spent.

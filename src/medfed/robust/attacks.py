@@ -1,5 +1,5 @@
-"""Simulated attacks: what a client that lies does to its records, its row, or its row's whole steps
-on the wire.
+"""Simulated attacks: what a client that lies does to its records,
+its row, or its row's whole steps on the wire.
 
 For simulation and tests only. An attack without knowledge of honest rows judges by what the liars
 would have sent honestly. One liar alone has one such row: it takes last round's beside it, or else
@@ -28,8 +28,8 @@ Stage = Literal["data", "row", "wire"]
 
 @dataclass(frozen=True)
 class Records:
-    """A liar's training records x_ND, y_N; `labels` counts the classes, 0 where a number is
-    predicted.
+    """A liar's training records x_ND, y_N;
+    `labels` counts the classes, 0 where a number is predicted.
     """
 
     x_ND: Tensor
@@ -65,8 +65,8 @@ class Sight:
             )
 
     def seen_RM(self) -> Tensor:
-        """Return the rows that the liars judge by: the honest ones, or their own of this round and
-        the last.
+        """Return the rows that the liars judge by:
+        the honest ones, or their own of this round and the last.
         """
         if self.honest_HM is not None:
             return self.honest_HM
@@ -171,8 +171,8 @@ def _flip_labels(records: Records) -> Records:
 
 
 def _poison_features(records: Records) -> Records:
-    """Keep labels, and move each class's records to where another class lies: x - mean_c +
-    mean_(C-1-c).
+    """Keep labels, and move each class's records to where another class lies:
+    x - mean_c + mean_(C-1-c).
 
     With one class alone, or a number to predict, records are mirrored at their mean.
     """
@@ -214,8 +214,8 @@ class Trigger:
         return marked_ND
 
     def poison(self, records: Records) -> Records:
-        """Mark a share of the records and call them `label`; raise PlanError where a number is
-        predicted.
+        """Mark a share of the records and call them `label`;
+        raise PlanError where a number is predicted.
         """
         if not records.labels:
             raise PlanError(
@@ -286,8 +286,8 @@ def _alie(sight: Sight) -> Tensor:
 
 
 def _ipm_large(sight: Sight) -> Tensor:
-    """The mean becomes -(n - f)/n of the honest one: epsilon is twice the (n - f)/f that makes it
-    zero.
+    """The mean becomes -(n - f)/n of the honest one:
+    epsilon is twice the (n - f)/f that makes it zero.
     """
     return sight.all_send(-2 * (sight.clients - sight.liars) / sight.liars * sight.mean_M())
 
@@ -297,8 +297,8 @@ def _ipm(sight: Sight) -> Tensor:
 
 
 def _min_max(sight: Sight) -> Tensor:
-    """Go as far as no honest row is further from the lie than the two furthest honest rows are from
-    each other.
+    """Go as far as no honest row is further from the lie
+    than the two furthest honest rows are from each other.
 
     |m + g p - x_i|^2 = a_i + 2 g b_i + g^2 c is at most the diameter's square: the least root over
     i, no search.
@@ -335,8 +335,8 @@ def _min_sum(sight: Sight) -> Tensor:
 
 
 def _distances_RR(seen_RM: Tensor) -> Tensor:
-    """Return squared distances between rows, by differences from the first: no cancellation of a
-    large mean.
+    """Return squared distances between rows, by differences from the first:
+    no cancellation of a large mean.
     """
     off_RM = seen_RM - seen_RM[0]
     gram_RR = off_RM @ off_RM.T
@@ -500,8 +500,8 @@ def _mean(gram_KK: Tensor) -> Tensor:
 
 
 def _wrap(sight: Sight) -> Tensor:
-    """Add 2^63 to half of the numbers, drawn by each liar: sums mod 2^64 are off by 2^63 in half of
-    theirs.
+    """Add 2^63 to half of the numbers, drawn by each liar:
+    sums mod 2^64 are off by 2^63 in half of theirs.
 
     (x + 2^63)^2 = x^2 mod 2^64: a norm that is computed in words does not notice. Raises PlanError
     for rows that are not whole steps in 64 bits.

@@ -1,5 +1,5 @@
-"""How far each client's row of one round lies from the others', read from the rows' Gram matrix
-alone.
+"""How far each client's row of one round lies from the others',
+read from the rows' Gram matrix alone.
 
 One unit for all evidence: a client three times as far out as the median scores `TOLERATED`,
 whatever the measure. That is how odd an honest hospital with unusual patients may be, round after
@@ -19,8 +19,8 @@ from torch import Tensor
 from medfed.core.checks import PlanError
 
 TOLERATED = 2.5
-"""The score of an honest client that is odd for good: three times the median distance, norm or
-closeness.
+"""The score of an honest client that is odd for good:
+three times the median distance, norm or closeness.
 """
 
 SURE = 10.0
@@ -35,8 +35,8 @@ _COS_UNIT = 0.7 / TOLERATED
 _ROUNDING = 1e-6  # of a squared norm: where float32 rows still differ
 
 INCONCLUSIVE = frozenset({"alike", "small"})
-"""Kinds that accuse an honest client as easily: the victim of a mimic, a site that has nothing left
-to learn.
+"""Kinds that accuse an honest client as easily:
+the victim of a mimic, a site that has nothing left to learn.
 """
 
 
@@ -84,8 +84,8 @@ class _Measured:
 
 
 def suspicion(gram_KK: Tensor, f: int, noise: float = 0.0) -> Tensor:
-    """Return each client's score [K] in 0 .. SURE: the strongest of all evidence against it in this
-    round.
+    """Return each client's score [K] in 0 .. SURE:
+    the strongest of all evidence against it in this round.
 
     f of the K rows may lie. noise: the standard deviation of the noise on each entry of gram_KK,
     which then need not be positive semidefinite; what noise alone would show scores low. A row
@@ -107,8 +107,8 @@ def inspect(
     noise: float = 0.0,
     refused: Mapping[str, str] | None = None,
 ) -> tuple[Finding, ...]:
-    """Return what a round says against its clients, in their order: every measure that scores NOTED
-    or more.
+    """Return what a round says against its clients, in their order:
+    every measure that scores NOTED or more.
 
     clients: the names of gram_KK's rows. refused: clients without a row there, and why (out of
     range, unsigned, not a number); each is a finding of score SURE. For f and noise see
@@ -235,8 +235,8 @@ def _densest(D_KK: Tensor, count: int) -> Tensor:
 
 
 def _log_score(square_K: Tensor, noise: float, rounding: float) -> tuple[float, Tensor]:
-    """Return the median's root, and how many units [K] each root lies above it on the logarithmic
-    scale.
+    """Return the median's root,
+    and how many units [K] each root lies above it on the logarithmic scale.
 
     The unit widens with the round's own spread (MAD) and with the noise on the squares; nothing is
     read below either noise or rounding.

@@ -72,8 +72,8 @@ class Watch:
 
     @property
     def level(self) -> ThreatLevel:
-        """Return the federation's level: that of its worst client, CRITICAL where more lie than
-        `most`.
+        """Return the federation's level:
+        that of its worst client, CRITICAL where more lie than `most`.
         """
         totals = [one.total for one in self.standings.values()]
         if sum(total >= QUARANTINE for total in totals) > self.most:
@@ -87,8 +87,8 @@ class Watch:
     def step(
         self, round: int, clients: Collection[str], findings: Iterable[Finding]
     ) -> "tuple[Watch, list[Ruling]]":
-        """Take a round's findings on the clients that took part; return the next watch, and what
-        changes.
+        """Take a round's findings on the clients that took part;
+        return the next watch, and what changes.
         """
         # What is said of whom.
         by_client: dict[str, list[Finding]] = {name: [] for name in clients}
@@ -145,8 +145,8 @@ def _level(total: float) -> ThreatLevel:
 def detect_byzantine_devices(
     rounds: Iterable[tuple[Sequence[str], Sequence[Finding]]], most: int
 ) -> dict[str, float]:
-    """Return who is suspected after these rounds, with the sum held against each, worst first; the
-    brief's name.
+    """Return who is suspected after these rounds,
+    with the sum held against each, worst first; the brief's name.
 
     rounds: of each, who took part and what it said against whom (`detection.inspect`).
     """

@@ -148,8 +148,8 @@ def nearest_mixing(g_KK: Tensor, f: int, key: int) -> Tensor:
 
 
 def bucketing(g_KK: Tensor, f: int, key: int) -> Tensor:
-    """Return T [J, K]: means of pairs of rows, in an order drawn from the stream `key`; the last
-    may be single.
+    """Return T [J, K]: means of pairs of rows,
+    in an order drawn from the stream `key`; the last may be single.
     """
     order = streams.words(torch.tensor([key]), len(g_KK))[0].argsort()
     t_JK = g_KK.new_zeros((len(g_KK) + 1) // 2, len(g_KK))
@@ -236,8 +236,8 @@ def _from_point(b_KK: Tensor, w_K: Tensor) -> Tensor:
 
 
 def centred_clipping(g_KK: Tensor, f: int, radius: float | None, steps: int = 3) -> Tensor:
-    """Start at the reference; step by the mean of the rows' differences from there, each clipped to
-    `radius`.
+    """Start at the reference;
+    step by the mean of the rows' differences from there, each clipped to `radius`.
 
     One liar moves each step by at most radius / K. Without a radius: the rows' median distance from
     the reference.
@@ -343,8 +343,8 @@ def _covers(far_KK: Tensor, f: int) -> Iterator[tuple[int, ...]]:
 
 
 def smea(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
-    """Average the K - f rows whose covariance has the least largest eigenvalue, looking at every
-    such set.
+    """Average the K - f rows whose covariance has the least largest eigenvalue,
+    looking at every such set.
     """
     count = math.comb(len(g_KK), f)
     if count > _SUBSETS:
@@ -361,8 +361,8 @@ def smea(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
 
 
 def caf(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
-    """Weigh down what lies along the covariance's main direction until K - 2f is left; take the
-    best mean met.
+    """Weigh down what lies along the covariance's main direction until K - 2f is left;
+    take the best mean met.
 
     With w the weights, the eigenvectors of sqrt(w) B sqrt(w) are those of the covariance, seen from
     the rows.
@@ -406,8 +406,8 @@ def _middle(row_KM: Tensor, off: int) -> Tensor:
 
 
 def bulyan(row_KM: Tensor, f: int) -> Tensor:
-    """Choose K - 2f rows by Krum, one after another; average each number's K - 4f values nearest to
-    their median.
+    """Choose K - 2f rows by Krum, one after another;
+    average each number's K - 4f values nearest to their median.
     """
     d_KK = distances(gram(blocks_of(row_KM)))
     left = list(range(len(row_KM)))
@@ -525,8 +525,8 @@ ALONE: dict[str, GramRule | RowRule] = {
     ),
     "bulyan": RowRule(bulyan, lambda f: 4 * f + 3, 0.25, "El Mhamdi et al. 2018, arXiv:1802.07927"),
 }
-"""Rules that a name ends with. The bounds kappa are those of Allouah et al. 2023, arXiv:2302.01772,
-table 1.
+"""Rules that a name ends with. The bounds kappa are those of Allouah et al.
+2023, arXiv:2302.01772, table 1.
 """
 
 
@@ -645,8 +645,8 @@ class RobustRule:
         return (g_KK + g_KK.T) / 2
 
     def _mix(self, g_KK: Tensor, key: int) -> tuple[Tensor, Tensor]:
-        """Return all mixings as one matrix T_JK, and the Gram matrix of T X; a reference stays
-        itself.
+        """Return all mixings as one matrix T_JK, and the Gram matrix of T X;
+        a reference stays itself.
         """
         t_JK = torch.eye(len(g_KK), dtype=torch.float64)
         kept = int(self.needs == "reference")
@@ -662,8 +662,8 @@ class RobustRule:
 
 
 def rule_of(name: str, f: int = 0, *, radius: float | None = None) -> RobustRule:
-    """Return the rule of a name such as "krum", "nnm+geometric-median" or "bucketing+krum", for f
-    liars.
+    """Return the rule of a name such as "krum",
+    "nnm+geometric-median" or "bucketing+krum", for f liars.
 
     `radius` is the clipping norm of centred-clipping and norm-clipping, without one a median (see
     there); of the geometric median its smoothing.

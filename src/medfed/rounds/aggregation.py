@@ -199,8 +199,8 @@ _PATIENCE = 600.0  # seconds; nothing is trained yet
 def _join_sites(
     publisher: Publisher, fleet: Fleet, sites: Sequence[str], payload: bytes, roster: Roster
 ) -> dict[str, dict[str, str]]:
-    """Have the sites join; return each one's signature under the study, and the key that it holds
-    under.
+    """Have the sites join;
+    return each one's signature under the study, and the key that it holds under.
 
     Raises PlanError where one has another study.
     """

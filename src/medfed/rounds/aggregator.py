@@ -1,5 +1,5 @@
-"""What runs at an aggregator: its own keys, the study as it has it, and its side of the three-party
-protocol.
+"""What runs at an aggregator:
+its own keys, the study as it has it, and its side of the three-party protocol.
 
 It is reached through `handle(op, payload)`, bytes in and bytes out, as a site is. "identify" tells
 its public keys, "join" makes it a party of one run; the rest is `secure.three_party`.

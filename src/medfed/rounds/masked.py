@@ -1,5 +1,5 @@
-"""Rows under masks that cancel: the coordinator is the server of `secure.masking`, and plays its
-five phases.
+"""Rows under masks that cancel:
+the coordinator is the server of `secure.masking`, and plays its five phases.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""Before the first round: every site is surveyed, all agree how records become numbers, and the
-plan is made.
+"""Before the first round: every site is surveyed,
+all agree how records become numbers, and the plan is made.
 """
 
 import math

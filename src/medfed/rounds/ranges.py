@@ -1,5 +1,5 @@
-"""Ranges that nobody could declare: found from noised counts of training patients, before the first
-round.
+"""Ranges that nobody could declare:
+found from noised counts of training patients, before the first round.
 
 Training patients pay for it. Counts are asked for as often as the plan pays for, and each time all
 of the study's open columns are counted; what follows from them is public, and becomes part of the

@@ -1,5 +1,5 @@
-"""The round as a specification: every party in turn, in plain sight, without bytes, engine, keys or
-stacks.
+"""The round as a specification: every party in turn,
+in plain sight, without bytes, engine, keys or stacks.
 
 Read this first. Whatever else the house does in a round (replies that are late, masks and shares,
 whole cohorts as one stack, signatures, a ledger on disk) leaves the numbers as they are here:
@@ -42,8 +42,8 @@ def play(
     sites: Mapping[str, SiteState],
     drawn: Sequence[str] | None = None,
 ) -> Server:
-    """Return the server's state after one round; sites whose row counts remember it. `drawn` stands
-    for the draw.
+    """Return the server's state after one round;
+    sites whose row counts remember it. `drawn` stands for the draw.
     """
     number = server.round + 1
     guarantee = plan.guarantee
@@ -89,8 +89,8 @@ def play(
     for link in reversed(plan.links):
         combined_M = link.server(combined_M, number)
 
-    # Apply. A noised sum of gradients is a step of gradient descent; the algorithm's server does
-    # the rest.
+    # Apply. A noised sum of gradients is a step of gradient descent;
+    # the algorithm's server does the rest.
     if plan.joint:
         assert guarantee is not None
         clip = _clip(server, plan)
@@ -195,8 +195,8 @@ def _weigh(plan: Plan, row_KM: Tensor) -> Tensor:
 
 
 def _patients(plan: Plan, name: str) -> float:
-    """Return how many declared patients a site's row sums over; where rows are means nothing hangs
-    on it.
+    """Return how many declared patients a site's row sums over;
+    where rows are means nothing hangs on it.
     """
     if plan.guarantee is None or not plan.joint:
         return 1.0

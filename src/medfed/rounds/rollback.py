@@ -1,5 +1,5 @@
-"""The validation gate: a round that makes the model worse on the coordinator's own public records
-is taken back.
+"""The validation gate:
+a round that makes the model worse on the coordinator's own public records is taken back.
 
 The reference is a table that is nobody's secret, so that looking at it costs no privacy. The gate
 sees harm that rules and signatures do not: enough liars, or honest rows that do not go together.
@@ -35,8 +35,8 @@ class Rollback:
 
     @classmethod
     def of(cls, plan: Plan) -> "Rollback | None":
-        """Return the gate that a study asks for; raise DataError where its table cannot be read or
-        has no row.
+        """Return the gate that a study asks for;
+        raise DataError where its table cannot be read or has no row.
         """
         robust = plan.study.robustness
         data = plan.study.data
@@ -64,8 +64,8 @@ class Rollback:
         )
 
     def passes(self, before: Server, after: Server) -> tuple[bool, float, float]:
-        """Say whether a round's model stands, with the losses before and after; what is no number
-        never does.
+        """Say whether a round's model stands, with the losses before and after;
+        what is no number never does.
         """
         was = self.loss(before.w_P)
         now = self.loss(after.w_P)

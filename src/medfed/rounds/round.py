@@ -75,8 +75,8 @@ def run_round(
     clients = plan.draw(number, out)
     log.emit(RoundStarted(number, clients))
 
-    # Charge: the coordinator counts; each site pays from its own ledger, before its data is
-    # touched.
+    # Charge: the coordinator counts;
+    # each site pays from its own ledger, before its data is touched.
     budget.charge(number, clients)
 
     # Work and combine: one row a client, which the study's way makes one.
@@ -166,8 +166,8 @@ def _make_finished(
 def _descend(
     server: Server, total_M: torch.Tensor, plan: Plan, clients: Sequence[str]
 ) -> tuple[Server, torch.Tensor]:
-    """Turn a noised sum of clipped gradients into the mean update of one local step; adapt the
-    clipping norm.
+    """Turn a noised sum of clipped gradients into the mean update of one local step;
+    adapt the clipping norm.
 
     The sum is divided by the declared patients of those whose rows count: who took part is known.
     """
@@ -415,8 +415,8 @@ def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> Non
 def _noised_scores(
     counts: Mapping[str, np.ndarray], edges: np.ndarray, plan: Plan
 ) -> tuple[Scored, Mapping[str, Scored]]:
-    """Return the test of all sites together, and of each. Where counts are noised together, the sum
-    alone is told.
+    """Return the test of all sites together, and of each.
+    Where counts are noised together, the sum alone is told.
 
     A patient of several sites moves the sum by one at each: the noise of the sum covers all of
     them.
@@ -431,9 +431,8 @@ def _noised_scores(
         return Noised(edges, total, each * len(counts)), per_site
 
     epsilon = privacy.evaluation_epsilon / privacy.max_sites_per_patient
-    return Noised(
-        edges, total + geometric_noise(total.shape, epsilon, Entropy()), noised.variance(epsilon)
-    ), {}
+    noise = geometric_noise(total.shape, epsilon, Entropy())
+    return Noised(edges, total + noise, noised.variance(epsilon)), {}
 
 
 def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -> None:

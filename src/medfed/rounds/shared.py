@@ -25,8 +25,8 @@ from medfed.secure.identity import Scope
 
 @dataclass(frozen=True)
 class Shared:
-    """The coordinator relays shares that it cannot read; three aggregators check rows in secret and
-    open the sum.
+    """The coordinator relays shares that it cannot read;
+    three aggregators check rows in secret and open the sum.
     """
 
     ask: three_party.Ask

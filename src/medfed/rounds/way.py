@@ -1,5 +1,5 @@
-"""A way for rows to come together: open a round, add each reply as it arrives, close with what they
-came to.
+"""A way for rows to come together:
+open a round, add each reply as it arrives, close with what they came to.
 
 A round asks its way and knows no more of it. Whatever arrives is handed on, also what was asked for
 earlier: a way may take it or leave it, so one that does not wait for all of a round's clients is
@@ -204,8 +204,8 @@ def enough(
 
 
 def sign(publisher: Publisher, number: int, payload: bytes) -> bytes:
-    """Return a round's question as the coordinator signs it: `payload` in round `number` by
-    `publisher`.
+    """Return a round's question as the coordinator signs it:
+    `payload` in round `number` by `publisher`.
     """
     return codec.encode(
         {"round": number}, {"signed": codec.as_tensor(publisher.sign(number, payload))}

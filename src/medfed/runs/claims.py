@@ -85,8 +85,8 @@ _GENERATOR = {
 
 
 def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
-    """Return the claim of a run that has spent what `budget` counts and each site has `told` of its
-    ledger.
+    """Return the claim of a run that has spent what `budget`
+    counts and each site has `told` of its ledger.
     """
     guarantee = plan.guarantee
     study = plan.study
@@ -182,8 +182,8 @@ def _trust(plan: Plan) -> str:
 
 
 def _noise(plan: Plan) -> JSON:
-    """Return what noise a round's sum carries: its multiplier, and its standard deviation in steps
-    of the grid.
+    """Return what noise a round's sum carries:
+    its multiplier, and its standard deviation in steps of the grid.
     """
     guarantee = plan.guarantee
     assert guarantee is not None
@@ -212,8 +212,8 @@ def _once_or_by_site(guarantee: Guarantee, each: Mapping[str, float]) -> float |
 
 
 def _noise_excess(plan: Plan) -> float:
-    """Return how many times the needed standard deviation the sum carries where every holder adds
-    its part.
+    """Return how many times the needed standard deviation
+    the sum carries where every holder adds its part.
     """
     guarantee = plan.guarantee
     assert guarantee is not None
@@ -521,8 +521,8 @@ def _outlook(guarantee: Guarantee, name: str, rounds: int) -> dict[str, Any]:
 
 
 def write_page(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write a run's claim as a page and return where: `out`, or reports/privacy.html in the run's
-    folder.
+    """Write a run's claim as a page and return where:
+    `out`, or reports/privacy.html in the run's folder.
     """
     run = Path(run)
     path = Path(out) if out else run / "reports" / "privacy.html"

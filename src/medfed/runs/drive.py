@@ -58,8 +58,8 @@ class Drive:
         run: str,
         folder: Path | None = None,
     ) -> None:
-        """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps
-        nothing.
+        """Set up the drive of a run that is enrolled, from the state `server`;
+        `folder` None keeps nothing.
         """
         self.plan = plan
 
@@ -81,8 +81,8 @@ class Drive:
     def to_the_end(
         self, keys: Keys | None = None, known: Collection[type[events.Event]] = ()
     ) -> Result:
-        """Run the rounds that are left, test, vote, measure the baselines, and write down what came
-        of it.
+        """Run the rounds that are left, test, vote,
+        measure the baselines, and write down what came of it.
 
         `known`: what the log already tells of the last model, paid for by patients.
         """
@@ -123,8 +123,8 @@ class Drive:
         self.hear_ledgers()
 
     def hear_ledgers(self, whole: bool = True) -> None:
-        """Have sites tell of their ledgers, and count what was paid for; the last word of a silent
-        one stands.
+        """Have sites tell of their ledgers, and count what was paid for;
+        the last word of a silent one stands.
         """
         told, refused = hear_statements(self.plan, self.fleet, None, whole)
         for name, why in refused.items():
@@ -161,8 +161,8 @@ class Drive:
         self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Let the sites write down what they remember, then commit: a crash between leaves the
-        round before.
+        """Let the sites write down what they remember, then commit:
+        a crash between leaves the round before.
         """
         if self.folder is None:
             return
@@ -302,8 +302,8 @@ def tell_start(plan: Plan, log: Log, told: Sequence[events.Event]) -> None:
 
 
 def _void_test(plan: Plan) -> Iterator[str]:
-    """Yield that the test that held-out patients pay for will tell hardly anything, before anybody
-    has paid.
+    """Yield that the test that held-out patients pay for will tell hardly anything,
+    before anybody has paid.
     """
     paid = paid_test(plan)
     if paid:

@@ -43,8 +43,8 @@ def run(
     progress: bool = False,
     parties: Parties | Opener | None = None,
 ) -> Result:
-    """Run a study in a fresh folder: `out`, or runs/<study>-<time>. `data` is where downloaded data
-    is looked for.
+    """Run a study in a fresh folder: `out`, or runs/<study>-<time>.
+    `data` is where downloaded data is looked for.
 
     `parties` are the sites and aggregators, where they run elsewhere: each with a study, records,
     keys and a ledger of its own, so that `data` is theirs to find; or what starts them once there
@@ -118,8 +118,8 @@ def _begin(
 
 
 def _refuse_begun(plan: Plan, told: Mapping[str, Statement], folder: Path) -> None:
-    """Raise RunError where a run without a checkpoint has trained, LedgerError where its ranges are
-    not charged.
+    """Raise RunError where a run without a checkpoint has trained,
+    LedgerError where its ranges are not charged.
     """
     if plan.guarantee is None or not told:
         return
@@ -267,8 +267,8 @@ def _refuse_other_parties(folder: Path, started: bool, parties: Parties | Opener
 
 
 def _paid_for(record: Path, after: int, plan: Plan) -> list[events.Event]:
-    """Return what a log tells of the last model after its byte `after`, where patients have paid
-    for any of it.
+    """Return what a log tells of the last model after its byte `after`,
+    where patients have paid for any of it.
 
     That is kept: the same model is not tested, and not voted on, twice, nor its threshold chosen
     anew. Baselines are.

@@ -51,8 +51,8 @@ SITE_MAPS = "maps.json"
 
 @contextmanager
 def hold_fresh(out: Path | None, study: str) -> Iterator[Path]:
-    """Hold a folder that is this run's alone until the block ends; what was made and stayed empty
-    is taken away.
+    """Hold a folder that is this run's alone until the block ends;
+    what was made and stayed empty is taken away.
     """
     made: list[Path] = []
     if out is None:
@@ -72,8 +72,8 @@ def hold_fresh(out: Path | None, study: str) -> Iterator[Path]:
 
 
 def _make_numbered(parent: Path, study: str, made: list[Path]) -> Path:
-    """Make a folder named by study and time; by a number too where another run of this second has
-    that name.
+    """Make a folder named by study and time;
+    by a number too where another run of this second has that name.
     """
     if not studies.names_a_folder(study):
         raise PlanError(
@@ -103,8 +103,8 @@ def _make_folder(folder: Path, made: list[Path]) -> None:
 
 
 def _refuse_used(folder: Path, mine: bool = False) -> None:
-    """Raise RunError where a folder holds anything; where a run writes into it just now, it says
-    which.
+    """Raise RunError where a folder holds anything;
+    where a run writes into it just now, it says which.
     """
     with files.explained(folder):
         if not folder.is_dir():
@@ -185,8 +185,8 @@ def versions() -> dict[str, str]:
 def write_checkpoint(
     folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, told: Mapping[str, Statement]
 ) -> None:
-    """Let the sites write down what they remember, then commit the round, with the heads that they
-    have `told`.
+    """Let the sites write down what they remember,
+    then commit the round, with the heads that they have `told`.
     """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:

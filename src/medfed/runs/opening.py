@@ -41,8 +41,8 @@ def open_sites(
     consent: Consent = everybody,
     pays: bool = True,
 ) -> list[Site]:
-    """Return a node for each site of the study; their study has its data table completed by the
-    source.
+    """Return a node for each site of the study;
+    their study has its data table completed by the source.
 
     `table` is the study's, where it is read already; `consent` says who may be read. Without `pays`
     there is no ledger.
@@ -70,8 +70,8 @@ def open_site(
     folder: Path | None = None,
     consent: Consent = everybody,
 ) -> Site:
-    """Return the node of one site, with its own records and ledger alone; raise RunError where it
-    has no record.
+    """Return the node of one site, with its own records and ledger alone;
+    raise RunError where it has no record.
     """
     with quotes.withhold(study.privacy.meant):
         return _open_sites(study, data, folder, False, None, consent, only=name)[0]
@@ -117,8 +117,8 @@ def _open_sites(
 
 
 def settle_identity(study: Study, folder: Path | None) -> Study:
-    """Return the study with the identity rule of the site's ledger; refuse another: everybody would
-    look new.
+    """Return the study with the identity rule of the site's ledger;
+    refuse another: everybody would look new.
     """
     asked = study.data.identity
     mine = operators_folder()
@@ -140,8 +140,8 @@ def settle_identity(study: Study, folder: Path | None) -> Study:
 
 
 def _check_places(tables: Iterable[SiteTable], study: Study) -> None:
-    """Refuse patients at more sites than the study attests, where their names can be compared: in
-    one process.
+    """Refuse patients at more sites than the study attests,
+    where their names can be compared: in one process.
     """
     if not study.data.patient:
         return

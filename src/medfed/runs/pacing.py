@@ -21,8 +21,8 @@ def replay_pace(recorded: Iterable[events.Event], plan: Plan) -> Pace:
 
 
 def _common_loss(event: events.RoundFinished, plan: Plan) -> float | None:
-    """Return a round's training loss; where sites may lie the median of theirs, so that no liar can
-    slow all down.
+    """Return a round's training loss;
+    where sites may lie the median of theirs, so that no liar can slow all down.
     """
     told = [loss for loss in event.losses if loss is not None]
     if plan.malicious and told:
@@ -31,8 +31,8 @@ def _common_loss(event: events.RoundFinished, plan: Plan) -> float | None:
 
 
 def ease(server: Server, pace: Pace, plan: Plan, log: Log) -> tuple[Server, Pace]:
-    """Tell where a round's training loss has grown; a rate that was chosen is halved then, one that
-    was set stays.
+    """Tell where a round's training loss has grown;
+    a rate that was chosen is halved then, one that was set stays.
 
     Under a claim, and where nobody sees a site's loss, there is nothing to go by.
     """

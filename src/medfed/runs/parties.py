@@ -163,8 +163,8 @@ class Processes:
         data: Path | None = None,
         base: Path | None = None,
     ) -> Self:
-        """Start a process for each site and, where the study shares rows among three, for each
-        aggregator.
+        """Start a process for each site and,
+        where the study shares rows among three, for each aggregator.
 
         Args:
             study: the file that every party reads; it must stay until all have answered once.

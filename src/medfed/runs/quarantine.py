@@ -18,14 +18,14 @@ from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
 
 OVERRIDES = "overrides.jsonl"
-"""What operators decided about quarantined clients, one line each; a run takes it in before its
-next round.
+"""What operators decided about quarantined clients, one line each;
+a run takes it in before its next round.
 """
 
 
 def list_quarantined(folder: str | Path) -> list[dict[str, Any]]:
-    """Return who has something held against it in a run: its sum, and the last round that it sits
-    out (0: none).
+    """Return who has something held against it in a run:
+    its sum, and the last round that it sits out (0: none).
     """
     recorded = _read_events(Path(folder))
     most = max((event.most for event in recorded if isinstance(event, events.Inspected)), default=0)

@@ -1,5 +1,5 @@
-"""What a run came to: its model, what it predicts and decides; and a finished run read from its
-folder.
+"""What a run came to: its model, what it predicts and decides;
+and a finished run read from its folder.
 """
 
 import dataclasses
@@ -100,8 +100,8 @@ class Result:
         return pd.DataFrame(z.softmax(-1).numpy(), columns=list(target.labels), index=frame.index)
 
     def _frame(self, table: pd.DataFrame | str | Path) -> pd.DataFrame:
-        """Return the table to predict; one of a path is read as the study's, without what is joined
-        to that.
+        """Return the table to predict;
+        one of a path is read as the study's, without what is joined to that.
         """
         if isinstance(table, pd.DataFrame):
             return table
@@ -135,8 +135,8 @@ class Result:
 
 
 def load(folder: str | Path) -> Result:
-    """Return what a finished run came to, from its folder; raise RunError where it has not finished
-    or is damaged.
+    """Return what a finished run came to, from its folder;
+    raise RunError where it has not finished or is damaged.
     """
     folder = Path(folder)
     study, encoding = read_plan(folder)

@@ -72,8 +72,8 @@ class Baselines(Protocol):
     """
 
     def measure(self, plan: Plan, federated: Server, log: Log) -> None:
-        """Train and test each baseline of a plan, and tell what it is worth beside the federated
-        model.
+        """Train and test each baseline of a plan,
+        and tell what it is worth beside the federated model.
         """
         ...
 
@@ -177,8 +177,8 @@ def _train_in_silence(plan: Plan, fleet: Fleet) -> Server:
 
 
 def _list_baselines(study: Study) -> tuple[str, ...]:
-    """Return what a federation is measured against: no device trains alone, nor do learners without
-    gradient.
+    """Return what a federation is measured against:
+    no device trains alone, nor do learners without gradient.
     """
     if study.sites.kind == "device" or study.model.name in LEARNERS:
         return ("pooled",)
@@ -188,8 +188,8 @@ def _list_baselines(study: Study) -> tuple[str, ...]:
 def _measure(
     name: str, study: Study, sites: Sequence[Site], encoding: Encoding, log: Log, federated: Server
 ) -> None:
-    """Train a baseline and tell what it is worth; sites' own models also beside the federated one,
-    by record.
+    """Train a baseline and tell what it is worth;
+    sites' own models also beside the federated one, by record.
     """
     try:
         fleet, plan = baseline_plan(name, study, sites, encoding)

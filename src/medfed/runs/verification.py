@@ -17,8 +17,8 @@ from medfed.secure.identity import check as check_envelope
 
 
 def verify_trail(folder: Path, members: Path | None = None) -> Verified:
-    """Return a run's trail, its head compared with summary.json's; raise TrailError where it does
-    not hold.
+    """Return a run's trail, its head compared with summary.json's;
+    raise TrailError where it does not hold.
 
     With `members`, the folder of a consortium's list, its writers and the sites' keys must be keys
     that the consortium approved at some time: only then nobody else can have written the whole

@@ -253,8 +253,8 @@ def tell_findings(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def results(summary: Mapping[str, Any]) -> Table:
-    """Return the table of a summary: federated, pooled and each site's own model, over all sites
-    and per site.
+    """Return the table of a summary:
+    federated, pooled and each site's own model, over all sites and per site.
     """
     test: Mapping[str, Any] = summary["test"] or next(
         (b["test"] for b in summary["baselines"].values()), {}

@@ -14,8 +14,8 @@ from medfed.screens.story import SHOWN, thin
 def chart(
     title: str, caption: str, curves: Mapping[str, Mapping[Any, float | None]], across: str
 ) -> str:
-    """Return a chart of curves, with its numbers in a table that opens; nothing where there is no
-    number.
+    """Return a chart of curves, with its numbers in a table that opens;
+    nothing where there is no number.
     """
     import plotly.graph_objects as go
 

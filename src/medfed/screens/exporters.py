@@ -1,5 +1,5 @@
-"""A run in other tools: Prometheus, OpenTelemetry, MLflow, TensorBoard. Each is a function of the
-event log.
+"""A run in other tools: Prometheus, OpenTelemetry, MLflow, TensorBoard.
+Each is a function of the event log.
 
 Labels and attributes name runs, studies and hospitals, never a device (each is one patient's) and
 never a patient.
@@ -53,8 +53,8 @@ def _read(folder: Path) -> tuple[list[Stamped], Story]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number of a run: a metric, the values of its labels after the run (its study first), and
-    the value.
+    """One number of a run:
+    a metric, the values of its labels after the run (its study first), and the value.
     """
 
     metric: str
@@ -169,8 +169,8 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
 
 
 def trace(folder: Path, exporter: Any) -> int:
-    """Send a run as spans to an OpenTelemetry exporter: the run, in it the rounds, in them the
-    sites' work.
+    """Send a run as spans to an OpenTelemetry exporter:
+    the run, in it the rounds, in them the sites' work.
 
     Return the number of rounds sent. What happened beside (a site left out, a test, a suspicion) is
     an event of its round's span. Raises ExportError where the library is missing, or where the
@@ -333,8 +333,8 @@ def scalars(told: Iterable[Stamped], story: Story) -> Iterator[tuple[str, float,
 
 
 def to_tensorboard(folder: Path, out: Path) -> int:
-    """Write a run's figures as TensorBoard events into `out`/<run>; return how many. Raises
-    ExportError.
+    """Write a run's figures as TensorBoard events into `out`/<run>;
+    return how many. Raises ExportError.
     """
     write = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
     told = _read(folder)

@@ -57,8 +57,8 @@ class Feed:
         return {"version": self.version, **self._live.view(), "trouble": self._trouble}
 
     def refresh(self) -> None:
-        """Take in what was written since the last look, at most every `EVERY` seconds; blocks while
-        it reads.
+        """Take in what was written since the last look,
+        at most every `EVERY` seconds; blocks while it reads.
         """
         with self._lock:
             if time.monotonic() < self._next:
@@ -145,8 +145,8 @@ class Runs:
             raise RunError(f"{self.folder} cannot be read: {error.strerror}") from error
 
     def feed(self, name: str) -> Feed | None:
-        """Return a run's feed, read up to now; None for a name that is none of the folder's, or not
-        to be shown.
+        """Return a run's feed, read up to now;
+        None for a name that is none of the folder's, or not to be shown.
         """
         place = self._places().get(name)
         if place is None:

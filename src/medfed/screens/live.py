@@ -75,8 +75,8 @@ class Tail:
 def follow(
     path: Path, once: bool = False, every: float = 0.2, wait: Callable[[float], None] = time.sleep
 ) -> Iterator[Stamped]:
-    """Yield a log's events as they are written, until the run has finished; with `once`, those that
-    are there.
+    """Yield a log's events as they are written, until the run has finished;
+    with `once`, those that are there.
 
     After a resumption the events come again from the first. Raises RunError as `Tail.read` does.
     """

@@ -14,8 +14,8 @@ FILES = ("summary.json", "events.jsonl", "privacy.json")
 
 
 def files(feed: Feed) -> list[str]:
-    """Return what of a run can be downloaded here; a site's page leaves out the log, which tells of
-    all sites.
+    """Return what of a run can be downloaded here;
+    a site's page leaves out the log, which tells of all sites.
     """
     return [
         name

@@ -150,8 +150,8 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
 
 
 def comparison_page(found: Mapping[str, Any]) -> str:
-    """Return a comparison of algorithms (`Comparison.to_json`) as one page of HTML without outside
-    parts.
+    """Return a comparison of algorithms (`Comparison.to_json`)
+    as one page of HTML without outside parts.
     """
     names = [name for name, value in found["table"][0].items() if isinstance(value, Mapping)]
     head = "".join(

@@ -80,8 +80,8 @@ def sentence(event: Event, named: bool = True) -> str:
 
 
 class LeftOut:
-    """Holds the sites that a round goes on without until something else happens: an equal reason is
-    told once.
+    """Holds the sites that a round goes on without until something else happens:
+    an equal reason is told once.
     """
 
     def __init__(self) -> None:
@@ -115,8 +115,8 @@ _MANY = 3
 
 
 class Structured:
-    """A listener that writes each event as one line of JSON or of key=value text, for whatever
-    collects logs.
+    """A listener that writes each event as one line of JSON or of key=value text,
+    for whatever collects logs.
     """
 
     def __init__(self, stream: TextIO, form: Literal["json", "text"]) -> None:

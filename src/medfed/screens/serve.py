@@ -235,8 +235,8 @@ def application(
 
 
 async def _stream(feed: Feed, ending: Callable[[], bool]) -> AsyncIterator[str]:
-    """Send the view at once and at each change; a disconnected viewer's stream is cancelled by the
-    server.
+    """Send the view at once and at each change;
+    a disconnected viewer's stream is cancelled by the server.
     """
     seen = 0
     said = time.monotonic()

@@ -20,8 +20,8 @@ LEVELS = ("none", "low", "elevated", "high", "critical")
 
 
 class Story(Tally):
-    """A run's events by kind, with its claim and the length of its trail. cut: the log ends within
-    a line.
+    """A run's events by kind, with its claim and the length of its trail.
+    cut: the log ends within a line.
 
     `tests` of the model that the run is about, and `inspected`, by round. `sites`: those that are
     named, none of a fleet of devices, `SHOWN` of many.
@@ -115,8 +115,8 @@ class Story(Tally):
 
 
 def thin(points: Mapping[int, float | None], most: int = POINTS) -> list[tuple[int, float]]:
-    """Return at most about `most` points of a curve: of each stretch the lowest and the highest,
-    and both ends.
+    """Return at most about `most` points of a curve:
+    of each stretch the lowest and the highest, and both ends.
     """
     known = [(t, float(value)) for t, value in sorted(points.items()) if value is not None]
     if len(known) <= most:

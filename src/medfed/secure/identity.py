@@ -1,5 +1,5 @@
-"""Who says what: keys made by their owner, a roster that the consortium approves, signed and sealed
-messages.
+"""Who says what: keys made by their owner,
+a roster that the consortium approves, signed and sealed messages.
 
 A party has an Ed25519 key to sign with and an X25519 key to be sealed to. A message between parties
 is an envelope: its sender's signature covers the study, the run, the round, the kind, sender,
@@ -84,14 +84,14 @@ class Identity:
         return self._signing.sign(data)
 
     def agree(self, sealing: bytes, purpose: bytes) -> bytes:
-        """Return the 32 bytes that only this party and the owner of the public key `sealing` can
-        compute.
+        """Return the 32 bytes that only this party and the
+        owner of the public key `sealing` can compute.
         """
         return _derive(_exchange(self._sealing, sealing), purpose)
 
     def unseal(self, box: bytes, purpose: bytes) -> bytes:
-        """Open what `seal` closed for this party and purpose; raise EnvelopeError where it does not
-        open.
+        """Open what `seal` closed for this party and purpose;
+        raise EnvelopeError where it does not open.
         """
         if len(box) < 48:
             raise EnvelopeError(
@@ -199,8 +199,8 @@ class Post:
         return signed + self.me.sign(MAGIC + sha256(signed).digest())
 
     def unwrap(self, envelope: bytes, scope: Scope, kind: str, sender: str, to: str = "") -> bytes:
-        """Return the body of a message of this kind and scope from `sender` to this party, or to
-        ANYBODY.
+        """Return the body of a message of this kind and
+        scope from `sender` to this party, or to ANYBODY.
 
         Raises EnvelopeError where the bytes are no envelope or one of another scope, kind, sender
         or recipient, or came before; SignatureError where the signature is wrong or the sender
@@ -223,8 +223,8 @@ class Post:
 
 
 def check(envelope: bytes, sender: Public, scope: Scope, kind: str, to: str) -> None:
-    """Raise as `Post.unwrap` does unless this is such a message; a later reader's check, who keeps
-    no nonces.
+    """Raise as `Post.unwrap` does unless this is such a message;
+    a later reader's check, who keeps no nonces.
     """
     _check(envelope, sender, scope, kind, to)
 

@@ -57,8 +57,8 @@ def save(identity: Identity, path: Path, passphrase: str = "") -> None:
 
 
 def load(path: Path, passphrase: str = "") -> Identity:
-    """Read a party's keys. Raises KeyFileError where they cannot be read or others could have read
-    them.
+    """Read a party's keys.
+    Raises KeyFileError where they cannot be read or others could have read them.
     """
     try:
         mode = path.stat().st_mode

@@ -1,5 +1,5 @@
-"""SecAgg+: one server adds rows mod 2^64 and sees none of them (Bonawitz et al. 2017; Bell et al.
-2020).
+"""SecAgg+: one server adds rows mod 2^64 and sees none of them (Bonawitz et al.
+2017; Bell et al. 2020).
 
 A client hides its row twice: under a self mask, and under one mask for each neighbour, which the
 neighbour subtracts. Masks are streams of seeds, and the seeds are shared out among the neighbours.
@@ -74,8 +74,8 @@ _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
 
 @dataclass(frozen=True)
 class MaskingTerms:
-    """What all parties know of a masked sum: who takes part, the row's length, the graph and the
-    thresholds.
+    """What all parties know of a masked sum:
+    who takes part, the row's length, the graph and the thresholds.
 
     `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k)
     neighbours hold them beside the client itself. `seed` orders the ring: see `drawn`.
@@ -251,16 +251,16 @@ class Client:
         self._statement = b""
 
     def keys(self) -> bytes:
-        """Advertise a key to seal shares with, a key to agree on masks with, and a commitment to
-        the self seed.
+        """Advertise a key to seal shares with,
+        a key to agree on masks with, and a commitment to the self seed.
         """
         self._enter("keys")
         public = [key.public_key().public_bytes_raw() for key in (self._sealing, self._pairing)]
         return self._say("keys", EVERYBODY, b"".join(public) + sha256(self._seed).digest())
 
     def share(self, broadcast: bytes) -> bytes:
-        """Take the keys of all; return the shares of both seeds, sealed to each neighbour that
-        advertised.
+        """Take the keys of all; return the shares of both seeds,
+        sealed to each neighbour that advertised.
         """
         self._enter("shares")
 
@@ -291,8 +291,8 @@ class Client:
         return self._say("shares", self._server, _pack(boxes, self._terms))
 
     def mask(self, payload: bytes, row_M: Integers) -> bytes:
-        """Take the boxes for this client; return its row (int64 [M]) under the self mask and the
-        pair masks.
+        """Take the boxes for this client;
+        return its row (int64 [M]) under the self mask and the pair masks.
         """
         self._enter("rows")
 
@@ -346,8 +346,8 @@ class Client:
         return self._say("confirm", EVERYBODY, self._statement)
 
     def unmask(self, broadcast: bytes) -> bytes:
-        """Take the signatures of the others; where a quorum signed what this client signed, return
-        its shares.
+        """Take the signatures of the others;
+        where a quorum signed what this client signed, return its shares.
 
         Guarantee: of each client that shared, a share of one seed alone: of its self seed where it
         survived, of its key where it dropped out. Which one follows from the list that was signed,
@@ -433,8 +433,8 @@ class Client:
 
 @dataclass
 class MaskingServer:
-    """The server's side of one round: it takes each phase's envelopes by name and returns what it
-    sends next.
+    """The server's side of one round:
+    it takes each phase's envelopes by name and returns what it sends next.
 
     Phases come once and in order. A message that cannot be read counts as a drop-out, and one false
     share of a seed is found and left out; `refused` says whose and why. Raises AbortError below the
@@ -485,8 +485,8 @@ class MaskingServer:
         return self._tell("confirmed", {name: envelopes[name] for name in said})
 
     def unmask(self, envelopes: Mapping[str, bytes]) -> tuple[Integers, frozenset[str]]:
-        """Take the shares; return the sum (int64 [M], mod 2^64) of the survivors' rows, and who
-        they are.
+        """Take the shares; return the sum (int64 [M],
+        mod 2^64) of the survivors' rows, and who they are.
         """
         parts = self._read(
             "unmask",
@@ -518,8 +518,8 @@ class MaskingServer:
         return self._total_M.view(np.int64), frozenset(self._survivors)
 
     def _find_linked(self, gone: str) -> list[str]:
-        """Return the survivors whose rows hold a mask shared with a client that dropped out after
-        it shared.
+        """Return the survivors whose rows hold a mask shared
+        with a client that dropped out after it shared.
         """
         return [name for name in self.terms.neighbours(gone) if name in self._survivors]
 
@@ -532,8 +532,8 @@ class MaskingServer:
     def _rebuild(
         self, name: str, held: Mapping[int, bytes], commit: Callable[[bytes], bytes], where: slice
     ) -> bytes:
-        """Return a seed of `name` from its shares, checked against what it advertised; one of them
-        may be false.
+        """Return a seed of `name` from its shares, checked against what it advertised;
+        one of them may be false.
         """
         advertised = self._keys[name][where]
         t = self.terms.threshold
@@ -618,8 +618,8 @@ def run_protocol(
     terms: MaskingTerms,
     drops: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Integers, frozenset[str]]:
-    """Play every party of a masked sum in order; return the sum (int64 [M]) and the clients that
-    are in it.
+    """Play every party of a masked sum in order;
+    return the sum (int64 [M]) and the clients that are in it.
 
     `drops` says who falls silent before which of PHASES. Raises AbortError where too few are left.
     """
@@ -707,8 +707,8 @@ def _pack(parts: Mapping[str, bytes], terms: MaskingTerms) -> bytes:
 
 
 def _unpack(body: bytes, terms: MaskingTerms, size: int | None = None) -> dict[str, bytes]:
-    """Return the parts by member; raise EnvelopeError where they are not ordered, whole and of
-    `size` bytes.
+    """Return the parts by member;
+    raise EnvelopeError where they are not ordered, whole and of `size` bytes.
     """
     parts: dict[str, bytes] = {}
     at = 0

@@ -1,5 +1,5 @@
-"""A client's side of secure aggregation: its keys, the run it has agreed to, and what leaves it for
-a row.
+"""A client's side of secure aggregation:
+its keys, the run it has agreed to, and what leaves it for a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ class Party(Protocol):
         ...
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
-        """Return what leaves the site for its row; `model` is the hash of the global model that it
-        was given.
+        """Return what leaves the site for its row;
+        `model` is the hash of the global model that it was given.
         """
         ...
 
@@ -72,8 +72,8 @@ class Masker:
         return self._of(round).mask(self._boxes, row_M * self.weight)
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
-        """Play a phase: see `masking`. For "keys" the members of the round are told, else one
-        message.
+        """Play a phase: see `masking`.
+        For "keys" the members of the round are told, else one message.
         """
         if phase == "keys":
             mine = self.follower
@@ -108,8 +108,8 @@ class Masker:
 
 @dataclass(frozen=True)
 class Rehearser:
-    """Stands in for a party in a rehearsal: takes a row as it would leave the site, and lets none
-    of it out.
+    """Stands in for a party in a rehearsal:
+    takes a row as it would leave the site, and lets none of it out.
     """
 
     length: int
@@ -120,8 +120,8 @@ class Rehearser:
         raise AbortError("a rehearsal agrees to no study and follows no model")
 
     def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
-        """Return nothing; raise PlanError for a row that is not whole numbers of the length agreed
-        on.
+        """Return nothing;
+        raise PlanError for a row that is not whole numbers of the length agreed on.
         """
         if row_M.shape != (self.length,) or row_M.dtype != np.int64:
             raise PlanError(

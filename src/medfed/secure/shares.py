@@ -1,5 +1,5 @@
-"""Shamir's secret sharing (1979): of the parts of a secret any `threshold` rebuild it, and fewer
-say nothing.
+"""Shamir's secret sharing (1979):
+of the parts of a secret any `threshold` rebuild it, and fewer say nothing.
 
 The secret is the value at 0 of a random polynomial of degree threshold - 1 over the integers mod
 PRIME; a share is its value at another point. PRIME is the least prime above 2^256, so that every 32
@@ -43,8 +43,8 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[bytes]:
 
 
 def rebuild(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """Return the secret (32 bytes) from shares by point; of more than `threshold`, the first ones
-    are used.
+    """Return the secret (32 bytes) from shares by point;
+    of more than `threshold`, the first ones are used.
 
     A share that was altered gives another secret, mostly unnoticed: compare with a commitment.
     Raises QuorumError where there are too few; CodecError where a point or a share cannot be one,

@@ -1,5 +1,5 @@
-"""Three aggregators sum rows that none of them sees: replicated secret sharing mod 2^64 (Araki et
-al. 2016).
+"""Three aggregators sum rows that none of them sees:
+replicated secret sharing mod 2^64 (Araki et al. 2016).
 
 A row is x = x_0 + x_1 + x_2 mod 2^64, and aggregator i holds x_i and x_(i+1): any two know the row,
 one knows nothing. x_0 and x_1 are streams of two seeds; x_2 travels once, encrypted, to the two
@@ -87,8 +87,8 @@ _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envel
 
 @dataclass(frozen=True)
 class SharingTerms:
-    """What all agree on: length of a row, the norm B that a row may have, in steps, and who holds
-    shares.
+    """What all agree on: length of a row,
+    the norm B that a row may have, in steps, and who holds shares.
     """
 
     length: int
@@ -267,8 +267,8 @@ def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
 Sends = Mapping[str, bytes]
 Noise = Callable[[int], Integers]
 Steps = Generator[Sends, Sends, bytes]
-"""Yields what goes to the other two, receives what they sent; returns the message to the
-coordinator.
+"""Yields what goes to the other two, receives what they sent;
+returns the message to the coordinator.
 """
 
 
@@ -292,8 +292,8 @@ class SharingAggregator:
         self._uploads = dict[str, bytes]()
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Serve the relay: "begin" a round, "upload" client by client, "start", then "step" until
-        done.
+        """Serve the relay: "begin" a round,
+        "upload" client by client, "start", then "step" until done.
 
         Raises AbortError; the next "begin" starts anew.
         """
@@ -395,8 +395,8 @@ class SharingAggregator:
     def _toss(
         self, line: "_Line", coin: bytes, hellos: Mapping[str, dict[str, Any]]
     ) -> Generator[Sends, Sends, bytes]:
-        """Return what the three coins come to; raise AbortError where one is not the coin that was
-        committed to.
+        """Return what the three coins come to;
+        raise AbortError where one is not the coin that was committed to.
         """
         coins = yield from line.swap({self.left: coin, self.right: coin})
         for name in (self.left, self.right):
@@ -512,8 +512,8 @@ class SharingAggregator:
         tags: Mapping[str, Sequence[str]],
         hellos: Mapping[str, dict[str, Any]],
     ) -> tuple[list[str], dict[str, str]]:
-        """Return who is left, the same for all three: opened by all, and with the same shares where
-        two hold one.
+        """Return who is left, the same for all three:
+        opened by all, and with the same shares where two hold one.
         """
         everyone = {
             self.post.me.name: tags,
@@ -567,8 +567,8 @@ class SharingAggregator:
         other = yield from line.from_right(own)
         pair = _Pair(own, other)
 
-        # Compare: what must not be negative, so that no top bit is set, is T + p, T - p and B^2 -
-        # x.x.
+        # Compare: what must not be negative,
+        # so that no top bit is set, is T + p, T - p and B^2 - x.x.
         limit = int(self.terms.bound**2) if self.terms.exact else 0
         count = 2 * J + self.terms.exact
         sign = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64)
@@ -727,8 +727,8 @@ class _Line:
         return _Pair(part, other)
 
     def to_bits(self, x: _Pair) -> Generator[Sends, Sends, _Pair]:
-        """Return shared words as shared bits: three words are added, carries saved, then by Kogge
-        and Stone.
+        """Return shared words as shared bits:
+        three words are added, carries saved, then by Kogge and Stone.
         """
         word = [
             _Pair(x.first * (self.place == j), x.second * ((self.place + 1) % 3 == j))
@@ -867,8 +867,8 @@ def _decode(
 
 
 def _for_each(client: str, upload: bytes, terms: SharingTerms) -> dict[str, bytes] | None:
-    """Return what each aggregator needs of a client's upload; None where it is none, or another
-    client's.
+    """Return what each aggregator needs of a client's upload;
+    None where it is none, or another client's.
     """
     try:
         name, _, hidden = _cut(upload)
@@ -948,8 +948,8 @@ def in_turn(aggregators: Mapping[str, SharingAggregator]) -> Ask:
 
 
 def asking(handles: Mapping[str, Callable[[str, bytes], bytes]], length: int) -> Ask:
-    """Return a way to ask aggregators by their `handle`: in turn, or for rows of a great `length` a
-    thread each.
+    """Return a way to ask aggregators by their `handle`:
+    in turn, or for rows of a great `length` a thread each.
     """
     long = length > _LONG
 

@@ -1,5 +1,5 @@
-"""Which values a key may have, declared beside it: one declaration feeds the check, the refusal and
-docs/study.md.
+"""Which values a key may have, declared beside it:
+one declaration feeds the check, the refusal and docs/study.md.
 """
 
 import math
@@ -19,8 +19,8 @@ class Domain(Protocol):
 
     @property
     def told(self) -> bool:
-        """Whether docs/study.md says it beside the key's type; where it does not, the key's own
-        words do.
+        """Whether docs/study.md says it beside the key's type;
+        where it does not, the key's own words do.
         """
 
     def holds(self, value: Any) -> bool:
@@ -64,8 +64,8 @@ class Interval:
 
     @property
     def words(self) -> str:
-        """The interval in words: "1 or more", "above 0 seconds", "in [0, 0.5)", "0 or more (0:
-        all)".
+        """The interval in words: "1 or more", "above 0 seconds",
+        "in [0, 0.5)", "0 or more (0: all)".
         """
         if math.isfinite(self.high):
             left = "(" if self.open_low else "["

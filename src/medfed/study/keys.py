@@ -85,8 +85,8 @@ class About:
 
 @dataclass(frozen=True)
 class Feature:
-    """What is publicly known of one feature, before any patient is looked at: an entry of the data
-    dictionary.
+    """What is publicly known of one feature, before any patient is looked at:
+    an entry of the data dictionary.
     """
 
     range: tuple[float, ...] = key(
@@ -188,8 +188,8 @@ class Feature:
 
 @dataclass(frozen=True)
 class Format:
-    """How a table's file is written. What is left open is guessed and told; under a claim from its
-    header alone.
+    """How a table's file is written. What is left open is guessed and told;
+    under a claim from its header alone.
     """
 
     separator: Literal["auto", ",", ";", "\t", "|"] = key(
@@ -405,8 +405,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Sites:
-    """How patients are shared out to sites where the data has no site column (a simulation of
-    hospitals).
+    """How patients are shared out to sites where the data
+    has no site column (a simulation of hospitals).
     """
 
     names: tuple[str, ...] = key(
@@ -518,8 +518,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Privacy:
-    """What protects a patient in what leaves the sites. epsilon and delta ask for a guarantee; the
-    rest says how.
+    """What protects a patient in what leaves the sites.
+    epsilon and delta ask for a guarantee; the rest says how.
     """
 
     epsilon: float = key(

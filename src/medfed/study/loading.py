@@ -20,8 +20,8 @@ def bundled() -> dict[str, Path]:
 
 
 def load(study: str | Path, settings: Sequence[str] = ()) -> Study:
-    """Read a study from a file or by the name of a bundled one, then apply settings "key=value"
-    (TOML values).
+    """Read a study from a file or by the name of a bundled one,
+    then apply settings "key=value" (TOML values).
 
     Raises StudyError with every key that cannot be used, its value and the way out; no data is
     touched.
@@ -49,8 +49,8 @@ def read(study: str | Path, settings: Sequence[str] = ()) -> "tuple[Study, list[
 
 
 def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
-    """Return what a study file says, with the settings put in, and the file's path; nothing else is
-    checked.
+    """Return what a study file says, with the settings put in,
+    and the file's path; nothing else is checked.
     """
     path = bundled().get(str(study), Path(study))
     text = ""

@@ -40,8 +40,8 @@ def parse_value(text: str) -> Any:
 
 
 def read_tables_as(kind: type[_T], tables: Mapping[str, Any]) -> "tuple[_T | None, list[Refusal]]":
-    """Read plain tables into a dataclass, None where they are none, and return what cannot be used
-    of them.
+    """Read plain tables into a dataclass, None where they are none,
+    and return what cannot be used of them.
     """
     reader = _Reader([])
     read = reader.read(kind, tables, ())

@@ -1,5 +1,5 @@
-"""What stands against a study's values: out of the range that their key declares, or at odds with
-another key.
+"""What stands against a study's values:
+out of the range that their key declares, or at odds with another key.
 """
 
 import dataclasses
