@@ -577,7 +577,7 @@ def test_a_run_that_is_killed_after_its_counts_is_resumed_and_asks_nobody_again(
     tmp_path: Path, study: Study, home: Path, scope: str, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = study.set("privacy.scope", scope)
-    where = {"the encoding": (ranges, "send_encoding"), "the log": (runs, "_tell_start")}
+    where = {"the encoding": (ranges, "send_encoding"), "the log": (execute, "tell_start")}
     with monkeypatch.context() as patch:
         patch.setattr(
             *where.get(at, (checkpoints, "write")), lambda *_: (_ for _ in ()).throw(Crash())

@@ -44,10 +44,10 @@ def planned(study: Study) -> Any:
 
 def test_long_rows_are_cut_to_the_bound_one_by_one() -> None:
     row_KM = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    cut_KM = Bounded(1.0).client(row_KM)
+    cut_KM, _ = Bounded(1.0).client(row_KM, {})
     torch.testing.assert_close(cut_KM, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0, 0]]))
     for k, row in enumerate(row_KM):
-        assert torch.equal(Bounded(1.0).client(row[None])[0], cut_KM[k])
+        assert torch.equal(Bounded(1.0).client(row[None], {})[0][0], cut_KM[k])
 
 
 @pytest.mark.parametrize("way", ["plain", "three-party"])
@@ -78,7 +78,7 @@ def test_a_row_beyond_the_bound_is_left_out_and_named(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # sites that do not cut
-    monkeypatch.setattr(Bounded, "client", lambda self, message_KM: message_KM)
+    monkeypatch.setattr(Bounded, "client", lambda self, message_KM, memory: (message_KM, memory))
     bounded = study._with(
         {"robustness.bound": 1e-6, "robustness.max_malicious": 0.4, "training.quorum": 0.4}
     )
@@ -162,7 +162,11 @@ def test_a_reference_without_rows_is_refused(study: Study) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[MedfedError], str]] = {
-    "negative": ({"robustness.bound": -1.0}, StudyError, "a norm of 0 or more"),
+    "negative": (
+        {"robustness.bound": -1.0},
+        StudyError,
+        "robustness.bound=-1.0; expected 0 or more",
+    ),
     "nan": ({"robustness.tolerance": float("nan")}, StudyError, "0 or more"),
     "masked": (
         {"robustness.bound": 1.0, "security.aggregation": "masked"},
@@ -286,7 +290,7 @@ def test_auto_takes_the_default_rule_and_says_so(
     auto = study._with({"robustness.rule": "auto", "robustness.max_malicious": 0.34})
     assert planned(auto).bears() == "1 of 3 are borne by nnm+geometric-median"
     for room in ("plan", "resolved"):
-        monkeypatch.setattr(f"medfed.{room}.MOST_ROWS", 2)
+        monkeypatch.setattr(f"medfed.planning.{room}.MOST_ROWS", 2)
     with pytest.raises(PlanError, match="without a bound"):
         planned(auto)
     assert "times robustness.bound=2" in planned(auto.set("robustness.bound", 2.0)).bears()

@@ -27,7 +27,12 @@ class InProcess:
         return list(self._sites)
 
     def site(self, name: str) -> Site:
-        """Return a site itself: only a simulation has it at hand."""
+        """Return a site itself: only a simulation has it at hand.
+
+        The baseline `pooled` is a site that holds the rows of all, made when it is first named.
+        """
+        if name == POOLED and name not in self._sites:
+            self._sites[name] = Site.pooled(list(self._sites.values()))
         return self._sites[name]
 
     def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
@@ -37,12 +42,7 @@ class InProcess:
     def submit_many(
         self, sites: Sequence[str], op: str, payload: bytes, deadline: float
     ) -> list[int]:
-        """Ask several sites the same; they will be served as one stack.
-
-        The baseline `pooled` is a site that holds the rows of all, made when it is first asked.
-        """
-        if POOLED in sites and POOLED not in self._sites:
-            self._sites[POOLED] = Site.pooled(list(self._sites.values()))
+        """Ask several sites the same; they will be served as one stack."""
         tickets = list(range(self._tickets, self._tickets + len(sites)))
         self._tickets += len(sites)
         self._waiting.append((tickets, list(sites), op, payload, deadline))
@@ -54,7 +54,7 @@ class InProcess:
             return []
         tickets, names, op, payload, deadline = self._waiting.popleft()
         began = time.perf_counter()
-        answers = handle_many([self._sites[name] for name in names], op, payload)
+        answers = handle_many([self.site(name) for name in names], op, payload)
         seconds = (time.perf_counter() - began) / max(1, len(names))
         late = f"no answer within {deadline:g} s" if seconds > deadline else ""
 
