@@ -48,9 +48,8 @@ def test_robust_is_as_good_as_standard(name: str, tmp_path: Path) -> None:
         found[kind].append(summary["test"]["auroc"])
 
     robust, standard = (statistics.mean(found[kind]) for kind in found)
-    # bits differ between processors: one gives .698 beside .730, another passes at .03 less
-    assert robust > standard - least - 0.01
-    assert robust > 0.68
+    assert robust > standard - least
+    assert robust > 0.7
 
 
 @pytest.mark.parametrize("make", [intensive_care, narrow_counts, laboratory])
