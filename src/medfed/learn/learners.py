@@ -11,6 +11,7 @@ so that every phase is drawn, recorded, signed, resumed and verified as a round 
 K clients, P numbers of the state, M numbers in a row, F inputs, C outputs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Work:
     steps_K: Tensor
 
 
-class Learner:
+class Learner(ABC):
     """What every learner says;
     what stands here is right for one that remembers nothing and sends no slot.
     """
@@ -54,17 +55,18 @@ class Learner:
     sent: tuple[str, ...] = ()  # those that clients receive
     kept: tuple[str, ...] = ()  # what each client remembers between rounds: vectors [P]
 
+    @abstractmethod
     def begin(self, shape: Shape) -> Tensor:
         """Return the state [P] before the first round, for rows and targets of this `shape`.
 
         Raises PlanError for a task that is not the learner's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def length(self, parameters: int) -> int:
         """Return M, the numbers of a row, for a state of so many `parameters`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, task: Task, memory: Memory, clients: Sequence[Rows]) -> Work:
         """Return what each client's training rows tell, client by client.
 
@@ -75,8 +77,8 @@ class Learner:
             memory: what each client remembers: name -> [K, P].
             clients: their training rows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, server: Server, mean_M: Tensor, share: float, h: Training) -> Server:
         """Return the state after a round.
 
@@ -86,11 +88,10 @@ class Learner:
             share: the weight of those who took part, of all participants': 0 to 1.
             h: the study's hyperparameters.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, w_P: Tensor, x_NF: Tensor) -> Tensor:
         """Return the outputs [N, C] of state `w_P` for rows `x_NF`: logits of labels or numbers."""
-        raise NotImplementedError
 
 
 LEARNERS: dict[str, Learner] = {}
