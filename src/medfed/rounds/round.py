@@ -16,7 +16,7 @@ from medfed.core import codec
 from medfed.core.checks import QuorumError, reasons
 from medfed.core.decision import CELLS, CHOOSING_CELLS, EXACT_EDGES
 from medfed.core.entropy import Entropy
-from medfed.engine.port import Fleet, gather, heard, numbers
+from medfed.engine.port import Fleet, Reply, gather, heard, numbers
 from medfed.learn import dpsgd
 from medfed.learn.algorithms import Server
 from medfed.learn.local import outputs
@@ -251,8 +251,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
         {"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)}
     )
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
-    if any(not reply.error for reply in replies.values()):
-        budget.ask("threshold")  # where all refuse nothing was released
+    _count(budget, "threshold", replies)
     length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
     told, untold = heard(replies, lambda answer: numbers(answer["counts"], length))
     _left_out(log, server.round, "not counted for data.threshold", untold)
@@ -407,6 +406,15 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
     log.emit(Compared(federated.round, int(n), metrics.mean_difference(n, total, square), sites))
 
 
+def _count(budget: RunMeter, label: str, replies: Mapping[str, Reply]) -> None:
+    """Count a query of patients once some site has answered: where all refuse nothing is released.
+
+    What was paid for and got lost on its way the ledgers tell (`Drive.hear_ledgers`).
+    """
+    if any(not reply.error for reply in replies.values()):
+        budget.ask(label)
+
+
 def _left_out(log: Log, round: int, what: str, untold: Mapping[str, str]) -> None:
     for name, why in untold.items():
         log.emit(SiteExcluded(round, name, f"{what}: {why}"))
@@ -450,11 +458,11 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
     guarantee = plan.guarantee
     if guarantee is None or "vote" not in guarantee.queries:
         return
-    budget.ask("vote")
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
     # a site trains a whole model
     patience = plan.study.training.deadline * plan.study.training.rounds
     replies = gather(fleet, plan.participants, "vote", payload, patience)
+    _count(budget, "vote", replies)
     told, untold = heard(replies, lambda answer: numbers(answer["vote"], 1))
     _left_out(log, server.round, "did not vote on own models", untold)
     if not told:

@@ -115,7 +115,10 @@ def _find_unrelated(study: "Study") -> Iterator[tuple[toml.Path, Refusal]]:
         part = getattr(study.privacy, name)
         if part and not part < study.privacy.epsilon:
             yield _at(
-                ("privacy", name), part, "a number below privacy.epsilon", getattr(Privacy(), name)
+                ("privacy", name),
+                part,
+                "0 or a number below privacy.epsilon",
+                getattr(Privacy(), name),
             )
 
     names = study.sites.names
