@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import CodecError, SiteError, naming
-from medfed.engine.port import Fleet, Reply, gather
+from medfed.engine.port import Fleet, gather
 from medfed.planning.plan import Plan
-from medfed.rounds.way import Questions, RoundRows, combine_opened, enough, read, record, sign
+from medfed.rounds.way import (
+    Asked,
+    Questions,
+    RoundRows,
+    combine_opened,
+    enough,
+    read,
+    record,
+    sign,
+)
 from medfed.secure import masking
 from medfed.secure.chain import Publisher
 from medfed.secure.identity import Scope
@@ -45,28 +54,17 @@ class Masked:
             # Rows: asked of those who have their boxes.
             ready = [name for name in boxes if name not in talk.lost]
             questions = Questions.ask(fleet, ready, sign(mine, number, payload), talk.deadline)
-        return MaskedExchange(self, plan, clients, talk, server, questions)
+        return MaskedExchange(plan, number, questions, self, clients, talk, server)
 
 
 @dataclass
-class MaskedExchange:
+class MaskedExchange(Asked):
     """One masked round, from the rows on."""
 
     way: Masked
-    plan: Plan
-    clients: Sequence[str]
+    clients: Sequence[str]  # those drawn; asked for rows are those who have their boxes
     talk: "_Talk"
     server: masking.MaskingServer
-    questions: Questions
-
-    @property
-    def waits(self) -> bool:
-        """Whether a client that was asked has not sent its row."""
-        return bool(self.questions.tickets)
-
-    def add(self, reply: Reply) -> None:
-        """Keep a masked row."""
-        self.questions.add(reply)
 
     def close(self) -> RoundRows:
         """Sum the masked rows, and have those who stayed lift the masks from the sum."""
@@ -76,7 +74,7 @@ class MaskedExchange:
     def _unmask(self) -> RoundRows:
         talk = self.talk
         server = self.server
-        number = self.talk.number
+        number = self.number
 
         # Rows: who survived goes to all.
         replies = self.questions.replies()

@@ -4,7 +4,6 @@ K clients, M numbers in a row.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from medfed.engine.port import Fleet, Reply
 from medfed.links.wire import combine, decode, decodes, finite, sent_as
 from medfed.planning.plan import Plan
 from medfed.robust import rules
-from medfed.rounds.way import Questions, Reports, RoundRows, enough
+from medfed.rounds.way import Asked, Questions, Reports, RoundRows, enough
 
 
 class Plain:
@@ -37,22 +36,8 @@ PLAIN = Plain()
 """The one instance: it keeps nothing."""
 
 
-@dataclass
-class PlainExchange:
+class PlainExchange(Asked):
     """One round in plain sight."""
-
-    plan: Plan
-    number: int
-    questions: Questions
-
-    @property
-    def waits(self) -> bool:
-        """Whether a client has not replied."""
-        return bool(self.questions.tickets)
-
-    def add(self, reply: Reply) -> None:
-        """Keep a reply; rows are read when all are there."""
-        self.questions.add(reply)
 
     def close(self) -> RoundRows:
         """Read, decode, check and combine."""

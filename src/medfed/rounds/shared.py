@@ -14,10 +14,19 @@ import torch
 from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import naming
-from medfed.engine.port import Fleet, Reply
+from medfed.engine.port import Fleet
 from medfed.planning.plan import Plan
 from medfed.planning.terms import scales
-from medfed.rounds.way import Questions, RoundRows, combine_opened, enough, read, record, sign
+from medfed.rounds.way import (
+    Asked,
+    Questions,
+    RoundRows,
+    combine_opened,
+    enough,
+    read,
+    record,
+    sign,
+)
 from medfed.secure import three_party
 from medfed.secure.chain import Publisher
 from medfed.secure.identity import Scope
@@ -42,31 +51,15 @@ class Shared:
     ) -> "SharedExchange":
         """Ask the clients for the shares of their rows."""
         question = sign(self.publisher, number, payload)
-        return SharedExchange(
-            self,
-            plan,
-            number,
-            Questions.ask(fleet, clients, question, plan.study.training.deadline),
-        )
+        questions = Questions.ask(fleet, clients, question, plan.study.training.deadline)
+        return SharedExchange(plan, number, questions, self)
 
 
 @dataclass
-class SharedExchange:
+class SharedExchange(Asked):
     """One round among three aggregators."""
 
     way: Shared
-    plan: Plan
-    number: int
-    questions: Questions
-
-    @property
-    def waits(self) -> bool:
-        """Whether a client has not sent its shares."""
-        return bool(self.questions.tickets)
-
-    def add(self, reply: Reply) -> None:
-        """Keep a client's shares."""
-        self.questions.add(reply)
 
     def close(self) -> RoundRows:
         """Carry the shares to the aggregators, and combine what those open."""

@@ -147,6 +147,24 @@ class Questions:
         }
 
 
+@dataclass
+class Asked:
+    """What every exchange is that waits for all whom it has asked."""
+
+    plan: Plan
+    number: int
+    questions: Questions
+
+    @property
+    def waits(self) -> bool:
+        """Whether a client that was asked has not replied."""
+        return bool(self.questions.tickets)
+
+    def add(self, reply: Reply) -> None:
+        """Keep a reply; what it holds is read when the exchange closes."""
+        self.questions.add(reply)
+
+
 Reports = dict[str, dict[str, Any]]
 """What each site tells beside its row."""
 
