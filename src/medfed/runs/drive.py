@@ -62,7 +62,6 @@ class Drive:
         `folder` None keeps nothing.
         """
         self.plan = plan
-
         self.study = plan.study
         self.parties = parties
         self.fleet = parties.fleet
@@ -73,6 +72,7 @@ class Drive:
         self.budget = plan.budget()
         self.model = main_model(plan.study.training.algorithm)
         self.told: dict[str, Statement] = {}  # by site: the last that it told of its ledger
+        self.heads: dict[str, str] = {}  # and its head since, which every checkpoint asks for
         self.aggregation: Way = PLAIN
         self.watch = replay_watch(plan, log)
         self.gate = Rollback.of(plan)
@@ -122,24 +122,27 @@ class Drive:
                 self.budget.ask(label)
         self.hear_ledgers()
 
-    def hear_ledgers(self, whole: bool = True) -> None:
+    def hear_ledgers(self) -> None:
         """Have sites tell of their ledgers, and count what was paid for;
         the last word of a silent one stands.
         """
-        told, refused = hear_statements(self.plan, self.fleet, None, whole)
-        for name, why in refused.items():
-            logger.warning("site %r tells nothing of its ledger: %s", name, why)
-        if not whole:
-            told = {
-                name: replace(self.told.get(name, one), head=one.head) for name, one in told.items()
-            }
-        self.told |= told
-        if not whole or not self.told:
+        self.told |= self.hear(whole=True)
+        if not self.told:
             return
         asked: Counter[str] = Counter()
         for one in self.told.values():
             asked |= Counter(one.queries)
         self.budget.take_over({name: one.uses for name, one in self.told.items()}, asked)
+
+    def hear(self, whole: bool) -> dict[str, Statement]:
+        """Return what sites tell of their ledgers, `whole` or the head alone; keep the heads."""
+        told, refused = hear_statements(self.plan, self.fleet, None, whole)
+        for name, why in refused.items():
+            logger.warning("site %r tells nothing of its ledger: %s", name, why)
+        for name, one in told.items():
+            self.heads[name] = one.head
+            self.told.setdefault(name, one)
+        return told
 
     def play_round(self) -> None:
         """Run one round, judge what its rows say, and keep its state."""
@@ -166,8 +169,8 @@ class Drive:
         """
         if self.folder is None:
             return
-        self.hear_ledgers(whole=False)
-        write_checkpoint(self.folder, self.server, self.plan, self.fleet, self.log, self.told)
+        self.hear(whole=False)
+        write_checkpoint(self.folder, self.server, self.plan, self.fleet, self.log, self.heads)
 
     def ask_for_figures(self, known: Collection[type[events.Event]]) -> None:
         """Have the last model tested and voted on, where the log does not tell of it yet."""
@@ -229,7 +232,10 @@ class Drive:
                 written.append("finished", facts)
                 summary["trail"] = {"entries": written.number, "head": written.head}
             if plan.guarantee:
-                claim = claims.claim(plan, self.budget, self.told)
+                told = {
+                    name: replace(one, head=self.heads[name]) for name, one in self.told.items()
+                }
+                claim = claims.claim(plan, self.budget, told)
                 files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
             files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
         return Result(summary, self.study, plan.encoding, self.server.released_P, folder, kept)

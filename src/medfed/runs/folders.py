@@ -37,7 +37,7 @@ from medfed.monitor import events
 from medfed.monitor.events import Log
 from medfed.planning.building import build_model
 from medfed.planning.plan import Plan
-from medfed.privacy.statement import Statement, compact
+from medfed.privacy.statement import Heads, compact
 from medfed.rounds import checkpoints, ranges
 from medfed.study import Study
 
@@ -183,10 +183,10 @@ def versions() -> dict[str, str]:
 
 
 def write_checkpoint(
-    folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, told: Mapping[str, Statement]
+    folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, heads: Heads
 ) -> None:
     """Let the sites write down what they remember,
-    then commit the round, with the heads that they have `told`.
+    then commit the round, with the `heads` of their ledgers.
     """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:
@@ -195,8 +195,8 @@ def write_checkpoint(
             if reply.error:
                 raise WriteError(f"site {reply.site!r} cannot save its state: {reply.error}")
     header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
-    if heads := compact({name: one.head for name, one in told.items()}):
-        header["ledger"] = heads
+    if kept := compact(heads):
+        header["ledger"] = kept
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
