@@ -188,6 +188,18 @@ def test_text_files_in_the_locale_s_encoding_are_found(tmp_path: Path) -> None:
     assert list(_in_the_locale_s_encoding(tmp_path / "code.py")) == [6, 7, 8, 9, 10]
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "scripts", "src", "tests"])
+def test_no_line_is_over_120_columns(folder: str) -> None:
+    """Where ruff does not look, as tables and texts may be wider than code."""
+    wide = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in (ROOT / folder).rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line.partition("  # type: ")[0]) > 120
+    ]
+    assert wide == []
+
+
 def test_what_contributing_shows_is_what_a_test_does() -> None:
     done = (ROOT / "tests" / "test_adding.py").read_text(encoding="utf-8")
     shown = re.findall(

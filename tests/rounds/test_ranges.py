@@ -742,7 +742,10 @@ def test_a_query_that_leaves_next_to_nothing_to_train_with_is_refused(
         dear = study._with(DECLARED | {"data.threshold": "youden"})
     assert not recipe.examine(dear.set(f"privacy.{setting}", 1.5))[1]
     dear = dear.set(f"privacy.{setting}", 1.9999)
-    words = rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, \d+ times the noise.* it to 0\.5, a quarter"
+    words = (
+        rf"privacy\.{setting}=1\.9999 .*it leaves too little to train with, "
+        r"\d+ times the noise.* it to 0\.5, a quarter"
+    )
     with pytest.raises(PlanError, match=words):
         runs.open_sites(dear, None)
 

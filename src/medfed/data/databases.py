@@ -31,8 +31,8 @@ _NO_CODE = re.compile(
     r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL
 )
 _WRITES = re.compile(
-    r"\b(?:insert|update|delete|merge|drop|alter|create|truncate|grant|revoke|copy|call|exec|execute|into|attach|detach|"
-    r"pragma|install|load|vacuum|export|import)\b"
+    r"\b(?:insert|update|delete|merge|drop|alter|create|truncate|grant|revoke|copy|call|exec|"
+    r"execute|into|attach|detach|pragma|install|load|vacuum|export|import)\b"
 )
 
 
