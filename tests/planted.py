@@ -75,15 +75,15 @@ def one_holder_of_many(patch: Patch) -> None:
     """Let only one of each four parts of the joint noise (three among aggregators) be drawn."""
     whole = wire.noise_share
 
-    def lazy(every: int) -> Callable[..., Callable[[int], Integers]]:
+    def lazy(every: int) -> Callable[..., Callable[..., Integers]]:
         calls = [0]
 
-        def share(promised: Any, holders: int) -> Callable[[int], Integers]:
+        def share(promised: Any, holders: int) -> Callable[..., Integers]:
             draw = whole(promised, holders)
 
-            def some(count: int) -> Integers:
+            def some(count: int, entropy: Any) -> Integers:
                 calls[0] += 1
-                drawn = draw(count)
+                drawn = draw(count, entropy)
                 if calls[0] % every == 0:
                     return drawn
                 return np.zeros_like(drawn)

@@ -13,6 +13,7 @@ from scipy import stats
 
 import medfed
 from medfed.core.checks import MedfedError, PlanError, StudyError
+from medfed.core.entropy import Entropy
 from medfed.node.inprocess import InProcess
 from medfed.planning import terms as agreed
 from medfed.privacy.guarantee import resolve
@@ -128,8 +129,8 @@ def test_noise_of_the_right_size_lies_on_both(private: Study, tmp_path: Path) ->
     assert chosen is not None and chosen.gram_noise and chosen.sum_noise and g is not None
     gram, total = agreed.gram_split(g, terms)
     for drawn, sigma in (
-        (np.concatenate([chosen.gram_noise(9) for _ in range(40)]), gram(9)),
-        (chosen.sum_noise(2000, 2**19), total * 2**19),
+        (np.concatenate([chosen.gram_noise(9, Entropy()) for _ in range(40)]), gram(9)),
+        (chosen.sum_noise(2000, 2**19, Entropy()), total * 2**19),
     ):
         unit = drawn.astype(float) / sigma * 2**0.5  # any two of the three parts make it
         assert stats.kstest(unit, "norm").pvalue > 1e-4

@@ -18,11 +18,12 @@ import medfed
 from medfed import runs
 from medfed.core import codec
 from medfed.core.checks import MedfedError, PlanError
+from medfed.core.entropy import Entropy
 from medfed.links.wire import NoiseShare, noise_share
 from medfed.node import site
 from medfed.node.inprocess import InProcess
 from medfed.planning import terms
-from medfed.planning.resolved import holders, threshold
+from medfed.planning.resolved import holders, least_rows
 from medfed.privacy.guarantee import GRID, resolve
 from medfed.rounds.prepare import prepare
 from medfed.study import Study
@@ -81,7 +82,7 @@ def test_a_private_run_keeps_its_promise_and_says_who_is_trusted(
     trusted = {"masked": "stay to the end", "three-party": "any two of the three"}[way]
     assert (trusted in claim["trust_model"]) == (study.privacy.noise != "site")
     if not settings.get("privacy.noise"):
-        excess = {"masked": math.sqrt(3 / 2), "three-party": math.sqrt(3 / 2)}[way]
+        excess = {"masked": 1, "three-party": math.sqrt(3 / 2)}[way]
     else:
         excess = 1
     assert claim["noise"]["noise_sd_ratio"] == pytest.approx(excess)
@@ -101,7 +102,7 @@ def test_a_lost_loss_is_not_told(open_study: Study) -> None:
 @pytest.mark.parametrize("holders", [1, 2, 4])
 def test_any_holders_make_the_variance_that_is_asked(private: Study, holders: int) -> None:
     g = resolve(private, dict(private.privacy.sizes), 2000)
-    parts = sum(noise_share(g, holders)(2000).astype(float) for _ in range(holders))
+    parts = sum(noise_share(g, holders)(2000, Entropy()).astype(float) for _ in range(holders))
     said = stats.chi2(2000).cdf(float(((parts / g.sigma_units()) ** 2).sum()))
     assert 1e-4 < said < 1 - 1e-4
     wrong = stats.chi2(2000).cdf(float(((parts / (1.5 * g.sigma_units())) ** 2).sum()))
@@ -121,13 +122,13 @@ def test_each_client_adds_its_own_part(private: Study) -> None:
 
 @pytest.mark.parametrize(
     ("n", "colluding", "expected"),
-    [(4, 0.3, (3, 2)), (10, 0.3, (7, 4)), (3, 0.3, (2, 2)), (10, 0.0, (6, 6))],
+    [(4, 0.3, (4, 3)), (10, 0.3, (7, 4)), (3, 0.3, (3, 3)), (10, 0.0, (6, 6))],
 )
-def test_threshold_and_holders(
+def test_least_rows_and_holders(
     open_study: Study, n: int, colluding: float, expected: tuple[int, int]
 ) -> None:
     study = open_study.set("security.aggregation", "masked").set("security.colluding", colluding)
-    assert (threshold(study, n), holders(study, [str(i) for i in range(n)])) == expected
+    assert (least_rows(study, n), holders(study, [str(i) for i in range(n)])) == expected
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

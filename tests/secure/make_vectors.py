@@ -115,9 +115,11 @@ def masks() -> dict[str, Any]:
     phases["shares"] = {name: one.share(told) for name, one in clients.items()}
     boxes = server.shares(phases["shares"])
     del clients["c"]
-    phases["rows"] = {name: one.mask(boxes[name], rows[name]) for name, one in clients.items()}
-    told = server.rows(phases["rows"])
-    phases["confirm"] = {name: one.confirm(told, b"model") for name, one in clients.items()}
+    phases["rows"] = {
+        name: one.mask(boxes[name], rows[name], b"model") for name, one in clients.items()
+    }
+    told = server.rows(phases["rows"], b"model")
+    phases["confirm"] = {name: one.confirm(told) for name, one in clients.items()}
     told = server.confirm(phases["confirm"])
     phases["unmask"] = {name: one.unmask(told) for name, one in clients.items()}
     total_M, _ = server.unmask(phases["unmask"])

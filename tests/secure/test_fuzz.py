@@ -28,9 +28,10 @@ def phase(name: str) -> Callable[[bytes], object]:
         server = recorded.server()
         for before, said in recorded.MASKED["phases"].items():
             messages = {who: bytes.fromhex(message) for who, message in said.items()}
+            of = (b"model",) if before == "rows" else ()
             if before == name:
-                return getattr(server, before)({**messages, "a": data})
-            getattr(server, before)(messages)
+                return getattr(server, before)({**messages, "a": data}, *of)
+            getattr(server, before)(messages, *of)
         return None
 
     return read

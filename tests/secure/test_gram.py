@@ -91,8 +91,8 @@ def test_rows_are_weighed_as_means_where_sizes_differ() -> None:
 def noises(gram: float, total: float) -> dict[str, Callable[..., Integers]]:
     rng = np.random.default_rng(5)
     return {
-        "gram_noise": lambda K: np.rint(rng.normal(0, gram, K * (K + 1) // 2)).astype(np.int64),
-        "sum_noise": lambda M, most: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(
+        "gram_noise": lambda K, _: np.rint(rng.normal(0, gram, K * (K + 1) // 2)).astype(np.int64),
+        "sum_noise": lambda M, most, _: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(
             np.int64
         ),
     }
@@ -231,10 +231,14 @@ def test_a_sum_that_no_rows_make_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     terms = SharingTerms(4, 1000, THREE)
     sites = {name: np.full(4, 7) for name in "abc"}
     uploads = {name: share(mail[name], SCOPE, row_M, terms) for name, row_M in sites.items()}
-    three = in_turn({name: SharingAggregator(mail[name], terms) for name in THREE})
+    three = in_turn(
+        {name: SharingAggregator(mail[name], terms, SCOPE.study, SCOPE.run) for name in THREE}
+    )
     assert relay(three, SCOPE, uploads, terms).total_M.tolist() == [21] * 4
     monkeypatch.setattr(SharingAggregator, "_sum", adding)
     mail = posts()
-    three = in_turn({name: SharingAggregator(mail[name], terms) for name in THREE})
+    three = in_turn(
+        {name: SharingAggregator(mail[name], terms, SCOPE.study, SCOPE.run) for name in THREE}
+    )
     with pytest.raises(AbortError, match="did not follow the protocol"):
         relay(three, SCOPE, uploads, terms, spread=1000)

@@ -135,10 +135,12 @@ def stage(terms):
     )
 
 
-def to_rows(cast):
+def to_rows(cast, **models):
     keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
     boxes = cast.server.shares({n: c.share(keys) for n, c in cast.clients.items()})
-    return {n: c.mask(boxes[n], cast.rows[n]) for n, c in cast.clients.items()}
+    return {
+        n: c.mask(boxes[n], cast.rows[n], models.get(n, b"model")) for n, c in cast.clients.items()
+    }
 
 
 def looks_uniform(words_M):
@@ -172,44 +174,58 @@ def tell(cast, kind, parts):
     return cast.server.post.wrap(SCOPE, kind, EVERYBODY, _pack(parts, cast.terms))
 
 
-def test_different_survivor_lists_and_different_models_open_nothing(cast):
-    survivors = cast.server.rows(to_rows(cast))
-    fewer = tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b""))
+def test_different_survivor_lists_open_nothing(cast):
+    survivors = cast.server.rows(to_rows(cast), b"model")
     a, b, c = cast.clients.values()
     said = {
-        "site00": a.confirm(survivors, b"model"),
-        "site01": b.confirm(fewer, b"model"),
-        "site02": c.confirm(survivors, b"another model"),
+        "site00": a.confirm(survivors),
+        "site01": b.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b""))),
+        "site02": c.confirm(tell(cast, "survivors", dict.fromkeys(("site01", "site02"), b""))),
     }
     confirmed = cast.server.confirm(said)
+    for client in (a, b, c):
+        with pytest.raises(AbortError, match="another list of survivors or another model"):
+            client.unmask(confirmed)
+
+
+def test_rows_of_different_models_open_nothing(cast):
+    """Too many of another model: no client unmasks. One: the quorum signs, and the sum is noise."""
+    survivors = cast.server.rows(to_rows(cast, site01=b"x", site02=b"y"), b"model")
+    confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
     for client in cast.clients.values():
         with pytest.raises(AbortError, match="another list of survivors or another model"):
             client.unmask(confirmed)
+
+    wide = stage(MaskingTerms(tuple(names(5)), 4096, 3, 4, 4))
+    survivors = wide.server.rows(to_rows(wide, site02=b"another"), b"model")
+    said = {n: c.confirm(survivors) for n, c in wide.clients.items()}
+    confirmed = wide.server.confirm(said)
+    del wide.clients["site02"]  # it sees that it is alone, and unmasks nothing
+    total_M, stayed = wide.server.unmask({n: c.unmask(confirmed) for n, c in wide.clients.items()})
+    assert len(stayed) == 5 and looks_uniform(total_M)
 
 
 def test_a_list_without_the_client_or_below_the_quorum_is_not_signed(cast):
     to_rows(cast)
     with pytest.raises(AbortError, match="leaves it out"):
         cast.clients["site02"].confirm(
-            tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model"
+            tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b""))
         )
     with pytest.raises(AbortError, match="1 of 3"):
-        cast.clients["site00"].confirm(tell(cast, "survivors", {"site00": b""}), b"model")
+        cast.clients["site00"].confirm(tell(cast, "survivors", {"site00": b""}))
 
 
 def test_both_seeds_of_one_client_are_never_given(cast):
     rows = to_rows(cast)
-    survivors = cast.server.rows(rows)
+    survivors = cast.server.rows(rows, b"model")
     client = cast.clients["site00"]
-    confirmed = cast.server.confirm(
-        {n: c.confirm(survivors, b"model") for n, c in cast.clients.items()}
-    )
+    confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
     body = cast.server.post.unwrap(client.unmask(confirmed), SCOPE, "unmask", "site00")
     assert {len(part) for part in _unpack(body, cast.terms).values()} == {33}
     with pytest.raises(EnvelopeError, match="A phase comes once"):
         client.unmask(confirmed)
     with pytest.raises(EnvelopeError, match="A phase comes once"):
-        client.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")), b"model")
+        client.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")))
 
 
 def test_a_failed_phase_ends_the_round_for_the_client(cast):
@@ -305,7 +321,7 @@ def test_replayed_and_revoked_and_swapped(cast):
     inbox = {"site01": boxes["site02"]["site00"], "site02": boxes["site01"]["site00"]}
     swapped = cast.server.post.wrap(SCOPE, "boxes", "site00", _pack(inbox, cast.terms))
     with pytest.raises(EnvelopeError, match="do not open"):
-        cast.clients["site00"].mask(swapped, cast.rows["site00"])
+        cast.clients["site00"].mask(swapped, cast.rows["site00"], b"model")
 
 
 @pytest.mark.parametrize(
@@ -322,11 +338,11 @@ def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
     rows["site02"] = Post(cast.people["site02"], cast.roster).wrap(
         SCOPE, "rows", "server", bytes(8)
     )
-    survivors = cast.server.rows(rows)
+    survivors = cast.server.rows(rows, b"model")
     assert "masked row of 8 bytes" in str(cast.server.refused["site02"])
     a, b = (cast.clients[n] for n in ("site00", "site01"))
     confirmed = cast.server.confirm(
-        {"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")}
+        {"site00": a.confirm(survivors), "site01": b.confirm(survivors)}
     )
     a._held["site01"] = bytes(66)
     with pytest.raises(AbortError, match="site01"):
@@ -338,10 +354,8 @@ def test_one_false_share_is_found_and_named_where_there_are_others():
     terms = MaskingTerms(tuple(names(5)), 16, 3, 4, 4)
     cast = stage(terms)
     cast.rows = {name: np.arange(16) * i for i, name in enumerate(terms.members)}
-    survivors = cast.server.rows(to_rows(cast))
-    confirmed = cast.server.confirm(
-        {n: c.confirm(survivors, b"m") for n, c in cast.clients.items()}
-    )
+    survivors = cast.server.rows(to_rows(cast), b"model")
+    confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
     cast.clients["site01"]._held["site03"] = bytes(66)
     total_M, stayed = cast.server.unmask({n: c.unmask(confirmed) for n, c in cast.clients.items()})
     assert len(stayed) == 5 and (total_M == np.arange(16) * 10).all()
@@ -350,11 +364,11 @@ def test_one_false_share_is_found_and_named_where_there_are_others():
 
 def test_the_servers_phases_come_once_and_in_order(cast):
     with pytest.raises(AbortError, match="expected phase=keys"):
-        cast.server.rows({})
+        cast.server.rows({}, b"model")
     rows = to_rows(cast)
-    cast.server.rows(rows)
+    cast.server.rows(rows, b"model")
     with pytest.raises(AbortError, match="expected phase=confirm"):
-        cast.server.rows(rows)
+        cast.server.rows(rows, b"model")
 
 
 def test_the_ring_follows_from_everybodys_keys():
@@ -410,10 +424,10 @@ def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):
     """A client that signed and is not on the list has no say: it may have been told anything."""
     rows = to_rows(cast)
     gone = rows.pop("site02")
-    survivors = cast.server.rows(rows)
+    survivors = cast.server.rows(rows, b"model")
     assert gone
     a, b = (cast.clients[n] for n in ("site00", "site01"))
-    signed = {"site00": a.confirm(survivors, b"m"), "site01": b.confirm(survivors, b"m")}
+    signed = {"site00": a.confirm(survivors), "site01": b.confirm(survivors)}
     stranger = Post(cast.people["site02"], cast.roster).wrap(SCOPE, "confirm", "*", bytes(96))
     told = tell(cast, "confirmed", {**signed, "site02": stranger})
     assert a.unmask(told)

@@ -79,7 +79,7 @@ def opened(
     posts = parties(SHARED)
     terms = SharingTerms(len(SHARED["sum"]), SHARED["bound"], ("p", "q", "r"))
     three = {
-        name: SharingAggregator(posts[name], terms, selection=selection)
+        name: SharingAggregator(posts[name], terms, scope.study, scope.run, selection=selection)
         for name in terms.aggregators
     }
     return relay(in_turn(three), scope, uploads, terms)
@@ -152,7 +152,8 @@ def played(changed: dict[str, dict[str, bytes]] | None = None) -> tuple[masking.
     found = None
     for phase, said in MASKED["phases"].items():
         messages = {name: bytes.fromhex(message) for name, message in said.items()}
-        found = getattr(it, phase)(messages | (changed or {}).get(phase, {}))
+        of = (b"model",) if phase == "rows" else ()
+        found = getattr(it, phase)(messages | (changed or {}).get(phase, {}), *of)
     return it, found
 
 

@@ -19,6 +19,7 @@ from medfed.core import files
 from medfed.core.checks import SignatureError, TrailError
 from medfed.secure import key_files
 from medfed.secure.identity import Identity, Public, Roster, holds
+from medfed.secure.record import Record
 from medfed.study import Study
 
 ROLES = ("site", "aggregator", "coordinator", "consortium")
@@ -175,6 +176,16 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
         return Identity.new(name, role)
     file = study.folder / security.keys / f"{quote(name, safe=' ')}.key"
     return key_files.load(file, os.environ.get("MEDFED_PASSPHRASE", ""))
+
+
+def record_of(study: Study, name: str) -> Record:
+    """Return what a party has done in secure rounds: beside its key file where its keys outlast a
+    run, in memory where they end with it.
+    """
+    security = study.security
+    if not security.federation:
+        return Record()
+    return Record(study.folder / security.keys / f"{quote(name, safe=' ')}.record")
 
 
 def members_of(study: Study) -> Consortium | None:

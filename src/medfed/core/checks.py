@@ -111,6 +111,10 @@ class AbortError(QuorumError):
     """
 
 
+class RecordError(AbortError):
+    """A party was asked for what it has done already, or cannot read its record of it."""
+
+
 class LedgerError(MedfedError):
     """A budget ledger cannot be read, written or trusted."""
 

@@ -27,9 +27,9 @@ class Entropy:
     """A stream of random 64-bit words: AES-256 in counter mode, its key from the operating system.
 
     One lock guards the stream, so threads may share an instance; one each is faster. A forked
-    process takes a new key: it would repeat its parent's noise otherwise. `key` (32 bytes) is for
-    tests only: whoever knows it can subtract the noise. What is said below of distributions holds
-    as far as AES-256 is a pseudorandom permutation.
+    process takes a new key: it would repeat its parent's noise otherwise. `key` (32 bytes) is a
+    secret of whoever draws: who knows it can subtract the noise. What is said below of
+    distributions holds as far as AES-256 is a pseudorandom permutation.
     """
 
     def __init__(self, key: bytes | None = None) -> None:

@@ -200,22 +200,23 @@ class NoiseShare(Link):
 
     def client(self, message_KM: Tensor, memory: Remembered) -> tuple[Tensor, Remembered]:
         draw = noise_share(self.guarantee, self.holders)
-        noise_KM = np.stack([draw(message_KM.shape[1]) for _ in message_KM])
+        entropy = Entropy()
+        noise_KM = np.stack([draw(message_KM.shape[1], entropy) for _ in message_KM])
         return message_KM + torch.from_numpy(noise_KM), memory
 
 
-def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int], Integers]:
-    """Return the sampler [M] of one holder's part of a row's joint noise: see `NoiseShare`.
+def noise_share(guarantee: Guarantee, holders: int) -> Callable[[int, Entropy], Integers]:
+    """Return the sampler [M] of one holder's part of a row's joint noise, which draws from the
+    stream that it is given: see `NoiseShare`.
 
     Args:
         guarantee: the noise that the sum needs.
         holders: how many honest parties add a part; each part's standard deviation is 1 /
             sqrt(holders) of the whole's.
     """
-    entropy = Entropy()
     part = math.sqrt(holders)
 
-    def draw(count: int) -> Integers:
+    def draw(count: int, entropy: Entropy) -> Integers:
         if count != guarantee.numbers():
             raise PlanError(
                 f"noise for {count} numbers; the guarantee is for {guarantee.numbers()}"

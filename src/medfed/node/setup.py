@@ -22,11 +22,12 @@ from medfed.learn import zoo
 from medfed.node.site import Answer, Header, Liars, Site, operation, table_of, tell_nothing
 from medfed.planning import rates
 from medfed.planning.building import build_model, find_path
+from medfed.planning.joining import Joining
 from medfed.planning.resolved import resolve
 from medfed.planning.terms import party_of
 from medfed.privacy import guarantee as guarantees
 from medfed.secure.chain import Follower
-from medfed.secure.identity import Identity, Post, Roster
+from medfed.secure.identity import Identity, Post
 from medfed.study import LARGEST
 
 
@@ -79,14 +80,6 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     path = find_path(sites[0].study, encoding, model).path
     if guarantees.asked(sites[0].study):
         _check_encoding(sites[0], encoding)
-        # noise and divisor follow from them: not the coordinator's to say
-        for name in header["clients"]:
-            size = header["sizes"][name]["train"]
-            if size != guarantees.declared_size(sites[0].study, name):
-                raise SiteError(
-                    f"the coordinator says {size} patients for site {name!r}; the study declares "
-                    "another number"
-                )
     facts = resolve(sites[0].study, header["sizes"], header["clients"], zoo.count(model))
     guarantee = facts.guarantee
     tables = [table_of(site) for site in sites]
@@ -138,22 +131,25 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     and work out for itself what its rounds agree on.
 
     Whose keys count is the consortium's list to say, where the site's own study names one, and else
-    the coordinator.
+    the coordinator. A run is joined once: by the same coordinator, on the same facts, or not again.
     """
     members = consortium.members_of(sites[0].study)
-    roster = members.roster if members else Roster.of(*map(consortium.from_json, header["roster"]))
-    coordinator = header["coordinator"]
-    if roster[coordinator].role != "coordinator":
-        raise SiteError(
-            f"{coordinator!r} is no coordinator on the list of members, and may not run this study"
-        )
-
+    joining = Joining.read(header, members)
     answers: list[Answer] = []
     for site in sites:
+        if site.record is None:
+            site.record = consortium.record_of(site.study, site.name)
+        facts = site.facts
+        joining.refuse_others(facts.participants)
+        joining.commit(site.record, facts)
         follower = Follower(
-            Post(_own_keys(site), roster), site.study.digest(), header["run"], coordinator
+            Post(_own_keys(site), joining.roster),
+            site.study.digest(),
+            joining.run,
+            joining.coordinator,
+            site.record,
         )
-        site.party = party_of(site.facts, follower)
+        site.party = party_of(facts, follower)
         answers.append(codec.encode({}, {"signed": codec.as_tensor(follower.agree())}))
 
     return answers

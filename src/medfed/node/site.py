@@ -41,6 +41,7 @@ from medfed.robust import attacks
 from medfed.robust.attacks import Attack, Records, Sight, Stage
 from medfed.secure.identity import Identity
 from medfed.secure.party import Party
+from medfed.secure.record import Record
 from medfed.study import Study
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Site:
         self.guarantee: Guarantee | None = None
         self.links: Sequence[Link] = PLAIN
         self.identity: Identity | None = None  # its keys, once it was asked who it is
+        self.record: Record | None = None  # what it has done in secure rounds, once it joins one
         self.facts: Resolved  # what follows from its study and public facts
         # what it keeps of a run's secure rounds, once it has joined
         self.party: Party | None = None

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -40,12 +39,25 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     refused: dict[str, SiteError] = {}
     if sites[0].study.security.aggregation != "plain":
         header, tensors, refused = _accept_signed(sites, header, tensors)
-    refused |= charge([site for site in sites if site.name not in refused], header["round"])
-    willing = [site for site in sites if site.name not in refused]
-    answers = iter(_train_or_sum(willing, header, tensors)) if willing else iter(())
+    answers: dict[str, Answer] = {**refused}
+    answers |= _recall([site for site in sites if site.name not in answers])
+    answers |= charge([site for site in sites if site.name not in answers], header["round"])
+    willing = [site for site in sites if site.name not in answers]
+    if willing:
+        made = _train_or_sum(willing, header, tensors)
+        answers |= {site.name: answer for site, answer in zip(willing, made, strict=True)}
     if sites[0].account:
         sites[0].account.note_answered(site.name for site in willing)
-    return [refused[site.name] if site.name in refused else next(answers) for site in sites]
+    return [answers[site.name] for site in sites]
+
+
+def _recall(sites: Sequence[Site]) -> dict[str, Answer]:
+    """Return the answers of those who have answered this very model: the same bytes, unpaid."""
+    found: dict[str, Answer] = {}
+    for site in sites:
+        if site.party is not None and (kept := site.party.recall()):
+            found[site.name], site.pending = kept
+    return found
 
 
 def _accept_signed(
@@ -64,9 +76,15 @@ def _accept_signed(
             message = _party(site).follower.accept(header["round"], envelope)
         except MedfedError as error:
             refused[site.name] = SiteError(str(error))
-    if message:
-        return (*codec.decode(message), refused)
-    return (header, {}, refused)
+    if not message:
+        return header, {}, refused
+    asked, found = codec.decode(message)
+    if asked.get("round") != header["round"]:
+        raise SiteError(
+            f"round={asked.get('round')!r} stands in the model that was signed for round "
+            f"{header['round']!r}; expected the same. The coordinator may not choose."
+        )
+    return asked, found, refused
 
 
 def _train_or_sum(
@@ -112,7 +130,7 @@ def sum_gradients(
         half_K = torch.tensor(size_K, dtype=torch.float64) / 2
         message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
 
-    return _send_rows(sites, header, tensors["w"], message_KM, [{"steps": 1} for _ in sites])
+    return _send_rows(sites, header, message_KM, [{"steps": 1} for _ in sites])
 
 
 def _clip(header: Header, guarantee: Guarantee) -> float:
@@ -154,7 +172,7 @@ def train_locally(
     rows = [site.train for site in sites]
     if learner := LEARNERS.get(study.model.name):
         work = work_of(learner, task, memory, rows)
-        return _report(sites, header, tensors["w"], work, finite(work.message_KM))
+        return _report(sites, header, work, finite(work.message_KM))
 
     start_KP = algorithm.starts_KP(task, memory, len(sites))
     plan = local_plan(study, first.encoding)
@@ -179,12 +197,10 @@ def train_locally(
         )
     message_KM, later = algorithm.message(task, memory, local, hyper)
     work = Work(message_KM, later, local.loss_K, local.steps_K)
-    return _report(sites, header, tensors["w"], work, finite(local.theta_KP))
+    return _report(sites, header, work, finite(local.theta_KP))
 
 
-def _report(
-    sites: Sequence[Site], header: Header, w_P: Tensor, work: Work, good_K: Tensor
-) -> list[Answer]:
+def _report(sites: Sequence[Site], header: Header, work: Work, good_K: Tensor) -> list[Answer]:
     """Answer with the rows of those whose training stayed finite,
     and hold ready what each will remember.
     """
@@ -199,7 +215,7 @@ def _report(
         site.pending = {name: value[k].clone() for name, value in work.memory.items()}
         loss = losses[k] if open_losses and math.isfinite(losses[k]) else None
         reports.append({"loss": loss, "steps": steps[k]})
-    return _send_rows(sites, header, w_P, work.message_KM, reports)
+    return _send_rows(sites, header, work.message_KM, reports)
 
 
 def _at_rate(study: Study, header: Header) -> Study:
@@ -224,7 +240,6 @@ Report = dict[str, Any] | SiteError
 def _send_rows(
     sites: Sequence[Site],
     header: Header,
-    w_P: Tensor,
     message_KM: Tensor,
     reports: Sequence[Report],
 ) -> list[Answer]:
@@ -245,7 +260,6 @@ def _send_rows(
         return [report if isinstance(report, SiteError) else message for report, message in pairs]
 
     round = header["round"]
-    model = sha256(w_P.numpy().tobytes()).digest()
     answers: list[Answer] = []
 
     for site, report, message_M in zip(sites, reports, message_KM, strict=True):
@@ -257,12 +271,10 @@ def _send_rows(
             (row_M,) = site.liars.replace_rows(
                 [site], header["round"], send(message_M[None], site.links), "wire"
             )
-            answers.append(
-                codec.encode(
-                    report,
-                    {"upload": codec.as_tensor(_party(site).upload(round, row_M.numpy(), model))},
-                )
-            )
+            upload = codec.as_tensor(_party(site).upload(round, row_M.numpy()))
+            answer = codec.encode(report, {"upload": upload})
+            _party(site).keep(answer, site.pending)
+            answers.append(answer)
         except MedfedError as error:
             refused = SiteError(str(error))
             refused.__cause__ = error  # by which a rehearsal knows the stage

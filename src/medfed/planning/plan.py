@@ -25,7 +25,15 @@ from medfed.learn.probe import Probed
 from medfed.planning.building import build_model, find_path, local_plan
 from medfed.planning.objections import check
 from medfed.planning.rates import Chosen
-from medfed.planning.resolved import MOST_ROWS, Resolved, bounded, cohort, resolve, robust_rule
+from medfed.planning.resolved import (
+    MOST_ROWS,
+    Resolved,
+    bounded,
+    cohort,
+    colluding,
+    resolve,
+    robust_rule,
+)
 from medfed.planning.survey_warnings import find_renamed, warn
 from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
@@ -206,6 +214,14 @@ def _check_security(
             f"security.aggregation={security.aggregation!r} and a round of {n} clients do not "
             f"compose: security.min_group={security.min_group}, and a sum of fewer rows says too "
             "much of each. Draw more clients, or set aggregation='plain'."
+        )
+    liars = colluding(study, n)
+    if security.aggregation == "masked" and n < security.min_group + liars:
+        raise PlanError(
+            f"security.aggregation='masked' and a round of {n} clients do not compose: "
+            f"security.colluding={security.colluding:g} lets {liars} of them know their rows, and "
+            f"security.min_group={security.min_group} rows of others must be in a sum. Draw more "
+            "clients, or lower one of the two."
         )
     if not (guarantees.asked(study) and guarantees.mode(study) != "site"):
         weights = sum(sizes[name]["train"] for name in clients)

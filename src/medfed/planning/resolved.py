@@ -8,15 +8,17 @@ K clients of a round, P parameters, M numbers in a row.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from medfed.core import extensions
-from medfed.core.checks import QuorumError
+from medfed.core.checks import PlanError, QuorumError
 from medfed.core.streams import Streams
 from medfed.fleet import selection
 from medfed.fleet.selection import Profile, Selector
@@ -139,6 +141,15 @@ class Resolved:
     def streams(self) -> Streams:
         return Streams(self.study.study.seed)
 
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of what all parties of a secure round must have alike:
+        the study, who trains, their declared rows, and the lengths of model and row.
+        """
+        rows = [[name, self.sizes[name]["train"]] for name in self.participants]
+        facts = [self.study.digest(), sorted(rows), self.parameters, self.message]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def budget(self) -> RunMeter:
         """Return a fresh count of what the run spends."""
         if self.guarantee:
@@ -190,6 +201,7 @@ def resolve(
     guarantee = None
     if guarantees.asked(study):
         declared = {name: sizes[name]["train"] for name in participants}
+        _refuse_other_sizes(study, declared)
         guarantee = guarantees.resolve(study, declared, parameters)
 
     if guarantee is not None and guarantee.joint:
@@ -205,6 +217,19 @@ def resolve(
         guarantee=guarantee,
         links=links_of(study, guarantee, participants),
     )
+
+
+def _refuse_other_sizes(study: Study, told: Mapping[str, int]) -> None:
+    """Raise PlanError unless patients are told as the study declares them: noise, bound and divisor
+    follow from them, and are nobody else's to say.
+    """
+    for name, size in told.items():
+        declared = guarantees.declared_size(study, name)
+        if size != declared:
+            raise PlanError(
+                f"{size} patients are told of site {name!r}; the study declares {declared}. Give "
+                "every party the same study."
+            )
 
 
 def algorithm_name(study: Study) -> str:
@@ -280,14 +305,13 @@ def holders(study: Study, clients: Sequence[str]) -> int:
     """Return how many parties' parts make the joint noise: those that must answer and do not work
     with the server.
 
-    masked: threshold t of n clients, 2t > n + f, f = floor(colluding n) of them with the server: t
-    - f. three-party: two.
+    masked: `least_rows` without the f that may work with the server. three-party: two.
     """
     security = study.security
     n = cohort(study, clients)
     if security.aggregation != "masked":
         return 2 if security.aggregation == "three-party" else 1
-    return threshold(study, n) - math.floor(security.colluding * n)
+    return least_rows(study, n) - colluding(study, n)
 
 
 def excess(study: Study, clients: Sequence[str]) -> float:
@@ -305,10 +329,22 @@ def excess(study: Study, clients: Sequence[str]) -> float:
 
 
 def threshold(study: Study, n: int) -> int:
-    """Return how many of n clients must stay to the end of a masked round:
-    the least t with 2t > n + f.
+    """Return how many of n clients must stay to the end of a masked round so that there is one list
+    of them: the least t with 2t > n + f.
     """
-    return (n + math.floor(study.security.colluding * n)) // 2 + 1
+    return (n + colluding(study, n)) // 2 + 1
+
+
+def colluding(study: Study, n: int) -> int:
+    """Return f: how many of n clients may work with the coordinator."""
+    return math.floor(study.security.colluding * n + 1e-9)  # .3 x 10 is below 3 in floats
+
+
+def least_rows(study: Study, n: int) -> int:
+    """Return how many rows of n clients must be in a masked sum:
+    the threshold, and `security.min_group` rows besides those of the f who may know them.
+    """
+    return max(threshold(study, n), study.security.min_group + colluding(study, n))
 
 
 def robust_rule(study: Study, clients: int) -> RobustRule | None:

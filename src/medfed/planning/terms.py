@@ -5,6 +5,7 @@ All of it follows from what is resolved. A site makes its `Party` of a run here,
 side of the protocol.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,14 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medfed.core.checks import PlanError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.links.wire import noise_share
-from medfed.planning.resolved import Resolved, cohort, threshold
+from medfed.planning.resolved import Resolved, cohort, colluding, least_rows
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
 from medfed.secure.identity import Post
 from medfed.secure.party import Masker, Party, Sharer
+from medfed.secure.record import Record
 
 
 def party_of(facts: Resolved, follower: Follower) -> Party:
@@ -30,8 +33,12 @@ def party_of(facts: Resolved, follower: Follower) -> Party:
     return Sharer(follower, terms_of(facts))
 
 
-def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
-    """Return an aggregator's side: its noise and weights are the study's, never a message's."""
+def aggregator_of(
+    facts: Resolved, post: Post, run: str, record: Record
+) -> three_party.SharingAggregator:
+    """Return an aggregator's side of a run: its noise and weights are the study's, never a
+    message's, and what it has opened stands in its `record`.
+    """
     guarantee = facts.guarantee
     terms = terms_of(facts)
     noise = None
@@ -40,20 +47,44 @@ def aggregator_of(facts: Resolved, post: Post) -> three_party.SharingAggregator:
     weights = (
         None if facts.joint else {name: int(facts.weight(name)) for name in facts.participants}
     )
-    return three_party.SharingAggregator(post, terms, noise, weights, selection(facts, terms))
+    return three_party.SharingAggregator(
+        post=post,
+        terms=terms,
+        study=facts.study.digest(),
+        run=run,
+        noise=noise,
+        weights=weights,
+        selection=selection(facts, terms),
+        record=record,
+    )
 
 
 def masking_terms(
     facts: Resolved, run: str
 ) -> Callable[[Sequence[str], int], masking.MaskingTerms]:
-    """Return what a masked round of these clients agrees on, by its number."""
+    """Return what a masked round of these clients agrees on, by its number.
+
+    Raises PlanError for clients that the study does not draw for the round: whoever names them
+    could leave a site alone among its own people, or with too little noise. All of the draw is
+    public, so that each party does it again.
+    """
 
     def choose(clients: Sequence[str], round: int) -> masking.MaskingTerms:
-        n = len(clients)
-        stay = threshold(facts.study, len(clients))
-        liars = math.floor(facts.study.security.colluding * n)
+        drawn = facts.draw(round)
+        if sorted(clients) != sorted(drawn):
+            odd = sorted(set(clients) ^ set(drawn)) or sorted(clients)
+            raise PlanError(
+                f"round {round}: told to add rows of {len(clients)} clients; the study draws "
+                f"{len(drawn)}, and {some(odd)} differ. Draw as the study says."
+            )
+        n = len(drawn)
+        stay = least_rows(facts.study, n)
         return masking.MaskingTerms.choose(
-            clients, facts.message, (n - stay) / n, liars, f"{run} {round}".encode()
+            drawn,
+            facts.message,
+            (n - stay) / n,
+            colluding(facts.study, n),
+            json.dumps([run, round, facts.digest]).encode(),
         )
 
     return choose
@@ -104,12 +135,11 @@ def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.S
     if guarantee is None or not facts.joint:
         return three_party.Selection(weigh)
     gram, total = gram_split(guarantee, terms)
-    entropy = Entropy()
 
-    def on_gram(K: int) -> Integers:
+    def on_gram(K: int, entropy: Entropy) -> Integers:
         return discrete_gaussian(gram(K) / math.sqrt(2)).sample(K * (K + 1) // 2, entropy)
 
-    def on_sum(length: int, most: int) -> Integers:
+    def on_sum(length: int, most: int, entropy: Entropy) -> Integers:
         return discrete_gaussian(total * most / math.sqrt(2)).sample(length, entropy)
 
     return three_party.Selection(weigh, scales(facts), on_gram, on_sum)
@@ -137,5 +167,11 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
     first, second, third = security.aggregators
     fewest = max(security.min_group, facts.quorum(cohort(facts.study, facts.participants)))
     return three_party.SharingTerms(
-        facts.message, bound, (first, second, third), fewest, security.min_group
+        facts.message,
+        bound,
+        (first, second, third),
+        fewest,
+        security.min_group,
+        frozenset(facts.participants),
+        bytes.fromhex(facts.digest),
     )

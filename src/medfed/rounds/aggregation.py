@@ -7,6 +7,7 @@ see of rows, and what malicious sites can do, is said here.
 K clients of a round.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from medfed.rounds.plain import PLAIN
 from medfed.rounds.shared import Shared
 from medfed.rounds.way import Way
 from medfed.secure import three_party
-from medfed.secure.chain import Publisher
+from medfed.secure.chain import FIRST, Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Public, Roster, Scope
 
 Handler = Callable[[str, bytes], bytes]
@@ -89,13 +90,19 @@ COORDINATOR = "coordinator"
 
 
 def introduce(
-    plan: Plan, fleet: Fleet, run: str, folder: Path | None = None, keys: Keys | None = None
+    plan: Plan,
+    fleet: Fleet,
+    run: str,
+    folder: Path | None = None,
+    keys: Keys | None = None,
+    behind: int = 0,
 ) -> Way:
     """Have all parties join the run, and return how rows come together. `folder` gets the trail.
 
     Every site signs the study as it has it; one that has another is refused here. Each party works
     out bounds, weights and noise for itself. `keys` are those of `identify`, where it was asked
-    before. Raises PlanError for a site that has not signed.
+    before; `behind` the rounds that a resumed run has behind it, whose last model the next one
+    follows. Raises PlanError for a party that has not signed.
     """
     keys = keys or identify(plan, fleet)
     if keys is None:
@@ -120,6 +127,7 @@ def introduce(
         trail.append(
             "study", {"digest": study, "run": run, "consortium": authority, "signed": signed}
         )
+        publisher.model = _last_model(path, behind)
     if security.aggregation == "masked":
         return Masked(publisher, masking_terms(plan, run), trail)
 
@@ -132,8 +140,8 @@ def introduce(
         "sizes": sizes,
         "parameters": plan.parameters,
     }
-    for handle in keys.aggregators.values():
-        handle("join", codec.encode(joining))
+    for name, handle in keys.aggregators.items():
+        _check_signed(publisher, name, handle("join", codec.encode(joining)))
     ask = three_party.asking(keys.aggregators, terms.length)
     return _share(plan, ask, publisher, terms, trail)
 
@@ -206,21 +214,40 @@ def _join_sites(
     """
     signed: dict[str, dict[str, str]] = {}
     for name, reply in gather(fleet, sites, "join", payload, _PATIENCE).items():
-        try:
-            if reply.error:
-                raise SiteError(reply.error)
-            envelope = codec.as_bytes(codec.decode(reply.payload)[1]["signed"])
-            publisher.post.unwrap(
-                envelope, Scope(publisher.study, publisher.run, 0), "study", name, ANYBODY
-            )
-        except (CodecError, KeyError, SiteError) as error:
-            raise PlanError(
-                f"site {name!r} has not signed this study (digest {publisher.study[:16]}...): "
-                f"{error} Give every site the same study file."
-            ) from error
+        if reply.error:
+            raise _unsigned(publisher, name, SiteError(reply.error))
+        envelope = _check_signed(publisher, name, reply.payload)
         signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
 
     return signed
+
+
+def _check_signed(publisher: Publisher, name: str, payload: bytes) -> bytes:
+    """Return a party's signature under the study and run; raise PlanError where it is none."""
+    scope = Scope(publisher.study, publisher.run, 0)
+    try:
+        envelope = codec.as_bytes(codec.decode(payload)[1]["signed"])
+        publisher.post.unwrap(envelope, scope, "study", name, ANYBODY)
+    except (CodecError, KeyError) as error:
+        raise _unsigned(publisher, name, error) from error
+    return envelope
+
+
+def _unsigned(publisher: Publisher, name: str, error: Exception) -> PlanError:
+    return PlanError(
+        f"{name!r} has not signed this study (digest {publisher.study[:16]}...): "
+        f"{error} Give every party the same study file."
+    )
+
+
+def _last_model(path: Path, behind: int) -> bytes:
+    """Return the hash of the model of the last round that is behind, as the trail has it."""
+    opened = (
+        json.loads(line)["facts"]
+        for line in reversed(path.read_bytes().splitlines())
+        if b'"opened sum"' in line
+    )
+    return next((bytes.fromhex(one["model"]) for one in opened if one["round"] == behind), FIRST)
 
 
 def bears(plan: Plan) -> str:

@@ -81,7 +81,7 @@ class MaskedExchange(Asked):
         reports, uploads, refused = read(replies, "upload")
         talk.lost |= refused
         sent = {name: codec.as_bytes(upload) for name, upload in uploads.items()}
-        survivors = server.rows(sent)
+        survivors = server.rows(sent, self.way.publisher.model)
         came = [name for name in sent if name not in server.refused]
         enough(self.plan, number, came, self.clients, talk.lost | _reasons(server.refused))
 

@@ -105,7 +105,9 @@ class Drive:
     def introduce(self, keys: Keys | None) -> None:
         """Have all parties join the run, each by its own study."""
         keys = keys or ways.identify(self.plan, self.fleet, self.parties.aggregators or None)
-        self.aggregation = ways.introduce(self.plan, self.fleet, self.run, self.folder, keys)
+        self.aggregation = ways.introduce(
+            self.plan, self.fleet, self.run, self.folder, keys, self.server.round
+        )
 
     def count_the_paid(self, known: Collection[type[events.Event]]) -> None:
         """Count what patients have paid for before: by the rounds behind, by what is `known`, and

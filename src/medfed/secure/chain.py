@@ -5,14 +5,15 @@ message before and the message itself: a site that saw the round before finds ou
 not follow each other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from medfed.core.checks import EnvelopeError
 from medfed.secure.identity import ANYBODY, Post, Scope
+from medfed.secure.record import Record
 
 FIRST = bytes(32)
-"""What the first message of a run, or of a resumed one, says of the message before."""
+"""What the first message of a run says of the message before."""
 
 
 @dataclass
@@ -36,16 +37,29 @@ class Publisher:
 
 @dataclass
 class Follower:
-    """A site's side: the study that it agreed to, and the last message that it took."""
+    """A site's side: the study that it agreed to, and the last message that it took.
+
+    `record` is what the site has done, in this run and others; it outlasts a restart where the
+    site's keys do.
+    """
 
     post: Post
     study: str
     run: str
     coordinator: str
-    round: int = 0
-    model: bytes = FIRST
-    _previous: bytes = FIRST
+    record: Record = field(default_factory=Record)
+    round: int = field(init=False)
+    model: bytes = field(init=False)
     _envelope: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.round, model = self.record.last("model", self.study, self.run)
+        self.model = model or FIRST
+
+    @property
+    def scope(self) -> Scope:
+        """Where messages of the round count whose model this site has taken."""
+        return Scope(self.study, self.run, self.round)
 
     def agree(self) -> bytes:
         """Return the site's signature under the study as it has it, before the first round."""
@@ -58,25 +72,26 @@ class Follower:
         one of this round, or does not follow the message before; SignatureError where the
         coordinator did not sign it.
 
-        Guarantee: this site takes one model a round, and of two rounds in a row none that does not
-        follow the other. So a coordinator that shows sites different models has signed both, and
+        Guarantee: this site takes one model a round, never a round before the last, and of two
+        rounds in a row none that does not follow the other; so after a restart too, as far as its
+        record reaches. So a coordinator that shows sites different models has signed both, and
         they can show it.
 
         Edge cases:
-        - the same envelope again gives the same message, as a repeated question needs;
+        - the same message again is accepted, as a repeated question needs;
         - a site that missed rounds takes the next that it sees, as it cannot tell what lay between;
-        - the first message, of a run or of a resumed one, follows nothing that this site knows;
-        - two sites that are shown different models do not see it by themselves: under masks they
-          compare.
+        - two sites that are shown different models do not see it by themselves: their rows do not
+          add up, as masks and shares are bound to the model.
         """
         digest = sha256(envelope).digest()
         if digest != self._envelope:
             scope = Scope(self.study, self.run, round)
             body = self.post.unwrap(envelope, scope, "model", self.coordinator, ANYBODY)
             self._check(round, body)
+            model = sha256(body[32:]).digest()
+            self.record.commit("model", scope, model)
             self.round = round
-            self._previous = body[:32]
-            self.model = sha256(body[32:]).digest()
+            self.model = model
             self._envelope = digest
             return body[32:]
 

@@ -89,6 +89,10 @@ class Identity:
         """
         return _derive(_exchange(self._sealing, sealing), purpose)
 
+    def derive(self, purpose: bytes) -> bytes:
+        """Return 32 bytes that only this party can compute, the same whenever it is asked."""
+        return _derive(self.secret(), b"own " + purpose)
+
     def unseal(self, box: bytes, purpose: bytes) -> bytes:
         """Open what `seal` closed for this party and purpose;
         raise EnvelopeError where it does not open.

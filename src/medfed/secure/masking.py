@@ -14,7 +14,8 @@ masks; never both.
     unmask    one share for each neighbour                     -
 
 Why the server learns the sum of all honest survivors or nothing. Confirmed lists: a client unmasks
-for a list that more than (n + f) / 2 members signed; honest ones sign once, so there is one list.
+for a list that more than (n + f) / 2 members signed; honest ones sign one list a round, so there is
+one. Pair masks are bound to the model, so that rows of two models never add up to anything.
 Complete graph: 2 t > n + f, so t shares of both seeds of one client would need an honest member
 that gave both. Ring of k neighbours in random order, at most X of them liars: t > k / 2 + 1 + X. A
 survivor can be unmasked only by t holders (itself included) on the list, so one on each side of it
@@ -49,6 +50,7 @@ from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError,
 from medfed.core.entropy import Integers, Words, expand
 from medfed.secure import shares
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.record import Record
 
 PHASES = ("keys", "shares", "rows", "confirm", "unmask")
 """The phases of a round, in order."""
@@ -232,8 +234,25 @@ class Client:
     count, AbortError where too few took part.
     """
 
-    def __init__(self, post: Post, terms: MaskingTerms, scope: Scope, server: str) -> None:
+    def __init__(
+        self,
+        post: Post,
+        terms: MaskingTerms,
+        scope: Scope,
+        server: str,
+        record: Record | None = None,
+    ) -> None:
+        """Begin the round.
+
+        Args:
+            post: its own, whose roster says who the others are.
+            terms: what it has worked out for itself.
+            scope: study, run and round.
+            server: the name of the coordinator.
+            record: of what the client has signed before; None: nothing outlasts this object.
+        """
         self._post = post
+        self._record = record or Record()
         self._terms = terms
         self._scope = scope
         self._server = server
@@ -248,6 +267,7 @@ class Client:
         # by client: my shares of its self seed and of its key, one after the other
         self._held: dict[str, bytes] = {}
         self._survivors: tuple[str, ...] = ()
+        self._model = b""
         self._statement = b""
 
     def keys(self) -> bytes:
@@ -290,9 +310,12 @@ class Client:
         }
         return self._say("shares", self._server, _pack(boxes, self._terms))
 
-    def mask(self, payload: bytes, row_M: Integers) -> bytes:
+    def mask(self, payload: bytes, row_M: Integers, model: bytes) -> bytes:
         """Take the boxes for this client;
         return its row (int64 [M]) under the self mask and the pair masks.
+
+        Pair masks follow from the hash of the global `model` that the row was made from: rows made
+        from two models leave their masks in the sum, which is then uniform to everybody.
         """
         self._enter("rows")
 
@@ -308,21 +331,27 @@ class Client:
             )
 
         # Hide the row: under the self mask, and under one mask for each neighbour.
+        self._model = model
         masked_M = expand(self._seed, self._terms.length)
         masked_M += row_M.view(np.uint64)
         stream_M = np.empty_like(masked_M)
         for name in sorted(boxes):
             other = self._keys[name][32:64]
-            seed = _pair_seed(self._pairing, self._name, name, other, self._scope, self._terms)
+            seed = _pair_seed(
+                self._pairing, self._name, name, other, self._scope, self._terms, model
+            )
             _add(masked_M, expand(seed, len(stream_M), out=stream_M), plus=self._name < name)
         return self._say("rows", self._server, masked_M.tobytes())
 
-    def confirm(self, broadcast: bytes, model: bytes) -> bytes:
+    def confirm(self, broadcast: bytes) -> bytes:
         """Take the list of survivors; sign it together with the hash of the global model that this
         client received.
 
         Refused where the list leaves this client out, is below the quorum, or names a neighbour
         whose shares never came: that neighbour's mask would be missing from this client's row.
+
+        Guarantee: one list a round, for ever: a round that is played again is confirmed for the
+        same survivors or not at all, so that no two sums of it differ by a row.
         """
         self._enter("confirm")
 
@@ -342,7 +371,10 @@ class Client:
             )
 
         # Sign it, with the model.
-        self._statement = self._terms.digest + sha256(body).digest() + sha256(model).digest()
+        self._record.commit(
+            "list", self._scope, sha256(json.dumps(self._survivors).encode()).digest()
+        )
+        self._statement = self._terms.digest + sha256(body).digest() + sha256(self._model).digest()
         return self._say("confirm", EVERYBODY, self._statement)
 
     def unmask(self, broadcast: bytes) -> bytes:
@@ -451,6 +483,7 @@ class MaskingServer:
         self._keys: dict[str, bytes] = {}
         self._sharers: set[str] = set()
         self._survivors: set[str] = set()
+        self._model = b""
         self._total_M: Words = np.zeros(self.terms.length, np.uint64)
         self._phases: tuple[str, ...] = PHASES
 
@@ -471,8 +504,11 @@ class MaskingServer:
             for to, inbox in inboxes.items()
         }
 
-    def rows(self, envelopes: Mapping[str, bytes]) -> bytes:
-        """Take the masked rows; return the list of those who survived, for all."""
+    def rows(self, envelopes: Mapping[str, bytes], model: bytes) -> bytes:
+        """Take the masked rows, made from the global `model` of this hash; return the list of those
+        who survived, for all.
+        """
+        self._model = model
         rows_KM = self._read("rows", envelopes, self._sharers, self._row)
         for row_M in rows_KM.values():
             self._total_M += row_M
@@ -526,7 +562,8 @@ class MaskingServer:
     def _lift(self, gone: str, linked: list[str], secret: bytes, stream_M: Words) -> None:
         key = X25519PrivateKey.from_private_bytes(secret)
         for name in linked:
-            seed = _pair_seed(key, gone, name, self._keys[name][32:64], self.scope, self.terms)
+            other = self._keys[name][32:64]
+            seed = _pair_seed(key, gone, name, other, self.scope, self.terms, self._model)
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
     def _rebuild(
@@ -640,10 +677,14 @@ def run_protocol(
     keys = server.keys({name: client.keys() for name, client in alive("keys").items()})
     boxes = server.shares({name: client.share(keys) for name, client in alive("shares").items()})
     survivors = server.rows(
-        {name: client.mask(boxes[name], rows[name]) for name, client in alive("rows").items()}
+        {
+            name: client.mask(boxes[name], rows[name], model)
+            for name, client in alive("rows").items()
+        },
+        model,
     )
     confirmed = server.confirm(
-        {name: client.confirm(survivors, model) for name, client in alive("confirm").items()}
+        {name: client.confirm(survivors) for name, client in alive("confirm").items()}
     )
     return server.unmask(
         {name: client.unmask(confirmed) for name, client in alive("unmask").items()}
@@ -684,14 +725,23 @@ def _public(secret: bytes) -> bytes:
 
 def _derive(shared: bytes, scope: Scope, terms: MaskingTerms, *purpose: str) -> bytes:
     info = json.dumps([scope.study, scope.run, scope.round, terms.digest.hex(), *purpose]).encode()
-    return HKDF(SHA256(), 32, None, b"medfed masking 1 " + info).derive(shared)
+    return HKDF(SHA256(), 32, None, b"medfed masking 2 " + info).derive(shared)
 
 
 def _pair_seed(
-    key: X25519PrivateKey, mine: str, other: str, public: bytes, scope: Scope, terms: MaskingTerms
+    key: X25519PrivateKey,
+    mine: str,
+    other: str,
+    public: bytes,
+    scope: Scope,
+    terms: MaskingTerms,
+    model: bytes,
 ) -> bytes:
-    """Return the seed of the mask that two clients share, from either one's private key."""
-    return _derive(_agree(key, public), scope, terms, "pair", *sorted((mine, other)))
+    """Return the seed of the mask that two clients share in rows of one model, from either one's
+    private key.
+    """
+    shared = _agree(key, public)
+    return _derive(shared, scope, terms, "pair", *sorted((mine, other)), model.hex())
 
 
 def _add(total_M: Words, stream_M: Words, plus: bool) -> None:

@@ -2,13 +2,14 @@
 its keys, the run it has agreed to, and what leaves it for a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
-from medfed.core.checks import AbortError, PlanError
+from medfed.core.checks import AbortError, PlanError, some
 from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
@@ -24,10 +25,18 @@ class Party(Protocol):
         """The study and the models that the site agreed to."""
         ...
 
-    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
-        """Return what leaves the site for its row;
-        `model` is the hash of the global model that it was given.
+    def upload(self, round: int, row_M: Integers) -> bytes:
+        """Return what leaves the site for its row, which it made from the last model it took."""
+        ...
+
+    def recall(self) -> tuple[bytes, dict[str, Tensor]] | None:
+        """Return what this site answered to the model that it took last, and what it remembers if
+        the row counts; None where it has not answered, or may answer anew.
         """
+        ...
+
+    def keep(self, answer: bytes, memory: Mapping[str, Tensor]) -> None:
+        """Keep what is answered to the model that was taken last: see `recall`."""
         ...
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
@@ -42,10 +51,20 @@ class Sharer:
     follower: Follower
     terms: SharingTerms
 
-    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+    def upload(self, round: int, row_M: Integers) -> bytes:
         """Return the row's shares, sealed to each aggregator: see `three_party.share`."""
         mine = self.follower
-        return three_party.share(mine.post, Scope(mine.study, mine.run, round), row_M, self.terms)
+        return three_party.share(mine.post, mine.scope, row_M, self.terms, mine.model)
+
+    def recall(self) -> tuple[bytes, dict[str, Tensor]] | None:
+        """Return the same shares again: others of the same row would be opened beside them."""
+        mine = self.follower
+        return mine.record.recall(mine.scope, mine.model)
+
+    def keep(self, answer: bytes, memory: Mapping[str, Tensor]) -> None:
+        """Keep the answer until the next round's, on disk where the record is."""
+        mine = self.follower
+        mine.record.keep(mine.scope, mine.model, answer, memory)
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Refuse: shares travel with the row."""
@@ -56,7 +75,11 @@ class Sharer:
 
 @dataclass
 class Masker:
-    """A site that masks its rows. Without joint noise its row counts `weight` times."""
+    """A site that masks its rows. Without joint noise its row counts `weight` times.
+
+    `choose` works out what a round agrees on from who is told to take part, and refuses whom its
+    own study would not draw.
+    """
 
     follower: Follower
     choose: Callable[[Sequence[str], int], masking.MaskingTerms]
@@ -64,12 +87,19 @@ class Masker:
     _client: masking.Client | None = None
     _round: int = 0
     _boxes: bytes = b""
-    _model: bytes = b""
 
-    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+    def upload(self, round: int, row_M: Integers) -> bytes:
         """Return the row under its masks: see `masking.Client.mask`."""
-        self._model = model
-        return self._of(round).mask(self._boxes, row_M * self.weight)
+        return self._of(round).mask(self._boxes, row_M * self.weight, self.follower.model)
+
+    def recall(self) -> tuple[bytes, dict[str, Tensor]] | None:
+        """Return None: masks are fresh whenever a round is played, and it is paid for each time.
+        What it can come to is one sum: see `masking.Client.confirm`.
+        """
+        return None
+
+    def keep(self, answer: bytes, memory: Mapping[str, Tensor]) -> None:
+        """Keep nothing."""
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Play a phase: see `masking`.
@@ -79,7 +109,8 @@ class Masker:
             mine = self.follower
             scope = Scope(mine.study, mine.run, round)
             terms = self.choose(told, round)
-            self._client = masking.Client(mine.post, terms, scope, mine.coordinator)
+            self._refuse_strangers(terms)
+            self._client = masking.Client(mine.post, terms, scope, mine.coordinator, mine.record)
             self._round = round
             return self._client.keys()
 
@@ -91,11 +122,24 @@ class Masker:
                 self._boxes = message
                 return b""
             case "confirm":
-                return client.confirm(message, self._model)
+                return client.confirm(message)
             case "unmask":
                 return client.unmask(message)
 
         raise AbortError(f"phase={phase!r} is not known; run the same medfed everywhere")
+
+    def _refuse_strangers(self, terms: masking.MaskingTerms) -> None:
+        """Raise AbortError unless all members are sites on this site's own list, itself among
+        them.
+        """
+        post = self.follower.post
+        odd = [name for name in terms.members if post.roster[name].role != "site"]
+        if odd or post.me.name not in terms.members:
+            raise AbortError(
+                f"members={some(terms.members)}: "
+                + (f"{some(odd)} are no sites" if odd else f"{post.me.name!r} is none of them")
+                + "; expected the study's sites. The coordinator may not choose others."
+            )
 
     def _of(self, round: int) -> masking.Client:
         if self._client is None or self._round != round:
@@ -119,7 +163,7 @@ class Rehearser:
         """Refuse: a rehearsal agrees to nothing."""
         raise AbortError("a rehearsal agrees to no study and follows no model")
 
-    def upload(self, round: int, row_M: Integers, model: bytes) -> bytes:
+    def upload(self, round: int, row_M: Integers) -> bytes:
         """Return nothing;
         raise PlanError for a row that is not whole numbers of the length agreed on.
         """
@@ -128,6 +172,13 @@ class Rehearser:
                 f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({self.length},)"
             )
         return b""
+
+    def recall(self) -> tuple[bytes, dict[str, Tensor]] | None:
+        """Return None: nothing was answered."""
+        return None
+
+    def keep(self, answer: bytes, memory: Mapping[str, Tensor]) -> None:
+        """Keep nothing."""
 
     def answer(self, phase: str, round: int, told: Sequence[str], message: bytes) -> bytes:
         """Refuse: nobody else is there."""

@@ -39,9 +39,12 @@ that follow the protocol, up to hashes, signatures and the bound of what is open
 K clients, M numbers in a row, J projections. Words are uint64.
 """
 
+import json
 import math
 import os
+import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,10 +55,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from medfed.core import codec
@@ -68,9 +74,10 @@ from medfed.core.checks import (
     naming,
     reasons,
 )
-from medfed.core.entropy import Integers, Words, expand
+from medfed.core.entropy import Entropy, Integers, Words, expand
 from medfed.secure import field
-from medfed.secure.identity import Post, Scope, seal
+from medfed.secure.identity import Post, Scope, check, seal
+from medfed.secure.record import Record
 
 J = 128
 """Projections a row."""
@@ -81,7 +88,7 @@ WEIGHT = 1 << 20
 _COLUMNS = 1 << 14  # columns of the rows that are unfolded at a time
 _LONG = 500_000  # numbers of a row from which threads are worth it
 _ONE = np.uint64(1)
-_MAGIC = b"mfs1"  # an upload's format and version
+_MAGIC = b"mfs2"  # an upload's format and version
 _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envelopes, of x_2
 
 
@@ -96,6 +103,8 @@ class SharingTerms:
     aggregators: tuple[str, str, str]
     min_group: int = 2
     min_kept: int = 2  # rows that a rule must keep
+    clients: frozenset[str] | None = None  # whose rows may count; None: whoever is a site
+    facts: bytes = bytes(32)  # a hash of what site and aggregator must have resolved alike
 
     @property
     def reach(self) -> int:
@@ -141,8 +150,8 @@ class Selection:
 
     rule: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     scale: Mapping[str, float] | None = None
-    gram_noise: Callable[[int], Integers] | None = None
-    sum_noise: Callable[[int, int], Integers] | None = None
+    gram_noise: Callable[[int, Entropy], Integers] | None = None
+    sum_noise: Callable[[int, int, Entropy], Integers] | None = None
 
     def weigh(self, names: Sequence[str], gram_KK: Integers) -> dict[str, int]:
         """Return each row's weight in steps of 1 / WEIGHT of the largest scale.
@@ -165,11 +174,15 @@ class Selection:
 # The client ---------------------------------------------------------------------------------------
 
 
-def share(post: Post, scope: Scope, row_M: Integers, terms: SharingTerms) -> bytes:
+def share(
+    post: Post, scope: Scope, row_M: Integers, terms: SharingTerms, model: bytes = bytes(32)
+) -> bytes:
     """Return a client's upload: an envelope for each aggregator with its secrets sealed, and x_2
     encrypted once.
 
-    8 M bytes and about 1 kB. Raises PlanError for a row of another length.
+    8 M bytes and about 1 kB. Sealed in beside the shares are the hash of the global `model` that
+    the row was made from, 32 bytes, and what the client takes for agreed: each aggregator compares.
+    Raises PlanError for a row of another length.
     """
     if row_M.shape != (terms.length,) or row_M.dtype != np.int64:
         raise PlanError(f"a row of {row_M.dtype} {row_M.shape}; expected int64 ({terms.length},)")
@@ -179,13 +192,13 @@ def share(post: Post, scope: Scope, row_M: Integers, terms: SharingTerms) -> byt
     last_M -= expand(seeds[1], terms.length)
     hidden = _crypt(key, last_M.data.cast("B"))
     secrets = (seeds[0] + seeds[1], seeds[1] + key, key + seeds[0])
-    digest = sha256(hidden).digest()
+    bound_to = sha256(hidden).digest() + terms.facts + model
     envelopes = [
         post.wrap(
             scope,
             "shares",
             name,
-            seal(post.roster[name], secret + digest, _purpose(scope, post.me.name)),
+            seal(post.roster[name], secret + bound_to, _purpose(scope, post.me.name)),
         )
         for name, secret in zip(terms.aggregators, secrets, strict=True)
     ]
@@ -240,6 +253,7 @@ class _Held:
     second: bytes
     hidden: memoryview
     digest: bytes  # sha256 of the ciphertext of x_2
+    model: bytes  # sha256 of the global model that the row was made from
 
     def words(self, place: int, which: int, start: int, count: int) -> Words:
         """Return words of the share x_(place + which)."""
@@ -249,10 +263,14 @@ class _Held:
         piece = self.hidden[8 * start : 8 * (start + count)]
         return np.frombuffer(_crypt(secret, piece, 8 * start), np.uint64)
 
-    def tag(self, which: int, place: int) -> str:
+    def tag(self, which: int) -> str:
         """Return what both holders of a share can compare."""
         secret = self.second if which else self.first
         return sha256(b"tag" + secret + self.digest).hexdigest()
+
+    def tags(self) -> list[str]:
+        """Return what the others compare: the tags of both shares, and the model."""
+        return [self.tag(0), self.tag(1), self.model.hex()]
 
 
 def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
@@ -261,11 +279,11 @@ def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
     if draw is None:
         return None
     most = max(map(abs, weights.values()))
-    return lambda length: draw(length, most)
+    return lambda length, entropy: draw(length, most, entropy)
 
 
 Sends = Mapping[str, bytes]
-Noise = Callable[[int], Integers]
+Noise = Callable[[int, Entropy], Integers]
 Steps = Generator[Sends, Sends, bytes]
 """Yields what goes to the other two, receives what they sent;
 returns the message to the coordinator.
@@ -274,21 +292,26 @@ returns the message to the coordinator.
 
 @dataclass
 class SharingAggregator:
-    """One of the three. `noise` draws its part of the joint noise on a sum of M numbers; any two
-    parts must suffice.
+    """One of the three, in one run of one study, which it has agreed to.
+
+    `noise` draws its part of the joint noise on a sum of M numbers; any two parts must suffice.
+    `record` is what it has opened: it outlasts a restart where the aggregator's keys do.
     """
 
     post: Post
     terms: SharingTerms
+    study: str
+    run: str
     noise: Noise | None = None
     weights: Mapping[str, int] | None = None  # public; without, each row counts once
     selection: Selection | None = None  # in place of both
+    record: Record = dataclass_field(default_factory=Record)
 
     def __post_init__(self) -> None:
         self.place = self.terms.aggregators.index(self.post.me.name)
         self.left, self.right = (self.terms.aggregators[(self.place + d) % 3] for d in (2, 1))
         self._steps: Steps | None = None
-        self._scope = Scope("", "", 0)
+        self._scope = Scope(self.study, self.run, 0)
         self._uploads = dict[str, bytes]()
 
     def handle(self, op: str, payload: bytes) -> bytes:
@@ -298,61 +321,74 @@ class SharingAggregator:
         Raises AbortError; the next "begin" starts anew.
         """
         try:
-            if op == "begin":
-                header, _ = codec.decode(payload)
-                self._scope = Scope(header["study"], header["run"], header["round"])
-                self._uploads = {}
-                self._steps = None
-                return b""
-            if op == "upload":
-                client = _cut(payload)[0]
-                upload = payload
-                self._uploads[client] = upload
-                return b""
-            if op == "start":
-                self._steps = self.rounds(self._scope, self._uploads)
-                return _outgoing(next(self._steps))
-            if op != "step" or self._steps is None:
-                raise AbortError(
-                    f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the "
-                    "round anew"
-                )
-            _, tensors = codec.decode(payload)
-            return _outgoing(
-                self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()})
-            )
+            return self._serve(op, payload)
         except StopIteration as done:
-            self._steps = None
-            self._uploads = {}
+            self._stop()
             return codec.encode({"done": True}, {"result": codec.as_tensor(done.value)})
         except AbortError:
-            self._steps = None
-            self._uploads = {}
+            self._stop()
             raise
+        except CodecError as error:
+            self._stop()
+            raise AbortError(
+                f"{self.post.me.name!r} was sent what it cannot read for {op!r}: {error} The "
+                "coordinator must begin the round anew."
+            ) from error
+
+    def _serve(self, op: str, payload: bytes) -> bytes:
+        if op == "begin":
+            self._stop()
+            self._scope = self._begin(payload)
+            return b""
+        if op == "upload":
+            self._uploads[_cut(payload)[0]] = payload
+            return b""
+        if op == "start" and self._scope.round:
+            self._steps = self.rounds(self._scope, self._uploads)
+            return _outgoing(next(self._steps))
+        if op != "step" or self._steps is None:
+            raise AbortError(
+                f"{self.post.me.name!r} was asked to {op!r} with no round begun; begin the "
+                "round anew"
+            )
+        _, tensors = codec.decode(payload)
+        return _outgoing(self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()}))
+
+    def _begin(self, payload: bytes) -> Scope:
+        """Return the scope of a round of this run, which is not before the last that was opened."""
+        round = codec.decode(payload)[0].get("round")
+        last, _ = self.record.last("opened", self.study, self.run)
+        if type(round) is not int or round < max(1, last):
+            raise AbortError(
+                f"round={round!r} was begun at {self.post.me.name!r}; expected {max(1, last)} or "
+                "later, as none before is opened again"
+            )
+        return Scope(self.study, self.run, round)
+
+    def _stop(self) -> None:
+        self._scope = Scope(self.study, self.run, 0)
+        self._steps = None
+        self._uploads = {}
 
     def rounds(self, scope: Scope, uploads: Mapping[str, bytes]) -> Steps:
         """Play one round; see the module's docstring."""
         # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment
-        #    to a coin, a seed.
+        #    to a coin, a fresh key for the line.
         held, refused = self._open_all(scope, uploads)
         names = sorted(held)
-        tags = {
-            name: [held[name].tag(0, self.place), held[name].tag(1, self.place)] for name in names
-        }
+        tags = {name: held[name].tags() for name in names}
         coin = os.urandom(32)
-        seed = os.urandom(32)
-        hello = {"tags": tags, "refused": refused, "coin": sha256(b"coin" + coin).hexdigest()}
-        arrived = yield {
-            name: self._greet(
-                scope, name, {**hello, "seed": seed.hex() if name == self.right else ""}
-            )
-            for name in (self.left, self.right)
-        }
+        line = _Line(self, scope)
+        commitment = sha256(b"coin" + coin).hexdigest()
+        mine = _Hello(tags, refused, commitment, line.public.hex())
+        arrived = yield {name: self._greet(scope, name, mine) for name in (self.left, self.right)}
         hellos = {
             name: self._read_greeting(scope, name, arrived) for name in (self.left, self.right)
         }
-        line = _Line(self, scope, seed, bytes.fromhex(str(hellos[self.left]["seed"])))
-        names, why = self._common(names, refused, tags, hellos)
+        line.connect(mine, hellos)
+        names, why = self._common(refused, tags, hellos)
+        # Of which shares this round is, for ever: see `_commit`.
+        fixed = self._commit("shares", scope, [[name, *tags[name]] for name in names])
 
         # 2. Reveal the coins, now that every row is fixed.
         public = yield from self._toss(line, coin, hellos)
@@ -370,6 +406,7 @@ class SharingAggregator:
                 "nothing is opened."
             )
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
+        fixed += self._commit("accepted", scope, names)
         rows = [held[name] for name in names]
         tensors: dict[str, torch.Tensor] = {}
 
@@ -377,14 +414,18 @@ class SharingAggregator:
         weights = self.weights or dict.fromkeys(names, 1)
         noise = self.noise
         if self.selection:
-            gram_KK, weights = yield from self._weigh(line, names, rows, self.selection, why)
+            drawn = self._entropy("gram", scope, fixed)
+            gram_KK, weights = yield from self._weigh(line, names, rows, self.selection, why, drawn)
             noise = _noise_of(self.selection, weights)
             tensors["gram"] = torch.from_numpy(gram_KK)
 
         # 6. Sum the accepted rows, with noise and a sharing of zero.
-        part_M = self._sum(rows, [weights[name] for name in names])
+        counted = [weights[name] for name in names]
+        fixed += self._commit("weights", scope, counted)
+        part_M = self._sum(rows, counted)
         if noise is not None:
-            part_M += noise(self.terms.length).view(np.uint64)
+            drawn = self._entropy("sum", scope, fixed)
+            part_M += noise(self.terms.length, drawn).view(np.uint64)
         part_M += line.zero(self.terms.length)
         tensors["part"] = torch.from_numpy(part_M.view(np.int64))
         told = {name: weights[name] for name in names}
@@ -392,15 +433,33 @@ class SharingAggregator:
             {"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors
         )
 
+    def _commit(self, act: str, scope: Scope, facts: object) -> bytes:
+        """Write down for what a round is, and return the hash of it: for which shares, which rows
+        of them, in which weights, each before anything that depends on it leaves.
+
+        A round that is played again, after an abort or a restart, is for the same or nothing; and
+        as noise follows from the hashes (`_entropy`), it opens the same number or none.
+        """
+        digest = sha256(json.dumps([facts, self.terms.facts.hex()]).encode()).digest()
+        self.record.commit(act, scope, digest)
+        return digest
+
+    def _entropy(self, what: str, scope: Scope, fixed: bytes) -> Entropy:
+        """Return the stream of this party's noise on what is opened: of its secret keys and of all
+        that the opening depends on, so that none is drawn twice for one number, and two numbers
+        have never the same.
+        """
+        return Entropy(self.post.me.derive(_purpose(scope, f"noise on the {what}") + fixed))
+
     def _toss(
-        self, line: "_Line", coin: bytes, hellos: Mapping[str, dict[str, Any]]
+        self, line: "_Line", coin: bytes, hellos: Mapping[str, "_Hello"]
     ) -> Generator[Sends, Sends, bytes]:
         """Return what the three coins come to;
         raise AbortError where one is not the coin that was committed to.
         """
         coins = yield from line.swap({self.left: coin, self.right: coin})
         for name in (self.left, self.right):
-            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name]["coin"]:
+            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name].coin:
                 raise AbortError(
                     f"{name!r} opened another coin than it committed to; the round ends"
                 )
@@ -414,9 +473,10 @@ class SharingAggregator:
         rows: "Sequence[_Held]",
         chosen: Selection,
         why: Mapping[str, str],
+        drawn: Entropy,
     ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
         """Return the opened Gram matrix and the rule's weights, alike for all three: see step 5."""
-        gram_KK = yield from self._gram(line, rows)
+        gram_KK = yield from self._gram(line, rows, drawn)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
         yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
@@ -427,7 +487,9 @@ class SharingAggregator:
             raise AbortError(f"{kept}: their sum is not opened. {reasons(why)}".rstrip(), dict(why))
         return gram_KK, weights
 
-    def _gram(self, line: "_Line", held: Sequence[_Held]) -> Generator[Sends, Sends, Integers]:
+    def _gram(
+        self, line: "_Line", held: Sequence[_Held], drawn: Entropy
+    ) -> Generator[Sends, Sends, Integers]:
         """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 5."""
         # Each party's additive part, by local products.
         K = len(held)
@@ -439,7 +501,7 @@ class SharingAggregator:
             mixed += field.matmul(first, np.concatenate([first, second]).T)
         part = (mixed[:, :K] + mixed[:, K:] + mixed[:, K:].T)[upper]
         if self.selection and self.selection.gram_noise:
-            part += self.selection.gram_noise(K).view(np.uint64)
+            part += self.selection.gram_noise(K, drawn).view(np.uint64)
         part += line.zero(len(part))
 
         # Open it to all three.
@@ -471,69 +533,91 @@ class SharingAggregator:
         refused: dict[str, str] = {}
         for client, upload in uploads.items():
             try:
+                self._refuse_stranger(client)
                 held[client] = self._open(scope, client, upload)
             except (CodecError, KeyError) as error:
                 refused[client] = f"its shares cannot be used: {error}"
         return held, refused
 
+    def _refuse_stranger(self, client: str) -> None:
+        """Refuse a row of whoever is no site of the study."""
+        role = self.post.roster[client].role
+        if role != "site" or (self.terms.clients is not None and client not in self.terms.clients):
+            raise EnvelopeError(f"{client!r} ({role}) is no site that trains in this run")
+
     def _open(self, scope: Scope, client: str, upload: bytes) -> _Held:
         _, envelopes, hidden = _cut(upload)
-        secret = self.post.me.unseal(
-            self.post.unwrap(envelopes[self.place], scope, "shares", client),
-            _purpose(scope, client),
-        )
-        if len(secret) != 96:
-            raise EnvelopeError(f"{len(secret)} bytes of secrets; expected 96")
+        # The same envelope may come again: of which shares a round is, the record says.
+        me = self.post.me
+        envelope = envelopes[self.place]
+        check(envelope, self.post.roster[client], scope, "shares", me.name)
+        secret = me.unseal(Post.body(envelope), _purpose(scope, client))
+        if len(secret) != 160:
+            raise EnvelopeError(f"{len(secret)} bytes of secrets; expected 160")
+        if secret[96:128] != self.terms.facts:
+            raise EnvelopeError(
+                "it takes another study, other participants or other sizes for agreed; the "
+                "coordinator may have told it others"
+            )
         expected = 0 if self.place == 0 else 8 * self.terms.length
         if len(hidden) != expected:
             raise EnvelopeError(f"{len(hidden)} bytes of shares; expected {expected}")
-        if expected and sha256(hidden).digest() != secret[64:]:
+        if expected and sha256(hidden).digest() != secret[64:96]:
             raise EnvelopeError("its shares were changed on the way")
-        return _Held(secret[:32], secret[32:64], hidden, secret[64:])
+        return _Held(secret[:32], secret[32:64], hidden, secret[64:96], secret[128:])
 
-    def _greet(self, scope: Scope, to: str, content: Mapping[str, object]) -> bytes:
-        body = seal(self.post.roster[to], codec.encode(content), _purpose(scope, self.post.me.name))
+    def _greet(self, scope: Scope, to: str, mine: "_Hello") -> bytes:
+        plain = codec.encode(vars(mine))
+        body = seal(self.post.roster[to], plain, _purpose(scope, self.post.me.name))
         return self.post.wrap(scope, "hello", to, body)
 
-    def _read_greeting(self, scope: Scope, sender: str, arrived: Sends) -> dict[str, Any]:
+    def _read_greeting(self, scope: Scope, sender: str, arrived: Sends) -> "_Hello":
         try:
             body = self.post.unwrap(arrived[sender], scope, "hello", sender)
-            header, _ = codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))
+            return _Hello.read(codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))[0])
         except (CodecError, KeyError) as error:
             raise AbortError(
                 f"{sender!r} sent no greeting that can be read ({error}); the round ends"
             ) from error
-        return header
 
     def _common(
         self,
-        names: Sequence[str],
         refused: Mapping[str, str],
-        tags: Mapping[str, Sequence[str]],
-        hellos: Mapping[str, dict[str, Any]],
+        tags: Mapping[str, list[str]],
+        hellos: Mapping[str, "_Hello"],
     ) -> tuple[list[str], dict[str, str]]:
-        """Return who is left, the same for all three:
-        opened by all, and with the same shares where two hold one.
+        """Return who is left, the same for all three: opened by all, with the same shares where two
+        hold one, and made from the model that most rows were made from.
         """
         everyone = {
             self.post.me.name: tags,
-            **{name: hello["tags"] for name, hello in hellos.items()},
+            **{name: hello.tags for name, hello in hellos.items()},
         }
         order = [everyone[name] for name in self.terms.aggregators]
         why = dict(refused)
         for hello in hellos.values():
-            why |= {c: r for c, r in hello["refused"].items() if c not in why}
-        left = []
+            why |= {c: r for c, r in hello.refused.items() if c not in why}
 
+        # Whose shares all three have, the same.
+        model: dict[str, str] = {}
         for client in sorted(set().union(*order)):
             if any(client not in one for one in order):
                 why.setdefault(client, "not all aggregators have its shares")
             elif any(order[i][client][1] != order[(i + 1) % 3][client][0] for i in range(3)):
                 why[client] = "it gave two aggregators different shares"
+            elif len({one[client][2] for one in order}) > 1:
+                why[client] = "it told two aggregators different models"
             else:
-                left.append(client)
+                model[client] = order[0][client][2]
 
-        return left, why
+        # Of one model.
+        count = Counter(model.values())
+        most = max(count, key=lambda digest: (count[digest], digest), default="")
+        odd = [client for client in model if model[client] != most]
+        why |= dict.fromkeys(
+            odd, "its row is of another model; the coordinator sent it one, or it did not follow"
+        )
+        return [client for client in model if model[client] == most], why
 
     def _columns(self, held: Sequence[_Held], which: int, start: int, count: int) -> Words:
         return np.stack([one.words(self.place, which, start, count) for one in held])
@@ -646,30 +730,83 @@ def _parity(words: Words, mask: Words) -> Words:
     return found
 
 
+@dataclass(frozen=True)
+class _Hello:
+    """What an aggregator tells each of the others first."""
+
+    tags: Mapping[str, list[str]]  # by client: of its two shares, and of the model; see _Held.tags
+    refused: Mapping[str, str]  # by client: why
+    coin: str  # the commitment to it
+    line: str  # a fresh public key
+
+    @classmethod
+    def read(cls, header: Mapping[str, Any]) -> "_Hello":
+        """Return what a greeting says; raise CodecError where it is none."""
+        tags: Any = header.get("tags")
+        refused: Any = header.get("refused")
+        coin = header.get("coin")
+        line = header.get("line")
+        read = (
+            isinstance(tags, dict)
+            and all(isinstance(t, list) and len(t) == 3 for t in tags.values())
+            and all(_is_hex(one) for t in tags.values() for one in t)
+            and isinstance(refused, dict)
+            and all(isinstance(reason, str) for reason in refused.values())
+            and _is_hex(coin)
+            and _is_hex(line)
+        )
+        if not read:
+            raise CodecError("expected tags of shares, reasons, a commitment and a key")
+        return cls(tags, refused, str(coin), str(line))
+
+
+def _is_hex(text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
 class _Line:
     """The line between the three for one round: every message encrypted under the pair's key of the
     round, in order.
+
+    Both ends make a key for this round alone, so that an old greeting gives no old key; and all
+    that the greetings say goes into the pair's key, so that two who were told different things
+    cannot read each other.
     """
 
-    def __init__(
-        self, owner: SharingAggregator, scope: Scope, seed: bytes, from_left: bytes
-    ) -> None:
-        if len(from_left) != 32:
-            raise AbortError(f"{owner.left!r} sent no seed; the round ends")
+    def __init__(self, owner: SharingAggregator, scope: Scope) -> None:
         self.left = owner.left
         self.right = owner.right
         self.place = owner.place
-        roster = owner.post.roster
-        me = owner.post.me
-        salt = _purpose(scope, "line")
-        self.keys = {
-            self.right: AESGCM(me.agree(roster[self.right].sealing, salt + seed)),
-            self.left: AESGCM(me.agree(roster[self.left].sealing, salt + from_left)),
-        }
-        self.me = me.name
-        self.seeds = (seed, from_left)
+        self.me = owner.post.me.name
+        self.order = owner.terms.aggregators
+        self.purpose = _purpose(scope, "line")
+        self._secret = X25519PrivateKey.generate()
         self.drawn = 0
         self.step = 0
+
+    @property
+    def public(self) -> bytes:
+        """This end's key, for the greetings."""
+        return self._secret.public_key().public_bytes_raw()
+
+    def connect(self, mine: "_Hello", hellos: Mapping[str, "_Hello"]) -> None:
+        """Agree on keys with both others."""
+        said = {self.me: mine, **hellos}
+        transcript = sha256(
+            json.dumps([vars(said[name]) for name in self.order], sort_keys=True).encode()
+        ).digest()
+        self.keys: dict[str, AESGCM] = {}
+        seeds: dict[str, bytes] = {}
+        for name in (self.left, self.right):
+            try:
+                other = X25519PublicKey.from_public_bytes(bytes.fromhex(hellos[name].line))
+                shared = self._secret.exchange(other)
+            except ValueError as error:
+                raise AbortError(f"{name!r} sent a key that is none; the round ends") from error
+            both = HKDF(SHA256(), 64, transcript, b"medfed line 1 " + self.purpose).derive(shared)
+            self.keys[name] = AESGCM(both[:32])
+            seeds[name] = both[32:]
+        self.seeds = seeds[self.right], seeds[self.left]
 
     def swap(self, sent: Mapping[str, bytes]) -> Generator[Sends, Sends, dict[str, bytes]]:
         """Send to both neighbours; return what both sent. Raises AbortError for what is missing,
@@ -803,13 +940,13 @@ def relay(
       nothing is opened;
     - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
     - two aggregators that work together read every row: nothing here can keep it;
-    - shares of a round that was aborted are never opened again: their nonces are known.
+    - a round that was aborted opens the same sum of the same shares, noise and all, or nothing.
     """
     phases = {"shares": 0, "check": 0, "open": 0}
 
     # Shares: to each aggregator its own.
     unread: dict[str, str] = {}
-    head = codec.encode({"study": scope.study, "run": scope.run, "round": scope.round})
+    head = codec.encode({"round": scope.round})
     ask("begin", dict.fromkeys(terms.aggregators, head))
     for client, upload in uploads.items():
         if (parts := _for_each(client, upload, terms)) is None:
@@ -935,7 +1072,9 @@ def run_protocol(
     """
     uploads = {client: share(posts[client], scope, row_M, terms) for client, row_M in rows.items()}
     aggregators = {
-        name: SharingAggregator(posts[name], terms, noise, weights, selection)
+        name: SharingAggregator(
+            posts[name], terms, scope.study, scope.run, noise, weights, selection
+        )
         for name in terms.aggregators
     }
     return relay(in_turn(aggregators), scope, uploads, terms, spread)

@@ -669,7 +669,10 @@ class Security:
         "Names of the three parties of 'three-party'.",
     )
     min_group: int = key(
-        3, "A sum of fewer rows is never opened.", at_least(2, why="a sum of one row is that row")
+        3,
+        "A sum of fewer rows is never opened; masked: of fewer rows besides those of the "
+        "`colluding` ones, who know their own.",
+        at_least(2, why="a sum of one row is that row"),
     )
     colluding: float = key(
         0.3,
