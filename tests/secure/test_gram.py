@@ -2,7 +2,8 @@
 within their bound.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from medfed.core.checks import AbortError, PlanError
 from medfed.core.entropy import Integers
 from medfed.secure import field, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.line import Line
 from medfed.secure.three_party import (
     WEIGHT,
     Opened,
@@ -88,10 +90,11 @@ def test_rows_are_weighed_as_means_where_sizes_differ() -> None:
     np.testing.assert_allclose(found.total_M / WEIGHT * (1 / 10), means.mean(0), rtol=1e-4)
 
 
-def noises(gram: float, total: float) -> dict[str, Callable[..., Integers]]:
+def noises(gram: float, total: float) -> dict[str, Callable[..., Any]]:
     rng = np.random.default_rng(5)
     return {
         "gram_noise": lambda K, _: np.rint(rng.normal(0, gram, K * (K + 1) // 2)).astype(np.int64),
+        "gram_spread": lambda K: gram,
         "sum_noise": lambda M, most, _: np.rint(rng.normal(0, total * most / WEIGHT, M)).astype(
             np.int64
         ),
@@ -156,52 +159,18 @@ def test_the_wrap_attack_harms_without_the_check_and_is_excluded_with_it() -> No
     assert np.array_equal(found.gram_KK, x_KM[:3] @ x_KM[:3].T)
 
 
-def parts(monkeypatch: pytest.MonkeyPatch, runs: int) -> NDArray[np.uint64]:
-    """Return what one aggregator sends of the Gram matrix of rows of one number, in many runs:
-    [runs, 3].
-    """
-    sent: list[bytes] = []
-    swap = three_party._Line.swap
+def test_an_aggregator_that_tells_another_share_of_a_gram_matrix_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swap = Line.swap
 
-    def spied(
-        self: three_party._Line, messages: Mapping[str, bytes]
-    ) -> Generator[Mapping[str, bytes], Mapping[str, bytes], dict[str, bytes]]:
-        if self.me == "p" and {len(m) for m in messages.values()} == {24}:
-            sent.append(messages["q"])
-        return (yield from swap(self, messages))
+    def lying(self: Line, left: bytes, right: bytes) -> Any:
+        if self.me == "p" and len(right) == 8 * 6:
+            right = bytes(48)
+        return (yield from swap(self, left, right))
 
-    monkeypatch.setattr(three_party._Line, "swap", spied)
-    for _ in range(runs):
-        opened(np.array([[3], [5]]))
-    return np.frombuffer(b"".join(sent), np.uint64).reshape(runs, 3)
-
-
-def test_a_part_of_the_gram_matrix_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its low bits are even coins. Without the sharing of zero they are odd ones: the test would
-    see it.
-    """
-    low = parts(monkeypatch, 150)[:, 1] & np.uint64(1)
-    assert stats.binomtest(int(low.sum()), 150).pvalue > 1e-4
-    monkeypatch.setattr(three_party._Line, "zero", lambda self, count: np.zeros(count, np.uint64))
-    # so many that odd coins pass for even ones once in 100,000
-    bare = parts(monkeypatch, 600)[:, 1] & np.uint64(1)
-    # a a' + a b' + b a' is odd 3 times of 8
-    assert stats.binomtest(int(bare.sum()), 600, 3 / 8).pvalue > 1e-4
-    assert stats.binomtest(int(bare.sum()), 600).pvalue < 0.05
-
-
-def test_an_aggregator_that_tells_two_grams_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    swap = three_party._Line.swap
-
-    def lying(
-        self: three_party._Line, messages: Mapping[str, bytes]
-    ) -> Generator[Mapping[str, bytes], Mapping[str, bytes], dict[str, bytes]]:
-        if self.me == "p" and {len(m) for m in messages.values()} == {8 * 6}:
-            messages = {**messages, "q": bytes(48)}
-        return (yield from swap(self, messages))
-
-    monkeypatch.setattr(three_party._Line, "swap", lying)
-    with pytest.raises(AbortError, match="another Gram matrix"):
+    monkeypatch.setattr(Line, "swap", lying)
+    with pytest.raises(AbortError, match="different shares of what is opened"):
         opened(np.arange(12).reshape(3, 4))
 
 

@@ -17,6 +17,7 @@ from medfed.core.checks import AbortError, CodecError, MedfedError, PlanError
 from medfed.core.entropy import Entropy, Integers, expand
 from medfed.secure import three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.line import Line
 from medfed.secure.three_party import (
     SharingAggregator,
     SharingTerms,
@@ -148,9 +149,9 @@ def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str) -> No
 def test_without_the_check_the_same_rows_do_harm(
     attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blind(self: SharingAggregator, line: Any, held: list[Any], public: bytes) -> Any:
-        yield from line.swap({self.left: b"", self.right: b""})
-        return np.ones(len(held), np.bool_)
+    def blind(self: SharingAggregator, line: Any, held: list[Any], toss: Any) -> Any:
+        yield from line.swap(b"", b"")
+        return np.ones(len(held), np.bool_), None
 
     monkeypatch.setattr(SharingAggregator, "_check", blind)
     rows = rows_of(5, 200)
@@ -383,13 +384,13 @@ def test_an_aggregator_that_lies_about_its_coin_is_named(monkeypatch: pytest.Mon
     rows = rows_of(3, 30)
     terms = terms_of(30)
     scope = fresh()
-    real = three_party._Line.swap
+    real = Line.swap
 
-    def swap_coins(self: Any, sent: Mapping[str, bytes]) -> Any:
-        liar = self.step == 0 and self.place == 1
-        return (yield from real(self, dict.fromkeys(sent, bytes(32)) if liar else sent))
+    def swap_coins(self: Any, *sent: bytes) -> Any:
+        liar = self._step == 0 and self.place == 1
+        return (yield from real(self, *([bytes(32)] * 2 if liar else sent)))
 
-    monkeypatch.setattr(three_party._Line, "swap", swap_coins)
+    monkeypatch.setattr(Line, "swap", swap_coins)
     with pytest.raises(AbortError, match="'middle' opened another coin"):
         run_protocol(POSTS, scope, rows, terms)
 

@@ -142,7 +142,9 @@ def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.S
     def on_sum(length: int, most: int, entropy: Entropy) -> Integers:
         return discrete_gaussian(total * most / math.sqrt(2)).sample(length, entropy)
 
-    return three_party.Selection(weigh, scales(facts), on_gram, on_sum)
+    return three_party.Selection(
+        weigh, scales(facts), on_gram, lambda K: gram(K) / math.sqrt(2), on_sum
+    )
 
 
 def terms_of(facts: Resolved) -> three_party.SharingTerms:

@@ -55,13 +55,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from medfed.core import codec
@@ -75,8 +71,10 @@ from medfed.core.checks import (
     reasons,
 )
 from medfed.core.entropy import Entropy, Integers, Words, expand
-from medfed.secure import field
+from medfed.secure import field, triples
 from medfed.secure.identity import Post, Scope, check, seal
+from medfed.secure.line import Line, Pair, Sends
+from medfed.secure.products import Inner, Products
 from medfed.secure.record import Record
 
 J = 128
@@ -88,6 +86,9 @@ WEIGHT = 1 << 20
 _COLUMNS = 1 << 14  # columns of the rows that are unfolded at a time
 _LONG = 500_000  # numbers of a row from which threads are worth it
 _ONE = np.uint64(1)
+_TOP = np.uint64(1 << 63)
+_SIGNS = np.uint64(1), np.uint64(2**64 - 1)
+_COINS = 4  # projections, verification, folding; noise under a rule
 _MAGIC = b"mfs2"  # an upload's format and version
 _FRONT = struct.Struct("<4sH3IQ")  # format, lengths of the name, of three envelopes, of x_2
 
@@ -151,7 +152,12 @@ class Selection:
     rule: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     scale: Mapping[str, float] | None = None
     gram_noise: Callable[[int, Entropy], Integers] | None = None
+    gram_spread: Callable[[int], float] | None = None  # standard deviation of one party's part
     sum_noise: Callable[[int, int, Entropy], Integers] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.gram_noise is None) != (self.gram_spread is None):
+            raise PlanError("noise on the Gram matrix has a standard deviation; give both or none")
 
     def weigh(self, names: Sequence[str], gram_KK: Integers) -> dict[str, int]:
         """Return each row's weight in steps of 1 / WEIGHT of the largest scale.
@@ -282,8 +288,10 @@ def _noise_of(chosen: Selection, weights: Mapping[str, int]) -> "Noise | None":
     return lambda length, entropy: draw(length, most, entropy)
 
 
-Sends = Mapping[str, bytes]
 Noise = Callable[[int, Entropy], Integers]
+Toss = Callable[[], Generator[Sends, Sends, bytes]]
+"""Tosses the next coin of the three."""
+
 Steps = Generator[Sends, Sends, bytes]
 """Yields what goes to the other two, receives what they sent;
 returns the message to the coordinator.
@@ -377,29 +385,38 @@ class SharingAggregator:
         held, refused = self._open_all(scope, uploads)
         names = sorted(held)
         tags = {name: held[name].tags() for name in names}
-        coin = os.urandom(32)
-        line = _Line(self, scope)
-        commitment = sha256(b"coin" + coin).hexdigest()
-        mine = _Hello(tags, refused, commitment, line.public.hex())
+        line = Line(self.post.me.name, self.terms.aggregators, _purpose(scope, "line"))
+        coins = [os.urandom(32) for _ in range(_COINS)]
+        committed = [sha256(b"coin" + coin).hexdigest() for coin in coins]
+        mine = _Hello(tags, refused, committed, line.public.hex())
         arrived = yield {name: self._greet(scope, name, mine) for name in (self.left, self.right)}
         hellos = {
             name: self._read_greeting(scope, name, arrived) for name in (self.left, self.right)
         }
-        line.connect(mine, hellos)
+        said = {self.post.me.name: mine, **hellos}
+        line.connect(
+            {name: bytes.fromhex(hello.line) for name, hello in hellos.items()},
+            [vars(said[name]) for name in self.terms.aggregators],
+        )
+        tosses = iter([(coin, hellos, i) for i, coin in enumerate(coins)])
+
+        def toss() -> Generator[Sends, Sends, bytes]:
+            return self._toss(line, *next(tosses))
+
         names, why = self._common(refused, tags, hellos)
         # Of which shares this round is, for ever: see `_commit`.
         fixed = self._commit("shares", scope, [[name, *tags[name]] for name in names])
 
-        # 2. Reveal the coins, now that every row is fixed.
-        public = yield from self._toss(line, coin, hellos)
-
-        # 3 and 4. Check each row in secret, and open one bit of each.
+        # 2 and 3. Check each row in secret, and open one bit of each.
+        inner: Inner | None = None
         if names:
-            good = yield from self._check(line, [held[name] for name in names], public)
+            rows = [held[name] for name in names]
+            good, inner = yield from self._check(line, rows, toss)
             why |= {
                 n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok
             }
-            names = [n for n, ok in zip(names, good, strict=True) if ok]
+            chosen = [k for k, ok in enumerate(good) if ok]
+            names = [names[k] for k in chosen]
         if len(names) < self.terms.min_group:
             left = (
                 f"{len(names)} rows are left, security.min_group={self.terms.min_group}: "
@@ -407,31 +424,35 @@ class SharingAggregator:
             )
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
         fixed += self._commit("accepted", scope, names)
-        rows = [held[name] for name in names]
         tensors: dict[str, torch.Tensor] = {}
 
-        # 5. Under a rule: open the Gram matrix, and weigh the rows by it.
+        # 4. Under a rule: open the Gram matrix, and weigh the rows by it.
         weights = self.weights or dict.fromkeys(names, 1)
         noise = self.noise
         if self.selection:
             drawn = self._entropy("gram", scope, fixed)
-            gram_KK, weights = yield from self._weigh(line, names, rows, self.selection, why, drawn)
+            assert inner is not None
+            upper = inner.upper(chosen)
+            gram_KK, weights = yield from self._weigh(line, names, upper, why, drawn, toss)
             noise = _noise_of(self.selection, weights)
             tensors["gram"] = torch.from_numpy(gram_KK)
 
-        # 6. Sum the accepted rows, with noise and a sharing of zero.
+        # 5. Sum the accepted rows, with noise and a sharing of zero; without noise, what two
+        #    parties hold is told by one and hashed by the other.
         counted = [weights[name] for name in names]
         fixed += self._commit("weights", scope, counted)
-        part_M = self._sum(rows, counted)
+        rows = [held[name] for name in names]
+        part_M = self._sum(rows, counted, 0)
+        told: dict[str, Any] = {"accepted": names, "excluded": why, "place": self.place}
+        told["weights"] = {name: weights[name] for name in names}
         if noise is not None:
             drawn = self._entropy("sum", scope, fixed)
             part_M += noise(self.terms.length, drawn).view(np.uint64)
-        part_M += line.zero(self.terms.length)
+            part_M += line.zero(self.terms.length)
+        else:
+            told["beside"] = sha256(self._sum(rows, counted, 1).tobytes()).hexdigest()
         tensors["part"] = torch.from_numpy(part_M.view(np.int64))
-        told = {name: weights[name] for name in names}
-        return codec.encode(
-            {"accepted": names, "excluded": why, "place": self.place, "weights": told}, tensors
-        )
+        return codec.encode(told, tensors)
 
     def _commit(self, act: str, scope: Scope, facts: object) -> bytes:
         """Write down for what a round is, and return the hash of it: for which shares, which rows
@@ -452,14 +473,15 @@ class SharingAggregator:
         return Entropy(self.post.me.derive(_purpose(scope, f"noise on the {what}") + fixed))
 
     def _toss(
-        self, line: "_Line", coin: bytes, hellos: Mapping[str, "_Hello"]
+        self, line: Line, coin: bytes, hellos: Mapping[str, "_Hello"], number: int
     ) -> Generator[Sends, Sends, bytes]:
         """Return what the three coins come to;
         raise AbortError where one is not the coin that was committed to.
         """
-        coins = yield from line.swap({self.left: coin, self.right: coin})
+        found = yield from line.swap(coin, coin)
+        coins = dict(zip((self.left, self.right), found, strict=True))
         for name in (self.left, self.right):
-            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name].coin:
+            if sha256(b"coin" + coins[name]).hexdigest() != hellos[name].coins[number]:
                 raise AbortError(
                     f"{name!r} opened another coin than it committed to; the round ends"
                 )
@@ -468,15 +490,17 @@ class SharingAggregator:
 
     def _weigh(
         self,
-        line: "_Line",
+        line: Line,
         names: Sequence[str],
-        rows: "Sequence[_Held]",
-        chosen: Selection,
+        upper: Pair,
         why: Mapping[str, str],
         drawn: Entropy,
+        toss: Toss,
     ) -> Generator[Sends, Sends, tuple[Integers, dict[str, int]]]:
-        """Return the opened Gram matrix and the rule's weights, alike for all three: see step 5."""
-        gram_KK = yield from self._gram(line, rows, drawn)
+        """Return the opened Gram matrix and the rule's weights, alike for all three: see step 4."""
+        chosen = self.selection
+        assert chosen is not None
+        gram_KK = yield from self._gram(line, len(names), upper, drawn, toss)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
         yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
@@ -488,39 +512,40 @@ class SharingAggregator:
         return gram_KK, weights
 
     def _gram(
-        self, line: "_Line", held: Sequence[_Held], drawn: Entropy
+        self, line: Line, K: int, upper: Pair, drawn: Entropy, toss: Toss
     ) -> Generator[Sends, Sends, Integers]:
-        """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 5."""
-        # Each party's additive part, by local products.
-        K = len(held)
-        upper = np.triu_indices(K)
-        mixed = np.zeros((K, 2 * K), np.uint64)
-        for start in range(0, self.terms.length, _COLUMNS):
-            count = min(_COLUMNS, self.terms.length - start)
-            first, second = (self._columns(held, which, start, count) for which in (0, 1))
-            mixed += field.matmul(first, np.concatenate([first, second]).T)
-        part = (mixed[:, :K] + mixed[:, K:] + mixed[:, K:].T)[upper]
-        if self.selection and self.selection.gram_noise:
-            part += self.selection.gram_noise(K, drawn).view(np.uint64)
-        part += line.zero(len(part))
+        """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 4.
 
-        # Open it to all three.
-        found = yield from line.swap(dict.fromkeys((self.left, self.right), part.tobytes()))
-        for name, other in found.items():
-            if len(other) != part.nbytes:
-                raise AbortError(
-                    f"{name!r} sent {len(other)} bytes of a Gram matrix; expected {part.nbytes}"
-                )
-            part = part + np.frombuffer(other, np.uint64)
+        Each party's part is shared by it, and held to what such noise can be: an aggregator cannot
+        move the matrix further.
+        """
+        chosen = self.selection
+        assert chosen is not None
+        if chosen.gram_noise:
+            assert chosen.gram_spread is not None
+            most = math.ceil(field.HEADROOM * chosen.gram_spread(K))
+            own = chosen.gram_noise(K, drawn).view(np.uint64)
+            parts = yield from line.put(own)
+            limits = np.array([most], np.uint64)
+            both = [part.times(sign).plus(limits, self.place) for part in parts for sign in _SIGNS]
+            bits = yield from line.to_bits(Pair.join(both))
+            made = yield from triples.prepare(line)
+            yield from triples.verify(line, made, (yield from toss()))
+            yield from line.see_zero(
+                bits.mask(_TOP), "parts of the noise on products that are within their range"
+            )
+            for part in parts:
+                upper = upper.add(part)
+        opened = yield from line.open(upper, additive=True)
         gram_KK = np.zeros((K, K), np.int64)
-        gram_KK[upper] = part.view(np.int64)
+        gram_KK[np.triu_indices(K)] = opened.view(np.int64)
         return gram_KK + np.triu(gram_KK, 1).T
 
-    def _agree(self, line: "_Line", what: bytes) -> Generator[Sends, Sends, None]:
+    def _agree(self, line: Line, what: bytes) -> Generator[Sends, Sends, None]:
         """Raise AbortError unless the other two have the same."""
         digest = sha256(what).digest()
-        found = yield from line.swap(dict.fromkeys((self.left, self.right), digest))
-        for name, other in found.items():
+        found = yield from line.swap(digest, digest)
+        for name, other in zip((self.left, self.right), found, strict=True):
             if other != digest:
                 raise AbortError(
                     f"{name!r} has another Gram matrix or other weights; nothing more is opened"
@@ -622,85 +647,75 @@ class SharingAggregator:
     def _columns(self, held: Sequence[_Held], which: int, start: int, count: int) -> Words:
         return np.stack([one.words(self.place, which, start, count) for one in held])
 
-    def _sum(self, held: Sequence[_Held], weights: Sequence[int]) -> Words:
-        """Return this party's additive share of the sum: the weighted sum of its first shares."""
+    def _sum(self, held: Sequence[_Held], weights: Sequence[int], which: int) -> Words:
+        """Return the weighted sum of the rows' shares: of the first ones, or the second ones."""
         total_M = np.zeros(self.terms.length, np.uint64)
         for one, weight in zip(held, weights, strict=True):
-            total_M += np.uint64(weight % 2**64) * one.words(self.place, 0, 0, self.terms.length)
+            words = one.words(self.place, which, 0, self.terms.length)
+            total_M += np.uint64(weight % 2**64) * words
         return total_M
 
     def _check(
-        self, line: "_Line", held: Sequence[_Held], public: bytes
-    ) -> Generator[Sends, Sends, NDArray[np.bool_]]:
-        """Return whether each row is within its bound: step 3 and 4."""
-        # Project each row on J random vectors, and square it.
+        self, line: Line, held: Sequence[_Held], toss: Toss
+    ) -> Generator[Sends, Sends, tuple[NDArray[np.bool_], Inner | None]]:
+        """Return whether each row is within its bound, and the rows' inner products, shared: steps
+        2 and 3.
+
+        What the three multiply is verified before a bit is opened, so that a bit is 1 by a row's
+        fault alone.
+        """
         K = len(held)
         T = self.terms.reach
-        p_KJ = np.zeros((K, J), np.uint64)
-        square_K = np.zeros(K, np.uint64)
+        exact = self.terms.exact
+        rule = self.selection is not None
+        multiplied = exact or rule
+
+        # Project each row on J random vectors, both shares alike: no message is needed. Work out
+        # cross terms of inner products.
+        public = yield from toss()
         draw = sha256(b"projections" + public).digest()
+        p_KJ = Pair(*(np.zeros((K, J), np.uint64) for _ in range(2)))
+        products = Products(K, self.terms.length, every=rule)
         for start in range(0, self.terms.length, _COLUMNS):
             count = min(_COLUMNS, self.terms.length - start)
-            first = self._columns(held, 0, start, count)
-            p_KJ += field.project(_ternary(draw, start, count), first)
-            if self.terms.exact:
-                second = self._columns(held, 1, start, count)
-                square_K += np.einsum("km,km->k", first, first + 2 * second)
-        own = np.concatenate([p_KJ, square_K[:, None] + line.zero(K)[:, None]], 1)
-        # the linear part its right neighbour could have computed for us
-        other = yield from line.from_right(own)
-        pair = _Pair(own, other)
+            first, second = (self._columns(held, which, start, count) for which in (0, 1))
+            random_JM = _ternary(draw, start, count)
+            p_KJ.first[:] += field.project(random_JM, first)
+            p_KJ.second[:] += field.project(random_JM, second)
+            if multiplied:
+                products.add(first, second)
+        inner = (yield from products.tell(line)) if multiplied else None
 
         # Compare: what must not be negative,
         # so that no top bit is set, is T + p, T - p and B^2 - x.x.
-        limit = int(self.terms.bound**2) if self.terms.exact else 0
-        count = 2 * J + self.terms.exact
-        sign = np.array([1] * J + [2**64 - 1] * (J + 1), np.uint64)
-        base = np.array([T] * 2 * J + [limit], np.uint64)
-        words = pair.columns([*range(J), *range(J + self.terms.exact)]).times(sign[:count])
-        bits = yield from line.to_bits(words.plus(base[:count], self.place))
+        columns = [p_KJ.plus(np.uint64(T) * _ONE, self.place)]
+        columns.append(p_KJ.times(_SIGNS[1]).plus(np.uint64(T) * _ONE, self.place))
+        if inner and exact:
+            limit = np.uint64(int(self.terms.bound**2))
+            square = inner.squares(K).times(_SIGNS[1]).plus(limit * _ONE, self.place)
+            columns.append(square.at((slice(None), None)))
+        bits = yield from line.to_bits(Pair.beside(columns))
 
         # Fold a row's top bits into one: 1 where any is set.
-        bad_K = _fold(bits.mask(np.uint64(1 << 63)), sha256(b"parities" + public).digest())
-        for d in (32, 16, 8, 4, 2, 1):
-            lower = bad_K.shift(-d)
-            both = yield from line.both(bad_K, lower)
-            bad_K = bad_K.xor(lower).xor(both)
-        bad_K = bad_K.mask(_ONE)
+        bad_K = _fold(bits.mask(_TOP), sha256(b"parities" + public).digest())
+        bad_K = yield from line.any_bit(bad_K)
+
+        # Verify all products, of numbers and of bits.
+        made = yield from triples.prepare(line)
+        coin = yield from toss()
+        if inner:
+            yield from products.prove(
+                line,
+                lambda which, start, count: self._columns(held, which, start, count),
+                sha256(b"products" + coin).digest(),
+                toss,
+            )
+        yield from triples.verify(line, made, sha256(b"order" + coin).digest())
 
         # Open that bit.
-        opened = yield from line.open_bits(bad_K)
+        opened = yield from line.open(bad_K)
         good_K: NDArray[np.bool_] = opened == 0
-        return good_K
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A party's two shares of words: additive, or of bits by exclusive or."""
-
-    first: Words
-    second: Words
-
-    def times(self, factor: Words) -> "_Pair":
-        return _Pair(self.first * factor, self.second * factor)
-
-    def plus(self, constant: Words, place: int) -> "_Pair":
-        """Add a public constant: share 0 carries it."""
-        return _Pair(self.first + constant * (place == 0), self.second + constant * (place == 2))
-
-    def columns(self, chosen: Sequence[int]) -> "_Pair":
-        return _Pair(self.first[:, chosen], self.second[:, chosen])
-
-    def xor(self, other: "_Pair") -> "_Pair":
-        return _Pair(self.first ^ other.first, self.second ^ other.second)
-
-    def mask(self, mask: Words | np.uint64) -> "_Pair":
-        return _Pair(self.first & mask, self.second & mask)
-
-    def shift(self, left: int) -> "_Pair":
-        if left < 0:
-            return _Pair(self.first >> np.uint64(-left), self.second >> np.uint64(-left))
-        return _Pair(self.first << np.uint64(left), self.second << np.uint64(left))
+        return good_K, inner
 
 
 def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
@@ -711,13 +726,13 @@ def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
     return (ones[:, :J] - ones[:, J:]).T.astype(np.float64)
 
 
-def _fold(bits: _Pair, seed: bytes) -> _Pair:
+def _fold(bits: Pair, seed: bytes) -> Pair:
     """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0,
     else 0 once in 2^64.
     """
     width = bits.first.shape[1]
     mask = expand(seed, 64 * width).reshape(64, width)
-    return _Pair(_parity(bits.first, mask), _parity(bits.second, mask))
+    return Pair(_parity(bits.first, mask), _parity(bits.second, mask))
 
 
 def _parity(words: Words, mask: Words) -> Words:
@@ -736,7 +751,7 @@ class _Hello:
 
     tags: Mapping[str, list[str]]  # by client: of its two shares, and of the model; see _Held.tags
     refused: Mapping[str, str]  # by client: why
-    coin: str  # the commitment to it
+    coins: list[str]  # the commitments to them, in the order in which they are tossed
     line: str  # a fresh public key
 
     @classmethod
@@ -744,7 +759,7 @@ class _Hello:
         """Return what a greeting says; raise CodecError where it is none."""
         tags: Any = header.get("tags")
         refused: Any = header.get("refused")
-        coin = header.get("coin")
+        coins: Any = header.get("coins")
         line = header.get("line")
         read = (
             isinstance(tags, dict)
@@ -752,149 +767,18 @@ class _Hello:
             and all(_is_hex(one) for t in tags.values() for one in t)
             and isinstance(refused, dict)
             and all(isinstance(reason, str) for reason in refused.values())
-            and _is_hex(coin)
+            and isinstance(coins, list)
+            and len(coins) == _COINS
+            and all(map(_is_hex, coins))
             and _is_hex(line)
         )
         if not read:
-            raise CodecError("expected tags of shares, reasons, a commitment and a key")
-        return cls(tags, refused, str(coin), str(line))
+            raise CodecError("expected tags of shares, reasons, commitments and a key")
+        return cls(tags, refused, coins, str(line))
 
 
 def _is_hex(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
-
-
-class _Line:
-    """The line between the three for one round: every message encrypted under the pair's key of the
-    round, in order.
-
-    Both ends make a key for this round alone, so that an old greeting gives no old key; and all
-    that the greetings say goes into the pair's key, so that two who were told different things
-    cannot read each other.
-    """
-
-    def __init__(self, owner: SharingAggregator, scope: Scope) -> None:
-        self.left = owner.left
-        self.right = owner.right
-        self.place = owner.place
-        self.me = owner.post.me.name
-        self.order = owner.terms.aggregators
-        self.purpose = _purpose(scope, "line")
-        self._secret = X25519PrivateKey.generate()
-        self.drawn = 0
-        self.step = 0
-
-    @property
-    def public(self) -> bytes:
-        """This end's key, for the greetings."""
-        return self._secret.public_key().public_bytes_raw()
-
-    def connect(self, mine: "_Hello", hellos: Mapping[str, "_Hello"]) -> None:
-        """Agree on keys with both others."""
-        said = {self.me: mine, **hellos}
-        transcript = sha256(
-            json.dumps([vars(said[name]) for name in self.order], sort_keys=True).encode()
-        ).digest()
-        self.keys: dict[str, AESGCM] = {}
-        seeds: dict[str, bytes] = {}
-        for name in (self.left, self.right):
-            try:
-                other = X25519PublicKey.from_public_bytes(bytes.fromhex(hellos[name].line))
-                shared = self._secret.exchange(other)
-            except ValueError as error:
-                raise AbortError(f"{name!r} sent a key that is none; the round ends") from error
-            both = HKDF(SHA256(), 64, transcript, b"medfed line 1 " + self.purpose).derive(shared)
-            self.keys[name] = AESGCM(both[:32])
-            seeds[name] = both[32:]
-        self.seeds = seeds[self.right], seeds[self.left]
-
-    def swap(self, sent: Mapping[str, bytes]) -> Generator[Sends, Sends, dict[str, bytes]]:
-        """Send to both neighbours; return what both sent. Raises AbortError for what is missing,
-        late or changed.
-        """
-        self.step += 1
-        front = self.step.to_bytes(11, "big")
-        sealed = {
-            name: self.keys[name].encrypt(bytes([self.place]) + front, data, None)
-            for name, data in sent.items()
-        }
-        arrived = yield sealed
-        found = {}
-
-        for name, place in ((self.left, (self.place + 2) % 3), (self.right, (self.place + 1) % 3)):
-            try:
-                found[name] = self.keys[name].decrypt(bytes([place]) + front, arrived[name], None)
-            except Exception as error:
-                raise AbortError(
-                    f"{name!r} sent nothing that can be read in step {self.step}; the round ends"
-                ) from error
-
-        return found
-
-    def from_right(self, own: Words) -> Generator[Sends, Sends, Words]:
-        """Send a first share to the left, whose second it is; return the right one's first."""
-        found = yield from self.swap({self.left: own.tobytes(), self.right: b""})
-        if len(found[self.right]) != own.nbytes:
-            raise AbortError(
-                f"{self.right!r} sent {len(found[self.right])} bytes; expected {own.nbytes}. The "
-                "round ends."
-            )
-        return np.frombuffer(found[self.right], np.uint64).reshape(own.shape)
-
-    def _streams(self, count: int) -> tuple[Words, Words]:
-        own, left = (expand(seed, count, self.drawn) for seed in self.seeds)
-        self.drawn += count
-        return own, left
-
-    def zero(self, count: int) -> Words:
-        """Return this party's words of a fresh sharing of zero: three sum to 0, two are uniform."""
-        own, left = self._streams(count)
-        return own - left
-
-    def both(self, x: _Pair, y: _Pair) -> Generator[Sends, Sends, _Pair]:
-        """Return the bitwise AND of shared bits: local products, a sharing of zero, one message."""
-        own, left = self._streams(x.first.size)
-        part = (
-            (x.first & y.first)
-            ^ (x.first & y.second)
-            ^ (x.second & y.first)
-            ^ (own ^ left).reshape(x.first.shape)
-        )
-        other = yield from self.from_right(part)
-        return _Pair(part, other)
-
-    def to_bits(self, x: _Pair) -> Generator[Sends, Sends, _Pair]:
-        """Return shared words as shared bits:
-        three words are added, carries saved, then by Kogge and Stone.
-        """
-        word = [
-            _Pair(x.first * (self.place == j), x.second * ((self.place + 1) % 3 == j))
-            for j in range(3)
-        ]
-        some = yield from self.both(word[0].xor(word[2]), word[1].xor(word[2]))
-        carry = some.xor(word[2]).shift(1)
-        half = _Pair(x.first, x.second)
-        made = yield from self.both(half, carry)
-        total = passed = half.xor(carry)
-
-        for d in (1, 2, 4, 8, 16, 32):
-            stacked = _Pair(np.stack([passed.first] * 2), np.stack([passed.second] * 2))
-            moved = _Pair(
-                np.stack([made.shift(d).first, passed.shift(d).first]),
-                np.stack([made.shift(d).second, passed.shift(d).second]),
-            )
-            found = yield from self.both(stacked, moved)
-            made = made.xor(_Pair(found.first[0], found.second[0]))
-            passed = _Pair(found.first[1], found.second[1])
-
-        return total.xor(made.shift(1))
-
-    def open_bits(self, x: _Pair) -> Generator[Sends, Sends, Words]:
-        """Return the words themselves, to all three: each gets the share it lacks."""
-        found = yield from self.swap({self.left: b"", self.right: x.first.tobytes()})
-        if len(found[self.left]) != x.first.nbytes:
-            raise AbortError(f"{self.left!r} sent no bits; the round ends")
-        return x.first ^ x.second ^ np.frombuffer(found[self.left], np.uint64)
 
 
 # The coordinator ----------------------------------------------------------------------------------
@@ -1025,6 +909,8 @@ def _add_parts(
 ) -> Opened:
     total_M = np.zeros(terms.length, np.uint64)
     said = []
+    digests: list[str] = []
+    beside: list[object] = []
     for name in terms.aggregators:
         try:
             header, tensors = codec.decode(codec.as_bytes(answers[name][1]["result"]))
@@ -1034,6 +920,8 @@ def _add_parts(
                     f"a part of {part.dtype} {part.shape}; expected int64 ({terms.length},)"
                 )
             total_M += part.view(np.uint64)
+            digests.append(sha256(part.tobytes()).hexdigest())
+            beside.append(header.get("beside"))
             gram = tensors["gram"].numpy() if "gram" in tensors else None
             said.append(
                 (header["accepted"], header["weights"], None if gram is None else gram.tobytes())
@@ -1048,6 +936,12 @@ def _add_parts(
     if any(one != said[0] for one in said):
         raise AbortError(
             "the aggregators disagree on whose rows are in the sum; run the round again"
+        )
+    # without noise each part is known to two of them
+    if any(beside) and beside != [*digests[1:], digests[0]]:
+        raise AbortError(
+            "the aggregators disagree on the shares of the sum; one of them did not follow the "
+            "protocol. Nothing is used; run the round again."
         )
 
     return Opened(total_M.view(np.int64), said[0][0], excluded, phases, said[0][1], gram)
