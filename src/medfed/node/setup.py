@@ -140,7 +140,7 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     Whose keys count is the consortium's list to say, where the site's own study names one, and else
     the coordinator.
     """
-    members = consortium.members_of(sites[0].study)
+    members = consortium.members_of(sites[0].study, [site.name for site in sites])
     roster = members.roster if members else Roster.of(*map(consortium.from_json, header["roster"]))
     coordinator = header["coordinator"]
     if roster[coordinator].role != "coordinator":

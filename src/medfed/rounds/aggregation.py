@@ -71,7 +71,7 @@ def identify(
         return None
 
     # The coordinator: its own keys, and the list that says whose count.
-    members = consortium.members_of(study)
+    members = consortium.members_of(study, [COORDINATOR])
     me = consortium.own_keys(study, COORDINATOR, "coordinator")
     if members:
         consortium.refuse_unapproved(members, me.public, "coordinator")
@@ -116,10 +116,8 @@ def introduce(
     if folder:
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, me.name, me.public.signing, me.sign)
-        authority = keys.members.authority.fingerprint if keys.members else ""
-        trail.append(
-            "study", {"digest": study, "run": run, "consortium": authority, "signed": signed}
-        )
+        facts = {"digest": study, "run": run, "signed": signed}
+        trail.append("study", facts | consortium.tell_writer(me.public, keys.members))
     if security.aggregation == "masked":
         return Masked(publisher, masking_terms(plan, run), trail)
 

@@ -49,7 +49,7 @@ class Aggregator:
         return self._identity
 
     def _join(self, told: dict[str, Any]) -> None:
-        members = consortium.members_of(self.study)
+        members = consortium.members_of(self.study, [self.name])
         if members:
             roster = members.roster
         else:
