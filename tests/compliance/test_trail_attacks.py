@@ -143,6 +143,8 @@ def test_an_honest_run_holds(said: Callable[..., tuple[int, str]]) -> None:
         assert code == 0, told
     code, told = said("made", listed=False)
     assert code == 0, told
+    code, told = said(listed=False)  # by the list that the study names
+    assert code == 0 and "compare the consortium's fingerprint" in told
 
 
 # a cut --------------------------------------------------------------------------------------------
@@ -230,6 +232,10 @@ def altered_claim(here: Path) -> None:
     edit(here / "run" / "privacy.json", lambda claim: claim | {"epsilon": 0.01})
 
 
+def removed_summary(here: Path) -> None:
+    (here / "run" / "summary.json").unlink()
+
+
 def removed_claim(here: Path) -> None:
     (here / "run" / "privacy.json").unlink()
 
@@ -307,6 +313,27 @@ def half_by_a_second_coordinator(here: Path) -> None:
     trail.append("finished", entries[-1]["facts"])
     told = {"entries": trail.number, "head": trail.head}
     edit(here / "run" / "summary.json", lambda s: s | {"trail": told})
+
+
+def by_a_second_coordinator(here: Path) -> None:
+    """Another coordinator of the list writes all of it, the sites' signatures copied."""
+    rewrite(here / "run", key_of(here, "second"))
+
+
+def approved_in_another_role(here: Path) -> None:
+    """A list of the same key on which "coordinator" is an aggregator's name."""
+    shutil.rmtree(here / "members")
+    consortium.begin(here / "members", BOSS)
+    me = key_of(here, "coordinator")
+    other = Identity.of("coordinator", "aggregator", me.secret())
+    for one in (other, *(key_of(here, name) for name in SITES)):
+        consortium.approve(here / "members", BOSS, consortium.request(one))
+    head = consortium.read(here / "members").tell_head()
+    rewrite(
+        here / "run",
+        me,
+        lambda kind, facts: facts | ({"members": head} if kind == "study" else {}),
+    )
 
 
 # a revoked signer ---------------------------------------------------------------------------------
@@ -455,6 +482,11 @@ def link_to_the_trail(here: Path) -> None:
     path.symlink_to(here / "elsewhere.jsonl")
 
 
+def link_to_the_folder(here: Path) -> None:
+    (here / "run" / "trail").rename(here / "elsewhere")
+    (here / "run" / "trail").symlink_to(here / "elsewhere")
+
+
 def link_to_the_events(here: Path) -> None:
     path = here / "run" / "events.jsonl"
     path.rename(here / "elsewhere.jsonl")
@@ -474,7 +506,8 @@ def pipe_in_the_trails_place(here: Path) -> None:
 CUT = r"trail\.jsonl has no end .*lines are missing.*medfed resume"
 FOREIGN = r"trail\.jsonl, line 2: it is the trail of (run|study) .*plan\.json that of"
 CHANGED = r"%s has sha256 .*the trail ends with .*changed after the run.*Restore"
-ROLE = r"trail\.jsonl, line 1: '\w+' (is \w+; only a coordinator writes|signs as coordinator; .* had it as)"
+ROLE = r"trail\.jsonl, line 1: '\w+' is \w+; only a coordinator writes"
+NAME = r"trail\.jsonl, line \d: '\w+' wrote it; expected 'coordinator'"
 STRANGE = r"trail\.jsonl, line 1: .* signed with keys that .* never approved"
 UNSIGNED = r"trail\.jsonl, line 2: .*took part and did not sign the study"
 UNREADABLE = r"%s is not what a run writes \(%s\): it was changed.*restore"
@@ -496,6 +529,7 @@ ATTACKS: dict[Callable[[Path], None], str] = {
     cut_events: CHANGED % r"events\.jsonl",
     altered_summary: CHANGED % r"summary\.json",
     altered_claim: CHANGED % r"privacy\.json",
+    removed_summary: r"summary\.json cannot be read.*restore it",
     removed_claim: r"privacy\.json cannot be read.*restore it",
     invented_audit: r"privacy\.json: nobody signed its audit.*Repeat it",
     altered_plan: CHANGED % r"plan\.json",
@@ -505,14 +539,16 @@ ATTACKS: dict[Callable[[Path], None], str] = {
     older_model: CHANGED % r"model\.safetensors",
     altered_page: r"privacy_audit\.html is not what follows from the run's files",
     by_an_aggregator: ROLE,
-    by_an_aggregator_that_calls_itself_coordinator: ROLE,
+    by_an_aggregator_that_calls_itself_coordinator: NAME,
     by_an_aggregator_under_the_coordinators_name: STRANGE,
     by_a_site: ROLE,
     by_nobody_known: STRANGE,
-    half_by_a_second_coordinator: r"coordinator, second wrote it; a run has one coordinator",
+    half_by_a_second_coordinator: NAME,
+    by_a_second_coordinator: NAME,
     by_a_revoked_site: ROLE,
-    by_a_revoked_site_that_calls_itself_coordinator: ROLE,
+    by_a_revoked_site_that_calls_itself_coordinator: NAME,
     revoked_coordinator: r"line 1: the key of 'coordinator' is revoked by now.*--head",
+    approved_in_another_role: r"line 1: 'coordinator' signs as coordinator; .* had it as aggregator",
     signed_by_a_site_revoked_before: r"line 1: when this began, 'north' is revoked",
     without_a_participants_signature: UNSIGNED,
     without_any_signature: UNSIGNED,
@@ -527,6 +563,7 @@ ATTACKS: dict[Callable[[Path], None], str] = {
     no_number_in_the_claim: UNREADABLE % (r"privacy\.json", "NaN is no number"),
     no_number_in_the_trail: LINE,
     link_to_the_trail: NO_FILE % (r"trail\.jsonl", "a link"),
+    link_to_the_folder: r"trail is a link; expected a folder",
     link_to_the_events: NO_FILE % (r"events\.jsonl", "a link"),
     folder_in_the_trails_place: NO_FILE % (r"trail\.jsonl", "a folder"),
     pipe_in_the_trails_place: NO_FILE % (r"trail\.jsonl", "no file"),
@@ -537,7 +574,7 @@ ATTACKS: dict[Callable[[Path], None], str] = {
 def test_an_attack_is_found(
     attack: Callable[[Path], None], here: Path, said: Callable[..., tuple[int, str]]
 ) -> None:
-    """On the code before, `medfed trail verify --federation` said "lines hold" to 37 of these 48 attacks.
+    """On the code before, `medfed trail verify --federation` said "lines hold" to 41 of these 52 attacks.
 
     It found a cut alone, a trail or a model beside another's, keys that were never approved, a signature for another
     run, an opening without more after the end, a NaN within a line, and a folder; before the pipe it waited forever.
@@ -546,6 +583,28 @@ def test_an_attack_is_found(
     code, told = said()
     assert code == 2, told
     assert re.search(ATTACKS[attack], told, re.S), told
+
+
+def test_a_claim_that_a_run_never_made_is_found(
+    here: Path, said: Callable[..., tuple[int, str]]
+) -> None:
+    """Before, any privacy.json that somebody put there was shown on pages, and verified."""
+    study = medfed.load_study(write_study(here, STUDY.replace("rounds = 4", "rounds = 1")))
+    medfed.run(study.set("security.aggregation", "masked"), here / "open")
+    assert said("open", listed=False)[0] == 0
+    shutil.copy(here / "run" / "privacy.json", here / "open" / "privacy.json")
+    code, told = said("open", listed=False)
+    assert code == 2 and re.search(r"privacy\.json: the run made no claim; remove it", told)
+
+
+def test_a_trail_is_not_written_through_a_link(here: Path) -> None:
+    """Before, a resumed run appended its lines to whatever file a link led to."""
+    link_to_the_trail(here)
+    before = (here / "elsewhere.jsonl").read_bytes()
+    me = key_of(here, "coordinator")
+    with pytest.raises(TrailError, match="is a link"):
+        Trail.open(trail_of(here / "run"), me.name, me.public.signing, me.sign)
+    assert (here / "elsewhere.jsonl").read_bytes() == before
 
 
 # who vouches --------------------------------------------------------------------------------------

@@ -45,8 +45,12 @@ def read(path: Path) -> dict[str, Head]:
     Raises TrailError where the file is there and cannot be read: without it an older list would
     pass.
     """
-    if not path.exists() and not path.is_symlink():
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError:  # something is there: reading it says what is wrong
+        pass
     way = (
         "It holds the heads of the lists of members that this party has seen. Restore it from a "
         "copy; where there is none, ask the consortium for the number of lines and the last hash "

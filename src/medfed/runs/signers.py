@@ -15,6 +15,7 @@ from medfed.compliance.trail import Verified
 from medfed.core.checks import CodecError, NoEndError, TrailError, some
 from medfed.monitor import events
 from medfed.privacy import places
+from medfed.rounds.aggregation import COORDINATOR
 from medfed.secure.identity import ANYBODY, Public, Scope
 from medfed.secure.identity import check as check_envelope
 from medfed.study import Study
@@ -87,6 +88,11 @@ def split(path: Path, found: Verified) -> Iterator[Session]:
             raise TrailError(
                 f"{where}: {writer!r} is {public.role}; only a coordinator writes a run's trail. "
                 "Do not use it."
+            )
+        if writer != COORDINATOR:
+            raise TrailError(
+                f"{where}: {writer!r} wrote it; expected {COORDINATOR!r}, as a run's coordinator "
+                "is called on every list. Do not use it."
             )
         yield session
 
@@ -244,9 +250,18 @@ def tell(
     end: Mapping[str, Any],
     sessions: Sequence[Session],
     listed: Consortium | None,
+    given: bool,
     told: Collection[str],
 ) -> Iterator[str]:
-    """Yield what a reader must know of a run that holds, and of who vouches for it."""
+    """Yield what a reader must know of a run that holds, and of who vouches for it.
+
+    Args:
+        end: the line that ends the run.
+        sessions: the trail's.
+        listed: the list of members; None where the study names none.
+        given: whether it is the reader's own copy.
+        told: the coordinator's fingerprints that the reader was told.
+    """
     if end["facts"]["status"] != "complete":
         yield f"The run is {end['facts']['status']}: summary.json says why."
     if listed is None and not told:
@@ -258,6 +273,11 @@ def tell(
     if listed is None:
         yield "The sites' keys are those that the coordinator tells: it may have made them itself."
         return
+    if not given:
+        yield (
+            "The list of members is the one that the study names: compare the consortium's "
+            "fingerprint, or give your own copy (--federation)."
+        )
     gone = {name for session in sessions for name in session.told.get("signed", {})}
     if gone := gone & listed.roster.revoked:
         yield f"Revoked since, on the list when the run began: {some(sorted(gone))}."
