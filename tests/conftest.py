@@ -109,6 +109,14 @@ def _own_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOGGER, "propagate", True)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_has_seen_a_list() -> None:
+    """Forget the lists of members that the test before has read: each test plays a machine of its
+    own.
+    """
+    (Path(os.environ["MEDFED_HOME"]) / "members.lists").unlink(missing_ok=True)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for tests of tiny tensors: waking a second one would be most of their time."""

@@ -36,6 +36,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parent.parent
 KEY = "keys/consortium.key"
+FRESH = "keys/fresh.key"  # of a consortium that has begun no list yet: one key, one list
 
 COMMANDS: dict[str, str] = {
     "run": "run study.toml --out new",
@@ -75,7 +76,7 @@ COMMANDS: dict[str, str] = {
     "key new": "key new north",
     "key show": f"key show {KEY}",
     "key request": f"key request {KEY} --out asked.json",
-    "federation new": f"federation new others --key {KEY}",
+    "federation new": f"federation new others --key {FRESH}",
     "federation approve": f"federation approve members asked-north.json --key {KEY} --fingerprint FINGERPRINT",
     "federation revoke": f"federation revoke members south --key {KEY} --reason left",
     "federation show": "federation show members",
@@ -143,6 +144,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             "privacy found site --lifetime-epsilon 3 --delta 1e-5 --operator Ada",
             "key new consortium --role consortium",
+            "key new fresh --role consortium",
             f"federation new members --key {KEY}",
             *(f"key new {name}" for name in ("west", "south")),
             *(f"key request keys/{name}.key --out asked-{name}.json" for name in ("west", "south")),

@@ -265,28 +265,46 @@ def trail_verify(
     run: RunFolder,
     federation: Annotated[
         Path | None,
-        typer.Option(help="A consortium's folder: only keys that it approved may have signed."),
+        typer.Option(help="Your copy of the list of members; default: the one the study names."),
     ] = None,
+    head: Annotated[
+        str,
+        typer.Option(help="A hash of one of the trail's lines that you were told, or have kept."),
+    ] = "",
+    coordinator: Annotated[
+        list[str],
+        typer.Option(help="The fingerprint of the coordinator's keys that you were told; one of."),
+    ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Check every line of a run's trail: its signature, the line before it, and the head that
-    summary.json holds.
+    """Check a run's folder against its trail: every line signed, by a coordinator on the list of
+    members and not revoked; of this study and this run, which every participant has signed; with
+    its end.
 
-    Of a finished run also that its model is the one the trail ends with.
+    Model, events, plan, study, summary, claim, audit and the pages that lie there must be those
+    that the end binds, or follow from them.
     """
-    from medfed import runs
+    from dataclasses import asdict
 
-    found = runs.verify_trail(run, federation)
-    if found.entries[-1]["kind"] == "finished":
-        runs.verify_model(run, federation)
+    from medfed.runs.verification import verify_run
+
+    checked = verify_run(run, federation, head, coordinator)
+    found = checked.trail
     if as_json:
-        print(json.dumps({"entries": found.entries, "head": found.head}))
+        told = {name: value for name, value in asdict(checked).items() if name != "trail"}
+        print(json.dumps({"entries": len(found.entries), "head": found.head, **told}))
         return
     kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in found.entries))
+    prints = ", ".join(checked.fingerprints)
+    lines = [
+        f"{len(found.entries)} lines hold ({kinds})",
+        f"head {found.head}",
+        f"signed by {checked.signed_by}, fingerprint {prints}",
+    ]
+    if checked.consortium:
+        lines.append(f"on the list of the consortium {checked.consortium}")
     _console().print(
-        f"{len(found.entries)} lines hold ({kinds})\nhead {found.head}",
-        highlight=False,
-        soft_wrap=True,
+        "\n".join([*lines, *checked.told]), highlight=False, markup=False, soft_wrap=True
     )
 
 

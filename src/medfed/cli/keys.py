@@ -99,11 +99,11 @@ def key_request(
 @federation_app.command("new")
 def federation_new(folder: Consortium, key: Signer) -> None:
     """Begin a consortium's list of members."""
-    from medfed.compliance import consortium
+    from medfed.compliance import consortium, seen
     from medfed.secure import key_files
 
     authority = key_files.load(key, passphrase())
-    consortium.begin(folder, authority)
+    consortium.begin(folder, authority, seen.beside(key))
     console().print(
         f"{folder}: members must check this fingerprint over another channel\n"
         f"{authority.public.fingerprint}",
@@ -120,7 +120,7 @@ def federation_approve(
     fingerprint: Annotated[str, typer.Option(help="What the party told as its fingerprint.")],
 ) -> None:
     """Enrol a party whose fingerprint is what it told, or replace its keys."""
-    from medfed.compliance import consortium
+    from medfed.compliance import consortium, seen
     from medfed.core.checks import SignatureError
     from medfed.secure import key_files
 
@@ -132,7 +132,8 @@ def federation_approve(
         raise SignatureError(
             f"{request} is no enrolment request ({error}); ask for another"
         ) from error
-    member = consortium.approve(folder, key_files.load(key, passphrase()), asked, fingerprint)
+    authority = key_files.load(key, passphrase())
+    member = consortium.approve(folder, authority, asked, fingerprint, seen.beside(key))
     console().print(
         f"enrolled {member.role} {member.name}  {member.fingerprint}", highlight=False, markup=False
     )
@@ -146,22 +147,27 @@ def federation_revoke(
     reason: Annotated[str, typer.Option(help="Why; it stays on the list.")],
 ) -> None:
     """Revoke a member: from now on its messages count nowhere."""
-    from medfed.compliance import consortium
+    from medfed.compliance import consortium, seen
     from medfed.secure import key_files
 
-    consortium.revoke(folder, key_files.load(key, passphrase()), name, reason)
+    authority = key_files.load(key, passphrase())
+    consortium.revoke(folder, authority, name, reason, seen.beside(key))
     console().print(f"revoked {name}", highlight=False, markup=False)
 
 
 @federation_app.command("show")
 def federation_show(folder: Consortium, as_json: AsJson = False) -> None:
-    """Check every line of a consortium's list, and show who is on it."""
+    """Check every line of a consortium's list, and show who is on it.
+
+    A list that lacks the last line that was seen on this machine is refused: it was rolled back.
+    """
     from rich.markup import escape
     from rich.table import Table
 
-    from medfed.compliance import consortium
+    from medfed.compliance import consortium, seen
+    from medfed.privacy import places
 
-    found = consortium.read(folder)
+    found = consortium.read(folder, own=places.home() / seen.READER)
     if as_json:
         members = {
             name: {"role": one.role, "fingerprint": one.fingerprint}
@@ -170,7 +176,12 @@ def federation_show(folder: Consortium, as_json: AsJson = False) -> None:
         revoked = sorted(found.roster.revoked)
         print(
             json.dumps(
-                {"consortium": found.authority.fingerprint, "members": members, "revoked": revoked},
+                {
+                    "consortium": found.authority.fingerprint,
+                    "list": found.tell_head(),
+                    "members": members,
+                    "revoked": revoked,
+                },
                 indent=2,
             )
         )
@@ -179,6 +190,9 @@ def federation_show(folder: Consortium, as_json: AsJson = False) -> None:
     for name, one in found.roster.items():
         table.add_row(escape(name), one.role, one.fingerprint)
     console().print(f"consortium {found.authority.fingerprint}", highlight=False)
+    console().print(
+        f"{len(found.hashes)} lines, head {found.head}", highlight=False, soft_wrap=True
+    )
     console().print(table)
     for name in sorted(found.roster.revoked):
         console().print(f"revoked: {name}", highlight=False, markup=False)

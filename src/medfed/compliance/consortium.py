@@ -2,18 +2,19 @@
 
 The list is a trail (`compliance.trail`) that only the consortium's key writes: nobody else can add
 a line, and nobody, not even the consortium, can change one unseen. Members compare that key's
-fingerprint once, over a channel of their own.
+fingerprint once, over a channel of their own; from the first list that a party has seen it takes no
+older one, and no other (`compliance.seen`).
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from medfed.compliance import trail
+from medfed.compliance import seen, trail
 from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import SignatureError, TrailError
@@ -34,6 +35,57 @@ class Consortium:
     authority: Public
     history: list[dict[str, Any]]
     head: str
+    hashes: list[str]  # of each line
+    path: Path
+
+    def tell_head(self) -> dict[str, Any]:
+        """Return how far the list goes, as a trail records it."""
+        return {"lines": len(self.hashes), "head": self.head}
+
+    def as_of(self, told: Mapping[str, Any]) -> Roster:
+        """Return who was on the list where `tell_head` told this of it.
+
+        Raises TrailError where the list lacks that line: it is older, or another.
+        """
+        lines = told["lines"]
+        if type(lines) is not int or lines < 1 or self.hashes[lines - 1 : lines] != [told["head"]]:
+            raise TrailError(
+                f"{self.path} has {len(self.hashes)} lines and lacks line {lines} with hash "
+                f"{str(told['head'])[:16]}..., under which the run began: it is older, rolled "
+                "back or forked. Get the newest list from the consortium."
+            )
+        return _walk(self.path, self.history[:lines])[0]
+
+    def revoked_keys(self) -> set[bytes]:
+        """Return the signing keys that were revoked, and not approved again since.
+
+        A key that its owner replaced is not among them.
+        """
+        current: dict[str, bytes] = {}
+        found: set[bytes] = set()
+        for entry in self.history:
+            facts = entry["facts"]
+            if entry["kind"] == "approved":
+                current[facts["name"]] = from_json(facts).signing
+                found.discard(current[facts["name"]])
+            elif entry["kind"] == "revoked":
+                found.add(current[facts["name"]])
+        return found
+
+    def approved_keys(self) -> set[tuple[str, str]]:
+        """Return the names and signing keys, in hex, that the consortium ever approved."""
+        return {
+            (entry["facts"]["name"], entry["facts"]["signing"])
+            for entry in self.history
+            if entry["kind"] == "approved"
+        }
+
+    def keep_up(self, own: Path) -> None:
+        """Refuse this list where it lacks the head last seen by a party, and remember it for it.
+
+        `own` is where the party keeps what it has seen; raises as `seen.keep_up` does.
+        """
+        seen.keep_up(own, self.authority.fingerprint, self.hashes, self.path)
 
 
 def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
@@ -47,30 +99,46 @@ def request(identity: Identity, old: Identity | None = None) -> dict[str, Any]:
     return asked
 
 
-def begin(folder: Path, authority: Identity) -> None:
-    """Begin a consortium's list in a folder. Raises TrailError where it has one."""
+def begin(folder: Path, authority: Identity, own: Path | None = None) -> None:
+    """Begin a consortium's list in a folder.
+
+    `own` is where the consortium keeps what it has seen (`seen.beside` its key file). Raises
+    TrailError where the folder has a list, or the key has begun one before.
+    """
+    if own and (last := seen.read(own).get(authority.public.fingerprint)):
+        raise TrailError(
+            f"{own}: this key has begun a list, of {last.lines} lines; members would take a second "
+            "one for a fork. Restore that list, or make another key."
+        )
     if (folder / "members.jsonl").exists():
         raise TrailError(
             f"{folder} holds members.jsonl already; give another folder, or approve members into "
             "this one"
         )
     _append(folder, authority, "founded", to_json(authority.public))
+    if own:
+        read(folder, authority.public, own=own)
 
 
 def approve(
-    folder: Path, authority: Identity, asked: Mapping[str, Any], fingerprint: str = ""
+    folder: Path,
+    authority: Identity,
+    asked: Mapping[str, Any],
+    fingerprint: str = "",
+    own: Path | None = None,
 ) -> Public:
     """Put the party of an enrolment request on the list, and return what was approved.
 
     `fingerprint` is what the party told over another channel. Raises SignatureError where the
     request has another, is not signed by its own keys, or comes for a member in good standing and
-    is not signed by that member's present keys too.
+    is not signed by that member's present keys too. `own` is as for `begin`: a list that was rolled
+    back is refused, as what is added to it would be a fork.
     """
     member = from_json(asked)
-    now = read(folder, authority.public)
+    now = read(folder, authority.public, own=own)
     data = _signing_input(to_json(member))
     name = member.name
-    if fingerprint and not _matches(fingerprint, member):
+    if fingerprint and not matches(fingerprint, member):
         raise SignatureError(
             f"the request of {name!r} has fingerprint {member.fingerprint}, told was "
             f"{fingerprint}; ask the party again"
@@ -88,37 +156,73 @@ def approve(
         )
 
     _append(folder, authority, "approved", to_json(member))
+    if own:
+        read(folder, authority.public, own=own)
     return member
 
 
-def revoke(folder: Path, authority: Identity, name: str, reason: str) -> None:
+def revoke(
+    folder: Path, authority: Identity, name: str, reason: str, own: Path | None = None
+) -> None:
     """Take a member off the list: from now on its messages count nowhere.
-    Raises SignatureError, RevokedError.
+    Raises SignatureError, RevokedError; `own` is as for `approve`.
     """
-    _ = read(folder, authority.public).roster[name]
+    _ = read(folder, authority.public, own=own).roster[name]
     _append(folder, authority, "revoked", {"name": name, "reason": reason})
+    if own:
+        read(folder, authority.public, own=own)
 
 
-def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -> Consortium:
+def read(
+    folder: Path, authority: Public | None = None, fingerprint: str = "", own: Path | None = None
+) -> Consortium:
     """Return a consortium's list, every line checked.
 
-    Raises TrailError where a line was changed or another key than the founder's wrote one, or the
-    founder's is not `authority` or has not this `fingerprint`.
+    `own` is where its reader keeps what it has seen: a list that does not go on from there is
+    refused, and this one is remembered. Raises TrailError where that is so, where a line was
+    changed or another key than the founder's wrote one, or the founder's is not `authority` or has
+    not this `fingerprint`.
     """
     path = folder / "members.jsonl"
     verified = trail.verify(path, holds)
+    roster, founder = _walk(path, verified.entries)
+    if authority and authority.signing != founder.signing:
+        raise TrailError(
+            f"{path} belongs to the key {founder.fingerprint}; {authority.fingerprint} may not "
+            "write it"
+        )
+    if fingerprint and not matches(fingerprint, founder):
+        raise TrailError(
+            f"{path} has the fingerprint {founder.fingerprint}; expected {fingerprint}. Ask the "
+            "consortium."
+        )
+
+    found = Consortium(roster, founder, verified.entries, verified.head, verified.hashes, path)
+    if own:
+        found.keep_up(own)
+    return found
+
+
+def _walk(path: Path, entries: Iterable[Mapping[str, Any]]) -> tuple[Roster, Public]:
+    """Return who is on a list after these lines, and its founder.
+
+    Raises TrailError at a line that is none of the founder's.
+    """
     members: dict[str, Public] = {}
     revoked: set[str] = set()
     founder: Public | None = None
+    first: object = None
 
-    for number, entry in enumerate(verified.entries, 1):
+    for number, entry in enumerate(entries, 1):
         facts = entry["facts"]
+        if number == 1:
+            first = facts.get("public")
         match entry["kind"]:
             case "opened" if founder is None or facts.get("public") == founder.signing.hex():
                 continue
             case "founded" if founder is None and number == 2:
                 founder = from_json(facts)
-                if verified.entries[0]["facts"].get("public") == founder.signing.hex():
+                if first == founder.signing.hex():
                     continue
             case "approved":
                 member = from_json(facts)
@@ -136,18 +240,7 @@ def read(folder: Path, authority: Public | None = None, fingerprint: str = "") -
 
     if founder is None:
         raise TrailError(f"{path} names no founder; make a list with `medfed federation new`")
-    if authority and authority.signing != founder.signing:
-        raise TrailError(
-            f"{path} belongs to the key {founder.fingerprint}; {authority.fingerprint} may not "
-            "write it"
-        )
-    if fingerprint and not _matches(fingerprint, founder):
-        raise TrailError(
-            f"{path} has the fingerprint {founder.fingerprint}; expected {fingerprint}. Ask the "
-            "consortium."
-        )
-
-    return Consortium(Roster(members, frozenset(revoked)), founder, verified.entries, verified.head)
+    return Roster(members, frozenset(revoked)), founder
 
 
 def _append(folder: Path, authority: Identity, kind: str, facts: Mapping[str, Any]) -> None:
@@ -171,29 +264,48 @@ def own_keys(study: Study, name: str, role: str) -> Identity:
     The passphrase is MEDFED_PASSPHRASE. Raises KeyFileError where there is none, or it cannot be
     opened.
     """
-    security = study.security
-    if not security.federation:
+    if not study.security.federation:
         return Identity.new(name, role)
-    file = study.folder / security.keys / f"{quote(name, safe=' ')}.key"
-    return key_files.load(file, os.environ.get("MEDFED_PASSPHRASE", ""))
+    return key_files.load(_key_file(study, name), os.environ.get("MEDFED_PASSPHRASE", ""))
 
 
 def record_of(study: Study, name: str) -> Record:
     """Return what a party has done in secure rounds: beside its key file where its keys outlast a
     run, in memory where they end with it.
     """
-    security = study.security
-    if not security.federation:
+    if not study.security.federation:
         return Record()
-    return Record(study.folder / security.keys / f"{quote(name, safe=' ')}.record")
+    return Record(_key_file(study, name).with_suffix(".record"))
 
 
-def members_of(study: Study) -> Consortium | None:
-    """Return the list of members that a study names, checked; None where a run makes its keys."""
+def members_of(study: Study, names: Iterable[str]) -> Consortium | None:
+    """Return the list of members that a study names, checked; None where a run makes its keys.
+
+    Each of the parties `names` remembers its head beside its own key file, and refuses a list that
+    lacks the head that it remembers. Raises as `read` does.
+    """
     security = study.security
     if not security.federation:
         return None
-    return read(study.folder / security.federation, fingerprint=security.fingerprint)
+    found = read(study.folder / security.federation, fingerprint=security.fingerprint)
+    for name in names:
+        found.keep_up(seen.beside(_key_file(study, name)))
+    return found
+
+
+def _key_file(study: Study, name: str) -> Path:
+    return study.folder / study.security.keys / f"{quote(name, safe=' ')}.key"
+
+
+def tell_writer(writer: Public, members: Consortium | None) -> dict[str, Any]:
+    """Return what a trail's writer tells of itself: its keys, whose list it is on, and how far that
+    list went.
+    """
+    return {
+        "coordinator": to_json(writer),
+        "consortium": members.authority.fingerprint if members else "",
+        "members": members.tell_head() if members else None,
+    }
 
 
 def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:
@@ -208,7 +320,8 @@ def refuse_unapproved(members: Consortium, public: Public, role: str) -> None:
         )
 
 
-def _matches(fingerprint: str, public: Public) -> bool:
+def matches(fingerprint: str, public: Public) -> bool:
+    """Say whether keys have a fingerprint, however it is spaced."""
     return fingerprint.replace(" ", "").lower() == public.fingerprint.replace(" ", "")
 
 

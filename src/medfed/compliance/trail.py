@@ -1,14 +1,16 @@
 """The trail: what happened in a run, line by line, signed and chained so that a later change shows.
 
 A line is a JSON object with the sha256 of the line before and its writer's signature. Who writes
-first tells its public key (kind "opened"); a resumed run opens again with a new key. So what is
-changed, removed, added or put in another order is found; a trail that was cut at its end, or
-written anew from the start, is found by its head, the hash of the last line, where that is kept
-elsewhere (summary.json).
+first tells its public key (kind "opened"); a resumed run opens again. So what is changed, removed,
+added or put in another order is found. Where a trail must end, whose key may write it and what its
+lines bind is its reader's to ask: `runs.verification` of a run's, `consortium` of a list of
+members. Its head, the hash of its last line, finds any other trail in its place where it is kept
+elsewhere.
 """
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,9 +43,11 @@ class Trail:
         its first line says with which key, `public`, the next are signed.
 
         A last line that a crash tore is cut off, and the opening line says so. Raises WriteError
-        where the system refuses.
+        where the system refuses, TrailError where something else is in the file's place: a link
+        would have lines written into whatever it leads to.
         """
         files.make_folder(path.parent)
+        _refuse_no_file(path)
         with files.explained(path):
             before = path.read_bytes() if path.exists() else b""
             whole = before[: before.rfind(b"\n") + 1]
@@ -95,10 +99,11 @@ class Trail:
 
 @dataclass(frozen=True)
 class Verified:
-    """A trail that holds: its entries, and its head."""
+    """A trail that holds: its entries, its head, and the hash of each line."""
 
     entries: list[dict[str, Any]]
     head: str
+    hashes: list[str]
 
 
 def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str = "") -> Verified:
@@ -116,16 +121,14 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
       where it was kept elsewhere;
     - a writer's key is the one that its opening line tells: whose it is, a list of the consortium
       says;
-    - a torn last line is refused: resuming the run cuts it off.
+    - a torn last line is refused: resuming the run cuts it off;
+    - a line that says the same in other bytes (a name twice, a number that is none, more spaces)
+      is refused, as readers may differ in what they take from it; so is a link in the file's place.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TrailError(
-            f"{path} cannot be read: {error.strerror}. Give a run whose rows nobody sees."
-        ) from error
+    data = read_file(path, "Give a run whose rows nobody sees.")
 
     entries: list[dict[str, Any]] = []
+    hashes: list[str] = []
     previous = _FIRST
     keys = dict[str, bytes]()
 
@@ -143,6 +146,7 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
             )
         entries.append(entry)
         previous = sha256(line).hexdigest()
+        hashes.append(previous)
 
     if not data.endswith(b"\n"):
         raise TrailError(
@@ -155,7 +159,32 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
             "are missing"
         )
 
-    return Verified(entries, previous)
+    return Verified(entries, previous, hashes)
+
+
+def read_file(path: Path, advice: str) -> bytes:
+    """Return a file's content; raise TrailError with `advice` where there is no file to read.
+
+    A link is refused: what it leads to can be exchanged without touching the folder.
+    """
+    _refuse_no_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrailError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise TrailError where a link, a folder or a device is in a file's place."""
+    try:
+        kind = path.lstat().st_mode
+    except OSError:  # not there: reading, or making it, says so
+        return
+    if not stat.S_ISREG(kind):
+        there = "a link" if stat.S_ISLNK(kind) else "a folder" if stat.S_ISDIR(kind) else "no file"
+        raise TrailError(
+            f"{path} is {there}; expected a file of this folder itself. Restore it from a copy."
+        )
 
 
 def _parse_entry(path: Path, number: int, line: bytes, previous: str) -> dict[str, Any]:
@@ -167,6 +196,8 @@ def _parse_entry(path: Path, number: int, line: bytes, previous: str) -> dict[st
             raise ValueError(f"expected the fields {', '.join(_FIELDS)}")
         if not all(type(entry[name]) is kind for name, kind in kinds.items()):
             raise ValueError("a field of another kind")
+        if json.dumps(entry, allow_nan=False).encode() != line:
+            raise ValueError("it is not written as a trail writes it")
     except (ValueError, RecursionError) as error:
         raise TrailError(f"{where}: no entry ({error}); the trail was changed here") from error
     if entry["number"] != number or entry["previous"] != previous:
@@ -181,7 +212,9 @@ def _signing_input(entry: Mapping[str, Any]) -> bytes:
 
 
 def _parse_hex(text: object) -> bytes:
+    """Return the bytes of a text of hex digits in the one spelling that is written; else none."""
     try:
-        return bytes.fromhex(text) if isinstance(text, str) else b""
+        data = bytes.fromhex(text) if isinstance(text, str) else b""
     except ValueError:
         return b""
+    return data if data.hex() == text else b""

@@ -13,6 +13,7 @@ MedfedError
 │   └── AbortError        a secure round ended without opening anything; the reason names the party
 ├── KeyFileError     a key file is missing, open to others, damaged, or its passphrase is wrong
 ├── TrailError       a trail cannot be read, or was changed
+│   └── NoEndError        a trail has no end: the run was cut off, or its last lines are missing
 ├── RunError         a run folder, checkpoint or model file cannot be used
 │   └── WriteError        the system refuses to write a file or a folder
 ├── ServeError       a run cannot be shown as asked: port, token, TLS
@@ -75,6 +76,10 @@ class KeyFileError(MedfedError):
 
 class TrailError(MedfedError):
     """A trail cannot be read, or was changed."""
+
+
+class NoEndError(TrailError):
+    """A trail has no end: the run was cut off, or its last lines are missing."""
 
 
 class RunError(MedfedError):

@@ -37,7 +37,7 @@ from medfed.privacy import attack_statistics as attacks
 from medfed.privacy import noise_tests
 from medfed.privacy.attack_statistics import CoinEvidence, Part
 from medfed.privacy.guarantee import GRID, Guarantee
-from medfed.runs import claims
+from medfed.runs import claims, sealing
 from medfed.study import Privacy, Study
 
 CONFIDENCE = 0.95
@@ -150,12 +150,17 @@ def audit_run(folder: Path, data: Path | None = None, **options: Any) -> dict[st
     """Attack a twin of a run's frozen study; write what came of it into the run's audit.json and
     into its claim.
 
-    `options` are those of `audit_study`. Raises RunError where the folder holds no claim.
+    `options` are those of `audit_study`. A run with a trail has the audit signed into it, as pages
+    show what it found. Raises RunError where the folder holds no claim, KeyFileError where the
+    coordinator's keys, which sign, are not here.
     """
     claim = claims.read(folder)
     (study, encoding) = runs.read_plan(folder)
     with files.hold(folder):
+        sign = sealing.open_auditor(folder, study)
         found = audit_study(study, data, encoding=encoding, **options)
+        if sign:
+            sign(found)
         files.write(folder / "audit.json", json.dumps(found, indent=2, allow_nan=False))
         files.write(
             folder / "privacy.json",

@@ -133,7 +133,7 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     Whose keys count is the consortium's list to say, where the site's own study names one, and else
     the coordinator. A run is joined once: by the same coordinator, on the same facts, or not again.
     """
-    members = consortium.members_of(sites[0].study)
+    members = consortium.members_of(sites[0].study, [site.name for site in sites])
     joining = Joining.read(header, members)
     answers: list[Answer] = []
     for site in sites:

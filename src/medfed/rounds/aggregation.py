@@ -72,7 +72,7 @@ def identify(
         return None
 
     # The coordinator: its own keys, and the list that says whose count.
-    members = consortium.members_of(study)
+    members = consortium.members_of(study, [COORDINATOR])
     me = consortium.own_keys(study, COORDINATOR, "coordinator")
     if members:
         consortium.refuse_unapproved(members, me.public, "coordinator")
@@ -123,10 +123,8 @@ def introduce(
     if folder:
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, me.name, me.public.signing, me.sign)
-        authority = keys.members.authority.fingerprint if keys.members else ""
-        trail.append(
-            "study", {"digest": study, "run": run, "consortium": authority, "signed": signed}
-        )
+        facts = {"digest": study, "run": run, "signed": signed}
+        trail.append("study", facts | consortium.tell_writer(me.public, keys.members))
         publisher.model = _last_model(path, behind)
     if security.aggregation == "masked":
         return Masked(publisher, masking_terms(plan, run), trail)
@@ -235,7 +233,8 @@ def _check_signed(publisher: Publisher, name: str, payload: bytes) -> bytes:
 
 def _unsigned(publisher: Publisher, name: str, error: Exception) -> PlanError:
     return PlanError(
-        f"{name!r} has not signed this study (digest {publisher.study[:16]}...): "
+        f"{publisher.post.roster[name].role} {name!r} has not signed this study (digest "
+        f"{publisher.study[:16]}...): "
         f"{error} Give every party the same study file."
     )
 

@@ -68,7 +68,7 @@ class Aggregator:
         Sizes without a claim are the sites' to know: each seals what it takes for agreed in with
         its shares, and rows of those who take something else do not count.
         """
-        joining = Joining.read(told, consortium.members_of(self.study))
+        joining = Joining.read(told, consortium.members_of(self.study, [self.name]))
         sizes, participants, parameters = _read_facts(told)
         facts = resolve(self.study, sizes, participants, parameters)
         joining.refuse_others(facts.participants)

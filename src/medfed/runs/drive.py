@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from medfed.core.checks import (
     QuorumError,
     some,
 )
+from medfed.core.types import JSON
 from medfed.learn import zoo
 from medfed.learn.algorithms import Server
 from medfed.monitor import events
@@ -35,7 +35,7 @@ from medfed.rounds.plain import PLAIN
 from medfed.rounds.rollback import Rollback
 from medfed.rounds.round import decide, run_round, test, vote
 from medfed.rounds.way import Way
-from medfed.runs import claims
+from medfed.runs import claims, sealing
 from medfed.runs.folders import versions, write_checkpoint, write_model
 from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
@@ -228,19 +228,24 @@ class Drive:
         kept = zoo.select_fixed(build_model(plan.study, plan.encoding))
         if folder:
             write_model(folder, self.server, plan, kept, summary["decision"])
+            claim = self.write_claim(folder)
+            # The end binds all that pages are made of, so the log must be on disk before it.
+            self.log.offset()
             if written := getattr(self.aggregation, "trail", None):
-                model = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-                facts = {"rounds": self.server.round, "status": summary["status"], "model": model}
-                written.append("finished", facts)
+                end = sealing.describe_end(folder, self.server.round, summary, claim)
+                written.append("finished", end)
                 summary["trail"] = {"entries": written.number, "head": written.head}
-            if plan.guarantee:
-                told = {
-                    name: replace(one, head=self.heads[name]) for name, one in self.told.items()
-                }
-                claim = claims.claim(plan, self.budget, told)
-                files.write(folder / "privacy.json", json.dumps(claim, indent=2, allow_nan=False))
-            files.write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
+            files.write(folder / sealing.SUMMARY, json.dumps(summary, indent=2, allow_nan=False))
         return Result(summary, self.study, plan.encoding, self.server.released_P, folder, kept)
+
+    def write_claim(self, folder: Path) -> JSON | None:
+        """Write what the run guarantees, and return it; None where nothing was asked for."""
+        if not self.plan.guarantee:
+            return None
+        told = {name: replace(one, head=self.heads[name]) for name, one in self.told.items()}
+        claim = claims.claim(self.plan, self.budget, told)
+        files.write(folder / sealing.CLAIM, json.dumps(claim, indent=2, allow_nan=False))
+        return claim
 
 
 def _roll_back(gate: Rollback, before: Server, after: Server, log: Log) -> Server:

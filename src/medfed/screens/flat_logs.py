@@ -12,11 +12,14 @@ from medfed.core.checks import PlanError
 from medfed.monitor.metrics import Figure
 from medfed.screens.story import Story
 
+FORMATS = ("json", "csv", "parquet")
+TABLES = ("rounds", "sites", "tests", "findings")
+
 
 def export_tables(
     folder: str | Path,
     out: str | Path | None = None,
-    formats: Sequence[str] = ("json", "csv", "parquet"),
+    formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Write a run's log as flat tables (rounds, sites, tests, findings), each in every format.
 
@@ -36,7 +39,7 @@ def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path
     found = tables(story)
     with files.hold(place):
         written = {
-            place / f"{name}.{kind}": _serialise(kind, frame)
+            place / f"{name}.{kind}": serialise(kind, frame)
             for name, frame in found.items()
             for kind in formats
         }
@@ -45,7 +48,7 @@ def write_tables(story: Story, place: Path, formats: Sequence[str]) -> list[Path
     return list(written)
 
 
-def _serialise(kind: str, frame: pd.DataFrame) -> bytes | str:
+def serialise(kind: str, frame: pd.DataFrame) -> bytes | str:
     """Return a table as the content of a file."""
     if kind == "csv":
         return frame.to_csv(index=False)
@@ -57,8 +60,8 @@ def _serialise(kind: str, frame: pd.DataFrame) -> bytes | str:
 
 
 def _check(formats: Sequence[str]) -> None:
-    if unknown := set(formats) - {"json", "csv", "parquet"}:
-        raise PlanError(f"formats={sorted(unknown)}; expected some of json, csv, parquet")
+    if unknown := set(formats) - set(FORMATS):
+        raise PlanError(f"formats={sorted(unknown)}; expected some of {', '.join(FORMATS)}")
 
 
 def tables(story: Story) -> dict[str, pd.DataFrame]:
