@@ -10,12 +10,16 @@ from scipy import stats
 
 from medfed.core.checks import AbortError
 from medfed.core.entropy import Words
-from medfed.secure import products
+from medfed.secure import field, products
 from medfed.secure.line import Line, Pair
 from medfed.secure.products import Inner, Products
 from tests.secure import three
 
 COIN, LATER = b"c" * 32, b"r" * 32
+
+
+def add(made: Products, first: Words, second: Words) -> None:
+    made.add(first, second, [field.digits(first), field.digits(second)])
 
 
 def party(
@@ -25,7 +29,7 @@ def party(
     K, M = held.first.shape
     made = Products(K, M, every)
     for at in (slice(0, M // 3), slice(M // 3, M)):
-        made.add(held.first[:, at], held.second[:, at])
+        add(made, held.first[:, at], held.second[:, at])
     if lie:
         lie(made)
     inner = yield from made.tell(line)
@@ -144,7 +148,7 @@ def low_bits(runs: int, monkeypatch: pytest.MonkeyPatch, bare: bool = False) -> 
 
 def _tell(line: Line, held: Pair) -> three.Steps:
     made = Products(*held.first.shape, every=True)
-    made.add(held.first, held.second)
+    add(made, held.first, held.second)
     return (yield from made.tell(line))
 
 

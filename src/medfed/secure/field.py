@@ -19,7 +19,13 @@ HEADROOM = 8
 round would wrap.
 """
 
-_LIMB = 22  # bits; 2^22 2^22 512 = 2^53
+LIMB = 22
+"""Bits of a limb of a word: 2^22 2^22 512 = 2^53."""
+
+DIGITS = 3
+"""Limbs of a word."""
+
+_FROM_2_52 = np.uint64(0x4330000000000000)
 _BLOCK = 512
 _PAIRS = [(i, j) for i in range(3) for j in range(3 - i)]  # whose shift is below 64 bits
 
@@ -72,22 +78,33 @@ def matmul(a_nm: Words, b_mp: Words) -> Words:
     """Return the product [n, p] mod 2^64, exact."""
     total = np.zeros((a_nm.shape[0], b_mp.shape[1]), np.uint64)
     for start in range(0, a_nm.shape[1], _BLOCK):
-        left = _limbs(a_nm[:, start : start + _BLOCK])
-        right = _limbs(b_mp[start : start + _BLOCK])
+        left = digits(a_nm[:, start : start + _BLOCK])
+        right = digits(b_mp[start : start + _BLOCK])
         for i, j in _PAIRS:
-            total += (left[i] @ right[j]).astype(np.uint64) << np.uint64(_LIMB * (i + j))
+            total += (left[i] @ right[j]).astype(np.uint64) << np.uint64(LIMB * (i + j))
     return total
 
 
-def _limbs(x: Words) -> list[NDArray[np.float64]]:
-    mask = np.uint64((1 << _LIMB) - 1)
-    return [((x >> np.uint64(_LIMB * i)) & mask).astype(np.float64) for i in range(3)]
+def digits(words: Words) -> NDArray[np.float64]:
+    """Return the three digits [3, ...] of words, of 22, 22 and 20 bits, the least first."""
+    mask = np.uint64((1 << LIMB) - 1)
+    found = np.empty((DIGITS, *words.shape))
+    part = np.empty_like(words)
+    for j in range(DIGITS):
+        np.right_shift(words, np.uint64(LIMB * j), out=part)
+        part &= mask
+        # a number below 2^52 as the last bits of a float from 2^52 on: processors convert slower
+        part |= _FROM_2_52
+        np.subtract(part.view(np.float64), 2.0**52, out=found[j])
+    return found
 
 
-def project(ternary_Jm: NDArray[np.float64], x_nm: Words) -> Words:
-    """Return x R^T [n, J] mod 2^64, exact, for R of -1, 0, 1 (float64) of at most 2^20 columns."""
-    low = (x_nm & np.uint64(0xFFFFFFFF)).astype(np.float64) @ ternary_Jm.T
-    high = (x_nm >> np.uint64(32)).astype(np.float64) @ ternary_Jm.T
-    return low.astype(np.int64).view(np.uint64) + (
-        high.astype(np.int64).view(np.uint64) << np.uint64(32)
-    )
+def project(ternary_Jm: NDArray[np.float64], digits_3nm: NDArray[np.float64]) -> Words:
+    """Return x R^T [n, J] mod 2^64, exact, for the `digits` of x and R of -1, 0, 1 (float64) of at
+    most 2^20 columns.
+    """
+    n = digits_3nm.shape[1]
+    parts = digits_3nm.reshape(DIGITS * n, -1) @ ternary_Jm.T
+    low, middle, high = parts.astype(np.int64).view(np.uint64).reshape(DIGITS, n, -1)
+    total: Words = low + (middle << np.uint64(LIMB)) + (high << np.uint64(2 * LIMB))
+    return total

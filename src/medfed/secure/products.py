@@ -36,16 +36,12 @@ from medfed.secure.line import Line, Pair, Sends
 P = 2**127 - 1
 """The order of the field of proofs, a Mersenne prime."""
 
-BLOCKS = 16
-"""S, into how many blocks a proof folds."""
-
 GROUP = 16
 """Rows whose products are worked out together, where only squares are asked for."""
 
-_LIMB = 22  # bits of a digit, and of a limb of a number of the field
 _LIMBS = 6  # of a number of the field
-_DIGITS = 3  # of a word
-_SUMS = 2 * _DIGITS - 1  # values of s
+_SUMS = 2 * field.DIGITS - 1  # values of s
+_DIGITS = range(field.DIGITS)
 _MASK = 120  # bits of what hides a D
 _CHUNK = 512  # products of 44 bits that sum below 2^53, exact in float64
 
@@ -87,18 +83,18 @@ class Products:
         size = K if every else GROUP
         self.groups = [range(at, min(at + size, K)) for at in range(0, K, size)]
         self.length = length
+        self.blocks = _SHORT if length * len(self.groups) < 2**16 else _LONG
         self.pairs = [(k, h) for rows in self.groups for k in rows for h in rows if k <= h]
-        self._cross = [_Exact((_DIGITS * len(rows),) * 2) for rows in self.groups]
+        self._cross = [_Exact((field.DIGITS * len(rows),) * 2) for rows in self.groups]
         self._own = [np.zeros((len(rows), len(rows)), np.uint64) for rows in self.groups]
         self._next = [np.zeros((len(rows), len(rows)), np.uint64) for rows in self.groups]
         self._every = every
 
-    def add(self, first: Words, second: Words) -> None:
-        """Take in some columns [K, count] of both shares."""
-        digits = [_digits(first), _digits(second)]  # [3, K, count]
+    def add(self, first: Words, second: Words, digits: Sequence[Floats]) -> None:
+        """Take in some columns [K, count] of both shares, and the `field.digits` of either."""
         for g, rows in enumerate(self.groups):
             at = slice(rows.start, rows.stop)
-            a, b = (one[:, at].reshape(_DIGITS * len(rows), -1) for one in digits)
+            a, b = (one[:, at].reshape(field.DIGITS * len(rows), -1) for one in digits)
             self._cross[g].add(a, b)
             for total, words in ((self._own[g], first[at]), (self._next[g], second[at])):
                 if self._every:
@@ -133,11 +129,11 @@ class Products:
         found: list[int] = []
         for rows, cross in zip(self.groups, self._cross, strict=True):
             n = len(rows)
-            table = cross.total().reshape(_DIGITS, n, _DIGITS, n)
+            table = cross.total().reshape(field.DIGITS, n, field.DIGITS, n)
             for k in range(n):
                 for h in range(k, n):
                     for s in range(_SUMS):
-                        pairs = [(j, s - j) for j in range(_DIGITS) if 0 <= s - j < _DIGITS]
+                        pairs = [(j, s - j) for j in _DIGITS if s - j in _DIGITS]
                         D = sum(int(table[j, k, i, h]) for j, i in pairs)
                         if k != h:
                             D += sum(int(table[j, h, i, k]) for j, i in pairs)
@@ -149,7 +145,7 @@ class Products:
         found = []
         for at, (k, h) in enumerate(self.pairs):
             parts = numbers[_SUMS * at : _SUMS * (at + 1)]
-            value = sum(part << (_LIMB * s) for s, part in enumerate(parts))
+            value = sum(part << (field.LIMB * s) for s, part in enumerate(parts))
             found.append(value * (2 if k == h else 1) % 2**64)
         return np.array(found, np.uint64)
 
@@ -200,14 +196,14 @@ class Products:
         # Fold: A(r) of the right one's proof goes to the left one, who has its B(r).
         r = int.from_bytes((yield from toss())[:16], "little") % P or 1
         weights = self._weights(chi, rho)
-        seen = _fold(np.concatenate([after, hidden[1]], 1), _powers(r, BLOCKS + 1))
+        seen = _fold(np.concatenate([after, hidden[1]], 1), _powers(r, self.blocks + 1))
         share = _evaluate(theirs, r, -_weigh(weights, self.theirs))
         sent = seen.astype(np.uint32).tobytes() + _write([share])
         _, found = yield from line.swap(sent, b"")
         alpha, other = _read_fold(line, found, size)
 
         # Compare, for the left one's proof.
-        beta = _fold(own, _powers(r, BLOCKS)[::-1])
+        beta = _fold(own, _powers(r, self.blocks)[::-1])
         claimed = other + _evaluate(given, r, _weigh(weights, self.heard))
         if (claimed - _inner(alpha, beta)) % P:
             raise AbortError(
@@ -223,7 +219,7 @@ class Products:
 
     def _collapse(self, columns: Columns, which: int, chi: list[int], rho: int) -> Limbs:
         """Return sum_k chi_k sum_j rho^j (digit j of row k), group by group, as limbs [6, S, t]."""
-        powers = _powers(rho, _DIGITS)
+        powers = _powers(rho, field.DIGITS)
         factors = [
             [
                 _split([chi[k] * power % P for power in powers for k in rows[at : at + _ROWS]])
@@ -231,11 +227,11 @@ class Products:
             ]
             for rows in self.groups
         ]
-        size = -(-self.length * len(self.groups) // BLOCKS)
-        flat = np.zeros((_LIMBS, BLOCKS * size), np.float32)  # 22 bits are exact
+        size = -(-self.length * len(self.groups) // self.blocks)
+        flat = np.zeros((_LIMBS, self.blocks * size), np.float32)  # 22 bits are exact
         for start in range(0, self.length, _WIDE):
             count = min(_WIDE, self.length - start)
-            digits = _digits(columns(which, start, count))
+            digits = field.digits(columns(which, start, count))
             for g, rows in enumerate(self.groups):
                 sums = np.zeros((_LIMBS, count), np.int64)
                 for i, factor in enumerate(factors[g]):
@@ -243,9 +239,10 @@ class Products:
                     sums += (factor @ digits[:, at].reshape(-1, count)).astype(np.int64)
                 at_g = g * self.length + start
                 flat[:, at_g : at_g + count] = _reduce(list(sums))
-        return flat.reshape(_LIMBS, BLOCKS, size)
+        return flat.reshape(_LIMBS, self.blocks, size)
 
 
+_SHORT, _LONG = 4, 16  # S, into how many blocks a proof folds
 _ROWS = 128  # rows whose digits are combined at a time: 3 128 2^44 < 2^53
 _WIDE = 1 << 14  # columns that are unfolded at a time
 
@@ -269,20 +266,6 @@ class _Exact:
         """Return the sum, of Python's integers."""
         found: NDArray[np.object_] = self._low.astype(object) + (self._high.astype(object) << 26)
         return found
-
-
-def _digits(words: Words) -> Floats:
-    """Return the three digits [3, ...] of words, the least first."""
-    mask = np.uint64(2**_LIMB - 1)
-    found = np.empty((_DIGITS, *words.shape))
-    part = np.empty_like(words)
-    for j in range(_DIGITS):
-        np.right_shift(words, np.uint64(_LIMB * j), out=part)
-        part &= mask
-        # a number below 2^52 as the last bits of a float from 2^52 on: processors convert slower
-        part |= np.uint64(0x4330000000000000)
-        np.subtract(part.view(np.float64), 2.0**52, out=found[j])
-    return found
 
 
 def _gram(words: Words) -> Words:
@@ -310,16 +293,17 @@ def _powers(x: int, count: int) -> list[int]:
 
 def _split(values: list[int]) -> Floats:
     """Return the limbs [6, n] of n numbers."""
-    mask = 2**_LIMB - 1
+    mask = 2**field.LIMB - 1
     return np.array(
-        [[(value >> (_LIMB * i)) & mask for value in values] for i in range(_LIMBS)], np.float64
+        [[(value >> (field.LIMB * i)) & mask for value in values] for i in range(_LIMBS)],
+        np.float64,
     )
 
 
 def _limbs_of_words(words: Words) -> NDArray[np.float32]:
     """Return the limbs [6, n] of n random numbers, of two words each."""
     low, high = words.reshape(-1, 2).T
-    mask = np.uint64(2**_LIMB - 1)
+    mask = np.uint64(2**field.LIMB - 1)
     found = [low & mask, (low >> np.uint64(22)) & mask]
     found.append((low >> np.uint64(44)) | ((high & np.uint64(3)) << np.uint64(20)))
     found += [(high >> np.uint64(at)) & mask for at in (2, 24)]
@@ -331,20 +315,20 @@ def _reduce(sums: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return limbs [6, c] below 2^22 of what sums come to mod p, the least first; top bits below
     2^127.
     """
-    mask = 2**_LIMB - 1
+    mask = 2**field.LIMB - 1
     while True:
         limbs = []
         carry = np.zeros_like(sums[0])
         for value in sums:
             value = value + carry
             limbs.append(value & mask)
-            carry = value >> _LIMB
+            carry = value >> field.LIMB
         while carry.any():
             limbs.append(carry & mask)
-            carry = carry >> _LIMB
+            carry = carry >> field.LIMB
         limbs += [np.zeros_like(carry)] * (_LIMBS - len(limbs))
         high = limbs[_LIMBS:]
-        top = limbs[_LIMBS - 1] >> (127 - _LIMB * (_LIMBS - 1))
+        top = limbs[_LIMBS - 1] >> (127 - field.LIMB * (_LIMBS - 1))
         if not high and not top.any():
             return np.stack(limbs)
 
@@ -359,29 +343,34 @@ def _reduce(sums: list[NDArray[np.int64]]) -> NDArray[np.int64]:
                 sums.append(limb << 5)
 
 
-def _compose(table: NDArray[np.object_]) -> int:
-    """Return the number of a table [6, 6] of products of limbs."""
-    return sum(int(table[i, j]) << (_LIMB * (i + j)) for i in range(_LIMBS) for j in range(_LIMBS))
+def _compose(table: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Return the numbers [n, p] of a table [6, n, 6, p] of products of limbs."""
+    shifts = np.array(
+        [[1 << (field.LIMB * (i + j)) for j in range(_LIMBS)] for i in range(_LIMBS)], object
+    )
+    found: NDArray[np.object_] = (table * shifts[:, None, :, None]).sum((0, 2))
+    return found
 
 
 def _multiply(A: Limbs, B: Limbs) -> list[int]:
     """Return the coefficients of A(X) B(X), of blocks [6, S + 1, t] and [6, S, t], but for the one
     of X^(S-1).
     """
-    size = A.shape[2]
-    exact = _Exact((A.shape[0] * A.shape[1], B.shape[0] * B.shape[1]))
+    S, size = B.shape[1:]
+    exact = _Exact((_LIMBS * (S + 1), _LIMBS * S))
     exact.add(A.reshape(-1, size), B.reshape(-1, size))
-    table = exact.total().reshape(_LIMBS, A.shape[1], _LIMBS, B.shape[1])
-    found = [0] * (2 * BLOCKS)
-    for b in range(A.shape[1]):
-        for c in range(B.shape[1]):
-            found[b + BLOCKS - 1 - c] += _compose(table[:, b, :, c])
-    return [value % P for n, value in enumerate(found) if n != BLOCKS - 1]
+    products = _compose(exact.total().reshape(_LIMBS, S + 1, _LIMBS, S))
+    found = [0] * (2 * S)
+    for b in range(S + 1):
+        for c in range(S):
+            found[b + S - 1 - c] += products[b, c]
+    return [value % P for n, value in enumerate(found) if n != S - 1]
 
 
 def _evaluate(coefficients: list[int], r: int, proven: int) -> int:
     """Return the polynomial at r, of its coefficients and of the one that is proven."""
-    whole = [*coefficients[: BLOCKS - 1], proven, *coefficients[BLOCKS - 1 :]]
+    S = (len(coefficients) + 1) // 2
+    whole = [*coefficients[: S - 1], proven, *coefficients[S - 1 :]]
     return sum(c * power for c, power in zip(whole, _powers(r, len(whole)), strict=True)) % P
 
 
@@ -399,7 +388,7 @@ def _fold(blocks: Limbs, factors: list[int]) -> NDArray[np.int64]:
 def _inner(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     exact = _Exact((_LIMBS, _LIMBS))
     exact.add(a.astype(np.float64), b.astype(np.float64))
-    return _compose(exact.total())
+    return int(_compose(exact.total()[:, None, :, None])[0, 0])
 
 
 def _weigh(weights: list[int], numbers: list[int]) -> int:
@@ -429,6 +418,6 @@ def _read_fold(line: Line, data: bytes, size: int) -> tuple[NDArray[np.int64], i
             "ends."
         )
     limbs = np.frombuffer(data[:end], np.uint32).reshape(_LIMBS, size).astype(np.int64)
-    if limbs.max(initial=0) >= 2**_LIMB:
+    if limbs.max(initial=0) >= 2**field.LIMB:
         raise AbortError(f"{line.right!r} sent numbers of no field; the round ends")
     return limbs, int.from_bytes(data[end:], "little")

@@ -680,10 +680,11 @@ class SharingAggregator:
             count = min(_COLUMNS, self.terms.length - start)
             first, second = (self._columns(held, which, start, count) for which in (0, 1))
             random_JM = _ternary(draw, start, count)
-            p_KJ.first[:] += field.project(random_JM, first)
-            p_KJ.second[:] += field.project(random_JM, second)
+            digits = [field.digits(first), field.digits(second)]
+            p_KJ.first[:] += field.project(random_JM, digits[0])
+            p_KJ.second[:] += field.project(random_JM, digits[1])
             if multiplied:
-                products.add(first, second)
+                products.add(first, second, digits)
         inner = (yield from products.tell(line)) if multiplied else None
 
         # Compare: what must not be negative,

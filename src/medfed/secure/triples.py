@@ -7,8 +7,9 @@ needed, some are opened, the rest are put into buckets in an order drawn afterwa
 bucket all but one are spent on checking that one. A wrong product passes only where a whole bucket
 is wrong alike.
 
-N products are verified with B N + B random ones: of N buckets, B in each, a wrong one passes with
-probability at most N^(1 - B).
+Words are verified 16 at a time: such a product is wrong where one bit of it is. N products are
+verified with B N + B random ones: of N buckets, B in each, a wrong one passes with probability at
+most N^(1 - B).
 """
 
 import math
@@ -24,6 +25,10 @@ FAILURE = 40
 """Bits: a wrong product passes with probability 2^-40 at most."""
 
 
+UNIT = 16
+"""Words that are verified together."""
+
+
 def buckets(products: int) -> int:
     """Return B, how many random products a bucket holds."""
     return 1 + math.ceil(FAILURE / math.log2(max(products, 2)))
@@ -34,14 +39,14 @@ def prepare(line: Line) -> Generator[Sends, Sends, tuple[Pair, Pair, Pair]]:
 
     They must be sent before the coin is tossed by which `verify` draws their order.
     """
-    N = sum(len(x.first) for x, _, _ in line.multiplied)
-    count = buckets(N) * (N + 1)
+    N = -(-sum(len(x.first) for x, _, _ in line.multiplied) // UNIT)
+    count = UNIT * buckets(N) * (N + 1)
     done = list(line.multiplied)
     a = line.random(count)
     b = line.random(count)
     c = yield from line.both(a, b)
     line.multiplied = done  # these verify the others, and themselves
-    return a, b, c
+    return _in_units(a), _in_units(b), _in_units(c)
 
 
 def verify(line: Line, made: tuple[Pair, Pair, Pair], coin: bytes) -> Generator[Sends, Sends, None]:
@@ -60,7 +65,7 @@ def verify(line: Line, made: tuple[Pair, Pair, Pair], coin: bytes) -> Generator[
         made: the random products.
         coin: 32 bytes that nobody knew when the products were made.
     """
-    x, y, z = (Pair.join([one[i] for one in line.multiplied]) for i in range(3))
+    x, y, z = (_in_units(Pair.join([one[i] for one in line.multiplied])) for i in range(3))
     N = len(x.first)
     B = buckets(N)
     order = _shuffle(coin, B * (N + 1))
@@ -75,7 +80,7 @@ def verify(line: Line, made: tuple[Pair, Pair, Pair], coin: bytes) -> Generator[
     compared = [([x, y, z], heads), *((heads, other) for other in others)]
     differences = [one[i].xor(two[i]) for one, two in compared for i in (0, 1)]
     opened = yield from line.open(Pair.join([a.at(shown), b.at(shown), c.at(shown), *differences]))
-    shown_a, shown_b, shown_c = opened[: 3 * B].reshape(3, B)
+    shown_a, shown_b, shown_c = opened[: 3 * B].reshape(3, B, UNIT)
     if (shown_a & shown_b != shown_c).any():
         raise AbortError(
             "a random product is wrong: one of the three did not follow the protocol. Nothing is "
@@ -83,13 +88,20 @@ def verify(line: Line, made: tuple[Pair, Pair, Pair], coin: bytes) -> Generator[
         )
 
     # (a + rho) (b + sigma) must be what the other product says.
-    words = opened[3 * B :].reshape(len(compared), 2, N)
+    words = opened[3 * B :].reshape(len(compared), 2, N, UNIT)
     left = []
     for (one, two), (rho, sigma) in zip(compared, words, strict=True):
         linear = two[1].mask(rho).xor(two[0].mask(sigma))
         left.append(one[2].xor(two[2]).xor(linear).flip(rho & sigma, line.place))
     yield from line.see_zero(Pair.join(left), "products of shared bits")
     line.multiplied = []
+
+
+def _in_units(words: Pair) -> Pair:
+    """Return words as units [N, 16], the last one filled up with zeros."""
+    more = -len(words.first) % UNIT
+    first, second = (np.pad(part, (0, more)) for part in (words.first, words.second))
+    return Pair(first.reshape(-1, UNIT), second.reshape(-1, UNIT))
 
 
 def _shuffle(coin: bytes, count: int) -> np.ndarray:
