@@ -7,20 +7,23 @@ that hold it. The coordinator relays everything and reads nothing.
 
 One round, as `SharingAggregator.rounds` plays it:
 
-1. open the clients' envelopes; exchange tags of the shares that two hold, a commitment to a coin, a
-   fresh seed;
-2. reveal the coins: the projections of step 3 are drawn now, when every row is fixed;
+1. open the clients' envelopes; exchange tags of the shares that two hold, commitments to coins, a
+   fresh key for the line; write down of which shares this round is;
+2. reveal a coin: the projections of step 3 are drawn now, when every row is fixed;
 3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <=
-   B^2;
-4. open one bit a row, 1 for every row within the bound;
-5. under a robust rule, open the Gram matrix X X^T of the accepted rows, noise and all, and let the
+   B^2. Projections are worked out on both shares and need no message; inner products are proven
+   (`products`), bitwise ones verified (`triples`); then one bit a row is opened, 1 for every row
+   within the bound;
+4. under a robust rule, open the Gram matrix X X^T of the accepted rows, noise and all, and let the
    rule weigh the rows: each of the three does so by itself, and they compare;
-6. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
+5. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
 
-Step 5 needs no more than local products: x y = sum of x_i y_i + x_i y_(i+1) + x_(i+1) y_i over the
-three. As rows are within B by then, no entry wraps and none is above B^2. Where one patient moves
-one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with other rows by
-s B each, and a square by (|x| + |x'|) s <= 2 s B.
+Before anything of step 3, 4 or 5 leaves, an aggregator writes down for which shares, rows and
+weights, and its noise follows from these: a round that is played again opens the same or nothing.
+
+The Gram matrix: as rows are within B by then, no entry wraps and none is above B^2. Where one
+patient moves one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with
+other rows by s B each, and a square by (|x| + |x'|) s <= 2 s B.
 
 Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
 - A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of
@@ -33,8 +36,10 @@ Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
 - Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| <
   2.94 T, 16 B, is proven (`SharingTerms.exact` says which).
 
-Trust: privacy needs two honest aggregators; a third may do what it likes. Correctness needs three
-that follow the protocol, up to hashes, signatures and the bound of what is opened.
+Trust: privacy and correctness need two honest aggregators. A third may do what it likes: it can
+end a round, with nobody blamed or itself, and it can choose its own part of the noise, on the Gram
+matrix within 8 standard deviations of such a part, on the sum up to what the coordinator takes for
+possible. Two together read every row.
 
 K clients, M numbers in a row, J projections. Words are uint64.
 """
@@ -823,7 +828,8 @@ def relay(
       the reason;
     - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`:
       nothing is opened;
-    - an aggregator that adds a wrong number moves the sum unseen, up to that bound;
+    - under joint noise an aggregator that adds a wrong number, as its part of it, moves the sum
+      unseen, up to that bound; without noise each part is known to two of them, and compared;
     - two aggregators that work together read every row: nothing here can keep it;
     - a round that was aborted opens the same sum of the same shares, noise and all, or nothing.
     """

@@ -1,0 +1,226 @@
+"""One aggregator of three that lies, with a site that works with it: it may end a round, and gets
+nothing else. Each attack succeeded before what is multiplied was verified.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from medfed.core import codec
+from medfed.core.checks import AbortError
+from medfed.core.entropy import Entropy, Integers
+from medfed.secure import field, three_party
+from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.line import Line
+from medfed.secure.three_party import Opened, Selection, SharingTerms, run_protocol
+
+PARTIES = ("p", "q", "r")
+SITES = tuple("abcd")
+B = 2.0**20
+M = 12
+_KEYS = [Identity.new(name, "aggregator") for name in PARTIES] + [
+    Identity.new(name, "site") for name in SITES
+]
+_ROSTER = Roster.of(*(key.public for key in _KEYS))
+TERMS = SharingTerms(M, B, PARTIES)
+ROWS = {
+    name: row
+    for name, row in zip(
+        SITES, np.random.default_rng(0).integers(-150_000, 150_000, (4, M)), strict=True
+    )
+}
+
+
+def opened(rows: Mapping[str, Integers] = ROWS, selection: Selection | None = None) -> Opened:
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    return run_protocol(posts, Scope("study", "run", 1), rows, TERMS, selection=selection)
+
+
+def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.full(len(gram_KK), 1 / len(gram_KK))
+
+
+STEPS = 26  # messages of a round under a rule, after the greetings
+
+
+def test_as_many_steps_as_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    swap = Line.swap
+
+    def counting(self: Line, left: bytes, right: bytes) -> Any:
+        taken.append(self._step + 1)
+        return (yield from swap(self, left, right))
+
+    monkeypatch.setattr(Line, "swap", counting)
+    opened(selection=Selection(uniform))
+    assert max(taken) == STEPS
+
+
+@pytest.mark.parametrize("liar", PARTIES)
+@pytest.mark.parametrize("to", ["left", "right"])
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_any_altered_message_ends_the_round_or_changes_nothing(
+    step: int, to: str, liar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one message, here of a round in which one row is out of bound."""
+    rows = {**ROWS, "d": ROWS["d"] * 40}
+    swap = Line.swap
+
+    def lying(self: Line, left: bytes, right: bytes) -> Any:
+        if self.me == liar and self._step == step - 1:
+            messages = {"left": left, "right": right}
+            if whole := messages[to]:
+                at = 8 * (len(whole) // 16)
+                messages[to] = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+            left, right = messages["left"], messages["right"]
+        return (yield from swap(self, left, right))
+
+    monkeypatch.setattr(Line, "swap", lying)
+    try:
+        found = opened(rows, Selection(uniform))
+    except AbortError as error:
+        assert "out of bound" not in str(error)  # no site is blamed
+        return
+    assert found.accepted == ["a", "b", "c"]
+    honest = np.stack([rows[name] for name in "abc"])
+    assert found.gram_KK is not None and (found.gram_KK == honest @ honest.T).all()
+
+
+def test_a_row_beyond_the_bound_is_not_let_in_by_a_flipped_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It flipped what the last AND said of its site's row, of which the Gram matrix then told the
+    other rows' numbers.
+    """
+    rows = {**ROWS, "d": np.eye(1, M, 5, dtype=np.int64)[0] * 2**45}
+    assert opened(rows, Selection(uniform)).excluded == {"d": "its row is out of bound"}
+    both = Line.both
+    calls = [0]
+
+    def flipping(self: Line, x: Any, y: Any) -> Any:
+        z = yield from both(self, x, y)
+        if self.me == "p" and x.first.ndim == 1 and len(x.first) == len(rows):
+            calls[0] += 1
+            if calls[0] == 6:
+                z.first[3] ^= np.uint64(1)
+        return z
+
+    monkeypatch.setattr(Line, "both", flipping)
+    with pytest.raises(AbortError):
+        opened(rows, Selection(uniform))
+
+
+@pytest.mark.parametrize("liar", PARTIES)
+def test_the_check_answers_no_question_about_an_honest_row(
+    liar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shifted its share of a projection by the bound: the opened bit said the projection's sign,
+    right 200 times of 200, and the honest site was blamed.
+    """
+    project = field.project
+    check = three_party.SharingAggregator._check
+
+    def asking(self: Any, line: Line, held: Any, toss: Any) -> Any:
+        def shifted(ternary_Jm: Any, digits: Any) -> Any:
+            found = project(ternary_Jm, digits)
+            found[:, 0] -= np.uint64(self.terms.reach)
+            return found
+
+        steps = check(self, line, held, toss)
+        arrived = None
+        while True:
+            with pytest.MonkeyPatch.context() as patch:
+                if self.post.me.name == liar:
+                    patch.setattr(field, "project", shifted)
+                try:
+                    sent = steps.send(arrived)
+                except StopIteration as end:
+                    return end.value
+            arrived = yield sent
+
+    monkeypatch.setattr(three_party.SharingAggregator, "_check", asking)
+    for _ in range(5):
+        with pytest.raises(AbortError) as error:
+            opened()
+        assert "out of bound" not in str(error.value)
+
+
+def noise(scale: float) -> Selection:
+    """Return a rule whose Gram matrix has noise of one step from each party, times `scale`."""
+
+    def draw(K: int, entropy: Entropy) -> Integers:
+        return np.full(K * (K + 1) // 2, round(scale), np.int64)
+
+    return Selection(uniform, gram_noise=draw, gram_spread=lambda K: 1.0)
+
+
+@pytest.mark.parametrize("entry", [9, -9, 2**40, 2**63 - 1, -(2**63)])
+def test_weights_are_not_steered_by_a_number_added_to_the_gram_matrix(
+    entry: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its part of the noise could be anything; now no more than such noise comes to."""
+    assert opened(selection=noise(8)).gram_KK is not None
+    put = Line.put
+
+    def steering(self: Line, own: Any) -> Any:
+        if self.me == "q":
+            own = own.copy()
+            own[2] = np.int64(entry).view(np.uint64)
+        return (yield from put(self, own))
+
+    monkeypatch.setattr(Line, "put", steering)
+    with pytest.raises(AbortError, match="within their range do not hold"):
+        opened(selection=noise(1))
+
+
+@pytest.mark.parametrize("liar", PARTIES)
+def test_another_part_of_a_sum_without_noise_is_not_used(
+    liar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = three_party.SharingAggregator._sum
+
+    def adding(self: Any, held: Any, weights: Any, which: int) -> Any:
+        return total(self, held, weights, which) + np.uint64(
+            self.post.me.name == liar and which == 0
+        )
+
+    monkeypatch.setattr(three_party.SharingAggregator, "_sum", adding)
+    with pytest.raises(AbortError, match="disagree on the shares of the sum"):
+        opened()
+
+
+def test_a_round_played_again_opens_the_same_number_noise_and_all() -> None:
+    """Also where the three were restarted between, with what they had written down."""
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+    drawn: list[int] = []
+
+    def draw(length: int, entropy: Entropy) -> Integers:
+        found = entropy.words(length).view(np.int64) >> 40
+        drawn.append(int(found[0]))
+        return found
+
+    def again(sent: Mapping[str, bytes]) -> NDArray[np.int64]:
+        three = {
+            name: three_party.SharingAggregator(posts[name], TERMS, "study", "run", noise=draw)
+            for name in PARTIES
+        }
+        return three_party.relay(
+            three_party.in_turn(three), scope, sent, TERMS, spread=2.0**40
+        ).total_M
+
+    first = again(uploads)
+    assert (first == again(uploads)).all() and len(set(drawn)) == 3
+    assert (first != again({n: uploads[n] for n in "abc"}) + ROWS["d"]).all()
+
+
+def test_a_message_that_is_none_is_named() -> None:
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    party = three_party.SharingAggregator(posts["p"], TERMS, "study", "run")
+    for round in (0, -1, 2.0, "1", None, True):
+        with pytest.raises(AbortError, match="round="):
+            party.handle("begin", codec.encode({"round": round}))
