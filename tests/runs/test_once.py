@@ -1,0 +1,71 @@
+"""A run that a crash ended between opening a sum and keeping it: nobody answers twice, and the
+resumed run comes to the same bits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import medfed
+from medfed.runs import drive
+from medfed.study import Study
+from tests.compliance.test_consortium import place, study
+
+__all__ = ["place", "study"]
+
+
+class CrashError(Exception):
+    """What ends a process where a test says so."""
+
+
+def crashed(study: Study, folder: Path, round: int) -> None:
+    """Run until a round has been opened, and crash before it is kept."""
+    keep = drive.write_checkpoint
+
+    def crash(place: Path, server: Any, *rest: Any) -> None:
+        if server.round == round:
+            raise CrashError
+        keep(place, server, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "write_checkpoint", crash)
+        with pytest.raises(CrashError):
+            medfed.run(study, folder)
+
+
+@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("way", ["masked", "three-party"])
+def test_a_round_that_a_crash_lost_is_played_again_to_the_same_bits(
+    way: str, algorithm: str, round: int, study: Study, tmp_path: Path
+) -> None:
+    study = study._with({"security.aggregation": way, "training.algorithm": algorithm})
+    whole = medfed.run(study, tmp_path / "whole")
+    crashed(study, tmp_path / "run", round)
+    resumed = medfed.resume(tmp_path / "run")
+    assert resumed.complete and torch.equal(resumed.w_P, whole.w_P)
+    assert medfed.verify_model_integrity(tmp_path / "run")["rounds"] >= study.training.rounds
+
+
+def test_a_site_whose_record_is_gone_ends_the_round_that_was_opened(
+    study: Study, tmp_path: Path
+) -> None:
+    """Its new shares are not those that the aggregators have opened: they refuse, by reason."""
+    crashed(study, tmp_path / "run", 2)
+    keys = study.folder / study.security.keys
+    record = next(path for path in sorted(keys.glob("*.answer")))
+    record.unlink()
+    stopped = medfed.resume(tmp_path / "run")
+    assert not stopped.complete
+    assert "shares was done for something else" in str(stopped.summary["reason"])
+
+
+def test_a_damaged_record_is_never_an_empty_one(study: Study, tmp_path: Path) -> None:
+    medfed.run(study, tmp_path / "run")
+    keys = study.folder / study.security.keys
+    record = next(path for path in sorted(keys.glob("*.record")))
+    record.write_text("{}")
+    with pytest.raises(medfed.MedfedError, match="is no record of secure rounds"):
+        medfed.run(study, tmp_path / "again")
