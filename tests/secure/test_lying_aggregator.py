@@ -218,6 +218,30 @@ def test_a_round_played_again_opens_the_same_number_noise_and_all() -> None:
     assert (first != again({n: uploads[n] for n in "abc"}) + ROWS["d"]).all()
 
 
+def test_who_comes_after_a_round_was_begun_is_left_out_of_it() -> None:
+    """The three were stopped when they had begun without it: the round goes on as it was begun."""
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+    three = three_party.in_turn(
+        {n: three_party.SharingAggregator(posts[n], TERMS, "study", "run") for n in PARTIES}
+    )
+    steps = [0]
+
+    def stopping(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        steps[0] += op == "step"
+        if steps[0] == 3:
+            raise AbortError("a cable was pulled")
+        return three(op, payloads)
+
+    with pytest.raises(AbortError, match="cable"):
+        three_party.relay(stopping, scope, {n: uploads[n] for n in "abc"}, TERMS)
+    found = three_party.relay(three, scope, uploads, TERMS)
+    assert found.accepted == ["a", "b", "c"] and set(found.excluded) == {"d"}
+    with pytest.raises(AbortError, match="done for something else"):
+        three_party.relay(three, scope, {n: uploads[n] for n in "abd"}, TERMS)
+
+
 def test_a_message_that_is_none_is_named() -> None:
     posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
     party = three_party.SharingAggregator(posts["p"], TERMS, "study", "run")

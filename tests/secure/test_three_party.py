@@ -285,9 +285,12 @@ def test_another_round_sender_or_time_is_refused() -> None:
         set(opened.excluded) == {"site 1", "site 2"}
         and "round=1000000" in opened.excluded["site 1"]
     )
-    # the same shares are never opened again beside others
+    # the same shares are opened again as they were, and never beside others
+    again = relay(parties, scope, uploads, terms)
+    assert (again.total_M == opened.total_M).all() and set(again.excluded) == {"site 1", "site 2"}
+    fewer = {name: uploads[name] for name in ("site 0", "site 1", "site 3")}
     with pytest.raises(AbortError, match="shares was done for something else"):
-        relay(parties, scope, uploads, terms)
+        relay(parties, scope, fewer, terms)
 
 
 def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ needs no file, as nothing that was made for those keys opens for others.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,17 +25,26 @@ class Record:
     def __init__(self, path: Path | None = None) -> None:
         """Set up the record in a file, or in memory alone; nothing is read yet."""
         self.path = path
-        self._runs: dict[str, dict[str, tuple[int, str]]] = {}
+        self._runs: dict[str, dict[str, tuple[int, str, list[str]]]] = {}
         self._answer: tuple[bytes, bytes] | None = None
 
     def last(self, act: str, study: str, run: str) -> tuple[int, bytes]:
         """Return the last round of an act in a run, and what it was done for; round 0 for none."""
         self._read()
-        round, what = self._runs.get(_name(study, run), {}).get(act, (0, ""))
+        round, what, _ = self._find(act, study, run)
         return round, bytes.fromhex(what)
 
-    def commit(self, act: str, scope: Scope, what: bytes) -> None:
-        """Write down that an act of this scope is done for `what`, 32 bytes.
+    def names(self, act: str, scope: Scope) -> list[str] | None:
+        """Return whom an act of this scope was done with; None where it was not done."""
+        self._read()
+        round, what, names = self._find(act, scope.study, scope.run)
+        return names if what and round == scope.round else None
+
+    def _find(self, act: str, study: str, run: str) -> tuple[int, str, list[str]]:
+        return self._runs.get(_name(study, run), {}).get(act, (0, "", []))
+
+    def commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str] = ()) -> None:
+        """Write down that an act of this scope is done for `what`, 32 bytes, with these `names`.
 
         Guarantee: of one act in one run, rounds never fall, and a round has one `what`; so for
         whoever holds this file, also after a crash between here and the act itself.
@@ -51,18 +60,18 @@ class Record:
         Raises RecordError, and WriteError where the disk refuses.
         """
         if self.path is None:
-            self._commit(act, scope, what)
+            self._commit(act, scope, what, names)
             return
         files.make_folder(self.path.parent)
         with files.hold(self.path.parent, f".{self.path.name}.lock"):
             self._read()
-            if self._commit(act, scope, what):
+            if self._commit(act, scope, what, names):
                 files.write(self.path, json.dumps({"form": _FORM, "runs": self._runs}, indent=1))
 
-    def _commit(self, act: str, scope: Scope, what: bytes) -> bool:
+    def _commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str]) -> bool:
         """Return whether anything is new."""
         acts = self._runs.setdefault(_name(scope.study, scope.run), {})
-        round, before = acts.get(act, (0, ""))
+        round, before, _ = acts.get(act, (0, "", []))
         if (scope.round, what.hex()) == (round, before):
             return False
         if scope.round < round or (scope.round == round and before):
@@ -71,7 +80,7 @@ class Record:
                 f"round={scope.round}: {act} was done {kind} already (round {round}, run "
                 f"{scope.run!r}), and is done once; start a new run"
             )
-        acts[act] = (scope.round, what.hex())
+        acts[act] = (scope.round, what.hex(), list(names))
         return True
 
     def keep(self, scope: Scope, what: bytes, answer: bytes, memory: Mapping[str, Tensor]) -> None:
@@ -132,8 +141,8 @@ class Record:
                 raise ValueError(f"form={found['form']!r}")
             self._runs = {
                 run: {
-                    act: (int(round), bytes.fromhex(what).hex())
-                    for act, (round, what) in acts.items()
+                    act: (int(round), bytes.fromhex(what).hex(), list(map(str, names)))
+                    for act, (round, what, names) in acts.items()
                 }
                 for run, acts in found["runs"].items()
             }

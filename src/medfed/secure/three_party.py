@@ -388,6 +388,10 @@ class SharingAggregator:
         # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment
         #    to a coin, a fresh key for the line.
         held, refused = self._open_all(scope, uploads)
+        once = self.record.names("shares", scope)
+        for name in [name for name in held if once is not None and name not in once]:
+            del held[name]  # this round was begun without it, and is the sum of the same shares
+            refused[name] = "it came after the round was begun"
         names = sorted(held)
         tags = {name: held[name].tags() for name in names}
         line = Line(self.post.me.name, self.terms.aggregators, _purpose(scope, "line"))
@@ -410,7 +414,7 @@ class SharingAggregator:
 
         names, why = self._common(refused, tags, hellos)
         # Of which shares this round is, for ever: see `_commit`.
-        fixed = self._commit("shares", scope, [[name, *tags[name]] for name in names])
+        fixed = self._commit("shares", scope, [[name, *tags[name]] for name in names], names)
 
         # 2 and 3. Check each row in secret, and open one bit of each.
         inner: Inner | None = None
@@ -459,7 +463,7 @@ class SharingAggregator:
         tensors["part"] = torch.from_numpy(part_M.view(np.int64))
         return codec.encode(told, tensors)
 
-    def _commit(self, act: str, scope: Scope, facts: object) -> bytes:
+    def _commit(self, act: str, scope: Scope, facts: object, names: Sequence[str] = ()) -> bytes:
         """Write down for what a round is, and return the hash of it: for which shares, which rows
         of them, in which weights, each before anything that depends on it leaves.
 
@@ -467,7 +471,7 @@ class SharingAggregator:
         as noise follows from the hashes (`_entropy`), it opens the same number or none.
         """
         digest = sha256(json.dumps([facts, self.terms.facts.hex()]).encode()).digest()
-        self.record.commit(act, scope, digest)
+        self.record.commit(act, scope, digest, names)
         return digest
 
     def _entropy(self, what: str, scope: Scope, fixed: bytes) -> Entropy:
