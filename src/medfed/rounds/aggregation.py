@@ -278,18 +278,20 @@ def who_sees(plan: Plan) -> dict[str, str]:
     if noised:
         joint = "the noised sum" if plan.joint else "the sum of noised rows"
 
+    alone = {"a site": "its own row"}
+    if not plan.study.security.federation:
+        alone["a coordinator that lies"] = (
+            "every row: without a list of members (security.federation) it says whose keys count"
+        )
     match plan.study.security.aggregation:
         case "masked":
-            return {
-                "the coordinator": f"masked rows, and {joint} of those who stayed",
-                "a site": "its own row",
-            }
+            return {"the coordinator": f"masked rows, and {joint} of those who stayed", **alone}
         case "three-party":
             return {
                 "the coordinator": f"ciphertext, and {joint} of the accepted rows",
                 "one aggregator": "random shares, and whether a row is within its bound",
                 "two aggregators together": "every row: two of the three must be honest",
-                "a site": "its own row",
+                **alone,
             }
 
     row = "every site's row, which is noised" if noised and not plan.joint else "every site's row"
