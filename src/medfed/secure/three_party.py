@@ -66,6 +66,7 @@ from medfed.core.checks import (
     PlanError,
     QuorumError,
     naming,
+    plain,
     reasons,
 )
 from medfed.core.entropy import Integers, Words, expand
@@ -958,7 +959,8 @@ def asking(handles: Mapping[str, Callable[[str, bytes], bytes]], length: int) ->
             return handles[name](op, payload)
         except OSError as error:
             raise AbortError(
-                f"{name!r} stopped ({error}); the round ends. Resume the run when it is back."
+                f"{name!r} stopped ({plain(error)}); the round ends. Resume the run when it "
+                "is back."
             ) from error
 
     def ask(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
