@@ -155,6 +155,47 @@ def test_data_show_and_its_figure(
     assert sum(site["rows"] for site in found["sites"].values()) == 240
 
 
+def test_data_show_tells_how_many_patients_are_at_several_sites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = invented()
+    east = frame[frame["hospital"] == "east"].drop_duplicates("subject")
+    shared = [
+        east.head(3).assign(hospital="north"),
+        east.head(1).assign(hospital="south"),
+    ]
+    path = write_study(tmp_path, frame=pd.concat([frame, *shared], ignore_index=True))
+    assert medfed("data", "show", path) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "patients at more than one site: 3 (2 at 2 sites, 1 at 3 sites)" in said
+    assert "privacy.max_sites_per_patient=3" in said
+    assert medfed("data", "show", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["sites"]
+    assert {n: found["east"]["at_sites"][n] for n in "23"} == {"2": 2, "3": 1}
+
+
+def test_data_show_is_silent_on_shared_patients_where_there_are_none_and_under_a_claim(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert medfed("data", "show", study) == 0
+    assert "more than one site" not in capsys.readouterr().out
+
+    told = []
+    for shared in (0, 3):
+        frame = invented()
+        moved = frame[frame["hospital"] == "east"].drop_duplicates("subject").head(shared)
+        frame = pd.concat([frame, moved.assign(hospital="north")], ignore_index=True)
+        path = write_study(tmp_path, frame=frame)
+        assert medfed("data", "show", path, "--set", "privacy.epsilon=3") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "patients at more than one site: not told under a privacy claim" in said
+        assert "at 2 sites" not in said
+        assert medfed("data", "show", path, "--json", "--set", "privacy.epsilon=3") == 0
+        sites = json.loads(capsys.readouterr().out)["sites"].values()
+        told.append([site["at_sites"] for site in sites])
+    assert told == [[None] * 3] * 2
+
+
 def test_data_show_tells_who_is_written_in_more_than_one_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from medfed.core.checks import plain
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import guarantees  # noqa: E402
@@ -198,6 +200,49 @@ def test_no_line_is_over_120_columns(folder: str) -> None:
         if len(line.partition("  # type: ")[0]) > 120
     ]
     assert wide == []
+
+
+SYSTEM = {"OSError", "Exception", "BaseException", "PermissionError", "FileNotFoundError"}
+
+
+def _raw_words(folder: Path) -> Iterator[str]:
+    """Yield where a message takes the words of what the system refused as they are, so with
+    "[Errno 13]": it takes `checks.plain` of it.
+    """
+    for path in sorted(folder.rglob("*.py")):
+        for handler in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(handler, ast.ExceptHandler) or handler.type is None:
+                continue
+            caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
+            if not caught & SYSTEM:
+                continue
+            for node in ast.walk(handler):
+                match node:
+                    case (
+                        ast.FormattedValue(value=ast.Name(id=name))
+                        | ast.Call(func=ast.Name(id="str"), args=[ast.Name(id=name)])
+                    ) if name == handler.name:
+                        yield f"{path.name}:{node.lineno}"
+
+
+def test_no_message_shows_a_number_of_the_system() -> None:
+    assert list(_raw_words(ROOT / "src")) == []
+
+
+def test_messages_with_a_number_of_the_system_are_found(tmp_path: Path) -> None:
+    raw = "try:\n    x()\nexcept (OSError, ValueError) as error:\n    "
+    (tmp_path / "one.py").write_text(raw + 'raise RunError(f"no: {error}") from error\n')
+    (tmp_path / "two.py").write_text(raw + "tell(str(error))\n")
+    (tmp_path / "fine.py").write_text(raw + 'raise RunError(f"no: {plain(error)}") from error\n')
+    assert list(_raw_words(tmp_path)) == ["one.py:4", "two.py:4"]
+
+
+def test_what_the_system_refuses_is_said_in_its_words() -> None:
+    refused = PermissionError(13, "Permission denied", "somewhere.csv")
+    assert "[Errno 13]" in str(refused)
+    assert plain(refused) == "Permission denied"
+    assert plain(OSError("no number")) == "no number"
+    assert plain(ValueError("13 is no age")) == "13 is no age"
 
 
 def test_what_contributing_shows_is_what_a_test_does() -> None:

@@ -99,7 +99,7 @@ def test_surveys_answers_encodings_and_scores_are_those_of_each_site_alone(
     _asked(tested, "evaluate", codec.encode({}, {"w": torch.full((plan.parameters,), 1e38)}))
 
 
-@pytest.mark.parametrize("question", ["known", "below", "sum", "squares"])
+@pytest.mark.parametrize("question", ["known", "below", "sum", "squares", "held"])
 def test_a_question_to_many_is_answered_as_by_each(tmp_path: Path, question: str) -> None:
     sites = runs.open_sites(_study(tmp_path, "robust"), None)
     tables = [one.table for one in sites if one.table]
@@ -109,6 +109,7 @@ def test_a_question_to_many_is_answered_as_by_each(tmp_path: Path, question: str
         answers.to_word(np.random.default_rng(0).normal(50, 30, (3, 6, 16))).view(np.int64)
     )
     ask = {"threshold": word, "centre": torch.tensor([1.0, 50.0, 0.0], dtype=torch.float64)}
+    ask["span"] = torch.tensor([0.1, 20.0, 1.0], dtype=torch.float64)
     each = torch.stack([answers.answer(table, question, names, logs, ask) for table in tables])
     assert torch.equal(answers.answer_each(tables, question, names, logs, ask), each)
 

@@ -124,6 +124,31 @@ def ask(sites: Iterable[Site], w_P: torch.Tensor) -> list[float | str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def voted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run that votes, and its summary."""
+    folder = tmp_path_factory.mktemp("voted")
+    return folder / "run", medfed.run(load(folder), folder / "run").summary
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Votes for own models where nobody lies, and nothing is noised."""
+    folder = tmp_path_factory.mktemp("honest")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guarantee, "query_noise", lambda *_: np.zeros(1))
+        summary = medfed.run(load(folder), folder / "run").summary
+    own_better: float = summary["vote"]["own_better"]
+    return own_better
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[float | str]:
+    """The votes of opposed sites that are asked together."""
+    sites, w_P = opened(load(tmp_path_factory.mktemp("opposed"), opposed=True))
+    return ask(sites, w_P)
+
+
 # what is told -------------------------------------------------------------------------------------
 
 
@@ -155,8 +180,10 @@ def test_the_vote_says_when_own_models_are_better_and_is_silent_when_they_are_no
         ([10, 49], "federated-better-by-vote"),
     ],
 )
-def test_a_vote_is_told_by_its_interval(tmp_path: Path, interval: list[float], code: str) -> None:
-    summary = dict(medfed.run(load(tmp_path), tmp_path / "run").summary)
+def test_a_vote_is_told_by_its_interval(
+    voted: tuple[Path, dict[str, Any]], interval: list[float], code: str
+) -> None:
+    summary = dict(voted[1])
     summary["vote"] = {"sites": 100, "own_better": sum(interval) / 2, "interval": interval}
     told = {one["code"] for one in verdict.findings(summary)}
     assert told & {
@@ -181,10 +208,11 @@ def test_the_noise_of_a_vote_has_the_spread_that_is_told(
     assert abs(draws.std() / sd - 1) < 4 / math.sqrt(2 * 4000)
 
 
-def test_where_nobody_sees_a_sites_counts_each_site_noises_its_own_vote(tmp_path: Path) -> None:
+def test_where_nobody_sees_a_sites_counts_each_site_noises_its_own_vote(
+    tmp_path: Path, together: list[float | str]
+) -> None:
     """Plain, whoever adds up sees bits and noises their sum; else a bit alone must say nothing."""
-    sites, w_P = opened(load(tmp_path, opposed=True))
-    bare = ask(sites, w_P)
+    bare = together
     assert all(0 <= vote <= 1 for vote in bare) and len(set(bare)) < MANY  # type: ignore[operator]
     alone = load(tmp_path, privacy__noise="site", privacy__vote_epsilon=4.0)
     sites, w_P = opened(alone)
@@ -273,7 +301,7 @@ def test_many_small_gains_do_not_outvote_few_large_losses(
 
 @pytest.mark.parametrize("answer", [1e6, -1e6, math.nan, [1.0, 1.0], None])
 def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
-    tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, honest: float
 ) -> None:
     """The attack: a million votes, no number, two, none; the run ended without its claim, though
     all had paid.
@@ -294,22 +322,18 @@ def test_a_liar_counts_for_one_vote_at_most_and_breaks_no_run(
     assert claim_of(tmp_path / "run")["vote"]["released"] == 1
     if isinstance(answer, float) and math.isfinite(answer):
         assert result.complete and 0 <= result.summary["vote"]["own_better"] <= MANY
-        monkeypatch.setitem(sites_.OPS, "vote", real)
-        honest = medfed.run(load(tmp_path).set("study.seed", 3), tmp_path / "honest").summary[
-            "vote"
-        ]["own_better"]
         assert abs(honest - result.summary["vote"]["own_better"]) < MANY / 4
     else:
         assert result.summary["vote"]["sites"] == MANY - 1 and not result.complete
         assert "did not vote on own models" in result.summary["excluded"][0]["reason"]
 
 
-def test_a_vote_follows_from_the_sites_own_records_alone(tmp_path: Path) -> None:
+def test_a_vote_follows_from_the_sites_own_records_alone(
+    tmp_path: Path, together: list[float | str]
+) -> None:
     """A neighbour at one site must not move another site's bit, not by rounding either: each trains
     by itself.
     """
-    sites, w_P = opened(load(tmp_path, opposed=True))
-    together = ask(sites, w_P)
     sites, w_P = opened(load(tmp_path, opposed=True, study__name="again"))
     assert together == [ask([one], w_P)[0] for one in sites]
     assert 0 < sum(together) < MANY + 1  # type: ignore[arg-type]
@@ -352,11 +376,12 @@ def test_a_module_that_trains_only_with_noise_is_found_before_anybody_pays(
 # who pays -----------------------------------------------------------------------------------------
 
 
-def test_the_vote_is_paid_within_the_run(tmp_path: Path) -> None:
-    result = medfed.run(load(tmp_path), tmp_path / "run")
-    names = result.summary["sites"]
-    assert charges(own_ledger(tmp_path / "run"), "vote") == dict.fromkeys(names, 1)
-    claim = claim_of(tmp_path / "run")
+def test_the_vote_is_paid_within_the_run(
+    tmp_path: Path, voted: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, summary = voted
+    assert charges(own_ledger(folder), "vote") == dict.fromkeys(summary["sites"], 1)
+    claim = claim_of(folder)
     assert claim["vote"]["released"] == 1 and claim["vote"]["paid_by"] == "training patients"
     assert 0.999 * 8 < claim["epsilon"] <= 8
     assert claim["composition"]["ledger"]["epsilon_all_runs"] == pytest.approx(
@@ -365,7 +390,7 @@ def test_the_vote_is_paid_within_the_run(tmp_path: Path) -> None:
     assert claim["second_accountant"]["epsilon"] == pytest.approx(claim["epsilon"], rel=1e-2)
     plain = medfed.run(load(tmp_path, privacy__vote_epsilon=0.0), tmp_path / "plain")
     assert claim_of(tmp_path / "plain")["vote"] is None
-    before, with_vote = (r.summary["privacy"]["noise_multiplier"] for r in (plain, result))
+    before, with_vote = (one["privacy"]["noise_multiplier"] for one in (plain.summary, summary))
     assert 1.02 < with_vote / before < 1.06  # what training pays for it
 
 

@@ -13,12 +13,18 @@ HOSPITALS = ("north", "south", "east", "west")
 
 
 def write(folder: Path, frame: pd.DataFrame, **settings: object) -> Study:
-    """Write a table with columns `y` and `hospital`, and return a study of it with nothing set but
-    `settings`.
+    """Write a table with columns `y`, `hospital` and perhaps `patient`, and return a study of it
+    with nothing set but `settings`.
     """
     frame.to_csv(folder / "table.csv", index=False)
-    tables = {"data": {"table": str(folder / "table.csv"), "target": "y", "site": "hospital"}}
-    study = from_tables(tables).set("monitor.baselines", False).set("monitor.evaluate_every", 10)
+    data = {"table": str(folder / "table.csv"), "target": "y", "site": "hospital"}
+    if "patient" in frame:
+        data["patient"] = "patient"
+    study = (
+        from_tables({"data": data})
+        .set("monitor.baselines", False)
+        .set("monitor.evaluate_every", 10)
+    )
     for key, value in settings.items():
         study = study.set(key.replace("__", "."), value)
     return study
@@ -27,13 +33,19 @@ def write(folder: Path, frame: pd.DataFrame, **settings: object) -> Study:
 def labelled(
     x_NF: np.ndarray, score_N: np.ndarray, share: float, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """Return a table of columns c000 and so on, a hospital, and a label that follows a score, with
-    noise.
+    """Return a table of columns c000 and so on, a hospital, a label that follows a score, with
+    noise, and a patient for each row.
+
+    It is the same on every processor: numbers have six digits, as the last bits of `np.exp` differ,
+    and patients have names, as rows without one are named by their cells, and that decides who is
+    held out.
     """
     noisy_N = score_N / score_N.std() + rng.logistic(size=len(score_N)) * 0.5
+    x_NF = np.array([float(f"{value:.6g}") for value in x_NF.flat]).reshape(x_NF.shape)
     frame = pd.DataFrame(x_NF, columns=[f"c{i:03d}" for i in range(x_NF.shape[1])])
     frame["y"] = (noisy_N > np.quantile(noisy_N, 1 - share)).astype(int)
     frame["hospital"] = rng.choice(HOSPITALS, len(frame), p=[0.4, 0.3, 0.2, 0.1])
+    frame["patient"] = [f"p{i:05d}" for i in range(len(frame))]
     return frame
 
 

@@ -140,6 +140,52 @@ def test_a_constant_feature_has_scale_one(kind: Any) -> None:
     assert _fit(kind, [[4.0, 4.0], [4.0], []]) == (4.0, 1.0)
 
 
+def _fit_widely(sites: list[list[float]]) -> tuple[float, float]:
+    tables = {str(i): _table({"a": cells}) for i, cells in enumerate(sites)}
+    return preprocess.fit_widely(["a"], {}, _ask(tables))["a"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda random, n: random.poisson(0.3, n) * 10.0,  # an IQR of 10 or 0
+        lambda random, n: np.exp(random.normal(0, 2.5, n)),
+        lambda random, n: (random.random(n) < 0.04).astype(float),
+        lambda random, n: 98.6 + (random.random(n) < 0.005) * 300.0,  # no quantile differs
+        lambda random, n: random.choice([0.0, 3.0], n, p=[0.4, 0.6]) + random.random(n),
+    ],
+)
+def test_a_column_whose_iqr_is_no_scale_has_mean_0_and_deviation_1_once_held(
+    draw: Callable[[np.random.Generator, int], np.ndarray],
+) -> None:
+    """Over all sites, as numpy finds it from the pooled cells; an IQR that is a scale stays."""
+    cells = np.append(draw(np.random.default_rng(0), 2000), [])
+    centre, scale = _fit_widely([cells[:300].tolist(), cells[300:].tolist(), []])
+    low, middle, high = np.quantile(cells, [0.25, 0.5, 0.75])
+    spans = [(0.05, 0.95, 4.0), (0.01, 0.99, 7.0)]
+    wide = max(np.subtract(*np.quantile(cells, [b, a])) / by for a, b, by in spans)
+    span = max(high - low, wide) or np.sqrt(np.square(cells - middle).mean())
+    held = middle + np.clip(cells - middle, -7 * span, 7 * span)
+
+    if span == high - low and held.std() <= span:
+        assert (centre, scale) == (middle, span)
+    else:
+        assert centre == pytest.approx(held.mean(), rel=1e-9)
+        assert scale == pytest.approx(held.std(), rel=1e-9)
+
+
+@given(SITES)
+@settings(max_examples=80, deadline=None)
+def test_a_robust_scale_is_a_number_above_0_whatever_the_cells(sites: list[list[float]]) -> None:
+    centre, scale = _fit_widely(sites)
+    assert np.isfinite(centre) and 0 < scale < np.inf
+
+
+def test_bell_shaped_columns_keep_median_and_iqr() -> None:
+    cells = np.random.default_rng(0).normal(70, 10, 3000).tolist()
+    assert _fit_widely([cells[:999], cells[999:]]) == _fit("robust", [cells])
+
+
 def test_training_rows_alone_are_asked() -> None:
     table = _table({"a": [1.0, 2.0, 3.0, 1000.0]}, test=[0, 0, 0, 1])
     assert preprocess.fit("robust", ["a"], {}, _ask({"s": table}))["a"] == (2.0, 1.0)
@@ -174,6 +220,7 @@ def test_no_row_leaves() -> None:
         ("below", torch.int64, (2, 14, 16)),
         ("sum", torch.float64, (2,)),
         ("squares", torch.float64, (2,)),
+        ("held", torch.float64, (2, 2)),
     }
 
 
@@ -183,6 +230,9 @@ def test_counts_are_counts_of_the_site() -> None:
     assert answer(table, "sum", ["a", "b"], {}, {}).tolist() == [6.0, 4.0]
     centre = torch.tensor([2.0, 0.0], dtype=torch.float64)
     assert answer(table, "squares", ["a", "b"], {}, {"centre": centre}).tolist() == [2.0, 4.0]
+    span = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    held = answer(table, "held", ["a", "b"], {}, {"centre": centre, "span": span})
+    assert held.tolist() == [[0.0, 2 * 7.0**2], [4.0, 4.0]]  # 10 spans on either side are held to 7
     with pytest.raises(DataError, match="question='rows' is not known"):
         answer(table, "rows", ["a"], {}, {})
 

@@ -132,6 +132,16 @@ def test_the_results_table_names_sites_as_they_are(name: str) -> None:
     assert "0.750" in text and ".500-1.000" in text
 
 
+def test_a_noised_count_is_not_shown_as_exact() -> None:
+    summary = summarise(_run("north"))
+    count = summary["test"]["n"]
+    assert f"about {count}" not in _table(summary)
+    noised = _table({**summary, "test_noised": True})
+    assert f"about {count}" in noised and "a noised count" in noised
+    for line in noised.splitlines():
+        assert ("federated" in line) == (" about " in line)  # baselines are counted
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     events = _run("north", 1)
     tested = next(event for event in events if isinstance(event, ModelTested))

@@ -333,3 +333,16 @@ def test_a_study_without_claim_has_pages_too(tmp_path: Path) -> None:
     found = pages(tmp_path / "run")
     assert "training loss" in text(found["training_dashboard.html"]).lower()
     assert "baseline: pooled" in text(found["training_dashboard.html"])
+
+
+def test_noised_counts_of_a_test_are_not_shown_as_exact(lied: Path) -> None:
+    story = Story.of(lied)
+    last = story.last_test()
+    assert last and last.confusion
+    exact = dashboards._table_of_tests(story, last) + dashboards._confusion(last)
+    assert f">{last.n}<" in exact and "about" not in exact
+    last = replace(last, noised=True)
+    table = dashboards._table_of_tests(story, last)
+    for count in (last.n, *last.site_n.values()):
+        assert f">about {count}<" in table
+    assert "counts are noised" in dashboards._confusion(last)

@@ -121,7 +121,7 @@ def federation_approve(
 ) -> None:
     """Enrol a party whose fingerprint is what it told, or replace its keys."""
     from medfed.compliance import consortium, seen
-    from medfed.core.checks import SignatureError
+    from medfed.core.checks import SignatureError, plain
     from medfed.secure import key_files
 
     try:
@@ -130,7 +130,7 @@ def federation_approve(
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
         raise SignatureError(
-            f"{request} is no enrolment request ({error}); ask for another"
+            f"{request} is no enrolment request ({plain(error)}); ask for another"
         ) from error
     authority = key_files.load(key, passphrase())
     member = consortium.approve(folder, authority, asked, fingerprint, seen.beside(key))

@@ -146,6 +146,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {some(choices, _MOST_KNOWN)}."
 
 
+def plain(error: BaseException) -> str:
+    """Return what an error says, for a message: of what the system refuses its words alone, no
+    number of its and no path, which the message has named.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
 def some(items: Iterable[object], most: int = 5) -> str:
     """Join the first `most` items for an error message: "3, 9, 12 and 40 more"."""
     listed = [str(item) for item in items]

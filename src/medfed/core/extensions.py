@@ -9,7 +9,7 @@ has the package; and what a site has not installed cannot run there.
 from functools import cache
 from importlib.metadata import entry_points
 
-from medfed.core.checks import PlanError
+from medfed.core.checks import PlanError, plain
 
 GROUP = "medfed.extensions"
 
@@ -24,6 +24,6 @@ def load() -> tuple[str, ...]:
         except Exception as error:
             raise PlanError(
                 f"the extension {entry.name!r} ({entry.value}) cannot be imported: "
-                f"{type(error).__name__}: {error}. Mend or uninstall its package."
+                f"{type(error).__name__}: {plain(error)}. Mend or uninstall its package."
             ) from error
     return tuple(entry.name for entry in found)

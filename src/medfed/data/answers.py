@@ -16,6 +16,9 @@ from torch import Tensor
 from medfed.core.checks import DataError
 from medfed.data.site_table import SiteTable
 
+HELD = 7.0
+"""Spans from a centre to which cells are held where robust scaling asks how they scatter."""
+
 
 def answer(
     table: SiteTable,
@@ -28,15 +31,17 @@ def answer(
     counts (int64) or sums (float64).
 
     "known": how many values each feature has. "below": how many lie below thresholds [F, Q, 16].
-    "sum": their sum. "squares": the sum of squared distances from the centres [F].
+    "sum": their sum. "squares": the sum of squared distances from the centres [F]. "held": sums of
+    distances from the centres, in spans and held to `HELD` of them, and of their squares [F, 2].
 
     Args:
         table: the site's cleaned records.
-        question: one of the four.
+        question: one of the five.
         names: the features asked for, F of them; "" is the target.
         logs: features whose logarithm is meant, each with the floor that values are raised to
         before it.
-        ask: what the question brings: "threshold", words as int64, or "centre".
+        ask: what the question brings: "threshold", words as int64, or "centre", or "centre" and
+        "span", each float64 [F].
 
     Raises:
         DataError: the question is none that is known here.
@@ -55,8 +60,18 @@ def answer(
                 [float(((v - c) ** 2).sum()) for v, c in zip(values_F, centres, strict=True)],
                 dtype=torch.float64,
             )
+        case "held":
+            spans = zip(values_F, ask["centre"].tolist(), ask["span"].tolist(), strict=True)
+            return torch.tensor([_sum_held(*each) for each in spans], dtype=torch.float64)
 
     raise DataError(f"question={question!r} is not known; run the same medfed everywhere")
+
+
+def _sum_held(values: np.ndarray, centre: float, span: float) -> tuple[float, float]:
+    """Return the sum of distances from a centre, in spans and held, and that of their squares."""
+    with np.errstate(over="ignore"):  # what is too large is held
+        distance = np.clip((values - centre) / span, -HELD, HELD)
+    return float(distance.sum()), float(np.square(distance).sum())
 
 
 def answer_each(

@@ -1,5 +1,6 @@
 """What lies at each site: rows, features, gaps, classes, skew. A function of the sites' surveys."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def describe(surveys: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "rows": rows,
             "patients": survey["patients"],
             "spellings": survey.get("spellings", 0),
+            "at_sites": survey.get("at_sites", {}),
             "train": survey["train"],
             "test": survey["test"],
             "classes": survey["labels"],
@@ -97,6 +99,10 @@ def tables(found: Mapping[str, Any], everything: bool = False) -> list[Table]:
         first.caption = escape(f"patients written in more than one way (see data.identity): {told}")
         first.caption_justify = "left"
 
+    if shared := _at_several_sites(sites):
+        first.caption = "\n".join(filter(None, (str(first.caption or ""), escape(shared))))
+        first.caption_justify = "left"
+
     if left_out := _left_out(sites):
         first.caption = "\n".join(
             filter(None, (str(first.caption or ""), escape(f"left out by data.drop: {left_out}")))
@@ -111,6 +117,33 @@ def tables(found: Mapping[str, Any], everything: bool = False) -> list[Table]:
     second = _sum_gaps(sites, gaps) if wide and not everything else _each(sites, gaps)
 
     return [first, second, *strange]
+
+
+def _at_several_sites(sites: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how many patients have records at more than one site, and what follows;
+    under a claim that it is not told.
+    """
+    if len(sites) < 2:
+        return ""
+    told = [s["at_sites"] for s in sites.values()]
+    if any(one is None for one in told):
+        return (
+            "patients at more than one site: not told under a privacy claim, where nothing of "
+            "patients is told without noise; privacy.max_sites_per_patient attests it"
+        )
+    records = Counter[int]()  # a patient at k sites is counted at each of them
+    for one in told:
+        records.update(one)
+    patients = {places: count // places for places, count in sorted(records.items()) if places > 1}
+    if not patients:
+        return ""
+
+    each = ", ".join(f"{count} at {places} sites" for places, count in patients.items())
+    return (
+        f"patients at more than one site: {sum(patients.values())} ({each}); each site trains on "
+        f"its own records of them. A privacy claim needs "
+        f"privacy.max_sites_per_patient={max(patients)}"
+    )
 
 
 def _left_out(sites: Mapping[str, Mapping[str, Any]]) -> str:

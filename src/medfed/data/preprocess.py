@@ -21,7 +21,7 @@ from torch import Tensor
 from medfed.core import toml
 from medfed.core.checks import DataError, PlanError, some
 from medfed.core.refusals import Refusal, refuse
-from medfed.data.answers import from_word
+from medfed.data.answers import HELD, from_word
 from medfed.data.declared import declared_range
 from medfed.data.encoding import Column, Encoding, Target
 from medfed.data.features import features_of
@@ -39,7 +39,7 @@ _QUARTILES = (0.25, 0.5, 0.75)
 _OUTER = ((0.05, 0.95, 4.0), (0.01, 0.99, 7.0))
 _DIGIT_BITS = 4
 
-ROBUST_CAP = 10.0
+ROBUST_CAP = HELD
 """Robust scaling: no encoded number is larger, so that one wrong cell cannot outweigh a table. It
 cuts nothing of the bundled studies, whose largest is 5."""
 
@@ -220,14 +220,18 @@ def fit(
 def fit_widely(
     names: Sequence[str], logs: dict[str, float], ask: Ask
 ) -> dict[str, tuple[float, float]]:
-    """Return each feature's (median, scale) for robust scaling: `fit`'s IQR where it is one, wider
-    where it is not.
+    """Return each feature's (centre, scale) for robust scaling: `fit`'s median and IQR where they
+    are a scale, else mean and standard deviation of cells that are held.
 
-    An IQR is no scale of mostly zero counts, rare events or heavy tails. So the scale is at least a
-    quarter of the span of the middle 90 %, and a seventh of that of the middle 98 %: nine cells of
-    ten lie within 4 of the median, 98 of a hundred within 7. Where all those quantiles coincide it
-    is the root mean square distance from the median. Of bell-shaped columns the IQR is the widest
-    of the three, and `fit`'s bits stay.
+    An IQR is no scale of mostly zero counts, rare events or heavy tails. So a span of at least a
+    quarter of that of the middle 90 %, and a seventh of that of the middle 98 %, says how far cells
+    may lie from the median before they are held: at most 7 such spans, which 98 of a hundred do.
+    Where all those quantiles coincide the span is the root mean square distance from the median.
+
+    A column whose span is wider than its IQR, or whose held cells lie more than a span from the
+    median in the root mean square, takes the mean and the standard deviation of its held cells:
+    it would else outweigh the others, and push the intercept. Of bell-shaped columns the IQR is the
+    widest of the three, and `fit`'s bits stay.
     """
     if not names:
         return {}
@@ -235,20 +239,35 @@ def fit_widely(
     known_F = ask("known", header, {})
     outer = [q for low, high, _ in _OUTER for q in (low, high)]
     q_FQ = _find_quantiles((*_QUARTILES, *outer), known_F, header, ask)
+    count_F = np.maximum(known_F.numpy(), 1)
     centre_F = q_FQ[:, 1]
-    scale_F = q_FQ[:, 2] - q_FQ[:, 0]
+    iqr_F = q_FQ[:, 2] - q_FQ[:, 0]
 
+    # The span: the widest of three, or the distance from the median where all three are nothing.
+    span_F = iqr_F
     for place, (_, _, spans) in enumerate(_OUTER):
         low_F = q_FQ[:, 3 + 2 * place]
         high_F = q_FQ[:, 4 + 2 * place]
-        span_F = high_F / spans - low_F / spans
-        scale_F = np.where(np.isfinite(span_F), np.maximum(scale_F, span_F), scale_F)
+        wide_F = high_F / spans - low_F / spans
+        span_F = np.where(np.isfinite(wide_F), np.maximum(span_F, wide_F), span_F)
 
-    if (flat_F := (scale_F == 0) & (known_F.numpy() > 1)).any():
-        square_F = ask("squares", header, {"centre": torch.from_numpy(centre_F.copy())}).numpy()
-        scale_F = np.where(flat_F, np.sqrt(square_F / np.maximum(known_F.numpy(), 1)), scale_F)
+    centre = torch.from_numpy(centre_F.copy())
+    if (flat_F := (span_F == 0) & (known_F.numpy() > 1)).any():
+        square_F = ask("squares", header, {"centre": centre}).numpy()
+        span_F = np.where(flat_F, np.sqrt(square_F / count_F), span_F)
+    span_F = np.where((span_F > 0) & np.isfinite(span_F), span_F, 1.0)
 
-    scale_F = np.where((scale_F > 0) & np.isfinite(scale_F), scale_F, 1.0)
+    # Mean and standard deviation of what is held, in spans from the median.
+    held = ask("held", header, {"centre": centre, "span": torch.from_numpy(span_F)}).numpy()
+    mean_F, square_F = (held / count_F[:, None]).T
+    deviation_F = np.sqrt(np.maximum(square_F - mean_F**2, 0))
+    taken_F = ((span_F != iqr_F) | (deviation_F > 1)) & (deviation_F > 0)
+    mean_F = centre_F + mean_F * span_F
+    deviation_F = deviation_F * span_F
+    taken_F &= (deviation_F > 0) & np.isfinite(mean_F) & np.isfinite(deviation_F)
+
+    centre_F = np.where(taken_F, mean_F, centre_F)
+    scale_F = np.where(taken_F, deviation_F, span_F)
     return {n: (float(c), float(s)) for n, c, s in zip(names, centre_F, scale_F, strict=True)}
 
 

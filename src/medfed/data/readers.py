@@ -18,7 +18,7 @@ from unicodedata import normalize
 import pandas as pd
 import pyarrow as pa
 
-from medfed.core.checks import DataError, MedfedError, nearest, some
+from medfed.core.checks import DataError, MedfedError, nearest, plain, some
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import columnar, line_reader, numerals, texts, workbooks
 from medfed.data.layout import COMPRESSED, TextLayout, lines_to_choose, of_header
@@ -320,7 +320,7 @@ def reading(where: str, private: bool) -> Iterator[None]:
         if private:
             why = f" ({type(error).__name__}); what it says is in the site's own log"
         else:
-            why = f": {error}"
+            why = f": {plain(error)}"
         raise DataError(f"{where} cannot be read{why}") from (None if private else error)
 
 

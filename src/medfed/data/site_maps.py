@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from medfed.core import toml
-from medfed.core.checks import DataError, StudyError, nearest
+from medfed.core.checks import DataError, StudyError, nearest, plain
 from medfed.core.refusals import Refusal, refuse
 from medfed.data import dates, mapping
 from medfed.data.mapping import Fault, Texts
@@ -77,7 +77,7 @@ def texts(study: Study) -> dict[str, str]:
         try:
             found[site] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            text = f"{where} cannot be read: {error}; its path is relative to the study file"
+            text = f"{where} cannot be read: {plain(error)}; its path is relative to the study file"
             refusals.append(Refusal(StudyError(text)))
             continue
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyreadstat
 from python_calamine import CalamineSheet, CalamineWorkbook
 
-from medfed.core.checks import DataError, nearest, some
+from medfed.core.checks import DataError, nearest, plain, some
 from medfed.data import numerals
 from medfed.data.layout import lines_to_choose, names_of
 from medfed.study import Format
@@ -118,7 +118,7 @@ def _rows(sheet: CalamineSheet, where: str, private: bool) -> Iterator[Row]:
             logger.warning("%s: row %d cannot be read: %s", where, number, error)
             if not private:
                 raise DataError(
-                    f"{where}: a cell in row {number} cannot be read ({error}); correct it"
+                    f"{where}: a cell in row {number} cannot be read ({plain(error)}); correct it"
                 ) from error
 
 

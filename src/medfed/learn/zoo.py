@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medfed.core import streams
-from medfed.core.checks import PlanError, StudyError, nearest
+from medfed.core.checks import PlanError, StudyError, nearest, plain
 from medfed.core.flat import fingerprint, select_trained, select_untrained
 
 Norm = Literal["layer", "group", "none"]
@@ -254,7 +254,7 @@ def build(
             module = factory(features, outputs, **options)
         except Exception as error:
             raise StudyError(
-                f"model.name={name!r} cannot be built: {type(error).__name__}: {error}"
+                f"model.name={name!r} cannot be built: {type(error).__name__}: {plain(error)}"
             ) from error
 
     if not isinstance(module, nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medfed.core import codec, files
-from medfed.core.checks import CodecError, RunError
+from medfed.core.checks import CodecError, RunError, plain
 from medfed.learn.algorithms import Server
 
 _DIGEST = 32
@@ -41,7 +41,7 @@ def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
         try:
             server, header = _read(path)
         except (CodecError, OSError) as error:
-            damaged.append(f"{path.name} is damaged ({error})")
+            damaged.append(f"{path.name} is damaged ({plain(error)})")
             continue
         return server, header, "; ".join(damaged)
     raise RunError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medfed.core import files
-from medfed.core.checks import PlanError, RunError
+from medfed.core.checks import PlanError, RunError, plain
 from medfed.core.types import JSON
 from medfed.data.features import open_columns
 from medfed.planning.plan import Plan
@@ -432,7 +432,7 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(
             f"{str(folder)!r} holds no claim: no epsilon was asked for, or the run has not ended "
-            f"({error})"
+            f"({plain(error)})"
         ) from error
     return found
 

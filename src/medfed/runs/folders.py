@@ -27,6 +27,7 @@ from medfed.core.checks import (
     RunError,
     WriteError,
     advising,
+    plain,
 )
 from medfed.core.flat import Layout
 from medfed.data import site_maps
@@ -166,7 +167,7 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
             study, folder=Path(frozen["folder"]), chosen=frozen.get("chosen", {})
         )
     except (OSError, ValueError, MedfedError) as error:
-        raise RunError(f"{str(folder)!r} is not a run folder: {error}") from error
+        raise RunError(f"{str(folder)!r} is not a run folder: {plain(error)}") from error
     if study.digest() != frozen["digest"]:
         raise RunError(
             f"{folder}/study.toml was changed after the run began; start a new run with your change"

@@ -1,12 +1,16 @@
 """What is known before a run: what sites tell of their tables, what a claim will cost."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medfed.core import quotes
+from medfed.data import partition
 from medfed.data.readers import Reading
 from medfed.node.inprocess import InProcess
+from medfed.node.site import Site
 from medfed.planning.foretell import foretell, paid_test
 from medfed.privacy.places import ledger_path
 from medfed.rounds.prepare import ask_surveys, prepare
@@ -22,6 +26,8 @@ def survey(
     """Return what each site tells of its table, without training: sizes, gaps, classes.
 
     Under a claim too, as whoever holds the table sees all of it; but then no cell is quoted.
+    "at_sites": at how many sites its patients have records, and how many of them have at so many;
+    None under a claim, where nothing compares patients without noise.
     `table` is the study's, where it is read already.
     """
     # whoever holds the table sees it all
@@ -32,7 +38,27 @@ def survey(
     told = ask_surveys(fleet, fleet.sites())
     # seen here, and told to nobody else
     written = {site.name: site.table.spellings for site in sites if site.table}
-    return {name: {**one, "spellings": written[name]} for name, one in told.items()}
+    at_sites = {name: None for name in told} if study.privacy.meant else _count_sites(sites)
+    return {
+        name: {**one, "spellings": written[name], "at_sites": at_sites[name]}
+        for name, one in told.items()
+    }
+
+
+def _count_sites(sites: Sequence[Site]) -> dict[str, dict[int, int]]:
+    """Return for each site at how many sites its patients have records, and how many have at so
+    many; nothing where no column names patients.
+    """
+    named = {
+        site.name: [name for name in site.table.ids if not str(name).startswith(partition.OWN)]
+        for site in sites
+        if site.table
+    }
+    seen = Counter(name for names in named.values() for name in names)
+    return {
+        site: dict(sorted(Counter(seen[name] for name in names).items()))
+        for site, names in named.items()
+    }
 
 
 def privacy_outlook(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medfed.core.checks import (
     DataError,
     RunError,
+    plain,
     some,
 )
 from medfed.core.flat import Layout, fill, select_trained
@@ -144,7 +145,7 @@ def load(folder: str | Path) -> Result:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{folder}: no model ({error}); `medfed resume {folder}` finishes the run"
+            f"{folder}: no model ({plain(error)}); `medfed resume {folder}` finishes the run"
         ) from error
 
     module = build_model(study, encoding)

@@ -266,6 +266,10 @@ def results(summary: Mapping[str, Any]) -> Table:
         title="Held-out patients (95 % interval below)",
         title_justify="left",
     )
+    noised = bool(summary["test"] and summary.get("test_noised"))
+    if noised:
+        table.caption = "about: a noised count of patients"
+        table.caption_justify = "left"
     for title in ("tested on", "model", "n"):
         table.add_column(title, justify="right" if title == "n" else "left")
     for name in names:
@@ -279,6 +283,7 @@ def results(summary: Mapping[str, Any]) -> Table:
             summary["test"],
             summary["intervals"],
             names,
+            noised=noised,
         )
 
     for model, baseline in summary["baselines"].items():
@@ -287,7 +292,7 @@ def results(summary: Mapping[str, Any]) -> Table:
 
     several = list(summary["per_site"])[:12] if len(summary["sites"]) > 1 else []
     for site in several:
-        _add(table, site, "federated", summary["per_site"][site], {}, names)
+        _add(table, site, "federated", summary["per_site"][site], {}, names, noised=noised)
         if site in own:
             _add(table, "", "its own", own[site], {}, names)
 
@@ -315,6 +320,7 @@ def _add(
     figures: Mapping[str, Any],
     intervals: Mapping[str, Sequence[float] | None],
     names: Sequence[str],
+    noised: bool = False,
 ) -> None:
     cells = []
     for name in names:
@@ -322,7 +328,8 @@ def _add(
         if interval := intervals.get(name):
             cell += f"\n[dim]{_format_share(interval[0])}-{_format_share(interval[1])}[/]"
         cells.append(cell)
-    table.add_row(escape(where), model, str(figures["n"]), *cells)
+    count = f"about {figures['n']}" if noised else str(figures["n"])
+    table.add_row(escape(where), model, count, *cells)
 
 
 def _format_share(value: float) -> str:

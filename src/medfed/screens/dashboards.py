@@ -213,11 +213,17 @@ def _training(story: Story) -> str:
 def _table_of_tests(story: Story, last: Tested) -> str:
     """Return the figures of the last test: of all sites, of each, and of the baselines."""
     figures = list(last.all_sites)
-    lines = [["all sites", last.n, *(elements.interval(last.all_sites[name]) for name in figures)]]
+    lines = [
+        [
+            "all sites",
+            _count(last, last.n),
+            *(elements.interval(last.all_sites[name]) for name in figures),
+        ]
+    ]
     lines += [
         [
             site,
-            last.site_n[site],
+            _count(last, last.site_n[site]),
             *(elements.interval(mine.get(name, _UNKNOWN)) for name in figures),
         ]
         for site, mine in list(last.per_site.items())[:SHOWN]
@@ -225,12 +231,17 @@ def _table_of_tests(story: Story, last: Tested) -> str:
     lines += [
         [
             f"baseline: {name}",
-            one.n,
+            _count(one, one.n),
             *(elements.interval(one.all_sites.get(f, _UNKNOWN)) for f in figures),
         ]
         for name, one in story.baselines.items()
     ]
     return elements.table(("", "records", *figures), lines)
+
+
+def _count(tested: Tested, records: int) -> int | str:
+    """Return a count of a test's records as it is shown: with "about" where it is noised."""
+    return f"about {records}" if tested.noised else records
 
 
 def _confusion(tested: Tested) -> str:
@@ -243,6 +254,8 @@ def _confusion(tested: Tested) -> str:
         "Held-out records of all sites. A binary model predicts the second label from a chance "
         "of one half on."
     )
+    if tested.noised:
+        said += " The counts are noised: about so many."
     return f"<h2>Right and wrong, counted</h2><p class=note>{said}</p>{elements.table(head, lines)}"
 
 

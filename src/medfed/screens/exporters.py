@@ -23,7 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from medfed.core import files
-from medfed.core.checks import ExportError
+from medfed.core.checks import ExportError, plain
 from medfed.monitor.events import (
     Resumed,
     RolledBack,
@@ -407,7 +407,7 @@ def to_mlflow(folder: Path, uri: str, experiment: str = "medfed") -> str:
             ended = "FAILED"
         client.set_terminated(key, ended, _milliseconds(told[-1].time) if told else None)
     except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise ExportError(f"MLflow at {uri!r} does not take the run: {error}") from error
+        raise ExportError(f"MLflow at {uri!r} does not take the run: {plain(error)}") from error
 
     return key
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medfed.core.checks import RunError
+from medfed.core.checks import RunError, plain
 from medfed.monitor.events import Event
 from medfed.screens import dashboards
 from medfed.screens.live import Tail
@@ -102,7 +102,7 @@ class Feed:
         try:
             self._live.story.read_beside(self.folder)
         except (OSError, ValueError) as error:  # being written, or damaged
-            self._trouble = f"what lies beside the log cannot be read yet ({error})"
+            self._trouble = f"what lies beside the log cannot be read yet ({plain(error)})"
 
     def page(self, name: str) -> bytes:
         """Return one of the pages of `medfed report`, made from what has been read so far."""

@@ -34,7 +34,7 @@ from starlette.responses import (
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medfed.core.checks import ServeError
+from medfed.core.checks import ServeError, plain
 from medfed.screens import dashboards, exporters, live_page
 from medfed.screens.feeds import EVERY, KEPT, Feed, Runs
 
@@ -330,8 +330,8 @@ def _check_request(
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
             raise ServeError(
-                f"--certificate {certificate} --key {key} cannot be used ({error}); expected PEM "
-                "files that belong together"
+                f"--certificate {certificate} --key {key} cannot be used ({plain(error)}); "
+                "expected PEM files that belong together"
             ) from error
     elif not _is_loopback(host):
         raise ServeError(

@@ -280,7 +280,7 @@ class Line:
 
     # opening -----------------------------------------------------------------------------------
 
-    def open(self, x: Pair, additive: bool = False) -> Generator[Sends, Sends, Words]:
+    def reveal(self, x: Pair, additive: bool = False) -> Generator[Sends, Sends, Words]:
         """Return shared words themselves, to all three.
 
         Each gets the share that it lacks from one holder, and a hash of it from the other: raises

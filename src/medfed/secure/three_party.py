@@ -73,6 +73,7 @@ from medfed.core.checks import (
     PlanError,
     QuorumError,
     naming,
+    plain,
     reasons,
 )
 from medfed.core.entropy import Entropy, Integers, Words, expand
@@ -545,7 +546,7 @@ class SharingAggregator:
             )
             for part in parts:
                 upper = upper.add(part)
-        opened = yield from line.open(upper, additive=True)
+        opened = yield from line.reveal(upper, additive=True)
         gram_KK = np.zeros((K, K), np.int64)
         gram_KK[np.triu_indices(K)] = opened.view(np.int64)
         return gram_KK + np.triu(gram_KK, 1).T
@@ -723,7 +724,7 @@ class SharingAggregator:
         yield from triples.verify(line, made, sha256(b"order" + coin).digest())
 
         # Open that bit.
-        opened = yield from line.open(bad_K)
+        opened = yield from line.reveal(bad_K)
         good_K: NDArray[np.bool_] = opened == 0
         return good_K, inner
 
@@ -1002,7 +1003,8 @@ def asking(handles: Mapping[str, Callable[[str, bytes], bytes]], length: int) ->
             return handles[name](op, payload)
         except OSError as error:
             raise AbortError(
-                f"{name!r} stopped ({error}); the round ends. Resume the run when it is back."
+                f"{name!r} stopped ({plain(error)}); the round ends. Resume the run when it "
+                "is back."
             ) from error
 
     def ask(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:

@@ -79,7 +79,9 @@ def verify(line: Line, made: tuple[Pair, Pair, Pair], coin: bytes) -> Generator[
     others = [[one.at(table[i]) for one in made] for i in range(1, B)]
     compared = [([x, y, z], heads), *((heads, other) for other in others)]
     differences = [one[i].xor(two[i]) for one, two in compared for i in (0, 1)]
-    opened = yield from line.open(Pair.join([a.at(shown), b.at(shown), c.at(shown), *differences]))
+    opened = yield from line.reveal(
+        Pair.join([a.at(shown), b.at(shown), c.at(shown), *differences])
+    )
     shown_a, shown_b, shown_c = opened[: 3 * B].reshape(3, B, UNIT)
     if (shown_a & shown_b != shown_c).any():
         raise AbortError(

@@ -376,9 +376,10 @@ class Data:
     )
     preprocess: Literal["robust", "standard", "dictionary", "none"] = key(
         "robust",
-        "robust: median and IQR, exact over all sites by counting; standard: mean and standard "
-        "deviation; dictionary: public ranges, nothing is computed from patients; none: numbers "
-        "are taken as they are.",
+        "robust: median and IQR, exact over all sites by counting, or where the IQR is no scale "
+        "mean and standard deviation of held values; standard: mean and standard deviation; "
+        "dictionary: public ranges, nothing is computed from patients; none: numbers are taken as "
+        "they are.",
     )
     accept: tuple[str, ...] = key(
         (),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medfed.core import toml
-from medfed.core.checks import StudyError, nearest
+from medfed.core.checks import StudyError, nearest, plain
 from medfed.core.refusals import Refusal, refuse
 from medfed.study.reader import parse_value, put
 from medfed.study.whole import Study, from_tables, parse
@@ -71,7 +71,7 @@ def read_tables(study: str | Path, settings: Sequence[str] = ()) -> tuple[dict[s
             f"study={str(path)!r} cannot be read as TOML: {toml.explain_unreadable(text, error)}"
         ) from error
     except OSError as error:
-        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {error}") from error
+        raise StudyError(f"study={str(path)!r} cannot be read as TOML: {plain(error)}") from error
 
     for setting in settings:
         key, equals, text = toml.setting(setting)
