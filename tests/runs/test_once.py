@@ -59,7 +59,7 @@ def test_a_site_whose_record_is_gone_ends_the_round_that_was_opened(
     record.unlink()
     stopped = medfed.resume(tmp_path / "run")
     assert not stopped.complete
-    assert "shares was done for something else" in str(stopped.summary["reason"])
+    assert "rows was done for something else" in str(stopped.summary["reason"])
 
 
 def test_a_damaged_record_is_never_an_empty_one(study: Study, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ nothing else. Each attack succeeded before what is multiplied was verified.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -218,8 +219,9 @@ def test_a_round_played_again_opens_the_same_number_noise_and_all() -> None:
     assert (first != again({n: uploads[n] for n in "abc"}) + ROWS["d"]).all()
 
 
-def test_who_comes_after_a_round_was_begun_is_left_out_of_it() -> None:
-    """The three were stopped when they had begun without it: the round goes on as it was begun."""
+@pytest.mark.parametrize("step", [3, 10**6])
+def test_a_round_that_stopped_goes_on_with_who_is_there(step: int) -> None:
+    """Before its rows were written down with whoever came; after that with those rows or not."""
     posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
     scope = Scope("study", "run", 1)
     uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
@@ -230,16 +232,62 @@ def test_who_comes_after_a_round_was_begun_is_left_out_of_it() -> None:
 
     def stopping(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
         steps[0] += op == "step"
-        if steps[0] == 3:
+        answers = three(op, payloads)
+        if steps[0] == step or any(codec.decode(a)[0].get("done") for a in answers.values() if a):
             raise AbortError("a cable was pulled")
-        return three(op, payloads)
+        return answers
 
     with pytest.raises(AbortError, match="cable"):
         three_party.relay(stopping, scope, {n: uploads[n] for n in "abc"}, TERMS)
     found = three_party.relay(three, scope, uploads, TERMS)
+    if step == 3:
+        assert found.accepted == ["a", "b", "c", "d"]
+        return
     assert found.accepted == ["a", "b", "c"] and set(found.excluded) == {"d"}
     with pytest.raises(AbortError, match="done for something else"):
         three_party.relay(three, scope, {n: uploads[n] for n in "abd"}, TERMS)
+
+
+@pytest.mark.parametrize("liar", PARTIES)
+@pytest.mark.parametrize("lie", ["tag", "refusal"])
+def test_an_aggregator_may_not_say_of_a_site_what_it_likes(
+    lie: str, liar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can leave a site out, as which of the two lies nobody can tell; that is what is said."""
+    open_all = three_party.SharingAggregator._open_all
+
+    def lying(self: Any, scope: Scope, uploads: Any) -> Any:
+        held, refused = open_all(self, scope, uploads)
+        if self.post.me.name == liar and lie == "tag":
+            held["a"] = replace(held["a"], digest=bytes(32))
+        elif self.post.me.name == liar:
+            del held["a"]
+            refused["a"] = "its row is out of bound"
+        return held, refused
+
+    monkeypatch.setattr(three_party.SharingAggregator, "_open_all", lying)
+    found = opened()
+    assert found.accepted == ["b", "c", "d"]
+    said = found.excluded["a"]
+    assert "aggregator" in said
+    assert said.startswith(three_party.DISPUTED) or "out of bound" not in said
+
+
+def test_a_reason_of_one_aggregator_is_told_as_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = codec.encode
+
+    def lying(header: Any, *rest: Any) -> bytes:
+        if header.get("place") == 2:
+            header = {**header, "excluded": {"x": "its row is out of bound"}}
+        return encode(header, *rest)
+
+    monkeypatch.setattr(codec, "encode", lying)
+    assert opened().excluded["x"].startswith(three_party.DISPUTED)
+    monkeypatch.setattr(
+        codec, "encode", lambda h, *r: encode({**h, "excluded": 5} if "place" in h else h, *r)
+    )
+    with pytest.raises(AbortError, match="handed in no part"):
+        opened()
 
 
 def test_a_message_that_is_none_is_named() -> None:

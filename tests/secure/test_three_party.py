@@ -289,8 +289,11 @@ def test_another_round_sender_or_time_is_refused() -> None:
     again = relay(parties, scope, uploads, terms)
     assert (again.total_M == opened.total_M).all() and set(again.excluded) == {"site 1", "site 2"}
     fewer = {name: uploads[name] for name in ("site 0", "site 1", "site 3")}
-    with pytest.raises(AbortError, match="shares was done for something else"):
+    with pytest.raises(AbortError, match="this round was opened without it"):
         relay(parties, scope, fewer, terms)
+    other = {**uploads, "site 0": share(POSTS["site 0"], scope, rows["site 0"], terms)}
+    with pytest.raises(AbortError, match="rows was done for something else"):
+        relay(parties, scope, other, terms)
 
 
 def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +317,7 @@ def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) 
         uploads,
         terms,
     )
-    assert opened.excluded == {"site 0": "it gave two aggregators different shares"}
+    assert opened.excluded == {"site 0": "it, or an aggregator, tells different shares of its row"}
 
 
 Tamper = Callable[[int, dict[str, bytes]], dict[str, bytes]]

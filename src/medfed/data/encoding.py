@@ -7,6 +7,8 @@ C categories or outputs, K sites, M columns after encoding, N rows.
 """
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +111,10 @@ class Encoding:
     def to_json(self) -> dict[str, Any]:
         """Return the encoding as plain JSON."""
         return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """Return the sha256 of the encoding."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Encoding":

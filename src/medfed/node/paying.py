@@ -94,6 +94,14 @@ def charge(sites: Sequence[Site], round: int) -> dict[str, SiteError]:
         return {}
     account = paying[0].account
     assert account is not None
+    if account.guarantee is not None and account.guarantee != paying[0].guarantee:
+        return dict.fromkeys(
+            (site.name for site in paying),
+            SiteError(
+                "the rows were prepared for another guarantee than patients were enrolled for; the "
+                "coordinator must enrol them anew"
+            ),
+        )
     return {
         name: SiteError(str(reason))
         for name, reason in account.pay(round, [s.name for s in paying]).items()

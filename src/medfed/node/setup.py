@@ -80,7 +80,9 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
     path = find_path(sites[0].study, encoding, model).path
     if guarantees.asked(sites[0].study):
         _check_encoding(sites[0], encoding)
-    facts = resolve(sites[0].study, header["sizes"], header["clients"], zoo.count(model))
+    facts = resolve(
+        sites[0].study, header["sizes"], header["clients"], zoo.count(model), encoding.digest()
+    )
     guarantee = facts.guarantee
     tables = [table_of(site) for site in sites]
     for table in tables:
@@ -92,6 +94,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         site.guarantee = guarantee
         site.facts = facts
         site.links = facts.links
+        site.party = None  # what it agreed to was for other facts: it must be asked to join anew
         held = torch.tensor(table.test)
         counts = torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if guarantee else rows
@@ -140,7 +143,7 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         if site.record is None:
             site.record = consortium.record_of(site.study, site.name)
         facts = site.facts
-        joining.refuse_others(facts.participants)
+        joining.refuse_others(facts)
         joining.commit(site.record, facts)
         follower = Follower(
             Post(_own_keys(site), joining.roster),
@@ -148,6 +151,7 @@ def _join(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
             joining.run,
             joining.coordinator,
             site.record,
+            bytes.fromhex(facts.digest),
         )
         site.party = party_of(facts, follower)
         answers.append(codec.encode({}, {"signed": codec.as_tensor(follower.agree())}))

@@ -71,8 +71,14 @@ def _accept_signed(
     envelope = codec.as_bytes(tensors["signed"])
     refused = dict[str, SiteError]()
     message = b""
+    drawn: dict[int, list[str]] = {}  # by facts, which the sites of a process share
     for site in sites:
         try:
+            if id(site.facts) not in drawn:
+                site.facts.expect(header.get("round"))
+                drawn[id(site.facts)] = site.facts.draw(header["round"])
+            if site.name not in drawn[id(site.facts)]:
+                site.facts.expect(header["round"], site.name)
             message = _party(site).follower.accept(header["round"], envelope)
         except MedfedError as error:
             refused[site.name] = SiteError(str(error))

@@ -1,13 +1,13 @@
 """Joining a run: what a coordinator says of it, and what each party makes sure of by itself."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Self
 
 from medfed.compliance import consortium
 from medfed.compliance.consortium import Consortium
-from medfed.core.checks import CodecError, SignatureError, some
+from medfed.core.checks import CodecError, PlanError, SignatureError, some
 from medfed.planning.resolved import Resolved
 from medfed.secure.identity import Roster, Scope
 from medfed.secure.record import Record
@@ -54,12 +54,28 @@ class Joining:
             )
         return cls(run, coordinator, roster)
 
-    def refuse_others(self, participants: Collection[str]) -> None:
-        """Raise SignatureError unless all who are to send rows are sites on the roster.
+    def refuse_others(self, facts: Resolved) -> None:
+        """Raise SignatureError unless all who are to send rows are sites on the roster, and those
+        who hold shares aggregators; PlanError unless all sites take part whom the study declares.
 
-        Args:
-            participants: their names.
+        Who could leave sites out could leave one among its own people, and choose how many are
+        taken for such.
         """
+        study = facts.study
+        participants = facts.participants
+        declared = {name for name, size in study.privacy.sizes.items() if size}
+        if facts.guarantee and study.sites.kind != "device" and declared != set(participants):
+            odd = sorted(declared ^ set(participants))
+            raise PlanError(
+                f"participants differ from the sites that privacy.sizes declares: {some(odd)}. "
+                "Give every party the same study."
+            )
+        three = study.security.aggregators if study.security.aggregation == "three-party" else ()
+        strange = [name for name in three if self.roster[name].role != "aggregator"]
+        if strange:
+            raise SignatureError(
+                f"security.aggregators={some(strange)} are no aggregators on the list of members"
+            )
         odd = [name for name in participants if self.roster[name].role != "site"]
         if odd:
             raise SignatureError(
@@ -69,8 +85,15 @@ class Joining:
 
     def commit(self, record: Record, facts: Resolved) -> None:
         """Write into a party's `record` that it joins this run, on these facts, under this
-        coordinator: once, and never on others. Raises RecordError for a second way to join it.
+        coordinator: once, and never on others; without noise in no run of the study on others, as
+        two runs that differ by a site tell its row. Raises RecordError for a second way to join.
         """
         head = self.roster[self.coordinator]
         what = sha256(bytes.fromhex(facts.digest) + head.signing + head.sealing).digest()
         record.commit("join", Scope(facts.study.digest(), self.run, 0), what)
+        if facts.guarantee is None:
+            every = Scope(facts.study.digest(), _EVERY_RUN, 0)
+            record.commit("facts", every, bytes.fromhex(facts.digest))
+
+
+_EVERY_RUN = "*"

@@ -125,7 +125,7 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         refuse(
             claim_refusals.hidden_ranges(study, {name: sizes[name]["train"] for name in trainers})
         )
-    facts = resolve(study, sizes, participants, zoo.count(model))
+    facts = resolve(study, sizes, participants, zoo.count(model), encoding.digest())
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
 

@@ -49,6 +49,7 @@ class Resolved:
     message: int  # M, numbers in a row
     guarantee: Guarantee | None = None
     links: Sequence[Link] = PLAIN
+    encoded: str = ""  # the sha256 of the encoding, which only those who have records know whole
 
     @property
     def algorithm(self) -> Algorithm:
@@ -144,10 +145,12 @@ class Resolved:
     @cached_property
     def digest(self) -> str:
         """The sha256 of what all parties of a secure round must have alike:
-        the study, who trains, their declared rows, and the lengths of model and row.
+        the study, who trains, their declared rows, how records become numbers, and the lengths of
+        model and row.
         """
         rows = [[name, self.sizes[name]["train"]] for name in self.participants]
-        facts = [self.study.digest(), sorted(rows), self.parameters, self.message]
+        lengths = [self.parameters, self.message]
+        facts = [self.study.digest(), sorted(rows), self.encoded, *lengths]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def budget(self) -> RunMeter:
@@ -170,7 +173,12 @@ class Resolved:
     def draw(self, round: int, out: Collection[str] = ()) -> list[str]:
         """Return who takes part in a round, without those who are `out`:
         a function of the seed and public facts.
+
+        Where rows are secret, who is out is left out of the draw of all: whoever says so could else
+        choose the draw.
         """
+        if out and self.study.security.aggregation != "plain":
+            return [name for name in self.draw(round) if name not in out]
         rng = self.streams.generator("selection", round)
         able = {
             name: Profile(self.sizes[name]["train"])
@@ -178,6 +186,25 @@ class Resolved:
             if name not in out
         }
         return list(self.selector.pick(able, self.study.fleet.clients_per_round, rng))
+
+    def expect(self, round: object, site: str = "") -> None:
+        """Raise PlanError unless the study has such a round, and draws the site for it.
+
+        Args:
+            round: its number, as somebody told it.
+            site: by name; "" for no site in particular.
+        """
+        last = self.study.training.rounds
+        if type(round) is not int or not 1 <= round <= last:
+            raise PlanError(
+                f"round={round!r} is asked for; the study has rounds 1 to {last}. The coordinator "
+                "may not choose others."
+            )
+        if site and site not in self.draw(round):
+            raise PlanError(
+                f"site {site!r} is asked in round {round}, for which the study does not draw it; "
+                "the coordinator may not choose others."
+            )
 
     def weight(self, site: str) -> float:
         """Return a site's public weight, not normalised."""
@@ -191,9 +218,10 @@ def resolve(
     sizes: Mapping[str, Mapping[str, int]],
     participants: Sequence[str],
     parameters: int,
+    encoded: str = "",
 ) -> Resolved:
     """Return what follows for these participants;
-    under a claim from the sizes that the study declares.
+    under a claim from the sizes that the study declares. `encoded` is the sha256 of the encoding.
 
     Raises PlanError where the study's target cannot be met.
     """
@@ -216,6 +244,7 @@ def resolve(
         message=message,
         guarantee=guarantee,
         links=links_of(study, guarantee, participants),
+        encoded=encoded,
     )
 
 

@@ -112,11 +112,13 @@ def introduce(
     me = keys.coordinator
     roster = keys.roster
     publisher = Publisher(Post(me, roster), study, run)
+    agreed = bytes.fromhex(plan.digest)
 
     # Join: every site signs the study.
     joining: dict[str, Any] = {"run": run, "coordinator": me.name}
     joining["roster"] = [consortium.to_json(roster[name]) for name in roster]
-    signed = _join_sites(publisher, fleet, plan.participants, codec.encode(joining), roster)
+    payload = codec.encode(joining)
+    signed = _join_sites(publisher, fleet, plan.participants, payload, roster, agreed)
 
     # Record: the trail begins with what they signed.
     trail = None
@@ -137,9 +139,10 @@ def introduce(
         "participants": list(plan.participants),
         "sizes": sizes,
         "parameters": plan.parameters,
+        "encoding": plan.encoded,
     }
     for name, handle in keys.aggregators.items():
-        _check_signed(publisher, name, handle("join", codec.encode(joining)))
+        _check_signed(publisher, name, handle("join", codec.encode(joining)), agreed)
     ask = three_party.asking(keys.aggregators, terms.length)
     return _share(plan, ask, publisher, terms, trail)
 
@@ -203,7 +206,12 @@ _PATIENCE = 600.0  # seconds; nothing is trained yet
 
 
 def _join_sites(
-    publisher: Publisher, fleet: Fleet, sites: Sequence[str], payload: bytes, roster: Roster
+    publisher: Publisher,
+    fleet: Fleet,
+    sites: Sequence[str],
+    payload: bytes,
+    roster: Roster,
+    facts: bytes,
 ) -> dict[str, dict[str, str]]:
     """Have the sites join;
     return each one's signature under the study, and the key that it holds under.
@@ -214,18 +222,21 @@ def _join_sites(
     for name, reply in gather(fleet, sites, "join", payload, _PATIENCE).items():
         if reply.error:
             raise _unsigned(publisher, name, SiteError(reply.error))
-        envelope = _check_signed(publisher, name, reply.payload)
+        envelope = _check_signed(publisher, name, reply.payload, facts)
         signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
 
     return signed
 
 
-def _check_signed(publisher: Publisher, name: str, payload: bytes) -> bytes:
-    """Return a party's signature under the study and run; raise PlanError where it is none."""
+def _check_signed(publisher: Publisher, name: str, payload: bytes, facts: bytes) -> bytes:
+    """Return a party's signature under the study, the run and what is agreed; raise PlanError where
+    it is none.
+    """
     scope = Scope(publisher.study, publisher.run, 0)
     try:
         envelope = codec.as_bytes(codec.decode(payload)[1]["signed"])
-        publisher.post.unwrap(envelope, scope, "study", name, ANYBODY)
+        if publisher.post.unwrap(envelope, scope, "study", name, ANYBODY) != facts:
+            raise CodecError("it takes other participants, sizes or another encoding for agreed.")
     except (CodecError, KeyError) as error:
         raise _unsigned(publisher, name, error) from error
     return envelope

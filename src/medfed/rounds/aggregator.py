@@ -70,13 +70,13 @@ class Aggregator:
         """
         joining = Joining.read(told, consortium.members_of(self.study, [self.name]))
         sizes, participants, parameters = _read_facts(told)
-        facts = resolve(self.study, sizes, participants, parameters)
-        joining.refuse_others(facts.participants)
+        facts = resolve(self.study, sizes, participants, parameters, str(told.get("encoding")))
+        joining.refuse_others(facts)
         joining.commit(self.record, facts)
         post = Post(self.identity, joining.roster)
         self._side = aggregator_of(facts, post, joining.run, self.record)
         scope = Scope(self.study.digest(), joining.run, 0)
-        signed = post.wrap(scope, "study", ANYBODY, b"")
+        signed = post.wrap(scope, "study", ANYBODY, bytes.fromhex(facts.digest))
         return codec.encode({}, {"signed": codec.as_tensor(signed)})
 
 

@@ -62,7 +62,8 @@ def find(plan: Plan, fleet: Fleet) -> tuple[Plan, list[Event]]:
         told += [event for event in excluded if event not in told]
         search.take(counts_FC)
 
-    plan = replace(plan, encoding=_encoding(plan, dict(zip(columns, search.found, strict=True))))
+    encoding = _encoding(plan, dict(zip(columns, search.found, strict=True)))
+    plan = replace(plan, encoding=encoding, encoded=encoding.digest())
     if all(one.known == 0 for one in search.found) and len(columns) == len(plan.encoding.columns):
         raise PlanError(
             f"privacy.ranges_epsilon={plan.study.privacy.ranges_epsilon:g}: of no column are "

@@ -43,6 +43,7 @@ from medfed.privacy.run_meter import RunMeter
 from medfed.robust import detection
 from medfed.rounds.plain import PLAIN
 from medfed.rounds.way import RoundRows, Way, collect
+from medfed.secure.three_party import DISPUTED
 
 
 def run_round(
@@ -195,7 +196,9 @@ def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
     """
     assert answer.gram_KK is not None and plan.rule is not None
     caught = {
-        name: why for name, why in answer.excluded.items() if any(sign in why for sign in MALICE)
+        name: why
+        for name, why in answer.excluded.items()
+        if any(sign in why for sign in MALICE) and not why.startswith(DISPUTED)
     }
     f = min(plan.rule.f, (len(answer.names) - 1) // 2)
     findings = detection.inspect(answer.names, answer.gram_KK, f, answer.gram_noise, caught)
@@ -210,7 +213,7 @@ def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
     )
 
 
-MALICE = ("not finite", "out of bound", "different shares")
+MALICE = ("not finite", "out of bound")
 """Reasons for which no honest site's row is left out."""
 
 

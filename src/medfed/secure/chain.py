@@ -48,6 +48,7 @@ class Follower:
     run: str
     coordinator: str
     record: Record = field(default_factory=Record)
+    facts: bytes = b""  # a hash of what the site takes for agreed
     round: int = field(init=False)
     model: bytes = field(init=False)
     _envelope: bytes = b""
@@ -62,8 +63,10 @@ class Follower:
         return Scope(self.study, self.run, self.round)
 
     def agree(self) -> bytes:
-        """Return the site's signature under the study as it has it, before the first round."""
-        return self.post.wrap(Scope(self.study, self.run, 0), "study", ANYBODY, b"")
+        """Return the site's signature under the study as it has it, and under what it takes for
+        agreed, before the first round.
+        """
+        return self.post.wrap(Scope(self.study, self.run, 0), "study", ANYBODY, self.facts)
 
     def accept(self, round: int, envelope: bytes) -> bytes:
         """Return the message of a round's envelope; the same one may come again.

@@ -175,11 +175,17 @@ class Roster(Mapping[str, Public]):
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a message counts: the study's sha256, the run and the round."""
+    """Where a message counts: the study's sha256, the run and the round, a whole number."""
 
     study: str
     run: str
     round: int
+
+    def __post_init__(self) -> None:
+        if type(self.round) is not int or self.round < 0:
+            raise EnvelopeError(
+                f"round={self.round!r}; expected a whole number. It does not count."
+            )
 
 
 @dataclass

@@ -66,7 +66,7 @@ class Record:
         with files.hold(self.path.parent, f".{self.path.name}.lock"):
             self._read()
             if self._commit(act, scope, what, names):
-                files.write(self.path, json.dumps({"form": _FORM, "runs": self._runs}, indent=1))
+                _write(self.path, json.dumps({"form": _FORM, "runs": self._runs}).encode())
 
     def _commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str]) -> bool:
         """Return whether anything is new."""
@@ -96,7 +96,7 @@ class Record:
         key = _key(scope, what)
         self._answer = key, blob
         if self.path is not None:
-            files.write(self._beside, key + sha256(blob).digest() + blob)
+            _write(self._beside, key + sha256(blob).digest() + blob)
 
     def recall(self, scope: Scope, what: bytes) -> tuple[bytes, dict[str, Tensor]] | None:
         """Return the answer that was kept, and the memory beside it; None for another question's,
@@ -141,7 +141,7 @@ class Record:
                 raise ValueError(f"form={found['form']!r}")
             self._runs = {
                 run: {
-                    act: (int(round), bytes.fromhex(what).hex(), list(map(str, names)))
+                    act: (_whole(round), bytes.fromhex(what).hex(), list(map(str, names)))
                     for act, (round, what, names) in acts.items()
                 }
                 for run, acts in found["runs"].items()
@@ -151,6 +151,22 @@ class Record:
                 f"{self.path} is no record of secure rounds ({error}); restore it. Without it this "
                 "party cannot know what it has done: give it new keys."
             ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read."""
+    if not path.exists():
+        with files.explained(path):
+            path.touch(0o600)
+    files.write(path, data)
+    with files.explained(path):
+        path.chmod(0o600)
+
+
+def _whole(round: object) -> int:
+    if type(round) is not int:
+        raise ValueError(f"round={round!r}")
+    return round
 
 
 def _name(study: str, run: str) -> str:

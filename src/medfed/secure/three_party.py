@@ -8,7 +8,7 @@ that hold it. The coordinator relays everything and reads nothing.
 One round, as `SharingAggregator.rounds` plays it:
 
 1. open the clients' envelopes; exchange tags of the shares that two hold, commitments to coins, a
-   fresh key for the line; write down of which shares this round is;
+   fresh key for the line;
 2. reveal a coin: the projections of step 3 are drawn now, when every row is fixed;
 3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <=
    B^2. Projections are worked out on both shares and need no message; inner products are proven
@@ -18,8 +18,8 @@ One round, as `SharingAggregator.rounds` plays it:
    rule weigh the rows: each of the three does so by itself, and they compare;
 5. sum the accepted rows, add noise and a sharing of zero, and hand the result to the coordinator.
 
-Before anything of step 3, 4 or 5 leaves, an aggregator writes down for which shares, rows and
-weights, and its noise follows from these: a round that is played again opens the same or nothing.
+Before anything of step 4 or 5 leaves, an aggregator writes down of which rows and in which weights,
+and its noise follows from these: a round that is played again opens the same or nothing.
 
 The Gram matrix: as rows are within B by then, no entry wraps and none is above B^2. Where one
 patient moves one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with
@@ -110,7 +110,8 @@ class SharingTerms:
     aggregators: tuple[str, str, str]
     min_group: int = 2
     min_kept: int = 2  # rows that a rule must keep
-    clients: frozenset[str] | None = None  # whose rows may count; None: whoever is a site
+    # whose rows may count in a round, which else is no round; None: whoever is a site
+    drawn: Callable[[int], Sequence[str]] | None = None
     facts: bytes = bytes(32)  # a hash of what site and aggregator must have resolved alike
 
     @property
@@ -327,6 +328,7 @@ class SharingAggregator:
         self._steps: Steps | None = None
         self._scope = Scope(self.study, self.run, 0)
         self._uploads = dict[str, bytes]()
+        self._drawn: frozenset[str] | None = None
 
     def handle(self, op: str, payload: bytes) -> bytes:
         """Serve the relay: "begin" a round,
@@ -371,12 +373,17 @@ class SharingAggregator:
     def _begin(self, payload: bytes) -> Scope:
         """Return the scope of a round of this run, which is not before the last that was opened."""
         round = codec.decode(payload)[0].get("round")
-        last, _ = self.record.last("opened", self.study, self.run)
+        last, _ = self.record.last("rows", self.study, self.run)
         if type(round) is not int or round < max(1, last):
             raise AbortError(
                 f"round={round!r} was begun at {self.post.me.name!r}; expected {max(1, last)} or "
                 "later, as none before is opened again"
             )
+        if self.terms.drawn:
+            try:
+                self._drawn = frozenset(self.terms.drawn(round))
+            except PlanError as error:
+                raise AbortError(f"{self.post.me.name!r}: {error}") from error
         return Scope(self.study, self.run, round)
 
     def _stop(self) -> None:
@@ -389,10 +396,10 @@ class SharingAggregator:
         # 1. Open the envelopes, and greet the other two: tags of shares that two hold, a commitment
         #    to a coin, a fresh key for the line.
         held, refused = self._open_all(scope, uploads)
-        once = self.record.names("shares", scope)
+        once = self.record.names("rows", scope)
         for name in [name for name in held if once is not None and name not in once]:
-            del held[name]  # this round was begun without it, and is the sum of the same shares
-            refused[name] = "it came after the round was begun"
+            del held[name]
+            refused[name] = "this round was opened without it"
         names = sorted(held)
         tags = {name: held[name].tags() for name in names}
         line = Line(self.post.me.name, self.terms.aggregators, _purpose(scope, "line"))
@@ -414,9 +421,6 @@ class SharingAggregator:
             return self._toss(line, *next(tosses))
 
         names, why = self._common(refused, tags, hellos)
-        # Of which shares this round is, for ever: see `_commit`.
-        fixed = self._commit("shares", scope, [[name, *tags[name]] for name in names], names)
-
         # 2 and 3. Check each row in secret, and open one bit of each.
         inner: Inner | None = None
         if names:
@@ -433,7 +437,8 @@ class SharingAggregator:
                 "nothing is opened."
             )
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
-        fixed += self._commit("accepted", scope, names)
+        # Of which rows this round is, for ever: see `_commit`.
+        fixed = self._commit("rows", scope, [[name, *tags[name]] for name in names], names)
         tensors: dict[str, torch.Tensor] = {}
 
         # 4. Under a rule: open the Gram matrix, and weigh the rows by it.
@@ -465,8 +470,9 @@ class SharingAggregator:
         return codec.encode(told, tensors)
 
     def _commit(self, act: str, scope: Scope, facts: object, names: Sequence[str] = ()) -> bytes:
-        """Write down for what a round is, and return the hash of it: for which shares, which rows
-        of them, in which weights, each before anything that depends on it leaves.
+        """Write down for what a round is, and return the hash of it: of which rows, in which
+        weights, each before anything that depends on it leaves but bits that say who is within its
+        bound.
 
         A round that is played again, after an abort or a restart, is for the same or nothing; and
         as noise follows from the hashes (`_entropy`), it opens the same number or none.
@@ -577,8 +583,8 @@ class SharingAggregator:
     def _refuse_stranger(self, client: str) -> None:
         """Refuse a row of whoever is no site of the study."""
         role = self.post.roster[client].role
-        if role != "site" or (self.terms.clients is not None and client not in self.terms.clients):
-            raise EnvelopeError(f"{client!r} ({role}) is no site that trains in this run")
+        if role != "site" or (self._drawn is not None and client not in self._drawn):
+            raise EnvelopeError(f"{client!r} ({role}) is no site that this round draws")
 
     def _open(self, scope: Scope, client: str, upload: bytes) -> _Held:
         _, envelopes, hidden = _cut(upload)
@@ -630,8 +636,9 @@ class SharingAggregator:
         }
         order = [everyone[name] for name in self.terms.aggregators]
         why = dict(refused)
-        for hello in hellos.values():
-            why |= {c: r for c, r in hello.refused.items() if c not in why}
+        for other, hello in hellos.items():
+            # its words are not passed on: it may not say of a site what it likes
+            why |= {c: f"{other!r} {_OTHER}" for c in hello.refused if c not in why}
 
         # Whose shares all three have, the same.
         model: dict[str, str] = {}
@@ -639,9 +646,9 @@ class SharingAggregator:
             if any(client not in one for one in order):
                 why.setdefault(client, "not all aggregators have its shares")
             elif any(order[i][client][1] != order[(i + 1) % 3][client][0] for i in range(3)):
-                why[client] = "it gave two aggregators different shares"
+                why[client] = "it, or an aggregator, tells different shares of its row"
             elif len({one[client][2] for one in order}) > 1:
-                why[client] = "it told two aggregators different models"
+                why[client] = "it, or an aggregator, tells different models of its row"
             else:
                 model[client] = order[0][client][2]
 
@@ -923,6 +930,7 @@ def _add_parts(
     said = []
     digests: list[str] = []
     beside: list[object] = []
+    excluded: list[dict[str, str]] = []
     for name in terms.aggregators:
         try:
             header, tensors = codec.decode(codec.as_bytes(answers[name][1]["result"]))
@@ -938,7 +946,7 @@ def _add_parts(
             said.append(
                 (header["accepted"], header["weights"], None if gram is None else gram.tobytes())
             )
-            excluded = header["excluded"]
+            excluded.append(_read_reasons(header["excluded"]))
             phases["open"] = phases["open"] + part.nbytes
         except (CodecError, KeyError) as error:
             raise AbortError(
@@ -956,7 +964,37 @@ def _add_parts(
             "protocol. Nothing is used; run the round again."
         )
 
-    return Opened(total_M.view(np.int64), said[0][0], excluded, phases, said[0][1], gram)
+    # what all three say is so; what one says is its word alone, and told as such
+    accepted = said[0][0]
+    reasons_of = dict(zip(terms.aggregators, excluded, strict=True))
+    out = {name for one in excluded for name in one} - set(accepted)
+    why = {name: _join_reasons(name, reasons_of) for name in sorted(out)}
+    return Opened(total_M.view(np.int64), accepted, why, phases, said[0][1], gram)
+
+
+DISPUTED = "not all aggregators take its shares"
+"""How a reason begins that not all three give."""
+
+
+def _join_reasons(name: str, reasons_of: Mapping[str, Mapping[str, str]]) -> str:
+    told = {one.get(name) for one in reasons_of.values()}
+    if len(told) == 1:
+        return str(told.pop())
+    words = [
+        f"{party!r} says: {one[name]}"
+        for party, one in reasons_of.items()
+        if name in one and _OTHER not in one[name]
+    ]
+    return ". ".join([DISPUTED, *words])
+
+
+_OTHER = "does not take its shares"
+
+
+def _read_reasons(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise CodecError("reasons that are none")
+    return value
 
 
 def _outgoing(sent: Sends) -> bytes:
