@@ -199,8 +199,9 @@ def three(
 
 
 def masked(clients: int, numbers: int, rounds: int, gone: float, leave: float) -> dict[str, Any]:
-    """Return what rounds take whose lines are kept: seconds of one client's whole work (the first
-    round, where it meets the others, apart), of the server's unmasking and of all parties; bytes
+    """Return what rounds take whose lines are kept, in seconds of the processor (all of it is one
+    thread, and others on the machine do not count): one client's whole work (the first round, where
+    it meets the others, apart), the server's unmasking and all parties; bytes
     that the client sends by phase, and those of its upload over a row's.
 
     A share `gone` may drop out, and a share `leave` does before its rows arrive. 30 % may lie.
@@ -225,14 +226,14 @@ def masked(clients: int, numbers: int, rounds: int, gone: float, leave: float) -
         }
         server = masking.MaskingServer(posts["server"], terms, scope)
         spent.append(0.0)
-        started = time.perf_counter()
+        started = time.process_time()
 
         def each(phase: str, work: Callable[[str], bytes], among: list[str]) -> dict[str, bytes]:
             said = {}
             for name in among:
-                began = time.perf_counter()
+                began = time.process_time()
                 said[name] = work(name)
-                spent[-1] += (time.perf_counter() - began) * (name == watched)
+                spent[-1] += (time.process_time() - began) * (name == watched)
             sent[phase] = len(said[watched])
             return said
 
@@ -248,10 +249,10 @@ def masked(clients: int, numbers: int, rounds: int, gone: float, leave: float) -
             each("confirm", lambda n, c=parties, t=told: c[n].confirm(t), stay)
         )
         given = each("unmask", lambda n, c=parties, t=confirmed: c[n].unmask(t[n]), stay)
-        began = time.perf_counter()
+        began = time.process_time()
         total_M, _ = server.unmask(given)
-        unmasking.append(time.perf_counter() - began)
-        whole.append(time.perf_counter() - started)
+        unmasking.append(time.process_time() - began)
+        whole.append(time.process_time() - started)
         assert (total_M == sum(rows[name] for name in stay)).all()
 
     return {
