@@ -1,12 +1,14 @@
 """Secure aggregation: seconds, bytes and memory of a round, all parties in one process; accuracy
 under it; peers.
 
-    python benchmarks/secure.py [--accuracy] [--peers]
+    python benchmarks/secure.py [--accuracy] [--peers] [--masked]
 
 Three parties: clients share, aggregators check every row in secret and open the sum, or the Gram
-matrix and then the sum. Masked: a tenth of the clients drop out before their rows arrive. `--peers`
-adds Flower's SecAgg+ primitives and CKKS by TenSEAL, in an environment of their own
-(benchmarks/.venvs/secure, made on first use). `--accuracy` runs the breast-cancer study on 20 seeds
+matrix and then the sum. Masked: a tenth of the clients drop out before their rows arrive, in a
+sparse graph a twentieth; whole rounds of 49 hospitals with a short row, and bytes that a site sends
+in each way, beside a row in plain sight; `--masked` measures these alone. `--peers` adds Flower's
+SecAgg+ primitives and CKKS by TenSEAL, in an environment of their own (benchmarks/.venvs/secure,
+made on first use). `--accuracy` runs the breast-cancer study on 20 seeds
 in each way besides.
 """
 
@@ -16,7 +18,7 @@ import statistics
 import subprocess
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import medfed
 from medfed import study as studies
 from medfed.secure import masking, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.lines import Lines
 from medfed.secure.three_party import Selection
 
 HERE = Path(__file__).parent
@@ -39,19 +42,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--masked", action="store_true", help="masked rounds alone")
     options = parser.parse_args(argv)
     shapes: list[tuple[int, int, int, float]] = [(10, 200_000, 5, 0.5), (50, 1_000_000, 3, 6.0)]
     gram = (10, 200_000, 5)
     masks = (50, 200_000, 3)
+    sparse = (1000, 1000, 1)
+    short = (49, 31, 6)
 
     if options.tiny:
         shapes = [(5, 2000, 1, 0.5)]
         gram = (5, 2000, 1)
         masks = (10, 2000, 1)
+        sparse = (150, 20, 1)
+        short = (5, 31, 2)
+
+    if options.masked:
+        rounds = measure_masks(masks, sparse, short)
+        if not options.tiny:
+            write_result("masked", rounds)
+        return
 
     found: dict[str, object] = {}
     for clients, numbers, times, aim in shapes:
-        seconds, carried = zip(*(three(clients, numbers, n) for n in range(times)), strict=True)
+        seconds, carried = zip(*(three(clients, numbers, n + 1) for n in range(times)), strict=True)
         middle = statistics.median(seconds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
@@ -66,24 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     clients, numbers, times = gram
     chosen = Selection(lambda gram_KK: np.full(len(gram_KK), 1 / len(gram_KK)))
-    grams = [three(clients, numbers, n, chosen)[0] for n in range(times)]
+    grams = [three(clients, numbers, n + 1, chosen)[0] for n in range(times)]
     print(
         f"three-party n={clients} M={numbers:,}, Gram matrix opened too: "
         f"{statistics.median(grams):.2f} s (aim 1.5)"
     )
     found[f"three-party {clients} x {numbers}, gram"] = {"seconds": grams}
-    clients, numbers, times = masks
-    client, unmask, ratio = zip(*(masked(clients, numbers) for _ in range(times)), strict=True)
-    print(
-        f"masked n={clients} M={numbers:,}: client {1e3 * statistics.median(client):.0f} ms (aim "
-        f"50), unmask {statistics.median(unmask):.2f} s (aim 1), upload {ratio[0]:.3f} x"
-    )
-    found[f"masked {clients} x {numbers}"] = {
-        "client_seconds": client,
-        "unmask_seconds": unmask,
-        "upload_ratio": ratio[0],
-    }
-
+    rounds = measure_masks(masks, sparse, short)
+    found |= rounds
+    of_masks = rounds[f"masked {masks[0]} x {masks[1]}"]
+    client, unmask = (of_masks[kind] for kind in ("client_seconds", "unmask_seconds"))
     if options.peers:
         found["peers"] = peer = peers()
         for what, ours in (("client", client), ("unmask", unmask)):
@@ -103,6 +109,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["accuracy"] = accuracy()
     if not options.tiny:
         write_result("secure", found)
+
+
+def measure_masks(
+    masks: tuple[int, int, int], sparse: tuple[int, int, int], short: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Measure masked rounds of three shapes (clients, numbers, rounds) and bytes; print and return
+    them.
+    """
+    found: dict[str, Any] = {}
+    for (clients, numbers, times), leave, aims in ((masks, 0.1, (30, 1)), (sparse, 0.05, (100, 2))):
+        done = masked(clients, numbers, times, 0.1, leave)
+        found[f"masked {clients} x {numbers}"] = many = done
+        client, unmask = (
+            statistics.median(done[kind]) for kind in ("client_seconds", "unmask_seconds")
+        )
+        print(
+            f"masked n={clients} M={numbers:,}, {done['neighbours']} neighbours: client "
+            f"{1e3 * client:.0f} ms (aim {aims[0]}), in its first round "
+            f"{1e3 * done['first_seconds'][0]:.0f}; unmask {unmask:.2f} s (aim {aims[1]}), "
+            f"upload {done['upload_ratio']:.3f} x"
+        )
+    clients, numbers, times = short
+    done = masked(clients, numbers, times, 0.35, 0.0)
+    found[f"masked {clients} x {numbers}"] = done
+    print(
+        f"masked n={clients} M={numbers}: a whole round {statistics.median(done['round_seconds']):.2f}"
+        f" s in one process (aim .5), the first {done['round_seconds'][0]:.2f}"
+    )
+    found["bytes"] = sent = {
+        f"M={size:,}": count_bytes(size, short, done["bytes"], sparse, many["bytes"])
+        for size in (short[1], masks[1])
+    }
+    for shape, ways in sent.items():
+        print(f"bytes that a site sends in a round, {shape}: {ways}")
+    return found
 
 
 def rows_of(names: list[str], numbers: int) -> dict[str, np.ndarray]:
@@ -157,41 +198,95 @@ def three(
     return seconds, len(upload) / (8 * numbers)
 
 
-def masked(clients: int, numbers: int) -> tuple[float, float, float]:
-    """Return seconds of one client's whole work, of the server's unmasking, and bytes of an upload
-    over a row's.
+def masked(clients: int, numbers: int, rounds: int, gone: float, leave: float) -> dict[str, Any]:
+    """Return what rounds take whose lines are kept, in seconds of the processor (all of it is one
+    thread, and others on the machine do not count): one client's whole work (the first round, where
+    it meets the others, apart), the server's unmasking and all parties; bytes
+    that the client sends by phase, and those of its upload over a row's.
+
+    A share `gone` may drop out, and a share `leave` does before its rows arrive. 30 % may lie.
     """
-    names = sorted(f"site {i:02d}" for i in range(clients))
+    names = sorted(f"site {i:04d}" for i in range(clients))
     rows = rows_of(names, numbers)
     posts = posts_of([*names, "server"])
-    scope = Scope("study", "run", 1)
-    terms = masking.MaskingTerms.choose(names, numbers, 0.1, clients * 3 // 10, b"round 1")
-    server = masking.MaskingServer(posts["server"], terms, scope)
-    parties = {name: masking.Client(posts[name], terms, scope, "server") for name in names}
-    spent = 0.0
+    terms = masking.MaskingTerms.choose(names, numbers, gone, clients * 3 // 10, b"round")
+    lines = {name: Lines() for name in names}
+    stay = names[int(clients * leave) :]
     watched = names[-1]
+    spent: list[float] = []
+    unmasking: list[float] = []
+    whole: list[float] = []
+    sent: dict[str, int] = {}
 
-    def each(work: object, among: list[str]) -> dict[str, bytes]:
-        nonlocal spent
-        found = {}
-        for name in among:
-            began = time.perf_counter()
-            found[name] = work(name)  # type: ignore[operator]
-            spent += (time.perf_counter() - began) * (name == watched)
-        return found
+    for number in range(1, rounds + 2):
+        scope = Scope("study", "run", number)
+        parties = {
+            name: masking.Client(posts[name], terms, scope, "server", lines=lines[name])
+            for name in names
+        }
+        server = masking.MaskingServer(posts["server"], terms, scope)
+        spent.append(0.0)
+        started = time.process_time()
 
-    keys = server.keys(each(lambda n: parties[n].keys(), names))
-    boxes = server.shares(each(lambda n: parties[n].share(keys), names))
-    stay = names[clients // 10 :]
-    sent = each(lambda n: parties[n].mask(boxes[n], rows[n]), stay)
-    told = server.rows(sent)
-    confirmed = server.confirm(each(lambda n: parties[n].confirm(told, b"model"), stay))
-    given = each(lambda n: parties[n].unmask(confirmed), stay)
-    began = time.perf_counter()
-    total_M, _ = server.unmask(given)
-    unmask = time.perf_counter() - began
-    assert (total_M == sum(rows[name] for name in stay)).all()
-    return spent, unmask, len(sent[watched]) / (8 * numbers)
+        def each(phase: str, work: Callable[[str], bytes], among: list[str]) -> dict[str, bytes]:
+            said = {}
+            for name in among:
+                began = time.process_time()
+                said[name] = work(name)
+                spent[-1] += (time.process_time() - began) * (name == watched)
+            sent[phase] = len(said[watched])
+            return said
+
+        told = server.keys(each("keys", lambda n, c=parties: c[n].keys(), names))
+        if terms.sparse:
+            told = server.reveal(each("reveal", lambda n, c=parties, t=told: c[n].reveal(t), names))
+        boxes = server.shares(each("shares", lambda n, c=parties, t=told: c[n].share(t), names))
+        uploads = each(
+            "rows", lambda n, c=parties, b=boxes: c[n].mask(b[n], rows[n], b"model"), stay
+        )
+        told = server.rows(uploads, b"model")
+        confirmed = server.confirm(
+            each("confirm", lambda n, c=parties, t=told: c[n].confirm(t), stay)
+        )
+        given = each("unmask", lambda n, c=parties, t=confirmed: c[n].unmask(t[n]), stay)
+        began = time.process_time()
+        total_M, _ = server.unmask(given)
+        unmasking.append(time.process_time() - began)
+        whole.append(time.process_time() - started)
+        assert (total_M == sum(rows[name] for name in stay)).all()
+
+    return {
+        "first_seconds": spent[:1],
+        "client_seconds": spent[1:],
+        "unmask_seconds": unmasking,
+        "round_seconds": whole,
+        "neighbours": terms.degree,
+        "upload_ratio": sent["rows"] / (8 * numbers),
+        "bytes": sent,
+    }
+
+
+def count_bytes(
+    size: int,
+    few: tuple[int, int, int],
+    sent_few: dict[str, int],
+    many: tuple[int, int, int],
+    sent_many: dict[str, int],
+) -> dict[str, int]:
+    """Return the bytes that one site sends in a round of rows of `size` numbers, by way; of masked
+    rounds from what was sent in rounds of other rows, as those have 8 bytes a number.
+    """
+    names = [f"site {i:04d}" for i in range(3)]
+    posts = posts_of([*names, *PARTIES])
+    terms = three_party.SharingTerms(size, 2.0**24, PARTIES)
+    row = rows_of(names[:1], size)[names[0]]
+    upload = three_party.share(posts[names[0]], Scope("study", "run", 1), row, terms)
+    return {
+        "plain": 4 * size,
+        f"masked, {few[0]} sites": sum(sent_few.values()) + 8 * (size - few[1]),
+        f"masked, {many[0]} sites": sum(sent_many.values()) + 8 * (size - many[1]),
+        "three-party": len(upload),
+    }
 
 
 def accuracy(seeds: int = 20) -> dict[str, object]:

@@ -25,6 +25,7 @@ from medfed import cli
 from medfed.data import clinical
 from medfed.monitor import events
 from medfed.monitor.metrics import Figure
+from medfed.planning import coalitions
 from medfed.rounds import reference
 from medfed.study import Feature, Format, Join, Study
 
@@ -263,7 +264,42 @@ REGISTERED = (
 def guarantees_page(page: guarantees.Page) -> str:
     """Return a page of the registry of guarantees: docs/sharp-edges.md, docs/threat-model.md."""
     sections = (_guarantees_section(section) for section in page.sections)
-    return "\n".join([REGISTERED, f"\n# {page.title}\n", f"{page.introduction}\n", *sections])
+    text = "\n".join([REGISTERED, f"\n# {page.title}\n", f"{page.introduction}\n", *sections])
+    return text.replace(COALITIONS, coalitions_table().rstrip("\n")) if COALITIONS in text else text
+
+
+COALITIONS = "{coalitions}"
+"""Where a page of the registry has the table of `planning.coalitions`."""
+
+
+def coalitions_table() -> str:
+    """Return what f sites with the coordinator can do, in numbers."""
+    head = (
+        "way",
+        "clients n",
+        "f",
+        "neighbours",
+        "drop-outs borne",
+        "honest rows in a sum, at least",
+        "parts of the noise nobody tells, of all",
+        "not kept with probability",
+        "read by",
+    )
+    rows = [
+        (
+            row.way,
+            f"{row.members:,}",
+            f"{row.liars:,}",
+            f"{row.neighbours:,}" if row.neighbours else "-",
+            f"{row.dropouts:,}",
+            f"{row.rows:,}",
+            f"{row.parts:.2f}" if row.parts else "-",
+            f"2^{row.failure:.1f}" if row.failure is not None else "0",
+            row.breaks,
+        )
+        for row in coalitions.table()
+    ]
+    return _table(head, rows)
 
 
 def _guarantees_section(section: guarantees.Section) -> str:

@@ -121,7 +121,7 @@ def masks() -> dict[str, Any]:
     told = server.rows(phases["rows"], b"model")
     phases["confirm"] = {name: one.confirm(told) for name, one in clients.items()}
     told = server.confirm(phases["confirm"])
-    phases["unmask"] = {name: one.unmask(told) for name, one in clients.items()}
+    phases["unmask"] = {name: one.unmask(told[name]) for name, one in clients.items()}
     total_M, _ = server.unmask(phases["unmask"])
 
     return {

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -24,7 +26,9 @@ from medfed.core.checks import (
     SignatureError,
 )
 from medfed.secure import masking
+from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure.lines import Lines, derive
 from medfed.secure.masking import (
     EVERYBODY,
     PHASES,
@@ -35,12 +39,13 @@ from medfed.secure.masking import (
     _unpack,
     run_protocol,
 )
+from medfed.secure.party import Masker
 
 SCOPE = Scope("0" * 64, "run", 1)
 
 
 def names(n):
-    return tuple(f"site{i:02d}" for i in range(n))
+    return tuple(f"site{i:02d}" if n <= 100 else f"site{i:03d}" for i in range(n))
 
 
 def majority(n, length=5):
@@ -104,11 +109,12 @@ def test_sampled_patterns_up_to_forty(data):
 
 def test_terms():
     assert MaskingTerms.choose(names(10), 5, 0.3).quorum == 7
-    ring = MaskingTerms.choose(names(60), 5, 0.1, 5, b"seed")
-    assert ring.degree < 59 and 2 * ring.threshold > ring.degree + 2
+    ring = MaskingTerms.choose(names(120), 5, 0.1, 12, b"seed")
+    assert ring.sparse and ring.degree < 60 and 2 * ring.threshold > ring.degree + 2
     for name in ring.members:
-        assert len(ring.neighbours(name)) == ring.degree and name not in ring.neighbours(name)
+        assert name not in ring.neighbours(name) and set(ring.neighbours(name)) < set(ring.members)
         assert all(name in ring.neighbours(other) for other in ring.neighbours(name))
+        assert ring.list_neighbours()[name] == ring.neighbours(name)
     for n, dropout, malicious in ((2, 0, 0), (10, 0.5, 0), (10, 0.3, 4), (4, 0, -1), (4, 1.0, 0)):
         with pytest.raises(PlanError, match="expected"):
             MaskingTerms.choose(names(n), 5, dropout, malicious)
@@ -183,25 +189,27 @@ def test_different_survivor_lists_open_nothing(cast):
         "site02": c.confirm(tell(cast, "survivors", dict.fromkeys(("site01", "site02"), b""))),
     }
     confirmed = cast.server.confirm(said)
-    for client in (a, b, c):
+    for name, client in cast.clients.items():
         with pytest.raises(AbortError, match="another list of survivors or another model"):
-            client.unmask(confirmed)
+            client.unmask(confirmed[name])
 
 
 def test_rows_of_different_models_open_nothing(cast):
     """Too many of another model: no client unmasks. One: the quorum signs, and the sum is noise."""
     survivors = cast.server.rows(to_rows(cast, site01=b"x", site02=b"y"), b"model")
     confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
-    for client in cast.clients.values():
+    for name, client in cast.clients.items():
         with pytest.raises(AbortError, match="another list of survivors or another model"):
-            client.unmask(confirmed)
+            client.unmask(confirmed[name])
 
     wide = stage(MaskingTerms(tuple(names(5)), 4096, 3, 4, 4))
     survivors = wide.server.rows(to_rows(wide, site02=b"another"), b"model")
     said = {n: c.confirm(survivors) for n, c in wide.clients.items()}
     confirmed = wide.server.confirm(said)
     del wide.clients["site02"]  # it sees that it is alone, and unmasks nothing
-    total_M, stayed = wide.server.unmask({n: c.unmask(confirmed) for n, c in wide.clients.items()})
+    total_M, stayed = wide.server.unmask(
+        {n: c.unmask(confirmed[n]) for n, c in wide.clients.items()}
+    )
     assert len(stayed) == 5 and looks_uniform(total_M)
 
 
@@ -220,10 +228,10 @@ def test_both_seeds_of_one_client_are_never_given(cast):
     survivors = cast.server.rows(rows, b"model")
     client = cast.clients["site00"]
     confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
-    body = cast.server.post.unwrap(client.unmask(confirmed), SCOPE, "unmask", "site00")
+    body = cast.server.post.unwrap(client.unmask(confirmed["site00"]), SCOPE, "unmask", "site00")
     assert {len(part) for part in _unpack(body, cast.terms).values()} == {33}
     with pytest.raises(EnvelopeError, match="A phase comes once"):
-        client.unmask(confirmed)
+        client.unmask(confirmed["site00"])
     with pytest.raises(EnvelopeError, match="A phase comes once"):
         client.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")))
 
@@ -346,7 +354,7 @@ def test_a_short_row_counts_as_a_dropout_and_a_false_share_aborts(cast):
     )
     a._held["site01"] = bytes(66)
     with pytest.raises(AbortError, match="site01"):
-        cast.server.unmask({"site00": a.unmask(confirmed), "site01": b.unmask(confirmed)})
+        cast.server.unmask({n: c.unmask(confirmed[n]) for n, c in (("site00", a), ("site01", b))})
 
 
 def test_one_false_share_is_found_and_named_where_there_are_others():
@@ -357,7 +365,9 @@ def test_one_false_share_is_found_and_named_where_there_are_others():
     survivors = cast.server.rows(to_rows(cast), b"model")
     confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
     cast.clients["site01"]._held["site03"] = bytes(66)
-    total_M, stayed = cast.server.unmask({n: c.unmask(confirmed) for n, c in cast.clients.items()})
+    total_M, stayed = cast.server.unmask(
+        {n: c.unmask(confirmed[n]) for n, c in cast.clients.items()}
+    )
     assert len(stayed) == 5 and (total_M == np.arange(16) * 10).all()
     assert "false" in str(cast.server.refused["site01"]) and len(cast.server.refused) == 1
 
@@ -371,21 +381,186 @@ def test_the_servers_phases_come_once_and_in_order(cast):
         cast.server.rows(rows, b"model")
 
 
-def test_the_ring_follows_from_everybodys_keys():
-    """Neither the server nor a member picks it: other keys, another order; one broadcast, one order
-    for all.
+def sparse_terms(n=120):
+    """A tenth may lie and a tenth drop out."""
+    terms = MaskingTerms.choose(names(n), 5, 0.1, n // 10, b"seed")
+    assert terms.sparse
+    return terms
+
+
+def test_a_sparse_graph_follows_from_everybodys_nonces():
+    """Neither the server nor a member picks it: other nonces, another graph; one broadcast, one
+    graph for all.
     """
-    terms = MaskingTerms.choose(names(60), 5, 0.1, 5, b"seed")
-    orders = set()
+    terms = sparse_terms()
+    graphs = set()
     for _ in range(2):
         cast = stage(terms)
         keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
-        for name in ("site00", "site01"):
-            cast.clients[name].share(keys)
-        drawn = {cast.clients[name]._terms._ring for name in ("site00", "site01")}
-        assert drawn == {cast.server.terms._ring}
-        orders |= drawn
-    assert len(orders) == 2 and terms._ring not in orders
+        nonces = cast.server.reveal({n: c.reveal(keys) for n, c in cast.clients.items()})
+        for name in ("site000", "site001"):
+            cast.clients[name].share(nonces)
+        drawn = {cast.clients[name]._terms.neighbours("site000") for name in ("site000", "site001")}
+        assert drawn == {cast.server.terms.neighbours("site000")}
+        graphs |= drawn
+    assert len(graphs) == 2 and terms.neighbours("site000") not in graphs
+
+
+def test_who_advertises_last_foresees_no_graph():
+    """The attack: try keys until the graph that follows has liars beside a victim. It succeeded
+    while the graph followed from the keys: what was tried was what was drawn.
+    """
+    terms = sparse_terms()
+    cast = stage(terms)
+    liars = set(terms.members[-12:])
+    last = terms.members[-1]
+    said = {n: c.keys() for n, c in cast.clients.items()}
+    own = {n: cast.clients[n]._nonce for n in liars}  # all the nonces that liars know
+
+    def foresee(message):
+        """The likeliest of what liars can compute before the others reveal theirs."""
+        body = _pack({**said, last: message}, terms)
+        guesses = [body, masking.sha256(body).digest() + _pack(own, terms)]
+        return [terms.drawn(guess).neighbours("site000") for guess in guesses]
+
+    tries = []
+    for _ in range(40):
+        client = Client(Post(cast.people[last], cast.roster), terms, SCOPE, "server")
+        message = client.keys()
+        own[last] = client._nonce
+        tries += [(len(liars & set(near)), near, client, message) for near in foresee(message)]
+    _, near, client, message = max(tries, key=lambda found: found[0])
+
+    cast.clients[last] = client
+    keys = cast.server.keys({**said, last: message})
+    cast.server.reveal({n: c.reveal(keys) for n, c in cast.clients.items()})
+    assert cast.server.terms.neighbours("site000") not in [found[1] for found in tries]
+    assert near != cast.server.terms.neighbours("site000")
+
+
+def test_a_nonce_that_is_withheld_or_changed_ends_the_round():
+    """Who has seen the others' nonces cannot choose between two graphs, nor answer twice."""
+    cast = stage(sparse_terms())
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    said = {n: c.reveal(keys) for n, c in cast.clients.items()}
+    nonces = {n: cast.server.post.unwrap(e, SCOPE, "reveal", n) for n, e in said.items()}
+    gone = {n: nonce for n, nonce in nonces.items() if n != "site119"}
+    for told in (gone, {**gone, "site119": bytes(32)}):
+        with pytest.raises(AbortError, match=r"site119.*nobody knows the graph"):
+            next(c for c in cast.clients.values() if c._phases[:1] == ("shares",)).share(
+                tell(cast, "all-nonces", told)
+            )
+    with pytest.raises(EnvelopeError, match="A phase comes once"):
+        cast.clients["site005"].reveal(keys)
+    again = MaskingServer(Post(cast.people["server"], cast.roster), cast.terms, SCOPE)
+    again.keys({n: c._advertised for n, c in cast.clients.items()})
+    del said["site007"]
+    with pytest.raises(AbortError, match=r"site007.*start the round again"):
+        again.reveal(said)
+
+
+def test_a_round_is_begun_a_bounded_number_of_times():
+    cast = stage(majority(3))
+    follower = Follower(Post(cast.people["site00"], cast.roster), SCOPE.study, SCOPE.run, "server")
+    masker = Masker(follower, lambda told, round: cast.terms)
+    for _ in range(masking.ATTEMPTS):
+        masker.answer("keys", 1, cast.terms.members, b"")
+    with pytest.raises(AbortError, match="began 65 times"):
+        masker.answer("keys", 1, cast.terms.members, b"")
+    assert masker.answer("keys", 2, cast.terms.members, b"")
+
+
+@pytest.mark.parametrize("phase", [None, *masking.SPARSE_PHASES])
+def test_a_sparse_round_is_the_plain_sum_or_is_aborted(phase):
+    """Who drops out before the rows is not in it; between keys and nonces the round ends."""
+    terms = sparse_terms()
+    rows = draw(terms)
+    gone = set(terms.members[3:120:17]) if phase else set()
+    if phase == "reveal":
+        with pytest.raises(AbortError, match="phase reveal"):
+            run_protocol(rows, terms, {phase: gone})
+        return
+    total, included = run_protocol(rows, terms, {phase: gone} if phase else None)
+    late = phase in ("confirm", "unmask", None)
+    assert included == set(terms.members) - (set() if late else gone)
+    np.testing.assert_array_equal(total, plain(rows, included))
+
+
+def test_a_list_that_few_signed_passes_no_sample():
+    """More than (n + f) / 2 must have signed: with fewer true signatures every client finds one
+    that is false, whichever it draws.
+    """
+    cast = stage(sparse_terms())
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    keys = cast.server.reveal({n: c.reveal(keys) for n, c in cast.clients.items()})
+    boxes = cast.server.shares({n: c.share(keys) for n, c in cast.clients.items()})
+    rows = {n: c.mask(boxes[n], cast.rows[n], b"model") for n, c in cast.clients.items()}
+    whole = cast.server.rows(rows, b"model")
+    fewer = tell(cast, "survivors", dict.fromkeys(cast.terms.members[:-1], b""))
+    split = {
+        n: c.confirm(whole if at % 2 else fewer)
+        for at, (n, c) in enumerate(list(cast.clients.items())[:-1])
+    }
+    signed = {n: cast.server.post.unwrap(e, SCOPE, "confirm", n) for n, e in split.items()}
+    body = _pack(signed, cast.terms)
+    for name in list(cast.clients)[:-1]:
+        told = cast.server.post.wrap(SCOPE, "confirmed", name, body)
+        with pytest.raises(AbortError, match="another list of survivors or another model"):
+            cast.clients[name].unmask(told)
+
+
+def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
+    """In a later round a neighbour's signature is not verified again: its box opens only where it
+    saw its own keys in the same broadcast.
+    """
+    terms = majority(3)
+    lines = {name: Lines() for name in terms.members}
+    for number in (1, 2):
+        scope = Scope(SCOPE.study, SCOPE.run, number)
+        cast = stage(terms)
+        posts = {name: Post(cast.people[name], cast.roster) for name in cast.people}
+        clients = {
+            n: Client(posts[n], terms, scope, "server", lines=lines[n]) for n in terms.members
+        }
+        server = MaskingServer(posts["server"], terms, scope)
+        said = {n: c.keys() for n, c in clients.items()}
+        keys = server.keys(said)
+        if number == 1:
+            for client in clients.values():
+                client.share(keys)
+            continue
+        forged = bytearray(said["site01"])
+        own = X25519PrivateKey.generate().public_key().public_bytes_raw()
+        forged[-64 - 64 : -64 - 32] = own  # the pairing key; the signature no longer fits
+        body = _pack({**said, "site01": bytes(forged)}, terms)
+        lie = posts["server"].wrap(scope, "all-keys", EVERYBODY, body)
+        with pytest.raises(EnvelopeError, match="without its own, or with others"):
+            clients["site01"].share(lie)
+        sent = {"site00": clients["site00"].share(lie), "site02": clients["site02"].share(keys)}
+        box = _unpack(posts["server"].unwrap(sent["site02"], scope, "shares", "site02"), terms)
+        inbox = _pack({"site02": box["site00"]}, terms)
+        with pytest.raises(EnvelopeError, match="do not open"):
+            clients["site00"].mask(
+                posts["server"].wrap(scope, "boxes", "site00", inbox), cast.rows["site00"], b"m"
+            )
+
+
+def test_keys_are_fresh_in_every_round_and_lines_are_not():
+    """The key of a client that drops out is rebuilt: kept, it would open its earlier rows."""
+    cast = stage(majority(3))
+    lines = Lines()
+    post = Post(cast.people["site00"], cast.roster)
+    one, two = (
+        Post.body(Client(post, cast.terms, Scope("0" * 64, "run", n), "server", lines=lines).keys())
+        for n in (1, 2)
+    )
+    assert one[:32] == two[:32] and one[32:64] != two[32:64] and one[64:] != two[64:]
+
+
+def test_hkdf_in_two_calls_is_hkdf():
+    for size in (0, 1, 100):
+        shared, about = bytes(range(32)), bytes(range(size))
+        assert derive(shared, about) == HKDF(SHA256(), 32, None, about).derive(shared)
 
 
 @pytest.mark.parametrize("u", sorted(masking._SMALL_ORDER))
@@ -428,9 +603,11 @@ def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):
     assert gone
     a, b = (cast.clients[n] for n in ("site00", "site01"))
     signed = {"site00": a.confirm(survivors), "site01": b.confirm(survivors)}
-    stranger = Post(cast.people["site02"], cast.roster).wrap(SCOPE, "confirm", "*", bytes(96))
-    told = tell(cast, "confirmed", {**signed, "site02": stranger})
-    assert a.unmask(told)
+    said = _unpack(
+        cast.server.post.unwrap(signed["site01"], SCOPE, "confirm", "site01"), cast.terms
+    )
+    inbox = _pack({"site01": said["site00"], "site02": bytes(16)}, cast.terms)
+    assert a.unmask(cast.server.post.wrap(SCOPE, "confirmed", "site00", inbox))
 
 
 def test_bytes_of_an_upload(cast):

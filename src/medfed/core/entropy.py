@@ -93,7 +93,7 @@ def expand(seed: bytes, count: int, start: int = 0, out: Words | None = None) ->
     if skip:
         words[:1] = np.frombuffer(cipher.update(bytes(16))[8:], np.uint64)[:count]
     view = words.data.cast("B")[8 * skip :]
-    buffer = bytearray(len(_ZEROS) + 15)
+    buffer = bytearray(min(len(view), len(_ZEROS)) + 15)
 
     for at in range(0, len(view), len(_ZEROS)):
         piece = min(len(_ZEROS), len(view) - at)

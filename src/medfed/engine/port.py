@@ -102,7 +102,26 @@ def gather(
     The answers are in the order of `sites`.
     """
     began = time.monotonic()
-    open_tickets = dict(zip(fleet.submit_many(sites, op, payload, deadline), sites, strict=True))
+    tickets = fleet.submit_many(sites, op, payload, deadline)
+    return _wait(fleet, dict(zip(tickets, sites, strict=True)), began, deadline)
+
+
+def gather_each(
+    fleet: Fleet, op: str, payloads: Mapping[str, bytes], deadline: float
+) -> dict[str, Reply]:
+    """Ask each site its own question, all at once, and wait as `gather` does."""
+    began = time.monotonic()
+    tickets = {
+        fleet.submit(site, op, payload, deadline): site for site, payload in payloads.items()
+    }
+    return _wait(fleet, tickets, began, deadline)
+
+
+def _wait(
+    fleet: Fleet, tickets: Mapping[int, str], began: float, deadline: float
+) -> dict[str, Reply]:
+    """Return the reply to each ticket, by site in the order of the tickets."""
+    open_tickets = dict(tickets)
     replies: dict[str, Reply] = {}
     while open_tickets and (left := deadline - (time.monotonic() - began)) > 0:
         for reply in fleet.poll(left):
@@ -111,7 +130,7 @@ def gather(
                 replies[site] = reply
     for ticket, site in open_tickets.items():
         replies[site] = Reply(ticket, site, b"", deadline, f"no answer within {deadline:g} s")
-    return {site: replies[site] for site in sites}
+    return {site: replies[site] for site in tickets.values()}
 
 
 T = TypeVar("T")

@@ -29,6 +29,7 @@ from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.run_meter import Metered, NoClaim, RunMeter
 from medfed.robust.rules import RobustRule, augment, rule_of
+from medfed.secure import graph
 from medfed.study import Study
 
 MOST_ROWS = 2000
@@ -320,27 +321,41 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
 
 def cohort(study: Study, clients: Sequence[str]) -> int:
     """Return how many clients the smallest round draws."""
+    return min(_cohorts(study, clients))
+
+
+def _cohorts(study: Study, clients: Sequence[str]) -> set[int]:
+    """Return how many clients rounds draw: one number, or one of each group."""
     fleet = study.fleet
     selector = selection.SELECTORS[study.fleet.schedule]
     if selector.law != "turns":
-        return fleet.clients_per_round or len(clients)
+        return {fleet.clients_per_round or len(clients)}
     streams = Streams(study.study.seed)
-    return min(
+    return {
         len(selector.eligible(clients, n + 1, fleet.groups, streams)) for n in range(fleet.groups)
-    )
+    }
 
 
 def holders(study: Study, clients: Sequence[str]) -> int:
     """Return how many parties' parts make the joint noise: those that must answer and do not work
     with the server.
 
-    masked: `least_rows` without the f that may work with the server. three-party: two.
+    masked: `least_rows` without the f that may work with the server, nor those whom it can cut off
+    from a sparse graph. three-party: two.
     """
     security = study.security
-    n = cohort(study, clients)
     if security.aggregation != "masked":
         return 2 if security.aggregation == "three-party" else 1
-    return least_rows(study, n) - colluding(study, n)
+    # the least of all rounds: a sparse graph of n may promise more rows than all pairs of n + 1
+    return min(_honest_rows(study, n) for n in _cohorts(study, clients))
+
+
+def _honest_rows(study: Study, n: int) -> int:
+    """Return how many rows of those who do not work with the server a sum of n clients holds at
+    least.
+    """
+    sparse = graph_of(study, n)
+    return least_rows(study, n) - colluding(study, n) - (sparse.lost if sparse else 0)
 
 
 def excess(study: Study, clients: Sequence[str]) -> float:
@@ -369,11 +384,37 @@ def colluding(study: Study, n: int) -> int:
     return math.floor(study.security.colluding * n + 1e-9)  # .3 x 10 is below 3 in floats
 
 
+DROPOUT = 0.1
+"""The share of a large cohort that may drop out of a masked round, where training.quorum lets no
+more stay away: a sparse graph need not bear more.
+"""
+
+
 def least_rows(study: Study, n: int) -> int:
     """Return how many rows of n clients must be in a masked sum:
     the threshold, and `security.min_group` rows besides those of the f who may know them.
+
+    More where a sparse graph then does: as many as training.quorum asks for, up to all but DROPOUT.
     """
-    return max(threshold(study, n), study.security.min_group + colluding(study, n))
+    f = colluding(study, n)
+    least = max(threshold(study, n), study.security.min_group + f)
+    asked = math.ceil(study.training.quorum * n - 1e-9)
+    more = max(least, min(asked, n - math.floor(DROPOUT * n + 1e-9)))
+    return more if _fits(study, n, more) else least
+
+
+def graph_of(study: Study, n: int) -> graph.Sparse | None:
+    """Return the law of the sparse graph on which n clients mask; None for all pairs."""
+    return _fits(study, n, least_rows(study, n))
+
+
+def _fits(study: Study, n: int, stay: int) -> graph.Sparse | None:
+    """Return the law of a graph that leaves security.min_group honest rows in the sum of those
+    who stay.
+    """
+    f = colluding(study, n)
+    found = graph.design(n, f, n - stay)
+    return found if found and stay - f - found.lost >= study.security.min_group else None
 
 
 def robust_rule(study: Study, clients: int) -> RobustRule | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medfed.core.checks import PlanError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.links.wire import noise_share
-from medfed.planning.resolved import Resolved, cohort, colluding, least_rows
+from medfed.planning.resolved import Resolved, cohort, colluding, graph_of, least_rows
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
@@ -86,6 +86,7 @@ def masking_terms(
             (n - stay) / n,
             colluding(facts.study, n),
             json.dumps([run, round, facts.digest]).encode(),
+            sparse=graph_of(facts.study, n) is not None,
         )
 
     return choose

@@ -1,5 +1,5 @@
 """Rows under masks that cancel:
-the coordinator is the server of `secure.masking`, and plays its five phases.
+the coordinator is the server of `secure.masking`, and plays its phases.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from medfed.compliance.trail import Trail
 from medfed.core import codec
 from medfed.core.checks import CodecError, SiteError, naming
-from medfed.engine.port import Fleet, gather
+from medfed.engine.port import Fleet, Reply, gather, gather_each
 from medfed.planning.plan import Plan
 from medfed.rounds.way import (
     Asked,
@@ -46,10 +46,13 @@ class Masked:
             # Keys: everybody's public keys go to all.
             keys = server.keys(talk.ask("keys", clients, told=clients))
 
+            # Reveal: nonces that a sparse graph follows from, once nobody can change a key.
+            if server.terms.sparse:
+                keys = server.reveal(talk.ask("reveal", clients, keys))
+
             # Shares: each client's seeds, in boxes for its neighbours.
             boxes = server.shares(talk.ask("shares", clients, keys))
-            for name, box in boxes.items():
-                talk.ask("boxes", [name], box)
+            talk.ask_each("boxes", boxes)
 
             # Rows: asked of those who have their boxes.
             ready = [name for name in boxes if name not in talk.lost]
@@ -85,11 +88,11 @@ class MaskedExchange(Asked):
         came = [name for name in sent if name not in server.refused]
         enough(self.plan, number, came, self.clients, talk.lost | _reasons(server.refused))
 
-        # Confirm: each signs the list that it was given, and hands its shares out for no other.
+        # Confirm: each says which list it was given, and hands its shares out for no other.
         confirmed = server.confirm(talk.ask("confirm", list(uploads), survivors))
 
         # Unmask: shares of each client's one seed.
-        total_M, stayed = server.unmask(talk.ask("unmask", list(uploads), confirmed))
+        total_M, stayed = server.unmask(talk.ask_each("unmask", confirmed))
 
         names = [name for name in self.clients if name in stayed]
         why = talk.lost | _reasons(server.refused)
@@ -125,10 +128,25 @@ class _Talk:
         self, phase: str, clients: Sequence[str], message: bytes = b"", told: Sequence[str] = ()
     ) -> dict[str, bytes]:
         """Tell all clients the same; return the answers of those that gave one."""
-        header = {"phase": phase, "round": self.number, "told": list(told)}
-        payload = codec.encode(header, {"message": codec.as_tensor(message)})
+        payload = self._payload(phase, message, told)
         replies = gather(self.fleet, clients, "phase", payload, self.deadline)
         self.down += len(payload) * len(clients)
+        return self._read(phase, replies)
+
+    def ask_each(self, phase: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Tell each client its own message, all at once; return the answers of those that gave
+        one.
+        """
+        payloads = {name: self._payload(phase, message) for name, message in messages.items()}
+        replies = gather_each(self.fleet, "phase", payloads, self.deadline)
+        self.down += sum(map(len, payloads.values()))
+        return self._read(phase, replies)
+
+    def _payload(self, phase: str, message: bytes, told: Sequence[str] = ()) -> bytes:
+        header = {"phase": phase, "round": self.number, "told": list(told)}
+        return codec.encode(header, {"message": codec.as_tensor(message)})
+
+    def _read(self, phase: str, replies: Mapping[str, Reply]) -> dict[str, bytes]:
         self.up[phase] = self.up.get(phase, 0) + sum(
             len(reply.payload) for reply in replies.values()
         )

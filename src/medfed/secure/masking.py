@@ -7,22 +7,41 @@ Of a client that finishes, they give back the self seed; of one that drops out, 
 masks; never both.
 
     phase     a client sends                                   the server sends
-    keys      two fresh public keys, a commitment              everybody's keys, to all
+    keys      two public keys, commitments                     everybody's keys, to all
+    reveal    (sparse graphs) what its graph nonce was         everybody's nonces, to all
     shares    sealed shares of its two seeds                   the boxes for one client, to it
     rows      its masked row                                   who survived, to all
-    confirm   its signature of that list and of the model      the signatures, to all
+    confirm   that it takes this list and this model           what the others took, to each
     unmask    one share for each neighbour                     -
 
-Why the server learns the sum of all honest survivors or nothing. Confirmed lists: a client unmasks
-for a list that more than (n + f) / 2 members signed; honest ones sign one list a round, so there is
-one. Pair masks are bound to the model, so that rows of two models never add up to anything.
+Why the server learns the sum of all honest survivors or nothing, f members being with it.
+
+Confirmed lists: a client unmasks for a list that more than (n + f) / 2 members confirmed; honest
+ones confirm one list a round, so there is one. Pair masks are bound to the model, so that rows of
+two models never add up to anything.
+
 Complete graph: 2 t > n + f, so t shares of both seeds of one client would need an honest member
-that gave both. Ring of k neighbours in random order, at most X of them liars: t > k / 2 + 1 + X. A
-survivor can be unmasked only by t holders (itself included) on the list, so one on each side of it
-is honest: each honest survivor shares a mask with the next, whoever the server says dropped. A
-hypergeometric tail and a union bound over the clients give X, with probability 1 - 2^-40, where the
-liars were there before the order was drawn; drop-outs that nobody chose are bounded in the same
-way.
+that gave both, and any two honest survivors share a mask that nobody else knows.
+
+Sparse graph: see `graph`. It is drawn from nonces that all members committed to beside their keys.
+A client reveals its nonce once, after it was told everybody's keys, and takes no graph unless every
+nonce of that broadcast is there. So while a broadcast could still be changed, the nonce of whoever
+was to be told it was missing, and nobody could compute the graph that followed: to try keys is to
+try blindly. A server that does not like a graph can withhold a nonce: the round is over, with its
+keys, and all know it. What it gains is one more graph a try, so that after `ATTEMPTS` of them the
+chance is that many times 2^-40, and a client plays no more.
+
+What is kept over rounds, and what is not. Shares travel on lines between clients (`lines`), whose
+keys last for a run. Keys of pair masks are fresh in every attempt, as the key of a client that
+drops out is rebuilt: one kept would open its earlier rows. A client verifies the signature of a
+neighbour's keys when the neighbour's line is new to it. Later the box that comes over the line says
+so: its key follows from the broadcast of all keys, in which each client looks for its own, so that
+a box opens only between two that were told the same, and true, keys.
+
+What clients confirm. In a complete graph each sends every other a code over their line, which costs
+microseconds where a signature costs a tenth of a millisecond. In a sparse graph each signs, and
+verifies a sample of all signatures, which it draws in secret when it has been told them all
+(`graph.find_checks`).
 
 Legend: K clients, M numbers of a row, n members, f liars, k neighbours, t shares that rebuild a
 seed.
@@ -32,37 +51,37 @@ import hmac
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import TypeVar
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, QuorumError, some
 from medfed.core.entropy import Integers, Words, expand
-from medfed.secure import shares
-from medfed.secure.identity import Identity, Post, Roster, Scope
+from medfed.secure import graph, shares
+from medfed.secure.identity import Identity, Post, Roster, Scope, holds
+from medfed.secure.lines import FORM, Lines, agree, derive
 from medfed.secure.record import Record
 
 PHASES = ("keys", "shares", "rows", "confirm", "unmask")
 """The phases of a round, in order."""
 
+SPARSE_PHASES = ("keys", "reveal", "shares", "rows", "confirm", "unmask")
+"""Those of a round on a sparse graph."""
+
+ATTEMPTS = 64
+"""How often a client begins one round, as each time is another graph to like or dislike."""
+
 EVERYBODY = "*"
 """The recipient of a broadcast: signed once, verified by all."""
-
-SMALL = 32
-"""Up to so many members, everybody is everybody's neighbour."""
-
-FAILURE = 2.0**-40
-"""The probability that a drawn graph is allowed to fail with."""
 
 _P = 2**255 - 19
 _SMALL_ORDER = frozenset({0, 1, _P - 1, _P, _P + 1}) | {
@@ -72,6 +91,8 @@ _SMALL_ORDER = frozenset({0, 1, _P - 1, _P, _P + 1}) | {
 
 _T = TypeVar("_T")
 _BOX = 2 * shares.SIZE + 16  # a share of either seed and the tag of AES-GCM
+_CODE = 16  # bytes of what a client confirms to another
+_NONCE = 32
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,8 @@ class MaskingTerms:
     who takes part, the row's length, the graph and the thresholds.
 
     `quorum` members must answer in every phase, `threshold` (t) shares rebuild a seed, `degree` (k)
-    neighbours hold them beside the client itself. `seed` orders the ring: see `drawn`.
+    neighbours hold them beside the client itself. In a sparse graph both are means, as `sparse`
+    says what each member has; `seed` draws it: see `drawn`.
     """
 
     members: tuple[str, ...]
@@ -89,6 +111,7 @@ class MaskingTerms:
     threshold: int
     degree: int
     seed: bytes = b""
+    sparse: graph.Sparse | None = None
 
     def __post_init__(self) -> None:
         n = len(self.members)
@@ -98,10 +121,8 @@ class MaskingTerms:
             and EVERYBODY not in self.members
             and self.length >= 1
             and n / 2 < self.quorum <= n
-            and (self.degree == n - 1 or (self.degree < n - 1 and self.degree % 2 == 0))
-            and (n if self.degree == n - 1 else self.degree + 2) / 2
-            < self.threshold
-            <= self.degree + 1
+            and (self.degree == n - 1 if self.sparse is None else 2 <= self.degree < n - 1)
+            and (n if self.sparse is None else 2) / 2 < self.threshold <= self.degree + 1
         )
         if not holds:
             raise PlanError(
@@ -118,12 +139,14 @@ class MaskingTerms:
         dropout: float,
         malicious: int = 0,
         seed: bytes = b"",
+        sparse: bool = True,
     ) -> "MaskingTerms":
         """Return the terms under which a share `dropout` of the members may drop out and
         `malicious` may lie.
 
-        The least even number of neighbours that meets the module's conditions, or all of them.
-        Raises PlanError where not even all are enough: 2 t > n + f with t = n - drop-outs.
+        The sparsest graph that meets the module's conditions, or all pairs; always all where it is
+        not to be `sparse`. Raises PlanError where not even all are enough: 2 t > n + f with t = n -
+        drop-outs.
         """
         n = len(members)
         gone = math.floor(round(dropout * n, 9))
@@ -146,42 +169,48 @@ class MaskingTerms:
             )
 
         names = tuple(sorted(members))
-        for degree in range(2, n - 1, 2) if n > SMALL else ():
-            liars, lost = (_most(n - 1, count, degree, FAILURE / n) for count in (malicious, gone))
-            threshold = degree // 2 + 2 + liars
-            if degree - lost >= threshold:
-                return cls(names, length, quorum, threshold, degree, seed)
+        law = graph.design(n, malicious, gone) if sparse else None
+        if law is None:
+            return cls(names, length, quorum, quorum, n - 1, seed)
+        degree = round(law.edge / graph.WORD * (n - 1))
+        return cls(names, length, quorum, law.threshold(degree), degree, seed, law)
 
-        return cls(names, length, quorum, quorum, n - 1, seed)
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases of a round under these terms."""
+        return SPARSE_PHASES if self.sparse else PHASES
 
-    def drawn(self, keys: bytes) -> "MaskingTerms":
-        """Return the terms with the ring in the order that the keys of all decide, as the server
-        broadcast them.
+    def drawn(self, told: bytes) -> "MaskingTerms":
+        """Return the terms with the graph that follows from what all were told: the keys as the
+        server broadcast them and, in a sparse graph, the nonces.
 
-        So nobody picks it: the server does not know the keys of honest members before, and one that
-        tells them differently has two sets of terms, whose signatures do not fit. Who advertises
-        last can try keys, an order each.
+        A server that tells them differently has two sets of terms: boxes then do not open, and what
+        is confirmed does not fit. Nobody foresees a sparse graph: see the module.
         """
-        return replace(self, seed=sha256(self.seed + keys).digest())
+        return replace(self, seed=sha256(self.seed + told).digest())
 
     def neighbours(self, name: str) -> tuple[str, ...]:
-        """Return the k neighbours of a member, sorted."""
-        if self.degree == len(self.members) - 1:
+        """Return the neighbours of a member, sorted."""
+        if self.sparse is None:
             return tuple(other for other in self.members if other != name)
-        at = self._ring.index(name)
-        n = len(self.members)
-        half = self.degree // 2
-        return tuple(sorted(self._ring[(at + step) % n] for step in range(-half, half + 1) if step))
-
-    def holders(self, name: str) -> tuple[str, ...]:
-        """Return who holds shares of a member's seeds: its neighbours and itself, sorted."""
-        return tuple(sorted((*self.neighbours(name), name)))
-
-    @cached_property
-    def _ring(self) -> tuple[str, ...]:
-        return tuple(
-            sorted(self.members, key=lambda name: sha256(self.seed + b"/" + name.encode()).digest())
+        near = self.sparse.draw_one(
+            sha256(self.seed).digest(), len(self.members), self.number[name] - 1
         )
+        return tuple(self.members[at] for at in near.tolist())
+
+    def list_neighbours(self) -> dict[str, tuple[str, ...]]:
+        """Return what `neighbours` does of every member."""
+        if self.sparse is None:
+            return {name: self.neighbours(name) for name in self.members}
+        every = self.sparse.draw(sha256(self.seed).digest(), len(self.members))
+        return {
+            name: tuple(self.members[at] for at in near.tolist())
+            for name, near in zip(self.members, every, strict=True)
+        }
+
+    def threshold_for(self, neighbours: int) -> int:
+        """Return how many shares rebuild a seed of a member with so many neighbours."""
+        return self.sparse.threshold(neighbours) if self.sparse else self.threshold
 
     @cached_property
     def number(self) -> dict[str, int]:
@@ -198,6 +227,7 @@ class MaskingTerms:
             self.threshold,
             self.degree,
             self.seed.hex(),
+            self.sparse and astuple(self.sparse),
         ]
         return sha256(json.dumps(fields).encode()).digest()
 
@@ -211,19 +241,6 @@ class MaskingTerms:
                     f"{why}"
                 ).rstrip()
             )
-
-
-def _most(others: int, bad: int, drawn: int, failure: float) -> int:
-    """Return the least x with P[more than x of `drawn` are among the `bad`] <= failure, drawn
-    without replacement.
-    """
-    whole = math.comb(others, drawn)
-    tail = 0
-    for x in range(min(bad, drawn), 0, -1):
-        tail += math.comb(bad, x) * math.comb(others - bad, drawn - x)
-        if tail / whole > failure:
-            return x
-    return 0
 
 
 class Client:
@@ -241,6 +258,7 @@ class Client:
         scope: Scope,
         server: str,
         record: Record | None = None,
+        lines: Lines | None = None,
     ) -> None:
         """Begin the round.
 
@@ -250,6 +268,7 @@ class Client:
             scope: study, run and round.
             server: the name of the coordinator.
             record: of what the client has signed before; None: nothing outlasts this object.
+            lines: to the others, in this run; None: new ones.
         """
         self._post = post
         self._record = record or Record()
@@ -259,10 +278,14 @@ class Client:
         self._ear = _ear(post)
         self._name = post.me.name
         # those to come; empty while one is under way, and after one that failed
-        self._phases: tuple[str, ...] = PHASES
-        self._sealing = X25519PrivateKey.generate()
+        self._phases: tuple[str, ...] = terms.phases
+        self._lines = lines or Lines()
         self._pairing = X25519PrivateKey.generate()
         self._seed = os.urandom(32)
+        self._nonce = os.urandom(_NONCE)  # for a sparse graph
+        self._advertised = b""  # what this client said in phase keys
+        self._told = b""  # the broadcast of keys, before the graph is known
+        self._near: tuple[str, ...] = ()  # its neighbours, once the graph is known
         self._keys: dict[str, bytes] = {}  # by neighbour: what it advertised
         # by client: my shares of its self seed and of its key, one after the other
         self._held: dict[str, bytes] = {}
@@ -271,44 +294,91 @@ class Client:
         self._statement = b""
 
     def keys(self) -> bytes:
-        """Advertise a key to seal shares with,
-        a key to agree on masks with, and a commitment to the self seed.
+        """Advertise the key of its lines, a key to agree on masks with, a commitment to the self
+        seed and, for a sparse graph, one to a nonce.
         """
         self._enter("keys")
-        public = [key.public_key().public_bytes_raw() for key in (self._sealing, self._pairing)]
-        return self._say("keys", EVERYBODY, b"".join(public) + sha256(self._seed).digest())
+        body = self._lines.public + self._pairing.public_key().public_bytes_raw()
+        body += sha256(self._seed).digest()
+        if self._terms.sparse:
+            body += sha256(self._nonce).digest()
+        self._advertised = self._say("keys", EVERYBODY, body)
+        return self._advertised
+
+    def reveal(self, broadcast: bytes) -> bytes:
+        """Take the keys of all; tell the nonce that this client committed to.
+
+        Guarantee: what the graph follows from was fixed for this client before anybody knew its
+        nonce, which it tells once.
+        """
+        self._enter("reveal")
+        self._told = self._hear_keys(broadcast)
+        return self._say("reveal", self._server, self._nonce)
 
     def share(self, broadcast: bytes) -> bytes:
-        """Take the keys of all; return the shares of both seeds,
+        """Take the keys of all, in a sparse graph their nonces; return the shares of both seeds,
         sealed to each neighbour that advertised.
+
+        Raises AbortError where a nonce of those with keys is missing: the graph is then unknown.
         """
         self._enter("shares")
 
-        # Whose keys came, in the order that they decide.
-        body = self._hear(broadcast, "all-keys")
+        # Whose keys came, and the graph that all of it decides.
+        body = self._told or self._hear_keys(broadcast)
         envelopes = _unpack(body, self._terms)
+        if self._terms.sparse:
+            nonces = self._hear(broadcast, "all-nonces")
+            commitments = {name: sent[-64 - _NONCE : -64] for name, sent in envelopes.items()}
+            _check_nonces(_unpack(nonces, self._terms, _NONCE), commitments)
+            body = sha256(body).digest() + nonces
         self._terms = self._terms.drawn(body)
-        for name in self._terms.neighbours(self._name):
-            if name in envelopes:  # a neighbour that signed nothing has no part
-                self._keys[name] = _keys(
-                    self._ear.unwrap(envelopes[name], self._scope, "keys", name)
-                )
+        self._context = _context(self._scope, self._terms)
+        self._near = self._terms.neighbours(self._name)
+        for name in self._near:
+            if name in envelopes:  # a neighbour that advertised nothing has no part
+                self._keys[name] = self._read_keys(name, envelopes[name])
         self._enough("shares", self._keys)
 
         # Share both seeds among the neighbours and this client.
         holders = sorted([*self._keys, self._name])
         points = [self._terms.number[name] for name in holders]
-        secrets = self._seed, self._pairing.private_bytes_raw()
-        halves = (shares.split(secret, self._terms.threshold, points) for secret in secrets)
+        halves = shares.split_all(
+            [self._seed, self._pairing.private_bytes_raw()], self._threshold, points
+        )
         parts = {name: own + pair for name, own, pair in zip(holders, *halves, strict=True)}
         self._held[self._name] = parts.pop(self._name)
 
         # Seal each part for its holder.
         boxes = {
-            name: AESGCM(self._seal(self._name, name)).encrypt(bytes(12), part, None)
+            name: AESGCM(self._line_key("box", self._name, name)).encrypt(bytes(12), part, None)
             for name, part in parts.items()
         }
         return self._say("shares", self._server, _pack(boxes, self._terms))
+
+    def _hear_keys(self, broadcast: bytes) -> bytes:
+        """Return the keys of all as they were broadcast; refuse them unless this client's own are
+        among them as it sent them.
+        """
+        body = self._hear(broadcast, "all-keys")
+        if _unpack(body, self._terms).get(self._name) != self._advertised:
+            raise EnvelopeError(
+                f"the keys told to {self._name!r} are without its own, or with others in their "
+                "place. The server or the network is at fault; nothing was shared."
+            )
+        return body
+
+    def _read_keys(self, name: str, envelope: bytes) -> bytes:
+        """Return what a neighbour advertised. Its signature is verified where its line is new; else
+        its box will say whether these are its keys.
+        """
+        size = _size_of_keys(self._terms)
+        body = envelope[-64 - size : -64]
+        _ = self._post.roster[name]  # refuses who was revoked
+        if self._lines.knows(name, body[:32]):
+            return _keys(body, size)
+        body = _keys(self._ear.unwrap(envelope, self._scope, "keys", name), size)
+        self._lines.meet(self._scope.study, self._scope.run, self._name, name, body[:32])
+        return body
 
     def mask(self, payload: bytes, row_M: Integers, model: bytes) -> bytes:
         """Take the boxes for this client;
@@ -335,17 +405,18 @@ class Client:
         masked_M = expand(self._seed, self._terms.length)
         masked_M += row_M.view(np.uint64)
         stream_M = np.empty_like(masked_M)
+        me = self._terms.number[self._name]
         for name in sorted(boxes):
             other = self._keys[name][32:64]
             seed = _pair_seed(
-                self._pairing, self._name, name, other, self._scope, self._terms, model
+                self._pairing, other, me, self._terms.number[name], self._context, model
             )
             _add(masked_M, expand(seed, len(stream_M), out=stream_M), plus=self._name < name)
         return self._say("rows", self._server, masked_M.tobytes())
 
     def confirm(self, broadcast: bytes) -> bytes:
-        """Take the list of survivors; sign it together with the hash of the global model that this
-        client received.
+        """Take the list of survivors; confirm it together with the hash of the global model that
+        this client received: to each neighbour by a code over their line, or by a signature.
 
         Refused where the list leaves this client out, is below the quorum, or names a neighbour
         whose shares never came: that neighbour's mask would be missing from this client's row.
@@ -359,7 +430,7 @@ class Client:
         body = self._hear(broadcast, "survivors")
         self._survivors = tuple(_unpack(body, self._terms))
         self._terms.enough("confirm", len(self._survivors))
-        odd = set(self._terms.holders(self._name)).intersection(self._survivors) - set(self._held)
+        odd = {*self._near, self._name}.intersection(self._survivors) - set(self._held)
         if self._name not in self._survivors or odd:
             raise AbortError(
                 f"the list of survivors given to {self._name!r} "
@@ -370,16 +441,24 @@ class Client:
                 )
             )
 
-        # Sign it, with the model.
+        # Confirm it, with the model.
         self._record.commit(
             "list", self._scope, sha256(json.dumps(self._survivors).encode()).digest()
         )
-        self._statement = self._terms.digest + sha256(body).digest() + sha256(self._model).digest()
-        return self._say("confirm", EVERYBODY, self._statement)
+        self._statement = _state(self._terms, body, self._model)
+        if self._terms.sparse:
+            return self._say("confirm", self._server, self._post.me.sign(_signed(self._statement)))
+        codes = {name: self._code(self._name, name) for name in self._keys}
+        return self._say("confirm", self._server, _pack(codes, self._terms))
 
-    def unmask(self, broadcast: bytes) -> bytes:
-        """Take the signatures of the others;
-        where a quorum signed what this client signed, return its shares.
+    def _code(self, sender: str, to: str) -> bytes:
+        """Return what `sender` tells `to` where it confirms what this client confirms."""
+        key = self._line_key("confirm", sender, to)
+        return hmac.digest(key, self._statement, "sha256")[:_CODE]
+
+    def unmask(self, payload: bytes) -> bytes:
+        """Take what the others confirmed to this client; where a quorum, itself included, took the
+        list that it took, return its shares.
 
         Guarantee: of each client that shared, a share of one seed alone: of its self seed where it
         survived, of its key where it dropped out. Which one follows from the list that was signed,
@@ -388,23 +467,36 @@ class Client:
 
         Edge cases:
         - another list of survivors, or another model, at any that is needed for the quorum:
-          AbortError, no share;
+          AbortError, no share; in a sparse graph at any of the sample;
         - asked twice, or out of turn: EnvelopeError, and the round is over for this client;
         - a client that dropped out before it shared has no seed to give back.
         """
         self._enter("unmask")
 
-        # See that a quorum signed the same.
-        envelopes = _unpack(self._hear(broadcast, "confirmed"), self._terms)
-        said = {
-            name: self._ear.unwrap(envelopes[name], self._scope, "confirm", name)
-            for name in envelopes
-        }
-        others = [
-            name for name in self._survivors if said.get(name, self._statement) != self._statement
-        ]
+        # See that a quorum took the same.
+        said = _unpack(
+            self._post.unwrap(payload, self._scope, "confirmed", self._server),
+            self._terms,
+            64 if self._terms.sparse else _CODE,
+        )
+        told = [name for name in self._survivors if name in said and name != self._name]
+        if self._terms.sparse:
+            checked = min(self._terms.sparse.checks, len(told))
+            others = [
+                name
+                for name in secrets.SystemRandom().sample(told, checked)
+                if not holds(self._post.roster[name].signing, said[name], _signed(self._statement))
+            ]
+            agreed = 0 if others else len(told) + 1
+        else:
+            others = [
+                name
+                for name in told
+                if not hmac.compare_digest(said[name], self._code(name, self._name))
+            ]
+            agreed = len(told) + 1 - len(others)
         why = f"{some(others)} signed another list of survivors or another model." if others else ""
-        self._terms.enough("unmask", len(said.keys() & set(self._survivors)) - len(others), why)
+        self._terms.enough("unmask", agreed, why)
 
         # Give a share of one seed of each.
         size = shares.SIZE
@@ -425,23 +517,29 @@ class Client:
         self._phases = ()
 
     def _say(self, phase: str, to: str, body: bytes) -> bytes:
-        self._phases = PHASES[PHASES.index(phase) + 1 :]
+        phases = self._terms.phases
+        self._phases = phases[phases.index(phase) + 1 :]
         return self._post.wrap(self._scope, phase, to, body)
 
     def _hear(self, broadcast: bytes, kind: str) -> bytes:
         return self._ear.unwrap(broadcast, self._scope, kind, self._server)
 
     def _enough(self, phase: str, others: Collection[str]) -> None:
-        if len(others) + 1 < self._terms.threshold:
+        if len(others) + 1 < self._threshold:
             raise AbortError(
                 f"masked round, phase {phase}: {len(others)} neighbours of {self._name!r} "
-                f"answered; expected {self._terms.threshold - 1} or more. Start the round again."
+                f"answered; expected {self._threshold - 1} or more. Start the round again."
             )
 
-    def _seal(self, sender: str, to: str) -> bytes:
-        """Return the key of the one box from `sender` to `to`; one of them is this client."""
-        other = self._keys[to if sender == self._name else sender][:32]
-        return _derive(_agree(self._sealing, other), self._scope, self._terms, "seal", sender, to)
+    @property
+    def _threshold(self) -> int:
+        return self._terms.threshold_for(len(self._near))
+
+    def _line_key(self, purpose: str, sender: str, to: str) -> bytes:
+        """Return the key of one message in this attempt; one of its ends is this client."""
+        number = self._terms.number
+        about = _about(purpose, self._context, number[sender], number[to])
+        return self._lines.key(to if sender == self._name else sender, about)
 
     def _open_box(self, sender: str, box: bytes) -> bytes:
         if sender not in self._keys:
@@ -450,7 +548,8 @@ class Client:
                 f"{some(sorted(self._keys))}."
             )
         try:
-            part = AESGCM(self._seal(sender, self._name)).decrypt(bytes(12), box, None)
+            key = self._line_key("box", sender, self._name)
+            part = AESGCM(key).decrypt(bytes(12), box, None)
         except (InvalidTag, ValueError) as error:
             raise EnvelopeError(
                 f"shares from {sender!r} do not open for {self._name!r}; start a new round"
@@ -485,14 +584,38 @@ class MaskingServer:
         self._survivors: set[str] = set()
         self._model = b""
         self._total_M: Words = np.zeros(self.terms.length, np.uint64)
-        self._phases: tuple[str, ...] = PHASES
+        self._phases: tuple[str, ...] = self.terms.phases
 
     def keys(self, envelopes: Mapping[str, bytes]) -> bytes:
         """Take the clients' keys; return them all, for all."""
-        self._keys = self._read("keys", envelopes, self.terms.members, lambda _, body: _keys(body))
-        body = _pack({name: envelopes[name] for name in self._keys}, self.terms)
-        self.terms = self.terms.drawn(body)
-        return self.post.wrap(self.scope, "all-keys", EVERYBODY, body)
+        size = _size_of_keys(self.terms)
+        self._keys = self._read(
+            "keys", envelopes, self.terms.members, lambda _, body: _keys(body, size)
+        )
+        self._told = _pack({name: envelopes[name] for name in self._keys}, self.terms)
+        if self.terms.sparse is None:
+            self._draw(self._told)
+        return self.post.wrap(self.scope, "all-keys", EVERYBODY, self._told)
+
+    def reveal(self, envelopes: Mapping[str, bytes]) -> bytes:
+        """Take the clients' nonces; return them all, for all.
+
+        Raises AbortError where one is missing, or is not what its client committed to: another
+        attempt, with other keys, can do without that client.
+        """
+        nonces = self._read("reveal", envelopes, self._keys, lambda _, body: body)
+        try:
+            _check_nonces(nonces, {name: keys[96:] for name, keys in self._keys.items()})
+        except AbortError as error:
+            raise AbortError(f"{error} Refused: {some(self.refused)}.") from error
+        body = _pack(nonces, self.terms)
+        self._draw(sha256(self._told).digest() + body)
+        return self.post.wrap(self.scope, "all-nonces", EVERYBODY, body)
+
+    def _draw(self, told: bytes) -> None:
+        self.terms = self.terms.drawn(told)
+        self._near = self.terms.list_neighbours()
+        self._context = _context(self.scope, self.terms)
 
     def shares(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take the clients' sealed shares; return for each sharer the boxes others sent it."""
@@ -513,12 +636,42 @@ class MaskingServer:
         for row_M in rows_KM.values():
             self._total_M += row_M
         self._survivors = set(rows_KM)
-        return self._tell("survivors", dict.fromkeys(rows_KM, b""))
+        body = _pack(dict.fromkeys(rows_KM, b""), self.terms)
+        self._statement = _state(self.terms, body, model)
+        return self.post.wrap(self.scope, "survivors", EVERYBODY, body)
 
-    def confirm(self, envelopes: Mapping[str, bytes]) -> bytes:
-        """Take the signed lists; return all signatures, for all."""
-        said = self._read("confirm", envelopes, self._survivors, lambda _, body: body)
-        return self._tell("confirmed", {name: envelopes[name] for name in said})
+    def confirm(self, envelopes: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Take what the clients confirm; return for each of them what the others told it."""
+        if self.terms.sparse:
+            signatures = self._read("confirm", envelopes, self._survivors, self._signature)
+            body = _pack(signatures, self.terms)
+            inboxes = dict.fromkeys(signatures, body)
+        else:
+            codes = self._read(
+                "confirm",
+                envelopes,
+                self._survivors,
+                lambda _, body: _unpack(body, self.terms, _CODE),
+            )
+            inboxes = {
+                to: _pack(
+                    {name: said[to] for name, said in codes.items() if to in said}, self.terms
+                )
+                for to in codes
+            }
+        return {
+            to: self.post.wrap(self.scope, "confirmed", to, body) for to, body in inboxes.items()
+        }
+
+    def _signature(self, name: str, body: bytes) -> bytes:
+        if len(body) != 64 or not holds(
+            self.post.roster[name].signing, body, _signed(self._statement)
+        ):
+            raise EnvelopeError(
+                f"{name!r} signed another list of survivors or another model; expected the "
+                "round's. Do not count it."
+            )
+        return body
 
     def unmask(self, envelopes: Mapping[str, bytes]) -> tuple[Integers, frozenset[str]]:
         """Take the shares; return the sum (int64 [M],
@@ -530,14 +683,10 @@ class MaskingServer:
             self._survivors,
             lambda _, body: _unpack(body, self.terms, shares.SIZE),
         )
-        held = {
-            name: {
-                self.terms.number[holder]: part[name]
-                for holder, part in parts.items()
-                if name in part
-            }
-            for name in self._sharers
-        }
+        held: dict[str, dict[int, bytes]] = {name: {} for name in self._sharers}
+        for holder, part in parts.items():
+            for name in part.keys() & held.keys():
+                held[name][self.terms.number[holder]] = part[name]
         stream_M = np.empty_like(self._total_M)
 
         for name in sorted(self._sharers):
@@ -557,13 +706,14 @@ class MaskingServer:
         """Return the survivors whose rows hold a mask shared
         with a client that dropped out after it shared.
         """
-        return [name for name in self.terms.neighbours(gone) if name in self._survivors]
+        return [name for name in self._near[gone] if name in self._survivors]
 
     def _lift(self, gone: str, linked: list[str], secret: bytes, stream_M: Words) -> None:
         key = X25519PrivateKey.from_private_bytes(secret)
         for name in linked:
             other = self._keys[name][32:64]
-            seed = _pair_seed(key, gone, name, other, self.scope, self.terms, self._model)
+            number = self.terms.number
+            seed = _pair_seed(key, other, number[gone], number[name], self._context, self._model)
             _add(self._total_M, expand(seed, self.terms.length, out=stream_M), plus=gone < name)
 
     def _rebuild(
@@ -573,7 +723,7 @@ class MaskingServer:
         one of them may be false.
         """
         advertised = self._keys[name][where]
-        t = self.terms.threshold
+        t = self.terms.threshold_for(len(self._near[name]))
         for liar in (0, *(sorted(held)[:t] if len(held) > t else ())):  # 0 is nobody
             try:
                 used = {point: share for point, share in held.items() if point != liar}
@@ -599,7 +749,7 @@ class MaskingServer:
 
     def _boxes(self, name: str, body: bytes) -> dict[str, bytes]:
         boxes = _unpack(body, self.terms, _BOX)
-        expected = self._keys.keys() & set(self.terms.neighbours(name))
+        expected = self._keys.keys() & set(self._near[name])
         if boxes.keys() != expected:  # a pair mask that only one side adds would never cancel
             raise EnvelopeError(
                 f"{name!r} shared with {some(boxes)}; expected {some(sorted(expected))}. Do not "
@@ -633,7 +783,7 @@ class MaskingServer:
             )
 
         self._phases = self._phases[1:]
-        post = self._ear if phase in ("keys", "confirm") else self.post
+        post = self._ear if phase == "keys" else self.post
         bodies: dict[str, _T] = {}
 
         for name in sorted(envelopes.keys() & set(allowed)):
@@ -646,9 +796,6 @@ class MaskingServer:
         self.terms.enough(phase, len(bodies), why)
         return bodies
 
-    def _tell(self, kind: str, parts: Mapping[str, bytes]) -> bytes:
-        return self.post.wrap(self.scope, kind, EVERYBODY, _pack(parts, self.terms))
-
 
 def run_protocol(
     rows: Mapping[str, Integers],
@@ -658,7 +805,8 @@ def run_protocol(
     """Play every party of a masked sum in order;
     return the sum (int64 [M]) and the clients that are in it.
 
-    `drops` says who falls silent before which of PHASES. Raises AbortError where too few are left.
+    `drops` says who falls silent before which of the terms' phases. Raises AbortError where too few
+    are left.
     """
     people = {name: Identity.new(name, "site") for name in terms.members} | {
         "server": Identity.new("server", "coordinator")
@@ -675,6 +823,8 @@ def run_protocol(
         return clients
 
     keys = server.keys({name: client.keys() for name, client in alive("keys").items()})
+    if terms.sparse:
+        keys = server.reveal({name: one.reveal(keys) for name, one in alive("reveal").items()})
     boxes = server.shares({name: client.share(keys) for name, client in alive("shares").items()})
     survivors = server.rows(
         {
@@ -687,7 +837,7 @@ def run_protocol(
         {name: client.confirm(survivors) for name, client in alive("confirm").items()}
     )
     return server.unmask(
-        {name: client.unmask(confirmed) for name, client in alive("unmask").items()}
+        {name: client.unmask(confirmed[name]) for name, client in alive("unmask").items()}
     )
 
 
@@ -696,10 +846,15 @@ def _ear(post: Post) -> Post:
     return Post(replace(post.me, name=EVERYBODY), post.roster)
 
 
-def _keys(body: bytes) -> bytes:
-    if len(body) != 96:
+def _size_of_keys(terms: MaskingTerms) -> int:
+    """Return the bytes that a client advertises: two keys, a commitment; in a sparse graph two."""
+    return 128 if terms.sparse else 96
+
+
+def _keys(body: bytes, size: int = 96) -> bytes:
+    if len(body) != size:
         raise EnvelopeError(
-            f"keys of {len(body)} bytes; expected 96: two keys and a commitment. Ask their "
+            f"keys of {len(body)} bytes; expected {size}: two keys and commitments. Ask their "
             "sender again."
         )
     for public in (body[:32], body[32:64]):
@@ -710,38 +865,53 @@ def _keys(body: bytes) -> bytes:
     return body
 
 
-def _agree(key: X25519PrivateKey, public: bytes) -> bytes:
-    try:
-        return key.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:  # a point of small order, on which everybody agrees
-        raise EnvelopeError(
-            "a public key that is no key; expected a fresh one. Ask its sender again."
-        ) from error
+def _check_nonces(nonces: Mapping[str, bytes], commitments: Mapping[str, bytes]) -> None:
+    """Raise AbortError unless everybody with keys has told the nonce that was committed to."""
+    odd = sorted(
+        name
+        for name in nonces.keys() | commitments.keys()
+        if name not in nonces
+        or name not in commitments
+        or not hmac.compare_digest(sha256(nonces[name]).digest(), commitments[name])
+    )
+    if odd:
+        raise AbortError(
+            f"masked round, phase reveal: nonces of {some(odd)} are missing, or not what was "
+            "committed to, so nobody knows the graph. Nothing was shared; start the round again."
+        )
 
 
 def _public(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-def _derive(shared: bytes, scope: Scope, terms: MaskingTerms, *purpose: str) -> bytes:
-    info = json.dumps([scope.study, scope.run, scope.round, terms.digest.hex(), *purpose]).encode()
-    return HKDF(SHA256(), 32, None, b"medfed masking 2 " + info).derive(shared)
+def _context(scope: Scope, terms: MaskingTerms) -> bytes:
+    """Return the hash of where a key counts: the round, and all that was agreed on and told."""
+    fields = [scope.study, scope.run, scope.round, terms.digest.hex()]
+    return sha256(json.dumps(fields).encode()).digest()
+
+
+def _about(purpose: str, context: bytes, one: int, other: int) -> bytes:
+    return purpose.encode() + b" " + context + struct.pack("<HH", one, other)
+
+
+def _state(terms: MaskingTerms, survivors: bytes, model: bytes) -> bytes:
+    """Return what is confirmed: the terms, the list as it was broadcast, and the model."""
+    return terms.digest + sha256(survivors).digest() + sha256(model).digest()
+
+
+def _signed(statement: bytes) -> bytes:
+    return FORM + b"confirm " + statement
 
 
 def _pair_seed(
-    key: X25519PrivateKey,
-    mine: str,
-    other: str,
-    public: bytes,
-    scope: Scope,
-    terms: MaskingTerms,
-    model: bytes,
+    key: X25519PrivateKey, public: bytes, one: int, other: int, context: bytes, model: bytes
 ) -> bytes:
-    """Return the seed of the mask that two clients share in rows of one model, from either one's
-    private key.
+    """Return the seed of the mask that two clients, by number, share in rows of one model, from
+    either one's private key.
     """
-    shared = _agree(key, public)
-    return _derive(shared, scope, terms, "pair", *sorted((mine, other)), model.hex())
+    about = _about("pair", context, *sorted((one, other)))
+    return derive(agree(key, public), FORM + about + sha256(model).digest())
 
 
 def _add(total_M: Words, stream_M: Words, plus: bool) -> None:

@@ -3,7 +3,7 @@ its keys, the run it has agreed to, and what leaves it for a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
 from medfed.secure.identity import Scope
+from medfed.secure.lines import Lines
 from medfed.secure.three_party import SharingTerms
 
 
@@ -84,8 +85,10 @@ class Masker:
     follower: Follower
     choose: Callable[[Sequence[str], int], masking.MaskingTerms]
     weight: int = 1
+    lines: Lines = field(default_factory=Lines)
     _client: masking.Client | None = None
     _round: int = 0
+    _attempts: int = 0  # at this round
     _boxes: bytes = b""
 
     def upload(self, round: int, row_M: Integers) -> bytes:
@@ -110,12 +113,16 @@ class Masker:
             scope = Scope(mine.study, mine.run, round)
             terms = self.choose(told, round)
             self._refuse_strangers(terms)
-            self._client = masking.Client(mine.post, terms, scope, mine.coordinator, mine.record)
-            self._round = round
+            self._count(round)
+            self._client = masking.Client(
+                mine.post, terms, scope, mine.coordinator, mine.record, self.lines
+            )
             return self._client.keys()
 
         client = self._of(round)
         match phase:
+            case "reveal":
+                return client.reveal(message)
             case "shares":
                 return client.share(message)
             case "boxes":
@@ -127,6 +134,17 @@ class Masker:
                 return client.unmask(message)
 
         raise AbortError(f"phase={phase!r} is not known; run the same medfed everywhere")
+
+    def _count(self, round: int) -> None:
+        """Count an attempt at a round; raise AbortError after `masking.ATTEMPTS` of them."""
+        self._attempts = self._attempts + 1 if round == self._round else 1
+        self._round = round
+        if self._attempts > masking.ATTEMPTS:
+            raise AbortError(
+                f"round {round} began {self._attempts} times; expected {masking.ATTEMPTS} at most, "
+                "as each is another graph for a server that picks one. Start a new run, and ask "
+                "why rounds end."
+            )
 
     def _refuse_strangers(self, terms: masking.MaskingTerms) -> None:
         """Raise AbortError unless all members are sites on this site's own list, itself among

@@ -6,8 +6,13 @@ PRIME; a share is its value at another point. PRIME is the least prime above 2^2
 bytes are a secret.
 """
 
+import math
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from medfed.core.checks import CodecError, PlanError, QuorumError
 
@@ -25,21 +30,30 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[bytes]:
     1: the point 0 is the secret itself. The coefficients come from the operating system. Raises
     PlanError.
     """
-    if len(secret) != 32:
-        raise PlanError(
-            f"a secret of {len(secret)} bytes; expected 32. Share a key, and encrypt the rest "
-            "under it."
-        )
+    return split_all([secret], threshold, points)[0]
+
+
+def split_all(every: Sequence[bytes], threshold: int, points: Sequence[int]) -> list[list[bytes]]:
+    """Return what `split` does of each secret, with a polynomial of its own, at the same points."""
+    for secret in every:
+        if len(secret) != 32:
+            raise PlanError(
+                f"a secret of {len(secret)} bytes; expected 32. Share a key, and encrypt the rest "
+                "under it."
+            )
     if not 1 <= threshold <= len(points):
         raise PlanError(
             f"threshold={threshold} of {len(points)} shares; expected 1 to {len(points)}. Lower it."
         )
 
     _check_points(points, PlanError)
-    coefficients = [secrets.randbelow(PRIME) for _ in range(threshold - 1)] + [
-        int.from_bytes(secret)
-    ]
-    return [_value(coefficients, point).to_bytes(SIZE) for point in points]
+    powers = _powers(tuple(points), threshold)
+    found: list[list[bytes]] = []
+    for secret in every:
+        drawn = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]
+        polynomial = [int.from_bytes(secret), *drawn]
+        found.append([_combine(polynomial, x).to_bytes(SIZE) for x in powers])
+    return found
 
 
 def rebuild(shares: Mapping[int, bytes], threshold: int) -> bytes:
@@ -57,28 +71,65 @@ def rebuild(shares: Mapping[int, bytes], threshold: int) -> bytes:
         )
     used = sorted(shares)[:threshold]
     _check_points(used, CodecError)
-    total = 0
-    for point in used:
-        over = 1
-        under = 1
-        for other in used:
-            if other != point:
-                over = over * other % PRIME
-                under = under * (other - point) % PRIME
-        # Lagrange's polynomial of this point, at 0
-        total += _number(shares[point]) * over * pow(under, -1, PRIME)
-    if (secret := total % PRIME) >= 2**256:
+    numbers = [_number(shares[point]) for point in used]
+    if (secret := _combine(numbers, _weigh(tuple(used)))) >= 2**256:
         raise CodecError(
             "shares that make no secret of 32 bytes; at least one is wrong. Ask other parties."
         )
     return secret.to_bytes(32)
 
 
-def _value(coefficients: Sequence[int], point: int) -> int:
-    value = 0
-    for coefficient in coefficients:  # Horner, highest power first
-        value = (value * point + coefficient) % PRIME
-    return value
+@lru_cache(maxsize=4)  # a cohort's points are the same from round to round
+def _powers(points: tuple[int, ...], threshold: int) -> list[list[int]]:
+    """Return of each point x the powers 1, x, x^2 ... below `threshold`."""
+    found: list[list[int]] = []
+    for point in points:
+        powers = [1]
+        for _ in range(threshold - 1):
+            powers.append(powers[-1] * point % PRIME)
+        found.append(powers)
+    return found
+
+
+def _combine(numbers: Sequence[int], factors: Sequence[int]) -> int:
+    """Return the sum of products, mod PRIME: a polynomial's value from its point's powers, or a
+    secret from shares and their weights.
+    """
+    total: int = sum(map(operator.mul, numbers, factors))
+    return total % PRIME
+
+
+@lru_cache(maxsize=4)  # members of a complete graph have the same holders
+def _weigh(points: tuple[int, ...]) -> list[int]:
+    """Return the weights of shares at these points: Lagrange's polynomials at 0.
+
+    Of point i: the product of all others, over that of (other - i). One inversion serves them all.
+    """
+    whole = math.prod(points) % PRIME
+    under = [point * rest % PRIME for point, rest in zip(points, _rests(points), strict=True)]
+
+    # before[i]: the product of all before i; then backwards, with the inverse of all of them
+    before = [1]
+    for value in under:
+        before.append(before[-1] * value % PRIME)
+    inverse = pow(before[-1], -1, PRIME) * whole % PRIME
+
+    weights = [0] * len(points)
+    for at in reversed(range(len(points))):
+        weights[at] = inverse * before[at] % PRIME
+        inverse = inverse * under[at] % PRIME
+    return weights
+
+
+def _rests(points: tuple[int, ...]) -> list[int]:
+    """Return for each point the product of (other - point)."""
+    if max(points) >= 2**16:
+        return [math.prod(x - point for x in points if x != point) for point in points]
+    x = np.array(points, np.int64)
+    apart = x[None] - x[:, None]
+    np.fill_diagonal(apart, 1)
+    three = np.pad(apart, ((0, 0), (0, -len(x) % 3)), constant_values=1).reshape(len(x), -1, 3)
+    return [math.prod(row) for row in three.prod(2).tolist()]  # products of three below 2^48
 
 
 def _number(share: bytes) -> int:
