@@ -92,6 +92,7 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
         site.guarantee = guarantee
         site.facts = facts
         site.links = facts.links
+        site.party = None  # what it has joined was on other facts: it joins anew
         held = torch.tensor(table.test)
         counts = torch.tensor(table.taking_part())
         keyed = replace(rows, key=_patient_keys(site, table)) if guarantee else rows
