@@ -33,7 +33,9 @@ class Aggregator:
         self._side: three_party.SharingAggregator | None = None
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Do what is asked; raises AbortError or another MedfedError with the reason."""
+        """Do what is asked; raises AbortError, or another MedfedError, with its own name and the
+        reason.
+        """
         try:
             match op:
                 case "identify":
@@ -46,8 +48,11 @@ class Aggregator:
                     "first"
                 )
             return self._side.handle(op, payload)
-        except MedfedError:
-            raise
+        except MedfedError as error:
+            if repr(self.name) in str(error):
+                raise
+            excluded = error.excluded if isinstance(error, AbortError) else None
+            raise AbortError(f"{self.name!r} refuses {op!r}: {error}", excluded) from error
         except Exception as error:
             logger.error("op %r failed at aggregator %r", op, self.name, exc_info=error)
             raise AbortError(
