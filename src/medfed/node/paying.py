@@ -94,15 +94,23 @@ def charge(sites: Sequence[Site], round: int) -> dict[str, SiteError]:
         return {}
     account = paying[0].account
     assert account is not None
-    if account.guarantee is not None and account.guarantee != paying[0].guarantee:
-        return dict.fromkeys(
-            (site.name for site in paying),
-            SiteError(
-                "the rows were prepared for another guarantee than patients were enrolled for; the "
-                "coordinator must enrol them anew"
-            ),
-        )
+    _refuse_unenrolled(account, paying)
     return {
         name: SiteError(str(reason))
         for name, reason in account.pay(round, [s.name for s in paying]).items()
     }
+
+
+def _refuse_unenrolled(account: SiteLedger, sites: Sequence[Site]) -> None:
+    """Raise SiteError where a site was prepared for another guarantee than its patients pay for:
+    its noise would be of one, and the charge of the other.
+    """
+    enrolled = account.guarantee
+    if enrolled is None:
+        return  # who pays says so
+    prepared = {id(site.guarantee): site.guarantee for site in sites}
+    if any(one is not enrolled and one != enrolled for one in prepared.values()):
+        raise SiteError(
+            "the coordinator had sites prepared for other participants than patients are enrolled "
+            "for; it must enrol them anew"
+        )

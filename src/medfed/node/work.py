@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medfed.core import codec
-from medfed.core.checks import MedfedError, SiteError
+from medfed.core.checks import CodecError, MedfedError, SiteError
 from medfed.core.streams import Streams
 from medfed.data.federated import Patients, Stack
 from medfed.learn import dpsgd
@@ -26,6 +26,9 @@ from medfed.privacy.guarantee import Guarantee
 from medfed.secure.party import Party
 from medfed.study import LEAST_CLIP, Study
 
+MOST_ROUNDS = 2**31
+"""What no round's number reaches."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +39,7 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     Where rows are secret, the coordinator signs what it sends, and each site checks that before
     anything else.
     """
+    _read_round(header)
     refused: dict[str, SiteError] = {}
     if sites[0].study.security.aggregation != "plain":
         header, tensors, refused = _accept_signed(sites, header, tensors)
@@ -85,9 +89,9 @@ def _accept_signed(
     if not message:
         return header, {}, refused
     asked, found = codec.decode(message)
-    if asked.get("round") != header["round"]:
+    if _read_round(asked) != header["round"]:
         raise SiteError(
-            f"round={asked.get('round')!r} stands in the model that was signed for round "
+            f"round={asked['round']!r} stands in the model that was signed for round "
             f"{header['round']!r}; expected the same. The coordinator may not choose."
         )
     return asked, found, refused
@@ -292,15 +296,41 @@ def _send_rows(
 @operation("phase", blind=True)
 def _phase(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) -> list[Answer]:
     """Play a phase of a masked round, other than the row's."""
+    round = _read_round(header)
+    phase = header.get("phase")
+    told = header.get("told")
+    if (
+        not isinstance(phase, str)
+        or not isinstance(told, list)
+        or not all(isinstance(name, str) for name in told)
+        or "message" not in tensors
+    ):
+        raise CodecError(
+            f"phase={phase!r} of a masked round without who takes part, or without a message; the "
+            "coordinator must run the same medfed"
+        )
     message = codec.as_bytes(tensors["message"])
     answers = list[Answer]()
     for site in sites:
         try:
-            found = _party(site).answer(header["phase"], header["round"], header["told"], message)
+            found = _party(site).answer(phase, round, told, message)
             answers.append(codec.encode({}, {"message": codec.as_tensor(found)}))
         except MedfedError as error:
             answers.append(SiteError(str(error)))
     return answers
+
+
+def _read_round(header: Header) -> int:
+    """Return the round that is asked for: a whole number, in one spelling, as all that is drawn or
+    written down of a round goes by it. Raises CodecError.
+    """
+    round = header.get("round")
+    if type(round) is not int or not 1 <= round < MOST_ROUNDS:
+        raise CodecError(
+            f"round={round!r} is none; expected a whole number from 1. The coordinator must run "
+            "the same medfed."
+        )
+    return round
 
 
 def _party(site: Site) -> Party:

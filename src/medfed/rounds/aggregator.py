@@ -33,7 +33,9 @@ class Aggregator:
         self._side: three_party.SharingAggregator | None = None
 
     def handle(self, op: str, payload: bytes) -> bytes:
-        """Do what is asked; raises AbortError or another MedfedError with the reason."""
+        """Do what is asked; raises AbortError, or another MedfedError, with its own name and the
+        reason.
+        """
         try:
             match op:
                 case "identify":
@@ -46,8 +48,11 @@ class Aggregator:
                     "first"
                 )
             return self._side.handle(op, payload)
-        except MedfedError:
-            raise
+        except MedfedError as error:
+            if repr(self.name) in str(error):
+                raise
+            excluded = error.excluded if isinstance(error, AbortError) else None
+            raise AbortError(f"{self.name!r} refuses {op!r}: {error}", excluded) from error
         except Exception as error:
             logger.error("op %r failed at aggregator %r", op, self.name, exc_info=error)
             raise AbortError(
@@ -70,7 +75,7 @@ class Aggregator:
         """
         joining = Joining.read(told, consortium.members_of(self.study, [self.name]))
         sizes, participants, parameters = _read_facts(told)
-        facts = resolve(self.study, sizes, participants, parameters, str(told.get("encoding")))
+        facts = resolve(self.study, sizes, participants, parameters, told.get("encoding", ""))
         joining.refuse_others(facts)
         joining.commit(self.record, facts)
         post = Post(self.identity, joining.roster)
@@ -97,6 +102,7 @@ def _read_facts(told: dict[str, Any]) -> tuple[dict[str, dict[str, int]], list[s
             isinstance(rows, dict) and type(rows.get("train")) is int and 0 <= rows["train"] < 2**53
             for rows in sizes.values()
         )
+        and isinstance(told.get("encoding", ""), str)
         and type(parameters) is int
         and 1 <= parameters < 2**40
     )

@@ -168,7 +168,8 @@ class Line:
                 found.append(self._keys[name].decrypt(bytes([place]) + front, arrived[name], None))
             except Exception as error:
                 raise AbortError(
-                    f"{name!r} sent nothing that can be read in step {self._step}; the round ends"
+                    f"{name!r} sent nothing that can be read in step {self._step}, or the "
+                    "coordinator did not carry it; the round ends"
                 ) from error
         return found[0], found[1]
 

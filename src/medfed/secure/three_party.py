@@ -371,13 +371,13 @@ class SharingAggregator:
         return _outgoing(self._steps.send({name: codec.as_bytes(t) for name, t in tensors.items()}))
 
     def _begin(self, payload: bytes) -> Scope:
-        """Return the scope of a round of this run, which is not before the last that was opened."""
+        """Return the scope of a round of this run, which is not before the last that was played."""
         round = codec.decode(payload)[0].get("round")
         last, _ = self.record.last("rows", self.study, self.run)
         if type(round) is not int or round < max(1, last):
             raise AbortError(
                 f"round={round!r} was begun at {self.post.me.name!r}; expected {max(1, last)} or "
-                "later, as none before is opened again"
+                "later, as none before is played again"
             )
         if self.terms.drawn:
             try:
@@ -618,7 +618,8 @@ class SharingAggregator:
             return _Hello.read(codec.decode(self.post.me.unseal(body, _purpose(scope, sender)))[0])
         except (CodecError, KeyError) as error:
             raise AbortError(
-                f"{sender!r} sent no greeting that can be read ({error}); the round ends"
+                f"{sender!r} sent no greeting that can be read, or the coordinator did not carry "
+                f"it ({error}); the round ends"
             ) from error
 
     def _common(
