@@ -144,7 +144,7 @@ def test_what_was_prepared_anew_is_joined_anew(monkeypatch: Patch, tmp_path: Pat
     sites = open_sites(study, None)
     fleet = InProcess(sites)
     small = prepare(sites[0].study, fleet, list(names[:4]))
-    with pytest.raises(PlanError, match="differ from the sites that privacy.sizes declares"):
+    with pytest.raises(PlanError, match=r"differ from the sites that privacy\.sizes declares"):
         aggregation.introduce(small, fleet, "run")
     whole = prepare(sites[0].study, fleet, list(names))
     enrol(whole, fleet, "run")
@@ -155,7 +155,7 @@ def test_what_was_prepared_anew_is_joined_anew(monkeypatch: Patch, tmp_path: Pat
     nothing = {"message": codec.as_tensor(b"")}
     with pytest.raises(SiteError, match="has agreed to no run"):
         sites[0].handle("phase", codec.encode(header, nothing))
-    with pytest.raises(PlanError, match="differ from the sites that privacy.sizes declares"):
+    with pytest.raises(PlanError, match=r"differ from the sites that privacy\.sizes declares"):
         aggregation.introduce(small, fleet, "run")
     with pytest.raises(SiteError, match="it must enrol them anew"):
         charge(sites[:4], 1)

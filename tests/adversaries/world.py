@@ -138,6 +138,7 @@ class Till:
 
     paid: Counter[tuple[str, int]] = field(default_factory=Counter)
     guarantee: None = None  # the product's own is enrolled for one
+    shares_patients: bool = False
     _owing: set[str] = field(default_factory=set)
 
     def pay(self, round: int, sites: Sequence[str]) -> dict[str, MedfedError]:

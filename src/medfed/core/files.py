@@ -30,16 +30,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write(path: Path, content: bytes | str) -> None:
+def write(path: Path, content: bytes | str, private: bool = False) -> None:
     """Write a whole file or nothing: readers see the old content until all of the new is on disk.
 
-    Raises WriteError where the disk refuses; what was there before is still there then.
+    `private`: its owner alone may read it. Raises WriteError where the disk refuses; what was there
+    before is still there then.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
             with open(beside, "wb") as file:
+                if private:
+                    os.chmod(beside, 0o600)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

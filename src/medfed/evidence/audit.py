@@ -70,7 +70,8 @@ LIMITS = (
     "A measurement above the claim proves a bug; one below it proves no privacy. What each part "
     "would have found stands beside it; a bug smaller than that, or one that only patients "
     "unlike those tried would meet, escapes. The audit ran on a twin: a finished run cannot be "
-    "audited with canaries, whose coins fall before training."
+    "audited with canaries, whose coins fall before training. No audit of noise that was drawn "
+    "sees who could know its key."
 )
 
 
@@ -130,6 +131,11 @@ def audit_study(
 
 def _list_gaps(study: Study) -> Iterator[str]:
     """Yield the noised releases of a study that no part here looks at."""
+    if study.security.aggregation == "three-party" and study.robustness.rule != "mean":
+        yield (
+            "Not audited: the noise on rows' Gram matrix, and on the sum that a rule weighs "
+            "(robustness.rule); the twin's rows are added."
+        )
     if study.privacy.evaluation_epsilon and not study.data.test_is_public:
         yield (
             "Not audited: the noise on the counts of held-out patients' scores "

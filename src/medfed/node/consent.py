@@ -11,8 +11,9 @@ class Consent(Protocol):
     """What a site asks: a register of who has agreed, or withdrawn. It stays at the site, like the
     ids it is asked of.
 
-    Whoever it does not name is not enrolled, not charged, not trained on and not tested on. An
-    error of it stops what was asked, and nothing is charged or read.
+    Whoever it does not name is not enrolled, not trained on and not tested on. Who withdraws after
+    being enrolled is charged with the cohort for the rounds of that run all the same. An error of
+    it stops what was asked, and nothing is charged or read.
     """
 
     def __call__(self, ids: Sequence[str], purpose: str, time: datetime) -> np.ndarray:

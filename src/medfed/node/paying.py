@@ -66,14 +66,20 @@ def _of_ledger(account: SiteLedger, header: Header) -> tuple[Statement, Mapping[
     if not header.get("whole") or account.guarantee is None:
         return Statement(account.ledger.head()), {}
     found: Any = account.report()
+    guarantee = account.guarantee
+    uses = account.uses()
+    queries = account.queries()
+    # who has paid most follows from who is there: never less is told than whoever could be there
+    # has paid in this run, a function of public facts
+    known = {name: uses.get(name, 0) for name in guarantee.releases}
     statement = Statement(
         head=found["head"],
-        queries=account.queries(),
-        epsilon=found["epsilon_all_runs"],
+        queries=queries,
+        epsilon=max(found["epsilon_all_runs"], guarantee.cost(known, queries)),
         lifetime=found["lifetime"],
         founded=account.read_founded(),
     )
-    return statement, account.uses()
+    return statement, uses
 
 
 def _training_ids(table: SiteTable) -> np.ndarray:

@@ -29,7 +29,8 @@ def _save(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         stacks = {
             name: torch.stack([site.memory[name] for site in members]) for name in members[0].memory
         }
-        files.write(_memory_file(folder, header["round"]), codec.encode({"sites": names}, stacks))
+        memory = codec.encode({"sites": names}, stacks)
+        files.write(_memory_file(folder, header["round"]), memory, private=True)
         for old in sorted(folder.glob("memory-*.safetensors"))[: -header["keep"]]:
             with files.explained(old):
                 old.unlink()

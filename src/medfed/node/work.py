@@ -44,14 +44,21 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
     if sites[0].study.security.aggregation != "plain":
         header, tensors, refused = _accept_signed(sites, header, tensors)
     answers: dict[str, Answer] = {**refused}
-    answers |= _recall([site for site in sites if site.name not in answers])
-    answers |= charge([site for site in sites if site.name not in answers], header["round"])
+    able = [site for site in sites if site.name not in answers]
+    recalled = _recall(able)
+    account = sites[0].account
+    # where sites share patients all pay together, though some need not
+    alone = recalled.keys() if not (account and account.shares_patients) else ()
+    paying = [site for site in able if site.name not in alone]
+    if len(recalled) < len(able):
+        answers |= charge(paying, header["round"])
+    answers |= recalled
     willing = [site for site in sites if site.name not in answers]
     if willing:
         made = _train_or_sum(willing, header, tensors)
         answers |= {site.name: answer for site, answer in zip(willing, made, strict=True)}
-    if sites[0].account:
-        sites[0].account.note_answered(site.name for site in willing)
+    if account:
+        account.note_answered(site.name for site in paying)
     return [answers[site.name] for site in sites]
 
 

@@ -35,6 +35,9 @@ from medfed.study import Study
 MOST_ROWS = 2000
 """Clients of a round that a rule may compare two by two."""
 
+GRAM_SHARE = 0.5
+"""The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
+
 DEFAULT_RULE = "nnm+geometric-median"
 """What rule = "auto" takes where clients can be compared."""
 
@@ -157,7 +160,8 @@ class Resolved:
     def budget(self) -> RunMeter:
         """Return a fresh count of what the run spends."""
         if self.guarantee:
-            return Metered(self.guarantee, self.study.privacy.scope)
+            recalls = self.study.security.aggregation == "three-party"
+            return Metered(self.guarantee, self.study.privacy.scope, recalls)
         return NoClaim()
 
     @property
@@ -369,7 +373,10 @@ def excess(study: Study, clients: Sequence[str]) -> float:
     if mode == "central" or study.security.aggregation == "plain":
         return 1.0
     parts = 3 if study.security.aggregation == "three-party" else drawn
-    return math.sqrt(parts / holders(study, clients))
+    ratio = math.sqrt(parts / holders(study, clients))
+    if study.security.aggregation == "three-party" and robust_rule(study, drawn):
+        ratio /= math.sqrt(1 - GRAM_SHARE)  # the rest pays for the Gram matrix that the rule reads
+    return ratio
 
 
 def threshold(study: Study, n: int) -> int:

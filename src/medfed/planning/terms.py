@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medfed.core.checks import PlanError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.links.wire import noise_share
-from medfed.planning.resolved import Resolved, cohort, colluding, graph_of, least_rows
+from medfed.planning.resolved import GRAM_SHARE, Resolved, cohort, colluding, graph_of, least_rows
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
@@ -90,10 +90,6 @@ def masking_terms(
         )
 
     return choose
-
-
-GRAM_SHARE = 0.5
-"""The part of a round's budget, in 1 / z^2, that pays for the Gram matrix; the sum has the rest."""
 
 
 def gram_split(

@@ -67,8 +67,18 @@ class NoClaim:
 class Metered:
     """The budget of a run under a guarantee: counts clients' rounds against the calibrated plan."""
 
-    def __init__(self, guarantee: Guarantee, scope: str) -> None:
+    def __init__(self, guarantee: Guarantee, scope: str, recalls: bool = False) -> None:
+        """Begin with nothing spent.
+
+        Args:
+            guarantee: of the run.
+            scope: `privacy.scope`.
+            recalls: whether a round that was paid for and got lost is answered by the same bytes,
+            and not paid for again.
+        """
         self.guarantee = guarantee
+        self.recalls = recalls
+        self.ahead: dict[str, int] = {}  # rounds paid beyond those that are behind
         self.scope = scope
         self.uses = dict.fromkeys(guarantee.releases, 0)
         # how often each query was asked of patients who paid for it
@@ -81,7 +91,9 @@ class Metered:
             self.uses |= dict.fromkeys(clients, 1)
             return
 
-        after = {name: self.uses[name] + 1 for name in clients}
+        paid = {name for name in clients if self.recalls and self.ahead.get(name)}
+        self.ahead |= {name: self.ahead[name] - 1 for name in paid}
+        after = {name: self.uses[name] + (name not in paid) for name in clients}
         over = [name for name, uses in after.items() if uses > guarantee.uses]
         if over:
             raise BudgetError(
@@ -99,6 +111,7 @@ class Metered:
             label: max(asked.get(label, 0), self.asked.get(label, 0))
             for label in {**self.asked, **asked}
         }
+        self.ahead = {name: max(0, uses.get(name, 0) - known) for name, known in self.uses.items()}
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
     def ask(self, label: str) -> None:

@@ -272,7 +272,7 @@ class SiteLedger:
 
     def _refuse_apart(self, sites: Iterable[str]) -> dict[str, BudgetError]:
         """Return why nobody may answer where a patient might pay at a site that was not asked."""
-        if not self._shares_patients or set(sites) >= set(self.cohorts):
+        if not self.shares_patients or set(sites) >= set(self.cohorts):
             return {}
         error = BudgetError(
             f"patients of up to {self.study.privacy.max_sites_per_patient} sites pay at one of "
@@ -282,7 +282,7 @@ class SiteLedger:
         return dict.fromkeys(sites, error)
 
     @property
-    def _shares_patients(self) -> bool:
+    def shares_patients(self) -> bool:
         """Whether a patient of one site may pay at another: one noise for both, and one charge."""
         return self.guarantee is not None and self.guarantee.joint and self.guarantee.max_sites > 1
 
@@ -295,7 +295,7 @@ class SiteLedger:
             self.ledger.charge(list(charges.values()), limits)
             return {}
         except BudgetError as error:
-            if self._shares_patients:
+            if self.shares_patients:
                 return dict.fromkeys(charges, _discreet(error))
         refused: dict[str, BudgetError] = {}
         for site, charge in charges.items():

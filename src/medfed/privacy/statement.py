@@ -69,6 +69,9 @@ class Statement:
             )
 
         assert isinstance(head, str) and isinstance(uses, int) and isinstance(queries, dict)
+        if lifetime is not None:  # these fields, and no others
+            fields = ("epsilon", "delta", "identity")
+            lifetime = {name: lifetime[name] for name in fields if name in lifetime}
         new = Lifetime(founded["epsilon"], founded["delta"]) if founded else None
         return cls(head, uses, queries, epsilon, lifetime, new)
 
@@ -86,7 +89,8 @@ def _cost(value: object) -> bool:
 
 
 def _bound(one: object) -> bool:
-    return isinstance(one, dict) and _cost(one.get("epsilon")) and _cost(one.get("delta"))
+    sound = isinstance(one, dict) and _cost(one.get("epsilon")) and _cost(one.get("delta"))
+    return sound and isinstance(one, dict) and len(str(one.get("identity"))) <= 64
 
 
 Heads = Mapping[str, str]

@@ -125,7 +125,9 @@ def _counts(
             )
             del told[name]
     if not told:
-        then = tell_paid(plan.study) if turn else "Nothing was charged."
+        then = "What a site had charged by then stays charged: `medfed privacy ledger` tells."
+        if turn:
+            then = tell_paid(plan.study)
         raise BudgetError(f"no site counts for ranges. {reasons(untold)}. {then}")
 
     total = np.sum([*told.values()], 0)

@@ -84,9 +84,13 @@ _GENERATOR = {
 }
 
 
-def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
+def claim(
+    plan: Plan, budget: RunMeter, told: Mapping[str, Statement], together: bool = True
+) -> JSON:
     """Return the claim of a run that has spent what `budget`
     counts and each site has `told` of its ledger.
+
+    `together`: all parties were in one process, which sees who is at which site.
     """
     guarantee = plan.guarantee
     study = plan.study
@@ -107,7 +111,7 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         "target": {"epsilon": guarantee.epsilon, "delta": guarantee.delta},
         "unit": "patient: all records of one training patient, over the whole run",
         "adjacency": _adjacency(plan),
-        "trust_model": _trust(plan),
+        "trust_model": _trust(plan, together),
         "mechanism": _MECHANISM["correlated" if guarantee.strategy else "independent"],
         "clipping": {"kind": guarantee.clipping, "norm": guarantee.clip, "slack": SLACK},
         "noise": _noise(plan),
@@ -143,7 +147,7 @@ def claim(plan: Plan, budget: RunMeter, told: Mapping[str, Statement]) -> JSON:
         },
         "max_sites_per_patient": guarantee.max_sites,
         "unprotected": _list_unprotected(plan),
-        "assumptions": _assumptions(plan),
+        "assumptions": _assumptions(plan, together),
         "random_generator": _GENERATOR["seed" if guarantee.simulation_only else "system"],
         "audit": None,
     }
@@ -170,14 +174,27 @@ _SCOPE = {
 }
 
 
-def _trust(plan: Plan) -> str:
+def _trust(plan: Plan, together: bool) -> str:
     assert plan.guarantee is not None
     mode = plan.guarantee.mode
     way = plan.study.security.aggregation
     kind = way if mode == "shared" else mode
     said = _TRUST[kind].format(holders=holders(plan.study, plan.participants))
     if mode == "shared" and way != "plain":
-        return f"{said} In this engine all parties run in one process, whose owner sees everything."
+        if plan.rule is not None:
+            said += (
+                " A rule reads how rows compare: their Gram matrix, noised too, is opened each "
+                "round to the coordinator and the aggregators, and paid for within the round."
+            )
+        if not plan.study.security.federation:
+            said += (
+                " The coordinator says whose keys count, and is trusted not to put its own in "
+                "another's place: the study names no list of members (security.federation)."
+            )
+        if together:
+            said += " In this engine all parties run in one process, whose owner sees everything."
+        else:
+            said += " Each party ran in a process of one machine, whose owner sees everything."
     return said
 
 
@@ -402,10 +419,10 @@ _PUBLIC = (
 )
 
 
-def _assumptions(plan: Plan) -> list[str]:
+def _assumptions(plan: Plan, together: bool) -> list[str]:
     study = plan.study
     how = "attested, not measured"
-    if study.data.patient:
+    if study.data.patient and together:
         how = "checked by name in this process"
 
     found = [

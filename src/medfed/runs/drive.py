@@ -40,7 +40,7 @@ from medfed.runs.folders import versions, write_checkpoint, write_model
 from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
-from medfed.runs.simulation import Parties
+from medfed.runs.simulation import Parties, Simulation
 from medfed.runs.statements import hear_statements
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,6 @@ class Drive:
             )
         if events.Voted not in known:
             vote(self.server, self.plan, self.fleet, self.budget, self.log)
-        self.hear_ledgers()
 
     def measure_baselines(self) -> None:
         """Measure what the federation is held against, where one can and no claim forbids it."""
@@ -205,7 +204,8 @@ class Drive:
             self.parties.baselines.measure(self.plan, self.server, self.log)
 
     def finish(self, reason: str, seconds: float) -> None:
-        """Tell how the run ended."""
+        """Tell how the run ended, by what the sites' ledgers hold, however it came to that."""
+        self.hear_ledgers()
         recorded = self.log.events()
         if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
             reason = "some sites were left out of some rounds"
@@ -243,7 +243,7 @@ class Drive:
         if not self.plan.guarantee:
             return None
         told = {name: replace(one, head=self.heads[name]) for name, one in self.told.items()}
-        claim = claims.claim(self.plan, self.budget, told)
+        claim = claims.claim(self.plan, self.budget, told, isinstance(self.parties, Simulation))
         files.write(folder / sealing.CLAIM, json.dumps(claim, indent=2, allow_nan=False))
         return claim
 

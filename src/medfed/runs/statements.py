@@ -1,5 +1,6 @@
 """What the sites tell of their ledgers, asked by the coordinator."""
 
+import math
 from collections.abc import Mapping
 
 from medfed.core import codec
@@ -7,6 +8,7 @@ from medfed.core.checks import CodecError, LedgerError, SiteError
 from medfed.engine.port import Fleet, gather
 from medfed.monitor import events
 from medfed.planning.plan import Plan
+from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.statement import Statement
 from medfed.rounds.prepare import explain_failures
 
@@ -49,10 +51,36 @@ def hear_statements(
                     known[reply.payload] = Statement.read(
                         codec.decode(reply.payload)[0].get("statement")
                     )
+                    _refuse_beyond(known[reply.payload], plan.guarantee)
                 told[name] = known[reply.payload]
             except (SiteError, CodecError) as error:
                 refused[name] = str(error)
     return told, refused
+
+
+def _refuse_beyond(told: Statement, guarantee: Guarantee) -> None:
+    """Raise SiteError for payments that no ledger under this guarantee takes: of one site's word
+    nothing may be claimed of all.
+    """
+    planned = {label: query.times for label, query in guarantee.queries.items()}
+    strange = any(n > planned.get(label, 0) for label, n in told.queries.items())
+    bound = told.lifetime["epsilon"] if told.lifetime else math.inf
+    if strange or _spends_more(told, guarantee) or (told.epsilon or 0.0) > bound * (1 + 1e-9):
+        raise SiteError(
+            f"its statement tells of uses={told.uses}, queries={dict(told.queries)}, "
+            f"epsilon={told.epsilon}, which no ledger of this plan takes. Nothing of it is counted."
+        )
+
+
+def _spends_more(told: Statement, guarantee: Guarantee) -> bool:
+    """Say whether so many rounds cost more than a ledger lets anybody spend."""
+    if told.uses <= guarantee.uses:
+        return False
+    if told.uses > 10 * guarantee.uses:
+        return True
+    kinds = {release: name for name, release in guarantee.releases.items()}
+    spent = guarantee.cost(dict.fromkeys(kinds.values(), told.uses), told.queries)
+    return spent > guarantee.epsilon * (1 + 1e-6)
 
 
 _PATIENCE = 600.0  # seconds; nothing is trained meanwhile

@@ -66,7 +66,9 @@ class Record:
         with files.hold(self.path.parent, f".{self.path.name}.lock"):
             self._read()
             if self._commit(act, scope, what, names):
-                _write(self.path, json.dumps({"form": _FORM, "runs": self._runs}).encode())
+                files.write(
+                    self.path, json.dumps({"form": _FORM, "runs": self._runs}), private=True
+                )
 
     def _commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str]) -> bool:
         """Return whether anything is new."""
@@ -96,7 +98,7 @@ class Record:
         key = _key(scope, what)
         self._answer = key, blob
         if self.path is not None:
-            _write(self._beside, key + sha256(blob).digest() + blob)
+            files.write(self._beside, key + sha256(blob).digest() + blob, private=True)
 
     def recall(self, scope: Scope, what: bytes) -> tuple[bytes, dict[str, Tensor]] | None:
         """Return the answer that was kept, and the memory beside it; None for another question's,
@@ -151,16 +153,6 @@ class Record:
                 f"{self.path} is no record of secure rounds ({error}); restore it. Without it this "
                 "party cannot know what it has done: give it new keys."
             ) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read."""
-    if not path.exists():
-        with files.explained(path):
-            path.touch(0o600)
-    files.write(path, data)
-    with files.explained(path):
-        path.chmod(0o600)
 
 
 def _whole(round: object) -> int:
