@@ -168,10 +168,10 @@ def believe_the_inner_round(patch: MonkeyPatch) -> None:
 def seal_under_one_nonce_and_key(patch: MonkeyPatch) -> None:
     """Boxes between two clients are sealed under a key of the two alone, in every round."""
 
-    def seal(self: Any, sender: str, to: str) -> bytes:
-        return sha256(f"{sorted((sender, to))}".encode()).digest()
+    def seal(self: Any, purpose: str, sender: str, to: str) -> bytes:
+        return sha256(f"{purpose} {sorted((sender, to))}".encode()).digest()
 
-    patch.setattr(masking.Client, "_seal", seal)
+    patch.setattr(masking.Client, "_line_key", seal)
 
 
 MASKED = (

@@ -2,6 +2,7 @@
 resumed run comes to the same bits.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,34 @@ import pytest
 import torch
 
 import medfed
-from medfed.runs import drive
+from medfed.compliance import consortium
+from medfed.privacy.ledger import Ledger
+from medfed.runs import claims, drive
+from medfed.secure import key_files
+from medfed.secure.identity import Identity
 from medfed.study import Study
 from tests.compliance.test_consortium import place, study
+from tests.tables import PRIVATE, write_study
 
 __all__ = ["place", "study"]
+
+
+def federated(folder: Path, text: str, changes: dict[str, Any]) -> Study:
+    """Return a study whose parties' keys a consortium has approved."""
+    study = medfed.load_study(write_study(folder, text))._with(changes)
+    boss = Identity.new("the consortium", "consortium")
+    consortium.begin(folder / "members", boss)
+    roles = dict.fromkeys(study.privacy.sizes, "site") | {"coordinator": "coordinator"}
+    roles |= dict.fromkeys(study.security.aggregators, "aggregator")
+    for name, role in roles.items():
+        one = Identity.new(name, role)
+        consortium.approve(
+            folder / "members", boss, consortium.request(one), one.public.fingerprint
+        )
+        key_files.save(one, folder / "keys" / f"{name}.key")
+    return study._with(
+        {"security.federation": str(folder / "members"), "security.keys": str(folder / "keys")}
+    )
 
 
 class CrashError(Exception):
@@ -47,6 +71,23 @@ def test_a_round_that_a_crash_lost_is_played_again_to_the_same_bits(
     resumed = medfed.resume(tmp_path / "run")
     assert resumed.complete and torch.equal(resumed.w_P, whole.w_P)
     assert medfed.verify_model_integrity(tmp_path / "run")["rounds"] >= study.training.rounds
+
+
+def test_a_round_that_is_answered_again_is_paid_once_and_counted_once(tmp_path: Path) -> None:
+    """The coordinator counted it twice: the resumed run had no round left."""
+    study = federated(tmp_path, PRIVATE, {"security.aggregation": "three-party"})
+    study = study._with({"training.rounds": 3, "privacy.spare_rounds": 0})
+    crashed(study, tmp_path / "run", 2)
+    resumed = medfed.resume(tmp_path / "run")
+    assert resumed.complete
+    claim = claims.read(tmp_path / "run")
+    assert claim["rounds"]["paid"] == 3
+    assert 0.99 * study.privacy.epsilon < claim["epsilon"] <= study.privacy.epsilon
+    with Ledger.open(tmp_path / "run" / "sites" / "ledger.sqlite", read_only=True) as book:
+        paid = Counter(
+            (row["site"], row["round"]) for row in book.rows() if row["label"] == "round"
+        )
+    assert set(paid.values()) == {1}
 
 
 def test_a_site_whose_record_is_gone_ends_the_round_that_was_opened(

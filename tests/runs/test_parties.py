@@ -331,6 +331,19 @@ def test_a_statement_of_more_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "lie", [{"queries": {"vote": 1}}, {"queries": {"patient 7": 3}}, {"uses": 20_000}]
+)
+def test_a_statement_of_what_no_plan_holds_is_its_sites_fault(
+    tmp_path: Path, lie: dict[str, Any]
+) -> None:
+    """It ended the coordinator by an error of its own, or had it count for hours."""
+    study = medfed.load_study(written(tmp_path, security__aggregation="plain"))
+    lying = Lying(Simulation.open(study, folder=tmp_path / "nodes"), stating(lie))
+    with pytest.raises(LedgerError, match="site 'clinic 0': its statement tells of uses="):
+        medfed.run(study, tmp_path / "lied", parties=lying)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("op", "refusal", "text"),
     [
         ("identify", SignatureError, "'clinic 0' tells keys of 'clinic 2', site; expected its own"),
