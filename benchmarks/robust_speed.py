@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from common import absent, table, write_result
 
-from medfed.core.entropy import Entropy
 from medfed.privacy.guarantee import discrete_gaussian
 from medfed.robust.rules import rule_of
 from medfed.secure.three_party import Selection
@@ -69,14 +68,14 @@ def private_round(clients: int = 10, numbers: int = 200_000, rounds: int = 5) ->
     """
 
     rule = rule_of("nnm+geometric-median", 3)
-    entropy = Entropy()
     chosen = Selection(
         lambda gram_KK: rule(torch.from_numpy(gram_KK)).numpy(),
         {},
-        lambda K: discrete_gaussian(1e12).sample(K * (K + 1) // 2, entropy),
-        lambda length, most: discrete_gaussian(1e9 / np.sqrt(2)).sample(length, entropy),
+        lambda K, entropy: discrete_gaussian(1e12).sample(K * (K + 1) // 2, entropy),
+        lambda K: 1e12,
+        lambda length, most, entropy: discrete_gaussian(1e9 / np.sqrt(2)).sample(length, entropy),
     )
-    return [three(clients, numbers, number, chosen)[0] for number in range(rounds)]
+    return [three(clients, numbers, number, chosen)[0] for number in range(1, rounds + 1)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

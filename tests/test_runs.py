@@ -245,9 +245,9 @@ def count_writes(patch: pytest.MonkeyPatch) -> Callable[[], int]:
     calls: list[Path] = []
     real = files.write
 
-    def write(path: Path, content: bytes | str) -> None:
+    def write(path: Path, content: bytes | str, private: bool = False) -> None:
         calls.append(path)
-        real(path, content)
+        real(path, content, private)
 
     patch.setattr(files, "write", write)
     return lambda: len(calls)
@@ -257,11 +257,11 @@ def crash_at(patch: pytest.MonkeyPatch, number: int, after: bool) -> None:
     count = iter(range(10_000))
     real = files.write
 
-    def write(path: Path, content: bytes | str) -> None:
+    def write(path: Path, content: bytes | str, private: bool = False) -> None:
         crash = next(count) == number
         if crash and not after:
             raise Crash
-        real(path, content)
+        real(path, content, private)
         if crash:
             raise Crash
 

@@ -1,5 +1,6 @@
 """Random programs of lies: nothing that must hold gives way, and each planted bug is found."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -37,16 +38,16 @@ def test_whatever_liars_do_what_must_hold_holds(machine: type[Liar]) -> None:
     play(machine, 100)
 
 
-@pytest.mark.long
+@pytest.mark.long  # MEDFED_NIGHT=1: thousands, a night's work
 @pytest.mark.parametrize("machine", MACHINES)
 def test_thousands_of_programs(machine: type[Liar]) -> None:
-    play(machine, 3000)
+    play(machine, 3000 if os.environ.get("MEDFED_NIGHT") else 600)
 
 
 PLANTED = [(MaskedLies, bug) for bug in bugs.MASKED] + [(SharedLies, bug) for bug in bugs.SHARED]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("machine", "bug"), PLANTED)
 def test_a_planted_bug_is_found(
     machine: type[Liar], bug: Callable[[pytest.MonkeyPatch], None]

@@ -163,17 +163,30 @@ class TwinTraining:
         self.tap = _Tap(InProcess(list(twin.sites.values())))
         self.server = plan.begin()
         self.budget = plan.budget()
+        self.runs = 1
         for site in twin.sites.values():
             site.forget()
 
     def round(self, held: Mapping[str, Rows]) -> Seen:
         """Run one round in which the sites hold these training rows."""
+        rounds = self.plan.study.training.rounds
+        if self.plan.study.security.aggregation != "plain" and self.server.round >= rounds:
+            # no party plays a round that the study does not have: the twin goes on in another run
+            if self.server.round % rounds == 0:
+                self._begin_anew()
+            self.server = replace(self.server, round=self.server.round % rounds)
         for name, site in self.twin.sites.items():
             site.hold(held[name])
         before = self.server
         memory = {name: site.memory for name, site in self.twin.sites.items()}
         self.server = run_round(before, self.plan, self.tap, self.budget, Log(), self.heard)
         return Seen(before, self.server, self.tap.reply, memory)
+
+    def _begin_anew(self) -> None:
+        """Have the parties join another run."""
+        self.runs += 1
+        fleet = InProcess(list(self.twin.sites.values()))
+        self.heard = _Heard(ways.introduce(self.twin.plan, fleet, f"audit {self.runs}"))
 
 
 class _Heard:

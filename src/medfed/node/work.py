@@ -54,12 +54,10 @@ def _work(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor]) 
         answers |= charge(paying, header["round"])
     answers |= recalled
     willing = [site for site in sites if site.name not in answers]
-    if willing:
-        made = _train_or_sum(willing, header, tensors)
-        answers |= {site.name: answer for site, answer in zip(willing, made, strict=True)}
+    made = iter(_train_or_sum(willing, header, tensors)) if willing else iter(())
     if account:
         account.note_answered(site.name for site in paying)
-    return [answers[site.name] for site in sites]
+    return [answers[site.name] if site.name in answers else next(made) for site in sites]
 
 
 def _recall(sites: Sequence[Site]) -> dict[str, Answer]:

@@ -261,7 +261,7 @@ def _refuse_other_sizes(study: Study, told: Mapping[str, int]) -> None:
         declared = guarantees.declared_size(study, name)
         if size != declared:
             raise PlanError(
-                f"{size} patients are told of site {name!r}; the study declares {declared}. Give "
+                f"{size} patients for site {name!r} were told; the study declares {declared}. Give "
                 "every party the same study."
             )
 
