@@ -207,7 +207,7 @@ def test_sizes_that_the_study_does_not_declare_are_refused(monkeypatch: Patch) -
     world.told_to = dict.fromkeys(AGGREGATORS, told_of("one size"))
     three = world.open_aggregators()
     assert all(node._side is None for node in three.nodes.values())
-    assert "1000 patients are told of site 's1'; the study declares 45" in said(world)
+    assert "1000 patients for site 's1' were told; the study declares 45" in said(world)
 
 
 @pytest.mark.parametrize("kind", ["one size", "all small but one", "fewer"])
