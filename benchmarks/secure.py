@@ -29,8 +29,8 @@ from common import write_result
 import medfed
 from medfed import study as studies
 from medfed.secure import masking, three_party
+from medfed.secure.agreements import Agreements
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.lines import Lines
 from medfed.secure.three_party import Selection
 
 HERE = Path(__file__).parent
@@ -210,7 +210,7 @@ def masked(clients: int, numbers: int, rounds: int, gone: float, leave: float) -
     rows = rows_of(names, numbers)
     posts = posts_of([*names, "server"])
     terms = masking.MaskingTerms.choose(names, numbers, gone, clients * 3 // 10, b"round")
-    lines = {name: Lines() for name in names}
+    lines = {name: Agreements() for name in names}
     stay = names[int(clients * leave) :]
     watched = names[-1]
     spent: list[float] = []

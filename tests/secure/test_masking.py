@@ -26,9 +26,9 @@ from medfed.core.checks import (
     SignatureError,
 )
 from medfed.secure import masking
+from medfed.secure.agreements import Agreements, derive
 from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity, Post, Roster, Scope
-from medfed.secure.lines import Lines, derive
 from medfed.secure.masking import (
     EVERYBODY,
     PHASES,
@@ -514,7 +514,7 @@ def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
     saw its own keys in the same broadcast.
     """
     terms = majority(3)
-    lines = {name: Lines() for name in terms.members}
+    lines = {name: Agreements() for name in terms.members}
     for number in (1, 2):
         scope = Scope(SCOPE.study, SCOPE.run, number)
         cast = stage(terms)
@@ -548,7 +548,7 @@ def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
 def test_keys_are_fresh_in_every_round_and_lines_are_not():
     """The key of a client that drops out is rebuilt: kept, it would open its earlier rows."""
     cast = stage(majority(3))
-    lines = Lines()
+    lines = Agreements()
     post = Post(cast.people["site00"], cast.roster)
     one, two = (
         Post.body(Client(post, cast.terms, Scope("0" * 64, "run", n), "server", lines=lines).keys())

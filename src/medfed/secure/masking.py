@@ -67,8 +67,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from medfed.core.checks import AbortError, CodecError, EnvelopeError, PlanError, QuorumError, some
 from medfed.core.entropy import Integers, Words, expand
 from medfed.secure import graph, shares
+from medfed.secure.agreements import FORM, Agreements, agree, derive
 from medfed.secure.identity import Identity, Post, Roster, Scope, holds
-from medfed.secure.lines import FORM, Lines, agree, derive
 from medfed.secure.record import Record
 
 PHASES = ("keys", "shares", "rows", "confirm", "unmask")
@@ -258,7 +258,7 @@ class Client:
         scope: Scope,
         server: str,
         record: Record | None = None,
-        lines: Lines | None = None,
+        lines: Agreements | None = None,
     ) -> None:
         """Begin the round.
 
@@ -279,7 +279,7 @@ class Client:
         self._name = post.me.name
         # those to come; empty while one is under way, and after one that failed
         self._phases: tuple[str, ...] = terms.phases
-        self._lines = lines or Lines()
+        self._lines = lines or Agreements()
         self._pairing = X25519PrivateKey.generate()
         self._seed = os.urandom(32)
         self._nonce = os.urandom(_NONCE)  # for a sparse graph

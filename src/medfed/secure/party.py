@@ -12,9 +12,9 @@ from torch import Tensor
 from medfed.core.checks import AbortError, PlanError, some
 from medfed.core.entropy import Integers
 from medfed.secure import masking, three_party
+from medfed.secure.agreements import Agreements
 from medfed.secure.chain import Follower
 from medfed.secure.identity import Scope
-from medfed.secure.lines import Lines
 from medfed.secure.three_party import SharingTerms
 
 
@@ -85,7 +85,7 @@ class Masker:
     follower: Follower
     choose: Callable[[Sequence[str], int], masking.MaskingTerms]
     weight: int = 1
-    lines: Lines = field(default_factory=Lines)
+    lines: Agreements = field(default_factory=Agreements)
     _client: masking.Client | None = None
     _round: int = 0
     _attempts: int = 0  # at this round

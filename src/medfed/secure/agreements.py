@@ -1,4 +1,4 @@
-"""Lines between the sites of a masked run: what every two of them agree on once, for all rounds.
+"""Agreements between sites of a masked run: what every two of them agree on once for all rounds.
 
 Each site makes one X25519 key for the run. Keys of single messages are derived from an agreement
 and from what the round is about, so that a message opens in its own place alone. A line's key is
@@ -21,7 +21,7 @@ FORM = b"medfed masking 3 "
 """What every derivation of a masked round begins with: the format's version."""
 
 
-class Lines:
+class Agreements:
     """A site's lines in one run."""
 
     def __init__(self) -> None:
