@@ -84,10 +84,12 @@ def _accept_signed(
     for site in sites:
         try:
             if id(site.facts) not in drawn:
-                site.facts.expect(header.get("round"))
-                drawn[id(site.facts)] = site.facts.draw(header["round"])
+                drawn[id(site.facts)] = site.facts.expect(header["round"])
             if site.name not in drawn[id(site.facts)]:
-                site.facts.expect(header["round"], site.name)
+                raise SiteError(
+                    f"site {site.name!r} is asked in round {header['round']}, for which the study "
+                    "does not draw it; the coordinator may not choose others."
+                )
             message = _party(site).follower.accept(header["round"], envelope)
         except MedfedError as error:
             refused[site.name] = SiteError(str(error))

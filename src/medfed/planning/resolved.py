@@ -192,12 +192,9 @@ class Resolved:
         }
         return list(self.selector.pick(able, self.study.fleet.clients_per_round, rng))
 
-    def expect(self, round: object, site: str = "") -> None:
-        """Raise PlanError unless the study has such a round, and draws the site for it.
-
-        Args:
-            round: its number, as somebody told it.
-            site: by name; "" for no site in particular.
+    def expect(self, round: object) -> list[str]:
+        """Return who takes part in a round, as a party that was told its number finds out; raise
+        PlanError where the study has no such round.
         """
         last = self.study.training.rounds
         if type(round) is not int or not 1 <= round <= last:
@@ -205,11 +202,7 @@ class Resolved:
                 f"round={round!r} is asked for; the study has rounds 1 to {last}. The coordinator "
                 "may not choose others."
             )
-        if site and site not in self.draw(round):
-            raise PlanError(
-                f"site {site!r} is asked in round {round}, for which the study does not draw it; "
-                "the coordinator may not choose others."
-            )
+        return self.draw(round)
 
     def weight(self, site: str) -> float:
         """Return a site's public weight, not normalised."""

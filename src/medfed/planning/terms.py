@@ -70,8 +70,7 @@ def masking_terms(
     """
 
     def choose(clients: Sequence[str], round: int) -> masking.MaskingTerms:
-        facts.expect(round)
-        drawn = facts.draw(round)
+        drawn = facts.expect(round)
         if sorted(clients) != sorted(drawn):
             odd = sorted(set(clients) ^ set(drawn)) or sorted(clients)
             raise PlanError(
@@ -164,10 +163,6 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
         steps = (norm * (1 + 1e-6) or security.bound) * 2.0**security.fraction_bits
         bound = steps * math.sqrt(numbers) + math.sqrt(facts.message)
 
-    def drawn(round: int) -> Sequence[str]:
-        facts.expect(round)
-        return facts.draw(round)
-
     first, second, third = security.aggregators
     fewest = max(security.min_group, facts.quorum(cohort(facts.study, facts.participants)))
     return three_party.SharingTerms(
@@ -176,6 +171,6 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
         (first, second, third),
         fewest,
         security.min_group,
-        drawn,
+        facts.expect,
         bytes.fromhex(facts.digest),
     )

@@ -15,7 +15,8 @@ from medfed.planning.joining import Joining
 from medfed.planning.resolved import resolve
 from medfed.planning.terms import aggregator_of
 from medfed.secure import three_party
-from medfed.secure.identity import ANYBODY, Identity, Post, Scope
+from medfed.secure.chain import agree
+from medfed.secure.identity import Identity, Post
 from medfed.study import Study
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ class Aggregator:
         joining.commit(self.record, facts)
         post = Post(self.identity, joining.roster)
         self._side = aggregator_of(facts, post, joining.run, self.record)
-        scope = Scope(self.study.digest(), joining.run, 0)
-        signed = post.wrap(scope, "study", ANYBODY, bytes.fromhex(facts.digest))
+        agreed = bytes.fromhex(facts.digest)
+        signed = agree(post, self.study.digest(), joining.run, agreed)
         return codec.encode({}, {"signed": codec.as_tensor(signed)})
 
 

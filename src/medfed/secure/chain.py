@@ -35,6 +35,13 @@ class Publisher:
         )
 
 
+def agree(post: Post, study: str, run: str, facts: bytes) -> bytes:
+    """Return a party's signature, before the first round of a run, under the study as it has it and
+    the hash of what it takes for agreed.
+    """
+    return post.wrap(Scope(study, run, 0), "study", ANYBODY, facts)
+
+
 @dataclass
 class Follower:
     """A site's side: the study that it agreed to, and the last message that it took.
@@ -66,7 +73,7 @@ class Follower:
         """Return the site's signature under the study as it has it, and under what it takes for
         agreed, before the first round.
         """
-        return self.post.wrap(Scope(self.study, self.run, 0), "study", ANYBODY, self.facts)
+        return agree(self.post, self.study, self.run, self.facts)
 
     def accept(self, round: int, envelope: bytes) -> bytes:
         """Return the message of a round's envelope; the same one may come again.
