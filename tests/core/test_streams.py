@@ -141,6 +141,13 @@ def test_a_single_key_without_a_client_axis_draws_the_same(key: int, count: int)
     )
 
 
+def test_subkeys_drawn_together_are_the_ones_drawn_alone() -> None:
+    key_K = _keys(7)
+    together = streams.subkeys(key_K, 9)
+    for number in range(9):
+        assert torch.equal(together[:, number], streams.subkey(key_K, number))
+
+
 def test_subkeys_of_many_keys_and_numbers_all_differ() -> None:
     # also neighbours; 0 is where the finaliser stays
     key_K = torch.cat([_keys(50), torch.arange(1, 50)])

@@ -184,13 +184,14 @@ def test_one_canary_in_ten_has_two_records_that_cancel() -> None:
 
 
 def test_a_training_that_breaks_down_is_not_said_to_stand(monkeypatch: Patch) -> None:
-    # at sites: under joint noise a sum is held to what the declared patients can make
+    # at sites: under joint noise a sum is held to what the declared patients can make. Squared errors
+    # grow from round to round whatever is drawn; units of a network may die first.
     clipping_skipped(monkeypatch)
     wild = twin(
         "privacy.noise='site'",
         "training.learning_rate=1e5",
-        "model.name='mlp'",
-        "model.options.hidden=[16, 16]",
+        "data.task='regression'",
+        "data.target='mean radius'",
     )
     part = audit.one_run(wild, np.random.default_rng(0))
     assert part.passed is not True and "the training ended early: round" in part.told

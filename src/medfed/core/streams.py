@@ -77,6 +77,14 @@ def subkey(key_K: Tensor, number: int) -> Tensor:
     return _finalise(_finalise(key_K) + _to_signed((number + 1) * _GOLDEN))
 
 
+def subkeys(key_K: Tensor, count: int) -> Tensor:
+    """Return the keys [K, count] of the streams that branch off `key_K` under 0 .. count - 1: as
+    `subkey` one by one.
+    """
+    numbers = torch.arange(1, count + 1, dtype=torch.int64, device=key_K.device)
+    return _finalise(_finalise(key_K)[..., None] + numbers * _GOLDEN)
+
+
 def uniform(key_K: Tensor, count: int, start: int = 0) -> Tensor:
     """Return numbers [K, count] (float32) uniform on the 2^24 steps of [0, 1)."""
     return _shift(words(key_K, count, start), 40).to(torch.float32) * 2.0**-24

@@ -193,9 +193,9 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
     # In each epoch every client's rows in an order of its own
     T = int(steps_K.max())
     epochs = -(-T // int(per_epoch_K.min()))
-    order_KES = torch.stack(
-        [streams.shuffles(streams.subkey(key_K, e), size_K) for e in range(epochs)], 1
-    )
+    key_E = streams.subkeys(key_K, epochs).flatten()  # a client's epochs after one another
+    order_KES = streams.shuffles(key_E, size_K.repeat_interleave(epochs))
+    order_KES = order_KES.unflatten(0, (-1, epochs))
 
     # The rows of each step: a batch of the epoch's order
     t_T1 = torch.arange(T)[:, None]
