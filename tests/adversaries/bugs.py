@@ -127,7 +127,7 @@ def _scope_of(envelope: bytes) -> Scope:
 
 def open_any_number_of_rows(patch: MonkeyPatch) -> None:
     real = terms.terms_of
-    patch.setattr(terms, "terms_of", lambda facts: replace(real(facts), min_group=1))
+    patch.setattr(terms, "terms_of", lambda facts: replace(real(facts), fewest=1))
 
 
 def confirm_any_number_of_rows(patch: MonkeyPatch) -> None:

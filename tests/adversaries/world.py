@@ -339,15 +339,8 @@ class World:
 
     @property
     def least(self) -> int:
-        """Honest rows that must be in a sum.
-
-        Masked: `min_group` besides those of colluding sites. Among three aggregators `min_group` in all:
-        colluding sites know their own.
-        """
-        least = self.study.security.min_group
-        if self.study.security.aggregation == "masked":
-            return least
-        return least - sum(name in self.names for name in self.liars)
+        """Honest rows that must be in a sum: colluding sites know their own."""
+        return self.study.security.min_group
 
     def check(self) -> None:
         """Raise AssertionError unless all holds, whatever the liars did."""

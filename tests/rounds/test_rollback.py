@@ -289,6 +289,10 @@ def test_auto_takes_the_default_rule_and_says_so(
 ) -> None:
     auto = study._with({"robustness.rule": "auto", "robustness.max_malicious": 0.34})
     assert planned(auto).bears() == "1 of 3 are borne by nnm+geometric-median"
+    assert planned(auto.set("security.aggregation", "three-party")).bears() == (
+        "1 of 3 are borne by nnm+geometric-median; a round that leaves out more than 0 opens nothing "
+        "(security.min_group, security.colluding)"
+    )
     for room in ("plan", "resolved"):
         monkeypatch.setattr(f"medfed.planning.{room}.MOST_ROWS", 2)
     with pytest.raises(PlanError, match="without a bound"):

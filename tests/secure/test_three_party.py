@@ -176,7 +176,7 @@ def test_terms_without_room_are_refused() -> None:
 
 def test_too_few_rows_are_not_opened() -> None:
     rows = rows_of(3, 20)
-    with pytest.raises(AbortError, match=r"min_group=3: nothing is opened.*out of bound"):
+    with pytest.raises(AbortError, match=r"expected 3 or more .*nothing is opened.*out of bound"):
         run_protocol(POSTS, fresh(), rows | {"site 0": rows["site 0"] * 9}, terms_of(20, least=3))
 
 

@@ -195,7 +195,7 @@ def batches(data: Stack, plan: LocalPlan, key_K: Tensor) -> Batches:
     epochs = -(-T // int(per_epoch_K.min()))
     key_E = streams.subkeys(key_K, epochs).flatten()  # a client's epochs after one another
     order_KES = streams.shuffles(key_E, size_K.repeat_interleave(epochs))
-    order_KES = order_KES.unflatten(0, (-1, epochs))
+    order_KES = order_KES.view(len(size_K), epochs, -1)
 
     # The rows of each step: a batch of the epoch's order
     t_T1 = torch.arange(T)[:, None]

@@ -8,7 +8,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medfed.planning.resolved import colluding, graph_of, holders, least_rows, of_clients
+from medfed.planning.resolved import (
+    colluding,
+    fewest_opened,
+    graph_of,
+    holders,
+    least_rows,
+    of_clients,
+)
 from medfed.secure import graph
 from medfed.study import Study
 
@@ -54,7 +61,7 @@ def count(study: Study, n: int) -> Coalition:
     if way == "three-party":
         asked = math.ceil(study.training.quorum * n - 1e-9)
         bad = of_clients(study.robustness.max_malicious, n)
-        stay = max(study.security.min_group, asked - bad)
+        stay = max(fewest_opened(study, n), asked - bad)
         return Coalition(way, n, f, 0, "two aggregators", stay - f, 2 / 3, None, n - stay)
 
     stay = least_rows(study, n)

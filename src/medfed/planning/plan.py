@@ -31,6 +31,7 @@ from medfed.planning.resolved import (
     bounded,
     cohort,
     colluding,
+    fewest_opened,
     resolve,
     robust_rule,
 )
@@ -215,13 +216,12 @@ def _check_security(
             f"compose: security.min_group={security.min_group}, and a sum of fewer rows says too "
             "much of each. Draw more clients, or set aggregation='plain'."
         )
-    liars = colluding(study, n)
-    if security.aggregation == "masked" and n < security.min_group + liars:
+    if n < fewest_opened(study, n):
         raise PlanError(
-            f"security.aggregation='masked' and a round of {n} clients do not compose: "
-            f"security.colluding={security.colluding:g} lets {liars} of them know their rows, and "
-            f"security.min_group={security.min_group} rows of others must be in a sum. Draw more "
-            "clients, or lower one of the two."
+            f"security.aggregation={security.aggregation!r} and a round of {n} clients do not "
+            f"compose: security.colluding={security.colluding:g} lets {colluding(study, n)} of "
+            f"them know their rows, and security.min_group={security.min_group} rows of others "
+            "must be in a sum. Draw more clients, or lower one of the two."
         )
     if not (guarantees.asked(study) and guarantees.mode(study) != "site"):
         weights = sum(sizes[name]["train"] for name in clients)

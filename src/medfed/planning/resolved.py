@@ -125,6 +125,12 @@ class Resolved:
         f = self.malicious
         robust = self.study.robustness
         if self.rule:
+            spare = n - fewest_opened(self.study, n)
+            if self.study.security.aggregation == "three-party" and spare < f:
+                return (
+                    f"{f} of {n} are borne by {self.rule.name}; a round that leaves out more than "
+                    f"{spare} opens nothing (security.min_group, security.colluding)"
+                )
             return f"{f} of {n} are borne by {self.rule.name}"
         if not bounded(self.study):
             return f"one of {n} moves the model at will"
@@ -384,6 +390,13 @@ def colluding(study: Study, n: int) -> int:
     return math.floor(study.security.colluding * n + 1e-9)  # .3 x 10 is below 3 in floats
 
 
+def fewest_opened(study: Study, n: int) -> int:
+    """Return how many rows of n clients a sum must hold to be opened: `security.min_group` besides
+    those of the f who know their own, and may tell the coordinator.
+    """
+    return study.security.min_group + colluding(study, n)
+
+
 DROPOUT = 0.1
 """The share of a large cohort that may drop out of a masked round, where training.quorum lets no
 more stay away: a sparse graph need not bear more.
@@ -396,8 +409,7 @@ def least_rows(study: Study, n: int) -> int:
 
     More where a sparse graph then does: as many as training.quorum asks for, up to all but DROPOUT.
     """
-    f = colluding(study, n)
-    least = max(threshold(study, n), study.security.min_group + f)
+    least = max(threshold(study, n), fewest_opened(study, n))
     asked = math.ceil(study.training.quorum * n - 1e-9)
     more = max(least, min(asked, n - math.floor(DROPOUT * n + 1e-9)))
     return more if _fits(study, n, more) else least

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from medfed.core.checks import PlanError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.links.wire import noise_share
-from medfed.planning.resolved import GRAM_SHARE, Resolved, cohort, colluding, graph_of, least_rows
+from medfed.planning.resolved import (
+    GRAM_SHARE,
+    Resolved,
+    cohort,
+    colluding,
+    fewest_opened,
+    graph_of,
+    least_rows,
+)
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
@@ -164,13 +172,14 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
         bound = steps * math.sqrt(numbers) + math.sqrt(facts.message)
 
     first, second, third = security.aggregators
-    fewest = max(security.min_group, facts.quorum(cohort(facts.study, facts.participants)))
+    drawn = cohort(facts.study, facts.participants)
+    kept = fewest_opened(facts.study, drawn)
     return three_party.SharingTerms(
         facts.message,
         bound,
         (first, second, third),
-        fewest,
-        security.min_group,
+        max(kept, facts.quorum(drawn)),
+        kept,
         facts.expect,
         bytes.fromhex(facts.digest),
     )

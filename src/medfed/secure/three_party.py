@@ -108,8 +108,8 @@ class SharingTerms:
     length: int
     bound: float
     aggregators: tuple[str, str, str]
-    min_group: int = 2
-    min_kept: int = 2  # rows that a rule must keep
+    fewest: int = 2  # rows that a sum must hold
+    fewest_kept: int = 2  # rows that a rule must keep
     # whose rows may count in a round, which else is no round; None: whoever is a site
     drawn: Callable[[int], Sequence[str]] | None = None
     facts: bytes = bytes(32)  # a hash of what site and aggregator must have resolved alike
@@ -431,10 +431,11 @@ class SharingAggregator:
             }
             chosen = [k for k, ok in enumerate(good) if ok]
             names = [names[k] for k in chosen]
-        if len(names) < self.terms.min_group:
+        if len(names) < self.terms.fewest:
             left = (
-                f"{len(names)} rows are left, security.min_group={self.terms.min_group}: "
-                "nothing is opened."
+                f"{len(names)} rows are left; expected {self.terms.fewest} or more "
+                "(security.min_group besides security.colluding, training.quorum): nothing is "
+                "opened."
             )
             raise AbortError(f"{left} {reasons(why)}".rstrip(), why)
         # Of which rows this round is, for ever: see `_commit`.
@@ -522,8 +523,11 @@ class SharingAggregator:
         yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
 
         count = sum(w != 0 for w in weights.values())
-        if count < self.terms.min_kept:
-            kept = f"the rule keeps {count} rows, security.min_group={self.terms.min_kept}"
+        if count < self.terms.fewest_kept:
+            kept = (
+                f"the rule keeps {count} rows; expected {self.terms.fewest_kept} or more "
+                "(security.min_group besides security.colluding)"
+            )
             raise AbortError(f"{kept}: their sum is not opened. {reasons(why)}".rstrip(), dict(why))
         return gram_KK, weights
 
@@ -839,7 +843,7 @@ def relay(
     Edge cases:
     - a row that cannot be read, is out of bound or was shared unequally is left out, and named with
       the reason;
-    - fewer than `SharingTerms.min_group` rows are left, or a rule keeps fewer than `min_kept`:
+    - fewer than `SharingTerms.fewest` rows are left, or a rule keeps fewer than `fewest_kept`:
       nothing is opened;
     - under joint noise an aggregator that adds a wrong number, as its part of it, moves the sum
       unseen, up to that bound; without noise each part is known to two of them, and compared;

@@ -671,14 +671,14 @@ class Security:
     )
     min_group: int = key(
         3,
-        "A sum of fewer rows is never opened; masked: of fewer rows besides those of the "
-        "`colluding` ones, who know their own.",
+        "A sum of fewer rows is never opened, besides those of the `colluding` ones, who know "
+        "their own.",
         at_least(2, why="a sum of one row is that row"),
     )
     colluding: float = key(
         0.3,
-        "masked: share of sites that may work with the server; their part of the noise is not "
-        "counted.",
+        "Share of sites that may work with whoever opens the sum: their rows do not count towards "
+        "min_group and, masked, their part of the noise does not either.",
         within(0, 0.5),
     )
     federation: str = key(
