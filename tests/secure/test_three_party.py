@@ -2,6 +2,7 @@
 misbehave.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -29,6 +30,8 @@ from medfed.secure.three_party import (
 
 PARTIES = ("left", "middle", "right")
 B = 2.0**20
+WIDEST = 1.5e8
+"""A bound for which the squares of rows just do not wrap: more projections, and the widest range."""
 rounds = count(1)
 
 
@@ -116,31 +119,52 @@ def test_noise_of_three_where_two_are_enough() -> None:
 # rows checked in secret ---------------------------------------------------------------------------
 
 
-def test_honest_rows_pass_at_their_bound() -> None:
-    for seed in range(12):
-        rows = rows_of(8, 5 + 40 * seed, seed)
-        assert not run_protocol(POSTS, fresh(), rows, terms_of(5 + 40 * seed)).excluded
+@pytest.mark.parametrize("bound", [B, WIDEST])
+def test_honest_rows_pass_at_their_bound(bound: float) -> None:
+    for seed in range(6):
+        length = 5 + 80 * seed
+        rows = rows_of(8, length, seed, 0.999 * bound)
+        assert not run_protocol(POSTS, fresh(), rows, terms_of(length, bound)).excluded
     spike = {
-        name: np.eye(1, 30, k, dtype=np.int64)[0] * int(B) for k, name in enumerate(rows_of(4, 30))
+        name: np.eye(1, 30, k, dtype=np.int64)[0] * int(bound)
+        for k, name in enumerate(rows_of(4, 30))
     }
-    assert not run_protocol(POSTS, fresh(), spike, terms_of(30)).excluded
+    assert not run_protocol(POSTS, fresh(), spike, terms_of(30, bound)).excluded
+
+
+@pytest.mark.parametrize(("projections", "c"), [three_party._FEW, three_party._MANY])
+def test_a_row_that_projections_pass_is_too_long_once_in_2_to_the_40(
+    projections: int, c: float
+) -> None:
+    """Paley and Zygmund: P(p^2 > h E p^2) >= (1 - h)^2 (E p^2)^2 / E p^4, with h = 2 / c."""
+    assert projections * math.log2(1 - (1 - 2 / c) ** 2 / 3) < -40
+    for bound in (1.0, B, 4.8e7, 4.9e7, WIDEST, 1.96e8, 2.0**40):
+        terms = terms_of(100, bound)
+        assert terms.reach >= 5.5 * bound
+        if terms.projections == projections and terms.exact:
+            assert c * terms.reach**2 < 2**63 and terms.reach & (terms.reach - 1) == 0
+            assert terms.proven == bound
+        elif terms.projections == projections:
+            assert terms.proven >= math.sqrt(c) * terms.reach and terms.proven < 16 * bound
 
 
 ATTACKS: dict[str, Callable[[Integers], Integers]] = {
     "wraps one number": lambda row: row + np.eye(1, len(row), 3, dtype=np.int64)[0] * 2**32,
     "half the ring": lambda row: np.eye(1, len(row), 0, dtype=np.int64)[0] * -(2**63),
     "square wraps to 0": lambda row: np.full(len(row), 2**32),
+    "square of many wraps to 0": lambda row: (np.arange(len(row)) < 64) * np.int64(2**29),
     "a little too long": lambda row: (row * 1.01).astype(np.int64),
     "ten times": lambda row: row * 10,
     "everything at random": lambda row: expand(bytes(32), len(row)).view(np.int64),
 }
 
 
+@pytest.mark.parametrize("bound", [B, WIDEST])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str) -> None:
-    rows = rows_of(5, 200)
+def test_oversize_rows_are_left_out_before_anything_is_opened(attack: str, bound: float) -> None:
+    rows = rows_of(5, 200, norm=0.999 * bound)
     bad = rows | {"site 2": ATTACKS[attack](rows["site 2"])}
-    opened = run_protocol(POSTS, fresh(), bad, terms_of(200))
+    opened = run_protocol(POSTS, fresh(), bad, terms_of(200, bound))
     assert opened.excluded == {"site 2": "its row is out of bound"}
     assert (opened.total_M == sum(row for name, row in rows.items() if name != "site 2")).all()
 

@@ -10,7 +10,7 @@ One round, as `SharingAggregator.rounds` plays it:
 1. open the clients' envelopes; exchange tags of the shares that two hold, commitments to coins, a
    fresh key for the line;
 2. reveal a coin: the projections of step 3 are drawn now, when every row is fixed;
-3. check each row in secret: 128 projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <=
+3. check each row in secret: J projections on {-1, 0, 1} (odds 1:2:1) lie in [-T, T], and x.x <=
    B^2. Projections are worked out on both shares and need no message; inner products are proven
    (`products`), bitwise ones verified (`triples`); then one bit a row is opened, 1 for every row
    within the bound;
@@ -25,16 +25,18 @@ The Gram matrix: as rows are within B by then, no entry wraps and none is above 
 patient moves one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with
 other rows by s B each, and a square by (|x| + |x'|) s <= 2 s B.
 
-Why step 3 holds (B: the norm that a client may send, in grid steps; T = 5.5 B).
-- A row of norm B passes: a projection p has P(|p| > T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 128 of
+Why step 3 holds (B: the norm that a client may send, in grid steps; T >= 5.5 B).
+- A row of norm B passes: a projection p has P(|p| >= T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 136 of
   them, as entries are subgaussian with proxy 1/2 (E exp(l r) = cosh^2(l/2) <= exp(l^2/4)).
 - No number of a row that passes is above 2T: if |x_i| > 2T (centred mod 2^64), of the three values
   s, s + x_i, s - x_i that a projection takes with odds 2:1:1, s excludes both others. So it passes
-  with probability at most 1/2 each time, 2^-128 in all. Hence no projection wraps.
+  with probability at most 1/2 each time, 2^-J in all. Hence no projection wraps.
 - Then E p^2 = |x|^2 / 2 and E p^4 <= 3 (E p^2)^2, and by Paley and Zygmund P(p^2 > h |x|^2/2) >= (1
-  - h)^2 / 3. At h = 2/8.6 a row of |x|^2 > 8.6 T^2 passes 128 times with probability below 2^-40.
-- Where 8.6 T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact. Else only |x| <
-  2.94 T, 16 B, is proven (`SharingTerms.exact` says which).
+  - h)^2 / 3. At h = 2/c a row of |x|^2 > c T^2 passes J times with probability (1 - (1 - h)^2/3)^J,
+  below 2^-40 for J = 80 and c = 32, and for J = 136 and c = 7.9.
+- Where c T^2 < 2^63, x.x does not wrap, and the comparison with B^2 is exact: T is then the next
+  power of two, as one addition compares with it, and J the less that suffices. Else T = 5.5 B, and
+  only |x| < 2.82 T, 16 B, is proven (`SharingTerms.exact` says which).
 
 Trust: privacy and correctness need two honest aggregators. A third may do what it likes: it can
 end a round, with nobody blamed or itself, and it can choose its own part of the noise, on the Gram
@@ -83,8 +85,8 @@ from medfed.secure.line import Line, Pair, Sends
 from medfed.secure.products import Inner, Products
 from medfed.secure.record import Record
 
-J = 128
-"""Projections a row."""
+_FEW, _MANY = (80, 32.0), (136, 7.9)
+"""J projections a row, and c: a row that passes has |x|^2 <= c T^2 but for once in 2^40."""
 
 WEIGHT = 1 << 20
 """Steps of a weight that a rule gives."""
@@ -116,18 +118,28 @@ class SharingTerms:
 
     @property
     def reach(self) -> int:
-        """T, the projections' bound."""
-        return math.ceil(5.5 * self.bound)
+        """T, the projections' bound: a power of two where the norm is compared exactly."""
+        return self._power if self.exact else math.ceil(5.5 * self.bound)
+
+    @property
+    def _power(self) -> int:
+        return 1 << math.ceil(math.log2(5.5 * self.bound))
 
     @property
     def exact(self) -> bool:
         """Whether the norm is compared exactly, and not by projections alone."""
-        return 8.6 * float(self.reach) ** 2 < 2.0**63
+        return _MANY[1] * self._power**2 < 2.0**63
+
+    @property
+    def projections(self) -> int:
+        """J: as few as keep squares from wrapping, or the norm from being far above the bound."""
+        few, c = _FEW
+        return few if c * self._power**2 < 2.0**63 else _MANY[0]
 
     @property
     def proven(self) -> float:
         """The norm that no accepted row exceeds."""
-        return self.bound if self.exact else 2.94 * self.reach
+        return self.bound if self.exact else 2.82 * self.reach
 
     def check(self, gram: bool = False) -> None:
         """Raise PlanError where projections of honest rows, or with `gram` products of accepted
@@ -687,7 +699,8 @@ class SharingAggregator:
         fault alone.
         """
         K = len(held)
-        T = self.terms.reach
+        T = np.uint64(self.terms.reach)
+        J = self.terms.projections
         exact = self.terms.exact
         rule = self.selection is not None
         multiplied = exact or rule
@@ -701,7 +714,7 @@ class SharingAggregator:
         for start in range(0, self.terms.length, _COLUMNS):
             count = min(_COLUMNS, self.terms.length - start)
             first, second = (self._columns(held, which, start, count) for which in (0, 1))
-            random_JM = _ternary(draw, start, count)
+            random_JM = _ternary(draw, J, start, count)
             digits = [field.digits(first), field.digits(second)]
             p_KJ.first[:] += field.project(random_JM, digits[0])
             p_KJ.second[:] += field.project(random_JM, digits[1])
@@ -709,18 +722,22 @@ class SharingAggregator:
                 products.add(first, second, digits)
         inner = (yield from products.tell(line)) if multiplied else None
 
-        # Compare: what must not be negative,
-        # so that no top bit is set, is T + p, T - p and B^2 - x.x.
-        columns = [p_KJ.plus(np.uint64(T) * _ONE, self.place)]
-        columns.append(p_KJ.times(_SIGNS[1]).plus(np.uint64(T) * _ONE, self.place))
+        # Compare: T + p is below 2T, so that no bit from 2T on is set, and B^2 - x.x not negative.
+        # Where T is no power of two, neither T + p nor T - p is negative.
+        columns = [p_KJ.plus(T, self.place)]
+        masks = [np.full(J, ~(2 * T - _ONE) if exact else _TOP)]
+        if not exact:
+            columns.append(p_KJ.times(_SIGNS[1]).plus(T, self.place))
+            masks *= 2
         if inner and exact:
             limit = np.uint64(int(self.terms.bound**2))
-            square = inner.squares(K).times(_SIGNS[1]).plus(limit * _ONE, self.place)
+            square = inner.squares(K).times(_SIGNS[1]).plus(limit, self.place)
             columns.append(square.at((slice(None), None)))
+            masks.append(np.full(1, _TOP))
         bits = yield from line.to_bits(Pair.beside(columns))
 
-        # Fold a row's top bits into one: 1 where any is set.
-        bad_K = _fold(bits.mask(_TOP), sha256(b"parities" + public).digest())
+        # Fold a row's bits that are out of range into one: 1 where any is set.
+        bad_K = _fold(bits.mask(np.concatenate(masks)), sha256(b"parities" + public).digest())
         bad_K = yield from line.any_bit(bad_K)
 
         # Verify all products, of numbers and of bits.
@@ -741,16 +758,19 @@ class SharingAggregator:
         return good_K, inner
 
 
-def _ternary(seed: bytes, start: int, count: int) -> NDArray[np.float64]:
-    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits each."""
-    words = expand(seed, count * J // 32, start * J // 32)
-    two = np.frombuffer(words.tobytes(), np.uint8).reshape(count, J // 4)
+def _ternary(seed: bytes, J: int, start: int, count: int) -> NDArray[np.float64]:
+    """Return columns start .. start + count of R [J, M]: -1, 0, 1 at odds 1:2:1, two bits each.
+
+    J is a multiple of 4, and start of 32.
+    """
+    words = expand(seed, -(-count * J // 32), start * J // 32)
+    two = np.frombuffer(words.tobytes(), np.uint8)[: count * J // 4].reshape(count, J // 4)
     ones = np.unpackbits(two, axis=1).view(np.int8)  # [count, 2 J]
     return (ones[:, :J] - ones[:, J:]).T.astype(np.float64)
 
 
 def _fold(bits: Pair, seed: bytes) -> Pair:
-    """Return a word [K] of 64 random parities of each row's bits [K, J + 1]: 0 where all are 0,
+    """Return a word [K] of 64 random parities of each row's bits [K, any]: 0 where all are 0,
     else 0 once in 2^64.
     """
     width = bits.first.shape[1]
