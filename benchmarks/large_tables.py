@@ -27,7 +27,7 @@ import pandas as pd
 from common import table, write_result
 
 SHAPES = {"1,000,000 x 20": (1_000_000, 20), "100,000 x 500": (100_000, 500)}
-TINY = {"2,000 x 20": (2_000, 20), "300 x 60": (300, 60)}
+TINY = {"300 x 60": (300, 60)}
 STUDY = """
 [data]
 table = "table.{kind}"

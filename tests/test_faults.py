@@ -430,9 +430,9 @@ def own_code() -> dict[str, str]:
     ("name", "fault", "at"),
     [
         ("run", "full", 5),
-        ("run", "folders unflushed", 0),
         ("resume under a claim", "unflushed", 3),
-        ("run", "homeless", 0),
+        pytest.param("run", "folders unflushed", 0, marks=pytest.mark.long),
+        pytest.param("run", "homeless", 0, marks=pytest.mark.long),
     ],
 )
 def test_a_real_process_under_a_fault(

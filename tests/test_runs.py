@@ -210,7 +210,14 @@ class Crash(BaseException):
     """What a kill looks like from inside: nothing after it runs."""
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedadam", "local"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "fedavg",
+        "scaffold",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("fedadam", "local")),
+    ],
+)
 def test_a_run_killed_at_any_write_resumes_to_the_same_bits(
     tmp_path: Path, study: Study, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,10 @@ def _measure(name: str, kind: str, seed: int) -> float:
     return auroc
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * name.startswith("int")) for name in TABLES],
+)
 def test_robust_is_as_good_as_standard(name: str) -> None:
     """Tables are paired: the same patients train and are tested with both."""
     seeds = range(TABLES[name][1])

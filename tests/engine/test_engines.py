@@ -59,7 +59,7 @@ def far(tmp_path: Path, study: Study) -> Iterator[Pipes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["scaffold", "local"])
+@pytest.mark.parametrize("algorithm", ["scaffold", pytest.param("local", marks=pytest.mark.long)])
 def test_sites_that_share_nothing_but_bytes_train_the_same_model(
     tmp_path: Path, study: Study, algorithm: str
 ) -> None:

@@ -413,7 +413,7 @@ def test_local_work_is_the_weight_that_sgd_gives_its_gradients(momentum: float) 
 
 
 @pytest.mark.parametrize(
-    ("momentum", "rounds"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.slow)]
+    ("momentum", "rounds"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.long)]
 )
 def test_fednova_takes_away_the_bias_of_unequal_work(momentum: float, rounds: int) -> None:
     h = replace(UNEQUAL, momentum=momentum, learning_rate=UNEQUAL.learning_rate * (1 - momentum))

@@ -156,7 +156,13 @@ def test_where_no_event_happens_all_but_a_few_rows_are_opened_or_none():
     assert held > 1000 and broken > 100  # where event 2 happens, a server does read fewer rows
 
 
-@pytest.mark.parametrize("edge", [WORD // 2, 3 * WORD // 4, 15 * WORD // 16])
+@pytest.mark.parametrize(
+    "edge",
+    [
+        3 * WORD // 4,
+        *(pytest.param(edge, marks=pytest.mark.long) for edge in (WORD // 2, 15 * WORD // 16)),
+    ],
+)
 def test_both_bounds_hold_of_all_graphs_of_six(edge):
     """Every graph, with its exact probability: the events are no likelier than their bounds, and
     where a bound says something it is within a factor of what is true.

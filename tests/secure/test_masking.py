@@ -87,7 +87,7 @@ def test_every_dropout_pattern_of_three():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [4, 5, 6])
+@pytest.mark.parametrize("n", [4, 5, pytest.param(6, marks=pytest.mark.long)])
 def test_every_dropout_pattern_of_four_to_six_but_for_the_order_of_names(n):
     shuffle = random.Random(n).shuffle
     for counts in itertools.combinations_with_replacement(range(6), n):
