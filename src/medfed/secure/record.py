@@ -43,6 +43,22 @@ class Record:
     def _find(self, act: str, study: str, run: str) -> tuple[int, str, list[str]]:
         return self._runs.get(_name(study, run), {}).get(act, (0, "", []))
 
+    def refuse_behind(self, scope: Scope) -> None:
+        """Raise RecordError where any act of a later round of this run was done.
+
+        Guarantee: what was begun for a round and not ended goes no further once this party has
+        answered a later one, in whatever process: a round that was given up is not opened beside
+        the rounds that followed it.
+        """
+        self._read()
+        acts = self._runs.get(_name(scope.study, scope.run), {})
+        last = max((round for round, _, _ in acts.values()), default=0)
+        if last > scope.round:
+            raise RecordError(
+                f"round={scope.round} is over (run {scope.run!r}): round {last} was begun since, "
+                "and none before it is opened any more"
+            )
+
     def commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str] = ()) -> None:
         """Write down that an act of this scope is done for `what`, 32 bytes, with these `names`.
 
