@@ -279,6 +279,18 @@ def test_a_round_is_not_opened_once_a_later_one_was_answered(tmp_path):
         Open(cast, restarted, 1)
 
 
+def test_two_rounds_of_one_model_differ_by_a_row_with_nothing_given_up(tmp_path):
+    """What giving up adds nothing to: a server that opens both rounds, and signs one model for
+    both. Only noise hides it.
+    """
+    cast = stage(majority(5, 8))
+    cast.rows = draw(cast.terms)
+    records = {n: Record(tmp_path / f"{n}.record") for n in cast.terms.members}
+    first_M = Open(cast, records, 1).unmask()
+    later_M = Open(cast, records, 2, gone=("site02",)).unmask()
+    assert (first_M - later_M == cast.rows["site02"]).all()
+
+
 def test_a_failed_phase_ends_the_round_for_the_client(cast):
     client = cast.clients["site00"]
     client.keys()

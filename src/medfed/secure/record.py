@@ -18,6 +18,9 @@ from medfed.secure.identity import Scope
 
 _FORM = "medfed record 1"
 
+ROUNDS = ("list", "rows", "weights")
+"""Acts by which it is written down of which rows a round is."""
+
 
 class Record:
     """A party's record: on disk before a commitment returns, where it has a `path`."""
@@ -94,9 +97,12 @@ class Record:
             return False
         if scope.round < round or (scope.round == round and before):
             kind = "for something else" if scope.round == round else "after it"
+            way = "start a new run"
+            if act in ROUNDS and scope.round == round:
+                way = "bring who is missing back, or give the round up (`medfed give-up RUN`)"
             raise RecordError(
                 f"round={scope.round}: {act} was done {kind} already (round {round}, run "
-                f"{scope.run!r}), and is done once; start a new run"
+                f"{scope.run!r}), and is done once; {way}"
             )
         acts[act] = (scope.round, what.hex(), list(names))
         return True
