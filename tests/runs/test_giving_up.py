@@ -3,7 +3,11 @@ up on record, and the run goes on after it.
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +310,15 @@ def test_what_cannot_be_given_up_is_refused(tmp_path: Path) -> None:
         runs.give_up(tmp_path / "open", "gone", "Ada")
 
 
+def test_a_plain_round_is_not_given_up_by_a_file_put_there(tmp_path: Path) -> None:
+    study = study_of(tmp_path, "plain")
+    crash_once_opened(study, tmp_path / "run", 2)
+    line = {"round": 2, "operator": "Eve", "reason": "none"}
+    (tmp_path / "run" / runs.GIVEN_UP).write_text(json.dumps(line) + "\n")
+    with pytest.raises(RunError, match="so no round is given up; remove"):
+        medfed.resume(tmp_path / "run")
+
+
 def crash_once_opened(study: Study, folder: Path, round: int) -> None:
     write = drive.write_checkpoint
 
@@ -497,6 +510,38 @@ def test_a_damaged_file_of_what_was_given_up_is_never_an_empty_one(text: str, ru
     (run / runs.GIVEN_UP).write_text(text)
     with pytest.raises(RunError, match="is not what `medfed give-up` writes"):
         medfed.resume(run)
+
+
+KILLED = """
+import os, signal, sys
+import medfed
+from medfed.secure.masking import MaskingServer
+
+confirm = MaskingServer.confirm
+
+def kill(self, envelopes):
+    if self.scope.round == 2:
+        confirm(self, envelopes)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return confirm(self, envelopes)
+
+MaskingServer.confirm = kill
+place = sys.argv[1]
+study = medfed.load_study(place + "/study.toml").set("security.aggregation", "masked")
+study = study.set("training.quorum", 0.5).set("security.federation", place + "/members")
+medfed.run(study.set("security.keys", place + "/keys"), place + "/run")
+"""
+
+
+def test_a_killed_coordinators_round_is_given_up(tmp_path: Path, leave: Callable[[], None]) -> None:
+    study_of(tmp_path, "masked")
+    words = [sys.executable, "-c", KILLED, str(tmp_path)]
+    ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    leave()
+    assert runs.give_up(tmp_path / "run", "gone", "Ada") == 2
+    assert medfed.resume(tmp_path / "run").summary["rounds"] == 3
+    verify_run(tmp_path / "run", tmp_path / "members")
 
 
 def test_the_command_gives_up_and_shows(

@@ -17,6 +17,7 @@ from medfed.core import files
 from medfed.core.checks import (
     BudgetError,
     QuorumError,
+    RunError,
     some,
 )
 from medfed.core.types import JSON
@@ -39,7 +40,7 @@ from medfed.rounds.shared import Shared
 from medfed.rounds.way import Way, record_given_up
 from medfed.runs import claims, sealing
 from medfed.runs.folders import versions, write_checkpoint, write_model
-from medfed.runs.giving_up import read_given_up
+from medfed.runs.giving_up import GIVEN_UP, read_given_up
 from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
@@ -174,14 +175,18 @@ class Drive:
 
     def skip_round(self, decided: events.GivenUp) -> None:
         """Count a round that was given up as spent, with the model as it was, in budget, trail and
-        log.
+        log; nothing is tested after it, as nothing has changed.
 
         A crash before the checkpoint leaves the round before: it is then skipped again, alike.
         """
         number = decided.round
-        self.budget.write_off(number, self.plan.on_turn(number))
         way = self.aggregation
-        assert isinstance(way, Masked | Shared)  # `give_up` refuses others
+        if not isinstance(way, Masked | Shared):
+            raise RunError(
+                f"{self.folder}: rows are not secret here, so no round is given up; remove "
+                f"{GIVEN_UP}"
+            )
+        self.budget.write_off(number, self.plan.on_turn(number))
         facts = {"operator": decided.operator, "reason": decided.reason}
         question = ask_of(self.server, self.plan)
         record_given_up(way.trail, way.publisher, number, question, facts)

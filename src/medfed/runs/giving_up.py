@@ -35,8 +35,8 @@ def give_up(folder: str | Path, reason: str, operator: str) -> int:
     the rows of whoever is gone.
 
     Raises RunError where rows are not secret (such a round goes on with whoever is there), the run
-    is complete, runs, or has not tried the round; where the round was opened and
-    no noise hides its rows; and without reason or name.
+    is complete, runs, or has not tried the round; where the round was opened and no noise hides its
+    rows; and without reason or name.
     """
     folder = Path(folder)
     study, _ = read_plan(folder)
