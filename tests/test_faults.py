@@ -65,6 +65,7 @@ COMMANDS: dict[str, str] = {
     "trail verify": "trail verify run",
     "quarantine list": "quarantine list stopped",
     "quarantine lift": "quarantine lift stopped north --reason repaired",
+    "give-up": "give-up stopped --reason gone --operator Ada",
     "privacy plan": "privacy plan private.toml",
     "privacy ledger": "privacy ledger private",
     "privacy claim": "privacy claim private --report claim.html",
@@ -300,7 +301,7 @@ HARMLESS = {"folders unflushed", "folders unflushed, ENOTSUP", "folders closed",
             "zone ahead", "no such zone"}  # fmt: skip
 """Faults under which everything ends as without them."""
 
-REFUSED_ANYWAY = {"privacy accept"}
+REFUSED_ANYWAY = {"privacy accept", "give-up"}
 """Commands that say no to what they are asked here."""
 
 HOME = ("run under a claim", "resume", "quarantine lift", "privacy ledger", "the lifetime ledger", "privacy budget",

@@ -14,6 +14,7 @@ from medfed.monitor.events import (
     SCHEMA,
     Compared,
     Event,
+    GivenUp,
     Inspected,
     Log,
     Planned,
@@ -62,6 +63,7 @@ SAMPLES: list[Event] = [
     ),
     SecurityAudit(1, "ä", 2, 7.5, "warn", ["far: far off"]),
     RolledBack(1, 0.5, None),
+    GivenUp(2, "Ada", "gone for good"),
     Compared(3, 4, Figure(0.01, 0.1 + 0.2, None), {"ä": [4, 0.01, None, None]}),
     Voted(3, 150, Figure(60.5, 0.1 + 0.2, 93.0), 15.4),
     RangesFound(3, {"ä": [0.1 + 0.2, 1e12]}, 14.5),
@@ -181,10 +183,12 @@ def test_what_looks_like_an_identifier_is_withheld(text: str, tmp_path: Path) ->
             SiteExcluded(1, "a", text),
             RunFinished("incomplete", 1, 0.1, text),
             SecurityAudit(1, "a", 0, 0.0, "lift", ["operator Ito: appeal", text]),
+            GivenUp(1, "Ito", text),
+            GivenUp(2, text, "gone"),
         ):
             log.emit(event)
     assert text not in (tmp_path / "events.jsonl").read_text() and text not in str(told)
-    assert (tmp_path / "events.jsonl").read_text().count("withheld") == 4 and "appeal" in str(told)
+    assert (tmp_path / "events.jsonl").read_text().count("withheld") == 6 and "appeal" in str(told)
 
 
 @pytest.mark.parametrize(

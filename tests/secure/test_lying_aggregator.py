@@ -11,11 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from medfed.core import codec
-from medfed.core.checks import AbortError
+from medfed.core.checks import AbortError, RecordError
 from medfed.core.entropy import Entropy, Integers
 from medfed.secure import field, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
 from medfed.secure.line import Line
+from medfed.secure.record import Record
 from medfed.secure.three_party import Opened, Selection, SharingTerms, run_protocol
 
 PARTIES = ("p", "q", "r")
@@ -246,6 +247,56 @@ def test_a_round_that_stopped_goes_on_with_who_is_there(step: int) -> None:
     assert found.accepted == ["a", "b", "c"] and set(found.excluded) == {"d"}
     with pytest.raises(AbortError, match="done for something else"):
         three_party.relay(three, scope, {n: uploads[n] for n in "abd"}, TERMS)
+
+
+@pytest.mark.parametrize("step", [1, STEPS // 2, STEPS, STEPS + 1])
+def test_a_round_goes_no_further_once_a_later_one_was_begun(step: int) -> None:
+    """Given up, and carried on afterwards in the processes that had begun it: also where the later
+    one came no further than its Gram matrix.
+    """
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    records = {name: Record() for name in PARTIES}
+
+    def ask() -> three_party.Ask:
+        return three_party.in_turn(
+            {
+                n: three_party.SharingAggregator(
+                    posts[n], TERMS, "study", "run", selection=Selection(uniform), record=records[n]
+                )
+                for n in PARTIES
+            }
+        )
+
+    scopes = {1: Scope("study", "run", 1), 2: Scope("study", "run", 2)}
+    sent = {
+        round: {n: three_party.share(posts[n], scopes[round], ROWS[n], TERMS) for n in names}
+        for round, names in ((1, "abcd"), (2, "abc"))
+    }
+
+    def play(round: int, ask: three_party.Ask) -> Opened:
+        return three_party.relay(ask, scopes[round], sent[round], TERMS)
+
+    first = ask()
+    later = ask()
+    steps = [0, 0]
+
+    def stopping(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        steps[1] += op == "step"
+        if steps[1] == STEPS + 1:
+            raise AbortError("a cable was pulled")
+        return later(op, payloads)
+
+    def waiting(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        steps[0] += op == "step"
+        if steps[0] == step and op == "step":
+            with pytest.raises(AbortError, match="cable"):
+                play(2, stopping)
+        return first(op, payloads)
+
+    with pytest.raises(RecordError, match="round 2"):
+        play(1, waiting)
+    assert all(record.last("rows", "study", "run")[0] == 2 for record in records.values())
+    assert play(2, ask()).accepted == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("liar", PARTIES)

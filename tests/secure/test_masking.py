@@ -22,6 +22,7 @@ from medfed.core.checks import (
     CodecError,
     EnvelopeError,
     PlanError,
+    RecordError,
     RevokedError,
     SignatureError,
 )
@@ -40,6 +41,7 @@ from medfed.secure.masking import (
     run_protocol,
 )
 from medfed.secure.party import Masker
+from medfed.secure.record import Record
 
 SCOPE = Scope("0" * 64, "run", 1)
 
@@ -234,6 +236,59 @@ def test_both_seeds_of_one_client_are_never_given(cast):
         client.unmask(confirmed["site00"])
     with pytest.raises(EnvelopeError, match="A phase comes once"):
         client.confirm(tell(cast, "survivors", dict.fromkeys(("site00", "site01"), b"")))
+
+
+class Open:
+    """One round of clients who have records, as far as the confirmed list; `gone` say no more."""
+
+    def __init__(self, cast, records, round, gone=()):
+        scope = Scope("0" * 64, "run", round)
+        stay = [n for n in cast.terms.members if n not in gone]
+        post = {n: Post(cast.people[n], cast.roster) for n in [*cast.terms.members, "server"]}
+        self.server = MaskingServer(post["server"], cast.terms, scope)
+        self.clients = {
+            n: Client(post[n], cast.terms, scope, "server", records[n]) for n in cast.terms.members
+        }
+        keys = self.server.keys({n: c.keys() for n, c in self.clients.items()})
+        boxes = self.server.shares({n: c.share(keys) for n, c in self.clients.items()})
+        sent = {n: self.clients[n].mask(boxes[n], cast.rows[n], b"model") for n in stay}
+        survivors = self.server.rows(sent, b"model")
+        self.confirmed = self.server.confirm({n: self.clients[n].confirm(survivors) for n in stay})
+
+    def unmask(self):
+        said = {n: self.clients[n].unmask(told) for n, told in self.confirmed.items()}
+        return self.server.unmask(said)[0]
+
+
+def test_a_round_is_not_opened_once_a_later_one_was_answered(tmp_path):
+    """Given up, and opened when the next round is behind it, over one site less: the difference of
+    the two sums was that site's row, where no noise hides it and both are of one model.
+    """
+    cast = stage(majority(5, 8))
+    cast.rows = draw(cast.terms)
+    records = {n: Record(tmp_path / f"{n}.record") for n in cast.terms.members}
+    first = Open(cast, records, 1)
+    later = Open(cast, records, 2, gone=("site02",))
+    total_M = later.unmask()
+    with pytest.raises(RecordError, match=r"round=1 .*round 2 was begun since"):
+        difference_M = first.unmask() - total_M
+        assert (difference_M == cast.rows["site02"]).all()
+        pytest.fail("its row was read")
+    restarted = {n: Record(tmp_path / f"{n}.record") for n in cast.terms.members}
+    with pytest.raises(RecordError, match=r"round=1 .*round 2 was begun since"):
+        Open(cast, restarted, 1)
+
+
+def test_two_rounds_of_one_model_differ_by_a_row_with_nothing_given_up(tmp_path):
+    """What giving up adds nothing to: a server that opens both rounds, and signs one model for
+    both. Only noise hides it.
+    """
+    cast = stage(majority(5, 8))
+    cast.rows = draw(cast.terms)
+    records = {n: Record(tmp_path / f"{n}.record") for n in cast.terms.members}
+    first_M = Open(cast, records, 1).unmask()
+    later_M = Open(cast, records, 2, gone=("site02",)).unmask()
+    assert (first_M - later_M == cast.rows["site02"]).all()
 
 
 def test_a_failed_phase_ends_the_round_for_the_client(cast):

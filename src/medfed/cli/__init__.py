@@ -20,10 +20,13 @@ from medfed.cli.common import (
     AsJson,
     DataFolder,
     LogForm,
+    Operator,
     Quiet,
+    Reason,
     RunFolder,
     Settings,
     StudyName,
+    find_operator,
 )
 from medfed.cli.common import console as _console
 from medfed.cli.compare import compare
@@ -147,13 +150,30 @@ def resume(
     _finish(runs.resume(run, data, _listeners(console, log)), console, as_json)
 
 
+@app.command("give-up")
+def give_up(run: RunFolder, reason: Reason, operator: Operator = "") -> None:
+    """Give up the round that a stopped run cannot end, as sites that it needs are gone: the next
+    `resume` counts it as spent, and goes on after it with the same model.
+    """
+    from medfed import runs
+
+    who = operator or find_operator()
+    number = runs.give_up(run, reason, who)
+    _console().print(
+        f"round {number} is given up; on record: {who}: {reason}\ngo on: medfed resume {run}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def show(run: RunFolder, as_json: AsJson = False) -> None:
     """Show what a run came to, finished or not, from its events."""
     from medfed.core.checks import RunError
     from medfed.monitor import events, summary
     from medfed.screens import console as view
-    from medfed.screens.sentences import merge_alike
+    from medfed.screens.sentences import merge_alike, sentence
 
     if not (run / "events.jsonl").exists():
         raise RunError(f"{str(run)!r} is not a run folder: it holds no events.jsonl")
@@ -175,6 +195,9 @@ def show(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(line, highlight=False, markup=False)
     if found["reason"]:
         console.print(f"{found['status']}: {found['reason']}", highlight=False, markup=False)
+    for item in found["given_up"]:
+        text = sentence(events.GivenUp(**item))
+        console.print(text, highlight=False, markup=False)
     for one in merge_alike([events.SiteExcluded(**item) for item in found["excluded"]]):
         console.print(
             f"round {one.round}: without {one.site}: {one.reason}", highlight=False, markup=False

@@ -1,5 +1,6 @@
 """What the commands share: options, and where they print."""
 
+import getpass
 import os
 import sys
 from pathlib import Path
@@ -33,6 +34,21 @@ LogForm = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, on standard error.")
 ]
+Reason = Annotated[str, typer.Option(help="Why; it stays on record.")]
+Operator = Annotated[str, typer.Option(help="Who decides; default: who is logged in.")]
+
+
+def find_operator() -> str:
+    """Return who is logged in. Raises RunError where the system does not know."""
+    from medfed.core.checks import RunError
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError) as error:
+        raise RunError(
+            "operator=''; who is logged in is not known here, and it stays on record. Set "
+            "--operator."
+        ) from error
 
 
 def console(quiet: bool = False) -> Console:

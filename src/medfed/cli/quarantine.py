@@ -1,13 +1,12 @@
 """`medfed quarantine`: who sits out, and an operator's word on it."""
 
-import getpass
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medfed.cli.common import AsJson, console
+from medfed.cli.common import AsJson, Operator, Reason, console, find_operator
 
 app = typer.Typer(
     no_args_is_help=True, help="Clients under suspicion in a run: look, and grant an appeal."
@@ -40,29 +39,16 @@ def quarantine_list(run: Run, as_json: AsJson = False) -> None:
 def quarantine_lift(
     run: Run,
     client: Annotated[str, typer.Argument(help="The client, as `quarantine list` names it.")],
-    reason: Annotated[str, typer.Option(help="Why; it stays on record.")],
-    operator: Annotated[str, typer.Option(help="Who decides; default: who is logged in.")] = "",
+    reason: Reason,
+    operator: Operator = "",
 ) -> None:
     """Let a client take part from the next round on,
     with nothing held against it; the decision is an event.
     """
     from medfed import runs
 
-    who = operator or _find_operator()
+    who = operator or find_operator()
     runs.lift_quarantine(run, client, reason, who)
     console().print(
         f"{client} takes part from the next round on; on record: {who}: {reason}", markup=False
     )
-
-
-def _find_operator() -> str:
-    """Return who is logged in. Raises RunError where the system does not know."""
-    from medfed.core.checks import RunError
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError) as error:
-        raise RunError(
-            "operator=''; who is logged in is not known here, and it stays on record. Set "
-            "--operator."
-        ) from error

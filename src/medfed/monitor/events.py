@@ -158,6 +158,17 @@ class RolledBack(Event):
 
 
 @dataclass(frozen=True)
+class GivenUp(Event):
+    """A round that could not be ended was given up: the model stays as it was, and the round counts
+    as paid for.
+    """
+
+    round: int
+    operator: str  # who decided it
+    reason: str
+
+
+@dataclass(frozen=True)
 class SecurityAudit(Event):
     """What is done about a client, and why. level: 0 none to 4 critical.
 
@@ -282,7 +293,8 @@ EVENTS: dict[str, type[Event]] = {
     "".join(f"_{c.lower()}" if c.isupper() else c for c in kind.__name__).lstrip("_"): kind
     for kind in (
         RunStarted, Planned, RangesFound, Warned, RoundStarted, SiteExcluded, RoundFinished,
-        Inspected, RolledBack, SecurityAudit, Tested, Compared, Voted, Resumed, RunFinished,
+        Inspected, RolledBack, GivenUp, SecurityAudit, Tested, Compared, Voted, Resumed,
+        RunFinished,
     )
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in EVENTS.items()}
@@ -365,6 +377,9 @@ def screen(event: Event) -> Event:
             reason
         ):
             return dataclasses.replace(event, reason=WITHHELD)
+        case GivenUp(operator=operator, reason=reason):
+            told = [WITHHELD if _IDENTIFIERS.search(text) else text for text in (operator, reason)]
+            return dataclasses.replace(event, operator=told[0], reason=told[1])
         case SecurityAudit(evidence=evidence) if any(
             _IDENTIFIERS.search(text) for text in evidence
         ):

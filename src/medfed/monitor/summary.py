@@ -8,6 +8,7 @@ from medfed.monitor import verdict
 from medfed.monitor.events import (
     Compared,
     Event,
+    GivenUp,
     Planned,
     RangesFound,
     Resumed,
@@ -53,6 +54,7 @@ class Tally:
         self.warnings: list[str] = []
         self.audits: list[SecurityAudit] = []
         self.taken_back: list[RolledBack] = []
+        self.given_up: list[GivenUp] = []
         self.compared: Compared | None = None
         self.voted: Voted | None = None
         self.ranges: RangesFound | None = None
@@ -81,6 +83,7 @@ class Tally:
                 self.excluded = [e for e in self.excluded if e.round <= last]
                 self.audits = [e for e in self.audits if e.round <= last]
                 self.taken_back = [e for e in self.taken_back if e.round <= last]
+                self.given_up = [e for e in self.given_up if e.round <= last]
                 self._earlier = sum(r.seconds for r in self.rounds.values())
                 self.compared = None
                 self.voted = None
@@ -91,6 +94,8 @@ class Tally:
                 self.audits.append(event)
             case RolledBack():
                 self.taken_back.append(event)
+            case GivenUp():
+                self.given_up.append(event)
             case RoundFinished():
                 self.rounds[event.round] = event
                 self._count_bytes(event)
@@ -183,6 +188,10 @@ class Tally:
             "chosen": {key: dict(one) for key, one in _field(planned, "chosen", {}).items()},
             "taken_back": [
                 {"round": e.round, "before": e.before, "after": e.after} for e in self.taken_back
+            ],
+            "given_up": [
+                {"round": e.round, "operator": e.operator, "reason": e.reason}
+                for e in self.given_up
             ],
             "warnings": list(self.warnings),
             "versions": dict(started.versions) if started else None,

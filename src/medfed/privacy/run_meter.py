@@ -5,7 +5,7 @@ the round, the progress and the summary read.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from medfed.core.checks import BudgetError
@@ -18,6 +18,10 @@ class RunMeter(Protocol):
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Pay for one round of these clients, before they are asked to work."""
+        ...
+
+    def write_off(self, round: int, clients: Sequence[str]) -> None:
+        """Count a round of these clients that was given up, where no payment ahead covers it."""
         ...
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
@@ -47,6 +51,9 @@ class NoClaim:
     """The budget of a run without noise: charges nothing and claims nothing."""
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
+        """Let every round pass."""
+
+    def write_off(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
@@ -86,12 +93,24 @@ class Metered:
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no round left."""
+        recalled = {name for name in clients if self.recalls and self.ahead.get(name)}
+        self._count(round, clients, recalled)
+
+    def write_off(self, round: int, clients: Sequence[str]) -> None:
+        """Count a round that was given up; raise as `charge` does.
+
+        Guarantee: it counts at least once for each client, and never less than ledgers told: who
+        has paid for attempts at it is ahead by them already (`take_over`).
+        """
+        self._count(round, clients, {name for name in clients if self.ahead.get(name)})
+
+    def _count(self, round: int, clients: Sequence[str], paid: Collection[str]) -> None:
+        """Count a round, which those who have `paid` are ahead by."""
         guarantee = self.guarantee
         if guarantee.strategy:  # a correlated run is paid once, in full
             self.uses |= dict.fromkeys(clients, 1)
             return
 
-        paid = {name for name in clients if self.recalls and self.ahead.get(name)}
         self.ahead |= {name: self.ahead[name] - 1 for name in paid}
         after = {name: self.uses[name] + (name not in paid) for name in clients}
         over = [name for name, uses in after.items() if uses > guarantee.uses]

@@ -7,7 +7,6 @@ see of rows, and what malicious sites can do, is said here.
 K clients of a round.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from medfed.rounds.aggregator import Aggregator
 from medfed.rounds.masked import Masked
 from medfed.rounds.plain import PLAIN
 from medfed.rounds.shared import Shared
-from medfed.rounds.way import Way
+from medfed.rounds.way import GIVEN_UP, OPENED, Way, read_rounds
 from medfed.secure import three_party
 from medfed.secure.chain import FIRST, Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Public, Roster, Scope
@@ -252,12 +251,9 @@ def _unsigned(publisher: Publisher, name: str, error: Exception) -> PlanError:
 
 def _last_model(path: Path, behind: int) -> bytes:
     """Return the hash of the model of the last round that is behind, as the trail has it."""
-    opened = (
-        json.loads(line)["facts"]
-        for line in reversed(path.read_bytes().splitlines())
-        if b'"opened sum"' in line
-    )
-    return next((bytes.fromhex(one["model"]) for one in opened if one["round"] == behind), FIRST)
+    told = read_rounds(path)
+    facts = told.get((behind, OPENED)) or told.get((behind, GIVEN_UP))
+    return bytes.fromhex(facts["model"]) if facts else FIRST
 
 
 def bears(plan: Plan) -> str:

@@ -8,17 +8,19 @@ one more file beside these.
 K clients, M numbers in a row.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from medfed.compliance.trail import Trail
-from medfed.core import codec
+from medfed.core import codec, files
 from medfed.core.checks import CodecError, QuorumError, SiteError, reasons
 from medfed.core.entropy import Integers
 from medfed.engine.port import Fleet, Reply
@@ -256,6 +258,11 @@ def combine_opened(total_M: Integers, plan: Plan, names: Sequence[str], number: 
     return combined_M
 
 
+OPENED = "opened sum"
+GIVEN_UP = "given up"
+"""What a trail's line says of a round."""
+
+
 def record(
     trail: Trail | None,
     publisher: Publisher,
@@ -290,4 +297,37 @@ def record(
         "uploads": uploads,
     }
     facts |= {"model": publisher.model.hex(), "previous": publisher.previous.hex()}
-    trail.append("opened sum", {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})
+    trail.append(OPENED, {**facts, "sum": sha256(total_M.tobytes()).hexdigest()})
+
+
+def record_given_up(
+    trail: Trail | None, publisher: Publisher, number: int, payload: bytes, facts: Mapping[str, Any]
+) -> None:
+    """Go on after a round that was given up: the next model follows its question, which sites may
+    have taken. Write into the trail that it was given up, where it does not say so yet.
+
+    Args:
+        trail: the run's; None: nothing is written.
+        publisher: who signs for the coordinator.
+        number: the round's, from 1.
+        payload: its question.
+        facts: who decided it, and why.
+    """
+    publisher.sign(number, payload)
+    if not trail or (number, GIVEN_UP) in read_rounds(trail.path):
+        return
+    chain = {"model": publisher.model.hex(), "previous": publisher.previous.hex()}
+    trail.append(GIVEN_UP, {"round": number, **facts, **chain})
+
+
+def read_rounds(path: Path) -> dict[tuple[int, str], Mapping[str, Any]]:
+    """Return what the whole lines of a coordinator's own trail tell of rounds, unverified: the last
+    facts by round and kind.
+    """
+    if not path.exists():
+        return {}
+    with files.explained(path):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    marks = [f'"kind": "{kind}"'.encode() for kind in (OPENED, GIVEN_UP)]
+    told = [json.loads(line) for line in lines if any(mark in line for mark in marks)]
+    return {(one["facts"]["round"], one["kind"]): one["facts"] for one in told}

@@ -2,6 +2,7 @@
 
 from medfed.runs.execute import resume, run, simulate
 from medfed.runs.folders import OWN_LOG, SITE_MAPS, read_plan, versions
+from medfed.runs.giving_up import GIVEN_UP, give_up
 from medfed.runs.ledgers import (
     accept_ledger,
     decide_budget,
@@ -24,6 +25,7 @@ from medfed.runs.simulation import (
 from medfed.runs.verification import verify_model, verify_trail
 
 __all__ = [
+    "GIVEN_UP",
     "OVERRIDES",
     "OWN_LOG",
     "SITE_MAPS",
@@ -36,6 +38,7 @@ __all__ = [
     "complete",
     "decide_budget",
     "found_ledger",
+    "give_up",
     "ledger_accounts",
     "lift_quarantine",
     "list_quarantined",

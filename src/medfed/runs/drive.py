@@ -17,6 +17,7 @@ from medfed.core import files
 from medfed.core.checks import (
     BudgetError,
     QuorumError,
+    RunError,
     some,
 )
 from medfed.core.types import JSON
@@ -31,12 +32,15 @@ from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement
 from medfed.rounds import aggregation as ways
 from medfed.rounds.aggregation import Keys, bears, who_sees
+from medfed.rounds.masked import Masked
 from medfed.rounds.plain import PLAIN
 from medfed.rounds.rollback import Rollback
-from medfed.rounds.round import decide, run_round, test, vote
-from medfed.rounds.way import Way
+from medfed.rounds.round import ask_of, decide, run_round, test, vote
+from medfed.rounds.shared import Shared
+from medfed.rounds.way import Way, record_given_up
 from medfed.runs import claims, sealing
 from medfed.runs.folders import versions, write_checkpoint, write_model
+from medfed.runs.giving_up import GIVEN_UP, read_given_up
 from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
@@ -75,6 +79,7 @@ class Drive:
         self.heads: dict[str, str] = {}  # and its head since, which every checkpoint asks for
         self.aggregation: Way = PLAIN
         self.watch = replay_watch(plan, log)
+        self.given_up = read_given_up(folder)
         self.gate = Rollback.of(plan)
         self.pace = replay_pace(log.events(), plan)
 
@@ -93,7 +98,10 @@ class Drive:
 
         try:
             while self.server.round < self.study.training.rounds:
-                self.play_round()
+                if decided := self.given_up.get(self.server.round + 1):
+                    self.skip_round(decided)
+                else:
+                    self.play_round()
             self.ask_for_figures(known)
             self.measure_baselines()
         except (QuorumError, BudgetError) as error:
@@ -165,6 +173,27 @@ class Drive:
             test(self.server, self.plan, self.fleet, log, self.model)
         self.checkpoint()
 
+    def skip_round(self, decided: events.GivenUp) -> None:
+        """Count a round that was given up as spent, with the model as it was, in budget, trail and
+        log; nothing is tested after it, as nothing has changed.
+
+        A crash before the checkpoint leaves the round before: it is then skipped again, alike.
+        """
+        number = decided.round
+        way = self.aggregation
+        if not isinstance(way, Masked | Shared):
+            raise RunError(
+                f"{self.folder}: rows are not secret here, so no round is given up; remove "
+                f"{GIVEN_UP}"
+            )
+        self.budget.write_off(number, self.plan.on_turn(number))
+        facts = {"operator": decided.operator, "reason": decided.reason}
+        question = ask_of(self.server, self.plan)
+        record_given_up(way.trail, way.publisher, number, question, facts)
+        self.log.emit(decided)
+        self.server = replace(self.server, round=number)
+        self.checkpoint()
+
     def checkpoint(self) -> None:
         """Let the sites write down what they remember, then commit:
         a crash between leaves the round before.
@@ -207,8 +236,7 @@ class Drive:
         """Tell how the run ended, by what the sites' ledgers hold, however it came to that."""
         self.hear_ledgers()
         recorded = self.log.events()
-        if not reason and any(isinstance(event, events.SiteExcluded) for event in recorded):
-            reason = "some sites were left out of some rounds"
+        reason = reason or _find_missing(recorded)
         self.log.emit(
             events.RunFinished(
                 status="incomplete" if reason else "complete",
@@ -246,6 +274,17 @@ class Drive:
         claim = claims.claim(self.plan, self.budget, told, isinstance(self.parties, Simulation))
         files.write(folder / sealing.CLAIM, json.dumps(claim, indent=2, allow_nan=False))
         return claim
+
+
+def _find_missing(recorded: Sequence[events.Event]) -> str:
+    """Return why a run that came to its end is not all that was asked for; empty where it is."""
+    given_up = sorted({event.round for event in recorded if isinstance(event, events.GivenUp)})
+    found = []
+    if given_up:
+        found.append(f"rounds given up: {some(given_up)}")
+    if any(isinstance(event, events.SiteExcluded) for event in recorded):
+        found.append("some sites were left out of some rounds")
+    return "; ".join(found)
 
 
 def _roll_back(gate: Rollback, before: Server, after: Server, log: Log) -> Server:

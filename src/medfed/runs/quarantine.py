@@ -16,6 +16,7 @@ from medfed.monitor.events import Log
 from medfed.planning.plan import Plan
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
+from medfed.runs.results import is_complete
 
 OVERRIDES = "overrides.jsonl"
 """What operators decided about quarantined clients, one line each;
@@ -62,8 +63,7 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
         raise RunError(
             f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record"
         )
-    summary = folder / "summary.json"
-    if summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "complete":
+    if is_complete(folder):
         raise RunError(f"{folder} is complete; there is no next round to take part in")
     asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
     line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"

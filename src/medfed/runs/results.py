@@ -3,6 +3,7 @@ and a finished run read from its folder.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,14 @@ class Result:
 
         called = (told[target.labels[1]] >= decision["threshold"]).to_numpy().astype(int)
         return pd.Series(np.array(target.labels)[called], index=told.index, name=target.name)
+
+
+def is_complete(folder: Path) -> bool:
+    """Say whether a run has ended with all that was asked for."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["status"] == "complete")
 
 
 def load(folder: str | Path) -> Result:

@@ -16,6 +16,7 @@ from medfed.core.checks import CodecError, NoEndError, TrailError, some
 from medfed.monitor import events
 from medfed.privacy import places
 from medfed.rounds.aggregation import COORDINATOR
+from medfed.rounds.way import GIVEN_UP
 from medfed.secure.identity import ANYBODY, Public, Scope
 from medfed.secure.identity import check as check_envelope
 from medfed.study import Study
@@ -264,6 +265,12 @@ def tell(
     """
     if end["facts"]["status"] != "complete":
         yield f"The run is {end['facts']['status']}: summary.json says why."
+    entries = [entry for session in sessions for entry in session.entries]
+    for facts in [entry["facts"] for entry in entries if entry["kind"] == GIVEN_UP]:
+        yield (
+            f"Given up, on record: round {facts['round']} by {facts['operator']} "
+            f"({facts['reason']})."
+        )
     if listed is None and not told:
         yield (
             "Whose key signed this nobody can tell: the study names no list of members "

@@ -16,6 +16,7 @@ from medfed.compliance import trail
 from medfed.compliance.trail import Verified, read_file
 from medfed.core.checks import RunError, TrailError, some
 from medfed.monitor import events
+from medfed.rounds.way import GIVEN_UP, OPENED
 from medfed.runs import sealing
 from medfed.runs.folders import read_plan
 from medfed.runs.signers import (
@@ -107,6 +108,7 @@ def verify_run(
         _check_summary(folder, end, found)
         _check_claim(folder, end, sessions)
         rounds = _count_rounds(path, runs)
+        _check_given_up(folder, end, runs)
     _check_pages(folder)
 
     last = sessions[-1]
@@ -170,7 +172,7 @@ def _find_end(path: Path, sessions: Sequence[Session]) -> Mapping[str, Any]:
         raise no_end(path, f"line {last['number'] + 1}, {last['kind']!r}, is the run's last")
     for session in runs:
         kinds = [entry["kind"] for entry in session.entries]
-        if strange := set(kinds[1:]) - {"opened sum", "finished"}:
+        if strange := set(kinds[1:]) - {OPENED, GIVEN_UP, "finished"}:
             raise TrailError(f"{session.where}: {some(strange)} is no line of a run; do not use it")
         if "finished" in kinds[:-1]:
             raise TrailError(f"{session.where}: the session goes on after its end; do not use it")
@@ -331,17 +333,60 @@ def _count_rounds(path: Path, sessions: Sequence[Session]) -> int:
     models = {0: FIRST.hex()}  # by round: the last one's, also where a resumed run plays it again
     for session in sessions:
         for entry in session.entries:
-            if entry["kind"] != "opened sum":
+            if entry["kind"] not in (OPENED, GIVEN_UP):
                 continue
             facts = entry["facts"]
-            if facts["previous"] != models.get(facts["round"] - 1):
+            if facts["previous"] != models.get(facts["round"] - 1, ""):
                 raise TrailError(
                     f"{path}, line {entry['number'] + 1}: the model of round {facts['round']} does "
                     "not follow the one before. Do not use it."
                 )
             models[facts["round"]] = facts["model"]
-            rounds = rounds + 1
+            rounds += entry["kind"] == OPENED
     return rounds
+
+
+def _check_given_up(folder: Path, end: Mapping[str, Any], sessions: Sequence[Session]) -> None:
+    """Raise TrailError unless every round of the run was opened or given up, and its log says so
+    too: which, by whom and why; or where one was opened after it was given up.
+    """
+    path = folder / sealing.TRAIL
+    given: dict[int, tuple[str, str]] = {}
+    opened: set[int] = set()
+    for entry in (entry for session in sessions for entry in session.entries):
+        facts = entry["facts"]
+        if entry["kind"] == GIVEN_UP:
+            if facts["round"] in given:
+                raise TrailError(
+                    f"{path}, line {entry['number'] + 1}: round {facts['round']} is given up a "
+                    "second time. Do not use it."
+                )
+            given[facts["round"]] = facts["operator"], facts["reason"]
+        elif entry["kind"] == OPENED:
+            if facts["round"] in given:
+                raise TrailError(
+                    f"{path}, line {entry['number'] + 1}: round {facts['round']} is opened after "
+                    "it was given up. Do not use it."
+                )
+            opened.add(facts["round"])
+
+    log = folder / "events.jsonl"
+    told = list(events.read(log))
+    skipped = [event for event in told if isinstance(event, events.GivenUp)]
+    finished = {event.round for event in told if isinstance(event, events.RoundFinished)}
+    rounds = range(1, end["facts"]["rounds"] + 1)
+    behind = {number: given[number] for number in rounds if number in given}
+    if [(o.round, (o.operator, o.reason)) for o in skipped] != sorted(behind.items()):
+        raise TrailError(
+            f"{log} tells of rounds given up ({some(o.round for o in skipped) or 'none'}) "
+            f"otherwise than {path} ({some(sorted(behind)) or 'none'}). Do not use it."
+        )
+    for number in rounds:
+        if (number in behind) == (number in finished) or number not in opened | set(behind):
+            raise TrailError(
+                f"{path}: round {number} was neither opened nor given up, or {log} tells it "
+                "otherwise. Do not use it."
+            )
 
 
 def _check_pages(folder: Path) -> None:

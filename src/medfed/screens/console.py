@@ -14,6 +14,7 @@ from medfed.core.checks import some
 from medfed.monitor import verdict
 from medfed.monitor.events import (
     Event,
+    GivenUp,
     Planned,
     RangesFound,
     Resumed,
@@ -85,6 +86,8 @@ class Progressing:
                 self.rounds = event.rounds
                 note = f" ({escape(event.note)})" if event.note else ""
                 self.console.print(f"resumed after round {event.round}{note}", highlight=False)
+            case GivenUp():
+                self.console.print(f"[red]{escape(sentence(event))}[/]", highlight=False)
             case RoundFinished():
                 self.untold = event
             case Tested() if self.untold:
@@ -238,6 +241,8 @@ class Warnings:
         match event:
             case Warned():
                 self._print(f"warning: {event.text}")
+            case GivenUp():
+                self._print(sentence(event))
             case RunFinished() if event.reason:
                 self._print(f"{event.status}: {event.reason}")
 

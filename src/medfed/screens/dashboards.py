@@ -462,6 +462,10 @@ def _security(story: Story) -> str:
         body += "<h2>Rounds taken back</h2>" + elements.table(
             ("round", "loss before", "loss after"), lines
         )
+    if story.given_up:
+        body += "<h2>Rounds given up</h2>" + elements.table(
+            ("round", "by", "reason"), [[o.round, o.operator, o.reason] for o in story.given_up]
+        )
     if story.trail:
         body += (
             "<p class=note>Check signatures and chain with <code>medfed trail verify "
@@ -492,6 +496,7 @@ def _threat(story: Story) -> str:
             "rounds inspected": f"{len(story.inspected)}",
             "rows refused": f"{len(story.excluded)}",
             "rounds taken back": f"{len(story.taken_back)}",
+            "rounds given up": f"{len(story.given_up)}",
             "signed entries in the trail": f"{story.trail}" if story.trail else "no trail",
         }
     )

@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from medfed.core import files
 from medfed.core.checks import ExportError, plain
 from medfed.monitor.events import (
+    GivenUp,
     Resumed,
     RolledBack,
     RoundFinished,
@@ -102,6 +103,7 @@ class _Families(Collector):
         counters: dict[str, tuple[str, Sequence[str]]] = {
             "medfed_bytes": ("Bytes sent: up from sites, down to them.", (*whole, "direction")),
             "medfed_rounds_taken_back": ("Rounds whose model was taken back.", whole),
+            "medfed_rounds_given_up": ("Rounds that were given up by an operator.", whole),
             "medfed_left_out": ("Rows that did not count.", whole),
             "medfed_site_rounds": ("Rounds that a site took part in.", (*whole, "site")),
             "medfed_site_left_out": ("Rounds in which a site did not count.", (*whole, "site")),
@@ -150,6 +152,7 @@ def _samples(story: Story) -> Iterator[tuple[str, tuple[str, ...], float | None]
     for direction, count in s["bytes"].items():
         yield "medfed_bytes", (direction,), count
     yield "medfed_rounds_taken_back", (), len(story.taken_back)
+    yield "medfed_rounds_given_up", (), len(story.given_up)
     yield "medfed_left_out", (), len(story.excluded)
 
     if not story.sites:  # devices, of which none is named
@@ -260,7 +263,9 @@ def _send_spans(tracer: Any, told: Sequence[Stamped], story: Story, run: str) ->
                         work.end(_nanoseconds(began + timedelta(seconds=seconds)))
                 span.end(_nanoseconds(when))
                 current = None
-            case SiteExcluded() | SecurityAudit() | RolledBack() | Tested() | Resumed() if root:
+            case (
+                SiteExcluded() | SecurityAudit() | RolledBack() | GivenUp() | Tested() | Resumed()
+            ) if root:
                 if text := sentence(event, bool(named)):
                     inside_of = current[0] if current else root
                     inside_of.add_event(text, timestamp=_nanoseconds(when))

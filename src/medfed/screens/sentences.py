@@ -9,6 +9,7 @@ from medfed.core.checks import some, those
 from medfed.monitor.events import (
     Compared,
     Event,
+    GivenUp,
     Planned,
     RangesFound,
     Resumed,
@@ -50,6 +51,8 @@ def sentence(event: Event, named: bool = True) -> str:
             return f"round {event.round}: {len(event.clients)} took part, {event.seconds:.3f} s"
         case RolledBack():
             return f"round {event.round} was taken back: its loss on the public table grew too much"
+        case GivenUp():
+            return f"round {event.round} was given up by {event.operator}: {event.reason}"
         case SecurityAudit():
             who = event.client if named else "a device"
             return f"round {event.round}: {event.action}, {who}: {'; '.join(event.evidence)}"
@@ -151,7 +154,7 @@ class Structured:
         fields: dict[str, Any] = {"kind": name_of(event)}
         if hasattr(event, "round"):
             fields["round"] = event.round
-        if isinstance(event, Warned | SiteExcluded | RolledBack | SecurityAudit):
+        if isinstance(event, Warned | SiteExcluded | RolledBack | GivenUp | SecurityAudit):
             self._log.warning(text, **fields)
         else:
             self._log.info(text, **fields)

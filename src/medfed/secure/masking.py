@@ -422,9 +422,11 @@ class Client:
         whose shares never came: that neighbour's mask would be missing from this client's row.
 
         Guarantee: one list a round, for ever: a round that is played again is confirmed for the
-        same survivors or not at all, so that no two sums of it differ by a row.
+        same survivors or not at all, so that no two sums of it differ by a row; and none once a
+        later round was answered.
         """
         self._enter("confirm")
+        self._record.refuse_behind(self._scope)
 
         # Look at the list.
         body = self._hear(broadcast, "survivors")
@@ -469,9 +471,11 @@ class Client:
         - another list of survivors, or another model, at any that is needed for the quorum:
           AbortError, no share; in a sparse graph at any of the sample;
         - asked twice, or out of turn: EnvelopeError, and the round is over for this client;
+        - a later round was answered since, by whatever process: RecordError, no share;
         - a client that dropped out before it shared has no seed to give back.
         """
         self._enter("unmask")
+        self._record.refuse_behind(self._scope)
 
         # See that a quorum took the same.
         said = _unpack(

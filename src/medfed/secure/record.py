@@ -18,6 +18,9 @@ from medfed.secure.identity import Scope
 
 _FORM = "medfed record 1"
 
+ROUNDS = ("list", "rows", "weights")
+"""Acts by which it is written down of which rows a round is."""
+
 
 class Record:
     """A party's record: on disk before a commitment returns, where it has a `path`."""
@@ -42,6 +45,22 @@ class Record:
 
     def _find(self, act: str, study: str, run: str) -> tuple[int, str, list[str]]:
         return self._runs.get(_name(study, run), {}).get(act, (0, "", []))
+
+    def refuse_behind(self, scope: Scope) -> None:
+        """Raise RecordError where any act of a later round of this run was done.
+
+        Guarantee: what was begun for a round and not ended goes no further once this party has
+        answered a later one, in whatever process: a round that was given up is not opened beside
+        the rounds that followed it.
+        """
+        self._read()
+        acts = self._runs.get(_name(scope.study, scope.run), {})
+        last = max((round for round, _, _ in acts.values()), default=0)
+        if last > scope.round:
+            raise RecordError(
+                f"round={scope.round} is over (run {scope.run!r}): round {last} was begun since, "
+                "and none before it is opened any more"
+            )
 
     def commit(self, act: str, scope: Scope, what: bytes, names: Sequence[str] = ()) -> None:
         """Write down that an act of this scope is done for `what`, 32 bytes, with these `names`.
@@ -78,9 +97,12 @@ class Record:
             return False
         if scope.round < round or (scope.round == round and before):
             kind = "for something else" if scope.round == round else "after it"
+            way = "start a new run"
+            if act in ROUNDS and scope.round == round:
+                way = "bring who is missing back, or give the round up (`medfed give-up RUN`)"
             raise RecordError(
                 f"round={scope.round}: {act} was done {kind} already (round {round}, run "
-                f"{scope.run!r}), and is done once; start a new run"
+                f"{scope.run!r}), and is done once; {way}"
             )
         acts[act] = (scope.round, what.hex(), list(names))
         return True

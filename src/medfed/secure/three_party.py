@@ -488,8 +488,10 @@ class SharingAggregator:
         bound.
 
         A round that is played again, after an abort or a restart, is for the same or nothing; and
-        as noise follows from the hashes (`_entropy`), it opens the same number or none.
+        as noise follows from the hashes (`_entropy`), it opens the same number or none. Once a
+        later one was begun, in whatever process, it opens nothing.
         """
+        self.record.refuse_behind(scope)
         digest = sha256(json.dumps([facts, self.terms.facts.hex()]).encode()).digest()
         self.record.commit(act, scope, digest, names)
         return digest
