@@ -17,8 +17,10 @@ from medfed.core.entropy import Entropy
 from medfed.node.inprocess import InProcess
 from medfed.planning import terms as agreed
 from medfed.privacy.guarantee import resolve
+from medfed.robust import attacks
 from medfed.rounds.prepare import prepare
 from medfed.runs import open_sites
+from medfed.runs.parties import run_apart
 from medfed.secure.three_party import SharingTerms
 from medfed.study import Privacy, Study
 from tests.tables import PRIVATE, STUDY, write_study
@@ -84,6 +86,60 @@ def test_rows_that_are_not_finite_are_left_out(ten: Study, attack: str) -> None:
     )
     assert len({entry["site"] for entry in result.summary["excluded"]}) == 3
     assert result.summary["test"]["auroc"] > 0.98
+
+
+def test_liars_remember_their_rows_and_see_others_where_the_study_says_so(
+    ten: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an attack was given: none ever had a row of the round before, or an honest one."""
+    given: list[attacks.Sight] = []
+
+    def listen(sight: attacks.Sight) -> torch.Tensor:
+        given.append(sight)
+        return -sight.own_FM
+
+    heard = attacks.Attack("heard", "this test", "row", on_rows=listen)
+    monkeypatch.setattr(attacks, "ATTACKS", {**attacks.ATTACKS, "heard": heard})
+    settings = {"robustness.attack": "heard", "robustness.malicious": 0.3, "training.rounds": 3}
+    own = medfed.simulate(ten._with(settings))
+    blind, given[:] = list(given), []
+    all_ = medfed.simulate(ten._with({**settings, "robustness.sight": "all"}))
+    assert torch.equal(own.w_P, all_.w_P)
+    for number, (less, more) in enumerate(zip(blind, given, strict=True), start=1):
+        assert less.honest_HM is None and more.honest_HM is not None
+        assert more.honest_HM.shape == (7, less.own_FM.shape[1])
+        assert not (more.honest_HM[:, None] == more.own_FM).all(2).any()
+        assert torch.equal(less.own_FM, more.own_FM)
+        before = None if number == 1 else blind[number - 2].own_FM
+        assert (less.before_FM is None) == (before is None)
+        assert before is None or torch.equal(less.before_FM, before)
+
+
+@pytest.mark.parametrize("way", ["plain", "three-party"])
+def test_a_stale_row_is_of_the_round_before_also_after_a_stop(
+    ten: Study, way: str, tmp_path: Path
+) -> None:
+    """It was a free-rider's, bit for bit."""
+    settings = {"robustness.malicious": 0.3, "training.rounds": 3, "security.aggregation": way}
+    study = ten._with({**settings, "robustness.attack": "stale"})
+    whole = medfed.run(study, tmp_path / "whole")
+    idle = medfed.simulate(study.set("robustness.attack", "free-rider"))
+    assert not torch.allclose(whole.w_P, idle.w_P, atol=1e-3)
+    first = study.set("training.rounds", 1)
+    once = medfed.simulate(first)
+    assert torch.equal(once.w_P, medfed.simulate(first.set("robustness.attack", "free-rider")).w_P)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            medfed.run(study, tmp_path / "cut")
+    assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)
+
+
+def test_liars_in_processes_of_their_own_see_nobody(ten: Study, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"robustness.sight='all' do not compose"):
+        run_apart(ten._with({**LYING, "robustness.sight": "all"}), tmp_path / "run")
 
 
 def test_a_simulated_attack_is_marked(ten: Study) -> None:

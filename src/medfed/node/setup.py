@@ -106,8 +106,8 @@ def _prepare(sites: Sequence[Site], header: Header, tensors: Mapping[str, Tensor
                 f"the coordinator says {told['train']} training rows for site {site.name!r}, "
                 "which has others"
             )
-        site.forget()
         site.liars = Liars.of(site.study, header["clients"])
+        site.forget()
         if site.name in site.liars.names:
             site.train = site.liars.teach(site.name, site.train, encoding)
     if not rates.left_open(sites[0].study):

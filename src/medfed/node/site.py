@@ -210,6 +210,8 @@ class Site:
         algorithm = algorithm_of(self.study)
         keeps = algorithm.kept or any(link.kept for link in self.links)
         self.memory = blank(algorithm, self.links, vector(self.model)) if keeps else {}
+        if self.liars.attack:
+            self.memory[OWN_ROW] = torch.zeros(self.facts.message, dtype=torch.float64)
 
 
 def _narrow(table: SiteTable, keep_I: np.ndarray, number_I: np.ndarray) -> SiteTable:
@@ -259,6 +261,10 @@ def _clean_tables(frames: Frames, study: Study) -> dict[str, SiteTable]:
     return {name: table.sort_by_patient() for name, table in zip(frames, cleaned, strict=True)}
 
 
+OWN_ROW = "own row"
+"""What a site remembers in a simulated attack: its honest row of when its row last counted."""
+
+
 @dataclass(frozen=True)
 class Liars:
     """Who lies in a simulated attack, and how; nobody unless the study says so."""
@@ -269,6 +275,7 @@ class Liars:
     streams: Streams = field(default_factory=lambda: Streams(0))
     # that "adaptive" knows; None stands for the mean
     rule: Callable[[Tensor], Tensor] | None = None
+    sees_all: bool = False  # the honest rows, too, of those that are asked in one process
 
     @classmethod
     def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
@@ -280,7 +287,12 @@ class Liars:
         rule = robust_rule(study, len(clients))
         known = rule if rule and rule.needs == "gram" else None
         return cls(
-            found, attacks.find(robust.attack), len(clients), Streams(study.study.seed), known
+            found,
+            attacks.find(robust.attack),
+            len(clients),
+            Streams(study.study.seed),
+            known,
+            robust.sight == "all",
         )
 
     def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
@@ -313,8 +325,18 @@ class Liars:
         if not at or self.attack is None or self.attack.stage != stage:
             return row_KM
         own = [sites[k].name for k in at]
+        honest = [k for k, site in enumerate(sites) if site.name not in self.names]
+        before_FM = torch.stack([sites[k].memory[OWN_ROW] for k in at])
         sight = Sight(
-            row_KM[at], own, self.streams, round, self.clients, len(self.names), rule=self.rule
+            row_KM[at],
+            own,
+            self.streams,
+            round,
+            self.clients,
+            len(self.names),
+            row_KM[honest] if self.sees_all and honest else None,
+            before_FM if before_FM.any() else None,
+            self.rule,
         )
         lies = row_KM.clone()
         lies[at] = self.attack.rows(sight, stage)

@@ -18,7 +18,7 @@ from medfed.learn.learners import LEARNERS, Work, work_of
 from medfed.learn.local import train
 from medfed.links.wire import finite, into_ball, send, send_remembering
 from medfed.node.paying import charge
-from medfed.node.site import Answer, Header, Site, operation
+from medfed.node.site import OWN_ROW, Answer, Header, Site, operation
 from medfed.planning import rates
 from medfed.planning.building import local_plan
 from medfed.planning.resolved import algorithm_of
@@ -264,7 +264,11 @@ def _send_rows(
     in the study's aggregation.
     """
     first = sites[0]
+    honest_KM = message_KM
     message_KM = first.liars.replace_rows(sites, header["round"], message_KM)
+    if first.liars.attack:
+        for site, row_M in zip(sites, honest_KM, strict=True):
+            site.pending[OWN_ROW] = row_M.double()
     if first.study.security.aggregation == "plain":
         kept = [name for link in first.links for name in link.kept]
         memory = {name: torch.stack([site.memory[name] for site in sites]) for name in kept}

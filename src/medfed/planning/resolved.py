@@ -68,7 +68,8 @@ class Resolved:
     @property
     def keeps(self) -> bool:
         """Whether a site remembers anything from one round to the next."""
-        return bool(self.algorithm.kept or any(link.kept for link in self.links))
+        lies = self.study.robustness.attack  # a simulated liar remembers its own honest row
+        return bool(lies or self.algorithm.kept or any(link.kept for link in self.links))
 
     @property
     def rule(self) -> RobustRule | None:

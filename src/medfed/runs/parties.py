@@ -291,6 +291,11 @@ def _agree(study: Study, data: Path | None, place: Path) -> tuple[Study, Sequenc
             "--processes and training.algorithm='pooled' do not compose: no process holds the rows "
             "of all sites. Leave --processes out."
         )
+    if study.robustness.sight == "all":
+        raise PlanError(
+            "--processes and robustness.sight='all' do not compose: no process holds the rows of "
+            "others. Leave --processes out."
+        )
     study = complete(study)
     if guarantee.asked(study):
         names = tuple(study.privacy.sizes) if study.data.site else study.sites.names

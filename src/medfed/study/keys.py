@@ -745,6 +745,11 @@ class Robustness:
         within(0, 0.5, why="no rule bears a half"),
         mend=CHOOSE,
     )
+    sight: Literal["own", "all"] = key(
+        "own",
+        "Simulation: what malicious sites know when they lie. own: what they would send honestly; "
+        "all: every honest row of the round, the worst case.",
+    )
 
 
 @dataclass(frozen=True)
