@@ -39,6 +39,7 @@ def test_whatever_liars_do_what_must_hold_holds(machine: type[Liar]) -> None:
 
 
 @pytest.mark.long  # MEDFED_NIGHT=1: thousands, a night's work
+@pytest.mark.timeout(14400)  # a second a program, and a busy machine
 @pytest.mark.parametrize("machine", MACHINES)
 def test_thousands_of_programs(machine: type[Liar]) -> None:
     play(machine, 3000 if os.environ.get("MEDFED_NIGHT") else 600)

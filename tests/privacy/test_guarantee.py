@@ -1,5 +1,6 @@
 """What a study asks for is resolved to noise that keeps it, and to no more noise than that."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -384,6 +385,32 @@ def test_the_cost_is_that_of_the_patients_who_paid_most() -> None:
     assert g.cost({}) == g.cost({"a": 0, "b": 0}) == 0
     assert g.cost({"a": 3, "b": 7}) == g.cost({"b": 7}) > g.cost({"a": 3}) > 0
     assert g.cost({"a": 20}) <= 1 < g.cost({"a": 21})
+
+
+def test_the_cost_covers_who_is_at_two_unlike_sites() -> None:
+    """Half of one site's rounds and half of the other's came to a tenth more than was told, and the
+    whole plan stays within its target.
+    """
+    study = _study(
+        privacy__noise="site",
+        privacy__max_sites_per_patient=2,
+        privacy__delta=1e-4,
+        training__batch_size=10,
+        training__local_steps=5,
+    )
+    g = resolve(study, {"a": 10, "b": 480}, P)
+    delta = g.delta - g.delta_sampler
+    more = []
+    for uses in itertools.product((1, 3, 6, g.uses), repeat=2):
+        a, b = (
+            accounting.rdp(repeat(g.releases[name].event(), n))
+            for name, n in zip("ab", uses, strict=True)
+        )
+        spent = [accounting.epsilon_from_rdp(one, delta) for one in (a + b, 2 * a, 2 * b)]
+        assert max(spent) <= g.cost(dict(zip("ab", uses, strict=True))) * (1 + 1e-9)
+        more.append(spent[0] / max(spent[1:]))
+    assert max(more) > 1.05
+    assert g.cost({"a": g.uses, "b": g.uses}) <= 1
 
 
 def test_a_draw_of_sites_buys_no_noise() -> None:

@@ -355,6 +355,13 @@ def epsilon_of(event: Event, delta: float, accountant: str = "rdp") -> float:
     raise _refuse_accountant(accountant)
 
 
+def epsilon_of_any(events: Sequence[Event], delta: float) -> float:
+    """Return an epsilon at `delta`, by rdp, of whoever pays for any one of these events, or for
+    parts of several that come to one: half of one and half of another.
+    """
+    return epsilon_from_rdp(np.max([rdp(event) for event in events], axis=0), delta)
+
+
 def calibrate(
     event_of: Callable[[float], Event], epsilon: float, delta: float, accountant: str = "rdp"
 ) -> float:

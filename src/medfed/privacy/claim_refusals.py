@@ -193,6 +193,16 @@ def _releases(study: Study, claim: str) -> Iterator[Refusal]:
             privacy__accountant="rdp",
         )
 
+    if p.accountant == "pld" and p.noise == "site" and p.max_sites_per_patient > 1:
+        yield _refusal(
+            "privacy.accountant='pld'",
+            f"privacy.max_sites_per_patient={p.max_sites_per_patient} with privacy.noise='site'",
+            "a patient of two unlike sites pays half of what each plans, and by PLD that may be "
+            "more than either whole",
+            "Set privacy.accountant='rdp'.",
+            privacy__accountant="rdp",
+        )
+
     if data.read_from_records and p.scope == "study":
         yield _refusal(
             claim,

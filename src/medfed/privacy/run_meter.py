@@ -32,8 +32,16 @@ class RunMeter(Protocol):
         """
         ...
 
+    def put(self, label: str) -> None:
+        """Note that a query is put to sites, whatever comes of it."""
+        ...
+
     def ask(self, label: str) -> None:
         """Count a query that training patients were asked."""
+        ...
+
+    def assume(self, silent: Collection[str]) -> None:
+        """Count what clients that tell nothing of their ledgers may have paid for."""
         ...
 
     def claim(self) -> JSON:
@@ -59,8 +67,14 @@ class NoClaim:
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take nothing over."""
 
+    def put(self, label: str) -> None:
+        """Note nothing."""
+
     def ask(self, label: str) -> None:
         """Count nothing."""
+
+    def assume(self, silent: Collection[str]) -> None:
+        """Assume nothing."""
 
     def claim(self) -> JSON:
         """Say that no epsilon was computed."""
@@ -90,6 +104,8 @@ class Metered:
         self.uses = dict.fromkeys(guarantee.releases, 0)
         # how often each query was asked of patients who paid for it
         self.asked: Mapping[str, int] = {}
+        self.unsure = Counter[str]()  # queries put to sites, of which maybe nobody has answered
+        self.recalled = Counter[str]()  # by client, rounds not counted as it has paid before
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no round left."""
@@ -112,6 +128,7 @@ class Metered:
             return
 
         self.ahead |= {name: self.ahead[name] - 1 for name in paid}
+        self.recalled.update(paid)
         after = {name: self.uses[name] + (name not in paid) for name in clients}
         over = [name for name, uses in after.items() if uses > guarantee.uses]
         if over:
@@ -133,9 +150,27 @@ class Metered:
         self.ahead = {name: max(0, uses.get(name, 0) - known) for name, known in self.uses.items()}
         self.uses = {name: max(known, uses.get(name, 0)) for name, known in self.uses.items()}
 
+    def put(self, label: str) -> None:
+        """Note one query."""
+        self.unsure[label] += 1
+
     def ask(self, label: str) -> None:
         """Count one query."""
         self.asked = {**self.asked, label: self.asked.get(label, 0) + 1}
+
+    def assume(self, silent: Collection[str]) -> None:
+        """Count what clients that tell nothing of their ledgers may have paid for: each query that
+        was put to them, answered or not, and a round anew that they had paid for; up to what the
+        plan holds, as no ledger pays for more.
+        """
+        if not silent or self.guarantee.simulation_only:
+            return
+        queries = self.guarantee.queries
+        worst = {label: min(n, queries[label].times) for label, n in self.unsure.items()}
+        again = {
+            name: min(self.uses[name] + self.recalled[name], self.guarantee.uses) for name in silent
+        }
+        self.take_over(again, worst)
 
     def claim(self) -> JSON:
         """Return the epsilon spent by the patients who have paid most."""

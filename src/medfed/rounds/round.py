@@ -253,6 +253,7 @@ def decide(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log)
     payload = codec.encode(
         {"round": server.round}, {"w": server.released_P, "edges": torch.from_numpy(edges)}
     )
+    budget.put("threshold")
     replies = gather(fleet, plan.participants, "count", payload, study.training.deadline)
     _count(budget, "threshold", replies)
     length = len(rule.vector(np.zeros((len(edges) + 1, 2))))
@@ -412,7 +413,8 @@ def compare_own(own: Server, federated: Server, plan: Plan, fleet: Fleet, log: L
 def _count(budget: RunMeter, label: str, replies: Mapping[str, Reply]) -> None:
     """Count a query of patients once some site has answered: where all refuse nothing is released.
 
-    What was paid for and got lost on its way the ledgers tell (`Drive.hear_ledgers`).
+    What was paid for and got lost on its way the ledgers tell, and of sites that tell nothing it is
+    assumed (`Drive.finish`).
     """
     if any(not reply.error for reply in replies.values()):
         budget.ask(label)
@@ -464,6 +466,7 @@ def vote(server: Server, plan: Plan, fleet: Fleet, budget: RunMeter, log: Log) -
     payload = codec.encode({"round": server.round}, {"w": server.released_P})
     # a site trains a whole model
     patience = plan.study.training.deadline * plan.study.training.rounds
+    budget.put("vote")
     replies = gather(fleet, plan.participants, "vote", payload, patience)
     _count(budget, "vote", replies)
     told, untold = heard(replies, lambda answer: numbers(answer["vote"], 1))

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,27 +132,31 @@ class Drive:
                 self.budget.ask(label)
         self.hear_ledgers()
 
-    def hear_ledgers(self) -> None:
+    def hear_ledgers(self) -> list[str]:
         """Have sites tell of their ledgers, and count what was paid for;
-        the last word of a silent one stands.
+        the last word of a silent one stands. Return the silent ones.
         """
-        self.told |= self.hear(whole=True)
-        if not self.told:
-            return
+        heard = self.hear(whole=True)
+        self.told |= heard
         asked: Counter[str] = Counter()
         for one in self.told.values():
             asked |= Counter(one.queries)
         self.budget.take_over({name: one.uses for name, one in self.told.items()}, asked)
+        return [name for name in self.plan.participants if name not in heard]
 
     def hear(self, whole: bool) -> dict[str, Statement]:
         """Return what sites tell of their ledgers, `whole` or the head alone; keep the heads."""
         told, refused = hear_statements(self.plan, self.fleet, None, whole)
         for name, why in refused.items():
             logger.warning("site %r tells nothing of its ledger: %s", name, why)
+        self.take_down(told)
+        return told
+
+    def take_down(self, told: Mapping[str, Statement]) -> None:
+        """Keep the heads of what sites have told; and of who tells nothing else, all of it."""
         for name, one in told.items():
             self.heads[name] = one.head
             self.told.setdefault(name, one)
-        return told
 
     def play_round(self) -> None:
         """Run one round, judge what its rows say, and keep its state."""
@@ -233,8 +237,13 @@ class Drive:
             self.parties.baselines.measure(self.plan, self.server, self.log)
 
     def finish(self, reason: str, seconds: float) -> None:
-        """Tell how the run ended, by what the sites' ledgers hold, however it came to that."""
-        self.hear_ledgers()
+        """Tell how the run ended, by what the sites' ledgers hold, however it came to that.
+
+        Guarantee: the claim counts all that a site has paid for, also where its answer came late,
+        got lost or was never made. A site answers questions in their order, so that what it tells
+        now is all that it was asked before; of one that tells nothing the worst is assumed.
+        """
+        self.budget.assume(self.hear_ledgers())
         recorded = self.log.events()
         reason = reason or _find_missing(recorded)
         self.log.emit(

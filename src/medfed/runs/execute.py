@@ -206,9 +206,10 @@ def _go_on(
         ask_statements(plan, fleet, holds=kept)
     rehearse(plan, fleet)
     enrol(plan, fleet, name, fresh=False)
+    paid_before = ask_statements(plan, fleet)
 
     if unbegun:
-        _refuse_begun(plan, ask_statements(plan, fleet), folder)
+        _refuse_begun(plan, paid_before, folder)
         with files.explained(folder):
             (folder / "events.jsonl").unlink(missing_ok=True)
         told = [events.parse(json.dumps(one)).event for one in frozen["told"]]
@@ -242,9 +243,9 @@ def _go_on(
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         for event in paid:
             log.emit(event)
-        return Drive(plan, cast, server, log, name, folder).to_the_end(
-            known={type(event) for event in paid}
-        )
+        drive = Drive(plan, cast, server, log, name, folder)
+        drive.take_down(paid_before)  # what a crash lost, of sites that say no more either
+        return drive.to_the_end(known={type(event) for event in paid})
 
 
 def _refuse_other_parties(folder: Path, started: bool, parties: Parties | Opener | None) -> None:
