@@ -119,7 +119,12 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (
         "unlike sites by pld",
-        {"privacy.accountant": "pld", "privacy.scope": "run", "privacy.noise": "site", "privacy.max_sites_per_patient": 2},
+        {
+            "privacy.accountant": "pld",
+            "privacy.scope": "run",
+            "privacy.noise": "site",
+            "privacy.max_sites_per_patient": 2,
+        },
         "privacy.accountant='pld'",
         "privacy.max_sites_per_patient=2 with privacy.noise='site'",
     ),
