@@ -395,6 +395,7 @@ def _changed(key: str, value: Any) -> Any:
         "data.format.encoding": "cp1252",
         "data.format.labels": "labels",
     }
+    known |= {"robustness.sight": "all"}
     known |= {"privacy.noise": "site", "privacy.sizes": {"a": 1}, "fleet.schedule": "cyclic"}
     known |= {
         "data.drop": ("rows without target",),
