@@ -56,6 +56,7 @@ from tests.learn.test_algorithms import (
     _quadratic,
 )
 from tests.rounds.test_reference import agree, refused, study_of
+from tests.runs.test_once import interrupted
 from tests.tables import PRIVATE, STUDY, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,12 +118,7 @@ def test_an_added_algorithm_runs_as_the_reference_does_and_resumes(tmp_path: Pat
         write_study(tmp_path, STUDY.replace("batch_size", 'algorithm = "feddyn"\nbatch_size'))
     )
     whole = medfed.run(study, tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            medfed.run(study, tmp_path / "cut")
+    interrupted(study, tmp_path / "cut")
     assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)
 
 

@@ -23,6 +23,7 @@ from medfed.runs import open_sites
 from medfed.runs.parties import run_apart
 from medfed.secure.three_party import SharingTerms
 from medfed.study import Privacy, Study
+from tests.runs.test_once import interrupted
 from tests.tables import PRIVATE, STUDY, write_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,12 +129,7 @@ def test_a_stale_row_is_of_the_round_before_also_after_a_stop(
     first = study.set("training.rounds", 1)
     once = medfed.simulate(first)
     assert torch.equal(once.w_P, medfed.simulate(first.set("robustness.attack", "free-rider")).w_P)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "medfed.runs.drive.test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            medfed.run(study, tmp_path / "cut")
+    interrupted(study, tmp_path / "cut")
     assert torch.equal(medfed.resume(tmp_path / "cut").w_P, whole.w_P)
 
 

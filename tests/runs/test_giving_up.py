@@ -19,7 +19,6 @@ import torch
 
 import medfed
 from medfed import runs
-from medfed.compliance import consortium
 from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import AbortError, RunError, TrailError
@@ -33,6 +32,7 @@ from medfed.secure.chain import Follower
 from medfed.secure.identity import Identity
 from medfed.secure.masking import MaskingServer
 from medfed.study import Study
+from tests.runs.test_once import approved, crashed
 from tests.tables import PRIVATE, STUDY, invented, write_study
 from tests.test_cli import medfed as command
 
@@ -57,18 +57,7 @@ def study_of(folder: Path, way: str, text: str = STUDY) -> Study:
         text += "[monitor]\nevaluate_every = 4\nbaselines = false\n"
     study = medfed.load_study(write_study(folder, text, frame))
     study = study.set("security.aggregation", way).set("training.quorum", 0.5)
-
-    boss = Identity.new("the consortium", "consortium")
-    consortium.begin(folder / "members", boss)
-    roles = dict.fromkeys(SITES, "site") | {"coordinator": "coordinator"}
-    for name, role in (roles | dict.fromkeys(study.security.aggregators, "aggregator")).items():
-        one = Identity.new(name, role)
-        consortium.approve(
-            folder / "members", boss, consortium.request(one), one.public.fingerprint
-        )
-        key_files.save(one, folder / "keys" / f"{name}.key")
-    study = study.set("security.federation", str(folder / "members"))
-    return study.set("security.keys", str(folder / "keys"))
+    return approved(study, folder, SITES)
 
 
 def stop(study: Study, folder: Path, round: int) -> None:
@@ -312,25 +301,11 @@ def test_what_cannot_be_given_up_is_refused(tmp_path: Path) -> None:
 
 def test_a_plain_round_is_not_given_up_by_a_file_put_there(tmp_path: Path) -> None:
     study = study_of(tmp_path, "plain")
-    crash_once_opened(study, tmp_path / "run", 2)
+    crashed(study, tmp_path / "run", 2)
     line = {"round": 2, "operator": "Eve", "reason": "none"}
     (tmp_path / "run" / runs.GIVEN_UP).write_text(json.dumps(line) + "\n")
     with pytest.raises(RunError, match="so no round is given up; remove"):
         medfed.resume(tmp_path / "run")
-
-
-def crash_once_opened(study: Study, folder: Path, round: int) -> None:
-    write = drive.write_checkpoint
-
-    def crash(place: Path, server: Any, *rest: Any) -> None:
-        if server.round == round:
-            raise Crash
-        write(place, server, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drive, "write_checkpoint", crash)
-        with pytest.raises(Crash):
-            medfed.run(study, folder)
 
 
 @pytest.mark.parametrize("claim", [False, True])
@@ -342,7 +317,7 @@ def test_an_opened_round_is_given_up_only_where_noise_hides_its_rows(
     text = PRIVATE.replace("[privacy]", "[privacy]\nspare_rounds = 1") if claim else STUDY
     study = study_of(tmp_path, way, text)
     run = tmp_path / "run"
-    crash_once_opened(study, run, 2)
+    crashed(study, run, 2)
     with pytest.raises(RunError, match="round 2 has not failed since"):
         runs.give_up(run, "gone", "Ada")  # it ended, and is played again
     leave()

@@ -3,6 +3,7 @@ resumed run comes to the same bits.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ __all__ = ["place", "study"]
 def federated(folder: Path, text: str, changes: dict[str, Any]) -> Study:
     """Return a study whose parties' keys a consortium has approved."""
     study = medfed.load_study(write_study(folder, text))._with(changes)
+    return approved(study, folder, tuple(study.privacy.sizes))
+
+
+def approved(study: Study, folder: Path, sites: Sequence[str]) -> Study:
+    """Return a study whose parties, sites and others, have keys that a consortium has approved."""
     boss = Identity.new("the consortium", "consortium")
     consortium.begin(folder / "members", boss)
-    roles = dict.fromkeys(study.privacy.sizes, "site") | {"coordinator": "coordinator"}
+    roles = dict.fromkeys(sites, "site") | {"coordinator": "coordinator"}
     roles |= dict.fromkeys(study.security.aggregators, "aggregator")
     for name, role in roles.items():
         one = Identity.new(name, role)
@@ -56,6 +62,14 @@ def crashed(study: Study, folder: Path, round: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drive, "write_checkpoint", crash)
         with pytest.raises(CrashError):
+            medfed.run(study, folder)
+
+
+def interrupted(study: Study, folder: Path) -> None:
+    """Run until the model is tested for the first time, and stop there as by Ctrl-C."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "test", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
             medfed.run(study, folder)
 
 

@@ -427,7 +427,7 @@ def _fits(study: Study, n: int, stay: int) -> graph.Sparse | None:
     """
     f = colluding(study, n)
     found = graph.design(n, f, n - stay)
-    return found if found and stay - f - found.lost >= study.security.min_group else None
+    return found if found and stay - found.lost >= fewest_opened(study, n) else None
 
 
 def robust_rule(study: Study, clients: int) -> RobustRule | None:

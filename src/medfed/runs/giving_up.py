@@ -6,7 +6,6 @@ good, somebody has to say so.
 """
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 from medfed.core import files
@@ -15,6 +14,7 @@ from medfed.monitor import events
 from medfed.privacy.guarantee import asked
 from medfed.rounds import checkpoints
 from medfed.rounds.way import OPENED, read_rounds
+from medfed.runs.decisions import sign_off
 from medfed.runs.folders import read_plan
 from medfed.runs.results import is_complete
 from medfed.runs.sealing import TRAIL
@@ -40,11 +40,7 @@ def give_up(folder: str | Path, reason: str, operator: str) -> int:
     """
     folder = Path(folder)
     study, _ = read_plan(folder)
-    if not reason.strip() or not operator.strip():
-        raise RunError(
-            f"reason={reason!r}, operator={operator!r}; expected both: who gives a round up stays "
-            "on record"
-        )
+    word = sign_off(reason, operator, "who gives a round up")
     if study.security.aggregation == "plain":
         raise RunError(
             f"{folder}: security.aggregation='plain'; such a round is played again with whoever is "
@@ -55,13 +51,8 @@ def give_up(folder: str | Path, reason: str, operator: str) -> int:
         if is_complete(folder):
             raise RunError(f"{folder} is complete; there is no round to give up")
         number = _find_stopped(folder, study)
-        decided = {
-            "round": number,
-            "reason": reason.strip(),
-            "operator": operator.strip(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        files.write(folder / GIVEN_UP, _read(folder) + json.dumps(decided) + "\n")
+        line = json.dumps({"round": number, **word}) + "\n"
+        files.write(folder / GIVEN_UP, _read(folder) + line)
     return number
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from medfed.monitor.events import Log
 from medfed.planning.plan import Plan
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
+from medfed.runs.decisions import sign_off
 from medfed.runs.results import is_complete
 
 OVERRIDES = "overrides.jsonl"
@@ -59,14 +59,10 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
         raise RunError(
             f"client={client!r} takes no part in {folder}; expected one of {some(known)}"
         )
-    if not reason.strip() or not operator.strip():
-        raise RunError(
-            f"reason={reason!r}, operator={operator!r}; expected both: an override stays on record"
-        )
+    word = sign_off(reason, operator, "an override")
     if is_complete(folder):
         raise RunError(f"{folder} is complete; there is no next round to take part in")
-    asked = {"client": client, "reason": reason.strip(), "operator": operator.strip()}
-    line = json.dumps({**asked, "time": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
+    line = json.dumps({"client": client, **word}) + "\n"
     # the run itself goes on meanwhile, and reads what is whole
     with files.hold(folder, f"{OVERRIDES}.lock"):
         files.write(folder / OVERRIDES, "".join(_read_overrides(folder)) + line)

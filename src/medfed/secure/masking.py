@@ -31,12 +31,12 @@ try blindly. A server that does not like a graph can withhold a nonce: the round
 keys, and all know it. What it gains is one more graph a try, so that after `ATTEMPTS` of them the
 chance is that many times 2^-40, and a client plays no more.
 
-What is kept over rounds, and what is not. Shares travel on lines between clients (`lines`), whose
-keys last for a run. Keys of pair masks are fresh in every attempt, as the key of a client that
-drops out is rebuilt: one kept would open its earlier rows. A client verifies the signature of a
-neighbour's keys when the neighbour's line is new to it. Later the box that comes over the line says
-so: its key follows from the broadcast of all keys, in which each client looks for its own, so that
-a box opens only between two that were told the same, and true, keys.
+What is kept over rounds, and what is not. Shares travel on lines between clients (`agreements`),
+whose keys last for a run. Keys of pair masks are fresh in every attempt, as the key of a client
+that drops out is rebuilt: one kept would open its earlier rows. A client verifies the signature of
+a neighbour's keys when the neighbour's line is new to it. Later the box that comes over the line
+says so: its key follows from the broadcast of all keys, in which each client looks for its own, so
+that a box opens only between two that were told the same, and true, keys.
 
 What clients confirm. In a complete graph each sends every other a code over their line, which costs
 microseconds where a signature costs a tenth of a millisecond. In a sparse graph each signs, and
