@@ -191,7 +191,7 @@ def test_noise_of_the_right_size_lies_on_both(private: Study, tmp_path: Path) ->
 
 
 def test_a_private_robust_run_keeps_its_promise(private: Study) -> None:
-    study = private._with({"robustness.rule": "geometric-median", "robustness.max_malicious": 0.0})
+    study = private._with({"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0})
     result = medfed.simulate(study)
     assert result.complete and result.summary["privacy"]["epsilon"] <= 1
 
@@ -209,6 +209,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "in plain sight",
     ),
     "reference": ({"robustness.rule": "fltrust"}, "reference row"),
+    "gathers": (
+        {"robustness.rule": "geometric-median", "security.aggregation": "three-party"},
+        "single rows",
+    ),
+    "pairs": (
+        {"robustness.rule": "bucketing+geometric-median", "security.aggregation": "three-party"},
+        "single rows",
+    ),
     "one row": ({"robustness.rule": "krum", "security.aggregation": "three-party"}, "single rows"),
     "attack": ({"robustness.attack": "flip", "robustness.malicious": 0.3}, "not an attack"),
     "nobody": ({"robustness.attack": "sign-flip"}, "both or neither"),
@@ -235,4 +243,4 @@ def test_joint_noise_needs_what_the_matrix_noise_is_for(
     private: Study, settings: dict[str, Any]
 ) -> None:
     with pytest.raises((PlanError, StudyError), match="do not compose"):
-        medfed.simulate(private._with({"robustness.rule": "geometric-median", **settings}))
+        medfed.simulate(private._with({"robustness.rule": "nnm+geometric-median", **settings}))

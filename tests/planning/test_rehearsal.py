@@ -264,7 +264,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "security.aggregation": "three-party",
     },
     "masked": {"security.aggregation": "masked"},
-    "three-party": {"security.aggregation": "three-party", "robustness.rule": "geometric-median"},
+    "three-party": {"security.aggregation": "three-party", "robustness.rule": "multi-krum"},
     "in turns": {"fleet.schedule": "cyclic", "fleet.groups": 2, "privacy.correlated": True},
     "deep": {"model.name": "mlp", "model.options.hidden": [16, 8], "model.options.dropout": 0.3},
     "convolution": {"model.name": "conv1d", "model.options.widths": [4]},

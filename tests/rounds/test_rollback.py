@@ -306,7 +306,7 @@ def test_weak_selection_is_said_before_the_run(tmp_path: Path) -> None:
         "security.aggregation", "three-party"
     )
     private = private._with(
-        {"robustness.rule": "geometric-median", "robustness.max_malicious": 0.34}
+        {"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.34}
     )
     found = {}
     for epsilon in (1.0, 0.1):

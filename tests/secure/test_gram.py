@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from scipy import stats
 
 from medfed.core.checks import AbortError, PlanError
 from medfed.core.entropy import Integers
+from medfed.robust.rules import ALONE, MIXINGS, rule_of
 from medfed.secure import field, three_party
 from medfed.secure.identity import Identity, Post, Roster, Scope
 from medfed.secure.line import Line
@@ -37,6 +39,15 @@ _KEYS = [Identity.new(name, "aggregator") for name in THREE] + [
 ]
 _ROSTER = Roster.of(*(one.public for one in _KEYS))
 
+SECRET = [
+    name
+    for last in ALONE
+    for name in (last, *(f"{mixing}+{last}" for mixing in MIXINGS))
+    if (rule := rule_of(name, 2)).needs == "gram"
+    and not rule.weighs_few_rows
+    and rule.smallest_n() <= 7
+]
+
 
 def posts() -> dict[str, Post]:
     return {one.name: Post(one, _ROSTER) for one in _KEYS}
@@ -46,12 +57,13 @@ def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.full(len(gram_KK), 1 / len(gram_KK))
 
 
-def opened(x_KM: Integers, bound: float = 1e6, **more: object) -> Opened:
+def opened(
+    x_KM: Integers, bound: float = 1e6, terms: SharingTerms | None = None, **more: object
+) -> Opened:
     selection = Selection(**{"rule": uniform, **more})  # type: ignore[arg-type]
     rows = dict(zip(CLIENTS, x_KM, strict=False))
-    return run_protocol(
-        posts(), SCOPE, rows, SharingTerms(x_KM.shape[1], bound, THREE), selection=selection
-    )
+    terms = terms or SharingTerms(x_KM.shape[1], bound, THREE)
+    return run_protocol(posts(), SCOPE, rows, terms, selection=selection)
 
 
 @settings(max_examples=15, deadline=None)
@@ -59,7 +71,8 @@ def opened(x_KM: Integers, bound: float = 1e6, **more: object) -> Opened:
 def test_it_equals_the_integer_computation(K: int, M: int, seed: int) -> None:
     x_KM = np.random.default_rng(seed).integers(-1000, 1001, (K, M))
     w_K = np.random.default_rng(seed + 1).dirichlet(np.ones(K)) + 1e-3
-    found = opened(x_KM, rule=lambda gram: w_K / w_K.sum())
+    terms = SharingTerms(M, 1e6, THREE, fewest_kept=1)
+    found = opened(x_KM, terms=terms, rule=lambda gram: w_K / w_K.sum())
     assert found.gram_KK is not None and np.array_equal(found.gram_KK, x_KM @ x_KM.T)
     steps = np.rint(WEIGHT * w_K / w_K.sum()).astype(np.int64)
     assert list(found.weights.values()) == steps.tolist()
@@ -182,6 +195,63 @@ def test_a_rule_that_keeps_too_few_rows_opens_nothing() -> None:
         opened(np.arange(12).reshape(3, 4), rule=lone)
     with pytest.raises(AbortError, match="no weights"):
         opened(np.arange(12).reshape(3, 4), rule=lambda gram: uniform(gram) * np.nan)
+
+
+def along(rng: np.random.Generator, K: int, M: int) -> Integers:
+    """Rows that vary along one direction, around a part that all share."""
+    shared_M, way_M = rng.integers(-(2**12), 2**12, (2, M))
+    return np.rint(shared_M + rng.normal(0, 1, K)[:, None] * way_M).astype(np.int64)
+
+
+def test_a_rule_whose_weight_gathers_on_one_row_opens_nothing() -> None:
+    """The geometric median of rows along a line is one of them: every row has a weight above 0,
+    and the sum is one site's row to five decimals.
+    """
+    rng = np.random.default_rng(11)
+    median = rule_of("geometric-median", 1)
+    gathered = 0
+    for _ in range(12):
+        x_KM = along(rng, 5, 40)
+        try:
+            found = opened(x_KM, rule=lambda gram: median(torch.from_numpy(gram)).numpy())
+        except AbortError as error:
+            assert "the rule keeps" in str(error)
+            gathered += 1
+            continue
+        off_K = np.linalg.norm(found.total_M / WEIGHT - x_KM, axis=1)
+        assert off_K.min() > 1e-3 * np.linalg.norm(x_KM - x_KM.mean(0), axis=1).max()
+    assert gathered
+
+
+def test_a_row_that_is_shrunk_counts_where_its_part_does() -> None:
+    """Rows of 100 times another's norm, each held to it, hide that one as well as it hides them."""
+    x_KM = np.diag([10, 1000, 1000])
+    w_K = np.array([0.98, 0.01, 0.01])
+    terms = SharingTerms(3, 1e6, THREE, fewest_kept=3)
+    found = opened(x_KM, terms=terms, rule=lambda gram: w_K)
+    assert len(found.weights) == 3
+    with pytest.raises(AbortError, match="keeps 1 rows"):
+        opened(np.diag([10, 10, 10]), terms=terms, rule=lambda gram: w_K)
+
+
+@pytest.mark.parametrize("name", SECRET)
+def test_a_rule_that_may_run_in_secret_gathers_on_no_row(name: str) -> None:
+    """Lines, clusters, copies, rows far away: no rule that a study may set opens fewer rows than
+    honest ones less liars.
+    """
+    rng = np.random.default_rng(12)
+    rule = rule_of(name, 2)
+    for shape in range(40):
+        x_KM = along(rng, 7, 30).astype(float)
+        if shape % 2:
+            x_KM[3:] += rng.normal(0, 1e4, 30)
+        if shape % 4 > 1:
+            x_KM[5:] *= 1e3
+        if shape % 8 > 3:
+            x_KM[1] = x_KM[2] = x_KM[0]
+        gram_KK = x_KM @ x_KM.T
+        w_K = rule(torch.from_numpy(gram_KK), key=shape).numpy()
+        assert three_party.count_rows(w_K, gram_KK) >= 3, (shape, w_K)
 
 
 def test_rows_whose_products_would_wrap_are_refused_when_planning() -> None:

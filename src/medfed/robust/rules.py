@@ -446,7 +446,7 @@ class GramRule:
     paper: str
     needs: Needs = "gram"
     kappa: Kappa | None = None
-    one_row: bool = False  # it may give all weight to one row
+    one_row: bool = False  # it may give all weight, or nearly all, to one row
 
 
 @dataclass(frozen=True)
@@ -498,6 +498,7 @@ ALONE: dict[str, GramRule | RowRule] = {
         0.5,
         "Pillutla et al. 2022, arXiv:1912.13445",
         kappa=lambda n, f: 4 * _ratio(n, f) ** 2,
+        one_row=True,
     ),
     "centred-clipping": GramRule(
         centred_clipping, _majority, 0.5, "Karimireddy et al. 2021, arXiv:2012.10333", "reference"
@@ -553,8 +554,8 @@ class RobustRule:
 
     @property
     def weighs_few_rows(self) -> bool:
-        """Whether all weight may lie on one client's row, or on one bucket of two, so that their
-        sum would be read.
+        """Whether all weight, or nearly all, may lie on one client's row, or on one bucket of two,
+        so that their sum would be read.
         """
         return (
             isinstance(self.last, GramRule)

@@ -196,6 +196,19 @@ class Selection:
         return dict(zip(names, steps.tolist(), strict=True))
 
 
+def count_rows(w_K: NDArray[np.float64], gram_KK: NDArray[np.float64]) -> int:
+    """Return how many rows a sum w X really holds: those whose weight |w_k| or part |w_k x_k| is a
+    tenth of the largest or more.
+
+    A rule may leave every weight above 0 and nearly all of it on one row, which the sum then is. A
+    row that a rule shrinks to the length of others has little weight, and hides as much as they.
+    """
+    weight_K = np.abs(w_K)
+    part_K = weight_K * np.sqrt(gram_KK.diagonal().clip(0))
+    real_K = (weight_K >= weight_K.max() / 10) | (part_K >= part_K.max() / 10)
+    return int((real_K & (w_K != 0)).sum())
+
+
 # The client ---------------------------------------------------------------------------------------
 
 
@@ -536,7 +549,7 @@ class SharingAggregator:
             weights = chosen.weigh(names, gram_KK)
         yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
 
-        count = sum(w != 0 for w in weights.values())
+        count = count_rows(np.array([*weights.values()], np.float64), gram_KK.astype(np.float64))
         if count < self.terms.fewest_kept:
             kept = (
                 f"the rule keeps {count} rows; expected {self.terms.fewest_kept} or more "
