@@ -191,7 +191,9 @@ def test_noise_of_the_right_size_lies_on_both(private: Study, tmp_path: Path) ->
 
 
 def test_a_private_robust_run_keeps_its_promise(private: Study) -> None:
-    study = private._with({"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0})
+    study = private._with(
+        {"robustness.rule": "nnm+geometric-median", "robustness.max_malicious": 0.0}
+    )
     result = medfed.simulate(study)
     assert result.complete and result.summary["privacy"]["epsilon"] <= 1
 
