@@ -58,9 +58,9 @@ def uniform(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def opened(
-    x_KM: Integers, bound: float = 1e6, terms: SharingTerms | None = None, **more: object
+    x_KM: Integers, bound: float = 1e6, terms: SharingTerms | None = None, **more: Any
 ) -> Opened:
-    selection = Selection(**{"rule": uniform, **more})  # type: ignore[arg-type]
+    selection = Selection(**{"rule": uniform, **more})
     rows = dict(zip(CLIENTS, x_KM, strict=False))
     terms = terms or SharingTerms(x_KM.shape[1], bound, THREE)
     return run_protocol(posts(), SCOPE, rows, terms, selection=selection)
@@ -200,7 +200,8 @@ def test_a_rule_that_keeps_too_few_rows_opens_nothing() -> None:
 def along(rng: np.random.Generator, K: int, M: int) -> Integers:
     """Rows that vary along one direction, around a part that all share."""
     shared_M, way_M = rng.integers(-(2**12), 2**12, (2, M))
-    return np.rint(shared_M + rng.normal(0, 1, K)[:, None] * way_M).astype(np.int64)
+    x_KM: Integers = np.rint(shared_M + rng.normal(0, 1, K)[:, None] * way_M).astype(np.int64)
+    return x_KM
 
 
 def test_a_rule_whose_weight_gathers_on_one_row_opens_nothing() -> None:
@@ -208,12 +209,16 @@ def test_a_rule_whose_weight_gathers_on_one_row_opens_nothing() -> None:
     and the sum is one site's row to five decimals.
     """
     rng = np.random.default_rng(11)
-    median = rule_of("geometric-median", 1)
     gathered = 0
+
+    def median(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+        w_K: NDArray[np.float64] = rule_of("geometric-median", 1)(torch.from_numpy(gram_KK)).numpy()
+        return w_K
+
     for _ in range(12):
         x_KM = along(rng, 5, 40)
         try:
-            found = opened(x_KM, rule=lambda gram: median(torch.from_numpy(gram)).numpy())
+            found = opened(x_KM, rule=median)
         except AbortError as error:
             assert "the rule keeps" in str(error)
             gathered += 1

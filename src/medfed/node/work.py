@@ -22,6 +22,7 @@ from medfed.node.site import OWN_ROW, Answer, Header, Site, operation
 from medfed.planning import rates
 from medfed.planning.building import local_plan
 from medfed.planning.resolved import algorithm_of
+from medfed.planning.row_limits import row_limits
 from medfed.privacy.guarantee import Guarantee
 from medfed.secure.party import Party
 from medfed.study import LEAST_CLIP, Study
@@ -120,8 +121,9 @@ def sum_gradients(
 ) -> list[Answer]:
     """Answer with each site's sum of clipped per-patient gradients, on the grid.
 
-    However many patients a site has, its sum is held to what the declared number can make: else one
-    patient more would decide whether the row is within the bound that others check.
+    However many patients a site has, its sum is held to what the declared number can make, or to
+    the cap's share of it: else one patient more would decide whether the row is within the bound
+    that others check.
 
     Args:
         sites: those asked, of one process.
@@ -142,12 +144,15 @@ def sum_gradients(
     if found.dropped:
         logger.warning("%d patients' gradients were not finite and count as zero", found.dropped)
     size_K = [guarantee.releases[name].size for name in names]
-    message_KM = into_ball(found.total_KP, size_K)
+    limits = row_limits(first.study, guarantee)
+    message_KM = into_ball(found.total_KP, [limits[name] for name in names])
     if guarantee.clipping == "adaptive":
         half_K = torch.tensor(size_K, dtype=torch.float64) / 2
         message_KM = torch.cat([message_KM, found.below_K.clamp(-half_K, half_K)[:, None]], 1)
 
-    return _send_rows(sites, header, message_KM, [{"steps": 1} for _ in sites])
+    # a liar that is to count keeps within what is let pass, too
+    held = None if guarantee.clipping == "adaptive" else [limits[name] for name in names]
+    return _send_rows(sites, header, message_KM, [{"steps": 1} for _ in sites], held)
 
 
 def _clip(header: Header, guarantee: Guarantee) -> float:
@@ -259,13 +264,16 @@ def _send_rows(
     header: Header,
     message_KM: Tensor,
     reports: Sequence[Report],
+    limit_K: Sequence[float] | None = None,
 ) -> list[Answer]:
     """Pass the rows through the clients' halves of the links and answer with them,
-    in the study's aggregation.
+    in the study's aggregation; lies are cut to `limit_K`, in which honest rows are already.
     """
     first = sites[0]
     honest_KM = message_KM
     message_KM = first.liars.replace_rows(sites, header["round"], message_KM)
+    if limit_K is not None:
+        message_KM = into_ball(message_KM, limit_K)
     if first.liars.attack:
         for site, row_M in zip(sites, honest_KM, strict=True):
             site.pending[OWN_ROW] = row_M.double()

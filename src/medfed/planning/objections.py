@@ -16,6 +16,7 @@ from medfed.learn.algorithms import ALGORITHMS
 from medfed.learn.learners import LEARNERS
 from medfed.links.wire import LINKS
 from medfed.planning.resolved import DEFAULT_RULE, algorithm_name, bounded, robust_rule
+from medfed.planning.row_limits import holds_rows
 from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
 from medfed.robust import attacks
@@ -307,6 +308,14 @@ def _bound_refusals(study: Study) -> Iterator[Refusal]:
             "already, and noise comes after it. Leave robustness.bound at 0."
         )
         yield _refusal(PlanError(text), robustness__bound=0.0)
+
+    if robust.cap and not holds_rows(study):
+        text = (
+            f"robustness.cap={robust.cap:g} is held by three aggregators under one joint noise "
+            "(privacy.epsilon, noise='shared'); here nobody would check it. Set "
+            "aggregation='three-party', or robustness.cap=0."
+        )
+        yield _refusal(PlanError(text), robustness__cap=0.0)
 
     known = study.training.algorithm in ALGORITHMS
     if robust.reference and known and ALGORITHMS[algorithm_name(study)].kept:

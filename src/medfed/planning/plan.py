@@ -22,6 +22,7 @@ from medfed.learn import zoo
 from medfed.learn.algorithms import ALGORITHMS, Server
 from medfed.learn.local import LocalPlan, Path
 from medfed.learn.probe import Probed
+from medfed.planning import row_limits
 from medfed.planning.building import build_model, find_path, local_plan
 from medfed.planning.objections import check
 from medfed.planning.rates import Chosen
@@ -129,6 +130,8 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
     facts = resolve(study, sizes, participants, zoo.count(model), encoding.digest())
     _check_security(study, trainers, sizes)
     _check_robustness(study, trainers)
+    if facts.joint and facts.guarantee and facts.rule is None:
+        row_limits.check(study, facts.guarantee, facts.malicious)
 
     return Plan(
         **vars(facts),

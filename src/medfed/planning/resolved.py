@@ -25,6 +25,7 @@ from medfed.fleet.selection import Profile, Selector
 from medfed.learn.algorithms import ALGORITHMS, Algorithm
 from medfed.learn.learners import LEARNERS
 from medfed.links.wire import LINKS, PLAIN, Bounded, FixedPoint, Link, joint_links
+from medfed.planning.row_limits import cap, holds_rows, row_limits
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.run_meter import Metered, NoClaim, RunMeter
@@ -136,6 +137,14 @@ class Resolved:
         if not bounded(self.study):
             return f"one of {n} moves the model at will"
         f = max(f, 1)
+        if self.joint and self.guarantee and (share := cap(self.study, self.guarantee)) < 1:
+            longest = sorted(row_limits(self.study, self.guarantee).values(), reverse=True)
+            part = sum(longest[:f]) / sum(longest[:f] + longest[f - n :])
+            return (
+                f"{f} of {n} hold at most {part:.0%} of the length that a round's rows may have "
+                f"(robustness.cap={share:.2g})"
+            )
+
         sizes = {
             name: float(self.sizes[name]["train"]) if self.joint else self.weight(name)
             for name in self.participants
@@ -434,13 +443,13 @@ def robust_rule(study: Study, clients: int) -> RobustRule | None:
     """Return a study's rule for a round of so many clients; None for the mean."""
     robust = study.robustness
     name = robust.rule
-    if name == "auto":
-        name = DEFAULT_RULE if clients <= MOST_ROWS else "mean"
+    noised = guarantees.asked(study) and guarantees.mode(study) != "site"
+    if name == "auto":  # where noise hides how rows compare, their length is held instead
+        name = DEFAULT_RULE if clients <= MOST_ROWS and not holds_rows(study) else "mean"
     if name == "mean":
         return None
 
     radius = None
-    noised = guarantees.asked(study) and guarantees.mode(study) != "site"
     if noised and name.endswith("geometric-median"):
         radius = 0.1
     return rule_of(name, of_clients(robust.max_malicious, clients), radius=radius)
@@ -454,5 +463,4 @@ def bounded(study: Study) -> bool:
     """Say whether somebody holds every row to a norm: the study's own bound, or that of clipped
     sums, in secret.
     """
-    joint = guarantees.asked(study) and guarantees.mode(study) != "site"
-    return study.robustness.bound > 0 or (joint and study.security.aggregation == "three-party")
+    return study.robustness.bound > 0 or holds_rows(study)

@@ -25,6 +25,7 @@ from medfed.planning.resolved import (
     graph_of,
     least_rows,
 )
+from medfed.planning.row_limits import row_limits
 from medfed.privacy.guarantee import GRID, SLACK, Guarantee, discrete_gaussian
 from medfed.secure import masking, three_party
 from medfed.secure.chain import Follower
@@ -106,13 +107,18 @@ def gram_split(
     sum of weight 1.
 
     The two Gaussian releases cost together what the round's one would have: 1 / z^2 = 1 / z_G^2 + 1
-    / z_A^2.
+    / z_A^2. One patient moves a row by s, and with it the upper triangle by s sqrt(sum B_j^2 + 3
+    max B^2) at most, over the K longest rows that are let pass.
     """
     s_z = guarantee.sigma_units()  # z times what one patient moves a row by
-    return (
-        lambda K: s_z * terms.bound * math.sqrt(K + 3) / math.sqrt(GRAM_SHARE),
-        s_z / math.sqrt(1 - GRAM_SHARE),
-    )
+
+    def on_products(K: int) -> float:
+        longest = sorted(terms.bounds.values(), reverse=True)[:K]
+        longest += [terms.bound] * (K - len(longest))
+        squares = sum(bound**2 for bound in longest) + 3 * longest[0] ** 2
+        return s_z * math.sqrt(squares / GRAM_SHARE)
+
+    return on_products, s_z / math.sqrt(1 - GRAM_SHARE)
 
 
 def scales(facts: Resolved) -> dict[str, float]:
@@ -153,18 +159,20 @@ def selection(facts: Resolved, terms: three_party.SharingTerms) -> three_party.S
 
 
 def terms_of(facts: Resolved) -> three_party.SharingTerms:
-    """Return what three aggregators hold rows to: under joint noise the norm of the largest
-    declared site's sum.
+    """Return what three aggregators hold rows to: under joint noise each to its own limit.
 
-    Every site holds its own sum to its declared size (`node.work.sum_gradients`), so no honest row
-    is beyond, whoever is in it.
+    Every site holds its own sum to it (`node.work.sum_gradients`), so no honest row is beyond,
+    whoever is in it.
     """
     guarantee = facts.guarantee
     security = facts.study.security
+    bounds: dict[str, float] = {}
     if guarantee is not None and facts.joint:
-        largest = max(release.size for release in guarantee.releases.values())
-        count = 0.5 if guarantee.clipping == "adaptive" else 0.0
-        bound = largest * math.hypot(1 + SLACK, count) / GRID + math.sqrt(facts.message)
+        for name, limit in row_limits(facts.study, guarantee).items():
+            count = 0.5 * guarantee.releases[name].size if guarantee.clipping == "adaptive" else 0.0
+            steps = math.hypot(limit * (1 + SLACK), count) / GRID
+            bounds[name] = steps + math.sqrt(facts.message)
+        bound = max(bounds.values())
     else:  # under a rule the bound is on the norm, else on each number
         norm = facts.study.robustness.bound
         numbers = 1 if facts.rule or norm else facts.message
@@ -182,4 +190,5 @@ def terms_of(facts: Resolved) -> three_party.SharingTerms:
         kept,
         facts.expect,
         bytes.fromhex(facts.digest),
+        bounds,
     )

@@ -24,6 +24,7 @@ from medfed.links.wire import decode, finite, into_ball, send_remembering
 from medfed.planning import rates
 from medfed.planning.building import local_plan
 from medfed.planning.plan import Plan
+from medfed.planning.row_limits import row_limits
 from medfed.robust import rules
 
 
@@ -144,7 +145,7 @@ def work(
         summed = dpsgd.sums(
             model, task.w_P, patients, target, guarantee, clip, [name], key_K, plan.path
         )
-        message_KM = into_ball(summed.total_KP, [size])
+        message_KM = into_ball(summed.total_KP, [row_limits(plan.study, guarantee)[name]])
         if guarantee.clipping == "adaptive":
             message_KM = torch.cat(
                 [message_KM, summed.below_K.clamp(-size / 2, size / 2)[:, None]], 1

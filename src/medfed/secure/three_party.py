@@ -22,8 +22,9 @@ Before anything of step 4 or 5 leaves, an aggregator writes down of which rows a
 and its noise follows from these: a round that is played again opens the same or nothing.
 
 The Gram matrix: as rows are within B by then, no entry wraps and none is above B^2. Where one
-patient moves one row by s at most, the upper triangle moves by s B sqrt(K + 3): K - 1 products with
-other rows by s B each, and a square by (|x| + |x'|) s <= 2 s B.
+patient moves one row by s at most, the upper triangle moves by s sqrt(sum B_j^2 + 3 B_k^2), B_j
+being each row's own bound: products with other rows by s B_j each, and a square by (|x| + |x'|) s
+<= 2 s B_k.
 
 Why step 3 holds (B: the norm that a client may send, in grid steps; T >= 5.5 B).
 - A row of norm B passes: a projection p has P(|p| >= T) <= 2 exp(-T^2 / B^2), 2 10^-11 over 136 of
@@ -115,6 +116,12 @@ class SharingTerms:
     # whose rows may count in a round, which else is no round; None: whoever is a site
     drawn: Callable[[int], Sequence[str]] | None = None
     facts: bytes = bytes(32)  # a hash of what site and aggregator must have resolved alike
+    # the norm that each client's row may have, where it is less than B and compared exactly
+    bounds: Mapping[str, float] = dataclass_field(default_factory=dict)
+
+    def bound_of(self, client: str) -> float:
+        """Return the norm that a client's row may have, in steps."""
+        return self.bounds.get(client, self.bound)
 
     @property
     def reach(self) -> int:
@@ -449,8 +456,7 @@ class SharingAggregator:
         # 2 and 3. Check each row in secret, and open one bit of each.
         inner: Inner | None = None
         if names:
-            rows = [held[name] for name in names]
-            good, inner = yield from self._check(line, rows, toss)
+            good, inner = yield from self._check(line, {name: held[name] for name in names}, toss)
             why |= {
                 n: "its row is out of bound" for n, ok in zip(names, good, strict=True) if not ok
             }
@@ -705,7 +711,7 @@ class SharingAggregator:
         return total_M
 
     def _check(
-        self, line: Line, held: Sequence[_Held], toss: Toss
+        self, line: Line, held_of: Mapping[str, _Held], toss: Toss
     ) -> Generator[Sends, Sends, tuple[NDArray[np.bool_], Inner | None]]:
         """Return whether each row is within its bound, and the rows' inner products, shared: steps
         2 and 3.
@@ -713,6 +719,7 @@ class SharingAggregator:
         What the three multiply is verified before a bit is opened, so that a bit is 1 by a row's
         fault alone.
         """
+        held = list(held_of.values())
         K = len(held)
         T = np.uint64(self.terms.reach)
         J = self.terms.projections
@@ -745,8 +752,9 @@ class SharingAggregator:
             columns.append(p_KJ.times(_SIGNS[1]).plus(T, self.place))
             masks *= 2
         if inner and exact:
-            limit = np.uint64(int(self.terms.bound**2))
-            square = inner.squares(K).times(_SIGNS[1]).plus(limit, self.place)
+            most_K = [int(self.terms.bound_of(name) ** 2) for name in held_of]
+            limit_K = np.array(most_K, np.uint64)
+            square = inner.squares(K).times(_SIGNS[1]).plus(limit_K, self.place)
             columns.append(square.at((slice(None), None)))
             masks.append(np.full(1, _TOP))
         bits = yield from line.to_bits(Pair.beside(columns))

@@ -708,11 +708,12 @@ class Robustness:
 
     rule: str = key(
         "mean",
-        "mean: no protection, one site can move the model at will; auto: 'nnm+geometric-median' "
-        "while clients can be compared two by two (2,000 a round), then the mean of rows held to "
-        "`bound`; or krum, multi-krum, geometric-median, centred-clipping, norm-clipping, "
-        "minimum-diameter, smea, caf, each also after 'nnm+' or 'bucketing+'. Sites count alike, "
-        "whatever their size.",
+        "mean: no protection but what `bound` and `cap` give, without which one site can move the "
+        "model at will; auto: 'nnm+geometric-median' while clients can be compared two by two "
+        "(2,000 a round), then the mean of rows held to `bound`; among three aggregators under "
+        "one joint noise the mean of rows held to `cap`; or krum, multi-krum, geometric-median, "
+        "centred-clipping, norm-clipping, minimum-diameter, smea, caf, each also after 'nnm+' or "
+        "'bucketing+'. Under a rule sites count alike, whatever their size.",
     )
     max_malicious: float = key(
         0.0,
@@ -726,6 +727,15 @@ class Robustness:
         "they are not. With rule = 'mean' this is what fleets too large to compare rest on: "
         "malicious clients move a round's mean by at most twice their share of it.",
         at_least(0, {0: "none"}),
+        mend=CHOOSE,
+    )
+    cap: float = key(
+        0.0,
+        "Under one joint noise among three aggregators: how long a site's clipped sum may be, as a "
+        "share of a mean site's patients times privacy.clip (1: of its own declared patients). "
+        "Longer ones are cut at the site, left out where they are not. The smaller, the less "
+        "malicious sites can do, and the more rounds it takes.",
+        Interval(0, 1, special={0: "from public figures where some may lie, else 1"}),
         mend=CHOOSE,
     )
     reference: str = key(
