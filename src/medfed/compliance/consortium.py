@@ -80,6 +80,13 @@ class Consortium:
             if entry["kind"] == "approved"
         }
 
+    def vouched_keys(self) -> set[tuple[str, str]]:
+        """Return the names and signing keys, in hex, that were approved and not revoked since, also
+        those that their owner has replaced.
+        """
+        gone = {key.hex() for key in self.revoked_keys()}
+        return {(name, key) for name, key in self.approved_keys() if key not in gone}
+
     def keep_up(self, own: Path) -> None:
         """Refuse this list where it lacks the head last seen by a party, and remember it for it.
 

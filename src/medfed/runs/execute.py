@@ -28,9 +28,11 @@ from medfed.rounds.aggregation import Keys
 from medfed.rounds.prepare import enrol, prepare, rehearse
 from medfed.runs.drive import Drive, tell_start
 from medfed.runs.folders import OWN_LOG, freeze, hold_fresh, read_plan
+from medfed.runs.giving_up import read_given_up
 from medfed.runs.results import Result, load
 from medfed.runs.simulation import Opener, Parties, Simulation
 from medfed.runs.statements import ask_statements, tell_founding
+from medfed.runs.stopped import check_trail
 from medfed.study import Study
 
 
@@ -185,8 +187,11 @@ def _go_on(
     started = bool(frozen.get("processes"))
     _refuse_other_parties(folder, started, parties)
     unbegun = "told" in frozen and not any((folder / "checkpoints").glob("*"))
+    given_up: Mapping[int, events.GivenUp] = {}
     if not unbegun:
         server, header, note = checkpoints.read_last(folder / "checkpoints")
+        trail = check_trail(folder, study, header)
+        given_up = read_given_up(folder, study, server.round, trail)
     own.write_to(folder / "sites" / OWN_LOG)
     cast = _open_parties(parties, study, data, folder)
     study = cast.resolve(study)
@@ -237,15 +242,16 @@ def _go_on(
     else:
         paid = []
 
+    keys = ways.identify(plan, fleet, cast.aggregators or None)
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         for event in paid:
             log.emit(event)
-        drive = Drive(plan, cast, server, log, name, folder)
+        drive = Drive(plan, cast, server, log, name, folder, given_up)
         drive.take_down(paid_before)  # what a crash lost, of sites that say no more either
-        return drive.to_the_end(known={type(event) for event in paid})
+        return drive.to_the_end(keys, known={type(event) for event in paid})
 
 
 def _refuse_other_parties(folder: Path, started: bool, parties: Parties | Opener | None) -> None:

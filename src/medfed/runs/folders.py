@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from medfed import study as studies
+from medfed.compliance.trail import Trail
 from medfed.core import codec, files, own
 from medfed.core.checks import (
     MedfedError,
@@ -45,6 +46,9 @@ from medfed.study import Study
 OWN_LOG = "own.log"
 """What the sites alone may read of a run: `core.own`."""
 
+
+MODEL = "model.safetensors"
+"""What a run has trained, when it has ended."""
 
 SITE_MAPS = "maps.json"
 """How each site's columns differ, as the run has applied it: file, sha256 and text."""
@@ -175,6 +179,11 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     return study, Encoding.from_json(frozen["encoding"])
 
 
+def read_name(folder: Path) -> str:
+    """Return what a run is called in trail and ledgers, of a folder that `read_plan` reads."""
+    return str(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["run"])
+
+
 def versions() -> dict[str, str]:
     """Return the versions that decide a run's bits."""
     packages = {
@@ -184,10 +193,16 @@ def versions() -> dict[str, str]:
 
 
 def write_checkpoint(
-    folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, heads: Heads
+    folder: Path,
+    server: Server,
+    plan: Plan,
+    fleet: Fleet,
+    log: Log,
+    heads: Heads,
+    trail: Trail | None = None,
 ) -> None:
-    """Let the sites write down what they remember,
-    then commit the round, with the `heads` of their ledgers.
+    """Let the sites write down what they remember, then commit the round, with the `heads` of their
+    ledgers and how far the `trail` goes.
     """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:
@@ -198,6 +213,8 @@ def write_checkpoint(
     header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
     if kept := compact(heads):
         header["ledger"] = kept
+    if trail:
+        header["trail"] = trail.tell_head()
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
@@ -220,6 +237,4 @@ def write_model(
         "encoding": plan.encoding.to_json(),
         "decision": decision,
     }
-    files.write(
-        folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)})
-    )
+    files.write(folder / MODEL, safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))
