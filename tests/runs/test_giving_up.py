@@ -61,7 +61,7 @@ def study_of(folder: Path, way: str, text: str = STUDY) -> Study:
     return approved(study, folder, SITES)
 
 
-def stop(study: Study, folder: Path, round: int) -> None:
+def stop(study: Study, folder: Path, round: int, run: Callable[..., Any] = medfed.run) -> None:
     """Run until a round's rows are written down by all, and crash before it is opened."""
     confirm = MaskingServer.confirm
     add = three_party._add_parts
@@ -84,7 +84,7 @@ def stop(study: Study, folder: Path, round: int) -> None:
         patch.setattr(MaskingServer, "confirm", crash)
         patch.setattr(three_party, "_add_parts", crash_shared)
         with pytest.raises(Crash):
-            medfed.run(study, folder)
+            run(study, folder)
 
 
 @pytest.fixture

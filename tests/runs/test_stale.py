@@ -98,7 +98,9 @@ def test_a_resumption_that_is_refused_leaves_all_as_it_was(study: Study, tmp_pat
     assert medfed.resume(run).complete
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"trail": 5}', "\ud800", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", '{"trail": 5}', '{"trail": {"head": ""}}', "\ud800", "[" * 100_000]
+)
 def test_a_damaged_summary_is_told_by_name(text: str, study: Study, tmp_path: Path) -> None:
     """Before, whoever asked whether a run was complete got a traceback."""
     run = tmp_path / "run"

@@ -46,6 +46,7 @@ from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
 from medfed.runs.simulation import Parties, Simulation
+from medfed.runs.standing import FRESH, Standing
 from medfed.runs.statements import hear_statements
 
 logger = logging.getLogger(__name__)
@@ -62,26 +63,28 @@ class Drive:
         log: Log,
         run: str,
         folder: Path | None = None,
-        given_up: Mapping[int, events.GivenUp] | None = None,
+        standing: Standing = FRESH,
     ) -> None:
         """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps
-        nothing. `given_up`: the rounds that operators gave up, by number.
+        nothing. `standing`: in what a resumed run stands.
         """
         self.plan = plan
         self.study = plan.study
         self.parties = parties
-        self.fleet = parties.fleet
+        self.fleet = standing.fleet(parties.fleet)
         self.server = server
         self.log = log
         self.run = run
         self.folder = folder
         self.budget = plan.budget()
+        self.budget.leave(plan.away)
         self.model = main_model(plan.study.training.algorithm)
         self.told: dict[str, Statement] = {}  # by site: the last that it told of its ledger
         self.heads: dict[str, str] = {}  # and its head since, which every checkpoint asks for
         self.aggregation: Way = PLAIN
         self.watch = replay_watch(plan, log)
-        self.given_up = dict(given_up or {})
+        self.standing = standing
+        self.heads |= standing.heads
         self.gate = Rollback.of(plan)
         self.pace = replay_pace(log.events(), plan)
 
@@ -101,7 +104,7 @@ class Drive:
 
         try:
             while self.server.round < self.study.training.rounds:
-                if decided := self.given_up.get(self.server.round + 1):
+                if decided := self.standing.given_up.get(self.server.round + 1):
                     self.skip_round(decided)
                 else:
                     self.play_round()
@@ -117,12 +120,17 @@ class Drive:
         """Have all parties join the run, each by its own study; keep how far the trail goes."""
         keys = keys or ways.identify(self.plan, self.fleet, self.parties.aggregators or None)
         self.aggregation = ways.introduce(
-            self.plan, self.fleet, self.run, self.folder, keys, self.server.round
+            self.plan,
+            self.fleet,
+            self.run,
+            self.folder,
+            keys,
+            self.server.round,
+            self.standing.signed,
         )
         if self.folder and self.trail:
-            checkpoints.amend(
-                self.folder / "checkpoints", self.server.round, {"trail": self.trail.tell_head()}
-            )
+            more = {"trail": self.trail.tell_head(), "away": dict(self.standing.since)}
+            checkpoints.amend(self.folder / "checkpoints", self.server.round, more)
 
     @property
     def trail(self) -> Trail | None:
@@ -229,7 +237,14 @@ class Drive:
             return
         self.hear(whole=False)
         write_checkpoint(
-            self.folder, self.server, self.plan, self.fleet, self.log, self.heads, self.trail
+            self.folder,
+            self.server,
+            self.plan,
+            self.fleet,
+            self.log,
+            self.heads,
+            self.trail,
+            self.standing.since,
         )
 
     def ask_for_figures(self, known: Collection[type[events.Event]]) -> None:

@@ -50,6 +50,8 @@ OWN_LOG = "own.log"
 MODEL = "model.safetensors"
 """What a run has trained, when it has ended."""
 
+NOBODY: Mapping[str, int] = {}
+
 SITE_MAPS = "maps.json"
 """How each site's columns differ, as the run has applied it: file, sha256 and text."""
 
@@ -156,6 +158,7 @@ def freeze(
             "chosen": dict(plan.study.chosen),
             "told": first,
             "surveyed": plan.surveyed,
+            "tables": dict(plan.tables),
             "processes": processes,
         }
         files.write(folder / "study.toml", plan.study.toml())
@@ -200,14 +203,15 @@ def write_checkpoint(
     log: Log,
     heads: Heads,
     trail: Trail | None = None,
+    since: Mapping[str, int] = NOBODY,
 ) -> None:
     """Let the sites write down what they remember, then commit the round, with the `heads` of their
-    ledgers and how far the `trail` goes.
+    ledgers, how far the `trail` goes, and `since` which round a site is away.
     """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
-        for reply in gather(fleet, plan.participants, "save", payload, 600).values():
+        for reply in gather(fleet, plan.present, "save", payload, 600).values():
             if reply.error:
                 raise WriteError(f"site {reply.site!r} cannot save its state: {reply.error}")
     header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
@@ -215,6 +219,8 @@ def write_checkpoint(
         header["ledger"] = kept
     if trail:
         header["trail"] = trail.tell_head()
+    if since:
+        header["away"] = dict(since)
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 

@@ -85,8 +85,10 @@ def _find_stopped(folder: Path, study: Study) -> int:
 
     # Tried, and not ended: what the log tells after the last checkpoint.
     tried = False
-    before = (folder / "events.jsonl").read_bytes()[: header["events"]].count(b"\n")
-    for event in list(events.read(folder / "events.jsonl"))[before:]:
+    log = folder / "events.jsonl"
+    told = list(events.read(log))
+    before = log.read_bytes()[: header["events"]].count(b"\n")
+    for event in told[before:]:
         if isinstance(event, events.RoundStarted) and event.round == number:
             tried = True
         if isinstance(event, events.RoundFinished) and event.round == number:

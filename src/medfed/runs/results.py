@@ -152,9 +152,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("trail", {}), dict):
+        if not isinstance(found, dict):
             raise ValueError("expected an object")
-    except (OSError, ValueError, RecursionError) as error:
+        if (end := found.get("trail")) and type(end["entries"]) is not int:
+            raise ValueError(f"trail={end!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged ({plain(error)}); restore it from a copy, or remove it: `medfed "
             f"resume {folder}` writes it anew"

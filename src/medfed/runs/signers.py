@@ -271,6 +271,11 @@ def tell(
             f"Given up, on record: round {facts['round']} by {printable(facts['operator'])} "
             f"({printable(facts['reason'])})."
         )
+    if away := {name for session in sessions for name in session.told.get("away", ())}:
+        yield (
+            f"Away when the run was resumed: {some(sorted(away))}; the signature is the one from "
+            "when it joined, and in those sums it is not."
+        )
     if listed is None and not told:
         yield (
             "Whose key signed this nobody can tell: the study names no list of members "

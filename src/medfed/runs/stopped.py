@@ -43,8 +43,9 @@ def check_trail(folder: Path, study: Study, header: Mapping[str, Any]) -> Verifi
     found = trail.verify(path, holds, stopped=True)
     for one in told:
         at = one["entries"] - 1
-        if found.hashes[at : at + 1] != [one["head"]]:
-            raise _missing(path, f"line {at + 1} with hash {str(one['head'])[:16]}...")
+        head = one.get("head")
+        if found.hashes[at : at + 1] != [head]:
+            raise _missing(path, f"line {at + 1} with hash {str(head)[:16]}...")
     known = {(e["facts"].get("round"), e["kind"]) for e in found.entries}
     if lacking := [number for number, kind in _rounds_told(folder) if (number, kind) not in known]:
         raise _missing(path, f"what was done in round {some(lacking)}")
