@@ -183,6 +183,8 @@ def test_a_site_that_is_back_remembers_what_it_did_when_it_was_last_there(
         return listen(sites, op, payload)
 
     monkeypatch.setattr(inprocess, "handle_many", note)
+    stop_at(run, 6)  # before anything of it is kept
+    restored.clear()
     ended = medfed.resume(run)
     assert dict(restored) == {name: 5 for name in SITES[:-1]} | {GONE: 2}
     assert ended.summary["rounds"] == 5

@@ -244,7 +244,7 @@ class Drive:
             self.log,
             self.heads,
             self.trail,
-            self.standing.since,
+            self.standing.away_since,
         )
 
     def ask_for_figures(self, known: Collection[type[events.Event]]) -> None:

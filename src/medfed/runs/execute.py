@@ -215,7 +215,7 @@ def _go_on(
         return _begin(plan, cast, folder, name, started, listeners=listeners, told=told)
 
     if plan.keeps:
-        restore(folder, plan, fleet, server.round, header.get("away", {}))
+        restore(folder, plan, fleet, server.round, standing.since)
 
     record = folder / "events.jsonl"
     if not record.exists() or record.stat().st_size < header["events"]:

@@ -31,9 +31,15 @@ class Standing:
 
     given_up: Mapping[int, events.GivenUp] = field(default_factory=dict)  # by round
     away: Mapping[str, str] = field(default_factory=dict)  # by site, why
-    since: Mapping[str, int] = field(default_factory=dict)  # by site that is away, the last round
+    # by site that is, or was at the last checkpoint, away: the round of the last state that it kept
+    since: Mapping[str, int] = field(default_factory=dict)
     signed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # what it signed
     heads: Mapping[str, str] = field(default_factory=dict)  # and its ledger's, which it told last
+
+    @property
+    def away_since(self) -> dict[str, int]:
+        """Since which round those are away who are; the others keep their state again."""
+        return {name: self.since[name] for name in self.away}
 
     def fleet(self, fleet: Fleet) -> Fleet:
         """Return the fleet without those who are away."""
@@ -60,6 +66,7 @@ def look(
     """
     trail = check_trail(folder, study, header)
     given_up = read_given_up(folder, study, behind, trail)
+    before = header.get("away", {})
     if not given_up or trail is None:
         return Standing()
     names = list(_planned(folder).sizes)
@@ -75,7 +82,7 @@ def look(
     return Standing(
         given_up,
         away,
-        {name: header.get("away", {}).get(name, behind) for name in away},
+        dict.fromkeys(away, behind) | before,
         _find_signed(trail),
         {name: heads[name] for name in away if name in heads},
     )

@@ -110,6 +110,7 @@ def verify_run(
         _check_claim(folder, end, sessions)
         rounds = _count_rounds(path, runs)
         _check_given_up(folder, study, end, runs)
+        told = list(tell(end, sessions, listed, members is not None, coordinator))
     _check_pages(folder)
 
     last = sessions[-1]
@@ -121,7 +122,7 @@ def verify_run(
         list(dict.fromkeys(session.public.fingerprint for session in sessions)),
         listed.authority.fingerprint if listed else "",
         sorted(runs[-1].told["signed"]),
-        list(tell(end, sessions, listed, members is not None, coordinator)),
+        told,
     )
 
 
