@@ -5,7 +5,7 @@ sides are named.
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class Plan(Resolved):
     testers: tuple[str, ...]  # who holds test patients
     label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
     surveyed: str  # sha256 of what the sites told of their tables
-    tables: Mapping[str, str]  # the same of each site
+    tables: Mapping[str, str] = field(default_factory=dict)  # the same of each site
     away: tuple[str, ...] = ()  # sites that a resumed run goes on without
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
