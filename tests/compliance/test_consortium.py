@@ -20,6 +20,7 @@ from medfed.core.checks import (
     MedfedError,
     PlanError,
     RevokedError,
+    RunError,
     SignatureError,
     TrailError,
 )
@@ -58,6 +59,8 @@ def test_who_is_approved_is_on_it_until_revoked(place: Path) -> None:
         dict(found.roster) == {"ann": ann.public, "ben": ben.public}
         and found.authority == BOSS.public
     )
+    with pytest.raises(RunError, match="all in one line and all printable"):
+        consortium.revoke(place, BOSS, "ann", "its server\x1b[2J")
     consortium.revoke(place, BOSS, "ann", "its server was stolen")
     now = consortium.read(place)
     assert (

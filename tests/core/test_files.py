@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medfed.core import files
-from medfed.core.checks import RunError
+from medfed.core.checks import RunError, WriteError
 
 PRELUDE = """
 import os, signal, sys
@@ -115,3 +115,19 @@ def test_a_folder_in_the_way_is_told_and_stays(tmp_path: Path) -> None:
         files.write(tmp_path / "file", "new")
     assert (tmp_path / "file" / "inside").read_text() == "old"
     assert _no_leftovers(tmp_path, "file")
+
+
+def test_nothing_is_written_through_a_link_that_others_put_there(tmp_path: Path) -> None:
+    """The name beside the place can be guessed: what it led to was overwritten."""
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    (tmp_path / f".told.{os.getpid()}.tmp").symlink_to(victim)
+    with pytest.raises(WriteError, match="told cannot be written"):
+        files.write(tmp_path / "told", "new")
+    assert victim.read_text() == "kept"
+    files.write(tmp_path / "told", "new")  # the link is gone
+    assert (tmp_path / "told").read_text() == "new" and victim.read_text() == "kept"
+
+    (tmp_path / "linked").symlink_to(victim)
+    files.write(tmp_path / "linked", "new")  # takes the link's place
+    assert victim.read_text() == "kept" and not (tmp_path / "linked").is_symlink()

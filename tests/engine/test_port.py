@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 
 from medfed.engine import port
-from medfed.engine.port import Counted, Reply, gather
+from medfed.engine.port import Counted, Reply, Without, gather, gather_each
 
 
 class Clock:
@@ -169,3 +169,25 @@ def test_a_counted_fleet_counts_what_passes_and_changes_nothing(clock: Clock) ->
 def test_asking_nobody_waits_for_nobody(clock: Clock) -> None:
     assert gather(Scripted(clock, []), [], "work", b"", 60) == {}
     assert clock.now == 100
+
+
+def test_who_is_away_is_answered_for_and_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(port.time, "monotonic", clock.monotonic)
+    fleet = Scripted(clock, [(1.0, "a", ""), (2.0, "c", "")], first=7)
+    fleet.sites = lambda: ["a", "b", "c"]  # type: ignore[method-assign]
+    without = Without(fleet, {"b": "is away"})
+    assert without.sites() == ["a", "c"]
+    for _ in range(2):
+        replies = gather(without, ["a", "b", "c"], "op", b"x", 10.0)
+        assert {n: (r.payload, r.error) for n, r in replies.items()} == {
+            "a": (b"a", ""),
+            "b": (b"", "is away"),
+            "c": (b"c", ""),
+        }
+    before = clock.now
+    assert gather(without, ["b"], "op", b"x", 10.0)["b"].error == "is away"
+    assert clock.now == before  # nobody is waited for
+    replies = gather_each(without, "op", {"b": b"1", "c": b"2"}, 10.0)
+    assert [reply.error for reply in replies.values()] == ["is away", ""]
+    assert {name for asked in fleet.asked for name in asked[0]} == {"a", "c"}

@@ -3,6 +3,7 @@ number is written.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from medfed.core.checks import RunError
 from medfed.monitor.events import (
     EVENTS,
     SCHEMA,
+    WITHHELD,
     Compared,
     Event,
     GivenUp,
@@ -32,6 +34,7 @@ from medfed.monitor.events import (
     line,
     parse,
     read,
+    screen,
 )
 from medfed.monitor.events import Tested as ModelTested
 from medfed.monitor.metrics import Figure
@@ -70,6 +73,80 @@ SAMPLES: list[Event] = [
     Resumed(1, 3, ""),
     RunFinished("complete", 3, 1.5, ""),
 ]
+
+
+ODD = "a\nb\x1b[2J\u2028c\ud800d"
+"""Line ends, a terminal's escape, half a letter."""
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        GivenUp(2, ODD, ODD),
+        SecurityAudit(1, "ä", 0, 0.0, "lift", [ODD]),
+        SiteExcluded(1, "b", ODD),
+        RunFinished("incomplete", 3, 1.5, ODD),
+        Warned(ODD),
+    ],
+)
+def test_free_texts_hold_nothing_that_ends_a_line_or_moves_a_cursor(
+    event: Event, tmp_path: Path
+) -> None:
+    """A site's reason and an operator's word went to terminals and pages as they were."""
+    with Log(tmp_path / "events.jsonl") as log:
+        log.emit(event)
+    (found,) = read(tmp_path / "events.jsonl")
+    end = "\n" if isinstance(event, Warned) else " "
+    assert f"a{end}b [2J c d" in texts(found)
+    assert isinstance(found, type(event))
+    by_hand = _write(tmp_path / "log", line(event).replace("\\ud800", " "), "")
+    assert texts(*read(by_hand)) == texts(found)
+
+
+def texts(event: Event) -> list[object]:
+    return [part for one in vars(event).values() for part in (one if type(one) is list else [one])]
+
+
+def test_half_a_letter_in_a_log_is_damage(tmp_path: Path) -> None:
+    path = _write(tmp_path / "log", line(Warned("x\ud800")), line(Warned("y")), "")
+    with pytest.raises(RunError, match="line 1 is damaged"):
+        list(read(path))
+    path = _write(tmp_path / "log", line(Warned("\U0001f600")), "")
+    assert list(read(path)) == [Warned("\U0001f600")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 200_000, "a.b" * 70_000, "mrn" + ":" * 200_000, "mrn:" * 50_000, "born " * 40_000],
+)
+def test_screening_takes_time_by_length_alone(text: str) -> None:
+    """A reason of 200,000 letters took minutes."""
+    began = time.perf_counter()
+    assert screen(Warned(text)) == Warned(text)
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write to ada.b+c@example.org now",
+        "x" * 1000 + "@a.b",
+        "MRN 12",
+        "mrn:= #abc9",
+        "patient id x-y-1",
+        "mrn mrn ssn: q7",
+        "born: mrn:ssn7",
+        "078-05-1120",
+        "2001-02-03",
+    ],
+)
+def test_whatever_stands_before_an_identifier_it_is_withheld(text: str) -> None:
+    assert screen(Warned(text)) == Warned(WITHHELD)
+
+
+@pytest.mark.parametrize("text", ["a@b", "mrn", "mrn x 7", "1-2-3", "borne 7"])
+def test_what_looks_like_none_is_told(text: str) -> None:
+    assert screen(Warned(text)) == Warned(text)
 
 
 def _write(path: Path, *lines: str) -> Path:

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.core import files
-from medfed.core.checks import BudgetError, LedgerError, PlanError
+from medfed.core.checks import BudgetError, LedgerError, PlanError, RunError
 from medfed.privacy import accounting, ledger_file, privacy_events
 from medfed.privacy.ledger import Ledger
 from medfed.privacy.ledger_entries import Charge, Cohort, Lifetime, Limits, Spent
@@ -1151,6 +1151,14 @@ def test_nothing_is_decided_by_nobody_or_for_no_reason(operator: str, reason: st
         with pytest.raises(PlanError, match="expected both"):
             book.decide(2.0, DELTA, operator, reason)
         assert book.lifetime == BOUND and len(book.decisions()) == 1
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "half a letter \ud800", "a" * 1001])
+def test_an_operators_word_is_one_printable_line(text: str) -> None:
+    with Ledger.open(None, founding=BOUND) as book:
+        for operator, reason in ((text, "asked"), ("Ada", text)):
+            with pytest.raises(RunError, match="all in one line and all printable"):
+                book.decide(2.0, DELTA, operator, reason)
 
 
 @pytest.mark.parametrize(

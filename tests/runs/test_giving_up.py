@@ -19,13 +19,14 @@ import torch
 
 import medfed
 from medfed import runs
+from medfed.compliance import consortium
 from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import AbortError, RunError, TrailError
 from medfed.monitor import events
 from medfed.privacy.ledger import Ledger
 from medfed.rounds import checkpoints
-from medfed.runs import claims, drive, sealing
+from medfed.runs import claims, decisions, drive, sealing
 from medfed.runs.verification import verify_run
 from medfed.secure import key_files, party, three_party
 from medfed.secure.chain import Follower
@@ -60,7 +61,7 @@ def study_of(folder: Path, way: str, text: str = STUDY) -> Study:
     return approved(study, folder, SITES)
 
 
-def stop(study: Study, folder: Path, round: int) -> None:
+def stop(study: Study, folder: Path, round: int, run: Callable[..., Any] = medfed.run) -> None:
     """Run until a round's rows are written down by all, and crash before it is opened."""
     confirm = MaskingServer.confirm
     add = three_party._add_parts
@@ -83,7 +84,7 @@ def stop(study: Study, folder: Path, round: int) -> None:
         patch.setattr(MaskingServer, "confirm", crash)
         patch.setattr(three_party, "_add_parts", crash_shared)
         with pytest.raises(Crash):
-            medfed.run(study, folder)
+            run(study, folder)
 
 
 @pytest.fixture
@@ -331,6 +332,204 @@ def test_an_opened_round_is_given_up_only_where_noise_hides_its_rows(
     verify_run(run)
 
 
+# who writes in the folder, without the coordinator's key -------------------------------------------
+
+
+def write_signed(run: Path, study: Study, **facts: Any) -> None:
+    """Write what the operator's own command would refuse, with the coordinator's keys."""
+    name = json.loads((run / "plan.json").read_text())["run"]
+    word = decisions.sign_off("gone", "Ada", "a test")
+    decisions.write_down(run / runs.GIVEN_UP, study, name, word | facts)
+
+
+def cut_from(run: Path, kind: str, round: int) -> None:
+    """Cut a trail before its last line of this kind and round."""
+    path = run / sealing.TRAIL
+    kept = path.read_bytes().splitlines(keepends=True)
+    told = [(one["kind"], one["facts"].get("round")) for one in map(json.loads, kept)]
+    at = len(told) - 1 - told[::-1].index((kind, round))
+    path.write_bytes(b"".join(kept[:at]))
+
+
+def by_hand(run: Path, **facts: Any) -> None:
+    """Write a line into what operators have given up, as whoever can write there does."""
+    line = {"round": 2, "reason": "gone", "operator": "Ada", "time": "2026-01-01T00:00:00+00:00"}
+    with open(run / runs.GIVEN_UP, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line | facts) + "\n")
+
+
+@pytest.mark.parametrize("round", [2, 3])
+def test_a_line_by_hand_gives_nothing_up(
+    round: int, tmp_path: Path, leave: Callable[[], None]
+) -> None:
+    """Before, it was taken for the operator's word, of whatever round, and signed as such."""
+    run = tmp_path / "run"
+    stop(study_of(tmp_path, "masked"), run, 2)
+    leave()
+    by_hand(run, round=round)
+    before = (run / "events.jsonl").read_bytes()
+    with pytest.raises(RunError, match="is not what `medfed give-up` writes"):
+        medfed.resume(run)
+    with pytest.raises(RunError, match="is not what `medfed give-up` writes"):
+        runs.give_up(run, "gone", "Ada")
+    assert (run / "events.jsonl").read_bytes() == before
+
+
+def signed_by(key: Identity, run: Path, /, **facts: Any) -> str:
+    """Return a line as `medfed give-up` writes it, under a key of somebody's."""
+    name = json.loads((run / "plan.json").read_text())["run"]
+    entry = {"run": name, "number": 0, "round": 2, **decisions.sign_off("gone", "Ada", "a test")}
+    entry |= {"key": key.public.signing.hex(), **facts}
+    signature = key.sign(decisions._signing_input(run / runs.GIVEN_UP, entry)).hex()
+    return json.dumps({**entry, "signature": signature}) + "\n"
+
+
+FORGED: dict[str, Callable[[Identity, Identity, Path], str]] = {
+    "a site's key": lambda me, site, run: signed_by(site, run),
+    "another run": lambda me, site, run: signed_by(me, run, run="another"),
+    "another place": lambda me, site, run: signed_by(me, run, number=1),
+    "twice": lambda me, site, run: signed_by(me, run) * 2,
+    "a round that is none": lambda me, site, run: signed_by(me, run, round=True),
+    "a round in the future": lambda me, site, run: signed_by(me, run, round=3),
+    "a round that is behind": lambda me, site, run: signed_by(me, run, round=1),
+    "another reason": lambda me, site, run: signed_by(me, run).replace("gone", "lost"),
+    "a second reason": lambda me, site, run: signed_by(me, run).replace(
+        '"reason"', '"reason": "a", "reason"'
+    ),
+    "an escape": lambda me, site, run: signed_by(me, run, reason="gone\x1b[2J"),
+    "half a letter": lambda me, site, run: signed_by(me, run, operator="\ud800"),
+    "a book": lambda me, site, run: signed_by(me, run, reason="a" * 100_000),
+}
+
+
+@pytest.fixture(scope="module")
+def stuck(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that is stuck in round 2."""
+    place = tmp_path_factory.mktemp("stuck")
+    stop(study_of(place, "masked"), place / "run", 2)
+    return place
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_line_that_no_operator_of_this_run_signed_for_this_round_is_refused(
+    forgery: str, stuck: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stuck / "run", run)
+    me, site = (key_files.load(stuck / "keys" / f"{n}.key") for n in ("coordinator", SITES[0]))
+    (run / runs.GIVEN_UP).write_text(FORGED[forgery](me, site, run))
+    with pytest.raises(RunError, match=r"given-up\.jsonl.*(restore|take the line out)"):
+        medfed.resume(run)
+
+
+def test_what_was_given_up_is_not_read_through_a_link(stuck: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stuck / "run", run)
+    me = key_files.load(stuck / "keys" / "coordinator.key")
+    (tmp_path / "elsewhere").write_text(signed_by(me, run))
+    (run / runs.GIVEN_UP).symlink_to(tmp_path / "elsewhere")
+    for go_on in (medfed.resume, lambda folder: runs.give_up(folder, "gone", "Ada")):
+        with pytest.raises(TrailError, match="is a link"):
+            go_on(run)
+
+
+def test_a_revoked_coordinator_gives_nothing_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    study = study_of(tmp_path, "masked")
+    stop(study, run, 2)
+    runs.give_up(run, "gone", "Ada")
+    found = consortium.read(tmp_path / "members")
+    boss = key_files.load(tmp_path / "keys" / "consortium.key")
+    assert found.authority == boss.public
+    consortium.revoke(tmp_path / "members", boss, "coordinator", "stolen")
+    with pytest.raises(RunError, match="no key of a coordinator on the list"):
+        medfed.resume(run)
+
+
+def test_the_file_is_removed_between_trail_and_checkpoint(
+    tmp_path: Path, leave: Callable[[], None]
+) -> None:
+    """Before, the round was played after all, and the run lost: found by `verify` alone."""
+    run = tmp_path / "run"
+    stop(study_of(tmp_path, "masked"), run, 2)
+    leave()
+    runs.give_up(run, "gone", "Ada")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "write_checkpoint", stop_here)
+        with pytest.raises(Crash):
+            medfed.resume(run)
+    (run / runs.GIVEN_UP).unlink()
+    ended = medfed.resume(run)
+    assert ended.summary["given_up"] == [{"round": 2, "operator": "Ada", "reason": "gone"}]
+    assert verify_run(run).rounds == 3
+
+
+def test_rounds_are_not_given_up_where_no_record_outlasts_the_run(tmp_path: Path) -> None:
+    """Nobody could sign it, and nobody needs it: parties without keys of their own forget."""
+    study = study_of(tmp_path, "masked")
+    study = study._with({"security.federation": "", "security.keys": ""})
+    stop(study, tmp_path / "run", 2)
+    with pytest.raises(RunError, match=r"security\.federation is not set.*with whoever is there"):
+        runs.give_up(tmp_path / "run", "gone", "Ada")
+    by_hand(tmp_path / "run")
+    with pytest.raises(RunError, match=r"so no round is given up; remove given-up\.jsonl"):
+        medfed.resume(tmp_path / "run")
+    (tmp_path / "run" / runs.GIVEN_UP).unlink()
+    assert medfed.resume(tmp_path / "run").complete
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_opened_round_is_not_given_up_by_the_operators_own_line(
+    way: str, tmp_path: Path, leave: Callable[[], None]
+) -> None:
+    """The command alone looked at what was opened: the difference of the two sums was the row of
+    whoever is gone, and the trail held.
+    """
+    run = tmp_path / "run"
+    study = study_of(tmp_path, way)
+    crashed(study, run, 2)
+    leave()
+    write_signed(run, study, round=2)
+    with pytest.raises(RunError, match="it would tell those of whoever is gone"):
+        medfed.resume(run)
+
+
+@pytest.mark.parametrize("at", ["crashed", "stopped", "resumed"])
+def test_a_trail_that_was_cut_by_what_was_opened_is_not_gone_on_with(
+    at: str, tmp_path: Path, leave: Callable[[], None]
+) -> None:
+    """Without its last opened sum the round could be given up, and the trail still held."""
+    run = tmp_path / "run"
+    crashed(study_of(tmp_path, "masked"), run, 2)
+    leave()
+    if at != "crashed":
+        assert "give the round up" in medfed.resume(run).summary["reason"]
+    if at == "resumed":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(drive, "run_round", stop_here)
+            with pytest.raises(Crash):
+                medfed.resume(run)
+    cut_from(run, "opened sum", 2)
+    for go_on in (medfed.resume, lambda folder: runs.give_up(folder, "gone", "Ada")):
+        with pytest.raises(TrailError, match="lines are missing"):
+            go_on(run)
+
+
+def test_a_trail_that_others_wrote_lines_into_is_not_gone_on_with(
+    tmp_path: Path, leave: Callable[[], None]
+) -> None:
+    """Under a key of its own, a round that is given up, as its trail alone would tell."""
+    run = tmp_path / "run"
+    stop(study_of(tmp_path, "masked"), run, 2)
+    leave()
+    eve = Identity.new("coordinator", "coordinator")
+    trail = Trail.open(run / sealing.TRAIL, eve.name, eve.public.signing, eve.sign)
+    facts = {"round": 2, "operator": "Ada", "reason": "gone", "model": "00", "previous": "00"}
+    trail.append("given up", facts)
+    with pytest.raises(TrailError, match=r"signed with keys that .* never approved"):
+        medfed.resume(run)
+
+
 # who changes what is on record ---------------------------------------------------------------------
 
 
@@ -420,6 +619,11 @@ def open_it_too(one: dict[str, Any]) -> list[dict[str, Any]]:
     return [one, one | {"kind": "opened sum", "facts": facts}]
 
 
+def open_it_first(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """As a line by hand had it signed."""
+    return open_it_too(one)[::-1]
+
+
 def invent_line(one: dict[str, Any]) -> list[dict[str, Any]]:
     """Say that a round was given up that was not."""
     if one["kind"] != "opened sum" or one["facts"]["round"] != 3:
@@ -435,6 +639,7 @@ def same(one: dict[str, Any]) -> list[dict[str, Any]]:
 
 TOLD = "tells of rounds given up"
 ATTACKS = {
+    "opened before": (same, open_it_first, "was opened before it was given up, and no noise"),
     "event removed": (drop_event, same, TOLD),
     "event invented": (invent_event, same, TOLD),
     "another reason": (other_reason, same, TOLD),

@@ -32,6 +32,7 @@ def federated(folder: Path, text: str, changes: dict[str, Any]) -> Study:
 def approved(study: Study, folder: Path, sites: Sequence[str]) -> Study:
     """Return a study whose parties, sites and others, have keys that a consortium has approved."""
     boss = Identity.new("the consortium", "consortium")
+    key_files.save(boss, folder / "keys" / "consortium.key")
     consortium.begin(folder / "members", boss)
     roles = dict.fromkeys(sites, "site") | {"coordinator": "coordinator"}
     roles |= dict.fromkeys(study.security.aggregators, "aggregator")

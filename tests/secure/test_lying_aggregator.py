@@ -299,6 +299,56 @@ def test_a_round_goes_no_further_once_a_later_one_was_begun(step: int) -> None:
     assert play(2, ask()).accepted == ["a", "b", "c"]
 
 
+def test_a_noised_gram_matrix_is_not_opened_once_a_later_round_was_begun() -> None:
+    """Between the rows being written down and the opening are the steps of the noise: in them the
+    first matrix was opened beside the later one, of other rows.
+    """
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    records = {name: Record() for name in PARTIES}
+    scopes = {1: Scope("study", "run", 1), 2: Scope("study", "run", 2)}
+    seen: list[int] = []  # of how many rows a matrix was opened
+    selection = noise(1.0)
+
+    def weigh(gram_KK: NDArray[np.float64]) -> NDArray[np.float64]:
+        seen.append(len(gram_KK))
+        return uniform(gram_KK)
+
+    def ask() -> three_party.Ask:
+        return three_party.in_turn(
+            {
+                n: three_party.SharingAggregator(
+                    posts[n],
+                    TERMS,
+                    "study",
+                    "run",
+                    selection=replace(selection, rule=weigh),
+                    record=records[n],
+                )
+                for n in PARTIES
+            }
+        )
+
+    def play(round: int, ask: three_party.Ask) -> Opened:
+        names = {1: "abcd", 2: "abc"}[round]
+        sent = {n: three_party.share(posts[n], scopes[round], ROWS[n], TERMS) for n in names}
+        return three_party.relay(ask, scopes[round], sent, TERMS)
+
+    first = ask()
+    later = ask()
+    begun = [False]
+
+    def waiting(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        written = all(one.last("rows", "study", "run")[0] == 1 for one in records.values())
+        if op == "step" and written and not begun[0]:
+            begun[0] = True
+            assert play(2, later).accepted == ["a", "b", "c"]
+        return first(op, payloads)
+
+    with pytest.raises(RecordError, match="round 2"):
+        play(1, waiting)
+    assert begun[0] and set(seen) == {3}
+
+
 @pytest.mark.parametrize("liar", PARTIES)
 @pytest.mark.parametrize("lie", ["tag", "refusal"])
 def test_an_aggregator_may_not_say_of_a_site_what_it_likes(

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from medfed.compliance import seen, trail
 from medfed.compliance.trail import Trail
 from medfed.core import files
-from medfed.core.checks import SignatureError, TrailError
+from medfed.core.checks import SignatureError, TrailError, refuse_unprintable
 from medfed.secure import key_files
 from medfed.secure.identity import Identity, Public, Roster, holds
 from medfed.secure.record import Record
@@ -79,6 +79,13 @@ class Consortium:
             for entry in self.history
             if entry["kind"] == "approved"
         }
+
+    def vouched_keys(self) -> set[tuple[str, str]]:
+        """Return the names and signing keys, in hex, that were approved and not revoked since, also
+        those that their owner has replaced.
+        """
+        gone = {key.hex() for key in self.revoked_keys()}
+        return {(name, key) for name, key in self.approved_keys() if key not in gone}
 
     def keep_up(self, own: Path) -> None:
         """Refuse this list where it lacks the head last seen by a party, and remember it for it.
@@ -165,9 +172,11 @@ def revoke(
     folder: Path, authority: Identity, name: str, reason: str, own: Path | None = None
 ) -> None:
     """Take a member off the list: from now on its messages count nowhere.
-    Raises SignatureError, RevokedError; `own` is as for `approve`.
+    Raises SignatureError, RevokedError, RunError for a reason that is no printable line; `own` is
+    as for `approve`.
     """
     _ = read(folder, authority.public, own=own).roster[name]
+    refuse_unprintable("reason", reason)
     _append(folder, authority, "revoked", {"name": name, "reason": reason})
     if own:
         read(folder, authority.public, own=own)

@@ -96,6 +96,10 @@ class Trail:
         self.number = self.number + 1
         self.head = sha256(line).hexdigest()
 
+    def tell_head(self) -> dict[str, Any]:
+        """Return how far the trail goes, as what lies beside it tells it."""
+        return {"entries": self.number, "head": self.head}
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -106,11 +110,17 @@ class Verified:
     hashes: list[str]
 
 
-def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str = "") -> Verified:
+def verify(
+    path: Path,
+    check: Callable[[bytes, bytes, bytes], bool],
+    head: str = "",
+    stopped: bool = False,
+) -> Verified:
     """Return a trail's entries where every line follows the one before and is signed; `head` is
     known elsewhere.
 
-    `check(public, signature, data)` says whether a signature holds. Raises TrailError naming the
+    `check(public, signature, data)` says whether a signature holds; `stopped` says that its writer
+    is to go on with it, so that a last line that a crash tore is none. Raises TrailError naming the
     first line that fails.
 
     Guarantee: no line was changed, added, removed or moved since it was written, by anybody without
@@ -148,7 +158,7 @@ def verify(path: Path, check: Callable[[bytes, bytes, bytes], bool], head: str =
         previous = sha256(line).hexdigest()
         hashes.append(previous)
 
-    if not data.endswith(b"\n"):
+    if not data.endswith(b"\n") and not stopped:
         raise TrailError(
             f"{path}, line {len(entries) + 1}: cut off; a crash tore it, or somebody did. Resume "
             "the run."

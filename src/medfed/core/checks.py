@@ -177,6 +177,26 @@ def reasons(excluded: Mapping[str, object], most: int = 20) -> str:
     )
 
 
+LONGEST = 1000
+"""Letters of what a person writes for the record; more is no reason but a document."""
+
+
+def refuse_unprintable(name: str, text: str) -> None:
+    """Raise RunError for words of a person that cannot stand in one line of a page or terminal."""
+    if len(text) > LONGEST or not text.isprintable():
+        raise RunError(
+            f"{name}={text[:60]!r} ({len(text)} letters); expected at most {LONGEST} letters, all "
+            "in one line and all printable. Say it shorter, or without such signs."
+        )
+
+
+def printable(text: str) -> str:
+    """Return a text with a space for what does not print: a line's end, a terminal's escape."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def describe(error: BaseException) -> str:
     """Return what may leave a party of an unforeseen error: its kind, module and line.
 

@@ -33,14 +33,15 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def write(path: Path, content: bytes | str, private: bool = False) -> None:
     """Write a whole file or nothing: readers see the old content until all of the new is on disk.
 
-    `private`: its owner alone may read it. Raises WriteError where the disk refuses; what was there
-    before is still there then.
+    `private`: its owner alone may read it. Raises WriteError where the disk refuses, or somebody
+    has put a link where it is written first; what was there before is still there then. A link in
+    the file's own place is replaced, and what it leads to stays.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
-            with open(beside, "wb") as file:
+            with open(beside, "wb", opener=_open_itself) as file:
                 if private:
                     os.chmod(beside, 0o600)
                 file.write(data)
@@ -52,6 +53,11 @@ def write(path: Path, content: bytes | str, private: bool = False) -> None:
                 beside.unlink(missing_ok=True)
             raise
         flush_folder(path.parent)
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Open a file that is no link: somebody could have put one there, to a file of another's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def make_folder(folder: Path) -> None:

@@ -93,6 +93,48 @@ class Counted:
         return replies
 
 
+class Without:
+    """A fleet as it is without some of its sites: what those are asked is answered at once, by why
+    they are away.
+    """
+
+    def __init__(self, fleet: Fleet, away: Mapping[str, str]) -> None:
+        """Set up the fleet without those that are `away`, by name and reason."""
+        self.fleet = fleet
+        self.away = dict(away)
+        self._replies: list[Reply] = []
+        self._tickets = 0
+
+    def sites(self) -> list[str]:
+        """Return the fleet's sites that are not away."""
+        return [name for name in self.fleet.sites() if name not in self.away]
+
+    def submit(self, site: str, op: str, payload: bytes, deadline: float) -> int:
+        """Ask one site."""
+        return self.submit_many([site], op, payload, deadline)[0]
+
+    def submit_many(
+        self, sites: Sequence[str], op: str, payload: bytes, deadline: float
+    ) -> list[int]:
+        """Ask those who are there; tickets of the others are below zero."""
+        there = [name for name in sites if name not in self.away]
+        asked = iter(self.fleet.submit_many(there, op, payload, deadline) if there else ())
+        return [self._refuse(name) if name in self.away else next(asked) for name in sites]
+
+    def _refuse(self, site: str) -> int:
+        self._tickets -= 1
+        self._replies.append(Reply(self._tickets, site, b"", 0.0, self.away[site]))
+        return self._tickets
+
+    def poll(self, wait: float) -> list[Reply]:
+        """Return what has been answered for those who are away, else what arrives."""
+        if self._replies:
+            replies = self._replies
+            self._replies = []
+            return replies
+        return self.fleet.poll(wait)
+
+
 def gather(
     fleet: Fleet, sites: Sequence[str], op: str, payload: bytes, deadline: float
 ) -> dict[str, Reply]:

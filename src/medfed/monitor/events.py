@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medfed.core import files
-from medfed.core.checks import RunError, strip_name
+from medfed.core.checks import RunError, printable, strip_name
 from medfed.monitor.metrics import Figure
 
 SCHEMA = 1
@@ -354,37 +354,42 @@ class Log:
 
 WITHHELD = "[withheld: it looks like a direct identifier]"
 
+_WORDS = r"\b(?:mrn|ssn|nhs|dob|patient (?:id|name|number)|born)\b"
+
+# Each part looks at a letter a few times at most, however long a text is.
 _IDENTIFIERS = re.compile(
-    r"[\w.+-]+@[\w-]+\.\w+"  # an address
+    r"(?<![\w.+-])[\w.+-]++@[\w-]++\.\w"  # an address
     r"|\b\d{3}-\d{2}-\d{4}\b"  # a social security number
     r"|\b\d{3}[-. ]\d{3}[-. ]\d{4}\b"  # a telephone or NHS number
     r"|\b(?:19|20)\d\d-\d\d-\d\d\b"  # a date of somebody's
-    r"|\b(?:mrn|ssn|nhs|dob|patient (?:id|name|number)|born)\b[:=# ]*\S*\d",
+    rf"|{_WORDS}[:=# ]*+(?:(?!{_WORDS})[^\s\d])*+\d",  # up to the next such word
     re.IGNORECASE,
 )
 
 
 def screen(event: Event) -> Event:
-    """Return an event whose free texts hold no address, number or date that could be somebody's.
+    """Return an event whose free texts hold no address, number or date that could be somebody's,
+    and nothing that does not print, such as a terminal's escape; a warning may have several lines.
 
     Reasons and warnings can carry words of a site's own code. Names of people are not told from
     other words.
     """
+    if isinstance(event, Warned) and _IDENTIFIERS.search(event.text):
+        return Warned(WITHHELD)
+    return _reword(event, lambda text: WITHHELD if _IDENTIFIERS.search(text) else printable(text))
+
+
+def _reword(event: Event, change: Callable[[str], str]) -> Event:
+    """Return an event with its free texts changed; a warning's line by line."""
     match event:
-        case Warned(text=text) if _IDENTIFIERS.search(text):
-            return dataclasses.replace(event, text=WITHHELD)
-        case SiteExcluded(reason=reason) | RunFinished(reason=reason) if _IDENTIFIERS.search(
-            reason
-        ):
-            return dataclasses.replace(event, reason=WITHHELD)
+        case Warned(text=text):
+            return Warned("\n".join(map(change, text.split("\n"))))
+        case SiteExcluded(reason=reason) | RunFinished(reason=reason):
+            return dataclasses.replace(event, reason=change(reason))
         case GivenUp(operator=operator, reason=reason):
-            told = [WITHHELD if _IDENTIFIERS.search(text) else text for text in (operator, reason)]
-            return dataclasses.replace(event, operator=told[0], reason=told[1])
-        case SecurityAudit(evidence=evidence) if any(
-            _IDENTIFIERS.search(text) for text in evidence
-        ):
-            told = [WITHHELD if _IDENTIFIERS.search(text) else text for text in evidence]
-            return dataclasses.replace(event, evidence=told)
+            return dataclasses.replace(event, operator=change(operator), reason=change(reason))
+        case SecurityAudit(evidence=evidence):
+            return dataclasses.replace(event, evidence=[change(text) for text in evidence])
     return event
 
 
@@ -404,8 +409,12 @@ class Stamped(NamedTuple):
 
 
 def parse(text: str) -> Stamped:
-    """Read one line; raise RunError for a newer schema or an unknown event."""
+    """Read one line; raise RunError for a newer schema or an unknown event, ValueError where it is
+    none.
+    """
     fields = json.loads(text)
+    if "\\ud" in text.lower():  # half a letter, which no page can hold
+        json.dumps(fields, ensure_ascii=False).encode()
     schema = fields.pop("schema")
     name = fields.pop("event")
     time = datetime.fromisoformat(fields.pop("time"))
@@ -422,9 +431,8 @@ def parse(text: str) -> Stamped:
         fields["own_better"] = Figure(**fields["own_better"])
     # a later medfed may have added some
     known = {field.name for field in dataclasses.fields(EVENTS[name])}
-    return Stamped(
-        time, EVENTS[name](**{key: value for key, value in fields.items() if key in known})
-    )
+    event = EVENTS[name](**{key: value for key, value in fields.items() if key in known})
+    return Stamped(time, _reword(event, printable))
 
 
 def read(path: Path) -> Iterator[Event]:

@@ -4,8 +4,8 @@ sides are named.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -56,11 +56,18 @@ class Plan(Resolved):
     testers: tuple[str, ...]  # who holds test patients
     label_counts: Mapping[str, Mapping[str, int]]  # labels at each site
     surveyed: str  # sha256 of what the sites told of their tables
+    tables: Mapping[str, str] = field(default_factory=dict)  # the same of each site
+    away: tuple[str, ...] = ()  # sites that a resumed run goes on without
     bytes_up: int = 0  # what it took to survey the sites and to agree
     bytes_down: int = 0
     warnings: tuple[str, ...] = ()
     path: Path = "auto"  # which local training serves the model
     chosen: Chosen | None = None  # the learning rate, where the study leaves it open
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Those who train and are not away."""
+        return tuple(name for name in self.participants if name not in self.away)
 
     @property
     def local(self) -> LocalPlan:
@@ -83,12 +90,20 @@ class Plan(Resolved):
         return vector(build_model(self.study, self.encoding))
 
 
-def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encoding) -> Plan:
+def make(
+    study: Study,
+    surveys: Mapping[str, Mapping[str, Any]],
+    encoding: Encoding,
+    away: Collection[str] = (),
+) -> Plan:
     """Check a study against what its sites told; return the plan.
 
     Args:
-        surveys: by site, what it told of its table (operation `survey`).
+        study: as its sites have it.
+        surveys: by site, what it told of its table (operation `survey`); of one that is away its
+            records and labels alone.
         encoding: how records become numbers.
+        away: the sites that a resumed run goes on without.
 
     Raises:
         StudyError, DataError, PlanError: where something cannot work, with the way out.
@@ -104,8 +119,9 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         for name, told in surveys.items()
     }
     trainers = _list_trainers(study, sizes)
+    heard = {name: told for name, told in surveys.items() if name not in away}
     if not private:
-        refuse(find_renamed(surveys, study))
+        refuse(find_renamed(heard, study))
     told = study.data.test_is_public or not private  # else nobody says how many are held out
     if told and study.monitor.evaluate_every and not any(size["test"] for size in sizes.values()):
         raise DataError(
@@ -137,11 +153,17 @@ def make(study: Study, surveys: Mapping[str, Mapping[str, Any]], encoding: Encod
         **vars(facts),
         encoding=encoding,
         testers=_list_testers(study, sizes),
-        surveyed=hashlib.sha256(json.dumps(surveys, sort_keys=True).encode()).hexdigest(),
+        surveyed=_digest(heard),
+        tables={name: _digest(told) for name, told in heard.items()},
+        away=tuple(away),
         label_counts={name: told["labels"] for name, told in surveys.items()},
-        warnings=(*_warn_of_path(study, probed), *warn(surveys, encoding, study)),
+        warnings=(*_warn_of_path(study, probed), *warn(heard, encoding, study)),
         path=probed.path,
     )
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _check_tests(study: Study, encoding: Encoding) -> None:

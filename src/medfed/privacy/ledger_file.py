@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from medfed.core import files
-from medfed.core.checks import LedgerError, PlanError
+from medfed.core.checks import LedgerError, PlanError, refuse_unprintable
 from medfed.core.patient_ids import Rule
 from medfed.privacy import accounting
 from medfed.privacy.ledger_entries import Lifetime
@@ -175,6 +175,8 @@ def refuse_unsigned(operator: str, reason: str) -> None:
             f"operator={operator!r}, reason={reason!r}; expected both: what is decided stays on "
             "record"
         )
+    refuse_unprintable("operator", operator)
+    refuse_unprintable("reason", reason)
 
 
 def create(path: Path, founding: Lifetime | None) -> None:

@@ -24,6 +24,10 @@ class RunMeter(Protocol):
         """Count a round of these clients that was given up, where no payment ahead covers it."""
         ...
 
+    def leave(self, away: Collection[str]) -> None:
+        """Count clients that are away, and are asked nothing, for all that the plan holds."""
+        ...
+
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take over for how many rounds clients have paid by their own ledgers,
         where that is more than is known.
@@ -63,6 +67,9 @@ class NoClaim:
 
     def write_off(self, round: int, clients: Sequence[str]) -> None:
         """Let every round pass."""
+
+    def leave(self, away: Collection[str]) -> None:
+        """Count nothing."""
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Take nothing over."""
@@ -106,6 +113,7 @@ class Metered:
         self.asked: Mapping[str, int] = {}
         self.unsure = Counter[str]()  # queries put to sites, of which maybe nobody has answered
         self.recalled = Counter[str]()  # by client, rounds not counted as it has paid before
+        self.away: frozenset[str] = frozenset()  # who pays for nothing more
 
     def charge(self, round: int, clients: Sequence[str]) -> None:
         """Count the round; raise BudgetError, charging nobody, where a client has no round left."""
@@ -123,6 +131,8 @@ class Metered:
     def _count(self, round: int, clients: Sequence[str], paid: Collection[str]) -> None:
         """Count a round, which those who have `paid` are ahead by."""
         guarantee = self.guarantee
+        clients = [name for name in clients if name not in self.away]
+        paid = [name for name in paid if name not in self.away]
         if guarantee.strategy:  # a correlated run is paid once, in full
             self.uses |= dict.fromkeys(clients, 1)
             return
@@ -138,6 +148,13 @@ class Metered:
                 "privacy.epsilon or plan with privacy.spare_rounds."
             )
         self.uses |= after
+
+    def leave(self, away: Collection[str]) -> None:
+        """Count clients for every round of the plan, the spare ones too, as no ledger pays for
+        more: what theirs hold nobody can ask. They are charged no more.
+        """
+        self.away = frozenset(away) & self.uses.keys()
+        self.uses |= dict.fromkeys(self.away, self.guarantee.uses)
 
     def take_over(self, uses: Mapping[str, int], asked: Mapping[str, int] = NOTHING) -> None:
         """Count the rounds that were paid for, though a crash lost them, and the queries; nothing
@@ -161,12 +178,14 @@ class Metered:
     def assume(self, silent: Collection[str]) -> None:
         """Count what clients that tell nothing of their ledgers may have paid for: each query that
         was put to them, answered or not, and a round anew that they had paid for; up to what the
-        plan holds, as no ledger pays for more.
+        plan holds, as no ledger pays for more. Of those who are away every query of the plan.
         """
         if not silent or self.guarantee.simulation_only:
             return
         queries = self.guarantee.queries
         worst = {label: min(n, queries[label].times) for label, n in self.unsure.items()}
+        if self.away:
+            worst = {label: query.times for label, query in queries.items()}
         again = {
             name: min(self.uses[name] + self.recalled[name], self.guarantee.uses) for name in silent
         }

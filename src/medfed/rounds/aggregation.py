@@ -37,6 +37,9 @@ from medfed.rounds.way import GIVEN_UP, OPENED, Way, read_rounds
 from medfed.secure import three_party
 from medfed.secure.chain import FIRST, Publisher
 from medfed.secure.identity import ANYBODY, Identity, Post, Public, Roster, Scope
+from medfed.secure.identity import check as check_envelope
+
+NOTHING: Mapping[str, Mapping[str, str]] = {}
 
 Handler = Callable[[str, bytes], bytes]
 """A party as others reach it: (op, payload) -> answer."""
@@ -95,13 +98,15 @@ def introduce(
     folder: Path | None = None,
     keys: Keys | None = None,
     behind: int = 0,
+    before: Mapping[str, Mapping[str, str]] = NOTHING,
 ) -> Way:
     """Have all parties join the run, and return how rows come together. `folder` gets the trail.
 
     Every site signs the study as it has it; one that has another is refused here. Each party works
     out bounds, weights and noise for itself. `keys` are those of `identify`, where it was asked
     before; `behind` the rounds that a resumed run has behind it, whose last model the next one
-    follows. Raises PlanError for a party that has not signed.
+    follows; `before` what those who are away signed when they joined it. Raises PlanError for a
+    party that has not signed.
     """
     keys = keys or identify(plan, fleet)
     if keys is None:
@@ -117,14 +122,18 @@ def introduce(
     joining: dict[str, Any] = {"run": run, "coordinator": me.name}
     joining["roster"] = [consortium.to_json(roster[name]) for name in roster]
     payload = codec.encode(joining)
-    signed = _join_sites(publisher, fleet, plan.participants, payload, roster, agreed)
+    signed = _join_sites(publisher, fleet, plan.present, payload, roster, agreed)
+    away = [name for name in plan.participants if name in plan.away]
+    signed |= {name: _recall(publisher, name, before, agreed) for name in away}
 
     # Record: the trail begins with what they signed.
     trail = None
     if folder:
         path = folder / "trail" / "trail.jsonl"
         trail = Trail.open(path, me.name, me.public.signing, me.sign)
-        facts = {"digest": study, "run": run, "signed": signed}
+        facts: dict[str, Any] = {"digest": study, "run": run, "signed": signed}
+        if away:
+            facts["away"] = away
         trail.append("study", facts | consortium.tell_writer(me.public, keys.members))
         publisher.model = _last_model(path, behind)
     if security.aggregation == "masked":
@@ -179,7 +188,7 @@ def _ask_keys(
     """Return the public keys that sites and aggregators tell, each its own and, where there is a
     list of members, as it was approved.
     """
-    replies = gather(fleet, plan.participants, "identify", codec.encode({}), _PATIENCE)
+    replies = gather(fleet, plan.present, "identify", codec.encode({}), _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
         raise KeyFileError(reasons(failed))
     told = {name: reply.payload for name, reply in replies.items()}
@@ -225,6 +234,24 @@ def _join_sites(
         signed[name] = {"public": roster[name].signing.hex(), "envelope": envelope.hex()}
 
     return signed
+
+
+def _recall(
+    publisher: Publisher, name: str, before: Mapping[str, Mapping[str, str]], facts: bytes
+) -> dict[str, str]:
+    """Return what a site that is away signed when it joined this run; raise PlanError where it has
+    not, or for something else than is agreed now, or under keys that are not its own any more.
+    """
+    scope = Scope(publisher.study, publisher.run, 0)
+    public = publisher.post.roster[name]
+    try:
+        envelope = bytes.fromhex(before[name]["envelope"])
+        check_envelope(envelope, public, scope, "study", ANYBODY)
+        if Post.body(envelope) != facts:
+            raise CodecError("it took other participants, sizes or another encoding for agreed.")
+    except (CodecError, KeyError, ValueError) as error:
+        raise _unsigned(publisher, name, error) from error
+    return {"public": public.signing.hex(), "envelope": envelope.hex()}
 
 
 def _check_signed(publisher: Publisher, name: str, payload: bytes, facts: bytes) -> bytes:

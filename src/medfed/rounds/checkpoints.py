@@ -23,12 +23,16 @@ def write(folder: Path, server: Server, header: dict[str, Any], keep: int) -> No
         keep: how many stay.
     """
     files.make_folder(folder)
-    tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
-    payload = codec.encode({**header, "round": server.round}, tensors)
-    files.write(_path(folder, server.round), hashlib.sha256(payload).digest() + payload)
+    _write(folder, server, header)
     for old in sorted(folder.glob("round-*.checkpoint"))[:-keep]:
         with files.explained(old):
             old.unlink()
+
+
+def amend(folder: Path, round: int, more: dict[str, Any]) -> None:
+    """Write the checkpoint of a round anew, with `more` in its header; all else stays."""
+    server, header = _read(_path(folder, round))
+    _write(folder, server, header | more)
 
 
 def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
@@ -48,6 +52,12 @@ def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
         f"{folder}: no whole checkpoint. {'; '.join(damaged) or 'None was written'}. Start the "
         "study again."
     )
+
+
+def _write(folder: Path, server: Server, header: dict[str, Any]) -> None:
+    tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
+    payload = codec.encode({**header, "round": server.round}, tensors)
+    files.write(_path(folder, server.round), hashlib.sha256(payload).digest() + payload)
 
 
 def _read(path: Path) -> tuple[Server, dict[str, Any]]:

@@ -37,9 +37,15 @@ from medfed.study import Study
 
 _PATIENCE = 600.0  # seconds; nothing is trained yet
 
+NOBODY: Mapping[str, Mapping[str, Any]] = {}
+
 
 def prepare(
-    study: Study, fleet: Fleet, sites: Sequence[str], encoding: Encoding | None = None
+    study: Study,
+    fleet: Fleet,
+    sites: Sequence[str],
+    encoding: Encoding | None = None,
+    away: Mapping[str, Mapping[str, Any]] = NOBODY,
 ) -> Plan:
     """Return the plan, every site having encoded its rows.
 
@@ -51,10 +57,12 @@ def prepare(
         fleet: the sites, by which it asks.
         sites: their names.
         encoding: a resumed run's, which is not agreed anew.
+        away: of the sites that it goes on without, what they told before: records and labels.
     """
     check(study)
     counted = Counted(fleet)
-    surveys = ask_surveys(counted, sites)
+    there = [name for name in sites if name not in away]
+    surveys = ask_surveys(counted, there)
     if not asked(study):
         survey_doubts.check(surveys, study.data)
 
@@ -70,9 +78,9 @@ def prepare(
     if encoding is None:
         later = dict.fromkeys(open_columns(study), preprocess.UNKNOWN) if asked(study) else {}
         encoding = preprocess.agree(surveys, study.data, ask, public=asked(study), found=later)
-    plan = make(study, surveys, encoding)
-    answers = send_encoding(plan, counted, sites)
-    if rates.left_open(study):
+    plan = make(study, {n: surveys.get(n) or away[n] for n in sites}, encoding, tuple(away))
+    answers = send_encoding(plan, counted, there)
+    if rates.left_open(study) and not away:  # else it is what it was when the run began
         plan = replace(
             plan,
             chosen=_chosen(
@@ -130,7 +138,7 @@ def rehearse(plan: Plan, fleet: Fleet) -> None:
     """
     if plan.guarantee is None or plan.guarantee.simulation_only:
         return
-    replies = gather(fleet, plan.participants, "rehearse", codec.encode({}), _PATIENCE)
+    replies = gather(fleet, plan.present, "rehearse", codec.encode({}), _PATIENCE)
     if failed := {name: reply.error for name, reply in replies.items() if reply.error}:
         raise PlanError(reasons(failed))
 
@@ -149,7 +157,7 @@ def enrol(plan: Plan, fleet: Fleet, run: str, fresh: bool = True) -> None:
     if plan.guarantee and not plan.guarantee.simulation_only:
         _ask_all(
             fleet,
-            plan.participants,
+            plan.present,
             "enrol",
             codec.encode({"run": run, "fresh": fresh}),
             BudgetError,

@@ -10,7 +10,7 @@ K clients, M numbers in a row.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -329,5 +329,13 @@ def read_rounds(path: Path) -> dict[tuple[int, str], Mapping[str, Any]]:
     with files.explained(path):
         lines = path.read_bytes().split(b"\n")[:-1]
     marks = [f'"kind": "{kind}"'.encode() for kind in (OPENED, GIVEN_UP)]
-    told = [json.loads(line) for line in lines if any(mark in line for mark in marks)]
-    return {(one["facts"]["round"], one["kind"]): one["facts"] for one in told}
+    return tell_rounds(json.loads(line) for line in lines if any(mark in line for mark in marks))
+
+
+def tell_rounds(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
+    """Return what lines of a trail tell of rounds: the last facts by round and kind."""
+    return {
+        (one["facts"]["round"], one["kind"]): one["facts"]
+        for one in entries
+        if one["kind"] in (OPENED, GIVEN_UP)
+    }

@@ -1,8 +1,9 @@
 """Runs: a study executed in a folder of its own, resumed, simulated, looked at."""
 
+from medfed.runs.decisions import GIVEN_UP, OVERRIDES
 from medfed.runs.execute import resume, run, simulate
 from medfed.runs.folders import OWN_LOG, SITE_MAPS, read_plan, versions
-from medfed.runs.giving_up import GIVEN_UP, give_up
+from medfed.runs.giving_up import give_up
 from medfed.runs.ledgers import (
     accept_ledger,
     decide_budget,
@@ -12,7 +13,7 @@ from medfed.runs.ledgers import (
 )
 from medfed.runs.opening import complete, open_site, open_sites
 from medfed.runs.outlook import privacy_outlook, survey
-from medfed.runs.quarantine import OVERRIDES, lift_quarantine, list_quarantined
+from medfed.runs.quarantine import lift_quarantine, list_quarantined
 from medfed.runs.results import Result, load
 from medfed.runs.simulation import (
     Parties,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medfed.core import files
-from medfed.core.checks import PlanError, RunError, plain
+from medfed.core.checks import PlanError, RunError, plain, some
 from medfed.core.types import JSON
 from medfed.data.features import open_columns
 from medfed.planning.plan import Plan
@@ -431,6 +431,11 @@ def _assumptions(plan: Plan, together: bool) -> list[str]:
         "model, features and settings were chosen without looking at these training patients, or "
         "that was charged",
     ]
+    if plan.away:
+        found.append(
+            f"{some(plan.away)} answered nothing when the run was resumed: counted there is all "
+            "that the plan holds; what its patients have spent in other runs is not"
+        )
     if not study.data.patient:
         found.append("one row is one patient: the table names no patient column")
     else:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from medfed.compliance.trail import Trail
 from medfed.core import files
 from medfed.core.checks import (
     BudgetError,
     QuorumError,
-    RunError,
     some,
 )
 from medfed.core.types import JSON
@@ -31,20 +31,22 @@ from medfed.planning.foretell import paid_test
 from medfed.planning.plan import Plan
 from medfed.privacy.statement import Statement
 from medfed.rounds import aggregation as ways
+from medfed.rounds import checkpoints
 from medfed.rounds.aggregation import Keys, bears, who_sees
 from medfed.rounds.masked import Masked
 from medfed.rounds.plain import PLAIN
 from medfed.rounds.rollback import Rollback
 from medfed.rounds.round import ask_of, decide, run_round, test, vote
 from medfed.rounds.shared import Shared
-from medfed.rounds.way import Way, record_given_up
+from medfed.rounds.way import Way, read_rounds, record_given_up
 from medfed.runs import claims, sealing
-from medfed.runs.folders import versions, write_checkpoint, write_model
-from medfed.runs.giving_up import GIVEN_UP, read_given_up
+from medfed.runs.folders import MODEL, versions, write_checkpoint, write_model
+from medfed.runs.giving_up import refuse_opened
 from medfed.runs.pacing import ease, replay_pace
 from medfed.runs.quarantine import judge, replay_watch, take_overrides
 from medfed.runs.results import Result
 from medfed.runs.simulation import Parties, Simulation
+from medfed.runs.standing import FRESH, Standing
 from medfed.runs.statements import hear_statements
 
 logger = logging.getLogger(__name__)
@@ -61,25 +63,28 @@ class Drive:
         log: Log,
         run: str,
         folder: Path | None = None,
+        standing: Standing = FRESH,
     ) -> None:
-        """Set up the drive of a run that is enrolled, from the state `server`;
-        `folder` None keeps nothing.
+        """Set up the drive of a run that is enrolled, from the state `server`; `folder` None keeps
+        nothing. `standing`: in what a resumed run stands.
         """
         self.plan = plan
         self.study = plan.study
         self.parties = parties
-        self.fleet = parties.fleet
+        self.fleet = standing.fleet(parties.fleet)
         self.server = server
         self.log = log
         self.run = run
         self.folder = folder
         self.budget = plan.budget()
+        self.budget.leave(plan.away)
         self.model = main_model(plan.study.training.algorithm)
         self.told: dict[str, Statement] = {}  # by site: the last that it told of its ledger
         self.heads: dict[str, str] = {}  # and its head since, which every checkpoint asks for
         self.aggregation: Way = PLAIN
         self.watch = replay_watch(plan, log)
-        self.given_up = read_given_up(folder)
+        self.standing = standing
+        self.heads |= standing.heads
         self.gate = Rollback.of(plan)
         self.pace = replay_pace(log.events(), plan)
 
@@ -94,11 +99,12 @@ class Drive:
         began = time.perf_counter()
         reason = ""
         self.introduce(keys)
+        self.remove_earlier_end()
         self.count_the_paid(known)
 
         try:
             while self.server.round < self.study.training.rounds:
-                if decided := self.given_up.get(self.server.round + 1):
+                if decided := self.standing.given_up.get(self.server.round + 1):
                     self.skip_round(decided)
                 else:
                     self.play_round()
@@ -111,11 +117,37 @@ class Drive:
         return self.write()
 
     def introduce(self, keys: Keys | None) -> None:
-        """Have all parties join the run, each by its own study."""
+        """Have all parties join the run, each by its own study; keep how far the trail goes."""
         keys = keys or ways.identify(self.plan, self.fleet, self.parties.aggregators or None)
         self.aggregation = ways.introduce(
-            self.plan, self.fleet, self.run, self.folder, keys, self.server.round
+            self.plan,
+            self.fleet,
+            self.run,
+            self.folder,
+            keys,
+            self.server.round,
+            self.standing.signed,
         )
+        if self.folder and self.trail:
+            more = {"trail": self.trail.tell_head(), "away": dict(self.standing.since)}
+            checkpoints.amend(self.folder / "checkpoints", self.server.round, more)
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where the way records what it opens."""
+        return self.aggregation.trail
+
+    def remove_earlier_end(self) -> None:
+        """Remove what an earlier end of the run came to: from here on patients may pay for more
+        than that claim tells. The log and the checkpoints hold all of it, and the next end writes
+        it anew.
+        """
+        if self.folder is None:
+            return
+        for name in (sealing.SUMMARY, sealing.CLAIM, MODEL):
+            path = self.folder / name
+            with files.explained(path):
+                path.unlink(missing_ok=True)
 
     def count_the_paid(self, known: Collection[type[events.Event]]) -> None:
         """Count what patients have paid for before: by the rounds behind, by what is `known`, and
@@ -162,7 +194,9 @@ class Drive:
         """Run one round, judge what its rows say, and keep its state."""
         study = self.study
         log = self.log
-        self.watch = take_overrides(self.watch, self.folder, self.server.round, log)
+        self.watch = take_overrides(
+            self.watch, self.plan, self.run, self.folder, self.server.round, log
+        )
         before = self.server
         out = self.watch.out(before.round + 1)
         self.server = run_round(
@@ -179,17 +213,14 @@ class Drive:
 
     def skip_round(self, decided: events.GivenUp) -> None:
         """Count a round that was given up as spent, with the model as it was, in budget, trail and
-        log; nothing is tested after it, as nothing has changed.
+        log; nothing is tested after it, as nothing has changed. Raises as `refuse_opened` does.
 
         A crash before the checkpoint leaves the round before: it is then skipped again, alike.
         """
         number = decided.round
         way = self.aggregation
-        if not isinstance(way, Masked | Shared):
-            raise RunError(
-                f"{self.folder}: rows are not secret here, so no round is given up; remove "
-                f"{GIVEN_UP}"
-            )
+        assert isinstance(way, Masked | Shared) and self.folder and way.trail
+        refuse_opened(self.folder, self.study, number, read_rounds(way.trail.path))
         self.budget.write_off(number, self.plan.on_turn(number))
         facts = {"operator": decided.operator, "reason": decided.reason}
         question = ask_of(self.server, self.plan)
@@ -205,7 +236,16 @@ class Drive:
         if self.folder is None:
             return
         self.hear(whole=False)
-        write_checkpoint(self.folder, self.server, self.plan, self.fleet, self.log, self.heads)
+        write_checkpoint(
+            self.folder,
+            self.server,
+            self.plan,
+            self.fleet,
+            self.log,
+            self.heads,
+            self.trail,
+            self.standing.away_since,
+        )
 
     def ask_for_figures(self, known: Collection[type[events.Event]]) -> None:
         """Have the last model tested and voted on, where the log does not tell of it yet."""
@@ -268,10 +308,10 @@ class Drive:
             claim = self.write_claim(folder)
             # The end binds all that pages are made of, so the log must be on disk before it.
             self.log.offset()
-            if written := getattr(self.aggregation, "trail", None):
+            if self.trail:
                 end = sealing.describe_end(folder, self.server.round, summary, claim)
-                written.append("finished", end)
-                summary["trail"] = {"entries": written.number, "head": written.head}
+                self.trail.append("finished", end)
+                summary["trail"] = self.trail.tell_head()
             files.write(folder / sealing.SUMMARY, json.dumps(summary, indent=2, allow_nan=False))
         return Result(summary, self.study, plan.encoding, self.server.released_P, folder, kept)
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medfed.core import codec, files, own
+from medfed.core import files, own
 from medfed.core.checks import (
     LedgerError,
     RunError,
@@ -16,7 +16,6 @@ from medfed.core.checks import (
 )
 from medfed.data.encoding import Encoding
 from medfed.data.features import open_columns
-from medfed.engine.port import gather
 from medfed.monitor import events
 from medfed.monitor.events import Listener, Log
 from medfed.monitor.summary import main_model
@@ -30,6 +29,7 @@ from medfed.runs.drive import Drive, tell_start
 from medfed.runs.folders import OWN_LOG, freeze, hold_fresh, read_plan
 from medfed.runs.results import Result, load
 from medfed.runs.simulation import Opener, Parties, Simulation
+from medfed.runs.standing import FRESH, look, prepare_again, restore
 from medfed.runs.statements import ask_statements, tell_founding
 from medfed.study import Study
 
@@ -190,11 +190,10 @@ def _go_on(
     own.write_to(folder / "sites" / OWN_LOG)
     cast = _open_parties(parties, study, data, folder)
     study = cast.resolve(study)
-    fleet = cast.fleet
-    plan = prepare(study, fleet, fleet.sites(), encoding)
     before = frozen if unbegun else header
-    if plan.surveyed != before["surveyed"]:
-        raise RunError(f"{folder}: the data has changed since the run began; start the study again")
+    standing = FRESH if unbegun else look(folder, study, server.round, header, cast.fleet)
+    fleet = standing.fleet(cast.fleet)
+    plan = prepare_again(folder, study, encoding, fleet, frozen, before, standing)
     if plan.guarantee and plan.guarantee.strategy and not unbegun:
         raise RunError(
             f"{folder}: a run with correlated noise cannot be resumed, as its past noise is kept "
@@ -216,14 +215,7 @@ def _go_on(
         return _begin(plan, cast, folder, name, started, listeners=listeners, told=told)
 
     if plan.keeps:
-        for reply in gather(
-            fleet, plan.participants, "restore", codec.encode({"round": server.round}), 600
-        ).values():
-            if reply.error:
-                raise RunError(
-                    f"{folder}: site {reply.site!r} cannot go back to round {server.round}: "
-                    f"{reply.error}"
-                )
+        restore(folder, plan, fleet, server.round, standing.since)
 
     record = folder / "events.jsonl"
     if not record.exists() or record.stat().st_size < header["events"]:
@@ -237,15 +229,16 @@ def _go_on(
     else:
         paid = []
 
+    keys = ways.identify(plan, fleet, cast.aggregators or None)
     with files.explained(record):
         os.truncate(record, header["events"])
     with Log(record, listeners) as log:
         log.emit(events.Resumed(server.round, study.training.rounds, note))
         for event in paid:
             log.emit(event)
-        drive = Drive(plan, cast, server, log, name, folder)
+        drive = Drive(plan, cast, server, log, name, folder, standing)
         drive.take_down(paid_before)  # what a crash lost, of sites that say no more either
-        return drive.to_the_end(known={type(event) for event in paid})
+        return drive.to_the_end(keys, known={type(event) for event in paid})
 
 
 def _refuse_other_parties(folder: Path, started: bool, parties: Parties | Opener | None) -> None:

@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from medfed import study as studies
+from medfed.compliance.trail import Trail
 from medfed.core import codec, files, own
 from medfed.core.checks import (
     MedfedError,
@@ -45,6 +46,11 @@ from medfed.study import Study
 OWN_LOG = "own.log"
 """What the sites alone may read of a run: `core.own`."""
 
+
+MODEL = "model.safetensors"
+"""What a run has trained, when it has ended."""
+
+NOBODY: Mapping[str, int] = {}
 
 SITE_MAPS = "maps.json"
 """How each site's columns differ, as the run has applied it: file, sha256 and text."""
@@ -152,6 +158,7 @@ def freeze(
             "chosen": dict(plan.study.chosen),
             "told": first,
             "surveyed": plan.surveyed,
+            "tables": dict(plan.tables),
             "processes": processes,
         }
         files.write(folder / "study.toml", plan.study.toml())
@@ -175,6 +182,11 @@ def read_plan(folder: Path) -> tuple[Study, Encoding]:
     return study, Encoding.from_json(frozen["encoding"])
 
 
+def read_name(folder: Path) -> str:
+    """Return what a run is called in trail and ledgers, of a folder that `read_plan` reads."""
+    return str(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["run"])
+
+
 def versions() -> dict[str, str]:
     """Return the versions that decide a run's bits."""
     packages = {
@@ -184,20 +196,31 @@ def versions() -> dict[str, str]:
 
 
 def write_checkpoint(
-    folder: Path, server: Server, plan: Plan, fleet: Fleet, log: Log, heads: Heads
+    folder: Path,
+    server: Server,
+    plan: Plan,
+    fleet: Fleet,
+    log: Log,
+    heads: Heads,
+    trail: Trail | None = None,
+    since: Mapping[str, int] = NOBODY,
 ) -> None:
-    """Let the sites write down what they remember,
-    then commit the round, with the `heads` of their ledgers.
+    """Let the sites write down what they remember, then commit the round, with the `heads` of their
+    ledgers, how far the `trail` goes, and `since` which round a site is away.
     """
     keep = plan.study.monitor.checkpoints
     if plan.keeps and server.round > 0:
         payload = codec.encode({"round": server.round, "keep": keep + 1})
-        for reply in gather(fleet, plan.participants, "save", payload, 600).values():
+        for reply in gather(fleet, plan.present, "save", payload, 600).values():
             if reply.error:
                 raise WriteError(f"site {reply.site!r} cannot save its state: {reply.error}")
     header: dict[str, Any] = {"events": log.offset(), "surveyed": plan.surveyed}
     if kept := compact(heads):
         header["ledger"] = kept
+    if trail:
+        header["trail"] = trail.tell_head()
+    if since:
+        header["away"] = dict(since)
     checkpoints.write(folder / "checkpoints", server, header, keep)
 
 
@@ -220,6 +243,4 @@ def write_model(
         "encoding": plan.encoding.to_json(),
         "decision": decision,
     }
-    files.write(
-        folder / "model.safetensors", safetensors.torch.save(tensors, {"medfed": json.dumps(about)})
-    )
+    files.write(folder / MODEL, safetensors.torch.save(tensors, {"medfed": json.dumps(about)}))

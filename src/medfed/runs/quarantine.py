@@ -1,7 +1,6 @@
 """Whom a run holds something against, and what its operators decide."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ from medfed.monitor.events import Log
 from medfed.planning.plan import Plan
 from medfed.robust.detection import Finding
 from medfed.robust.reputation import Ruling, Watch
-from medfed.runs.decisions import sign_off
+from medfed.runs.decisions import OVERRIDES, read_decisions, sign_off, write_down
+from medfed.runs.folders import read_name, read_plan
 from medfed.runs.results import is_complete
-
-OVERRIDES = "overrides.jsonl"
-"""What operators decided about quarantined clients, one line each;
-a run takes it in before its next round.
-"""
 
 
 def list_quarantined(folder: str | Path) -> list[dict[str, Any]]:
@@ -47,8 +42,10 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
     """Have a run hold nothing against a client from its next round on: an appeal that an operator
     grants, on record.
 
+    The word is signed with the coordinator's own keys where the study names a list of members.
+
     Raises RunError for a client that the run does not know, without reason or name, or where the
-    run is complete.
+    run is complete; KeyFileError without those keys.
     """
     folder = Path(folder)
     planned = next(
@@ -62,18 +59,10 @@ def lift_quarantine(folder: str | Path, client: str, reason: str, operator: str)
     word = sign_off(reason, operator, "an override")
     if is_complete(folder):
         raise RunError(f"{folder} is complete; there is no next round to take part in")
-    line = json.dumps({"client": client, **word}) + "\n"
+    study, _ = read_plan(folder)
     # the run itself goes on meanwhile, and reads what is whole
     with files.hold(folder, f"{OVERRIDES}.lock"):
-        files.write(folder / OVERRIDES, "".join(_read_overrides(folder)) + line)
-
-
-def _read_overrides(folder: Path) -> list[str]:
-    """Return the whole lines of what operators have decided, each with its end."""
-    if not (folder / OVERRIDES).exists():
-        return []
-    lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+        write_down(folder / OVERRIDES, study, read_name(folder), {"client": client, **word})
 
 
 def _read_events(folder: Path) -> list[events.Event]:
@@ -96,19 +85,53 @@ def _replay(recorded: Iterable[events.Event], most: int) -> Watch:
     return watch
 
 
-def take_overrides(watch: Watch, folder: Path | None, round: int, log: Log) -> Watch:
-    """Take in what operators have decided since the last round, and tell it."""
+def take_overrides(
+    watch: Watch, plan: Plan, run: str, folder: Path | None, round: int, log: Log
+) -> Watch:
+    """Take in what operators have decided since the last round, and tell it.
+
+    Args:
+        watch: what is held against whom.
+        plan: the run's.
+        run: its name.
+        folder: the run's; None: nothing is decided.
+        round: how many rounds are behind.
+        log: takes what was decided.
+
+    Raises RunError for a line that no operator of this run has signed, or on no client of its; and
+    where decisions are missing that the log tells of.
+    """
     if folder is None:
         return watch
-    done = sum(
-        isinstance(event, events.SecurityAudit) and event.action == "lift" for event in log.events()
-    )
-    for line in _read_overrides(folder)[done:]:
-        asked = json.loads(line)
-        watch = watch.lift(asked["client"])
-        why = (f"operator {asked['operator']}: {asked['reason']}",)
-        log.emit(events.SecurityAudit(round, asked["client"], 0, 0.0, "lift", why))
+    known = [
+        (event.client, tuple(event.evidence))
+        for event in log.events()
+        if isinstance(event, events.SecurityAudit) and event.action == "lift"
+    ]
+    path = folder / OVERRIDES
+    lifts = [_lift(path, plan, round, asked) for asked in read_decisions(path, plan.study, run)]
+    if [(lift.client, tuple(lift.evidence)) for lift in lifts[: len(known)]] != known:
+        raise RunError(
+            f"{path} lacks decisions that were taken in, as the log tells: lines are missing, or "
+            "others are in their place. Restore it from a copy."
+        )
+    for lift in lifts[len(known) :]:
+        watch = watch.lift(lift.client)
+        log.emit(lift)
     return watch
+
+
+def _lift(path: Path, plan: Plan, round: int, asked: Mapping[str, Any]) -> events.SecurityAudit:
+    """Return the event of a decision; raise RunError where it is on no client of the run."""
+    client = str(asked.get("client"))
+    if client not in plan.sizes:
+        raise RunError(
+            f"{path} lifts client={client!r}, which takes no part in this run; restore the file"
+        )
+    why = (f"operator {asked['operator']}: {asked['reason']}",)
+    lift = events.screen(events.SecurityAudit(round, client, 0, 0.0, "lift", why))
+    assert isinstance(lift, events.SecurityAudit)
+    return lift
 
 
 def judge(watch: Watch, log: Log) -> Watch:

@@ -137,11 +137,31 @@ class Result:
 
 
 def is_complete(folder: Path) -> bool:
-    """Say whether a run has ended with all that was asked for."""
+    """Say whether a run has ended with all that was asked for; raise as `read_summary` does."""
+    summary = read_summary(folder)
+    return summary is not None and summary.get("status") == "complete"
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return what a run came to when it last ended; None where it has not, or goes on.
+
+    Raises RunError for a file that is damaged.
+    """
     path = folder / "summary.json"
     if not path.exists():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["status"] == "complete")
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
+        if (end := found.get("trail")) and type(end["entries"]) is not int:
+            raise ValueError(f"trail={end!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({plain(error)}); restore it from a copy, or remove it: `medfed "
+            f"resume {folder}` writes it anew"
+        ) from error
+    return found
 
 
 def load(folder: str | Path) -> Result:

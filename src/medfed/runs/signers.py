@@ -12,7 +12,7 @@ from typing import Any
 from medfed.compliance import consortium, seen
 from medfed.compliance.consortium import Consortium
 from medfed.compliance.trail import Verified
-from medfed.core.checks import CodecError, NoEndError, TrailError, some
+from medfed.core.checks import CodecError, NoEndError, TrailError, printable, some
 from medfed.monitor import events
 from medfed.privacy import places
 from medfed.rounds.aggregation import COORDINATOR
@@ -268,8 +268,13 @@ def tell(
     entries = [entry for session in sessions for entry in session.entries]
     for facts in [entry["facts"] for entry in entries if entry["kind"] == GIVEN_UP]:
         yield (
-            f"Given up, on record: round {facts['round']} by {facts['operator']} "
-            f"({facts['reason']})."
+            f"Given up, on record: round {facts['round']} by {printable(facts['operator'])} "
+            f"({printable(facts['reason'])})."
+        )
+    if away := {name for session in sessions for name in session.told.get("away", ())}:
+        yield (
+            f"Away when the run was resumed: {some(sorted(away))}; the signature is the one from "
+            "when it joined, and in those sums it is not."
         )
     if listed is None and not told:
         yield (

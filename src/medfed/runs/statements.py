@@ -34,7 +34,7 @@ def hear_statements(
     if plan.guarantee is None or plan.guarantee.simulation_only:
         return {}, {}
     groups: dict[str | None, list[str]] = {}
-    for name in plan.participants:
+    for name in plan.present:
         groups.setdefault(holds.get(name) if isinstance(holds, Mapping) else holds, []).append(name)
 
     told: dict[str, Statement] = {}

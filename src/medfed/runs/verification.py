@@ -19,6 +19,7 @@ from medfed.monitor import events
 from medfed.rounds.way import GIVEN_UP, OPENED
 from medfed.runs import sealing
 from medfed.runs.folders import read_plan
+from medfed.runs.giving_up import hides_rows
 from medfed.runs.signers import (
     Session,
     check_fingerprints,
@@ -108,7 +109,8 @@ def verify_run(
         _check_summary(folder, end, found)
         _check_claim(folder, end, sessions)
         rounds = _count_rounds(path, runs)
-        _check_given_up(folder, end, runs)
+        _check_given_up(folder, study, end, runs)
+        told = list(tell(end, sessions, listed, members is not None, coordinator))
     _check_pages(folder)
 
     last = sessions[-1]
@@ -120,7 +122,7 @@ def verify_run(
         list(dict.fromkeys(session.public.fingerprint for session in sessions)),
         listed.authority.fingerprint if listed else "",
         sorted(runs[-1].told["signed"]),
-        list(tell(end, sessions, listed, members is not None, coordinator)),
+        told,
     )
 
 
@@ -346,9 +348,12 @@ def _count_rounds(path: Path, sessions: Sequence[Session]) -> int:
     return rounds
 
 
-def _check_given_up(folder: Path, end: Mapping[str, Any], sessions: Sequence[Session]) -> None:
+def _check_given_up(
+    folder: Path, study: Study, end: Mapping[str, Any], sessions: Sequence[Session]
+) -> None:
     """Raise TrailError unless every round of the run was opened or given up, and its log says so
-    too: which, by whom and why; or where one was opened after it was given up.
+    too: which, by whom and why; or where one was opened after it was given up, or before it without
+    noise that hides its rows.
     """
     path = folder / sealing.TRAIL
     given: dict[int, tuple[str, str]] = {}
@@ -360,6 +365,12 @@ def _check_given_up(folder: Path, end: Mapping[str, Any], sessions: Sequence[Ses
                 raise TrailError(
                     f"{path}, line {entry['number'] + 1}: round {facts['round']} is given up a "
                     "second time. Do not use it."
+                )
+            if facts["round"] in opened and not hides_rows(study):
+                raise TrailError(
+                    f"{path}, line {entry['number'] + 1}: round {facts['round']} was opened before "
+                    "it was given up, and no noise hides its rows: beside the next sum it tells "
+                    "those of whoever was gone. Do not use it."
                 )
             given[facts["round"]] = facts["operator"], facts["reason"]
         elif entry["kind"] == OPENED:

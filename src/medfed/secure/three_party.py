@@ -480,7 +480,7 @@ class SharingAggregator:
             drawn = self._entropy("gram", scope, fixed)
             assert inner is not None
             upper = inner.upper(chosen)
-            gram_KK, weights = yield from self._weigh(line, names, upper, why, drawn, toss)
+            gram_KK, weights = yield from self._weigh(line, scope, names, upper, why, drawn, toss)
             noise = _noise_of(self.selection, weights)
             tensors["gram"] = torch.from_numpy(gram_KK)
 
@@ -541,6 +541,7 @@ class SharingAggregator:
     def _weigh(
         self,
         line: Line,
+        scope: Scope,
         names: Sequence[str],
         upper: Pair,
         why: Mapping[str, str],
@@ -550,7 +551,7 @@ class SharingAggregator:
         """Return the opened Gram matrix and the rule's weights, alike for all three: see step 4."""
         chosen = self.selection
         assert chosen is not None
-        gram_KK = yield from self._gram(line, len(names), upper, drawn, toss)
+        gram_KK = yield from self._gram(line, scope, len(names), upper, drawn, toss)
         with naming(why):
             weights = chosen.weigh(names, gram_KK)
         yield from self._agree(line, gram_KK.tobytes() + repr(weights).encode())
@@ -565,12 +566,13 @@ class SharingAggregator:
         return gram_KK, weights
 
     def _gram(
-        self, line: Line, K: int, upper: Pair, drawn: Entropy, toss: Toss
+        self, line: Line, scope: Scope, K: int, upper: Pair, drawn: Entropy, toss: Toss
     ) -> Generator[Sends, Sends, Integers]:
         """Return the Gram matrix [K, K] of the rows, with all three parts of its noise: step 4.
 
         Each party's part is shared by it, and held to what such noise can be: an aggregator cannot
-        move the matrix further.
+        move the matrix further. Once a later round was begun, in whatever process, while the noise
+        was shared, it is not opened.
         """
         chosen = self.selection
         assert chosen is not None
@@ -589,6 +591,7 @@ class SharingAggregator:
             )
             for part in parts:
                 upper = upper.add(part)
+        self.record.refuse_behind(scope)
         opened = yield from line.reveal(upper, additive=True)
         gram_KK = np.zeros((K, K), np.int64)
         gram_KK[np.triu_indices(K)] = opened.view(np.int64)
