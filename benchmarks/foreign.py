@@ -6,6 +6,7 @@ say), the site column it has, and how many training patients each site declares:
 knows before it starts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,48 @@ def made_up(n: int, width: int, sites: int, prevalence: float | None, seed: int)
         return Foreign(frame, entries | {"y": Feature(range=(-10, 30))}, "regression")
 
     chance = 1 / (1 + np.exp(-(signal + _intercept(signal, prevalence))))
+    frame["y"] = np.where(rng.uniform(size=n) < chance, "yes", "no")
+    return Foreign(frame, entries | {"y": Feature(categories=("no", "yes"))})
+
+
+def network(
+    sites: int,
+    low: int,
+    high: int,
+    width: int = 16,
+    prevalence: float = 0.2,
+    seed: int = 0,
+) -> Foreign:
+    """Return a table of hospitals that differ as real ones do: in size (evenly on a logarithmic
+    scale, from `low` to `high` training patients), in case mix, and in how often the outcome comes
+    at the same case mix.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.uniform(math.log(low), math.log(high), sites)) / (1 - TEST)
+    who = np.repeat(np.arange(sites), np.rint(sizes).astype(int))
+    n = len(who)
+    numbers = width * 2 // 3
+
+    loadings = rng.normal(size=(4, numbers)) * 0.5
+    mix = (rng.normal(size=(sites, 4)) * 0.5)[who]
+    habit = (rng.normal(size=(sites, numbers)) * 0.2)[who]
+    latent = rng.normal(size=(n, 4)) + mix
+    x = latent @ loadings + rng.normal(size=(n, numbers)) * 0.8 + habit
+    odds = np.exp(rng.normal(size=(sites, width - numbers)) * 0.4)
+    rate = np.clip(rng.uniform(0.05, 0.5, width - numbers) * odds, 0.01, 0.9)[who]
+    flags = rng.uniform(size=(n, width - numbers)) < rate
+
+    signal = np.concatenate([x, flags - 0.25], 1) @ rng.normal(size=width)
+    signal *= 1.5 / signal.std()
+    level = _intercept(signal, prevalence) + (rng.normal(size=sites) * 0.6)[who]
+    chance = 1 / (1 + np.exp(-(signal + level)))
+
+    frame = pd.DataFrame(x.round(3), columns=[f"lab {j}" for j in range(numbers)])
+    entries = {f"lab {j}": Feature(range=(-5.0, 5.0)) for j in range(numbers)}
+    for j in range(width - numbers):
+        frame[f"flag {j}"] = np.where(flags[:, j], "yes", "no")
+        entries[f"flag {j}"] = Feature(categories=("no", "yes"))
+    frame["site"] = [f"H{k:02d}" for k in who]
     frame["y"] = np.where(rng.uniform(size=n) < chance, "yes", "no")
     return Foreign(frame, entries | {"y": Feature(categories=("no", "yes"))})
 

@@ -31,7 +31,7 @@ LEAST = 0.02
 ABOVE_NOISE = 1.5
 """The least cap beside the length of the noise on a mean row: what is shorter is not heard."""
 
-OUTVOTED = 0.03
+OUTVOTED = 0.02
 """Liars' share of the sites times the cap from which on they outweigh the rest: near the optimum an
 honest site's sum is about a twentieth of its patients long.
 """
