@@ -14,11 +14,10 @@ of the plain mean, and of the sites that a run ended by warning of, how many lie
 not. A cell that is refused before it starts says so. Finished cells are kept.
 """
 
-import argparse
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +160,13 @@ def told(found: dict[Key, dict[str, Any]], seeds: Sequence[int]) -> str:
     return table(head, rows)
 
 
-def listed(text: str) -> list[str]:
-    return text.split(",")
-
-
-def main(arguments: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--federations", default=",".join(FEDERATIONS))
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args(argv)
     if arguments.tiny:
         print(cell("network-4", "plain", "auto", "sign-flip", 1, rounds=2))
         print(cell("network-4", "private", "mean", "none", 1, rounds=1))
@@ -174,9 +175,9 @@ def main(arguments: argparse.Namespace) -> None:
     seeds = [101 + k for k in range(arguments.seeds)]
     keys: list[Key] = [
         (name, way, rule, attack, seed)
-        for name in arguments.federations
-        for way in arguments.ways
-        for attack in arguments.attacks
+        for name in arguments.federations.split(",")
+        for way in arguments.ways.split(",")
+        for attack in arguments.attacks.split(",")
         for rule in ("auto", "mean")
         for seed in seeds
     ]
@@ -187,10 +188,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = common.parser(__doc__)
-    choice: Callable[[str], list[str]] = listed
-    parser.add_argument("--federations", type=choice, default=list(FEDERATIONS))
-    parser.add_argument("--ways", type=choice, default=list(WAYS))
-    parser.add_argument("--attacks", type=choice, default=list(ATTACKS))
-    parser.add_argument("--seeds", type=int, default=1)
-    main(parser.parse_args())
+    main()
