@@ -156,6 +156,8 @@ ATTACKS: dict[str, Callable[[Integers], Integers]] = {
     "a little too long": lambda row: (row * 1.01).astype(np.int64),
     "ten times": lambda row: row * 10,
     "everything at random": lambda row: expand(bytes(32), len(row)).view(np.int64),
+    # what the norm alone lets in, and projections at 4 T too
+    "square past half the ring": lambda row: np.eye(1, len(row), 7, dtype=np.int64)[0] * 35 * 10**8,
 }
 
 
@@ -182,6 +184,83 @@ def test_without_the_check_the_same_rows_do_harm(
     bad = rows | {"site 2": ATTACKS[attack](rows["site 2"])}
     opened = run_protocol(POSTS, fresh(), bad, terms_of(200))
     assert not opened.excluded and (opened.total_M == sum(bad.values())).all()
+
+
+WIDE = 2.0**35
+"""A bound at which squares wrap, and projections alone hold a row."""
+
+
+def projects_to(number: int, j: int, length: int, wraps: bool) -> Integers:
+    """Return a row with one number, and where squares count another, in the last place, by which
+    they come to at most B^2 mod 2^64.
+    """
+    row = np.zeros(length, np.int64)
+    row[j] = number
+    if wraps:
+        row[-1] = math.isqrt(2**64 + int(B) ** 2 - number**2)
+        assert 0 <= int(row.astype(object) @ row.astype(object)) - 2**64 <= B**2
+    return row
+
+
+@pytest.mark.parametrize(
+    ("bound", "T", "projections", "most"),
+    [
+        (B, 2**23, 80, 2**23 - 1),
+        (WIDEST, 2**30, 136, 2**30 - 1),
+        (WIDE, 11 * 2**34, 136, 11 * 2**34),
+    ],
+)
+def test_a_row_is_left_out_where_any_projection_is_one_step_out_of_range_on_either_side(
+    bound: float, T: int, projections: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coins fall so that projection j is number j, and the last number is in none. All is well
+    with each row but for one projection, as the same rows one step further in show.
+    """
+
+    def identity(draw: bytes, J: int, start: int, count: int) -> Any:
+        assert J == projections
+        return np.eye(J, count, -start)
+
+    length = projections + 1
+    wraps = bound != WIDE
+    monkeypatch.setattr(three_party, "_ternary", identity)
+    edges = {"above": (most + 1, most), "below": (-T - 1, -T)}
+    rows = {}
+    for j in range(projections):
+        for side, (out, within) in edges.items():
+            rows[f"{side} {j}"] = projects_to(out, j, length, wraps)
+            if j in (0, projections - 1):
+                rows[f"at the edge: {side} {j}"] = projects_to(within, j, length, wraps)
+    keys = [Identity.new(name, "site") for name in rows]
+    roster = Roster.of(
+        *(key.public for key in keys), *(POSTS[name].me.public for name in PARTIES)
+    )
+    posts = {key.name: Post(key, roster) for key in keys}
+    posts |= {name: Post(POSTS[name].me, roster) for name in PARTIES}
+    opened = run_protocol(posts, fresh(), rows, terms_of(length, bound))
+    assert opened.accepted == sorted(name for name in rows if name.startswith("at the edge"))
+
+
+def test_coins_as_they_fall_leave_out_each_of_many_rows_above_the_range() -> None:
+    """Projections of rows of norm 6.5 B leave the range 0.23 times of 1: of these 200 rows any
+    passes all 136 once in 2^44, and 24 would pass 8 of them, or all a range four times as wide.
+    """
+    rows = rows_of(200, 64, norm=6.5 * WIDE)
+    mail = posts_of(200)
+    with pytest.raises(AbortError, match="0 rows are left") as error:
+        run_protocol(mail, fresh(), rows, terms_of(64, WIDE))
+    assert error.value.excluded == dict.fromkeys(rows, "its row is out of bound")
+
+
+@pytest.mark.parametrize(("more", "passes"), [(0, True), (1, False)])
+def test_where_the_norm_is_compared_exactly_one_step_squared_decides(
+    more: int, passes: bool
+) -> None:
+    rows = rows_of(3, 20)
+    rows["site 1"] = np.eye(1, 20, 3, dtype=np.int64)[0] * int(B)
+    rows["site 1"][5] = more
+    opened = run_protocol(POSTS, fresh(), rows, terms_of(20))
+    assert ("site 1" in opened.accepted) == passes
 
 
 def test_where_squares_would_wrap_projections_still_bound_a_row() -> None:
