@@ -265,3 +265,36 @@ def test_min_group_counts_rows_besides_those_of_colluding_sites(monkeypatch: Pat
     assert three.play(1, uploads) is None
     assert "3 rows are left; expected 4 or more" in said(world)
     world.check()
+
+
+def world_of_a_rule(patch: Patch) -> World:
+    """Return six sites of which two lie, in the midst of all rows: a rule leaves out another's."""
+    settings = {
+        "robustness.rule": "multi-krum",
+        "robustness.max_malicious": 0.2,
+        "security.colluding": 0.35,
+    }
+    return World(patch, "three-party", sites=6, liars=("s4", "s5"), settings=settings)
+
+
+def rows_beside_liars(world: World, round: int) -> dict[str, bytes]:
+    return rows(world, round) | world.rows_of_liars(round, ("s4", "s5"))
+
+
+def test_a_rule_keeps_min_group_rows_besides_those_of_colluding_sites(monkeypatch: Patch) -> None:
+    world = world_of_a_rule(monkeypatch)
+    three = world.open_aggregators()
+    assert three.play(1, without(rows_beside_liars(world, 1), "s3")) is None
+    assert "the rule keeps 4 rows; expected 5 or more" in said(world)
+    opened = three.play(2, rows_beside_liars(world, 2))
+    assert opened and len(opened.rows) == 3
+    world.check()
+
+
+def test_a_rule_that_keeps_two_rows_beside_those_of_liars_is_found(monkeypatch: Patch) -> None:
+    bugs.keep_any_number_of_honest_rows(monkeypatch)
+    world = world_of_a_rule(monkeypatch)
+    three = world.open_aggregators()
+    assert three.play(1, without(rows_beside_liars(world, 1), "s3"))
+    with pytest.raises(AssertionError, match=r"opened: a sum of .*; expected 3 honest rows"):
+        world.check()
