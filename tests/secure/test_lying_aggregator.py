@@ -347,3 +347,52 @@ def test_a_message_that_is_none_is_named() -> None:
     for round in (0, -1, 2.0, "1", None, True):
         with pytest.raises(AbortError, match="round="):
             party.handle("begin", codec.encode({"round": round}))
+
+
+def test_a_round_that_is_over_is_begun_anew_and_not_carried_on() -> None:
+    """Opened, stopped by a message that cannot be read, or refused: none goes on with its uploads."""
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    three = {n: three_party.SharingAggregator(posts[n], TERMS, "study", "run") for n in PARTIES}
+    ask = three_party.in_turn(three)
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+
+    def carried_on() -> None:
+        for party in three.values():
+            for op in ("step", "start"):
+                with pytest.raises(AbortError, match="with no round begun"):
+                    party.handle(op, codec.encode({}))
+
+    assert three_party.relay(ask, scope, uploads, TERMS).accepted == list(SITES)
+    carried_on()
+    for party in three.values():  # each by itself, as the first refusal ends the others' turn
+        party.handle("begin", codec.encode({"round": 1}))
+        party.handle("start", b"")
+        with pytest.raises(AbortError, match="cannot read"):
+            party.handle("step", b"?")
+    carried_on()
+    for party in three.values():
+        party.handle("begin", codec.encode({"round": 1}))
+        party.handle("start", b"")
+        with pytest.raises(AbortError, match="no greeting"):
+            party.handle("step", codec.encode({}))
+    carried_on()
+
+
+def test_uploads_of_an_attempt_before_are_not_in_the_next_one() -> None:
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    ask = three_party.in_turn(
+        {n: three_party.SharingAggregator(posts[n], TERMS, "study", "run") for n in PARTIES}
+    )
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+
+    def stopping(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        if op == "start":
+            raise AbortError("a cable was pulled")
+        return ask(op, payloads)
+
+    with pytest.raises(AbortError, match="cable"):
+        three_party.relay(stopping, scope, uploads, TERMS)
+    found = three_party.relay(ask, scope, {n: uploads[n] for n in "abc"}, TERMS)
+    assert found.accepted == ["a", "b", "c"] and not found.excluded

@@ -275,6 +275,10 @@ def test_where_squares_would_wrap_projections_still_bound_a_row() -> None:
 def test_terms_without_room_are_refused() -> None:
     with pytest.raises(PlanError, match="norm"):
         terms_of(2**20, 2.0**50).check()
+    terms_of(2**20, WIDE).check()  # squares may wrap where no rule reads products
+    terms_of(2**38 - 1).check()  # T = 2^23: projections stay below 2^61
+    with pytest.raises(PlanError, match="norm"):
+        terms_of(2**38).check()
 
 
 def test_too_few_rows_are_not_opened() -> None:
@@ -365,6 +369,7 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda u: b"", "cannot be read"),
     "longer": (lambda u: u + b"x", "cannot be read"),
     "garbage": (lambda u: b"mfs2" + bytes(100), "cannot be read"),
+    "another version": (lambda u: b"mfs1" + u[4:], "cannot be read"),
     "claims more": (lambda u: u[:18] + b"\xff" * 8 + u[26:], "cannot be"),
 }
 
