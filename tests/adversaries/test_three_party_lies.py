@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from medfed.planning.terms import terms_of
 from tests.adversaries import bugs
 from tests.adversaries.programs import alter, told_of
 from tests.adversaries.world import (
@@ -12,8 +13,11 @@ from tests.adversaries.world import (
     COORDINATOR,
     Three,
     World,
+    facts_of,
+    names_of,
     sizes_of,
     study_of,
+    tell,
 )
 
 Patch = pytest.MonkeyPatch
@@ -298,3 +302,22 @@ def test_a_rule_that_keeps_two_rows_beside_those_of_liars_is_found(monkeypatch: 
     assert three.play(1, without(rows_beside_liars(world, 1), "s3"))
     with pytest.raises(AssertionError, match=r"opened: a sum of .*; expected 3 honest rows"):
         world.check()
+
+
+def test_a_site_that_the_round_does_not_draw_is_not_counted_as_a_row(monkeypatch: Patch) -> None:
+    """It works with the coordinator, which has nobody else to fill a small group with."""
+    settings = {"fleet.clients_per_round": 4}
+    facts = facts_of(
+        study_of("three-party", False, 6)._with(settings), tell(sizes_of(names_of(6)))
+    )
+    (liar, *_) = sorted(set(facts.participants) - set(facts.draw(1)))
+    world = World(monkeypatch, "three-party", sites=6, liars=(liar,), settings=settings)
+    three = world.open_aggregators()
+    honest = rows(world)
+    assert sorted(honest) == sorted(facts.draw(1))
+    least = terms_of(facts).fewest
+    few = dict(list(honest.items())[: least - 1])
+    assert three.play(1, few | world.rows_of_liars(1, (liar,))) is None
+    assert f"{least - 1} rows are left; expected {least} or more" in said(world)
+    assert f"'{liar}' (site) is no site that this round draws" in said(world)
+    world.check()

@@ -428,6 +428,37 @@ def test_a_client_that_equivocates_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     assert opened.excluded == {"site 0": "it, or an aggregator, tells different shares of its row"}
 
 
+@pytest.mark.parametrize("change", [lambda s: s + b"x", lambda s: s[:-1], lambda s: s[:128]])
+def test_sealed_secrets_of_another_length_are_refused(
+    change: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three are sealed alike, so that tags and models agree."""
+    rows = rows_of(3, 50)
+    scope = fresh()
+    uploads = {n: share(POSTS[n], scope, row, terms_of(50)) for n, row in rows.items()}
+    real = three_party.seal
+    monkeypatch.setattr(three_party, "seal", lambda to, s, purpose: real(to, change(s), purpose))
+    liar = share(POSTS["site 3"], scope, rows["site 0"], terms_of(50))
+    monkeypatch.undo()
+    parties = in_turn({name: aggregator(POSTS[name], terms_of(50)) for name in PARTIES})
+    opened = relay(parties, scope, uploads | {"site 3": liar}, terms_of(50))
+    assert opened.accepted == sorted(rows) and "expected 160" in opened.excluded["site 3"]
+
+
+@pytest.mark.parametrize("name", ["left", "the coordinator"])
+def test_who_is_no_site_sends_no_row(name: str) -> None:
+    """Also where terms leave open whom a round draws."""
+    keys = [POSTS[party].me for party in PARTIES]
+    keys += [Identity.new("the coordinator", "coordinator")]
+    keys += [POSTS[f"site {i}"].me for i in range(3)]
+    roster = Roster.of(*(key.public for key in keys))
+    posts = {key.name: Post(key, roster) for key in keys}
+    rows = rows_of(3, 50)
+    opened = run_protocol(posts, fresh(), rows | {name: rows["site 0"]}, terms_of(50))
+    assert opened.accepted == sorted(rows)
+    assert "is no site that this round draws" in opened.excluded[name]
+
+
 Tamper = Callable[[int, dict[str, bytes]], dict[str, bytes]]
 
 
