@@ -445,6 +445,29 @@ def test_sealed_secrets_of_another_length_are_refused(
     assert opened.accepted == sorted(rows) and "expected 160" in opened.excluded["site 3"]
 
 
+def test_a_client_that_tells_of_another_model_to_one_aggregator_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else whoever is the first of the three would say alone from which model a row is."""
+    rows = rows_of(4, 50)
+    real = three_party.seal
+    for liar_to in range(3):
+        scope = fresh()
+        uploads = {n: share(POSTS[n], scope, row, terms_of(50)) for n, row in rows.items()}
+        calls = count()
+
+        def split(to: Any, plain: bytes, purpose: bytes, at: int = liar_to, c: Any = calls) -> bytes:
+            return real(to, plain[:128] + bytes([next(c) == at]) * 32, purpose)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(three_party, "seal", split)
+            uploads["site 1"] = share(POSTS["site 1"], scope, rows["site 1"], terms_of(50))
+        parties = in_turn({name: aggregator(POSTS[name], terms_of(50)) for name in PARTIES})
+        opened = relay(parties, scope, uploads, terms_of(50))
+        assert opened.accepted == ["site 0", "site 2", "site 3"]
+        assert "tells different models of its row" in opened.excluded["site 1"]
+
+
 @pytest.mark.parametrize("name", ["left", "the coordinator"])
 def test_who_is_no_site_sends_no_row(name: str) -> None:
     """Also where terms leave open whom a round draws."""
