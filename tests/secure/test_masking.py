@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,6 +290,34 @@ def test_two_rounds_of_one_model_differ_by_a_row_with_nothing_given_up(tmp_path)
     first_M = Open(cast, records, 1).unmask()
     later_M = Open(cast, records, 2, gone=("site02",)).unmask()
     assert (first_M - later_M == cast.rows["site02"]).all()
+
+
+def test_no_phase_comes_again_once_a_later_one_was_played(cast):
+    """Asked for its keys anew, a client would share both of its seeds for a second list."""
+    client = cast.clients["site00"]
+
+    def refuses(*phases):
+        acts = {
+            "keys": lambda: client.keys(),
+            "reveal": lambda: client.reveal(b""),
+            "share": lambda: client.share(b""),
+            "mask": lambda: client.mask(b"", cast.rows["site00"], b"model"),
+            "confirm": lambda: client.confirm(b""),
+            "unmask": lambda: client.unmask(b""),
+        }
+        phase = client._phases
+        for name in phases:
+            with pytest.raises(EnvelopeError, match="A phase comes once"):
+                acts[name]()
+            assert client._phases == phase
+
+    rows = to_rows(cast)
+    refuses("keys", "reveal", "share", "mask", "unmask")
+    survivors = cast.server.rows(rows, b"model")
+    confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
+    refuses("keys", "reveal", "share", "mask", "confirm")
+    client.unmask(confirmed["site00"])
+    refuses("keys", "reveal", "share", "mask", "confirm", "unmask")
 
 
 def test_a_failed_phase_ends_the_round_for_the_client(cast):
@@ -632,8 +661,9 @@ def test_the_points_of_small_order_are_those_that_nobody_can_agree_with(u, top):
     "wrong",
     [
         {"members": ("b", "a", "c")},
-        {"members": ("a", "b")},
-        {"members": ("a", "b", "*")},
+        {"members": ("a", "b"), "quorum": 2, "threshold": 2, "degree": 1},
+        {"members": ("*", "a", "b")},
+        {"members": ("a", "b", "b")},
         {"length": 0},
         {"quorum": 1},
         {"quorum": 4},
@@ -648,6 +678,47 @@ def test_terms_that_do_not_protect_are_refused(wrong):
     MaskingTerms(**good)
     with pytest.raises(PlanError, match="no terms of a masked sum"):
         MaskingTerms(**(good | wrong))
+
+
+@pytest.mark.parametrize(
+    ("members", "length", "dropout", "malicious", "found"),
+    [
+        (("a", "b"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "b", "c"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "c", "*"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (tuple(map(str, range(2**16))), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "c"), 0, 0.0, 0, "expected 1 or more"),
+        (("a", "b", "c"), 5, -0.1, 0, "expected 1 or more, 0 to 1"),
+        (("a", "b", "c"), 5, 1.0, 0, "expected 1 or more, 0 to 1"),
+        (("a", "b", "c"), 5, 0.0, -1, "expected 1 or more, 0 to 1, >= 0"),
+        (("a", "b", "c", "d"), 5, 0.25, 2, "expected more than 3"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused_when_terms_are_chosen(
+    members, length, dropout, malicious, found
+):
+    with pytest.raises(PlanError, match=found):
+        MaskingTerms.choose(members, length, dropout, malicious)
+
+
+def test_all_that_is_agreed_is_in_the_digest():
+    """Keys and what is confirmed are bound to it."""
+    all_pairs = majority(5)
+    sparse = MaskingTerms.choose(names(120), 5, 0.1, 12, b"seed")
+    other = MaskingTerms.choose(names(120), 5, 0.05, 12, b"seed")
+    assert sparse.sparse and other.sparse and sparse.sparse != other.sparse
+    varied = [
+        all_pairs,
+        majority(5, 6),
+        replace(all_pairs, members=tuple("abcde")),
+        replace(all_pairs, quorum=4),
+        replace(all_pairs, threshold=4),
+        replace(all_pairs, seed=b"x"),
+        sparse,
+        replace(sparse, degree=sparse.degree + 1),
+        replace(sparse, sparse=other.sparse),
+    ]
+    assert len({terms.digest for terms in varied}) == len(varied)
 
 
 def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):
