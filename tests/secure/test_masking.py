@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
@@ -591,6 +592,82 @@ def test_a_list_that_few_signed_passes_no_sample():
         told = cast.server.post.wrap(SCOPE, "confirmed", name, body)
         with pytest.raises(AbortError, match="another list of survivors or another model"):
             cast.clients[name].unmask(told)
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_client_counts_its_own_signature_once(lacking):
+    """The server hands it back with the others', which may be one too few."""
+    cast = stage(sparse_terms())
+    quorum = cast.terms.quorum
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    keys = cast.server.reveal({n: c.reveal(keys) for n, c in cast.clients.items()})
+    boxes = cast.server.shares({n: c.share(keys) for n, c in cast.clients.items()})
+    rows = {n: c.mask(boxes[n], cast.rows[n], b"model") for n, c in cast.clients.items()}
+    survivors = cast.server.rows(rows, b"model")
+    signers = cast.terms.members[: quorum - lacking]
+    said = {n: cast.clients[n].confirm(survivors) for n in signers}
+    signed = {n: cast.server.post.unwrap(e, SCOPE, "confirm", n) for n, e in said.items()}
+    told = cast.server.post.wrap(SCOPE, "confirmed", signers[0], _pack(signed, cast.terms))
+    if not lacking:
+        assert cast.clients[signers[0]].unmask(told)
+        return
+    with pytest.raises(AbortError, match=f"phase unmask: {quorum - 1} of {len(cast.terms.members)}"):
+        cast.clients[signers[0]].unmask(told)
+
+
+def test_seeds_are_shared_and_rows_sent_only_where_enough_neighbours_are_there():
+    """Fewer than a threshold could never rebuild them."""
+    cast = stage(majority(5))
+    keys = {n: c.keys() for n, c in cast.clients.items()}
+    few = ("site00", "site01")
+    with pytest.raises(AbortError, match="phase shares: 1 neighbours of 'site00' answered"):
+        cast.clients["site00"].share(tell(cast, "all-keys", {n: keys[n] for n in few}))
+
+    everybody = cast.server.keys(keys)
+    others = [name for name in cast.clients if name != "site00"]
+    sent = {n: cast.clients[n].share(everybody) for n in others}
+    box = _unpack(cast.server.post.unwrap(sent["site02"], SCOPE, "shares", "site02"), cast.terms)
+    inbox = _pack({"site02": box["site01"]}, cast.terms)
+    with pytest.raises(AbortError, match="phase rows: 1 neighbours of 'site01' answered"):
+        cast.clients["site01"].mask(
+            cast.server.post.wrap(SCOPE, "boxes", "site01", inbox), cast.rows["site01"], b"model"
+        )
+
+
+def test_boxes_that_do_not_come_whole_are_refused_and_their_senders_not_confirmed():
+    """A pair mask that one side alone adds would stay in the sum."""
+    cast = stage(majority(5))
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    sent = {n: c.share(keys) for n, c in cast.clients.items()}
+
+    def say(sender, kind, to, parts):
+        post = cast.server.post if sender == "server" else Post(cast.people[sender], cast.roster)
+        return post.wrap(SCOPE, kind, to, _pack(parts, cast.terms))
+
+    # to the server: from all but one
+    boxes = {
+        n: _unpack(cast.server.post.unwrap(e, SCOPE, "shares", n), cast.terms)
+        for n, e in sent.items()
+    }
+    few = {to: box for to, box in boxes["site04"].items() if to != "site01"}
+    inboxes = cast.server.shares(sent | {"site04": say("site04", "shares", "server", few)})
+    assert "shared with" in str(cast.server.refused["site04"]) and "site04" not in inboxes
+
+    # to a client: a share of another length, and one that the server withheld
+    liar = cast.clients["site02"]
+    key = AESGCM(liar._line_key("box", "site02", "site00"))
+    longer = {"site02": key.encrypt(bytes(12), bytes(67), None)}
+    with pytest.raises(EnvelopeError, match="shares from 'site02' of 67 bytes; expected 66"):
+        cast.clients["site00"].mask(
+            say("server", "boxes", "site00", longer), cast.rows["site00"], b"model"
+        )
+    mine = {name: boxes[name]["site01"] for name in ("site00", "site02")}
+    cast.clients["site01"].mask(
+        say("server", "boxes", "site01", mine), cast.rows["site01"], b"model"
+    )
+    listed = dict.fromkeys(("site00", "site01", "site02", "site03"), b"")
+    with pytest.raises(AbortError, match="given to 'site01' adds site03"):
+        cast.clients["site01"].confirm(tell(cast, "survivors", listed))
 
 
 def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
