@@ -646,7 +646,9 @@ def test_boxes_that_do_not_come_whole_are_refused_and_their_senders_not_confirme
 
     # to the server: from all but one
     boxes = {
-        n: _unpack(cast.server.post.unwrap(e, SCOPE, "shares", n), cast.terms)
+        n: _unpack(
+            Post(cast.people["server"], cast.roster).unwrap(e, SCOPE, "shares", n), cast.terms
+        )
         for n, e in sent.items()
     }
     few = {to: box for to, box in boxes["site04"].items() if to != "site01"}
@@ -668,6 +670,36 @@ def test_boxes_that_do_not_come_whole_are_refused_and_their_senders_not_confirme
     listed = dict.fromkeys(("site00", "site01", "site02", "site03"), b"")
     with pytest.raises(AbortError, match="given to 'site01' adds site03"):
         cast.clients["site01"].confirm(tell(cast, "survivors", listed))
+
+
+def test_a_box_of_a_client_without_keys_is_refused():
+    cast = stage(majority(4))
+    keys = {n: c.keys() for n, c in cast.clients.items() if n != "site03"}
+    everybody = cast.server.keys(keys)
+    boxes = cast.server.shares({n: cast.clients[n].share(everybody) for n in keys})
+    assert boxes
+    body = _pack({"site03": bytes(82)}, cast.terms)
+    with pytest.raises(EnvelopeError, match="shares from 'site03', no neighbour with keys"):
+        cast.clients["site00"].mask(
+            cast.server.post.wrap(SCOPE, "boxes", "site00", body), cast.rows["site00"], b"model"
+        )
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "again", "back", "nobody", "size"])
+def test_parts_are_whole_in_order_and_of_the_size_that_is_asked_for(change):
+    terms = majority(3)
+    one, two = (_pack({name: b"four"}, terms) for name in ("site00", "site01"))
+    assert _unpack(one + two, terms, 4) == {"site00": b"four", "site01": b"four"}
+    wrong = {
+        "cut": one + two[:-1],
+        "longer": one + two + b"x",
+        "again": one + one,
+        "back": two + one,
+        "nobody": struct.pack("<HI", 4, 4) + b"four",
+        "size": one + two,
+    }
+    with pytest.raises(EnvelopeError, match="Ask its sender again"):
+        _unpack(wrong[change], terms, 5 if change == "size" else None)
 
 
 def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
