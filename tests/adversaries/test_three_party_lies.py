@@ -307,9 +307,7 @@ def test_a_rule_that_keeps_two_rows_beside_those_of_liars_is_found(monkeypatch: 
 def test_a_site_that_the_round_does_not_draw_is_not_counted_as_a_row(monkeypatch: Patch) -> None:
     """It works with the coordinator, which has nobody else to fill a small group with."""
     settings = {"fleet.clients_per_round": 4}
-    facts = facts_of(
-        study_of("three-party", False, 6)._with(settings), tell(sizes_of(names_of(6)))
-    )
+    facts = facts_of(study_of("three-party", False, 6)._with(settings), tell(sizes_of(names_of(6))))
     (liar, *_) = sorted(set(facts.participants) - set(facts.draw(1)))
     world = World(monkeypatch, "three-party", sites=6, liars=(liar,), settings=settings)
     three = world.open_aggregators()

@@ -196,7 +196,9 @@ def test_a_part_of_the_noise_is_not_let_through_by_a_flipped_bit(
     def flipping(self: Line, own: Any) -> Any:
         if self.me == "q" and own.shape == (2, 3 * 2 * upper):
             calls[0] += 1
-            if calls[0] == 6:  # its own part is the second of three, its upper end the second of two
+            if (
+                calls[0] == 6
+            ):  # its own part is the second of three, its upper end the second of two
                 own[0, (1 * 2 + 1) * upper + entry] ^= np.uint64(1 << 62)
         return (yield from send(self, own))
 

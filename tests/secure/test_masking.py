@@ -611,7 +611,9 @@ def test_a_client_counts_its_own_signature_once(lacking):
     if not lacking:
         assert cast.clients[signers[0]].unmask(told)
         return
-    with pytest.raises(AbortError, match=f"phase unmask: {quorum - 1} of {len(cast.terms.members)}"):
+    with pytest.raises(
+        AbortError, match=f"phase unmask: {quorum - 1} of {len(cast.terms.members)}"
+    ):
         cast.clients[signers[0]].unmask(told)
 
 

@@ -218,7 +218,7 @@ def test_a_row_is_left_out_where_any_projection_is_one_step_out_of_range_on_eith
     """
 
     def identity(draw: bytes, J: int, start: int, count: int) -> Any:
-        assert J == projections
+        assert projections == J
         return np.eye(J, count, -start)
 
     length = projections + 1
@@ -232,9 +232,7 @@ def test_a_row_is_left_out_where_any_projection_is_one_step_out_of_range_on_eith
             if j in (0, projections - 1):
                 rows[f"at the edge: {side} {j}"] = projects_to(within, j, length, wraps)
     keys = [Identity.new(name, "site") for name in rows]
-    roster = Roster.of(
-        *(key.public for key in keys), *(POSTS[name].me.public for name in PARTIES)
-    )
+    roster = Roster.of(*(key.public for key in keys), *(POSTS[name].me.public for name in PARTIES))
     posts = {key.name: Post(key, roster) for key in keys}
     posts |= {name: Post(POSTS[name].me, roster) for name in PARTIES}
     opened = run_protocol(posts, fresh(), rows, terms_of(length, bound))
@@ -456,7 +454,9 @@ def test_a_client_that_tells_of_another_model_to_one_aggregator_is_left_out(
         uploads = {n: share(POSTS[n], scope, row, terms_of(50)) for n, row in rows.items()}
         calls = count()
 
-        def split(to: Any, plain: bytes, purpose: bytes, at: int = liar_to, c: Any = calls) -> bytes:
+        def split(
+            to: Any, plain: bytes, purpose: bytes, at: int = liar_to, c: Any = calls
+        ) -> bytes:
             return real(to, plain[:128] + bytes([next(c) == at]) * 32, purpose)
 
         with monkeypatch.context() as patch:
