@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from medfed.planning.terms import terms_of
+from medfed.privacy.guarantee import GRID
+from medfed.secure import three_party
 from tests.adversaries import bugs
 from tests.adversaries.programs import alter, told_of
 from tests.adversaries.world import (
@@ -318,4 +321,25 @@ def test_a_site_that_the_round_does_not_draw_is_not_counted_as_a_row(monkeypatch
     assert three.play(1, few | world.rows_of_liars(1, (liar,))) is None
     assert f"{least - 1} rows are left; expected {least} or more" in said(world)
     assert f"'{liar}' (site) is no site that this round draws" in said(world)
+    world.check()
+
+
+@pytest.mark.parametrize(("times", "counts"), [(0.9, True), (1.01, False)])
+def test_under_a_claim_a_liars_row_is_no_longer_than_the_largest_declared_sum(
+    monkeypatch: Patch, times: float, counts: bool
+) -> None:
+    """Else it moves the model as a site of any size would."""
+    world = World(monkeypatch, "three-party", claim=True, liars=("s4",))
+    three = world.open_aggregators()
+    honest = rows(world)
+    agreed = terms_of(world.facts())
+    longest_M = np.zeros(agreed.length, np.int64)
+    longest_M[0] = int(times * max(size["train"] for size in world.told.values()) / GRID)
+    with world.watcher.quiet():
+        liars = three_party.share(
+            world.post("s4"), world.scope(1), longest_M, agreed, world.rows[-1].model
+        )
+    opened = three.play(1, honest | {"s4": liars})
+    assert (opened is None) == counts  # the sum is of honest rows alone, or of no such
+    assert not opened or len(opened.rows) == 4
     world.check()
