@@ -130,6 +130,16 @@ def open_any_number_of_rows(patch: MonkeyPatch) -> None:
     patch.setattr(terms, "terms_of", lambda facts: replace(real(facts), fewest=1))
 
 
+def keep_any_number_of_honest_rows(patch: MonkeyPatch) -> None:
+    """A rule keeps as many rows as must be in a sum, of which those who collude know their own."""
+    real = terms.terms_of
+    patch.setattr(
+        terms,
+        "terms_of",
+        lambda facts: replace(real(facts), fewest_kept=facts.study.security.min_group),
+    )
+
+
 def confirm_any_number_of_rows(patch: MonkeyPatch) -> None:
     """Masked: as few as hold the shares that rebuild a seed, and those who collude count."""
     patch.setattr(terms, "least_rows", lambda study, n: n // 2 + 1)

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from medfed.planning.terms import terms_of
+from medfed.privacy.guarantee import GRID
+from medfed.secure import three_party
 from tests.adversaries import bugs
 from tests.adversaries.programs import alter, told_of
 from tests.adversaries.world import (
@@ -12,8 +16,11 @@ from tests.adversaries.world import (
     COORDINATOR,
     Three,
     World,
+    facts_of,
+    names_of,
     sizes_of,
     study_of,
+    tell,
 )
 
 Patch = pytest.MonkeyPatch
@@ -264,4 +271,75 @@ def test_min_group_counts_rows_besides_those_of_colluding_sites(monkeypatch: Pat
     uploads = without(rows(world), "s1", "s2") | world.rows_of_liars(1, ("s3", "s4"))
     assert three.play(1, uploads) is None
     assert "3 rows are left; expected 4 or more" in said(world)
+    world.check()
+
+
+def world_of_a_rule(patch: Patch) -> World:
+    """Return six sites of which two lie, in the midst of all rows: a rule leaves out another's."""
+    settings = {
+        "robustness.rule": "multi-krum",
+        "robustness.max_malicious": 0.2,
+        "security.colluding": 0.35,
+    }
+    return World(patch, "three-party", sites=6, liars=("s4", "s5"), settings=settings)
+
+
+def rows_beside_liars(world: World, round: int) -> dict[str, bytes]:
+    return rows(world, round) | world.rows_of_liars(round, ("s4", "s5"))
+
+
+def test_a_rule_keeps_min_group_rows_besides_those_of_colluding_sites(monkeypatch: Patch) -> None:
+    world = world_of_a_rule(monkeypatch)
+    three = world.open_aggregators()
+    assert three.play(1, without(rows_beside_liars(world, 1), "s3")) is None
+    assert "the rule keeps 4 rows; expected 5 or more" in said(world)
+    opened = three.play(2, rows_beside_liars(world, 2))
+    assert opened and len(opened.rows) == 3
+    world.check()
+
+
+def test_a_rule_that_keeps_two_rows_beside_those_of_liars_is_found(monkeypatch: Patch) -> None:
+    bugs.keep_any_number_of_honest_rows(monkeypatch)
+    world = world_of_a_rule(monkeypatch)
+    three = world.open_aggregators()
+    assert three.play(1, without(rows_beside_liars(world, 1), "s3"))
+    with pytest.raises(AssertionError, match=r"opened: a sum of .*; expected 3 honest rows"):
+        world.check()
+
+
+def test_a_site_that_the_round_does_not_draw_is_not_counted_as_a_row(monkeypatch: Patch) -> None:
+    """It works with the coordinator, which has nobody else to fill a small group with."""
+    settings = {"fleet.clients_per_round": 4}
+    facts = facts_of(study_of("three-party", False, 6)._with(settings), tell(sizes_of(names_of(6))))
+    (liar, *_) = sorted(set(facts.participants) - set(facts.draw(1)))
+    world = World(monkeypatch, "three-party", sites=6, liars=(liar,), settings=settings)
+    three = world.open_aggregators()
+    honest = rows(world)
+    assert sorted(honest) == sorted(facts.draw(1))
+    least = terms_of(facts).fewest
+    few = dict(list(honest.items())[: least - 1])
+    assert three.play(1, few | world.rows_of_liars(1, (liar,))) is None
+    assert f"{least - 1} rows are left; expected {least} or more" in said(world)
+    assert f"'{liar}' (site) is no site that this round draws" in said(world)
+    world.check()
+
+
+@pytest.mark.parametrize(("times", "counts"), [(0.9, True), (1.01, False)])
+def test_under_a_claim_a_liars_row_is_no_longer_than_the_largest_declared_sum(
+    monkeypatch: Patch, times: float, counts: bool
+) -> None:
+    """Else it moves the model as a site of any size would."""
+    world = World(monkeypatch, "three-party", claim=True, liars=("s4",))
+    three = world.open_aggregators()
+    honest = rows(world)
+    agreed = terms_of(world.facts())
+    longest_M = np.zeros(agreed.length, np.int64)
+    longest_M[0] = int(times * max(size["train"] for size in world.told.values()) / GRID)
+    with world.watcher.quiet():
+        liars = three_party.share(
+            world.post("s4"), world.scope(1), longest_M, agreed, world.rows[-1].model
+        )
+    opened = three.play(1, honest | {"s4": liars})
+    assert (opened is None) == counts  # the sum is of honest rows alone, or of no such
+    assert not opened or len(opened.rows) == 4
     world.check()

@@ -156,7 +156,8 @@ class World:
     """All parties of one run, and what became known to liars.
 
     `liars` are sites and aggregators that work with the coordinator. `told` are participants with
-    sizes, as the coordinator tells all; `told_to` what it tells one party instead.
+    sizes, as the coordinator tells all; `told_to` what it tells one party instead. `settings` are
+    the study's besides.
     """
 
     run = "run"
@@ -171,8 +172,9 @@ class World:
         liars: Collection[str] = (),
         told: Mapping[str, Mapping[str, int]] | None = None,
         told_to: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.study = study_of(way, claim, sites)
+        self.study = study_of(way, claim, sites)._with(dict(settings or {}))
         self.names = names_of(sites)
         self.liars = frozenset({COORDINATOR, *liars})
         self.told = told or sizes_of(self.names)
@@ -690,9 +692,9 @@ class Three:
         for name, drawn in self.noises.items():
             noise_M = drawn[-1] + (0 if noise_M is None else noise_M)
             secret += name not in world.liars
-        newest = {row.which: row for row in world.rows if row.site in weights}
+        newest = {row.which: row for row in world.rows if weights.get(row.site)}
         opened = world.note_sum(whole_M, list(newest.values()), weights, noise_M, secret)
-        if opened:
+        if opened and world.facts().rule is None:
             agreed = {
                 name: 1 if world.claim else size["train"] for name, size in world.told.items()
             }

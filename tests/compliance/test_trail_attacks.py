@@ -597,6 +597,28 @@ def test_a_claim_that_a_run_never_made_is_found(
     assert code == 2 and re.search(r"privacy\.json: the run made no claim; remove it", told)
 
 
+@pytest.mark.parametrize(
+    ("round", "found"),
+    [
+        (1, r"the model of round 2 does not follow the one before"),
+        (2, r"round 2 was neither opened nor given up"),
+    ],
+)
+def test_a_round_that_the_log_tells_of_and_no_line_opens_is_found(
+    round: int, found: str, here: Path, said: Callable[..., tuple[int, str]]
+) -> None:
+    """Its coordinator leaves out whose rows were in the sum, and from which model: of the last
+    round no other line tells.
+    """
+
+    def leave_out(kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+        return None if (kind, facts.get("round")) == ("opened sum", round) else facts
+
+    rewrite(here / "run", key_of(here, "coordinator"), leave_out)
+    code, told = said()
+    assert code == 2 and re.search(found, told), told
+
+
 def test_a_trail_is_not_written_through_a_link(here: Path) -> None:
     """Before, a resumed run appended its lines to whatever file a link led to."""
     link_to_the_trail(here)

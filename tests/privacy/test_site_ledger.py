@@ -577,12 +577,47 @@ def test_rounds_that_a_crash_lost_are_counted() -> None:
         budget.charge(5, ["north"])
 
 
+def test_a_round_that_was_given_up_counts_once_for_all_of_its_clients() -> None:
+    """Also where no ledger tells of it: whether sites had paid is then not known."""
+    budget, guarantee = _metered(privacy__spare_rounds=1)
+    budget.charge(1, ["north", "south"])
+    budget.write_off(2, ["north", "south"])
+    assert budget.uses == {"north": 2, "south": 2}
+    assert budget.claim()["epsilon"] == guarantee.cost({"north": 2, "south": 2})
+    budget.take_over({"north": 2, "south": 2})  # their ledgers: the same round
+    assert budget.uses == {"north": 2, "south": 2}
+
+
+def test_a_round_that_was_given_up_is_not_counted_beside_what_ledgers_told_of_it() -> None:
+    """North has paid for two attempts at it, south for none."""
+    budget, _ = _metered(privacy__spare_rounds=1)
+    budget.charge(1, ["north", "south"])
+    budget.take_over({"north": 3, "south": 1})
+    budget.write_off(2, ["north", "south"])
+    assert budget.uses == {"north": 3, "south": 2}
+    budget.write_off(3, ["north", "south"])
+    assert budget.uses == {"north": 3, "south": 3}
+    budget.charge(4, ["north", "south"])
+    assert budget.uses == {"north": 4, "south": 4}
+
+
+def test_a_round_is_not_given_up_beyond_the_plan() -> None:
+    budget, _ = _metered()
+    for number in range(1, 5):
+        budget.charge(number, ["north"])
+    with pytest.raises(BudgetError, match="round 5: site 'north' has paid for 4 rounds"):
+        budget.write_off(5, ["north", "south"])
+    assert budget.uses == {"north": 4, "south": 0}
+
+
 def test_a_correlated_run_counts_once() -> None:
     values = {"privacy__correlated": True, "fleet__schedule": "cyclic", "fleet__groups": 2}
     budget, guarantee = _metered(**values)
     for number in range(1, 5):
         budget.charge(number, ["north"])
     assert budget.uses == {"north": 1, "south": 0} and 0.999 < guarantee.cost(budget.uses) <= 1
+    budget.write_off(5, ["south"])
+    assert budget.uses == {"north": 1, "south": 1}
 
 
 def test_seeded_noise_claims_nothing() -> None:
@@ -592,6 +627,7 @@ def test_seeded_noise_claims_nothing() -> None:
     assert claim["epsilon"] is None and claim["delta"] is None and claim["simulation_only"] is True
     plain = NoClaim()
     plain.charge(1, ["north"])
+    plain.write_off(2, ["north"])
     plain.take_over({"north": 7})
     assert plain.claim()["epsilon"] is None and not math.isnan(
         float(str(claim["noise_multiplier"]))

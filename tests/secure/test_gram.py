@@ -193,8 +193,17 @@ def test_a_rule_that_keeps_too_few_rows_opens_nothing() -> None:
 
     with pytest.raises(AbortError, match="keeps 1 rows"):
         opened(np.arange(12).reshape(3, 4), rule=lone)
-    with pytest.raises(AbortError, match="no weights"):
-        opened(np.arange(12).reshape(3, 4), rule=lambda gram: uniform(gram) * np.nan)
+    for weights in (np.full(3, np.nan), np.full(3, 0.7), np.ones(1), np.ones((3, 3)) / 9):
+        with pytest.raises(AbortError, match="no weights to 3 rows"):
+            opened(np.arange(12).reshape(3, 4), rule=lambda gram, w=weights: w)
+
+
+def test_noise_on_a_gram_matrix_comes_with_what_it_can_be() -> None:
+    """Without a standard deviation nobody could hold another's part of it to any range."""
+    made = noises(1.0, 1.0)
+    for lacking in ("gram_noise", "gram_spread"):
+        with pytest.raises(PlanError, match="give both or none"):
+            Selection(uniform, **{name: one for name, one in made.items() if name != lacking})
 
 
 def along(rng: np.random.Generator, K: int, M: int) -> Integers:

@@ -178,6 +178,60 @@ def test_weights_are_not_steered_by_a_number_added_to_the_gram_matrix(
         opened(selection=noise(1))
 
 
+def test_a_part_of_the_noise_is_not_let_through_by_a_flipped_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last AND of the comparison says of its part, of 2^40 steps, that it is within 8."""
+    put = Line.put
+    send = Line.from_right
+    entry, upper = 2, 10
+    calls = [0]
+
+    def steering(self: Line, own: Any) -> Any:
+        if self.me == "q":
+            own = own.copy()
+            own[entry] = np.uint64(2**40)
+        return (yield from put(self, own))
+
+    def flipping(self: Line, own: Any) -> Any:
+        if self.me == "q" and own.shape == (2, 3 * 2 * upper):
+            calls[0] += 1
+            if (
+                calls[0] == 6
+            ):  # its own part is the second of three, its upper end the second of two
+                own[0, (1 * 2 + 1) * upper + entry] ^= np.uint64(1 << 62)
+        return (yield from send(self, own))
+
+    monkeypatch.setattr(Line, "put", steering)
+    monkeypatch.setattr(Line, "from_right", flipping)
+    with pytest.raises(AbortError, match="products of shared bits do not hold"):
+        opened(selection=noise(1))
+    assert calls[0] == 6
+
+
+def test_who_weighs_otherwise_ends_the_round_before_any_part_of_the_sum_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weigh = Selection.weigh
+    add = three_party.SharingAggregator._sum
+    calls = [0]
+
+    def lying(self: Selection, names: Any, gram_KK: Any) -> Any:
+        calls[0] += 1
+        weights = weigh(self, names, gram_KK)
+        return {**weights, "a": 0} if calls[0] == 2 else weights
+
+    def never(*said: Any) -> Any:
+        raise AssertionError("a part of the sum was made")
+
+    monkeypatch.setattr(Selection, "weigh", lying)
+    monkeypatch.setattr(three_party.SharingAggregator, "_sum", never)
+    with pytest.raises(AbortError, match="has another Gram matrix or other weights"):
+        opened(selection=Selection(uniform))
+    monkeypatch.setattr(three_party.SharingAggregator, "_sum", add)
+    assert opened(selection=Selection(uniform)).accepted == list(SITES)
+
+
 @pytest.mark.parametrize("liar", PARTIES)
 def test_another_part_of_a_sum_without_noise_is_not_used(
     liar: str, monkeypatch: pytest.MonkeyPatch
@@ -397,3 +451,58 @@ def test_a_message_that_is_none_is_named() -> None:
     for round in (0, -1, 2.0, "1", None, True):
         with pytest.raises(AbortError, match="round="):
             party.handle("begin", codec.encode({"round": round}))
+
+
+def test_a_round_that_is_over_is_begun_anew_and_not_carried_on() -> None:
+    """Opened, stopped by a message that cannot be read, or refused: none goes on with its uploads."""
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    three = {n: three_party.SharingAggregator(posts[n], TERMS, "study", "run") for n in PARTIES}
+    ask = three_party.in_turn(three)
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+
+    def carried_on() -> None:
+        for party in three.values():
+            for op in ("step", "start"):
+                with pytest.raises(AbortError, match="with no round begun"):
+                    party.handle(op, codec.encode({}))
+
+    assert three_party.relay(ask, scope, uploads, TERMS).accepted == list(SITES)
+    carried_on()
+    for party in three.values():  # each by itself, as the first refusal ends the others' turn
+        party.handle("begin", codec.encode({"round": 1}))
+        party.handle("start", b"")
+        with pytest.raises(AbortError, match="cannot read"):
+            party.handle("step", b"?")
+    carried_on()
+    for party in three.values():
+        party.handle("begin", codec.encode({"round": 1}))
+        party.handle("start", b"")
+        with pytest.raises(AbortError, match="was asked to 'sing'"):
+            party.handle("sing", codec.encode({}))
+    carried_on()
+    for party in three.values():
+        party.handle("begin", codec.encode({"round": 1}))
+        party.handle("start", b"")
+        with pytest.raises(AbortError, match="no greeting"):
+            party.handle("step", codec.encode({}))
+    carried_on()
+
+
+def test_uploads_of_an_attempt_before_are_not_in_the_next_one() -> None:
+    posts = {key.name: Post(key, _ROSTER) for key in _KEYS}
+    ask = three_party.in_turn(
+        {n: three_party.SharingAggregator(posts[n], TERMS, "study", "run") for n in PARTIES}
+    )
+    scope = Scope("study", "run", 1)
+    uploads = {n: three_party.share(posts[n], scope, row, TERMS) for n, row in ROWS.items()}
+
+    def stopping(op: str, payloads: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        if op == "start":
+            raise AbortError("a cable was pulled")
+        return ask(op, payloads)
+
+    with pytest.raises(AbortError, match="cable"):
+        three_party.relay(stopping, scope, uploads, TERMS)
+    found = three_party.relay(ask, scope, {n: uploads[n] for n in "abc"}, TERMS)
+    assert found.accepted == ["a", "b", "c"] and not found.excluded

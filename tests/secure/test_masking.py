@@ -6,11 +6,13 @@ import contextlib
 import itertools
 import random
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
@@ -291,6 +293,34 @@ def test_two_rounds_of_one_model_differ_by_a_row_with_nothing_given_up(tmp_path)
     assert (first_M - later_M == cast.rows["site02"]).all()
 
 
+def test_no_phase_comes_again_once_a_later_one_was_played(cast):
+    """Asked for its keys anew, a client would share both of its seeds for a second list."""
+    client = cast.clients["site00"]
+
+    def refuses(*phases):
+        acts = {
+            "keys": lambda: client.keys(),
+            "reveal": lambda: client.reveal(b""),
+            "share": lambda: client.share(b""),
+            "mask": lambda: client.mask(b"", cast.rows["site00"], b"model"),
+            "confirm": lambda: client.confirm(b""),
+            "unmask": lambda: client.unmask(b""),
+        }
+        phase = client._phases
+        for name in phases:
+            with pytest.raises(EnvelopeError, match="A phase comes once"):
+                acts[name]()
+            assert client._phases == phase
+
+    rows = to_rows(cast)
+    refuses("keys", "reveal", "share", "mask", "unmask")
+    survivors = cast.server.rows(rows, b"model")
+    confirmed = cast.server.confirm({n: c.confirm(survivors) for n, c in cast.clients.items()})
+    refuses("keys", "reveal", "share", "mask", "confirm")
+    client.unmask(confirmed["site00"])
+    refuses("keys", "reveal", "share", "mask", "confirm", "unmask")
+
+
 def test_a_failed_phase_ends_the_round_for_the_client(cast):
     client = cast.clients["site00"]
     client.keys()
@@ -564,6 +594,116 @@ def test_a_list_that_few_signed_passes_no_sample():
             cast.clients[name].unmask(told)
 
 
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_client_counts_its_own_signature_once(lacking):
+    """The server hands it back with the others', which may be one too few."""
+    cast = stage(sparse_terms())
+    quorum = cast.terms.quorum
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    keys = cast.server.reveal({n: c.reveal(keys) for n, c in cast.clients.items()})
+    boxes = cast.server.shares({n: c.share(keys) for n, c in cast.clients.items()})
+    rows = {n: c.mask(boxes[n], cast.rows[n], b"model") for n, c in cast.clients.items()}
+    survivors = cast.server.rows(rows, b"model")
+    signers = cast.terms.members[: quorum - lacking]
+    said = {n: cast.clients[n].confirm(survivors) for n in signers}
+    signed = {n: cast.server.post.unwrap(e, SCOPE, "confirm", n) for n, e in said.items()}
+    told = cast.server.post.wrap(SCOPE, "confirmed", signers[0], _pack(signed, cast.terms))
+    if not lacking:
+        assert cast.clients[signers[0]].unmask(told)
+        return
+    with pytest.raises(
+        AbortError, match=f"phase unmask: {quorum - 1} of {len(cast.terms.members)}"
+    ):
+        cast.clients[signers[0]].unmask(told)
+
+
+def test_seeds_are_shared_and_rows_sent_only_where_enough_neighbours_are_there():
+    """Fewer than a threshold could never rebuild them."""
+    cast = stage(majority(5))
+    keys = {n: c.keys() for n, c in cast.clients.items()}
+    few = ("site00", "site01")
+    with pytest.raises(AbortError, match="phase shares: 1 neighbours of 'site00' answered"):
+        cast.clients["site00"].share(tell(cast, "all-keys", {n: keys[n] for n in few}))
+
+    everybody = cast.server.keys(keys)
+    others = [name for name in cast.clients if name != "site00"]
+    sent = {n: cast.clients[n].share(everybody) for n in others}
+    box = _unpack(cast.server.post.unwrap(sent["site02"], SCOPE, "shares", "site02"), cast.terms)
+    inbox = _pack({"site02": box["site01"]}, cast.terms)
+    with pytest.raises(AbortError, match="phase rows: 1 neighbours of 'site01' answered"):
+        cast.clients["site01"].mask(
+            cast.server.post.wrap(SCOPE, "boxes", "site01", inbox), cast.rows["site01"], b"model"
+        )
+
+
+def test_boxes_that_do_not_come_whole_are_refused_and_their_senders_not_confirmed():
+    """A pair mask that one side alone adds would stay in the sum."""
+    cast = stage(majority(5))
+    keys = cast.server.keys({n: c.keys() for n, c in cast.clients.items()})
+    sent = {n: c.share(keys) for n, c in cast.clients.items()}
+
+    def say(sender, kind, to, parts):
+        post = cast.server.post if sender == "server" else Post(cast.people[sender], cast.roster)
+        return post.wrap(SCOPE, kind, to, _pack(parts, cast.terms))
+
+    # to the server: from all but one
+    boxes = {
+        n: _unpack(
+            Post(cast.people["server"], cast.roster).unwrap(e, SCOPE, "shares", n), cast.terms
+        )
+        for n, e in sent.items()
+    }
+    few = {to: box for to, box in boxes["site04"].items() if to != "site01"}
+    inboxes = cast.server.shares(sent | {"site04": say("site04", "shares", "server", few)})
+    assert "shared with" in str(cast.server.refused["site04"]) and "site04" not in inboxes
+
+    # to a client: a share of another length, and one that the server withheld
+    liar = cast.clients["site02"]
+    key = AESGCM(liar._line_key("box", "site02", "site00"))
+    longer = {"site02": key.encrypt(bytes(12), bytes(67), None)}
+    with pytest.raises(EnvelopeError, match="shares from 'site02' of 67 bytes; expected 66"):
+        cast.clients["site00"].mask(
+            say("server", "boxes", "site00", longer), cast.rows["site00"], b"model"
+        )
+    mine = {name: boxes[name]["site01"] for name in ("site00", "site02")}
+    cast.clients["site01"].mask(
+        say("server", "boxes", "site01", mine), cast.rows["site01"], b"model"
+    )
+    listed = dict.fromkeys(("site00", "site01", "site02", "site03"), b"")
+    with pytest.raises(AbortError, match="given to 'site01' adds site03"):
+        cast.clients["site01"].confirm(tell(cast, "survivors", listed))
+
+
+def test_a_box_of_a_client_without_keys_is_refused():
+    cast = stage(majority(4))
+    keys = {n: c.keys() for n, c in cast.clients.items() if n != "site03"}
+    everybody = cast.server.keys(keys)
+    boxes = cast.server.shares({n: cast.clients[n].share(everybody) for n in keys})
+    assert boxes
+    body = _pack({"site03": bytes(82)}, cast.terms)
+    with pytest.raises(EnvelopeError, match="shares from 'site03', no neighbour with keys"):
+        cast.clients["site00"].mask(
+            cast.server.post.wrap(SCOPE, "boxes", "site00", body), cast.rows["site00"], b"model"
+        )
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "again", "back", "nobody", "size"])
+def test_parts_are_whole_in_order_and_of_the_size_that_is_asked_for(change):
+    terms = majority(3)
+    one, two = (_pack({name: b"four"}, terms) for name in ("site00", "site01"))
+    assert _unpack(one + two, terms, 4) == {"site00": b"four", "site01": b"four"}
+    wrong = {
+        "cut": one + two[:-1],
+        "longer": one + two + b"x",
+        "again": one + one,
+        "back": two + one,
+        "nobody": struct.pack("<HI", 4, 4) + b"four",
+        "size": one + two,
+    }
+    with pytest.raises(EnvelopeError, match="Ask its sender again"):
+        _unpack(wrong[change], terms, 5 if change == "size" else None)
+
+
 def test_a_key_that_the_server_changed_masks_nothing_where_lines_are_kept():
     """In a later round a neighbour's signature is not verified again: its box opens only where it
     saw its own keys in the same broadcast.
@@ -632,8 +772,9 @@ def test_the_points_of_small_order_are_those_that_nobody_can_agree_with(u, top):
     "wrong",
     [
         {"members": ("b", "a", "c")},
-        {"members": ("a", "b")},
-        {"members": ("a", "b", "*")},
+        {"members": ("a", "b"), "quorum": 2, "threshold": 2, "degree": 1},
+        {"members": ("*", "a", "b")},
+        {"members": ("a", "b", "b")},
         {"length": 0},
         {"quorum": 1},
         {"quorum": 4},
@@ -648,6 +789,47 @@ def test_terms_that_do_not_protect_are_refused(wrong):
     MaskingTerms(**good)
     with pytest.raises(PlanError, match="no terms of a masked sum"):
         MaskingTerms(**(good | wrong))
+
+
+@pytest.mark.parametrize(
+    ("members", "length", "dropout", "malicious", "found"),
+    [
+        (("a", "b"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "b", "c"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "c", "*"), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (tuple(map(str, range(2**16))), 5, 0.0, 0, "expected 3 to 65535 distinct names"),
+        (("a", "b", "c"), 0, 0.0, 0, "expected 1 or more"),
+        (("a", "b", "c"), 5, -0.1, 0, "expected 1 or more, 0 to 1"),
+        (("a", "b", "c"), 5, 1.0, 0, "expected 1 or more, 0 to 1"),
+        (("a", "b", "c"), 5, 0.0, -1, "expected 1 or more, 0 to 1, >= 0"),
+        (("a", "b", "c", "d"), 5, 0.25, 2, "expected more than 3"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused_when_terms_are_chosen(
+    members, length, dropout, malicious, found
+):
+    with pytest.raises(PlanError, match=found):
+        MaskingTerms.choose(members, length, dropout, malicious)
+
+
+def test_all_that_is_agreed_is_in_the_digest():
+    """Keys and what is confirmed are bound to it."""
+    all_pairs = majority(5)
+    sparse = MaskingTerms.choose(names(120), 5, 0.1, 12, b"seed")
+    other = MaskingTerms.choose(names(120), 5, 0.05, 12, b"seed")
+    assert sparse.sparse and other.sparse and sparse.sparse != other.sparse
+    varied = [
+        all_pairs,
+        majority(5, 6),
+        replace(all_pairs, members=tuple("abcde")),
+        replace(all_pairs, quorum=4),
+        replace(all_pairs, threshold=4),
+        replace(all_pairs, seed=b"x"),
+        sparse,
+        replace(sparse, degree=sparse.degree + 1),
+        replace(sparse, sparse=other.sparse),
+    ]
+    assert len({terms.digest for terms in varied}) == len(varied)
 
 
 def test_those_who_dropped_out_do_not_count_against_the_survivors(cast):
