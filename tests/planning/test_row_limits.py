@@ -2,6 +2,7 @@
 that takes from liars.
 """
 
+import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 
 import medfed
 from medfed import runs
-from medfed.core.checks import MedfedError
+from medfed.core.checks import MedfedError, PlanError
 from medfed.node import work
 from medfed.node.inprocess import InProcess
+from medfed.planning import row_limits
 from medfed.planning import terms as agreed
 from medfed.planning.resolved import GRAM_SHARE
-from medfed.planning.row_limits import ABOVE_NOISE, LEAST, TRAVEL, cap, row_limits
+from medfed.planning.row_limits import ABOVE_NOISE, LEAST, TRAVEL, cap
 from medfed.privacy.guarantee import GRID, resolve
 from medfed.rounds.aggregation import bears
 from medfed.rounds.prepare import prepare
@@ -131,6 +133,10 @@ def test_what_no_cap_bears_is_refused_before_the_start(study: Study) -> None:
     with pytest.raises(MedfedError, match=r"is not borne.*noise on a mean row is as long"):
         medfed.simulate(study._with({**WARY, **loud}))
     assert medfed.simulate(study._with({**WARY, "robustness.cap": 0.5})).complete
+    few = study._with({**WARY, "robustness.max_malicious": 0.4})
+    chosen = dataclasses.replace(few, chosen={"training.rounds": "by the recipe"})
+    with pytest.raises(PlanError, match=r"is not borne.*at this epsilon"):
+        row_limits.check(chosen, guarantee_of(chosen), 1)
 
 
 def test_a_plan_says_how_far_liars_move_a_round(study: Study) -> None:
@@ -173,7 +179,7 @@ def test_every_party_holds_a_site_to_the_same(study: Study) -> None:
 
 
 def test_a_small_site_is_let_no_longer_a_row_than_its_patients(study: Study) -> None:
-    limits = row_limits(study.set("robustness.cap", 0.9), guarantee_of(study))
+    limits = row_limits.row_limits(study.set("robustness.cap", 0.9), guarantee_of(study))
     assert limits == {"north": pytest.approx(57.6), "south": pytest.approx(57.6), "east": 38}
 
 

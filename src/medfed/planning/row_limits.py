@@ -64,8 +64,11 @@ def check(study: Study, guarantee: Guarantee, malicious: int) -> None:
     if study.robustness.cap or not holds_rows(study) or part * share <= OUTVOTED:
         return
 
+    more = "raise privacy.epsilon, or enrol more patients"
     if _least_to_learn(study, guarantee.clip) < share:
-        why = "the noise on a mean row is as long: raise privacy.epsilon, or enrol more patients"
+        why = f"the noise on a mean row is as long: {more}"
+    elif "training.rounds" in study.chosen:
+        why = f"so few patients bear no more and no larger steps at this epsilon: {more}"
     else:
         why = (
             "shorter rows would not get far enough in so few and small steps: raise "
