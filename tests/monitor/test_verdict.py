@@ -121,6 +121,28 @@ def test_classes(changes: dict[str, Any], codes: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("late", "changes", "codes"),
+    [
+        (0.44, {}, ["loss-falls"]),  # 0.02 of 0.23
+        (0.43, {}, []),
+        (0.42, {}, []),
+        (0.41, {}, []),
+        (None, {}, []),
+        (0.44, {"rounds": 7}, []),
+        (0.44, {"status": "incomplete"}, []),
+        (0.44, {"privacy": PRIVATE}, []),
+        (0.44, {"confusion": [[140, 0], [60, 0]]}, ["one-class", "loss-falls"]),
+    ],
+)
+def test_a_loss_that_was_still_falling_is_said_last(
+    late: float | None, changes: dict[str, Any], codes: list[str]
+) -> None:
+    loss = {"first": 0.65, "late": late, "last": 0.42, "test": 0.44}
+    told = {"status": "complete", "rounds": 12, "loss": loss, **changes}
+    assert [one for one in _codes(_summary(**told)) if one != "not-compared"] == codes
+
+
+@pytest.mark.parametrize(
     ("r2", "codes"), [(0.01, []), (0.0, ["not-better-than-constant"]), (None, [])]
 )
 def test_a_regression_is_held_to_the_mean(r2: float | None, codes: list[str]) -> None:

@@ -278,11 +278,16 @@ def _seconds(
 
 
 def _losses(rounds: Mapping[int, RoundFinished], tested: Tested | None) -> dict[str, float | None]:
-    """Return the training losses of the first and the last round that told one, and the loss on
-    held-out records.
+    """Return the training losses of the first and the last round that told one, that of three
+    quarters of the way, and the loss on held-out records.
     """
     losses = [rounds[number].loss for number in sorted(rounds)] or [None]
-    return {"first": losses[0], "last": losses[-1], "test": _field(tested, "loss")}
+    return {
+        "first": losses[0],
+        "late": losses[3 * (len(losses) - 1) // 4],
+        "last": losses[-1],
+        "test": _field(tested, "loss"),
+    }
 
 
 def _rate(planned: Planned | None) -> dict[str, Any] | None:

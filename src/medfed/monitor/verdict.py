@@ -17,6 +17,7 @@ Summary = Mapping[str, Any]
 
 CODES = {
     "loss-grew": "the training loss ended above where it began: the steps are too long",
+    "loss-falls": "the training loss was still falling when the rounds were over",
     "loss-high": "the training loss ended above twice that of a constant predictor",
     "not-better-than-chance": (
         "AUROC's interval holds one half, or several classes are told no better than by share"
@@ -43,6 +44,7 @@ def findings(summary: Summary) -> list[dict[str, str]]:
     """Return what a run's figures mean, most important first; nothing of a run without a test."""
     test, intervals = _main_test(summary)
     found = list(_judge_loss(summary))
+    grew = bool(found)
     if test:
         found += (
             _judge_regression(summary, test)
@@ -57,7 +59,7 @@ def findings(summary: Summary) -> list[dict[str, str]]:
             "SITE`)."
         )
         found.append(_finding("untested", text, following, "note"))
-    return found
+    return found if grew else [*found, *_judge_pace(summary)]
 
 
 def lines(summary: Summary) -> list[str]:
@@ -135,6 +137,26 @@ def _judge_loss(summary: Summary) -> Iterator[dict[str, str]]:
         else:
             yield _finding("loss-high", text, lower)
 
+
+def _judge_pace(summary: Summary) -> Iterator[dict[str, str]]:
+    """Say that more rounds would help; under a claim rounds are what epsilon buys."""
+    first, late, last = (summary["loss"].get(key) for key in ("first", "late", "last"))
+    rounds = summary.get("rounds") or 0
+    told = None not in (first, late, last) and rounds >= _ENOUGH_TO_TELL
+    if not told or summary.get("status") != "complete" or _is_private(summary):
+        return
+    fell = first - last
+    if late - last > _LATE * fell > 0:
+        text = (
+            f"The training loss was still falling when the {rounds} rounds were over: by "
+            f"{(late - last) / fell:.0%} of all it fell, in their last quarter."
+        )
+        yield _finding("loss-falls", text, f"Set training.rounds above {rounds}.", "note")
+
+
+_ENOUGH_TO_TELL = 8
+_LATE = 0.05
+"""What falls as 1 / t, as on a model that is nearly there, falls by less in the last quarter."""
 
 _FALLING = 0.98
 _KNOWS_NOTHING = 1.5
