@@ -14,6 +14,7 @@ from scipy import stats
 import medfed
 from medfed.core.checks import MedfedError, PlanError, StudyError
 from medfed.core.entropy import Entropy
+from medfed.monitor.events import Event, RoundStarted, SecurityAudit
 from medfed.node.inprocess import InProcess
 from medfed.planning import terms as agreed
 from medfed.privacy.guarantee import resolve
@@ -61,8 +62,22 @@ def test_the_mean_is_broken_and_the_rule_is_not(ten: Study, way: str) -> None:
     assert auroc(study, **LYING, **ROBUST) > 0.98
 
 
+def test_nobody_is_put_aside_whose_row_the_rest_cannot_be_opened_without(ten: Study) -> None:
+    """Three of ten sat out from the fourth round on, the rule kept four of seven, and a sum of four
+    is not opened where three may be the coordinator's friends: no later round could end.
+    """
+    study = ten._with({**LYING, **ROBUST, "security.aggregation": "three-party"})
+    study = study._with({"robustness.sight": "all", "training.learning_rate": 0.1})
+    told: list[Event] = []
+    result = medfed.simulate(study, listeners=[told.append])
+    assert result.complete
+    audits = [event for event in told if isinstance(event, SecurityAudit)]
+    assert sum(event.action == "quarantine" for event in audits) >= 1
+    assert min(len(event.clients) for event in told if isinstance(event, RoundStarted)) == 9
+
+
 def test_a_rule_weighs_alike_in_the_open_and_in_secret(ten: Study) -> None:
-    study = ten._with({**LYING, **ROBUST})
+    study = ten._with({**LYING, **ROBUST, "security.colluding": 0.0})  # as many sit out in both
     plain, secret = (
         medfed.simulate(study.set("security.aggregation", way)).w_P
         for way in ("plain", "three-party")

@@ -144,6 +144,7 @@ class Inspected(Event):
     weights: Mapping[str, float]
     findings: Sequence[Mapping[str, object]]
     most: int  # clients that the rule bears
+    sit_out: int | None = None  # of them, how many may be left out at once; None: all
 
 
 @dataclass(frozen=True)

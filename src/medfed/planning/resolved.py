@@ -121,6 +121,18 @@ class Resolved:
             self.study.robustness.max_malicious, cohort(self.study, self.participants)
         )
 
+    @property
+    def may_sit_out(self) -> int | None:
+        """How many clients may be put aside at once; None: as many as may lie.
+
+        Where rows are secret what a rule keeps of the rest must still be opened: a round of which
+        too many sat out would open nothing, and so would every later one.
+        """
+        if self.rule is None or self.study.security.aggregation != "three-party":
+            return None
+        n = cohort(self.study, self.participants)
+        return min(self.rule.f, max(0, n - self.rule.f - fewest_opened(self.study, n)))
+
     def bears(self) -> str:
         """Say what malicious clients can do to the model, in one line."""
         n = cohort(self.study, self.participants)

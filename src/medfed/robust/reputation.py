@@ -61,10 +61,14 @@ class Ruling:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is held against each client so far; `most` may be left out at once."""
+    """What is held against each client so far.
+
+    `most` may lie, and so many may be left out at once, or `sit_out` where that is less.
+    """
 
     most: int
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    sit_out: int | None = None
 
     def out(self, round: int) -> frozenset[str]:
         """Return who sits out a round."""
@@ -115,7 +119,7 @@ class Watch:
             action = "none"
             if now.total >= QUARANTINE:
                 sitting = sum(round < other.until for other in standings.values())
-                if sitting < self.most:
+                if sitting < (self.most if self.sit_out is None else self.sit_out):
                     now = replace(now, until=round + REST, warned=True)
                     action = "quarantine"
                 elif not before.warned:

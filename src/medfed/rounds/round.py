@@ -208,7 +208,11 @@ def _inspect(answer: RoundRows, plan: Plan, number: int, log: Log) -> None:
     ]
     log.emit(
         Inspected(
-            number, {name: round(w, 6) for name, w in answer.weights.items()}, told, plan.rule.f
+            number,
+            {name: round(w, 6) for name, w in answer.weights.items()},
+            told,
+            plan.rule.f,
+            plan.may_sit_out,
         )
     )
 

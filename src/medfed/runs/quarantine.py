@@ -24,8 +24,9 @@ def list_quarantined(folder: str | Path) -> list[dict[str, Any]]:
     its sum, and the last round that it sits out (0: none).
     """
     recorded = _read_events(Path(folder))
-    most = max((event.most for event in recorded if isinstance(event, events.Inspected)), default=0)
-    held = _replay(recorded, most).standings
+    rounds = [event for event in recorded if isinstance(event, events.Inspected)]
+    most = max((event.most for event in rounds), default=0)
+    held = _replay(recorded, most, rounds[-1].sit_out if rounds else None).standings
     return [
         {
             "client": name,
@@ -71,11 +72,11 @@ def _read_events(folder: Path) -> list[events.Event]:
 
 def replay_watch(plan: Plan, log: Log) -> Watch:
     """Return what is held against the clients by the rounds that a resumed run has behind it."""
-    return _replay(log.events(), plan.rule.f if plan.rule else 0)
+    return _replay(log.events(), plan.rule.f if plan.rule else 0, plan.may_sit_out)
 
 
-def _replay(recorded: Iterable[events.Event], most: int) -> Watch:
-    watch = Watch(most)
+def _replay(recorded: Iterable[events.Event], most: int, sit_out: int | None) -> Watch:
+    watch = Watch(most, sit_out=sit_out)
     for event in recorded:
         match event:
             case events.Inspected():
