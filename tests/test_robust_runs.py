@@ -230,6 +230,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"robustness.rule": "geometric-median", "security.aggregation": "three-party"},
         "single rows",
     ),
+    "spread": (
+        {"robustness.rule": "caf", "security.aggregation": "three-party"},
+        "single rows",
+    ),
     "pairs": (
         {"robustness.rule": "bucketing+geometric-median", "security.aggregation": "three-party"},
         "single rows",

@@ -3,7 +3,8 @@
 import pytest
 
 from medfed.planning import coalitions
-from medfed.planning.resolved import _cohorts, colluding, graph_of, holders, least_rows
+from medfed.planning.cohorts import cohorts
+from medfed.planning.resolved import colluding, graph_of, holders, least_rows
 from medfed.secure.masking import MaskingTerms
 from medfed.study import Study
 
@@ -65,4 +66,4 @@ def test_noise_counts_on_the_least_round_of_all() -> None:
     rows = holders(study, clients)
     for n in range(sizes[0] - 25, sizes[0] + 25):
         few = coalitions.count(masked(), n).rows
-        assert rows <= few or n not in _cohorts(study, clients)
+        assert rows <= few or n not in cohorts(study, clients)

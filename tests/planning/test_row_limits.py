@@ -102,8 +102,15 @@ def quiet(study: Study) -> Any:
 def test_no_cap_is_below_the_noise_on_a_mean_row(study: Study) -> None:
     wary = study._with({**WARY, "training.learning_rate": 1e5})
     guarantee = guarantee_of(wary, 8)
-    noise = next(iter(guarantee.releases.values())).noise_multiplier * math.sqrt(8) / 192
-    assert cap(wary, guarantee) == pytest.approx(min(1, ABOVE_NOISE * noise))
+    z = next(iter(guarantee.releases.values())).noise_multiplier
+    noise = z * math.sqrt(1.5) * math.sqrt(8) / 192
+    assert cap(wary, guarantee) == pytest.approx(ABOVE_NOISE * noise, rel=0.01)
+    twice = wary.set("privacy.max_sites_per_patient", 2)
+    assert cap(twice, replace(guarantee, max_sites=2)) == pytest.approx(
+        2 * cap(wary, guarantee), rel=1e-6
+    )
+    fewer = wary.set("fleet.clients_per_round", 2)
+    assert cap(fewer, guarantee) == pytest.approx(1.5 * cap(wary, guarantee), rel=1e-6)
     adam = wary._with({"training.algorithm": "fedadam"})
     calm = replace(guarantee, releases={"a": quiet(adam)})
     assert cap(adam, calm) == LEAST
@@ -137,6 +144,42 @@ def test_what_no_cap_bears_is_refused_before_the_start(study: Study) -> None:
     chosen = dataclasses.replace(few, chosen={"training.rounds": "by the recipe"})
     with pytest.raises(PlanError, match=r"is not borne.*at this epsilon"):
         row_limits.check(chosen, guarantee_of(chosen), 1)
+
+
+def test_liars_who_may_hold_half_of_a_rounds_length_are_refused(study: Study) -> None:
+    """Three of 20,000 patients among seven of 60: a length that small sites cannot reach."""
+    names = {f"site {k}": 20_000 if k < 3 else 60 for k in range(10)}
+    wary = study._with(
+        {**WARY, "robustness.cap": 0.05, "privacy.sizes": names, "privacy.delta": 1e-6}
+    )
+    guarantee = resolve(wary, names, 8)
+    assert row_limits.hold_by_liars(wary, guarantee, 3) == pytest.approx(0.68, abs=0.01)
+    with pytest.raises(PlanError, match="hold 68% of the length"):
+        row_limits.check(wary, guarantee, 3)
+    row_limits.check(wary.set("robustness.cap", 0.005), guarantee, 3)
+
+
+def test_a_round_of_few_sites_is_judged_by_itself(study: Study) -> None:
+    """Three liars of the ten that a round draws are three of ten, however many there are."""
+    names = {f"site {k}": 200 for k in range(50)}
+    slow = {**WARY, "privacy.sizes": names, "privacy.delta": 1e-6}
+    slow |= {"training.learning_rate": 5.0, "training.rounds": 100}
+    wary = study._with(slow)
+    for settings_, liars in (({}, 15), ({"fleet.clients_per_round": 10}, 3)):
+        drawn = wary._with(settings_)
+        with pytest.raises(PlanError, match="is not borne"):
+            row_limits.check(drawn, resolve(drawn, names, 8), liars)
+
+
+def test_a_clipping_norm_that_adapts_leaves_liars_room_and_is_refused(study: Study) -> None:
+    with pytest.raises(MedfedError, match="do not compose: the count beside the gradient"):
+        medfed.simulate(study._with({"robustness.cap": 0.1, "privacy.clipping": "adaptive"}))
+
+
+def test_rows_that_are_not_compared_exactly_are_held_to_no_length_of_their_own() -> None:
+    SharingTerms(10, 2900 / GRID, THREE).check(apart=True)
+    with pytest.raises(PlanError, match="a smaller robustness"):
+        SharingTerms(10, 3000 / GRID, THREE).check(apart=True)
 
 
 def test_a_plan_says_how_far_liars_move_a_round(study: Study) -> None:
@@ -289,4 +332,5 @@ def test_a_capped_mean_bears_what_turns_the_mean(
     lying = {"robustness__attack": attack, "robustness__malicious": 0.3}
     assert auroc(network, **lying) > honest - 0.05
     if attack == "sign-flip":
-        assert auroc(network, **lying, robustness__cap=1.0) < honest - 0.2
+        bare = {"robustness__rule": "mean", "robustness__max_malicious": 0.0}
+        assert auroc(network, **lying, **bare) < honest - 0.2

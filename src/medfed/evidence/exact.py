@@ -32,8 +32,9 @@ from medfed.data.federated import Rows
 from medfed.evidence.twin import Twin, TwinTraining, keys
 from medfed.learn.local import outputs
 from medfed.node.site import Site, handle_many
+from medfed.planning.cohorts import cohort
 from medfed.planning.plan import Plan
-from medfed.planning.resolved import cohort, holders
+from medfed.planning.resolved import holders
 from medfed.privacy import noise_tests, odd_patients
 from medfed.privacy.attack_statistics import Part
 from medfed.privacy.guarantee import GRID, Guarantee, declared_size

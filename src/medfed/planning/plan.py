@@ -24,19 +24,20 @@ from medfed.learn.local import LocalPlan, Path
 from medfed.learn.probe import Probed
 from medfed.planning import row_limits
 from medfed.planning.building import build_model, find_path, local_plan
+from medfed.planning.cohorts import cohort
 from medfed.planning.objections import check
 from medfed.planning.rates import Chosen
 from medfed.planning.resolved import (
     MOST_ROWS,
     Resolved,
     bounded,
-    cohort,
     colluding,
     fewest_opened,
     resolve,
     robust_rule,
 )
 from medfed.planning.survey_warnings import find_renamed, warn
+from medfed.planning.terms import terms_of
 from medfed.privacy import claim_refusals
 from medfed.privacy import guarantee as guarantees
 from medfed.secure.field import check_headroom
@@ -148,6 +149,8 @@ def make(
     _check_robustness(study, trainers)
     if facts.joint and facts.guarantee and facts.rule is None:
         row_limits.check(study, facts.guarantee, facts.malicious)
+        if row_limits.cap(study, facts.guarantee) < 1:
+            terms_of(replace(facts)).check(apart=True)
 
     return Plan(
         **vars(facts),

@@ -47,10 +47,11 @@ from medfed.data.features import features_of, list_open, open_columns
 from medfed.learn import zoo
 from medfed.learn.local import CURVATURE
 from medfed.planning.building import build_model
+from medfed.planning.cohorts import cohort
 from medfed.planning.objections import find_with_header
 from medfed.planning.plan import check_groups
 from medfed.planning.rates import output_gradients
-from medfed.planning.resolved import cohort, excess
+from medfed.planning.resolved import excess
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.claim_refusals import affordable, bears, is_binary, vote_tells
 from medfed.study import Study, out_of_range

@@ -25,7 +25,8 @@ from medfed.fleet.selection import Profile, Selector
 from medfed.learn.algorithms import ALGORITHMS, Algorithm
 from medfed.learn.learners import LEARNERS
 from medfed.links.wire import LINKS, PLAIN, Bounded, FixedPoint, Link, joint_links
-from medfed.planning.row_limits import cap, holds_rows, row_limits
+from medfed.planning.cohorts import cohort, cohorts
+from medfed.planning.row_limits import cap, hold_by_liars, holds_rows
 from medfed.privacy import guarantee as guarantees
 from medfed.privacy.guarantee import Guarantee
 from medfed.privacy.run_meter import Metered, NoClaim, RunMeter
@@ -150,8 +151,7 @@ class Resolved:
             return f"one of {n} moves the model at will"
         f = max(f, 1)
         if self.joint and self.guarantee and (share := cap(self.study, self.guarantee)) < 1:
-            longest = sorted(row_limits(self.study, self.guarantee).values(), reverse=True)
-            part = sum(longest[:f]) / sum(longest[:f] + longest[f - n :])
+            part = hold_by_liars(self.study, self.guarantee, f)
             return (
                 f"{f} of {n} hold at most {part:.0%} of the length that a round's rows may have "
                 f"(robustness.cap={share:.2g})"
@@ -344,23 +344,6 @@ def links_of(study: Study, guarantee: Guarantee | None, clients: Sequence[str]) 
     )
 
 
-def cohort(study: Study, clients: Sequence[str]) -> int:
-    """Return how many clients the smallest round draws."""
-    return min(_cohorts(study, clients))
-
-
-def _cohorts(study: Study, clients: Sequence[str]) -> set[int]:
-    """Return how many clients rounds draw: one number, or one of each group."""
-    fleet = study.fleet
-    selector = selection.SELECTORS[study.fleet.schedule]
-    if selector.law != "turns":
-        return {fleet.clients_per_round or len(clients)}
-    streams = Streams(study.study.seed)
-    return {
-        len(selector.eligible(clients, n + 1, fleet.groups, streams)) for n in range(fleet.groups)
-    }
-
-
 def holders(study: Study, clients: Sequence[str]) -> int:
     """Return how many parties' parts make the joint noise: those that must answer and do not work
     with the server.
@@ -372,7 +355,7 @@ def holders(study: Study, clients: Sequence[str]) -> int:
     if security.aggregation != "masked":
         return 2 if security.aggregation == "three-party" else 1
     # the least of all rounds: a sparse graph of n may promise more rows than all pairs of n + 1
-    return min(_honest_rows(study, n) for n in _cohorts(study, clients))
+    return min(_honest_rows(study, n) for n in cohorts(study, clients))
 
 
 def _honest_rows(study: Study, n: int) -> int:

@@ -16,8 +16,9 @@ import math
 
 from medfed.core.checks import PlanError
 from medfed.learn.algorithms import ALGORITHMS
+from medfed.planning.cohorts import cohort
 from medfed.privacy import guarantee as guarantees
-from medfed.privacy.guarantee import Guarantee
+from medfed.privacy.guarantee import GRID, Guarantee
 from medfed.study import Study
 
 TRAVEL = 50.0
@@ -28,13 +29,16 @@ columns of scale 1, some ten times what a model needs, as liars and disagreement
 LEAST = 0.02
 """The least cap where the server's step has a length of its own (fedadam and its like)."""
 
-ABOVE_NOISE = 1.5
+ABOVE_NOISE = 1.25
 """The least cap beside the length of the noise on a mean row: what is shorter is not heard."""
 
 OUTVOTED = 0.02
-"""Liars' share of the sites times the cap from which on they outweigh the rest: near the optimum an
-honest site's sum is about a twentieth of its patients long.
+"""How long all liars' rows may be together, as a share of a round's patients, before they outweigh
+the rest: near the optimum an honest site's sum is about a twentieth of its patients long.
 """
+
+MOST_OF_ALL = 0.45
+"""The most of the length of a round's rows that liars may hold."""
 
 
 def cap(study: Study, guarantee: Guarantee) -> float:
@@ -51,33 +55,72 @@ def cap(study: Study, guarantee: Guarantee) -> float:
     if robust.cap:
         return robust.cap
 
-    release = next(iter(guarantee.releases.values()))
-    patients = sum(one.expected for one in guarantee.releases.values())
-    noise = release.noise_multiplier * math.sqrt(guarantee.parameters) / patients
+    # three parts of noise lie on a sum, of which two suffice
+    patients = _mean_site(guarantee) * cohort(study, [*guarantee.releases])
+    sigma = guarantee.sigma_units() * GRID * math.sqrt(3 / 2)
+    noise = sigma * math.sqrt(guarantee.parameters) / patients
     return min(1.0, max(_least_to_learn(study, guarantee.clip), ABOVE_NOISE * noise))
 
 
+def _mean_site(guarantee: Guarantee) -> float:
+    """Return how many patients a mean site expects to draw."""
+    releases = guarantee.releases.values()
+    return sum(one.expected for one in releases) / len(releases)
+
+
+def hold_by_liars(study: Study, guarantee: Guarantee, malicious: int) -> float:
+    """Return the share of the length of a round's rows that so many sites may hold, where the
+    longest lie and the shortest are honest.
+    """
+    n = cohort(study, [*guarantee.releases])
+    longest = sorted(row_limits(study, guarantee).values(), reverse=True)
+    return sum(longest[:malicious]) / sum(longest[:malicious] + longest[malicious - n :])
+
+
 def check(study: Study, guarantee: Guarantee, malicious: int) -> None:
-    """Raise PlanError where no cap that was not asked for holds so many `malicious` sites back."""
+    """Raise PlanError where no cap holds so many `malicious` sites of a round back, but where one
+    was asked for that holds them to less than the rest.
+    """
     share = cap(study, guarantee)
-    part = malicious / len(guarantee.releases)
-    if study.robustness.cap or not holds_rows(study) or part * share <= OUTVOTED:
+    if not holds_rows(study) or not (study.robustness.max_malicious or study.robustness.cap):
         return
 
-    more = "raise privacy.epsilon, or enrol more patients"
-    if _least_to_learn(study, guarantee.clip) < share:
-        why = f"the noise on a mean row is as long: {more}"
-    elif "training.rounds" in study.chosen:
-        why = f"so few patients bear no more and no larger steps at this epsilon: {more}"
-    else:
-        why = (
-            "shorter rows would not get far enough in so few and small steps: raise "
-            "training.rounds or training.learning_rate, or leave both to medfed"
+    if share < 1 and guarantee.clipping == "adaptive":
+        raise PlanError(
+            "privacy.clipping='adaptive' and rows that are held to one length (robustness.cap) do "
+            "not compose: the count beside the gradient leaves a liar room. Set "
+            "privacy.clipping='fixed'."
         )
-    raise PlanError(
-        f"robustness.max_malicious={study.robustness.max_malicious:g} is not borne: rows would "
-        f"have to be held to {OUTVOTED / part:.2g} of a mean site's patients, and are to "
-        f"{share:.2g}, as {why}. Or set robustness.cap, and see what it bears in a simulation."
+    longest = sorted(row_limits(study, guarantee).values(), reverse=True)[:malicious]
+    n = cohort(study, [*guarantee.releases])
+    weight = sum(longest) / (n * _mean_site(guarantee))
+    where = f"robustness.max_malicious={study.robustness.max_malicious:g} is not borne"
+    if weight > OUTVOTED and not study.robustness.cap:
+        raise PlanError(
+            f"{where}: rows would have to be held to {share * OUTVOTED / weight:.2g} of a mean "
+            f"site's patients, and are to {share:.2g}, as {_why(study, guarantee)}. Or set "
+            "robustness.cap, and see what it bears in a simulation."
+        )
+
+    part = hold_by_liars(study, guarantee, malicious) if malicious else 0.0
+    if part > MOST_OF_ALL:
+        raise PlanError(
+            f"{where}: sites are of such different size that {malicious} of a round hold "
+            f"{part:.0%} of the length of its rows. Leave very small sites out or join them to "
+            "others, or set a smaller robustness.cap."
+        )
+
+
+def _why(study: Study, guarantee: Guarantee) -> str:
+    """Say what keeps rows from being held to less, and what would change that."""
+    more = "raise privacy.epsilon, or enrol more patients"
+    if _least_to_learn(study, guarantee.clip) < cap(study, guarantee):
+        return f"the noise on a mean row is as long: {more}"
+    if "training.rounds" in study.chosen:
+        return f"so few patients bear no more and no larger steps at this epsilon: {more}"
+    return (
+        "shorter rows would not get far enough in so few and small steps: raise "
+        "training.rounds or training.learning_rate, or leave both to medfed"
     )
 
 
@@ -110,5 +153,5 @@ def row_limits(study: Study, guarantee: Guarantee) -> dict[str, float]:
     share = cap(study, guarantee)
     if share == 1:
         return {name: float(one.size) for name, one in releases.items()}
-    most = share * sum(one.expected for one in releases.values()) / len(releases)
+    most = share * _mean_site(guarantee)
     return {name: min(float(one.size), most) for name, one in releases.items()}

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from medfed.core.checks import PlanError, some
 from medfed.core.entropy import Entropy, Integers
 from medfed.links.wire import noise_share
+from medfed.planning.cohorts import cohort
 from medfed.planning.resolved import (
     GRAM_SHARE,
     Resolved,
-    cohort,
     colluding,
     fewest_opened,
     graph_of,

@@ -350,7 +350,7 @@ def smea(g_KK: Tensor, f: int, radius: float | None) -> Tensor:
     if count > _SUBSETS:
         raise PlanError(
             f"smea with n={len(g_KK)}, f={f} looks at {count} sets of rows; expected at most "
-            f"{_SUBSETS}. Set robustness.rule='caf'."
+            f"{_SUBSETS}. Set robustness.rule='nnm+caf'."
         )
     kept_JK = torch.tensor(list(combinations(range(len(g_KK)), len(g_KK) - f)))
     b_JKK = g_KK[kept_JK[:, :, None], kept_JK[:, None]]
@@ -509,7 +509,7 @@ ALONE: dict[str, GramRule | RowRule] = {
         minimum_diameter, _majority, 0.5, "El Mhamdi et al. 2018, arXiv:1802.07927"
     ),
     "smea": GramRule(smea, _majority, 0.5, "Allouah et al. 2023, arXiv:2302.04787"),
-    "caf": GramRule(caf, _majority, 0.5, "Allouah et al. 2025, arXiv:2505.01874"),
+    "caf": GramRule(caf, _majority, 0.5, "Allouah et al. 2025, arXiv:2505.01874", one_row=True),
     "coordinate-median": RowRule(
         coordinate_median,
         _majority,

@@ -25,8 +25,8 @@ from medfed.core.checks import (
     reasons,
 )
 from medfed.engine.port import Fleet, gather
+from medfed.planning.cohorts import cohort
 from medfed.planning.plan import Plan
-from medfed.planning.resolved import cohort
 from medfed.planning.terms import gram_split, masking_terms, terms_of
 from medfed.privacy.guarantee import GRID
 from medfed.rounds.aggregator import Aggregator

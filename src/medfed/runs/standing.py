@@ -17,8 +17,9 @@ from medfed.core.checks import RunError, reasons
 from medfed.data.encoding import Encoding
 from medfed.engine.port import Fleet, Without, gather
 from medfed.monitor import events
+from medfed.planning.cohorts import cohort
 from medfed.planning.plan import Plan
-from medfed.planning.resolved import cohort, fewest_opened
+from medfed.planning.resolved import fewest_opened
 from medfed.rounds.prepare import prepare
 from medfed.runs.giving_up import read_given_up
 from medfed.runs.stopped import check_trail

@@ -148,10 +148,16 @@ class SharingTerms:
         """The norm that no accepted row exceeds."""
         return self.bound if self.exact else 2.82 * self.reach
 
-    def check(self, gram: bool = False) -> None:
+    def check(self, gram: bool = False, apart: bool = False) -> None:
         """Raise PlanError where projections of honest rows, or with `gram` products of accepted
-        ones, could wrap.
+        ones, could wrap; with `apart`, where rows could not be held each to its own bound.
         """
+        if apart and not self.exact:
+            raise PlanError(
+                f"rows of norm {self.bound:g} steps are not compared exactly among three "
+                "aggregators, so that no site would be held to its own. Set a smaller "
+                "robustness.cap, or declare smaller sites."
+            )
         if gram and not self.exact:
             raise PlanError(
                 f"a robust rule under 'three-party' and rows of norm {self.bound:g} steps do not "
