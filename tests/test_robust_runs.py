@@ -100,7 +100,7 @@ def test_liars_remember_their_rows_and_see_others_where_the_study_says_so(
         return -sight.own_FM
 
     heard = attacks.Attack("heard", "this test", "row", on_rows=listen)
-    monkeypatch.setattr(attacks, "ATTACKS", {**attacks.ATTACKS, "heard": heard})
+    monkeypatch.setitem(attacks.ATTACKS, "heard", heard)
     settings = {"robustness.attack": "heard", "robustness.malicious": 0.3, "training.rounds": 3}
     own = medfed.simulate(ten._with(settings))
     blind, given[:] = list(given), []
