@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from medfed.core import streams
 from medfed.core.checks import PlanError, StudyError, nearest
 from medfed.core.streams import Streams
 
@@ -52,6 +53,8 @@ class Sight:
     before_FM: Tensor | None = None  # their own honest rows of the round before
     # the Gram rule that "adaptive" knows; None is the mean
     rule: Callable[[Tensor], Tensor] | None = None
+    limit_F: Tensor | None = None  # to what length each liar's row is cut; None: it is not
+    rounds: int = 0  # of the whole run; 0: they do not know
 
     def __post_init__(self) -> None:
         if not 0 < 2 * self.liars < self.clients:
@@ -86,13 +89,19 @@ class Sight:
         """Return each liar's stream for this round."""
         return self.streams.key_K("attack", self.round, self.names)
 
-    def shared_key(self) -> Tensor:
-        """Return the stream [1] that all liars share, in all rounds."""
-        return torch.tensor([self.streams.key("attack")], dtype=torch.int64)
+    def direction_M(self) -> Tensor:
+        """Return a random direction, of any length, that all liars share in all rounds."""
+        shared_1 = torch.tensor([self.streams.key("attack")], dtype=torch.int64)
+        return streams.normal(shared_1, self.own_FM.shape[1])[0]
 
     def all_send(self, lie_M: Tensor) -> Tensor:
         """Return lies [F, M], the same from everyone."""
         return lie_M.expand_as(self.own_FM)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, and 0 where b is 0: rows without spread leave no direction."""
+    return a / b if b > 0 else torch.zeros_like(a)
 
 
 def _honest_records(records: Records) -> Records:

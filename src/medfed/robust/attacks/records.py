@@ -30,6 +30,33 @@ add(
 )
 
 
+def _need_classes(records: Records, attack: str) -> None:
+    if not records.labels:
+        raise PlanError(
+            f"attack={attack!r} needs classes; this study predicts a number. Use 'label-flip'."
+        )
+
+
+def _flip_last_class(records: Records) -> Records:
+    """The last class, of two the positive one, becomes the first; all other labels stay.
+
+    Raises PlanError where a number is predicted.
+    """
+    _need_classes(records, "class-flip")
+    y_N = records.y_N
+    return replace(records, y_N=torch.where(y_N == records.labels - 1, torch.zeros_like(y_N), y_N))
+
+
+add(
+    Attack(
+        "class-flip",
+        "Tolpegin et al., ESORICS 2020, arXiv:2007.08432",
+        "data",
+        on_data=_flip_last_class,
+    )
+)
+
+
 def _poison_features(records: Records) -> Records:
     """Keep labels, and move each class's records to where another class lies:
     x - mean_c + mean_(C-1-c).
@@ -87,10 +114,7 @@ class Trigger:
         """Mark a share of the records and call them `label`;
         raise PlanError where a number is predicted.
         """
-        if not records.labels:
-            raise PlanError(
-                "attack='backdoor' needs classes; this study predicts a number. Use 'label-flip'."
-            )
+        _need_classes(records, "backdoor")
         drawn_N = streams.uniform(torch.tensor([records.key]), len(records.y_N))[0] < self.share
         x_ND = torch.where(drawn_N[:, None], self.stamp(records.x_ND), records.x_ND)
         y_N = torch.where(drawn_N, torch.full_like(records.y_N, self.label), records.y_N)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from medfed.core import streams
-from medfed.robust.attacks.attack import Attack, Sight, add
+from medfed.robust.attacks.attack import Attack, Sight, add, ratio
 from medfed.robust.attacks.records import flip_labels
 
 
-def _sign_flip(sight: Sight) -> Tensor:
+def flip_signs(sight: Sight) -> Tensor:
     return -4 * sight.own_FM  # by 4, so that 30 % of the clients turn the mean: .7 - .3 x 4 < 0
 
 
-add(Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=_sign_flip))
+add(Attack("sign-flip", "Li et al., RSA, AAAI 2019, arXiv:1811.03761", "row", on_rows=flip_signs))
 
 
 def _scale(sight: Sight) -> Tensor:
@@ -85,6 +85,47 @@ def _ipm(sight: Sight) -> Tensor:
 add(Attack("ipm", "Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936", "row", on_rows=_ipm))
 
 
+def _oppose(sight: Sight) -> Tensor:
+    """Go against the mean, as long as may be: to the length that a liar's row is cut to, else to
+    that of the longest row that the liars judge by.
+    """
+    mean_M = sight.mean_M()
+    length_F = sight.limit_F
+    if length_F is None:
+        length_F = sight.seen_RM().norm(dim=1).max().expand(len(sight.own_FM))
+    return -length_F[:, None] * ratio(mean_M, mean_M.norm())
+
+
+add(
+    Attack(
+        "opposed",
+        "after Xie et al., Fall of Empires, UAI 2019, arXiv:1903.03936",
+        "row",
+        on_rows=_oppose,
+    )
+)
+
+
+def _fang(sight: Sight) -> Tensor:
+    """Draw each number beyond the honest rows' extreme, on the side against the mean's sign: up to
+    twice the extreme, or half of it where that is the way out (the paper's b = 2).
+
+    Without honest rows 3 to 4 spreads from the mean: the paper's partial knowledge.
+    """
+    mean_M = sight.mean_M()
+    drawn_FM = streams.uniform(sight.key_F(), sight.own_FM.shape[1]).double()
+    if sight.honest_HM is None:
+        return mean_M - mean_M.sign() * (3 + drawn_FM) * sight.spread_M()
+
+    down_M = mean_M > 0
+    edge_M = torch.where(down_M, sight.honest_HM.amin(0), sight.honest_HM.amax(0))
+    far_M = torch.where((edge_M < 0) == down_M, 2 * edge_M, edge_M / 2)
+    return edge_M + drawn_FM * (far_M - edge_M)
+
+
+add(Attack("fang", "Fang et al., USENIX Security 2020, arXiv:1911.11815", "row", on_rows=_fang))
+
+
 def _mimic(sight: Sight) -> Tensor:
     """Send the row that is furthest out along the direction in which honest rows differ most.
 
@@ -120,7 +161,7 @@ add(Attack("stale", "after Fraboni et al., AISTATS 2021, arXiv:2006.11901", "row
 
 def _colluding(sight: Sight) -> Tensor:
     """A random direction for all liars and rounds, a hundred times as long as the liar's row."""
-    direction_M = streams.normal(sight.shared_key(), sight.own_FM.shape[1])[0]
+    direction_M = sight.direction_M()
     lies_FM: Tensor = (
         100 * sight.own_FM.norm(dim=1, keepdim=True) * direction_M / direction_M.norm()
     )
