@@ -4,6 +4,7 @@ nobody else.
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def test_drift_is_small_and_the_same_step_in_all_rounds() -> None:
     steps = []
     for number in range(1, 11):
         honest = torch.randn(H, M, generator=random, dtype=torch.float64)
-        lies = send("drift", sight(honest_HM=honest, round=number))
+        own = torch.randn(F, M, generator=random, dtype=torch.float64)
+        lies = send("drift", replace(sight(honest_HM=honest, round=number), own_FM=own))
         step = lies[0] - honest.mean(0)
         assert float(step.norm()) == pytest.approx(float(honest.std(0).norm()))
         assert (lies == lies[0]).all()
