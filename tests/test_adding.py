@@ -2,8 +2,11 @@
 another.
 """
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 import medfed
-from medfed import runs
+from medfed import robust, runs
 from medfed.core import codec, extensions
 from medfed.core.checks import MedfedError, PlanError, SiteError
 from medfed.data.federated import Rows
@@ -39,6 +42,8 @@ from medfed.node.inprocess import InProcess
 from medfed.node.site import OPS, Site
 from medfed.planning.plan import Plan
 from medfed.privacy import guarantee
+from medfed.robust import attacks
+from medfed.robust.attacks import ATTACKS, Attack, Records, Sight, add
 from medfed.robust.rules import ALONE, GramRule, rule_of
 from medfed.rounds.plain import Plain, read_rows
 from medfed.rounds.round import run_round
@@ -284,6 +289,66 @@ def test_a_row_that_no_client_can_have_sent_is_left_out(tmp_path: Path) -> None:
         medfed.simulate(study.set("training.quorum", 0.5), listeners=[told.append])
     left_out = [event for event in told if isinstance(event, SiteExcluded)]
     assert left_out and all("names a place that is none" in event.reason for event in left_out)
+
+
+# An attack: each liar's row backwards. And one on records: their labels backwards.
+
+
+def reverse_row(sight: Sight) -> Tensor:
+    return sight.own_FM.flip(1)
+
+
+REVERSED = Attack("reversed", "this test", "row", on_rows=reverse_row)
+
+
+def reverse_labels(records: Records) -> Records:
+    return replace(records, y_N=records.y_N.flip(0))
+
+
+LABELS = Attack("reversed-labels", "this test", "data", on_data=reverse_labels)
+
+
+@pytest.fixture
+def backwards() -> Iterator[None]:
+    add(REVERSED)
+    add(LABELS)
+    yield
+    del ATTACKS["reversed"]
+    del ATTACKS["reversed-labels"]
+
+
+@pytest.mark.usefixtures("backwards")
+def test_an_added_attack_lies_in_a_whole_study(tmp_path: Path) -> None:
+    honest = medfed.load_study(write_study(tmp_path, STUDY))
+    usual = medfed.simulate(honest)
+    for name in ("reversed", "reversed-labels"):
+        study = honest._with({"robustness.attack": name, "robustness.malicious": 0.4})
+        folder = tmp_path / name
+        folder.mkdir()
+        whole = run_twice(folder, study)
+        assert not torch.equal(whole.w_P, usual.w_P)
+        assert any(f"robustness.attack={name!r}" in text for text in whole.summary["warnings"])
+    with pytest.raises(MedfedError, match=r"'revers' is not an attack; did you mean 'reversed'"):
+        medfed.simulate(study.set("robustness.attack", "revers"))
+
+
+def test_a_file_beside_the_others_adds_an_attack_and_touches_none(tmp_path: Path) -> None:
+    here = Path(attacks.__file__).parent
+    shutil.copytree(here, tmp_path / "attacks", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "attacks" / "lone.py").write_text(
+        "from medfed.robust.attacks.attack import Attack, add\n"
+        "add(Attack('lone', 'this test', 'row', on_rows=lambda sight: -sight.own_FM))\n",
+        "utf-8",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith(attacks.__name__)]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(robust, "attacks", attacks)  # so that it is this one again
+        patch.setattr(robust, "__path__", [str(tmp_path)])
+        copied = importlib.import_module(attacks.__name__)
+        assert set(copied.ATTACKS) - set(ATTACKS) == {"lone"}
+        assert copied.find("lone").stage == "row"
+    del sys.modules[f"{attacks.__name__}.lone"]
 
 
 # A selector: the sites with the most training rows.

@@ -17,6 +17,7 @@ from medfed.core.entropy import Entropy
 from medfed.monitor.events import Event, RoundStarted, SecurityAudit
 from medfed.node.inprocess import InProcess
 from medfed.planning import terms as agreed
+from medfed.planning.row_limits import row_limits
 from medfed.privacy.guarantee import resolve
 from medfed.robust import attacks
 from medfed.rounds.prepare import prepare
@@ -115,7 +116,7 @@ def test_liars_remember_their_rows_and_see_others_where_the_study_says_so(
         return -sight.own_FM
 
     heard = attacks.Attack("heard", "this test", "row", on_rows=listen)
-    monkeypatch.setattr(attacks, "ATTACKS", {**attacks.ATTACKS, "heard": heard})
+    monkeypatch.setitem(attacks.ATTACKS, "heard", heard)
     settings = {"robustness.attack": "heard", "robustness.malicious": 0.3, "training.rounds": 3}
     own = medfed.simulate(ten._with(settings))
     blind, given[:] = list(given), []
@@ -126,6 +127,7 @@ def test_liars_remember_their_rows_and_see_others_where_the_study_says_so(
         assert more.honest_HM.shape == (7, less.own_FM.shape[1])
         assert not (more.honest_HM[:, None] == more.own_FM).all(2).any()
         assert torch.equal(less.own_FM, more.own_FM)
+        assert more.rounds == 3 and more.limit_F is None
         before = None if number == 1 else blind[number - 2].own_FM
         assert (less.before_FM is None) == (before is None)
         assert before is None or torch.equal(less.before_FM, before)
@@ -211,6 +213,37 @@ def test_a_private_robust_run_keeps_its_promise(private: Study) -> None:
     )
     result = medfed.simulate(study)
     assert result.complete and result.summary["privacy"]["epsilon"] <= 1
+
+
+def test_liars_know_to_what_length_their_rows_are_cut(
+    private: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: "opposed" is as long as is let pass, also where that is more than honest rows
+    are, and nothing of it is cut.
+    """
+    given: list[tuple[attacks.Sight, torch.Tensor]] = []
+
+    def listen(sight: attacks.Sight) -> torch.Tensor:
+        given.append((sight, attacks.find("opposed").on_rows(sight)))
+        return given[-1][1]
+
+    heard = attacks.Attack("heard", "this test", "row", on_rows=listen)
+    monkeypatch.setitem(attacks.ATTACKS, "heard", heard)
+    study = private._with(
+        {"robustness.attack": "heard", "robustness.malicious": 0.4, "robustness.sight": "all"}
+    )
+    sites = open_sites(study, None)
+    plan = prepare(sites[0].study, InProcess(sites), [site.name for site in sites])
+    assert plan.guarantee is not None
+    limits = row_limits(plan.study, plan.guarantee)
+    medfed.simulate(study)
+    assert len(given) == study.training.rounds
+    for sight, lie_FM in given:
+        assert sight.limit_F is not None and sight.honest_HM is not None
+        assert sight.limit_F.tolist() == [limits[name] for name in sight.names]
+        torch.testing.assert_close(lie_FM.norm(dim=1), sight.limit_F)
+        honest_H = sight.honest_HM.norm(dim=1)
+        assert float(sight.limit_F.max()) > float(honest_H.max()) > 0
 
 
 # plans --------------------------------------------------------------------------------------------

@@ -276,6 +276,7 @@ class Liars:
     # that "adaptive" knows; None stands for the mean
     rule: Callable[[Tensor], Tensor] | None = None
     sees_all: bool = False  # the honest rows, too, of those that are asked in one process
+    rounds: int = 0  # of the whole run
 
     @classmethod
     def of(cls, study: Study, clients: Sequence[str]) -> "Liars":
@@ -293,6 +294,7 @@ class Liars:
             Streams(study.study.seed),
             known,
             robust.sight == "all",
+            study.training.rounds,
         )
 
     def teach(self, name: str, rows: Rows, encoding: Encoding) -> Rows:
@@ -311,7 +313,12 @@ class Liars:
         return replace(rows, x=found.x_ND, y=found.y_N)
 
     def replace_rows(
-        self, sites: Sequence["Site"], round: int, row_KM: Tensor, stage: Stage = "row"
+        self,
+        sites: Sequence["Site"],
+        round: int,
+        row_KM: Tensor,
+        stage: Stage = "row",
+        limit_K: Sequence[float] | None = None,
     ) -> Tensor:
         """Return the rows with the lies of those who lie in place of their own.
 
@@ -320,6 +327,7 @@ class Liars:
             round: the round's number, from 1.
             row_KM: their rows.
             stage: "row" before the links, "wire" behind them.
+            limit_K: to what length each row will be cut; None: it will not.
         """
         at = [k for k, site in enumerate(sites) if site.name in self.names]
         if not at or self.attack is None or self.attack.stage != stage:
@@ -337,6 +345,8 @@ class Liars:
             row_KM[honest] if self.sees_all and honest else None,
             before_FM if before_FM.any() else None,
             self.rule,
+            None if limit_K is None else torch.tensor(limit_K, dtype=torch.float64)[at],
+            self.rounds,
         )
         lies = row_KM.clone()
         lies[at] = self.attack.rows(sight, stage)

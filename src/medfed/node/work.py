@@ -271,7 +271,7 @@ def _send_rows(
     """
     first = sites[0]
     honest_KM = message_KM
-    message_KM = first.liars.replace_rows(sites, header["round"], message_KM)
+    message_KM = first.liars.replace_rows(sites, header["round"], message_KM, limit_K=limit_K)
     if limit_K is not None:
         message_KM = into_ball(message_KM, limit_K)
     if first.liars.attack:
