@@ -42,6 +42,10 @@ ATTACKS = (
     "label-flip",
     "free-rider",
     "adaptive",
+    "opposed",
+    "on-off",
+    "min-sum-unit",
+    "fang",
 )
 WAYS = ("plain", "three-party", "private")
 FEDERATIONS = ("network-50", "network-10", "breast-10")
