@@ -277,7 +277,7 @@ def test_a_site_whose_keys_were_replaced_has_signed_nothing(
         medfed.resume(run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_cannot_answer_is_away(tmp_path: Path) -> None:
     run = tmp_path / "run"
     study = study_of(tmp_path, "masked").set("training.algorithm", "scaffold")
