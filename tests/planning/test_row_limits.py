@@ -172,8 +172,10 @@ def test_a_round_of_few_sites_is_judged_by_itself(study: Study) -> None:
 
 
 def test_a_clipping_norm_that_adapts_leaves_liars_room_and_is_refused(study: Study) -> None:
-    with pytest.raises(MedfedError, match="do not compose: the count beside the gradient"):
-        medfed.simulate(study._with({"robustness.cap": 0.1, "privacy.clipping": "adaptive"}))
+    for held in ({"robustness.cap": 0.1}, {"robustness.rule": "auto"}):
+        adapting = {**held, "privacy.clipping": "adaptive", "training.learning_rate": 100.0}
+        with pytest.raises(MedfedError, match="do not compose: the count beside the gradient"):
+            medfed.simulate(study._with(adapting))
 
 
 def test_rows_that_are_not_compared_exactly_are_held_to_no_length_of_their_own() -> None:

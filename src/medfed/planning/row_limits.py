@@ -82,7 +82,7 @@ def check(study: Study, guarantee: Guarantee, malicious: int) -> None:
     was asked for that holds them to less than the rest.
     """
     share = cap(study, guarantee)
-    if not holds_rows(study) or not (study.robustness.max_malicious or study.robustness.cap):
+    if not holds_rows(study):
         return
 
     if share < 1 and guarantee.clipping == "adaptive":
@@ -91,6 +91,9 @@ def check(study: Study, guarantee: Guarantee, malicious: int) -> None:
             "not compose: the count beside the gradient leaves a liar room. Set "
             "privacy.clipping='fixed'."
         )
+    if not malicious:
+        return
+
     longest = sorted(row_limits(study, guarantee).values(), reverse=True)[:malicious]
     n = cohort(study, [*guarantee.releases])
     weight = sum(longest) / (n * _mean_site(guarantee))
@@ -102,7 +105,7 @@ def check(study: Study, guarantee: Guarantee, malicious: int) -> None:
             "robustness.cap, and see what it bears in a simulation."
         )
 
-    part = hold_by_liars(study, guarantee, malicious) if malicious else 0.0
+    part = hold_by_liars(study, guarantee, malicious)
     if part > MOST_OF_ALL:
         raise PlanError(
             f"{where}: sites are of such different size that {malicious} of a round hold "
