@@ -4,18 +4,22 @@ comes to.
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import medfed
-from medfed.core.checks import KeyFileError, NoEndError, QuorumError, RunError
+from medfed import runs
+from medfed.core.checks import KeyFileError, NoEndError, QuorumError, RunError, TrailError
 from medfed.privacy.ledger import Ledger
+from medfed.rounds import checkpoints
 from medfed.runs import claims, drive
 from medfed.runs.results import is_complete
 from medfed.runs.verification import verify_run
 from medfed.study import Study
+from tests.runs.test_giving_up import stop, study_of
 from tests.runs.test_once import federated
 from tests.tables import PRIVATE
 from tests.test_cli import medfed as command
@@ -108,3 +112,43 @@ def test_a_damaged_summary_is_told_by_name(text: str, study: Study, tmp_path: Pa
     (run / "summary.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(RunError, match=r"summary\.json is damaged .*medfed resume"):
         is_complete(run)
+
+
+# a state that is not the coordinator's ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["masked", "three-party"])
+def test_an_older_model_under_a_later_rounds_name_is_not_gone_on_with(
+    tmp_path: Path, way: str
+) -> None:
+    """Who writes in the folder needs no key for it: round 1's weights in the checkpoint of round 2,
+    so that a model is played twice over other sites, and their sums' difference is a row.
+    """
+    run = tmp_path / "run"
+    stop(study_of(tmp_path, way), run, 3)
+    folder = run / "checkpoints"
+    first, last = sorted(folder.glob("*"))[-2:]
+    old, before = checkpoints._read(first)
+    new, header = checkpoints._read(last)
+    assert (old.round, new.round) == (1, 2)
+    signed = {"signature", "trail"}
+    lies = {
+        "weights": (replace(new, w_P=old.w_P), header),
+        "with the old signature": (
+            replace(old, round=2),
+            {**header, **{name: before[name] for name in signed}},
+        ),
+        "unsigned": (
+            replace(new, w_P=old.w_P),
+            {name: value for name, value in header.items() if name not in signed},
+        ),
+        "no signature": (new, {**header, "signature": None}),
+    }
+    for server, told in lies.values():
+        checkpoints._write(folder, server, {k: v for k, v in told.items() if k != "round"})
+        with pytest.raises(TrailError, match="is not what the coordinator signed"):
+            medfed.resume(run)
+        with pytest.raises(TrailError, match="is not what the coordinator signed"):
+            runs.give_up(run, "the site is gone", "Ada")
+    checkpoints._write(folder, new, {k: v for k, v in header.items() if k != "round"})
+    assert medfed.resume(run).complete

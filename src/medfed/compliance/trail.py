@@ -145,8 +145,8 @@ def verify(
     for number, line in enumerate(data.split(b"\n")[:-1]):
         entry = _parse_entry(path, number, line, previous)
         if entry["kind"] == "opened":
-            keys[entry["writer"]] = _parse_hex(entry["facts"].get("public"))
-        signature = _parse_hex(entry.pop("signature"))
+            keys[entry["writer"]] = parse_hex(entry["facts"].get("public"))
+        signature = parse_hex(entry.pop("signature"))
         if entry["writer"] not in keys or not check(
             keys[entry["writer"]], signature, _signing_input(entry)
         ):
@@ -221,7 +221,7 @@ def _signing_input(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(["medfed trail 1", entry], sort_keys=True, separators=(",", ":")).encode()
 
 
-def _parse_hex(text: object) -> bytes:
+def parse_hex(text: object) -> bytes:
     """Return the bytes of a text of hex digits in the one spelling that is written; else none."""
     try:
         data = bytes.fromhex(text) if isinstance(text, str) else b""

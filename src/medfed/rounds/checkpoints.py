@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from medfed.compliance.trail import Trail
 from medfed.core import codec, files
 from medfed.core.checks import CodecError, RunError, plain
 from medfed.learn.algorithms import Server
@@ -54,9 +55,28 @@ def read_last(folder: Path) -> tuple[Server, dict[str, Any], str]:
     )
 
 
-def _write(folder: Path, server: Server, header: dict[str, Any]) -> None:
+def vouch(server: Server, trail: Trail) -> dict[str, Any]:
+    """Return what binds a state to a run's trail: how far the trail goes, and its writer's
+    signature of that and of the state.
+    """
+    head = trail.tell_head()
+    return {"trail": head, "signature": trail.sign(vouched(server, head["head"])).hex()}
+
+
+def vouched(server: Server, head: str) -> bytes:
+    """Return what the coordinator signs of a state, where the trail's last line has hash `head`:
+    so neither another run's state nor an earlier round's passes for it.
+    """
+    return b"medfed checkpoint" + hashlib.sha256(_encode(server, {})).digest() + head.encode()
+
+
+def _encode(server: Server, header: dict[str, Any]) -> bytes:
     tensors = {"w": server.w_P, **{f"slot.{name}": value for name, value in server.slots.items()}}
-    payload = codec.encode({**header, "round": server.round}, tensors)
+    return codec.encode({**header, "round": server.round}, tensors)
+
+
+def _write(folder: Path, server: Server, header: dict[str, Any]) -> None:
+    payload = _encode(server, header)
     files.write(_path(folder, server.round), hashlib.sha256(payload).digest() + payload)
 
 

@@ -129,7 +129,8 @@ class Drive:
             self.standing.signed,
         )
         if self.folder and self.trail:
-            more = {"trail": self.trail.tell_head(), "away": dict(self.standing.since)}
+            more = checkpoints.vouch(self.server, self.trail)
+            more["away"] = dict(self.standing.since)
             checkpoints.amend(self.folder / "checkpoints", self.server.round, more)
 
     @property

@@ -191,7 +191,7 @@ def _go_on(
     cast = _open_parties(parties, study, data, folder)
     study = cast.resolve(study)
     before = frozen if unbegun else header
-    standing = FRESH if unbegun else look(folder, study, server.round, header, cast.fleet)
+    standing = FRESH if unbegun else look(folder, study, server, header, cast.fleet)
     fleet = standing.fleet(cast.fleet)
     plan = prepare_again(folder, study, encoding, fleet, frozen, before, standing)
     if plan.guarantee and plan.guarantee.strategy and not unbegun:

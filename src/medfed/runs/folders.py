@@ -218,7 +218,7 @@ def write_checkpoint(
     if kept := compact(heads):
         header["ledger"] = kept
     if trail:
-        header["trail"] = trail.tell_head()
+        header |= checkpoints.vouch(server, trail)
     if since:
         header["away"] = dict(since)
     checkpoints.write(folder / "checkpoints", server, header, keep)

@@ -73,7 +73,7 @@ def _find_stopped(folder: Path, study: Study) -> int:
     up.
     """
     server, header, _ = checkpoints.read_last(folder / "checkpoints")
-    trail = check_trail(folder, study, header)
+    trail = check_trail(folder, study, server, header)
     number = server.round + 1
     if number > study.training.rounds:
         raise RunError(f"{folder}: all {server.round} rounds are behind; none is left to give up")

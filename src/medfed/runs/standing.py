@@ -16,6 +16,7 @@ from medfed.core import codec
 from medfed.core.checks import RunError, reasons
 from medfed.data.encoding import Encoding
 from medfed.engine.port import Fleet, Without, gather
+from medfed.learn.algorithms import Server
 from medfed.monitor import events
 from medfed.planning.cohorts import cohort
 from medfed.planning.plan import Plan
@@ -52,21 +53,21 @@ FRESH = Standing()
 
 
 def look(
-    folder: Path, study: Study, behind: int, header: Mapping[str, Any], fleet: Fleet
+    folder: Path, study: Study, server: Server, header: Mapping[str, Any], fleet: Fleet
 ) -> Standing:
     """Return in what a stopped run stands.
 
     Args:
         folder: the run's.
         study: its study.
-        behind: how many rounds it has behind it.
-        header: of its last checkpoint.
+        server: the state that its last checkpoint holds.
+        header: of that checkpoint.
         fleet: its sites; each is asked who it is, where a round was given up.
 
     Raises as `check_trail` and `read_given_up` do.
     """
-    trail = check_trail(folder, study, header)
-    given_up = read_given_up(folder, study, behind, trail)
+    trail = check_trail(folder, study, server, header)
+    given_up = read_given_up(folder, study, server.round, trail)
     before = header.get("away", {})
     if not given_up or trail is None:
         return Standing()
@@ -83,7 +84,7 @@ def look(
     return Standing(
         given_up,
         away,
-        dict.fromkeys(away, behind) | before,
+        dict.fromkeys(away, server.round) | before,
         _find_signed(trail),
         {name: heads[name] for name in away if name in heads},
     )

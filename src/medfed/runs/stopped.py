@@ -12,7 +12,9 @@ from typing import Any
 from medfed.compliance import consortium, trail
 from medfed.compliance.trail import Verified
 from medfed.core.checks import TrailError, some
+from medfed.learn.algorithms import Server
 from medfed.monitor import events
+from medfed.rounds import checkpoints
 from medfed.rounds.aggregation import COORDINATOR
 from medfed.rounds.way import GIVEN_UP, OPENED
 from medfed.runs import sealing
@@ -21,17 +23,21 @@ from medfed.secure.identity import holds
 from medfed.study import Study
 
 
-def check_trail(folder: Path, study: Study, header: Mapping[str, Any]) -> Verified | None:
+def check_trail(
+    folder: Path, study: Study, server: Server, header: Mapping[str, Any]
+) -> Verified | None:
     """Return the trail with which a stopped run goes on, every line checked; None where it has
     none yet.
 
     Args:
         folder: the run's.
         study: its study.
-        header: of its last checkpoint.
+        server: the state that its last checkpoint holds.
+        header: of that checkpoint.
 
     Raises TrailError where a line was changed or is missing that checkpoint, summary or log tell
-    of, or a key wrote it that was never the coordinator's.
+    of, or a key wrote it that was never the coordinator's; or where the coordinator has not signed
+    the checkpoint. Whose key it is a list of members says: without one nobody could tell.
     """
     path = folder / sealing.TRAIL
     told = list(_heads_beside(folder, header))
@@ -51,6 +57,7 @@ def check_trail(folder: Path, study: Study, header: Mapping[str, Any]) -> Verifi
         raise _missing(path, f"what was done in round {some(lacking)}")
     if members := consortium.members_of(study, [COORDINATOR]):
         _refuse_strangers(path, found, members.approved_keys())
+        _refuse_other_state(folder, found, server, header)
     return found
 
 
@@ -91,3 +98,26 @@ def _refuse_strangers(path: Path, found: Verified, approved: Collection[tuple[st
                 f"{path}, line {number}: {entry['writer']!r} signed with keys that the list of "
                 "members never approved; lines were added. Restore it from a copy."
             )
+
+
+def _refuse_other_state(
+    folder: Path, found: Verified, server: Server, header: Mapping[str, Any]
+) -> None:
+    """Raise TrailError where a checkpoint is not as the coordinator left it.
+
+    A model from before, under a later round's name, would be played over other sites again, and the
+    difference of two sums of one model is a row.
+    """
+    if not any(entry["kind"] in (OPENED, GIVEN_UP) for entry in found.entries):
+        return  # no sum has left yet
+    head = header.get("trail") or {"entries": 0, "head": ""}
+    before = [e for e in found.entries[: head["entries"]] if e["kind"] == "opened"]
+    signature = header.get("signature")
+    key = before[-1]["facts"].get("public") if before else None
+    said = checkpoints.vouched(server, str(head["head"]))
+    if not holds(trail.parse_hex(key), trail.parse_hex(signature), said):
+        raise TrailError(
+            f"{folder / 'checkpoints'}: the last checkpoint, of round {server.round}, is not what "
+            "the coordinator signed; it was changed, or put there. Restore it from a copy, or "
+            "start the study again."
+        )
